@@ -1,0 +1,149 @@
+"""The margin-adaptive weight of MADPO (arXiv 2510.05342, Eq. 4), in log-space.
+
+The paper writes w = sigma(c h) / sigma(h). Evaluated literally it is inf * 0 for strongly negative margins
+(below -88 in float32), so it is computed as exp(log sigma(c h) - log sigma(h)), and the branch that is not
+taken sees a harmless argument, so that gradients stay finite as well.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from madpo.errors import ConfigError, DataError
+from madpo.losses.base import widen
+
+Part = Literal["full", "amplify", "dampen"]
+PARTS: tuple[Part, ...] = ("full", "amplify", "dampen")
+
+
+def check_weight_parameters(*, tau: float, c_max: float, c_min: float | None, lam: float, part: str) -> float:
+    """Refuse parameters outside the paper's ranges; return c_min with its default 1/c_max filled in.
+
+    Raises:
+        ConfigError: with the parameter, its value and the allowed range.
+    """
+    if not (math.isfinite(tau) and tau > 0):
+        raise ConfigError(f"tau is {tau}, but must be finite and above 0 (log-odds; the paper uses 2 to 10)")
+    if not (math.isfinite(c_max) and c_max > 1):
+        raise ConfigError(
+            f"c_max is {c_max}, but must be finite and above 1 (the paper uses 2 to 4); for plain DPO use DPO()"
+        )
+    if not (math.isfinite(lam) and lam > 0):
+        raise ConfigError(f"lam is {lam}, but must be finite and above 0 (the paper uses 1)")
+    resolved = 1 / c_max if c_min is None else c_min
+    if not (math.isfinite(resolved) and 0 <= resolved < 1):
+        raise ConfigError(f"c_min is {resolved}, but must be in [0, 1); leave it out for 1/c_max")
+    if part not in PARTS:
+        raise ConfigError(f"part is {part!r}, but must be one of {', '.join(map(repr, PARTS))}")
+    return resolved
+
+
+def margin_coefficient(
+    reward_margin: Float[Tensor, "*shape"], *, tau: float, c_max: float, c_min: float | None = None, lam: float = 1.0
+) -> Float[Tensor, "*shape"]:
+    """The coefficient c(|h|) of MADPO: above 1 for |h| < tau, exactly 1 at tau, towards c_min beyond.
+
+    Written as c = c_min + (c_max - c_min) * sigma(-(log K + lam (|h| - tau))), K = (c_max - 1)/(1 - c_min),
+    which cannot overflow.
+
+    Args:
+        reward_margin: margins h_phi, log-odds, any shape. Half precision is widened to float32.
+        tau, c_max, c_min, lam: as in :func:`margin_weight`.
+
+    Returns:
+        Coefficients in (c_min, c_max), same shape.
+    """
+    c_min = check_weight_parameters(tau=tau, c_max=c_max, c_min=c_min, lam=lam, part="full")
+    return _coefficient(_checked(reward_margin), tau=tau, c_max=c_max, c_min=c_min, lam=lam)
+
+
+def log_margin_weight(
+    reward_margin: Float[Tensor, "*shape"],
+    *,
+    tau: float,
+    c_max: float,
+    c_min: float | None = None,
+    lam: float = 1.0,
+    part: Part = "full",
+) -> Float[Tensor, "*shape"]:
+    """Natural logarithm of :func:`margin_weight`: strictly below ln 2, finite also where the weight underflows."""
+    c_min = check_weight_parameters(tau=tau, c_max=c_max, c_min=c_min, lam=lam, part=part)
+    h = _checked(reward_margin)
+    above = h > -tau
+    # Where the branch is not taken, h = 0 stands in: its value and its gradient are finite.
+    inside = torch.where(above, h, torch.zeros_like(h))
+    c = _coefficient(inside, tau=tau, c_max=c_max, c_min=c_min, lam=lam)
+    log_weight = F.logsigmoid(c * inside) - F.logsigmoid(inside)
+    # The weight is below 2 for every margin; rounding alone can reach it (c h large, h tiny), so stay strict.
+    log_weight = log_weight.clamp(max=_below_log_2(h.dtype))
+    active = above
+    if part == "amplify":
+        active = above & (h.abs() < tau)
+    elif part == "dampen":
+        active = above & (h.abs() >= tau)
+    return torch.where(active, log_weight, torch.zeros_like(log_weight))
+
+
+def margin_weight(
+    reward_margin: Float[Tensor, "*shape"],
+    *,
+    tau: float,
+    c_max: float,
+    c_min: float | None = None,
+    lam: float = 1.0,
+    part: Part = "full",
+) -> Float[Tensor, "*shape"]:
+    """Per-pair weight of MADPO: sigma(c h) / sigma(h) with c = c(|h|) for h > -tau, and 1 below (Eq. 4).
+
+    What the numbers do: above 1 for 0 < h < tau (at most 1.42 at the paper's settings, below 2 always), slightly
+    below 1 for h > tau (never below 1/2), and far below 1 for -tau < h < 0, where the reward model contradicts
+    the label: there the weight acts as a filter. Continuous everywhere; w(0) = w(tau) = w(-tau) = 1.
+
+    Args:
+        reward_margin: r(chosen) - r(rejected) under a frozen, calibrated reward model, log-odds, any shape.
+            Computed in float32 or wider.
+        tau: |margin| at which the coefficient is exactly 1; log-odds, > 0. Larger amplifies more pairs.
+        c_max: limit of the coefficient for easy amplification, > 1. Larger learns more from small margins.
+        c_min: limit of the coefficient for |margin| -> infinity, in [0, 1); None is 1/c_max.
+        lam: steepness of the coefficient around tau, > 0.
+        part: "full"; "amplify" sets the weight to 1 for |h| >= tau (the paper's Amp-Only); "dampen" sets it to 1
+            for |h| < tau (Reg-Only).
+
+    Returns:
+        Weights, same shape, float32 or float64, in [0, 2] (strictly inside before rounding).
+
+    Raises:
+        ConfigError: a parameter outside its range, with the value and the range.
+        DataError: a NaN or infinite margin, with its row.
+    """
+    return log_margin_weight(reward_margin, tau=tau, c_max=c_max, c_min=c_min, lam=lam, part=part).exp()
+
+
+def _coefficient(h: Tensor, *, tau: float, c_max: float, c_min: float, lam: float) -> Tensor:
+    # log K by log1p: near c_max = 1 the plain ratio would lose its digits.
+    log_k = math.log(c_max - 1) - math.log1p(-c_min)
+    return c_min + (c_max - c_min) * torch.sigmoid(-(log_k + lam * (h.abs() - tau)))
+
+
+def _below_log_2(dtype: torch.dtype) -> float:
+    # One step below the nearest number, since float32 rounds ln 2 upwards.
+    return float(torch.nextafter(torch.tensor(math.log(2), dtype=dtype), torch.tensor(0.0, dtype=dtype)))
+
+
+def _checked(reward_margin: Tensor) -> Tensor:
+    h = widen(reward_margin)
+    finite = torch.isfinite(h)
+    if not bool(finite.all()):
+        flat = (~finite).flatten()
+        row = int(flat.nonzero()[0])
+        raise DataError(
+            f"reward_margin in row {row} is {float(h.flatten()[row])}: margins must be finite numbers; "
+            "score the pair again or drop it"
+        )
+    return h
