@@ -1,0 +1,438 @@
+"""Completion log-probabilities, fast and exact.
+
+A preference loss needs one number per completion: its summed log-probability. A causal language model spends most
+of its time on the way there in the output head, since the vocabulary is large. Three things make that cheap, none
+of them an approximation:
+
+1. The head is applied to positions that predict a completion token, never to prompts or padding.
+2. The vocabulary is walked in tiles with a running softmax, so that logits of more than one tile never exist.
+3. Where the head is frozen (LoRA), d logp / d hidden = W[y] - sum_v p_v W[v] is computed while the tile is at hand
+   and kept: one vector per token. Backward then scales it: two matrix products instead of three, and no logits.
+
+``install_completion_head`` teaches a model's ``forward`` to answer with these numbers, so that wrappers that must
+see the call (PEFT, DDP, FSDP) do. The functions below it are what training, reference columns and evaluation share.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers.utils import ModelOutput
+
+TILE = 16_384
+"""Vocabulary entries per tile: small enough for a processor's cache at a few hundred tokens."""
+TOKENS = 1_024
+"""Tokens per pass over the vocabulary: bounds the memory of one tile (16 Mi entries)."""
+
+
+@dataclass
+class CompletionScores(ModelOutput):  # type: ignore[misc]
+    """One row per sequence.
+
+    Attributes:
+        logps: log pi(completion | prompt), nats, **summed** over completion tokens; float32 or wider.
+        lengths: numbers of completion tokens.
+        log_sum_sq: **mean** over completion tokens of log sum_v pi(v)^2, detached; only when asked for.
+        entropy: **mean** over completion tokens of the entropy, nats, detached; only when asked for.
+    """
+
+    logps: Tensor | None = None
+    lengths: Tensor | None = None
+    log_sum_sq: Tensor | None = None
+    entropy: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Head:
+    """An output head: logits = softcap * tanh(scale * (W h + b) / softcap), the cap left out where there is none."""
+
+    weight: Float[Tensor, "vocab hidden"]
+    bias: Float[Tensor, " vocab"] | None
+    softcap: float | None
+    scale: float
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Head:
+        """The head of a transformers causal language model, with the conventions of its architecture."""
+        config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        weight, bias = head.weight, getattr(head, "bias", None)
+        if hasattr(weight, "full_tensor"):  # FSDP2 shards parameters as DTensors; the tiles need the whole
+            weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
+        return cls(weight, bias, getattr(config, "final_logit_softcapping", None), _logit_scale(config))
+
+    @property
+    def trains(self) -> bool:
+        """Whether a gradient must reach the head itself."""
+        return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+
+    def logits(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """Logits of a tile of the vocabulary, and d logits / d (W h + b) where that is not constant."""
+        weight = self.weight[start:stop].to(hidden.dtype)
+        if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
+            raw = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+        else:
+            raw = hidden @ weight.T
+        if self.bias is not None:
+            raw = raw + self.bias[start:stop].to(raw.dtype)
+        if self.scale != 1.0:
+            raw = raw * self.scale
+        if self.softcap is None:
+            return raw, None
+        squashed = torch.tanh(raw / self.softcap)
+        return squashed * self.softcap, 1 - squashed.square()
+
+    def logits_of(self, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The logit of one vocabulary entry per row, and its derivative, in float32 or wider."""
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        raw = (hidden.to(wide) * self.weight[ids].to(wide)).sum(-1)
+        if self.bias is not None:
+            raw = raw + self.bias[ids].to(wide)
+        raw = raw * self.scale
+        if self.softcap is None:
+            return raw, None
+        squashed = torch.tanh(raw / self.softcap)
+        return squashed * self.softcap, 1 - squashed.square()
+
+
+def token_logps(
+    hidden: Float[Tensor, "tokens hidden"],
+    head: Head,
+    labels: Int[Tensor, " tokens"],
+    *,
+    log_sum_sq: bool = False,
+    entropy: bool = False,
+    tile: int = TILE,
+) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"] | None, Float[Tensor, " tokens"] | None]:
+    """log p(label | hidden) of each token, nats, without the logits of the whole vocabulary.
+
+    Args:
+        hidden: states after the last norm, one row per scored token.
+        head: the output head. If it trains, tokens are taken in blocks whose logits are recomputed in backward.
+        labels: the token that each row predicts.
+        log_sum_sq, entropy: also return log sum_v p_v^2 and the entropy of each row, detached.
+        tile: vocabulary entries per tile.
+
+    Returns:
+        (logps, log_sum_sq or None, entropy or None), float32 or wider.
+    """
+    half = torch.is_autocast_enabled(hidden.device.type)
+    dtype = torch.get_autocast_dtype(hidden.device.type) if half else head.weight.dtype
+    hidden = hidden.to(dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if head.trains:
+            return _recomputed_logps(hidden, head, labels, log_sum_sq=log_sum_sq, entropy=entropy)
+        extras = (log_sum_sq, entropy)
+        out = [
+            _FrozenHeadLogps.apply(rows, head, ids, tile, extras)  # type: ignore[no-untyped-call]
+            for rows, ids in _blocks(hidden, labels, TOKENS)
+        ]
+    logps, squares, entropies = (torch.cat(parts) for parts in zip(*out, strict=True))
+    return logps, squares if log_sum_sq else None, entropies if entropy else None
+
+
+def _blocks(hidden: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(torch.split(hidden, size), torch.split(labels, size), strict=True)
+
+
+class _FrozenHeadLogps(torch.autograd.Function):
+    """Running softmax over vocabulary tiles that keeps d logp / d hidden, one vector per token."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: Head, labels: Tensor, tile: int, extras: tuple[bool, bool]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        sums = _walk_vocabulary(hidden, head, labels, tile, stash=ctx.needs_input_grad[0], extras=extras)
+        label_logit, label_slope = head.logits_of(hidden, labels)
+        if _rounds_logits(hidden):
+            sums.exchange(labels, label_logit, hidden, head)
+        logps = label_logit - (sums.top + sums.total.log())
+        if sums.stash is not None:
+            own = head.weight[labels].to(sums.stash.dtype)
+            own = own if label_slope is None else own * label_slope[:, None]
+            ctx.save_for_backward((own - sums.stash / sums.total[:, None]).mul_(head.scale).to(hidden.dtype))
+        log_sum_sq = sums.total_sq.log() - 2 * sums.total.log()
+        entropy = sums.total.log() - sums.weighted / sums.total
+        ctx.mark_non_differentiable(log_sum_sq, entropy)
+        return logps, log_sum_sq, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (stash,) = ctx.saved_tensors
+        return (grads[0][:, None] * stash).to(stash.dtype), None, None, None, None
+
+
+@dataclass
+class _Softmax:
+    """Running sums of exp(z - top); ``arg`` is the entry of the largest logit, ``own`` the logit of the label."""
+
+    top: Tensor
+    arg: Tensor
+    own: Tensor
+    total: Tensor
+    total_sq: Tensor
+    weighted: Tensor
+    stash: Tensor | None
+
+    def rescale(self, top: Tensor) -> None:
+        """Move the reference point of all sums to a new, larger ``top``."""
+        shift = (self.top - top).exp()
+        # weighted = sum e^(z - top) (z - top): a moved top changes the factor as well as the exponent.
+        moved = torch.where(self.total > 0, self.total * (self.top - top), torch.zeros_like(self.total))
+        self.weighted = (self.weighted + moved) * shift
+        self.total = self.total * shift
+        self.total_sq = self.total_sq * shift.square()
+        if self.stash is not None:
+            self.stash *= shift[:, None]
+        self.top = top
+
+    def exchange(self, labels: Tensor, label_logit: Tensor, hidden: Tensor, head: Head) -> None:
+        """Put the exact logits of the label and of the most likely token in place of their rounded ones.
+
+        A bfloat16 product rounds a logit of 20 to steps of 1/8. Over a quarter of a million entries that averages
+        out in the softmax sum; for the two entries that carry the result it does not.
+        """
+        top_logit, _ = head.logits_of(hidden, self.arg)
+        change = (top_logit - self.top).exp() - 1
+        apart = (label_logit - self.top).exp() - (self.own - self.top).exp()
+        self.total = self.total + change + torch.where(labels == self.arg, 0.0, apart)
+
+
+def _walk_vocabulary(
+    hidden: Tensor, head: Head, labels: Tensor, tile: int, *, stash: bool, extras: tuple[bool, bool]
+) -> _Softmax:
+    tokens, wide = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
+    zeros = functools.partial(torch.zeros, tokens, dtype=wide, device=hidden.device)
+    sums = _Softmax(
+        top=torch.full((tokens,), -torch.inf, dtype=wide, device=hidden.device),
+        arg=torch.zeros(tokens, dtype=torch.long, device=hidden.device),
+        own=zeros(),
+        total=zeros(),
+        total_sq=zeros(),
+        weighted=zeros(),
+        stash=torch.zeros(hidden.shape, dtype=wide, device=hidden.device) if stash else None,
+    )
+    rounds = _rounds_logits(hidden)
+    for start in range(0, head.weight.shape[0], tile):
+        stop = min(start + tile, head.weight.shape[0])
+        z, slope = head.logits(hidden, start, stop)
+        peak = z.amax(-1).to(wide)
+        if rounds:
+            rows = (peak > sums.top).nonzero().squeeze(-1)
+            sums.arg[rows] = start + z[rows].max(-1).indices
+            here = (labels >= start) & (labels < stop)
+            sums.own[here] = z[here, labels[here] - start].to(wide)
+        sums.rescale(torch.maximum(sums.top, peak))
+        z = z.sub_(sums.top.to(z.dtype)[:, None])
+        if extras[1]:
+            sums.weighted += (z.exp() * z).sum(-1, dtype=wide)
+        e = z.exp_()
+        sums.total += e.to(wide).sum(-1)
+        if extras[0]:
+            sums.total_sq += e.to(wide).square().sum(-1)
+        if sums.stash is not None:
+            e = e if slope is None else e * slope
+            weight = head.weight[start:stop].to(hidden.dtype)
+            sums.stash += (e.to(hidden.dtype) @ weight).to(wide)
+    return sums
+
+
+def _rounds_logits(hidden: Tensor) -> bool:
+    """Whether a product of half-precision matrices comes back in half precision here."""
+    return hidden.dtype in (torch.bfloat16, torch.float16) and not hidden.is_cuda
+
+
+def _recomputed_logps(
+    hidden: Tensor, head: Head, labels: Tensor, *, log_sum_sq: bool, entropy: bool, block: int = 256
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The same where the head trains: logits of one block of tokens at a time, recomputed in backward."""
+
+    def block_logps(rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        z = head.logits(rows)[0]
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        logp = F.log_softmax(z, dim=-1)
+        with torch.no_grad():
+            squares = torch.logsumexp(2 * logp, dim=-1) if log_sum_sq else logp.new_zeros(len(ids))
+            spread = -(logp.exp() * logp).sum(-1) if entropy else logp.new_zeros(len(ids))
+        return logp.gather(-1, ids[:, None]).squeeze(-1), squares, spread
+
+    out = [
+        checkpoint(block_logps, rows, ids, use_reentrant=False, preserve_rng_state=False)
+        for rows, ids in _blocks(hidden, labels, block)
+    ]
+    logps, squares, entropies = (torch.cat(parts) for parts in zip(*out, strict=True))
+    return logps, squares if log_sum_sq else None, entropies if entropy else None
+
+
+def install_completion_head(model: nn.Module) -> None:
+    """Teach a transformers causal language model to answer ``model(..., completion_mask=m)`` with its scores.
+
+    With ``completion_mask`` the forward runs the backbone, then the head on completion positions alone, and returns
+    :class:`CompletionScores`; without it the forward is the one it had. Idempotent. Install before wrapping with DDP.
+    """
+    if getattr(model, "_madpo_completion_head", False):
+        return
+    plain: Callable[..., Any] = model.forward
+    takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
+
+    @functools.wraps(type(model).forward)  # `generate` checks its arguments against the signature
+    def forward(self: nn.Module, *args: Any, completion_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        if completion_mask is None:
+            return plain(*args, **kwargs)
+        return _score(self, completion_mask, takes_positions, **kwargs)
+
+    model.forward = types.MethodType(forward, model)
+    model._madpo_completion_head = True  # type: ignore[assignment]
+
+
+def completion_logps(
+    model: nn.Module,
+    input_ids: Int[Tensor, "rows length"],
+    attention_mask: Int[Tensor, "rows length"],
+    completion_mask: Int[Tensor, "rows length"],
+    *,
+    log_sum_sq: bool = False,
+    entropy: bool = False,
+) -> CompletionScores:
+    """Summed log-probabilities of completions.
+
+    Args:
+        model: a causal language model, or a PEFT, DDP or FSDP wrapper of one, with the completion head installed
+            (:func:`install_completion_head`; installed here where it is missing and the model is not wrapped).
+        input_ids: prompt and completion, padded on either side.
+        attention_mask: 1 for tokens, 0 for padding.
+        completion_mask: 1 for completion tokens. The first token of a row cannot be scored (nothing predicts it).
+        log_sum_sq, entropy: also compute these means.
+
+    Returns:
+        :class:`CompletionScores`; a row without completion tokens has the log-probability 0 and the length 0.
+    """
+    install_completion_head(unwrapped(model))
+    scores: CompletionScores = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        completion_mask=completion_mask,
+        log_sum_sq=log_sum_sq,
+        entropy=entropy,
+    )
+    return scores
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers model inside PEFT and data-parallel wrappers."""
+    while hasattr(model, "module") and isinstance(model.module, nn.Module):
+        model = model.module
+    inner = getattr(model, "get_base_model", None)
+    return inner() if inner is not None else model
+
+
+def _score(
+    model: nn.Module,
+    completion_mask: Tensor,
+    takes_positions: bool,
+    *,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    log_sum_sq: bool = False,
+    entropy: bool = False,
+    **kwargs: Any,
+) -> CompletionScores:
+    hidden = hidden_states(model, input_ids, attention_mask, takes_positions=takes_positions, **kwargs)
+    mask = (completion_mask[:, 1:] * attention_mask[:, 1:]).bool()
+    head = Head.of(model)
+    # Prompt-learning adapters put virtual tokens in front: keep the positions of the real ones.
+    selected = hidden[:, -input_ids.shape[1] :][:, :-1][mask]
+    logps, squares, spread = token_logps(selected, head, input_ids[:, 1:][mask], log_sum_sq=log_sum_sq, entropy=entropy)
+    lengths = mask.sum(-1)
+
+    def per_row(values: Tensor) -> Tensor:
+        return values.new_zeros(mask.shape).masked_scatter(mask, values).sum(-1)
+
+    def mean(values: Tensor | None) -> Tensor | None:
+        return None if values is None else per_row(values) / lengths.clamp(min=1)
+
+    return CompletionScores(per_row(logps), lengths, mean(squares), mean(spread))
+
+
+def hidden_states(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    takes_positions: bool = True,
+    **kwargs: Any,
+) -> Float[Tensor, "rows length hidden"]:
+    """States after the last norm of a transformers causal language model, for either padding side."""
+    if takes_positions:
+        kwargs.setdefault("position_ids", (attention_mask.cumsum(-1) - 1).clamp(min=0))
+    backbone: nn.Module = model.base_model  # type: ignore[assignment]
+    states: Tensor = backbone(
+        input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs
+    ).last_hidden_state
+    return states
+
+
+@torch.no_grad()
+def completion_kl(
+    policy: nn.Module,
+    reference: nn.Module,
+    input_ids: Int[Tensor, "rows length"],
+    attention_mask: Int[Tensor, "rows length"],
+    completion_mask: Int[Tensor, "rows length"],
+    *,
+    block: int = 32,
+) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
+    """Summed log-probabilities under the policy, and KL(policy || reference) along each completion.
+
+    The KL is the sum over completion positions of sum_v p(v) (log p(v) - log q(v)), nats, from the full vocabulary:
+    an unbiased estimate of the sequence KL when the completions are samples of the policy at temperature 1, and of
+    far smaller variance than the log-ratio of the sampled tokens.
+
+    Returns:
+        (logps, kl), one per row, both summed, float32 or wider. A model has KL 0 to itself, exactly.
+    """
+    mask = (completion_mask[:, 1:] * attention_mask[:, 1:]).bool()
+    labels = input_ids[:, 1:][mask]
+    heads, states = [], []
+    for model in (policy, reference):
+        inner = unwrapped(model)
+        takes = "position_ids" in inspect.signature(type(inner).forward).parameters
+        heads.append(Head.of(inner))
+        states.append(hidden_states(inner, input_ids, attention_mask, takes_positions=takes)[:, :-1][mask])
+    logps, kls = [], []
+    for start in range(0, len(labels), block):
+        p, q = (_log_softmax(head, rows[start : start + block]) for head, rows in zip(heads, states, strict=True))
+        logps.append(p.gather(-1, labels[start : start + block, None]).squeeze(-1))
+        kls.append((p.exp() * (p - q)).sum(-1))
+
+    def per_row(parts: list[Tensor]) -> Tensor:
+        values = torch.cat(parts) if parts else states[0].new_zeros(0, dtype=torch.float32)
+        return values.new_zeros(mask.shape).masked_scatter(mask, values).sum(-1)
+
+    return per_row(logps), per_row(kls)
+
+
+def _log_softmax(head: Head, hidden: Tensor) -> Tensor:
+    z = head.logits(hidden.to(head.weight.dtype))[0]
+    return F.log_softmax(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1)
+
+
+def _logit_scale(config: Any) -> float:
+    """The constant that an architecture multiplies its logits by; each family has its own name for it."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            return float(getattr(config, name))
+    divisor = getattr(config, "logits_scaling", None)
+    if divisor is None:
+        return 1.0
+    return float(divisor) if config.model_type == "hyperclovax" else 1.0 / float(divisor)
