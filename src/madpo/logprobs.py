@@ -20,7 +20,7 @@ import inspect
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -37,19 +37,33 @@ TOKENS = 1_024
 
 @dataclass
 class CompletionScores(ModelOutput):  # type: ignore[misc]
-    """One row per sequence.
+    """One row per sequence. All but ``logps`` are detached, and all but the first two None unless asked for.
 
     Attributes:
         logps: log pi(completion | prompt), nats, **summed** over completion tokens; float32 or wider.
         lengths: numbers of completion tokens.
-        log_sum_sq: **mean** over completion tokens of log sum_v pi(v)^2, detached; only when asked for.
-        entropy: **mean** over completion tokens of the entropy, nats, detached; only when asked for.
+        log_sum_sq: **mean** over completion tokens of log sum_v pi(v)^2 (WPO's alignment).
+        entropy: **mean** over completion tokens of the entropy, nats.
+        mean_logit: **mean** over completion tokens of the mean logit of the vocabulary.
+        top1: share of completion tokens that were the most likely one.
     """
 
     logps: Tensor | None = None
     lengths: Tensor | None = None
     log_sum_sq: Tensor | None = None
     entropy: Tensor | None = None
+    mean_logit: Tensor | None = None
+    top1: Tensor | None = None
+
+
+class TokenScores(NamedTuple):
+    """One value per token, as in :class:`CompletionScores`; what was not asked for is None."""
+
+    logps: Tensor
+    log_sum_sq: Tensor | None = None
+    entropy: Tensor | None = None
+    mean_logit: Tensor | None = None
+    top1: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -111,38 +125,51 @@ def token_logps(
     labels: Int[Tensor, " tokens"],
     *,
     log_sum_sq: bool = False,
-    entropy: bool = False,
+    details: bool = False,
     tile: int = TILE,
-) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"] | None, Float[Tensor, " tokens"] | None]:
+) -> TokenScores:
     """log p(label | hidden) of each token, nats, without the logits of the whole vocabulary.
 
     Args:
         hidden: states after the last norm, one row per scored token.
         head: the output head. If it trains, tokens are taken in blocks whose logits are recomputed in backward.
         labels: the token that each row predicts.
-        log_sum_sq, entropy: also return log sum_v p_v^2 and the entropy of each row, detached.
+        log_sum_sq: also return log sum_v p_v^2.
+        details: also return entropy, mean logit and whether the label was the most likely token.
         tile: vocabulary entries per tile.
-
-    Returns:
-        (logps, log_sum_sq or None, entropy or None), float32 or wider.
     """
     half = torch.is_autocast_enabled(hidden.device.type)
     dtype = torch.get_autocast_dtype(hidden.device.type) if half else head.weight.dtype
     hidden = hidden.to(dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         if head.trains:
-            return _recomputed_logps(hidden, head, labels, log_sum_sq=log_sum_sq, entropy=entropy)
-        extras = (log_sum_sq, entropy)
-        out = [
-            _FrozenHeadLogps.apply(rows, head, ids, tile, extras)  # type: ignore[no-untyped-call]
-            for rows, ids in _blocks(hidden, labels, TOKENS)
-        ]
-    logps, squares, entropies = (torch.cat(parts) for parts in zip(*out, strict=True))
-    return logps, squares if log_sum_sq else None, entropies if entropy else None
+            parts = [
+                checkpoint(_block_scores, head, rows, ids, use_reentrant=False, preserve_rng_state=False)
+                for rows, ids in _blocks(hidden, labels, 256)
+            ]
+        else:
+            parts = [
+                _FrozenHeadLogps.apply(rows, head, ids, tile, log_sum_sq, details)  # type: ignore[no-untyped-call]
+                for rows, ids in _blocks(hidden, labels, TOKENS)
+            ]
+    logps, squares, *rest = (torch.cat(column) for column in zip(*parts, strict=True))
+    return TokenScores(logps, squares if log_sum_sq else None, *(rest if details else ()))
 
 
 def _blocks(hidden: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(torch.split(hidden, size), torch.split(labels, size), strict=True)
+
+
+def _block_scores(head: Head, hidden: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    """Plain scores of a block of tokens; checkpointed, so that its logits live only while they are used."""
+    z = head.logits(hidden)[0]
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    logp = F.log_softmax(z, dim=-1)
+    with torch.no_grad():
+        entropy = -(logp.exp() * logp).sum(-1)
+        top1 = (z.argmax(-1) == labels).to(z.dtype)
+        extras = (torch.logsumexp(2 * logp, dim=-1), entropy, z.mean(-1), top1)
+    return logp.gather(-1, labels[:, None]).squeeze(-1), *extras
 
 
 class _FrozenHeadLogps(torch.autograd.Function):
@@ -150,31 +177,46 @@ class _FrozenHeadLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Head, labels: Tensor, tile: int, extras: tuple[bool, bool]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        sums = _walk_vocabulary(hidden, head, labels, tile, stash=ctx.needs_input_grad[0], extras=extras)
+        ctx: Any, hidden: Tensor, head: Head, labels: Tensor, tile: int, log_sum_sq: bool, details: bool
+    ) -> tuple[Tensor, ...]:
+        sums = _Softmax.of(hidden, stash=ctx.needs_input_grad[0])
+        for start in range(0, head.weight.shape[0], tile):
+            sums.add_tile(head, hidden, labels, start, tile, log_sum_sq=log_sum_sq, details=details)
         label_logit, label_slope = head.logits_of(hidden, labels)
-        if _rounds_logits(hidden):
-            sums.exchange(labels, label_logit, hidden, head)
+        if sums.rounds:
+            sums.exchange(labels, label_logit, head.logits_of(hidden, sums.arg)[0])
         logps = label_logit - (sums.top + sums.total.log())
         if sums.stash is not None:
             own = head.weight[labels].to(sums.stash.dtype)
             own = own if label_slope is None else own * label_slope[:, None]
             ctx.save_for_backward((own - sums.stash / sums.total[:, None]).mul_(head.scale).to(hidden.dtype))
-        log_sum_sq = sums.total_sq.log() - 2 * sums.total.log()
-        entropy = sums.total.log() - sums.weighted / sums.total
-        ctx.mark_non_differentiable(log_sum_sq, entropy)
-        return logps, log_sum_sq, entropy
+        extras = (
+            sums.total_sq.log() - 2 * sums.total.log(),
+            sums.total.log() - sums.weighted / sums.total,
+            sums.plain / head.weight.shape[0],
+            (sums.own == sums.top).to(logps.dtype),
+        )
+        ctx.mark_non_differentiable(*extras)
+        return logps, *extras
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (stash,) = ctx.saved_tensors
-        return (grads[0][:, None] * stash).to(stash.dtype), None, None, None, None
+        return (grads[0][:, None] * stash).to(stash.dtype), None, None, None, None, None
 
 
 @dataclass
 class _Softmax:
-    """Running sums of exp(z - top); ``arg`` is the entry of the largest logit, ``own`` the logit of the label."""
+    """Sums over the vocabulary tiles seen so far, one row per token.
+
+    Attributes:
+        top, arg: the largest logit, and its entry (followed only where products are rounded).
+        own: the label's logit as the tile's product gave it.
+        total, total_sq, weighted: sums of e, e^2 and e (z - top), where e = exp(z - top).
+        plain: sum of z.
+        stash: sum of e W[v], less the label's own row d logp / d hidden once divided by ``total``.
+        rounds: whether a product of half-precision matrices comes back in half precision.
+    """
 
     top: Tensor
     arg: Tensor
@@ -182,12 +224,56 @@ class _Softmax:
     total: Tensor
     total_sq: Tensor
     weighted: Tensor
+    plain: Tensor
     stash: Tensor | None
+    rounds: bool
 
-    def rescale(self, top: Tensor) -> None:
-        """Move the reference point of all sums to a new, larger ``top``."""
+    @classmethod
+    def of(cls, hidden: Tensor, *, stash: bool) -> _Softmax:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        own, total, total_sq, weighted, plain = (hidden.new_zeros(len(hidden), dtype=wide) for _ in range(5))
+        return cls(
+            top=torch.full_like(own, -torch.inf),
+            arg=torch.zeros_like(own, dtype=torch.long),
+            own=own,
+            total=total,
+            total_sq=total_sq,
+            weighted=weighted,
+            plain=plain,
+            stash=hidden.new_zeros(hidden.shape, dtype=wide) if stash else None,
+            rounds=hidden.dtype in (torch.bfloat16, torch.float16) and not hidden.is_cuda,
+        )
+
+    def add_tile(
+        self, head: Head, hidden: Tensor, labels: Tensor, start: int, tile: int, *, log_sum_sq: bool, details: bool
+    ) -> None:
+        """Take in vocabulary entries ``start`` to ``start + tile``."""
+        stop, wide = min(start + tile, head.weight.shape[0]), self.top.dtype
+        z, slope = head.logits(hidden, start, stop)
+        peak = z.amax(-1).to(wide)
+        if self.rounds:
+            rows = (peak > self.top).nonzero().squeeze(-1)
+            self.arg[rows] = start + z[rows].max(-1).indices
+        here = (labels >= start) & (labels < stop)
+        column = (labels - start).clamp(0, stop - start - 1)
+        self.own = torch.where(here, z.gather(-1, column[:, None]).squeeze(-1).to(wide), self.own)
+        if details:
+            self.plain += z.to(wide).sum(-1)
+        self._rescale(torch.maximum(self.top, peak))
+        z = z.sub_(self.top.to(z.dtype)[:, None])
+        if details:
+            self.weighted += (z.exp() * z).to(wide).sum(-1)
+        e = z.exp_()
+        self.total += e.to(wide).sum(-1)
+        if log_sum_sq:
+            self.total_sq += e.to(wide).square().sum(-1)
+        if self.stash is not None:
+            e = e if slope is None else e * slope
+            self.stash += (e.to(hidden.dtype) @ head.weight[start:stop].to(hidden.dtype)).to(wide)
+
+    def _rescale(self, top: Tensor) -> None:
         shift = (self.top - top).exp()
-        # weighted = sum e^(z - top) (z - top): a moved top changes the factor as well as the exponent.
+        # weighted = sum e (z - top): a moved top changes the factor as well as the exponent.
         moved = torch.where(self.total > 0, self.total * (self.top - top), torch.zeros_like(self.total))
         self.weighted = (self.weighted + moved) * shift
         self.total = self.total * shift
@@ -196,82 +282,15 @@ class _Softmax:
             self.stash *= shift[:, None]
         self.top = top
 
-    def exchange(self, labels: Tensor, label_logit: Tensor, hidden: Tensor, head: Head) -> None:
+    def exchange(self, labels: Tensor, label_logit: Tensor, top_logit: Tensor) -> None:
         """Put the exact logits of the label and of the most likely token in place of their rounded ones.
 
         A bfloat16 product rounds a logit of 20 to steps of 1/8. Over a quarter of a million entries that averages
         out in the softmax sum; for the two entries that carry the result it does not.
         """
-        top_logit, _ = head.logits_of(hidden, self.arg)
         change = (top_logit - self.top).exp() - 1
         apart = (label_logit - self.top).exp() - (self.own - self.top).exp()
         self.total = self.total + change + torch.where(labels == self.arg, 0.0, apart)
-
-
-def _walk_vocabulary(
-    hidden: Tensor, head: Head, labels: Tensor, tile: int, *, stash: bool, extras: tuple[bool, bool]
-) -> _Softmax:
-    tokens, wide = hidden.shape[0], torch.promote_types(hidden.dtype, torch.float32)
-    zeros = functools.partial(torch.zeros, tokens, dtype=wide, device=hidden.device)
-    sums = _Softmax(
-        top=torch.full((tokens,), -torch.inf, dtype=wide, device=hidden.device),
-        arg=torch.zeros(tokens, dtype=torch.long, device=hidden.device),
-        own=zeros(),
-        total=zeros(),
-        total_sq=zeros(),
-        weighted=zeros(),
-        stash=torch.zeros(hidden.shape, dtype=wide, device=hidden.device) if stash else None,
-    )
-    rounds = _rounds_logits(hidden)
-    for start in range(0, head.weight.shape[0], tile):
-        stop = min(start + tile, head.weight.shape[0])
-        z, slope = head.logits(hidden, start, stop)
-        peak = z.amax(-1).to(wide)
-        if rounds:
-            rows = (peak > sums.top).nonzero().squeeze(-1)
-            sums.arg[rows] = start + z[rows].max(-1).indices
-            here = (labels >= start) & (labels < stop)
-            sums.own[here] = z[here, labels[here] - start].to(wide)
-        sums.rescale(torch.maximum(sums.top, peak))
-        z = z.sub_(sums.top.to(z.dtype)[:, None])
-        if extras[1]:
-            sums.weighted += (z.exp() * z).sum(-1, dtype=wide)
-        e = z.exp_()
-        sums.total += e.to(wide).sum(-1)
-        if extras[0]:
-            sums.total_sq += e.to(wide).square().sum(-1)
-        if sums.stash is not None:
-            e = e if slope is None else e * slope
-            weight = head.weight[start:stop].to(hidden.dtype)
-            sums.stash += (e.to(hidden.dtype) @ weight).to(wide)
-    return sums
-
-
-def _rounds_logits(hidden: Tensor) -> bool:
-    """Whether a product of half-precision matrices comes back in half precision here."""
-    return hidden.dtype in (torch.bfloat16, torch.float16) and not hidden.is_cuda
-
-
-def _recomputed_logps(
-    hidden: Tensor, head: Head, labels: Tensor, *, log_sum_sq: bool, entropy: bool, block: int = 256
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The same where the head trains: logits of one block of tokens at a time, recomputed in backward."""
-
-    def block_logps(rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        z = head.logits(rows)[0]
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
-        logp = F.log_softmax(z, dim=-1)
-        with torch.no_grad():
-            squares = torch.logsumexp(2 * logp, dim=-1) if log_sum_sq else logp.new_zeros(len(ids))
-            spread = -(logp.exp() * logp).sum(-1) if entropy else logp.new_zeros(len(ids))
-        return logp.gather(-1, ids[:, None]).squeeze(-1), squares, spread
-
-    out = [
-        checkpoint(block_logps, rows, ids, use_reentrant=False, preserve_rng_state=False)
-        for rows, ids in _blocks(hidden, labels, block)
-    ]
-    logps, squares, entropies = (torch.cat(parts) for parts in zip(*out, strict=True))
-    return logps, squares if log_sum_sq else None, entropies if entropy else None
 
 
 def install_completion_head(model: nn.Module) -> None:
@@ -302,7 +321,7 @@ def completion_logps(
     completion_mask: Int[Tensor, "rows length"],
     *,
     log_sum_sq: bool = False,
-    entropy: bool = False,
+    details: bool = False,
 ) -> CompletionScores:
     """Summed log-probabilities of completions.
 
@@ -312,7 +331,8 @@ def completion_logps(
         input_ids: prompt and completion, padded on either side.
         attention_mask: 1 for tokens, 0 for padding.
         completion_mask: 1 for completion tokens. The first token of a row cannot be scored (nothing predicts it).
-        log_sum_sq, entropy: also compute these means.
+        log_sum_sq: also compute WPO's alignment term.
+        details: also compute entropy, mean logit and top-1 share.
 
     Returns:
         :class:`CompletionScores`; a row without completion tokens has the log-probability 0 and the length 0.
@@ -323,7 +343,7 @@ def completion_logps(
         attention_mask=attention_mask,
         completion_mask=completion_mask,
         log_sum_sq=log_sum_sq,
-        entropy=entropy,
+        details=details,
     )
     return scores
 
@@ -344,24 +364,21 @@ def _score(
     input_ids: Tensor,
     attention_mask: Tensor,
     log_sum_sq: bool = False,
-    entropy: bool = False,
+    details: bool = False,
     **kwargs: Any,
 ) -> CompletionScores:
     hidden = hidden_states(model, input_ids, attention_mask, takes_positions=takes_positions, **kwargs)
     mask = (completion_mask[:, 1:] * attention_mask[:, 1:]).bool()
-    head = Head.of(model)
     # Prompt-learning adapters put virtual tokens in front: keep the positions of the real ones.
     selected = hidden[:, -input_ids.shape[1] :][:, :-1][mask]
-    logps, squares, spread = token_logps(selected, head, input_ids[:, 1:][mask], log_sum_sq=log_sum_sq, entropy=entropy)
+    tokens = token_logps(selected, Head.of(model), input_ids[:, 1:][mask], log_sum_sq=log_sum_sq, details=details)
     lengths = mask.sum(-1)
 
     def per_row(values: Tensor) -> Tensor:
         return values.new_zeros(mask.shape).masked_scatter(mask, values).sum(-1)
 
-    def mean(values: Tensor | None) -> Tensor | None:
-        return None if values is None else per_row(values) / lengths.clamp(min=1)
-
-    return CompletionScores(per_row(logps), lengths, mean(squares), mean(spread))
+    means = (None if v is None else per_row(v) / lengths.clamp(min=1) for v in tokens[1:])
+    return CompletionScores(per_row(tokens.logps), lengths, *means)
 
 
 def hidden_states(
