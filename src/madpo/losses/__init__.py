@@ -10,24 +10,41 @@ from typing import Annotated
 
 from pydantic import Field, TypeAdapter
 
+from madpo.losses.adaptive import AlphaDPO, BetaDPO
 from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState, PreferenceLoss
-from madpo.losses.direct import DPO
-from madpo.losses.margin import MADPO
+from madpo.losses.custom import Custom
+from madpo.losses.direct import DPO, IPO, RDPO, WPO, SimPO
+from madpo.losses.margin import MADPO, ODPO, RPO, OmniDPO, SoftDPO, SoftMADPO
 from madpo.losses.weight import log_margin_weight, margin_coefficient, margin_weight
 
-Loss = Annotated[DPO | MADPO, Field(discriminator="kind")]
+Loss = Annotated[
+    DPO | IPO | RDPO | SimPO | WPO | MADPO | SoftMADPO | SoftDPO | ODPO | RPO | OmniDPO | BetaDPO | AlphaDPO | Custom,
+    Field(discriminator="kind"),
+]
 LossAdapter: TypeAdapter[Loss] = TypeAdapter(Loss)
 
 __all__ = [
     "DPO",
+    "IPO",
     "MADPO",
+    "ODPO",
+    "RDPO",
+    "RPO",
+    "WPO",
+    "AlphaDPO",
+    "BetaDPO",
+    "Custom",
     "Loss",
     "LossAdapter",
     "LossConfig",
     "LossInputs",
     "LossOutput",
     "LossState",
+    "OmniDPO",
     "PreferenceLoss",
+    "SimPO",
+    "SoftDPO",
+    "SoftMADPO",
     "log_margin_weight",
     "margin_coefficient",
     "margin_weight",

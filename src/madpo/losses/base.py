@@ -7,7 +7,7 @@ need the values before they are averaged. Nothing here knows about models, files
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -17,11 +17,46 @@ from torch import Tensor
 
 
 class LossConfig(BaseModel):
-    """Base of every loss: frozen, no unknown keys, no NaN or infinite hyperparameters."""
+    """Base of every loss: frozen, no unknown keys, no NaN or infinite hyperparameters.
+
+    A loss that keeps running statistics sets ``stateful`` and fills in the three methods ``init_state``,
+    ``statistic`` and ``observe``; for every other loss they do nothing, so a trainer may call them always.
+    One batch then is::
+
+        gathered = all_gather(loss.statistic(inputs))      # every pair of the batch, the same order on every rank
+        ready = loss.observe(gathered, state)              # moves the statistics and fixes beta, filter, scale
+        output = loss(inputs, ready.rows(start, stop))     # once per micro-batch, with its rows of the batch
+        state = output.state                               # after the last one; save its state_dict()
+
+    "The batch" is the trainer's choice: one micro-batch over all ranks, or every micro-batch of an optimiser
+    step, which makes the result independent of how the step is split. In evaluation the trainer calls
+    ``observe(gathered, state, training=False)``: nothing moves and no pair is filtered out.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    """Optional inputs that the loss reads; the trainer refuses a batch that lacks one."""
+    needs_reference: ClassVar[bool] = True
+    """False: the reference log-probs are never read, and zeros may stand in for them."""
+    stateful: ClassVar[bool] = False
+    """True: the trainer keeps a :class:`LossState` for it."""
+
+    def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
+        """Loss per pair. Pure: equal inputs and state give equal outputs."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how the loss is computed")
+
+    def init_state(self, seed: int) -> LossState:
+        """The state before the first batch; ``seed`` fixes every draw that the loss will make."""
+        return LossState({})
+
+    def statistic(self, inputs: LossInputs) -> Float[Tensor, " pairs"]:
+        """What ``observe`` wants of every pair of the batch, detached: nats, one number per pair."""
+        return inputs.log_ratio_margin.detach()
+
+    def observe(self, statistic: Float[Tensor, " batch"], state: LossState, *, training: bool = True) -> LossState:
+        """The state after this batch, holding what ``__call__`` needs for its rows. Pure."""
+        return state
 
 
 @dataclass(frozen=True)
@@ -57,14 +92,14 @@ class LossInputs:
 
     def __post_init__(self) -> None:
         shape = self.policy_chosen_logps.shape
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for entry in fields(self):
+            value = getattr(self, entry.name)
             if value is None:
                 continue
             if value.shape != shape:
-                raise ValueError(f"{field.name} has shape {tuple(value.shape)}, expected {tuple(shape)}")
+                raise ValueError(f"{entry.name} has shape {tuple(value.shape)}, expected {tuple(shape)}")
             if value.is_floating_point():
-                object.__setattr__(self, field.name, widen(value))
+                object.__setattr__(self, entry.name, widen(value))
 
     @property
     def chosen_log_ratio(self) -> Float[Tensor, " pairs"]:
@@ -81,6 +116,18 @@ class LossInputs:
         """h_theta of the paper: log-ratio of the chosen less that of the rejected, nats. No beta inside."""
         return self.chosen_log_ratio - self.rejected_log_ratio
 
+    @property
+    def policy_margin_per_token(self) -> Float[Tensor, " pairs"]:
+        """Mean log pi per token of the chosen less that of the rejected, nats per token; no reference."""
+        chosen = per_token(self.policy_chosen_logps, self.chosen_lengths)
+        return chosen - per_token(self.policy_rejected_logps, self.rejected_lengths)
+
+    @property
+    def log_ratio_margin_per_token(self) -> Float[Tensor, " pairs"]:
+        """Mean log-ratio per token of the chosen less that of the rejected, nats per token."""
+        chosen = per_token(self.chosen_log_ratio, self.chosen_lengths)
+        return chosen - per_token(self.rejected_log_ratio, self.rejected_lengths)
+
     def required(self, name: str) -> Tensor:
         """The optional input ``name``, or an error that names the column."""
         value: Tensor | None = getattr(self, name)
@@ -90,7 +137,7 @@ class LossInputs:
 
     def replace(self, **changes: Tensor | None) -> LossInputs:
         """A copy with some tensors exchanged."""
-        return replace(self, **changes)
+        return replace(self, **changes)  # type: ignore[arg-type]  # None is for the optional columns
 
 
 class LossOutput(NamedTuple):
@@ -114,9 +161,15 @@ class LossState:
     """Running statistics of a loss, as tensors that the trainer owns, saves and restores.
 
     A loss never changes a state in place: it returns the next one in ``LossOutput.state``.
+
+    Attributes:
+        tensors: the statistics, the number of batches seen and the seed of the draws; on the CPU.
+        batch: what ``observe`` fixed for the batch at hand: 0-dimensional tensors for all of it, 1-dimensional
+            ones with one value per pair. Empty between batches, and never saved.
     """
 
     tensors: dict[str, Tensor]
+    batch: dict[str, Tensor] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors by name, detached, for a checkpoint."""
@@ -125,11 +178,20 @@ class LossState:
     @classmethod
     def from_state_dict(cls, tensors: dict[str, Tensor]) -> LossState:
         """The state that ``state_dict`` described."""
-        return cls({name: value.clone() for name, value in tensors.items()})
+        return cls({name: value.detach().cpu().clone() for name, value in tensors.items()})
 
     def updated(self, **changes: Tensor) -> LossState:
         """A new state with some tensors exchanged."""
-        return LossState({**self.tensors, **changes})
+        return LossState({**self.tensors, **changes}, self.batch)
+
+    def rows(self, start: int, stop: int) -> LossState:
+        """The same state, for the pairs ``start`` to ``stop`` (exclusive) of the observed batch."""
+        cut = {name: value[start:stop] if value.ndim else value for name, value in self.batch.items()}
+        return LossState(self.tensors, cut)
+
+    def settled(self) -> LossState:
+        """The state between batches: the statistics alone."""
+        return LossState(self.tensors)
 
 
 @runtime_checkable
@@ -146,3 +208,8 @@ class PreferenceLoss(Protocol):
 def widen(value: Tensor) -> Tensor:
     """float32 for half-precision tensors, the tensor itself otherwise."""
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+
+
+def per_token(logps: Float[Tensor, " pairs"], lengths: Int[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
+    """Sums divided by numbers of tokens; a completion that was cut to nothing counts as one token, not as NaN."""
+    return logps / lengths.clamp(min=1)

@@ -1,14 +1,15 @@
-"""Losses of the log-ratio margin alone: no reward model enters."""
+"""Losses of log-probabilities alone: no reward model enters, and no running statistics."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState
+from madpo.errors import ConfigError
+from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState, per_token
 
 
 class DPO(LossConfig):
@@ -26,6 +27,107 @@ class DPO(LossConfig):
     def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
         logits = self.beta * inputs.log_ratio_margin
         return LossOutput(smoothed_logistic(logits, self.label_smoothing), {})
+
+
+class IPO(LossConfig):
+    """IPO (Azar et al., arXiv 2310.12036, Eq. 17): L = (h - 1/(2 beta))^2, nats squared.
+
+    Two forms go by this name, and at equal beta they differ in strength by the length of a response: the paper
+    (and the MADPO study) uses summed log-probs, TRL since 0.7.11 the mean per token. Say which one a table shows.
+    """
+
+    kind: Literal["ipo"] = "ipo"
+    beta: float = Field(default=0.1, gt=0)
+    """tau of the paper: h is pulled to 1/(2 beta), 5 nats at 0.1; larger keeps the policy closer."""
+    reduction: Literal["sum", "mean"] = "sum"
+    """"sum": log-ratios summed over tokens (the paper). "mean": per token (TRL), h in nats per token."""
+
+    def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
+        margin = inputs.log_ratio_margin if self.reduction == "sum" else inputs.log_ratio_margin_per_token
+        return LossOutput((margin - 1 / (2 * self.beta)).square(), {})
+
+
+class RDPO(LossConfig):
+    """Robust DPO (Chowdhury et al., arXiv 2403.00409): unbiased for DPO when labels are flipped at a known rate.
+
+    L = [-(1 - e) log sigma(beta h) + e log sigma(-beta h)] / (1 - 2e). Its mean over flips is DPO's loss on the
+    clean label. One pair's loss has no lower bound (slope -e/(1 - 2e) for large h), so negative values are
+    normal. Summed log-probs.
+    """
+
+    kind: Literal["rdpo"] = "rdpo"
+    beta: float = Field(default=0.1, gt=0)
+    """Strength of the pull to the reference; larger keeps the policy closer to it."""
+    flip_rate: float = Field(default=0.1, ge=0, lt=0.5)
+    """e: share of labels that are wrong; 0 is DPO, larger trusts a single label less."""
+
+    def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
+        logits = self.beta * inputs.log_ratio_margin
+        clean, flipped = -F.logsigmoid(logits), -F.logsigmoid(-logits)
+        rate = self.flip_rate
+        return LossOutput(((1 - rate) * clean - rate * flipped) / (1 - 2 * rate), {})
+
+
+class SimPO(LossConfig):
+    """SimPO (Meng et al., arXiv 2405.14734): L = -log sigma(beta p - gamma), without a reference.
+
+    p is the mean log-prob per token of the chosen less that of the rejected. The paper names gamma, the official
+    code the ratio gamma/beta: give one of the two.
+    """
+
+    kind: Literal["simpo"] = "simpo"
+    beta: float = Field(default=2.0, gt=0)
+    """Scale of the per-token margin; larger sharpens the loss (the paper: 2 to 10)."""
+    gamma: float | None = None
+    """Target margin in the logits; larger asks for a wider gap. TRL's ``simpo_gamma``."""
+    gamma_beta_ratio: float | None = None
+    """gamma / beta, the official code's parameter, nats per token; 0.25 if neither is given."""
+
+    needs_reference: ClassVar[bool] = False
+
+    @model_validator(mode="after")
+    def _check(self) -> SimPO:
+        if self.gamma is not None and self.gamma_beta_ratio is not None:
+            raise ConfigError(
+                f"gamma is {self.gamma} and gamma_beta_ratio is {self.gamma_beta_ratio}, but one follows from the "
+                "other (gamma = beta * gamma_beta_ratio): give one of them"
+            )
+        return self
+
+    @property
+    def target_margin(self) -> float:
+        """gamma, in the unit of the logits."""
+        if self.gamma is not None:
+            return self.gamma
+        return self.beta * (0.25 if self.gamma_beta_ratio is None else self.gamma_beta_ratio)
+
+    def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
+        return LossOutput(-F.logsigmoid(self.beta * inputs.policy_margin_per_token - self.target_margin), {})
+
+
+class WPO(LossConfig):
+    """WPO (Zhou et al., arXiv 2406.11827): DPO weighted by how likely the policy is to write the pair itself.
+
+    L = -w log sigma(beta h), log w = sum over both completions of mean_t [log pi_t - log sum_v pi(v|t)^2], a
+    constant to the gradient. The DPO term uses summed log-probs, the weight means per token.
+    """
+
+    kind: Literal["wpo"] = "wpo"
+    beta: float = Field(default=0.01, gt=0)
+    """Strength of the pull to the reference; larger keeps the policy closer to it."""
+    clamp: bool = True
+    """True: w at most 1 (official code, TRL before 0.29). False: no bound (the paper's formula, TRL since 0.29)."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"chosen_log_sum_sq", "rejected_log_sum_sq"})
+
+    def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
+        chosen = per_token(inputs.policy_chosen_logps, inputs.chosen_lengths)
+        rejected = per_token(inputs.policy_rejected_logps, inputs.rejected_lengths)
+        log_weight = chosen - inputs.required("chosen_log_sum_sq") + rejected
+        log_weight = (log_weight - inputs.required("rejected_log_sum_sq")).detach()
+        # sum_v p^2 >= 1/V, so log w <= 2 log V: 43 is out of reach below 2^31 words and keeps exp finite.
+        weight = log_weight.clamp(max=0.0 if self.clamp else 43.0).exp()
+        return LossOutput(-weight * F.logsigmoid(self.beta * inputs.log_ratio_margin), {"weight/mean": weight})
 
 
 def smoothed_logistic(logits: Tensor, smoothing: float | Tensor) -> Tensor:

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState
-from madpo.losses.weight import Part, check_weight_parameters, log_margin_weight
+from madpo.errors import DataError
+from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState, per_token
+from madpo.losses.weight import (
+    Part,
+    check_finite,
+    check_weight_parameters,
+    log_margin_weight,
+    margin_coefficient,
+)
 
 
 class MADPO(LossConfig):
@@ -67,3 +75,180 @@ def weight_metrics(margin: Tensor, weight: Tensor) -> dict[str, Tensor]:
         "weight/dampened": ((weight < 1) & (margin > 0)).to(weight.dtype),
         "weight/turned_down": ((weight < 1) & (margin < 0)).to(weight.dtype),
     }
+
+
+class SoftMADPO(LossConfig):
+    """MADPO's target without the label's noise: both orders of the pair, weighted by what the target says.
+
+    L = -sigma(c h) log sigma(beta h_theta) - sigma(-c h) log sigma(-beta h_theta), c = c(|h|), h the reward margin.
+    For |h| < tau it is the mean of MADPO's loss over a Bradley-Terry label (the proof of Proposition 4.1), with no
+    label variance. There is no cut-off: beyond tau the target stays c h, a dampening that MADPO's own loss does
+    not have (its target is h + log w there, at most ln 2 below h). The label enters through the reward model alone.
+    """
+
+    kind: Literal["soft_madpo"] = "soft_madpo"
+    beta: float = Field(default=0.1, gt=0)
+    """Strength of the pull to the reference; larger keeps the policy closer to it."""
+    tau: float = 7.0
+    """|margin| at which the coefficient is exactly 1, log-odds."""
+    c_max: float = 4.0
+    """Amplification of small margins, above 1."""
+    c_min: float | None = None
+    """Dampening of large margins, in [0, 1); None is 1/c_max."""
+    lam: float = 1.0
+    """Steepness of the change from amplification to dampening around tau."""
+    margin_temperature: float = Field(default=1.0, gt=0)
+    """Divides the margins first: the temperature that calibrates the reward model to log-odds."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"reward_margin"})
+
+    @model_validator(mode="after")
+    def _check(self) -> SoftMADPO:
+        check_weight_parameters(tau=self.tau, c_max=self.c_max, c_min=self.c_min, lam=self.lam, part="full")
+        return self
+
+    def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
+        margin = inputs.required("reward_margin").detach() / self.margin_temperature
+        c = margin_coefficient(margin, tau=self.tau, c_max=self.c_max, c_min=self.c_min, lam=self.lam)
+        per_pair = soft_logistic(self.beta * inputs.log_ratio_margin, c * margin)
+        return LossOutput(per_pair, {"coefficient/mean": c, "target/mean": c * margin})
+
+
+class SoftDPO(LossConfig):
+    """DPO with the reward model's probability as a soft label (MMPO, arXiv 2410.03145).
+
+    L = -p log sigma(beta h_theta) - (1 - p) log sigma(-beta h_theta), p = sigma(reward_margin / margin_temperature).
+    MMPO's ``bt_beta`` is 1/margin_temperature. Summed log-probs; the minimiser is beta h_theta = logit p.
+    """
+
+    kind: Literal["soft_dpo"] = "soft_dpo"
+    beta: float = Field(default=0.1, gt=0)
+    """Strength of the pull to the reference; larger keeps the policy closer to it."""
+    margin_temperature: float = Field(default=1.0, gt=0)
+    """Divides the margins; larger makes the labels softer."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"reward_margin"})
+
+    def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
+        target = finite_margin(inputs) / self.margin_temperature
+        return LossOutput(soft_logistic(self.beta * inputs.log_ratio_margin, target), {"target/mean": target})
+
+
+class ODPO(LossConfig):
+    """ODPO, DPO with an offset (Amini et al., arXiv 2402.10571): L = -log sigma(beta h - alpha f(reward_margin)).
+
+    The official code takes f = log, which exists for positive margins alone (the pairs are ordered by score);
+    ``offset = "linear"`` takes the margin itself and any sign. Summed log-probs.
+    """
+
+    kind: Literal["odpo"] = "odpo"
+    beta: float = Field(default=0.1, gt=0)
+    """Strength of the pull to the reference; larger keeps the policy closer to it."""
+    alpha: float = Field(default=1.0, ge=0)
+    """Size of the offset; larger asks for a wider gap on pairs with a large margin, 0 is DPO."""
+    offset: Literal["log", "linear"] = "log"
+    """f: "log" (official; every margin must be positive) or "linear"."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"reward_margin"})
+
+    def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
+        margin = finite_margin(inputs)
+        if self.offset == "log":
+            low = (margin <= 0).nonzero()
+            if len(low):
+                row = int(low[0])
+                raise DataError(
+                    f"reward_margin in row {row} of the batch is {float(margin[row])}, but ODPO's offset is its "
+                    'logarithm and needs margins above 0; order the pairs by reward or set offset = "linear"'
+                )
+            margin = margin.log()
+        return LossOutput(-F.logsigmoid(self.beta * inputs.log_ratio_margin - self.alpha * margin), {})
+
+
+class RPO(LossConfig):
+    """Reward-aware preference optimisation (NVIDIA, arXiv 2502.00203), and reward distillation (arXiv 2405.19316).
+
+    With b = beta h_theta and the target a = eta * reward_margin: "sq" is (b - a)^2 (distilled DPO), "bwd_kl" is
+    KL(Bern(sigma(a)) || Bern(sigma(b))), soft-label DPO less the entropy of its label, and "fwd_kl" is
+    KL(Bern(sigma(b)) || Bern(sigma(a))). Summed log-probs; each is least at b = a.
+    """
+
+    kind: Literal["rpo"] = "rpo"
+    beta: float = Field(default=0.1, gt=0)
+    """Strength of the pull to the reference; larger keeps the policy closer to it (NeMo-Aligner: 0.2)."""
+    eta: float = Field(default=1.0, gt=0)
+    """Multiplies the margins; larger asks for wider gaps."""
+    form: Literal["sq", "fwd_kl", "bwd_kl"] = "bwd_kl"
+    """Distance between the policy's margin and the reward model's."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"reward_margin"})
+
+    def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
+        target, logits = self.eta * finite_margin(inputs), self.beta * inputs.log_ratio_margin
+        if self.form == "sq":
+            per_pair = (logits - target).square()
+        elif self.form == "bwd_kl":
+            per_pair = bernoulli_kl(target, logits)
+        else:
+            per_pair = bernoulli_kl(logits, target)
+        return LossOutput(per_pair, {"target/mean": target})
+
+
+class OmniDPO(LossConfig):
+    """Omni-DPO, renamed Uni-DPO (Peng et al., arXiv 2506.10054): a quality weight times a focal weight.
+
+    L = -q f log sigma(beta d) - nll_weight [ref_w > p_w] [S_w >= good_score] p_w, with every log-prob a mean per
+    token: d the log-ratio margin, q = sigma(eta (S_w - S_l)) from a judge's scores,
+    f = (1 - sigma(beta (p_w - p_l) - tau_ref))^gamma from the policy. q grows with the score margin, the opposite
+    of MADPO's weight. In the official code the gradient also flows through f.
+    """
+
+    kind: Literal["omni_dpo"] = "omni_dpo"
+    beta: float = Field(default=2.0, gt=0)
+    """Scale of the per-token margins."""
+    eta: float = Field(default=0.7, ge=0)
+    """Sharpness of the quality weight, in 1 / the judge's unit; 0 gives 1/2 to every pair."""
+    tau_ref: float = 0.8
+    """Policy margin, times beta, at which the focal weight is 2^-gamma; larger keeps fitted pairs in."""
+    gamma: float = Field(default=3.0, ge=0)
+    """Focus: larger ignores fitted pairs more, 0 switches the focal weight off."""
+    nll_weight: float = Field(default=0.001, ge=0)
+    """lambda of the paper: weight of the likelihood term on good answers that the policy came to dislike."""
+    good_score: float = 3.2
+    """tau_good: judge's score from which an answer is good."""
+    detach_weight: bool = False
+    """False: the gradient flows through the focal weight (official code). True: the weight is a constant."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"chosen_score", "rejected_score"})
+
+    def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
+        chosen_score = inputs.required("chosen_score").detach()
+        quality = torch.sigmoid(self.eta * (chosen_score - inputs.required("rejected_score").detach()))
+        focal = (self.gamma * F.logsigmoid(self.tau_ref - self.beta * inputs.policy_margin_per_token)).exp()
+        if self.detach_weight:
+            focal = focal.detach()
+        logistic = -F.logsigmoid(self.beta * inputs.log_ratio_margin_per_token)
+        policy = per_token(inputs.policy_chosen_logps, inputs.chosen_lengths)
+        reference = per_token(inputs.ref_chosen_logps, inputs.chosen_lengths)
+        unlearned = (reference > policy) & (chosen_score >= self.good_score)
+        likelihood = -self.nll_weight * torch.where(unlearned, policy, torch.zeros_like(policy))
+        return LossOutput(
+            quality * focal * logistic + likelihood,
+            {"weight/quality": quality, "weight/focal": focal.detach(), "nll/share": unlearned.to(policy.dtype)},
+        )
+
+
+def soft_logistic(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of Bern(sigma(logits)) under Bern(sigma(target)), nats; least where the two are equal."""
+    return -torch.sigmoid(target) * F.logsigmoid(logits) - torch.sigmoid(-target) * F.logsigmoid(-logits)
+
+
+def bernoulli_kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(Bern(sigma(p)) || Bern(sigma(q))) of two log-odds, nats; finite for every finite p and q."""
+    yes = torch.sigmoid(p) * (F.logsigmoid(p) - F.logsigmoid(q))
+    return yes + torch.sigmoid(-p) * (F.logsigmoid(-p) - F.logsigmoid(-q))
+
+
+def finite_margin(inputs: LossInputs) -> Tensor:
+    """The column reward_margin as a constant; a NaN or infinite value is refused with its row."""
+    return check_finite(inputs.required("reward_margin").detach())

@@ -60,7 +60,7 @@ def margin_coefficient(
         Coefficients in (c_min, c_max), same shape.
     """
     c_min = check_weight_parameters(tau=tau, c_max=c_max, c_min=c_min, lam=lam, part="full")
-    return _coefficient(_checked(reward_margin), tau=tau, c_max=c_max, c_min=c_min, lam=lam)
+    return _coefficient(check_finite(reward_margin), tau=tau, c_max=c_max, c_min=c_min, lam=lam)
 
 
 def log_margin_weight(
@@ -74,7 +74,7 @@ def log_margin_weight(
 ) -> Float[Tensor, "*shape"]:
     """Natural logarithm of :func:`margin_weight`: strictly below ln 2, finite also where the weight underflows."""
     c_min = check_weight_parameters(tau=tau, c_max=c_max, c_min=c_min, lam=lam, part=part)
-    h = _checked(reward_margin)
+    h = check_finite(reward_margin)
     above = h > -tau
     # Where the branch is not taken, h = 0 stands in: its value and its gradient are finite.
     inside = torch.where(above, h, torch.zeros_like(h))
@@ -136,8 +136,9 @@ def _below_log_2(dtype: torch.dtype) -> float:
     return float(torch.nextafter(torch.tensor(math.log(2), dtype=dtype), torch.tensor(0.0, dtype=dtype)))
 
 
-def _checked(reward_margin: Tensor) -> Tensor:
-    h = widen(reward_margin)
+def check_finite(reward_margin: Tensor) -> Tensor:
+    """The margins in float32 or wider; DataError with the row of the first that is NaN or infinite."""
+    h = widen(reward_margin if reward_margin.is_floating_point() else reward_margin.float())
     finite = torch.isfinite(h)
     if not bool(finite.all()):
         flat = (~finite).flatten()

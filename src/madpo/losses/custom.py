@@ -1,0 +1,138 @@
+"""A loss of one's own, named by where its class is."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from jaxtyping import Float
+from pydantic import Field, JsonValue, model_validator
+from torch import Tensor
+
+from madpo.errors import ConfigError
+from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState
+
+
+class Custom(LossConfig):
+    """A :class:`LossConfig` subclass outside this package, with its parameters.
+
+    The file that defines the class enters the configuration by its SHA-256, so that a changed loss is another
+    experiment. What that file imports does not. The named code is imported and run when the configuration is
+    made: name only files that you trust.
+    """
+
+    kind: Literal["custom"] = "custom"
+    target: str
+    """"package.module:Class" or "path/to/file.py:Class"; a relative path starts at the working directory."""
+    parameters: dict[str, JsonValue] = Field(default_factory=dict)
+    """Fields of the class."""
+    source_digest: str = ""
+    """SHA-256 of the source file, filled in; a given one must match, so an old record is not rerun on new code."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_digest(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping) or not isinstance(data.get("target"), str):
+            return data
+        target, given = data["target"], data.get("source_digest", "")
+        digest = hashlib.sha256(source_file(target).read_bytes()).hexdigest()
+        if given and given != digest:
+            raise ConfigError(
+                f"the source of {target!r} has changed: its SHA-256 is {digest}, but source_digest is {given}; "
+                "remove source_digest to use the present file"
+            )
+        return {**data, "source_digest": digest}
+
+    @model_validator(mode="after")
+    def _build(self) -> Custom:
+        _ = self.loss  # so that bad parameters fail with the configuration
+        return self
+
+    @property
+    def loss(self) -> LossConfig:
+        """The loss itself."""
+        return loss_class(self.target, self.source_digest).model_validate(self.parameters)
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """As the class says."""
+        return self.loss.needs
+
+    @property
+    def needs_reference(self) -> bool:  # type: ignore[override]
+        """As the class says."""
+        return self.loss.needs_reference
+
+    @property
+    def stateful(self) -> bool:  # type: ignore[override]
+        """As the class says."""
+        return self.loss.stateful
+
+    def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
+        return self.loss(inputs, state)
+
+    def init_state(self, seed: int) -> LossState:
+        return self.loss.init_state(seed)
+
+    def statistic(self, inputs: LossInputs) -> Float[Tensor, " pairs"]:
+        return self.loss.statistic(inputs)
+
+    def observe(self, statistic: Float[Tensor, " batch"], state: LossState, *, training: bool = True) -> LossState:
+        return self.loss.observe(statistic, state, training=training)
+
+
+def source_file(target: str) -> Path:
+    """The file that ``target`` names; its module is found, and not yet imported.
+
+    Raises:
+        ConfigError: the target has no ":", or there is no such file or module.
+    """
+    where, colon, name = target.rpartition(":")
+    if not (colon and where and name.isidentifier()):
+        raise ConfigError(f'target is {target!r}, but must read "package.module:Class" or "path/to/file.py:Class"')
+    if where.endswith(".py"):
+        path = Path(where)
+        if not path.is_file():
+            raise ConfigError(f"target is {target!r}, but there is no file {str(path.resolve())!r}")
+        return path
+    try:
+        spec = importlib.util.find_spec(where)
+    except (ModuleNotFoundError, ValueError) as error:
+        raise ConfigError(f"target is {target!r}, but module {where!r} cannot be found: {error}") from error
+    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
+        raise ConfigError(f"target is {target!r}, but there is no source file of a module {where!r}")
+    return Path(spec.origin)
+
+
+@lru_cache
+def loss_class(target: str, digest: str) -> type[LossConfig]:
+    """The class that ``target`` names; cached by the file's digest, so an edited file is loaded anew."""
+    where, _, name = target.rpartition(":")
+    module = load_file(Path(where), digest) if where.endswith(".py") else importlib.import_module(where)
+    found = getattr(module, name, None)
+    if not (isinstance(found, type) and issubclass(found, LossConfig)):
+        raise ConfigError(f"target is {target!r}, but {name!r} is no subclass of madpo.losses.LossConfig there")
+    return found
+
+
+def load_file(path: Path, digest: str) -> ModuleType:
+    """Run a Python file as a module under a name of its own, known to sys.modules (pydantic looks there)."""
+    name = f"madpo_custom_{digest[:16]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{str(path)!r} cannot be loaded as a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
