@@ -1,0 +1,100 @@
+"""What a finished step leaves behind: metrics, where they come from, and how to read them back."""
+
+import math
+import numbers
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_serializer
+
+from madpo.errors import ConfigError
+from madpo.progress import say
+
+LIBRARIES = ("torch", "transformers", "trl", "peft")
+
+
+class Estimate(NamedTuple):
+    """A mean with its 95 % interval over ``n`` independent units."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+Metric = float | int | str | Estimate
+Metrics = dict[str, Metric]
+
+
+class Record(BaseModel):
+    """What a finished step leaves behind. Equal identity and threads give equal records outside ``provenance``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    identity: str
+    function: str
+    version: int
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    metrics: dict[str, Metric]
+    libraries: dict[str, str]
+    threads: int
+    provenance: dict[str, Any]
+
+    @field_serializer("metrics")
+    def _readable(self, metrics: dict[str, Metric]) -> dict[str, Any]:
+        return {k: v._asdict() if isinstance(v, Estimate) else v for k, v in metrics.items()}
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the step's function."""
+        return float(self.provenance.get("seconds", 0.0))
+
+
+@cache
+def libraries() -> dict[str, str]:
+    """Versions that enter the identity. The build after "+" (cpu, cu128) is a matter of where it runs."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name).split("+")[0]
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def load_record(folder: Path) -> Record | None:
+    """The record in ``folder``; None if there is none that can be read."""
+    try:
+        return Record.model_validate_json((folder / "record.json").read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValidationError:
+        say(f"{folder / 'record.json'} is damaged and counts as missing.")
+        return None
+
+
+def plain_metrics(metrics: Metrics, name: str) -> Metrics:
+    """Python numbers for whatever number types the step returned; NaN and infinity are a failed step."""
+    return {key: _plain(value, f"{name}: metric {key}") for key, value in metrics.items()}
+
+
+def _plain(value: object, place: str) -> Metric:
+    if isinstance(value, Estimate):
+        return Estimate(_number(value.mean, place), _number(value.low, place), _number(value.high, place), int(value.n))
+    if isinstance(value, str):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return _number(value, place)
+
+
+def _number(value: object, place: str) -> float:
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{place} is {value!r}: a step returns numbers, text and Estimates")
+    if not math.isfinite(value):
+        raise ConfigError(f"{place} is {float(value)}, so training diverged or nothing was measured; check its inputs")
+    return float(value)

@@ -1,0 +1,148 @@
+"""Configuration files: what is read, and how mistakes are told."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import Field, PositiveFloat, ValidationError, field_validator
+
+from madpo.config import Frozen, load_config
+from madpo.errors import ConfigError
+
+
+class Plain(Frozen):
+    kind: Literal["plain"] = "plain"
+    beta: PositiveFloat = 0.1
+
+
+class Adaptive(Frozen):
+    kind: Literal["adaptive"] = "adaptive"
+    beta: PositiveFloat = 0.1
+    tau: PositiveFloat
+
+
+class Policy(Frozen):
+    learning_rate: PositiveFloat = 1e-5
+    epochs: int = Field(2, ge=1)
+    note: str = ""
+
+    @field_validator("note")
+    @classmethod
+    def _no_shouting(cls, note: str) -> str:
+        if note.isupper():
+            raise ConfigError("write it in lower case")
+        return note
+
+
+class Experiment(Frozen):
+    title: str
+    policy: Policy = Policy()
+    methods: dict[str, Annotated[Plain | Adaptive, Field(discriminator="kind")]] = {}
+    sizes: tuple[int, ...] = ()
+
+
+GOOD = """
+title = "a study"
+sizes = [1, 2]
+[policy]
+learning_rate = 3e-4
+[methods.ours]
+kind = "adaptive"
+tau = 7
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "study.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_reads_values_and_fills_defaults(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, GOOD), Experiment)
+    assert config.policy == Policy(learning_rate=3e-4, epochs=2)
+    assert config.methods == {"ours": Adaptive(tau=7.0, beta=0.1)}
+    assert config.sizes == (1, 2)
+    with pytest.raises(ValidationError, match="frozen"):
+        config.policy.epochs = 3  # type: ignore[misc]
+
+
+def test_overrides_are_typed_and_reach_every_depth(tmp_path: Path) -> None:
+    overrides = ["policy.learning_rate=1e-4", "methods.ours.tau=2", "title=plain words", "sizes.1=9", "policy.note=a=b"]
+    config = load_config(write(tmp_path, GOOD), Experiment, overrides)
+    assert config.policy.learning_rate == 1e-4
+    assert config.methods["ours"] == Adaptive(tau=2.0)
+    assert config.title == "plain words"
+    assert config.sizes == (1, 9)
+    assert config.policy.note == "a=b"
+    assert load_config(write(tmp_path, GOOD), Experiment, {"policy.epochs": 5}).policy.epochs == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (GOOD.replace("learning_rate", "learning_rat"), ["policy.learning_rat'", "did you mean 'learning_rate'?"]),
+        (GOOD.replace("tau = 7", "tau = 7\ntua = 3"), ["methods.ours.tua'", "did you mean 'tau'?"]),
+        (GOOD.replace("tau = 7", "tau = -7"), ["methods.ours.tau = -7", "must be greater than 0"]),
+        (GOOD.replace("3e-4", "nan"), ["policy.learning_rate = nan", "finite"]),
+        (GOOD.replace("tau = 7", ""), ["'methods.ours.tau' is missing"]),
+        (GOOD.replace('"adaptive"', '"adaptve"'), ["methods.ours.kind = 'adaptve'", "did you mean 'adaptive'?"]),
+        (GOOD.replace('kind = "adaptive"', ""), ["methods.ours needs the key 'kind'"]),
+        (GOOD.replace("3e-4", "3e-4\nepochs = 0\nnote = 'LOUD'"), ["policy.epochs = 0", "and 1 more mistake)"]),
+        (GOOD.replace("3e-4", "3e-4\nnote = 'LOUD'"), ["policy.note = 'LOUD': write it in lower case"]),
+        (GOOD.replace("[1, 2]", "[1, 'two']"), ["sizes.1 = 'two'", "integer"]),
+        ("title = 1x\nother = 2", ["not valid TOML", "line 1"]),
+        ("", ["'title' is missing"]),
+    ],
+)
+def test_a_mistake_is_one_sentence_with_file_key_and_remedy(tmp_path: Path, change: str, words: list[str]) -> None:
+    path = write(tmp_path, change)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, Experiment)
+    message = str(caught.value)
+    assert message.startswith(str(path))
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("policy.epochs=none", ["--set policy.epochs", "'none'"]),
+        ("policy.epochs", ["'policy.epochs' is not key=value"]),
+        ("title.deep=1", ["title = 'a study' has no fields"]),
+        ("sizes.7=1", ["'7' must be a number from 0 to 1"]),
+        ("policy.epoch=3", ["did you mean 'epochs'?"]),
+    ],
+)
+def test_a_bad_override_names_itself(tmp_path: Path, override: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, GOOD), Experiment, [override])
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(tmp_path / "absent.toml", Experiment)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path, Experiment)
+    (tmp_path / "latin.toml").write_bytes(b'title = "caf\xe9"')
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load_config(tmp_path / "latin.toml", Experiment)
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(max_size=60))
+def test_any_text_as_an_override_is_a_value_or_a_clear_error(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path, GOOD)
+    try:
+        config = load_config(path, Experiment, [f"policy.note={text}"])
+    except ConfigError:
+        return
+    # Nothing but the named key may change, whatever line breaks and quotes the text holds.
+    assert config.model_copy(update={"policy": Policy(learning_rate=3e-4)}) == load_config(path, Experiment)
+    assert config.policy.learning_rate == 3e-4

@@ -1,0 +1,394 @@
+"""Identity, skipping, resuming, and what happens when things go wrong."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import Field
+
+import madpo.records
+from madpo.config import Frozen
+from madpo.errors import ConfigError, DataError, StorageError
+from madpo.executors import Inline, Processes
+from madpo.pipeline import Estimate, Metrics, Record, Step, load_record, plan, run
+from madpo.storage import holder, locked, write_atomically
+
+
+class Numbers(Frozen):
+    value: int = 2
+    scale: float = 1.0
+    batch_size: int = Field(8, exclude=True)
+
+
+class Place(Frozen):
+    folder: Path
+    where: Path = Field(Path("x"), exclude=True)
+
+
+def produce(config: Numbers, inputs: Mapping[str, Path], out: Path) -> Metrics:
+    with (out / "calls.txt").open("a") as file:
+        file.write("x")
+    (out / "value.txt").write_text(str(config.value * config.scale))
+    return {"value": config.value, "mean": Estimate(1.0, 0.5, 1.5, 7), "share": np.float32(0.5), "kind": "test"}
+
+
+def combine(config: Numbers, inputs: Mapping[str, Path], out: Path) -> Metrics:
+    return {"sum": sum(float((folder / "value.txt").read_text()) for folder in inputs.values())}
+
+
+def crash(config: Numbers, inputs: Mapping[str, Path], out: Path) -> Metrics:
+    (out / "partial.txt").write_text("half")
+    if os.environ.get("MADPO_TEST_CRASH"):
+        raise RuntimeError("the lights went out\nsecond line")
+    return {"continued": (out / "partial.txt").read_text()}
+
+
+def refuse(config: Numbers, inputs: Mapping[str, Path], out: Path) -> Metrics:
+    raise DataError("reviews.csv row 3: the text is empty; drop the row")
+
+
+def fill_disk(config: Numbers, inputs: Mapping[str, Path], out: Path) -> Metrics:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out / "model.safetensors"))
+
+
+def fill_disk_in_rust(config: Numbers, inputs: Mapping[str, Path], out: Path) -> Metrics:
+    raise RuntimeError("I/O error: No space left on device (os error 28)")
+
+
+def diverge(config: Numbers, inputs: Mapping[str, Path], out: Path) -> Metrics:
+    return {"loss": float("nan")}
+
+
+@pytest.fixture(autouse=True)
+def _fixed_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    fixed = {"torch": "2.13.0", "transformers": "5.24.0", "trl": "1.16.0", "peft": "0.21.0"}
+    monkeypatch.setattr("madpo.pipeline.libraries", lambda: fixed)
+
+
+def graph(value: int = 2, **config: Any) -> list[Step]:
+    first = Step("data/first", produce, Numbers(value=value, **config), says="makes a number")
+    second = Step("data/second", produce, Numbers(value=5))
+    return [first, second, Step("sum", combine, Numbers(), {"a": first, "b": second})]
+
+
+def calls(root: Path, step: Step) -> int:
+    return len((step.folder(root) / "calls.txt").read_text())
+
+
+# Identity
+
+
+def test_golden_identities(monkeypatch: pytest.MonkeyPatch) -> None:
+    # These may change only with a sentence in the log saying why: every change makes all earlier runs stale.
+    monkeypatch.setattr(Step, "function", property(lambda step: f"madpo.example.{step.fn.__name__}"))
+    assert [step.identity for step in graph()] == [
+        "546d0c41e2f6bf1e340f7807db02ea0e0cf6108aea24e9a8fad9a2c18a537500",
+        "4d4e2ceb3d9cb2eeea5a8cabd32755cd1b3925a5ef44029fa61f3838b57a4621",
+        "24edc604d18be24c79060fb850d8fe5f9ac908e9e5973c597066d4f7abcb6b79",
+    ]
+
+
+def test_identity_moves_with_everything_that_bears_on_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = Step("a", produce, Numbers())
+    upstream = Step("u", produce, Numbers())
+    variants = [
+        Step("a", produce, Numbers(value=3)),
+        Step("a", combine, Numbers()),
+        Step("a", produce, Numbers(), version=2),
+        Step("a", produce, Numbers(), {"x": upstream}),
+        Step("a", produce, Numbers(), {"y": upstream}),
+        Step("a", produce, Numbers(), {"x": Step("u", produce, Numbers(value=9))}),
+    ]
+    assert len({step.identity for step in [base, *variants]}) == 7
+    monkeypatch.setattr("madpo.pipeline.libraries", lambda: {"torch": "2.14.0"})
+    assert Step("a", produce, Numbers()).identity != base.identity
+
+
+def test_identity_ignores_how_and_where(tmp_path: Path) -> None:
+    base = Step("a", produce, Numbers())
+    same = [
+        Step("a", produce, Numbers(batch_size=64)),
+        Step("renamed", produce, Numbers()),
+        Step("a", produce, Numbers(value=2, scale=1.0), says="other words"),
+    ]
+    assert {step.identity for step in same} == {base.identity}
+    assert base.folder(tmp_path).name == f"a-{base.identity[:8]}"
+
+
+def test_a_path_cannot_enter_the_identity() -> None:
+    with pytest.raises(TypeError, match=r"config\.folder is a path"):
+        _ = Step("a", produce, Place(folder=Path("/data"))).identity
+
+
+def test_library_versions_leave_out_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    madpo.records.libraries.cache_clear()
+    monkeypatch.setattr("madpo.records.version", lambda name: "2.13.0+cpu")
+    try:
+        assert set(madpo.records.libraries().values()) == {"2.13.0"}
+    finally:
+        madpo.records.libraries.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["../escape", "a/../b", "/root", "a b", ""])
+def test_a_name_is_a_safe_folder(name: str) -> None:
+    with pytest.raises(ValueError, match="step name"):
+        Step(name, produce, Numbers())
+
+
+def test_a_function_must_be_at_module_level() -> None:
+    with pytest.raises(ValueError, match="module level"):
+        Step("a", lambda config, inputs, out: {}, Numbers())
+
+
+# Running
+
+
+@pytest.mark.parametrize("jobs", [0, 2])
+def test_runs_in_order_then_skips(tmp_path: Path, jobs: int, capsys: pytest.CaptureFixture[str]) -> None:
+    with Processes(jobs) if jobs else Inline() as executor:
+        result = run([graph()[-1]], tmp_path, executor)
+    assert sorted(result.ran) == ["data/first", "data/second", "sum"]
+    assert result.ran[-1] == "sum"
+    assert result.records["sum"].metrics == {"sum": 7.0}
+    first = result.records["data/first"]
+    assert first.metrics == {"value": 2, "mean": Estimate(1.0, 0.5, 1.5, 7), "share": 0.5, "kind": "test"}
+    assert first.config == {"value": 2, "scale": 1.0}
+    assert first.threads >= 1
+    assert {"seconds", "host", "started", "madpo", "argv"} == set(first.provenance)
+    assert "data/first: makes a number" in capsys.readouterr().err
+
+    again = run(graph(), tmp_path)
+    assert again.ran == []
+    assert again.done == ["data/first", "data/second", "sum"]
+    assert again.records == result.records
+    assert calls(tmp_path, graph()[0]) == 1
+    assert "All 3 steps are done already" in capsys.readouterr().err
+
+
+def test_records_are_equal_outside_provenance(tmp_path: Path) -> None:
+    one = run(graph(), tmp_path / "one").records
+    two = run(graph(), tmp_path / "two").records
+    for name in one:
+        assert one[name].model_dump(exclude={"provenance"}) == two[name].model_dump(exclude={"provenance"})
+
+
+def test_a_change_runs_what_depends_on_it_in_a_new_folder(tmp_path: Path) -> None:
+    run(graph(), tmp_path)
+    result = run(graph(value=3), tmp_path)
+    assert result.ran == ["data/first", "sum"]
+    assert result.done == ["data/second"]
+    assert result.records["sum"].metrics == {"sum": 8.0}
+    assert run(graph(), tmp_path).ran == []  # the old result is still there, under its own identity
+
+
+def test_plan_names_what_changed(tmp_path: Path) -> None:
+    assert [p.status for p in plan(graph(), tmp_path)] == ["to run"] * 3
+    run(graph(), tmp_path)
+    assert [p.status for p in plan(graph(), tmp_path)] == ["done"] * 3
+    stale = [p.status for p in plan(graph(value=3), tmp_path)]
+    assert stale == ["stale: value is 3, was 2", "done", "stale: its input a changed (data/first)"]
+    bumped = Step("data/second", produce, Numbers(value=5), version=2)
+    assert plan([bumped], tmp_path)[0].status.endswith("version 2 was test_pipeline.produce version 1")
+
+
+def test_plan_names_a_changed_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(graph(), tmp_path)
+    monkeypatch.setattr("madpo.pipeline.libraries", lambda: {"torch": "2.14.0"})
+    assert plan(graph(), tmp_path)[0].status == "stale: torch is 2.14.0, was 2.13.0"
+
+
+def test_dry_run_writes_nothing(tmp_path: Path) -> None:
+    result = run(graph(), tmp_path / "new", dry_run=True)
+    assert [p.status for p in result.plan] == ["to run"] * 3
+    assert not (tmp_path / "new").exists()
+
+
+def test_only_takes_upstreams_along(tmp_path: Path) -> None:
+    assert run(graph(), tmp_path, only="data/f*").ran == ["data/first"]
+    assert run(graph(), tmp_path, only="sum").ran == ["data/second", "sum"]
+    with pytest.raises(ConfigError, match="did you mean 'data/first'"):
+        run(graph(), tmp_path, only="data/frist")
+
+
+def test_two_different_steps_cannot_share_a_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="both called 'a'"):
+        run([Step("a", produce, Numbers()), Step("a", produce, Numbers(value=3))], tmp_path)
+
+
+def test_run_lists_its_steps(tmp_path: Path) -> None:
+    run(graph(), tmp_path, about={"title": "t"}, only="data/first")
+    listing = json.loads((tmp_path / "run.json").read_text())
+    assert listing["about"] == {"title": "t"}
+    assert list(listing["steps"]) == ["data/first", "data/second", "sum"]
+    assert (tmp_path / listing["steps"]["data/first"]["folder"] / "record.json").exists()
+
+
+# Failing
+
+
+def test_a_crash_leaves_no_record_and_a_rerun_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = Step("broken", crash, Numbers())
+    after = Step("after", combine, Numbers(), {"x": broken})
+    later = Step("later", combine, Numbers(), {"x": after})
+    free = Step("free", produce, Numbers())
+    monkeypatch.setenv("MADPO_TEST_CRASH", "1")
+    result = run([broken, after, later, free], tmp_path)
+    assert result.ran == ["free"]
+    assert result.skipped == {"after": "broken", "later": "broken"}
+    assert list(result.failed) == ["broken"]
+    assert result.failed["broken"].startswith("RuntimeError: the lights went out (traceback: ")
+    folder = broken.folder(tmp_path)
+    assert "second line" in (folder / "error.txt").read_text()
+    assert load_record(folder) is None
+    monkeypatch.delenv("MADPO_TEST_CRASH")
+    again = run([broken], tmp_path)
+    assert again.records["broken"].metrics == {"continued": "half"}
+    assert sorted(p.name for p in folder.iterdir()) == ["partial.txt", "record.json"]
+
+
+def test_a_users_mistake_is_raised_when_nothing_else_came_of_it(tmp_path: Path) -> None:
+    wrong = Step("wrong", refuse, Numbers())
+    with pytest.raises(DataError, match=r"reviews\.csv row 3"):
+        run([wrong], tmp_path)
+    result = run([wrong, Step("free", produce, Numbers())], tmp_path)
+    assert result.failed == {"wrong": "reviews.csv row 3: the text is empty; drop the row"}
+
+
+@pytest.mark.parametrize("fn", [fill_disk, fill_disk_in_rust])
+def test_a_full_disk_is_one_sentence(tmp_path: Path, fn: Any) -> None:
+    with pytest.raises(StorageError, match="the disk is full; free some space and run the same command again"):
+        run([Step("big", fn, Numbers())], tmp_path)
+
+
+def test_a_full_disk_while_the_record_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    step = Step("a", produce, Numbers())
+    step.folder(tmp_path).mkdir()
+    write_atomically(tmp_path / "run.json", "{}")
+    monkeypatch.setattr("madpo.storage.os.fsync", full)
+    with pytest.raises(StorageError, match="disk is full"):
+        run([step], tmp_path)
+    assert load_record(step.folder(tmp_path)) is None
+    assert (tmp_path / "run.json").read_text() == "{}"
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_rights(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(StorageError, match="permission denied"):
+            run(graph(), tmp_path / "new")
+    finally:
+        tmp_path.chmod(0o700)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
+def test_missing_rights_as_the_system_tells_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def refuse_folder(self: Path, *args: Any, **kwargs: Any) -> None:
+        raise OSError(code, os.strerror(code), str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse_folder)
+    with pytest.raises(StorageError, match=r"new: .*choose another folder"):
+        run(graph(), tmp_path / "new")
+
+
+@pytest.mark.parametrize("tail", ["", "deeper"])
+def test_a_file_in_place_of_the_folder(tmp_path: Path, tail: str) -> None:
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(StorageError, match="file"):
+        run(graph(), tmp_path / "taken" / tail)
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_a_diverged_metric_fails_the_step(tmp_path: Path) -> None:
+    step = Step("nan", diverge, Numbers())
+    with pytest.raises(ConfigError, match="metric loss is nan"):
+        run([step], tmp_path)
+    assert load_record(step.folder(tmp_path)) is None
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"null", b"\xff\xfe"])
+def test_a_damaged_record_counts_as_missing(tmp_path: Path, damage: bytes) -> None:
+    step = graph()[0]
+    run([step], tmp_path)
+    (step.folder(tmp_path) / "record.json").write_bytes(damage)
+    assert plan([step], tmp_path)[0].status == "to run"
+    assert run([step], tmp_path).ran == ["data/first"]
+
+
+def test_a_second_run_is_refused_with_pid_and_host(tmp_path: Path) -> None:
+    assert holder(tmp_path) is None
+    with locked(tmp_path), pytest.raises(StorageError, match=rf"process {os.getpid()} on {os.uname().nodename}"):
+        run(graph(), tmp_path)
+    assert holder(tmp_path) is None
+    assert len(run(graph(), tmp_path).ran) == 3
+
+
+KILLED = """
+    import sys, time
+    from pathlib import Path
+    from madpo.config import Frozen
+    from madpo.executors import Inline, Processes
+    from madpo.pipeline import Step, run
+
+    class Count(Frozen):
+        upto: int = 40
+
+    def count(config, inputs, out):
+        path = out / "count.txt"
+        done = int(path.read_text()) if path.exists() else 0
+        began = done
+        while done < config.upto:
+            done += 1
+            path.write_text(str(done))
+            time.sleep(0.05 if began == 0 else 0)
+        return {"began": began, "done": done}
+
+    if __name__ == "__main__":
+        steps = [Step("first", count, Count(upto=1)), Step("long", count, Count())]
+        with Processes(1) if sys.argv[2] == "processes" else Inline() as executor:
+            result = run(steps, Path(sys.argv[1]), executor)
+        print(result.ran, result.done, result.records["long"].metrics)
+"""
+
+
+@pytest.mark.parametrize("kind", ["inline", "processes"])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_killed_during_a_step_then_continued(tmp_path: Path, kind: str, how: signal.Signals) -> None:
+    script, root = tmp_path / "killed.py", tmp_path / "run"
+    script.write_text(textwrap.dedent(KILLED))
+    command = [sys.executable, str(script), str(root), kind]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not [p for p in root.glob("long-*/count.txt") if p.read_text() not in ("", "0", "1")]:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(how)
+    process.communicate(timeout=30)
+    assert process.returncode != 0
+    (folder,) = root.glob("long-*")
+    assert not (folder / "record.json").exists()
+    time.sleep(0.3)
+    reached = (folder / "count.txt").read_text()
+    time.sleep(0.3)
+    assert (folder / "count.txt").read_text() == reached  # no orphan goes on writing
+
+    after = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert after.stdout.startswith("['long'] ['first']")
+    assert "'done': 40" in after.stdout
+    assert "'began': 0" not in after.stdout
+    assert isinstance(load_record(folder), Record)
