@@ -39,7 +39,7 @@ class Policy(Frozen):
 class Experiment(Frozen):
     title: str
     policy: Policy = Policy()
-    methods: dict[str, Annotated[Plain | Adaptive, Field(discriminator="kind")]] = {}
+    methods: dict[str, Annotated[Plain | Adaptive, Field(discriminator="kind")]] = Field(default_factory=dict)
     sizes: tuple[int, ...] = ()
 
 
