@@ -60,7 +60,8 @@ def margin_coefficient(
         Coefficients in (c_min, c_max), same shape.
     """
     c_min = check_weight_parameters(tau=tau, c_max=c_max, c_min=c_min, lam=lam, part="full")
-    return _coefficient(check_finite(reward_margin), tau=tau, c_max=c_max, c_min=c_min, lam=lam)
+    h = check_finite(reward_margin)
+    return c_min + (c_max - c_min) * _amplified(h, tau=tau, c_max=c_max, c_min=c_min, lam=lam)
 
 
 def log_margin_weight(
@@ -78,8 +79,10 @@ def log_margin_weight(
     above = h > -tau
     # Where the branch is not taken, h = 0 stands in: its value and its gradient are finite.
     inside = torch.where(above, h, torch.zeros_like(h))
-    c = _coefficient(inside, tau=tau, c_max=c_max, c_min=c_min, lam=lam)
-    log_weight = F.logsigmoid(c * inside) - F.logsigmoid(inside)
+    amplified = _amplified(inside, tau=tau, c_max=c_max, c_min=c_min, lam=lam)
+    # c * h in two terms: beyond 1e30 the second is 0 in every precision, and its gradient must not overflow.
+    target = c_min * inside + (c_max - c_min) * (inside.clamp(max=1e30) * amplified)
+    log_weight = F.logsigmoid(target) - F.logsigmoid(inside)
     # The weight is below 2 for every margin; rounding alone can reach it (c h large, h tiny), so stay strict.
     log_weight = log_weight.clamp(max=_below_log_2(h.dtype))
     active = above
@@ -125,10 +128,10 @@ def margin_weight(
     return log_margin_weight(reward_margin, tau=tau, c_max=c_max, c_min=c_min, lam=lam, part=part).exp()
 
 
-def _coefficient(h: Tensor, *, tau: float, c_max: float, c_min: float, lam: float) -> Tensor:
-    # log K by log1p: near c_max = 1 the plain ratio would lose its digits.
+def _amplified(h: Tensor, *, tau: float, c_max: float, c_min: float, lam: float) -> Tensor:
+    # The share of c_max in the coefficient. log K by log1p: near c_max = 1 the plain ratio would lose its digits.
     log_k = math.log(c_max - 1) - math.log1p(-c_min)
-    return c_min + (c_max - c_min) * torch.sigmoid(-(log_k + lam * (h.abs() - tau)))
+    return torch.sigmoid(-(log_k + lam * (h.abs() - tau)))
 
 
 def _below_log_2(dtype: torch.dtype) -> float:
