@@ -155,11 +155,11 @@ def test_fixed_points_and_the_range_of_the_coefficient(parameters: dict[str, flo
     assert c_max is not None
     c_min = 1 / c_max if parameters.get("c_min") is None else parameters["c_min"]
     assert c_min is not None
-    assert (c >= c_min).all()
-    assert (c <= c_max).all()
+    assert (c >= c_min * (1 - 1e-14)).all()
+    assert (c <= c_max * (1 + 1e-14)).all()  # up to rounding
     inside, outside = grid.abs() < tau * (1 - 1e-9), grid.abs() > tau * (1 + 1e-9)
-    assert (c[inside] >= 1).all()
-    assert (c[outside] <= 1).all()
+    assert (c[inside] >= 1 - 1e-14).all()
+    assert (c[outside] <= 1 + 1e-14).all()
 
 
 @settings(deadline=None, max_examples=100)
