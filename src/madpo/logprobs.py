@@ -27,7 +27,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers.utils import ModelOutput
 
 TILE = 16_384
 """Vocabulary entries per tile: small enough for a processor's cache at a few hundred tokens."""
@@ -35,8 +34,7 @@ TOKENS = 1_024
 """Tokens per pass over the vocabulary: bounds the memory of one tile (16 Mi entries)."""
 
 
-@dataclass
-class CompletionScores(ModelOutput):  # type: ignore[misc]
+class CompletionScores(NamedTuple):
     """One row per sequence. All but ``logps`` are detached, and all but the first two None unless asked for.
 
     Attributes:
@@ -48,8 +46,8 @@ class CompletionScores(ModelOutput):  # type: ignore[misc]
         top1: share of completion tokens that were the most likely one.
     """
 
-    logps: Tensor | None = None
-    lengths: Tensor | None = None
+    logps: Tensor
+    lengths: Tensor
     log_sum_sq: Tensor | None = None
     entropy: Tensor | None = None
     mean_logit: Tensor | None = None

@@ -1,0 +1,203 @@
+"""The completion head against brute force: values, gradients, every padding side, and half precision."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from madpo.logprobs import Head, completion_kl, completion_logps, token_logps
+
+VOCAB = 211
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "pad_token_id": 0,
+}
+WINDOWS = ["sliding_attention", "full_attention", "sliding_attention"]
+MODELS = {
+    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SMALL, sliding_window=4, layer_types=WINDOWS)),
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, sliding_window=4, final_logit_softcapping=2.0)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=4)),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    ),
+}
+
+
+def build(family: str, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    model = MODELS[family]().eval()
+    if family != "gemma2":  # its eager attention casts a float64 mask to float32, where it is infinite
+        model = model.double()
+    with torch.no_grad():
+        for parameter in model.parameters():  # initial weights are so small that every logit would be near 0
+            parameter.mul_(4)
+    return model
+
+
+@pytest.fixture(scope="module", params=sorted(MODELS))
+def model(request):
+    return build(request.param)
+
+
+def batch(rows: list[tuple[int, int]], side: str, seed: int = 0) -> dict[str, Tensor]:
+    """Random rows of (prompt, completion) lengths, padded to the longest."""
+    generator = torch.Generator().manual_seed(seed)
+    length = max(prompt + completion for prompt, completion in rows)
+    ids = torch.randint(1, VOCAB, (len(rows), length), generator=generator)
+    attention, completion_mask = torch.zeros_like(ids), torch.zeros_like(ids)
+    for row, (prompt, completion) in enumerate(rows):
+        start = 0 if side == "right" else length - prompt - completion
+        attention[row, start : start + prompt + completion] = 1
+        completion_mask[row, start + prompt : start + prompt + completion] = 1
+    return {"input_ids": ids * attention, "attention_mask": attention, "completion_mask": completion_mask}
+
+
+def brute_force(model: nn.Module, rows: dict[str, Tensor]) -> Tensor:
+    """One row, one token at a time, without padding, through the model's own logits."""
+    sums = []
+    for ids, attention, mask in zip(*rows.values(), strict=True):
+        ids, mask = ids[attention.bool()], mask[attention.bool()]
+        logp = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+        terms = [logp[position - 1, ids[position]] for position in range(1, len(ids)) if mask[position]]
+        sums.append(sum(terms, torch.zeros((), dtype=logp.dtype)))
+    return torch.stack(sums)
+
+
+ROWS = [(5, 6), (3, 1), (7, 9), (1, 4), (4, 0)]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_values_and_gradients_equal_a_token_loop(model, side, frozen):
+    rows = batch(ROWS, side)
+    model.get_output_embeddings().weight.requires_grad_(not frozen)
+    weight = torch.tensor([1.0, -2.0, 0.5, 3.0, 1.0], dtype=model.dtype)
+    inside = next(
+        p for n, p in model.named_parameters() if n.endswith(("layers.0.mlp.up_proj.weight", "h.0.mlp.c_fc.weight"))
+    )
+
+    expected = brute_force(model, rows)
+    scores = completion_logps(model, **rows)
+    tight = {"rtol": 1e-10, "atol": 1e-10} if expected.dtype is torch.float64 else {"rtol": 2e-5, "atol": 1e-4}
+    torch.testing.assert_close(scores.logps, expected, **tight)
+    assert scores.lengths.tolist() == [completion for _, completion in ROWS]
+    wanted = [inside] if frozen else [inside, model.get_output_embeddings().weight]
+    ours = torch.autograd.grad((scores.logps * weight).sum(), wanted)
+    theirs = torch.autograd.grad((expected * weight).sum(), wanted)
+    for a, b in zip(ours, theirs, strict=True):
+        # Gemma's norms compute in float32 even in float64 models, so the last digits differ.
+        bound = 1e-6 if b.dtype is torch.float64 else 1e-4
+        torch.testing.assert_close(a, b, rtol=bound, atol=bound * float(b.abs().max()))
+
+
+@settings(max_examples=15, deadline=None)
+@given(rows=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 7)), min_size=1, max_size=6), seed=st.integers(0, 99))
+def test_a_row_does_not_depend_on_its_batch(rows, seed):
+    model = build("gemma3")
+    together = batch(rows, "right", seed)
+    scores = completion_logps(model, **together).logps
+    for row, (prompt, completion) in enumerate(rows):
+        alone = {name: value[row : row + 1, : prompt + completion] for name, value in together.items()}
+        torch.testing.assert_close(completion_logps(model, **alone).logps[0], scores[row], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("tile", [1, 7, 50, VOCAB, 1000])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_details_equal_the_full_softmax_for_every_tile(tile, softcap, frozen):
+    torch.manual_seed(1)
+    hidden = torch.randn(9, 16, dtype=torch.float64) * 2
+    head = Head(torch.randn(VOCAB, 16, dtype=torch.float64), torch.randn(VOCAB, dtype=torch.float64), softcap, 0.5)
+    head.weight.requires_grad_(not frozen)
+    z = 0.5 * (hidden @ head.weight.T + head.bias)
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    labels = torch.randint(0, VOCAB, (9,))
+    labels[:3] = z[:3].argmax(-1)
+    logp = z.log_softmax(-1)
+
+    found = token_logps(hidden, head, labels, log_sum_sq=True, details=True, tile=tile)
+    close = {"rtol": 1e-11, "atol": 1e-11}
+    torch.testing.assert_close(found.logps, logp.gather(-1, labels[:, None])[:, 0], **close)
+    torch.testing.assert_close(found.log_sum_sq, logp.exp().square().sum(-1).log(), **close)
+    torch.testing.assert_close(found.entropy, -(logp.exp() * logp).sum(-1), **close)
+    torch.testing.assert_close(found.mean_logit, z.mean(-1), **close)
+    assert found.top1.tolist() == (z.argmax(-1) == labels).double().tolist()
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_gradcheck_of_the_stash(softcap):
+    torch.manual_seed(2)
+    head = Head(torch.randn(23, 5, dtype=torch.float64), torch.randn(23, dtype=torch.float64), softcap, 1.5)
+    hidden = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, 22, 7, 7])
+    assert torch.autograd.gradcheck(lambda h: token_logps(h, head, labels, tile=6).logps, hidden)
+
+
+def test_bfloat16_is_three_times_closer_than_bfloat16_logits():
+    """The label's and the top token's logits are exact; the rest of the softmax averages its rounding."""
+    torch.manual_seed(3)
+    weight = (torch.randn(20_000, 64) * 0.2).bfloat16()
+    hidden = (torch.randn(200, 64) * 2).bfloat16()
+    labels = torch.randint(0, 20_000, (200,))
+    hidden[:100] += 2 * weight[:100] / weight[:100].float().square().sum(-1, keepdim=True).sqrt()
+    hidden[:50] += (14 * weight[:50].float() / weight[:50].float().norm(dim=-1, keepdim=True)).bfloat16()
+    labels[:50] = torch.arange(50)
+    exact = (hidden.float() @ weight.float().T).log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+    plain = (hidden @ weight.T).float().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+    ours = token_logps(hidden, Head(weight, None, None, 1.0), labels, tile=4096).logps
+    assert (ours - exact).abs().mean() < (plain - exact).abs().mean() / 3
+    assert (ours - exact).abs().max() < 0.02
+    assert float(ours.max()) <= 0
+
+
+def test_no_completion_token_at_all_gives_zero_and_a_gradient():
+    model = build("llama")
+    rows = batch([(4, 0), (3, 0)], "right")
+    scores = completion_logps(model, **rows)
+    assert scores.logps.tolist() == [0.0, 0.0]
+    scores.logps.sum().backward()
+
+
+def test_kl_is_zero_to_itself_and_equals_the_definition():
+    policy, reference = build("gemma3", 0), build("gemma3", 5)
+    rows = batch(ROWS[:4], "right")
+    logps, kl = completion_kl(policy, policy, **rows)
+    assert kl.tolist() == [0.0] * 4
+    torch.testing.assert_close(logps, completion_logps(policy, **rows).logps.detach(), rtol=1e-6, atol=1e-6)
+    _, kl = completion_kl(policy, reference, **rows, block=5)
+    p = policy(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"]).logits.log_softmax(-1)
+    q = reference(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"]).logits.log_softmax(-1)
+    per_position = (p.exp() * (p - q)).sum(-1)[:, :-1] * rows["completion_mask"][:, 1:]
+    torch.testing.assert_close(kl, per_position.sum(-1), rtol=1e-6, atol=1e-6)
+
+
+def test_plain_forward_and_generate_are_unchanged():
+    model = build("llama")
+    ids = torch.randint(1, VOCAB, (2, 6))
+    before, tokens = model(input_ids=ids).logits, model.generate(ids, max_new_tokens=4, do_sample=False)
+    completion_logps(model, ids, torch.ones_like(ids), torch.ones_like(ids))
+    torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=0, atol=0)
+    assert model.generate(ids, max_new_tokens=4, do_sample=False).equal(tokens)
