@@ -1,0 +1,78 @@
+"""Trainer arguments that run everywhere, and the checks that keep TRL's loss options from being ignored silently."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from trl import DPOConfig
+
+from madpo.errors import ConfigError
+from madpo.models import compute_dtype
+
+# TRL's option -> where the same choice is made here.
+_REPLACED = {
+    "beta": "the loss's own beta, such as MADPO(beta=...)",
+    "loss_type": "the loss itself, such as loss=IPO(...)",
+    "label_smoothing": "DPO(label_smoothing=...) or RDPO(flip_rate=...)",
+    "loss_weights": "a loss of your own that adds the terms",
+    "use_weighting": "loss=WPO(...)",
+    "ld_alpha": "a loss of your own",
+    "f_divergence_type": "a loss of your own",
+    "f_alpha_divergence_coef": "a loss of your own",
+}
+
+
+@dataclass
+class PreferenceConfig(DPOConfig):  # type: ignore[misc]
+    """TRL's ``DPOConfig`` with defaults that run everywhere.
+
+    The CPU is used where there is no accelerator, bfloat16 only where the processor has it, gradient checkpointing is
+    off, and LoRA dropout is what the user wrote (TRL's ``disable_dropout`` would turn it off; the model's own dropout
+    is off all the same).
+
+    Attributes:
+        token_metrics: when to compute entropy, mean logits and token accuracy, which cost about a tenth of the head:
+            "logged" at steps that are logged, "always" (as TRL does) or "never".
+    """
+
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations in backward."})
+    disable_dropout: bool = field(default=False, metadata={"help": "Also switch off the adapter's own dropout."})
+    token_metrics: str = field(
+        default="logged", metadata={"help": "When to compute entropy and mean logits: logged, always or never."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.token_metrics not in ("logged", "always", "never"):
+            raise ConfigError(f"token_metrics is {self.token_metrics!r}, but must be 'logged', 'always' or 'never'")
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and compute_dtype() is torch.bfloat16
+        super().__post_init__()
+
+
+def refuse_replaced_options(args: DPOConfig) -> None:
+    """Refuse options of TRL's loss: they would have no effect beside ``loss=...``.
+
+    Raises:
+        ConfigError: an option differs from its default; the sentence names the field to use instead.
+    """
+    for option in dataclasses.fields(args):
+        if option.name not in _REPLACED:
+            continue
+        default = option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
+        value = getattr(args, option.name)
+        if not _same(value, default):
+            raise ConfigError(
+                f"{option.name}={value!r} has no effect here, since the loss is an object of its own; "
+                f"remove it and use {_REPLACED[option.name]}"
+            )
+
+
+def _same(value: Any, default: Any) -> bool:
+    # TRL turns a single loss type into a list of one.
+    unpack = lambda x: x[0] if isinstance(x, list) and len(x) == 1 else x  # noqa: E731
+    return bool(unpack(value) == unpack(default))

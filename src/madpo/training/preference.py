@@ -1,0 +1,405 @@
+"""A drop-in for TRL's ``DPOTrainer`` with any preference loss and the fast log-probability engine.
+
+TRL's losses are branches of one private method that averages inside, so this trainer brings its own
+``compute_loss`` and collator and inherits the rest: tokenising, chat templates, PEFT, accelerate, DeepSpeed, FSDP,
+checkpoints, callbacks and loggers. The loss returns one value per pair; the trainer owns the mean, over the whole
+effective batch: all micro-batches of a step, on all processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from trl import DPOConfig, DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.utils import disable_dropout_in_model, use_adapter
+
+from madpo.errors import ConfigError, DataError
+from madpo.logprobs import CompletionScores, completion_logps, install_completion_head, unwrapped
+from madpo.losses import DPO, LossConfig, LossInputs, LossOutput, LossState
+from madpo.training.config import PreferenceConfig, refuse_replaced_options
+from madpo.training.reference import cached_reference_logps
+
+ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+LOSS_STATE = "loss_state.safetensors"
+PAIR_COLUMNS = ("reward_margin", "chosen_score", "rejected_score", "weight")
+
+
+@dataclass
+class PreferenceCollator(DataCollatorForPreference):  # type: ignore[misc]
+    """TRL's collator, with the columns that the loss reads.
+
+    Attributes:
+        columns: numeric columns that every example must have.
+        optional: numeric columns that are passed on where they are present.
+    """
+
+    columns: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ("weight",)
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Pad a batch: chosen rows, then rejected rows; one value per pair of each column."""
+        batch: dict[str, Any] = super().torch_call(examples)
+        present = [name for name in self.optional if name in examples[0] and name not in self.columns]
+        for name in (*self.columns, *present):
+            values = [example.get(name) for example in examples]
+            if any(value is None for value in values):
+                row = examples[values.index(None)].get("pair_id", values.index(None))
+                raise DataError(f"the column {name!r} is empty for pair {row}: fill it or drop the pair")
+            # float64 keeps what the data has; the loss computes in float32 or wider.
+            batch[name] = torch.tensor(values, dtype=torch.float64).float()
+        if "pair_id" in examples[0]:
+            batch["pair_id"] = torch.tensor([example["pair_id"] for example in examples])
+        return batch
+
+
+class PreferenceTrainer(DPOTrainer):  # type: ignore[misc]
+    """TRL's ``DPOTrainer`` with ``loss=...``.
+
+    Args:
+        model, ref_model, args, train_dataset, eval_dataset, processing_class, peft_config, ...: as in TRL. ``args`` may
+            be a plain ``DPOConfig``; options that belong to TRL's loss are refused.
+        loss: any preference loss; :class:`madpo.DPO` with beta 0.1 when left out.
+
+    The data may hold token ids (``prompt_ids``, ``chosen_ids``, ``rejected_ids``), which are taken as they are, and the
+    columns that the loss names in ``needs`` (``reward_margin`` for MADPO). A ``weight`` column multiplies any loss.
+    ``ref_chosen_logps`` and ``ref_rejected_logps`` are computed once before step 0 where they are missing, from
+    ``ref_model`` or from the model as passed, and reused by every later run on the same weights and tokens.
+
+    Raises:
+        ConfigError: an option that the loss replaces.
+        DataError: a column that the loss needs is missing.
+    """
+
+    # The loss is divided by the pairs of the effective batch, so the trainer must not divide once more.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        ref_model: nn.Module | None = None,
+        args: DPOConfig | None = None,
+        *,
+        loss: LossConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.loss = loss if loss is not None else DPO()
+        args = PreferenceConfig() if args is None else args
+        self.loss_state = self.loss.init_state(args.seed)
+        self._observed: _ObservedStep | None = None
+        refuse_replaced_options(args)
+        for name in ("train_dataset", "eval_dataset"):
+            _check_columns(kwargs.get(name), name, self.loss.needs)
+        self._needs = tuple(sorted(set(self.loss.needs) & set(PAIR_COLUMNS)))
+        # TRL then asks `_precompute_ref_logps` for the columns instead of loading a second model.
+        args.precompute_ref_log_probs = True
+        super().__init__(model, ref_model, args, **kwargs)
+        self.ref_model = None
+        if not args.disable_dropout:
+            _disable_own_dropout(self.model)
+        install_completion_head(unwrapped(self.model))
+
+    def _send_telemetry(self) -> None:
+        """Nothing leaves the machine."""
+
+    def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: Any, dataset_name: str) -> Dataset:
+        if all(name in (dataset.column_names or ()) for name in ID_COLUMNS):
+            return dataset
+        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = [*ID_COLUMNS, *REFERENCE_COLUMNS, *PAIR_COLUMNS, "pair_id"]
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """Reference columns: as given, from the cache, or computed now."""
+        collator: Any = self.data_collator
+        if type(collator) is DataCollatorForPreference:  # TRL's default: it would drop our columns
+            self.data_collator = collator = PreferenceCollator(
+                pad_token_id=collator.pad_token_id,
+                max_length=collator.max_length,
+                truncation_mode=collator.truncation_mode,
+                pad_to_multiple_of=collator.pad_to_multiple_of,
+                columns=self._needs,
+            )
+        if isinstance(dataset, IterableDataset):
+            raise DataError("a streamed data set has no reference columns; add ref_chosen_logps and ref_rejected_logps")
+        if not self.loss.needs_reference or all(column in dataset.column_names for column in REFERENCE_COLUMNS):
+            return dataset
+        with self._reference() as (model, adapter):
+            columns = cached_reference_logps(
+                model, adapter, dataset, collator, self.accelerator, batch_size, description=name
+            )
+        for column in REFERENCE_COLUMNS:
+            dataset = dataset.add_column(column, columns[column])
+        return dataset
+
+    @contextmanager
+    def _reference(self) -> Iterator[tuple[nn.Module, str | None]]:
+        """The reference and its adapter: the model as passed, less the adapter that is about to be trained."""
+        inner = self.accelerator.unwrap_model(self.model)
+        if self.ref_model is not None:
+            yield self.ref_model, None
+        elif getattr(inner, "peft_config", None) is None:
+            yield self.model, None
+        else:  # TRL keeps a frozen copy, "ref", of an adapter that the model came with
+            adapter = "ref" if "ref" in inner.peft_config else None
+            with use_adapter(inner, adapter_name=adapter):
+                yield self.model, adapter
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor | None:
+        """Pairs of the effective batch, over micro-batches and processes: what the sum of losses is divided by."""
+        if not batch_samples:
+            return None
+        count = torch.stack([_scored(batch).sum() for batch in batch_samples]).sum().to(device)
+        total: Tensor = self.accelerator.gather(count).sum()
+        return total
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, CompletionScores]:
+        """The mean of the loss over the pairs of the effective batch (this process's share of it)."""
+        mode = "train" if self.model.training else "eval"
+        scores = completion_logps(
+            model,
+            inputs["input_ids"],
+            inputs["attention_mask"],
+            inputs["completion_mask"],
+            log_sum_sq="chosen_log_sum_sq" in self.loss.needs,
+            details=self._wants_token_metrics(mode),
+        )
+        pairs = self._loss_inputs(scores, inputs)
+        state, kept_in_step = self._ready_state(pairs, mode)
+        output = self.loss(pairs, state)
+        if mode == "train" and output.state is not None:
+            self.loss_state = output.state
+        kept = _scored(inputs).to(output.per_pair.device)
+        if output.kept is not None:
+            kept = kept & output.kept
+            num_items_in_batch = kept_in_step if num_items_in_batch is not None else None
+        per_pair = torch.where(kept, output.per_pair, torch.zeros_like(output.per_pair))
+        if pairs.weight is not None:
+            per_pair = per_pair * pairs.weight
+        if num_items_in_batch is None:
+            loss = per_pair.sum() / kept.sum().clamp(min=1)
+        else:  # gradients are averaged over processes, the sum of losses is not
+            loss = per_pair.sum() * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
+        self._note(mode, inputs, scores, pairs, output)
+        if mode == "train" and not bool(torch.isfinite(loss)):
+            raise self._not_finite(inputs, pairs, output)
+        return (loss, scores) if return_outputs else loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        """Loss alone: the head never builds the logits that ``compute_metrics`` would take."""
+        if not prediction_loss_only:
+            raise ConfigError("compute_metrics takes logits, which this trainer never builds; use the logged metrics")
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        assert isinstance(loss, Tensor)
+        return loss.detach(), None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the window's means, gathered over processes in one go, to what is logged."""
+        mode = "train" if self.model.training else "eval"
+        names = sorted(self._metrics[mode])
+        if names:
+            local = torch.stack([torch.stack(self._metrics[mode][name]).sum(0) for name in names])
+            summed = self.accelerator.reduce(local, reduction="sum")
+            means = {name: float(value) for name, value in zip(names, (summed[:, 0] / summed[:, 1]), strict=True)}
+            if "weight/square" in means:
+                square = means.pop("weight/square")
+                means["weight/effective_share"] = means["weight/mean"] ** 2 / square if square > 0 else 0.0
+            logs.update({f"eval_{name}" if mode == "eval" else name: value for name, value in means.items()})
+        if mode == "train":
+            logs["num_tokens"] = float(self._total_train_tokens)
+        self._metrics[mode].clear()
+        super(DPOTrainer, self).log(logs, start_time)
+
+    def _wants_token_metrics(self, mode: str) -> bool:
+        when = getattr(self.args, "token_metrics", "always")
+        if when == "logged" and mode == "train":
+            every = self.state.logging_steps or 1
+            return bool((self.state.global_step + 1) % every == 0)
+        return bool(when != "never")
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], Tensor | None]:
+        """The micro-batches of a step; a loss with running statistics sees all of them before the first is used."""
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._observed = None
+        if self.loss.stateful and len(batches) > 1:
+            self._observed = _ObservedStep(self._observe(batches))
+        return batches, count
+
+    @torch.no_grad()
+    def _observe(self, batches: list[dict[str, Tensor]]) -> LossState:
+        """One more forward pass over the step, without gradients: what makes a step independent of its split."""
+        statistics = []
+        for batch in map(self._prepare_inputs, batches):
+            with self.compute_loss_context_manager():
+                rows = (batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
+                scores = completion_logps(self.model_wrapped, *rows)
+            statistics.append(self.accelerator.gather(self.loss.statistic(self._loss_inputs(scores, batch))))
+        return self.loss.observe(torch.cat(statistics), self.loss_state)
+
+    def _ready_state(self, pairs: LossInputs, mode: str) -> tuple[LossState | None, Tensor | None]:
+        """The state for this micro-batch's rows, and how many pairs of the whole step the loss keeps."""
+        if not self.loss.stateful:
+            return None, None
+        count, rank = len(pairs.policy_chosen_logps), self.accelerator.process_index
+        if mode == "train" and self._observed is not None:
+            ready, start = self._observed.state, self._observed.advance(count * self.accelerator.num_processes)
+        else:
+            gathered = self.accelerator.gather(self.loss.statistic(pairs))
+            ready, start = self.loss.observe(gathered, self.loss_state, training=mode == "train"), 0
+        kept = ready.batch.get("kept")
+        total = None if kept is None else kept.sum().to(pairs.policy_chosen_logps.device)
+        return ready.rows(start + rank * count, start + (rank + 1) * count), total
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.loss.stateful and self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            save_file(self.loss_state.state_dict(), folder / LOSS_STATE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not self.loss.stateful:
+            return
+        path = Path(checkpoint) / LOSS_STATE
+        if not path.exists():
+            raise DataError(f"{path} is missing: the checkpoint belongs to another loss; use an older one")
+        self.loss_state = LossState.from_state_dict(load_file(path))
+
+    def _loss_inputs(self, scores: CompletionScores, inputs: dict[str, Tensor]) -> LossInputs:
+        chosen, rejected = scores.logps.chunk(2)
+        chosen_lengths, rejected_lengths = scores.lengths.chunk(2)
+        if self.loss.needs_reference:
+            reference = [inputs[name].to(chosen.dtype) for name in REFERENCE_COLUMNS]
+        else:  # never read; zeros make the logged rewards those of a uniform reference
+            reference = [torch.zeros_like(chosen), torch.zeros_like(rejected)]
+        squares = (None, None) if scores.log_sum_sq is None else scores.log_sum_sq.chunk(2)
+        return LossInputs(
+            policy_chosen_logps=chosen,
+            policy_rejected_logps=rejected,
+            ref_chosen_logps=reference[0],
+            ref_rejected_logps=reference[1],
+            chosen_lengths=chosen_lengths,
+            rejected_lengths=rejected_lengths,
+            chosen_log_sum_sq=squares[0],
+            rejected_log_sum_sq=squares[1],
+            **{name: inputs[name].to(chosen.dtype) for name in PAIR_COLUMNS if name in inputs},
+        )
+
+    @torch.no_grad()
+    def _note(
+        self, mode: str, inputs: dict[str, Tensor], scores: CompletionScores, pairs: LossInputs, output: LossOutput
+    ) -> None:
+        """Keep sums and counts on the device; ``log`` reduces them, so that a step waits for nothing."""
+        beta = getattr(self.loss, "beta", 1.0)
+        chosen, rejected = beta * pairs.chosen_log_ratio, beta * pairs.rejected_log_ratio
+        values = {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/accuracies": (chosen > rejected).float(),
+            "rewards/margins": chosen - rejected,
+            "logps/chosen": pairs.policy_chosen_logps,
+            "logps/rejected": pairs.policy_rejected_logps,
+            **output.metrics,
+        }
+        for name, value in values.items():
+            flat = value.detach().float().reshape(-1)
+            self._metrics[mode][name].append(torch.stack([flat.sum(), flat.new_tensor(flat.numel())]))
+        if mode == "train":
+            self._total_train_tokens += int(self.accelerator.reduce(inputs["attention_mask"].sum(), reduction="sum"))
+        if scores.entropy is None or scores.mean_logit is None or scores.top1 is None:
+            return
+        lengths = scores.lengths.to(scores.entropy.dtype)
+        half = len(lengths) // 2
+        for name, value, rows in (
+            ("entropy", scores.entropy, slice(None)),
+            ("logits/chosen", scores.mean_logit, slice(None, half)),
+            ("logits/rejected", scores.mean_logit, slice(half, None)),
+            ("mean_token_accuracy", scores.top1, slice(None, half)),
+        ):
+            self._metrics[mode][name].append(torch.stack([(value * lengths)[rows].sum(), lengths[rows].sum()]).float())
+
+    def _not_finite(self, inputs: dict[str, Tensor], pairs: LossInputs, output: LossOutput) -> DataError:
+        bad = ~torch.isfinite(output.per_pair.detach())
+        ids = inputs["pair_id"] if "pair_id" in inputs else torch.arange(len(bad), device=bad.device)
+        overflown = [
+            name
+            for name, value in (("policy", pairs.log_ratio_margin), ("reference", pairs.ref_chosen_logps))
+            if not bool(torch.isfinite(value).all())
+        ]
+        cause = f"the {overflown[0]} log-probabilities are not finite" if overflown else "the loss overflows"
+        return DataError(
+            f"the loss is {float(output.per_pair.detach().sum())} at step {self.state.global_step + 1} for the pairs "
+            f"{ids[bad].tolist()[:8]}: {cause}; lower the learning rate, or use bfloat16 or float32 instead of float16"
+        )
+
+
+@dataclass
+class _ObservedStep:
+    """A loss's state for a whole optimiser step, handed out micro-batch by micro-batch."""
+
+    state: LossState
+    position: int = 0
+
+    def advance(self, pairs: int) -> int:
+        """Where the next ``pairs`` pairs of the step begin."""
+        start = self.position
+        self.position += pairs
+        return start
+
+
+def _scored(batch: dict[str, Tensor]) -> Tensor:
+    """Pairs of which both completions have a token to score; truncation can leave one without."""
+    lengths = (batch["completion_mask"][:, 1:] * batch["attention_mask"][:, 1:]).sum(-1)
+    chosen, rejected = lengths.chunk(2)
+    return (chosen > 0) & (rejected > 0)
+
+
+def _disable_own_dropout(model: nn.Module) -> None:
+    adapters = [m.lora_dropout for m in model.modules() if isinstance(m, BaseTunerLayer) and hasattr(m, "lora_dropout")]
+    kept = {id(d): d.p for holder in adapters for d in holder.modules() if isinstance(d, nn.Dropout)}
+    dropouts = [m for m in model.modules() if id(m) in kept]
+    disable_dropout_in_model(model)
+    for dropout in dropouts:
+        dropout.p = kept[id(dropout)]  # type: ignore[assignment]
+
+
+def _check_columns(dataset: Any, name: str, needs: Iterable[str]) -> None:
+    for part, rows in dataset.items() if isinstance(dataset, dict) else ((name, dataset),):
+        columns = getattr(rows, "column_names", None)
+        if columns is None:
+            continue
+        if "margin" in columns and "reward_margin" not in columns:
+            raise DataError(
+                f"{part} has a column 'margin'; rename it to 'reward_margin' (TRL's reward trainer subtracts a column "
+                "of the name 'margin' from its own margins)"
+            )
+        for column in sorted(set(needs) & set(PAIR_COLUMNS)):
+            if column not in columns:
+                raise DataError(
+                    f"{part} has no column {column!r}, which the loss reads; "
+                    + ("add it with `madpo score`" if column == "reward_margin" else "add it to the data")
+                    + f" (columns found: {', '.join(columns)})"
+                )

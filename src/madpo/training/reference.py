@@ -1,0 +1,163 @@
+"""Reference log-probabilities as columns, computed once and reused.
+
+The cache's key covers everything that changes the numbers (the weights, the token ids after truncation, the order
+of the rows and the batch size, since those decide the padding, and the precision), and nothing else: not the loss,
+beta, the learning rate or the output folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.numpy import load_file, save_file
+from torch import nn
+from torch.utils.data import DataLoader
+
+from madpo.errors import DataError
+from madpo.logprobs import completion_logps
+from madpo.models import cache_dir
+from madpo.progress import bar
+
+COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+VERSION = 1
+"""Bumped when the engine's numbers change."""
+
+
+def weights_digest(model: nn.Module, adapter: str | None = None) -> str:
+    """SHA-256 over the weights that a forward pass uses: the base model's, and those of the adapter named.
+
+    A fresh adapter that is switched off does not enter, so every run of a study has the same reference.
+    """
+    own = {
+        name for module in model.modules() if isinstance(module, BaseTunerLayer) for name in module.adapter_layer_names
+    }
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        parts = name.split(".")
+        if (own | {"modules_to_save"}) & set(parts) and (adapter is None or adapter not in parts):
+            continue
+        plain = ".".join(part for part in parts if part not in ("base_model", "model", "base_layer", "original_module"))
+        digest.update(f"{plain}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def cached_reference_logps(
+    model: nn.Module,
+    adapter: str | None,
+    dataset: Dataset,
+    collator: Any,
+    accelerator: Any,
+    batch_size: int,
+    *,
+    description: str,
+) -> dict[str, np.ndarray]:
+    """``ref_chosen_logps`` and ``ref_rejected_logps`` of a tokenised data set, nats, summed, float64.
+
+    Args:
+        model: the reference, with the adapter that belongs to it active and no others.
+        adapter: the name of that adapter; None is the base model.
+        collator: gives the padded batches of the training (its truncation counts into the key).
+        batch_size: pairs per batch.
+
+    Raises:
+        DataError: the cached columns do not agree with the model on a sample of rows.
+    """
+    path = _path(weights_digest(model, adapter), dataset, collator, accelerator, batch_size)
+    if path.exists():
+        columns = load_file(path)
+        _verify(model, dataset, collator, accelerator, batch_size, columns, path)
+        return dict(columns)
+    columns = _compute(model, dataset, collator, accelerator, batch_size, description)
+    if accelerator.is_main_process:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        save_file(columns, part)
+        part.replace(path)
+    return columns
+
+
+def _path(weights: str, dataset: Dataset, collator: Any, accelerator: Any, batch_size: int) -> Path:
+    digest = hashlib.sha256()
+    for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+        for ids in dataset[name]:
+            digest.update(np.asarray(ids, dtype=np.int64).tobytes() + b"|")
+    what = {
+        "version": VERSION,
+        "weights": weights,
+        "ids": digest.hexdigest(),
+        "max_length": collator.max_length,
+        "truncation_mode": collator.truncation_mode,
+        "batch_size": batch_size,
+        "processes": accelerator.num_processes,
+        "precision": accelerator.mixed_precision,
+        "device": accelerator.device.type,
+    }
+    key = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
+    return cache_dir() / "columns" / f"reference-{key[:32]}.safetensors"
+
+
+@torch.no_grad()
+def _batch_logps(model: nn.Module, batch: dict[str, Any], accelerator: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = {name: batch[name].to(accelerator.device) for name in ("input_ids", "attention_mask", "completion_mask")}
+    training = model.training
+    model.eval()
+    with accelerator.autocast():
+        logps = completion_logps(model, **rows).logps
+    model.train(training)
+    chosen, rejected = logps.double().chunk(2)
+    return chosen, rejected
+
+
+def _compute(
+    model: nn.Module, dataset: Dataset, collator: Any, accelerator: Any, batch_size: int, description: str
+) -> dict[str, np.ndarray]:
+    loader = DataLoader(dataset.select_columns(_present(dataset)), batch_size=batch_size, collate_fn=collator)
+    loader = accelerator.prepare(loader)
+    chosen, rejected = [], []
+    model.to(accelerator.device)
+    with bar(f"Reference log-probabilities ({description})", len(dataset)) as advance:
+        for batch in loader:
+            pair = accelerator.gather_for_metrics(_batch_logps(model, batch, accelerator))
+            chosen.append(pair[0].cpu())
+            rejected.append(pair[1].cpu())
+            advance(len(chosen[-1]))
+    return {COLUMNS[0]: torch.cat(chosen).numpy(), COLUMNS[1]: torch.cat(rejected).numpy()}
+
+
+def _present(dataset: Dataset) -> list[str]:
+    kept = ("prompt_ids", "chosen_ids", "rejected_ids", "reward_margin", "chosen_score", "rejected_score", "weight")
+    return [name for name in kept if name in dataset.column_names]
+
+
+def _verify(
+    model: nn.Module,
+    dataset: Dataset,
+    collator: Any,
+    accelerator: Any,
+    batch_size: int,
+    columns: dict[str, np.ndarray],
+    path: Path,
+) -> None:
+    """Recompute one batch: a damaged file, or an engine that changed, must not pass."""
+    if len(columns[COLUMNS[0]]) != len(dataset):
+        raise DataError(f"{path} holds {len(columns[COLUMNS[0]])} rows, expected {len(dataset)}; delete the file")
+    batches = (len(dataset) + batch_size - 1) // batch_size
+    start = (int(hashlib.sha256(path.name.encode()).hexdigest(), 16) % batches) * batch_size
+    rows = dataset.select_columns(_present(dataset)).select(range(start, min(start + batch_size, len(dataset))))
+    model.to(accelerator.device)
+    found = _batch_logps(model, collator(list(rows)), accelerator)
+    tolerance = 1e-3 if accelerator.mixed_precision == "no" else 0.5
+    for name, values in zip(COLUMNS, found, strict=True):
+        stored = torch.from_numpy(columns[name][start : start + batch_size])
+        gap = float((values.cpu() - stored).abs().max())
+        if not gap <= tolerance:
+            raise DataError(f"{path} disagrees with the model by {gap:.3g} nats in {name}; delete the file")

@@ -1,0 +1,380 @@
+"""The study's trainings as stages: ``fn(config, inputs, out) -> metrics``.
+
+SFT and reward model are TRL's trainers; the policy is :class:`PreferenceTrainer`. All three train LoRA adapters.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from datasets import Dataset
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, TrainerCallback
+from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+
+from madpo.config import Frozen
+from madpo.corpus import Corpus, load_corpus, sft_reviews
+from madpo.logprobs import completion_logps, install_completion_head, unwrapped
+from madpo.losses import Loss
+from madpo.models import LoRA, compute_dtype, load_model, load_tokenizer, merge_adapter, resolve_model
+from madpo.pipeline import Metrics
+from madpo.progress import bar
+from madpo.rewards import RewardModel
+from madpo.statistics import fit_temperature, proportion
+from madpo.training.config import PreferenceConfig
+from madpo.training.preference import ID_COLUMNS, REFERENCE_COLUMNS, PreferenceTrainer
+
+
+class Optimisation(Frozen):
+    """AdamW and its schedule, the same for every training of the study."""
+
+    learning_rate: float = Field(gt=0)
+    epochs: float = Field(gt=0)
+    batch_size: int = Field(ge=1)
+    """Examples (or pairs) per optimiser step."""
+    micro_batch_size: int | None = Field(default=None, ge=1, exclude=True)
+    """Examples per forward pass; None is the whole batch. The result does not depend on it."""
+    warmup: float = Field(default=0.03, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises."""
+    schedule: str = "cosine"
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(default=0.01, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+
+    def arguments(self, out: Path, seed: int) -> dict[str, Any]:
+        """The same as keyword arguments of any transformers training configuration."""
+        micro = min(self.micro_batch_size or self.batch_size, self.batch_size)
+        if self.batch_size % micro:
+            raise ValueError(f"batch_size {self.batch_size} is no multiple of micro_batch_size {micro}")
+        return {
+            "output_dir": str(out / "trainer"),
+            "learning_rate": self.learning_rate,
+            "num_train_epochs": self.epochs,
+            "per_device_train_batch_size": micro,
+            "per_device_eval_batch_size": micro,
+            "gradient_accumulation_steps": self.batch_size // micro,
+            "warmup_steps": self.warmup,
+            "lr_scheduler_type": self.schedule,
+            "adam_beta1": self.betas[0],
+            "adam_beta2": self.betas[1],
+            "weight_decay": self.weight_decay,
+            "max_grad_norm": self.max_grad_norm,
+            "seed": seed,
+            "data_seed": seed,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+            "gradient_checkpointing": False,
+            "use_cpu": not torch.accelerator.is_available(),
+            "bf16": compute_dtype() is torch.bfloat16,
+            "disable_dropout": False,
+        }
+
+
+class _Watch(TrainerCallback):  # type: ignore[misc]
+    """A progress bar with the loss, and every logged row in ``log.jsonl``."""
+
+    def __init__(self, description: str, out: Path) -> None:
+        self.description, self.path = description, out / "log.jsonl"
+        self.path.unlink(missing_ok=True)
+        self._bar: Any = None
+        self._advance: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._bar = bar(self.description, state.max_steps)
+        self._advance = self._bar.__enter__()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        with self.path.open("a", encoding="utf-8") as log:
+            log.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        if "loss" in logs:
+            self._advance(1, loss=round(float(logs["loss"]), 3))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._bar.__exit__(None, None, None)
+
+
+def _quiet(trainer: Any, description: str, out: Path) -> _Watch:
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    watch = _Watch(description, out)
+    trainer.add_callback(watch)
+    return watch
+
+
+class SFTStage(Frozen):
+    """Supervised fine-tuning on the corpus's last positive reviews; the merged model starts every policy."""
+
+    model: str
+    corpus: Corpus
+    reviews: int = Field(ge=1)
+    max_tokens: int = Field(ge=2)
+    """Texts are cut to this many tokens, the first token included; an end token only at a review's real end."""
+    optimisation: Optimisation
+    lora: LoRA = LoRA()
+    seed: int = 0
+
+
+class _CompletionSFT(SFTTrainer):  # type: ignore[misc]
+    """TRL's trainer with the loss from the fast completion head: mean negative log-likelihood per token."""
+
+    loss_is_scaled_for_ga = True
+
+    def _send_telemetry(self) -> None:
+        """Nothing leaves the machine."""
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        scores = completion_logps(model, inputs["input_ids"], inputs["attention_mask"], inputs["labels"] != -100)
+        tokens = scores.lengths.sum() if num_items_in_batch is None else num_items_in_batch
+        loss = -scores.logps.sum() / tokens
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        return (loss, scores) if return_outputs else loss
+
+
+def train_sft(config: SFTStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
+    """Fine-tune with LoRA and merge; writes ``out/model``."""
+    base = resolve_model(config.model)
+    tokenizer = load_tokenizer(base)
+    texts = list(sft_reviews(load_corpus(config.corpus), config.reviews)["text"])
+    rows = []
+    for text in texts:
+        ids = [*tokenizer(text)["input_ids"]]
+        ids = ids if ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+        rows.append({"input_ids": ids[: config.max_tokens], "labels": ids[: config.max_tokens]})
+    arguments = config.optimisation.arguments(out, config.seed)
+    arguments.pop("disable_dropout")
+    trainer = _CompletionSFT(
+        model=load_model(base),
+        args=SFTConfig(max_length=None, **arguments),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=config.lora.peft_config("CAUSAL_LM"),
+    )
+    install_completion_head(unwrapped(trainer.model))
+    _quiet(trainer, "SFT", out)
+    result = trainer.train()
+    merge_adapter(trainer.model, out / "model", tokenizer)
+    return {"reviews": len(rows), "loss": float(result.training_loss)}
+
+
+class RewardModelStage(Frozen):
+    """A Bradley-Terry reward model on the labelled pairs (Eq. 2), with early stopping on held-out pairs."""
+
+    model: str
+    optimisation: Optimisation
+    lora: LoRA = LoRA()
+    eval_every: int = Field(default=20, ge=1)
+    """Optimiser steps between two evaluations on the held-out pairs."""
+    patience: int = Field(default=3, ge=1)
+    """Evaluations without improvement before the training stops."""
+    stopping_share: float = Field(default=1.0, gt=0, le=1)
+    """Share of the held-out pairs that decides when to stop. Below 1, the others alone give the reported accuracy;
+    at 1 (the paper) the same pairs do both, which flatters the model slightly."""
+    seed: int = 0
+
+
+class _Bradley(RewardTrainer):  # type: ignore[misc]
+    def _send_telemetry(self) -> None:
+        """Nothing leaves the machine."""
+
+
+class _BestWeights(TrainerCallback):  # type: ignore[misc]
+    """Keeps the trainable weights of the lowest evaluation loss, and stops when it no longer falls."""
+
+    def __init__(self, model: nn.Module, patience: int) -> None:
+        self.model, self.patience = model, patience
+        self.best, self.step, self.since = float("inf"), 0, 0
+        self.weights: dict[str, Tensor] = {}
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        if metrics["eval_loss"] < self.best:
+            self.best, self.step, self.since = metrics["eval_loss"], state.global_step, 0
+            self.weights = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
+        else:
+            self.since += 1
+            control.should_training_stop = self.since >= self.patience
+
+    def restore(self) -> None:
+        """Put the best weights back."""
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if name in self.weights:
+                    parameter.copy_(self.weights[name])
+
+
+def train_reward_model(config: RewardModelStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
+    """Train on the tier's training pairs; writes ``out/adapter`` (with the head) and ``out/reward_model.json``."""
+    pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet")
+    base = resolve_model(config.model)
+    tokenizer = load_tokenizer(base)
+    heldout = pairs[pairs["split"] == "heldout"]
+    stopping = heldout.iloc[: max(1, round(len(heldout) * config.stopping_share))]
+    torch.manual_seed(config.seed)  # the head starts at random
+    model = AutoModelForSequenceClassification.from_pretrained(
+        base, num_labels=1, dtype=compute_dtype(), use_safetensors=True, trust_remote_code=False
+    )
+    model.config.pad_token_id = tokenizer.pad_token_id
+    trainer = _Bradley(
+        model=model,
+        args=RewardConfig(
+            max_length=None,
+            eval_strategy="steps",
+            eval_steps=config.eval_every,
+            **config.optimisation.arguments(out, config.seed),
+        ),
+        train_dataset=_sequences(pairs[pairs["split"] == "train"]),
+        eval_dataset=_sequences(stopping),
+        processing_class=tokenizer,
+        peft_config=config.lora.peft_config("SEQ_CLS"),
+    )
+    best = _BestWeights(trainer.model, config.patience)
+    trainer.add_callback(best)
+    _quiet(trainer, "Reward model", out)
+    trainer.train()
+    trainer.evaluate()
+    best.restore()
+    trainer.model.save_pretrained(out / "adapter", safe_serialization=True)
+    (out / "reward_model.json").write_text(json.dumps({"base": config.model, "steps": best.step}), encoding="utf-8")
+    reported = heldout.iloc[len(stopping) :] if len(stopping) < len(heldout) else heldout
+    return {"steps": best.step, **_margin_metrics(_margins(RewardModel.load(out), reported))}
+
+
+def _sequences(pairs: pd.DataFrame) -> Dataset:
+    rows = (
+        {"chosen_ids": [*p.prompt_ids, *p.chosen_ids], "rejected_ids": [*p.prompt_ids, *p.rejected_ids]}
+        for p in pairs.itertuples()
+    )
+    return Dataset.from_list(list(rows))
+
+
+def _margins(model: RewardModel, pairs: pd.DataFrame) -> np.ndarray:
+    sides = [
+        [[*p.prompt_ids, *getattr(p, f"{side}_ids")] for p in pairs.itertuples()] for side in ("chosen", "rejected")
+    ]
+    chosen, rejected = (model.score_ids(side) for side in sides)
+    return np.asarray(chosen - rejected, dtype=np.float64)
+
+
+def _margin_metrics(margins: np.ndarray) -> Metrics:
+    temperature, before, after = fit_temperature(margins)
+    return {
+        "heldout_pairs": len(margins),
+        "heldout_accuracy": proportion(int((margins > 0).sum()), len(margins)),
+        "heldout_log_loss": before,
+        "temperature": temperature,
+        "calibrated_log_loss": after,
+    }
+
+
+class MarginStage(Frozen):
+    """Margins of every pair under the trained reward model."""
+
+
+def score_margins(config: MarginStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
+    """Write ``margins.parquet``: pair_id, reward_margin (log-odds)."""
+    pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet")
+    margins = _margins(RewardModel.load(inputs["reward_model"]), pairs)
+    table = pd.DataFrame({"pair_id": pairs["pair_id"], "reward_margin": margins})
+    table.to_parquet(out / "margins.parquet", index=False)
+    train = margins[(pairs["split"] == "train").to_numpy()]
+    return {"pairs": len(pairs), "mean_train_margin": float(train.mean()), "negative_share": float((train < 0).mean())}
+
+
+class ReferenceStage(Frozen):
+    """Reference log-probabilities of every training pair."""
+
+    batch_size: int = Field(default=8, ge=1)
+    """Pairs per forward pass; it decides the padding, and so the last digits."""
+
+
+@torch.no_grad()
+def reference_logps(config: ReferenceStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
+    """Write ``reference.parquet``: pair_id, ref_chosen_logps, ref_rejected_logps (nats, summed)."""
+    from madpo.training.preference import PreferenceCollator
+
+    pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet")
+    pairs = pairs[pairs["split"] == "train"]
+    model = load_model(inputs["reference"] / "model").eval()
+    collate = PreferenceCollator(pad_token_id=load_tokenizer(inputs["reference"] / "model").pad_token_id)
+    rows = _ids(pairs)
+    found: list[Tensor] = []
+    with bar("Reference log-probabilities", len(rows)) as advance:
+        for start in range(0, len(rows), config.batch_size):
+            batch = collate(rows[start : start + config.batch_size])
+            logps = completion_logps(model, batch["input_ids"], batch["attention_mask"], batch["completion_mask"]).logps
+            found.append(torch.stack(logps.double().chunk(2)))
+            advance(found[-1].shape[1])
+    chosen, rejected = torch.cat(found, dim=1).cpu().numpy()
+    table = pd.DataFrame({"pair_id": pairs["pair_id"], REFERENCE_COLUMNS[0]: chosen, REFERENCE_COLUMNS[1]: rejected})
+    table.to_parquet(out / "reference.parquet", index=False)
+    return {
+        "pairs": len(rows),
+        "mean_chosen_logps": float(chosen.mean()),
+        "mean_rejected_logps": float(rejected.mean()),
+    }
+
+
+def _ids(pairs: pd.DataFrame) -> list[dict[str, Any]]:
+    return [
+        {"pair_id": p.pair_id, **{name: [int(i) for i in getattr(p, name)] for name in ID_COLUMNS}}
+        for p in pairs.itertuples()
+    ]
+
+
+class PolicyStage(Frozen):
+    """A policy: a LoRA adapter on the SFT model, trained with one preference loss."""
+
+    method: str
+    """Name in tables and figures."""
+    loss: Loss
+    optimisation: Optimisation
+    lora: LoRA = LoRA()
+    seed: int = 0
+
+
+def train_policy(config: PolicyStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
+    """Train on the tier's training pairs from the reference; writes ``out/adapter``."""
+    pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet")
+    pairs = pairs[pairs["split"] == "train"].merge(
+        pd.read_parquet(inputs["logps"] / "reference.parquet"), on="pair_id", validate="one_to_one"
+    )
+    columns = [*REFERENCE_COLUMNS]
+    if "margins" in inputs:
+        pairs = pairs.merge(pd.read_parquet(inputs["margins"] / "margins.parquet"), on="pair_id", validate="one_to_one")
+        columns.append("reward_margin")
+    rows = [{**ids, **{name: float(pairs[name].iloc[i]) for name in columns}} for i, ids in enumerate(_ids(pairs))]
+    reference = inputs["reference"] / "model"
+    tokenizer = load_tokenizer(reference)
+    arguments = config.optimisation.arguments(out, config.seed)
+    trainer = PreferenceTrainer(
+        load_model(reference),
+        args=PreferenceConfig(max_length=None, token_metrics="never", **arguments),
+        loss=config.loss,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=config.lora.peft_config("CAUSAL_LM"),
+    )
+    _quiet(trainer, config.method, out)
+    result = trainer.train()
+    trainer.model.save_pretrained(out / "adapter", safe_serialization=True)
+    last = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    margins = [row["rewards/margins"] for row in last if "rewards/margins" in row]
+    return {
+        "pairs": len(rows),
+        "steps": int(result.global_step),
+        "loss": float(result.training_loss),
+        "final_reward_margin": float(np.mean(margins[-max(1, len(margins) // 10) :])),
+    }
