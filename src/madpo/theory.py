@@ -160,7 +160,7 @@ def minimiser(setting: Setting, margins: np.ndarray) -> np.ndarray:
     """u* = beta h_theta that minimises MADPO's expected loss over a Bradley-Terry label, per margin."""
     h = torch.as_tensor(margins, dtype=torch.float64)
     low, high = torch.full_like(h, -200.0), torch.full_like(h, 200.0)
-    for _ in range(100):
+    for _ in range(60):  # 400 / 2^60: the precision of float64
         u = ((low + high) / 2).requires_grad_()
         expected = torch.sigmoid(h) * _loss(setting, h, u) + torch.sigmoid(-h) * _loss(setting, -h, -u)
         (slope,) = torch.autograd.grad(expected.sum(), u)
@@ -227,10 +227,11 @@ def _rise(setting: Setting, margins: np.ndarray) -> float:
     others = [setting._replace(c_min=value) for value in np.linspace(0, 0.95, 6)]
     # Where c h > 30 the minimiser is h up to rounding: the rise is positive but below float64.
     seen = margins[margins < 15]
+    found = [(_coefficient(seen, other), minimiser(other, seen)) for other in others]
     slopes = []
-    for one, two in pairwise(others):
-        change = _coefficient(seen, two) - _coefficient(seen, one)
-        slopes.append((minimiser(two, seen) - minimiser(one, seen))[change > 1e-3] / change[change > 1e-3])
+    for (c, target), (next_c, next_target) in pairwise(found):
+        moved = next_c - c > 1e-3
+        slopes.append((next_target - target)[moved] / (next_c - c)[moved])
     return float(np.concatenate(slopes).min())
 
 
