@@ -82,6 +82,16 @@ def test_golden_target_by_direct_minimisation(row: list[float]) -> None:
         assert u == pytest.approx(target, abs=5.1e-7)
 
 
+@pytest.mark.parametrize(("c_max", "peak", "at"), [(4, 13.830, 4.478), (2, 8.473, 5.331)])
+def test_the_target_is_not_monotone(c_max: float, peak: float, at: float) -> None:
+    # A pair with a true margin of 5 is pushed further apart than one with a margin of 7.
+    h = torch.linspace(0, 7, 7001, dtype=torch.float64)
+    target = margin_coefficient(h, tau=7, c_max=c_max) * h
+    assert float(target.max()) == pytest.approx(peak, abs=5.1e-4)
+    assert float(h[target.argmax()]) == pytest.approx(at, abs=1.1e-3)
+    assert float(target[-1]) == pytest.approx(7)
+
+
 # Properties.
 
 margins64 = st.floats(allow_nan=False, allow_infinity=False)

@@ -220,6 +220,18 @@ def _targets() -> Iterator[Claim]:
         1e-6,
         relied_on=False,
     )
+    one, two = np.meshgrid(np.linspace(0.1, 3, 30), np.linspace(0.1, 3, 30))
+    ends = [_coefficient(h, HEADLINE) * h for h in (one, two, one + two)]
+    apart = np.abs(ends[0] + ends[1] - ends[2])
+    yield _claim(
+        "Proposition 4.1, proof",
+        "the loss of every pair can be least at once",
+        "three responses a > b > c to one prompt: the margins of a policy add up, h_ab + h_bc = h_ac, the targets c h "
+        f"do not; at h_ab = h_bc = 3 they miss by {apart[-1, -1]:.3f}, for pairs that share no response by 0",
+        float(apart.max()),
+        1e-6,
+        relied_on=False,
+    )
 
 
 def _rise(setting: Setting, margins: np.ndarray) -> float:
