@@ -1,0 +1,12 @@
+"""Preference data of users: reading it, checking it, and rows for training. No torch.
+
+``check`` reads a data set once and reports what training would stumble over; ``load_preferences`` gives the
+rows. Formats, layouts and column names are in ``sources`` and ``rows``; every warning is a line of
+``findings.KINDS``. A new format is a branch of ``sources.open_source``; a new column name, an entry of
+``rows.ALIASES``.
+"""
+
+from madpo.data.check import CheckReport, check
+from madpo.data.load import load_preferences
+
+__all__ = ["CheckReport", "check", "load_preferences"]

@@ -1,0 +1,255 @@
+"""``madpo check``: what is in a preference data set, and what would go wrong in training, before it does."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from madpo.config import Frozen
+from madpo.data.findings import Finding, Findings
+from madpo.data.load import PairStream, encoded_pairs, refuse_too_long
+from madpo.data.rows import Pair
+from madpo.data.seen import Seen
+from madpo.data.tokens import Encoded, Encoder, Truncation, as_tokenizer, check_options, text_length, truncated
+from madpo.errors import DataError
+from madpo.progress import bar
+from madpo.storage import storage_errors, write_atomically
+
+SIDES = ("prompt", "chosen", "rejected")
+RENDERED = 3  # pairs that the report shows as the model will see them
+
+
+class Lengths(Frozen):
+    """Lengths of one part of the pairs, in tokens (with a tokenizer) or characters."""
+
+    mean: float
+    median: float
+    p95: float
+    longest: int
+
+
+class TruncationReport(Frozen):
+    """What ``max_length`` does: counts of pairs."""
+
+    max_length: int
+    policy: Truncation
+    too_long: int
+    dropped: int
+    cut: int
+
+
+class CheckReport(Frozen):
+    """What :func:`check` found. ``text()`` is what the command prints; ``model_dump()`` is what it saves."""
+
+    source: str
+    pairs: int
+    prompts: int
+    """Different prompts."""
+    form: str
+    """"text" or "messages"."""
+    read_as: dict[str, str]
+    """Our name -> the data set's."""
+    ignored: tuple[str, ...]
+    """Columns that nothing reads."""
+    unit: str
+    """Of the lengths: "tokens" or "characters"."""
+    lengths: dict[str, Lengths]
+    truncation: TruncationReport | None
+    eval_pairs: int | None
+    findings: tuple[Finding, ...]
+    rendered: tuple[str, ...]
+    """The first pairs as the model sees them: prompt | chosen, with special tokens."""
+
+    def count(self, kind: str) -> int:
+        """How many findings of a kind (``madpo.data.findings.KINDS``) there are."""
+        return next((finding.count for finding in self.findings if finding.kind == kind), 0)
+
+    def text(self) -> str:
+        """The report for a person; text of the data is escaped, so that it cannot command a terminal."""
+        evaluated = "" if self.eval_pairs is None else f", and {self.eval_pairs} evaluation pairs"
+        lines = [f"{self.source}: {self.pairs} pairs of {self.form}, {self.prompts} different prompts{evaluated}"]
+        renamed = [f"{theirs!r} as {ours}" for ours, theirs in self.read_as.items() if ours != theirs]
+        if renamed:
+            lines.append(f"read {', '.join(renamed)}")
+        if self.ignored:
+            lines.append(f"not read: {', '.join(map(repr, self.ignored))}")
+        for side, n in self.lengths.items():
+            lines.append(
+                f"{side}: {n.mean:.0f} {self.unit} on average, median {n.median:.0f}, 95 % up to {n.p95:.0f}, "
+                f"longest {n.longest}"
+            )
+        if self.truncation is not None:
+            t = self.truncation
+            lines.append(f"max_length {t.max_length}: {t.too_long} pairs are longer; {t.dropped} dropped, {t.cut} cut")
+        lines += [f"as the model sees it: {shown}" for shown in self.rendered]
+        for finding in self.findings:
+            of = self.eval_pairs if finding.kind.startswith("leaked") and self.eval_pairs else self.pairs
+            lines.append(f"warning: {finding.count} of {of} pairs: {finding.says}; {finding.remedy}")
+            lines += [f"    {example}" for example in finding.examples]
+        if not self.findings:
+            lines.append("nothing to warn of")
+        return "\n".join(lines)
+
+
+def check(
+    data: str | Path,
+    *,
+    eval_data: str | Path | None = None,
+    tokenizer: Any = None,
+    max_length: int | None = None,
+    truncation: Truncation = "drop",
+    output: str | Path | None = None,
+    strict: bool = False,
+) -> CheckReport:
+    """Read a preference data set once and report what is in it. A million rows take less than 500 MB.
+
+    Args:
+        data, tokenizer, max_length, truncation: as in :func:`madpo.data.load_preferences`.
+        eval_data: evaluation pairs, to look for leakage.
+        output: a folder for ``check.json`` and ``dropped.jsonl`` (pair_id, place and length of each dropped pair),
+            written only after everything was read.
+        strict: treat the first finding as an error.
+
+    Raises:
+        DataError: one sentence with file, row, field and remedy; of several the first, and where the others are.
+        ConfigError: options that do not fit together.
+        StorageError: ``output`` cannot be written.
+    """
+    check_options(tokenizer, max_length, truncation)
+    encoder = None if tokenizer is None else Encoder(as_tokenizer(tokenizer))
+    pass_ = _Pass(data, encoder, max_length, truncation)
+    pass_.read()
+    if eval_data is not None:
+        evaluation = _Pass(eval_data, None, None, truncation)
+        evaluation.read()
+        evaluation.seen.leaks(pass_.seen, pass_.findings, evaluation.stream.source.at)
+        report = pass_.report(len(evaluation.seen))
+    else:
+        report = pass_.report(None)
+    if strict and report.findings:
+        first = report.findings[0]
+        raise DataError(f"{first.examples[0]}: {first.says} ({first.count} in all); {first.remedy}")
+    if output is not None:
+        _write(Path(output), report, pass_.dropped)
+    return report
+
+
+class _Pass:
+    """One reading of a data set, and everything that is counted on the way."""
+
+    def __init__(
+        self, data: str | Path, encoder: Encoder | None, max_length: int | None, truncation: Truncation
+    ) -> None:
+        self.stream = PairStream(data)
+        self.encoder, self.max_length, self.truncation = encoder, max_length, truncation
+        self.findings = Findings()
+        self.seen = Seen()
+        self.lengths = {side: array("q") for side in SIDES}
+        self.dropped = bytearray()  # lines of dropped.jsonl
+        self.too_long = self.cut = 0
+        self.form = "text"
+        self.rendered: list[str] = []
+
+    def read(self) -> None:
+        with bar(f"reading {self.stream.source.name}", None) as advance:
+            for pair, encoded in self._pairs():
+                self._take(pair, encoded)
+                advance()
+        for number in self.stream.unranked:
+            self.findings.add("unranked", self.stream.source.at(number))
+        if not len(self.seen):
+            raise DataError(
+                f"{self.stream.source.name}: no row has two different scores, so there is no pair; score them"
+            )
+        self.seen.repeats(self.findings, self.stream.source.at)
+
+    def _pairs(self) -> Iterator[tuple[Pair, Encoded | None]]:
+        if self.encoder is not None:
+            yield from encoded_pairs(self.stream, self.encoder)
+        else:
+            for pair in self.stream:
+                yield pair, None
+
+    def _take(self, pair: Pair, encoded: Encoded | None) -> None:
+        self.seen.add(pair)
+        if isinstance(pair.prompt, list):
+            self.form = "messages"
+        for kind, detail in (*pair.flags, *(encoded.flags if encoded else ())):
+            self._note(kind, pair, detail)
+        for side in SIDES:
+            part = getattr(pair, side) if encoded is None else getattr(encoded, f"{side}_ids")
+            self.lengths[side].append(len(part) if encoded is not None else text_length(part))
+        if encoded is None:
+            return
+        if len(self.rendered) < RENDERED:
+            self.rendered.append(self._render(encoded))
+        if self.max_length is not None and encoded.length > self.max_length:
+            self._truncate(pair, encoded, self.max_length)
+
+    def _truncate(self, pair: Pair, encoded: Encoded, max_length: int) -> None:
+        if self.truncation == "refuse":
+            raise refuse_too_long(pair, encoded, max_length, self.stream.source)
+        self.too_long += 1
+        self._note("too_long", pair, f"{encoded.length} tokens")
+        if truncated(encoded, max_length, self.truncation) is not None:
+            self.cut += 1
+            return
+        line = {"pair_id": pair.pair_id, self.stream.source.unit: pair.number, "tokens": encoded.length}
+        self.dropped += json.dumps(line).encode() + b"\n"
+
+    def _note(self, kind: str, pair: Pair, detail: str) -> None:
+        self.findings.add(kind, self.stream.source.at(pair.number) + (f": {detail}" if detail else ""))
+
+    def _render(self, encoded: Encoded) -> str:
+        assert self.encoder is not None
+        decode = self.encoder.tokenizer.decode
+        prompt, chosen = decode(encoded.prompt_ids), decode(encoded.chosen_ids)
+        prompt = f"…{prompt[-80:]}" if len(prompt) > 80 else prompt
+        chosen = f"{chosen[:40]}…{chosen[-40:]}" if len(chosen) > 81 else chosen
+        return f"{prompt!r} | {chosen!r}"
+
+    def report(self, eval_pairs: int | None) -> CheckReport:
+        stream = self.stream
+        assert stream.columns is not None
+        truncation = None
+        if self.max_length is not None:
+            truncation = TruncationReport(
+                max_length=self.max_length,
+                policy=self.truncation,
+                too_long=self.too_long,
+                dropped=self.too_long - self.cut,
+                cut=self.cut,
+            )
+        return CheckReport(
+            source=stream.source.name,
+            pairs=len(self.seen),
+            prompts=self.seen.distinct_prompts(),
+            form=self.form,
+            read_as=dict(stream.columns.read_as),
+            ignored=stream.ignored,
+            unit="characters" if self.encoder is None else "tokens",
+            lengths={side: _lengths(values) for side, values in self.lengths.items()},
+            truncation=truncation,
+            eval_pairs=eval_pairs,
+            findings=self.findings.summary(),
+            rendered=tuple(self.rendered),
+        )
+
+
+def _lengths(values: array[int]) -> Lengths:
+    numbers = np.frombuffer(values, dtype=np.int64)
+    median, p95 = np.percentile(numbers, [50, 95])
+    return Lengths(mean=float(numbers.mean()), median=float(median), p95=float(p95), longest=int(numbers.max()))
+
+
+def _write(folder: Path, report: CheckReport, dropped: bytes | bytearray) -> None:
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "dropped.jsonl", bytes(dropped))
+        # Last: a folder with check.json is whole.
+        write_atomically(folder / "check.json", report.model_dump_json(indent=2) + "\n")

@@ -1,0 +1,384 @@
+"""One raw row -> one pair: prompt, chosen and rejected as text or messages, and the numbers beside them."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from madpo.data.sources import described
+from madpo.errors import DataError
+
+Message = dict[str, str]
+Text = str | list[Message]
+
+NUMBERS = ("chosen_score", "rejected_score", "reward_margin", "weight", "ref_chosen_logps", "ref_rejected_logps")
+# Our name first, then what known data sets call it; the report says which name was read.
+ALIASES: dict[str, tuple[str, ...]] = {
+    "pair_id": ("pair_id",),
+    "prompt": ("prompt", "instruction", "question"),
+    "chosen": ("chosen", "chosen_response"),
+    "rejected": ("rejected", "rejected_response"),
+    "chosen_score": ("chosen_score", "score_chosen", "chosen_rating", "chosen-rating", "chosen_avg_rating"),
+    "rejected_score": ("rejected_score", "score_rejected", "rejected_rating", "rejected-rating", "rejected_avg_rating"),
+    **{name: (name,) for name in NUMBERS[2:]},
+}
+RANKED = "completions"  # UltraFeedback's list of {response, overall_score}
+WANTED = (*{alias for names in ALIASES.values() for alias in names}, RANKED, "margin")
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+_RENAME = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+LONG = 1_000_000  # characters
+
+
+@dataclass(slots=True)
+class Pair:
+    """A preference pair as training takes it.
+
+    Attributes:
+        pair_id: the data set's own, else the index of the row from 0.
+        number: line or row in the source, for messages.
+        prompt, chosen, rejected: text, or messages with role and content.
+        numbers: the numeric columns that the data set has, finite.
+        flags: kinds of findings (``findings.KINDS``), each with a detail.
+    """
+
+    pair_id: int
+    number: int
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    numbers: dict[str, float]
+    flags: list[tuple[str, str]] = field(default_factory=list)
+
+    def row(self) -> dict[str, Any]:
+        """The pair as a flat row: pair_id, prompt, chosen, rejected and the numbers."""
+        row = {"pair_id": self.pair_id, "prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected}
+        return row | self.numbers
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which of the data set's names is read as what."""
+
+    read_as: Mapping[str, str]
+    ranked: bool
+
+    @classmethod
+    def found_in(cls, names: Iterable[str], name: str) -> Columns:
+        """Find our columns among ``names``.
+
+        Raises:
+            DataError: chosen or rejected is missing, one score has no partner, or there is a column "margin".
+        """
+        names = [str(n) for n in names]
+        if "margin" in names:
+            raise DataError(
+                f"{name}: rename the column 'margin' to 'reward_margin': TRL's RewardTrainer subtracts a column "
+                "named margin inside its loss"
+            )
+        read_as = {}
+        for ours, aliases in ALIASES.items():
+            theirs = next((alias for alias in aliases if alias in names), None)
+            if theirs is not None:
+                read_as[ours] = theirs
+        if RANKED in names and "chosen" not in read_as and "prompt" in read_as:
+            return cls({"prompt": read_as["prompt"]}, ranked=True)
+        for ours in ("chosen", "rejected"):
+            if ours not in read_as:
+                near = difflib.get_close_matches(ours, names, n=1, cutoff=0.6)
+                hint = f"rename {near[0]!r}" if near else "rename the column that holds it"
+                listed = ", ".join(map(repr, names[:12])) or "none"
+                raise DataError(f"{name}: has no column {ours!r} (found {listed}); {hint}")
+        for one, other in (("chosen_score", "rejected_score"), ("rejected_score", "chosen_score")):
+            if one in read_as and other not in read_as:
+                raise DataError(f"{name}: has {read_as[one]!r} but no {other!r}; give both scores or neither")
+        return cls(read_as, ranked=False)
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The numeric columns that the data set has, by our names."""
+        return ("chosen_score", "rejected_score") if self.ranked else tuple(n for n in NUMBERS if n in self.read_as)
+
+    def ignored(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Columns that nothing reads."""
+        used = {*self.read_as.values(), *((RANKED,) if self.ranked else ())}
+        return tuple(name for name in names if name not in used)
+
+
+class Reader:
+    """Turns raw rows into pairs; what the first good row looks like, all must."""
+
+    def __init__(self, columns: Columns, name: str, *, from_text: bool = False) -> None:
+        """``from_text``: numbers come as text (CSV), not as numbers."""
+        self.columns = columns
+        self.name = name
+        self.from_text = from_text
+        self.conversational: bool | None = None
+
+    def pair(self, raw: Mapping[str, Any], number: int, index: int, place: str) -> Pair | None:
+        """The pair in a row; None for a ranked row without two different scores.
+
+        Raises:
+            DataError: with ``place``, the field, the value and the remedy.
+        """
+        if "margin" in raw:
+            Columns.found_in(raw, place)
+        values = {ours: self._value(raw, theirs, place) for ours, theirs in self.columns.read_as.items()}
+        if self.columns.ranked:
+            best_and_worst = _ranked(self._value(raw, RANKED, place), place)
+            if best_and_worst is None:
+                return None
+            values |= best_and_worst
+        elif unexpected := [n for n in (*NUMBERS, "prompt") if n in raw and n not in self.columns.read_as]:
+            raise DataError(
+                f"{place}: has the field {unexpected[0]!r}, which the first row lacks; give it in every row or in none"
+            )
+        pair = self._split(values, number, index, place)
+        for ours in self.columns.numbers:
+            theirs = self.columns.read_as.get(ours, ours)
+            pair.numbers[ours] = as_number(values[ours], theirs, place, from_text=self.from_text)
+        if pair.numbers.get("weight", 0.0) < 0:
+            raise DataError(
+                f"{place}: weight is {pair.numbers['weight']}, but must be 0 or more; correct it or drop the row"
+            )
+        _flag(pair)
+        return pair
+
+    def _value(self, raw: Mapping[str, Any], theirs: str, place: str) -> Any:
+        if theirs not in raw:
+            raise DataError(f"{place}: lacks the field {theirs!r}, which the first row has; fill it in or drop the row")
+        if raw[theirs] is None:
+            raise DataError(f"{place}: {theirs} is null; fill it in or drop the row")
+        return raw[theirs]
+
+    def _split(self, values: Mapping[str, Any], number: int, index: int, place: str) -> Pair:
+        chosen, rejected = (_text(values[name], name, place) for name in ("chosen", "rejected"))
+        prompt = _text(values["prompt"], "prompt", place) if "prompt" in values else None
+        if isinstance(chosen, list) != isinstance(rejected, list):
+            raise DataError(f"{place}: chosen and rejected must both be text or both be messages; write them alike")
+        conversational = isinstance(chosen, list) or isinstance(prompt, list)
+        if self.conversational is None:
+            self.conversational = conversational
+        elif self.conversational != conversational:
+            words = ("text", "messages")
+            raise DataError(
+                f"{place}: holds {words[conversational]} where the rows before hold {words[self.conversational]}; "
+                "use one form in the whole file"
+            )
+        pair_id = _pair_id(values.get("pair_id", index), place)
+        flags: list[tuple[str, str]] = []
+        if isinstance(chosen, str) and isinstance(rejected, str):
+            parts = _split_text(prompt, chosen, rejected, flags)
+        else:
+            assert isinstance(chosen, list)
+            assert isinstance(rejected, list)
+            parts = _split_messages(prompt, chosen, rejected, flags)
+        return Pair(pair_id, number, *parts, {}, flags)
+
+
+def _split_text(
+    prompt: Text | None, chosen: str, rejected: str, flags: list[tuple[str, str]]
+) -> tuple[Text, Text, Text]:
+    if isinstance(prompt, list):  # a conversation with its two answers given as text
+        return prompt, _said("assistant", chosen), _said("assistant", rejected)
+    if prompt is not None:
+        if prompt and chosen.startswith(prompt) and rejected.startswith(prompt):
+            flags.append(("repeats_prompt", ""))
+        return prompt, chosen, rejected
+    shared = shared_prefix(chosen, rejected)
+    if chosen != rejected:
+        if shared and chosen[shared - 1] == " ":  # as TRL: the space belongs to the completion
+            shared -= 1
+        elif 0 < shared < min(len(chosen), len(rejected)) and (chosen[shared - 1] + chosen[shared]).isalnum():
+            flags.append(("split_word", repr(chosen[max(0, shared - 20) : shared])))
+        if not shared:
+            flags.append(("no_shared_prompt", ""))
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _split_messages(
+    prompt: Text | None, chosen: list[Message], rejected: list[Message], flags: list[tuple[str, str]]
+) -> tuple[Text, Text, Text]:
+    if isinstance(prompt, list):
+        if prompt and chosen[: len(prompt)] == prompt and rejected[: len(prompt)] == prompt:
+            flags.append(("repeats_prompt", ""))
+        return prompt, chosen, rejected
+    if isinstance(prompt, str) and chosen[0]["role"] == rejected[0]["role"] == "assistant":
+        return _said("user", prompt), chosen, rejected
+    # At least one message stays with each side, so that equal conversations keep their answer.
+    shared = min(shared_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
+    if not shared:
+        flags.append(("no_shared_prompt", ""))
+    elif isinstance(prompt, str) and not any(m["content"].strip() == prompt.strip() for m in chosen[:shared]):
+        flags.append(("prompt_mismatch", ""))
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _said(role: str, text: str) -> list[Message]:
+    return [{"role": role, "content": text}]
+
+
+def _text(value: Any, name: str, place: str) -> Text:
+    if isinstance(value, str):
+        return encodable(value, name, place)
+    if not isinstance(value, list | tuple):
+        hint = "; put the message in a list" if isinstance(value, dict) else "; give text or a list of messages"
+        raise DataError(f"{place}: {name} is {described(value)}, not text{hint}")
+    if not value:
+        raise DataError(f"{place}: {name} is a list without messages; fill it in or drop the row")
+    return [_message(m, f"{name}[{i}]", place) for i, m in enumerate(value)]
+
+
+def _message(value: Any, name: str, place: str) -> Message:
+    if not isinstance(value, dict):
+        raise DataError(f"{place}: {name} is {described(value)}, not a message; give an object with role and content")
+    if "role" not in value or "content" not in value:
+        hint = "rename 'from' to 'role' and 'value' to 'content'" if "from" in value else "give both role and content"
+        keys = ", ".join(repr(str(key)[:40]) for key in list(value)[:6]) or "nothing"
+        raise DataError(f"{place}: {name} has {keys}, not role and content; {hint}")
+    role, content = value["role"], value["content"]
+    if role not in ROLES:
+        known = _RENAME.get(role.lower()) if isinstance(role, str) else None
+        hint = f"rename it to {known!r}" if known else f"use one of {', '.join(ROLES)}"
+        raise DataError(f"{place}: {name}.role is {described(role)}; {hint}")
+    if isinstance(content, list):  # parts, as multimodal templates write them
+        if any(
+            not isinstance(p, dict) or p.get("type") != "text" or not isinstance(p.get("text"), str) for p in content
+        ):
+            raise DataError(f"{place}: {name}.content holds parts that are not text; only text can be trained on here")
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise DataError(f"{place}: {name}.content is {described(content)}, not text; fill it in or drop the row")
+    return {"role": role, "content": encodable(content, f"{name}.content", place)}
+
+
+def encodable(text: str, name: str, place: str) -> str:
+    """The text, unless it holds half of a surrogate pair, which no tokenizer and no file can take."""
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{place}: {name} holds half of a surrogate pair (\\u{ord(text[error.start]):04x}); the text was cut "
+                "inside an emoji, repair it or drop the row"
+            ) from None
+    return text
+
+
+def as_number(value: Any, name: str, place: str, *, from_text: bool = False) -> float:
+    """A finite number, or a DataError; text counts only where the format has nothing else (CSV)."""
+    number = value
+    if isinstance(value, str) and from_text:
+        try:
+            number = float(value)
+        except ValueError:
+            raise DataError(
+                f"{place}: {name} is {described(value)}, not a number; correct it or drop the row"
+            ) from None
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        hint = "write it without quotes" if isinstance(value, str) else "give a number"
+        raise DataError(f"{place}: {name} is {described(value)}, not a number; {hint}")
+    try:
+        number = float(number)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise DataError(f"{place}: {name} is {number}, but must be finite; score the pair again or drop the row")
+    return number
+
+
+def _pair_id(value: Any, place: str) -> int:
+    if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit() and len(value) < 19:
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+        raise DataError(
+            f"{place}: pair_id is {described(value)}, not a whole number from 0; correct or drop the column"
+        )
+    return value
+
+
+def _ranked(value: Any, place: str) -> dict[str, Any] | None:
+    """Best and worst of UltraFeedback's completions; None where no two scores differ."""
+    if not isinstance(value, list | tuple):
+        raise DataError(f"{place}: {RANKED} is {described(value)}, not a list of responses; give a list")
+    scored = []
+    for i, entry in enumerate(value):
+        name = f"{RANKED}[{i}]"
+        if not isinstance(entry, dict) or "response" not in entry or "overall_score" not in entry:
+            raise DataError(f"{place}: {name} lacks response or overall_score; give both or add chosen and rejected")
+        scored.append((as_number(entry["overall_score"], f"{name}.overall_score", place), entry["response"]))
+    if len({score for score, _ in scored}) < 2:
+        return None
+    (best, chosen), (worst, rejected) = max(scored, key=lambda s: s[0]), min(scored, key=lambda s: s[0])
+    return {"chosen": chosen, "rejected": rejected, "chosen_score": best, "rejected_score": worst}
+
+
+def _flag(pair: Pair) -> None:
+    """Findings that one row shows by itself."""
+    flags = pair.flags
+    if pair.chosen == pair.rejected:
+        flags.append(("identical", ""))
+    for side in ("chosen", "rejected"):
+        if not "".join(contents(getattr(pair, side))).strip() and ("identical", "") not in flags:
+            flags.append(("empty_completion", side))
+    if not "".join(contents(pair.prompt)).strip() and ("no_shared_prompt", "") not in flags:
+        flags.append(("empty_prompt", ""))
+    for name in ("prompt", "chosen", "rejected"):
+        for text in contents(getattr(pair, name)):
+            if match := _CONTROL.search(text):
+                flags.append(("control_characters", f"{name} has U+{ord(match[0]):04X}"))
+            if "\ufffd" in text:
+                flags.append(("replacement_character", name))
+            if len(text) > LONG:
+                flags.append(("very_long", f"{name} has {len(text)} characters"))
+    if isinstance(pair.prompt, list):
+        flags.extend(("role_order", problem) for problem in _role_problems(pair))
+    numbers = pair.numbers
+    if "chosen_score" in numbers:
+        gap = numbers["chosen_score"] - numbers["rejected_score"]
+        if gap < 0:
+            flags.append(("score_order", f"{numbers['chosen_score']:g} < {numbers['rejected_score']:g}"))
+        if abs(numbers.get("reward_margin", gap) - gap) > 1e-3 * max(1.0, abs(gap)):
+            flags.append(("margin_mismatch", f"{numbers['reward_margin']:g} against {gap:g}"))
+
+
+def shared_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Length of the shared beginning of two texts or lists; by bisection, since slices compare fast."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def contents(text: Text) -> list[str]:
+    """The texts of a plain or conversational part."""
+    return [text] if isinstance(text, str) else [message["content"] for message in text]
+
+
+def _role_problems(pair: Pair) -> list[str]:
+    assert isinstance(pair.prompt, list)
+    roles = [m["role"] for m in pair.prompt]
+    problems = []
+    if any(role in ("system", "developer") for role in roles[1:]):
+        problems.append("system after the first message")
+    turns = [role for role in roles if role not in ("system", "developer")]
+    if turns and turns[0] != "user":
+        problems.append(f"the prompt begins with {turns[0]}")
+    if any(a == b == "user" or a == b == "assistant" for a, b in pairwise(turns)):
+        problems.append("one role twice in a row")
+    if turns and turns[-1] == "assistant":
+        problems.append("the prompt ends with assistant")
+    for side in ("chosen", "rejected"):
+        first = getattr(pair, side)[0]["role"]
+        if first != "assistant":
+            problems.append(f"{side} begins with {first}")
+    return problems

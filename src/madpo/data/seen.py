@@ -1,0 +1,130 @@
+"""Which pairs and prompts were seen: 16 bytes of hash each, sorted once at the end."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from madpo.data.findings import EXAMPLES, Findings
+from madpo.data.rows import Pair, Text
+
+Keys = npt.NDArray[np.uint64]
+
+
+class Seen:
+    """Collects hashes while rows stream by; duplicates, contradictions and leakage come out afterwards.
+
+    The hash of a pair does not depend on the order of its completions; its last bit says which order it was.
+    """
+
+    def __init__(self) -> None:
+        self._pairs = bytearray()
+        self._prompts = bytearray()
+        self.numbers = array("q")
+        """Line or row of each pair."""
+
+    def add(self, pair: Pair) -> None:
+        """Remember a pair."""
+        prompt, chosen, rejected = digest(pair.prompt), digest(pair.chosen), digest(pair.rejected)
+        in_order = chosen <= rejected
+        both = chosen + rejected if in_order else rejected + chosen
+        key = bytearray(hashlib.blake2b(prompt + both, digest_size=16).digest())
+        key[15] = (key[15] & 0xFE) | in_order
+        self._pairs += key
+        self._prompts += prompt
+        self.numbers.append(pair.number)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @property
+    def pairs(self) -> Keys:
+        """(rows, 2) keys with the order's bit."""
+        return np.frombuffer(self._pairs, dtype=">u8").reshape(-1, 2).astype(np.uint64)
+
+    @property
+    def prompts(self) -> Keys:
+        """(rows, 2) keys of the prompts."""
+        return np.frombuffer(self._prompts, dtype=">u8").reshape(-1, 2).astype(np.uint64)
+
+    def distinct_prompts(self) -> int:
+        """How many different prompts there are."""
+        keys = _sorted(self.prompts)[0]
+        return int(_new(keys).sum())
+
+    def repeats(self, findings: Findings, at: Callable[[int], str]) -> None:
+        """Add duplicates, and pairs that stand there in both orders; ``at`` names the place of a row."""
+        keys, order = _sorted(self.pairs)
+        if not len(keys):
+            return
+        first = np.maximum.accumulate(np.where(_new(keys), np.arange(len(keys)), 0))
+        self._tell(findings, "duplicate", order, first, np.flatnonzero(~_new(keys)), at)
+        # Without the order's bit: the first of a group in the other order contradicts the group's first.
+        bare = keys.copy()
+        bare[:, 1] &= ~np.uint64(1)
+        group = np.maximum.accumulate(np.where(_new(bare), np.arange(len(keys)), 0))
+        opposed = (keys[:, 1] != keys[group, 1]) & _new(keys)
+        self._tell(findings, "contradiction", order, group, np.flatnonzero(opposed), at)
+
+    def _tell(
+        self,
+        findings: Findings,
+        kind: str,
+        order: npt.NDArray[np.intp],
+        first: npt.NDArray[np.intp],
+        hits: npt.NDArray[np.intp],
+        at: Callable[[int], str],
+    ) -> None:
+        examples = []
+        # The earliest rows of the file are the examples, whatever their hashes.
+        for hit in hits[np.argsort(np.maximum(order[hits], order[first[hits]]))[:EXAMPLES]]:
+            one, other = sorted((int(order[first[hit]]), int(order[hit])))
+            examples.append(f"{at(self.numbers[other])}, first in {self.numbers[one]}")
+        findings.add_many(kind, len(hits), examples)
+
+    def leaks(self, train: Seen, findings: Findings, at: Callable[[int], str]) -> None:
+        """Add the pairs (in either order) and the prompts of this evaluation data that are in ``train``."""
+        mine, theirs = self.pairs, train.pairs
+        for keys in (mine, theirs):
+            keys[:, 1] &= ~np.uint64(1)
+        for kind, here, there in (
+            ("leaked_pair", mine, theirs),
+            ("leaked_prompt", self.prompts, train.prompts),
+        ):
+            hits = np.flatnonzero(_contained(here, there))
+            findings.add_many(kind, len(hits), [at(self.numbers[int(hit)]) for hit in hits[:EXAMPLES]])
+
+
+def digest(text: Text) -> bytes:
+    """16 bytes that stand for a text or a conversation."""
+    hasher = hashlib.blake2b(digest_size=16)
+    if isinstance(text, str):
+        hasher.update(text.encode())
+    else:
+        for message in text:
+            content = message["content"].encode()
+            hasher.update(f"{message['role']}:{len(content)}:".encode() + content)
+    return hasher.digest()
+
+
+def _sorted(keys: Keys) -> tuple[Keys, npt.NDArray[np.intp]]:
+    # lexsort is stable: of equal keys the earlier row comes first.
+    order = np.lexsort((keys[:, 1], keys[:, 0]))
+    return keys[order], order
+
+
+def _new(keys: Keys) -> npt.NDArray[np.bool_]:
+    """Where a sorted row differs from the one before."""
+    new = np.ones(len(keys), dtype=bool)
+    new[1:] = (keys[1:] != keys[:-1]).any(axis=1)
+    return new
+
+
+def _contained(keys: Keys, others: Keys) -> npt.NDArray[np.bool_]:
+    # As 16-byte records, so that numpy compares whole keys.
+    record = np.dtype([("a", "u8"), ("b", "u8")])
+    return np.isin(np.ascontiguousarray(keys).view(record).ravel(), np.ascontiguousarray(others).view(record).ravel())
