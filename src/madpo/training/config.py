@@ -74,5 +74,5 @@ def refuse_replaced_options(args: DPOConfig) -> None:
 
 def _same(value: Any, default: Any) -> bool:
     # TRL turns a single loss type into a list of one.
-    unpack = lambda x: x[0] if isinstance(x, list) and len(x) == 1 else x  # noqa: E731
-    return bool(unpack(value) == unpack(default))
+    first, second = (x[0] if isinstance(x, list) and len(x) == 1 else x for x in (value, default))
+    return bool(first == second)

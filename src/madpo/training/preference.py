@@ -81,6 +81,7 @@ class PreferenceTrainer(DPOTrainer):  # type: ignore[misc]
         DataError: a column that the loss needs is missing.
     """
 
+    data_collator: Any
     # The loss is divided by the pairs of the effective batch, so the trainer must not divide once more.
     loss_is_scaled_for_ga = True
 
@@ -122,7 +123,7 @@ class PreferenceTrainer(DPOTrainer):  # type: ignore[misc]
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """Reference columns: as given, from the cache, or computed now."""
-        collator: Any = self.data_collator
+        collator = self.data_collator
         if type(collator) is DataCollatorForPreference:  # TRL's default: it would drop our columns
             self.data_collator = collator = PreferenceCollator(
                 pad_token_id=collator.pad_token_id,

@@ -1,0 +1,208 @@
+"""Loading models: the hub, a folder, a packaged file, or a tiny random one for tests and smoke runs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType
+from pydantic import Field
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from madpo.config import Frozen
+from madpo.errors import ConfigError
+from madpo.packaged import PACKAGED, cache_dir, packaged, quiet_transformers
+
+__all__ = [
+    "LoRA",
+    "build_tiny",
+    "cache_dir",
+    "compute_dtype",
+    "load_model",
+    "load_tokenizer",
+    "merge_adapter",
+    "packaged",
+    "resolve_model",
+]
+
+TINY_FAMILIES = ("gemma3", "llama", "qwen3")
+
+
+class LoRA(Frozen):
+    """A low-rank adapter."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32, gt=0)
+    """The update is scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """0 makes the log-ratios exactly 0 before the first step."""
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Modules to adapt; the output head never is."""
+
+    def peft_config(self, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> LoraConfig:
+        """The same for PEFT; a reward model's head trains in full and is saved with the adapter."""
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=self.targets if isinstance(self.targets, str) else list(self.targets),
+            task_type=TaskType[task],
+            modules_to_save=["score"] if task == "SEQ_CLS" else None,
+        )
+
+
+def compute_dtype(device: str | None = None) -> torch.dtype:
+    """bfloat16 where the processor multiplies it natively (AVX-512 BF16 or AMX; a GPU with bf16), else float32."""
+    if device != "cpu" and torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device == "mps" or (device is None and torch.backends.mps.is_available()):
+        return torch.float32
+    capabilities = torch.cpu.get_capabilities()
+    native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16")
+    return torch.bfloat16 if native else torch.float32
+
+
+def resolve_model(name_or_path: str) -> Path | str:
+    """A packaged model's folder, a tiny model's folder, a folder as given, or a hub id as given."""
+    if name_or_path in PACKAGED:
+        return packaged(name_or_path)
+    if name_or_path.startswith("tiny-"):
+        family = name_or_path.removeprefix("tiny-")
+        folder = cache_dir() / "models" / f"{name_or_path}-v1"
+        return folder if (folder / "config.json").exists() else build_tiny(family, folder)
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ConfigError(f"{path} has no config.json; give a model folder, a hub id, or {', '.join(PACKAGED)}")
+        return path
+    if path.is_absolute() or name_or_path.startswith((".", "~")):
+        raise ConfigError(f"{path} is no folder; give a model folder, a hub id, or {', '.join(PACKAGED)}")
+    return name_or_path
+
+
+def load_model(
+    path: Path | str, *, dtype: torch.dtype | None = None, adapter: Path | None = None
+) -> PreTrainedModel | PeftModel:
+    """A causal language model from safetensors, with an adapter on top where one is given.
+
+    Args:
+        path: folder or hub id.
+        dtype: of the weights; None is :func:`compute_dtype`. Adapters stay in float32.
+        adapter: folder of a PEFT adapter.
+    """
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype or compute_dtype(), use_safetensors=True, trust_remote_code=False
+        )
+        if adapter is not None:
+            model = PeftModel.from_pretrained(model, adapter)
+    if torch.cuda.is_available():
+        model = model.to("cuda")
+    return model.eval()
+
+
+def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, with a padding token (its end token where it has none)."""
+    with quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def merge_adapter(model: nn.Module, out: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Fold a PEFT adapter into the weights and save the plain model; the sum is taken in float32."""
+    dtype = next(p for n, p in model.named_parameters() if "lora_" not in n).dtype
+    merged = model.float().merge_and_unload()  # type: ignore[operator]
+    merged = merged.to(dtype)
+    merged.config.dtype = dtype
+    vars(merged).pop("forward", None)  # an installed completion head belongs to the object, not to the weights
+    merged.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+_TEXT = """The film begins slowly, but the story grows on you. A good cast, a bad script, and a wonderful ending.
+I watched this movie with my family and we all loved every minute of it. The acting is terrible and the plot is
+worse. What a waste of time! The music was beautiful, the pictures were great, and the jokes made me laugh. Nobody
+should ever have to see this boring, awful, stupid picture. It is one of the best films of the year, and I would
+gladly see it again. The director has no idea what to do with the actors, and neither have they. Funny, warm and
+full of life: this is what cinema is for. Do not believe the critics; it is simply dull.
+"""
+
+_CHAT = (
+    "{{ bos_token }}{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+
+
+def build_tiny(family: str, folder: Path, seed: int = 0) -> Path:
+    """Write a random model of two layers with a byte-level tokenizer; the same bytes for the same seed.
+
+    Args:
+        family: "gemma3" (with a sliding window of 8 tokens), "llama" or "qwen3".
+        folder: appears at once and complete.
+    """
+    if family not in TINY_FAMILIES:
+        raise ConfigError(f"there is no tiny model {family!r}; known are {', '.join(TINY_FAMILIES)}")
+    tokenizer = _tiny_tokenizer()
+    shape = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "tie_word_embeddings": True,
+    }
+    if family == "gemma3":
+        shape |= {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    config = AutoConfig.for_model({"gemma3": "gemma3_text"}.get(family, family), **shape)
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    torch.random.set_rng_state(state)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    workspace = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        with quiet_transformers():
+            model.save_pretrained(workspace)
+            tokenizer.save_pretrained(workspace)
+        os.chmod(workspace, 0o755)
+        if not (folder / "config.json").exists():
+            workspace.rename(folder)
+    finally:
+        shutil.rmtree(workspace, ignore_errors=True)
+    return folder
+
+
+def _tiny_tokenizer() -> PreTrainedTokenizerFast:
+    special = ["<pad>", "<s>", "</s>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=sorted(alphabet))
+    tokenizer.train_from_iterator(_TEXT.splitlines(), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", chat_template=_CHAT
+    )
