@@ -1,0 +1,142 @@
+"""Estimates with their uncertainty: bootstrap means, paired differences, proportions, calibration."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import minimize_scalar
+from scipy.stats import norm, t
+
+from madpo.errors import DataError
+from madpo.records import Estimate
+from madpo.seeding import rng
+
+RESAMPLES = 2000
+_BLOCK = 2_000_000  # resampled values held at once
+LOG_TEMPERATURES = (-6.0, 6.0)  # natural log: where a calibration is looked for
+
+
+def bootstrap_mean(
+    values: ArrayLike, *, seed: int = 0, clusters: ArrayLike | None = None, level: float = 0.95
+) -> Estimate:
+    """The mean of ``values`` with a percentile-bootstrap interval.
+
+    Args:
+        values: numbers, one per observation.
+        seed: of the resampling.
+        clusters: one label per observation; observations of one label (several responses to one prompt) are drawn
+            together, and ``n`` of the result counts labels. None: every observation is its own unit.
+        level: coverage of the interval.
+
+    The percentile interval of a mean is too short by sqrt((n - 1)/n) and by the normal in place of Student's t, so
+    its half-widths are stretched by both factors; skewness stays as the resamples show it. One unit gives an interval
+    of no width, as nothing is known of its spread.
+
+    Raises:
+        DataError: no values, or a value that is not finite.
+    """
+    x = _finite(values)
+    sums, counts = _units(x, clusters)
+    n = len(sums)
+    mean = float(x.mean())
+    if n == 1 or (np.ptp(sums) == 0 and np.ptp(counts) == 0):
+        return Estimate(mean, mean, mean, n)
+    draws = _resampled_means(sums, counts, seed)
+    tail = (1 - level) / 2
+    low, high = np.quantile(draws, [tail, 1 - tail])
+    stretch = float(np.sqrt(n / (n - 1)) * t.isf(tail, n - 1) / norm.isf(tail))
+    return Estimate(mean, mean - stretch * float(mean - low), mean + stretch * float(high - mean), n)
+
+
+def paired_difference(a: ArrayLike, b: ArrayLike, *, seed: int = 0) -> Estimate:
+    """Mean of ``a - b`` over units measured under both (the same prompts), with its bootstrap interval.
+
+    Raises:
+        DataError: the two differ in length.
+    """
+    x, y = _finite(a), _finite(b)
+    if len(x) != len(y):
+        raise DataError(f"a paired difference needs the same units on both sides, but there are {len(x)} and {len(y)}")
+    return bootstrap_mean(x - y, seed=seed)
+
+
+def proportion(successes: int, n: int, *, level: float = 0.95) -> Estimate:
+    """A share with its Wilson interval, which stays inside [0, 1] and has width at 0 and 1 too.
+
+    Raises:
+        DataError: n < 1, or successes outside 0..n.
+    """
+    if n < 1 or not 0 <= successes <= n:
+        raise DataError(f"a proportion needs 0 <= successes <= n with n >= 1, but got {successes} of {n}")
+    share = successes / n
+    z2 = float(norm.isf((1 - level) / 2)) ** 2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = float(np.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n)))) / (1 + z2 / n)
+    # At 0 and n the bound is exactly 0 and 1; rounding must not push it past the share itself.
+    return Estimate(share, max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half)), n)
+
+
+def fit_temperature(margins: ArrayLike) -> tuple[float, float, float]:
+    """The temperature that calibrates the margins of observed preferences to log-odds.
+
+    Minimises over t the mean of -log sigma(h / t), h the margin of chosen over rejected on pairs the reward model was
+    not trained on. It is looked for in [exp(-6), exp(6)], so it exists also where all margins have one sign (then
+    it ends at a bound); for margins that are all 0, where no temperature matters, it is 1.
+
+    Args:
+        margins: log-odds, one per held-out pair.
+
+    Returns:
+        (temperature, log loss at temperature 1, log loss at the fitted one), losses in nats per pair.
+    """
+    h = _finite(margins)
+    before = _log_loss(h, 0.0)
+    if not h.any():
+        return 1.0, before, before
+    if (h >= 0).all() or (h <= 0).all():
+        # The loss is monotone, and so flat near the bound that only its sign tells which one.
+        s = LOG_TEMPERATURES[0] if h.max() > 0 else LOG_TEMPERATURES[1]
+        return float(np.exp(s)), before, _log_loss(h, s)
+    # The loss is convex in 1/t, hence has one minimum in log t.
+    found = minimize_scalar(
+        lambda s: _log_loss(h, s), bounds=LOG_TEMPERATURES, method="bounded", options={"xatol": 1e-9}
+    )
+    best = min((float(found.x), *LOG_TEMPERATURES, 0.0), key=lambda s: _log_loss(h, s))
+    return float(np.exp(best)), before, _log_loss(h, best)
+
+
+def _log_loss(margins: NDArray[np.float64], log_temperature: float) -> float:
+    return float(np.logaddexp(0.0, -margins * np.exp(-log_temperature)).mean())
+
+
+def _finite(values: ArrayLike) -> NDArray[np.float64]:
+    x = np.asarray(values, dtype=np.float64).ravel()
+    if not len(x):
+        raise DataError("there are no values to summarise: the upstream step selected nothing")
+    if not np.isfinite(x).all():
+        row = int(np.flatnonzero(~np.isfinite(x))[0])
+        raise DataError(f"value {row} is {x[row]}, so no mean can be taken; the step that computed it diverged")
+    return x
+
+
+def _units(x: NDArray[np.float64], clusters: ArrayLike | None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Sum and count per independent unit."""
+    if clusters is None:
+        return x, np.ones_like(x)
+    labels = np.asarray(clusters).ravel()
+    if len(labels) != len(x):
+        raise DataError(f"there are {len(x)} values but {len(labels)} cluster labels; give one label per value")
+    _, index = np.unique(labels, return_inverse=True)
+    sums = np.bincount(index, weights=x).astype(np.float64)
+    return sums, np.bincount(index).astype(np.float64)
+
+
+def _resampled_means(sums: NDArray[np.float64], counts: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+    generator = rng(seed, "bootstrap")
+    n = len(sums)
+    rows = max(1, _BLOCK // n)
+    means = []
+    for start in range(0, RESAMPLES, rows):
+        drawn = generator.integers(0, n, size=(min(rows, RESAMPLES - start), n))
+        means.append(sums[drawn].sum(-1) / counts[drawn].sum(-1))
+    return np.concatenate(means)
