@@ -1,0 +1,117 @@
+"""Sampling: the right law, and draws that do not depend on the batch."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from transformers import AutoModelForCausalLM
+
+from madpo.errors import ConfigError
+from madpo.generation import Sampling, generate, sample, uniforms
+from madpo.models import build_tiny
+
+
+@pytest.fixture(scope="module", params=["gemma3", "llama", "qwen3"])
+def model(request, tmp_path_factory):
+    folder = build_tiny(request.param, tmp_path_factory.mktemp("models") / request.param)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    return model
+
+
+def prompts(count, seed=0):
+    draw = np.random.default_rng(seed)
+    return [draw.integers(3, 200, size=draw.integers(1, 12)).tolist() for _ in range(count)]
+
+
+def run(model, ids, keys, **changes):
+    settings = {"draw": 0, "seed": 1, "max_new_tokens": 14, "eos_token_ids": [2, 7, 40, 41, 42], "batch_size": 64}
+    return generate(model, ids, keys=keys, **{**settings, **changes})
+
+
+def test_tokens_do_not_depend_on_batch_size_or_order(model):
+    ids, keys = prompts(23), list(range(100, 123))
+    together = run(model, ids, keys)
+    assert any(len(completion) < 14 for completion in together), "some rows should end early"
+    for size in (1, 7):
+        assert run(model, ids, keys, batch_size=size) == together
+    assert run(model, ids[::-1], keys[::-1]) == together[::-1]
+    assert run(model, ids, keys, draw=1) != together
+    assert run(model, ids, keys, seed=2) != together
+
+
+def test_greedy_equals_transformers(model):
+    ids = torch.randint(3, 200, (3, 6), generator=torch.Generator().manual_seed(0))
+    expected = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=2, pad_token_id=0)[:, 6:]
+    found = run(model, ids.tolist(), [0, 1, 2], temperature=0, max_new_tokens=12, eos_token_ids=[2])
+    for row, completion in zip(expected.tolist(), found, strict=True):
+        assert row[: len(completion)] == completion
+
+
+def test_an_end_token_is_kept_and_nothing_follows(model):
+    for completion in run(model, prompts(40), list(range(40))):
+        ends = [token in (2, 7, 40, 41, 42) for token in completion]
+        assert not any(ends[:-1])
+        assert ends[-1] or len(completion) == 14
+
+
+@pytest.mark.parametrize("vocabulary", [5, 512, 513, 3000])
+def test_the_law_is_the_softmax(vocabulary):
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = torch.randn(1, vocabulary, generator=generator, dtype=torch.float64) * 2
+    uniform = torch.from_numpy(np.random.default_rng(3).random(200_000))
+    tokens = torch.cat([sample(logits.expand(20_000, -1).clone(), u) for u in uniform.split(20_000)])
+    expected = (logits.softmax(-1)[0] * len(uniform)).numpy()
+    found = np.bincount(tokens.numpy(), minlength=vocabulary)
+    common = expected >= 5
+    observed = np.append(found[common], found[~common].sum())
+    wanted = np.append(expected[common], expected[~common].sum())
+    keep = wanted > 0
+    assert stats.chisquare(observed[keep], wanted[keep]).pvalue > 1e-3
+
+
+def test_the_draw_is_inverse_transform_sampling():
+    """u picks the first token whose cumulative probability exceeds it, also at the ends."""
+    logits = torch.randn(1, 1500, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    cumulative = logits.softmax(-1)[0].cumsum(-1)
+    uniform = torch.linspace(0, 1 - 1e-9, 777, dtype=torch.float64)
+    expected = torch.searchsorted(cumulative, uniform, right=True).clamp(max=1499)
+    assert sample(logits.expand(777, -1).clone(), uniform).equal(expected)
+
+
+def test_tokens_without_probability_are_never_drawn():
+    logits = torch.full((4, 1300), -torch.inf)
+    logits[:, 700] = 0.0
+    uniform = torch.tensor([0.0, 0.3, 0.999999, 1 - 2**-53], dtype=torch.float64)
+    assert sample(logits, uniform).tolist() == [700] * 4
+
+
+def test_top_k_and_top_p_cut_the_tail():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
+    uniform = torch.linspace(0, 0.9999, 1000, dtype=torch.float64)
+    many = logits.expand(1000, -1)
+    assert set(Sampling(top_p=0.75).draw(many, uniform).tolist()) == {0, 1}
+    assert set(Sampling(top_p=0.8001).draw(many, uniform).tolist()) == {0, 1, 2}
+    assert set(Sampling(top_k=3).draw(many, uniform).tolist()) == {0, 1, 2}
+    shares = np.bincount(Sampling(top_k=2).draw(many, uniform).numpy()) / 1000
+    assert shares == pytest.approx([0.625, 0.375], abs=2e-3)
+    hot = np.bincount(Sampling(temperature=2.0).draw(many, uniform).numpy()) / 1000
+    assert hot == pytest.approx(torch.softmax(logits[0] / 2, 0).numpy(), abs=2e-3)
+
+
+def test_uniform_numbers_belong_to_seed_prompt_and_draw():
+    assert (uniforms(0, 5, 1, 10)[:4] == uniforms(0, 5, 1, 4)).all(), "a longer completion begins the same"
+    different = {tuple(uniforms(*which, 3)) for which in [(0, 5, 1), (1, 5, 1), (0, 6, 1), (0, 5, 0)]}
+    assert len(different) == 4
+
+
+def test_bad_settings_are_refused_with_the_value():
+    for changes, words in [
+        ({"top_p": 0.0}, "top_p is 0"),
+        ({"temperature": -1}, "temperature is -1"),
+        ({"top_k": 0}, "top_k is 0"),
+    ]:
+        with pytest.raises(ConfigError, match=words):
+            Sampling(**changes)
