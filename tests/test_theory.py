@@ -101,3 +101,21 @@ def test_theory_rests_on_the_losses_alone() -> None:
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
     ours = {module for module in modules if module.startswith("madpo")}
     assert ours == {"madpo.losses", "madpo.seeding"}
+
+
+def test_the_method_page_names_tests_and_functions_that_exist() -> None:
+    import re
+    from pathlib import Path
+
+    root = Path(__file__).parent.parent
+    page = (root / "docs" / "method.md").read_text()
+    tests = "".join(path.read_text() for path in (root / "tests").glob("test_*.py"))
+    named = set(re.findall(r"`(test_\w+)`", page))
+    assert len(named) > 15
+    assert [name for name in sorted(named) if f"def {name}(" not in tests] == []
+    assert [name for name in re.findall(r"`theory\.(\w+)`", page) if not hasattr(theory, name)] == []
+    kinds = set(re.findall(r"^\| `(\w+)` \| (?!h \||beta h|from)", page, re.MULTILINE))
+    from madpo.losses import LossAdapter
+
+    members = LossAdapter.json_schema()["discriminator"]["mapping"]
+    assert set(members) <= kinds

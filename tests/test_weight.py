@@ -97,10 +97,10 @@ def test_the_target_is_not_monotone(c_max: float, peak: float, at: float) -> Non
 margins64 = st.floats(allow_nan=False, allow_infinity=False)
 parameters = st.fixed_dictionaries(
     {
-        "tau": st.floats(1e-3, 100),
-        "c_max": st.floats(1.0001, 100),
+        "tau": st.floats(1e-6, 1e6),
+        "c_max": st.floats(1, 1e6, exclude_min=True),
         "c_min": st.one_of(st.none(), st.floats(0, 0.9999)),
-        "lam": st.floats(1e-3, 100),
+        "lam": st.floats(1e-6, 1e6),
     }
 )
 ordinary = st.fixed_dictionaries(
@@ -130,7 +130,10 @@ def test_finite_between_0_and_2_for_every_float(
     h: float, parameters: dict[str, float | None], kind: torch.dtype, part: str
 ) -> None:
     limit = torch.finfo(kind).max
-    margin = torch.tensor([max(-limit, min(limit, h))], dtype=torch.float64).to(kind).requires_grad_()
+    margin = torch.tensor([max(-limit, min(limit, h))], dtype=torch.float64).to(kind)
+    assert torch.isfinite(log_margin_weight(margin, part=part, **parameters)).all()  # type: ignore[arg-type]
+    # A slope of (c_max - 1)/2 can leave the range of float16: the gradient is looked at as float32.
+    margin = (margin if kind == torch.float64 else margin.float()).requires_grad_()
     log_weight = log_margin_weight(margin, part=part, **parameters)  # type: ignore[arg-type]
     weight = margin_weight(margin, part=part, **parameters)  # type: ignore[arg-type]
     assert torch.isfinite(log_weight).all()
@@ -249,13 +252,13 @@ def test_shapes_types_and_integers() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"tau": 0}, r"tau is 0, but must be finite and above 0"),
+        ({"tau": 0}, r"tau is 0, but must be above 0"),
         ({"tau": math.inf}, r"tau is inf"),
-        ({"c_max": 1}, r"c_max is 1, but must be finite and above 1"),
+        ({"c_max": 1}, r"c_max is 1, but must be above 1"),
         ({"c_max": math.nan}, r"c_max is nan"),
         ({"c_min": 1}, r"c_min is 1, but must be in \[0, 1\)"),
         ({"c_min": -0.1}, r"c_min is -0\.1"),
-        ({"lam": 0}, r"lam is 0, but must be finite and above 0"),
+        ({"lam": 0}, r"lam is 0, but must be above 0"),
         ({"part": "both"}, r"part is 'both', but must be one of 'full', 'amplify', 'dampen'"),
     ],
 )

@@ -176,7 +176,7 @@ class BetaDPO(RunningLoss):
     def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
         state = self.ready(inputs, state)
         margin = inputs.log_ratio_margin
-        beta = state.batch["beta"].to(margin)
+        beta = state.batch["beta"].to(margin.dtype).to(margin.device)
         kept = rows_of(state, "kept", margin)
         metrics = {"beta": beta, "filter/kept": kept.to(margin.dtype)}
         return LossOutput(-F.logsigmoid(beta * margin), metrics, kept, state.settled())
@@ -250,7 +250,7 @@ class AlphaDPO(RunningLoss):
     def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
         state = self.ready(inputs, state)
         margin = inputs.policy_margin_per_token
-        z = rows_of(state, "z", margin).to(margin.dtype)
+        z = rows_of(state, "z", margin)
         factor = self.alpha * (self.beta if self.scale == "code" else 1.0)
         logits = self.beta * margin - self.beta * self.gamma_beta_ratio - factor * z
         return LossOutput(-F.logsigmoid(logits), {"z/mean": z, "z/square": z.square()}, None, state.settled())
@@ -258,7 +258,7 @@ class AlphaDPO(RunningLoss):
 
 def batch_values(statistic: Tensor) -> Float[Tensor, " batch"]:
     """The gathered numbers on the CPU in float64, refused if one is NaN or infinite: it would stay in the averages."""
-    values = statistic.detach().to(device="cpu", dtype=torch.float64)
+    values = statistic.detach().cpu().double()  # in this order: not every device knows float64
     bad = (~torch.isfinite(values)).nonzero()
     if len(bad):
         row = int(bad[0])
@@ -290,4 +290,4 @@ def rows_of(state: LossState, name: str, like: Tensor) -> Tensor:
             f"the observed batch holds {name!r} of {len(values)} pairs, but this call has {len(like)}: "
             "pass state.rows(start, stop) with this call's part of the batch"
         )
-    return values.to(like.device)
+    return (values.to(like.dtype) if values.is_floating_point() else values).to(like.device)

@@ -20,6 +20,8 @@ from madpo.losses.base import widen
 
 Part = Literal["full", "amplify", "dampen"]
 PARTS: tuple[Part, ...] = ("full", "amplify", "dampen")
+LARGEST = 1e6
+"""Largest tau, c_max and lam: far beyond any use, and no float32 product overflows."""
 
 
 def check_weight_parameters(*, tau: float, c_max: float, c_min: float | None, lam: float, part: str) -> float:
@@ -28,14 +30,14 @@ def check_weight_parameters(*, tau: float, c_max: float, c_min: float | None, la
     Raises:
         ConfigError: with the parameter, its value and the allowed range.
     """
-    if not (math.isfinite(tau) and tau > 0):
-        raise ConfigError(f"tau is {tau}, but must be finite and above 0 (log-odds; the paper uses 2 to 10)")
-    if not (math.isfinite(c_max) and c_max > 1):
+    if not 0 < tau <= LARGEST:
+        raise ConfigError(f"tau is {tau}, but must be above 0 and at most 1e6 (log-odds; the paper uses 2 to 10)")
+    if not 1 < c_max <= LARGEST:
         raise ConfigError(
-            f"c_max is {c_max}, but must be finite and above 1 (the paper uses 2 to 4); for plain DPO use DPO()"
+            f"c_max is {c_max}, but must be above 1 and at most 1e6 (the paper uses 2 to 4); for plain DPO use DPO()"
         )
-    if not (math.isfinite(lam) and lam > 0):
-        raise ConfigError(f"lam is {lam}, but must be finite and above 0 (the paper uses 1)")
+    if not 0 < lam <= LARGEST:
+        raise ConfigError(f"lam is {lam}, but must be above 0 and at most 1e6 (the paper uses 1)")
     resolved = 1 / c_max if c_min is None else c_min
     if not (math.isfinite(resolved) and 0 <= resolved < 1):
         raise ConfigError(f"c_min is {resolved}, but must be in [0, 1); leave it out for 1/c_max")
