@@ -1,0 +1,232 @@
+"""The results of a run in words and as plain tables: sentences, Markdown, JSON, CSV.
+
+The sentences are made from the numbers and claim no more than they carry: an interval that includes 0 is said to
+tell nothing apart, few seeds are named, and a reward won at a larger distance from the reference is called that.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from madpo.records import Estimate
+from madpo.results import SFT, Row, Tier, Value
+
+MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
+
+# Column of the table -> (heading, how it is written).
+COLUMNS = {
+    "oracle_reward": ("oracle reward", "number"),
+    "difference": ("difference to DPO", "signed"),
+    "win_rate": ("wins against SFT", "share"),
+    "kl": ("KL to reference, nats", "number"),
+    "length": ("length, tokens", "number"),
+    "distinct_2": ("distinct-2", "number"),
+    "ended": ("ended by itself", "share"),
+}
+
+
+def headline(tiers: Sequence[Tier]) -> list[str]:
+    """What was done and what came of it, one plain paragraph per entry."""
+    judged = [tier for tier in tiers if any(row.name != SFT for row in tier.rows)]
+    if not judged:
+        return ["No trained policy has been evaluated yet; what is finished so far is shown below."]
+    policies = [row for tier in judged for row in tier.rows if row.name != SFT]
+    methods = sorted({row.name for row in policies})
+    labels = _listed([tier.label for tier in judged])
+    seeds = [len(row.seeds) for row in policies]
+    prompts = max((row.oracle_reward.n for row in policies if isinstance(row.oracle_reward, Estimate)), default=0)
+    opening = (
+        f"{_count(len(methods), 'method')} of preference training ({_listed(methods)}) "
+        f"on {labels} pairs, {_count(max(seeds), 'training seed')} each"
+        f"{f', judged on {prompts} held-out prompts' if prompts else ''}."
+    )
+    texts = [opening, *(_verdict(tier) for tier in judged)]
+    cautions = []
+    if max(seeds) < 3:
+        alone = "One training seed" if max(seeds) == 1 else "Two training seeds"
+        cautions.append(
+            f"{alone} cannot show how much the order changes from training to training; the intervals speak of the "
+            "prompts alone."
+        )
+    if len(methods) > 2:
+        cautions.append(
+            f"The best of {len(methods)} methods is picked on the same prompts that it is reported on, which "
+            "flatters it a little."
+        )
+    return [*texts, " ".join(cautions)] if cautions else texts
+
+
+def _verdict(tier: Tier) -> str:
+    rows = [row for row in tier.rows if row.name != SFT]
+    best = max(rows, key=lambda row: _mean(row.oracle_reward))
+    baseline = tier.baseline
+    sft = next((row for row in tier.rows if row.name == SFT), None)
+    text = f"{tier.label}: {best.name} has the highest mean oracle reward, {write(best.oracle_reward)}"
+    if sft is not None:
+        text += f", where the SFT model has {write(sft.oracle_reward)}"
+        if _mean(best.oracle_reward) <= _mean(sft.oracle_reward):
+            return (
+                f"{tier.label}: no method is above the SFT model, which has {write(sft.oracle_reward)}; "
+                f"the best, {best.name}, has {write(best.oracle_reward)}."
+            )
+    text += "."
+    if baseline is None:
+        return f"{text} There is no plain DPO to compare with."
+    if best is not baseline:
+        return text + _against(best, baseline)
+    others = [row for row in rows if row.difference is not None]
+    if not others:
+        return text
+    next_best = max(others, key=lambda row: _mean(row.oracle_reward))
+    gap = next_best.difference
+    assert gap is not None
+    clear = "which excludes 0" if gap.high < 0 else "which includes 0, so this run does not tell the two apart"
+    return f"{text} The next, {next_best.name}, differs from it by {write(gap, 'signed')} on the same prompts, {clear}."
+
+
+def _against(best: Row, baseline: Row) -> str:
+    gap = best.difference
+    if gap is None:
+        return f" {baseline.name} has {write(baseline.oracle_reward)}; there are no paired samples to compare them on."
+    clear = (
+        "an interval that excludes 0"
+        if gap.low > 0
+        else "an interval that includes 0, so this run does not tell the two apart"
+    )
+    text = f" Its paired difference to {baseline.name} on the same prompts is {write(gap, 'signed')}, {clear}."
+    near, far = _mean(baseline.kl), _mean(best.kl)
+    if gap.low > 0 and far > 1.1 * near:
+        text += (
+            f" It also moved further from the reference (KL {far:.1f} against {near:.1f} nats), and distance alone can "
+            "raise the reward."
+        )
+    return text
+
+
+def write(value: Value, how: str = "number", digits: int = 2) -> str:
+    """``2.53 (95 % interval 2.41 to 2.65)``; ``how``: "number", "signed" or "share" (percent)."""
+    if value is None:
+        return DASH
+    if not isinstance(value, Estimate):
+        return one(value, how, digits)
+    return f"{one(value.mean, how, digits)} (95 % interval {interval(value, how, digits)})"
+
+
+def interval(value: Estimate, how: str = "number", digits: int = 2) -> str:
+    """``2.41 to 2.65``."""
+    return f"{one(value.low, how, digits)} to {one(value.high, how, digits)}"
+
+
+def one(value: float, how: str = "number", digits: int = 2) -> str:
+    """One number as a person reads it, with a true minus sign."""
+    if not math.isfinite(value):
+        return DASH
+    if how == "share":
+        return f"{100 * value:.0f} %"
+    text = f"{value:+.{digits}f}" if how == "signed" else f"{value:.{digits}f}"
+    return text.replace("-", MINUS)
+
+
+def report_markdown_table(tier: Tier) -> str:
+    """The tier's table in Markdown."""
+    columns = shown_columns(tier)
+    lines = [
+        f"| method | {' | '.join(COLUMNS[c][0] for c in columns)} |",
+        f"| --- |{' --- |' * len(columns)}",
+    ]
+    for row in tier.rows:
+        cells = [_markdown(getattr(row, c), COLUMNS[c][1]) for c in columns]
+        lines.append(f"| {_no_pipes(row.name)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def shown_columns(tier: Tier) -> list[str]:
+    """Columns for which some row has a value."""
+    return [c for c in COLUMNS if any(getattr(row, c) is not None for row in tier.rows)]
+
+
+def results_json(tiers: Sequence[Tier], title: str, experiment: dict[str, Any]) -> dict[str, Any]:
+    """Every number of the page, for programs. Independent of times and machines."""
+    return {
+        "title": title,
+        "summary": headline(tiers),
+        "experiment": experiment,
+        "tiers": {
+            tier.name: {
+                "methods": [
+                    {
+                        "key": row.key,
+                        "name": row.name,
+                        "loss": row.loss,
+                        "seeds": list(row.seeds),
+                        "oracle_reward_per_seed": {k: _finite(v) for k, v in row.per_seed.items()},
+                        **{c: _plain(getattr(row, c)) for c in COLUMNS},
+                    }
+                    for row in tier.rows
+                ],
+                "reward_model": {
+                    k: v._asdict() if isinstance(v, Estimate) else v
+                    for k, v in (tier.reward_model.metrics if tier.reward_model else {}).items()
+                },
+                "training_margins": len(tier.margins),
+            }
+            for tier in tiers
+        },
+    }
+
+
+def results_csv(tiers: Sequence[Tier]) -> str:
+    """One line per tier, method and quantity: tier, method, quantity, mean, low, high, n."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["tier", "method", "quantity", "mean", "low", "high", "n"])
+    for tier in tiers:
+        for row in tier.rows:
+            for column in COLUMNS:
+                value = getattr(row, column)
+                if isinstance(value, Estimate):
+                    writer.writerow([_cell(tier.name), _cell(row.name), column, *value])
+                elif value is not None:
+                    writer.writerow([_cell(tier.name), _cell(row.name), column, value, "", "", ""])
+    return out.getvalue()
+
+
+def _cell(text: str) -> str:
+    # A spreadsheet would run a name that begins like a formula.
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
+
+
+def _markdown(value: Value, how: str) -> str:
+    if isinstance(value, Estimate):
+        return f"{one(value.mean, how)} ({interval(value, how)})"
+    return write(value, how)
+
+
+def _no_pipes(text: str) -> str:
+    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+
+
+def _plain(value: Value) -> Any:
+    return value._asdict() if isinstance(value, Estimate) else _finite(value)
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _mean(value: Value) -> float:
+    if value is None:
+        return float("-inf")
+    mean = value.mean if isinstance(value, Estimate) else value
+    return mean if math.isfinite(mean) else float("-inf")
+
+
+def _count(n: int, noun: str) -> str:
+    words = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+    return f"{words[n] if n < len(words) else n} {noun}{'' if n == 1 else 's'}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
