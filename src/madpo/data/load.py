@@ -51,7 +51,7 @@ class PairStream:
         mistakes: list[DataError] = []
         wrong: list[int] = []
         index = -1
-        with closing(self.source.rows):  # type: ignore[type-var]
+        with closing(self.source.rows):
             for index, (number, raw) in enumerate(self.source.rows):
                 try:
                     if isinstance(raw, DataError):

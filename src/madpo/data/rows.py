@@ -134,7 +134,7 @@ class Reader:
             if best_and_worst is None:
                 return None
             values |= best_and_worst
-        elif unexpected := [n for n in (*NUMBERS, "prompt") if n in raw and n not in self.columns.read_as]:
+        elif unexpected := [n for n in (*NUMBERS, "prompt", "pair_id") if n in raw and n not in self.columns.read_as]:
             raise DataError(
                 f"{place}: has the field {unexpected[0]!r}, which the first row lacks; give it in every row or in none"
             )

@@ -14,7 +14,7 @@ import os
 import re
 import stat
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +61,7 @@ class Source:
     name: str
     unit: Literal["line", "row"]
     columns: tuple[str, ...] | None
-    rows: Iterator[RawRow]
+    rows: Generator[RawRow, None, None]
 
     def at(self, number: int) -> str:
         """The place of a row, as messages begin: ``pairs.jsonl, line 7``."""
@@ -133,7 +133,7 @@ def _file(name: str, path: Path, wanted: Sequence[str] | None) -> Source:
     return _csv(name, lines, "\t" if suffix[0] == ".tsv" else ",")
 
 
-def _lines(name: str, path: Path, zipped: bool) -> Iterator[tuple[int, bytes]]:
+def _lines(name: str, path: Path, zipped: bool) -> Generator[tuple[int, bytes], None, None]:
     """(line number from 1, bytes with the line end), a UTF-8 byte-order mark taken off."""
     number = 0
     try:
@@ -166,9 +166,9 @@ def decoded(name: str, number: int, line: bytes) -> str:
     return text
 
 
-def _json_rows(name: str, lines: Iterator[tuple[int, bytes]]) -> Iterator[RawRow]:
+def _json_rows(name: str, lines: Generator[tuple[int, bytes], None, None]) -> Generator[RawRow, None, None]:
     first = True
-    with closing(lines):  # type: ignore[type-var]
+    with closing(lines):
         for number, line in lines:
             try:
                 text = decoded(name, number, line)
@@ -232,7 +232,7 @@ def _csv(name: str, lines: Iterator[tuple[int, bytes]], delimiter: str) -> Sourc
     columns = tuple(column.strip() for column in header)
     _refuse_repeats(name, columns)
 
-    def rows() -> Iterator[RawRow]:
+    def rows() -> Generator[RawRow, None, None]:
         previous = csv.field_size_limit(MAX_LINE)
         try:
             for row in reader:
@@ -275,7 +275,7 @@ def _parquet(name: str, path: Path, wanted: Sequence[str] | None) -> Source:
     _refuse_repeats(name, columns)
     read = [column for column in columns if wanted is None or column in wanted]
 
-    def rows() -> Iterator[RawRow]:
+    def rows() -> Generator[RawRow, None, None]:
         number = 0
         try:
             for batch in file.iter_batches(batch_size=256, columns=read):
@@ -306,7 +306,7 @@ def _saved(name: str, path: Path) -> Source:
         raise DataError(
             f"{name}: holds the splits {', '.join(data)}; give the folder of one of them, such as {name}/train"
         )
-    return Source(name, "row", tuple(data.column_names), iter(enumerate(data)))
+    return Source(name, "row", tuple(data.column_names), (numbered for numbered in enumerate(data)))
 
 
 def _hub(name: str) -> Source:
@@ -323,7 +323,7 @@ def _hub(name: str) -> Source:
             "and the network, or give a local file"
         ) from None
 
-    def rows() -> Iterator[RawRow]:
+    def rows() -> Generator[RawRow, None, None]:
         number = -1
         try:
             yield from ((number := i, row) for i, row in enumerate(data))

@@ -1,0 +1,355 @@
+"""Data that is broken in every way we could think of: each gives one sentence, never a traceback or partial output."""
+# ruff: noqa: E501  (one breakage on each line reads as the table that it is)
+
+import gzip
+import json
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from madpo.data import check, load_preferences, sources
+from madpo.errors import ConfigError, DataError
+
+GOOD = {"prompt": "Say hi.", "chosen": " Hi!", "rejected": " No."}
+USER = {"role": "user", "content": "Say hi."}
+HI, NO = {"role": "assistant", "content": "Hi!"}, {"role": "assistant", "content": "No."}
+CHAT = {"prompt": [USER], "chosen": [HI], "rejected": [NO]}
+
+
+class Broken(NamedTuple):
+    name: str
+    make: Callable[[Path], Path]
+    says: str = ""
+    """Essential words of the sentence, in order; "" where the data is accepted."""
+    finding: str = ""
+    """For accepted data: the warning that it gives; "" for none at all."""
+
+
+def _bytes(file: str, content: bytes) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        path = folder / file
+        path.write_bytes(content)
+        return path
+
+    return make
+
+
+def _rows(*rows: Any) -> Callable[[Path], Path]:
+    return _bytes("d.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def _with(**fields: Any) -> Callable[[Path], Path]:
+    """A good row, then one with ``fields``."""
+    return _rows(GOOD | {k: 1.0 for k in fields if k in ("reward_margin", "weight")}, GOOD | {"prompt": "b"} | fields)
+
+
+def _line(text: str) -> Callable[[Path], Path]:
+    """A good row, then this text."""
+    return _bytes("d.jsonl", (json.dumps(GOOD) + "\n" + text).encode())
+
+
+def _parquet(names: list[str], columns: list[list[Any]], *, cut: int = 0, flip: bool = False) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        path = folder / "d.parquet"
+        pq.write_table(pa.Table.from_arrays([pa.array(c) for c in columns], names=names), path, compression="none")
+        data = bytearray(path.read_bytes())
+        if flip:
+            data[4:40] = b"\xff" * 36
+        path.write_bytes(data[: len(data) - cut])
+        return path
+
+    return make
+
+
+def _folder(folder: Path) -> Path:
+    (folder / "data.jsonl").mkdir()
+    return folder / "data.jsonl"
+
+
+def _loop(folder: Path) -> Path:
+    (folder / "a.jsonl").symlink_to(folder / "b.jsonl")
+    (folder / "b.jsonl").symlink_to(folder / "a.jsonl")
+    return folder / "a.jsonl"
+
+
+def _dangling(folder: Path) -> Path:
+    (folder / "a.jsonl").symlink_to(folder / "gone.jsonl")
+    return folder / "a.jsonl"
+
+
+def _pipe(folder: Path) -> Path:
+    os.mkfifo(folder / "d.jsonl")
+    return folder / "d.jsonl"
+
+
+def _secret(folder: Path) -> Path:
+    path = _rows(GOOD)(folder)
+    path.chmod(0)
+    return path
+
+
+def _socket(folder: Path) -> Path:
+    path = folder / "d.csv"
+    with socket.socket(socket.AF_UNIX) as s:
+        here = Path.cwd()
+        os.chdir(folder)  # the address of a socket is short
+        try:
+            s.bind("d.csv")
+        finally:
+            os.chdir(here)
+    return path
+
+
+T = "prompt,chosen,rejected\n"
+LINE = (json.dumps(GOOD) + "\n").encode()
+TABLE = [
+    # the file
+    Broken("missing", lambda f: f / "gone.jsonl", "gone.jsonl: there is no such file"),
+    Broken("folder", _folder, "is a folder; give the path of a .jsonl"),
+    Broken("symlink loop", _loop, "cannot be opened .*symbolic links"),
+    Broken("dangling link", _dangling, "there is no such file"),
+    Broken("pipe", _pipe, "not a regular file"),
+    Broken("socket", _socket, "not a regular file"),
+    Broken("no permission", _secret, "cannot be read .*Permission denied.*make it readable"),
+    Broken("file as folder", lambda f: _rows(GOOD)(f) / "x.jsonl", "cannot be opened .*Not a directory"),
+    Broken("name too long", lambda f: f / ("x" * 5000 + ".jsonl"), "cannot be opened .*too long"),
+    Broken("NUL in the path", lambda f: f / "a\0b.jsonl", "is no path"),
+    Broken("unknown ending", _bytes("d.txt", LINE), "'.txt' says no format; rename"),
+    Broken("no ending", _bytes("data", LINE), "'' says no format"),
+    Broken("zero bytes", _bytes("d.jsonl", b""), "the file is empty"),
+    Broken("zero bytes of CSV", _bytes("d.csv", b""), "the file is empty"),
+    Broken("zero bytes of Parquet", _bytes("d.parquet", b""), "the file is empty"),
+    Broken("only blank lines", _bytes("d.jsonl", b"\n \n\r\n"), "has no rows; give at least one pair"),
+    Broken("CSV with a header alone", _bytes("d.csv", T.encode()), "has no rows"),
+    Broken("Parquet without rows", _parquet(["prompt", "chosen", "rejected"], [[], [], []]), "has no rows"),
+    # encodings
+    Broken("Latin-1", _bytes("d.jsonl", LINE + '{"prompt": "é"}\n'.encode("latin-1")), r"line 2: byte 12 \(0xe9\) is not UTF-8"),
+    Broken("Latin-1 in CSV", _bytes("d.csv", (T + "é,a,b\n").encode("latin-1")), r"line 2: byte 0 \(0xe9\) is not UTF-8"),
+    Broken("UTF-16 with mark", _bytes("d.jsonl", LINE.decode().encode("utf-16")), "is UTF-16 text; save it as UTF-8"),
+    Broken("UTF-16 without mark", _bytes("d.jsonl", LINE.decode().encode("utf-16-le")), "line 1: holds a NUL byte"),
+    Broken("UTF-32", _bytes("d.jsonl", LINE.decode().encode("utf-32-be")), "NUL byte"),
+    Broken("byte-order mark", _bytes("d.jsonl", b"\xef\xbb\xbf" + LINE)),
+    Broken("byte-order mark in CSV", _bytes("d.csv", b"\xef\xbb\xbf" + T.encode() + b"p,a,b\n")),
+    Broken("CRLF", _bytes("d.jsonl", LINE.replace(b"\n", b"\r\n") * 1)),
+    Broken("CRLF in CSV", _bytes("d.csv", T.replace("\n", "\r\n").encode() + b"p,a,b\r\n")),
+    Broken("CR alone", _bytes("d.jsonl", LINE.replace(b"\n", b"\r") * 2), "line 1: .*(not valid JSON|truncated)"),
+    Broken("CR alone in CSV", _bytes("d.csv", (T + "p,a,b\n").replace("\n", "\r").encode()), "not valid CSV"),
+    Broken("half a surrogate pair", _line('{"prompt": "a", "chosen": "\\ud83d", "rejected": "b"}\n'), "line 2: chosen holds half of a surrogate"),
+    Broken("binary noise", _bytes("d.jsonl", bytes(range(256)) * 8), "NUL byte|not UTF-8"),
+    Broken("overlong UTF-8", _bytes("d.jsonl", LINE + b'"\xc0\xaf"\n'), "line 2: byte 1 .*not UTF-8"),
+    # compression and mistaken names
+    Broken("gzip", _bytes("d.jsonl.gz", gzip.compress(LINE))),
+    Broken("gzip without .gz", _bytes("d.jsonl", gzip.compress(LINE)), "compressed with gzip; rename it to end in .gz"),
+    Broken("gzip cut", _bytes("d.jsonl.gz", gzip.compress(LINE * 99)[:-12]), "broke off after line .*truncated or damaged"),
+    Broken("gzip by name alone", _bytes("d.csv.gz", T.encode()), "ends in .gz but is not gzip"),
+    Broken("zip", _bytes("d.csv", b"PK\x03\x04" + b"0" * 40), "ZIP archive"),
+    Broken("zstd", _bytes("d.jsonl", b"\x28\xb5\x2f\xfd" + b"0" * 40), "zstd; unpack"),
+    Broken("Parquet called JSONL", _bytes("d.jsonl", b"PAR1" + b"0" * 40), "is a Parquet file; rename"),
+    Broken("JSONL called Parquet", _bytes("d.parquet", LINE), "is no Parquet file"),
+    # JSON
+    Broken("JSON array", _bytes("d.json", json.dumps([GOOD]).encode()), "is a JSON array; write one object on each line"),
+    Broken("pretty-printed JSON", _bytes("d.jsonl", json.dumps(GOOD, indent=1).encode()), "line 1: is not valid JSON"),
+    Broken("cut in a row", _bytes("d.jsonl", LINE + LINE[:20]), "line 2: the file ends inside this row; it is truncated"),
+    Broken("a row that is text", _line('"hello"\n'), r"line 2: is 'hello' \(text\), not an object"),
+    Broken("a row that is null", _line("null\n"), "line 2: is null, not an object"),
+    Broken("a row that is a list", _line("[1]\n"), r"line 2: is 1 entries \(a list\), not an object"),
+    Broken("single quotes", _line("{'prompt': 'a'}\n"), "line 2: is not valid JSON"),
+    Broken("key twice", _line('{"prompt": "a", "chosen": "b", "chosen": "c"}\n'), "line 2: the key 'chosen' is there twice"),
+    Broken("deep nesting", _line('{"chosen": ' + "[" * 100_000 + "\n"), "line 2: is nested too deeply"),
+    Broken("huge number", _line('{"chosen": ' + "1" * 5000 + "}\n"), "line 2: cannot be read .*4300"),
+    Broken("row too long", _bytes("d.jsonl", b" " * (sources.MAX_LINE + 2)), "line 1: is longer than 64 MB"),
+    # columns
+    Broken("column margin", _rows(GOOD | {"margin": 1.0}), "rename the column 'margin' to 'reward_margin'.*RewardTrainer subtracts"),
+    Broken("column margin later", _with(margin=1.0), "line 2: rename the column 'margin' to 'reward_margin'"),
+    Broken("column margin in CSV", _bytes("d.csv", b"chosen,rejected,margin\n"), "rename the column 'margin'"),
+    Broken("no rejected", _rows({"prompt": "a", "chosen": "b"}), r"no column 'rejected' \(found 'prompt', 'chosen'\)"),
+    Broken("near name", _rows({"prompt": "a", "choosen": "b", "rejected": "c"}), "no column 'chosen' .*rename 'choosen'"),
+    Broken("no keys at all", _rows({}), "line 1: has no column 'chosen' .found none"),
+    Broken("one score", _rows(GOOD | {"chosen_score": 1}), "'chosen_score' but no 'rejected_score'; give both"),
+    Broken("duplicate columns in CSV", _bytes("d.csv", b"prompt,chosen,rejected,chosen\n"), "column 'chosen' is there twice"),
+    Broken("duplicate columns in Parquet", _parquet(["chosen", "chosen", "rejected"], [["a"]] * 3), "column 'chosen' is there twice"),
+    Broken("CSV with semicolons", _bytes("d.csv", b"prompt;chosen;rejected\n"), "no column 'chosen' .found 'prompt;chosen;rejected'"),
+    Broken("more keys in a row", _rows(GOOD, GOOD | {"prompt": "b", "note": "x", "n": {"a": [None]}})),
+    Broken("fewer keys in a row", _rows(GOOD, {"prompt": "a", "chosen": "b"}), "line 2: lacks the field 'rejected'"),
+    Broken("margin from the second row on", _rows(GOOD, GOOD | {"reward_margin": 1}), "line 2: has the field 'reward_margin', which the first row lacks"),
+    Broken("margin in the first row alone", _rows(GOOD | {"reward_margin": 1}, GOOD), "line 2: lacks the field 'reward_margin'"),
+    # values
+    Broken("null", _with(chosen=None), "line 2: chosen is null"),
+    Broken("null prompt", _with(prompt=None), "line 2: prompt is null"),
+    Broken("number for text", _with(chosen=3), r"line 2: chosen is 3 \(a number\), not text"),
+    Broken("true for text", _with(rejected=True), r"line 2: rejected is True \(true/false\), not text"),
+    Broken("object for text", _with(chosen=HI), r"line 2: chosen is 2 entries \(an object\), not text; put the message in a list"),
+    Broken("empty list", _with(chosen=[]), "line 2: chosen is a list without messages"),
+    Broken("NaN margin", _with(reward_margin=float("nan")), "line 2: reward_margin is nan, but must be finite"),
+    Broken("infinite margin", _with(reward_margin=float("-inf")), "line 2: reward_margin is -inf, but must be finite"),
+    Broken("overflowing margin", _with(reward_margin=10**400), "line 2: reward_margin is inf"),
+    Broken("text margin", _with(reward_margin="0.5"), r"line 2: reward_margin is '0.5' \(text\), not a number; write it without quotes"),
+    Broken("true margin", _with(reward_margin=True), "line 2: reward_margin is True"),
+    Broken("null margin", _with(reward_margin=None), "line 2: reward_margin is null"),
+    Broken("list margin", _with(reward_margin=[1.0]), "line 2: reward_margin is 1 entries"),
+    Broken("negative weight", _with(weight=-1.0), "line 2: weight is -1.0, but must be 0 or more"),
+    Broken("text number in CSV", _bytes("d.csv", b"chosen,rejected,reward_margin\na,b,high\n"), "line 2: reward_margin is 'high' .*not a number"),
+    Broken("empty number in CSV", _bytes("d.csv", b"chosen,rejected,reward_margin\na,b,\n"), "line 2: reward_margin is '' "),
+    Broken("NaN in CSV", _bytes("d.csv", b"chosen,rejected,reward_margin\na,b,nan\n"), "line 2: reward_margin is nan"),
+    Broken("pair_id in a later row", _with(pair_id=1), "line 2: has the field 'pair_id', which the first row lacks"),
+    Broken("pair_id as a fraction", _rows(GOOD | {"pair_id": 1.5}), "line 1: pair_id is 1.5 .*not a whole number"),
+    Broken("several bad rows", _rows(GOOD, {}, GOOD | {"chosen": 1}, GOOD | {"chosen": 2}), r"line 2: lacks .*\(2 more lines with mistakes: 3, 4\)"),
+    # CSV
+    Broken("ragged CSV", _bytes("d.csv", (T + "a,b\n").encode()), "line 2: has 2 fields where the header has 3"),
+    Broken("comma without quotes", _bytes("d.csv", (T + "a,b,c,d\n").encode()), "line 2: has 4 fields where the header has 3"),
+    Broken("quote never closed", _bytes("d.csv", (T + 'a,"b,c\nd,e,f\n').encode()), "not valid CSV .*unexpected end of data"),
+    Broken("text after a quote", _bytes("d.csv", (T + 'a,"b"x,c\n').encode()), "line 2: is not valid CSV"),
+    Broken("blank header", _bytes("d.csv", b"\na,b\n"), "has no header"),
+    Broken("quote in the header", _bytes("d.csv", b'"prompt,chosen'), "header is not valid CSV"),
+    # Parquet
+    Broken("Parquet cut", _parquet(["chosen", "rejected"], [["a"], ["b"]], cut=9), "cannot be read as Parquet .*truncated or damaged"),
+    Broken("Parquet scribbled over", _parquet(["chosen", "rejected"], [["a" * 99], ["b"]], flip=True), "row 0: reading broke off .*damaged"),
+    Broken("Parquet null", _parquet(["chosen", "rejected"], [["a", None], ["b", "c"]]), "row 1: chosen is null"),
+    Broken("Parquet NaN", _parquet(["chosen", "rejected", "weight"], [["a"], ["b"], [float("nan")]]), "row 0: weight is nan"),
+    Broken("Parquet bytes", _parquet(["chosen", "rejected"], [[b"a"], [b"b"]]), "row 0: chosen is .*bytes.*not text"),
+    # conversations
+    Broken("text and messages in one row", _rows(CHAT | {"chosen": "Hi!"}), "line 1: chosen and rejected must both be text or both be messages"),
+    Broken("text after messages", _rows(CHAT, GOOD), "line 2: holds text where the rows before hold messages"),
+    Broken("message without role", _rows(CHAT | {"chosen": [{"content": "a"}]}), r"chosen\[0\] has 'content', not role and content"),
+    Broken("ShareGPT", _rows(CHAT | {"chosen": [{"from": "gpt", "value": "a"}]}), "rename 'from' to 'role'"),
+    Broken("unknown role", _rows(CHAT | {"chosen": [{"role": "gpt", "content": "a"}]}), r"chosen\[0\].role is 'gpt' .*rename it to 'assistant'"),
+    Broken("role as a number", _rows(CHAT | {"chosen": [{"role": 1, "content": "a"}]}), "role is 1 .*use one of system"),
+    Broken("role as a list", _rows(CHAT | {"chosen": [{"role": [], "content": "a"}]}), "role is empty .*use one of system"),
+    Broken("null content", _rows(CHAT | {"chosen": [HI | {"content": None}]}), r"chosen\[0\].content is null"),
+    Broken("nested null", _rows(CHAT | {"chosen": [None]}), r"chosen\[0\] is null, not a message"),
+    Broken("text in a list", _rows(CHAT | {"chosen": ["Hi"]}), r"chosen\[0\] is 'Hi' \(text\), not a message"),
+    Broken("picture", _rows(CHAT | {"chosen": [HI | {"content": [{"type": "image"}]}]}), "parts that are not text"),
+    Broken("ranked without scores", _rows({"instruction": "a", "completions": [{"response": "b"}]}), r"completions\[0\] lacks response or overall_score"),
+    Broken("ranked text score", _rows({"instruction": "a", "completions": [{"response": "b", "overall_score": "5"}]}), "overall_score is '5'"),
+    Broken("ranked, all equal", _rows({"instruction": "a", "completions": []}), "no row has two different scores"),
+    # accepted, with a warning
+    Broken("one row", _rows(GOOD)),
+    Broken("emoji and right-to-left text", _with(prompt="😀 שלום עליכם 👩‍👩‍👧", chosen=" مرحبا", rejected="\u202eabc")),
+    Broken("row separators of Unicode in a row", _bytes("d.jsonl", json.dumps(GOOD | {"chosen": "a\u2028b\x85c"}, ensure_ascii=False).encode()), finding="control_characters"),
+    Broken("terminal escape", _with(chosen="\x1b[2J"), finding="control_characters"),
+    Broken("wrongly decoded before", _with(chosen="caf\ufffd"), finding="replacement_character"),
+    Broken("10 MB in a field", _with(chosen="x" * 10_000_000), finding="very_long"),
+    Broken("10 MB in a CSV field", _bytes("d.csv", (T + "p," + "x" * 10_000_000 + ",b\n").encode()), finding="very_long"),
+    Broken("empty completion", _with(rejected=" "), finding="empty_completion"),
+    Broken("empty prompt", _with(prompt=""), finding="empty_prompt"),
+    Broken("both sides equal", _with(rejected=" Hi!"), finding="identical"),
+    Broken("pair twice", _rows(GOOD, GOOD), finding="duplicate"),
+    Broken("pair in both orders", _rows(GOOD, GOOD | {"chosen": " No.", "rejected": " Hi!"}), finding="contradiction"),
+    Broken("prompt said again", _rows({"prompt": "a", "chosen": "a b", "rejected": "a c"}), finding="repeats_prompt"),
+    Broken("swapped scores", _rows(GOOD | {"chosen_score": 1, "rejected_score": 2}), finding="score_order"),
+    Broken("margin beside the scores", _rows(GOOD | {"chosen_score": 2, "rejected_score": 1, "reward_margin": 3}), finding="margin_mismatch"),
+    Broken("prompt that ends with the assistant", _rows(CHAT | {"prompt": [USER, HI]}), finding="role_order"),
+    Broken("system in the middle", _rows(CHAT | {"prompt": [USER, HI, {"role": "system", "content": "x"}, USER]}), finding="role_order"),
+    Broken("chosen begins with the user", _rows(CHAT | {"chosen": [USER]}), finding="role_order"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TABLE, ids=lambda case: case.name)
+def test_each_breakage_has_its_sentence(case: Broken, tmp_path: Path) -> None:
+    path = case.make(tmp_path)
+    if case.name == "no permission" and os.geteuid() == 0:
+        pytest.skip("root reads every file, so there is no permission to lack")
+    before = sorted(tmp_path.rglob("*"))
+    if not case.says:
+        report = check(path)
+        assert [finding.kind for finding in report.findings] == [case.finding] * bool(case.finding)
+        assert "\x1b" not in report.text()
+        assert len(load_preferences(path)) == report.pairs > 0
+        return
+    with pytest.raises(DataError, match=f"(?s){case.says}") as checked:
+        check(path, output=tmp_path / "out")
+    assert "\n" not in str(checked.value)
+    assert len(str(checked.value)) < 500 or case.name == "name too long"
+    if case.name != "ranked, all equal":
+        with pytest.raises(DataError, match=f"(?s){case.says}"):
+            load_preferences(path)
+    assert sorted(tmp_path.rglob("*")) == before, "a refused data set leaves nothing behind"
+
+
+def test_table_is_large_enough() -> None:
+    assert len(TABLE) >= 60
+    assert len({case.name for case in TABLE}) == len(TABLE)
+
+
+def _mistake(read: Callable[[Path], object], path: Path) -> str:
+    try:
+        read(path)
+    except (DataError, ConfigError) as error:
+        return str(error)
+    return "fine"
+
+
+def _survives(path: Path) -> None:
+    for read in (check, load_preferences):
+        assert "\n" not in (_mistake(read, path) or "\n"), "a mistake is one sentence"
+
+
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "x"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+_messages = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]), "content": st.text(max_size=4)}),
+    max_size=3,
+)
+_names = [
+    "prompt",
+    "chosen",
+    "rejected",
+    "reward_margin",
+    "chosen_score",
+    "rejected_score",
+    "weight",
+    "completions",
+    "instruction",
+    "pair_id",
+]
+_row = st.dictionaries(st.sampled_from(_names), _json | _messages | st.text(max_size=4) | st.floats(), max_size=8)
+_any = settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+
+
+@_any
+@given(content=st.binary(max_size=300))
+def test_any_bytes(content: bytes, tmp_path: Path) -> None:
+    for name in ("d.jsonl", "d.csv", "d.jsonl.gz", "d.parquet"):
+        (tmp_path / name).write_bytes(content)
+        _survives(tmp_path / name)
+
+
+@_any
+@given(rows=st.lists(_row, min_size=1, max_size=4))
+def test_any_rows(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    _survives(tmp_path / "d.jsonl")
+
+
+@_any
+@given(data=st.data())
+def test_any_damage_to_a_parquet_file(data: st.DataObject, tmp_path: Path) -> None:
+    table = pa.table({"chosen": ["a", "b" * 30], "rejected": ["c", "d"], "reward_margin": [0.5, 1.5]})
+    pq.write_table(table, tmp_path / "d.parquet")
+    content = bytearray((tmp_path / "d.parquet").read_bytes())
+    for at in data.draw(st.lists(st.integers(0, len(content) - 1), max_size=3)):
+        content[at] = data.draw(st.integers(0, 255))
+    (tmp_path / "d.parquet").write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    _survives(tmp_path / "d.parquet")
+
+
+@_any
+@given(text=st.text(alphabet=st.sampled_from('ab,"\n\r;\0é 1'), max_size=60))
+def test_any_csv(text: str, tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_bytes(f"chosen,rejected,weight\n{text}".encode())
+    _survives(tmp_path / "d.csv")
