@@ -57,8 +57,15 @@ def make_run(root: Path, *, seeds: int = 1, title: str = HOSTILE) -> dict[str, R
         with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
             for i in reversed(range(N)):
                 text = {0: HOSTILE, 1: ARABIC, 2: LONG}.get(i, f"{method} answers prompt {i}")
-                row = {"prompt_id": i, "prompt": f"prompt {i} {HOSTILE if i == 0 else ''}", "response": text, "tokens": 20 + i % 3,
-                       "ended": True, "oracle_reward": float(rewards[i]), "kl": 10.0 * REWARDS[method]}  # fmt: skip
+                row = {
+                    "prompt_id": i,
+                    "prompt": f"prompt {i} {HOSTILE if i == 0 else ''}",
+                    "response": text,
+                    "tokens": 20 + i % 3,
+                    "ended": True,
+                    "oracle_reward": float(rewards[i]),
+                    "kl": 10.0 * REWARDS[method],
+                }
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     add("sft", {"loss": 3.0})
@@ -76,7 +83,9 @@ def make_run(root: Path, *, seeds: int = 1, title: str = HOSTILE) -> dict[str, R
         pq.write_table(pa.table({"pair_id": pa.array(range(6)), "reward_margin": values}), margins / "margins.parquet")
         for method in ("dpo", "madpo", "near"):
             for seed in range(seeds):
-                loss = {"kind": method, "beta": 0.1} | (
+                loss = {"kind": method, "beta": 0.1}
+                if method == "madpo":
+                    loss |= {"tau": 2.0, "c_max": 4.0, "c_min": None, "lam": 1.0}
                     {"tau": 2.0, "c_max": 4.0, "c_min": None, "lam": 1.0} if method == "madpo" else {}
                 )
                 name = {"dpo": "DPO", "madpo": "MADPO", "near": HOSTILE}[method]
@@ -306,7 +315,7 @@ def library_weights() -> list[list[float]]:
     from madpo.losses import log_margin_weight
 
     h = torch.tensor(MARGINS, dtype=torch.float64)
-    return [log_margin_weight(h, tau=t, c_max=c, c_min=m, lam=l).tolist() for t, c, m, l in GRID]
+    return [log_margin_weight(h, tau=t, c_max=c, c_min=m, lam=s).tolist() for t, c, m, s in GRID]
 
 
 def test_the_figures_weight_is_the_librarys(library_weights: list[list[float]]) -> None:

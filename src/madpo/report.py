@@ -216,7 +216,7 @@ def _weight_data(tier: Tier) -> dict[str, Any]:
     margins = np.sort(tier.margins)
     if len(margins) > MARGINS_SHOWN:
         margins = margins[np.linspace(0, len(margins) - 1, MARGINS_SHOWN).round().astype(int)]
-    return {"margins": [round(float(h), 4) for h in margins], "parameters": _parameters(tier)._asdict()}
+    return {"margins": [float(h) for h in margins], "parameters": _parameters(tier)._asdict()}
 
 
 def _weights(tier: Tier) -> str:

@@ -38,7 +38,7 @@ def headline(tiers: Sequence[Tier]) -> list[str]:
     seeds = [len(row.seeds) for row in policies]
     prompts = max((row.oracle_reward.n for row in policies if isinstance(row.oracle_reward, Estimate)), default=0)
     opening = (
-        f"{_count(len(methods), 'method')} of preference training ({_listed(methods)}) "
+        f"{_count(len(methods), 'method').capitalize()} of preference training ({_listed(methods)}) "
         f"on {labels} pairs, {_count(max(seeds), 'training seed')} each"
         f"{f', judged on {prompts} held-out prompts' if prompts else ''}."
     )

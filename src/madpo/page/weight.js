@@ -176,7 +176,7 @@ const MadpoWeight = (() => {
         change(Number(input.value));
         redraw();
       });
-      label.append(html("span", "", spec.label), input, output);
+      label.append(html("span", "", spec.label), output, input);
       return { label, input, output };
     };
 
