@@ -86,8 +86,6 @@ def make_run(root: Path, *, seeds: int = 1, title: str = HOSTILE) -> dict[str, R
                 loss = {"kind": method, "beta": 0.1}
                 if method == "madpo":
                     loss |= {"tau": 2.0, "c_max": 4.0, "c_min": None, "lam": 1.0}
-                    {"tau": 2.0, "c_max": 4.0, "c_min": None, "lam": 1.0} if method == "madpo" else {}
-                )
                 name = {"dpo": "DPO", "madpo": "MADPO", "near": HOSTILE}[method]
                 folder = add(f"policy/{tier}/{method}/seed{seed}", {}, {"method": name, "loss": loss})
                 log = [
