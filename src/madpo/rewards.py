@@ -1,0 +1,320 @@
+"""Rewards of responses: an oracle, which training never sees, and the trained reward model.
+
+Both are a :class:`RewardFn`. An oracle gives f(p) = 6 (p - 0.5) in [-3, 3], p its probability of a positive text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from peft import PeftModel
+from pydantic import Field, TypeAdapter
+from safetensors.numpy import load_file, save_file
+from scipy.special import expit
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from torch import nn
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from madpo.config import Frozen
+from madpo.corpus import IMDB, Corpus, load_corpus, oracle_reviews
+from madpo.errors import ConfigError, DataError
+from madpo.logprobs import hidden_states
+from madpo.models import compute_dtype, load_tokenizer, resolve_model
+from madpo.packaged import quiet_transformers
+from madpo.progress import bar, say
+from madpo.records import Metrics
+from madpo.seeding import rng
+from madpo.statistics import proportion
+from madpo.storage import write_atomically
+
+Floats = NDArray[np.float64]
+Scores = Literal["completion", "prompt+completion"]
+_TOKEN = r"(?u)\b\w[\w']*\b"  # words with their apostrophe ("didn't"), one letter is enough
+
+
+class RewardFn(Protocol):
+    """A reward per response."""
+
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> Floats: ...
+
+
+class NgramOracle(Frozen):
+    """Logistic regression on TF-IDF of single words and word pairs, fitted on reviews that nothing else uses."""
+
+    kind: Literal["ngram"] = "ngram"
+    scores: Scores = "completion"
+    """What is scored: the response alone, or prompt and response as one text."""
+    reviews: int | None = Field(default=None, ge=10)
+    """At most this many reviews are used, drawn at random; None is all that are left."""
+    snippet_words: int = Field(default=45, ge=5)
+    """Length of the snippets of reviews that are fitted on beside whole reviews, since responses are short."""
+    features: int = Field(default=150_000, ge=100)
+    """The most frequent words and word pairs are kept."""
+    min_count: int = Field(default=3, ge=1)
+    """Texts that a word or pair must occur in."""
+    inverse_penalty: float = Field(default=4.0, gt=0)
+    """sklearn's C: larger fits the labels more closely."""
+    heldout: float = Field(default=0.1, gt=0, lt=1)
+    """Share of the reviews kept aside to measure the accuracy."""
+
+
+class ClassifierOracle(Frozen):
+    """A sentiment classifier of the hub (or a folder); the paper's oracle."""
+
+    kind: Literal["text-classification"] = "text-classification"
+    scores: Scores = "completion"
+    """What is scored: the response alone, or prompt and response as one text."""
+    name: str = "cardiffnlp/twitter-roberta-base-sentiment-latest"
+    revision: str | None = None
+    """Commit or branch of the hub; None is its main branch."""
+    positive_label: str = "positive"
+    """p is the probability of this label."""
+    snippet_words: int = Field(default=45, ge=5)
+    """Length of the snippets that its accuracy is also measured on."""
+    heldout: int = Field(default=200, ge=1)
+    """Reviews that its accuracy is measured on."""
+
+
+Oracle = Annotated[NgramOracle | ClassifierOracle, Field(discriminator="kind")]
+
+
+class OracleStage(Frozen):
+    """The oracle, and which reviews are the other parts' own."""
+
+    oracle: Oracle
+    corpus: Corpus
+    sft: int = Field(ge=0)
+    """Reviews that SFT takes."""
+    prompts: int = Field(ge=0)
+    """Reviews that prompts are cut from."""
+    seed: int = 0
+
+
+def fit_oracle(config: OracleStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
+    """Fit the oracle (or check that it is there) and measure its accuracy on reviews it has not seen.
+
+    Writes ``oracle.json`` and, for the n-gram oracle, ``vocabulary.json`` and ``oracle.safetensors``.
+    """
+    reviews = oracle_reviews(load_corpus(config.corpus), sft=config.sft, prompts=config.prompts)
+    whole = reviews[reviews["source"] == IMDB]
+    order = rng(config.seed, "oracle", "split").permutation(len(whole))
+    cap = config.oracle.reviews if isinstance(config.oracle, NgramOracle) else config.oracle.heldout
+    whole = whole.iloc[order[:cap]]
+    heldout = whole
+    if isinstance(config.oracle, NgramOracle):
+        aside = max(1, round(len(whole) * config.oracle.heldout))
+        heldout, fitted = whole.iloc[:aside], whole.iloc[aside:]
+        if fitted["positive"].nunique() < 2:
+            raise ConfigError(
+                f"only {len(fitted)} reviews are left to fit the oracle on; use fewer for the other parts"
+            )
+        _fit_ngrams(config, fitted, reviews[reviews["source"] != IMDB], out)
+    write_atomically(out / "oracle.json", json.dumps(config.oracle.model_dump(mode="json"), indent=1))
+    score = load_oracle(out)
+    snippets = [_snippet(text, config.oracle.snippet_words, config.seed, i) for i, text in heldout["text"].items()]
+    metrics: Metrics = {"heldout_reviews": len(heldout)}
+    for name, texts in (("accuracy", list(heldout["text"])), ("snippet_accuracy", snippets)):
+        # The labels are of whole texts: there is no prompt to add, whatever `scores` says.
+        right = (score([""] * len(texts), texts) > 0) == heldout["positive"].to_numpy()
+        metrics[name] = proportion(int(right.sum()), len(texts))
+    return metrics
+
+
+def load_oracle(folder: Path) -> RewardFn:
+    """The oracle that :func:`fit_oracle` left in ``folder``.
+
+    Raises:
+        DataError: a file of it is missing or damaged.
+    """
+    try:
+        config: NgramOracle | ClassifierOracle = TypeAdapter(Oracle).validate_json(
+            (folder / "oracle.json").read_bytes()
+        )
+        positive = _ngram_reader(folder) if isinstance(config, NgramOracle) else _Classifier(config)
+    except ConfigError:
+        raise
+    except (FileNotFoundError, ValueError, KeyError) as error:
+        raise DataError(f"{folder} holds no oracle that can be read ({error}); delete it and run again") from error
+    return _OracleReward(positive, config.scores)
+
+
+class _OracleReward:
+    def __init__(self, positive: Callable[[Sequence[str]], Floats], scores: Scores) -> None:
+        self.positive, self.scores = positive, scores
+
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> Floats:
+        """f(p) = 6 (p - 0.5), one per response, in [-3, 3]."""
+        if len(prompts) != len(completions):
+            raise DataError(f"there are {len(prompts)} prompts but {len(completions)} responses; give one of each")
+        if not len(completions):
+            return np.zeros(0)
+        texts = list(completions)
+        if self.scores == "prompt+completion":
+            texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        return 6.0 * (self.positive(texts) - 0.5)
+
+
+def _vectoriser(**settings: Any) -> TfidfVectorizer:
+    return TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=_TOKEN, dtype=np.float64, **settings)
+
+
+def _fit_ngrams(config: OracleStage, reviews: pd.DataFrame, short: pd.DataFrame, out: Path) -> None:
+    oracle = config.oracle
+    assert isinstance(oracle, NgramOracle)
+    say(f"Fitting the oracle on {len(reviews)} reviews, a snippet of each, and {len(short)} short reviews.")
+    snippets = [_snippet(text, oracle.snippet_words, config.seed, i) for i, text in reviews["text"].items()]
+    texts = [*reviews["text"], *snippets, *short["text"]]
+    labels = np.concatenate([reviews["positive"], reviews["positive"], short["positive"]]).astype(bool)
+    vectoriser = _vectoriser(min_df=oracle.min_count, max_features=oracle.features)
+    columns = vectoriser.fit_transform(texts)
+    model = LogisticRegression(C=oracle.inverse_penalty, solver="lbfgs", tol=1e-3, max_iter=200).fit(columns, labels)
+    terms = sorted(vectoriser.vocabulary_, key=vectoriser.vocabulary_.__getitem__)
+    write_atomically(out / "vocabulary.json", json.dumps(terms, ensure_ascii=False))
+    arrays = {"idf": vectoriser.idf_, "coefficient": model.coef_[0], "intercept": model.intercept_}
+    save_file({k: np.ascontiguousarray(v, dtype=np.float64) for k, v in arrays.items()}, out / "oracle.safetensors")
+
+
+def _snippet(text: str, words: int, seed: int, review: Any) -> str:
+    """``words`` consecutive words from a random place; which place depends on (seed, review) alone."""
+    parts = text.split()
+    last = max(0, len(parts) - words)
+    start = int(rng(seed, "oracle", "snippet", int(review)).integers(0, last + 1))
+    return " ".join(parts[start : start + words])
+
+
+def _ngram_reader(folder: Path) -> Callable[[Sequence[str]], Floats]:
+    terms = json.loads((folder / "vocabulary.json").read_bytes())
+    arrays = load_file(folder / "oracle.safetensors")
+    vectoriser = _vectoriser(vocabulary={term: column for column, term in enumerate(terms)})
+    vectoriser.idf_ = arrays["idf"]
+    coefficient, intercept = arrays["coefficient"], float(arrays["intercept"][0])
+
+    def positive(texts: Sequence[str]) -> Floats:
+        return np.asarray(expit(vectoriser.transform(texts) @ coefficient + intercept), dtype=np.float64)
+
+    return positive
+
+
+class _Classifier:
+    def __init__(self, config: ClassifierOracle) -> None:
+        place = resolve_model(config.name)
+        with quiet_transformers():
+            model = AutoModelForSequenceClassification.from_pretrained(
+                place, revision=config.revision, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+            )
+        self.tokenizer = load_tokenizer(place)
+        labels = {str(label).lower(): index for index, label in model.config.id2label.items()}
+        if config.positive_label.lower() not in labels:
+            raise ConfigError(
+                f"positive_label is {config.positive_label!r}, but {config.name} has the labels {', '.join(labels)}"
+            )
+        self.column = int(labels[config.positive_label.lower()])
+        self.model = _placed(model)
+        # RoBERTa counts positions from 2, and some tokenizers do not know their model's limit.
+        self.limit = min(self.tokenizer.model_max_length, model.config.max_position_embeddings - 2)
+
+    @torch.inference_mode()
+    def __call__(self, texts: Sequence[str]) -> Floats:
+        sequences = [self.tokenizer(text, truncation=True, max_length=self.limit)["input_ids"] for text in texts]
+        found = np.zeros(len(texts))
+        for rows, ids, mask in _batches(sequences, 32, self.tokenizer.pad_token_id, self.model.device, "Oracle"):
+            logits = self.model(input_ids=ids, attention_mask=mask).logits
+            found[rows] = logits.double().softmax(-1)[:, self.column].cpu().numpy()
+        return found
+
+
+class RewardModel:
+    """A trained Bradley-Terry reward model: differences of its rewards are log-odds.
+
+    Args:
+        model: a sequence classifier with one output, with or without a PEFT adapter.
+        tokenizer: for text; ids are scored as they are.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model = model
+        self.inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.tokenizer = tokenizer
+        self.inner.score.float()
+
+    @classmethod
+    def load(cls, folder: Path) -> RewardModel:
+        """From ``reward_model.json`` (the base model's name) and ``adapter`` (with the head).
+
+        Raises:
+            DataError: ``folder`` holds none.
+        """
+        try:
+            base = resolve_model(json.loads((folder / "reward_model.json").read_bytes())["base"])
+        except (FileNotFoundError, KeyError, json.JSONDecodeError) as error:
+            raise DataError(
+                f"{folder} holds no reward model ({error}); train one, or delete it and run again"
+            ) from error
+        if not (folder / "adapter" / "adapter_config.json").exists():
+            raise DataError(f"{folder} has no adapter/adapter_config.json; delete the folder and train again")
+        with quiet_transformers():
+            model = AutoModelForSequenceClassification.from_pretrained(
+                base, num_labels=1, dtype=compute_dtype(), use_safetensors=True, trust_remote_code=False
+            )
+            model = PeftModel.from_pretrained(model, folder / "adapter")
+        return cls(_placed(model), load_tokenizer(base))
+
+    @torch.inference_mode()
+    def score_ids(self, sequences: Sequence[Sequence[int]], batch_size: int = 16) -> NDArray[np.float32]:
+        """One reward per token sequence (prompt and response), in the order given.
+
+        The head reads the last real token, found by the attention mask: a padding token that doubles as end token, as
+        many tokenizers have it, cannot move it.
+
+        Raises:
+            DataError: an empty sequence.
+        """
+        found = np.zeros(len(sequences), dtype=np.float32)
+        pad = self.tokenizer.pad_token_id
+        for rows, ids, mask in _batches(sequences, batch_size, pad, self.inner.device, "Rewards"):
+            states = hidden_states(self.inner, ids, mask)
+            last = states[torch.arange(len(rows), device=states.device), mask.sum(-1) - 1]
+            found[rows] = self.inner.score(last.float()).squeeze(-1).cpu().numpy()
+        return found
+
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> Floats:
+        """The same for text; prompt and response are tokenised each for itself, as in training."""
+        if len(prompts) != len(completions):
+            raise DataError(f"there are {len(prompts)} prompts but {len(completions)} responses; give one of each")
+        sequences = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            ids = list(self.tokenizer(prompt)["input_ids"])
+            if ids and ids[-1] == self.tokenizer.eos_token_id:
+                ids.pop()  # the response goes on from here
+            sequences.append([*ids, *self.tokenizer(completion, add_special_tokens=False)["input_ids"]])
+        return self.score_ids(sequences).astype(np.float64)
+
+
+def _placed(model: nn.Module) -> Any:
+    return (model.to("cuda") if torch.cuda.is_available() else model).eval()
+
+
+def _batches(sequences: Sequence[Sequence[int]], size: int, pad: int, device: torch.device, description: str) -> Any:
+    """(rows, ids, mask) with padding on the right; sequences of like length share a batch, longest first."""
+    lengths = np.array([len(sequence) for sequence in sequences])
+    if len(lengths) and lengths.min() == 0:
+        raise DataError(f"text {int(lengths.argmin())} has no tokens, so it has no reward; leave it out")
+    order = np.argsort(-lengths, kind="stable")
+    with bar(description, len(sequences)) as advance:
+        for start in range(0, len(order), size):
+            rows = order[start : start + size]
+            ids = torch.full((len(rows), int(lengths[rows[0]])), pad, dtype=torch.long)
+            mask = torch.zeros_like(ids)
+            for i, row in enumerate(rows):
+                ids[i, : lengths[row]] = torch.as_tensor(np.asarray(sequences[row], dtype=np.int64))
+                mask[i, : lengths[row]] = 1
+            yield rows, ids.to(device), mask.to(device)
+            advance(len(rows))

