@@ -1,0 +1,90 @@
+"""Reward margins out of a data set, with the texts of the pairs that the reward model likes least."""
+
+from __future__ import annotations
+
+import heapq
+from array import array
+from pathlib import Path
+
+from madpo.config import Frozen
+from madpo.data.load import PairStream
+from madpo.data.rows import Text, as_number, contents
+from madpo.data.sources import Source, open_source
+from madpo.errors import DataError
+from madpo.progress import track
+from madpo.seeding import rng
+
+SUSPICIOUS = 20
+
+
+class Margins(Frozen):
+    """Margins of a file: names, values, and the texts of some pairs by position."""
+
+    pair_ids: tuple[int, ...]
+    values: tuple[float, ...]
+    texts: dict[int, dict[str, str]]
+
+
+def read_margins(data: str | Path, *, shown: int = SUSPICIOUS, sampled: int = 0, seed: int = 0) -> Margins:
+    """The column ``reward_margin`` of a data set, and the texts of the ``shown`` pairs with the lowest margins.
+
+    ``sampled`` further pairs, drawn evenly from all by ``seed``, keep their texts too.
+
+    A table without chosen and rejected will do (then there are no texts). Without the column, the difference of
+    chosen_score and rejected_score stands for it.
+
+    Raises:
+        DataError: neither is there, or as :func:`madpo.data.load_preferences`.
+    """
+    source = open_source(data, wanted=("pair_id", "reward_margin"))
+    if source.columns is not None and "reward_margin" in source.columns and "chosen" not in source.columns:
+        return _bare(source)
+    source.rows.close()
+    stream = PairStream(data)
+    ids, values = array("q"), array("d")
+    lowest: list[tuple[float, int, dict[str, str]]] = []  # a heap whose first has the largest margin
+    reservoir: dict[int, tuple[int, dict[str, str]]] = {}
+    draws = rng(seed, "inspect", "sampled")
+    for i, pair in enumerate(track(stream, description=f"reading {source.name}")):
+        margin = pair.numbers.get("reward_margin")
+        if margin is None and "chosen_score" in pair.numbers:
+            margin = pair.numbers["chosen_score"] - pair.numbers["rejected_score"]
+        if margin is None:
+            raise DataError(
+                f"{source.name}: has no column 'reward_margin' and no scores; score the pairs with a reward model first"
+            )
+        ids.append(pair.pair_id)
+        values.append(margin)
+        low = len(lowest) < shown or (shown > 0 and margin < -lowest[0][0])
+        # Reservoir sampling: every pair is kept with the same probability, in one pass.
+        place = (i if i < sampled else int(draws.integers(i + 1))) if sampled else 0
+        if low or place < sampled:
+            text = {side: _flat(getattr(pair, side)) for side in ("prompt", "chosen", "rejected")}
+            if low:
+                (heapq.heappush if len(lowest) < shown else heapq.heapreplace)(lowest, (-margin, -i, text))
+            if place < sampled:
+                reservoir[place] = (i, text)
+    if not values:
+        raise DataError(f"{source.name}: has no pair with two different scores; score them")
+    return Margins(
+        pair_ids=tuple(ids), values=tuple(values), texts=dict(reservoir.values()) | {-i: text for _, i, text in lowest}
+    )
+
+
+def _bare(source: Source) -> Margins:
+    ids: list[int] = []
+    values: list[float] = []
+    for number, raw in source.rows:
+        if isinstance(raw, DataError):
+            raise raw
+        place = source.at(number)
+        if raw["reward_margin"] is None:
+            raise DataError(f"{place}: reward_margin is null; score the pair or drop the row")
+        values.append(as_number(raw["reward_margin"], "reward_margin", place, from_text=source.unit == "line"))
+        ids.append(int(as_number(raw.get("pair_id", len(ids)), "pair_id", place, from_text=source.unit == "line")))
+    return Margins(pair_ids=tuple(ids), values=tuple(values), texts={})
+
+
+def _flat(text: Text, limit: int = 600) -> str:
+    flat = "\n".join(contents(text))
+    return flat if len(flat) <= limit else f"{flat[: limit // 2]} … {flat[-limit // 2 :]}"

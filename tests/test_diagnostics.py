@@ -1,0 +1,264 @@
+"""Margins before training: the report against closed forms, and the recommendation where each of its parts decides."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.special import expit
+
+import madpo
+from madpo.commands_data import check_command, inspect_command, register
+from madpo.data.margins import read_margins
+from madpo.diagnostics import ENOUGH, PAPER_SETTINGS, SURE, inspect, inspect_data
+from madpo.errors import ConfigError, DataError
+from madpo.figures import WeightParameters, log_weight
+from madpo.seeding import rng
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u2028&amp;{{data}}"
+
+
+def bradley_terry(n: int, scale: float, *, temperature: float = 1.0, seed: int = 0) -> np.ndarray:
+    """Signed margins of n pairs labelled with probability sigma(margin): calibrated, then made ``temperature`` wide."""
+    draws = rng(seed, "margins")
+    h = draws.normal(0, scale, n)
+    chosen_first = draws.random(n) < expit(h)
+    return np.where(chosen_first, h, -h) * temperature
+
+
+@given(
+    h=st.lists(st.floats(-1e4, 1e4), min_size=1, max_size=30),
+    tau=st.floats(0.1, 20),
+    c_max=st.floats(1.001, 20),
+    c_min=st.none() | st.floats(0, 0.99),
+    lam=st.floats(0.05, 10),
+)
+def test_weight_without_torch_is_the_weight(
+    h: list[float], tau: float, c_max: float, c_min: float | None, lam: float
+) -> None:
+    ours = np.exp(log_weight(np.array(h), WeightParameters(tau=tau, c_max=c_max, c_min=c_min, lam=lam)))
+    theirs = madpo.margin_weight(torch.tensor(h, dtype=torch.float64), tau=tau, c_max=c_max, c_min=c_min, lam=lam)
+    np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-12, atol=1e-12)
+
+
+def test_numbers_of_a_small_column() -> None:
+    h = [-2.0, -0.5, 0.5, 1.0, 3.0]
+    report = inspect(h, margin_temperature=2.0, pair_ids=[5, 6, 7, 8, 9])
+    assert (report.pairs, report.mean, report.median, report.smallest, report.largest) == (5, 0.4, 0.5, -2.0, 3.0)
+    assert report.deviation == pytest.approx(np.std(h))
+    assert sum(report.counts) == 5
+    assert len(report.edges) == len(report.counts) + 1
+    assert report.contradicted.mean == 0.4
+    assert report.log_loss == pytest.approx(np.mean([math.log1p(math.exp(-x)) for x in h]))
+    assert report.calibrated_log_loss == pytest.approx(np.mean([math.log1p(math.exp(-x / 2)) for x in h]))
+    assert [s.pair_id for s in report.suspects] == [5, 6]
+    assert report.suspects[0].probability == pytest.approx(expit(-1.0))
+
+
+@pytest.mark.parametrize(("tau", "c_max"), PAPER_SETTINGS)
+def test_settings_are_those_of_the_weight(tau: float, c_max: float) -> None:
+    h = bradley_terry(500, 3.0)
+    (setting,) = (s for s in inspect(h, margin_temperature=1.0).settings[:6] if (s.tau, s.c_max) == (tau, c_max))
+    w = madpo.margin_weight(torch.tensor(h), tau=tau, c_max=c_max).numpy()
+    assert setting.mean_weight == pytest.approx(w.mean())
+    assert setting.effective_share == pytest.approx(w.sum() ** 2 / (w**2).sum() / 500)
+    shares = ((w > 1).mean(), ((w < 1) & (h > 0)).mean(), ((w < 1) & (h < 0)).mean())
+    assert (setting.amplified, setting.dampened, setting.turned_down) == pytest.approx(shares)
+
+
+def test_temperature_of_a_reward_model_that_is_three_times_too_sure() -> None:
+    report = inspect(bradley_terry(20_000, 2.0, temperature=3.0))
+    assert report.margin_temperature == pytest.approx(3.0, rel=0.06)
+    assert report.calibration_error < 0.01
+    assert inspect(bradley_terry(20_000, 2.0, temperature=3.0), margin_temperature=1.0).calibration_error > 0.08
+    assert any(
+        "margin_temperature = 3" in warning or "margin_temperature = 2.9" in warning for warning in report.warnings
+    )
+    for row in report.reliability:
+        assert row.observed.low - 0.02 < row.predicted < row.observed.high + 0.02
+    assert sum(row.pairs for row in report.reliability) == 20_000
+
+
+def test_recommendation_where_logit_0_999_decides() -> None:
+    report = inspect(np.r_[bradley_terry(4000, 6.0)], margin_temperature=1.0)
+    assert report.tau == SURE == pytest.approx(6.9067548)
+    assert "logit(0.999)" in report.reasons[0]
+
+
+def test_recommendation_where_the_99th_percentile_decides() -> None:
+    h = bradley_terry(4000, 1.0)
+    report = inspect(h, margin_temperature=1.0)
+    assert report.tau == pytest.approx(np.percentile(np.abs(h), 99))
+    assert report.tau < SURE
+    assert "99th percentile" in report.reasons[0]
+    # Half as sure, half the tau: the rule counts calibrated margins.
+    assert inspect(h, margin_temperature=2.0).tau == pytest.approx(report.tau / 2)
+
+
+@pytest.mark.parametrize("expected", [4.0, 3.0, 2.0, None])
+def test_recommendation_where_the_effective_sample_size_decides(expected: float | None) -> None:
+    # Contradicted pairs at -1.5 lose nearly all weight, the more the larger c_max is.
+    shares = {}
+    for contradicted in range(0, 600, 5):
+        h = np.r_[np.full(1000 - contradicted, 2.0), np.full(contradicted, -1.5), [9.0] * 20]
+        report = inspect(h, margin_temperature=1.0)
+        kept = {c: _effective(h, report.tau, c) for c in (4.0, 3.0, 2.0)}
+        allowed = [c for c in (4.0, 3.0, 2.0) if kept[c] >= ENOUGH]
+        shares.setdefault(allowed[0] if allowed else None, report)
+    report = shares[expected]
+    assert report.c_max == (expected or 2.0)
+    assert any("even c_max = 2" in warning for warning in report.warnings) == (expected is None)
+
+
+def _effective(h: np.ndarray, tau: float, c_max: float) -> float:
+    w = madpo.margin_weight(torch.tensor(h), tau=tau, c_max=c_max).numpy()
+    return float(w.sum() ** 2 / (w**2).sum() / len(h))
+
+
+@pytest.mark.parametrize(
+    ("h", "temperature", "warning"),
+    [
+        (np.zeros(10), 1.0, "all margins are the same"),
+        (np.full(300, 2.0), 1.0, "no margin is negative"),
+        (np.linspace(-3, 3, 400), 1.0, "hardly more labels than a coin"),
+        (-np.linspace(1, 3, 400), 1.0, "hardly more labels than a coin"),
+        (np.array([1.0, -0.5, 2.0]), None, "3 pairs are too few"),
+        (np.r_[np.full(180, 0.1), np.full(120, -0.1)] * 100, None, "the margins are not log-odds"),
+    ],
+)
+def test_doubtful_columns_are_named(h: np.ndarray, temperature: float | None, warning: str) -> None:
+    report = inspect(h)
+    assert any(warning in found for found in report.warnings)
+    if temperature is not None:
+        assert report.margin_temperature == temperature
+    assert all(math.isfinite(x) for x in (report.tau, report.c_max, report.calibration_error, report.log_loss))
+    assert report.text()
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=40))
+def test_any_margins_give_a_report(h: list[float]) -> None:
+    report = inspect(h)
+    assert report.tau > 0
+    assert report.c_max in (2.0, 3.0, 4.0)
+    assert sum(row.pairs for row in report.reliability) == len(h)
+    again = inspect(list(reversed(h)))
+    assert again.tau == pytest.approx(report.tau, rel=1e-6)
+    assert again.margin_temperature == pytest.approx(report.margin_temperature, rel=1e-6)
+    assert again.contradicted == report.contradicted
+
+
+@pytest.mark.parametrize(
+    ("h", "options", "error", "says"),
+    [
+        ([], {}, DataError, "no margins"),
+        ([1.0, float("nan")], {}, DataError, "row 1 is nan"),
+        ([1.0, float("inf")], {}, DataError, "row 1 is inf"),
+        ([1.0, -1e300], {}, DataError, "row 1 is -1e.300: no log-odds are that large"),
+        ([1.0], {"margin_temperature": 0.0}, ConfigError, "finite and above 0"),
+        ([1.0], {"margin_temperature": float("nan")}, ConfigError, "finite and above 0"),
+        ([1.0], {"pair_ids": [1, 2]}, DataError, "1 margins but 2 pair ids"),
+    ],
+)
+def test_mistakes(h: list[float], options: dict[str, Any], error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        inspect(h, **options)
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    path = tmp_path / "pairs.jsonl"
+    margins = bradley_terry(900, 2.0)
+    rows = [
+        {
+            "pair_id": 1000 + i,
+            "prompt": f"p{i} {HOSTILE}",
+            "chosen": f"c{i}",
+            "rejected": f"r{i}",
+            "reward_margin": float(h),
+        }
+        for i, h in enumerate(margins)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_suspects_are_the_20_lowest_with_their_texts(pairs: Path) -> None:
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    lowest = sorted(rows, key=lambda row: row["reward_margin"])[:20]
+    report = inspect_data(pairs)
+    assert [s.pair_id for s in report.suspects] == [row["pair_id"] for row in lowest]
+    assert [(s.prompt, s.chosen, s.rejected) for s in report.suspects] == [
+        (row["prompt"], row["chosen"], row["rejected"]) for row in lowest
+    ]
+
+
+def test_margins_come_from_every_shape(tmp_path: Path) -> None:
+    table = pa.table({"pair_id": [4, 2], "reward_margin": [0.5, -1.5]})
+    pq.write_table(table, tmp_path / "margins.parquet")
+    bare = read_margins(tmp_path / "margins.parquet")
+    assert (bare.pair_ids, bare.values, bare.texts) == ((4, 2), (0.5, -1.5), {})
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    (tmp_path / "scores.jsonl").write_text(json.dumps(row | {"chosen_score": 3, "rejected_score": 1.5}))
+    assert read_margins(tmp_path / "scores.jsonl").values == (1.5,)
+    (tmp_path / "none.jsonl").write_text(json.dumps(row))
+    with pytest.raises(DataError, match="no column 'reward_margin' and no scores; score the pairs"):
+        read_margins(tmp_path / "none.jsonl")
+    (tmp_path / "bad.csv").write_text("reward_margin\nhigh\n")
+    with pytest.raises(DataError, match="line 2: reward_margin is 'high'"):
+        read_margins(tmp_path / "bad.csv")
+
+
+def test_page_stands_alone_and_escapes(pairs: Path, tmp_path: Path) -> None:
+    page = tmp_path / "new" / "margins.html"
+    report = inspect_data(pairs, output=page)
+    html = page.read_text()
+    assert HOSTILE not in html
+    assert len(re.findall(r"<script", html)) == 2, "the data block and the one script"
+    assert not re.search(r"(src|href)=[\"']?(https?:)?//", html)
+    data = json.loads(re.search(r'id="data">(.*?)</script>', html, re.S)[1])  # type: ignore[index]
+    assert data["of"] == 900
+    assert 500 <= len(data["pairs"]) <= 520
+    assert data["parameters"]["tau"] == report.tau
+    given = {json.loads(line)["pair_id"]: json.loads(line) for line in pairs.read_text().splitlines()}
+    for pair in data["pairs"]:
+        assert pair["prompt"] == given[pair["id"]]["prompt"]
+        assert pair["h"] * report.margin_temperature == pytest.approx(given[pair["id"]]["reward_margin"])
+    inspect_data(pairs, output=tmp_path / "again.html")
+    assert (tmp_path / "again.html").read_text() == html, "the same data gives the same page"
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="there is no JavaScript engine here")
+def test_page_script_parses() -> None:
+    script = Path(madpo.__file__).parent / "page" / "margins.js"
+    subprocess.run(["node", "--check", str(script)], check=True)
+
+
+def test_commands(pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    register(parser.add_subparsers())
+    arguments = parser.parse_args(
+        ["check", str(pairs), "--eval-data", str(pairs), "--output-dir", str(tmp_path / "out")]
+    )
+    assert arguments.run is check_command
+    assert arguments.run(arguments) == 0
+    assert "900 pairs of text" in capsys.readouterr().out
+    assert (tmp_path / "out/check.json").exists()
+    arguments = parser.parse_args(["inspect", str(pairs), "--output", str(tmp_path / "p.html")])
+    assert arguments.run is inspect_command
+    assert arguments.run(arguments) == 0
+    out = capsys.readouterr().out
+    assert "recommended: tau = " in out
+    assert "p.html" in out
+    assert "\u2028" not in out
