@@ -96,34 +96,49 @@ def weight_figure(margins: np.ndarray, parameters: WeightParameters, *, label: s
     return _svg(base + 40, parts, label)
 
 
-def line_figure(series: Mapping[str, Sequence[tuple[float, float]]], *, label: str, x_label: str, y_label: str) -> str:
-    """Lines over a common x, one class per series (s0, s1, ...), each named at its end."""
+def line_figure(
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    label: str,
+    x_label: str,
+    y_label: str,
+    order: Sequence[str] = (),
+) -> str:
+    """Lines over a common x, each named at its end. ``order`` keeps a name's colour the same in every figure."""
     points = [point for line in series.values() for point in line]
     (x_low, x_high), (y_low, y_high) = _range([p[0] for p in points], 0), _range([p[1] for p in points], 0.06)
     top, height, right = 24, 220, 130
     x, y = _scale(x_low, x_high, LEFT, WIDTH - right), _scale(y_low, y_high, top + height, top)
     parts = _y_ticks(y, y_low, y_high, WIDTH - right) + _x_ticks(x, x_low, x_high, top + height)
     ends = _spread([y(line[-1][1]) for line in series.values()])
-    for number, ((name, line), end) in enumerate(zip(series.items(), ends, strict=True)):
+    for (name, line), end in zip(series.items(), ends, strict=True):
+        kind = _colour(name, order or list(series))
         values = f"{name}: {line[0][1]:.3g} at the start, {line[-1][1]:.3g} at the end"
-        parts.append(_path([(x(a), y(b)) for a, b in line], f"line s{number % 8}", values))
-        parts.append(_text(WIDTH - right + 8, end + 4, _cut(name, 18), f"name s{number % 8}"))
+        parts.append(_path([(x(a), y(b)) for a, b in line], f"line {kind}", values))
+        parts.append(_text(WIDTH - right + 8, end + 4, _cut(name, 18), f"name {kind}"))
     parts.append(_text(LEFT, top + height + 36, x_label, "tick"))
     parts.append(_text(LEFT + 4, top - 8, y_label, "tick"))
     data = {"series": series, "x": {"low": x_low, "high": x_high, "start": LEFT, "end": WIDTH - right}}
     return _svg(top + height + 40, parts, label, data)
 
 
-def point_figure(points: Mapping[str, tuple[Estimate, Estimate]], *, label: str, x_label: str, y_label: str) -> str:
-    """One point per name with its 95 % intervals on both axes."""
+def point_figure(
+    points: Mapping[str, tuple[Estimate, Estimate]],
+    *,
+    label: str,
+    x_label: str,
+    y_label: str,
+    order: Sequence[str] = (),
+) -> str:
+    """One point per name with its 95 % intervals on both axes; colours as in ``line_figure``."""
     (x_low, x_high) = _range([v for a, _ in points.values() for v in a[:3]], 0.06)
     (y_low, y_high) = _range([v for _, b in points.values() for v in b[:3]], 0.06)
     top, height, right = 24, 260, 130
     x, y = _scale(x_low, x_high, LEFT, WIDTH - right), _scale(y_low, y_high, top + height, top)
     parts = _y_ticks(y, y_low, y_high, WIDTH - right) + _x_ticks(x, x_low, x_high, top + height)
     ends = _spread([y(b.mean) for _, b in points.values()])
-    for number, ((name, (a, b)), end) in enumerate(zip(points.items(), ends, strict=True)):
-        kind = f"s{number % 8}"
+    for (name, (a, b)), end in zip(points.items(), ends, strict=True):
+        kind = _colour(name, order or list(points))
         title = f"{name}: {y_label} {b.mean:.2f} ({b.low:.2f} to {b.high:.2f}), {x_label} {a.mean:.2f}"
         parts.append(_line(x(a.low), y(b.mean), x(a.high), y(b.mean), f"error {kind}"))
         parts.append(_line(x(a.mean), y(b.low), x(a.mean), y(b.high), f"error {kind}"))
@@ -143,6 +158,10 @@ def _kind(h: float, parameters: WeightParameters) -> str:
     if abs(log) < 1e-12:
         return "unchanged"
     return "amplified" if log > 0 else "dampened" if h > 0 else "turned-down"
+
+
+def _colour(name: str, order: Sequence[str]) -> str:
+    return f"s{list(order).index(name) % 8}"
 
 
 class _scale:

@@ -152,7 +152,8 @@ def _results(tier: Tier) -> str:
 
 
 def _settings(row: Row) -> str:
-    shown = [f"{k} {v}" for k, v in row.loss.items() if k != "kind" and isinstance(v, int | float) and v is not True]
+    numbers = {k: v for k, v in row.loss.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    shown = [f"{name} {value:g}" for name, value in numbers.items()]
     return f"<small>{escape(', '.join(shown))}</small>" if shown else ""
 
 
@@ -171,6 +172,10 @@ def _whisker(value: Estimate, limit: float) -> str:
         f'class="axis"/><line x1="{x[0]:.1f}" x2="{x[2]:.1f}" y1="7" y2="7"/>'
         f'<circle cx="{x[1]:.1f}" cy="7" r="3"/></svg>'
     )
+
+
+def _names(tier: Tier) -> list[str]:
+    return [row.name for row in tier.rows]
 
 
 def _per_seed(tier: Tier) -> str:
@@ -194,7 +199,11 @@ def _frontier(tier: Tier) -> str:
     if len(points) < 2:
         return ""
     figure = point_figure(
-        points, label=f"Reward against KL, {tier.label}", x_label="KL to the reference, nats", y_label="oracle reward"
+        points,
+        label=f"Reward against KL, {tier.label}",
+        x_label="KL to the reference, nats",
+        y_label="oracle reward",
+        order=_names(tier),
     )
     return (
         f"<figure>{figure}<figcaption>Reward against distance. A method that moves further from the reference usually "
@@ -277,9 +286,8 @@ def _curves(tier: Tier) -> str:
         series = {method: line for method, line in series.items() if line}
         if series:
             label = f"{name}, {tier.label}"
-            figures.append(
-                f'<figure class="lines">{line_figure(series, label=label, x_label="step", y_label=name)}</figure>'
-            )
+            figure = line_figure(series, label=label, x_label="step", y_label=name, order=_names(tier))
+            figures.append(f'<figure class="lines">{figure}</figure>')
     return f'<h3 dir="auto">{escape(tier.label)}</h3>{"".join(figures)}' if figures else ""
 
 
