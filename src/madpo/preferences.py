@@ -169,7 +169,7 @@ def _write_parts(
 def _responses(
     config: ResponseStage, prompts: pd.DataFrame, model: nn.Module, tokenizer: PreTrainedTokenizerBase, oracle: RewardFn
 ) -> pa.Table:
-    columns: dict[str, Any] = {name: prompts[name].tolist() for name in prompts}
+    columns: dict[str, Any] = {str(name): prompts[name].tolist() for name in prompts}
     ends = end_tokens(model, tokenizer)
     for k in (0, 1):
         ids = generate(

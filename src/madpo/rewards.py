@@ -6,7 +6,7 @@ Both are a :class:`RewardFn`. An oracle gives f(p) = 6 (p - 0.5) in [-3, 3], p i
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from scipy.special import expit
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from madpo.config import Frozen
@@ -175,7 +175,7 @@ def _fit_ngrams(config: OracleStage, reviews: pd.DataFrame, short: pd.DataFrame,
     labels = np.concatenate([reviews["positive"], reviews["positive"], short["positive"]]).astype(bool)
     vectoriser = _vectoriser(min_df=oracle.min_count, max_features=oracle.features)
     columns = vectoriser.fit_transform(texts)
-    model = LogisticRegression(C=oracle.inverse_penalty, solver="lbfgs", tol=1e-3, max_iter=200).fit(columns, labels)
+    model = LogisticRegression(C=oracle.inverse_penalty, solver="lbfgs", tol=1e-6, max_iter=1000).fit(columns, labels)
     terms = sorted(vectoriser.vocabulary_, key=vectoriser.vocabulary_.__getitem__)
     write_atomically(out / "vocabulary.json", json.dumps(terms, ensure_ascii=False))
     arrays = {"idf": vectoriser.idf_, "coefficient": model.coef_[0], "intercept": model.intercept_}
@@ -225,7 +225,7 @@ class _Classifier:
     def __call__(self, texts: Sequence[str]) -> Floats:
         sequences = [self.tokenizer(text, truncation=True, max_length=self.limit)["input_ids"] for text in texts]
         found = np.zeros(len(texts))
-        for rows, ids, mask in _batches(sequences, 32, self.tokenizer.pad_token_id, self.model.device, "Oracle"):
+        for rows, ids, mask in padded_batches(sequences, 32, self.tokenizer.pad_token_id, self.model.device, "Oracle"):
             logits = self.model(input_ids=ids, attention_mask=mask).logits
             found[rows] = logits.double().softmax(-1)[:, self.column].cpu().numpy()
         return found
@@ -279,7 +279,7 @@ class RewardModel:
         """
         found = np.zeros(len(sequences), dtype=np.float32)
         pad = self.tokenizer.pad_token_id
-        for rows, ids, mask in _batches(sequences, batch_size, pad, self.inner.device, "Rewards"):
+        for rows, ids, mask in padded_batches(sequences, batch_size, pad, self.inner.device, "Rewards"):
             states = hidden_states(self.inner, ids, mask)
             last = states[torch.arange(len(rows), device=states.device), mask.sum(-1) - 1]
             found[rows] = self.inner.score(last.float()).squeeze(-1).cpu().numpy()
@@ -302,7 +302,9 @@ def _placed(model: nn.Module) -> Any:
     return (model.to("cuda") if torch.cuda.is_available() else model).eval()
 
 
-def _batches(sequences: Sequence[Sequence[int]], size: int, pad: int, device: torch.device, description: str) -> Any:
+def padded_batches(
+    sequences: Sequence[Sequence[int]], size: int, pad: int, device: torch.device, description: str
+) -> Iterator[tuple[NDArray[np.int64], Tensor, Tensor]]:
     """(rows, ids, mask) with padding on the right; sequences of like length share a batch, longest first."""
     lengths = np.array([len(sequence) for sequence in sequences])
     if len(lengths) and lengths.min() == 0:
