@@ -151,10 +151,11 @@ def test_any_margins_give_a_report(h: list[float]) -> None:
     assert report.tau > 0
     assert report.c_max in (2.0, 3.0, 4.0)
     assert sum(row.pairs for row in report.reliability) == len(h)
-    again = inspect(list(reversed(h)))
-    assert again.tau == pytest.approx(report.tau, rel=1e-6)
-    assert again.margin_temperature == pytest.approx(report.margin_temperature, rel=1e-6)
-    assert again.contradicted == report.contradicted
+    # At a given temperature the order of the pairs does not matter (the fit is flat where nothing decides it).
+    one, other = inspect(h, margin_temperature=1.0), inspect(h[::-1], margin_temperature=1.0)
+    assert other.tau == pytest.approx(one.tau)
+    assert other.contradicted == one.contradicted
+    assert other.calibration_error == pytest.approx(one.calibration_error)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +229,7 @@ def test_page_stands_alone_and_escapes(pairs: Path, tmp_path: Path) -> None:
     data = json.loads(re.search(r'id="data">(.*?)</script>', html, re.S)[1])  # type: ignore[index]
     assert data["of"] == 900
     assert 500 <= len(data["pairs"]) <= 520
-    assert data["parameters"]["tau"] == report.tau
+    assert data["parameters"]["tau"] == round(report.tau, 2)
     given = {json.loads(line)["pair_id"]: json.loads(line) for line in pairs.read_text().splitlines()}
     for pair in data["pairs"]:
         assert pair["prompt"] == given[pair["id"]]["prompt"]
@@ -237,10 +238,57 @@ def test_page_stands_alone_and_escapes(pairs: Path, tmp_path: Path) -> None:
     assert (tmp_path / "again.html").read_text() == html, "the same data gives the same page"
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="there is no JavaScript engine here")
-def test_page_script_parses() -> None:
-    script = Path(madpo.__file__).parent / "page" / "margins.js"
-    subprocess.run(["node", "--check", str(script)], check=True)
+DRIVER = """<script>
+const seen = () => [
+  document.getElementById("affected-note").textContent,
+  [...document.querySelectorAll("#affected .card p.prompt")].map((p) => p.textContent.match(/^pair (\\d+),/)[1]),
+];
+const set = (key, value) => {
+  const input = document.getElementById(`weight-${key}`);
+  input.value = value;
+  input.dispatchEvent(new Event("input", { bubbles: true }));
+};
+const out = [seen()];
+set("tau", 2); set("c_max", 3); set("lam", 2);
+document.getElementById("weight-own").click();
+set("c_min", 0);
+out.push(seen());
+document.body.replaceChildren(document.createElement("pre"));
+document.querySelector("pre").textContent = JSON.stringify(out);
+</script></body>"""
+
+
+def browse(page: Path) -> str:
+    path = shutil.which("chromium")
+    if path is None:
+        pytest.skip("chromium is not on the PATH, so the page cannot be opened")
+    command = [path, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page.resolve().as_uri()]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+
+
+@pytest.mark.slow
+def test_affected_pairs_follow_the_sliders(pairs: Path, tmp_path: Path) -> None:
+    page = tmp_path / "margins.html"
+    inspect_data(pairs, output=page)
+    # As it is, with its policy: the script runs.
+    assert "The ones that change most:" in browse(page)
+    html = page.read_text()
+    driven = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", html).replace("</body>", DRIVER)
+    (tmp_path / "driven.html").write_text(driven)
+    (pre,) = re.findall(r"<pre>(.*?)</pre>", browse(tmp_path / "driven.html"), re.S)
+    data = json.loads(re.search(r'id="data">(.*?)</script>', html, re.S)[1])  # type: ignore[index]
+    h = np.array([pair["h"] for pair in data["pairs"]])
+    ids = [str(pair["id"]) for pair in data["pairs"]]
+    settings = [WeightParameters(**data["parameters"]), WeightParameters(tau=2.0, c_max=3.0, c_min=0.0, lam=2.0)]
+    for (note, shown), p in zip(json.loads(pre), settings, strict=True):
+        log = log_weight(h, p)
+        changed = np.abs(log) >= math.log(1.05)
+        expected = []
+        for group in (changed & (log < 0) & (h <= 0), changed & (log > 0), changed & (log < 0) & (h > 0)):
+            order = sorted(np.flatnonzero(group), key=lambda i: -abs(log[i]))
+            expected += [ids[i] for i in order[:6]]
+            assert f"{group.sum()} are " in note
+        assert shown == expected
 
 
 def test_commands(pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,7 +37,8 @@ def margin_page(name: str, report: MarginReport, margins: Margins) -> str:
     shown = np.sort(h)
     if len(shown) > MARGINS_SHOWN:
         shown = shown[np.linspace(0, len(shown) - 1, MARGINS_SHOWN).round().astype(int)]
-    parameters = WeightParameters(tau=report.tau, c_max=report.c_max)
+    # Two decimals, as a slider shows them.
+    parameters = WeightParameters(tau=max(0.01, round(report.tau, 2)), c_max=report.c_max)
     data: dict[str, Any] = {
         "margins": [float(value) for value in shown],
         "parameters": parameters._asdict(),
@@ -64,7 +65,7 @@ def _summary(report: MarginReport) -> str:
         f"(95 % interval {c.low:.1%} to {c.high:.1%}).",
         f"Recommended: \u03c4 = {report.tau:.3g}, c_max = {report.c_max:g}, margin_temperature = "
         f"{report.margin_temperature:.3g} ({report.temperature_reason}).",
-        *(f"{reason[0].upper()}{reason[1:]}." for reason in report.reasons),
+        "Why " + "; ".join(report.reasons) + ".",
         *(f"Warning: {warning}." for warning in report.warnings),
     ]
     return "".join(f'<p dir="auto">{escape(text)}</p>' for text in texts)

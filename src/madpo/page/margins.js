@@ -7,7 +7,8 @@
 
   const list = document.getElementById("affected");
   const note = document.getElementById("affected-note");
-  const SHOWN = 20;
+  const SHOWN = 6; // of each kind
+  const CHANGED = Math.log(1.05);
   const make = (name, className, text) => {
     const node = document.createElement(name);
     if (className) node.className = className;
@@ -43,13 +44,21 @@
       return;
     }
     const p = settings();
-    const changed = data.pairs
-      .map((pair) => ({ pair, log: MadpoWeight.logWeight(pair.h, p) }))
-      .filter((entry) => Math.abs(entry.log) > 0.05)
-      .sort((a, b) => Math.abs(b.log) - Math.abs(a.log));
-    const sample = data.pairs.length < data.of ? ` (${data.pairs.length} of ${data.of} pairs are kept on this page)` : "";
-    note.textContent = `${changed.length} pairs get a weight more than 5 % away from 1${sample}; the ${Math.min(SHOWN, changed.length)} that change most:`;
-    list.replaceChildren(...changed.slice(0, SHOWN).map(({ pair, log }) => card(pair, Math.exp(log))));
+    const groups = { "turned down": [], amplified: [], dampened: [] };
+    for (const pair of data.pairs) {
+      const log = MadpoWeight.logWeight(pair.h, p);
+      if (Math.abs(log) < CHANGED) continue;
+      groups[log > 0 ? "amplified" : pair.h > 0 ? "dampened" : "turned down"].push({ pair, log });
+    }
+    const kept = data.pairs.length < data.of ? `${data.pairs.length} of the ${data.of} pairs are kept on this page: the lowest margins and a random sample. ` : "";
+    const counts = Object.entries(groups).map(([name, entries]) => `${entries.length} are ${name}`).join(", ");
+    note.textContent = `${kept}By more than 5 %, ${counts}. The ones that change most:`;
+    list.replaceChildren();
+    for (const [name, entries] of Object.entries(groups)) {
+      entries.sort((a, b) => Math.abs(b.log) - Math.abs(a.log));
+      if (entries.length) list.append(make("h3", "", name));
+      list.append(...entries.slice(0, SHOWN).map(({ pair, log }) => card(pair, Math.exp(log))));
+    }
   };
 
   /* The sliders' own listeners run first, since these events bubble up to their container. */
