@@ -38,8 +38,11 @@ class PreferenceConfig(DPOConfig):  # type: ignore[misc]
             "logged" at steps that are logged, "always" (as TRL does) or "never".
     """
 
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations in backward."})
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Recompute activations in backward; off by default (TRL: on)."}
+    )
     disable_dropout: bool = field(default=False, metadata={"help": "Also switch off the adapter's own dropout."})
+    bf16: bool | None = field(default=None, metadata={"help": "bfloat16; None is where the processor has it."})
     token_metrics: str = field(
         default="logged", metadata={"help": "When to compute entropy and mean logits: logged, always or never."}
     )

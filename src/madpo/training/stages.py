@@ -17,6 +17,7 @@ from datasets import Dataset
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from madpo.config import Frozen
@@ -24,6 +25,7 @@ from madpo.corpus import Corpus, load_corpus, sft_reviews
 from madpo.logprobs import completion_logps, install_completion_head, unwrapped
 from madpo.losses import Loss
 from madpo.models import LoRA, compute_dtype, load_model, load_tokenizer, merge_adapter, resolve_model
+from madpo.packaged import quiet_transformers
 from madpo.pipeline import Metrics
 from madpo.progress import bar
 from madpo.rewards import RewardModel
@@ -73,7 +75,7 @@ class Optimisation(Frozen):
             "report_to": "none",
             "disable_tqdm": True,
             "dataloader_pin_memory": False,
-            "gradient_checkpointing": False,
+            "activation_checkpointing": False,
             "use_cpu": not torch.accelerator.is_available(),
             "bf16": compute_dtype() is torch.bfloat16,
             "disable_dropout": False,
@@ -104,8 +106,6 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
 
 
 def _quiet(trainer: Any, description: str, out: Path) -> _Watch:
-    from transformers.trainer_callback import PrinterCallback
-
     trainer.remove_callback(PrinterCallback)
     watch = _Watch(description, out)
     trainer.add_callback(watch)
@@ -223,9 +223,10 @@ def train_reward_model(config: RewardModelStage, inputs: Mapping[str, Path], out
     heldout = pairs[pairs["split"] == "heldout"]
     stopping = heldout.iloc[: max(1, round(len(heldout) * config.stopping_share))]
     torch.manual_seed(config.seed)  # the head starts at random
-    model = AutoModelForSequenceClassification.from_pretrained(
-        base, num_labels=1, dtype=compute_dtype(), use_safetensors=True, trust_remote_code=False
-    )
+    with quiet_transformers():  # it would report the head, which is new on purpose
+        model = AutoModelForSequenceClassification.from_pretrained(
+            base, num_labels=1, dtype=compute_dtype(), use_safetensors=True, trust_remote_code=False
+        )
     model.config.pad_token_id = tokenizer.pad_token_id
     trainer = _Bradley(
         model=model,
@@ -253,18 +254,21 @@ def train_reward_model(config: RewardModelStage, inputs: Mapping[str, Path], out
 
 
 def _sequences(pairs: pd.DataFrame) -> Dataset:
-    rows = (
-        {"chosen_ids": [*p.prompt_ids, *p.chosen_ids], "rejected_ids": [*p.prompt_ids, *p.rejected_ids]}
-        for p in pairs.itertuples()
+    chosen, rejected = _sides(pairs)
+    return Dataset.from_dict({"chosen_ids": chosen, "rejected_ids": rejected})
+
+
+def _sides(pairs: pd.DataFrame) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of prompt and completion, for both sides of every pair."""
+    chosen, rejected = (
+        [[*map(int, prompt), *map(int, side)] for prompt, side in zip(pairs["prompt_ids"], pairs[name], strict=True)]
+        for name in ("chosen_ids", "rejected_ids")
     )
-    return Dataset.from_list(list(rows))
+    return chosen, rejected
 
 
 def _margins(model: RewardModel, pairs: pd.DataFrame) -> np.ndarray:
-    sides = [
-        [[*p.prompt_ids, *getattr(p, f"{side}_ids")] for p in pairs.itertuples()] for side in ("chosen", "rejected")
-    ]
-    chosen, rejected = (model.score_ids(side) for side in sides)
+    chosen, rejected = (model.score_ids(side) for side in _sides(pairs))
     return np.asarray(chosen - rejected, dtype=np.float64)
 
 
