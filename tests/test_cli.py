@@ -91,7 +91,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ("argv", "words"),
     [
         (["rnu", "quickstart"], "no command 'rnu'; did you mean 'run'?"),
-        (["xyz"], "there are run, status"),
+        (["xyz"], "there are run, check"),
         (["run", "quickstart", "--outptu_dir", "x"], "no option '--outptu_dir'; did you mean '--output_dir'?"),
         (["run", "quickstart", "--dry_run"], "did you mean '--dry-run'?"),
         (["run", "quickstart", "--jobs", "0"], "'0' must be a whole number of at least 1"),

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-from madpo import __version__
+from madpo import __version__, commands_data
 from madpo.errors import ConfigError, MadpoError
 
 if TYPE_CHECKING:
@@ -164,16 +164,21 @@ def _verify_theory(arguments: argparse.Namespace) -> int:
 
     from madpo.theory import verify_theory
 
-    table = Table("claim", "statement", "deviation", "tolerance", "holds", title="The paper's claims, numerically")
+    table = Table(title="The paper's claims, numerically", expand=True, show_lines=True)
+    table.add_column("claim", ratio=2)
+    table.add_column("statement", ratio=5)
+    for name in ("deviation", "tolerance", "holds"):
+        table.add_column(name, no_wrap=True)
     broken = []
     for claim in verify_theory():
-        verdict = "yes" if claim.holds else "NO" if claim.relied_on else "no (not relied on)"
+        verdict = "yes" if claim.holds else "NO" if claim.relied_on else "no*"
         table.add_row(
             escape(claim.name), escape(claim.statement), f"{claim.deviation:.1e}", f"{claim.tolerance:.0e}", verdict
         )
         if claim.relied_on and not claim.holds:
             broken.append(claim.name)
     Console().print(table)
+    print("* known not to hold as stated, and not relied on; docs/method.md says what holds instead")
     if broken:
         print(f"madpo: claims that the code relies on do not hold: {', '.join(broken)}", file=sys.stderr)
     return 1 if broken else 0
@@ -181,6 +186,8 @@ def _verify_theory(arguments: argparse.Namespace) -> int:
 
 COMMANDS = {
     "run": Command("run an experiment, or continue it, and write its report", _run_arguments, _run),
+    "check": Command(commands_data.CHECK, commands_data.check_arguments, commands_data.check_command),
+    "inspect": Command(commands_data.INSPECT, commands_data.inspect_arguments, commands_data.inspect_command),
     "status": Command("say which steps of a run are done", _folder_argument, _status),
     "report": Command("write the report page of a run again", _folder_argument, _report),
     "verify-theory": Command("check the paper's claims numerically", _no_arguments, _verify_theory),
