@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 from transformers import AutoModelForCausalLM
 
-from madpo.errors import ConfigError
+from madpo.errors import ConfigError, DataError
 from madpo.generation import Sampling, generate, sample, uniforms
 from madpo.models import build_tiny
 
@@ -86,6 +86,20 @@ def test_tokens_without_probability_are_never_drawn():
     logits[:, 700] = 0.0
     uniform = torch.tensor([0.0, 0.3, 0.999999, 1 - 2**-53], dtype=torch.float64)
     assert sample(logits, uniform).tolist() == [700] * 4
+
+
+def test_half_precision_logits_of_a_large_vocabulary_are_drawn_as_wide_ones():
+    """Blocks are summed in float32 and rows are taken a few at a time: the tokens are those of float64."""
+    generator = torch.Generator().manual_seed(5)
+    logits = (torch.randn(9, 262_144, generator=generator) * 3).bfloat16()
+    uniform = torch.rand(9, generator=generator, dtype=torch.float64)
+    assert sample(logits, uniform).equal(sample(logits.double(), uniform))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_diverged_model_is_an_error_not_a_token(value):
+    with pytest.raises(DataError, match="diverged"):
+        sample(torch.tensor([[0.0, value, 1.0]]), torch.tensor([0.5]))
 
 
 def test_top_k_and_top_p_cut_the_tail():
