@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import madpo
-from madpo.config import packaged_experiments
+from madpo.config import find_experiment, load_config, packaged_experiments
+from madpo.pipeline import ordered
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "madpo"
@@ -132,7 +133,6 @@ def test_public_names_are_pinned() -> None:
 
 
 def test_public_signatures_are_pinned() -> None:
-    from madpo.config import load_config
     from madpo.pipeline import Estimate, Step, run
     from madpo.report import build_report
 
@@ -150,9 +150,15 @@ def test_public_signatures_are_pinned() -> None:
 
 @pytest.mark.parametrize("name", packaged_experiments())
 def test_every_packaged_experiment_parses(name: str) -> None:
-    from madpo.experiment import load_experiment
+    from madpo.experiment import Experiment
 
-    assert load_experiment(name) is not None
+    steps = ordered(load_config(find_experiment(name), Experiment).steps())
+    names = [step.name for step in steps]
+    assert len(set(names)) == len(names)
+    assert {"sft", "responses"} <= set(names)
+    # Every input comes before the step that reads it: the graph has no cycle.
+    for position, step in enumerate(steps):
+        assert {upstream.name for upstream in step.inputs.values()} <= set(names[:position])
 
 
 def test_there_are_packaged_experiments() -> None:

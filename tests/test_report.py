@@ -249,7 +249,7 @@ def test_tables_beside_the_page(run_folder: tuple[Path, dict[str, Record], str])
     methods = {m["key"]: m for m in data["tiers"]["high"]["methods"]}
     assert methods["madpo"]["oracle_reward"]["mean"] == pytest.approx(1.5)
     assert methods["madpo"]["difference"]["n"] == N
-    assert data["tiers"]["high"]["reward_model"]["heldout_accuracy"]["mean"] == 0.8125
+    assert data["tiers"]["high"]["reward_models"]["seed"]["heldout_accuracy"]["mean"] == 0.8125
     rows = list(csv.DictReader((root / "results.csv").read_text().splitlines()))
     (row,) = [r for r in rows if (r["tier"], r["method"], r["quantity"]) == ("high", "MADPO", "oracle_reward")]
     assert float(row["mean"]) == pytest.approx(1.5)
@@ -277,6 +277,26 @@ def test_an_unfinished_run_has_a_page_too(tmp_path: Path) -> None:
     for keep in ([], ["margins/high"], ["evaluation/sft"], ["evaluation/high/dpo/seed0"], ["reward_model/low"]):
         text = build_report(tmp_path, {name: records[name] for name in keep}, "t", {}).read_text()
         assert not Page(text).open
+
+
+def test_steps_that_carry_the_seeds_name(tmp_path: Path) -> None:
+    records = make_run(tmp_path, seeds=2)
+    alone = collect(tmp_path, records)
+    renamed = {}
+    for name, record in records.items():
+        if name.startswith(("evaluation/sft", "margins/", "reward_model/")):
+            for seed in ("seed0", "seed1"):
+                shutil.copytree(folder_of(tmp_path, record), tmp_path / f"{name}/{seed}-{record.identity[:8]}")
+                renamed[f"{name}/{seed}"] = record.model_copy(update={"name": f"{name}/{seed}"})
+        else:
+            renamed[name] = record
+    several = collect(tmp_path, renamed)
+    assert [tier.name for tier in several] == ["high", "low"]
+    assert list(several[0].reward_models) == ["seed0", "seed1"]
+    assert several[0].rows[0].seeds == ("seed0", "seed1")
+    assert several[0].rows[1:] == alone[0].rows[1:]
+    assert several[0].margins.tolist() == alone[0].margins.tolist()
+    assert "High seed1" in build_report(tmp_path, renamed, "t", {}).read_text()
 
 
 def test_metrics_alone_are_enough(tmp_path: Path) -> None:

@@ -253,16 +253,18 @@ def _reward_models(tiers: Iterable[Tier]) -> str:
         "temperature": ("fitted temperature", "number"),
         "calibrated_log_loss": ("log-loss after calibration", "number"),
     }
-    models = [(tier, tier.reward_model.metrics) for tier in tiers if tier.reward_model is not None]
+    models = [
+        (f"{tier.label} {seed}".strip(), model.metrics) for tier in tiers for seed, model in tier.reward_models.items()
+    ]
     shown = [key for key in names if any(key in metrics for _, metrics in models)]
     if not shown:
         return _nothing("No reward model is finished yet.")
     head = "".join(f'<th scope="col">{names[key][0]}</th>' for key in shown)
     body = "".join(
-        f'<tr><th scope="row" dir="auto">{escape(tier.label)}</th>'
+        f'<tr><th scope="row" dir="auto">{escape(name)}</th>'
         + "".join(f"<td>{_metric(metrics.get(key), names[key][1])}</td>" for key in shown)
         + "</tr>"
-        for tier, metrics in models
+        for name, metrics in models
     )
     return (
         '<div class="scroll" role="region" tabindex="0" aria-label="Reward models"><table><thead><tr>'

@@ -7,7 +7,7 @@ its mean over the seeds, so intervals speak of prompts, and the values per seed 
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from madpo.statistics import bootstrap_mean, paired_difference
 SFT = "SFT"
 TIERS = ("high", "medium", "low")  # the paper's order; other tiers follow in the order of the records
 SEED = 0  # of the bootstrap draws: the same records give the same page
-_EVALUATION = re.compile(r"evaluation/(?P<tier>[^/]+)/(?P<method>[^/]+)/(?P<seed>[^/]+)")
+_EVALUATION = re.compile(r"evaluation/(?!sft/)(?P<tier>[^/]+)/(?P<method>[^/]+)/(?P<seed>[^/]+)")
+# With several seeds these steps carry the seed's name, with one they do without.
+_PER_SEED = r"{}/{}(?:/(?P<seed>[^/]+))?"
 
 Value = Estimate | float | None
 
@@ -58,11 +60,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Tier:
-    """A tier's methods, SFT first, and what its reward model says."""
+    """A tier's methods, SFT first, and what its reward models say.
+
+    ``reward_models`` go by seed ("" where there is one); ``margins`` and ``curves`` are those of the first seed.
+    """
 
     name: str
     rows: list[Row]
-    reward_model: Record | None = None
+    reward_models: dict[str, Record] = field(default_factory=dict)
     margins: np.ndarray = field(default_factory=lambda: np.empty(0), repr=False)
     curves: dict[str, list[dict[str, float]]] = field(default_factory=dict, repr=False)
 
@@ -80,12 +85,17 @@ class Tier:
 
 def collect(root: Path, records: Mapping[str, Record]) -> list[Tier]:
     """Everything that the report shows, per tier. Tiers without an evaluated policy still show their margins."""
-    sft = records.get("evaluation/sft")
-    sft_row = _row(SFT.lower(), SFT, {}, {"": sft}, root, None) if sft is not None else None
+    sft = _by_seed(records, "evaluation", "sft")
+    sft_row = _row(SFT.lower(), SFT, {}, sft, root, None) if sft else None
     names = [m["tier"] for name in records if (m := _EVALUATION.fullmatch(name))]
-    names += [name.split("/")[1] for name in records if re.fullmatch(r"(margins|reward_model)/[^/]+", name)]
+    names += [name.split("/")[1] for name in records if name.startswith(("margins/", "reward_model/"))]
     order = sorted(dict.fromkeys(names), key=lambda name: TIERS.index(name) if name in TIERS else len(TIERS))
     return [_tier(name, root, records, sft_row) for name in order]
+
+
+def _by_seed(records: Mapping[str, Record], kind: str, name: str) -> dict[str, Record]:
+    pattern = re.compile(_PER_SEED.format(kind, re.escape(name)))
+    return {m["seed"] or "": record for key, record in records.items() if (m := pattern.fullmatch(key))}
 
 
 def _tier(name: str, root: Path, records: Mapping[str, Record], sft_row: Row | None) -> Tier:
@@ -102,8 +112,8 @@ def _tier(name: str, root: Path, records: Mapping[str, Record], sft_row: Row | N
         rows.append(_row(key, shown, policy.config.get("loss", {}) if policy else {}, by_seed, root, sft_row))
         if policy is not None:
             curves[shown] = _log(folder_of(root, policy) / "log.jsonl")
-    tier = Tier(name, rows, records.get(f"reward_model/{name}"), _margins(name, root, records), curves)
-    return Tier(name, _with_differences(tier), tier.reward_model, tier.margins, tier.curves)
+    tier = Tier(name, rows, _by_seed(records, "reward_model", name), _margins(name, root, records), curves)
+    return replace(tier, rows=_with_differences(tier))
 
 
 def folder_of(root: Path, record: Record) -> Path:
@@ -121,10 +131,12 @@ def _row(key: str, name: str, loss: dict[str, Any], by_seed: dict[str, Record], 
     per_prompt = {column: _per_prompt(samples, column) for column in ("oracle_reward", "kl", "tokens")}
     win_rate = None
     if sft is not None and sft.samples and samples:
-        base = _per_prompt(sft.samples, "oracle_reward")
+        # The SFT model's answers of the same seed, where it has them: they share the random numbers.
+        own = dict(zip(sft.seeds, sft.samples, strict=True))
+        base = [_per_prompt([own[seed]] if seed in own else sft.samples, "oracle_reward") for seed in by_seed]
         won = [
-            {i: float(np.sign(v["oracle_reward"] - base[i]) / 2 + 0.5) for i, v in seed.items() if i in base}
-            for seed in samples
+            {i: float(np.sign(v["oracle_reward"] - b[i]) / 2 + 0.5) for i, v in sample.items() if i in b}
+            for sample, b in zip(samples, base, strict=True)
         ]
         win_rate = _estimate(_mean_over_seeds(won))
     return Row(
@@ -156,7 +168,7 @@ def _with_differences(tier: Tier) -> list[Row]:
             rows.append(row)
             continue
         pair = (np.array([own[i] for i in shared]), np.array([base[i] for i in shared]))
-        rows.append(Row(**{**row.__dict__, "difference": paired_difference(*pair, seed=SEED)}))
+        rows.append(replace(row, difference=paired_difference(*pair, seed=SEED)))
     return rows
 
 
@@ -216,7 +228,7 @@ def _json_lines(path: Path, needed: tuple[str, ...]) -> list[dict[str, Any]]:
 
 def _margins(tier: str, root: Path, records: Mapping[str, Record]) -> np.ndarray:
     """Margins of the tier's training pairs (of all pairs where the split is not known)."""
-    record = records.get(f"margins/{tier}")
+    record = next(iter(_by_seed(records, "margins", tier).values()), None)
     if record is None or not (path := folder_of(root, record) / "margins.parquet").exists():
         return np.empty(0)
     table = pq.read_table(path)

@@ -166,9 +166,9 @@ def results_json(tiers: Sequence[Tier], title: str, experiment: dict[str, Any]) 
                     }
                     for row in tier.rows
                 ],
-                "reward_model": {
-                    k: v._asdict() if isinstance(v, Estimate) else v
-                    for k, v in (tier.reward_model.metrics if tier.reward_model else {}).items()
+                "reward_models": {
+                    seed or "seed": {k: v._asdict() if isinstance(v, Estimate) else v for k, v in model.metrics.items()}
+                    for seed, model in tier.reward_models.items()
                 },
                 "training_margins": len(tier.margins),
             }
