@@ -332,3 +332,12 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
     )
     grown = int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
     assert grown < 40e6, f"{grown / 1e6:.0f} MB for a file of {path.stat().st_size / 1e6:.0f} MB"
+
+
+def test_tokenizer_by_folder(tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer.save_pretrained(tmp_path / "model")
+    path = write(tmp_path / "d.jsonl", CHAT)
+    for name in (tmp_path / "model", str(tmp_path / "model")):
+        assert check(path, tokenizer=name) == check(path, tokenizer=tokenizer)
+    with pytest.raises(ConfigError, match="gone"):
+        check(path, tokenizer=str(tmp_path / "gone"))

@@ -149,7 +149,7 @@ class _Pass:
         self.encoder, self.max_length, self.truncation = encoder, max_length, truncation
         self.findings = Findings()
         self.seen = Seen()
-        self.lengths = {side: array("q") for side in SIDES}
+        self.lengths = {side: array("I") for side in SIDES}
         self.dropped = bytearray()  # lines of dropped.jsonl
         self.too_long = self.cut = 0
         self.form = "text"
@@ -242,7 +242,7 @@ class _Pass:
 
 
 def _lengths(values: array[int]) -> Lengths:
-    numbers = np.frombuffer(values, dtype=np.int64)
+    numbers = np.frombuffer(values, dtype=np.uint32)
     median, p95 = np.percentile(numbers, [50, 95])
     return Lengths(mean=float(numbers.mean()), median=float(median), p95=float(p95), longest=int(numbers.max()))
 

@@ -12,8 +12,8 @@ from madpo.data.sources import Source, open_source
 from madpo.data.tokens import Encoded, Encoder, Truncation, as_tokenizer, check_options, text_length, truncated
 from madpo.errors import DataError
 
-BATCH_ROWS = 256
-BATCH_CHARACTERS = 2_000_000  # few long rows fill a batch as well
+BATCH_ROWS = 64
+BATCH_CHARACTERS = 500_000  # few long rows fill a batch as well
 LISTED = 5  # further rows with mistakes that a message names
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from madpo.data.rows import Message, Pair, Text, shared_prefix
@@ -44,7 +45,9 @@ def as_tokenizer(tokenizer: Any) -> Any:
     from madpo.models import load_tokenizer, resolve_model
 
     try:
-        return load_tokenizer(resolve_model(str(tokenizer)))
+        # A folder may hold a tokenizer and no model.
+        alone = (Path(tokenizer).expanduser() / "tokenizer_config.json").is_file()
+        return load_tokenizer(Path(tokenizer).expanduser() if alone else resolve_model(str(tokenizer)))
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError | DataError):
             raise
