@@ -19,7 +19,7 @@ from madpo.figures import WeightParameters, count_weights, line_figure, log_weig
 from madpo.records import Estimate, Record
 from madpo.report import build_report, page_part, rebuild_report, report_markdown_table
 from madpo.results import Tier, collect, folder_of
-from madpo.summary import headline
+from madpo.summary import headline, one
 
 HOSTILE = "</script><script>alert(1)</script><!-- & \u2028 \u202e 'quoted\" <img src=x onerror=alert(2)>"
 ARABIC = "\u0645\u0631\u062d\u0628\u0627 \u0628\u0627\u0644\u0639\u0627\u0644\u0645"
@@ -193,7 +193,7 @@ def test_the_headline_does_not_overclaim(tmp_path: Path) -> None:
         Tier(t.name, [type(r)(**{**r.__dict__, "oracle_reward": 9.0}) if r.key == "sft" else r for r in t.rows])
         for t in flipped
     ]
-    assert "no method is above the SFT model" in " ".join(headline(worse))
+    assert "no method has a mean reward above that of the SFT model" in " ".join(headline(worse))
     assert headline([]) == ["No trained policy has been evaluated yet; what is finished so far is shown below."]
 
 
@@ -368,6 +368,31 @@ def test_the_pages_counts_are_the_figures() -> None:
     assert [found["amplified"], found["dampened"], found["turned_down"], found["unchanged"]] == list(expected[:4])
     assert [found["mean"], found["effective"]] == pytest.approx(list(expected[4:]))
     assert 1 <= expected.effective <= 500
+
+
+def test_margins_are_shown_as_the_loss_reads_them(tmp_path: Path) -> None:
+    records = make_run(tmp_path)
+    policy = records["policy/high/madpo/seed0"]
+    loss = {**policy.config["loss"], "margin_temperature": 2.0}
+    records[policy.name] = policy.model_copy(update={"config": {**policy.config, "loss": loss}})
+    page = Page(build_report(tmp_path, records, "t", {}).read_text())
+    assert json.loads(page.scripts[0])["weights"]["weight-high"]["margins"] == [-4.5, -0.5, 0.0, 0.5, 1.5]
+    assert "of 5 training pairs 2 are amplified, 0 dampened, 1 turned down" in " ".join(page.texts)
+
+
+@pytest.mark.parametrize(
+    ("value", "how", "text"),
+    [
+        (0.0, "number", "0.00"),
+        (0.0004, "number", "0.0004"),
+        (-1.234, "number", "\N{MINUS SIGN}1.23"),
+        (0.5, "signed", "+0.50"),
+        (0.456, "share", "46 %"),
+        (float("nan"), "number", "\N{EN DASH}"),
+    ],
+)
+def test_numbers_as_people_read_them(value: float, how: str, text: str) -> None:
+    assert one(value, how) == text
 
 
 def test_counts_of_known_margins() -> None:

@@ -153,7 +153,7 @@ def _results(tier: Tier) -> str:
 
 def _settings(row: Row) -> str:
     numbers = {k: v for k, v in row.loss.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-    shown = [f"{name} {value:g}" for name, value in numbers.items()]
+    shown = [f"{name.replace('_', ' ')} {value:g}" for name, value in numbers.items()]
     return f"<small>{escape(', '.join(shown))}</small>" if shown else ""
 
 
@@ -214,25 +214,28 @@ def _frontier(tier: Tier) -> str:
 # Margins and weights
 
 
-def _parameters(tier: Tier) -> WeightParameters:
-    """The weight that this run's MADPO used (its first, if there are several), else the paper's."""
+def _weighting(tier: Tier) -> tuple[WeightParameters, np.ndarray]:
+    """The weight that this run's MADPO used (its first, if there are several), else the paper's; and the training
+    margins as it reads them, divided by its ``margin_temperature``."""
     losses = [row.loss for row in tier.rows if {"tau", "c_max"} <= row.loss.keys()]
     given = next((loss for loss in losses if loss.get("kind") == "madpo"), losses[0] if losses else {})
-    return WeightParameters(**{name: given[name] for name in WeightParameters._fields if name in given})
+    parameters = WeightParameters(**{name: given[name] for name in WeightParameters._fields if name in given})
+    return parameters, tier.margins / float(given.get("margin_temperature", 1.0))
 
 
 def _weight_data(tier: Tier) -> dict[str, Any]:
-    margins = np.sort(tier.margins)
+    parameters, margins = _weighting(tier)
+    margins = np.sort(margins)
     if len(margins) > MARGINS_SHOWN:
         margins = margins[np.linspace(0, len(margins) - 1, MARGINS_SHOWN).round().astype(int)]
-    return {"margins": [float(h) for h in margins], "parameters": _parameters(tier)._asdict()}
+    return {"margins": [float(h) for h in margins], "parameters": parameters._asdict()}
 
 
 def _weights(tier: Tier) -> str:
-    parameters = _parameters(tier)
-    counts = count_weights(tier.margins, parameters)
-    figure = weight_figure(tier.margins, parameters, label=f"Weight curve and margins, {tier.label}")
-    n = len(tier.margins)
+    parameters, margins = _weighting(tier)
+    counts = count_weights(margins, parameters)
+    figure = weight_figure(margins, parameters, label=f"Weight curve and margins, {tier.label}")
+    n = len(margins)
     settings = f"τ = {parameters.tau:g}, c_max = {parameters.c_max:g}, λ = {parameters.lam:g}"
     few = f" The figure shows {MARGINS_SHOWN} evenly spaced quantiles of them." if n > MARGINS_SHOWN else ""
     text = (

@@ -68,7 +68,7 @@ def _verdict(tier: Tier) -> str:
         text += f", where the SFT model has {write(sft.oracle_reward)}"
         if _mean(best.oracle_reward) <= _mean(sft.oracle_reward):
             return (
-                f"{tier.label}: no method is above the SFT model, which has {write(sft.oracle_reward)}; "
+                f"{tier.label}: no method has a mean reward above that of the SFT model, {write(sft.oracle_reward)}; "
                 f"the best, {best.name}, has {write(best.oracle_reward)}."
             )
     text += "."
@@ -125,6 +125,8 @@ def one(value: float, how: str = "number", digits: int = 2) -> str:
         return DASH
     if how == "share":
         return f"{100 * value:.0f} %"
+    if how == "number" and 0 < abs(value) < 0.5 * 10.0**-digits:
+        return f"{value:.1g}".replace("-", MINUS)
     text = f"{value:+.{digits}f}" if how == "signed" else f"{value:.{digits}f}"
     return text.replace("-", MINUS)
 
