@@ -12,8 +12,10 @@ from trl import DPOConfig, DPOTrainer
 
 from madpo import DPO, MADPO, PreferenceConfig, PreferenceTrainer
 from madpo.errors import ConfigError, DataError
+from madpo.logprobs import completion_logps
 from madpo.losses import IPO, BetaDPO, SimPO
 from madpo.models import build_tiny, load_tokenizer
+from madpo.training.preference import PreferenceCollator
 
 QUIET = {
     "report_to": "none",
@@ -180,6 +182,28 @@ def test_the_margin_is_exactly_zero_before_the_first_step(llama, tmp_path, peft)
     margins = [float(v[0]) for v in trainer._metrics["eval"]["rewards/margins"]]
     assert margins == [0.0]
     assert trainer.ref_model is None
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+def test_the_margin_before_the_first_step_from_other_batches_is_within_rounding(folder, dtype, bound):
+    """Columns of other batches differ by padding, and so in the last digits: 0.1 nats in bfloat16, 1e-4 in float32."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    collate = PreferenceCollator(pad_token_id=0)
+    rows = list(pairs(24, seed=5))
+
+    def margins(size):
+        found = []
+        for start in range(0, len(rows), size):
+            batch = collate(rows[start : start + size])
+            names = ("input_ids", "attention_mask", "completion_mask")
+            with torch.no_grad():
+                chosen, rejected = completion_logps(model, *(batch[name] for name in names)).logps.chunk(2)
+            found.append(chosen - rejected)
+        return torch.cat(found)
+
+    assert margins(8).dtype == torch.float32
+    assert float((margins(8) - margins(3)).abs().max()) <= bound
+    assert float((margins(8) - margins(8)).abs().max()) == 0
 
 
 def test_reference_columns_are_reused_and_only_where_they_must_be(llama, tmp_path, monkeypatch):

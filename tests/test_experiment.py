@@ -1,0 +1,205 @@
+"""Experiments: what their files may say, the graph they stand for, and the smoke experiment end to end."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from madpo import margin_weight
+from madpo.config import find_experiment, load_config, packaged_experiments
+from madpo.errors import ConfigError
+from madpo.experiment import Experiment
+
+
+def load(name, *overrides):
+    return load_config(find_experiment(name), Experiment, overrides)
+
+
+@pytest.mark.parametrize("name", packaged_experiments())
+def test_every_packaged_experiment_parses_and_builds_a_graph_without_cycles(name):
+    seen = set()
+    for step in load(name).steps():
+        assert {id(upstream) for upstream in step.inputs.values()} <= seen, f"{step.name} comes before its inputs"
+        seen.add(id(step))
+
+
+def test_the_quickstarts_graph():
+    steps = {step.name: step for step in load("quickstart").steps()}
+    assert list(steps) == [
+        "oracle",
+        "sft",
+        "responses",
+        "pairs/high",
+        "reward_model/high",
+        "margins/high",
+        "reference/high",
+        "evaluation/sft",
+        "policy/high/dpo/seed0",
+        "evaluation/high/dpo/seed0",
+        "policy/high/madpo/seed0",
+        "evaluation/high/madpo/seed0",
+    ]
+    assert set(steps["policy/high/dpo/seed0"].inputs) == {"pairs", "reference", "logps"}, "DPO waits for no margins"
+    assert set(steps["policy/high/madpo/seed0"].inputs) == {"pairs", "reference", "logps", "margins"}
+
+
+def test_what_does_not_bear_on_a_result_stays_outside_identities():
+    plain = {step.name: step.identity for step in load("smoke").steps()}
+    faster = {step.name: step.identity for step in load("smoke", "responses.batch_size=3").steps()}
+    assert plain == faster
+    other = {step.name: step.identity for step in load("smoke", "policy.optimisation.learning_rate=0.5").steps()}
+    changed = {name for name in plain if plain[name] != other[name]}
+    assert {name.split("/")[0] for name in changed} == {"policy", "evaluation"}
+    assert "evaluation/sft" not in changed
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("pairs.train=40", "train = 40 must be below prompts = 40"),
+        ("evaluation.prompts=17", "evaluation.prompts = 17, but only 16 pairs are held out"),
+        ("method.1.name=DPO", "two methods are called 'dpo'"),
+        ("method.1.loss.c_max=0.5", "c_max is 0.5"),
+        ("method.1.loss.kind=mdpo", "did you mean 'madpo'"),
+        ("policy.optimisation.learning_rat=1", "did you mean 'learning_rate'"),
+        ("policy.optimisation.learning_rate=-1", "learning_rate = -1"),
+        ("pairs.tiers=['hihg']", "did you mean 'high'"),
+        ("seeds=[1, 1]", "seeds must hold one seed or more"),
+    ],
+)
+def test_mistakes_are_one_sentence_with_the_key(override, words):
+    with pytest.raises(ConfigError, match=re.escape(words)) as caught:
+        load("smoke", override)
+    assert "\n" not in str(caught.value)
+
+
+def madpo(*arguments, cache, **settings):
+    environment = {**os.environ, "MADPO_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "madpo.cli", *map(str, arguments)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **settings,
+    )
+
+
+SMALL = ["--set", "pairs.tiers=['high','low']"]
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """The smoke experiment, run to the end by the command line."""
+    folder = tmp_path_factory.mktemp("smoke")
+    process = madpo("run", "smoke", "--output_dir", folder / "run", *SMALL, cache=folder / "cache")
+    out, err = process.communicate(timeout=280)
+    assert process.returncode == 0, err
+    return folder, out, err
+
+
+def records(root):
+    found = [json.loads(path.read_text()) for path in sorted(root.rglob("record.json"))]
+    return {record["name"]: record for record in found}
+
+
+def folder_of(root, name):
+    (path,) = root.glob(f"{name}-*")
+    return path
+
+
+@pytest.mark.timeout(300)
+def test_smoke_end_to_end(smoke):
+    folder, out, _ = smoke
+    root = folder / "run"
+    assert "report.html" in out
+    done = records(root)
+    assert set(done) == {step.name for step in load("smoke", "pairs.tiers=['high','low']").steps()}
+
+    for tier in ("high", "low"):
+        pairs = pd.read_parquet(folder_of(root, f"pairs/{tier}") / "pairs.parquet").set_index("pair_id")
+        assert pairs["split"].value_counts().to_dict() == {"train": 24, "heldout": 16}
+        if tier == "low":
+            assert set(pairs["chosen_source"]) | set(pairs["rejected_source"]) == {"sft", "review"}
+        margins = pd.read_parquet(folder_of(root, f"margins/{tier}") / "margins.parquet").set_index("pair_id")
+        assert set(margins.index) == set(pairs.index)
+        train = margins.loc[pairs.index[pairs["split"] == "train"], "reward_margin"]
+        # The mean weight of the log is the mean of the weight over the epoch's batches.
+        log = [json.loads(line) for line in (folder_of(root, f"policy/{tier}/madpo/seed0") / "log.jsonl").open()]
+        logged = np.mean([row["weight/mean"] for row in log if "weight/mean" in row])
+        expected = margin_weight(torch.tensor(train.to_numpy()), tau=7, c_max=4).mean()
+        assert logged == pytest.approx(float(expected), abs=1e-5)
+        # The reference columns and the first step come from the same weights: the first margin is about 0.
+        assert abs(log[0]["rewards/margins"]) < 0.02
+
+    sft = done["evaluation/sft"]["metrics"]
+    assert sft["kl"][0] == 0
+    for name in ("evaluation/high/dpo/seed0", "evaluation/low/madpo/seed0"):
+        metrics = done[name]["metrics"]
+        samples = [json.loads(line) for line in (folder_of(root, name) / "samples.jsonl").open()]
+        rewards = [row["oracle_reward"] for row in samples]
+        assert metrics["oracle_reward"][0] == pytest.approx(np.mean(rewards))
+        assert metrics["oracle_reward"][1] <= metrics["oracle_reward"][0] <= metrics["oracle_reward"][2]
+        assert metrics["kl"][0] > 0
+    page = (root / "report.html").read_text(encoding="utf-8")
+    assert "MADPO" in page
+    assert not re.search(r"""(src|href)=["']https?:""", page)
+
+
+@pytest.mark.timeout(300)
+def test_a_second_run_does_nothing_and_says_so(smoke):
+    folder, _, _ = smoke
+    before = {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("record.json")}
+    process = madpo("run", "smoke", "--output_dir", folder / "run", *SMALL, cache=folder / "cache")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "nothing to run" in err
+    assert before == {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("record.json")}
+
+
+@pytest.mark.timeout(300)
+def test_killed_and_started_again_ends_in_the_same_bytes(smoke, tmp_path):
+    """SIGKILL in the middle of a training; finished stages are kept, and the results equal the undisturbed run's."""
+    folder, _, _ = smoke
+    root = tmp_path / "run"
+    only = ["--only", "evaluation/high/madpo/*"]
+    first = madpo("run", "smoke", "--output_dir", root, *SMALL, *only, cache=folder / "cache", start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list(root.glob("policy/high/madpo/seed0-*/log.jsonl")) and first.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    kept = set(records(root))
+    assert {"sft", "oracle", "responses", "margins/high"} <= kept
+    again = madpo("run", "smoke", "--output_dir", root, *SMALL, *only, cache=folder / "cache")
+    _, err = again.communicate(timeout=120)
+    assert again.returncode == 0, err
+    assert f"{len(kept)} of" in err
+    ours, theirs = records(root), records(folder / "run")
+    for name, record in ours.items():
+        same = {key: value for key, value in record.items() if key not in ("provenance",)}
+        assert same == {key: value for key, value in theirs[name].items() if key not in ("provenance",)}, name
+    adapter = "adapter/adapter_model.safetensors"
+    a, b = (folder_of(r, "policy/high/madpo/seed0") / adapter for r in (root, folder / "run"))
+    assert a.read_bytes() == b.read_bytes()
+    shutil.rmtree(root)
+
+
+def test_a_mistake_exits_with_status_2_and_leaves_nothing(tmp_path):
+    process = madpo("run", "smoke", "--output_dir", tmp_path / "run", "--set", "pairs.trian=3", cache=tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert err.strip().count("\n") == 0
+    assert "did you mean 'train'" in err
+    assert not out
+    assert not (tmp_path / "run").exists()
