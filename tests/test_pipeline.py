@@ -159,6 +159,7 @@ def test_runs_in_order_then_skips(tmp_path: Path, jobs: int, capsys: pytest.Capt
         result = run([graph()[-1]], tmp_path, executor)
     assert sorted(result.ran) == ["data/first", "data/second", "sum"]
     assert result.ran[-1] == "sum"
+    assert list(result.records) == ["data/first", "data/second", "sum"]  # the graph's order, not that of finishing
     assert result.records["sum"].metrics == {"sum": 7.0}
     first = result.records["data/first"]
     assert first.metrics == {"value": 2, "mean": Estimate(1.0, 0.5, 1.5, 7), "share": 0.5, "kind": "test"}

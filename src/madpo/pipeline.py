@@ -212,6 +212,8 @@ def run(
         # The plan was made before the lock; another run may have finished steps since.
         result.plan = plan(chosen, root)
         _run_all(result, executor or Inline())
+    # In the graph's order, whichever step happened to finish first.
+    result.records = {p.step.name: result.records[p.step.name] for p in result.plan if p.step.name in result.records}
     return result
 
 
