@@ -9,6 +9,7 @@ sft ---> responses ---> pairs/<tier> ---> reward_model/<tier> ---> margins/<tier
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Sequence
@@ -286,6 +287,7 @@ def run_experiment(
     """
     # Notices from one library about another's names say nothing to the person who runs an experiment.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl)\.")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # the same for worker processes
     experiment = load_config(find_experiment(name_or_path), Experiment, overrides)
     resolved = experiment.model_dump(mode="json")
     about = {"title": experiment.title, "experiment": resolved}
