@@ -130,8 +130,9 @@ def merge_adapter(model: nn.Module, out: Path, tokenizer: PreTrainedTokenizerBas
     merged = merged.to(dtype)
     merged.config.dtype = dtype
     vars(merged).pop("forward", None)  # an installed completion head belongs to the object, not to the weights
-    merged.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    with quiet_transformers():
+        merged.save_pretrained(out)
+        tokenizer.save_pretrained(out)
 
 
 _TEXT = """The film begins slowly, but the story grows on you. A good cast, a bad script, and a wonderful ending.
