@@ -17,7 +17,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from madpo.data import check, load_preferences
-from madpo.data.rows import shared_prefix
+from madpo.data.findings import Findings
+from madpo.data.rows import Pair, shared_prefix
+from madpo.data.seen import Seen
 from madpo.errors import ConfigError, DataError
 
 PLAIN = {"prompt": "Say hi.", "chosen": " Hi!", "rejected": " No."}
@@ -164,6 +166,29 @@ def test_counts_of_repeats_and_leaks(tmp_path: Path) -> None:
     assert (leaks.eval_pairs, leaks.count("leaked_pair"), leaks.count("leaked_prompt")) == (3, 1, 2)
     assert leaks.findings[-1].examples == (f"{evaluation}, line 1", f"{evaluation}, line 2")
     assert "2 of 3 pairs" in leaks.text()
+
+
+_few = st.lists(st.tuples(*(st.sampled_from(letters) for letters in ("ab", "xyz", "xyz"))), min_size=1, max_size=12)
+
+
+@given(train=_few, evaluation=_few)
+def test_repeats_and_leaks_are_those_of_sets(train: list[Any], evaluation: list[Any]) -> None:
+    sides, findings = [Seen(), Seen()], Findings()
+    for seen, rows in zip(sides, (train, evaluation), strict=True):
+        for i, (prompt, chosen, rejected) in enumerate(rows):
+            seen.add(Pair(i, i, prompt, chosen, rejected, {}))
+    sides[0].repeats(findings, str)
+    sides[1].leaks(sides[0], findings, str)
+    different = set(train)
+    unordered = {(p, frozenset((c, r))) for p, c, r in train}
+    expected = {
+        "duplicate": len(train) - len(different),
+        "contradiction": sum(c < r and (p, r, c) in different for p, c, r in different),
+        "leaked_pair": sum((p, frozenset((c, r))) in unordered for p, c, r in evaluation),
+        "leaked_prompt": sum(p in {p for p, _, _ in train} for p, _, _ in evaluation),
+    }
+    assert findings.counts == {kind: count for kind, count in expected.items() if count}
+    assert sides[0].distinct_prompts() == len({p for p, _, _ in train})
 
 
 def test_three_examples_and_every_count(tmp_path: Path) -> None:

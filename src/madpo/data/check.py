@@ -122,10 +122,10 @@ def check(
     """
     check_options(tokenizer, max_length, truncation)
     encoder = None if tokenizer is None else Encoder(as_tokenizer(tokenizer))
-    pass_ = _Pass(data, encoder, max_length, truncation)
+    pass_ = _Pass(data, encoder, max_length, truncation, keep_dropped=output is not None)
     pass_.read()
     if eval_data is not None:
-        evaluation = _Pass(eval_data, None, None, truncation)
+        evaluation = _Pass(eval_data, None, None, truncation, keep_dropped=False)
         evaluation.read()
         evaluation.seen.leaks(pass_.seen, pass_.findings, evaluation.stream.source.at)
         report = pass_.report(len(evaluation.seen))
@@ -143,10 +143,17 @@ class _Pass:
     """One reading of a data set, and everything that is counted on the way."""
 
     def __init__(
-        self, data: str | Path, encoder: Encoder | None, max_length: int | None, truncation: Truncation
+        self,
+        data: str | Path,
+        encoder: Encoder | None,
+        max_length: int | None,
+        truncation: Truncation,
+        *,
+        keep_dropped: bool,
     ) -> None:
         self.stream = PairStream(data)
         self.encoder, self.max_length, self.truncation = encoder, max_length, truncation
+        self.keep_dropped = keep_dropped
         self.findings = Findings()
         self.seen = Seen()
         self.lengths = {side: array("I") for side in SIDES}
@@ -198,6 +205,8 @@ class _Pass:
         self._note("too_long", pair, f"{encoded.length} tokens")
         if truncated(encoded, max_length, self.truncation) is not None:
             self.cut += 1
+            return
+        if not self.keep_dropped:
             return
         line = {"pair_id": pair.pair_id, self.stream.source.unit: pair.number, "tokens": encoded.length}
         self.dropped += json.dumps(line).encode() + b"\n"

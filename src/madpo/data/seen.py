@@ -61,28 +61,29 @@ class Seen:
         keys, order = _sorted(self.pairs)
         if not len(keys):
             return
-        first = np.maximum.accumulate(np.where(_new(keys), np.arange(len(keys)), 0))
-        self._tell(findings, "duplicate", order, first, np.flatnonzero(~_new(keys)), at)
+        new = _new(keys)
+        repeated = np.flatnonzero(~new)
+        self._tell(findings, "duplicate", order, _group(new)[repeated], repeated, at)
         # Without the order's bit: the first of a group in the other order contradicts the group's first.
-        bare = keys.copy()
-        bare[:, 1] &= ~np.uint64(1)
-        group = np.maximum.accumulate(np.where(_new(bare), np.arange(len(keys)), 0))
-        opposed = (keys[:, 1] != keys[group, 1]) & _new(keys)
-        self._tell(findings, "contradiction", order, group, np.flatnonzero(opposed), at)
+        bits = (keys[:, 1] & np.uint64(1)).astype(bool)
+        keys[:, 1] &= ~np.uint64(1)
+        group = _group(_new(keys))
+        opposed = np.flatnonzero((bits != bits[group]) & new)
+        self._tell(findings, "contradiction", order, group[opposed], opposed, at)
 
     def _tell(
         self,
         findings: Findings,
         kind: str,
         order: npt.NDArray[np.intp],
-        first: npt.NDArray[np.intp],
+        first: npt.NDArray[np.int64],
         hits: npt.NDArray[np.intp],
         at: Callable[[int], str],
     ) -> None:
         examples = []
         # The earliest rows of the file are the examples, whatever their hashes.
-        for hit in hits[np.argsort(np.maximum(order[hits], order[first[hits]]))[:EXAMPLES]]:
-            one, other = sorted((int(order[first[hit]]), int(order[hit])))
+        for i in np.argsort(np.maximum(order[hits], order[first]))[:EXAMPLES]:
+            one, other = sorted((int(order[first[i]]), int(order[hits[i]])))
             examples.append(f"{at(self.numbers[other])}, first in {self.numbers[one]}")
         findings.add_many(kind, len(hits), examples)
 
@@ -91,12 +92,12 @@ class Seen:
         mine, theirs = self.pairs, train.pairs
         for keys in (mine, theirs):
             keys[:, 1] &= ~np.uint64(1)
-        for kind, here, there in (
-            ("leaked_pair", mine, theirs),
-            ("leaked_prompt", self.prompts, train.prompts),
-        ):
-            hits = np.flatnonzero(_contained(here, there))
-            findings.add_many(kind, len(hits), [at(self.numbers[int(hit)]) for hit in hits[:EXAMPLES]])
+        hits = {"leaked_pair": _contained(mine, theirs)}
+        del mine, theirs
+        hits["leaked_prompt"] = _contained(self.prompts, train.prompts)
+        for kind, found in hits.items():
+            rows = np.flatnonzero(found)
+            findings.add_many(kind, len(rows), [at(self.numbers[int(row)]) for row in rows[:EXAMPLES]])
 
 
 def digest(text: Text) -> bytes:
@@ -124,7 +125,16 @@ def _new(keys: Keys) -> npt.NDArray[np.bool_]:
     return new
 
 
+def _group(new: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """For each sorted row the position of the first row of its group."""
+    positions: npt.NDArray[np.int64] = np.flatnonzero(new)[np.cumsum(new) - 1]
+    return positions
+
+
 def _contained(keys: Keys, others: Keys) -> npt.NDArray[np.bool_]:
-    # As 16-byte records, so that numpy compares whole keys.
-    record = np.dtype([("a", "u8"), ("b", "u8")])
-    return np.isin(np.ascontiguousarray(keys).view(record).ravel(), np.ascontiguousarray(others).view(record).ravel())
+    # The first 8 bytes find the candidate, the others confirm it: two keys that share only the first half are
+    # missed, once in 10^7 data sets of a million rows.
+    others = _sorted(others)[0]
+    place = np.minimum(np.searchsorted(others[:, 0], keys[:, 0]), len(others) - 1)
+    found: npt.NDArray[np.bool_] = (others[place] == keys).all(axis=1)
+    return found
