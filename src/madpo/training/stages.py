@@ -90,6 +90,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         self.path.unlink(missing_ok=True)
         self._bar: Any = None
         self._advance: Any = None
+        self._shown = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._bar = bar(self.description, state.max_steps)
@@ -99,17 +100,17 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         with self.path.open("a", encoding="utf-8") as log:
             log.write(json.dumps({"step": state.global_step, **logs}) + "\n")
         if "loss" in logs:
-            self._advance(1, loss=round(float(logs["loss"]), 3))
+            self._advance(state.global_step - self._shown, loss=round(float(logs["loss"]), 3))
+            self._shown = state.global_step
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._bar.__exit__(None, None, None)
 
 
-def _quiet(trainer: Any, description: str, out: Path) -> _Watch:
+def watch(trainer: Any, description: str, out: Path) -> None:
+    """Show a trainer's progress our way, and write what it logs to ``out/log.jsonl``."""
     trainer.remove_callback(PrinterCallback)
-    watch = _Watch(description, out)
-    trainer.add_callback(watch)
-    return watch
+    trainer.add_callback(_Watch(description, out))
 
 
 class SFTStage(Frozen):
@@ -164,7 +165,7 @@ def train_sft(config: SFTStage, inputs: Mapping[str, Path], out: Path) -> Metric
         peft_config=config.lora.peft_config("CAUSAL_LM"),
     )
     install_completion_head(unwrapped(trainer.model))
-    _quiet(trainer, "SFT", out)
+    watch(trainer, "SFT", out)
     result = trainer.train()
     merge_adapter(trainer.model, out / "model", tokenizer)
     return {"reviews": len(rows), "loss": float(result.training_loss)}
@@ -218,15 +219,33 @@ class _BestWeights(TrainerCallback):  # type: ignore[misc]
 def train_reward_model(config: RewardModelStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Train on the tier's training pairs; writes ``out/adapter`` (with the head) and ``out/reward_model.json``."""
     pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet")
-    base = resolve_model(config.model)
-    tokenizer = load_tokenizer(base)
     heldout = pairs[pairs["split"] == "heldout"]
     stopping = heldout.iloc[: max(1, round(len(heldout) * config.stopping_share))]
-    torch.manual_seed(config.seed)  # the head starts at random
+    steps = fit_reward_model(config, _sequences(pairs[pairs["split"] == "train"]), _sequences(stopping), out)
+    reported = heldout.iloc[len(stopping) :] if len(stopping) < len(heldout) else heldout
+    return {"steps": steps, **_margin_metrics(_margins(RewardModel.load(out), reported))}
+
+
+def fit_reward_model(config: RewardModelStage, train: Dataset, stopping: Dataset, out: Path) -> int:
+    """Train on ``train`` until the loss on ``stopping`` no longer falls; the best weights are kept.
+
+    Writes ``adapter`` (with the head), ``reward_model.json`` and ``log.jsonl``, which :meth:`RewardModel.load` reads.
+
+    Args:
+        config: the base model and how it is trained; ``stopping_share`` has been applied by the caller.
+        train, stopping: ``chosen_ids`` and ``rejected_ids``, each prompt and completion together.
+
+    Returns:
+        The optimiser step whose weights were kept.
+    """
+    base = resolve_model(config.model)
+    tokenizer = load_tokenizer(base)
     with quiet_transformers():  # it would report the head, which is new on purpose
         model = AutoModelForSequenceClassification.from_pretrained(
             base, num_labels=1, dtype=compute_dtype(), use_safetensors=True, trust_remote_code=False
         )
+    with torch.no_grad():
+        model.score.weight.zero_()  # states are large: a random head would begin with rewards of several log-odds
     model.config.pad_token_id = tokenizer.pad_token_id
     trainer = _Bradley(
         model=model,
@@ -236,21 +255,20 @@ def train_reward_model(config: RewardModelStage, inputs: Mapping[str, Path], out
             eval_steps=config.eval_every,
             **config.optimisation.arguments(out, config.seed),
         ),
-        train_dataset=_sequences(pairs[pairs["split"] == "train"]),
-        eval_dataset=_sequences(stopping),
+        train_dataset=train,
+        eval_dataset=stopping,
         processing_class=tokenizer,
         peft_config=config.lora.peft_config("SEQ_CLS"),
     )
     best = _BestWeights(trainer.model, config.patience)
     trainer.add_callback(best)
-    _quiet(trainer, "Reward model", out)
+    watch(trainer, "Reward model", out)
     trainer.train()
     trainer.evaluate()
     best.restore()
     trainer.model.save_pretrained(out / "adapter", safe_serialization=True)
     (out / "reward_model.json").write_text(json.dumps({"base": config.model, "steps": best.step}), encoding="utf-8")
-    reported = heldout.iloc[len(stopping) :] if len(stopping) < len(heldout) else heldout
-    return {"steps": best.step, **_margin_metrics(_margins(RewardModel.load(out), reported))}
+    return best.step
 
 
 def _sequences(pairs: pd.DataFrame) -> Dataset:
@@ -371,7 +389,7 @@ def train_policy(config: PolicyStage, inputs: Mapping[str, Path], out: Path) -> 
         processing_class=tokenizer,
         peft_config=config.lora.peft_config("CAUSAL_LM"),
     )
-    _quiet(trainer, config.method, out)
+    watch(trainer, config.method, out)
     result = trainer.train()
     trainer.model.save_pretrained(out / "adapter", safe_serialization=True)
     last = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
