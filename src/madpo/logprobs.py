@@ -387,12 +387,19 @@ def hidden_states(
     takes_positions: bool = True,
     **kwargs: Any,
 ) -> Float[Tensor, "rows length hidden"]:
-    """States after the last norm of a transformers causal language model, for either padding side."""
-    if takes_positions:
+    """States after the last norm of a transformers causal language model, for either padding side.
+
+    Without padding in front, a causal model needs no mask: no real token looks at the padding behind it. Attention
+    is faster that way, and the states of real tokens are the same.
+    """
+    mask: Tensor | None = attention_mask
+    if bool(attention_mask[:, 0].all()):
+        mask = None
+    elif takes_positions:
         kwargs.setdefault("position_ids", (attention_mask.cumsum(-1) - 1).clamp(min=0))
     backbone: nn.Module = model.base_model  # type: ignore[assignment]
     states: Tensor = backbone(
-        input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kwargs
+        input_ids=input_ids, attention_mask=mask, use_cache=False, **kwargs
     ).last_hidden_state
     return states
 

@@ -34,6 +34,9 @@ from madpo.training.config import PreferenceConfig
 from madpo.training.preference import ID_COLUMNS, REFERENCE_COLUMNS, PreferenceTrainer
 
 
+MARGINS = "margins.parquet"
+
+
 class Optimisation(Frozen):
     """AdamW and its schedule, the same for every training of the study."""
 
@@ -197,10 +200,11 @@ class _BestWeights(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, model: nn.Module, patience: int) -> None:
         self.model, self.patience = model, patience
-        self.best, self.step, self.since = float("inf"), 0, 0
+        self.best, self.step, self.since, self.evaluated_at = float("inf"), 0, 0, -1
         self.weights: dict[str, Tensor] = {}
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        self.evaluated_at = state.global_step
         if metrics["eval_loss"] < self.best:
             self.best, self.step, self.since = metrics["eval_loss"], state.global_step, 0
             self.weights = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
@@ -223,7 +227,9 @@ def train_reward_model(config: RewardModelStage, inputs: Mapping[str, Path], out
     stopping = heldout.iloc[: max(1, round(len(heldout) * config.stopping_share))]
     steps = fit_reward_model(config, _sequences(pairs[pairs["split"] == "train"]), _sequences(stopping), out)
     reported = heldout.iloc[len(stopping) :] if len(stopping) < len(heldout) else heldout
-    return {"steps": steps, **_margin_metrics(_margins(RewardModel.load(out), reported))}
+    table = _margin_table(RewardModel.load(out), reported)
+    table.to_parquet(out / MARGINS, index=False)
+    return {"steps": steps, **_margin_metrics(table["reward_margin"].to_numpy())}
 
 
 def fit_reward_model(config: RewardModelStage, train: Dataset, stopping: Dataset, out: Path) -> int:
@@ -264,7 +270,8 @@ def fit_reward_model(config: RewardModelStage, train: Dataset, stopping: Dataset
     trainer.add_callback(best)
     watch(trainer, "Reward model", out)
     trainer.train()
-    trainer.evaluate()
+    if best.evaluated_at != trainer.state.global_step:
+        trainer.evaluate()
     best.restore()
     trainer.model.save_pretrained(out / "adapter", safe_serialization=True)
     (out / "reward_model.json").write_text(json.dumps({"base": config.model, "steps": best.step}), encoding="utf-8")
@@ -285,9 +292,10 @@ def _sides(pairs: pd.DataFrame) -> tuple[list[list[int]], list[list[int]]]:
     return chosen, rejected
 
 
-def _margins(model: RewardModel, pairs: pd.DataFrame) -> np.ndarray:
+def _margin_table(model: RewardModel, pairs: pd.DataFrame) -> pd.DataFrame:
     chosen, rejected = (model.score_ids(side) for side in _sides(pairs))
-    return np.asarray(chosen - rejected, dtype=np.float64)
+    margins = np.asarray(chosen - rejected, dtype=np.float64)
+    return pd.DataFrame({"pair_id": pairs["pair_id"].to_numpy(), "reward_margin": margins})
 
 
 def _margin_metrics(margins: np.ndarray) -> Metrics:
@@ -308,10 +316,12 @@ class MarginStage(Frozen):
 def score_margins(config: MarginStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Write ``margins.parquet``: pair_id, reward_margin (log-odds)."""
     pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet")
-    margins = _margins(RewardModel.load(inputs["reward_model"]), pairs)
-    table = pd.DataFrame({"pair_id": pairs["pair_id"], "reward_margin": margins})
-    table.to_parquet(out / "margins.parquet", index=False)
-    train = margins[(pairs["split"] == "train").to_numpy()]
+    known = pd.read_parquet(inputs["reward_model"] / MARGINS)  # of the held-out pairs that measured the reward model
+    others = pairs[~pairs["pair_id"].isin(known["pair_id"])]
+    table = pd.concat([known, _margin_table(RewardModel.load(inputs["reward_model"]), others)])
+    table = pairs[["pair_id", "split"]].merge(table, on="pair_id", validate="one_to_one")
+    table[["pair_id", "reward_margin"]].to_parquet(out / MARGINS, index=False)
+    train = table.loc[table["split"] == "train", "reward_margin"]
     return {"pairs": len(pairs), "mean_train_margin": float(train.mean()), "negative_share": float((train < 0).mean())}
 
 
@@ -375,7 +385,7 @@ def train_policy(config: PolicyStage, inputs: Mapping[str, Path], out: Path) -> 
     )
     columns = [*REFERENCE_COLUMNS]
     if "margins" in inputs:
-        pairs = pairs.merge(pd.read_parquet(inputs["margins"] / "margins.parquet"), on="pair_id", validate="one_to_one")
+        pairs = pairs.merge(pd.read_parquet(inputs["margins"] / MARGINS), on="pair_id", validate="one_to_one")
         columns.append("reward_margin")
     rows = [{**ids, **{name: float(pairs[name].iloc[i]) for name in columns}} for i, ids in enumerate(_ids(pairs))]
     reference = inputs["reference"] / "model"
