@@ -59,10 +59,11 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         with contextlib.suppress(OSError):  # the first error is the one to tell
             temporary.unlink()
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

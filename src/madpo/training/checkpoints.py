@@ -1,0 +1,401 @@
+"""Checkpoints on disk: complete or absent, verified before they are read, and free of pickle.
+
+A checkpoint is a folder ``checkpoint-<step>``. It is filled under a hidden name, every file is made durable, a
+manifest with the SHA-256 of each comes last, and one rename makes the checkpoint exist. So a kill or a power cut at
+any point leaves the checkpoints that were there before, and a damaged one is known as such. The manifest also holds
+the identity of the training: what its result depends on. Only safetensors and JSON are written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from madpo.errors import ConfigError, DataError
+from madpo.progress import say
+from madpo.storage import storage_errors, sync_folder, write_atomically
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+WEIGHTS = "trainable.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+EXTRA = "extra_state.safetensors"
+TRAINING = "training.json"
+TRAINER_STATE = "trainer_state.json"
+
+# What each file is for the person who reads that it is missing.
+_NEEDED = {
+    WEIGHTS: "trainable weights",
+    OPTIMIZER: "optimizer state",
+    EXTRA: "state of the loss and of early stopping",
+    TRAINING: "schedule, random states and running totals",
+    TRAINER_STATE: "trainer's state",
+}
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+class DamagedCheckpoint(DataError):
+    """A checkpoint that is incomplete or whose bytes changed."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint.
+
+    Attributes:
+        folder: where it is.
+        step: optimiser steps that were finished when it was written.
+        identity: what the training's result depends on, by field.
+    """
+
+    folder: Path
+    step: int
+    identity: dict[str, Any]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of one of its safetensors files, on the CPU."""
+        return dict(load_file(self.folder / name))
+
+    def json(self, name: str) -> Any:
+        """What one of its JSON files holds."""
+        return json.loads((self.folder / name).read_text(encoding="utf-8"))
+
+
+@contextmanager
+def writing(root: Path, step: int, identity: Mapping[str, Any]) -> Iterator[Path]:
+    """A folder to fill; when the block ends without an error it becomes ``root/checkpoint-<step>``, durably.
+
+    Raises:
+        StorageError: the disk is full, read-only and the like; the checkpoints that were there are untouched.
+    """
+    target, part = root / f"checkpoint-{step}", root / f".checkpoint-{step}.part"
+    with storage_errors(root):
+        root.mkdir(parents=True, exist_ok=True)
+        _sweep(root)
+        part.mkdir()
+        try:
+            yield part
+            _seal(part, step, identity)
+            if target.exists():
+                remove(target)
+            os.rename(part, target)
+            sync_folder(root)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors, wherever they are, as safetensors."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def save_json(value: Any, path: Path) -> None:
+    """Write plain values as JSON; floats keep every bit, infinities included."""
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+
+
+def _seal(folder: Path, step: int, identity: Mapping[str, Any]) -> None:
+    """Make every file durable, and write the manifest last."""
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+        files[path.relative_to(folder).as_posix()] = {"sha256": digest, "bytes": path.stat().st_size}
+    for inner in (p for p in folder.rglob("*") if p.is_dir()):
+        sync_folder(inner)
+    manifest = {"format": FORMAT, "step": step, "files": files, "identity": identity}
+    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
+
+
+def verify(folder: Path) -> Checkpoint:
+    """Check a checkpoint against its manifest.
+
+    Raises:
+        DamagedCheckpoint: it has no manifest, or a file is missing or changed; the sentence names the file.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        form, step, files, identity = (manifest[key] for key in ("format", "step", "files", "identity"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise DamagedCheckpoint(f"{folder} has no {MANIFEST}, so it is no complete checkpoint of madpo") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedCheckpoint(f"{folder / MANIFEST} cannot be read ({error}); use another checkpoint") from error
+    if form != FORMAT:
+        raise DamagedCheckpoint(f"{folder} has format {form!r}, and this madpo reads {FORMAT}; use another checkpoint")
+    for name, what in _NEEDED.items():
+        if name not in files:
+            raise DamagedCheckpoint(f"{folder} holds no {what} ({name}), so training cannot continue from it")
+    for name, entry in files.items():
+        _verify_file(folder, name, entry)
+    return Checkpoint(folder, int(step), identity)
+
+
+def _verify_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
+    path = folder / name
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise DamagedCheckpoint(f"{folder / MANIFEST} names {name!r}, which lies outside the checkpoint")
+    if not path.is_file():
+        raise DamagedCheckpoint(f"{path} is missing: the checkpoint is incomplete; use an older one")
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        raise DamagedCheckpoint(f"{path} has {size} bytes instead of {entry['bytes']}: it is damaged; use an older one")
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+            raise DamagedCheckpoint(f"{path} has changed since it was written (SHA-256); use an older one")
+
+
+def folders(root: Path) -> list[Path]:
+    """Checkpoints in ``root``, complete or not, the newest first."""
+    found = [(int(m[1]), p) for p in root.glob("checkpoint-*") if (m := _NAME.fullmatch(p.name)) and p.is_dir()]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def newest(root: Path) -> Checkpoint | None:
+    """The newest complete checkpoint; None if there is none. Damaged ones on the way are told in one line."""
+    damaged: list[DamagedCheckpoint] = []
+    for folder in folders(root):
+        try:
+            found = verify(folder)
+        except DamagedCheckpoint as error:
+            damaged.append(error)
+            continue
+        if damaged:
+            say(f"{damaged[0]}; continuing from {folder} instead")
+        return found
+    if damaged:
+        say(f"{damaged[0]}; no checkpoint in {root} is complete")
+    return None
+
+
+def rotate(root: Path, keep: int, protected: Iterable[Path]) -> None:
+    """Remove the oldest checkpoints until ``keep`` are left; those protected stay."""
+    kept = {path.resolve() for path in protected}
+    candidates = folders(root)
+    surplus = len(candidates) - max(keep, 1)
+    for folder in reversed(candidates):
+        if surplus <= 0:
+            break
+        if folder.resolve() not in kept:
+            remove(folder)
+            surplus -= 1
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder so that it is never seen half-removed."""
+    if folder.exists():
+        hidden = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(hidden, ignore_errors=True)
+        os.rename(folder, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _sweep(root: Path) -> None:
+    """What a killed process left: unfinished checkpoints, and half-removed ones."""
+    for pattern in (".checkpoint-*.part", ".checkpoint-*.old"):
+        for path in root.glob(pattern):
+            shutil.rmtree(path)
+
+
+def check_identity(checkpoint: Checkpoint, now: Mapping[str, Any]) -> None:
+    """Refuse to continue what was another training.
+
+    Raises:
+        DataError: the first field that differs, with both values.
+    """
+    # A round trip turns tuples into lists, as in the manifest.
+    differs = _difference(checkpoint.identity, json.loads(json.dumps(now)), "")
+    if differs is None:
+        return
+    field, before, after = differs
+    raise DataError(
+        f"{checkpoint.folder} belongs to another training: its {field} is {_short(before)}, and now it is "
+        f"{_short(after)}; set it back to continue, or remove the checkpoints to start again"
+    )
+
+
+def _difference(before: Any, after: Any, field: str) -> tuple[str, Any, Any] | None:
+    if isinstance(before, dict) and isinstance(after, dict):
+        for name in sorted(before.keys() | after.keys()):
+            found = _difference(before.get(name), after.get(name), f"{field}.{name}" if field else name)
+            if found:
+                return found
+        return None
+    return None if before == after else (field, before, after)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+# ---- States as tensors and plain values ----
+
+
+def plain(value: Any, what: str) -> Any:
+    """The value, if JSON can hold it.
+
+    Raises:
+        ConfigError: it cannot; the sentence names ``what``.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [plain(item, what) for item in value]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: plain(item, what) for key, item in value.items()}
+    raise ConfigError(
+        f"{what} is a {type(value).__name__}, which a checkpoint without pickle cannot hold; "
+        "use optim='adamw_torch' with one of transformers' schedules, or save_strategy='no'"
+    )
+
+
+def pack_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's ``state_dict`` as tensors ("3.exp_avg", "group.0.lr") and plain values."""
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+    entries = {f"{index}.{key}": value for index, kept in state["state"].items() for key, value in kept.items()}
+    for number, group in enumerate(state["param_groups"]):
+        entries |= {f"group.{number}.{key}": value for key, value in group.items()}
+    for name, value in entries.items():
+        if isinstance(value, Tensor):
+            tensors[name] = value
+        else:
+            values[name] = plain(value, f"the optimizer's {name}")
+    return tensors, values
+
+
+def unpack_optimizer(
+    tensors: Mapping[str, Tensor], values: Mapping[str, Any], live: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The ``state_dict`` that :func:`pack_optimizer` took apart.
+
+    Args:
+        live: the parameter groups of the optimizer that will take it: what is a tuple there becomes one.
+
+    Raises:
+        DataError: the number of groups or of their parameters differs.
+    """
+    state: dict[int, dict[str, Any]] = {}
+    groups: list[dict[str, Any]] = [{} for _ in live]
+    for name, value in {**values, **tensors}.items():
+        first, key = name.split(".", 1)
+        if first != "group":
+            state.setdefault(int(first), {})[key] = value
+            continue
+        number, key = key.split(".", 1)
+        if int(number) >= len(groups):
+            raise DataError(f"the checkpoint's optimizer has more than the {len(groups)} parameter groups of this one")
+        tuples = isinstance(live[int(number)].get(key), tuple)
+        groups[int(number)][key] = tuple(value) if tuples else value
+    sizes = [len(group.get("params", ())) for group in groups]
+    if not state or sizes != [len(group["params"]) for group in live]:
+        raise DataError(
+            f"the checkpoint's optimizer keeps a state for {len(state)} parameters in groups of {sizes}, and this one "
+            f"has groups of {[len(group['params']) for group in live]}; the checkpoint belongs to another training"
+        )
+    return {"state": state, "param_groups": groups}
+
+
+def random_states() -> dict[str, Any]:
+    """The states of the random generators of python, numpy, torch and this process's CUDA devices."""
+    version, words, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [str(kind), np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
+        "torch": _hex(torch.get_rng_state()),
+        "cuda": [_hex(torch.cuda.get_rng_state(device)) for device in _cuda_devices()],
+    }
+
+
+def restore_random_states(states: Mapping[str, Any]) -> None:
+    """Put the generators where :func:`random_states` found them."""
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(_from_hex(states["torch"]))
+    for device, state in zip(_cuda_devices(), states["cuda"], strict=False):
+        torch.cuda.set_rng_state(_from_hex(state), device)
+
+
+def _cuda_devices() -> list[int]:
+    if not torch.cuda.is_available():
+        return []
+    # One process per device: its own. One process for all (DataParallel): every one.
+    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    return list(range(torch.cuda.device_count())) if alone else [torch.cuda.current_device()]
+
+
+def _hex(state: Tensor) -> str:
+    return bytes(state.numpy()).hex()
+
+
+def _from_hex(text: str) -> Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
+
+
+# ---- Digests ----
+
+
+def rows_digest(dataset: Any, columns: Iterable[str]) -> str | None:
+    """SHA-256 over the values of columns of a data set, in its order; None if it has none of them.
+
+    Of a streamed data set only the names enter.
+    """
+    names = sorted(set(columns) & set(dataset.column_names or ()))
+    if not names:
+        return None
+    digest = hashlib.sha256(json.dumps(names).encode())
+    if not hasattr(dataset, "select_columns") or not hasattr(dataset, "__len__"):
+        return digest.hexdigest()
+    for table in dataset.select_columns(names).with_format("arrow").iter(batch_size=1000):
+        for name in names:
+            column = table[name].combine_chunks()  # how a table is cut into chunks is no property of the data
+            _hash_array(digest, column)
+    return digest.hexdigest()
+
+
+def _hash_array(digest: Any, array: pa.Array) -> None:
+    kind = array.type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        digest.update(np.asarray(pc.list_value_length(array).fill_null(-1)).astype(np.int64).tobytes())
+        _hash_array(digest, array.flatten())
+    elif array.null_count == 0 and (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+        wide = np.int64 if pa.types.is_integer(kind) else np.float64
+        digest.update(np.asarray(array).astype(wide).tobytes())
+    else:
+        digest.update(json.dumps(array.to_pylist(), default=str).encode())
+
+
+def frozen_digest(model: nn.Module) -> str:
+    """SHA-256 over names, shapes, types and 64 values each of the weights that are not trained.
+
+    A sample tells another model from this one, and costs nothing beside a step.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name}:{parameter.dtype}:{tuple(parameter.shape)}:{parameter.requires_grad}".encode())
+        if not parameter.requires_grad and parameter.numel():
+            flat = parameter.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 64)][:64].cpu().contiguous()
+            digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
