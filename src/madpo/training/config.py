@@ -36,6 +36,8 @@ class PreferenceConfig(DPOConfig):  # type: ignore[misc]
     Attributes:
         token_metrics: when to compute entropy, mean logits and token accuracy, which cost about a tenth of the head:
             "logged" at steps that are logged, "always" (as TRL does) or "never".
+        allow_pickle: load checkpoints of transformers' own formats, and write them where DeepSpeed or FSDP splits the
+            model. They hold pickles, which can run code when they are loaded. Otherwise checkpoints hold none.
     """
 
     gradient_checkpointing: bool | None = field(
@@ -45,6 +47,10 @@ class PreferenceConfig(DPOConfig):  # type: ignore[misc]
     bf16: bool | None = field(default=None, metadata={"help": "bfloat16; None is where the processor has it."})
     token_metrics: str = field(
         default="logged", metadata={"help": "When to compute entropy and mean logits: logged, always or never."}
+    )
+
+    allow_pickle: bool = field(
+        default=False, metadata={"help": "Load (and under DeepSpeed or FSDP write) checkpoints that hold pickles."}
     )
 
     def __post_init__(self) -> None:

@@ -11,13 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -28,10 +26,10 @@ from madpo.logprobs import CompletionScores, completion_logps, install_completio
 from madpo.losses import DPO, LossConfig, LossInputs, LossOutput, LossState
 from madpo.training.config import PreferenceConfig, refuse_replaced_options
 from madpo.training.reference import cached_reference_logps
+from madpo.training.resume import ExactResume
 
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
-LOSS_STATE = "loss_state.safetensors"
 PAIR_COLUMNS = ("reward_margin", "chosen_score", "rejected_score", "weight")
 
 
@@ -63,7 +61,7 @@ class PreferenceCollator(DataCollatorForPreference):  # type: ignore[misc]
         return batch
 
 
-class PreferenceTrainer(DPOTrainer):  # type: ignore[misc]
+class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
     """TRL's ``DPOTrainer`` with ``loss=...``.
 
     Args:
@@ -274,20 +272,15 @@ class PreferenceTrainer(DPOTrainer):  # type: ignore[misc]
         total = None if kept is None else kept.sum().to(pairs.policy_chosen_logps.device)
         return ready.rows(start + rank * count, start + (rank + 1) * count), total
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.loss.stateful and self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            save_file(self.loss_state.state_dict(), folder / LOSS_STATE)
+    def _extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return (self.loss_state.state_dict() if self.loss.stateful else {}), {}
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not self.loss.stateful:
-            return
-        path = Path(checkpoint) / LOSS_STATE
-        if not path.exists():
-            raise DataError(f"{path} is missing: the checkpoint belongs to another loss; use an older one")
-        self.loss_state = LossState.from_state_dict(load_file(path))
+    def _load_extra_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        if self.loss.stateful:
+            self.loss_state = LossState.from_state_dict(tensors)
+
+    def _column_groups(self) -> dict[str, tuple[str, ...]]:
+        return {"reference": REFERENCE_COLUMNS, "margins": PAIR_COLUMNS}
 
     def _loss_inputs(self, scores: CompletionScores, inputs: dict[str, Tensor]) -> LossInputs:
         chosen, rejected = scores.logps.chunk(2)

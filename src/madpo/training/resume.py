@@ -1,0 +1,444 @@
+"""Exact resume for any of transformers' trainers: what a kill interrupts ends in the bytes of an undisturbed run.
+
+A mixin that puts :mod:`madpo.training.checkpoints` behind the ordinary interface (``save_strategy``,
+``save_total_limit``, ``resume_from_checkpoint``). Beside weights, optimizer and schedule it keeps what transformers
+forgets (running totals of the logged rows, random states of a loss that looks at a step before it is taken) and what
+transformers keeps as pickle (optimizer, schedule, random states, arguments).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from madpo.errors import ConfigError, DataError, StorageError
+from madpo.progress import say
+from madpo.records import libraries
+from madpo.training import checkpoints as disk
+
+# Arguments that change where, how often or how fast, and no result (but for last digits, see `_conditions`).
+_FREE = {
+    *("output_dir", "run_name", "project", "report_to", "disable_tqdm", "include_num_input_tokens_seen", "debug"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "use_cpu"),
+    *("eval_accumulation_steps", "prediction_loss_only", "load_best_model_at_end", "enable_jit_checkpoint"),
+    *("push_to_hub", "resume_from_checkpoint", "restore_callback_states_from_checkpoint", "local_rank"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataset_num_proc"),
+    *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "skip_memory_metrics"),
+    *("torch_empty_cache_steps", "do_train", "do_eval", "do_predict", "precompute_ref_batch_size"),
+    *("precompute_ref_log_probs", "token_metrics", "allow_pickle", "pad_token"),
+    *("gradient_checkpointing", "gradient_checkpointing_kwargs"),
+    *("activation_checkpointing", "activation_checkpointing_kwargs", "activation_offloading"),
+}
+_FREE_PREFIXES = ("logging_", "log_", "save_", "hub_", "trackio_", "ddp_")
+
+
+class ExactResume(Trainer):  # type: ignore[misc]
+    """Mixin: put it before the trainer, ``class MyTrainer(ExactResume, RewardTrainer)``.
+
+    Attributes:
+        export_checkpoints: also write what ``from_pretrained`` reads (adapter or model, tokenizer) into checkpoints.
+        stage_settings: further settings that the result depends on; a checkpoint with others is refused.
+    """
+
+    export_checkpoints: bool = True
+    stage_settings: dict[str, Any] | None = None
+
+    _point: disk.Checkpoint | None = None  # where this call of `train` continues
+    _random_due: bool = False
+    _identity_now: dict[str, Any] | None = None
+    _clock: float = 0.0
+    _seconds_before: float = 0.0
+
+    # ---- What a trainer adds ----
+
+    def _extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Further state as tensors and plain values, equal on every process."""
+        return {}, {}
+
+    def _load_extra_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Take what ``_extra_state`` gave."""
+
+    def _column_groups(self) -> dict[str, tuple[str, ...]]:
+        """Columns that are told apart in the identity: field -> names. All others are the field ``data``."""
+        return {}
+
+    # ---- Finding and refusing ----
+
+    def train(
+        self,
+        resume_from_checkpoint: str | Path | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """As transformers' ``train``.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or True for the newest complete one in ``output_dir``.
+
+        Raises:
+            DataError: the checkpoint is damaged, or belongs to another training; the sentence names file or field.
+            ConfigError: the training is sharded, and its checkpoints would be pickles.
+        """
+        saves = str(getattr(self.args.save_strategy, "value", self.args.save_strategy)) != "no"
+        self._refuse_pickle(saves or bool(resume_from_checkpoint))
+        self._point, self._random_due, self._seconds_before = None, False, 0.0
+        where = self._where(resume_from_checkpoint)
+        if not self._sharded and (saves or self._point is not None):
+            self._identity_now = self._identity()
+        totals = _Totals(self)
+        self.add_callback(totals)
+        try:
+            return super().train(resume_from_checkpoint=where, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
+        finally:
+            self.remove_callback(totals)
+            self._point = None
+
+    @property
+    def _sharded(self) -> bool:
+        """Whether every process holds a part of the model, which transformers' own formats are for."""
+        return bool(
+            self.is_deepspeed_enabled
+            or self.is_fsdp_enabled
+            or getattr(self, "is_distributed_loading_by_transformers", False)
+        )
+
+    def _refuse_pickle(self, checkpoints: bool) -> None:
+        if getattr(self.args, "allow_pickle", False):
+            return
+        remedy = "pass allow_pickle=True in PreferenceConfig if you trust every checkpoint that you will load"
+        if self._sharded and checkpoints:
+            raise ConfigError(
+                "checkpoints of a model that DeepSpeed or FSDP splits over processes are pickles, which can run code "
+                f"when they are loaded; {remedy}, or set save_strategy='no'"
+            )
+        strategy = str(getattr(self.args.hub_strategy, "value", self.args.hub_strategy))
+        if self.args.push_to_hub and checkpoints and strategy != "end":
+            raise ConfigError(
+                f"hub_strategy={strategy!r} writes training_args.bin, a pickle, at every push; use hub_strategy='end', "
+                f"or {remedy}"
+            )
+
+    def _where(self, wanted: str | Path | bool | None) -> str | None:
+        """The folder to continue from, verified."""
+        if not wanted:
+            return None
+        root = Path(self.args.output_dir)
+        if self._sharded:
+            return str(wanted) if not isinstance(wanted, bool) else str(disk.folders(root)[0])
+        if wanted is True:
+            self._point = disk.newest(root)
+            if self._point is None:
+                raise DataError(f"there is no complete checkpoint in {root} to resume from")
+            return str(self._point.folder)
+        folder = Path(wanted)
+        try:
+            self._point = disk.verify(folder)
+        except disk.DamagedCheckpoint as error:
+            foreign = folder.is_dir() and not (folder / disk.MANIFEST).exists()
+            if foreign and getattr(self.args, "allow_pickle", False):
+                say(f"{folder} is not a checkpoint of madpo; loading transformers' formats, pickles included")
+                return str(folder)
+            hint = " (allow_pickle=True in PreferenceConfig loads transformers' own format)" if foreign else ""
+            raise disk.DamagedCheckpoint(f"{error}{hint}") from error
+        return str(folder)
+
+    def _identity(self) -> dict[str, Any]:
+        """What the result of this training depends on."""
+        groups = self._column_groups()
+        apart = {name for names in groups.values() for name in names}
+        columns = set(self.train_dataset.column_names or ())
+        arguments = {
+            k: v for k, v in self.args.to_dict().items() if k not in _FREE and not k.startswith(_FREE_PREFIXES)
+        }
+        adapters = getattr(self.model, "peft_config", None) or {}
+        return {
+            "data": disk.rows_digest(self.train_dataset, columns - apart),
+            **{field: disk.rows_digest(self.train_dataset, names) for field, names in groups.items()},
+            "evaluation data": _every_rows_digest(self.eval_dataset),
+            "configuration": json.loads(json.dumps(arguments, default=str)),
+            "stage": self.stage_settings,
+            "loss": self.loss.model_dump(mode="json") if hasattr(self, "loss") else None,
+            "model": disk.frozen_digest(self.model),
+            "adapter": {name: _adapter_settings(adapter) for name, adapter in adapters.items()},
+            "batch": self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps,
+            "processes": self.accelerator.num_processes,
+            "device": self.accelerator.device.type,
+            "precision": str(self.accelerator.mixed_precision),
+            "libraries": libraries(),
+        }
+
+    def _conditions(self) -> dict[str, Any]:
+        """What changes last digits alone: told, not refused."""
+        return {
+            "threads": torch.get_num_threads(),
+            "per_device_train_batch_size": self.args.per_device_train_batch_size,
+            "per_device_eval_batch_size": self.args.per_device_eval_batch_size,
+        }
+
+    # ---- Saving ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Model and tokenizer; no ``training_args.bin``, which is a pickle that nobody reads."""
+        if not self.args.should_save and not self._sharded:
+            return
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        model = self.model
+        if not hasattr(model, "save_pretrained"):
+            model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        model.save_pretrained(folder, state_dict=state_dict, is_main_process=self.args.should_save)
+        if self.args.should_save and self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        root = Path(self._get_output_dir(trial=trial))
+        if self._sharded:
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                self._save_extra(root / f"checkpoint-{self.state.global_step}")
+            return
+        if self.hp_search_backend is None and trial is None:
+            self.store_flos()
+        step = self.state.global_step
+        best = self.state.best_global_step
+        if best and (best == step or (root / f"checkpoint-{best}").is_dir()):
+            self.state.best_model_checkpoint = str(root / f"checkpoint-{best}")
+        self._note_callbacks()
+        ranks = self._from_every_process(self._own_state())
+        failed: Exception | None = None
+        if self.args.should_save:
+            try:
+                self._write(root, step, ranks)
+            except Exception as error:  # the other processes must hear of it before it ends this one
+                failed = error
+        others = self._from_every_process(failed is not None)
+        if failed is not None:
+            raise failed
+        if any(others):
+            raise StorageError(f"process {others.index(True)} could not write the checkpoint of step {step} in {root}")
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(root / f"checkpoint-{step}"))
+
+    def _write(self, root: Path, step: int, ranks: list[Any]) -> None:
+        identity = self._identity_now if self._identity_now is not None else self._identity()
+        with disk.writing(root, step, identity) as folder:
+            if self.export_checkpoints:
+                self.save_model(str(folder), _internal_call=True)
+            if not self.args.save_only_model:
+                disk.save_tensors(self._trainable(), folder / disk.WEIGHTS)
+                tensors, values = disk.pack_optimizer(self.optimizer.state_dict())
+                disk.save_tensors(tensors, folder / disk.OPTIMIZER)
+                extra = self._save_extra(folder)
+                disk.save_json(self._shared_state(values, extra, ranks), folder / disk.TRAINING)
+            self.state.save_to_json(str(folder / disk.TRAINER_STATE))
+        if self.export_checkpoints and self.is_world_process_zero():
+            self.create_model_card(model_name=Path(self.args.hub_model_id or self.args.output_dir).name)
+        if self.args.save_total_limit:
+            best = self.state.best_model_checkpoint
+            protected = [root / f"checkpoint-{step}", *([Path(best)] if best else [])]
+            disk.rotate(root, self.args.save_total_limit, protected)
+
+    def _save_extra(self, folder: Path) -> dict[str, Any]:
+        tensors, values = self._extra_state()
+        disk.save_tensors(tensors, folder / disk.EXTRA)
+        return values
+
+    def _trainable(self) -> dict[str, Tensor]:
+        """What training changes: parameters with a gradient, and buffers that belong to the model's state."""
+        kept = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        lasting = self.model.state_dict().keys()
+        return kept | {name: b for name, b in self.model.named_buffers() if name in lasting}
+
+    def _shared_state(self, optimizer: dict[str, Any], extra: dict[str, Any], ranks: list[Any]) -> dict[str, Any]:
+        scaler = getattr(self.accelerator, "scaler", None)
+        return {
+            "optimizer": optimizer,
+            "scheduler": disk.plain(self.lr_scheduler.state_dict(), "the schedule's state"),
+            "scaler": None if scaler is None else disk.plain(scaler.state_dict(), "the gradient scaler's state"),
+            "extra": disk.plain(extra, "the extra state"),
+            "total_loss": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+            "first_step": self._initial_global_step,
+            "train_tokens": getattr(self, "_total_train_tokens", 0),
+            "seconds": self._seconds_before + time.time() - self._clock,
+            "stopped": bool(self.control.should_training_stop),
+            "conditions": self._conditions(),
+            "processes": ranks,
+        }
+
+    def _own_state(self) -> dict[str, Any]:
+        """What differs from process to process."""
+        window = getattr(self, "_metrics", {}).get("train", {})
+        return {
+            "random": disk.random_states(),
+            "loss": float(self._tr_loss),
+            "metrics": {name: [_metric(value) for value in values] for name, values in window.items()},
+        }
+
+    def _note_callbacks(self) -> None:
+        """Callbacks that can be stored, into the trainer's state."""
+        states: dict[str, Any] = {}
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                states.setdefault(type(callback).__name__, []).append(callback.state())
+        single = {name: found[0] if len(found) == 1 else found for name, found in states.items()}
+        self.state.stateful_callbacks = {**self.state.stateful_callbacks, **single}
+
+    def _from_every_process(self, value: Any) -> list[Any]:
+        """A plain value of each process, as JSON in tensors: no object is pickled on the way."""
+        if self.accelerator.num_processes == 1:
+            return [value]
+        device = self.accelerator.device
+        text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
+        longest = int(self.accelerator.gather(torch.tensor([len(text)], device=device)).max())
+        padded = torch.full((1, longest), ord(" "), dtype=torch.uint8, device=device)
+        padded[0, : len(text)] = text
+        return [json.loads(bytes(row.tolist())) for row in self.accelerator.gather(padded).cpu()]
+
+    # ---- Loading ----
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self._point is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        disk.check_identity(self._point, self._identity_now or self._identity())
+        saved, live = self._point.tensors(disk.WEIGHTS), self._trainable()
+        for name in sorted(saved.keys() ^ live.keys()):
+            where = "the checkpoint" if name in saved else "this model"
+            raise DataError(f"{self._point.folder}: {name} is trained in {where} alone; use the model it was made with")
+        with torch.no_grad():
+            for name, tensor in live.items():
+                if tensor.shape != saved[name].shape:
+                    raise DataError(
+                        f"{self._point.folder}: {name} has shape {tuple(saved[name].shape)} in the checkpoint and "
+                        f"{tuple(tensor.shape)} in this model; use the model it was made with"
+                    )
+                tensor.copy_(saved[name])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self._point is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None:
+                self._load_foreign_extra(Path(checkpoint))
+            return
+        kept = self._point.json(disk.TRAINING)
+        tensors = self._point.tensors(disk.OPTIMIZER)
+        groups = self.optimizer.param_groups
+        self.optimizer.load_state_dict(disk.unpack_optimizer(tensors, kept["optimizer"], groups))
+        self.lr_scheduler.load_state_dict(kept["scheduler"])
+        self._load_extra_state(self._point.tensors(disk.EXTRA), kept["extra"])
+        self._random_due = True
+
+    def _load_foreign_extra(self, folder: Path) -> None:
+        tensors, _ = self._extra_state()
+        path = folder / disk.EXTRA
+        if not tensors:
+            return
+        if not path.exists():
+            raise DataError(f"{path} is missing: the checkpoint belongs to another loss; use an older one")
+        self._load_extra_state(dict(load_file(path)), {})
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if self._point is None:
+            super()._load_scaler(checkpoint)
+            return
+        scaler, kept = getattr(self.accelerator, "scaler", None), self._point.json(disk.TRAINING)["scaler"]
+        if scaler is not None and kept is not None:
+            scaler.load_state_dict(kept)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if self._point is None:
+            super()._load_rng_state(checkpoint)
+        elif self._random_due:
+            self._random_due = False
+            ranks = self._point.json(disk.TRAINING)["processes"]
+            disk.restore_random_states(ranks[self.accelerator.process_index]["random"])
+
+    def _load_best_model(self) -> None:
+        folder = Path(self.state.best_model_checkpoint)
+        if (folder / disk.MANIFEST).exists() and not self.args.save_only_model:
+            disk.verify(folder)
+        super()._load_best_model()
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """The batches of a step. A loss may draw while it looks at them, so the random states are put back first."""
+        samples = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._point is not None:
+            self._load_rng_state(str(self._point.folder))
+        return samples
+
+    # ---- Running totals ----
+
+    def _begin(self) -> None:
+        """Just before the first step: transformers has set the totals to zero by now."""
+        self._clock = time.time()
+        if self._point is None:
+            return
+        kept = self._point.json(disk.TRAINING)
+        own = kept["processes"][self.accelerator.process_index]
+        self._seconds_before = kept["seconds"]
+        self._initial_global_step = kept["first_step"]
+        self._globalstep_last_logged = kept["last_logged"]
+        self._total_loss_scalar = kept["total_loss"]
+        self._tr_loss = torch.tensor(own["loss"], device=self.args.device)
+        if hasattr(self, "_total_train_tokens"):
+            self._total_train_tokens = kept["train_tokens"]
+        for name, values in own["metrics"].items():
+            self._metrics["train"][name] = [_from_metric(value, self.args.device) for value in values]
+        for name, now in self._conditions().items():
+            before = kept["conditions"].get(name)
+            if before != now:
+                say(f"{name} was {before} and is {now}: last digits can differ from those of an undisturbed run")
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self._point is not None and self._point.json(disk.TRAINING)["stopped"]:
+            self.control.should_training_stop = True  # the checkpoint was the last thing before an early stop
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
+        # Speed is that of all steps in all of their time.
+        return super()._finalize_training(trial, num_train_samples, start_time - self._seconds_before)
+
+
+class _Totals(TrainerCallback):  # type: ignore[misc]
+    """Tells the trainer when the first step is about to be taken."""
+
+    def __init__(self, trainer: ExactResume) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._begin()
+
+
+def _metric(value: Any) -> Any:
+    """A logged value that waits for the end of its window: a number, or a small float32 tensor."""
+    return {"values": value.tolist(), "host": value.device.type == "cpu"} if isinstance(value, Tensor) else value
+
+
+def _from_metric(value: Any, device: torch.device) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return torch.tensor(value["values"], dtype=torch.float32, device="cpu" if value["host"] else device)
+
+
+def _every_rows_digest(dataset: Any) -> Any:
+    if dataset is None:
+        return None
+    if isinstance(dataset, dict):
+        return {name: _every_rows_digest(part) for name, part in dataset.items()}
+    return disk.rows_digest(dataset, dataset.column_names or ())
+
+
+def _adapter_settings(adapter: Any) -> dict[str, Any]:
+    """An adapter's configuration without paths; sets in a fixed order."""
+    kept = {k: v for k, v in adapter.to_dict().items() if k not in ("base_model_name_or_path", "inference_mode")}
+    text = json.dumps(kept, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
+    return dict(json.loads(text))
