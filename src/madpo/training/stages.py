@@ -27,14 +27,17 @@ from madpo.losses import Loss
 from madpo.models import LoRA, compute_dtype, load_model, load_tokenizer, merge_adapter, resolve_model
 from madpo.packaged import quiet_transformers
 from madpo.pipeline import Metrics
-from madpo.progress import bar
+from madpo.progress import bar, say
 from madpo.rewards import RewardModel
 from madpo.statistics import fit_temperature, proportion
+from madpo.storage import write_atomically
+from madpo.training.checkpoints import newest, remove
 from madpo.training.config import PreferenceConfig
 from madpo.training.preference import ID_COLUMNS, REFERENCE_COLUMNS, PreferenceTrainer
-
+from madpo.training.resume import ExactResume
 
 MARGINS = "margins.parquet"
+CHECKPOINTS = "checkpoints"
 
 
 class Optimisation(Frozen):
@@ -52,6 +55,8 @@ class Optimisation(Frozen):
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(default=0.01, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
+    checkpoint_every: int = Field(default=25, ge=0, exclude=True)
+    """Optimiser steps between two checkpoints, from which a killed training continues; 0 is none."""
 
     def arguments(self, out: Path, seed: int) -> dict[str, Any]:
         """The same as keyword arguments of any transformers training configuration."""
@@ -59,7 +64,7 @@ class Optimisation(Frozen):
         if self.batch_size % micro:
             raise ValueError(f"batch_size {self.batch_size} is no multiple of micro_batch_size {micro}")
         return {
-            "output_dir": str(out / "trainer"),
+            "output_dir": str(out / CHECKPOINTS),
             "learning_rate": self.learning_rate,
             "num_train_epochs": self.epochs,
             "per_device_train_batch_size": micro,
@@ -74,7 +79,9 @@ class Optimisation(Frozen):
             "seed": seed,
             "data_seed": seed,
             "logging_steps": 1,
-            "save_strategy": "no",
+            "save_strategy": "steps" if self.checkpoint_every else "no",
+            "save_steps": self.checkpoint_every or 1,
+            "save_total_limit": 2,
             "report_to": "none",
             "disable_tqdm": True,
             "dataloader_pin_memory": False,
@@ -86,7 +93,7 @@ class Optimisation(Frozen):
 
 
 class _Watch(TrainerCallback):  # type: ignore[misc]
-    """A progress bar with the loss, and every logged row in ``log.jsonl``."""
+    """A progress bar with the loss, and every logged row in ``log.jsonl``, without what the clock says."""
 
     def __init__(self, description: str, out: Path) -> None:
         self.description, self.path = description, out / "log.jsonl"
@@ -98,10 +105,15 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._bar = bar(self.description, state.max_steps)
         self._advance = self._bar.__enter__()
+        if state.global_step:  # rows after the checkpoint are written again, so its own history is what counts
+            say(f"{self.description}: continues after step {state.global_step} of {state.max_steps}")
+            write_atomically(self.path, "".join(map(_log_line, state.log_history)))
+            self._shown = state.global_step
+            self._advance(self._shown)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         with self.path.open("a", encoding="utf-8") as log:
-            log.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            log.write(_log_line({**logs, "step": state.global_step}))
         if "loss" in logs:
             self._advance(state.global_step - self._shown, loss=round(float(logs["loss"]), 3))
             self._shown = state.global_step
@@ -110,10 +122,37 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         self._bar.__exit__(None, None, None)
 
 
+def _log_line(row: Mapping[str, Any]) -> str:
+    """A row of ``log.jsonl``: what depends on the training alone, in an order that a checkpoint does not change."""
+    kept = {k: v for k, v in sorted(row.items()) if k != "step" and not k.endswith(("_runtime", "_per_second"))}
+    return json.dumps({"step": row["step"], **kept}) + "\n"
+
+
 def watch(trainer: Any, description: str, out: Path) -> None:
     """Show a trainer's progress our way, and write what it logs to ``out/log.jsonl``."""
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Watch(description, out))
+
+
+def run_training(trainer: Any, settings: Frozen, description: str, out: Path) -> Any:
+    """Train, from the newest checkpoint in ``out`` if a run before this one was cut off there.
+
+    What is logged goes to ``out/log.jsonl``. The checkpoints stay until :func:`forget_checkpoints`.
+
+    Args:
+        trainer: one with :class:`ExactResume`.
+        settings: the stage's configuration, part of what a checkpoint must agree with.
+    """
+    watch(trainer, description, out)
+    trainer.export_checkpoints = False  # the stage writes the finished adapter
+    trainer.stage_settings = settings.model_dump(mode="json")
+    found = newest(out / CHECKPOINTS)
+    return trainer.train(resume_from_checkpoint=None if found is None else found.folder)
+
+
+def forget_checkpoints(out: Path) -> None:
+    """Remove what only an interrupted training needs."""
+    remove(out / CHECKPOINTS)
 
 
 class SFTStage(Frozen):
@@ -129,7 +168,7 @@ class SFTStage(Frozen):
     seed: int = 0
 
 
-class _CompletionSFT(SFTTrainer):  # type: ignore[misc]
+class _CompletionSFT(ExactResume, SFTTrainer):  # type: ignore[misc]
     """TRL's trainer with the loss from the fast completion head: mean negative log-likelihood per token."""
 
     loss_is_scaled_for_ga = True
@@ -168,9 +207,9 @@ def train_sft(config: SFTStage, inputs: Mapping[str, Path], out: Path) -> Metric
         peft_config=config.lora.peft_config("CAUSAL_LM"),
     )
     install_completion_head(unwrapped(trainer.model))
-    watch(trainer, "SFT", out)
-    result = trainer.train()
+    result = run_training(trainer, config, "SFT", out)
     merge_adapter(trainer.model, out / "model", tokenizer)
+    forget_checkpoints(out)
     return {"reviews": len(rows), "loss": float(result.training_loss)}
 
 
@@ -190,9 +229,18 @@ class RewardModelStage(Frozen):
     seed: int = 0
 
 
-class _Bradley(RewardTrainer):  # type: ignore[misc]
+class _Bradley(ExactResume, RewardTrainer):  # type: ignore[misc]
+    best: _BestWeights
+
     def _send_telemetry(self) -> None:
         """Nothing leaves the machine."""
+
+    def _extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return self.best.weights, self.best.counters()
+
+    def _load_extra_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        self.best.weights = {name: tensor.to(self.args.device) for name, tensor in tensors.items()}
+        self.best.take_counters(values)
 
 
 class _BestWeights(TrainerCallback):  # type: ignore[misc]
@@ -211,6 +259,15 @@ class _BestWeights(TrainerCallback):  # type: ignore[misc]
         else:
             self.since += 1
             control.should_training_stop = self.since >= self.patience
+
+    def counters(self) -> dict[str, Any]:
+        """Everything but the weights."""
+        return {"best": self.best, "step": self.step, "since": self.since, "evaluated_at": self.evaluated_at}
+
+    def take_counters(self, values: Mapping[str, Any]) -> None:
+        """Put back what ``counters`` gave."""
+        self.best, self.step, self.since = values["best"], values["step"], values["since"]
+        self.evaluated_at = values["evaluated_at"]
 
     def restore(self) -> None:
         """Put the best weights back."""
@@ -266,15 +323,15 @@ def fit_reward_model(config: RewardModelStage, train: Dataset, stopping: Dataset
         processing_class=tokenizer,
         peft_config=config.lora.peft_config("SEQ_CLS"),
     )
-    best = _BestWeights(trainer.model, config.patience)
+    best = trainer.best = _BestWeights(trainer.model, config.patience)
     trainer.add_callback(best)
-    watch(trainer, "Reward model", out)
-    trainer.train()
+    run_training(trainer, config, "Reward model", out)
     if best.evaluated_at != trainer.state.global_step:
         trainer.evaluate()
     best.restore()
     trainer.model.save_pretrained(out / "adapter", safe_serialization=True)
     (out / "reward_model.json").write_text(json.dumps({"base": config.model, "steps": best.step}), encoding="utf-8")
+    forget_checkpoints(out)
     return best.step
 
 
@@ -399,9 +456,9 @@ def train_policy(config: PolicyStage, inputs: Mapping[str, Path], out: Path) -> 
         processing_class=tokenizer,
         peft_config=config.lora.peft_config("CAUSAL_LM"),
     )
-    watch(trainer, config.method, out)
-    result = trainer.train()
+    result = run_training(trainer, config, config.method, out)
     trainer.model.save_pretrained(out / "adapter", safe_serialization=True)
+    forget_checkpoints(out)
     last = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     margins = [row["rewards/margins"] for row in last if "rewards/margins" in row]
     return {
