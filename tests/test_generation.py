@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from madpo.errors import ConfigError, DataError
 from madpo.generation import Sampling, generate, sample, uniforms
@@ -100,6 +100,14 @@ def test_half_precision_logits_of_a_large_vocabulary_are_drawn_as_wide_ones():
 def test_a_diverged_model_is_an_error_not_a_token(value):
     with pytest.raises(DataError, match="diverged"):
         sample(torch.tensor([[0.0, value, 1.0]]), torch.tensor([0.5]))
+
+
+@pytest.mark.parametrize("family", ["mamba", "rwkv"])
+def test_a_recurrent_model_is_refused(family):
+    shape = {"vocab_size": 50, "hidden_size": 8, "num_hidden_layers": 2, "attention_hidden_size": 8}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape))
+    with pytest.raises(ConfigError, match="not attention over a cache"):
+        run(model, [[3, 4]], [0])
 
 
 def test_top_k_and_top_p_cut_the_tail():
