@@ -140,7 +140,7 @@ def token_logps(
     dtype = torch.get_autocast_dtype(hidden.device.type) if half else head.weight.dtype
     hidden = hidden.to(dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        if head.trains:
+        if head.trains and torch.is_grad_enabled():
             parts = [
                 checkpoint(_block_scores, head, rows, ids, use_reentrant=False, preserve_rng_state=False)
                 for rows, ids in _blocks(hidden, labels, 256)
