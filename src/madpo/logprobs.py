@@ -398,9 +398,7 @@ def hidden_states(
     elif takes_positions:
         kwargs.setdefault("position_ids", (attention_mask.cumsum(-1) - 1).clamp(min=0))
     backbone: nn.Module = model.base_model  # type: ignore[assignment]
-    states: Tensor = backbone(
-        input_ids=input_ids, attention_mask=mask, use_cache=False, **kwargs
-    ).last_hidden_state
+    states: Tensor = backbone(input_ids=input_ids, attention_mask=mask, use_cache=False, **kwargs).last_hidden_state
     return states
 
 
@@ -412,7 +410,7 @@ def completion_kl(
     attention_mask: Int[Tensor, "rows length"],
     completion_mask: Int[Tensor, "rows length"],
     *,
-    block: int = 32,
+    block: int = 256,
 ) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
     """Summed log-probabilities under the policy, and KL(policy || reference) along each completion.
 
@@ -433,9 +431,10 @@ def completion_kl(
         states.append(hidden_states(inner, input_ids, attention_mask, takes_positions=takes)[:, :-1][mask])
     logps, kls = [], []
     for start in range(0, len(labels), block):
-        p, q = (_log_softmax(head, rows[start : start + block]) for head, rows in zip(heads, states, strict=True))
-        logps.append(p.gather(-1, labels[start : start + block, None]).squeeze(-1))
-        kls.append((p.exp() * (p - q)).sum(-1))
+        rows = slice(start, start + block)
+        logp, kl = _token_kl(heads, [x[rows] for x in states], labels[rows])
+        logps.append(logp)
+        kls.append(kl)
 
     def per_row(parts: list[Tensor]) -> Tensor:
         values = torch.cat(parts) if parts else states[0].new_zeros(0, dtype=torch.float32)
@@ -444,9 +443,34 @@ def completion_kl(
     return per_row(logps), per_row(kls)
 
 
-def _log_softmax(head: Head, hidden: Tensor) -> Tensor:
-    z = head.logits(hidden.to(head.weight.dtype))[0]
-    return F.log_softmax(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1)
+def _token_kl(heads: list[Head], states: list[Tensor], labels: Tensor, tile: int = TILE // 2) -> tuple[Tensor, Tensor]:
+    """log p(label) and sum_v p (log p - log q) of each token, by one walk over the vocabulary.
+
+    With running sums of e^z_p, e^z_q and e^z_p (z_p - z_q), the KL is the mean of z_p - z_q under p, less the
+    difference of the two log-normalisers.
+    """
+    hidden = [x.to(head.weight.dtype) for x, head in zip(states, heads, strict=True)]
+    wide = torch.promote_types(hidden[0].dtype, torch.float32)
+    zeros = [hidden[0].new_zeros(len(labels), dtype=wide) for _ in range(4)]
+    own, gap, total_p, total_q = zeros
+    top_p, top_q = (torch.full_like(own, -torch.inf) for _ in range(2))
+    vocabulary = heads[0].weight.shape[0]
+    for start in range(0, vocabulary, tile):
+        stop = min(start + tile, vocabulary)
+        z_p, z_q = (head.logits(x, start, stop)[0].to(wide) for head, x in zip(heads, hidden, strict=True))
+        here = (labels >= start) & (labels < stop)
+        column = (labels - start).clamp(0, stop - start - 1)
+        own = torch.where(here, z_p.gather(-1, column[:, None]).squeeze(-1), own)
+        peak_p, peak_q = torch.maximum(top_p, z_p.amax(-1)), torch.maximum(top_q, z_q.amax(-1))
+        shift_p, shift_q = (top_p - peak_p).exp(), (top_q - peak_q).exp()
+        top_p, top_q = peak_p, peak_q
+        apart = z_p - z_q
+        e_p = z_p.sub_(top_p[:, None]).exp_()
+        total_p = total_p * shift_p + e_p.sum(-1)
+        gap = gap * shift_p + apart.mul_(e_p).sum(-1)
+        total_q = total_q * shift_q + z_q.sub_(top_q[:, None]).exp_().sum(-1)
+    normaliser = top_p + total_p.log()
+    return own - normaliser, gap / total_p - normaliser + (top_q + total_q.log())
 
 
 def _logit_scale(config: Any) -> float:
