@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-TILE = 16_384
+TILE = 8_192
 """Vocabulary entries per tile: small enough for a processor's cache at a few hundred tokens."""
-TOKENS = 1_024
-"""Tokens per pass over the vocabulary: bounds the memory of one tile (16 Mi entries)."""
+TOKENS = 512
+"""Tokens per pass over the vocabulary: bounds the memory of one tile (4 Mi entries)."""
 
 
 class CompletionScores(NamedTuple):
@@ -443,7 +443,7 @@ def completion_kl(
     return per_row(logps), per_row(kls)
 
 
-def _token_kl(heads: list[Head], states: list[Tensor], labels: Tensor, tile: int = TILE // 2) -> tuple[Tensor, Tensor]:
+def _token_kl(heads: list[Head], states: list[Tensor], labels: Tensor, tile: int = TILE) -> tuple[Tensor, Tensor]:
     """log p(label) and sum_v p (log p - log q) of each token, by one walk over the vocabulary.
 
     With running sums of e^z_p, e^z_q and e^z_p (z_p - z_q), the KL is the mean of z_p - z_q under p, less the
