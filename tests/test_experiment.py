@@ -38,18 +38,18 @@ def test_the_quickstarts_graph():
         "oracle",
         "sft",
         "responses",
-        "pairs/high",
-        "reward_model/high",
-        "margins/high",
-        "reference/high",
+        "pairs/low",
+        "reward_model/low",
+        "margins/low",
+        "reference/low",
         "evaluation/sft",
-        "policy/high/dpo/seed0",
-        "evaluation/high/dpo/seed0",
-        "policy/high/madpo/seed0",
-        "evaluation/high/madpo/seed0",
+        "policy/low/dpo/seed0",
+        "evaluation/low/dpo/seed0",
+        "policy/low/madpo/seed0",
+        "evaluation/low/madpo/seed0",
     ]
-    assert set(steps["policy/high/dpo/seed0"].inputs) == {"pairs", "reference", "logps"}, "DPO waits for no margins"
-    assert set(steps["policy/high/madpo/seed0"].inputs) == {"pairs", "reference", "logps", "margins"}
+    assert set(steps["policy/low/dpo/seed0"].inputs) == {"pairs", "reference", "logps"}, "DPO waits for no margins"
+    assert set(steps["policy/low/madpo/seed0"].inputs) == {"pairs", "reference", "logps", "margins"}
 
 
 def test_what_does_not_bear_on_a_result_stays_outside_identities():
