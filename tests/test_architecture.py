@@ -25,8 +25,8 @@ TORCH_FREE = [
 # Imports go from a higher layer to the same or a lower one. A package counts as one module.
 LAYERS = [
     {"cli"},
-    {"commands_data"},
-    {"experiment", "tuning"},
+    {"commands_data", "commands_train"},
+    {"experiment", "tuning", "practice"},
     {"training", "preferences", "evaluation", "diagnostics", "report", "margin_page", "theory"},
     {"results", "summary", "figures"},
     {"models", "packaged", "generation", "logprobs", "rewards", "data", "corpus", "losses", "statistics"},

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-from madpo import __version__, commands_data
+from madpo import __version__, commands_data, commands_train
 from madpo.errors import ConfigError, MadpoError
 
 if TYPE_CHECKING:
@@ -188,6 +188,10 @@ COMMANDS = {
     "run": Command("run an experiment, or continue it, and write its report", _run_arguments, _run),
     "check": Command(commands_data.CHECK, commands_data.check_arguments, commands_data.check_command),
     "inspect": Command(commands_data.INSPECT, commands_data.inspect_arguments, commands_data.inspect_command),
+    "reward": Command(commands_train.REWARD, commands_train.reward_arguments, commands_train.reward_command),
+    "score": Command(commands_train.SCORE, commands_train.score_arguments, commands_train.score_command),
+    "train": Command(commands_train.TRAIN, commands_train.train_arguments, commands_train.train_command),
+    "evaluate": Command(commands_train.EVALUATE, commands_train.evaluate_arguments, commands_train.evaluate_command),
     "status": Command("say which steps of a run are done", _folder_argument, _status),
     "report": Command("write the report page of a run again", _folder_argument, _report),
     "verify-theory": Command("check the paper's claims numerically", _no_arguments, _verify_theory),
@@ -225,6 +229,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if not argv[0].startswith("-") and argv[0] not in COMMANDS:
         hint = did_you_mean(argv[0], list(COMMANDS)) or f"; there are {', '.join(COMMANDS)}"
         raise ConfigError(f"there is no command {argv[0]!r}{hint}")
+    argv = commands_train.spelled_out(argv)
     if argv[0] in parsers:
         known = sorted(set(re.findall(r"--[a-z_-]+", parsers[argv[0]].format_help())))
         for word in argv[1:]:

@@ -1,0 +1,68 @@
+"""The README of a trained policy: what it was made from, how, and what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from madpo import __version__
+
+if TYPE_CHECKING:
+    from madpo.practice.policy import TrainReport, TrainSettings
+
+
+def model_card(
+    *, data: str, digest: str | None, eval_data: str | Path | None, settings: TrainSettings, report: TrainReport
+) -> str:
+    """Markdown with the hub's front matter."""
+    library = "transformers" if settings.full else "peft"
+    loss = {k: v for k, v in settings.loss.model_dump(mode="json").items() if k != "kind"}
+    lines = [
+        "---",
+        f"library_name: {library}",
+        f"base_model: {json.dumps(settings.model, ensure_ascii=False)}",
+        "tags: [madpo, preference-optimization]",
+        "---",
+        "",
+        f"# {_plain(Path(settings.model).name)}, trained with {settings.loss.kind}",
+        "",
+        f"- base model and reference: `{_plain(settings.model)}`",
+        f"- pairs: `{_plain(data)}`, {report.pairs} for training (SHA-256 of the data: {digest or 'unknown'})",
+    ]
+    if report.eval_pairs:
+        source = f"`{_plain(str(eval_data))}`" if eval_data else "whole prompts of the same data"
+        lines.append(f"- held out: {report.eval_pairs} pairs, {source}")
+    if (reward_model := _reward_model(Path(data))) is not None:
+        lines.append(f"- margins from: {_plain(reward_model)}")
+    lines += [
+        f"- loss: `{settings.loss.kind}` with {', '.join(f'{k} = {json.dumps(v)}' for k, v in loss.items())}",
+        f"- trained: {'all weights' if settings.full else f'LoRA of rank {settings.lora.rank}'}, {report.steps} steps",
+        f"- made by madpo {__version__}; `config.toml` repeats it, `log.jsonl` holds the course of the training",
+        "",
+        "## Measured",
+        "",
+    ]
+    if report.evaluation:
+        lines += ["| on the held-out pairs | value |", "| --- | --- |"]
+        lines += [f"| {name.removeprefix('eval_')} | {value:.6g} |" for name, value in report.evaluation.items()]
+    else:
+        lines.append("Nothing: no pairs were held out. `madpo evaluate` measures what the policy writes.")
+    return "\n".join(lines) + "\n"
+
+
+def _reward_model(data: Path) -> str | None:
+    """Where the margins of scored data came from, if `madpo score` wrote them."""
+    path = data.parent / "settings.json"
+    if not data.name.startswith("scored.") or not path.is_file():
+        return None
+    made: dict[str, Any] = json.loads(path.read_bytes())
+    if made.get("reward_model"):
+        return f"the reward model {made['reward_model']} (SHA-256 {made.get('reward_model_digest') or 'unknown'})"
+    if made.get("score_columns"):
+        return f"the columns {' and '.join(made['score_columns'])}"
+    return f"{made.get('folds')} reward models on {made.get('reward', {}).get('model')}, out of fold"
+
+
+def _plain(text: str) -> str:
+    return text.replace("`", "'").replace("\n", " ")

@@ -1,0 +1,146 @@
+"""Results as folders: whole or absent, with the digests and the settings that made them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from madpo.errors import ConfigError, StorageError
+from madpo.storage import locked, storage_errors, write_atomically
+
+_CHUNK = 1 << 20
+_LOCK = ".lock"
+_STATE = ".state.json"
+MARKERS = ("reward_model.json", "settings.json", "config.toml", "evaluation.json")
+
+
+@contextmanager
+def building(output_dir: Path, state: Mapping[str, Any], *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder beside ``output_dir`` to work in, which takes its place when the work is done.
+
+    It is removed when the work fails. When it is interrupted or killed it stays, and the next call with the same
+    ``state`` (what decides the result) works on in it; a call with another state begins anew.
+
+    Raises:
+        StorageError: ``output_dir`` is there and not empty (without ``overwrite``), or another run is writing it.
+    """
+    output_dir = output_dir.resolve()
+    refuse_occupied(output_dir, overwrite=overwrite)
+    partial = output_dir.with_name(f".{output_dir.name}.partial")
+    text = json.dumps(state, sort_keys=True, default=str)
+    with storage_errors(output_dir), locked(partial):
+        made_for = partial / _STATE
+        if not made_for.is_file() or made_for.read_text(encoding="utf-8") != text:
+            _empty(partial)
+            write_atomically(made_for, text)
+        try:
+            yield partial
+        except Exception:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        (partial / _LOCK).unlink()
+        made_for.unlink()
+        old = output_dir.with_name(f".{output_dir.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if output_dir.exists():
+            output_dir.rename(old)
+        partial.rename(output_dir)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def refuse_occupied(output_dir: Path, *, overwrite: bool = False) -> None:
+    """Refuse to write where something is.
+
+    Raises:
+        StorageError: it is a file, or a folder that is not empty.
+    """
+    if output_dir.exists() and not output_dir.is_dir():
+        raise StorageError(f"{output_dir} is a file, not a folder; choose another output_dir")
+    if not output_dir.is_dir() or not any(output_dir.iterdir()):
+        return
+    if not overwrite:
+        raise StorageError(f"{output_dir} is there and not empty; choose another output_dir, or add --overwrite")
+    refuse_foreign(output_dir)
+
+
+def refuse_foreign(output_dir: Path) -> None:
+    """Refuse to overwrite a folder that holds files, none of which says that it is a result of ours.
+
+    Raises:
+        StorageError: it may be somebody's work.
+    """
+    if any(output_dir.iterdir()) and not any((output_dir / name).is_file() for name in MARKERS):
+        raise StorageError(
+            f"{output_dir} holds no result of madpo, so it is not overwritten; choose another output_dir"
+        )
+
+
+def _empty(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.name == _LOCK:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def digest(place: str | Path) -> str | None:
+    """SHA-256 of a file, or of a folder's files by name; None where it is neither (a name on the hub)."""
+    path = Path(place).expanduser()
+    if path.is_file():
+        return _file_digest(path)
+    if not path.is_dir():
+        return None
+    parts = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        parts.update(f"{file.relative_to(path).as_posix()}:{_file_digest(file)}\n".encode())
+    return parts.hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            found.update(chunk)
+    return found.hexdigest()
+
+
+def toml(data: Mapping[str, Any]) -> str:
+    """The TOML text of plain values, lists and tables; what is None is left out, as TOML has no word for it."""
+    lines: list[str] = []
+    _table(data, (), lines)
+    return "\n".join(lines) + "\n"
+
+
+def _table(data: Mapping[str, Any], above: tuple[str, ...], lines: list[str]) -> None:
+    tables = {key: value for key, value in data.items() if isinstance(value, Mapping)}
+    for key, value in data.items():
+        if key not in tables and value is not None:
+            lines.append(f"{_key(key)} = {_value(value)}")
+    for key, value in tables.items():
+        lines.extend(["", f"[{'.'.join(map(_key, (*above, key)))}]"])
+        _table(value, (*above, key), lines)
+
+
+def _key(text: str) -> str:
+    return text if text.replace("_", "").replace("-", "").isalnum() and text.isascii() else json.dumps(text)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_value, value))}]"
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{_key(str(k))} = {_value(v)}" for k, v in value.items() if v is not None) + " }"
+    raise ConfigError(f"{value!r} cannot be written as TOML; give text, a number, true/false or a list of them")

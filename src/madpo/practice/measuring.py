@@ -1,0 +1,381 @@
+"""``madpo evaluate``: what a policy writes to a user's prompts, against its reference, by any reward model."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Collection, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from madpo.config import Frozen
+from madpo.data.rows import ALIASES, Pair, Text
+from madpo.data.sources import described, open_source
+from madpo.data.tokens import Encoder
+from madpo.errors import ConfigError, DataError
+from madpo.evaluation import distinct
+from madpo.generation import generate
+from madpo.logprobs import completion_kl
+from madpo.models import load_model, load_tokenizer, resolve_model
+from madpo.practice.folders import building, digest
+from madpo.practice.pairs import loading, prompt_key
+from madpo.practice.reward_model import load_scorer, plain
+from madpo.preferences import decode, end_tokens
+from madpo.records import Estimate
+from madpo.rewards import padded_batches
+from madpo.statistics import bootstrap_mean, paired_difference, proportion
+from madpo.storage import write_atomically
+
+
+class EvaluateSettings(Frozen):
+    """How policy and reference are compared."""
+
+    reward_model: str
+    """A folder that ``madpo reward`` wrote, or a sequence classifier with one output (folder or hub id)."""
+    reference: str | None = None
+    """Model to compare with; None is the one that the policy started from, where its folder says so."""
+    prompts: int | None = Field(default=None, ge=1)
+    """The first so many different prompts; None is all of them."""
+    samples_per_prompt: int = Field(default=1, ge=1)
+    max_new_tokens: int = Field(default=256, ge=1)
+    temperature: float = Field(default=1.0, ge=0)
+    """At 1 (and top_p 1) the KL is that of the policy; elsewhere it is taken along another text than its own."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    seed: int = Field(default=0, ge=0)
+    batch_size: int = Field(default=32, ge=1)
+    """Prompts generated for at once."""
+    score_batch_size: int = Field(default=16, ge=1)
+    """Sequences per forward pass for rewards and KL."""
+
+
+class Side(Frozen):
+    """One model's responses."""
+
+    reward: Estimate
+    length: Estimate
+    """Tokens, the end token included."""
+    distinct_1: float
+    distinct_2: float
+    ended_share: float
+    """Responses that ended before max_new_tokens."""
+
+
+class EvaluateReport(Frozen):
+    """What :func:`evaluate` measured; intervals are over prompts."""
+
+    policy: str
+    reference: str
+    prompts: int
+    samples_per_prompt: int
+    prompts_digest: str | None
+    win_rate: Estimate
+    """Share of responses with a higher reward than the reference's to the same prompt; ties count half."""
+    reward_difference: Estimate
+    kl: Estimate
+    """KL(policy || reference) per response, nats, summed over its tokens."""
+    policy_side: Side
+    reference_side: Side
+    settings: EvaluateSettings
+
+    def text(self) -> str:
+        """A table for a person."""
+        w, d = self.win_rate, self.reward_difference
+        lines = [
+            f"{self.prompts} prompts, {self.samples_per_prompt} response{'s' * (self.samples_per_prompt > 1)} each",
+            f"win rate {w.mean:.1%} (95 % interval {w.low:.1%} to {w.high:.1%}), reward difference {_interval(d)}",
+            f"{'':12}{'policy':>28}{'reference':>28}",
+        ]
+        for name in ("reward", "length"):
+            sides = [_interval(getattr(side, name)) for side in (self.policy_side, self.reference_side)]
+            lines.append(f"{name:12}{sides[0]:>28}{sides[1]:>28}")
+        lines.append(f"{'KL (nats)':12}{_interval(self.kl):>28}{'0':>28}")
+        for name in ("distinct_1", "distinct_2", "ended_share"):
+            numbers = [getattr(side, name) for side in (self.policy_side, self.reference_side)]
+            lines.append(f"{name:12}{numbers[0]:>28.3f}{numbers[1]:>28.3f}")
+        return "\n".join(lines)
+
+
+def _interval(e: Estimate) -> str:
+    return f"{e.mean:.3f} ({e.low:.3f} to {e.high:.3f})"
+
+
+def evaluate(
+    policy: str | Path,
+    prompts: str | Path,
+    output_dir: str | Path,
+    settings: EvaluateSettings,
+    *,
+    overwrite: bool = False,
+) -> EvaluateReport:
+    """Sample from policy and reference with common random numbers, and compare.
+
+    Writes ``evaluation.json`` and ``samples.jsonl``.
+
+    Args:
+        policy: a folder of ``madpo train``, a PEFT adapter's folder, a model's folder, or a hub id.
+        prompts: rows with ``prompt`` (text or messages); of equal prompts the first counts.
+        output_dir: must not exist, or be empty.
+
+    Raises:
+        DataError, ConfigError, StorageError: one sentence; nothing is left behind.
+    """
+    place = find_policy(policy, settings.reference)
+    rows = read_prompts(prompts, settings.prompts)
+    state = {"policy": str(policy), "prompts": digest(prompts), "settings": settings.model_dump(mode="json")}
+    with building(Path(output_dir), state, overwrite=overwrite) as out:
+        samples = _responses(place, rows, settings)
+        chosen, rejected = load_scorer(settings.reward_model, batch_size=settings.score_batch_size).score_pairs(
+            [Pair(i, i, s.prompt, s.said[0], s.said[1], {}) for i, s in enumerate(samples)], "prompt", "row"
+        )
+        report = _report(place, settings, samples, chosen, rejected, digest(prompts))
+        lines = (
+            json.dumps(_line(s, a, b), ensure_ascii=False) for s, a, b in zip(samples, chosen, rejected, strict=True)
+        )
+        write_atomically(out / "samples.jsonl", "\n".join(lines) + "\n")
+        write_atomically(out / "evaluation.json", json.dumps(plain(report), indent=1) + "\n")
+    return report
+
+
+class Place(NamedTuple):
+    """Where a policy and its reference are loaded from."""
+
+    name: str
+    base: str
+    adapter: Path | None
+    reference: str
+
+
+def find_policy(policy: str | Path, reference: str | None) -> Place:
+    """What to load for ``policy``.
+
+    Raises:
+        ConfigError: nothing says what the reference is.
+    """
+    folder = Path(policy).expanduser()
+    made = folder / "config.toml"
+    started = tomllib.loads(made.read_text(encoding="utf-8")).get("model") if made.is_file() else None
+    adapter = next((f for f in (folder / "adapter", folder) if (f / "adapter_config.json").is_file()), None)
+    if adapter is not None:
+        started = started or json.loads((adapter / "adapter_config.json").read_bytes())["base_model_name_or_path"]
+        base = started
+    else:
+        base = str(folder / "model") if (folder / "model" / "config.json").is_file() else str(policy)
+    if (reference := reference or started) is None:
+        raise ConfigError(f"{policy} does not say which model it started from; give it with --reference")
+    return Place(str(policy), str(base), adapter, str(reference))
+
+
+def read_prompts(data: str | Path, count: int | None = None) -> list[tuple[int, Text]]:
+    """(index of the row, prompt), each prompt once.
+
+    Raises:
+        DataError: a row without a prompt, or fewer prompts than asked for.
+    """
+    source = open_source(data)
+    found: dict[str, tuple[int, Text]] = {}
+    with closing(source.rows):
+        for index, (number, raw) in enumerate(source.rows):
+            if isinstance(raw, DataError):
+                raise raw
+            name = next((alias for alias in ALIASES["prompt"] if alias in raw), None)
+            if name is None:
+                raise DataError(f"{source.at(number)}: has no 'prompt' (found {', '.join(map(repr, list(raw)[:12]))})")
+            prompt = raw[name]
+            messages = isinstance(prompt, list) and prompt and all(_is_message(m) for m in prompt)
+            if not (isinstance(prompt, str) and prompt) and not messages:
+                raise DataError(
+                    f"{source.at(number)}: {name} is {described(prompt)}; give text or messages with role and content"
+                )
+            if found and isinstance(prompt, str) != isinstance(next(iter(found.values()))[1], str):
+                raise DataError(f"{source.at(number)}: text and messages are mixed; use one form in the whole file")
+            found.setdefault(prompt_key(prompt), (index, prompt))
+            if count is not None and len(found) == count:
+                break
+    if not found:
+        raise DataError(f"{source.name}: has no rows; give at least one prompt")
+    if count is not None and len(found) < count:
+        raise DataError(f"{source.name}: has only {len(found)} different prompts, but {count} are asked for")
+    return list(found.values())
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
+
+
+class Sample(NamedTuple):
+    """Two responses to a prompt, drawn with the same random numbers: the policy's and the reference's."""
+
+    prompt_id: int
+    sample: int
+    prompt: Text
+    texts: tuple[str, str]
+    tokens: tuple[int, int]
+    ended: tuple[bool, bool]
+    kl: float
+
+    @property
+    def said(self) -> tuple[Text, Text]:
+        """The responses in the form of the prompt."""
+        if isinstance(self.prompt, str):
+            return self.texts
+        first, second = ([{"role": "assistant", "content": text}] for text in self.texts)
+        return first, second
+
+
+def _responses(place: Place, rows: Sequence[tuple[int, Text]], settings: EvaluateSettings) -> list[Sample]:
+    with loading(place.reference):
+        source = resolve_model(place.reference)
+        tokenizer, reference = load_tokenizer(source), load_model(source)
+    with loading(place.name):
+        base = resolve_model(place.base)
+        policy = load_model(base, adapter=place.adapter)
+        if load_tokenizer(base).get_vocab() != tokenizer.get_vocab():
+            raise ConfigError(f"{place.name} and {place.reference} have different tokenizers, so there is no KL")
+    encoder = Encoder(tokenizer)
+    prompt_ids = [_prompt_ids(encoder, tokenizer, prompt) for _, prompt in rows]
+    ends = {*end_tokens(reference, tokenizer), *end_tokens(policy, tokenizer)}
+    if any(isinstance(prompt, list) for _, prompt in rows):
+        ends.add(encoder.end_id())
+    samples = []
+    for draw in range(settings.samples_per_prompt):
+        mine = _draw(policy, prompt_ids, rows, draw, ends, settings, "Policy")
+        theirs = _draw(reference, prompt_ids, rows, draw, ends, settings, "Reference")
+        pad = tokenizer.pad_token_id
+        kl = _kl(policy, reference, prompt_ids, mine, pad, settings.score_batch_size)
+        for (prompt_id, prompt), a, b, divergence in zip(rows, mine, theirs, kl, strict=True):
+            samples.append(
+                Sample(
+                    prompt_id,
+                    draw,
+                    prompt,
+                    (decode(tokenizer, a), decode(tokenizer, b)),
+                    (len(a), len(b)),
+                    (a[-1] in ends, b[-1] in ends),
+                    float(divergence),
+                )
+            )
+    return samples
+
+
+def _prompt_ids(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, prompt: Text) -> list[int]:
+    if isinstance(prompt, str):
+        ids = list(tokenizer(prompt)["input_ids"])
+        return ids[:-1] if encoder.closes_texts and ids[-1:] == [encoder.eos] else ids
+    if not tokenizer.chat_template:
+        raise ConfigError("the prompts hold messages but the tokenizer has no chat template; give prompts as text")
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _draw(
+    model: nn.Module,
+    prompt_ids: Sequence[list[int]],
+    rows: Sequence[tuple[int, Text]],
+    draw: int,
+    ends: Collection[int],
+    settings: EvaluateSettings,
+    description: str,
+) -> list[list[int]]:
+    return generate(
+        model,
+        prompt_ids,
+        keys=[prompt_id for prompt_id, _ in rows],
+        draw=draw,
+        seed=settings.seed,
+        max_new_tokens=settings.max_new_tokens,
+        eos_token_ids=ends,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        batch_size=settings.batch_size,
+        description=f"{description}: responses",
+    )
+
+
+@torch.no_grad()
+def _kl(
+    policy: nn.Module,
+    reference: nn.Module,
+    prompt_ids: Sequence[list[int]],
+    responses: Sequence[list[int]],
+    pad: int,
+    batch_size: int,
+) -> NDArray[np.float64]:
+    """KL(policy || reference) per response, nats, summed."""
+    found = np.zeros(len(responses))
+    whole = [[*prompt, *response] for prompt, response in zip(prompt_ids, responses, strict=True)]
+    device = next(reference.parameters()).device
+    for rows, ids, mask in padded_batches(whole, batch_size, pad, device, "KL"):
+        completion = mask.clone()
+        for i, row in enumerate(rows):
+            completion[i, : len(prompt_ids[row])] = 0
+        found[rows] = completion_kl(policy, reference, ids, mask, completion)[1].double().cpu().numpy()
+    return found
+
+
+def _report(
+    place: Place,
+    settings: EvaluateSettings,
+    samples: Sequence[Sample],
+    chosen: NDArray[Any],
+    rejected: NDArray[Any],
+    prompts_digest: str | None,
+) -> EvaluateReport:
+    clusters = np.array([s.prompt_id for s in samples])
+
+    def side(k: int, rewards: NDArray[Any]) -> Side:
+        texts = [s.texts[k] for s in samples]
+        return Side(
+            reward=bootstrap_mean(rewards, seed=settings.seed, clusters=clusters),
+            length=bootstrap_mean([s.tokens[k] for s in samples], seed=settings.seed, clusters=clusters),
+            distinct_1=distinct(texts, 1),
+            distinct_2=distinct(texts, 2),
+            ended_share=float(np.mean([s.ended[k] for s in samples])),
+        )
+
+    wins = np.where(chosen > rejected, 1.0, np.where(chosen < rejected, 0.0, 0.5))
+    single = settings.samples_per_prompt == 1
+    whole = single and not (wins == 0.5).any()
+    difference = chosen - rejected
+    return EvaluateReport(
+        policy=place.name,
+        reference=place.reference,
+        prompts=len(np.unique(clusters)),
+        samples_per_prompt=settings.samples_per_prompt,
+        prompts_digest=prompts_digest,
+        # Wilson's interval keeps its width where one side wins everything.
+        win_rate=proportion(int(wins.sum()), len(wins))
+        if whole
+        else bootstrap_mean(wins, seed=settings.seed, clusters=clusters),
+        reward_difference=paired_difference(chosen, rejected, seed=settings.seed)
+        if single
+        else bootstrap_mean(difference, seed=settings.seed, clusters=clusters),
+        kl=bootstrap_mean([s.kl for s in samples], seed=settings.seed, clusters=clusters),
+        policy_side=side(0, chosen),
+        reference_side=side(1, rejected),
+        settings=settings,
+    )
+
+
+def _line(sample: Sample, mine: float, theirs: float) -> dict[str, Any]:
+    return {
+        "prompt_id": sample.prompt_id,
+        "sample": sample.sample,
+        "prompt": sample.prompt,
+        "response": sample.texts[0],
+        "reference_response": sample.texts[1],
+        "reward": float(mine),
+        "reference_reward": float(theirs),
+        "kl": sample.kl,
+        "tokens": sample.tokens[0],
+        "reference_tokens": sample.tokens[1],
+        "ended": sample.ended[0],
+        "reference_ended": sample.ended[1],
+    }

@@ -1,0 +1,139 @@
+"""A user's pairs for reward model and policy: token ids, and a split that no prompt crosses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from madpo.data import load_preferences
+from madpo.data.rows import Pair, Text
+from madpo.data.tokens import Encoder, Truncation, truncated
+from madpo.errors import ConfigError, DataError, MadpoError
+from madpo.seeding import rng
+
+Row = dict[str, Any]
+_TOGETHER = 64  # conversations rendered and tokenised at once
+
+
+@contextmanager
+def loading(name: str | Path) -> Iterator[None]:
+    """Tell in one sentence that a model cannot be loaded.
+
+    Raises:
+        ConfigError: in place of the library's error.
+    """
+    try:
+        yield
+    except MadpoError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ConfigError(
+            f"the model {str(name)!r} cannot be loaded ({reason}); give a folder with safetensors or a hub id"
+        ) from error
+
+
+def prompt_key(prompt: Text) -> str:
+    """What makes two prompts the same."""
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, ensure_ascii=False)
+
+
+def load_split(
+    data: str | Path,
+    tokenizer: Any,
+    *,
+    eval_data: str | Path | None,
+    eval_share: float,
+    seed: int,
+    max_length: int | None = None,
+    truncation: Truncation = "drop",
+) -> tuple[list[Row], list[Row]]:
+    """Rows with token ids for training and for evaluation.
+
+    Args:
+        eval_data: evaluation pairs of their own; else ``eval_share`` of the prompts of ``data`` is held out.
+        seed: of the split.
+
+    Raises:
+        DataError: as :func:`madpo.data.load_preferences`, or too few prompts to hold one out.
+    """
+    rows = load_preferences(data, tokenizer=tokenizer, max_length=max_length, truncation=truncation)
+    if eval_data is not None:
+        return rows, load_preferences(eval_data, tokenizer=tokenizer, max_length=max_length, truncation=truncation)
+    if eval_share == 0:
+        return rows, []
+    train, heldout = split_by_prompt(rows, eval_share, seed, str(data))
+    return train, heldout
+
+
+def encoded_rows(
+    pairs: Sequence[Pair], tokenizer: Any, name: str, max_length: int | None, truncation: Truncation
+) -> list[Row]:
+    """Rows with token ids for some pairs of a data set; what is too long is dropped, cut or refused.
+
+    Raises:
+        DataError: the chat template refuses a conversation, or no pair fits.
+    """
+    encoder = Encoder(tokenizer)
+    rows: list[Row] = []
+    for start in range(0, len(pairs), _TOGETHER):
+        chunk = pairs[start : start + _TOGETHER]
+        for pair, encoded in zip(chunk, encoder.encode(chunk, name, "row"), strict=True):
+            if isinstance(encoded, DataError):
+                raise encoded
+            kept = encoded if max_length is None else truncated(encoded, max_length, truncation)
+            if kept is None and truncation == "refuse":
+                raise DataError(f"{name}, pair {pair.pair_id}: has more than max_length {max_length} tokens; raise it")
+            if kept is not None:
+                ids = {column: getattr(kept, column) for column in ("prompt_ids", "chosen_ids", "rejected_ids")}
+                rows.append({"prompt": pair.prompt, **ids})
+    if not rows:
+        raise DataError(f"{name}: no pair fits into max_length {max_length}; raise it")
+    return rows
+
+
+def split_by_prompt(rows: Sequence[Row], share: float, seed: int, name: str) -> tuple[list[Row], list[Row]]:
+    """Hold out about ``share`` of the rows, whole prompts at a time: (the others, held out), each in its order.
+
+    Raises:
+        DataError: all rows have one prompt.
+    """
+    keys = [prompt_key(row["prompt"]) for row in rows]
+    prompts = sorted(set(keys))
+    if len(prompts) < 2:
+        raise DataError(f"{name}: all pairs have one prompt, so none can be held out; give eval_data")
+    counts = dict.fromkeys(prompts, 0)
+    for key in keys:
+        counts[key] += 1
+    aside: set[str] = set()
+    taken = 0
+    for i in rng(seed, "split").permutation(len(prompts)):
+        if aside and (taken >= share * len(rows) or len(aside) == len(prompts) - 1):
+            break
+        aside.add(prompts[i])
+        taken += counts[prompts[i]]
+    kept = [row for row, key in zip(rows, keys, strict=True) if key not in aside]
+    return kept, [row for row, key in zip(rows, keys, strict=True) if key in aside]
+
+
+def folds_by_prompt(prompts: Iterable[str], folds: int, seed: int, name: str) -> list[int]:
+    """A fold from 0 for every row, the same for the same prompt, of about equal sizes.
+
+    Raises:
+        ConfigError: there are fewer prompts than folds.
+    """
+    keys = list(prompts)
+    distinct = sorted(set(keys))
+    if len(distinct) < folds:
+        raise ConfigError(f"folds is {folds}, but {name} has only {len(distinct)} different prompts; use fewer folds")
+    order = rng(seed, "folds").permutation(len(distinct))
+    fold = {distinct[prompt]: place % folds for place, prompt in enumerate(order)}
+    return [fold[key] for key in keys]
+
+
+def sequences(rows: Sequence[Row]) -> dict[str, list[list[int]]]:
+    """Prompt and completion as one sequence each: the columns of TRL's reward trainer."""
+    return {side: [[*row["prompt_ids"], *row[side]] for row in rows] for side in ("chosen_ids", "rejected_ids")}

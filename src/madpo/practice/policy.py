@@ -1,0 +1,265 @@
+"""``madpo train``: a policy from a user's pairs with any preference loss, as an adapter, merged, or in full."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset
+from pydantic import ConfigDict, Field, PydanticUserError, TypeAdapter, ValidationError, field_validator
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from madpo.config import Frozen, did_you_mean
+from madpo.errors import ConfigError, DataError
+from madpo.logprobs import unwrapped
+from madpo.losses import MADPO, Loss, LossConfig
+from madpo.models import LoRA, load_model, load_tokenizer, merge_adapter, resolve_model
+from madpo.packaged import quiet_transformers
+from madpo.practice.card import model_card
+from madpo.practice.folders import building, digest, toml
+from madpo.practice.pairs import Row, load_split, loading
+from madpo.storage import write_atomically
+from madpo.training import PreferenceConfig, PreferenceTrainer
+from madpo.training.preference import ID_COLUMNS, PAIR_COLUMNS, REFERENCE_COLUMNS
+from madpo.training.stages import CHECKPOINTS, forget_checkpoints, run_training
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_OURS = {
+    "output_dir": "is the command's own; use --output_dir",
+    "push_to_hub": "is not for a command that finishes in a folder; look at the result, then upload it",
+    "resume_from_checkpoint": "is not needed; the same command continues an interrupted training",
+}
+_DEFAULTS: dict[str, Any] = {
+    **{"save_strategy": "steps", "save_steps": 100, "save_total_limit": 2},
+    **{"report_to": "none", "disable_tqdm": True},
+}
+
+
+class TrainSettings(Frozen):
+    """How a policy is trained."""
+
+    model: str
+    """Packaged name, folder or hub id: where the policy starts, and its reference."""
+    loss: Loss = MADPO()
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of TRL's ``DPOConfig`` (and our ``PreferenceConfig``) by name."""
+    lora: LoRA = LoRA()
+    full: bool = False
+    """Train all weights instead of an adapter."""
+    merge: bool = False
+    """Also write the model with the adapter folded in."""
+    eval_share: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the pairs held out (whole prompts at a time) where no evaluation data are given."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the loaded weights; auto is float32 in full training, else what the processor multiplies natively."""
+
+    @field_validator("args")
+    @classmethod
+    def _arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return checked_arguments(value)
+
+
+class TrainReport(Frozen):
+    """What :func:`train` did. Evaluation numbers are the trainer's, by its names; empty without held-out pairs."""
+
+    output_dir: str
+    pairs: int
+    eval_pairs: int
+    steps: int
+    loss: float
+    """Mean over the training."""
+    evaluation: dict[str, float]
+
+    def text(self) -> str:
+        """The report for a person."""
+        lines = [f"{self.pairs} pairs, {self.steps} steps, mean loss {self.loss:.4f}"]
+        if self.evaluation:
+            lines.append(f"on {self.eval_pairs} held-out pairs:")
+            lines += [f"    {name}  {value:.4f}" for name, value in self.evaluation.items()]
+        lines.append(f"written to {self.output_dir}")
+        return "\n".join(lines)
+
+
+def checked_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of :class:`PreferenceConfig`, each of a type that its field takes.
+
+    Raises:
+        ValueError: an unknown name (with the nearest one), a wrong type, or an argument that the command sets.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        hints = typing.get_type_hints(PreferenceConfig)
+    fields = [field.name for field in dataclasses.fields(PreferenceConfig) if field.init]
+    found = {}
+    for name, value in values.items():
+        if name in _OURS:
+            raise ValueError(f"args.{name} {_OURS[name]}")
+        if name not in fields:
+            raise ValueError(f"args.{name} is no argument of the trainer{did_you_mean(name, fields)}")
+        try:
+            adapter = TypeAdapter(hints[name], config=ConfigDict(arbitrary_types_allowed=True))
+        except PydanticUserError:  # a type with a configuration of its own
+            adapter = TypeAdapter(hints[name])
+        try:
+            taken = adapter.validate_python(value)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"].replace("Input should be", "must be")
+            raise ValueError(f"args.{name} = {value!r}: {reason}") from None
+        found[name] = taken if isinstance(value, str) and isinstance(taken, int | float) else value
+    return found
+
+
+def train(
+    data: str | Path,
+    output_dir: str | Path,
+    settings: TrainSettings,
+    *,
+    eval_data: str | Path | None = None,
+    overwrite: bool = False,
+) -> TrainReport:
+    """Train a policy on preference pairs with the loss of ``settings``.
+
+    Writes ``adapter`` (or ``model`` in full training; with ``merge`` also ``merged``), ``README.md``, ``log.jsonl`` and
+    ``config.toml``. The folder appears when all is done. An interrupted training is continued by the same call, from
+    the newest checkpoint (``args.save_steps`` says how often there is one); checkpoints are no part of the result.
+
+    Args:
+        data: as in :func:`madpo.data.load_preferences`, with the columns that the loss reads.
+        output_dir: must not exist, or be empty.
+        eval_data: held-out pairs; without it ``settings.eval_share`` of the pairs is held out.
+        overwrite: replace what is in ``output_dir``.
+
+    Raises:
+        DataError, ConfigError, StorageError: one sentence; nothing is left behind.
+    """
+    output_dir = Path(output_dir)
+    if settings.full and settings.merge:
+        raise ConfigError("full training has no adapter to merge: out/model is the whole model; leave --merge out")
+    state = {
+        "data": digest(data) or str(data),
+        "eval_data": None if eval_data is None else digest(eval_data) or str(eval_data),
+        "settings": settings.model_dump(mode="json"),
+    }
+    with building(output_dir, state, overwrite=overwrite) as out:
+        args = _trainer_arguments(settings, out, evaluated=eval_data is not None or settings.eval_share > 0)
+        with loading(settings.model):
+            base = resolve_model(settings.model)
+            tokenizer = load_tokenizer(base)
+        rows, heldout = load_split(data, tokenizer, eval_data=eval_data, eval_share=settings.eval_share, seed=args.seed)
+        require_columns(rows, settings.loss, str(data))
+        if heldout:
+            require_columns(heldout, settings.loss, str(eval_data or data))
+        trainer = _trainer(settings, args, base, tokenizer, rows, heldout)
+        result = run_training(trainer, settings, f"Training ({settings.loss.kind})", out)
+        evaluation = _evaluation(trainer) if heldout else {}
+        report = TrainReport(
+            output_dir=str(output_dir),
+            pairs=len(rows),
+            eval_pairs=len(heldout),
+            steps=int(result.global_step),
+            loss=float(result.training_loss),
+            evaluation=evaluation,
+        )
+        _save(trainer, settings, tokenizer, out)
+        about = {"data": str(data), "digest": digest(data), "eval_data": eval_data, "settings": settings}
+        write_atomically(out / "README.md", model_card(**about, report=report))  # type: ignore[arg-type]
+        write_atomically(out / "config.toml", _resolved(data, settings))
+        forget_checkpoints(out)
+    return report
+
+
+def require_columns(rows: Sequence[Row], loss: LossConfig, name: str) -> None:
+    """Refuse pairs that lack a column which the loss reads.
+
+    Raises:
+        DataError: naming the command that adds it.
+    """
+    kind = getattr(loss, "kind", type(loss).__name__)
+    for column in sorted(set(loss.needs) & set(PAIR_COLUMNS)):
+        if column in rows[0]:
+            continue
+        remedy = f"add it: madpo score {name} --reward_model DIR --output_dir DIR"
+        if column == "reward_margin" and "chosen_score" in rows[0]:
+            remedy += ", or with the scores that are there: --score_columns chosen_score rejected_score"
+        elif column == "weight":
+            remedy = "add it to the data"
+        raise DataError(f"{name}: has no column {column!r}, which the loss {kind} reads; {remedy}")
+
+
+def _trainer_arguments(settings: TrainSettings, out: Path, *, evaluated: bool) -> PreferenceConfig:
+    given = {**_DEFAULTS, **settings.args}
+    if given.get("eval_strategy", "no") != "no" and not evaluated:
+        raise ConfigError(f"args.eval_strategy = {given['eval_strategy']!r} needs eval_data or eval_share")
+    if not torch.cuda.is_available():
+        given.setdefault("dataloader_pin_memory", False)
+    try:
+        return PreferenceConfig(output_dir=str(out / CHECKPOINTS), **given)
+    except (ValueError, TypeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"args: {(str(error).splitlines() or ['?'])[0]}; change the arguments") from error
+
+
+def _trainer(
+    settings: TrainSettings,
+    args: PreferenceConfig,
+    base: Path | str,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    heldout: Sequence[Row],
+) -> PreferenceTrainer:
+    dtype = DTYPES.get(settings.dtype, torch.float32 if settings.full else None)
+    with loading(settings.model):
+        model = load_model(base, dtype=dtype)
+    torch.manual_seed(args.seed)  # the adapter starts at random
+    with quiet_transformers():
+        return PreferenceTrainer(
+            model,
+            args=args,
+            loss=settings.loss,
+            train_dataset=_dataset(rows),
+            eval_dataset=_dataset(heldout) if heldout else None,
+            processing_class=tokenizer,
+            peft_config=None if settings.full else settings.lora.peft_config("CAUSAL_LM"),
+        )
+
+
+def _dataset(rows: Sequence[Row]) -> Dataset:
+    columns = [name for name in ("pair_id", *ID_COLUMNS, *PAIR_COLUMNS, *REFERENCE_COLUMNS) if name in rows[0]]
+    return Dataset.from_dict({name: [row[name] for row in rows] for name in columns})
+
+
+def _evaluation(trainer: PreferenceTrainer) -> dict[str, float]:
+    timing = ("runtime", "per_second", "epoch", "num_tokens")
+    found = trainer.evaluate()
+    logged = {**next((row for row in reversed(trainer.state.log_history) if "eval_loss" in row), {}), **found}
+    return {k: float(v) for k, v in logged.items() if k.startswith("eval_") and not k.endswith(timing)}
+
+
+def _save(trainer: PreferenceTrainer, settings: TrainSettings, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+    with quiet_transformers():
+        if settings.full:
+            model: nn.Module = unwrapped(trainer.model)
+            vars(model).pop("forward", None)  # an installed completion head belongs to the object, not to the weights
+            model.save_pretrained(out / "model")  # type: ignore[operator]
+            tokenizer.save_pretrained(out / "model")
+            return
+        trainer.model.save_pretrained(out / "adapter", safe_serialization=True)
+        tokenizer.save_pretrained(out / "adapter")
+        if settings.merge:
+            merge_adapter(trainer.model, out / "merged", tokenizer)
+
+
+def _resolved(data: str | Path, settings: TrainSettings) -> str:
+    resolved = settings.model_dump(mode="json")
+    if settings.full:
+        resolved.pop("lora")
+    resolved["args"] = {**_DEFAULTS, **settings.args}
+    return f"# madpo train {json.dumps(str(data))} --config config.toml --output_dir DIR\n{toml(resolved)}"

@@ -1,0 +1,306 @@
+"""``madpo reward``: a Bradley-Terry reward model from a user's pairs; and any reward model, ready to score pairs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from datasets import Dataset
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from madpo.config import Frozen
+from madpo.data.rows import Pair
+from madpo.data.tokens import Encoded, Encoder, Truncation
+from madpo.diagnostics import MarginReport, Reliability, inspect
+from madpo.errors import ConfigError, DataError
+from madpo.models import LoRA, compute_dtype, load_tokenizer, resolve_model
+from madpo.packaged import quiet_transformers
+from madpo.practice.folders import building, digest
+from madpo.practice.pairs import Row, load_split, loading, prompt_key, sequences, split_by_prompt
+from madpo.progress import say
+from madpo.records import Estimate
+from madpo.rewards import RewardModel
+from madpo.statistics import proportion
+from madpo.storage import write_atomically
+from madpo.training.stages import Optimisation, RewardModelStage, fit_reward_model
+
+EVALUATIONS = 20
+"""Looks at the held-out pairs during the training, where ``eval_every`` does not say otherwise."""
+
+
+class RewardOptimisation(Optimisation):
+    """AdamW and its schedule for a reward model."""
+
+    learning_rate: float = Field(default=1e-4, gt=0)
+    epochs: float = Field(default=1.0, gt=0)
+    batch_size: int = Field(default=16, ge=1)
+
+    @model_validator(mode="after")
+    def _divides(self) -> RewardOptimisation:
+        if self.micro_batch_size and self.batch_size % min(self.micro_batch_size, self.batch_size):
+            raise ValueError(f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}")
+        return self
+
+
+class RewardSettings(Frozen):
+    """How a reward model is trained."""
+
+    model: str
+    """Packaged name, folder or hub id of the base model."""
+    optimisation: RewardOptimisation = RewardOptimisation()
+    lora: LoRA = LoRA()
+    eval_share: float = Field(default=0.1, gt=0, lt=1)
+    """Share of the pairs held out (whole prompts at a time) where no evaluation data are given."""
+    stopping_share: float = Field(default=0.5, gt=0, lt=1)
+    """Share of the held-out pairs that decides when to stop; the others alone give the report."""
+    eval_every: int | None = Field(default=None, ge=1)
+    """Optimiser steps between two looks at them; None looks 20 times."""
+    patience: int = Field(default=3, ge=1)
+    """Looks without improvement before the training stops."""
+    max_length: int | None = Field(default=None, ge=2)
+    """Tokens of prompt and completion; None is no limit."""
+    truncation: Truncation = "drop"
+    seed: int = Field(default=0, ge=0)
+
+
+class RewardReport(Frozen):
+    """What :func:`reward` measured on held-out pairs that neither the weights nor the stopping saw."""
+
+    data: str
+    data_digest: str | None
+    eval_data: str | None
+    train_pairs: int
+    stopping_pairs: int
+    heldout_pairs: int
+    steps: int
+    """Optimiser steps of the weights that were kept."""
+    accuracy: Estimate
+    """Share of held-out pairs whose chosen side has the higher reward, with its Wilson interval."""
+    log_loss: float
+    """Nats per pair; a coin's is 0.693."""
+    temperature: float
+    """Divides margins to make them log-odds: ``margin_temperature`` of the losses."""
+    temperature_reason: str
+    calibrated_log_loss: float
+    reliability: tuple[Reliability, ...]
+    """Up to 10 bins of equally many held-out pairs by |margin| / temperature."""
+    settings: RewardSettings
+
+    def text(self) -> str:
+        """The report for a person."""
+        a = self.accuracy
+        lines = [
+            f"reward model: {self.train_pairs} training pairs, {self.steps} steps kept; "
+            f"{self.stopping_pairs} held-out pairs decided when to stop",
+            f"accuracy {a.mean:.1%} (95 % interval {a.low:.1%} to {a.high:.1%}) on {self.heldout_pairs} other "
+            "held-out pairs",
+            f"log loss {self.log_loss:.3f}, {self.calibrated_log_loss:.3f} at temperature {self.temperature:.3g} "
+            "(a coin: 0.693)",
+            f"    the temperature was {self.temperature_reason}",
+            "pairs  predicted  observed",
+        ]
+        lines += [f"{b.pairs:5d}  {b.predicted:9.1%}  {b.observed.mean:8.1%}" for b in self.reliability]
+        return "\n".join(lines)
+
+
+def reward(
+    data: str | Path,
+    output_dir: str | Path,
+    settings: RewardSettings,
+    *,
+    eval_data: str | Path | None = None,
+    overwrite: bool = False,
+) -> RewardReport:
+    """Train a reward model on preference pairs.
+
+    Writes ``adapter`` (with the head) and ``reward_model.json``, which :meth:`madpo.rewards.RewardModel.load` reads,
+    ``log.jsonl`` and ``report.json``. The folder appears when all is done; the same call continues an interrupted one.
+
+    Args:
+        data: as in :func:`madpo.data.load_preferences`, text or messages.
+        output_dir: must not exist, or be empty.
+        eval_data: held-out pairs; without it ``settings.eval_share`` of the pairs is held out.
+        overwrite: replace what is in ``output_dir``.
+
+    Raises:
+        DataError, ConfigError, StorageError: one sentence; nothing is left behind.
+    """
+    output_dir = Path(output_dir)
+    state = {
+        "data": digest(data) or str(data),
+        "eval_data": None if eval_data is None else digest(eval_data) or str(eval_data),
+        "settings": settings.model_dump(mode="json"),
+    }
+    with building(output_dir, state, overwrite=overwrite) as out:
+        with loading(settings.model):
+            tokenizer = load_tokenizer(resolve_model(settings.model))
+        train, heldout = load_split(
+            data,
+            tokenizer,
+            eval_data=eval_data,
+            eval_share=settings.eval_share,
+            seed=settings.seed,
+            max_length=settings.max_length,
+            truncation=settings.truncation,
+        )
+        stopping, reported = _halves(heldout, settings, str(eval_data or data))
+        seen = {prompt_key(row["prompt"]) for row in train}
+        if leaked := sum(prompt_key(row["prompt"]) in seen for row in reported):
+            say(f"{leaked} of {len(reported)} held-out pairs have a prompt of the training pairs, which flatters.")
+        steps = fit(settings, train, stopping, out)
+        measured = _measure(out, reported)
+        report = RewardReport(
+            data=str(data),
+            data_digest=digest(data),
+            eval_data=None if eval_data is None else str(eval_data),
+            train_pairs=len(train),
+            stopping_pairs=len(stopping),
+            heldout_pairs=len(reported),
+            steps=steps,
+            accuracy=measured[0],
+            log_loss=measured[1].log_loss,
+            temperature=measured[1].margin_temperature,
+            temperature_reason=measured[1].temperature_reason,
+            calibrated_log_loss=measured[1].calibrated_log_loss,
+            reliability=measured[1].reliability,
+            settings=settings,
+        )
+        write_atomically(out / "report.json", json.dumps(plain(report), indent=1) + "\n")
+    return report
+
+
+def _halves(heldout: Sequence[Row], settings: RewardSettings, name: str) -> tuple[list[Row], list[Row]]:
+    """(decides when to stop, gives the report); no prompt is in both."""
+    try:
+        reported, stopping = split_by_prompt(heldout, settings.stopping_share, settings.seed + 1, name)
+    except DataError:
+        raise DataError(
+            f"{name}: the held-out pairs have one prompt, but two are needed (one decides when to stop, the other "
+            "measures); raise eval_share or give eval_data with more prompts"
+        ) from None
+    return stopping, reported
+
+
+def fit(settings: RewardSettings, train: Sequence[Row], stopping: Sequence[Row], out: Path) -> int:
+    """Train on rows with token ids; returns the step whose weights were kept."""
+    planned = int(np.ceil(len(train) * settings.optimisation.epochs / settings.optimisation.batch_size))
+    stage = RewardModelStage(
+        model=settings.model,
+        optimisation=settings.optimisation,
+        lora=settings.lora,
+        eval_every=settings.eval_every or max(1, planned // EVALUATIONS),
+        patience=settings.patience,
+        seed=settings.seed,
+    )
+    with loading(settings.model):
+        resolve_model(settings.model)
+        AutoConfig.from_pretrained(resolve_model(settings.model), trust_remote_code=False)
+    return fit_reward_model(stage, Dataset.from_dict(sequences(train)), Dataset.from_dict(sequences(stopping)), out)
+
+
+def _measure(folder: Path, rows: Sequence[Row]) -> tuple[Estimate, MarginReport]:
+    sides = sequences(rows)
+    model = RewardModel.load(folder)
+    chosen, rejected = (model.score_ids(sides[name]).astype(np.float64) for name in ("chosen_ids", "rejected_ids"))
+    margins = chosen - rejected
+    return proportion(int((margins > 0).sum()), len(margins)), inspect(margins)
+
+
+def plain(report: Frozen) -> dict[str, Any]:
+    """A report as JSON, with its estimates by name."""
+    return {name: _named(getattr(report, name)) for name in type(report).model_fields}
+
+
+def _named(value: Any) -> Any:
+    if isinstance(value, Estimate):
+        return value._asdict()
+    if isinstance(value, Frozen):
+        return plain(value)
+    return [_named(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+class Scorer(Protocol):
+    """Rewards of pairs: what scoring and evaluation ask of a reward model."""
+
+    def score_pairs(self, pairs: Sequence[Pair], name: str, unit: str) -> tuple[NDArray[Any], NDArray[Any]]: ...
+
+
+class PairScorer:
+    """A reward model that scores pairs of text or messages, tokenised as it was trained.
+
+    Args:
+        model: scores token ids, pooled at the last attended token.
+        own: trained by :func:`reward`: then a completion ends with its end token and nothing after it. Other models
+            see the chat template's text as it is, as TRL's reward trainer tokenises it.
+        batch_size: sequences per forward pass; it decides the padding, and so the last digits.
+    """
+
+    def __init__(self, model: RewardModel, *, own: bool, batch_size: int = 16) -> None:
+        self.model, self.own, self.batch_size = model, own, batch_size
+        self.encoder = Encoder(model.tokenizer)
+
+    def score_pairs(self, pairs: Sequence[Pair], name: str, unit: str) -> tuple[NDArray[Any], NDArray[Any]]:
+        """(rewards of the chosen, rewards of the rejected), float64, in the reward model's unit.
+
+        Raises:
+            DataError: the chat template refuses a conversation.
+        """
+        chosen, rejected = self.ids(pairs, name, unit)
+        found = self.model.score_ids([*chosen, *rejected], self.batch_size).astype(np.float64)
+        return found[: len(chosen)], found[len(chosen) :]
+
+    def ids(self, pairs: Sequence[Pair], name: str, unit: str) -> tuple[list[list[int]], list[list[int]]]:
+        """Token ids of prompt and completion, for both sides."""
+        encoded = self.encoder.encode(pairs, name, unit)
+        for result in encoded:
+            if isinstance(result, DataError):
+                raise result
+        good = [result for result in encoded if isinstance(result, Encoded)]
+        if not self.own and pairs and isinstance(pairs[0].prompt, list):
+            return self._rendered(pairs, "chosen"), self._rendered(pairs, "rejected")
+        return [[*e.prompt_ids, *e.chosen_ids] for e in good], [[*e.prompt_ids, *e.rejected_ids] for e in good]
+
+    def _rendered(self, pairs: Sequence[Pair], side: str) -> list[list[int]]:
+        tokenizer = self.model.tokenizer
+        texts = [tokenizer.apply_chat_template([*pair.prompt, *getattr(pair, side)], tokenize=False) for pair in pairs]
+        return [list(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+
+def load_scorer(place: str | Path, *, batch_size: int = 16) -> PairScorer:
+    """The reward model of a folder that :func:`reward` wrote, or a sequence classifier with one output.
+
+    Args:
+        place: that folder, another model folder, or a hub id.
+
+    Raises:
+        ConfigError: it is no reward model, or cannot be loaded.
+    """
+    folder = Path(place).expanduser()
+    if (folder / "reward_model.json").is_file():
+        return PairScorer(RewardModel.load(folder), own=True, batch_size=batch_size)
+    with loading(place):
+        base = resolve_model(str(place))
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        if config.num_labels != 1 or not any("SequenceClassification" in a for a in config.architectures or ()):
+            raise ConfigError(
+                f"{place} is no reward model: it has the architecture {', '.join(config.architectures or ['unknown'])} "
+                f"with {config.num_labels} outputs, where a sequence classifier with one output is needed"
+            )
+        with quiet_transformers():
+            model = AutoModelForSequenceClassification.from_pretrained(
+                base, dtype=compute_dtype(), use_safetensors=True, trust_remote_code=False
+            )
+        tokenizer = load_tokenizer(base)
+    if not hasattr(model, "score"):
+        raise ConfigError(
+            f"{place} does not read its score at the last token ({type(model).__name__}); score the pairs with its own "
+            "code and give the columns with --score_columns"
+        )
+    model = (model.to("cuda") if torch.cuda.is_available() else model).eval()
+    return PairScorer(RewardModel(model, tokenizer), own=False, batch_size=batch_size)

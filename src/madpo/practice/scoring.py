@@ -1,0 +1,362 @@
+"""``madpo score``: reward margins as columns, from a reward model, out of fold, or from scores that are there already.
+
+Scores are kept in parts as they are made, so that an interrupted run goes on where it stopped and ends with the same
+bytes; the rows are put together at the end.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+from safetensors.numpy import load_file, save
+
+from madpo.config import Frozen
+from madpo.data.load import PairStream
+from madpo.data.rows import Pair, as_number
+from madpo.data.sources import open_source
+from madpo.diagnostics import inspect
+from madpo.errors import ConfigError, DataError, MadpoError, StorageError
+from madpo.models import load_tokenizer, resolve_model
+from madpo.practice.folders import building, digest, refuse_foreign
+from madpo.practice.pairs import encoded_rows, folds_by_prompt, loading, prompt_key, split_by_prompt
+from madpo.practice.reward_model import PairScorer, RewardSettings, fit, load_scorer, plain
+from madpo.progress import bar, say
+from madpo.records import Estimate
+from madpo.statistics import proportion
+from madpo.storage import locked, storage_errors, write_atomically
+
+PART = 512
+"""Pairs per part: what an interruption can cost."""
+_TEXTS = ("pair_id", "prompt", "chosen", "rejected")
+
+Raw = dict[str, Any]
+
+
+class ScoreSettings(Frozen):
+    """Where the scores come from: exactly one of ``reward_model``, ``score_columns`` and ``folds``."""
+
+    reward_model: str | None = None
+    """A folder that ``madpo reward`` wrote, or a sequence classifier with one output (folder or hub id)."""
+    score_columns: tuple[str, str] | None = None
+    """Columns with the scores of chosen and rejected."""
+    folds: int | None = Field(default=None, ge=2)
+    """Reward models to train, each of which scores the part of the pairs that it did not see."""
+    reward: RewardSettings | None = None
+    """How those are trained."""
+    margin_temperature: float | None = Field(default=None, gt=0)
+    """For ``score_columns``: what the difference is divided by; None fits it to the labels."""
+    format: Literal["jsonl", "parquet"] = "jsonl"
+    batch_size: int = Field(default=16, ge=1)
+    """Sequences per forward pass; it decides the padding, and so the last digits."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ScoreSettings:
+        given = [self.reward_model, self.score_columns, self.folds]
+        if sum(source is not None for source in given) != 1:
+            raise ValueError("give one of reward_model, score_columns and folds")
+        if (self.folds is None) != (self.reward is None):
+            raise ValueError("folds trains reward models, so it needs the base model (--model_name_or_path)")
+        if self.margin_temperature is not None and self.score_columns is None:
+            raise ValueError("margin_temperature goes with score_columns; the losses take it for other margins")
+        return self
+
+
+class ScoreReport(Frozen):
+    """What :func:`score` did."""
+
+    file: str
+    pairs: int
+    accuracy: Estimate
+    """Share of pairs with a margin above 0."""
+    mean_margin: float
+    log_loss: float
+    temperature: float
+    """With score_columns, what the margins were divided by; else what would make them log-odds on these labels."""
+    temperature_reason: str
+    calibrated_log_loss: float
+    heldout: bool
+    """True if no margin comes from a model that was trained on its pair (known for ``folds`` alone)."""
+
+    def text(self) -> str:
+        """The report for a person."""
+        a = self.accuracy
+        lines = [
+            f"{self.pairs} pairs scored: mean margin {self.mean_margin:.3f}, above 0 for {a.mean:.1%} "
+            f"(95 % interval {a.low:.1%} to {a.high:.1%})",
+            f"log loss {self.log_loss:.3f}, {self.calibrated_log_loss:.3f} at temperature {self.temperature:.3g} "
+            f"(a coin: 0.693); the temperature was {self.temperature_reason}",
+        ]
+        if not self.heldout:
+            lines.append("if the reward model was trained on these pairs, all of this flatters it; --folds does not")
+        return "\n".join(lines)
+
+
+def score(data: str | Path, output_dir: str | Path, settings: ScoreSettings, *, overwrite: bool = False) -> ScoreReport:
+    """Write the pairs with ``reward_margin``, ``chosen_score`` and ``rejected_score``.
+
+    ``output_dir`` gets ``scored.jsonl`` (or ``scored.parquet``), ``report.json`` and ``settings.json``. Columns that
+    the data have keep their place; prompt, chosen and rejected have our names. Run again after an interruption, it
+    continues; run again when finished, it gives the report.
+
+    Args:
+        data: as in :func:`madpo.data.load_preferences`.
+        overwrite: discard what is in ``output_dir``.
+
+    Raises:
+        DataError, ConfigError: as the name says, before anything is scored.
+        StorageError: ``output_dir`` holds something else, or scores made with other settings.
+    """
+    output_dir = Path(output_dir)
+    pairs = _read(data)
+    state = {"data": str(data), "pairs": len(pairs), "data_digest": digest(data), **settings.model_dump(mode="json")}
+    if settings.reward_model is not None:
+        state["reward_model_digest"] = _model_digest(settings.reward_model)
+    columns = None
+    if settings.score_columns is not None:
+        columns = _columns(data, pairs, settings.score_columns)
+    with storage_errors(output_dir):
+        _claim(output_dir, state, overwrite=overwrite)
+        with locked(output_dir):
+            done = output_dir / "report.json"
+            if done.exists():
+                say(f"{output_dir} is complete; nothing to do.")
+                return ScoreReport.model_validate(_unnamed(json.loads(done.read_bytes())))
+            write_atomically(output_dir / "settings.json", json.dumps(state, indent=1) + "\n")
+            try:
+                chosen, rejected = columns or _scores(data, pairs, settings, output_dir)
+            except MadpoError:
+                if not any(output_dir.rglob("*.safetensors")):  # nothing that a second run could continue from
+                    shutil.rmtree(output_dir)
+                raise
+            report = _finish(data, chosen, rejected, settings, output_dir)
+            shutil.rmtree(output_dir / "parts", ignore_errors=True)
+            write_atomically(done, json.dumps(plain(report), indent=1) + "\n")
+    return report
+
+
+def _read(data: str | Path) -> list[Pair]:
+    """All pairs; a mistake in the last row must show before hours of scoring."""
+    pairs = list(PairStream(data))
+    if not pairs:
+        raise DataError(f"{data}: no row has two different scores, so there is no pair; score the completions first")
+    return pairs
+
+
+def _claim(output_dir: Path, state: dict[str, Any], *, overwrite: bool) -> None:
+    """Make the folder ours, or refuse it."""
+    if overwrite and output_dir.is_dir():
+        refuse_foreign(output_dir)
+        shutil.rmtree(output_dir)
+    path = output_dir / "settings.json"
+    if path.is_file():
+        found = json.loads(path.read_bytes())
+        wanted = json.loads(json.dumps(state))
+        changed = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
+        if changed:
+            key = changed[0]
+            raise StorageError(
+                f"{output_dir} was made with {key} = {_short(found.get(key))}, not {_short(wanted.get(key))}; "
+                "choose another output_dir, or add --overwrite"
+            )
+    elif output_dir.is_dir() and any(entry.name != ".lock" for entry in output_dir.iterdir()):
+        raise StorageError(f"{output_dir} is there and not empty; choose another output_dir, or add --overwrite")
+    output_dir.mkdir(parents=True, exist_ok=True)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _unnamed(report: dict[str, Any]) -> dict[str, Any]:
+    return {**report, "accuracy": Estimate(**report["accuracy"])}
+
+
+def _model_digest(place: str) -> str | None:
+    folder = Path(place).expanduser()
+    own = (folder / "reward_model.json").is_file()
+    return digest(folder / "adapter") if own else digest(folder)
+
+
+# Scores
+
+
+def _columns(data: str | Path, pairs: Sequence[Pair], names: tuple[str, str]) -> tuple[NDArray[Any], NDArray[Any]]:
+    sides: tuple[list[float], list[float]] = ([], [])
+    source = open_source(data)
+    for pair, raw in _beside(data, pairs):
+        place = source.at(pair.number)
+        for name, found in zip(names, sides, strict=True):
+            if name not in raw:
+                raise DataError(f"{place}: has no column {name!r} (found {', '.join(map(repr, list(raw)[:12]))})")
+            found.append(as_number(raw[name], name, place, from_text=source.columns is not None))
+    source.rows.close()
+    return np.array(sides[0]), np.array(sides[1])
+
+
+def _scores(
+    data: str | Path, pairs: Sequence[Pair], settings: ScoreSettings, output_dir: Path
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    if settings.folds is not None:
+        return _out_of_fold(data, pairs, settings, output_dir)
+    assert settings.reward_model is not None
+    return _in_parts(settings, pairs, np.arange(len(pairs)), output_dir / "parts", settings.reward_model)
+
+
+def _in_parts(
+    settings: ScoreSettings, pairs: Sequence[Pair], rows: NDArray[Any], folder: Path, model: str | Path
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Scores of ``rows``, kept in files of ``PART`` pairs; a part that is there is not computed again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    starts = range(0, len(rows), PART)
+    paths = [folder / f"part-{start:08d}.safetensors" for start in starts]
+    scorer: PairScorer | None = None
+    with bar("Scoring", len(rows)) as advance:
+        for start, path in zip(starts, paths, strict=True):
+            chunk = [pairs[int(i)] for i in rows[start : start + PART]]
+            if not path.exists():
+                scorer = scorer or load_scorer(model, batch_size=settings.batch_size)
+                chosen, rejected = scorer.score_pairs(chunk, "pair", "row")
+                _refuse_not_finite(chosen, rejected, chunk)
+                write_atomically(path, save({"chosen": chosen, "rejected": rejected}))
+            advance(len(chunk))
+    parts = [load_file(path) for path in paths]
+    return np.concatenate([p["chosen"] for p in parts]), np.concatenate([p["rejected"] for p in parts])
+
+
+def _refuse_not_finite(chosen: NDArray[Any], rejected: NDArray[Any], pairs: Sequence[Pair]) -> None:
+    bad = np.flatnonzero(~(np.isfinite(chosen) & np.isfinite(rejected)))
+    if len(bad):
+        raise DataError(
+            f"the reward of pair {pairs[int(bad[0])].pair_id} is not finite; the reward model has diverged, train it "
+            "with a lower learning rate"
+        )
+
+
+def _out_of_fold(
+    data: str | Path, pairs: Sequence[Pair], settings: ScoreSettings, output_dir: Path
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Each pair's scores by the reward model that saw neither it nor its prompt, not even to stop."""
+    assert settings.folds is not None
+    assert settings.reward is not None
+    fold = np.array(
+        folds_by_prompt((prompt_key(p.prompt) for p in pairs), settings.folds, settings.reward.seed, str(data))
+    )
+    chosen, rejected = np.zeros(len(pairs)), np.zeros(len(pairs))
+    for k in range(settings.folds):
+        folder = output_dir / "folds" / f"fold-{k}"
+        if not folder.exists():
+            folder.parent.mkdir(exist_ok=True)
+            say(f"Fold {k + 1} of {settings.folds}: a reward model on {int((fold != k).sum())} pairs.")
+            made_of = {"data": digest(data) or str(data), "fold": k, "settings": settings.model_dump(mode="json")}
+            with building(folder, made_of) as out:
+                _train_fold(data, [pairs[int(i)] for i in np.flatnonzero(fold != k)], settings.reward, out)
+        rows = np.flatnonzero(fold == k)
+        scores = _in_parts(settings, pairs, rows, output_dir / "parts" / f"fold-{k}", folder)
+        chosen[rows], rejected[rows] = scores
+    return chosen, rejected
+
+
+def _train_fold(data: str | Path, pairs: Sequence[Pair], settings: RewardSettings, out: Path) -> None:
+    with loading(settings.model):
+        tokenizer = load_tokenizer(resolve_model(settings.model))
+    rows = encoded_rows(pairs, tokenizer, str(data), settings.max_length, settings.truncation)
+    train, stopping = split_by_prompt(rows, settings.eval_share, settings.seed, str(data))
+    fit(settings, train, stopping, out)
+
+
+# Rows
+
+
+def _beside(data: str | Path, pairs: Sequence[Pair]) -> Iterator[tuple[Pair, Raw]]:
+    """Every pair with all columns of its row."""
+    source = open_source(data)
+    with closing(source.rows):
+        for pair in pairs:
+            number, raw = next(source.rows)
+            while number != pair.number:  # rows without a pair
+                number, raw = next(source.rows)
+            assert isinstance(raw, dict)
+            yield pair, raw
+
+
+def _finish(
+    data: str | Path, chosen: NDArray[Any], rejected: NDArray[Any], settings: ScoreSettings, output_dir: Path
+) -> ScoreReport:
+    difference = chosen - rejected
+    fitted = inspect(difference, margin_temperature=settings.margin_temperature)
+    scale = fitted.margin_temperature if settings.score_columns is not None else 1.0
+    margins = difference / scale
+    path = output_dir / f"scored.{settings.format}"
+    _write(path, data, margins, chosen, rejected)
+    return ScoreReport(
+        file=path.name,
+        pairs=len(margins),
+        accuracy=proportion(int((margins > 0).sum()), len(margins)),
+        mean_margin=float(margins.mean()),
+        log_loss=fitted.log_loss,
+        temperature=fitted.margin_temperature,
+        temperature_reason=fitted.temperature_reason,
+        calibrated_log_loss=fitted.calibrated_log_loss,
+        heldout=settings.folds is not None,
+    )
+
+
+def _write(path: Path, data: str | Path, margins: NDArray[Any], chosen: NDArray[Any], rejected: NDArray[Any]) -> None:
+    """The rows with their scores, through a temporary file; a row at a time, or a group of rows for Parquet."""
+    stream = PairStream(data)
+    read = list(stream)
+    drop = {theirs for ours, theirs in (stream.columns.read_as if stream.columns else {}).items() if ours in _TEXTS}
+    rows = (
+        {k: v for k, v in raw.items() if k not in drop}
+        | pair.row()
+        | {"reward_margin": float(margins[i]), "chosen_score": float(chosen[i]), "rejected_score": float(rejected[i])}
+        for i, (pair, raw) in enumerate(_beside(data, read))
+    )
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        if path.suffix == ".parquet":
+            _write_parquet(temporary, rows)
+        else:
+            with temporary.open("w", encoding="utf-8") as file:
+                for row in rows:
+                    file.write(json.dumps(row, ensure_ascii=False, default=_json) + "\n")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_parquet(path: Path, rows: Iterator[Raw]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    writer = None
+    try:
+        while group := list(islice(rows, 8 * PART)):
+            table = pa.Table.from_pylist(group, schema=None if writer is None else writer.schema)
+            writer = writer or pq.ParquetWriter(path, table.schema)
+            writer.write_table(table)
+    except pa.ArrowException as error:
+        raise DataError(f"a column cannot be written as Parquet ({str(error)[:120]}); use --format jsonl") from None
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+def _json(value: object) -> Any:
+    if isinstance(value, datetime.date | datetime.datetime):
+        return value.isoformat()
+    if isinstance(value, np.generic):
+        return value.item()
+    raise ConfigError(f"a column holds a {type(value).__name__}, which JSON cannot; use --format parquet")

@@ -1,0 +1,101 @@
+"""Options of the practitioner's commands: what they stand for, and mistakes in one sentence. No model is loaded."""
+
+import argparse
+import subprocess
+import sys
+
+import pytest
+
+from madpo import commands_train
+from madpo.cli import main
+from madpo.commands_train import spelled_out
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["train", "d", "--loss.tau", "7"], ["train", "d", "--set=loss.tau=7"]),
+        (["train", "d", "--loss.tau=7", "--merge"], ["train", "d", "--set=loss.tau=7", "--merge"]),
+        (["train", "--args.num_train_epochs", "-1", "d"], ["train", "--set=args.num_train_epochs=-1", "d"]),
+        (["score", "--reward.lora.rank", "2"], ["score", "--set=reward.lora.rank=2"]),
+        (["run", "--loss.tau", "7"], ["run", "--loss.tau", "7"]),
+        (["train", "--loss", "dpo"], ["train", "--loss", "dpo"]),
+        ([], []),
+    ],
+)
+def test_dotted_options_are_settings(argv, expected):
+    assert spelled_out(argv) == expected
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["train", "d", "--output_dir", "o", "--loss.tau"], "the option --loss.tau has no value"),
+        (["train", "d", "--output_dir", "o", "--loss.tau", "--merge"], "the option --loss.tau has no value"),
+        (["train", "d", "--output_dir", "o", "--mege"], "no option '--mege'; did you mean '--merge'?"),
+        (["train", "d", "--output_dri", "o"], "did you mean '--output_dir'?"),
+        (["train", "--output_dir", "o"], "DATA"),
+        (["train", "d"], "--output_dir"),
+        (["reward", "d", "--output_dir", "o", "--epochs", "many"], "'many'"),
+        (["evaluate", "p", "--output_dir", "o"], "--prompts"),
+    ],
+)
+def test_a_mistake_in_the_options_is_one_sentence_and_status_2(argv, words, capsys):
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("madpo: ")
+    assert err.count("\n") == 1
+    assert words in err
+
+
+def parsed(arguments, *words):
+    parser = argparse.ArgumentParser()
+    arguments(parser)
+    found = vars(parser.parse_args(words))
+    return {
+        key.removeprefix("key:"): value for key, value in found.items() if key.startswith("key:") and value is not None
+    }
+
+
+def test_every_option_stands_for_a_key():
+    found = parsed(
+        commands_train.train_arguments,
+        *("d", "--output_dir", "o", "--model-name-or-path", "m", "--loss", "dpo", "--merge", "--learning_rate", "1e-5"),
+        *("--epochs", "2", "--batch-size", "4", "--max_length", "64", "--seed", "3", "--eval_share", "0.1"),
+    )
+    assert found == {
+        "model": "m",
+        "loss.kind": "dpo",
+        "merge": True,
+        "args.learning_rate": 1e-5,
+        "args.num_train_epochs": 2.0,
+        "args.per_device_train_batch_size": 4,
+        "args.max_length": 64,
+        "args.seed": 3,
+        "eval_share": 0.1,
+    }
+    found = parsed(
+        commands_train.score_arguments,
+        *("d", "--output_dir", "o", "--folds", "3", "--model_name_or_path", "m", "--lora_rank", "4", "--epochs", "2"),
+        *("--batch_size", "8", "--train_batch_size", "2"),
+    )
+    assert found == {
+        "folds": 3,
+        "reward.model": "m",
+        "reward.lora.rank": 4,
+        "reward.optimisation.epochs": 2.0,
+        "batch_size": 8,
+        "reward.optimisation.batch_size": 2,
+    }
+    for word in ("--reward", "--reward_model", "--reward-model"):
+        found = parsed(commands_train.evaluate_arguments, "p", "--output_dir", "o", "--prompts", "f", word, "r")
+        assert found == {"reward_model": "r"}
+
+
+def test_the_commands_load_no_torch_to_parse():
+    code = (
+        "import sys\nfrom madpo.cli import main\n"
+        "assert main(['train', 'd', '--output_dir', 'o', '--mege']) == 2\nassert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
