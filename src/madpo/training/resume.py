@@ -53,6 +53,7 @@ class ExactResume(Trainer):  # type: ignore[misc]
 
     _point: disk.Checkpoint | None = None  # where this call of `train` continues
     _random_due: bool = False
+    _stopped: bool = False
     _identity_now: dict[str, Any] | None = None
     _clock: float = 0.0
     _seconds_before: float = 0.0
@@ -379,9 +380,11 @@ class ExactResume(Trainer):  # type: ignore[misc]
     def _begin(self) -> None:
         """Just before the first step: transformers has set the totals to zero by now."""
         self._clock = time.time()
+        self._stopped = False
         if self._point is None:
             return
         kept = self._point.json(disk.TRAINING)
+        self._stopped = kept["stopped"]
         own = kept["processes"][self.accelerator.process_index]
         self._seconds_before = kept["seconds"]
         self._initial_global_step = kept["first_step"]
@@ -398,7 +401,7 @@ class ExactResume(Trainer):  # type: ignore[misc]
                 say(f"{name} was {before} and is {now}: last digits can differ from those of an undisturbed run")
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self._point is not None and self._point.json(disk.TRAINING)["stopped"]:
+        if self._stopped:
             self.control.should_training_stop = True  # the checkpoint was the last thing before an early stop
             return
         super()._run_epoch(*args, **kwargs)

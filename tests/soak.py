@@ -1,0 +1,242 @@
+"""Kill trainings at random points, start them again, and count whose bytes equal an undisturbed run's.
+
+``make soak`` writes the counts to docs/reliability.md. The libraries are loaded once, and every run is a fork of that
+process on one thread, so a kill costs a second and not ten. The tests use the same runs with kills at fixed steps.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+KINDS = ("sft", "reward_model", "dpo", "beta_dpo")
+EVERY = 4  # optimiser steps between two checkpoints
+
+
+def prepare(root: Path) -> None:
+    """A tiny model, a corpus' stand-in and labelled pairs with reference log-probabilities."""
+    import pandas as pd
+
+    from madpo.models import build_tiny
+
+    build_tiny("llama", root / "base" / "model", seed=1)
+    generator = np.random.default_rng(5)
+
+    def ids(low: int, high: int) -> list[int]:
+        return [int(i) for i in generator.integers(5, 200, generator.integers(low, high))]
+
+    rows = [
+        {
+            "pair_id": 100 + i,
+            "split": "train" if i < 44 else "heldout",
+            "prompt_ids": ids(2, 6),
+            "chosen_ids": ids(2, 9),
+            "rejected_ids": ids(2, 9),
+        }
+        for i in range(56)
+    ]
+    (root / "pairs").mkdir()
+    pd.DataFrame(rows).to_parquet(root / "pairs" / "pairs.parquet")
+    train = [row["pair_id"] for row in rows if row["split"] == "train"]
+    (root / "logps").mkdir()
+    logps = {name: -20.0 - generator.random(len(train)) for name in ("ref_chosen_logps", "ref_rejected_logps")}
+    pd.DataFrame({"pair_id": train, **logps}).to_parquet(root / "logps" / "reference.parquet")
+    (root / "texts.json").write_text(json.dumps([" ".join(f"w{i}" for i in ids(4, 12)) for _ in range(40)]))
+
+
+def train(kind: str, root: Path, out: Path, changes: dict | None = None) -> None:
+    """One stage of the study on the tiny model; LoRA dropout makes it depend on the random states."""
+    from madpo.losses import DPO, BetaDPO
+    from madpo.models import LoRA
+    from madpo.pipeline import plain_metrics
+    from madpo.training import stages
+
+    out.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "learning_rate": 5e-3,
+        "epochs": 3,
+        "batch_size": 8,
+        "micro_batch_size": 4,
+        "checkpoint_every": EVERY,
+        **(changes or {}),
+    }
+    optimisation = stages.Optimisation(**settings)
+    common = {"optimisation": optimisation, "lora": LoRA(rank=4, alpha=8, dropout=0.1), "seed": 3}
+    inputs = {"pairs": root / "pairs", "reference": root / "base", "logps": root / "logps"}
+    model = str(root / "base" / "model")
+    if kind == "sft":
+        texts = json.loads((root / "texts.json").read_text())
+        stages.load_corpus = lambda corpus: corpus
+        stages.sft_reviews = lambda corpus, count: {"text": texts[:count]}
+        corpus = {"kind": "imdb-package"}  # never read
+        config = stages.SFTStage(model=model, corpus=corpus, reviews=len(texts), max_tokens=16, **common)
+        metrics = stages.train_sft(config, {}, out)
+    elif kind == "reward_model":
+        config = stages.RewardModelStage(model=model, eval_every=2, patience=6, **common)
+        metrics = stages.train_reward_model(config, inputs, out)
+    else:
+        loss = DPO() if kind == "dpo" else BetaDPO(filter=True, keep=0.75)
+        metrics = stages.train_policy(stages.PolicyStage(method=kind, loss=loss, **common), inputs, out)
+    (out / "metrics.json").write_text(json.dumps(plain_metrics(metrics, kind), sort_keys=True))
+
+
+def result(out: Path) -> dict[str, str]:
+    """SHA-256 of everything that a stage leaves, logs and metrics included."""
+    return {
+        path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(out.rglob("*"))
+        if path.is_file()
+    }
+
+
+def fork(job) -> int:
+    """Run ``job()`` in a fork of this process; returns its process id."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        job()
+        code = 0
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def wait(child: int) -> int:
+    """The exit code of a fork; negative is the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def die_at_step(step: int) -> None:
+    """From now on, end this process by SIGKILL as soon as row ``step`` has been logged."""
+    from madpo.training import stages
+
+    real = stages._Watch.on_log
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        real(self, args, state, control, logs, **kwargs)
+        if state.global_step >= step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    stages._Watch.on_log = on_log
+
+
+def warm_up() -> None:
+    """Load what every run needs, and start no thread that a fork would lose."""
+    import torch
+
+    import madpo.training.stages  # noqa: F401
+
+    torch.set_num_threads(1)
+
+
+def _killed_and_again(kind: str, root: Path, out: Path, delay: float) -> tuple[int, int]:
+    """Kill after ``delay`` seconds, then run to the end; (exit code of the first run, step it continued from)."""
+    child = fork(lambda: train(kind, root, out))
+    time.sleep(delay)
+    os.kill(child, signal.SIGKILL)
+    first = wait(child)
+    steps = [int(p.name.split("-")[1]) for p in (out / "checkpoints").glob("checkpoint-*")]
+    second = wait(fork(lambda: train(kind, root, out)))
+    if second:
+        raise SystemExit(f"{kind}: the run after a kill at {delay:.2f} s ended with status {second}")
+    return first, max(steps, default=0)
+
+
+def soak(root: Path, kinds: tuple[str, ...], kills: int, seed: int) -> list[dict]:
+    """The counts, one row a kind."""
+    generator, rows = np.random.default_rng(seed), []
+    for kind in kinds:
+        whole = root / "whole" / kind
+        started = time.monotonic()
+        assert wait(fork(lambda kind=kind, whole=whole: train(kind, root, whole))) == 0
+        seconds, expected = time.monotonic() - started, result(whole)
+        row = {"kind": kind, "trials": 0, "killed": 0, "resumed": 0, "equal": 0, "unequal": []}
+        for _ in range(kills):
+            out = root / "killed" / kind
+            delay = float(generator.uniform(0.1, 1.0)) * seconds
+            first, step = _killed_and_again(kind, root, out, delay)
+            found = result(out)
+            row["trials"] += 1
+            row["killed"] += first == -signal.SIGKILL
+            row["resumed"] += step > 0
+            row["equal"] += found == expected
+            if found != expected:
+                row["unequal"].append(
+                    sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k))
+                )
+            shutil.rmtree(out)
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    return rows
+
+
+def write_page(rows: list[dict], path: Path, seed: int) -> None:
+    """docs/reliability.md."""
+    import torch
+
+    lines = [
+        "# Reliability",
+        "",
+        "`make soak` trains tiny models with every stage of the study, kills each training with SIGKILL at random",
+        "moments, starts it again in the same folder and compares **every file** that it leaves (weights, `log.jsonl`,",
+        "metrics) with those of a run that nobody disturbed. The counts below are written by that command.",
+        "",
+        "| training | kills tried | ended by the kill | continued from a checkpoint | equal in every byte |",
+        "| --- | --- | --- | --- | --- |",
+        *(f"| {r['kind']} | {r['trials']} | {r['killed']} | {r['resumed']} | {r['equal']} |" for r in rows),
+        "",
+        "A training that was killed before its first checkpoint starts from the first step; one that had ended before",
+        "the kill came is counted as tried, and not as ended by it.",
+        "",
+        f"Seed {seed}; a checkpoint every {EVERY} steps; LoRA dropout 0.1; two micro-batches a step; CPU, one thread,",
+        f"{'bfloat16' if _bfloat16() else 'float32'}; torch {torch.__version__}, Python {platform.python_version()}.",
+        "",
+    ]
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def _bfloat16() -> bool:
+    import torch
+
+    from madpo.models import compute_dtype
+
+    return compute_dtype() is torch.bfloat16
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=20, help="kills of each kind of training")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--page", type=Path, help="write the counts to this Markdown file")
+    options = parser.parse_args()
+    os.nice(10)
+    warm_up()
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        os.environ["MADPO_CACHE"] = str(root / "cache")
+        assert wait(fork(lambda: prepare(root))) == 0
+        rows = soak(root, tuple(options.kinds), options.kills, options.seed)
+    if options.page:
+        write_page(rows, options.page, options.seed)
+    raise SystemExit(any(row["equal"] < row["trials"] for row in rows))
+
+
+if __name__ == "__main__":
+    main()
