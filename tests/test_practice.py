@@ -1,0 +1,442 @@
+"""The practitioner's chain through the command line, on a tiny model: each command reads what the last one wrote."""
+
+import json
+import math
+import tomllib
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from trl import DPOConfig, DPOTrainer, RewardTrainer
+
+from madpo import margin_weight
+from madpo.cli import main
+from madpo.data import load_preferences
+from madpo.errors import ConfigError, DataError, StorageError
+from madpo.models import build_tiny, load_tokenizer
+from madpo.practice import (
+    EvaluateSettings,
+    RewardSettings,
+    ScoreSettings,
+    TrainSettings,
+    evaluate,
+    load_scorer,
+    score,
+    train,
+)
+from madpo.practice import reward_model as reward_module
+from madpo.practice import scoring
+from madpo.practice.pairs import load_split, sequences
+from madpo.rewards import RewardModel
+from madpo.statistics import fit_temperature
+
+GOOD = [" is a joy.", " is wonderful.", " is funny and warm.", " has a great cast."]
+BAD = [" is boring.", " is awful.", " is a waste of time.", " is simply dull."]
+BATCH = 8
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def text_pairs(count=60):
+    generator = np.random.default_rng(0)
+    rows = []
+    for i in range(count):
+        sides = [GOOD[generator.integers(4)], BAD[generator.integers(4)]]
+        chosen, rejected = sides[:: -1 if generator.random() < 0.15 else 1]
+        rows.append({"prompt": f"The film {i % 25}", "chosen": chosen, "rejected": rejected, "note": f"row {i}"})
+    return rows
+
+
+def run(*words):
+    assert main([str(word) for word in words]) == 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MADPO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return build_tiny("llama", tmp_path_factory.mktemp("models") / "llama", seed=1)
+
+
+@pytest.fixture(scope="module")
+def chain(model, tmp_path_factory):
+    """reward -> score -> inspect -> train --merge -> evaluate, once, by the command line."""
+    root = tmp_path_factory.mktemp("chain")
+    data = write(root / "pairs.jsonl", text_pairs())
+    prompts = write(root / "prompts.jsonl", [{"prompt": f"The film {i} is"} for i in (0, 1, 2, 1, 3)])
+    base = ("--model_name_or_path", model)
+    run("reward", data, *base, "--output_dir", root / "R", "--learning_rate", "1e-2", "--epochs", "2", "--batch_size", "8",
+        "--eval_share", "0.4", "--lora_rank", "4")  # fmt: skip
+    run("score", data, "--reward_model", root / "R", "--output_dir", root / "S")
+    run("inspect", root / "S" / "scored.jsonl")
+    run("train", root / "S" / "scored.jsonl", *base, "--loss", "madpo", "--loss.tau", "3", "--loss.c_max", "4",
+        "--output_dir", root / "P", "--merge", "--eval_share", "0.25", "--learning_rate", "1e-2", "--epochs", "2",
+        "--batch_size", BATCH, "--args.bf16", "false", "--dtype", "float32", "--args.logging_steps", "1",
+        "--lora.rank", "4")  # fmt: skip
+    run("evaluate", root / "P", "--reference", model, "--prompts", prompts, "--reward", root / "R", "--output_dir",
+        root / "E", "--max_new_tokens", "6", "--samples_per_prompt", "2")  # fmt: skip
+    return root
+
+
+def ids_of(tokenizer, prompt, completion):
+    return [*tokenizer(prompt + completion)["input_ids"], tokenizer.eos_token_id]
+
+
+def test_the_reward_models_report(chain, model):
+    report = json.loads((chain / "R" / "report.json").read_text())
+    settings = RewardSettings.model_validate(report["settings"])
+    train_rows, heldout = load_split(
+        chain / "pairs.jsonl", load_tokenizer(model), eval_data=None, eval_share=0.4, seed=0
+    )
+    stopping, reported = reward_module._halves(heldout, settings, "")
+    sizes = {"train_pairs": len(train_rows), "stopping_pairs": len(stopping), "heldout_pairs": len(reported)}
+    assert {name: report[name] for name in sizes} == sizes
+    assert sum(sizes.values()) == 60
+    assert report["data_digest"] == scoring.digest(chain / "pairs.jsonl")
+    sides = sequences(reported)
+    loaded = RewardModel.load(chain / "R")
+    margins = (loaded.score_ids(sides["chosen_ids"]) - loaded.score_ids(sides["rejected_ids"])).astype(np.float64)
+    assert report["accuracy"]["mean"] == (margins > 0).mean()
+    assert report["accuracy"]["low"] < report["accuracy"]["mean"] <= report["accuracy"]["high"]
+    assert report["log_loss"] == pytest.approx(np.log1p(np.exp(-margins)).mean(), rel=1e-6)
+    if report["temperature_reason"].startswith("fitted"):
+        assert report["temperature"] == pytest.approx(fit_temperature(margins)[0])
+    calibrated = np.log1p(np.exp(-margins / report["temperature"])).mean()
+    assert report["calibrated_log_loss"] == pytest.approx(calibrated, rel=1e-6)
+    assert sum(b["pairs"] for b in report["reliability"]) == len(reported)
+    assert len(report["reliability"]) <= 10
+
+
+def test_scored_rows_hold_the_reward_models_margins(chain, model):
+    rows, tokenizer, loaded = read(chain / "S" / "scored.jsonl"), load_tokenizer(model), RewardModel.load(chain / "R")
+    raw = text_pairs()
+    assert [{k: row[k] for k in raw[0]} for row in rows] == raw, "the columns of the data stay"
+    chosen, rejected = ([ids_of(tokenizer, row["prompt"], row[side]) for row in raw] for side in ("chosen", "rejected"))
+    scores = loaded.score_ids([*chosen, *rejected])
+    np.testing.assert_allclose([row["chosen_score"] for row in rows], scores[:60], atol=1e-6)
+    np.testing.assert_allclose([row["rejected_score"] for row in rows], scores[60:], atol=1e-6)
+    for row in rows:
+        assert row["reward_margin"] == row["chosen_score"] - row["rejected_score"]
+    assert np.ptp(scores) > 0.1
+    assert not (chain / "S" / "parts").exists()
+
+
+@torch.no_grad()
+def logps(model, tokenizer, prompt, completion):
+    """Summed log-probability of the completion and its end token, from the full logits."""
+    ids = torch.tensor([ids_of(tokenizer, prompt, completion)])
+    start = len(tokenizer(prompt)["input_ids"])
+    logits = model(ids).logits[0, start - 1 : -1].log_softmax(-1)
+    return logits.gather(-1, ids[0, start:, None]).sum().item()
+
+
+def test_the_policys_numbers(chain, model):
+    policy_dir, tokenizer = chain / "P", load_tokenizer(model)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    merged = AutoModelForCausalLM.from_pretrained(policy_dir / "merged", dtype=torch.float32).eval()
+    adapted = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), policy_dir / "adapter"
+    ).eval()
+    ids = torch.tensor([[1, 20, 33, 150, 7]])
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(ids).logits, merged(ids).logits, atol=1e-4, rtol=1e-4)
+        assert (base(ids).logits - merged(ids).logits).abs().max() > 1e-3
+    rows = read(chain / "S" / "scored.jsonl")
+    rows_train, heldout = load_split(chain / "S" / "scored.jsonl", tokenizer, eval_data=None, eval_share=0.25, seed=42)
+    log = read(policy_dir / "log.jsonl")
+    losses = [row for row in log if "loss" in row]
+    assert len(losses) == max(row["step"] for row in log) == 2 * math.ceil(len(rows_train) / BATCH)
+    expected = []
+    for pair in heldout:
+        row = rows[pair["pair_id"]]
+        h = sum(
+            sign
+            * (logps(merged, tokenizer, row["prompt"], row[side]) - logps(base, tokenizer, row["prompt"], row[side]))
+            for sign, side in ((1, "chosen"), (-1, "rejected"))
+        )
+        weight = margin_weight(torch.tensor([row["reward_margin"]]), tau=3, c_max=4).item()
+        expected.append(weight * math.log1p(math.exp(-0.1 * h)))
+    card = (policy_dir / "README.md").read_text()
+    measured = float(next(line for line in card.splitlines() if line.startswith("| loss |")).split("|")[2])
+    # The trainer's mean is over batches, of which the last is smaller.
+    batches = [np.mean(expected[i : i + 8]) for i in range(0, len(expected), 8)]
+    weights = [len(expected[i : i + 8]) for i in range(0, len(expected), 8)]
+    assert measured == pytest.approx(np.average(batches, weights=weights), abs=2e-4)
+
+
+def test_the_card_and_the_resolved_configuration(chain, model, tmp_path):
+    card = (chain / "P" / "README.md").read_text()
+    for words in (scoring.digest(chain / "S" / "scored.jsonl"), str(chain / "R"), "`madpo`", "tau = 3.0", str(model)):
+        assert words in card
+    resolved = tomllib.loads((chain / "P" / "config.toml").read_text())
+    assert resolved["loss"]["tau"] == 3
+    assert resolved["args"]["logging_steps"] == 1
+    settings = TrainSettings.model_validate(resolved)
+    again = train(chain / "S" / "scored.jsonl", tmp_path / "P", settings)
+    name = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "P" / name).read_bytes() == (chain / "P" / name).read_bytes(), "config.toml repeats the training"
+    assert again.steps == max(row["step"] for row in read(chain / "P" / "log.jsonl"))
+
+
+def test_the_evaluation(chain, model):
+    report = json.loads((chain / "E" / "evaluation.json").read_text())
+    samples = read(chain / "E" / "samples.jsonl")
+    assert (report["prompts"], report["samples_per_prompt"], len(samples)) == (4, 2, 8), "a prompt counts once"
+    tokenizer, loaded = load_tokenizer(model), RewardModel.load(chain / "R")
+    for response, reward in (("response", "reward"), ("reference_response", "reference_reward")):
+        found = loaded.score_ids([ids_of(tokenizer, s["prompt"], s[response]) for s in samples])
+        np.testing.assert_allclose([s[reward] for s in samples], found, atol=2e-2)  # other batches, half precision
+    mine, theirs = (np.array([s[name] for s in samples]) for name in ("reward", "reference_reward"))
+    wins = (mine > theirs) + 0.5 * (mine == theirs)
+    assert report["win_rate"]["mean"] == pytest.approx(wins.mean())
+    assert report["reward_difference"]["mean"] == pytest.approx((mine - theirs).mean())
+    assert report["kl"]["mean"] == pytest.approx(np.mean([s["kl"] for s in samples]))
+    assert all(s["kl"] > 0 for s in samples)
+    assert all(s["tokens"] <= 6 for s in samples)
+
+
+def test_a_model_against_itself_is_a_draw(chain, model, tmp_path, capsys):
+    settings = EvaluateSettings(reward_model=str(chain / "R"), reference=str(model), max_new_tokens=5)
+    report = evaluate(str(model), chain / "prompts.jsonl", tmp_path / "E", settings)
+    assert report.win_rate.mean == 0.5
+    assert report.kl.mean == 0
+    assert all(s["response"] == s["reference_response"] for s in read(tmp_path / "E" / "samples.jsonl"))
+    for policy in (chain / "P" / "merged", chain / "P" / "adapter"):
+        found = evaluate(policy, chain / "prompts.jsonl", tmp_path / policy.name, settings)
+        assert found.kl.mean > 0
+    with pytest.raises(ConfigError, match="does not say which model it started from"):
+        evaluate(model, chain / "prompts.jsonl", tmp_path / "F", EvaluateSettings(reward_model=str(chain / "R")))
+    with pytest.raises(DataError, match="only 4 different prompts, but 9"):
+        evaluate(model, chain / "prompts.jsonl", tmp_path / "F", settings.model_copy(update={"prompts": 9}))
+    assert not (tmp_path / "F").exists()
+
+
+def test_scoring_goes_on_where_it_was_killed(chain, tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "PART", 16)
+    settings = ScoreSettings(reward_model=str(chain / "R"))
+    score(chain / "pairs.jsonl", tmp_path / "whole", settings)
+    original, calls = reward_module.PairScorer.score_pairs, []
+
+    def killed_in_the_third_part(self, pairs, name, unit):
+        calls.append(pairs[0].pair_id)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(self, pairs, name, unit)
+
+    monkeypatch.setattr(reward_module.PairScorer, "score_pairs", killed_in_the_third_part)
+    with pytest.raises(KeyboardInterrupt):
+        score(chain / "pairs.jsonl", tmp_path / "S", settings)
+    assert not (tmp_path / "S" / "scored.jsonl").exists()
+    score(chain / "pairs.jsonl", tmp_path / "S", settings)
+    assert calls == [0, 16, 32, 32, 48], "finished parts are not scored again"
+    assert (tmp_path / "S" / "scored.jsonl").read_bytes() == (tmp_path / "whole" / "scored.jsonl").read_bytes()
+    assert score(chain / "pairs.jsonl", tmp_path / "S", settings).pairs == 60
+    assert len(calls) == 5
+
+
+def test_a_finished_folder_with_other_settings_is_refused(chain, tmp_path):
+    data = write(tmp_path / "pairs.jsonl", text_pairs(8))
+    settings = ScoreSettings(reward_model=str(chain / "R"))
+    score(data, tmp_path / "S", settings)
+    with pytest.raises(StorageError, match=r"made with batch_size = 16, not 4.*--overwrite"):
+        score(data, tmp_path / "S", settings.model_copy(update={"batch_size": 4}))
+    write(data, text_pairs(9)[1:])
+    with pytest.raises(StorageError, match="made with data_digest"):
+        score(data, tmp_path / "S", settings)
+    score(data, tmp_path / "S", settings, overwrite=True)
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        score(data, tmp_path / "new", ScoreSettings(reward_model=str(tmp_path / "S")))
+    assert not (tmp_path / "new").exists(), "a mistake leaves nothing"
+
+
+def test_out_of_fold_margins_come_from_models_that_did_not_see_the_prompt(model, tmp_path, monkeypatch):
+    data, seen, fit = write(tmp_path / "pairs.jsonl", text_pairs(40)), [], scoring.fit
+
+    def recorded(settings, train_rows, stopping, out):
+        seen.append({row["prompt"] for row in [*train_rows, *stopping]})
+        return fit(settings, train_rows, stopping, out)
+
+    monkeypatch.setattr(scoring, "fit", recorded)
+    options = ("--folds", 2, "--model_name_or_path", model, "--learning_rate", "1e-2", "--format", "parquet")
+    run("score", data, *options, "--output_dir", tmp_path / "S")
+    table = pd.read_parquet(tmp_path / "S" / "scored.parquet")
+    assert list(table["note"]) == [row["note"] for row in text_pairs(40)]
+    everything = set(table["prompt"])
+    assert len(seen) == 2
+    assert seen[0] | seen[1] == everything
+    assert not seen[0] & seen[1], "with two folds, each model is trained on the other's part"
+    for k in (0, 1):
+        rows = table[~table["prompt"].isin(seen[k])]
+        found = load_scorer(tmp_path / "S" / "folds" / f"fold-{k}").model.score_ids(
+            [ids_of(load_tokenizer(model), p, c) for p, c in zip(rows["prompt"], rows["chosen"], strict=True)]
+        )
+        np.testing.assert_allclose(rows["chosen_score"], found, atol=2e-2)
+    assert load_preferences(tmp_path / "S" / "scored.parquet")[3]["reward_margin"] == table["reward_margin"][3]
+
+
+def test_columns_of_scores_are_brought_to_log_odds(tmp_path):
+    generator = np.random.default_rng(1)
+    a, b = generator.normal(size=(2, 50))
+    rows = [row | {"mine": x, "theirs": y} for row, x, y in zip(text_pairs(50), a, b, strict=True)]
+    data = write(tmp_path / "pairs.jsonl", rows)
+    run("score", data, "--score_columns", "mine", "theirs", "--output_dir", tmp_path / "S")
+    report = json.loads((tmp_path / "S" / "report.json").read_text())
+    found = [row["reward_margin"] for row in read(tmp_path / "S" / "scored.jsonl")]
+    np.testing.assert_allclose(found, (a - b) / report["temperature"])
+    if report["temperature"] != 1:
+        assert report["temperature"] == pytest.approx(fit_temperature(a - b)[0])
+    ordered = [row | {"mine": max(x, y), "theirs": min(x, y)} for row, x, y in zip(text_pairs(50), a, b, strict=True)]
+    report = score(
+        write(tmp_path / "o.jsonl", ordered), tmp_path / "O", ScoreSettings(score_columns=("mine", "theirs"))
+    )
+    assert report.temperature == 1, "pairs ordered by their scores show no calibration"
+    with pytest.raises(DataError, match=r"line 1: has no column 'yours'"):
+        score(data, tmp_path / "X", ScoreSettings(score_columns=("mine", "yours")))
+    for bad in ({}, {"reward_model": "R", "folds": 2}, {"folds": 2}, {"reward_model": "R", "margin_temperature": 2.0}):
+        with pytest.raises(ValueError, match=r"give one of|needs the base model|goes with score_columns"):
+            ScoreSettings(**bad)
+
+
+def conversation(row):
+    return {
+        "prompt": [{"role": "user", "content": row["prompt"]}],
+        "chosen": [{"role": "assistant", "content": row["chosen"]}],
+        "rejected": [{"role": "assistant", "content": row["rejected"]}],
+    }
+
+
+def implicit(row):
+    return {side: row["prompt"] + row[side] for side in ("chosen", "rejected")}
+
+
+FORMATS = {
+    "text": lambda row: {k: row[k] for k in ("prompt", "chosen", "rejected")},
+    "text, the prompt inside": implicit,
+    "messages": conversation,
+    "messages, the prompt inside": lambda row: implicit(conversation(row)),
+}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_reward_models_see_the_ids_of_trls_reward_trainer(model, form, tmp_path):
+    rows, tokenizer = [FORMATS[form](row) for row in text_pairs(12)], load_tokenizer(model)
+    arguments = SimpleNamespace(dataset_num_proc=None, max_length=None)
+    expected = RewardTrainer._prepare_dataset(SimpleNamespace(), Dataset.from_list(rows), tokenizer, arguments, "train")
+    found = sequences(load_preferences(write(tmp_path / "d.jsonl", rows), tokenizer=tokenizer))
+    assert found == {side: list(expected[side]) for side in ("chosen_ids", "rejected_ids")}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_dpo_gives_the_numbers_of_stock_trl(model, form, tmp_path):
+    rows = [FORMATS[form](row) for row in text_pairs(24)]
+    data = write(tmp_path / "pairs.jsonl", rows)
+    run("train", data, "--model_name_or_path", model, "--loss", "dpo", "--output_dir", tmp_path / "P", "--learning_rate",
+        "1e-2", "--args.max_steps", "4", "--args.bf16", "false", "--dtype", "float32", "--args.logging_steps", "1",
+        "--lora.rank", "4", "--batch_size", "4")  # fmt: skip
+    arguments = DPOConfig(
+        output_dir=str(tmp_path / "trl"),
+        **{"learning_rate": 1e-2, "max_steps": 4, "bf16": False, "use_cpu": True, "logging_steps": 1},
+        **{"per_device_train_batch_size": 4, "save_strategy": "no", "report_to": "none", "disable_tqdm": True},
+    )
+    torch.manual_seed(arguments.seed)
+    adapter = LoraConfig(r=4, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    stock = DPOTrainer(
+        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=load_tokenizer(model),
+        peft_config=adapter,
+    )
+    stock.train()
+    names = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "grad_norm")
+    expected, found = (
+        [[row[name] for name in names] for row in log if "loss" in row]
+        for log in (stock.state.log_history, read(tmp_path / "P" / "log.jsonl"))
+    )
+    assert len(found) == 4
+    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
+
+
+def test_any_reward_model_with_one_output(model, tmp_path):
+    torch.manual_seed(0)
+    foreign = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.float32).eval()
+    torch.nn.init.normal_(foreign.score.weight)
+    tokenizer = load_tokenizer(model)
+    foreign.config.pad_token_id = tokenizer.pad_token_id
+    foreign.save_pretrained(tmp_path / "foreign")
+    tokenizer.save_pretrained(tmp_path / "foreign")
+    for form in ("text", "messages"):
+        rows = [FORMATS[form](row) for row in text_pairs(6)]
+        data = write(tmp_path / f"{form}.jsonl", rows)
+        score(data, tmp_path / f"S-{form}", ScoreSettings(reward_model=str(tmp_path / "foreign")))
+        for row in read(tmp_path / f"S-{form}" / "scored.jsonl"):
+            if form == "text":
+                ids = ids_of(tokenizer, row["prompt"], row["chosen"])
+            else:
+                text = tokenizer.apply_chat_template(row["prompt"] + row["chosen"], tokenize=False)
+                ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            with torch.no_grad():
+                assert row["chosen_score"] == pytest.approx(foreign(torch.tensor([ids])).logits.item(), abs=0.05)
+    two = AutoModelForSequenceClassification.from_pretrained(model, num_labels=2)
+    two.save_pretrained(tmp_path / "two")
+    for place, words in ((tmp_path / "two", "with 2 outputs"), (model, "is no reward model")):
+        with pytest.raises(ConfigError, match=words):
+            load_scorer(place)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], "has no column 'reward_margin', which the loss madpo reads; add it: madpo score"),
+        (["--loss", "madop"], "did you mean 'madpo'?"),
+        (["--loss", "madpo", "--loss.taau", "3"], "unknown key 'loss.taau'; did you mean 'tau'?"),
+        (["--loss", "dpo", "--args.lerning_rate", "1"], "did you mean 'learning_rate'?"),
+        (["--loss", "dpo", "--args.learning_rate", "abc"], "args.learning_rate = 'abc'"),
+        (["--loss", "dpo", "--args.beta", "0.5"], "the loss's own beta"),
+        (["--loss", "dpo", "--args.output_dir", "x"], "use --output_dir"),
+        (["--loss", "dpo", "--args.eval_strategy", "steps"], "needs eval_data or eval_share"),
+        (["--loss", "dpo", "--merge", "--full"], "no adapter to merge"),
+        (["--loss", "dpo", "--model_name_or_path", "./absent"], "absent is no folder"),
+        (["--loss", "dpo", "--model_name_or_path", "nobody/nothing"], "the model 'nobody/nothing' cannot be loaded"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_leaves_nothing(model, tmp_path, capsys, options, words):
+    data = write(tmp_path / "pairs.jsonl", text_pairs(8))
+    base = [] if "--model_name_or_path" in options else ["--model_name_or_path", str(model)]
+    assert main(["train", str(data), "--output_dir", str(tmp_path / "P"), *base, *options]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("madpo: ")
+    assert err.count("\n") == 1
+    assert words in err
+    assert [p.name for p in tmp_path.iterdir()] == ["pairs.jsonl"]
+
+
+def test_full_training_writes_a_model(model, tmp_path, capsys):
+    data = write(tmp_path / "pairs.jsonl", text_pairs(8))
+    run("train", data, "--model_name_or_path", model, "--loss", "dpo", "--full", "--output_dir", tmp_path / "P",
+        "--learning_rate", "1e-2", "--args.max_steps", "2", "--args.bf16", "false")  # fmt: skip
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "P" / "model", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    assert not torch.equal(trained.lm_head.weight, base.lm_head.weight)
+    assert sorted(p.name for p in (tmp_path / "P").iterdir()) == ["README.md", "config.toml", "log.jsonl", "model"]
+    assert "Nothing: no pairs were held out" in (tmp_path / "P" / "README.md").read_text()
+    assert main(["train", str(data), "--model_name_or_path", str(model), "--output_dir", str(tmp_path / "P")]) == 2
+    assert "add --overwrite" in capsys.readouterr().err
