@@ -144,45 +144,56 @@ def warm_up() -> None:
     torch.set_num_threads(1)
 
 
-def _killed_and_again(kind: str, root: Path, out: Path, delay: float) -> tuple[int, int]:
-    """Kill after ``delay`` seconds, then run to the end; (exit code of the first run, step it continued from)."""
+def _rows(out: Path) -> int:
+    log = out / "log.jsonl"
+    return log.read_bytes().count(b"\n") if log.exists() else 0
+
+
+def _killed_and_again(kind: str, root: Path, out: Path, rows: int, delay: float) -> tuple[int, int]:
+    """Kill ``delay`` seconds after ``rows`` rows are logged, then run to the end.
+
+    Returns:
+        The exit code of the first run, and the newest checkpoint's step when it was dead (0: none).
+    """
     child = fork(lambda: train(kind, root, out))
+    while _rows(out) < rows and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        time.sleep(0.001)
     time.sleep(delay)
     os.kill(child, signal.SIGKILL)
     first = wait(child)
     steps = [int(p.name.split("-")[1]) for p in (out / "checkpoints").glob("checkpoint-*")]
     second = wait(fork(lambda: train(kind, root, out)))
     if second:
-        raise SystemExit(f"{kind}: the run after a kill at {delay:.2f} s ended with status {second}")
+        raise SystemExit(f"{kind}: the run after a kill {delay:.3f} s after row {rows} ended with status {second}")
     return first, max(steps, default=0)
 
 
 def soak(root: Path, kinds: tuple[str, ...], kills: int, seed: int) -> list[dict]:
     """The counts, one row a kind."""
-    generator, rows = np.random.default_rng(seed), []
+    generator, counts = np.random.default_rng(seed), []
     for kind in kinds:
         whole = root / "whole" / kind
         started = time.monotonic()
         assert wait(fork(lambda kind=kind, whole=whole: train(kind, root, whole))) == 0
-        seconds, expected = time.monotonic() - started, result(whole)
-        row = {"kind": kind, "trials": 0, "killed": 0, "resumed": 0, "equal": 0, "unequal": []}
+        seconds, expected, logged = time.monotonic() - started, result(whole), _rows(whole)
+        count = {"kind": kind, "trials": 0, "killed": 0, "resumed": 0, "equal": 0, "unequal": []}
         for _ in range(kills):
             out = root / "killed" / kind
-            delay = float(generator.uniform(0.1, 1.0)) * seconds
-            first, step = _killed_and_again(kind, root, out, delay)
+            # Anywhere between two logged rows: in a step, in an evaluation, in the writing of a checkpoint.
+            rows, delay = int(generator.integers(0, logged)), float(generator.uniform(0, seconds / logged))
+            first, step = _killed_and_again(kind, root, out, rows, delay)
             found = result(out)
-            row["trials"] += 1
-            row["killed"] += first == -signal.SIGKILL
-            row["resumed"] += step > 0
-            row["equal"] += found == expected
+            count["trials"] += 1
+            count["killed"] += first == -signal.SIGKILL
+            count["resumed"] += first == -signal.SIGKILL and step > 0
+            count["equal"] += found == expected
             if found != expected:
-                row["unequal"].append(
-                    sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k))
-                )
+                names = found.keys() | expected.keys()
+                count["unequal"].append(sorted(name for name in names if found.get(name) != expected.get(name)))
             shutil.rmtree(out)
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-    return rows
+        counts.append(count)
+        print(json.dumps(count), flush=True)
+    return counts
 
 
 def write_page(rows: list[dict], path: Path, seed: int) -> None:

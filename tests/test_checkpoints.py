@@ -439,16 +439,17 @@ import soak
 root = Path({str(root)!r})
 soak.warm_up()
 assert soak.wait(soak.fork(lambda: soak.prepare(root))) == 0
+SHORT = {{'epochs': 2}}
 def dying(kind, out, step):
     soak.die_at_step(step)
-    soak.train(kind, root, out)
+    soak.train(kind, root, out, SHORT)
 for kind in soak.KINDS:
     whole, out = root / "whole" / kind, root / "again" / kind
-    assert soak.wait(soak.fork(lambda: soak.train(kind, root, whole))) == 0
+    assert soak.wait(soak.fork(lambda: soak.train(kind, root, whole, SHORT))) == 0
     assert soak.wait(soak.fork(lambda: dying(kind, out, 6))) == -{int(signal.SIGKILL)}
     os.rename(out / "log.jsonl", out / "first_log.jsonl"); os.link(out / "first_log.jsonl", out / "log.jsonl")
     print(kind, *sorted(str(p.relative_to(out)) for p in (out / "checkpoints").rglob("*") if p.is_file()), flush=True)
-    assert soak.wait(soak.fork(lambda: soak.train(kind, root, out))) == 0
+    assert soak.wait(soak.fork(lambda: soak.train(kind, root, out, SHORT))) == 0
 """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MADPO_CACHE": str(root / "cache")}
     done = subprocess.run(

@@ -3,16 +3,14 @@
 import json
 import math
 import tomllib
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-from trl import DPOConfig, DPOTrainer, RewardTrainer
 
 from madpo import margin_weight
 from madpo.cli import main
@@ -27,47 +25,23 @@ from madpo.practice import (
     evaluate,
     load_scorer,
     score,
+    scoring,
     train,
 )
 from madpo.practice import reward_model as reward_module
-from madpo.practice import scoring
 from madpo.practice.pairs import load_split, sequences
 from madpo.rewards import RewardModel
 from madpo.statistics import fit_temperature
+from madpo.training import PreferenceTrainer
+from practice_cases import FORMATS, ids_of, read, run, text_pairs, write
 
-GOOD = [" is a joy.", " is wonderful.", " is funny and warm.", " has a great cast."]
-BAD = [" is boring.", " is awful.", " is a waste of time.", " is simply dull."]
 BATCH = 8
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def read(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def text_pairs(count=60):
-    generator = np.random.default_rng(0)
-    rows = []
-    for i in range(count):
-        sides = [GOOD[generator.integers(4)], BAD[generator.integers(4)]]
-        chosen, rejected = sides[:: -1 if generator.random() < 0.15 else 1]
-        rows.append({"prompt": f"The film {i % 25}", "chosen": chosen, "rejected": rejected, "note": f"row {i}"})
-    return rows
-
-
-def run(*words):
-    assert main([str(word) for word in words]) == 0
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MADPO_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("HF_HUB_OFFLINE", "1")
         yield
 
 
@@ -83,21 +57,17 @@ def chain(model, tmp_path_factory):
     data = write(root / "pairs.jsonl", text_pairs())
     prompts = write(root / "prompts.jsonl", [{"prompt": f"The film {i} is"} for i in (0, 1, 2, 1, 3)])
     base = ("--model_name_or_path", model)
-    run("reward", data, *base, "--output_dir", root / "R", "--learning_rate", "1e-2", "--epochs", "2", "--batch_size", "8",
-        "--eval_share", "0.4", "--lora_rank", "4")  # fmt: skip
+    run("reward", data, *base, "--output_dir", root / "R", "--learning_rate", "1e-2", "--epochs", "2",
+        "--batch_size", "8", "--eval_share", "0.4", "--lora_rank", "4")  # fmt: skip
     run("score", data, "--reward_model", root / "R", "--output_dir", root / "S")
     run("inspect", root / "S" / "scored.jsonl")
     run("train", root / "S" / "scored.jsonl", *base, "--loss", "madpo", "--loss.tau", "3", "--loss.c_max", "4",
         "--output_dir", root / "P", "--merge", "--eval_share", "0.25", "--learning_rate", "1e-2", "--epochs", "2",
-        "--batch_size", BATCH, "--args.bf16", "false", "--dtype", "float32", "--args.logging_steps", "1",
-        "--lora.rank", "4")  # fmt: skip
+        "--batch_size", BATCH, "--args.bf16", "false", "--dtype", "float32",
+        "--args.logging_steps", "1", "--lora.rank", "4")  # fmt: skip
     run("evaluate", root / "P", "--reference", model, "--prompts", prompts, "--reward", root / "R", "--output_dir",
         root / "E", "--max_new_tokens", "6", "--samples_per_prompt", "2")  # fmt: skip
     return root
-
-
-def ids_of(tokenizer, prompt, completion):
-    return [*tokenizer(prompt + completion)["input_ids"], tokenizer.eos_token_id]
 
 
 def test_the_reward_models_report(chain, model):
@@ -262,7 +232,7 @@ def test_a_finished_folder_with_other_settings_is_refused(chain, tmp_path):
     with pytest.raises(StorageError, match="made with data_digest"):
         score(data, tmp_path / "S", settings)
     score(data, tmp_path / "S", settings, overwrite=True)
-    with pytest.raises(ConfigError, match="cannot be loaded"):
+    with pytest.raises(ConfigError, match=r"has no config\.json"):
         score(data, tmp_path / "new", ScoreSettings(reward_model=str(tmp_path / "S")))
     assert not (tmp_path / "new").exists(), "a mistake leaves nothing"
 
@@ -315,67 +285,8 @@ def test_columns_of_scores_are_brought_to_log_odds(tmp_path):
             ScoreSettings(**bad)
 
 
-def conversation(row):
-    return {
-        "prompt": [{"role": "user", "content": row["prompt"]}],
-        "chosen": [{"role": "assistant", "content": row["chosen"]}],
-        "rejected": [{"role": "assistant", "content": row["rejected"]}],
-    }
-
-
-def implicit(row):
-    return {side: row["prompt"] + row[side] for side in ("chosen", "rejected")}
-
-
-FORMATS = {
-    "text": lambda row: {k: row[k] for k in ("prompt", "chosen", "rejected")},
-    "text, the prompt inside": implicit,
-    "messages": conversation,
-    "messages, the prompt inside": lambda row: implicit(conversation(row)),
-}
-
-
-@pytest.mark.parametrize("form", FORMATS)
-def test_reward_models_see_the_ids_of_trls_reward_trainer(model, form, tmp_path):
-    rows, tokenizer = [FORMATS[form](row) for row in text_pairs(12)], load_tokenizer(model)
-    arguments = SimpleNamespace(dataset_num_proc=None, max_length=None)
-    expected = RewardTrainer._prepare_dataset(SimpleNamespace(), Dataset.from_list(rows), tokenizer, arguments, "train")
-    found = sequences(load_preferences(write(tmp_path / "d.jsonl", rows), tokenizer=tokenizer))
-    assert found == {side: list(expected[side]) for side in ("chosen_ids", "rejected_ids")}
-
-
-@pytest.mark.parametrize("form", FORMATS)
-def test_dpo_gives_the_numbers_of_stock_trl(model, form, tmp_path):
-    rows = [FORMATS[form](row) for row in text_pairs(24)]
-    data = write(tmp_path / "pairs.jsonl", rows)
-    run("train", data, "--model_name_or_path", model, "--loss", "dpo", "--output_dir", tmp_path / "P", "--learning_rate",
-        "1e-2", "--args.max_steps", "4", "--args.bf16", "false", "--dtype", "float32", "--args.logging_steps", "1",
-        "--lora.rank", "4", "--batch_size", "4")  # fmt: skip
-    arguments = DPOConfig(
-        output_dir=str(tmp_path / "trl"),
-        **{"learning_rate": 1e-2, "max_steps": 4, "bf16": False, "use_cpu": True, "logging_steps": 1},
-        **{"per_device_train_batch_size": 4, "save_strategy": "no", "report_to": "none", "disable_tqdm": True},
-    )
-    torch.manual_seed(arguments.seed)
-    adapter = LoraConfig(r=4, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
-    stock = DPOTrainer(
-        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
-        args=arguments,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=load_tokenizer(model),
-        peft_config=adapter,
-    )
-    stock.train()
-    names = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "grad_norm")
-    expected, found = (
-        [[row[name] for name in names] for row in log if "loss" in row]
-        for log in (stock.state.log_history, read(tmp_path / "P" / "log.jsonl"))
-    )
-    assert len(found) == 4
-    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
-
-
-def test_any_reward_model_with_one_output(model, tmp_path):
+def test_any_reward_model_with_one_output(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(reward_module, "compute_dtype", lambda: torch.float32)
     torch.manual_seed(0)
     foreign = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.float32).eval()
     torch.nn.init.normal_(foreign.score.weight)
@@ -394,7 +305,7 @@ def test_any_reward_model_with_one_output(model, tmp_path):
                 text = tokenizer.apply_chat_template(row["prompt"] + row["chosen"], tokenize=False)
                 ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             with torch.no_grad():
-                assert row["chosen_score"] == pytest.approx(foreign(torch.tensor([ids])).logits.item(), abs=0.05)
+                assert row["chosen_score"] == pytest.approx(foreign(torch.tensor([ids])).logits.item(), abs=1e-5)
     two = AutoModelForSequenceClassification.from_pretrained(model, num_labels=2)
     two.save_pretrained(tmp_path / "two")
     for place, words in ((tmp_path / "two", "with 2 outputs"), (model, "is no reward model")):
@@ -415,11 +326,16 @@ def test_any_reward_model_with_one_output(model, tmp_path):
         (["--loss", "dpo", "--args.eval_strategy", "steps"], "needs eval_data or eval_share"),
         (["--loss", "dpo", "--merge", "--full"], "no adapter to merge"),
         (["--loss", "dpo", "--model_name_or_path", "./absent"], "absent is no folder"),
-        (["--loss", "dpo", "--model_name_or_path", "nobody/nothing"], "the model 'nobody/nothing' cannot be loaded"),
+        (["--loss", "dpo", "--model_name_or_path", "broken"], "cannot be loaded"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_leaves_nothing(model, tmp_path, capsys, options, words):
+def test_a_mistake_is_one_sentence_and_leaves_nothing(
+    model, tmp_path, tmp_path_factory, monkeypatch, capsys, options, words
+):
     data = write(tmp_path / "pairs.jsonl", text_pairs(8))
+    monkeypatch.chdir(tmp_path_factory.mktemp("here"))
+    Path("broken").mkdir()
+    Path("broken/config.json").write_text("{}")
     base = [] if "--model_name_or_path" in options else ["--model_name_or_path", str(model)]
     assert main(["train", str(data), "--output_dir", str(tmp_path / "P"), *base, *options]) == 2
     err = capsys.readouterr().err
@@ -440,3 +356,50 @@ def test_full_training_writes_a_model(model, tmp_path, capsys):
     assert "Nothing: no pairs were held out" in (tmp_path / "P" / "README.md").read_text()
     assert main(["train", str(data), "--model_name_or_path", str(model), "--output_dir", str(tmp_path / "P")]) == 2
     assert "add --overwrite" in capsys.readouterr().err
+
+
+def test_an_interrupted_training_ends_in_the_same_bytes(chain, model, tmp_path, monkeypatch):
+    settings = TrainSettings(model=str(model), args={"learning_rate": 1e-2, "max_steps": 6, "save_steps": 2})
+    data = chain / "S" / "scored.jsonl"
+    train(data, tmp_path / "whole", settings)
+    step, taken = PreferenceTrainer.training_step, []
+
+    def killed_in_the_fourth_step(self, *args, **kwargs):
+        taken.append(self.state.global_step)
+        if len(taken) == 4:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(PreferenceTrainer, "training_step", killed_in_the_fourth_step)
+    with pytest.raises(KeyboardInterrupt):
+        train(data, tmp_path / "P", settings)
+    assert not (tmp_path / "P").exists()
+    report = train(data, tmp_path / "P", settings)
+    assert taken == [0, 1, 2, 3, 2, 3, 4, 5]
+    assert report.steps == 6
+    for name in ("adapter/adapter_model.safetensors", "log.jsonl"):
+        assert (tmp_path / "P" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert {p.name for p in tmp_path.iterdir()} == {"whole", "P"}
+
+
+def test_conversations_go_through_the_whole_chain(model, tmp_path):
+    rows = [FORMATS["messages"](row) for row in text_pairs(24)]
+    data, base = write(tmp_path / "pairs.jsonl", rows), ("--model_name_or_path", model)
+    run("reward", data, *base, "--output_dir", tmp_path / "R", "--eval_share", "0.3")
+    run("score", data, "--reward_model", tmp_path / "R", "--output_dir", tmp_path / "S")
+    run("train", tmp_path / "S" / "scored.jsonl", *base, "--output_dir", tmp_path / "P", "--args.max_steps", "2")
+    run("evaluate", tmp_path / "P", "--prompts", data, "--reward", tmp_path / "R", "--output_dir", tmp_path / "E",
+        "--max_new_tokens", "4", "--max_prompts", "3")  # fmt: skip
+    samples, tokenizer = read(tmp_path / "E" / "samples.jsonl"), load_tokenizer(model)
+    assert [s["prompt"] for s in samples] == [row["prompt"] for row in rows[:3]]
+    ids = [
+        tokenizer(
+            tokenizer.apply_chat_template(
+                [*s["prompt"], {"role": "assistant", "content": s["response"]}], tokenize=False
+            ),
+            add_special_tokens=False,
+        )["input_ids"]
+        for s in samples
+    ]
+    found = RewardModel.load(tmp_path / "R").score_ids(ids)
+    np.testing.assert_allclose([s["reward"] for s in samples], found, atol=2e-2)

@@ -212,7 +212,7 @@ def _settings(arguments: argparse.Namespace, model: type[T]) -> T:
         for name, value in vars(arguments).items()
         if name.startswith(_KEY) and value is not None
     }
-    overrides = [f"{key}={json.dumps(value)}" for key, value in options.items()]
+    overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in options.items()]
     nothing = Path(os.devnull)
     try:
         return load_config(arguments.config or nothing, model, [*overrides, *arguments.overrides])

@@ -1,0 +1,57 @@
+"""Small preference data in every form, and the command line, for the tests of ``madpo.practice``."""
+
+import json
+
+import numpy as np
+
+from madpo.cli import main
+
+GOOD = [" is a joy.", " is wonderful.", " is funny and warm.", " has a great cast."]
+BAD = [" is boring.", " is awful.", " is a waste of time.", " is simply dull."]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def text_pairs(count=60):
+    generator = np.random.default_rng(0)
+    rows = []
+    for i in range(count):
+        sides = [GOOD[generator.integers(4)], BAD[generator.integers(4)]]
+        chosen, rejected = sides[:: -1 if generator.random() < 0.15 else 1]
+        rows.append({"prompt": f"The film {i % 25}", "chosen": chosen, "rejected": rejected, "note": f"row {i}"})
+    return rows
+
+
+def run(*words):
+    assert main([str(word) for word in words]) == 0
+
+
+def ids_of(tokenizer, prompt, completion):
+    return [*tokenizer(prompt + completion)["input_ids"], tokenizer.eos_token_id]
+
+
+def conversation(row):
+    return {
+        "prompt": [{"role": "user", "content": row["prompt"]}],
+        "chosen": [{"role": "assistant", "content": row["chosen"]}],
+        "rejected": [{"role": "assistant", "content": row["rejected"]}],
+    }
+
+
+def implicit(row):
+    return {side: row["prompt"] + row[side] for side in ("chosen", "rejected")}
+
+
+FORMATS = {
+    "text": lambda row: {k: row[k] for k in ("prompt", "chosen", "rejected")},
+    "text, the prompt inside": implicit,
+    "messages": conversation,
+    "messages, the prompt inside": lambda row: implicit(conversation(row)),
+}

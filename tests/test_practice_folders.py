@@ -1,0 +1,149 @@
+"""What the practitioner's functions share: folders that are whole or absent, TOML, splits that no prompt crosses."""
+
+import tomllib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from madpo.errors import ConfigError, DataError, StorageError
+from madpo.practice.folders import building, digest, toml
+from madpo.practice.pairs import folds_by_prompt, prompt_key, split_by_prompt
+
+
+def test_a_folder_appears_when_all_is_done(tmp_path):
+    out = tmp_path / "deep" / "result"
+    with building(out, {"a": 1}) as partial:
+        (partial / "file").write_text("x")
+        assert not out.exists()
+    assert [p.name for p in out.iterdir()] == ["file"]
+    assert [p.name for p in out.parent.iterdir()] == ["result"]
+
+
+def test_a_mistake_leaves_nothing(tmp_path):
+    out = tmp_path / "result"
+
+    def work():
+        with building(out, {}) as partial:
+            (partial / "file").write_text("x")
+            raise DataError("row 3 is wrong; correct it")
+
+    with pytest.raises(DataError):
+        work()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interruption_is_continued_with_the_same_settings_alone(tmp_path):
+    out = tmp_path / "result"
+
+    found = []
+
+    def work(state, name):
+        with building(out, state) as partial:
+            found[:] = sorted(p.name for p in partial.iterdir() if not p.name.startswith("."))
+            (partial / name).write_text("x")
+            raise KeyboardInterrupt
+
+    def interrupted(state, name):
+        with pytest.raises(KeyboardInterrupt):
+            work(state, name)
+        return list(found)
+
+    assert interrupted({"seed": 1}, "one") == []
+    assert interrupted({"seed": 1}, "two") == ["one"]
+    assert interrupted({"seed": 2}, "three") == []
+    with building(out, {"seed": 2}):
+        pass
+    assert [p.name for p in out.iterdir()] == ["three"]
+
+
+def test_what_is_there_is_refused_and_what_is_not_ours_is_never_overwritten(tmp_path):
+    out = tmp_path / "result"
+    out.mkdir()
+    with building(out, {}) as partial:  # an empty folder is free
+        (partial / "config.toml").write_text("")
+    with pytest.raises(StorageError, match=r"is there and not empty.*--overwrite"), building(out, {}):
+        pass
+    with building(out, {}, overwrite=True) as partial:
+        (partial / "thesis.tex").write_text("years of work")
+    assert [p.name for p in out.iterdir()] == ["thesis.tex"]
+    with pytest.raises(StorageError, match="no result of madpo"), building(out, {}, overwrite=True):
+        pass
+    assert (out / "thesis.tex").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="is a file"), building(tmp_path / "file", {}):
+        pass
+
+
+def test_two_runs_cannot_write_one_folder(tmp_path):
+    out = tmp_path / "result"
+    with building(out, {}), pytest.raises(StorageError, match="in use by another run"), building(out, {}):
+        pass
+
+
+def test_digests(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x").write_text("1")
+    first = digest(tmp_path / "a")
+    assert digest(tmp_path / "a" / "x") == "6b86b273ff34fce19d6b804eff5a3f5747ada4eaa22f1d49c01e52ddb7875b4b"
+    (tmp_path / "a" / "x").write_text("2")
+    assert digest(tmp_path / "a") != first
+    assert digest("owner/name") is None
+
+
+_PLAIN = st.one_of(st.booleans(), st.integers(-(2**62), 2**62), st.floats(allow_nan=False), st.text(), st.just(-0.5))
+_VALUES = st.recursive(
+    st.one_of(_PLAIN, st.lists(_PLAIN, max_size=3)), lambda inner: st.dictionaries(st.text(), inner, max_size=3)
+)
+
+
+@given(st.dictionaries(st.text(), _VALUES, max_size=4))
+@settings(max_examples=150, deadline=None)
+def test_toml_is_read_back(data):
+    assert tomllib.loads(toml(data)) == data
+
+
+def test_toml_leaves_out_none_and_refuses_what_it_cannot_hold():
+    assert tomllib.loads(toml({"a": None, "b": {"c": None, "d": 1}})) == {"b": {"d": 1}}
+    with pytest.raises(ConfigError, match="cannot be written as TOML"):
+        toml({"a": object()})
+
+
+ROWS = st.lists(st.integers(0, 9), min_size=2, max_size=60).filter(lambda ids: len(set(ids)) > 1)
+
+
+@given(ROWS, st.floats(0.05, 0.9), st.integers(0, 5))
+@settings(max_examples=100, deadline=None)
+def test_no_prompt_crosses_the_split(ids, share, seed):
+    rows = [{"prompt": f"p{i}", "row": n} for n, i in enumerate(ids)]
+    train, heldout = split_by_prompt(rows, share, seed, "data")
+    assert sorted(r["row"] for r in train + heldout) == list(range(len(rows)))
+    assert train
+    assert heldout
+    assert not {r["prompt"] for r in train} & {r["prompt"] for r in heldout}
+    assert split_by_prompt(rows, share, seed, "data") == (train, heldout)
+    # It stops with the prompt that reaches the share, unless that would leave nothing to train on.
+    largest = max(ids.count(i) for i in ids)
+    assert len(heldout) < share * len(rows) + largest
+
+
+def test_the_split_is_seeded_and_needs_two_prompts():
+    rows = [{"prompt": [{"role": "user", "content": str(i)}]} for i in range(50)]
+    assert split_by_prompt(rows, 0.2, 0, "d")[1] != split_by_prompt(rows, 0.2, 1, "d")[1]
+    assert len(split_by_prompt(rows, 0.2, 0, "d")[1]) == 10
+    with pytest.raises(DataError, match="all pairs have one prompt"):
+        split_by_prompt([{"prompt": "a"}] * 4, 0.5, 0, "d")
+
+
+def test_folds():
+    keys = [f"p{i % 7}" for i in range(40)]
+    folds = folds_by_prompt(keys, 3, 0, "d")
+    assert set(folds) == {0, 1, 2}
+    assert len({(key, fold) for key, fold in zip(keys, folds, strict=True)}) == 7
+    with pytest.raises(ConfigError, match="only 7 different prompts"):
+        folds_by_prompt(keys, 8, 0, "d")
+
+
+def test_prompts_are_the_same_by_what_they_say():
+    one, other = [{"role": "user", "content": "a"}], [{"content": "a", "role": "user"}]
+    assert prompt_key(one) == prompt_key(other) != prompt_key("a")
