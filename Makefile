@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install test check quickstart bench clean
+.PHONY: help install test check quickstart bench soak clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -32,6 +32,9 @@ quickstart: $(STAMP) ## train the quickstart's models and write its report
 
 bench: $(STAMP) ## side-by-side measurements against TRL
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+
+soak: $(STAMP) ## kill trainings at random points, resume, and write the counts to docs/reliability.md
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --page docs/reliability.md
 
 clean: ## remove the environment and caches; results in runs/ stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist src/*.egg-info

@@ -339,7 +339,9 @@ def test_a_second_run_is_refused_with_pid_and_host(tmp_path: Path) -> None:
 
 
 KILLED = """
-    import sys, time
+    import signal, sys, time
+    # A background job of a shell inherits an ignored SIGINT, and python then installs no handler of its own.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     from pathlib import Path
     from madpo.config import Frozen
     from madpo.executors import Inline, Processes
