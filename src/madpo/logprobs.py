@@ -300,7 +300,7 @@ def install_completion_head(model: nn.Module) -> None:
     if getattr(model, "_madpo_completion_head", False):
         return
     plain: Callable[..., Any] = model.forward
-    takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
+    takes_positions = _takes_positions(model)
 
     @functools.wraps(type(model).forward)  # `generate` checks its arguments against the signature
     def forward(self: nn.Module, *args: Any, completion_mask: Tensor | None = None, **kwargs: Any) -> Any:
@@ -310,6 +310,10 @@ def install_completion_head(model: nn.Module) -> None:
 
     model.forward = types.MethodType(forward, model)
     model._madpo_completion_head = True  # type: ignore[assignment]
+
+
+def _takes_positions(model: nn.Module) -> bool:
+    return "position_ids" in inspect.signature(type(model).forward).parameters
 
 
 def completion_logps(
@@ -426,9 +430,9 @@ def completion_kl(
     heads, states = [], []
     for model in (policy, reference):
         inner = unwrapped(model)
-        takes = "position_ids" in inspect.signature(type(inner).forward).parameters
         heads.append(Head.of(inner))
-        states.append(hidden_states(inner, input_ids, attention_mask, takes_positions=takes)[:, :-1][mask])
+        hidden = hidden_states(inner, input_ids, attention_mask, takes_positions=_takes_positions(inner))
+        states.append(hidden[:, :-1][mask])
     logps, kls = [], []
     for start in range(0, len(labels), block):
         rows = slice(start, start + block)

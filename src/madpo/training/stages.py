@@ -33,7 +33,7 @@ from madpo.statistics import fit_temperature, proportion
 from madpo.storage import write_atomically
 from madpo.training.checkpoints import newest, remove
 from madpo.training.config import PreferenceConfig
-from madpo.training.preference import ID_COLUMNS, REFERENCE_COLUMNS, PreferenceTrainer
+from madpo.training.preference import ID_COLUMNS, REFERENCE_COLUMNS, PreferenceCollator, PreferenceTrainer
 from madpo.training.resume import ExactResume
 
 MARGINS = "margins.parquet"
@@ -392,8 +392,6 @@ class ReferenceStage(Frozen):
 @torch.no_grad()
 def reference_logps(config: ReferenceStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Write ``reference.parquet``: pair_id, ref_chosen_logps, ref_rejected_logps (nats, summed)."""
-    from madpo.training.preference import PreferenceCollator
-
     pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet")
     pairs = pairs[pairs["split"] == "train"]
     model = load_model(inputs["reference"] / "model").eval()
