@@ -26,6 +26,7 @@ from madpo.logprobs import CompletionScores, completion_logps, install_completio
 from madpo.losses import DPO, LossConfig, LossInputs, LossOutput, LossState
 from madpo.training.config import PreferenceConfig, refuse_replaced_options
 from madpo.training.reference import cached_reference_logps
+from madpo.training.repeats import REPEATED, each_marked, marked, observed, refuse_uneven
 from madpo.training.resume import ExactResume
 
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -104,6 +105,8 @@ class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
         args.precompute_ref_log_probs = True
         super().__init__(model, ref_model, args, **kwargs)
         self.ref_model = None
+        even = getattr(args.accelerator_config, "even_batches", True)
+        refuse_uneven(self.accelerator, even_batches=even, drop_last=args.dataloader_drop_last)
         if not args.disable_dropout:
             _disable_own_dropout(self.model)
         install_completion_head(unwrapped(self.model))
@@ -181,7 +184,7 @@ class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
             details=self._wants_token_metrics(mode),
         )
         pairs = self._loss_inputs(scores, inputs)
-        state, kept_in_step = self._ready_state(pairs, mode)
+        state, kept_in_step = self._ready_state(pairs, inputs, mode)
         output = self.loss(pairs, state)
         if mode == "train" and output.state is not None:
             self.loss_state = output.state
@@ -192,6 +195,8 @@ class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
         per_pair = torch.where(kept, output.per_pair, torch.zeros_like(output.per_pair))
         if pairs.weight is not None:
             per_pair = per_pair * pairs.weight
+        if mode == "eval":
+            self._metrics[mode]["loss"].append(torch.stack([per_pair.detach().sum(), kept.sum()]).float())
         if num_items_in_batch is None:
             loss = per_pair.sum() / kept.sum().clamp(min=1)
         else:  # gradients are averaged over processes, the sum of losses is not
@@ -207,6 +212,7 @@ class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
         """Loss alone: the head never builds the logits that ``compute_metrics`` would take."""
         if not prediction_loss_only:
             raise ConfigError("compute_metrics takes logits, which this trainer never builds; use the logged metrics")
+        inputs = marked(inputs, self.accelerator, drop_last=self.args.dataloader_drop_last)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
@@ -224,6 +230,8 @@ class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
             if "weight/square" in means:
                 square = means.pop("weight/square")
                 means["weight/effective_share"] = means["weight/mean"] ** 2 / square if square > 0 else 0.0
+            if "loss" in means:  # transformers' mean counts rows: pairs that do not count, and repeated ones, too
+                logs[next((name for name in logs if name.endswith("_loss")), "eval_loss")] = means.pop("loss")
             logs.update({f"eval_{name}" if mode == "eval" else name: value for name, value in means.items()})
         if mode == "train":
             logs["num_tokens"] = float(self._total_train_tokens)
@@ -241,6 +249,7 @@ class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor | None]:
         """The micro-batches of a step; a loss with running statistics sees all of them before the first is used."""
+        epoch_iterator = each_marked(epoch_iterator, self.accelerator, drop_last=self.args.dataloader_drop_last)
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._observed = None
         if self.loss.stateful and len(batches) > 1:
@@ -250,15 +259,18 @@ class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
     @torch.no_grad()
     def _observe(self, batches: list[dict[str, Tensor]]) -> LossState:
         """One more forward pass over the step, without gradients: what makes a step independent of its split."""
-        statistics = []
+        statistics, counted = [], []
         for batch in map(self._prepare_inputs, batches):
             with self.compute_loss_context_manager():
                 rows = (batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
                 scores = completion_logps(self.model_wrapped, *rows)
             statistics.append(self.accelerator.gather(self.loss.statistic(self._loss_inputs(scores, batch))))
-        return self.loss.observe(torch.cat(statistics), self.loss_state)
+            counted.append(self.accelerator.gather(_scored(batch)))
+        return observed(self.loss, torch.cat(statistics), torch.cat(counted), self.loss_state)
 
-    def _ready_state(self, pairs: LossInputs, mode: str) -> tuple[LossState | None, Tensor | None]:
+    def _ready_state(
+        self, pairs: LossInputs, inputs: dict[str, Tensor], mode: str
+    ) -> tuple[LossState | None, Tensor | None]:
         """The state for this micro-batch's rows, and how many pairs of the whole step the loss keeps."""
         if not self.loss.stateful:
             return None, None
@@ -267,7 +279,8 @@ class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
             ready, start = self._observed.state, self._observed.advance(count * self.accelerator.num_processes)
         else:
             gathered = self.accelerator.gather(self.loss.statistic(pairs))
-            ready, start = self.loss.observe(gathered, self.loss_state, training=mode == "train"), 0
+            counted = self.accelerator.gather(_scored(inputs))
+            ready, start = observed(self.loss, gathered, counted, self.loss_state, training=mode == "train"), 0
         kept = ready.batch.get("kept")
         total = None if kept is None else kept.sum().to(pairs.policy_chosen_logps.device)
         return ready.rows(start + rank * count, start + (rank + 1) * count), total
@@ -307,6 +320,7 @@ class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
         self, mode: str, inputs: dict[str, Tensor], scores: CompletionScores, pairs: LossInputs, output: LossOutput
     ) -> None:
         """Keep sums and counts on the device; ``log`` reduces them, so that a step waits for nothing."""
+        real = ~inputs[REPEATED] if REPEATED in inputs else torch.ones_like(pairs.chosen_lengths, dtype=torch.bool)
         beta = getattr(self.loss, "beta", 1.0)
         chosen, rejected = beta * pairs.chosen_log_ratio, beta * pairs.rejected_log_ratio
         values = {
@@ -320,12 +334,16 @@ class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
         }
         for name, value in values.items():
             flat = value.detach().float().reshape(-1)
-            self._metrics[mode][name].append(torch.stack([flat.sum(), flat.new_tensor(flat.numel())]))
+            count = real.sum() if value.ndim else flat.new_ones(())
+            flat = torch.where(real, flat, torch.zeros_like(flat)) if value.ndim else flat
+            self._metrics[mode][name].append(torch.stack([flat.sum(), count.to(flat.dtype)]))
+        both = torch.cat([real, real])
         if mode == "train":
-            self._total_train_tokens += int(self.accelerator.reduce(inputs["attention_mask"].sum(), reduction="sum"))
+            tokens = (inputs["attention_mask"] * both[:, None]).sum()
+            self._total_train_tokens += int(self.accelerator.reduce(tokens, reduction="sum"))
         if scores.entropy is None or scores.mean_logit is None or scores.top1 is None:
             return
-        lengths = scores.lengths.to(scores.entropy.dtype)
+        lengths = (scores.lengths * both).to(scores.entropy.dtype)
         half = len(lengths) // 2
         for name, value, rows in (
             ("entropy", scores.entropy, slice(None)),
@@ -365,10 +383,11 @@ class _ObservedStep:
 
 
 def _scored(batch: dict[str, Tensor]) -> Tensor:
-    """Pairs of which both completions have a token to score; truncation can leave one without."""
+    """Pairs that count: both completions have a token to score (truncation can leave one without), no repeats."""
     lengths = (batch["completion_mask"][:, 1:] * batch["attention_mask"][:, 1:]).sum(-1)
     chosen, rejected = lengths.chunk(2)
-    return (chosen > 0) & (rejected > 0)
+    both = (chosen > 0) & (rejected > 0)
+    return both & ~batch[REPEATED] if REPEATED in batch else both
 
 
 def _disable_own_dropout(model: nn.Module) -> None:
