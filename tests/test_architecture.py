@@ -141,7 +141,7 @@ def test_public_signatures_are_pinned() -> None:
         "load_config": ["source", "model", "overrides"],
         "run": ["steps", "root", "executor", "only", "dry_run", "about"],
         "build_report": ["root", "records", "title", "experiment"],
-        "Step": ["name", "fn", "config", "inputs", "version", "says"],
+        "Step": ["name", "fn", "config", "inputs", "version", "says", "groups"],
     }
     assert Estimate._fields == ("mean", "low", "high", "n")
     weight = list(inspect.signature(madpo.margin_weight).parameters)

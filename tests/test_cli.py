@@ -124,7 +124,7 @@ def test_run_passes_everything_on(toml: Path, tmp_path: Path, experiment: Any, c
     assert main([*argv, "--only", "a*"]) == 0
     (args, kwargs), *_ = calls
     assert args == (str(toml), root)
-    assert kwargs == {"overrides": ["a=1", "b.c=2", "d=3"], "only": "a*", "dry_run": False, "jobs": 2}
+    assert kwargs == {"overrides": ["a=1", "b.c=2", "d=3"], "only": ["a*"], "dry_run": False, "jobs": 2}
     assert f"Results: {root}" in capsys.readouterr().out
 
 

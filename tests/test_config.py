@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import Field, PositiveFloat, ValidationError, field_validator
 
-from madpo.config import Frozen, load_config
+from madpo.config import Frozen, added, identity_settings, load_config
 from madpo.errors import ConfigError
 
 
@@ -146,3 +146,29 @@ def test_any_text_as_an_override_is_a_value_or_a_clear_error(tmp_path: Path, tex
     # Nothing but the named key may change, whatever line breaks and quotes the text holds.
     assert config.model_copy(update={"policy": Policy(learning_rate=3e-4)}) == load_config(path, Experiment)
     assert config.policy.learning_rate == 3e-4
+
+
+class Inner(Frozen):
+    beta: float = 0.1
+    later: int | None = added(None, ge=1)
+
+
+class Outer(Frozen):
+    inner: Inner = Inner()
+    rows: tuple[Inner, ...] = ()
+    by_name: dict[str, Inner] = Field(default_factory=dict)
+    where: str = Field("here", exclude=True)
+    fold: int = added(0)
+
+
+def test_an_added_field_enters_an_identity_only_where_it_differs_from_its_default() -> None:
+    config = Outer(rows=(Inner(), Inner(later=3)), by_name={"a": Inner()})
+    assert identity_settings(config) == {
+        "inner": {"beta": 0.1},
+        "rows": [{"beta": 0.1}, {"beta": 0.1, "later": 3}],
+        "by_name": {"a": {"beta": 0.1}},
+    }
+    assert identity_settings(Outer(fold=1))["fold"] == 1
+    assert config.model_dump(mode="json")["fold"] == 0, "a resolved configuration shows everything"
+    with pytest.raises(ValidationError, match="greater than or equal to 1"):
+        Inner(later=0)

@@ -38,11 +38,11 @@ def test_the_quickstarts_graph():
         "oracle",
         "sft",
         "responses",
-        "pairs/low",
-        "reward_model/low",
-        "margins/low",
-        "reference/low",
-        "evaluation/sft",
+        "pairs/low/seed0",
+        "reward_model/low/seed0",
+        "margins/low/seed0",
+        "reference/low/seed0",
+        "evaluation/sft/seed0",
         "policy/low/dpo/seed0",
         "evaluation/low/dpo/seed0",
         "policy/low/madpo/seed0",
@@ -59,7 +59,44 @@ def test_what_does_not_bear_on_a_result_stays_outside_identities():
     other = {step.name: step.identity for step in load("smoke", "policy.optimisation.learning_rate=0.5").steps()}
     changed = {name for name in plain if plain[name] != other[name]}
     assert {name.split("/")[0] for name in changed} == {"policy", "evaluation"}
-    assert "evaluation/sft" not in changed
+    assert "evaluation/sft/seed0" not in changed
+
+
+# The laptop study runs for hours. These may change only with a sentence in the log saying why; a field that joins a
+# configuration must be made by `madpo.config.added`.
+LAPTOP = {
+    "oracle": "23bca69915dae188",
+    "sft": "6b327e6cd209ac41",
+    "responses": "218e88cbc368915e",
+    "evaluation/sft/seed1": "946280efe4cdb83a",
+    "pairs/low/seed1": "8f74b9b07e2ca6eb",
+    "reward_model/low/seed1": "615708b5f70c9313",
+    "margins/low/seed1": "6208571adf1d8fc5",
+    "reference/low/seed1": "771ffc6c2991ad99",
+    "policy/low/dpo/seed1": "4d48a7e80520b032",
+    "evaluation/low/dpo/seed1": "88f7aa81178bd017",
+    "policy/low/ipo/seed1": "da1e122d52112b61",
+    "evaluation/low/ipo/seed1": "e2ed88fb3f133b74",
+    "policy/low/beta-dpo-m=0.6-p=0.8/seed1": "aa4a35d3936fbd49",
+    "evaluation/low/beta-dpo-m=0.6-p=0.8/seed1": "147b95cf7ee19941",
+    "policy/low/madpo-tau=7-c=4/seed1": "206d5da7f6f42635",
+    "evaluation/low/madpo-tau=7-c=4/seed1": "4de2e8799e7290aa",
+}
+
+
+def test_the_long_runs_identities_stand(monkeypatch):
+    monkeypatch.setattr("madpo.pipeline.libraries", lambda: {"torch": "0"})
+    steps = {step.name: step for step in load("laptop").steps()}
+    assert {name: steps[name].identity[:16] for name in LAPTOP} == LAPTOP
+
+
+@pytest.mark.parametrize("change", ["seeds=[1]", "seeds=[1, 2, 5]", "pairs.tiers=['high','low']"])
+def test_more_or_fewer_seeds_and_tiers_leave_finished_steps_where_they_are(change, tmp_path):
+    before = {step.name: step.folder(tmp_path) for step in load("laptop").steps()}
+    after = {step.name: step.folder(tmp_path) for step in load("laptop", change).steps()}
+    shared = before.keys() & after.keys()
+    assert {"evaluation/low/dpo/seed1", "evaluation/sft/seed1", "margins/high/seed1"} <= shared
+    assert {before[name] for name in shared} == {after[name] for name in shared}
 
 
 @pytest.mark.parametrize(
@@ -126,11 +163,11 @@ def test_smoke_end_to_end(smoke):
     assert set(done) == {step.name for step in load("smoke", "pairs.tiers=['high','low']").steps()}
 
     for tier in ("high", "low"):
-        pairs = pd.read_parquet(folder_of(root, f"pairs/{tier}") / "pairs.parquet").set_index("pair_id")
+        pairs = pd.read_parquet(folder_of(root, f"pairs/{tier}/seed0") / "pairs.parquet").set_index("pair_id")
         assert pairs["split"].value_counts().to_dict() == {"train": 24, "heldout": 16}
         if tier == "low":
             assert set(pairs["chosen_source"]) | set(pairs["rejected_source"]) == {"sft", "review"}
-        margins = pd.read_parquet(folder_of(root, f"margins/{tier}") / "margins.parquet").set_index("pair_id")
+        margins = pd.read_parquet(folder_of(root, f"margins/{tier}/seed0") / "margins.parquet").set_index("pair_id")
         assert set(margins.index) == set(pairs.index)
         train = margins.loc[pairs.index[pairs["split"] == "train"], "reward_margin"]
         # The mean weight of the log is the mean of the weight over the epoch's batches.
@@ -141,7 +178,7 @@ def test_smoke_end_to_end(smoke):
         # The reference columns and the first step come from the same weights: the first margin is about 0.
         assert abs(log[0]["rewards/margins"]) < 0.02
 
-    sft = done["evaluation/sft"]["metrics"]
+    sft = done["evaluation/sft/seed0"]["metrics"]
     assert sft["kl"]["mean"] == 0
     for name in ("evaluation/high/dpo/seed0", "evaluation/low/madpo/seed0"):
         metrics = done[name]["metrics"]
@@ -181,7 +218,7 @@ def test_killed_and_started_again_ends_in_the_same_bytes(smoke, tmp_path):
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
     kept = set(records(root))
-    assert {"sft", "oracle", "responses", "margins/high"} <= kept
+    assert {"sft", "oracle", "responses", "margins/high/seed0"} <= kept
     again = madpo("run", "smoke", "--output_dir", root, *SMALL, *only, cache=folder / "cache")
     _, err = again.communicate(timeout=120)
     assert again.returncode == 0, err

@@ -215,10 +215,32 @@ def test_dry_run_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_only_takes_upstreams_along(tmp_path: Path) -> None:
-    assert run(graph(), tmp_path, only="data/f*").ran == ["data/first"]
-    assert run(graph(), tmp_path, only="sum").ran == ["data/second", "sum"]
+    assert run(graph(), tmp_path, only=["data/f*"]).ran == ["data/first"]
+    assert run(graph(), tmp_path, only=["sum"]).ran == ["data/second", "sum"]
     with pytest.raises(ConfigError, match="did you mean 'data/first'"):
-        run(graph(), tmp_path, only="data/frist")
+        run(graph(), tmp_path, only=["data/frist"])
+
+
+def test_only_takes_groups_and_patterns_within_groups(tmp_path: Path) -> None:
+    first, second, both = graph()
+    steps = [
+        first,
+        second,
+        Step("a/low", produce, Numbers(value=3), groups=("core",)),
+        Step("a/high", produce, Numbers(value=4), groups=("core", "ablation")),
+        both,
+    ]
+
+    def chosen(*only: str) -> list[str]:
+        return [p.step.name for p in run(steps, tmp_path, only=only, dry_run=True).plan]
+
+    assert chosen("core") == ["a/low", "a/high"]
+    assert chosen("ablation", "data/f*") == ["data/first", "a/high"]
+    assert chosen("core/*/low") == ["a/low"]
+    assert len(chosen()) == 5
+    with pytest.raises(ConfigError, match="did you mean 'ablation'"):
+        chosen("core", "ablatoin")
+    assert {step.identity for step in steps[2:3]} == {Step("x", produce, Numbers(value=3)).identity}
 
 
 def test_two_different_steps_cannot_share_a_name(tmp_path: Path) -> None:
@@ -227,7 +249,7 @@ def test_two_different_steps_cannot_share_a_name(tmp_path: Path) -> None:
 
 
 def test_run_lists_its_steps(tmp_path: Path) -> None:
-    run(graph(), tmp_path, about={"title": "t"}, only="data/first")
+    run(graph(), tmp_path, about={"title": "t"}, only=["data/first"])
     listing = json.loads((tmp_path / "run.json").read_text())
     assert listing["about"] == {"title": "t"}
     assert list(listing["steps"]) == ["data/first", "data/second", "sum"]

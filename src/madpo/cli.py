@@ -79,7 +79,14 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="change a setting of the experiment, for example --set policy.beta=0.2",
     )
-    parser.add_argument("--only", metavar="GLOB", help="only the steps with such a name, and what they need")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="WHAT",
+        help="only groups (core), or steps with such a name (policy/low/*), and what they need",
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would run and why, and write nothing")
     parser.add_argument("--jobs", type=_positive, default=1, metavar="N", help="steps that run at once (default: 1)")
 

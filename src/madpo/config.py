@@ -12,21 +12,62 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from madpo.errors import ConfigError
 
 T = TypeVar("T", bound=BaseModel)
+_ADDED = "added"
 
 
 class Frozen(BaseModel):
     """Base of every configuration: immutable, no unknown keys, no NaN or infinity.
 
     A field with ``Field(exclude=True)`` says how a step runs and not what it computes (a batch size at
-    evaluation, a path): it stays outside the step's identity.
+    evaluation, a path): it stays outside the step's identity. A field made by :func:`added` enters it only where it
+    differs from its default, so that results from before the field existed stay valid.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def added(default: Any, **limits: Any) -> Any:
+    """A field that joins a configuration after results have been made with it.
+
+    Its default must mean what the code did before the field existed: it enters a step's identity only where it
+    differs from the default, and every finished result stays valid. So the default may never change; give the steps
+    concerned a new version instead. Fields that were there from the start always enter, defaults included.
+
+    Args:
+        default: what the code did before.
+        limits: as for pydantic's ``Field``.
+    """
+    return Field(default, json_schema_extra={_ADDED: True}, **limits)
+
+
+def identity_settings(config: BaseModel) -> dict[str, Any]:
+    """The configuration as it enters an identity: resolved, less excluded fields and added ones at their default."""
+    # A subclass instance in a field of its base class would lose its own fields silently.
+    dumped: dict[str, Any] = _without_added(config, config.model_dump(mode="json", warnings="error"))
+    return dumped
+
+
+def _without_added(value: Any, dumped: Any) -> Any:
+    if isinstance(value, BaseModel):
+        kept = {}
+        for name, content in dumped.items():
+            field = type(value).model_fields.get(name)
+            extra = field.json_schema_extra if field is not None else None
+            own = getattr(value, name)
+            if field is not None and isinstance(extra, dict) and extra.get(_ADDED) and own == field.default:
+                continue
+            kept[name] = _without_added(own, content)
+        return kept
+    if isinstance(value, Mapping):
+        return {key: _without_added(item, dumped[str(key)]) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_added(item, content) for item, content in zip(value, dumped, strict=True)]
+    return dumped
 
 
 def load_config(source: Path, model: type[T], overrides: Mapping[str, object] | Sequence[str] = ()) -> T:

@@ -14,7 +14,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -41,6 +41,8 @@ from madpo.training.stages import (
     train_reward_model,
     train_sft,
 )
+
+Group = Literal["core", "sensitivity", "ablation", "frontier", "rivals"]
 
 
 class SFTSettings(Frozen):
@@ -111,6 +113,8 @@ class Method(Frozen):
     """A row of the tables."""
 
     name: str = Field(min_length=1)
+    group: Group = "core"
+    """Part of the study that the row belongs to; ``--only`` chooses by it."""
     loss: Loss
 
     @property
@@ -190,7 +194,8 @@ class Experiment(Frozen):
         return Step("responses", sample_responses, config, {"sft": sft, "oracle": oracle}, says=says)
 
     def _tier(self, tier: Tier, seed: int, sft: Step, oracle: Step, responses: Step) -> list[Step]:
-        place = tier if len(self.seeds) == 1 else f"{tier}/seed{seed}"
+        # The seed always shows in the name, and so in the folder: adding a seed later keeps what is finished.
+        place = f"{tier}/seed{seed}"
         labels = PairStage(
             tier=tier,
             train=self.pairs.train,
@@ -226,8 +231,7 @@ class Experiment(Frozen):
         steps = [pairs, reward_model, margins, logps]
         evaluation = self._evaluation(tier, seed, pairs, sft, oracle)
         if tier == self.pairs.tiers[0]:  # the held-out prompts are the same in every tier
-            name = "evaluation/sft" if len(self.seeds) == 1 else f"evaluation/sft/seed{seed}"
-            steps.append(evaluation("SFT", name, {}))
+            steps.append(evaluation("SFT", f"evaluation/sft/seed{seed}", {}, tuple({m.group: 0 for m in self.method})))
         for method in self.method:
             inputs = {"pairs": pairs, "reference": sft, "logps": logps}
             if "reward_margin" in method.loss.needs:
@@ -238,13 +242,14 @@ class Experiment(Frozen):
                 PolicyStage(method=method.name, loss=method.loss, seed=seed, **_fields(self.policy)),
                 inputs,
                 says=f"{method.name} on the {tier} pairs",
+                groups=(method.group,),
             )
             name = f"evaluation/{tier}/{method.key}/seed{seed}"
-            steps += [policy, evaluation(method.name, name, {"policy": policy})]
+            steps += [policy, evaluation(method.name, name, {"policy": policy}, policy.groups)]
         return steps
 
     def _evaluation(self, tier: Tier, seed: int, pairs: Step, sft: Step, oracle: Step) -> Any:
-        def step(method: str, name: str, policy: dict[str, Step]) -> Step:
+        def step(method: str, name: str, policy: dict[str, Step], groups: tuple[str, ...]) -> Step:
             config = EvaluationStage(
                 method=method,
                 tier=tier,
@@ -253,7 +258,8 @@ class Experiment(Frozen):
                 **self.responses.model_dump(exclude={"prompt_tokens"}),
             )
             inputs = {"reference": sft, "oracle": oracle, "pairs": pairs, **policy}
-            return Step(name, evaluate_policy, config, inputs, says=f"measuring {method} on held-out prompts")
+            says = f"measuring {method} on held-out prompts"
+            return Step(name, evaluate_policy, config, inputs, says=says, groups=groups)
 
         return step
 
@@ -268,7 +274,7 @@ def run_experiment(
     output_dir: Path,
     *,
     overrides: Sequence[str] = (),
-    only: str | None = None,
+    only: Sequence[str] = (),
     dry_run: bool = False,
     jobs: int = 1,
 ) -> RunResult:
@@ -278,7 +284,7 @@ def run_experiment(
         name_or_path: "quickstart", "smoke", or the path of a TOML file.
         output_dir: the folder of the run; finished steps in it are kept.
         overrides: settings to change, such as ``"policy.optimisation.learning_rate=1e-4"``.
-        only: a pattern on step names; their upstream steps are included.
+        only: groups of methods, or patterns on step names; their upstream steps are included. Empty is everything.
         dry_run: say what would run, and write nothing.
         jobs: steps at once, each in a process of its own.
 

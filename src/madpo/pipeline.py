@@ -16,7 +16,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from madpo.config import did_you_mean
+from madpo.config import did_you_mean, identity_settings
 from madpo.errors import ConfigError, MadpoError
 from madpo.executors import Executor, Inline
 from madpo.progress import duration, say
@@ -66,6 +66,7 @@ class Step:
         inputs: role -> upstream step.
         version: bumped by hand when the meaning of ``fn`` changes.
         says: plain words for the person who watches; outside the identity.
+        groups: names that ``only`` can choose the step by; outside the identity.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Step:
     inputs: Mapping[str, "Step"] = field(default_factory=dict)
     version: int = 1
     says: str = ""
+    groups: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name) or ".." in self.name.split("/"):
@@ -88,10 +90,9 @@ class Step:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """The configuration as it enters the identity: resolved, defaults included, excluded fields left out."""
+        """The configuration as it enters the identity; see :func:`madpo.config.identity_settings`."""
         _refuse_paths(self.config.model_dump(), self.name)
-        # A subclass instance in a field of its base class would lose its own fields silently.
-        return self.config.model_dump(mode="json", warnings="error")
+        return identity_settings(self.config)
 
     @cached_property
     def identity(self) -> str:
@@ -178,7 +179,7 @@ def run(
     root: Path,
     executor: Executor | None = None,
     *,
-    only: str | None = None,
+    only: Sequence[str] = (),
     dry_run: bool = False,
     about: Mapping[str, Any] | None = None,
 ) -> RunResult:
@@ -188,7 +189,8 @@ def run(
         steps: the graph's steps; upstream steps come along by themselves.
         root: the folder of the run.
         executor: where steps run; Inline by default.
-        only: a pattern on step names ("policy/high/*"); their upstream steps are included.
+        only: groups ("core"), patterns on step names ("policy/high/*") or on both ("ablation/policy/low/*"); their
+            upstream steps are included. Empty is everything.
         dry_run: say what would run, and write nothing.
         about: what the run is (title, experiment), kept in ``run.json`` beside the list of its steps.
 
@@ -198,7 +200,7 @@ def run(
         MadpoError: the first step that failed by a mistake in its input, if no step could be finished.
     """
     everything = ordered(steps)
-    chosen = ordered(_matching(everything, only)) if only is not None else everything
+    chosen = ordered(_matching(everything, only)) if only else everything
     result = RunResult(root, plan(chosen, root))
     if dry_run:
         result.records = {p.step.name: r for p in result.plan if (r := finished(p.step, root)) is not None}
@@ -206,7 +208,12 @@ def run(
         return result
     with storage_errors(root), locked(root):
         listing = {
-            s.name: {"folder": str(s.folder(root).relative_to(root)), "identity": s.identity} for s in everything
+            s.name: {
+                "folder": str(s.folder(root).relative_to(root)),
+                "identity": s.identity,
+                "groups": list(s.groups),
+            }
+            for s in everything
         }
         write_atomically(root / "run.json", json.dumps({"about": dict(about or {}), "steps": listing}, indent=1))
         # The plan was made before the lock; another run may have finished steps since.
@@ -283,13 +290,21 @@ def _already_done(step: Step, result: RunResult) -> bool:
     return True
 
 
-def _matching(steps: list[Step], only: str) -> list[Step]:
-    chosen = [step for step in steps if fnmatch.fnmatchcase(step.name, only)]
-    if not chosen:
-        names = [step.name for step in steps]
-        hint = did_you_mean(only, names) or f"; there are {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
-        raise ConfigError(f"--only {only!r} matches none of the {len(steps)} steps{hint}")
-    return chosen
+def _matching(steps: list[Step], only: Sequence[str]) -> list[Step]:
+    chosen: dict[str, Step] = {}
+    for word in only:
+        found = [step for step in steps if _answers_to(step, word)]
+        if not found:
+            names = list(dict.fromkeys([*(group for step in steps for group in step.groups), *(s.name for s in steps)]))
+            hint = did_you_mean(word, names) or f"; there are {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
+            raise ConfigError(f"--only {word!r} matches none of the {len(steps)} steps{hint}")
+        chosen |= {step.name: step for step in found}
+    return [step for step in steps if step.name in chosen]
+
+
+def _answers_to(step: Step, word: str) -> bool:
+    names = [step.name, *step.groups, *(f"{group}/{step.name}" for group in step.groups)]
+    return any(fnmatch.fnmatchcase(name, word) for name in names)
 
 
 def _status(step: Step, root: Path) -> str:
