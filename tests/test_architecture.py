@@ -19,6 +19,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 TORCH_FREE = [
     *("errors", "seeding", "config", "progress", "storage", "records", "pipeline", "executors", "statistics", "cli"),
+    "processes",
     *("results", "summary", "figures", "report", "corpus", "data", "diagnostics"),
 ]
 
@@ -33,7 +34,7 @@ LAYERS = [
     {"pipeline"},
     {"executors", "records"},
     {"storage"},
-    {"config", "progress", "seeding"},
+    {"config", "progress", "seeding", "processes"},
     {"errors"},
 ]
 LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-from madpo import __version__, commands_data, commands_train
+from madpo import __version__, commands_data, commands_train, processes
 from madpo.errors import ConfigError, MadpoError
 
 if TYPE_CHECKING:
@@ -29,6 +29,9 @@ EXTRAS = {
 }
 
 
+ON_SEVERAL_PROCESSES = ("score", "train")
+
+
 class Command(NamedTuple):
     """What ``madpo --help`` says, which arguments there are, and what is done."""
 
@@ -41,9 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     try:
         arguments = _parse(list(sys.argv[1:] if argv is None else argv))
+        _refuse_launch(arguments.command)
         return COMMANDS[arguments.command].run(arguments)
     except MadpoError as error:
-        print(f"madpo: {error}", file=sys.stderr)
+        if processes.first_to_tell():
+            print(f"madpo: {error}", file=sys.stderr, flush=True)
         return 2
     except ModuleNotFoundError as error:
         extra = EXTRAS.get((error.name or "").split(".")[0])
@@ -52,14 +57,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f'madpo: this needs the package {error.name}; pip install "madpo[{extra}]"', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            "\nmadpo: interrupted; finished stages are kept, and the same command continues from here", file=sys.stderr
-        )
+        if processes.leads():
+            print(
+                "\nmadpo: interrupted; finished stages are kept, and the same command continues from here",
+                file=sys.stderr,
+            )
         return 130
     except BrokenPipeError:
         # The reader (head, less) has gone; without this the interpreter complains once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Exception:
+        # The end of one process breaks the connections of the others, which is not what went wrong.
+        if processes.told():
+            return 2
+        raise
+
+
+def _refuse_launch(command: str) -> None:
+    if processes.count() > 1 and command not in ON_SEVERAL_PROCESSES:
+        raise ConfigError(f"madpo {command} runs in one process: start it without accelerate launch or torchrun")
 
 
 # run

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from madpo import processes
 from madpo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -131,8 +132,9 @@ def score_command(arguments: argparse.Namespace) -> int:
 
     settings = _settings(arguments, ScoreSettings)
     report = score(arguments.data, arguments.output_dir, settings, overwrite=arguments.overwrite)
-    print(report.text())
-    print(f"written to {arguments.output_dir / report.file}")
+    if processes.leads():
+        print(report.text())
+        print(f"written to {arguments.output_dir / report.file}")
     return 0
 
 
@@ -163,7 +165,9 @@ def train_command(arguments: argparse.Namespace) -> int:
 
     settings = _settings(arguments, TrainSettings)
     eval_data, overwrite = arguments.eval_data, arguments.overwrite
-    print(train(arguments.data, arguments.output_dir, settings, eval_data=eval_data, overwrite=overwrite).text())
+    report = train(arguments.data, arguments.output_dir, settings, eval_data=eval_data, overwrite=overwrite)
+    if processes.leads():
+        print(report.text())
     return 0
 
 

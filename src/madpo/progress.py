@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+from madpo import processes
+
 T = TypeVar("T")
 
 SHOW_AFTER = 2.0  # seconds of work before anything is shown
@@ -44,12 +46,21 @@ def track(iterable: Iterable[T], *, description: str, total: int | None = None) 
 @contextmanager
 def bar(description: str, total: int | None) -> Iterator[Advance]:
     """A bar over ``total`` parts (None: unknown). Yields the function that advances it."""
+    if not processes.leads():
+        yield _nothing
+        return
     with _live_bar(description, total) if _on_terminal() else _plain_bar(description, total) as advance:
         yield advance
 
 
+def _nothing(n: int = 1, **fields: object) -> None:
+    """Of several processes the first one shows its part."""
+
+
 def say(text: str) -> None:
-    """One line of plain words, above a live bar if there is one."""
+    """One line of plain words, above a live bar if there is one; of several processes the first one speaks."""
+    if not processes.leads():
+        return
     with _lock:
         if _live is not None:
             _live.console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -6,11 +6,12 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from madpo.errors import ConfigError, StorageError
+from madpo import processes
+from madpo.errors import ConfigError, MadpoError, StorageError
 from madpo.storage import locked, storage_errors, write_atomically
 
 _CHUNK = 1 << 20
@@ -24,27 +25,43 @@ def building(output_dir: Path, state: Mapping[str, Any], *, overwrite: bool = Fa
     """A folder beside ``output_dir`` to work in, which takes its place when the work is done.
 
     It is removed when the work fails. When it is interrupted or killed it stays, and the next call with the same
-    ``state`` (what decides the result) works on in it; a call with another state begins anew.
+    ``state`` (what decides the result) works on in it; a call with another state begins anew. All processes of a
+    launch get the same folder; the leading one makes it, and the others wait for it at both ends.
 
     Raises:
         StorageError: ``output_dir`` is there and not empty (without ``overwrite``), or another run is writing it.
     """
     output_dir = output_dir.resolve()
-    refuse_occupied(output_dir, overwrite=overwrite)
     partial = output_dir.with_name(f".{output_dir.name}.partial")
     text = json.dumps(state, sort_keys=True, default=str)
-    with storage_errors(output_dir), locked(partial):
-        made_for = partial / _STATE
-        if not made_for.is_file() or made_for.read_text(encoding="utf-8") != text:
-            _empty(partial)
-            write_atomically(made_for, text)
+    with storage_errors(output_dir), ExitStack() as held:
+        processes.first(lambda: _open(output_dir, partial, text, held, overwrite=overwrite))
         try:
             yield partial
-        except Exception:
-            shutil.rmtree(partial, ignore_errors=True)
+        except Exception as error:
+            # A process that was killed breaks the others' connections; what they made so far is still good.
+            if processes.leads() and (processes.count() == 1 or isinstance(error, MadpoError)):
+                shutil.rmtree(partial, ignore_errors=True)
             raise
+        processes.first(lambda: _finish(output_dir, partial))
+
+
+def _open(output_dir: Path, partial: Path, state: str, held: ExitStack, *, overwrite: bool) -> None:
+    """Make the folder ours; ``held`` takes the lock."""
+    refuse_occupied(output_dir, overwrite=overwrite)
+    with storage_errors(output_dir):
+        held.enter_context(locked(partial))
+        made_for = partial / _STATE
+        if not made_for.is_file() or made_for.read_text(encoding="utf-8") != state:
+            _empty(partial)
+            write_atomically(made_for, state)
+
+
+def _finish(output_dir: Path, partial: Path) -> None:
+    """Put the folder in its place."""
+    with storage_errors(output_dir):
         (partial / _LOCK).unlink()
-        made_for.unlink()
+        (partial / _STATE).unlink()
         old = output_dir.with_name(f".{output_dir.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if output_dir.exists():

@@ -16,6 +16,7 @@ from pydantic import ConfigDict, Field, PydanticUserError, TypeAdapter, Validati
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from madpo import processes
 from madpo.config import Frozen, did_you_mean
 from madpo.errors import ConfigError, DataError
 from madpo.logprobs import unwrapped
@@ -157,6 +158,11 @@ def train(
         if heldout:
             require_columns(heldout, settings.loss, str(eval_data or data))
         trainer = _trainer(settings, args, base, tokenizer, rows, heldout)
+        if trainer.sharded and settings.merge:
+            raise ConfigError(
+                "--merge needs the whole model in one process, and FSDP or DeepSpeed has split it; leave --merge out "
+                "and fold the adapter in afterwards with PEFT's merge_and_unload"
+            )
         result = run_training(trainer, settings, f"Training ({settings.loss.kind})", out)
         evaluation = _evaluation(trainer) if heldout else {}
         report = TrainReport(
@@ -168,6 +174,8 @@ def train(
             evaluation=evaluation,
         )
         _save(trainer, settings, tokenizer, out)
+        if not processes.leads():
+            return report
         about = {"data": str(data), "digest": digest(data), "eval_data": eval_data, "settings": settings}
         write_atomically(out / "README.md", model_card(**about, report=report))  # type: ignore[arg-type]
         write_atomically(out / "config.toml", _resolved(data, settings))
@@ -245,6 +253,11 @@ def _evaluation(trainer: PreferenceTrainer) -> dict[str, float]:
 
 def _save(trainer: PreferenceTrainer, settings: TrainSettings, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
     with quiet_transformers():
+        if trainer.sharded:  # every process gives its part
+            trainer.save_model(str(out / ("model" if settings.full else "adapter")))
+            return
+        if not processes.leads():
+            return
         if settings.full:
             model: nn.Module = unwrapped(trainer.model)
             vars(model).pop("forward", None)  # an installed completion head belongs to the object, not to the weights

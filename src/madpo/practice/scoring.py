@@ -1,7 +1,8 @@
 """``madpo score``: reward margins as columns, from a reward model, out of fold, or from scores that are there already.
 
 Scores are kept in parts as they are made, so that an interrupted run goes on where it stopped and ends with the same
-bytes; the rows are put together at the end.
+bytes; the rows are put together at the end. The processes of a launch share the parts among them, and the leading one
+writes the result: the same bytes again.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from safetensors.numpy import load_file, save
 
+from madpo import processes
 from madpo.config import Frozen
 from madpo.data.load import PairStream
 from madpo.data.rows import Pair, as_number
@@ -125,24 +127,35 @@ def score(data: str | Path, output_dir: str | Path, settings: ScoreSettings, *, 
     columns = None
     if settings.score_columns is not None:
         columns = _columns(data, pairs, settings.score_columns)
+    if settings.folds is not None and processes.count() > 1:
+        raise ConfigError("folds trains its reward models in one process; start it without accelerate launch")
+    with storage_errors(output_dir), ExitStack() as held:
+        report = processes.first(lambda: _begin(output_dir, state, held, overwrite=overwrite))
+        if report is not None:
+            say(f"{output_dir} is complete; nothing to do.")
+            return ScoreReport.model_validate(_unnamed(report))
+        try:
+            chosen, rejected = columns or _scores(data, pairs, settings, output_dir)
+        except MadpoError:
+            # Kept if there is something that a second run could continue from.
+            if processes.leads() and not any(output_dir.rglob("*.safetensors")):
+                shutil.rmtree(output_dir)
+            raise
+        report = processes.first(lambda: _finish(data, chosen, rejected, settings, output_dir))
+    return ScoreReport.model_validate(_unnamed(report))
+
+
+def _begin(output_dir: Path, state: Raw, held: ExitStack, *, overwrite: bool) -> Raw | None:
+    """Make the folder ours (``held`` takes the lock); the report if it is complete already."""
     with storage_errors(output_dir):
         _claim(output_dir, state, overwrite=overwrite)
-        with locked(output_dir):
-            done = output_dir / "report.json"
-            if done.exists():
-                say(f"{output_dir} is complete; nothing to do.")
-                return ScoreReport.model_validate(_unnamed(json.loads(done.read_bytes())))
-            write_atomically(output_dir / "settings.json", json.dumps(state, indent=1) + "\n")
-            try:
-                chosen, rejected = columns or _scores(data, pairs, settings, output_dir)
-            except MadpoError:
-                if not any(output_dir.rglob("*.safetensors")):  # nothing that a second run could continue from
-                    shutil.rmtree(output_dir)
-                raise
-            report = _finish(data, chosen, rejected, settings, output_dir)
-            shutil.rmtree(output_dir / "parts", ignore_errors=True)
-            write_atomically(done, json.dumps(plain(report), indent=1) + "\n")
-    return report
+        held.enter_context(locked(output_dir))
+        done = output_dir / "report.json"
+        if done.exists():
+            report: Raw = json.loads(done.read_bytes())
+            return report
+        write_atomically(output_dir / "settings.json", json.dumps(state, indent=1) + "\n")
+    return None
 
 
 def _read(data: str | Path) -> list[Pair]:
@@ -218,20 +231,27 @@ def _in_parts(
     settings: ScoreSettings, pairs: Sequence[Pair], rows: NDArray[Any], folder: Path, model: str | Path
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """Scores of ``rows``, kept in files of ``PART`` pairs; a part that is there is not computed again."""
-    folder.mkdir(parents=True, exist_ok=True)
-    starts = range(0, len(rows), PART)
-    paths = [folder / f"part-{start:08d}.safetensors" for start in starts]
-    scorer: PairScorer | None = None
-    with bar("Scoring", len(rows)) as advance:
-        for start, path in zip(starts, paths, strict=True):
-            chunk = [pairs[int(i)] for i in rows[start : start + PART]]
-            if not path.exists():
+    paths = {start: folder / f"part-{start:08d}.safetensors" for start in range(0, len(rows), PART)}
+
+    def missing() -> list[int]:
+        folder.mkdir(parents=True, exist_ok=True)
+        return [start for start, path in paths.items() if not path.exists()]
+
+    mine = processes.first(missing)[processes.rank() :: processes.count()]
+
+    def compute() -> None:
+        scorer: PairScorer | None = None
+        with bar("Scoring", sum(len(rows[start : start + PART]) for start in mine)) as advance:
+            for start in mine:
+                chunk = [pairs[int(i)] for i in rows[start : start + PART]]
                 scorer = scorer or load_scorer(model, batch_size=settings.batch_size)
                 chosen, rejected = scorer.score_pairs(chunk, "pair", "row")
                 _refuse_not_finite(chosen, rejected, chunk)
-                write_atomically(path, save({"chosen": chosen, "rejected": rejected}))
-            advance(len(chunk))
-    parts = [load_file(path) for path in paths]
+                write_atomically(paths[start], save({"chosen": chosen, "rejected": rejected}))
+                advance(len(chunk))
+
+    processes.together(compute)
+    parts = [load_file(path) for path in paths.values()]
     return np.concatenate([p["chosen"] for p in parts]), np.concatenate([p["rejected"] for p in parts])
 
 
@@ -292,6 +312,17 @@ def _beside(data: str | Path, pairs: Sequence[Pair]) -> Iterator[tuple[Pair, Raw
 
 
 def _finish(
+    data: str | Path, chosen: NDArray[Any], rejected: NDArray[Any], settings: ScoreSettings, output_dir: Path
+) -> Raw:
+    """Write the rows, and last of all the report."""
+    with storage_errors(output_dir):
+        report = _report(data, chosen, rejected, settings, output_dir)
+        shutil.rmtree(output_dir / "parts", ignore_errors=True)
+        write_atomically(output_dir / "report.json", json.dumps(plain(report), indent=1) + "\n")
+    return plain(report)
+
+
+def _report(
     data: str | Path, chosen: NDArray[Any], rejected: NDArray[Any], settings: ScoreSettings, output_dir: Path
 ) -> ScoreReport:
     difference = chosen - rejected

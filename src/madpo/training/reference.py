@@ -2,7 +2,8 @@
 
 The cache's key covers everything that changes the numbers (the weights, the token ids after truncation, the order
 of the rows and the batch size, since those decide the padding, and the precision), and nothing else: not the loss,
-beta, the learning rate or the output folder.
+beta, the learning rate, the output folder or the number of processes. These take turns with the batches that one
+process would compute, so that the columns have the same bytes.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast
 from datasets import Dataset
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.numpy import load_file, save_file
-from torch import nn
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
 
-from madpo.errors import DataError
+from madpo.errors import ConfigError, DataError
 from madpo.logprobs import completion_logps
 from madpo.models import cache_dir
+from madpo.processes import everyone, first
 from madpo.progress import bar
 
 COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
@@ -69,13 +71,26 @@ def cached_reference_logps(
         batch_size: pairs per batch.
 
     Raises:
+        ConfigError: the processes of the launch hold different weights.
         DataError: the cached columns do not agree with the model on a sample of rows.
     """
-    path = _path(weights_digest(model, adapter), dataset, collator, accelerator, batch_size)
-    if path.exists():
-        columns = load_file(path)
-        _verify(model, dataset, collator, accelerator, batch_size, columns, path)
-        return dict(columns)
+    weights = weights_digest(model, adapter)
+    if len(set(everyone(weights))) > 1:
+        raise ConfigError(
+            "the processes hold different weights, so they have no common reference; load the whole model on each "
+            "(fsdp_cpu_ram_efficient_loading: false), or give the columns ref_chosen_logps and ref_rejected_logps"
+        )
+    path = _path(weights, dataset, collator, accelerator, batch_size)
+    columns: dict[str, np.ndarray] = {}
+
+    def look() -> bool:
+        if path.exists():
+            columns.update(load_file(path))
+            _verify(model, dataset, collator, accelerator, batch_size, columns, path)
+        return bool(columns)
+
+    if first(look):  # on the leading process: the others may not see its disk
+        return _everywhere(columns, len(dataset), accelerator)
     columns = _compute(model, dataset, collator, accelerator, batch_size, description)
     if accelerator.is_main_process:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +112,6 @@ def _path(weights: str, dataset: Dataset, collator: Any, accelerator: Any, batch
         "max_length": collator.max_length,
         "truncation_mode": collator.truncation_mode,
         "batch_size": batch_size,
-        "processes": accelerator.num_processes,
         "precision": accelerator.mixed_precision,
         "device": accelerator.device.type,
     }
@@ -120,17 +134,33 @@ def _batch_logps(model: nn.Module, batch: dict[str, Any], accelerator: Any) -> t
 def _compute(
     model: nn.Module, dataset: Dataset, collator: Any, accelerator: Any, batch_size: int, description: str
 ) -> dict[str, np.ndarray]:
-    loader = DataLoader(dataset.select_columns(_present(dataset)), batch_size=batch_size, collate_fn=collator)
-    loader = accelerator.prepare(loader)
-    chosen, rejected = [], []
+    rows = dataset.select_columns(_present(dataset))
+    count, starts = accelerator.num_processes, range(0, len(rows), batch_size)
+    rounds = -(-len(starts) // count)
+    found = torch.zeros(2, rounds, batch_size, dtype=torch.float64)
     model.to(accelerator.device)
-    with bar(f"Reference log-probabilities ({description})", len(dataset)) as advance:
-        for batch in loader:
-            pair = accelerator.gather_for_metrics(_batch_logps(model, batch, accelerator))
-            chosen.append(pair[0].cpu())
-            rejected.append(pair[1].cpu())
-            advance(len(chosen[-1]))
-    return {COLUMNS[0]: torch.cat(chosen).numpy(), COLUMNS[1]: torch.cat(rejected).numpy()}
+    with bar(f"Reference log-probabilities ({description})", len(rows)) as advance:
+        for turn, start in enumerate(starts[accelerator.process_index :: count]):
+            batch = collator(list(rows.select(range(start, min(start + batch_size, len(rows))))))
+            pair = torch.stack(_batch_logps(model, batch, accelerator))
+            found[:, turn, : pair.shape[1]] = pair.cpu()
+            advance(min(count * batch_size, len(rows) - start))
+    if count > 1:
+        gathered = accelerator.gather(found[None].to(accelerator.device)).cpu()
+        found = gathered.permute(1, 2, 0, 3)  # process 0's batch of a round, then that of process 1, ...
+    table = found.reshape(2, -1)[:, : len(rows)].contiguous().numpy()
+    return dict(zip(COLUMNS, table, strict=True))
+
+
+def _everywhere(columns: dict[str, np.ndarray], rows: int, accelerator: Any) -> dict[str, np.ndarray]:
+    """The leading process's columns, on every process."""
+    if accelerator.num_processes == 1:
+        return columns
+    table = torch.zeros(2, rows, dtype=torch.float64)
+    if accelerator.is_main_process:
+        table = torch.from_numpy(np.stack([columns[name] for name in COLUMNS]))
+    shared: Tensor = broadcast(table.to(accelerator.device))
+    return dict(zip(COLUMNS, shared.cpu().numpy(), strict=True))
 
 
 def _present(dataset: Dataset) -> list[str]:

@@ -20,6 +20,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from madpo.errors import ConfigError, DataError, StorageError
+from madpo.processes import everyone
 from madpo.progress import say
 from madpo.records import libraries
 from madpo.training import checkpoints as disk
@@ -92,7 +93,7 @@ class ExactResume(Trainer):  # type: ignore[misc]
         self._refuse_pickle(saves or bool(resume_from_checkpoint))
         self._point, self._random_due, self._seconds_before = None, False, 0.0
         where = self._where(resume_from_checkpoint)
-        if not self._sharded and (saves or self._point is not None):
+        if not self.sharded and (saves or self._point is not None):
             self._identity_now = self._identity()
         totals = _Totals(self)
         self.add_callback(totals)
@@ -103,8 +104,8 @@ class ExactResume(Trainer):  # type: ignore[misc]
             self._point = None
 
     @property
-    def _sharded(self) -> bool:
-        """Whether every process holds a part of the model, which transformers' own formats are for."""
+    def sharded(self) -> bool:
+        """Whether every process holds a part of the model (DeepSpeed, FSDP); transformers' own formats are for that."""
         return bool(
             self.is_deepspeed_enabled
             or self.is_fsdp_enabled
@@ -115,7 +116,7 @@ class ExactResume(Trainer):  # type: ignore[misc]
         if getattr(self.args, "allow_pickle", False):
             return
         remedy = "pass allow_pickle=True in PreferenceConfig if you trust every checkpoint that you will load"
-        if self._sharded and checkpoints:
+        if self.sharded and checkpoints:
             raise ConfigError(
                 "checkpoints of a model that DeepSpeed or FSDP splits over processes are pickles, which can run code "
                 f"when they are loaded; {remedy}, or set save_strategy='no'"
@@ -132,7 +133,7 @@ class ExactResume(Trainer):  # type: ignore[misc]
         if not wanted:
             return None
         root = Path(self.args.output_dir)
-        if self._sharded:
+        if self.sharded:
             return str(wanted) if not isinstance(wanted, bool) else str(disk.folders(root)[0])
         if wanted is True:
             self._point = disk.newest(root)
@@ -188,7 +189,7 @@ class ExactResume(Trainer):  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Model and tokenizer; no ``training_args.bin``, which is a pickle that nobody reads."""
-        if not self.args.should_save and not self._sharded:
+        if not self.args.should_save and not self.sharded:
             return
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
         model = self.model
@@ -200,7 +201,7 @@ class ExactResume(Trainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         root = Path(self._get_output_dir(trial=trial))
-        if self._sharded:
+        if self.sharded:
             super()._save_checkpoint(model, trial)
             if self.args.should_save:
                 self._save_extra(root / f"checkpoint-{self.state.global_step}")
@@ -293,15 +294,8 @@ class ExactResume(Trainer):  # type: ignore[misc]
         self.state.stateful_callbacks = {**self.state.stateful_callbacks, **single}
 
     def _from_every_process(self, value: Any) -> list[Any]:
-        """A plain value of each process, as JSON in tensors: no object is pickled on the way."""
-        if self.accelerator.num_processes == 1:
-            return [value]
-        device = self.accelerator.device
-        text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
-        longest = int(self.accelerator.gather(torch.tensor([len(text)], device=device)).max())
-        padded = torch.full((1, longest), ord(" "), dtype=torch.uint8, device=device)
-        padded[0, : len(text)] = text
-        return [json.loads(bytes(row.tolist())) for row in self.accelerator.gather(padded).cpu()]
+        """A plain value of each process."""
+        return [value] if self.accelerator.num_processes == 1 else everyone(value)
 
     # ---- Loading ----
 

@@ -20,6 +20,7 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
+from madpo import processes
 from madpo.config import Frozen
 from madpo.corpus import Corpus, load_corpus, sft_reviews
 from madpo.logprobs import completion_logps, install_completion_head, unwrapped
@@ -97,7 +98,8 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, description: str, out: Path) -> None:
         self.description, self.path = description, out / "log.jsonl"
-        self.path.unlink(missing_ok=True)
+        if processes.leads():
+            self.path.unlink(missing_ok=True)
         self._bar: Any = None
         self._advance: Any = None
         self._shown = 0
@@ -107,13 +109,15 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         self._advance = self._bar.__enter__()
         if state.global_step:  # rows after the checkpoint are written again, so its own history is what counts
             say(f"{self.description}: continues after step {state.global_step} of {state.max_steps}")
-            write_atomically(self.path, "".join(map(_log_line, state.log_history)))
+            if processes.leads():
+                write_atomically(self.path, "".join(map(_log_line, state.log_history)))
             self._shown = state.global_step
             self._advance(self._shown)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        with self.path.open("a", encoding="utf-8") as log:
-            log.write(_log_line({**logs, "step": state.global_step}))
+        if processes.leads():
+            with self.path.open("a", encoding="utf-8") as log:
+                log.write(_log_line({**logs, "step": state.global_step}))
         if "loss" in logs:
             self._advance(state.global_step - self._shown, loss=round(float(logs["loss"]), 3))
             self._shown = state.global_step
@@ -152,7 +156,8 @@ def run_training(trainer: Any, settings: Frozen, description: str, out: Path) ->
 
 def forget_checkpoints(out: Path) -> None:
     """Remove what only an interrupted training needs."""
-    remove(out / CHECKPOINTS)
+    if processes.leads():
+        remove(out / CHECKPOINTS)
 
 
 class SFTStage(Frozen):
