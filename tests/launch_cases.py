@@ -4,7 +4,7 @@ import contextlib
 import gc
 import io
 import json
-import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +14,25 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from losses_cases import EVERY_LOSS
-from madpo import PreferenceConfig, PreferenceTrainer
+from madpo import DPO, PreferenceConfig, PreferenceTrainer, processes
+from madpo.cli import main
 from madpo.losses import Custom
 from madpo.models import load_tokenizer
+from madpo.practice import scoring
 
 BATCH = 8  # pairs per optimiser step, over all processes
 PAIRS = 21  # two full steps and one of 5, of which the second process has one pair and repeats others
 HELDOUT = 5
 LIMIT = 12  # tokens; one pair has a prompt that leaves no room for completions
+PART = 8  # pairs per part of `madpo score`
+KINDS = (
+    *("dpo", "ipo-sum", "rdpo", "simpo", "wpo", "madpo", "soft_madpo", "soft_dpo", "odpo", "rpo-sq", "omni_dpo"),
+    *("beta_dpo", "beta_dpo-official", "alpha_dpo"),
+)
 
 
 def pairs(count, seed, *, positive=False):
+    """Rows with every column that a loss may need; ODPO's offset is a logarithm and wants positive margins."""
     generator = np.random.default_rng(seed)
 
     def ids(low, high):
@@ -50,7 +58,7 @@ def pairs(count, seed, *, positive=False):
     return Dataset.from_list(rows)
 
 
-def trainer_of(folder, out, loss, *, micro, accumulation, dropout=0.0, **changes):
+def trainer_of(folder, out, loss, *, micro, accumulation, dropout=0.0, reference=True, **changes):
     settings = {
         "report_to": "none",
         "disable_tqdm": True,
@@ -68,14 +76,17 @@ def trainer_of(folder, out, loss, *, micro, accumulation, dropout=0.0, **changes
         "token_metrics": "always",
         "adam_epsilon": 1e-5,  # a gradient that is rounding alone must not become a step of full length
     }
+    train, heldout = (pairs(n, seed, positive=loss.kind == "odpo") for seed, n in enumerate((PAIRS, HELDOUT)))
+    if not reference:
+        train, heldout = train.remove_columns(["ref_chosen_logps", "ref_rejected_logps"]), None
     torch.manual_seed(0)
     lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
     return PreferenceTrainer(
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
         args=PreferenceConfig(output_dir=str(out), **{**settings, **changes}),
         loss=loss,
-        train_dataset=pairs(PAIRS, 0, positive=loss.kind == "odpo"),  # whose offset is a logarithm
-        eval_dataset=pairs(HELDOUT, 1, positive=loss.kind == "odpo"),
+        train_dataset=train,
+        eval_dataset=heldout,
         processing_class=load_tokenizer(folder),
         peft_config=lora,
     )
@@ -84,8 +95,21 @@ def trainer_of(folder, out, loss, *, micro, accumulation, dropout=0.0, **changes
 def cases():
     """Name -> (loss, micro-batches per step)."""
     own = Custom(target="madpo.losses:BetaDPO", parameters={"keep": 0.5})
-    found = {name: (loss, 2) for name, loss in {**EVERY_LOSS, "custom": own}.items()}
+    found = {name: (loss, 2) for name, loss in {**{n: EVERY_LOSS[n] for n in KINDS}, "custom": own}.items()}
     return found | {f"{name}, one micro-batch": (EVERY_LOSS[name], 1) for name in ("dpo", "beta_dpo", "alpha_dpo")}
+
+
+def columns(folder: Path, out: Path) -> dict[str, list[float]]:
+    """Reference columns of 21 pairs in batches of 4: six batches, the last of one pair."""
+    trainer = trainer_of(folder, out / "columns", DPO(), micro=4, accumulation=1, reference=False)
+    return {name: list(trainer.train_dataset[name]) for name in ("ref_chosen_logps", "ref_rejected_logps")}
+
+
+def score(out: Path, name: str) -> int:
+    """``madpo score`` of ``out/pairs.jsonl``."""
+    scoring.PART = PART
+    place = ["--reward_model", str(out / "reward"), "--output_dir", str(out / name)]
+    return main(["score", str(out / "pairs.jsonl"), *place])
 
 
 def weights(trainer):
@@ -116,9 +140,22 @@ def trajectories(folder: Path, out: Path, processes: int) -> dict:
     return found
 
 
-if __name__ == "__main__":
-    import sys
+def launched(folder: Path, out: Path) -> int:
+    """What each process of a launch does, ending with a mistake that the second one alone meets."""
+    found = {"columns": columns(folder, out), "trajectories": trajectories(folder, out, processes.count())}
+    (out / f"{processes.rank()}.json").write_text(json.dumps(found))
+    assert score(out, "scored") == score(out, "continued") == score(out, "scored") == 0
+    if processes.rank() == 1:
+        load = scoring.load_scorer
 
-    here, to = map(Path, sys.argv[1:])
-    result = trajectories(here, to, int(os.environ["WORLD_SIZE"]))
-    (to / f"{os.environ['RANK']}.json").write_text(json.dumps(result))
+        def diverged(*args, **kwargs):
+            scorer = load(*args, **kwargs)
+            torch.nn.init.constant_(scorer.model.inner.score.weight, float("inf"))
+            return scorer
+
+        scoring.load_scorer = diverged
+    return score(out, "diverged")
+
+
+if __name__ == "__main__":
+    raise SystemExit(launched(*map(Path, sys.argv[1:])))
