@@ -20,7 +20,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 TORCH_FREE = [
     *("errors", "seeding", "config", "progress", "storage", "records", "pipeline", "executors", "statistics", "cli"),
     "processes",
-    *("results", "summary", "figures", "report", "corpus", "data", "diagnostics"),
+    *("results", "summary", "figures", "report", "corpus", "data", "diagnostics", "packaged", "places"),
 ]
 
 # Imports go from a higher layer to the same or a lower one. A package counts as one module.
@@ -29,8 +29,8 @@ LAYERS = [
     {"commands_data", "commands_train"},
     {"experiment", "tuning", "practice"},
     {"training", "preferences", "evaluation", "diagnostics", "report", "margin_page", "theory"},
-    {"results", "summary", "figures"},
-    {"models", "packaged", "generation", "logprobs", "rewards", "data", "corpus", "losses", "statistics"},
+    {"results", "summary", "figures", "responses"},
+    {"models", "packaged", "places", "generation", "logprobs", "rewards", "data", "corpus", "losses", "statistics"},
     {"pipeline"},
     {"executors", "records"},
     {"storage"},

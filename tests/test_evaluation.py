@@ -12,7 +12,7 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
-from madpo import evaluation
+from madpo import evaluation, responses
 from madpo.errors import ConfigError
 from madpo.evaluation import EvaluationStage, distinct, evaluate_policy
 from madpo.models import LoRA, build_tiny, load_model, load_tokenizer
@@ -96,8 +96,8 @@ def test_samples_and_metrics_of_a_policy(inputs, tmp_path) -> None:
 
 def test_kl_and_perplexity_equal_a_loop_over_tokens(inputs, tmp_path, monkeypatch) -> None:
     seen = []
-    original = evaluation.generate
-    monkeypatch.setattr(evaluation, "generate", lambda m, p, **kw: (seen.append((p, r := original(m, p, **kw))), r)[1])
+    original = responses.generate
+    monkeypatch.setattr(responses, "generate", lambda m, p, **kw: (seen.append((p, r := original(m, p, **kw))), r)[1])
     metrics, samples = evaluate(inputs, tmp_path / "a")
     reference = load_model(inputs["reference"] / "model", dtype=torch.float32)
     policy = load_model(inputs["reference"] / "model", dtype=torch.float32, adapter=inputs["policy"] / "adapter")

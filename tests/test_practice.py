@@ -352,7 +352,13 @@ def test_full_training_writes_a_model(model, tmp_path, capsys):
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "P" / "model", dtype=torch.float32)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     assert not torch.equal(trained.lm_head.weight, base.lm_head.weight)
-    assert sorted(p.name for p in (tmp_path / "P").iterdir()) == ["README.md", "config.toml", "log.jsonl", "model"]
+    assert sorted(p.name for p in (tmp_path / "P").iterdir()) == [
+        "README.md",
+        "config.toml",
+        "log.jsonl",
+        "model",
+        "report.json",
+    ]
     assert "Nothing: no pairs were held out" in (tmp_path / "P" / "README.md").read_text()
     assert main(["train", str(data), "--model_name_or_path", str(model), "--output_dir", str(tmp_path / "P")]) == 2
     assert "add --overwrite" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from scipy.special import expit
 from scipy.stats import binom
 
 from madpo import preferences
+from madpo import responses as sampled
 from madpo.corpus import PackagedIMDB
 from madpo.errors import ConfigError
 from madpo.models import build_tiny, load_tokenizer
@@ -88,7 +89,7 @@ def test_the_end_token_stands_only_at_a_reviews_end(sft) -> None:
 
 def test_a_killed_run_continues_to_the_same_bytes(study, monkeypatch) -> None:
     expected = (study("whole")[1] / "responses.parquet").read_bytes()
-    original, calls = preferences.generate, []
+    original, calls = sampled.generate, []
 
     def dies(*args, **kwargs):
         calls.append(list(kwargs["keys"]))
@@ -96,7 +97,7 @@ def test_a_killed_run_continues_to_the_same_bytes(study, monkeypatch) -> None:
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(preferences, "generate", dies)
+    monkeypatch.setattr(sampled, "generate", dies)
     with pytest.raises(KeyboardInterrupt):
         study("cut")
     _, out = study("cut")

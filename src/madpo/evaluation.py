@@ -11,17 +11,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import nn
 
 from madpo.config import Frozen
 from madpo.errors import ConfigError
-from madpo.generation import generate
-from madpo.logprobs import completion_kl, completion_logps
+from madpo.logprobs import completion_logps
 from madpo.models import load_model, load_tokenizer
-from madpo.preferences import Tier, decode, end_tokens
+from madpo.preferences import Tier
 from madpo.records import Metrics
-from madpo.rewards import load_oracle, padded_batches
+from madpo.responses import completion_batches, divergence, end_tokens, respond
+from madpo.rewards import load_oracle
 from madpo.statistics import bootstrap_mean
 from madpo.storage import write_atomically
 
@@ -64,35 +65,36 @@ def evaluate_policy(config: EvaluationStage, inputs: Mapping[str, Path], out: Pa
     policy = load_model(place, adapter=inputs["policy"] / "adapter") if "policy" in inputs else reference
     ends = end_tokens(reference, tokenizer)
     rows: list[dict[str, Any]] = []
-    sequences: list[tuple[list[int], list[int]]] = []
+    prompt_ids = prompts["prompt_ids"].tolist()
+    written: list[list[int]] = []
     for sample in range(config.samples_per_prompt):
-        responses = generate(
+        responses = respond(
             policy,
-            prompts["prompt_ids"].tolist(),
+            tokenizer,
+            prompt_ids,
+            config,
             keys=prompts["pair_id"].tolist(),
             draw=FIRST_DRAW + sample,
-            seed=config.seed,
-            max_new_tokens=config.max_new_tokens,
-            eos_token_ids=ends,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            batch_size=config.batch_size,
+            ends=ends,
             description=f"{config.method}: responses",
         )
-        for prompt_id, prompt, prompt_ids, ids in zip(
-            prompts["pair_id"], prompts["prompt"], prompts["prompt_ids"], responses, strict=True
-        ):
-            sequences.append((prompt_ids, ids))
-            response = {
-                "prompt_id": int(prompt_id),
-                "sample": sample,
-                "prompt": prompt,
-                "response": decode(tokenizer, ids),
-            }
-            rows.append({**response, "tokens": len(ids), "ended": ids[-1] in ends})
+        written += [response.ids for response in responses]
+        for prompt_id, prompt, said in zip(prompts["pair_id"], prompts["prompt"], responses, strict=True):
+            row = {"prompt_id": int(prompt_id), "sample": sample, "prompt": prompt, "response": said.text}
+            rows.append({**row, "tokens": len(said.ids), "ended": said.ended})
     samples = pd.DataFrame(rows)
     samples["oracle_reward"] = load_oracle(inputs["oracle"])(list(samples["prompt"]), list(samples["response"]))
-    logps, samples["kl"] = _against_reference(policy, reference, sequences, tokenizer.pad_token_id, config)
+    prompt_ids = prompt_ids * config.samples_per_prompt
+    kl = np.zeros(len(written))
+    how: dict[str, Any] = {
+        "pad": tokenizer.pad_token_id,
+        "batch_size": config.score_batch_size,
+        "description": f"{config.method}: KL",
+    }
+    if policy is not reference:
+        kl = divergence(policy, reference, prompt_ids, written, **how)[1]
+    samples["kl"] = kl
+    logps = reference_logps(reference, prompt_ids, written, **how)
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in samples.to_dict("records"))
     write_atomically(out / "samples.jsonl", "".join(lines))
     return {**_metrics(samples, config.seed), "reference_perplexity": math.exp(-logps.sum() / samples["tokens"].sum())}
@@ -118,26 +120,23 @@ def _heldout_prompts(folder: Path, count: int | None) -> pd.DataFrame:
     return heldout.assign(prompt_ids=pd.Series(lists, index=heldout.index, dtype=object))
 
 
-def _against_reference(
-    policy: nn.Module,
+@torch.no_grad()
+def reference_logps(
     reference: nn.Module,
-    sequences: Sequence[tuple[list[int], list[int]]],
+    prompt_ids: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    *,
     pad: int,
-    config: EvaluationStage,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Per response, in nats and summed: log-probability under the reference, KL(policy || reference)."""
-    logps, kl = np.zeros(len(sequences)), np.zeros(len(sequences))
-    whole = [[*prompt, *response] for prompt, response in sequences]
-    device = next(reference.parameters()).device
-    for rows, ids, mask in padded_batches(whole, config.score_batch_size, pad, device, f"{config.method}: KL"):
-        completion = mask.clone()
-        for i, row in enumerate(rows):
-            completion[i, : len(sequences[row][0])] = 0
-        with torch.no_grad():
-            logps[rows] = completion_logps(reference, ids, mask, completion).logps.double().cpu().numpy()
-        if policy is not reference:
-            kl[rows] = completion_kl(policy, reference, ids, mask, completion)[1].double().cpu().numpy()
-    return logps, kl
+    batch_size: int,
+    description: str,
+) -> NDArray[np.float64]:
+    """Log-probability of each response under the reference, nats, summed over its tokens."""
+    found = np.zeros(len(responses))
+    for rows, ids, mask, completion in completion_batches(
+        prompt_ids, responses, reference, pad, batch_size, description
+    ):
+        found[rows] = completion_logps(reference, ids, mask, completion).logps.double().cpu().numpy()
+    return found
 
 
 def _metrics(samples: pd.DataFrame, seed: int) -> Metrics:

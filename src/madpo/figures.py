@@ -153,6 +153,55 @@ def point_figure(
     return _svg(top + height + 40, parts, label)
 
 
+class Dot(NamedTuple):
+    """One point of :func:`scatter_figure`: where, its value with its interval, what it is, whether it stands out."""
+
+    x: float
+    y: Estimate
+    title: str
+    marked: bool
+
+
+def scatter_figure(
+    dots: Sequence[Dot],
+    *,
+    label: str,
+    x_label: str,
+    y_label: str,
+    line: tuple[str, float] | None = None,
+    names: Sequence[str] = (),
+) -> str:
+    """Points with the interval of their height; a marked one stands out.
+
+    Args:
+        line: name and height of a line to compare with.
+        names: what x = 0, 1, 2, ... are called, where x is no number.
+    """
+    (x_low, x_high) = _range([dot.x for dot in dots], 0.06)
+    (y_low, y_high) = _range([v for dot in dots for v in dot.y[:3]] + ([line[1]] if line else []), 0.06)
+    top, height, right = 24, 240, 130
+    x, y, base = _scale(x_low, x_high, LEFT, WIDTH - right), _scale(y_low, y_high, top + height, top), top + height
+    parts = _y_ticks(y, y_low, y_high, WIDTH - right)
+    if names:
+        parts.append(_line(LEFT, base, WIDTH - right, base, "axis strong"))
+        parts += [_text(x(i), base + 19, _cut(name, 14), "tick middle") for i, name in enumerate(names)]
+    else:
+        parts += _x_ticks(x, x_low, x_high, base)
+    if line is not None:
+        parts.append(_line(LEFT, y(line[1]), WIDTH - right, y(line[1]), "mark"))
+        parts.append(_text(WIDTH - right + 8, y(line[1]) + 4, _cut(line[0], 18), "name"))
+    for dot in sorted(dots, key=lambda dot: dot.marked):
+        kind = "s3" if dot.marked else "s0"
+        parts.append(_line(x(dot.x), y(dot.y.low), x(dot.x), y(dot.y.high), f"error {kind}"))
+        parts.append(
+            f'<circle cx="{x(dot.x):.1f}" cy="{y(dot.y.mean):.1f}" r="{7 if dot.marked else 5}" class="dot {kind}">'
+            f"<title>{escape(dot.title)}</title></circle>"
+        )
+    parts.append(_text(LEFT, base + 36, x_label, "tick"))
+    parts.append(_text(LEFT + 4, top - 8, y_label, "tick"))
+    return _svg(base + 40, parts, label)
+
+
 def _kind(h: float, parameters: WeightParameters) -> str:
     log = float(log_weight(np.array([h]), parameters)[0])
     if abs(log) < 1e-12:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,6 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -24,7 +24,8 @@ from transformers import (
 
 from madpo.config import Frozen
 from madpo.errors import ConfigError
-from madpo.packaged import PACKAGED, cache_dir, packaged, quiet_transformers
+from madpo.packaged import cache_dir, packaged, quiet_transformers
+from madpo.places import load_tokenizer, resolve_model
 
 __all__ = [
     "LoRA",
@@ -32,6 +33,7 @@ __all__ = [
     "cache_dir",
     "compute_dtype",
     "load_model",
+    "load_quantised",
     "load_tokenizer",
     "merge_adapter",
     "packaged",
@@ -75,24 +77,6 @@ def compute_dtype(device: str | None = None) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def resolve_model(name_or_path: str) -> Path | str:
-    """A packaged model's folder, a tiny model's folder, a folder as given, or a hub id as given."""
-    if name_or_path in PACKAGED:
-        return packaged(name_or_path)
-    if name_or_path.startswith("tiny-"):
-        family = name_or_path.removeprefix("tiny-")
-        folder = cache_dir() / "models" / f"{name_or_path}-v1"
-        return folder if (folder / "config.json").exists() else build_tiny(family, folder)
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").exists():
-            raise ConfigError(f"{path} has no config.json; give a model folder, a hub id, or {', '.join(PACKAGED)}")
-        return path
-    if path.is_absolute() or name_or_path.startswith((".", "~")):
-        raise ConfigError(f"{path} is no folder; give a model folder, a hub id, or {', '.join(PACKAGED)}")
-    return name_or_path
-
-
 def load_model(
     path: Path | str, *, dtype: torch.dtype | None = None, adapter: Path | None = None
 ) -> PreTrainedModel | PeftModel:
@@ -114,13 +98,38 @@ def load_model(
     return model.eval()
 
 
-def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, with a padding token (its end token where it has none)."""
+def load_quantised(path: Path | str) -> PreTrainedModel:
+    """A causal language model with its weights in 4 bits (NF4, double quantisation), ready for an adapter: QLoRA.
+
+    No GPU has run this yet.
+
+    Raises:
+        ConfigError: there is no GPU, or bitsandbytes is not installed.
+    """
+    if not torch.cuda.is_available():
+        raise ConfigError("weights of 4 bits need a GPU, and there is none; leave qlora out: LoRA runs everywhere")
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError("weights of 4 bits need the package bitsandbytes; pip install bitsandbytes")
+    from peft import prepare_model_for_kbit_training
+    from transformers import BitsAndBytesConfig
+
+    how = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype(),
+    )
     with quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            quantization_config=how,
+            dtype=compute_dtype(),
+            device_map={"": torch.cuda.current_device()},
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    prepared: PreTrainedModel = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return prepared
 
 
 def merge_adapter(model: nn.Module, out: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -16,8 +16,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from madpo.errors import ConfigError, DataError, StorageError
 from madpo.progress import bar, say
 
@@ -134,6 +132,7 @@ def _assemble(parts: list[Path], target: Path, sha256: str, name: str) -> None:
 
 def _dequantise(gguf: Path, out: Path) -> None:
     """GGUF -> bfloat16 safetensors and tokenizer, by transformers' loader."""
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 

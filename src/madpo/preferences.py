@@ -18,10 +18,10 @@ from transformers import PreTrainedTokenizerBase
 from madpo.config import Frozen
 from madpo.corpus import Corpus, load_corpus, prompt_reviews
 from madpo.errors import ConfigError
-from madpo.generation import generate
 from madpo.models import load_model, load_tokenizer
 from madpo.progress import bar
 from madpo.records import Metrics
+from madpo.responses import decode, end_tokens, respond
 from madpo.rewards import RewardFn, load_oracle
 from madpo.seeding import rng
 from madpo.statistics import bootstrap_mean, proportion
@@ -134,18 +134,6 @@ def cut_prompts(
     return pd.DataFrame(rows, columns=["prompt_id", "prompt", "prompt_ids", "real", "real_ids"])
 
 
-def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that end a text: the tokenizer's, and those that the model's generation settings name."""
-    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = named if isinstance(named, list | tuple) else [named]
-    return {int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None}
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of ``ids`` without special tokens, white space as it is."""
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
 def _write_parts(
     config: ResponseStage,
     prompts: pd.DataFrame,
@@ -172,21 +160,18 @@ def _responses(
     columns: dict[str, Any] = {str(name): prompts[name].tolist() for name in prompts}
     ends = end_tokens(model, tokenizer)
     for k in (0, 1):
-        ids = generate(
+        responses = respond(
             model,
+            tokenizer,
             columns["prompt_ids"],
+            config,
             keys=columns["prompt_id"],
             draw=k,
-            seed=config.seed,
-            max_new_tokens=config.max_new_tokens,
-            eos_token_ids=ends,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            batch_size=config.batch_size,
+            ends=ends,
             description=f"Response {k + 1} of 2",
         )
-        columns[f"response_ids_{k}"] = ids
-        columns[f"response_{k}"] = [decode(tokenizer, response) for response in ids]
+        columns[f"response_ids_{k}"] = [response.ids for response in responses]
+        columns[f"response_{k}"] = [response.text for response in responses]
         columns[f"reward_{k}"] = oracle(columns["prompt"], columns[f"response_{k}"])
     columns["reward_real"] = oracle(columns["prompt"], columns["real"])
     return pa.Table.from_pydict({name: columns[name] for name in RESPONSES.names}, schema=RESPONSES)

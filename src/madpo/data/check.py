@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 
 from madpo.config import Frozen
 from madpo.data.findings import Finding, Findings
-from madpo.data.load import PairStream, encoded_pairs, refuse_too_long
+from madpo.data.load import PairStream, TooLong, encoded_pairs, refuse_too_long
 from madpo.data.rows import Pair
 from madpo.data.seen import Seen
 from madpo.data.tokens import Encoded, Encoder, Truncation, as_tokenizer, check_options, text_length, truncated
@@ -135,7 +134,7 @@ def check(
         first = report.findings[0]
         raise DataError(f"{first.examples[0]}: {first.says} ({first.count} in all); {first.remedy}")
     if output is not None:
-        _write(Path(output), report, pass_.dropped)
+        _write(Path(output), report, pass_.dropped.lines())
     return report
 
 
@@ -157,8 +156,8 @@ class _Pass:
         self.findings = Findings()
         self.seen = Seen()
         self.lengths = {side: array("I") for side in SIDES}
-        self.dropped = bytearray()  # lines of dropped.jsonl
-        self.too_long = self.cut = 0
+        self.dropped = TooLong()
+        self.too_long = self.dropped_pairs = 0
         self.form = "text"
         self.rendered: list[str] = []
 
@@ -204,12 +203,11 @@ class _Pass:
         self.too_long += 1
         self._note("too_long", pair, f"{encoded.length} tokens")
         if truncated(encoded, max_length, self.truncation) is not None:
-            self.cut += 1
+            self.dropped.cut += 1
             return
-        if not self.keep_dropped:
-            return
-        line = {"pair_id": pair.pair_id, self.stream.source.unit: pair.number, "tokens": encoded.length}
-        self.dropped += json.dumps(line).encode() + b"\n"
+        self.dropped_pairs += 1
+        if self.keep_dropped:
+            self.dropped.drop(pair, encoded, self.stream.source.unit)
 
     def _note(self, kind: str, pair: Pair, detail: str) -> None:
         self.findings.add(kind, self.stream.source.at(pair.number) + (f": {detail}" if detail else ""))
@@ -231,8 +229,8 @@ class _Pass:
                 max_length=self.max_length,
                 policy=self.truncation,
                 too_long=self.too_long,
-                dropped=self.too_long - self.cut,
-                cut=self.cut,
+                dropped=self.dropped_pairs,
+                cut=self.dropped.cut,
             )
         return CheckReport(
             source=stream.source.name,
@@ -256,9 +254,9 @@ def _lengths(values: array[int]) -> Lengths:
     return Lengths(mean=float(numbers.mean()), median=float(median), p95=float(p95), longest=int(numbers.max()))
 
 
-def _write(folder: Path, report: CheckReport, dropped: bytes | bytearray) -> None:
+def _write(folder: Path, report: CheckReport, dropped: str) -> None:
     with storage_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "dropped.jsonl", bytes(dropped))
+        write_atomically(folder / "dropped.jsonl", dropped)
         # Last: a folder with check.json is whole.
         write_atomically(folder / "check.json", report.model_dump_json(indent=2) + "\n")

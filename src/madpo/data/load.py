@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -127,12 +129,34 @@ def refuse_too_long(pair: Pair, encoded: Encoded, max_length: int, source: Sourc
     )
 
 
+@dataclass
+class TooLong:
+    """What became of the pairs longer than ``max_length``.
+
+    Attributes:
+        cut: how many lost the end of a completion.
+        dropped: pair_id, place and tokens of each pair that was left out: a line of ``dropped.jsonl``.
+    """
+
+    cut: int = 0
+    dropped: list[dict[str, Any]] = field(default_factory=list)
+
+    def drop(self, pair: Pair, encoded: Encoded, unit: str) -> None:
+        """Remember a pair that is left out."""
+        self.dropped.append({"pair_id": pair.pair_id, unit: pair.number, "tokens": encoded.length})
+
+    def lines(self) -> str:
+        """The content of ``dropped.jsonl``."""
+        return "".join(json.dumps(line) + "\n" for line in self.dropped)
+
+
 def load_preferences(
     data: str | Path,
     *,
     tokenizer: Any = None,
     max_length: int | None = None,
     truncation: Truncation = "drop",
+    too_long: TooLong | None = None,
 ) -> list[dict[str, Any]]:
     """Rows for training: ``datasets.Dataset.from_list(load_preferences("pairs.jsonl"))`` goes to the trainer.
 
@@ -143,6 +167,7 @@ def load_preferences(
         max_length: tokens of prompt and completion together; None is no limit. Needs a tokenizer.
         truncation: what happens to a longer pair: "drop" it, "cut" its completions at the end (the pair is dropped
             if the prompt leaves no room), or "refuse" the data.
+        too_long: gathers what truncation did.
 
     Returns:
         One dict per pair: pair_id, prompt, chosen, rejected (all text, or all messages), the numeric columns that the
@@ -163,6 +188,10 @@ def load_preferences(
         if kept is None and truncation == "refuse":
             assert max_length is not None
             raise refuse_too_long(pair, encoded, max_length, stream.source)
+        if too_long is not None and kept is None:
+            too_long.drop(pair, encoded, stream.source.unit)
+        elif too_long is not None:
+            too_long.cut += kept is not encoded
         if kept is not None:
             ids = {"prompt_ids": kept.prompt_ids, "chosen_ids": kept.chosen_ids, "rejected_ids": kept.rejected_ids}
             rows.append(pair.row() | ids)

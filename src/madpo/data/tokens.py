@@ -42,7 +42,7 @@ def as_tokenizer(tokenizer: Any) -> Any:
     """
     if not isinstance(tokenizer, str) and not hasattr(tokenizer, "__fspath__"):
         return tokenizer
-    from madpo.models import load_tokenizer, resolve_model
+    from madpo.places import load_tokenizer, resolve_model
 
     try:
         # A folder may hold a tokenizer and no model.

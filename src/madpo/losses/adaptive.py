@@ -239,6 +239,10 @@ class AlphaDPO(RunningLoss):
         """g per pair, detached."""
         return inputs.log_ratio_margin_per_token.detach()
 
+    def implicit_margin(self, inputs: LossInputs) -> Float[Tensor, " pairs"]:
+        """Beta times the mean log-prob per token, chosen less rejected: the target alone depends on the reference."""
+        return self.beta * inputs.policy_margin_per_token
+
     def observe(self, statistic: Float[Tensor, " batch"], state: LossState, *, training: bool = True) -> LossState:
         """Moves the averages and standardises the batch; in evaluation they stay as training left them."""
         values = batch_values(statistic)

@@ -46,6 +46,14 @@ class LossConfig(BaseModel):
         """Loss per pair. Pure: equal inputs and state give equal outputs."""
         raise NotImplementedError(f"{type(self).__name__} does not say how the loss is computed")
 
+    def implicit_margin(self, inputs: LossInputs) -> Float[Tensor, " pairs"]:
+        """Reward of the chosen less that of the rejected, as this loss reads a policy: log-odds; above 0 is right.
+
+        Beta times the log-ratio margin, of summed log-probs or per token as the loss takes them.
+        """
+        margin: Float[Tensor, " pairs"] = getattr(self, "beta", 1.0) * inputs.log_ratio_margin
+        return margin
+
     def init_state(self, seed: int) -> LossState:
         """The state before the first batch; ``seed`` fixes every draw that the loss will make."""
         return LossState({})

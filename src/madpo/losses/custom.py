@@ -78,6 +78,9 @@ class Custom(LossConfig):
     def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
         return self.loss(inputs, state)
 
+    def implicit_margin(self, inputs: LossInputs) -> Float[Tensor, " pairs"]:
+        return self.loss.implicit_margin(inputs)
+
     def init_state(self, seed: int) -> LossState:
         return self.loss.init_state(seed)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch.nn.functional as F
+from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -45,6 +46,10 @@ class IPO(LossConfig):
     def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
         margin = inputs.log_ratio_margin if self.reduction == "sum" else inputs.log_ratio_margin_per_token
         return LossOutput((margin - 1 / (2 * self.beta)).square(), {})
+
+    def implicit_margin(self, inputs: LossInputs) -> Float[Tensor, " pairs"]:
+        """As :meth:`LossConfig.implicit_margin`."""
+        return self.beta * (inputs.log_ratio_margin if self.reduction == "sum" else inputs.log_ratio_margin_per_token)
 
 
 class RDPO(LossConfig):
@@ -102,7 +107,11 @@ class SimPO(LossConfig):
         return self.beta * (0.25 if self.gamma_beta_ratio is None else self.gamma_beta_ratio)
 
     def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
-        return LossOutput(-F.logsigmoid(self.beta * inputs.policy_margin_per_token - self.target_margin), {})
+        return LossOutput(-F.logsigmoid(self.implicit_margin(inputs) - self.target_margin), {})
+
+    def implicit_margin(self, inputs: LossInputs) -> Float[Tensor, " pairs"]:
+        """Without a reference: beta times the mean log-prob per token, chosen less rejected."""
+        return self.beta * inputs.policy_margin_per_token
 
 
 class WPO(LossConfig):

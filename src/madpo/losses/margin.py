@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -236,6 +237,10 @@ class OmniDPO(LossConfig):
             quality * focal * logistic + likelihood,
             {"weight/quality": quality, "weight/focal": focal.detach(), "nll/share": unlearned.to(policy.dtype)},
         )
+
+    def implicit_margin(self, inputs: LossInputs) -> Float[Tensor, " pairs"]:
+        """Beta times the log-ratio margin per token."""
+        return self.beta * inputs.log_ratio_margin_per_token
 
 
 def soft_logistic(logits: Tensor, target: Tensor) -> Tensor:

@@ -12,9 +12,7 @@ if TYPE_CHECKING:
     from madpo.practice.policy import TrainReport, TrainSettings
 
 
-def model_card(
-    *, data: str, digest: str | None, eval_data: str | Path | None, settings: TrainSettings, report: TrainReport
-) -> str:
+def model_card(*, data: str, eval_data: str | Path | None, settings: TrainSettings, report: TrainReport) -> str:
     """Markdown with the hub's front matter."""
     library = "transformers" if settings.full else "peft"
     loss = {k: v for k, v in settings.loss.model_dump(mode="json").items() if k != "kind"}
@@ -27,9 +25,13 @@ def model_card(
         "",
         f"# {_plain(Path(settings.model).name)}, trained with {settings.loss.kind}",
         "",
-        f"- base model and reference: `{_plain(settings.model)}`",
-        f"- pairs: `{_plain(data)}`, {report.pairs} for training (SHA-256 of the data: {digest or 'unknown'})",
+        f"- base model and reference: `{_plain(settings.model)}` "
+        f"(SHA-256 of its files, or its commit: {report.model_digest or 'unknown'})",
+        f"- pairs: `{_plain(data)}`, {report.pairs} for training "
+        f"(SHA-256 of the data: {report.data_digest or 'unknown'})",
     ]
+    if report.dropped or report.cut:
+        lines.append(f"- longer than max_length: {report.dropped} pairs left out, {report.cut} cut")
     if report.eval_pairs:
         source = f"`{_plain(str(eval_data))}`" if eval_data else "whole prompts of the same data"
         lines.append(f"- held out: {report.eval_pairs} pairs, {source}")
@@ -37,7 +39,7 @@ def model_card(
         lines.append(f"- margins from: {_plain(reward_model)}")
     lines += [
         f"- loss: `{settings.loss.kind}` with {', '.join(f'{k} = {json.dumps(v)}' for k, v in loss.items())}",
-        f"- trained: {'all weights' if settings.full else f'LoRA of rank {settings.lora.rank}'}, {report.steps} steps",
+        f"- trained: {_weights(settings)}, {report.steps} steps",
         f"- made by madpo {__version__}; `config.toml` repeats it, `log.jsonl` holds the course of the training",
         "",
         "## Measured",
@@ -49,6 +51,12 @@ def model_card(
     else:
         lines.append("Nothing: no pairs were held out. `madpo evaluate` measures what the policy writes.")
     return "\n".join(lines) + "\n"
+
+
+def _weights(settings: TrainSettings) -> str:
+    if settings.full:
+        return "all weights"
+    return f"LoRA of rank {settings.lora.rank}{' over weights of 4 bits' if settings.qlora else ''}"
 
 
 def _reward_model(data: Path) -> str | None:

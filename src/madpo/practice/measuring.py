@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from madpo.config import Frozen
@@ -22,15 +20,12 @@ from madpo.data.sources import described, open_source
 from madpo.data.tokens import Encoder
 from madpo.errors import ConfigError, DataError
 from madpo.evaluation import distinct
-from madpo.generation import generate
-from madpo.logprobs import completion_kl
 from madpo.models import load_model, load_tokenizer, resolve_model
 from madpo.practice.folders import building, digest
 from madpo.practice.pairs import loading, prompt_key
 from madpo.practice.reward_model import load_scorer, plain
-from madpo.preferences import decode, end_tokens
 from madpo.records import Estimate
-from madpo.rewards import padded_batches
+from madpo.responses import divergence, end_tokens, respond
 from madpo.statistics import bootstrap_mean, paired_difference, proportion
 from madpo.storage import write_atomically
 
@@ -246,22 +241,33 @@ def _responses(place: Place, rows: Sequence[tuple[int, Text]], settings: Evaluat
         ends.add(encoder.end_id())
     samples = []
     for draw in range(settings.samples_per_prompt):
-        mine = _draw(policy, prompt_ids, rows, draw, ends, settings, "Policy")
-        theirs = _draw(reference, prompt_ids, rows, draw, ends, settings, "Reference")
-        pad = tokenizer.pad_token_id
-        kl = _kl(policy, reference, prompt_ids, mine, pad, settings.score_batch_size)
-        for (prompt_id, prompt), a, b, divergence in zip(rows, mine, theirs, kl, strict=True):
-            samples.append(
-                Sample(
-                    prompt_id,
-                    draw,
-                    prompt,
-                    (decode(tokenizer, a), decode(tokenizer, b)),
-                    (len(a), len(b)),
-                    (a[-1] in ends, b[-1] in ends),
-                    float(divergence),
-                )
+        mine, theirs = (
+            respond(
+                model,
+                tokenizer,
+                prompt_ids,
+                settings,
+                keys=[prompt_id for prompt_id, _ in rows],
+                draw=draw,
+                ends=ends,
+                description=f"{who}: responses",
             )
+            for model, who in ((policy, "Policy"), (reference, "Reference"))
+        )
+        written, size = [response.ids for response in mine], settings.score_batch_size
+        kl = divergence(policy, reference, prompt_ids, written, pad=tokenizer.pad_token_id, batch_size=size)[1]
+        samples += [
+            Sample(
+                prompt_id,
+                draw,
+                prompt,
+                (a.text, b.text),
+                (len(a.ids), len(b.ids)),
+                (a.ended, b.ended),
+                float(apart),
+            )
+            for (prompt_id, prompt), a, b, apart in zip(rows, mine, theirs, kl, strict=True)
+        ]
     return samples
 
 
@@ -273,51 +279,6 @@ def _prompt_ids(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, prompt: Te
         raise ConfigError("the prompts hold messages but the tokenizer has no chat template; give prompts as text")
     text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _draw(
-    model: nn.Module,
-    prompt_ids: Sequence[list[int]],
-    rows: Sequence[tuple[int, Text]],
-    draw: int,
-    ends: Collection[int],
-    settings: EvaluateSettings,
-    description: str,
-) -> list[list[int]]:
-    return generate(
-        model,
-        prompt_ids,
-        keys=[prompt_id for prompt_id, _ in rows],
-        draw=draw,
-        seed=settings.seed,
-        max_new_tokens=settings.max_new_tokens,
-        eos_token_ids=ends,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        batch_size=settings.batch_size,
-        description=f"{description}: responses",
-    )
-
-
-@torch.no_grad()
-def _kl(
-    policy: nn.Module,
-    reference: nn.Module,
-    prompt_ids: Sequence[list[int]],
-    responses: Sequence[list[int]],
-    pad: int,
-    batch_size: int,
-) -> NDArray[np.float64]:
-    """KL(policy || reference) per response, nats, summed."""
-    found = np.zeros(len(responses))
-    whole = [[*prompt, *response] for prompt, response in zip(prompt_ids, responses, strict=True)]
-    device = next(reference.parameters()).device
-    for rows, ids, mask in padded_batches(whole, batch_size, pad, device, "KL"):
-        completion = mask.clone()
-        for i, row in enumerate(rows):
-            completion[i, : len(prompt_ids[row])] = 0
-        found[rows] = completion_kl(policy, reference, ids, mask, completion)[1].double().cpu().numpy()
-    return found
 
 
 def _report(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from madpo.data import load_preferences
+from madpo.data.load import TooLong
 from madpo.data.rows import Pair, Text
 from madpo.data.tokens import Encoder, Truncation, truncated
 from madpo.errors import ConfigError, DataError, MadpoError
@@ -50,19 +51,27 @@ def load_split(
     seed: int,
     max_length: int | None = None,
     truncation: Truncation = "drop",
+    too_long: TooLong | None = None,
 ) -> tuple[list[Row], list[Row]]:
     """Rows with token ids for training and for evaluation.
 
     Args:
         eval_data: evaluation pairs of their own; else ``eval_share`` of the prompts of ``data`` is held out.
         seed: of the split.
+        too_long: gathers what truncation did to the pairs of both.
 
     Raises:
         DataError: as :func:`madpo.data.load_preferences`, or too few prompts to hold one out.
     """
-    rows = load_preferences(data, tokenizer=tokenizer, max_length=max_length, truncation=truncation)
+    how: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "max_length": max_length,
+        "truncation": truncation,
+        "too_long": too_long,
+    }
+    rows = load_preferences(data, **how)
     if eval_data is not None:
-        return rows, load_preferences(eval_data, tokenizer=tokenizer, max_length=max_length, truncation=truncation)
+        return rows, load_preferences(eval_data, **how)
     if eval_share == 0:
         return rows, []
     train, heldout = split_by_prompt(rows, eval_share, seed, str(data))

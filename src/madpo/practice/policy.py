@@ -12,16 +12,26 @@ from typing import Any, Literal
 
 import torch
 from datasets import Dataset
-from pydantic import ConfigDict, Field, PydanticUserError, TypeAdapter, ValidationError, field_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    PydanticUserError,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from madpo import processes
 from madpo.config import Frozen, did_you_mean
+from madpo.data.load import TooLong
+from madpo.data.tokens import Truncation
 from madpo.errors import ConfigError, DataError
 from madpo.logprobs import unwrapped
 from madpo.losses import MADPO, Loss, LossConfig
-from madpo.models import LoRA, load_model, load_tokenizer, merge_adapter, resolve_model
+from madpo.models import LoRA, load_model, load_quantised, load_tokenizer, merge_adapter, resolve_model
 from madpo.packaged import quiet_transformers
 from madpo.practice.card import model_card
 from madpo.practice.folders import building, digest, toml
@@ -54,12 +64,24 @@ class TrainSettings(Frozen):
     lora: LoRA = LoRA()
     full: bool = False
     """Train all weights instead of an adapter."""
+    qlora: bool = False
+    """Hold the frozen weights in 4 bits (NF4) under the adapter. Needs a GPU and bitsandbytes; untested on one."""
     merge: bool = False
     """Also write the model with the adapter folded in."""
     eval_share: float = Field(default=0.0, ge=0, lt=1)
     """Share of the pairs held out (whole prompts at a time) where no evaluation data are given."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the loaded weights; auto is float32 in full training, else what the processor multiplies natively."""
+    truncation: Truncation = "drop"
+    """What happens to a pair of more than ``args.max_length`` tokens: drop it, cut its completions, or refuse it."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> TrainSettings:
+        if self.full and self.merge:
+            raise ValueError("full training has no adapter to merge: out/model is the whole model; leave --merge out")
+        if self.full and self.qlora:
+            raise ValueError("weights of 4 bits cannot be trained themselves; give full or qlora, not both")
+        return self
 
     @field_validator("args")
     @classmethod
@@ -77,10 +99,20 @@ class TrainReport(Frozen):
     loss: float
     """Mean over the training."""
     evaluation: dict[str, float]
+    dropped: int
+    """Pairs of more than max_length tokens that were left out; ``dropped.jsonl`` names them."""
+    cut: int
+    """Pairs whose completions were cut to max_length."""
+    data_digest: str | None
+    """SHA-256 of the data; None for a data set of the hub."""
+    model_digest: str | None
+    """SHA-256 of the files of the base model, or its commit on the hub."""
 
     def text(self) -> str:
         """The report for a person."""
         lines = [f"{self.pairs} pairs, {self.steps} steps, mean loss {self.loss:.4f}"]
+        if self.dropped or self.cut:
+            lines.append(f"longer than max_length: {self.dropped} pairs dropped (dropped.jsonl), {self.cut} cut")
         if self.evaluation:
             lines.append(f"on {self.eval_pairs} held-out pairs:")
             lines += [f"    {name}  {value:.4f}" for name, value in self.evaluation.items()]
@@ -127,9 +159,10 @@ def train(
 ) -> TrainReport:
     """Train a policy on preference pairs with the loss of ``settings``.
 
-    Writes ``adapter`` (or ``model`` in full training; with ``merge`` also ``merged``), ``README.md``, ``log.jsonl`` and
-    ``config.toml``. The folder appears when all is done. An interrupted training is continued by the same call, from
-    the newest checkpoint (``args.save_steps`` says how often there is one); checkpoints are no part of the result.
+    Writes ``adapter`` (or ``model`` in full training; with ``merge`` also ``merged``), ``README.md``, ``report.json``,
+    ``log.jsonl``, ``config.toml`` and, where pairs were too long, ``dropped.jsonl``. The folder
+    appears when all is done. An interrupted training is continued by the same call, from the newest checkpoint
+    (``args.save_steps`` says how often there is one); checkpoints are no part of the result.
 
     Args:
         data: as in :func:`madpo.data.load_preferences`, with the columns that the loss reads.
@@ -141,23 +174,31 @@ def train(
         DataError, ConfigError, StorageError: one sentence; nothing is left behind.
     """
     output_dir = Path(output_dir)
-    if settings.full and settings.merge:
-        raise ConfigError("full training has no adapter to merge: out/model is the whole model; leave --merge out")
     state = {
         "data": digest(data) or str(data),
         "eval_data": None if eval_data is None else digest(eval_data) or str(eval_data),
         "settings": settings.model_dump(mode="json"),
     }
     with building(output_dir, state, overwrite=overwrite) as out:
-        args = _trainer_arguments(settings, out, evaluated=eval_data is not None or settings.eval_share > 0)
+        args = trainer_arguments(settings, out, evaluated=eval_data is not None or settings.eval_share > 0)
         with loading(settings.model):
             base = resolve_model(settings.model)
             tokenizer = load_tokenizer(base)
-        rows, heldout = load_split(data, tokenizer, eval_data=eval_data, eval_share=settings.eval_share, seed=args.seed)
+        too_long = TooLong()
+        rows, heldout = load_split(
+            data,
+            tokenizer,
+            eval_data=eval_data,
+            eval_share=settings.eval_share,
+            seed=args.seed,
+            max_length=args.max_length,
+            truncation=settings.truncation,
+            too_long=too_long,
+        )
         require_columns(rows, settings.loss, str(data))
         if heldout:
             require_columns(heldout, settings.loss, str(eval_data or data))
-        trainer = _trainer(settings, args, base, tokenizer, rows, heldout)
+        trainer = build_trainer(settings, args, base, tokenizer, rows, heldout)
         if trainer.sharded and settings.merge:
             raise ConfigError(
                 "--merge needs the whole model in one process, and FSDP or DeepSpeed has split it; leave --merge out "
@@ -172,13 +213,20 @@ def train(
             steps=int(result.global_step),
             loss=float(result.training_loss),
             evaluation=evaluation,
+            dropped=len(too_long.dropped),
+            cut=too_long.cut,
+            data_digest=digest(data),
+            model_digest=model_digest(base, trainer.model),
         )
         _save(trainer, settings, tokenizer, out)
         if not processes.leads():
             return report
-        about = {"data": str(data), "digest": digest(data), "eval_data": eval_data, "settings": settings}
-        write_atomically(out / "README.md", model_card(**about, report=report))  # type: ignore[arg-type]
-        write_atomically(out / "config.toml", _resolved(data, settings))
+        if too_long.dropped:
+            write_atomically(out / "dropped.jsonl", too_long.lines())
+        card = model_card(data=str(data), eval_data=eval_data, settings=settings, report=report)
+        write_atomically(out / "README.md", card)
+        write_atomically(out / "report.json", report.model_dump_json(indent=1) + "\n")
+        write_atomically(out / "config.toml", resolved(data, settings))
         forget_checkpoints(out)
     return report
 
@@ -201,7 +249,12 @@ def require_columns(rows: Sequence[Row], loss: LossConfig, name: str) -> None:
         raise DataError(f"{name}: has no column {column!r}, which the loss {kind} reads; {remedy}")
 
 
-def _trainer_arguments(settings: TrainSettings, out: Path, *, evaluated: bool) -> PreferenceConfig:
+def trainer_arguments(settings: TrainSettings, out: Path, *, evaluated: bool) -> PreferenceConfig:
+    """The trainer's arguments; checkpoints go into ``out``.
+
+    Raises:
+        ConfigError: values that do not fit together, in one sentence.
+    """
     given = {**_DEFAULTS, **settings.args}
     if given.get("eval_strategy", "no") != "no" and not evaluated:
         raise ConfigError(f"args.eval_strategy = {given['eval_strategy']!r} needs eval_data or eval_share")
@@ -215,7 +268,7 @@ def _trainer_arguments(settings: TrainSettings, out: Path, *, evaluated: bool) -
         raise ConfigError(f"args: {(str(error).splitlines() or ['?'])[0]}; change the arguments") from error
 
 
-def _trainer(
+def build_trainer(
     settings: TrainSettings,
     args: PreferenceConfig,
     base: Path | str,
@@ -223,23 +276,34 @@ def _trainer(
     rows: Sequence[Row],
     heldout: Sequence[Row],
 ) -> PreferenceTrainer:
-    dtype = DTYPES.get(settings.dtype, torch.float32 if settings.full else None)
+    """The trainer of ``settings``: the model, its adapter, and the rows with token ids."""
     with loading(settings.model):
-        model = load_model(base, dtype=dtype)
+        model = load_quantised(base) if settings.qlora else load_model(base, dtype=_dtype(settings))
     torch.manual_seed(args.seed)  # the adapter starts at random
     with quiet_transformers():
         return PreferenceTrainer(
             model,
             args=args,
             loss=settings.loss,
-            train_dataset=_dataset(rows),
-            eval_dataset=_dataset(heldout) if heldout else None,
+            train_dataset=as_dataset(rows),
+            eval_dataset=as_dataset(heldout) if heldout else None,
             processing_class=tokenizer,
             peft_config=None if settings.full else settings.lora.peft_config("CAUSAL_LM"),
         )
 
 
-def _dataset(rows: Sequence[Row]) -> Dataset:
+def _dtype(settings: TrainSettings) -> torch.dtype | None:
+    return DTYPES.get(settings.dtype, torch.float32 if settings.full else None)
+
+
+def model_digest(base: Path | str, model: nn.Module) -> str | None:
+    """What the base model was: SHA-256 of its folder's files, or its commit on the hub."""
+    commit = getattr(getattr(unwrapped(model), "config", None), "_commit_hash", None)
+    return digest(base) or commit
+
+
+def as_dataset(rows: Sequence[Row]) -> Dataset:
+    """The columns that the trainer reads."""
     columns = [name for name in ("pair_id", *ID_COLUMNS, *PAIR_COLUMNS, *REFERENCE_COLUMNS) if name in rows[0]]
     return Dataset.from_dict({name: [row[name] for row in rows] for name in columns})
 
@@ -267,10 +331,14 @@ def _save(trainer: PreferenceTrainer, settings: TrainSettings, tokenizer: PreTra
         trainer.model.save_pretrained(out / "adapter", safe_serialization=True)
         tokenizer.save_pretrained(out / "adapter")
         if settings.merge:
-            merge_adapter(trainer.model, out / "merged", tokenizer)
+            model = trainer.model
+            if settings.qlora:  # the sum is taken with the weights as they were before they had 4 bits
+                model = load_model(resolve_model(settings.model), dtype=_dtype(settings), adapter=out / "adapter")
+            merge_adapter(model, out / "merged", tokenizer)
 
 
-def _resolved(data: str | Path, settings: TrainSettings) -> str:
+def resolved(data: str | Path, settings: TrainSettings) -> str:
+    """The configuration as TOML, with every default that is ours: ``madpo train DATA --config`` repeats it."""
     resolved = settings.model_dump(mode="json")
     if settings.full:
         resolved.pop("lora")

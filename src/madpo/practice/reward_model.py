@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from madpo.config import Frozen
@@ -212,7 +212,7 @@ def _measure(folder: Path, rows: Sequence[Row]) -> tuple[Estimate, MarginReport]
     return proportion(int((margins > 0).sum()), len(margins)), inspect(margins)
 
 
-def plain(report: Frozen) -> dict[str, Any]:
+def plain(report: BaseModel) -> dict[str, Any]:
     """A report as JSON, with its estimates by name."""
     return {name: _named(getattr(report, name)) for name in type(report).model_fields}
 
@@ -220,8 +220,10 @@ def plain(report: Frozen) -> dict[str, Any]:
 def _named(value: Any) -> Any:
     if isinstance(value, Estimate):
         return value._asdict()
-    if isinstance(value, Frozen):
+    if isinstance(value, BaseModel):
         return plain(value)
+    if isinstance(value, dict):
+        return {key: _named(entry) for key, entry in value.items()}
     return [_named(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 

@@ -28,9 +28,10 @@ from madpo.data.load import PairStream
 from madpo.data.rows import Pair, as_number
 from madpo.data.sources import open_source
 from madpo.diagnostics import inspect
-from madpo.errors import ConfigError, DataError, MadpoError, StorageError
+from madpo.errors import ConfigError, DataError, MadpoError
 from madpo.models import load_tokenizer, resolve_model
-from madpo.practice.folders import building, digest, refuse_foreign
+from madpo.practice.claims import claim
+from madpo.practice.folders import building, digest
 from madpo.practice.pairs import encoded_rows, folds_by_prompt, loading, prompt_key, split_by_prompt
 from madpo.practice.reward_model import PairScorer, RewardSettings, fit, load_scorer, plain
 from madpo.progress import bar, say
@@ -148,7 +149,7 @@ def score(data: str | Path, output_dir: str | Path, settings: ScoreSettings, *, 
 def _begin(output_dir: Path, state: Raw, held: ExitStack, *, overwrite: bool) -> Raw | None:
     """Make the folder ours (``held`` takes the lock); the report if it is complete already."""
     with storage_errors(output_dir):
-        _claim(output_dir, state, overwrite=overwrite)
+        claim(output_dir, state, overwrite=overwrite)
         held.enter_context(locked(output_dir))
         done = output_dir / "report.json"
         if done.exists():
@@ -164,32 +165,6 @@ def _read(data: str | Path) -> list[Pair]:
     if not pairs:
         raise DataError(f"{data}: no row has two different scores, so there is no pair; score the completions first")
     return pairs
-
-
-def _claim(output_dir: Path, state: dict[str, Any], *, overwrite: bool) -> None:
-    """Make the folder ours, or refuse it."""
-    if overwrite and output_dir.is_dir():
-        refuse_foreign(output_dir)
-        shutil.rmtree(output_dir)
-    path = output_dir / "settings.json"
-    if path.is_file():
-        found = json.loads(path.read_bytes())
-        wanted = json.loads(json.dumps(state))
-        changed = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
-        if changed:
-            key = changed[0]
-            raise StorageError(
-                f"{output_dir} was made with {key} = {_short(found.get(key))}, not {_short(wanted.get(key))}; "
-                "choose another output_dir, or add --overwrite"
-            )
-    elif output_dir.is_dir() and any(entry.name != ".lock" for entry in output_dir.iterdir()):
-        raise StorageError(f"{output_dir} is there and not empty; choose another output_dir, or add --overwrite")
-    output_dir.mkdir(parents=True, exist_ok=True)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _unnamed(report: dict[str, Any]) -> dict[str, Any]:

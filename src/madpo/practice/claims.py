@@ -1,0 +1,46 @@
+"""Folders that fill while a command works, and that the same command continues: whose they are, and for what."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from madpo.errors import StorageError
+from madpo.practice.folders import refuse_foreign
+
+
+def claim(output_dir: Path, state: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Make a folder ours, or refuse it; ``settings.json`` in it says what it is for, and the caller writes that.
+
+    Args:
+        state: what decides the result: data, digests, settings.
+        overwrite: discard results of ours that are in it.
+
+    Raises:
+        StorageError: it holds something else, or was made with another state; names the first difference.
+    """
+    if overwrite and output_dir.is_dir():
+        refuse_foreign(output_dir)
+        shutil.rmtree(output_dir)
+    path = output_dir / "settings.json"
+    if path.is_file():
+        found = json.loads(path.read_bytes())
+        wanted = json.loads(json.dumps(state))
+        changed = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
+        if changed:
+            key = changed[0]
+            raise StorageError(
+                f"{output_dir} was made with {key} = {_short(found.get(key))}, not {_short(wanted.get(key))}; "
+                "choose another output_dir, or add --overwrite"
+            )
+    elif output_dir.is_dir() and any(entry.name != ".lock" for entry in output_dir.iterdir()):
+        raise StorageError(f"{output_dir} is there and not empty; choose another output_dir, or add --overwrite")
+    output_dir.mkdir(parents=True, exist_ok=True)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
