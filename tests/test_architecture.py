@@ -27,6 +27,7 @@ TORCH_FREE = [
 LAYERS = [
     {"cli"},
     {"commands_data", "commands_train"},
+    {"options"},
     {"experiment", "tuning", "practice"},
     {"training", "preferences", "evaluation", "diagnostics", "report", "margin_page", "theory"},
     {"results", "summary", "figures", "responses"},

@@ -8,7 +8,7 @@ import pytest
 
 from madpo import commands_train
 from madpo.cli import main
-from madpo.commands_train import spelled_out
+from madpo.options import spelled_out
 
 
 @pytest.mark.parametrize(
@@ -35,9 +35,11 @@ def test_dotted_options_are_settings(argv, expected):
         (["train", "d", "--output_dir", "o", "--mege"], "no option '--mege'; did you mean '--merge'?"),
         (["train", "d", "--output_dri", "o"], "did you mean '--output_dir'?"),
         (["train", "--output_dir", "o"], "DATA"),
-        (["train", "d"], "--output_dir"),
+        (["train", "d", "--model_name_or_path", "m"], "the key 'output_dir' is missing; add --output_dir"),
+        (["train", "d", "--output_dir", "o"], "the key 'model' is missing; add --model_name_or_path"),
         (["reward", "d", "--output_dir", "o", "--epochs", "many"], "'many'"),
-        (["evaluate", "p", "--output_dir", "o"], "--prompts"),
+        (["evaluate", "p", "--output_dir", "o", "--reward", "r"], "the key 'prompts_data' is missing; add --prompts"),
+        (["tune", "d", "--output_dir", "o", "--model_name_or_path", "m", "--criterion", "loss"], "never selected on"),
     ],
 )
 def test_a_mistake_in_the_options_is_one_sentence_and_status_2(argv, words, capsys):
@@ -52,6 +54,7 @@ def parsed(arguments, *words):
     parser = argparse.ArgumentParser()
     arguments(parser)
     found = vars(parser.parse_args(words))
+    del found["key:output_dir"]
     return {
         key.removeprefix("key:"): value for key, value in found.items() if key.startswith("key:") and value is not None
     }
@@ -89,7 +92,7 @@ def test_every_option_stands_for_a_key():
     }
     for word in ("--reward", "--reward_model", "--reward-model"):
         found = parsed(commands_train.evaluate_arguments, "p", "--output_dir", "o", "--prompts", "f", word, "r")
-        assert found == {"reward_model": "r"}
+        assert found == {"prompts_data": "f", "reward_model": "r"}
 
 
 def test_the_commands_load_no_torch_to_parse():

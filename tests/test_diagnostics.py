@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from scipy.special import expit
 
 import madpo
-from madpo.commands_data import check_command, inspect_command, register
+from madpo.cli import main
 from madpo.data.margins import read_margins
 from madpo.diagnostics import ENOUGH, PAPER_SETTINGS, SURE, inspect, inspect_data
 from madpo.errors import ConfigError, DataError
@@ -292,21 +292,33 @@ def test_affected_pairs_follow_the_sliders(pairs: Path, tmp_path: Path) -> None:
 
 
 def test_commands(pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import argparse
-
-    parser = argparse.ArgumentParser()
-    register(parser.add_subparsers())
-    arguments = parser.parse_args(
-        ["check", str(pairs), "--eval-data", str(pairs), "--output-dir", str(tmp_path / "out")]
-    )
-    assert arguments.run is check_command
-    assert arguments.run(arguments) == 0
+    assert main(["check", str(pairs), "--eval-data", str(pairs), "--output-dir", str(tmp_path / "out")]) == 0
     assert "900 pairs of text" in capsys.readouterr().out
     assert (tmp_path / "out/check.json").exists()
-    arguments = parser.parse_args(["inspect", str(pairs), "--output", str(tmp_path / "p.html")])
-    assert arguments.run is inspect_command
-    assert arguments.run(arguments) == 0
+    assert main(["inspect", str(pairs), "--output", str(tmp_path / "p.html")]) == 0
     out = capsys.readouterr().out
     assert "recommended: tau = " in out
     assert "p.html" in out
     assert "\u2028" not in out
+
+
+def test_commands_take_their_options_from_a_file(
+    pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = tmp_path / "check.toml"
+    given.write_text(f'eval_data = "{pairs}"\noutput_dir = "{tmp_path / "out"}"\ntruncation = "cut"\n')
+    assert main(["check", str(pairs), "--config", str(given)]) == 0
+    assert "900 evaluation pairs" in capsys.readouterr().out
+    assert (tmp_path / "out/check.json").exists()
+    given.write_text(f'margin_temperature = 2.5\noutput = "{tmp_path / "p.html"}"\n')
+    assert main(["inspect", str(pairs), "--config", str(given)]) == 0
+    assert "margin temperature 2.5: as given" in capsys.readouterr().out
+    assert (tmp_path / "p.html").exists()
+    assert main(["inspect", str(pairs), "--config", str(given), "--margin_temperature", "3"]) == 0
+    assert "margin temperature 3: as given" in capsys.readouterr().out, "an option goes before the file"
+    for text, says in (("max_lenght = 3", "did you mean 'max_length'?"), ("strict = 3", "strict = 3")):
+        given.write_text(text)
+        assert main(["check", str(pairs), "--config", str(given)]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"madpo: {given}: ")
+        assert says in err

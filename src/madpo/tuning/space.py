@@ -85,6 +85,19 @@ SPACES: dict[str, Space] = {
 }
 
 
+def flat(tables: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Dotted keys and dimensions out of nested tables: ``[space.loss]`` ``tau = [2, 4]`` is ``"loss.tau"``."""
+    found: dict[str, Any] = {}
+    for key, value in tables.items():
+        if isinstance(value, list | tuple):
+            found[above + key] = {"values": value}
+        elif isinstance(value, Mapping) and not set(value) & set(Dimension.model_fields):
+            found |= flat(value, f"{above}{key}.")
+        else:
+            found[above + key] = value
+    return found
+
+
 def default_space(kind: str, has_beta: bool) -> Space | None:
     """The search space of a loss; None where there is nothing to search by default."""
     return SPACES.get(kind) or ({"loss.beta": _BETA} if has_beta else None)

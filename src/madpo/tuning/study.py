@@ -83,10 +83,10 @@ class TuneReport(Frozen):
         if self.advantage is not None:
             a = self.advantage
             lines.append(
-                f"better than plain DPO by {a.mean:.4f} (95 % interval {a.low:.4f} to {a.high:.4f}); "
+                f"better than plain DPO on the same pairs by {a.mean:.4f} (95 % interval {a.low:.4f} to {a.high:.4f}); "
                 f"the best of {len(self.trials)} flatters itself, so measure it on pairs that took no part here"
             )
-        lines.append("the raw log loss is lowest for plain DPO by construction, and chose nothing")
+        lines.append("the raw log loss favours plain DPO by construction, whose target it is, and chose nothing")
         return "\n".join(lines)
 
 
@@ -203,10 +203,8 @@ def _trials(study: optuna.Study, settings: TuneSettings) -> Any:
 
 
 def _is_grid(settings: TuneSettings) -> bool:
-    size = grid_size(settings.searched)
-    if settings.sampler == "grid" and size == float("inf"):
-        raise ConfigError('sampler = "grid" needs values for every key of the space; give values, or take "tpe"')
-    return settings.sampler == "grid" or (settings.sampler == "auto" and size <= settings.trials)
+    small = grid_size(settings.searched) <= settings.trials
+    return settings.sampler == "grid" or (settings.sampler == "auto" and small)
 
 
 def _sampler(settings: TuneSettings, number: int) -> optuna.samplers.BaseSampler:

@@ -1,0 +1,335 @@
+"""The search over a loss's parameters: what is measured, that nothing is measured twice, and what a kill leaves."""
+
+import csv
+import json
+import math
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from madpo.cli import main
+from madpo.errors import ConfigError, DataError, StorageError
+from madpo.losses import DPO, IPO, AlphaDPO, LossInputs, OmniDPO, SimPO
+from madpo.models import build_tiny, load_tokenizer
+from madpo.practice import TrainSettings, train
+from madpo.statistics import fit_temperature
+from madpo.training import PreferenceTrainer, reference
+from madpo.tuning import Dimension, RewardCriterion, TuneSettings, heldout, study, tune
+from madpo.tuning.reward import RewardCurve, strengthened
+from madpo.tuning.space import grid_size, with_values
+from practice_cases import ids_of, read, run, text_pairs, write
+
+ARGS = {"learning_rate": 1e-2, "max_steps": 3, "per_device_train_batch_size": 8, "bf16": False}
+SPACE = {"loss.tau": {"values": [2.0, 4.0]}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MADPO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return build_tiny("llama", tmp_path_factory.mktemp("models") / "llama", seed=1)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    generator = np.random.default_rng(0)
+    rows = [row | {"reward_margin": float(generator.normal(1, 1))} for row in text_pairs(30)]
+    return write(tmp_path_factory.mktemp("data") / "scored.jsonl", rows)
+
+
+def settings_for(model, **changes):
+    shared = {"model": str(model), "args": ARGS, "dtype": "float32", "lora": {"rank": 4}, "folds": 2, "space": SPACE}
+    return TuneSettings.model_validate({**shared, **changes})
+
+
+@pytest.fixture(scope="module")
+def tuned(model, data, tmp_path_factory):
+    """A whole search, the fold trainings that it made, and how often the reference was asked."""
+    trained, asked = [], []
+    step, compute = PreferenceTrainer.training_step, reference._compute
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            PreferenceTrainer,
+            "training_step",
+            lambda self, *a, **k: (trained.append(self.loss), step(self, *a, **k))[1],
+        )
+        patch.setattr(reference, "_compute", lambda *a, **k: (asked.append(len(a[1])), compute(*a, **k))[1])
+        out = tmp_path_factory.mktemp("tuned") / "T"
+        report = tune(data, out, settings_for(model))
+    return out, report, trained, asked
+
+
+@torch.no_grad()
+def logps(model, tokenizer, prompt, completion):
+    ids = torch.tensor([ids_of(tokenizer, prompt, completion)])
+    start = len(tokenizer(prompt)["input_ids"])
+    logits = model(ids).logits[0, start - 1 : -1].log_softmax(-1)
+    return logits.gather(-1, ids[0, start:, None]).sum().item()
+
+
+def test_the_criteria_are_those_of_policies_that_madpo_train_makes(tuned, model, data, tmp_path):
+    _, report, _, _ = tuned
+    rows, tokenizer = read(data), load_tokenizer(model)
+    trial = report.trials[0]
+    settings = with_values(settings_for(model).training, trial.values)
+    prepared = heldout.prepare(data, settings_for(model), tmp_path / "prepared")
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    margins = np.zeros(len(rows))
+    for k in (0, 1):
+        inside = [row for row, fold in zip(rows, prepared.fold, strict=True) if fold != k]
+        train(write(tmp_path / f"train{k}.jsonl", inside), tmp_path / f"P{k}", settings)
+        policy = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), tmp_path / f"P{k}" / "adapter"
+        ).eval()
+        for i in np.flatnonzero(prepared.fold == k):
+            row = rows[i]
+            margins[i] = 0.1 * sum(
+                sign * (logps(policy, tokenizer, row["prompt"], row[s]) - logps(base, tokenizer, row["prompt"], row[s]))
+                for sign, s in ((1, "chosen"), (-1, "rejected"))
+            )
+    temperature = fit_temperature(margins)[0]
+    h = trial.heldout
+    assert h.accuracy.mean == pytest.approx((margins > 0).mean())
+    assert h.temperature == pytest.approx(temperature, rel=1e-3)
+    assert h.log_loss.mean == pytest.approx(np.log1p(np.exp(-margins / temperature)).mean(), abs=1e-4)
+    assert h.raw_log_loss.mean == pytest.approx(np.log1p(np.exp(-margins)).mean(), abs=1e-5)
+    assert h.log_loss.low < h.log_loss.mean < h.log_loss.high
+    assert not {row["prompt"] for row, f in zip(rows, prepared.fold, strict=True) if f == 0} & {
+        row["prompt"] for row, f in zip(rows, prepared.fold, strict=True) if f == 1
+    }, "a prompt's pairs are in one fold"
+
+
+def test_every_setting_is_trained_once_and_the_reference_asked_once(tuned):
+    out, report, trained, asked = tuned
+    assert len(report.trials) == 2, "a grid ends when it is through"
+    assert [loss.kind for loss in trained[:6]] == ["dpo"] * 6
+    assert len(trained) == (1 + 2) * 2 * ARGS["max_steps"]
+    assert asked == [30], "folds and trials share one pass of the reference over all pairs"
+    assert {trial.values["loss.tau"] for trial in report.trials} == {2.0, 4.0}
+    best = min(report.trials, key=lambda trial: trial.heldout.log_loss.mean)
+    assert report.chosen == best.number
+    baseline = report.baseline.heldout
+    assert report.advantage.mean == pytest.approx(baseline.log_loss.mean - best.heldout.log_loss.mean)
+    assert "chose nothing" in report.text()
+    assert not list(out.rglob("training-*")), "checkpoints are gone"
+
+
+def test_the_table_and_the_page_show_every_trial(tuned):
+    out, report, _, _ = tuned
+    rows = list(csv.DictReader((out / "trials.csv").read_text().splitlines()))
+    assert [row["trial"] for row in rows] == ["dpo", "0", "1"]
+    assert [int(row["chosen"]) for row in rows] == [0, *(int(t.number == report.chosen) for t in report.trials)]
+    for row, trial in zip(rows[1:], report.trials, strict=True):
+        assert float(row["loss.tau"]) == trial.values["loss.tau"]
+        for name in ("accuracy", "log_loss", "raw_log_loss"):
+            estimate = getattr(trial.heldout, name)
+            assert [float(row[name + end]) for end in ("", "_low", "_high")] == [
+                estimate.mean,
+                estimate.low,
+                estimate.high,
+            ]
+    page = (out / "tune.html").read_text()
+    assert page.count("<circle") == 2
+    assert "never selected on" in page
+    assert f"{report.best().heldout.log_loss.mean:.4f}" in page
+    assert "http:" not in page
+    assert "https:" not in page
+
+
+def test_the_chosen_settings_are_what_madpo_train_takes(tuned, data, tmp_path):
+    out, report, _, _ = tuned
+    chosen = tomllib.loads((out / "chosen.toml").read_text())
+    assert chosen["loss"]["tau"] == report.best().values["loss.tau"]
+    assert TrainSettings.model_validate(chosen).args["max_steps"] == 3
+    run("train", data, "--config", out / "chosen.toml", "--output_dir", tmp_path / "P")
+    assert tomllib.loads((tmp_path / "P" / "config.toml").read_text()) == chosen
+
+
+@pytest.mark.parametrize("died_in_step", [11])
+def test_a_search_that_was_cut_off_ends_in_the_same_table(tuned, model, data, tmp_path, monkeypatch, died_in_step):
+    out, _, trained, _ = tuned
+    step, taken = PreferenceTrainer.training_step, []
+
+    def dies_once(self, *args, **kwargs):
+        taken.append(0)
+        if len(taken) == died_in_step:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(PreferenceTrainer, "training_step", dies_once)
+    with pytest.raises(KeyboardInterrupt):
+        tune(data, tmp_path / "T", settings_for(model))
+    journal = tmp_path / "T" / study.JOURNAL
+    if journal.exists():  # what a kill in the middle of a write leaves
+        journal.write_bytes(journal.read_bytes() + b'{"op_code":5,"worker')
+        journal.with_name(f"{journal.name}.lock").write_text("")
+    tune(data, tmp_path / "T", settings_for(model))
+    for name in ("trials.csv", "chosen.toml"):
+        assert (tmp_path / "T" / name).read_bytes() == (out / name).read_bytes()
+    assert len(taken) <= len(trained) + ARGS["max_steps"], "at most the fold that was cut off is trained again"
+
+
+def test_a_finished_study_goes_on_with_more_trials_and_refuses_other_settings(model, data, tmp_path):
+    space = {"loss.tau": {"low": 1.0, "high": 9.0}, "lora.rank": {"low": 2, "high": 4, "integer": True}}
+    changes = {"space": space, "baseline": False, "args": ARGS | {"max_steps": 1}}
+    first = tune(data, tmp_path / "T", settings_for(model, trials=1, **changes))
+    more = tune(data, tmp_path / "T", settings_for(model, trials=2, **changes))
+    assert more.trials[:1] == first.trials
+    assert len(more.trials) == 2
+    whole = tune(data, tmp_path / "whole", settings_for(model, trials=2, **changes))
+    assert whole.trials == more.trials, "what is proposed depends on seed, number and results alone"
+    for trial in more.trials:
+        assert 1 <= trial.values["loss.tau"] <= 9
+        assert trial.values["lora.rank"] in (2, 3, 4)
+    with pytest.raises(StorageError, match="made with folds = 2, not 3"):
+        tune(data, tmp_path / "T", settings_for(model, folds=3, **changes))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--criterion", "raw_log_loss"], "lowest for plain DPO by construction"),
+        (["--criterion", "reward"], "go together"),
+        (["--space.loss.taau", "[1, 2]"], "space.loss.taau: 1 cannot be"),
+        (["--space.loss.tau", "[0]"], "space.loss.tau: 0 cannot be"),
+        (["--space.folds", "[2]"], "only loss.*, args.* and lora.* are searched"),
+        (["--space.loss.tau", "{ low = 3, high = 1 }"], "low is 3.0, but must be below high"),
+        (["--space.loss.tau", "{ low = 0, high = 1, log = true }"], "a logarithm needs a number above 0"),
+        (["--loss", "custom"], "target"),
+        (["--folds", "40"], "only 25 different prompts"),
+        (["--sampler", "grid", "--space.loss.tau", "{ low = 2, high = 4 }"], "needs values for every key"),
+        (["--reward_model", "R", "--kl", "2"], "go together"),
+    ],
+)
+def test_mistakes(model, data, tmp_path, capsys, words, says):
+    argv = ["tune", str(data), "--model_name_or_path", str(model), "--output_dir", str(tmp_path / "T"), *words]
+    assert main([*argv, "--args.max_steps", "1", "--args.bf16", "false"]) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert err.startswith("madpo: ")
+    assert says in err
+    assert not (tmp_path / "T").exists()
+
+
+def test_a_missing_column_is_told_before_anything_is_trained(model, tmp_path):
+    bare = write(tmp_path / "pairs.jsonl", text_pairs(8))
+    with pytest.raises(DataError, match=r"reward_margin.*madpo score"):
+        tune(bare, tmp_path / "T", settings_for(model))
+    assert not (tmp_path / "T").exists()
+
+
+def test_spaces():
+    assert grid_size({"a": Dimension(values=(1, 2)), "b": Dimension(values=(1, 2, 3))}) == 6
+    assert math.isinf(grid_size({"a": Dimension(values=(1, 2)), "b": Dimension(low=0, high=1)}))
+    paper = TuneSettings(model="m").searched
+    assert paper["loss.tau"].values == (2, 4, 7, 10)
+    assert paper["loss.c_max"].values == (2, 3, 4)
+    assert TuneSettings(model="m", loss=DPO()).searched == {"loss.beta": Dimension(low=0.01, high=1.0, log=True)}
+    nested = TuneSettings.model_validate(
+        {"model": "m", "space": {"loss": {"tau": [1, 2], "lam": {"low": 1, "high": 2}}}}
+    )
+    assert nested.searched == {"loss.tau": Dimension(values=(1, 2)), "loss.lam": Dimension(low=1, high=2)}
+    settings = with_values(TrainSettings(model="m"), {"loss.tau": 3, "args.learning_rate": 1e-3, "lora.rank": 2})
+    assert (settings.loss.tau, settings.args["learning_rate"], settings.lora.rank) == (3, 1e-3, 2)
+
+
+def test_implicit_margins_are_the_losses_own():
+    def both(*pair):
+        return dict(zip(("chosen", "rejected"), (torch.tensor([float(x)]) for x in pair), strict=True))
+
+    policy, ref, lengths = both(-10, -20), both(-12, -18), both(4, 5)
+    inputs = LossInputs(
+        **{f"policy_{k}_logps": v for k, v in policy.items()},
+        **{f"ref_{k}_logps": v for k, v in ref.items()},
+        **{f"{k}_lengths": v.long() for k, v in lengths.items()},
+    )
+    per_token, alone = 2 / 4 + 2 / 5, -10 / 4 + 20 / 5
+    for loss, expected in (
+        (DPO(beta=0.5), 2.0),
+        (IPO(beta=0.1), 0.4),
+        (IPO(beta=0.1, reduction="mean"), 0.1 * per_token),
+        (OmniDPO(beta=2.0), 2 * per_token),
+        (SimPO(beta=2.0), 2 * alone),
+        (AlphaDPO(beta=3.0), 3 * alone),
+    ):
+        assert loss.implicit_margin(inputs).item() == pytest.approx(expected), loss
+
+
+def test_the_reward_is_read_off_between_two_strengths():
+    curve = RewardCurve(
+        np.array([0, 0.5, 1.0]), np.array([[0.0, 1], [2, 3], [4, 9]]), np.array([[0.0, 0], [1, 3], [5, 7]])
+    )
+    np.testing.assert_allclose(curve.at(2.0), [2, 3])
+    np.testing.assert_allclose(curve.at(1.0), [1, 2])
+    np.testing.assert_allclose(curve.at(4.0), [3, 6])
+    assert curve.at(6.1) is None
+    again = RewardCurve.of(curve.tensors())
+    for one, other in zip(curve, again, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_reward_of_samples_at_equal_kl(model, data, tmp_path):
+    run("reward", data, "--model_name_or_path", model, "--output_dir", tmp_path / "R", "--eval_share", "0.4",
+        "--learning_rate", "1e-2")  # fmt: skip
+    reward = {"reward_model": str(tmp_path / "R"), "kl": 0.001, "max_new_tokens": 4, "prompts": 5}
+    settings = settings_for(model, criterion="reward", reward=reward)
+    settings = settings.model_copy(update={"args": ARGS | {"max_steps": 1}})
+    report = tune(data, tmp_path / "T", settings)
+    rewards = [trial.heldout.reward.mean for trial in report.trials]
+    assert report.best().heldout.reward.mean == max(rewards)
+    assert all(trial.heldout.kl.mean >= 0.001 for trial in report.trials)
+    assert report.trials[0].heldout.reward.n == 10, "five prompts of each fold"
+    assert report.advantage.mean == pytest.approx(max(rewards) - report.baseline.heldout.reward.mean)
+    saved = next((tmp_path / "T" / "folds").rglob("fold-0.safetensors"))
+    curve = RewardCurve.of(heldout.load_file(saved))
+    assert (np.diff(curve.kl.mean(-1)) > 0).all(), "a stronger adapter is further from the reference"
+    far = reward | {"kl": 1e6, "strengths": [0.5]}
+    with pytest.raises(ConfigError, match="no policy reached a KL of 1e\\+06 nats"):
+        tune(data, tmp_path / "F", settings_for(model, criterion="reward", reward=far, baseline=False))
+
+
+def test_a_strengthened_adapter_is_the_sum_of_base_and_scaled_update(model, data, tmp_path):
+    train(data, tmp_path / "P", TrainSettings(model=str(model), args=ARGS, dtype="float32", lora={"rank": 4}))
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    name = "model.layers.0.self_attn.q_proj"
+    before = base.get_submodule(name).weight.detach().clone()
+    policy = PeftModel.from_pretrained(base, tmp_path / "P" / "adapter").eval()
+    layer = policy.base_model.model.get_submodule(name)
+    x = torch.randn(3, before.shape[1])
+    update = layer(x) - x @ before.T
+    assert update.abs().max() > 1e-4
+    for strength in (0.0, 0.5, 2.0):
+        with strengthened(policy, strength):
+            torch.testing.assert_close(layer(x), x @ before.T + strength * update)
+    torch.testing.assert_close(layer(x), x @ before.T + update)
+
+
+def test_rewards_need_their_settings():
+    for bad, says in (
+        ({"strengths": []}, "rising"),
+        ({"strengths": [1, 0.5]}, "rising"),
+        ({"kl": 0}, "greater than 0"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            RewardCriterion(**{"reward_model": "R", "kl": 1.0, **bad})
+    with pytest.raises(ValueError, match="full training has not"):
+        TuneSettings(model="m", full=True, criterion="reward", reward=RewardCriterion(reward_model="R", kl=1.0))
+
+
+def test_the_settings_say_what_the_study_is(tuned, data):
+    out, _, _, _ = tuned
+    state = json.loads((out / "settings.json").read_text())
+    assert state["data"] == str(data)
+    assert "trials" not in state
+    assert sorted(p.name for p in Path(out).iterdir() if not p.name.startswith(".")) == [
+        *("chosen.toml", "folds", "report.json", "settings.json", "study.journal", "trials.csv", "tune.html")
+    ]
