@@ -1,24 +1,36 @@
 """What two processes and one must do alike; run by a launcher, by a fork, or by a test itself."""
 
 import contextlib
+import functools
 import gc
 import io
 import json
+import os
+import signal
+import socket
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, TrainerCallback
 
+import soak
 from losses_cases import EVERY_LOSS
 from madpo import DPO, PreferenceConfig, PreferenceTrainer, processes
 from madpo.cli import main
 from madpo.losses import Custom
 from madpo.models import load_tokenizer
 from madpo.practice import scoring
+from madpo.training import checkpoints as disk
 
 BATCH = 8  # pairs per optimiser step, over all processes
 PAIRS = 21  # two full steps and one of 5, of which the second process has one pair and repeats others
@@ -58,7 +70,7 @@ def pairs(count, seed, *, positive=False):
     return Dataset.from_list(rows)
 
 
-def trainer_of(folder, out, loss, *, micro, accumulation, dropout=0.0, reference=True, **changes):
+def trainer_of(folder, out, loss, *, micro, accumulation, dropout=0.0, reference=True, peft=True, **changes):
     settings = {
         "report_to": "none",
         "disable_tqdm": True,
@@ -88,7 +100,7 @@ def trainer_of(folder, out, loss, *, micro, accumulation, dropout=0.0, reference
         train_dataset=train,
         eval_dataset=heldout,
         processing_class=load_tokenizer(folder),
-        peft_config=lora,
+        peft_config=lora if peft else None,
     )
 
 
@@ -140,8 +152,10 @@ def trajectories(folder: Path, out: Path, processes: int) -> dict:
     return found
 
 
-def launched(folder: Path, out: Path) -> int:
-    """What each process of a launch does, ending with a mistake that the second one alone meets."""
+def launched(folder: Path, out: Path) -> None:
+    """What each process of a launch does, ending with mistakes that one of them meets."""
+    os.chdir(out)
+    out = Path()
     found = {"columns": columns(folder, out), "trajectories": trajectories(folder, out, processes.count())}
     (out / f"{processes.rank()}.json").write_text(json.dumps(found))
     assert score(out, "scored") == score(out, "continued") == score(out, "scored") == 0
@@ -154,8 +168,117 @@ def launched(folder: Path, out: Path) -> int:
             return scorer
 
         scoring.load_scorer = diverged
-    return score(out, "diverged")
+    assert score(out, "diverged") == 2
+    # A mistake in a training reaches the other process as a broken connection. As if started again: one more sentence.
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+    settings = ("--args.bf16", "false", "--dtype", "float32", "--epochs", "1", "--batch_size", "2", "--loss", "dpo")
+    place = ["--model_name_or_path", str(folder), "--output_dir", str(out / "policy")]
+    raise SystemExit(main(["train", str(out / "broken.jsonl"), *place, *settings]))
+
+
+# ---- Launches from one process: for the price of a second each, instead of ten ----
+
+RESUMED = EVERY_LOSS["beta_dpo"]  # with statistics, and random states of two processes through dropout
+FULL_SETTINGS = {"micro": 2, "accumulation": 2, "peft": False, "learning_rate": 1e-3}
+
+
+def launch(work) -> dict[int, int]:
+    """``work()`` in two processes by torchrun's own launcher; exit codes by process, {} if all went well."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    place = {"rdzv_backend": "static", "rdzv_endpoint": f"127.0.0.1:{port}", "rdzv_configs": {"rank": 0}}
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=2, start_method="fork", max_restarts=0, local_addr="127.0.0.1", **place
+    )
+    try:
+        elastic_launch(config, work)()
+    except ChildFailedError as error:
+        return {number: failure.exitcode for number, failure in error.failures.items()}
+    return {}
+
+
+class Dies(TrainerCallback):
+    """Ends one process by SIGKILL, in the middle of a step or when its checkpoint is about to get its name."""
+
+    def __init__(self, rank, step, *, saving=False):
+        self.rank, self.step, self.saving = rank, step, saving
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if processes.rank() == self.rank and state.global_step + 1 == self.step:
+            if self.saving:
+                disk.os = types.SimpleNamespace(**{**vars(os), "rename": self.die})
+            else:
+                self.die()
+
+    def die(self, *names):
+        print(f"process {self.rank} dies", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def resumable(folder: Path, out: Path, death: Dies | None = None) -> None:
+    """Six steps, a checkpoint every second; goes on from the newest. Leaves what the training came to."""
+    settings = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
+    trainer = trainer_of(folder, out, RESUMED, micro=2, accumulation=2, dropout=0.1, **settings)
+    trainer.export_checkpoints = False
+    if death:
+        trainer.add_callback(death)
+    trainer.train(resume_from_checkpoint=True if disk.folders(out) else None)
+    clock = ("runtime", "per_second")
+    rows = [{k: v for k, v in row.items() if not k.endswith(clock)} for row in trainer.state.log_history]
+    (out / f"rows{processes.rank()}.json").write_text(json.dumps(rows, sort_keys=True))
+    disk.save_tensors(weights(trainer), out / f"weights{processes.rank()}.safetensors")
+
+
+def sharded(folder: Path, out: Path, loss, **settings) -> None:
+    """The same under FSDP2. accelerate keeps FSDP from processors, though torch can do it: the test opens that gate."""
+    made, plugins = AcceleratorState.__init__, []
+
+    def init(self, *args, **kwargs):
+        made(self, *args, **kwargs)
+        plugins.extend(plugin for plugin in (kwargs.get("fsdp_plugin"),) if plugin is not None)
+        if plugins:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugins[0]
+
+    AcceleratorState.__init__ = init
+    wrapping = {
+        "version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+        "reshard_after_forward": True,
+        "cpu_ram_efficient_loading": False,
+        "state_dict_type": "FULL_STATE_DICT",
+    }
+    trainer = trainer_of(folder, out / "trainer", loss, fsdp=True, fsdp_config=wrapping, **settings)
+    trainer.train()
+    assert trainer.sharded
+    assert all(isinstance(p, DTensor) for p in trainer.model.parameters())
+    found = {"losses": [row["loss"] for row in trainer.state.log_history if "loss" in row], **trainer.evaluate()}
+    trainer.save_model(str(out / "saved"))
+    if processes.leads():
+        (out / "found.json").write_text(json.dumps(found))
+
+
+def drive(folder: Path, out: Path) -> None:
+    """Every launch of the tests, from one process that has loaded the libraries; prints how each ended."""
+    soak.warm_up()
+
+    def run(name, work, *arguments, **settings):
+        @functools.wraps(work)
+        def entry():
+            work(folder, out / name, *arguments, **settings)
+
+        ended = launch(entry)
+        print(json.dumps([name, ended, sorted(path.name for path in (out / name).iterdir())]), flush=True)
+
+    run("two", launched)
+    run("whole", resumable)
+    for name, death in (("step", Dies(1, 4)), ("saving", Dies(0, 4, saving=True))):
+        run(name, resumable, death)
+        run(name, resumable)
+    run("fsdp", sharded, EVERY_LOSS["beta_dpo"], micro=2, accumulation=2)
+    run("fsdp-full", sharded, DPO(), **FULL_SETTINGS)
 
 
 if __name__ == "__main__":
-    raise SystemExit(launched(*map(Path, sys.argv[1:])))
+    drive(*map(Path, sys.argv[1:]))

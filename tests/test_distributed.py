@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import typing
@@ -16,34 +15,11 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 import launch_cases
+from madpo import DPO
 from madpo.losses import Loss
 from madpo.models import build_tiny, load_tokenizer
 from madpo.practice import scoring
 from practice_cases import read, text_pairs, write
-
-TESTS = Path(__file__).parent
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-def launch(*words, cache, cwd, processes=2, timeout=280):
-    """``torchrun`` on this machine; the launcher that ``accelerate launch`` calls as well."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MADPO_CACHE": str(cache)}
-    where = ("--nproc-per-node", processes, "--master-addr", "127.0.0.1", "--master-port", free_port())
-    command = [sys.executable, "-m", "torch.distributed.run", *where, *words]
-    return subprocess.run(
-        list(map(str, command)),
-        env=environment,
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -63,101 +39,183 @@ def prepare(root, llama):
 
 
 @pytest.fixture(scope="module")
-def both(llama, tmp_path_factory):
-    """(one process's folder and results, two processes' folder, their results, what the launcher said)."""
+def root(llama, tmp_path_factory):
+    """``one`` and ``two`` with equal data; in ``two`` a scoring that was interrupted, and pairs with a mistake."""
     root = tmp_path_factory.mktemp("both")
-    one, two = prepare(root / "one", llama), prepare(root / "two", llama)
+    prepare(root / "one", llama)
+    two = prepare(root / "two", llama)
+    rows = [{**row, "ref_chosen_logps": -20.0, "ref_rejected_logps": -20.0} for row in text_pairs(12)]
+    rows[5]["ref_rejected_logps"] = -1e39  # more than float32 can hold
+    write(two / "broken.jsonl", rows)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MADPO_CACHE", str(one / "cache"))
+        patch.setenv("MADPO_CACHE", str(root / "one" / "cache"))
         patch.setattr(scoring, "PART", launch_cases.PART)
-        alone = {"columns": launch_cases.columns(llama, one)}
-        alone["trajectories"] = launch_cases.trajectories(llama, one, 1)
-        patch.chdir(one)
-        assert launch_cases.score(Path(), "scored") == 0
-        # An interrupted run of which the second part is there, with values that only it can have.
-        patch.chdir(two)
         patch.setattr(scoring, "_finish", lambda *args: pytest.fail("interrupted"))
+        patch.chdir(two)
         with pytest.raises(pytest.fail.Exception):
             launch_cases.score(Path(), "continued")
-        for path in (two / "continued" / "parts").iterdir():
-            if path.name.endswith("08.safetensors"):
-                save_file({side: values + 100 for side, values in load_file(path).items()}, path)
-            else:
-                path.unlink()
-    done = launch(TESTS / "launch_cases.py", llama, ".", cache=two / "cache", cwd=two)
-    assert (two / "1.json").exists(), done.stderr[-4000:]
-    return one, alone, two, [json.loads((two / f"{rank}.json").read_text()) for rank in range(2)], done
+    for path in (two / "continued" / "parts").iterdir():
+        if path.name.endswith("08.safetensors"):  # kept, with values that only it can have
+            save_file({side: values + 100 for side, values in load_file(path).items()}, path)
+        else:
+            path.unlink()
+    return root
+
+
+@pytest.fixture(scope="module")
+def one(root, llama):
+    """One process: reference columns, trajectories, scores."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MADPO_CACHE", str(root / "one" / "cache"))
+        patch.setattr(scoring, "PART", launch_cases.PART)
+        patch.chdir(root / "one")
+        found = {"columns": launch_cases.columns(llama, Path())}
+        found["trajectories"] = launch_cases.trajectories(llama, Path(), 1)
+        assert launch_cases.score(Path(), "scored") == 0
+    return found
+
+
+class Driven(typing.NamedTuple):
+    """What the driver's launches said, and how each ended: name -> [exit codes by process, files afterwards]."""
+
+    stdout: str
+    stderr: str
+    ends: dict[str, list]
+
+
+@pytest.fixture(scope="module")
+def driven(root, llama):
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "MADPO_CACHE": str(root / "two" / "cache"),
+    }
+    command = [sys.executable, launch_cases.__file__, str(llama), str(root)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    ends = {}
+    for line in done.stdout.splitlines():
+        if line.startswith("["):
+            name, *end = json.loads(line)
+            ends.setdefault(name, []).append(end)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return Driven(done.stdout, done.stderr, ends)
+
+
+@pytest.fixture(scope="module")
+def two(root, driven):
+    """What each of the two processes found."""
+    return [json.loads((root / "two" / f"{rank}.json").read_text()) for rank in range(2)]
 
 
 def test_every_loss_of_the_union_is_among_the_cases():
-    kinds = {
-        typing.get_args(member.model_fields["kind"].annotation)[0]
-        for member in typing.get_args(typing.get_args(Loss)[0])
-    }
+    members = typing.get_args(typing.get_args(Loss)[0])
+    kinds = {typing.get_args(member.model_fields["kind"].annotation)[0] for member in members}
     assert {loss.kind for loss, _ in launch_cases.cases().values()} == kinds
     assert len(kinds) == 14
 
 
 @pytest.mark.parametrize("name", launch_cases.cases())
-def test_two_processes_follow_one_step_for_step(both, name):
+def test_two_processes_follow_one_step_for_step(one, two, name):
     """Losses, gradient norms, logged means, running statistics and final weights; the last step has 5 of 8 pairs."""
-    one, two, other = (found["trajectories"][name] for found in (both[1], *both[3]))
-    losses = [[row["loss"] for row in run["rows"] if "loss" in row] for run in (one, two)]
+    alone, first, second = (found["trajectories"][name] for found in (one, *two))
+    losses = [[row["loss"] for row in run["rows"] if "loss" in row] for run in (alone, first)]
     assert len(losses[0]) == 6
     np.testing.assert_allclose(losses[1], losses[0], rtol=5e-6)
     residual = np.subtract(*losses) / np.abs(losses[0])  # a factor that is missing shifts every step the same way
     assert abs(residual.mean()) < 2e-6
-    for a, b in zip(one["rows"], two["rows"], strict=True):
+    for a, b in zip(alone["rows"], first["rows"], strict=True):
         assert a.keys() == b.keys()
         for key in a.keys() - {"total_flos"}:  # which counts the repeated pairs' work
             assert b[key] == pytest.approx(a[key], rel=5e-5, abs=2e-5), key
-    assert two["evaluation"] == pytest.approx(one["evaluation"], rel=5e-5, abs=2e-5)
-    assert two["state"] == pytest.approx(one["state"], rel=1e-5, abs=1e-6)
-    for key, values in one["weights"].items():
-        np.testing.assert_allclose(two["weights"][key], values, rtol=0, atol=3e-5, err_msg=key)
-    assert two["weights"] == other["weights"], "the processes hold the same weights, bit for bit"
-    assert two["state"] == other["state"]
+    assert first["evaluation"] == pytest.approx(alone["evaluation"], rel=5e-5, abs=2e-5)
+    assert first["state"] == pytest.approx(alone["state"], rel=1e-5, abs=1e-6)
+    for key, values in alone["weights"].items():
+        np.testing.assert_allclose(first["weights"][key], values, rtol=0, atol=3e-5, err_msg=key)
+    assert first["weights"] == second["weights"], "the processes hold the same weights, bit for bit"
+    assert first["state"] == second["state"]
 
 
-def test_reference_columns_have_the_bytes_of_one_process(both):
-    one, alone, two, found, _ = both
-    assert found[0]["columns"] == found[1]["columns"] == alone["columns"]
-    (first,), (second,) = (list((root / "cache" / "columns").iterdir()) for root in (one, two))
+def test_reference_columns_have_the_bytes_of_one_process(root, one, two):
+    assert two[0]["columns"] == two[1]["columns"] == one["columns"]
+    (first,), (second,) = (list((root / name / "cache" / "columns").iterdir()) for name in ("one", "two"))
     assert first.name == second.name, "a column made by two processes serves one, and the other way round"
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_scores_have_the_bytes_of_one_process(both):
-    one, _, two, _, done = both
+def test_scores_have_the_bytes_of_one_process(root, one, driven):
     for name in ("scored.jsonl", "report.json", "settings.json"):
-        assert (one / "scored" / name).read_bytes() == (two / "scored" / name).read_bytes(), name
-    assert sorted(p.name for p in (two / "scored").iterdir()) == [
-        ".lock",
-        "report.json",
-        "scored.jsonl",
-        "settings.json",
-    ]
-    said = done.stdout.splitlines()
-    assert sum("pairs scored" in line for line in said) == 3, "scored, continued, and the report of what is complete"
-    assert done.stderr.count("scored is complete; nothing to do") == 1
+        assert (root / "one" / "scored" / name).read_bytes() == (root / "two" / "scored" / name).read_bytes(), name
+    left = sorted(path.name for path in (root / "two" / "scored").iterdir())
+    assert left == [".lock", "report.json", "scored.jsonl", "settings.json"]
+    assert driven.stdout.count("pairs scored") == 3, "scored, continued, and the report of what is complete"
+    assert driven.stderr.count("scored is complete; nothing to do") == 1
 
 
-def test_scoring_continues_from_the_parts_that_are_there(both):
-    one, _, two, _, _ = both
-    shift = [100.0 if 8 <= i < 16 else 0.0 for i in range(29)]
-    for a, b, more in zip(
-        read(one / "scored" / "scored.jsonl"), read(two / "continued" / "scored.jsonl"), shift, strict=True
-    ):
+def test_scoring_continues_from_the_parts_that_are_there(root, one, driven):
+    files = (root / "one" / "scored" / "scored.jsonl", root / "two" / "continued" / "scored.jsonl")
+    for i, (a, b) in enumerate(zip(*map(read, files), strict=True)):
+        more = 100 if 8 <= i < 16 else 0
         assert b["chosen_score"] == a["chosen_score"] + more
         assert b["rejected_score"] == a["rejected_score"] + more
 
 
-def test_a_mistake_that_one_process_meets_ends_all_with_one_sentence(both):
-    *_, done = both
-    assert done.returncode == 1, "the launcher's, which lists its processes' own"
-    sentences = [line for line in done.stderr.splitlines() if line.startswith("madpo: ")]
-    assert sentences == [
+def test_a_mistake_that_one_process_meets_ends_all_with_one_sentence(root, driven):
+    ((codes, _),) = driven.ends["two"]
+    assert codes
+    assert set(codes.values()) <= {2, -15}, "told, or ended by the launcher"
+    scored, trained = [line for line in driven.stderr.splitlines() if line.startswith("madpo: ")]
+    assert scored == (
         "madpo: the reward of pair 8 is not finite; the reward model has diverged, train it with a lower learning rate"
-    ]
-    assert "RuntimeError" not in done.stderr
-    assert set(re.findall(r"exitcode *: (-?[0-9]+)", done.stderr)) <= {"2", "-15"}
+    )
+    assert re.fullmatch(r"madpo: the loss is .* for the pairs \[5\]: .*", trained)
+    assert not (root / "two" / "policy").exists()
+
+
+def test_what_a_kill_of_one_process_interrupts_ends_in_the_same_bytes(root, driven):
+    assert [codes for codes, _ in driven.ends["whole"]] == [{}]
+    killed = {"step": (1, ["checkpoint-2"]), "saving": (0, [".checkpoint-4.part", "checkpoint-2"])}
+    for name, (rank, left) in killed.items():
+        (first, found), (again, _) = driven.ends[name]
+        assert first, "the launcher has ended the other process, or that has lost its connection"
+        assert f"process {rank} dies" in driven.stderr
+        assert found == left
+        assert again == {}
+        expected, present = files(root / "whole"), files(root / name)
+        assert {"checkpoint-6/optimizer.safetensors", "checkpoint-6/extra_state.safetensors"} <= expected.keys()
+        assert present.keys() == expected.keys()
+        for file, content in expected.items():
+            if "training.json" not in file and "manifest" not in file:  # which hold the seconds
+                assert present[file] == content, f"{name}: {file}"
+
+
+def files(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_fsdp2_follows_one_process(root, one, driven):
+    """The head lies in a shard of its own; its forward sees the whole weight, and the adapter is saved as a whole."""
+    assert [codes for codes, _ in driven.ends["fsdp"]] == [{}], driven.stderr[-3000:]
+    alone, found = one["trajectories"]["beta_dpo"], json.loads((root / "fsdp" / "found.json").read_text())
+    np.testing.assert_allclose(found["losses"], [row["loss"] for row in alone["rows"] if "loss" in row], rtol=5e-6)
+    assert found["eval_loss"] == pytest.approx(alone["evaluation"]["eval_loss"], rel=5e-6)
+    saved = load_file(root / "fsdp" / "saved" / "adapter_model.safetensors")
+    assert saved.keys() == {name.replace(".default", "") for name in alone["weights"]}
+    for name, values in alone["weights"].items():
+        np.testing.assert_allclose(saved[name.replace(".default", "")].ravel(), values, rtol=0, atol=3e-5, err_msg=name)
+
+
+def test_fsdp2_trains_all_weights(root, llama, driven, tmp_path):
+    assert [codes for codes, _ in driven.ends["fsdp-full"]] == [{}], driven.stderr[-3000:]
+    settings = {**launch_cases.FULL_SETTINGS, "micro": 2 * launch_cases.FULL_SETTINGS["micro"]}
+    trainer = launch_cases.trainer_of(llama, tmp_path, DPO(), **settings)
+    trainer.train()
+    found = json.loads((root / "fsdp-full" / "found.json").read_text())
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    np.testing.assert_allclose(found["losses"], losses, rtol=5e-6)
+    saved = load_file(root / "fsdp-full" / "saved" / "model.safetensors")
+    np.testing.assert_array_equal(saved.pop("lm_head.weight"), saved["model.embed_tokens.weight"])  # tied
+    expected = launch_cases.weights(trainer)
+    assert saved.keys() == expected.keys()
+    for name, weight in expected.items():
+        np.testing.assert_allclose(saved[name], weight, rtol=0, atol=3e-5, err_msg=name)
