@@ -97,18 +97,25 @@ const MadpoWeight = (() => {
     }
     const bins = 60;
     const counts = new Array(bins).fill(0);
-    for (const h of margins) counts[Math.max(0, Math.min(bins - 1, Math.floor(((h - lo) / (hi - lo)) * bins)))] += 1;
-    const most = Math.max(1, ...counts);
+    const weights = new Array(bins).fill(0);
+    for (const h of margins) {
+      const bin = Math.max(0, Math.min(bins - 1, Math.floor(((h - lo) / (hi - lo)) * bins)));
+      counts[bin] += 1;
+      weights[bin] += weight(h, p);
+    }
+    const most = Math.max(1, ...counts, ...weights);
     counts.forEach((count, i) => {
       if (!count) return;
       const a = lo + (i / bins) * (hi - lo);
       const b = lo + ((i + 1) / bins) * (hi - lo);
-      const height = (count / most) * BARS;
-      const bar = make("rect", {
-        x: x(a) + 0.5, y: base - height, width: Math.max(1, x(b) - x(a) - 1), height, class: `bar ${kind((a + b) / 2, p)}`,
-      });
-      bar.append(make("title", {}, `${count} pairs with margins from ${a.toFixed(2)} to ${b.toFixed(2)}, weight about ${weight((a + b) / 2, p).toFixed(2)}`));
-      svg.append(bar);
+      for (const [value, name] of [[count, "pairs"], [weights[i], "weighted"]]) {
+        const height = (value / most) * BARS;
+        const bar = make("rect", {
+          x: x(a) + 0.5, y: base - height, width: Math.max(1, x(b) - x(a) - 1), height, class: `bar ${name} ${kind((a + b) / 2, p)}`,
+        });
+        bar.append(make("title", {}, `${count} pairs with margins from ${a.toFixed(2)} to ${b.toFixed(2)}, of weight ${weights[i].toFixed(2)} together`));
+        svg.append(bar);
+      }
     });
     svg.append(make("line", { x1: LEFT, x2: W - RIGHT, y1: base, y2: base, class: "axis strong" }));
     let path = "";
@@ -119,7 +126,7 @@ const MadpoWeight = (() => {
     svg.append(make("path", { d: path, class: "curve" }));
     svg.append(make("text", { x: LEFT, y: H - 4, class: "tick" }, "reward margin h of the pair (log-odds)"));
     svg.append(make("text", { x: LEFT + 4, y: TOP + 12, class: "tick" }, "weight w(h)"));
-    svg.append(make("text", { x: LEFT + 4, y: base - BARS - 4, class: "tick" }, `pairs (tallest bar: ${most})`));
+    svg.append(make("text", { x: LEFT + 4, y: base - BARS - 4, class: "tick" }, `pairs (pale) and their weight (solid), up to ${Math.round(most * 10) / 10}`));
   };
 
   const spread = (margins, tau) => {
@@ -128,7 +135,7 @@ const MadpoWeight = (() => {
   };
 
   const SLIDERS = [
-    { key: "tau", label: "τ, the margin where the weight is 1", min: 0.1, max: 15, step: 0.1 },
+    { key: "tau", label: "τ, the margin where the weight is 1", min: 0.1, max: 15, step: 0.01 },
     { key: "c_max", label: "c_max, coefficient for small margins", min: 1.01, max: 8, step: 0.01 },
     { key: "lam", label: "λ, steepness around τ", min: 0.05, max: 5, step: 0.05 },
   ];
