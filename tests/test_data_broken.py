@@ -4,8 +4,11 @@
 import gzip
 import json
 import os
+import shutil
 import socket
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from madpo.cli import main
 from madpo.data import check, load_preferences, sources
 from madpo.errors import ConfigError, DataError
 
@@ -229,6 +233,12 @@ TABLE = [
     Broken("picture", _rows(CHAT | {"chosen": [HI | {"content": [{"type": "image"}]}]}), "parts that are not text"),
     Broken("ranked without scores", _rows({"instruction": "a", "completions": [{"response": "b"}]}), r"completions\[0\] lacks response or overall_score"),
     Broken("ranked text score", _rows({"instruction": "a", "completions": [{"response": "b", "overall_score": "5"}]}), "overall_score is '5'"),
+    Broken("ranked without ratings", _rows({"instruction": "a", "completions": [{"response": "b", "annotations": {"x": {"Rating": "N/A"}}}]}), r"completions\[0\] lacks response or overall_score"),
+    Broken("ranked rating in words", _rows({"instruction": "a", "completions": [{"response": "b", "annotations": {"x": {"Rating": "good"}}}]}), "annotations.Rating is 'good'"),
+    Broken("ranked lists of two lengths", _rows({"prompt": "a", "responses": ["b", "c"], "scores": [1]}), "responses holds 2 entries and scores 1"),
+    Broken("ranked score list as a number", _rows({"prompt": "a", "responses": ["b", "c"], "scores": 1}), "scores is 1 .a number., not a list"),
+    Broken("ranked object of uneven lists", _rows({"prompt": "a", "completions": {"response": ["b", "c"], "score": [1]}}), "completions is 2 entries .an object., not a list"),
+    Broken("ranked infinite score", _rows({"prompt": "a", "responses": ["b", "c"], "scores": [1, float("inf")]}), r"scores\[1\] is inf, but must be finite"),
     Broken("ranked, all equal", _rows({"instruction": "a", "completions": []}), "no row has two different scores"),
     # accepted, with a warning
     Broken("one row", _rows(GOOD)),
@@ -253,10 +263,14 @@ TABLE = [
 
 
 @pytest.mark.parametrize("case", TABLE, ids=lambda case: case.name)
-def test_each_breakage_has_its_sentence(case: Broken, tmp_path: Path) -> None:
+def test_each_breakage_has_its_sentence(case: Broken, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = case.make(tmp_path)
     if case.name == "no permission" and os.geteuid() == 0:
-        pytest.skip("root reads every file, so there is no permission to lack")
+        with _nobody(path) as readable:
+            for read in (check, load_preferences):
+                with pytest.raises(DataError, match=case.says):
+                    read(readable)
+        return
     before = sorted(tmp_path.rglob("*"))
     if not case.says:
         report = check(path)
@@ -271,7 +285,29 @@ def test_each_breakage_has_its_sentence(case: Broken, tmp_path: Path) -> None:
     if case.name != "ranked, all equal":
         with pytest.raises(DataError, match=f"(?s){case.says}"):
             load_preferences(path)
+    for command in (["check"], ["score", "--score_columns", "chosen_score", "rejected_score"]):
+        assert main([command[0], str(path), "--output_dir", str(tmp_path / "out"), *command[1:]]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("madpo: ")
+        assert err.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before, "a refused data set leaves nothing behind"
+
+
+@contextmanager
+def _nobody(path: Path) -> Iterator[Path]:
+    """The file where everybody may look for it, and this process without the rights of root."""
+    folder = Path(tempfile.mkdtemp(prefix="madpo-"))
+    try:
+        folder.chmod(0o755)
+        shutil.copy(path, folder)
+        (folder / path.name).chmod(0)
+        os.seteuid(65534)
+        try:
+            yield folder / path.name
+        finally:
+            os.seteuid(0)
+    finally:
+        shutil.rmtree(folder)
 
 
 def test_table_is_large_enough() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from madpo.progress import bar
 from madpo.storage import storage_errors, write_atomically
 
 SIDES = ("prompt", "chosen", "rejected")
+ORDERS = 1000  # of roles that are counted each for itself
+ROLES_SHOWN = 5
 RENDERED = 3  # pairs that the report shows as the model will see them
 
 
@@ -52,6 +55,8 @@ class CheckReport(Frozen):
     """Different prompts."""
     form: str
     """"text" or "messages"."""
+    roles: dict[str, int]
+    """For messages, "system, user > assistant" (prompt > chosen) -> how many pairs; the most frequent ones."""
     read_as: dict[str, str]
     """Our name -> the data set's."""
     ignored: tuple[str, ...]
@@ -78,6 +83,8 @@ class CheckReport(Frozen):
             lines.append(f"read {', '.join(renamed)}")
         if self.ignored:
             lines.append(f"not read: {', '.join(map(repr, self.ignored))}")
+        if self.roles:
+            lines.append(f"roles: {'; '.join(f'{order} ({count})' for order, count in self.roles.items())}")
         for side, n in self.lengths.items():
             lines.append(
                 f"{side}: {n.mean:.0f} {self.unit} on average, median {n.median:.0f}, 95 % up to {n.p95:.0f}, "
@@ -170,6 +177,7 @@ class _Pass:
         self.dropped = TooLong()
         self.too_long = self.dropped_pairs = 0
         self.form = "text"
+        self.roles: Counter[str] = Counter()
         self.rendered: list[str] = []
 
     def read(self) -> None:
@@ -196,8 +204,12 @@ class _Pass:
         self.seen.add(pair)
         if isinstance(pair.prompt, list):
             self.form = "messages"
+            self._count_roles(pair)
+        details: dict[str, list[str]] = {}  # a pair counts once for a kind, whatever is found in it
         for kind, detail in (*pair.flags, *(encoded.flags if encoded else ())):
-            self._note(kind, pair, detail)
+            details.setdefault(kind, []).append(detail)
+        for kind, found in details.items():
+            self._note(kind, pair, ", ".join(filter(None, found)))
         for side in SIDES:
             part = getattr(pair, side) if encoded is None else getattr(encoded, f"{side}_ids")
             self.lengths[side].append(len(part) if encoded is not None else text_length(part))
@@ -207,6 +219,12 @@ class _Pass:
             self.rendered.append(self._render(encoded))
         if self.max_length is not None and encoded.length > self.max_length:
             self._truncate(pair, encoded, self.max_length)
+
+    def _count_roles(self, pair: Pair) -> None:
+        sides = (pair.prompt, pair.chosen)
+        order = " > ".join(", ".join(m["role"] for m in side if isinstance(m, dict)) for side in sides)
+        # Conversations of every length would fill the memory: what is not known by then counts as others.
+        self.roles[order if order in self.roles or len(self.roles) < ORDERS else "others"] += 1
 
     def _truncate(self, pair: Pair, encoded: Encoded, max_length: int) -> None:
         if self.truncation == "refuse":
@@ -248,6 +266,7 @@ class _Pass:
             pairs=len(self.seen),
             prompts=self.seen.distinct_prompts(),
             form=self.form,
+            roles=dict(self.roles.most_common(ROLES_SHOWN)),
             read_as=dict(stream.columns.read_as),
             ignored=stream.ignored,
             unit="characters" if self.encoder is None else "tokens",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+from madpo.data.numbers import as_number
+from madpo.data.ranked import best_and_worst_of
 from madpo.data.sources import described
 from madpo.errors import DataError
 
@@ -23,12 +24,22 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "prompt": ("prompt", "instruction", "question"),
     "chosen": ("chosen", "chosen_response"),
     "rejected": ("rejected", "rejected_response"),
-    "chosen_score": ("chosen_score", "score_chosen", "chosen_rating", "chosen-rating", "chosen_avg_rating"),
-    "rejected_score": ("rejected_score", "score_rejected", "rejected_rating", "rejected-rating", "rejected_avg_rating"),
+    **{
+        f"{side}_score": tuple(
+            name.format(side)
+            for name in ("{}_score", "score_{}", "{}_rating", "rating_{}", "{}-rating", "{}_avg_rating")
+        )
+        for side in ("chosen", "rejected")
+    },
     **{name: (name,) for name in NUMBERS[2:]},
 }
-RANKED = "completions"  # UltraFeedback's list of {response, overall_score}
-WANTED = (*{alias for names in ALIASES.values() for alias in names}, RANKED, "margin")
+# Columns that hold several scored responses to a prompt: UltraFeedback's list of objects (or object of lists), and
+# lists of responses and of their scores side by side.
+RANKED = (
+    ("completions",),
+    *((texts, scores) for texts in ("responses", "generations") for scores in ("scores", "ratings", "rating")),
+)
+WANTED = (*{alias for names in (*ALIASES.values(), *RANKED) for alias in names}, "margin")
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _RENAME = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
@@ -66,7 +77,8 @@ class Columns:
     """Which of the data set's names is read as what."""
 
     read_as: Mapping[str, str]
-    ranked: bool
+    ranked: tuple[str, ...] = ()
+    """Columns with several scored responses, of which the best and the worst make the pair; empty where pairs are."""
 
     @classmethod
     def found_in(cls, names: Iterable[str], name: str) -> Columns:
@@ -86,8 +98,9 @@ class Columns:
             theirs = next((alias for alias in aliases if alias in names), None)
             if theirs is not None:
                 read_as[ours] = theirs
-        if RANKED in names and "chosen" not in read_as and "prompt" in read_as:
-            return cls({"prompt": read_as["prompt"]}, ranked=True)
+        ranked = next((columns for columns in RANKED if set(columns) <= set(names)), ())
+        if ranked and "chosen" not in read_as and "prompt" in read_as:
+            return cls({"prompt": read_as["prompt"]}, ranked)
         for ours in ("chosen", "rejected"):
             if ours not in read_as:
                 near = difflib.get_close_matches(ours, names, n=1, cutoff=0.6)
@@ -97,7 +110,7 @@ class Columns:
         for one, other in (("chosen_score", "rejected_score"), ("rejected_score", "chosen_score")):
             if one in read_as and other not in read_as:
                 raise DataError(f"{name}: has {read_as[one]!r} but no {other!r}; give both scores or neither")
-        return cls(read_as, ranked=False)
+        return cls(read_as)
 
     @property
     def numbers(self) -> tuple[str, ...]:
@@ -106,7 +119,7 @@ class Columns:
 
     def ignored(self, names: Sequence[str]) -> tuple[str, ...]:
         """Columns that nothing reads."""
-        used = {*self.read_as.values(), *((RANKED,) if self.ranked else ())}
+        used = {*self.read_as.values(), *self.ranked}
         return tuple(name for name in names if name not in used)
 
 
@@ -130,7 +143,9 @@ class Reader:
             Columns.found_in(raw, place)
         values = {ours: self._value(raw, theirs, place) for ours, theirs in self.columns.read_as.items()}
         if self.columns.ranked:
-            best_and_worst = _ranked(self._value(raw, RANKED, place), place)
+            best_and_worst = best_and_worst_of(
+                {name: self._value(raw, name, place) for name in self.columns.ranked}, place
+            )
             if best_and_worst is None:
                 return None
             values |= best_and_worst
@@ -270,28 +285,6 @@ def encodable(text: str, name: str, place: str) -> str:
     return text
 
 
-def as_number(value: Any, name: str, place: str, *, from_text: bool = False) -> float:
-    """A finite number, or a DataError; text counts only where the format has nothing else (CSV)."""
-    number = value
-    if isinstance(value, str) and from_text:
-        try:
-            number = float(value)
-        except ValueError:
-            raise DataError(
-                f"{place}: {name} is {described(value)}, not a number; correct it or drop the row"
-            ) from None
-    if isinstance(number, bool) or not isinstance(number, int | float):
-        hint = "write it without quotes" if isinstance(value, str) else "give a number"
-        raise DataError(f"{place}: {name} is {described(value)}, not a number; {hint}")
-    try:
-        number = float(number)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise DataError(f"{place}: {name} is {number}, but must be finite; score the pair again or drop the row")
-    return number
-
-
 def _pair_id(value: Any, place: str) -> int:
     if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit() and len(value) < 19:
         value = int(value)
@@ -300,22 +293,6 @@ def _pair_id(value: Any, place: str) -> int:
             f"{place}: pair_id is {described(value)}, not a whole number from 0; correct or drop the column"
         )
     return value
-
-
-def _ranked(value: Any, place: str) -> dict[str, Any] | None:
-    """Best and worst of UltraFeedback's completions; None where no two scores differ."""
-    if not isinstance(value, list | tuple):
-        raise DataError(f"{place}: {RANKED} is {described(value)}, not a list of responses; give a list")
-    scored = []
-    for i, entry in enumerate(value):
-        name = f"{RANKED}[{i}]"
-        if not isinstance(entry, dict) or "response" not in entry or "overall_score" not in entry:
-            raise DataError(f"{place}: {name} lacks response or overall_score; give both or add chosen and rejected")
-        scored.append((as_number(entry["overall_score"], f"{name}.overall_score", place), entry["response"]))
-    if len({score for score, _ in scored}) < 2:
-        return None
-    (best, chosen), (worst, rejected) = max(scored, key=lambda s: s[0]), min(scored, key=lambda s: s[0])
-    return {"chosen": chosen, "rejected": rejected, "chosen_score": best, "rejected_score": worst}
 
 
 def _flag(pair: Pair) -> None:

@@ -25,7 +25,8 @@ from safetensors.numpy import load_file, save
 from madpo import processes
 from madpo.config import Frozen
 from madpo.data.load import PairStream
-from madpo.data.rows import Pair, as_number
+from madpo.data.numbers import as_number
+from madpo.data.rows import Pair
 from madpo.data.sources import open_source
 from madpo.diagnostics import inspect
 from madpo.errors import ConfigError, DataError, MadpoError
