@@ -70,7 +70,9 @@ def pairs(count, seed, *, positive=False):
     return Dataset.from_list(rows)
 
 
-def trainer_of(folder, out, loss, *, micro, accumulation, dropout=0.0, reference=True, peft=True, **changes):
+def trainer_of(
+    folder, out, loss, *, micro, accumulation, dropout=0.0, reference=True, peft=True, collator=None, **changes
+):
     settings = {
         "report_to": "none",
         "disable_tqdm": True,
@@ -100,6 +102,7 @@ def trainer_of(folder, out, loss, *, micro, accumulation, dropout=0.0, reference
         train_dataset=train,
         eval_dataset=heldout,
         processing_class=load_tokenizer(folder),
+        data_collator=collator,
         peft_config=lora if peft else None,
     )
 

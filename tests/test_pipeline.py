@@ -165,7 +165,8 @@ def test_runs_in_order_then_skips(tmp_path: Path, jobs: int, capsys: pytest.Capt
     assert first.metrics == {"value": 2, "mean": Estimate(1.0, 0.5, 1.5, 7), "share": 0.5, "kind": "test"}
     assert first.config == {"value": 2, "scale": 1.0}
     assert first.threads >= 1
-    assert {"seconds", "host", "started", "madpo", "argv"} == set(first.provenance)
+    conditions = {"instruction_set", "machine", "device", "versions"}
+    assert {"seconds", "host", "started", "madpo", "argv", *conditions} == set(first.provenance)
     assert "data/first: makes a number" in capsys.readouterr().err
 
     again = run(graph(), tmp_path)
@@ -181,6 +182,30 @@ def test_records_are_equal_outside_provenance(tmp_path: Path) -> None:
     two = run(graph(), tmp_path / "two").records
     for name in one:
         assert one[name].model_dump(exclude={"provenance"}) == two[name].model_dump(exclude={"provenance"})
+
+
+def test_a_record_states_what_its_bytes_depend_on(tmp_path: Path) -> None:
+    code = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_pipeline import graph
+from madpo.pipeline import run
+without = run(graph(), Path({str(tmp_path / "without")!r})).records["sum"]
+assert "torch" not in sys.modules
+import torch
+torch.set_num_threads(1)
+record = run(graph(), Path({str(tmp_path / "with")!r})).records["sum"]
+assert record.threads == 1
+assert record.provenance["instruction_set"] == torch.backends.cpu.get_cpu_capability()
+assert without.provenance["instruction_set"] is None
+assert record.libraries["torch"] == torch.__version__.split("+")[0]
+import numpy
+assert record.provenance["versions"]["numpy"] == numpy.__version__
+assert record.provenance["versions"]["python"] == sys.version.split()[0]
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_change_runs_what_depends_on_it_in_a_new_folder(tmp_path: Path) -> None:

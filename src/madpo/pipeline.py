@@ -30,7 +30,7 @@ from madpo.config import did_you_mean, identity_settings
 from madpo.errors import ConfigError, MadpoError
 from madpo.executors import Executor, Inline
 from madpo.progress import duration, say
-from madpo.records import Estimate, Metric, Metrics, Record, libraries, load_record, plain_metrics
+from madpo.records import Estimate, Metric, Metrics, Record, conditions, libraries, load_record, plain_metrics
 from madpo.storage import locked, now, storage_errors, write_atomically
 
 __all__ = [
@@ -399,6 +399,7 @@ def _work(job: _Job) -> Record | tuple[str, MadpoError | None]:
                 "started": started,
                 "madpo": version("madpo"),
                 "argv": sys.argv,
+                **conditions(),
             }
             record = Record(**job.record, metrics=metrics, threads=_threads(), provenance=provenance)
             (job.out / "error.txt").unlink(missing_ok=True)

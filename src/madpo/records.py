@@ -3,6 +3,8 @@
 import json
 import math
 import numbers
+import platform
+import sys
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,6 +17,8 @@ from madpo.progress import say
 from madpo.storage import holder
 
 LIBRARIES = ("torch", "transformers", "trl", "peft")
+ALSO_INSTALLED = ("accelerate", "datasets", "numpy", "pandas", "safetensors", "scikit-learn", "scipy", "tokenizers")
+"""Libraries that last digits may depend on; their versions are told and are no part of an identity."""
 
 
 class Estimate(NamedTuple):
@@ -31,7 +35,8 @@ Metrics = dict[str, Metric]
 
 
 class Record(BaseModel):
-    """What a finished step leaves behind. Equal identity and threads give equal records outside ``provenance``."""
+    """What a finished step leaves behind. Equal identity and threads give equal records outside ``provenance``, on
+    processors with one instruction set and with equal versions of the libraries listed there."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -59,13 +64,29 @@ class Record(BaseModel):
 @cache
 def libraries() -> dict[str, str]:
     """Versions that enter the identity. The build after "+" (cpu, cu128) is a matter of where it runs."""
-    found = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name).split("+")[0]
-        except PackageNotFoundError:
-            found[name] = "absent"
-    return found
+    return {name: (_version(name) or "absent").split("+")[0] for name in LIBRARIES}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def conditions() -> dict[str, Any]:
+    """What the bytes of a result depend on beside its identity and the threads; for ``provenance``.
+
+    ``instruction_set`` is what torch's kernels use ("AVX512"), and None where nothing has loaded torch.
+    """
+    torch = sys.modules.get("torch")
+    device = torch.cuda.get_device_name() if torch is not None and torch.cuda.is_initialized() else None
+    return {
+        "instruction_set": None if torch is None else torch.backends.cpu.get_cpu_capability(),
+        "machine": platform.machine(),
+        "device": device or "cpu",
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in ALSO_INSTALLED}},
+    }
 
 
 def load_record(folder: Path) -> Record | None:

@@ -1,0 +1,97 @@
+"""Equal runs give equal bytes, and a step depends on neither how it is split nor how its batches are padded."""
+
+import json
+
+import numpy as np
+import pytest
+
+import launch_cases
+from losses_cases import EVERY_LOSS
+from madpo.models import build_tiny
+from madpo.practice import TrainSettings, train
+from madpo.training.preference import PreferenceCollator
+from practice_cases import text_pairs, write
+
+LOSSES = ("dpo", "madpo", "wpo", "beta_dpo", "alpha_dpo")
+NEEDS = ("reward_margin", "weight", "ref_chosen_logps", "ref_rejected_logps")
+
+
+class LeftPadded(PreferenceCollator):
+    """The padding in front of the prompts instead of behind the completions."""
+
+    def torch_call(self, examples):
+        batch = super().torch_call(examples)
+        empty = (batch["attention_mask"] == 0).sum(-1).tolist()
+        for name in ("input_ids", "attention_mask", "completion_mask"):
+            for row, shift in zip(batch[name], empty, strict=True):
+                row.copy_(row.roll(shift))
+        return batch
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return build_tiny("llama", tmp_path_factory.mktemp("models") / "llama", seed=1)
+
+
+def collator(kind=PreferenceCollator, **settings):
+    return kind(pad_token_id=0, columns=NEEDS, max_length=launch_cases.LIMIT, **settings)
+
+
+def course(folder, out, name, *, micro=launch_cases.BATCH, **settings):
+    trainer = launch_cases.trainer_of(
+        folder, out, EVERY_LOSS[name], micro=micro, accumulation=launch_cases.BATCH // micro, **settings
+    )
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    weights = {key: weight.numpy().copy() for key, weight in launch_cases.weights(trainer).items()}
+    return rows, weights
+
+
+@pytest.fixture(scope="module", params=LOSSES)
+def whole(request, llama, tmp_path_factory):
+    """A loss, and its course in whole batches of 8, padded behind to the longest row."""
+    return request.param, *course(llama, tmp_path_factory.mktemp("whole"), request.param, collator=collator())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"micro": 4},
+        {"micro": 1},
+        {"collator": collator(LeftPadded)},
+        {"collator": collator(pad_to_multiple_of=32)},
+        {"micro": 2, "collator": collator(LeftPadded, pad_to_multiple_of=16)},
+    ],
+    ids=["4 x 2", "1 x 8", "left", "longer", "2 x 4, left, longer"],
+)
+def test_a_step_depends_on_neither_its_split_nor_its_padding(whole, llama, tmp_path, settings):
+    name, rows, weights = whole
+    found, after = course(llama, tmp_path, name, **settings)
+    assert len(found) == len(rows) == 6
+    for key in ("loss", "grad_norm", "logps/chosen", "rewards/margins"):
+        a, b = ([row[key] for row in run] for run in (rows, found))
+        np.testing.assert_allclose(b, a, rtol=5e-5, atol=5e-6, err_msg=key)
+        # A factor that is missing, or a token that counts twice, shifts every step the same way.
+        assert abs(np.mean(np.subtract(b, a) / np.maximum(np.abs(a), 1))) < 2e-6, key
+    for key, weight in weights.items():
+        np.testing.assert_allclose(after[key], weight, rtol=0, atol=3e-5, err_msg=key)
+
+
+def test_two_trainings_by_one_command_are_the_same_bytes(llama, tmp_path, monkeypatch):
+    """Dropout, filter and shuffle included; once with the reference columns computed, once from the cache."""
+    monkeypatch.setenv("MADPO_CACHE", str(tmp_path / "cache"))
+    data = write(tmp_path / "pairs.jsonl", text_pairs(20))
+    args = {"learning_rate": 1e-2, "num_train_epochs": 2, "per_device_train_batch_size": 4, "logging_steps": 1}
+    settings = TrainSettings(
+        model=str(llama), loss=EVERY_LOSS["beta_dpo"], args=args, lora={"rank": 4, "dropout": 0.2}, eval_share=0.2
+    )
+    reports = [train(data, tmp_path / name, settings) for name in ("one", "two")]
+    assert reports[0].model_dump(exclude={"output_dir"}) == reports[1].model_dump(exclude={"output_dir"})
+    files = [
+        {p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()}
+        for name in ("one", "two")
+    ]
+    assert files[0].keys() == files[1].keys()
+    different = [str(name) for name in files[0] if files[0][name].replace(b"/one", b"/two") != files[1][name]]
+    assert not different
+    assert len([json.loads(line) for line in (tmp_path / "one" / "log.jsonl").open()]) > 8
