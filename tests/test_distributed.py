@@ -11,6 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
@@ -219,3 +223,49 @@ def test_fsdp2_trains_all_weights(root, llama, driven, tmp_path):
     assert saved.keys() == expected.keys()
     for name, weight in expected.items():
         np.testing.assert_allclose(saved[name], weight, rtol=0, atol=3e-5, err_msg=name)
+
+
+CONFIGURATIONS = sorted((Path(__file__).parents[1] / "examples" / "distributed").glob("*.yaml"))
+
+
+def launch_words(path, *more):
+    return ["--config_file", str(path), *more, "-m", "madpo.cli", "train", "pairs.jsonl"]
+
+
+@pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)
+def test_accelerate_reads_the_example_and_launches_what_it_says(path, monkeypatch):
+    """Up to the command line and the environment of the processes, with no GPU at hand."""
+    config = load_config_from_file(str(path))
+    assert isinstance(config, ClusterConfig)
+    kind = {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}.get(path.stem, "DEEPSPEED")
+    assert config.distributed_type == DistributedType[kind]
+    arguments, *_ = _validate_launch_command(
+        launch_command_parser().parse_args(launch_words(path, "--num_processes", "2"))
+    )
+    assert (arguments.num_processes, arguments.num_machines, arguments.module) == (2, 1, True)
+    assert arguments.training_script_args == ["train", "pairs.jsonl"]
+    assert (arguments.multi_gpu, arguments.use_fsdp, arguments.use_deepspeed) == (
+        *(kind == name for name in ("MULTI_GPU", "FSDP", "DEEPSPEED")),
+    )
+    if kind == "DEEPSPEED":
+        assert arguments.zero_stage == int(path.stem[-1])
+        assert str(arguments.zero3_init_flag).lower() == "false", "the reference is computed before the split"
+    elif kind == "FSDP":
+        environment = prepare_multi_gpu_env(arguments)
+        found = {key: environment[key] for key in FSDP2}
+        assert found == FSDP2
+        for key in FSDP2:
+            monkeypatch.setenv(key, environment[key])
+        plugin = FullyShardedDataParallelPlugin()  # reads the environment
+        assert plugin.fsdp_version == 2
+        assert plugin.cpu_ram_efficient_loading is False
+
+
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}
