@@ -20,7 +20,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from madpo.logprobs import Head, completion_kl, completion_logps, token_logps
+from madpo.divergence import completion_kl
+from madpo.logprobs import Head, completion_logps, token_logps
 
 VOCAB = 211
 SMALL = {

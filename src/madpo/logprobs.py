@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from madpo.packing import pack, packed_states, packs
+
 TILE = 8_192
 """Vocabulary entries per tile: small enough for a processor's cache at a few hundred tokens."""
 TOKENS = 512
@@ -256,13 +258,13 @@ class _Softmax:
         column = (labels - start).clamp(0, stop - start - 1)
         self.own = torch.where(here, z.gather(-1, column[:, None]).squeeze(-1).to(wide), self.own)
         if details:
-            self.plain += z.to(wide).sum(-1)
+            self.plain += z.sum(-1, dtype=wide)
         self._rescale(torch.maximum(self.top, peak))
         z = z.sub_(self.top.to(z.dtype)[:, None])
         if details:
             self.weighted += (z.exp() * z).to(wide).sum(-1)
         e = z.exp_()
-        self.total += e.to(wide).sum(-1)
+        self.total += e.sum(-1, dtype=wide)  # not e.to(wide): a copy of the tile costs as much as its exponential
         if log_sum_sq:
             self.total_sq += e.to(wide).square().sum(-1)
         if self.stash is not None:
@@ -300,19 +302,20 @@ def install_completion_head(model: nn.Module) -> None:
     if getattr(model, "_madpo_completion_head", False):
         return
     plain: Callable[..., Any] = model.forward
-    takes_positions = _takes_positions(model)
+    with_positions = takes_positions(model)
 
     @functools.wraps(type(model).forward)  # `generate` checks its arguments against the signature
     def forward(self: nn.Module, *args: Any, completion_mask: Tensor | None = None, **kwargs: Any) -> Any:
         if completion_mask is None:
             return plain(*args, **kwargs)
-        return _score(self, completion_mask, takes_positions, **kwargs)
+        return _score(self, completion_mask, with_positions, **kwargs)
 
     model.forward = types.MethodType(forward, model)
     model._madpo_completion_head = True  # type: ignore[assignment]
 
 
-def _takes_positions(model: nn.Module) -> bool:
+def takes_positions(model: nn.Module) -> bool:
+    """Whether the model's forward has ``position_ids``."""
     return "position_ids" in inspect.signature(type(model).forward).parameters
 
 
@@ -322,6 +325,7 @@ def completion_logps(
     attention_mask: Int[Tensor, "rows length"],
     completion_mask: Int[Tensor, "rows length"],
     *,
+    pairs: bool = False,
     log_sum_sq: bool = False,
     details: bool = False,
 ) -> CompletionScores:
@@ -333,6 +337,8 @@ def completion_logps(
         input_ids: prompt and completion, padded on either side.
         attention_mask: 1 for tokens, 0 for padding.
         completion_mask: 1 for completion tokens. The first token of a row cannot be scored (nothing predicts it).
+        pairs: the first half of the rows are the chosen completions of pairs and the second half the rejected ones, so
+            that a pair's prompt is computed once (:mod:`madpo.packing`). Same numbers, fewer tokens.
         log_sum_sq: also compute WPO's alignment term.
         details: also compute entropy, mean logit and top-1 share.
 
@@ -344,6 +350,7 @@ def completion_logps(
         input_ids=input_ids,
         attention_mask=attention_mask,
         completion_mask=completion_mask,
+        pairs=pairs,
         log_sum_sq=log_sum_sq,
         details=details,
     )
@@ -361,19 +368,28 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def _score(
     model: nn.Module,
     completion_mask: Tensor,
-    takes_positions: bool,
+    with_positions: bool,
     *,
     input_ids: Tensor,
     attention_mask: Tensor,
+    pairs: bool = False,
     log_sum_sq: bool = False,
     details: bool = False,
     **kwargs: Any,
 ) -> CompletionScores:
-    hidden = hidden_states(model, input_ids, attention_mask, takes_positions=takes_positions, **kwargs)
-    mask = (completion_mask[:, 1:] * attention_mask[:, 1:]).bool()
-    # Prompt-learning adapters put virtual tokens in front: keep the positions of the real ones.
-    selected = hidden[:, -input_ids.shape[1] :][:, :-1][mask]
-    tokens = token_logps(selected, Head.of(model), input_ids[:, 1:][mask], log_sum_sq=log_sum_sq, details=details)
+    plain = functools.partial(hidden_states, model, takes_positions=with_positions)
+    rows = (input_ids, attention_mask, completion_mask)
+    # A prompt-learning adapter hands over states of its own, which belong to rows.
+    if pairs and with_positions and not _given(kwargs) and packs(model, *rows, plain):
+        packing = pack(*rows, pairs=True)
+        mask, labels = packing.scored[:, 1:], packing.labels
+        selected = packed_states(model, packing)
+    else:
+        mask = (completion_mask[:, 1:] * attention_mask[:, 1:]).bool()
+        labels = input_ids[:, 1:][mask]
+        # Prompt-learning adapters put virtual tokens in front: keep the positions of the real ones.
+        selected = plain(input_ids, attention_mask, **kwargs)[:, -input_ids.shape[1] :][:, :-1][mask]
+    tokens = token_logps(selected, Head.of(model), labels, log_sum_sq=log_sum_sq, details=details)
     lengths = mask.sum(-1)
 
     def per_row(values: Tensor) -> Tensor:
@@ -381,6 +397,11 @@ def _score(
 
     means = (None if v is None else per_row(v) / lengths.clamp(min=1) for v in tokens[1:])
     return CompletionScores(per_row(tokens.logps), lengths, *means)
+
+
+def _given(kwargs: dict[str, Any]) -> bool:
+    """Whether a wrapper set anything: PEFT passes every argument on, most of them None."""
+    return any(value is not None for value in kwargs.values())
 
 
 def hidden_states(
@@ -404,77 +425,6 @@ def hidden_states(
     backbone: nn.Module = model.base_model  # type: ignore[assignment]
     states: Tensor = backbone(input_ids=input_ids, attention_mask=mask, use_cache=False, **kwargs).last_hidden_state
     return states
-
-
-@torch.no_grad()
-def completion_kl(
-    policy: nn.Module,
-    reference: nn.Module,
-    input_ids: Int[Tensor, "rows length"],
-    attention_mask: Int[Tensor, "rows length"],
-    completion_mask: Int[Tensor, "rows length"],
-    *,
-    block: int = 256,
-) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
-    """Summed log-probabilities under the policy, and KL(policy || reference) along each completion.
-
-    The KL is the sum over completion positions of sum_v p(v) (log p(v) - log q(v)), nats, from the full vocabulary:
-    an unbiased estimate of the sequence KL when the completions are samples of the policy at temperature 1, and of
-    far smaller variance than the log-ratio of the sampled tokens.
-
-    Returns:
-        (logps, kl), one per row, both summed, float32 or wider. A model has KL 0 to itself, exactly.
-    """
-    mask = (completion_mask[:, 1:] * attention_mask[:, 1:]).bool()
-    labels = input_ids[:, 1:][mask]
-    heads, states = [], []
-    for model in (policy, reference):
-        inner = unwrapped(model)
-        heads.append(Head.of(inner))
-        hidden = hidden_states(inner, input_ids, attention_mask, takes_positions=_takes_positions(inner))
-        states.append(hidden[:, :-1][mask])
-    logps, kls = [], []
-    for start in range(0, len(labels), block):
-        rows = slice(start, start + block)
-        logp, kl = _token_kl(heads, [x[rows] for x in states], labels[rows])
-        logps.append(logp)
-        kls.append(kl)
-
-    def per_row(parts: list[Tensor]) -> Tensor:
-        values = torch.cat(parts) if parts else states[0].new_zeros(0, dtype=torch.float32)
-        return values.new_zeros(mask.shape).masked_scatter(mask, values).sum(-1)
-
-    return per_row(logps), per_row(kls)
-
-
-def _token_kl(heads: list[Head], states: list[Tensor], labels: Tensor, tile: int = TILE) -> tuple[Tensor, Tensor]:
-    """log p(label) and sum_v p (log p - log q) of each token, by one walk over the vocabulary.
-
-    With running sums of e^z_p, e^z_q and e^z_p (z_p - z_q), the KL is the mean of z_p - z_q under p, less the
-    difference of the two log-normalisers.
-    """
-    hidden = [x.to(head.weight.dtype) for x, head in zip(states, heads, strict=True)]
-    wide = torch.promote_types(hidden[0].dtype, torch.float32)
-    zeros = [hidden[0].new_zeros(len(labels), dtype=wide) for _ in range(4)]
-    own, gap, total_p, total_q = zeros
-    top_p, top_q = (torch.full_like(own, -torch.inf) for _ in range(2))
-    vocabulary = heads[0].weight.shape[0]
-    for start in range(0, vocabulary, tile):
-        stop = min(start + tile, vocabulary)
-        z_p, z_q = (head.logits(x, start, stop)[0].to(wide) for head, x in zip(heads, hidden, strict=True))
-        here = (labels >= start) & (labels < stop)
-        column = (labels - start).clamp(0, stop - start - 1)
-        own = torch.where(here, z_p.gather(-1, column[:, None]).squeeze(-1), own)
-        peak_p, peak_q = torch.maximum(top_p, z_p.amax(-1)), torch.maximum(top_q, z_q.amax(-1))
-        shift_p, shift_q = (top_p - peak_p).exp(), (top_q - peak_q).exp()
-        top_p, top_q = peak_p, peak_q
-        apart = z_p - z_q
-        e_p = z_p.sub_(top_p[:, None]).exp_()
-        total_p = total_p * shift_p + e_p.sum(-1)
-        gap = gap * shift_p + apart.mul_(e_p).sum(-1)
-        total_q = total_q * shift_q + z_q.sub_(top_q[:, None]).exp_().sum(-1)
-    normaliser = top_p + total_p.log()
-    return own - normaliser, gap / total_p - normaliser + (top_q + total_q.log())
 
 
 def _logit_scale(config: Any) -> float:

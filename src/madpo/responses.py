@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from madpo.divergence import completion_kl
 from madpo.generation import generate
-from madpo.logprobs import completion_kl
 from madpo.rewards import padded_batches
 
 

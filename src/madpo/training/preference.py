@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from peft.helpers import disable_input_dtype_casting
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from trl import DPOConfig, DPOTrainer
@@ -175,14 +176,16 @@ class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
     ) -> Tensor | tuple[Tensor, CompletionScores]:
         """The mean of the loss over the pairs of the effective batch (this process's share of it)."""
         mode = "train" if self.model.training else "eval"
-        scores = completion_logps(
-            model,
-            inputs["input_ids"],
-            inputs["attention_mask"],
-            inputs["completion_mask"],
-            log_sum_sq="chosen_log_sum_sq" in self.loss.needs,
-            details=self._wants_token_metrics(mode),
-        )
+        with _inputs_as_they_are(model):
+            scores = completion_logps(
+                model,
+                inputs["input_ids"],
+                inputs["attention_mask"],
+                inputs["completion_mask"],
+                pairs=True,
+                log_sum_sq="chosen_log_sum_sq" in self.loss.needs,
+                details=self._wants_token_metrics(mode),
+            )
         pairs = self._loss_inputs(scores, inputs)
         state, kept_in_step = self._ready_state(pairs, inputs, mode)
         output = self.loss(pairs, state)
@@ -263,7 +266,7 @@ class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
         for batch in map(self._prepare_inputs, batches):
             with self.compute_loss_context_manager():
                 rows = (batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
-                scores = completion_logps(self.model_wrapped, *rows)
+                scores = completion_logps(self.model_wrapped, *rows, pairs=True)
             statistics.append(self.accelerator.gather(self.loss.statistic(self._loss_inputs(scores, batch))))
             counted.append(self.accelerator.gather(_scored(batch)))
         return observed(self.loss, torch.cat(statistics), torch.cat(counted), self.loss_state)
@@ -388,6 +391,17 @@ def _scored(batch: dict[str, Tensor]) -> Tensor:
     chosen, rejected = lengths.chunk(2)
     both = (chosen > 0) & (rejected > 0)
     return both & ~batch[REPEATED] if REPEATED in batch else both
+
+
+@contextmanager
+def _inputs_as_they_are(model: nn.Module) -> Iterator[None]:
+    """Under autocast, spare PEFT's cast of each layer's input to float32, which autocast undoes at once."""
+    inner = unwrapped(model)
+    if not torch.is_autocast_enabled(next(inner.parameters()).device.type):
+        yield
+        return
+    with disable_input_dtype_casting(inner):
+        yield
 
 
 def _disable_own_dropout(model: nn.Module) -> None:

@@ -29,7 +29,7 @@ from madpo.processes import everyone, first
 from madpo.progress import bar
 
 COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
-VERSION = 1
+VERSION = 2
 """Bumped when the engine's numbers change."""
 
 
@@ -125,7 +125,7 @@ def _batch_logps(model: nn.Module, batch: dict[str, Any], accelerator: Any) -> t
     training = model.training
     model.eval()
     with accelerator.autocast():
-        logps = completion_logps(model, **rows).logps
+        logps = completion_logps(model, **rows, pairs=True).logps
     model.train(training)
     chosen, rejected = logps.double().chunk(2)
     return chosen, rejected

@@ -406,7 +406,8 @@ def reference_logps(config: ReferenceStage, inputs: Mapping[str, Path], out: Pat
     with bar("Reference log-probabilities", len(rows)) as advance:
         for start in range(0, len(rows), config.batch_size):
             batch = collate(rows[start : start + config.batch_size])
-            logps = completion_logps(model, batch["input_ids"], batch["attention_mask"], batch["completion_mask"]).logps
+            triple = (batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
+            logps = completion_logps(model, *triple, pairs=True).logps
             found.append(torch.stack(logps.double().chunk(2)))
             advance(found[-1].shape[1])
     chosen, rejected = torch.cat(found, dim=1).cpu().numpy()

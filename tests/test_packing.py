@@ -1,0 +1,136 @@
+"""Packed rows against padded rows: every architecture, every padding side, ragged and degenerate pairs."""
+
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from madpo.logprobs import completion_logps
+from madpo.packing import PROMPT, pack
+from test_logprobs import VOCAB, brute_force, build
+
+FAMILIES = ["gemma3", "llama", "qwen3", "mistral", "gpt2"]
+
+
+def pair_batch(pairs: list[tuple[int, int, int]], side: str, seed: int = 0, unshared: tuple[int, ...] = ()) -> dict:
+    """Rows of (prompt, chosen, rejected) lengths: chosen rows, then rejected ones, padded to the longest."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(count: int) -> list[int]:
+        return torch.randint(1, VOCAB, (count,), generator=generator).tolist()
+
+    prompts = [draw(prompt) for prompt, _, _ in pairs]
+    chosen = [(p, draw(c)) for p, (_, c, _) in zip(prompts, pairs, strict=True)]
+    rejected = [
+        (draw(len(p)) if i in unshared else p, draw(r))
+        for i, (p, (_, _, r)) in enumerate(zip(prompts, pairs, strict=True))
+    ]
+    rows = chosen + rejected
+    length = max(len(p) + len(c) for p, c in rows)
+    columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "completion_mask": []}
+    for prompt, completion in rows:
+        pad = [0] * (length - len(prompt) - len(completion))
+        for name, row in (
+            ("input_ids", prompt + completion),
+            ("attention_mask", [1] * (len(prompt) + len(completion))),
+            ("completion_mask", [0] * len(prompt) + [1] * len(completion)),
+        ):
+            columns[name].append(pad + row if side == "left" else row + pad)
+    return {name: torch.tensor(values) for name, values in columns.items()}
+
+
+PAIRS = [(5, 6, 4), (3, 1, 1), (7, 9, 2), (1, 4, 8), (4, 0, 3), (2, 5, 5)]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request):
+    return build(request.param)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("unshared", [(), (0, 3)])
+def test_values_and_gradients_equal_a_token_loop(model, side, unshared):
+    rows = pair_batch(PAIRS, side, unshared=unshared)
+    weight = torch.linspace(-2, 3, len(rows["input_ids"]), dtype=torch.float64)
+    inside = [p for n, p in model.named_parameters() if "layers.0." in n or "h.0." in n]
+    expected = brute_force(model, rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scores = completion_logps(model, **rows, pairs=True)
+    assert model._madpo_packs
+    torch.testing.assert_close(scores.logps, expected, rtol=1e-10, atol=1e-10)
+    assert scores.lengths.tolist() == rows["completion_mask"].sum(1).tolist()
+    ours = torch.autograd.grad((scores.logps * weight).sum(), inside, allow_unused=True)
+    theirs = torch.autograd.grad((expected * weight).sum(), inside, allow_unused=True)
+    for a, b in zip(ours, theirs, strict=True):
+        if b is not None:
+            # Norms that compute in float32 even in float64 models round the last digits.
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6 * float(b.abs().max()))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    pairs=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=5),
+    side=st.sampled_from(["left", "right"]),
+    seed=st.integers(0, 99),
+    data=st.data(),
+)
+def test_any_lengths_pack_to_the_numbers_of_padded_rows(pairs, side, seed, data):
+    unshared = tuple(data.draw(st.sets(st.integers(0, len(pairs) - 1), max_size=2)))
+    model = SLIDING
+    rows = pair_batch(pairs, side, seed, unshared)
+    packed, padded = (completion_logps(model, **rows, pairs=pairs) for pairs in (True, False))
+    torch.testing.assert_close(packed.logps, padded.logps, rtol=1e-6, atol=1e-6)
+    assert packed.lengths.equal(padded.lengths)
+
+
+SLIDING = build("gemma3")
+
+
+def test_each_needed_token_is_computed_once():
+    rows = pair_batch([(5, 6, 4), (7, 9, 2)], "left")
+    packing = pack(*rows.values(), pairs=True)
+    # A completion's last token predicts nothing.
+    assert packing.input_ids.shape[1] == (5 + 5 + 3) + (7 + 8 + 1)
+    assert int((packing.branch == PROMPT).sum()) == 5 + 7
+    assert packing.labels.equal(rows["input_ids"][rows["completion_mask"].bool()])
+    assert packing.position_ids[0].tolist() == [*range(10), *range(5, 8), *range(15), 7]
+
+
+def test_a_completion_sees_neither_its_sibling_nor_another_pair():
+    """Exactly: other tokens in the rejected rows leave the chosen rows' bits alone."""
+    rows = pair_batch(PAIRS, "right")
+    before = completion_logps(SLIDING, **rows, pairs=True).logps[: len(PAIRS)]
+    rejected = rows["completion_mask"].bool().clone()
+    rejected[: len(PAIRS)] = False
+    rows["input_ids"][rejected] = (rows["input_ids"][rejected] + 17) % VOCAB
+    after = completion_logps(SLIDING, **rows, pairs=True).logps
+    assert after[: len(PAIRS)].equal(before)
+
+
+def test_an_architecture_with_its_own_attention_keeps_padded_rows_and_says_so_once():
+    model = build("gemma2")  # replaced below by attention that looks at everything
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        original = attention.forward
+        attention.forward = lambda *args, _original=original, attention_mask=None, **kw: _blind(
+            _original, attention_mask, *args, **kw
+        )
+    rows = pair_batch(PAIRS[:3], "right")
+    with pytest.warns(UserWarning, match="cannot share prompts"):
+        packed = completion_logps(model, **rows, pairs=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = completion_logps(model, **rows, pairs=True)
+    assert packed.logps.equal(again.logps)
+    torch.testing.assert_close(packed.logps, completion_logps(model, **rows).logps)
+
+
+def _blind(original, attention_mask, *args, packing=None, **kw) -> Tensor:
+    """Attention that forgets who may look at whom when the mask does not tell."""
+    if packing is not None:
+        packing._allowed = {w: torch.ones_like(m) for w in (None, 4) for m in [packing.allowed(w)]}
+    return original(*args, attention_mask=attention_mask, packing=packing, **kw)
