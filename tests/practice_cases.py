@@ -49,9 +49,19 @@ def implicit(row):
     return {side: row["prompt"] + row[side] for side in ("chosen", "rejected")}
 
 
+def with_turns(row):
+    """A system prompt, a turn before, and the question."""
+    before = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    return {
+        **conversation(row),
+        "prompt": [*before, {"role": "assistant", "content": "Hello."}, *conversation(row)["prompt"]],
+    }
+
+
 FORMATS = {
     "text": lambda row: {k: row[k] for k in ("prompt", "chosen", "rejected")},
     "text, the prompt inside": implicit,
     "messages": conversation,
     "messages, the prompt inside": lambda row: implicit(conversation(row)),
+    "a system prompt and turns": with_turns,
 }

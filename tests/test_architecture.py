@@ -29,7 +29,7 @@ LAYERS = [
     {"commands_data", "commands_train"},
     {"options"},
     {"experiment", "tuning", "practice"},
-    {"training", "preferences", "evaluation", "diagnostics", "report", "margin_page", "theory"},
+    {"training", "preferences", "evaluation", "diagnostics", "report", "margin_page", "pages", "theory"},
     {"results", "summary", "figures", "responses"},
     {
         "models",

@@ -3,6 +3,7 @@
 import json
 import math
 import tomllib
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,16 @@ def test_the_reward_models_report(chain, model):
         assert report["temperature"] == pytest.approx(fit_temperature(margins)[0])
     calibrated = np.log1p(np.exp(-margins / report["temperature"])).mean()
     assert report["calibrated_log_loss"] == pytest.approx(calibrated, rel=1e-6)
+    for name in ("log_loss", "temperature"):
+        if (interval := report[f"{name}_interval"]) is not None:
+            assert interval["mean"] == pytest.approx(report[name])
+            assert interval["low"] < interval["mean"] < interval["high"]
+            assert interval["n"] == len({row["prompt"] for row in reported})
+    assert report["model_digest"] == scoring.digest(model)
+    assert report["dropped"] == 0
+    page = (chain / "R" / "report.html").read_text()
+    assert page.count("<circle") == len(report["reliability"])
+    assert f"{report['accuracy']['mean']:.1%}" in page
     assert sum(b["pairs"] for b in report["reliability"]) == len(reported)
     assert len(report["reliability"]) <= 10
 
@@ -160,6 +171,9 @@ def test_the_card_and_the_resolved_configuration(chain, model, tmp_path):
     assert resolved["loss"]["tau"] == 3
     assert resolved["args"]["logging_steps"] == 1
     settings = TrainSettings.model_validate(resolved)
+    report = json.loads((chain / "P" / "report.json").read_text())
+    assert report["data_digest"] == scoring.digest(chain / "S" / "scored.jsonl")
+    assert report["model_digest"] == scoring.digest(model)
     again = train(chain / "S" / "scored.jsonl", tmp_path / "P", settings)
     name = "adapter/adapter_model.safetensors"
     assert (tmp_path / "P" / name).read_bytes() == (chain / "P" / name).read_bytes(), "config.toml repeats the training"
@@ -181,6 +195,12 @@ def test_the_evaluation(chain, model):
     assert report["kl"]["mean"] == pytest.approx(np.mean([s["kl"] for s in samples]))
     assert all(s["kl"] > 0 for s in samples)
     assert all(s["tokens"] <= 6 for s in samples)
+    assert report["policy_digest"] == scoring.digest(chain / "P")
+    assert report["reference_digest"] == scoring.digest(model)
+    assert report["reward_model_digest"] == scoring.digest(chain / "R" / "adapter")
+    page = (chain / "E" / "samples.html").read_bytes().decode()
+    assert page.count('class="card"') == 8
+    assert all(escape(s[k]) in page for s in samples for k in ("prompt", "response", "reference_response"))
 
 
 def test_a_model_against_itself_is_a_draw(chain, model, tmp_path, capsys):
@@ -362,6 +382,35 @@ def test_full_training_writes_a_model(model, tmp_path, capsys):
     assert "Nothing: no pairs were held out" in (tmp_path / "P" / "README.md").read_text()
     assert main(["train", str(data), "--model_name_or_path", str(model), "--output_dir", str(tmp_path / "P")]) == 2
     assert "add --overwrite" in capsys.readouterr().err
+
+
+def test_pairs_that_are_too_long_are_dropped_cut_or_refused(model, tmp_path):
+    rows = text_pairs(9)
+    rows[4]["chosen"] = " is" + " long" * 30 + "."
+    data = write(tmp_path / "pairs.jsonl", rows)
+    shared = {"model": str(model), "loss": {"kind": "dpo"}, "args": {"max_steps": 1, "max_length": 40, "bf16": False}}
+    dropped = train(data, tmp_path / "drop", TrainSettings(**shared))
+    assert (dropped.pairs, dropped.dropped, dropped.cut) == (8, 1, 0)
+    tokens = len(ids_of(load_tokenizer(model), rows[4]["prompt"], rows[4]["chosen"]))
+    assert read(tmp_path / "drop" / "dropped.jsonl") == [{"pair_id": 4, "line": 5, "tokens": tokens}]
+    assert "1 pairs left out" in (tmp_path / "drop" / "README.md").read_text()
+    assert "1 pairs dropped (dropped.jsonl)" in dropped.text()
+    cut = train(data, tmp_path / "cut", TrainSettings(**shared, truncation="cut"))
+    assert (cut.pairs, cut.dropped, cut.cut) == (9, 0, 1)
+    assert not (tmp_path / "cut" / "dropped.jsonl").exists()
+    with pytest.raises(DataError, match=r"line 5: .* more than max_length 40"):
+        train(data, tmp_path / "refuse", TrainSettings(**shared, truncation="refuse"))
+    assert not (tmp_path / "refuse").exists()
+
+
+def test_qlora_needs_a_gpu_and_says_so(model, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    data = write(tmp_path / "pairs.jsonl", text_pairs(8))
+    with pytest.raises(ConfigError, match="weights of 4 bits need a GPU"):
+        train(data, tmp_path / "P", TrainSettings(model=str(model), loss={"kind": "dpo"}, qlora=True))
+    with pytest.raises(ValueError, match="give full or qlora, not both"):
+        TrainSettings(model=str(model), full=True, qlora=True)
 
 
 def test_an_interrupted_training_ends_in_the_same_bytes(chain, model, tmp_path, monkeypatch):

@@ -83,6 +83,7 @@ class MarginReport(Frozen):
     """Share of pairs with a margin below 0, with its 95 % interval."""
     margin_temperature: float
     temperature_reason: str
+    temperature_fitted: bool
     log_loss: float
     """Of the margins as given, nats per pair; a coin's is 0.693."""
     calibrated_log_loss: float
@@ -181,6 +182,7 @@ def inspect(
         contradicted=proportion(len(contradicted), len(h)),
         margin_temperature=temperature,
         temperature_reason=reason,
+        temperature_fitted=fitted,
         log_loss=_log_loss(h),
         calibrated_log_loss=_log_loss(calibrated),
         calibration_error=error,

@@ -170,12 +170,14 @@ def scatter_figure(
     y_label: str,
     line: tuple[str, float] | None = None,
     names: Sequence[str] = (),
+    diagonal: bool = False,
 ) -> str:
     """Points with the interval of their height; a marked one stands out.
 
     Args:
         line: name and height of a line to compare with.
         names: what x = 0, 1, 2, ... are called, where x is no number.
+        diagonal: also the line on which x and y are the same.
     """
     (x_low, x_high) = _range([dot.x for dot in dots], 0.06)
     (y_low, y_high) = _range([v for dot in dots for v in dot.y[:3]] + ([line[1]] if line else []), 0.06)
@@ -190,6 +192,9 @@ def scatter_figure(
     if line is not None:
         parts.append(_line(LEFT, y(line[1]), WIDTH - right, y(line[1]), "mark"))
         parts.append(_text(WIDTH - right + 8, y(line[1]) + 4, _cut(line[0], 18), "name"))
+    if diagonal:
+        low, high = max(x_low, y_low), min(x_high, y_high)
+        parts.append(_line(x(low), y(low), x(high), y(high), "mark"))
     for dot in sorted(dots, key=lambda dot: dot.marked):
         kind = "s3" if dot.marked else "s0"
         parts.append(_line(x(dot.x), y(dot.y.low), x(dot.x), y(dot.y.high), f"error {kind}"))

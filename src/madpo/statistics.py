@@ -12,6 +12,7 @@ from madpo.records import Estimate
 from madpo.seeding import rng
 
 RESAMPLES = 2000
+TEMPERATURE_RESAMPLES = 200
 _BLOCK = 2_000_000  # resampled values held at once
 LOG_TEMPERATURES = (-6.0, 6.0)  # natural log: where a calibration is looked for
 
@@ -103,6 +104,27 @@ def fit_temperature(margins: ArrayLike) -> tuple[float, float, float]:
     )
     best = min((float(found.x), *LOG_TEMPERATURES, 0.0), key=lambda s: _log_loss(h, s))
     return float(np.exp(best)), before, _log_loss(h, best)
+
+
+def bootstrap_temperature(
+    margins: ArrayLike, *, seed: int = 0, clusters: ArrayLike | None = None, level: float = 0.95
+) -> Estimate:
+    """:func:`fit_temperature` with its percentile-bootstrap interval; arguments as in :func:`bootstrap_mean`.
+
+    Raises:
+        DataError: as :func:`fit_temperature`.
+    """
+    h = _finite(margins)
+    labels = np.arange(len(h)) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
+    members = [np.flatnonzero(labels == unit) for unit in range(int(labels.max()) + 1)]
+    generator = rng(seed, "bootstrap", "temperature")
+    draws = [
+        fit_temperature(h[np.concatenate([members[i] for i in generator.integers(0, len(members), len(members))])])[0]
+        for _ in range(TEMPERATURE_RESAMPLES)
+    ]
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    found = fit_temperature(h)[0]
+    return Estimate(found, min(found, float(low)), max(found, float(high)), len(members))
 
 
 def _log_loss(margins: NDArray[np.float64], log_temperature: float) -> float:

@@ -22,8 +22,9 @@ from madpo.errors import ConfigError, DataError
 from madpo.evaluation import distinct
 from madpo.models import load_model, load_tokenizer, resolve_model
 from madpo.practice.folders import building, digest
+from madpo.practice.pages import write_samples_page
 from madpo.practice.pairs import loading, prompt_key
-from madpo.practice.reward_model import load_scorer, plain
+from madpo.practice.reward_model import load_scorer, plain, reward_model_digest
 from madpo.records import Estimate
 from madpo.responses import divergence, end_tokens, respond
 from madpo.statistics import bootstrap_mean, paired_difference, proportion
@@ -71,6 +72,10 @@ class EvaluateReport(Frozen):
     prompts: int
     samples_per_prompt: int
     prompts_digest: str | None
+    policy_digest: str | None
+    reference_digest: str | None
+    reward_model_digest: str | None
+    """SHA-256 of what was measured, and with what; None for what lies on the hub."""
     win_rate: Estimate
     """Share of responses with a higher reward than the reference's to the same prompt; ties count half."""
     reward_difference: Estimate
@@ -112,7 +117,7 @@ def evaluate(
 ) -> EvaluateReport:
     """Sample from policy and reference with common random numbers, and compare.
 
-    Writes ``evaluation.json`` and ``samples.jsonl``.
+    Writes ``evaluation.json``, ``samples.jsonl`` and ``samples.html`` (side by side).
 
     Args:
         policy: a folder of ``madpo train``, a PEFT adapter's folder, a model's folder, or a hub id.
@@ -131,10 +136,10 @@ def evaluate(
             [Pair(i, i, s.prompt, s.said[0], s.said[1], {}) for i, s in enumerate(samples)], "prompt", "row"
         )
         report = _report(place, settings, samples, chosen, rejected, digest(prompts))
-        lines = (
-            json.dumps(_line(s, a, b), ensure_ascii=False) for s, a, b in zip(samples, chosen, rejected, strict=True)
-        )
-        write_atomically(out / "samples.jsonl", "\n".join(lines) + "\n")
+        lines = [_line(s, a, b) for s, a, b in zip(samples, chosen, rejected, strict=True)]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_atomically(out / "samples.jsonl", text)
+        write_samples_page(out / "samples.html", report, lines)
         write_atomically(out / "evaluation.json", json.dumps(plain(report), indent=1) + "\n")
     return report
 
@@ -311,6 +316,9 @@ def _report(
         prompts=len(np.unique(clusters)),
         samples_per_prompt=settings.samples_per_prompt,
         prompts_digest=prompts_digest,
+        policy_digest=digest(place.name) or digest(resolve_model(place.base)),
+        reference_digest=digest(resolve_model(place.reference)),
+        reward_model_digest=reward_model_digest(settings.reward_model),
         # Wilson's interval keeps its width where one side wins everything.
         win_rate=proportion(int(wins.sum()), len(wins))
         if whole

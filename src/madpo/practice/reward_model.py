@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, model_validator
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from madpo.config import Frozen
+from madpo.data.load import TooLong
 from madpo.data.rows import Pair
 from madpo.data.tokens import Encoded, Encoder, Truncation
 from madpo.diagnostics import MarginReport, Reliability, inspect
@@ -22,11 +23,12 @@ from madpo.errors import ConfigError, DataError
 from madpo.models import LoRA, compute_dtype, load_tokenizer, resolve_model
 from madpo.packaged import quiet_transformers
 from madpo.practice.folders import building, digest
+from madpo.practice.pages import write_reward_page
 from madpo.practice.pairs import Row, load_split, loading, prompt_key, sequences, split_by_prompt
 from madpo.progress import say
 from madpo.records import Estimate
 from madpo.rewards import RewardModel
-from madpo.statistics import proportion
+from madpo.statistics import bootstrap_mean, bootstrap_temperature, proportion
 from madpo.storage import write_atomically
 from madpo.training.stages import Optimisation, RewardModelStage, fit_reward_model
 
@@ -75,6 +77,10 @@ class RewardReport(Frozen):
     data: str
     data_digest: str | None
     eval_data: str | None
+    model_digest: str | None
+    """SHA-256 of the files of the base model; None for one of the hub."""
+    dropped: int
+    """Pairs of more than max_length tokens that were left out; ``dropped.jsonl`` names them."""
     train_pairs: int
     stopping_pairs: int
     heldout_pairs: int
@@ -84,8 +90,12 @@ class RewardReport(Frozen):
     """Share of held-out pairs whose chosen side has the higher reward, with its Wilson interval."""
     log_loss: float
     """Nats per pair; a coin's is 0.693."""
+    log_loss_interval: Estimate
+    """The same with its interval over prompts."""
     temperature: float
     """Divides margins to make them log-odds: ``margin_temperature`` of the losses."""
+    temperature_interval: Estimate | None
+    """The same with its interval; None where it was not fitted."""
     temperature_reason: str
     calibrated_log_loss: float
     reliability: tuple[Reliability, ...]
@@ -100,13 +110,24 @@ class RewardReport(Frozen):
             f"{self.stopping_pairs} held-out pairs decided when to stop",
             f"accuracy {a.mean:.1%} (95 % interval {a.low:.1%} to {a.high:.1%}) on {self.heldout_pairs} other "
             "held-out pairs",
-            f"log loss {self.log_loss:.3f}, {self.calibrated_log_loss:.3f} at temperature {self.temperature:.3g} "
-            "(a coin: 0.693)",
+            f"log loss {self.log_loss:.3f} ({_range(self.log_loss_interval)}), {self.calibrated_log_loss:.3f} at "
+            f"temperature {self.temperature:.3g}"
+            + (f" ({_range(self.temperature_interval)})" if self.temperature_interval else "")
+            + " (a coin: 0.693)",
             f"    the temperature was {self.temperature_reason}",
             "pairs  predicted  observed",
         ]
-        lines += [f"{b.pairs:5d}  {b.predicted:9.1%}  {b.observed.mean:8.1%}" for b in self.reliability]
+        lines += [
+            f"{b.pairs:5d}  {b.predicted:9.1%}  {b.observed.mean:8.1%} ({b.observed.low:.1%} to {b.observed.high:.1%})"
+            for b in self.reliability
+        ]
+        if self.dropped:
+            lines.append(f"longer than max_length: {self.dropped} pairs dropped (dropped.jsonl)")
         return "\n".join(lines)
+
+
+def _range(e: Estimate) -> str:
+    return f"{e.low:.3g} to {e.high:.3g}"
 
 
 def reward(
@@ -120,7 +141,8 @@ def reward(
     """Train a reward model on preference pairs.
 
     Writes ``adapter`` (with the head) and ``reward_model.json``, which :meth:`madpo.rewards.RewardModel.load` reads,
-    ``log.jsonl`` and ``report.json``. The folder appears when all is done; the same call continues an interrupted one.
+    ``log.jsonl``, ``report.json`` and ``report.html`` (the reliability curve). The folder appears when all is done; the
+    same call continues an interrupted one.
 
     Args:
         data: as in :func:`madpo.data.load_preferences`, text or messages.
@@ -139,7 +161,9 @@ def reward(
     }
     with building(output_dir, state, overwrite=overwrite) as out:
         with loading(settings.model):
-            tokenizer = load_tokenizer(resolve_model(settings.model))
+            base = resolve_model(settings.model)
+            tokenizer = load_tokenizer(base)
+        too_long = TooLong()
         train, heldout = load_split(
             data,
             tokenizer,
@@ -148,6 +172,7 @@ def reward(
             seed=settings.seed,
             max_length=settings.max_length,
             truncation=settings.truncation,
+            too_long=too_long,
         )
         stopping, reported = _halves(heldout, settings, str(eval_data or data))
         seen = {prompt_key(row["prompt"]) for row in train}
@@ -159,18 +184,25 @@ def reward(
             data=str(data),
             data_digest=digest(data),
             eval_data=None if eval_data is None else str(eval_data),
+            model_digest=digest(base),
+            dropped=len(too_long.dropped),
             train_pairs=len(train),
             stopping_pairs=len(stopping),
             heldout_pairs=len(reported),
             steps=steps,
             accuracy=measured[0],
             log_loss=measured[1].log_loss,
+            log_loss_interval=measured[2],
             temperature=measured[1].margin_temperature,
+            temperature_interval=measured[3],
             temperature_reason=measured[1].temperature_reason,
             calibrated_log_loss=measured[1].calibrated_log_loss,
             reliability=measured[1].reliability,
             settings=settings,
         )
+        if too_long.dropped:
+            write_atomically(out / "dropped.jsonl", too_long.lines())
+        write_reward_page(out / "report.html", report)
         write_atomically(out / "report.json", json.dumps(plain(report), indent=1) + "\n")
     return report
 
@@ -204,12 +236,16 @@ def fit(settings: RewardSettings, train: Sequence[Row], stopping: Sequence[Row],
     return fit_reward_model(stage, Dataset.from_dict(sequences(train)), Dataset.from_dict(sequences(stopping)), out)
 
 
-def _measure(folder: Path, rows: Sequence[Row]) -> tuple[Estimate, MarginReport]:
+def _measure(folder: Path, rows: Sequence[Row]) -> tuple[Estimate, MarginReport, Estimate, Estimate | None]:
+    """(accuracy, calibration, log loss, temperature where one was fitted); the last two over prompts."""
     sides = sequences(rows)
     model = RewardModel.load(folder)
     chosen, rejected = (model.score_ids(sides[name]).astype(np.float64) for name in ("chosen_ids", "rejected_ids"))
     margins = chosen - rejected
-    return proportion(int((margins > 0).sum()), len(margins)), inspect(margins)
+    found, prompts = inspect(margins), [prompt_key(row["prompt"]) for row in rows]
+    log_loss = bootstrap_mean(np.logaddexp(0.0, -margins), clusters=prompts)
+    temperature = bootstrap_temperature(margins, clusters=prompts) if found.temperature_fitted else None
+    return proportion(int((margins > 0).sum()), len(margins)), found, log_loss, temperature
 
 
 def plain(report: BaseModel) -> dict[str, Any]:
@@ -306,3 +342,10 @@ def load_scorer(place: str | Path, *, batch_size: int = 16) -> PairScorer:
         )
     model = (model.to("cuda") if torch.cuda.is_available() else model).eval()
     return PairScorer(RewardModel(model, tokenizer), own=False, batch_size=batch_size)
+
+
+def reward_model_digest(place: str) -> str | None:
+    """SHA-256 of a reward model's files (of one of ours, its adapter's); None for one of the hub."""
+    folder = Path(place).expanduser()
+    own = (folder / "reward_model.json").is_file()
+    return digest(folder / "adapter") if own else digest(folder)

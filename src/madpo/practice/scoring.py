@@ -34,7 +34,7 @@ from madpo.models import load_tokenizer, resolve_model
 from madpo.practice.claims import claim
 from madpo.practice.folders import building, digest
 from madpo.practice.pairs import encoded_rows, folds_by_prompt, loading, prompt_key, split_by_prompt
-from madpo.practice.reward_model import PairScorer, RewardSettings, fit, load_scorer, plain
+from madpo.practice.reward_model import PairScorer, RewardSettings, fit, load_scorer, plain, reward_model_digest
 from madpo.progress import bar, say
 from madpo.records import Estimate
 from madpo.statistics import proportion
@@ -125,7 +125,7 @@ def score(data: str | Path, output_dir: str | Path, settings: ScoreSettings, *, 
     pairs = _read(data)
     state = {"data": str(data), "pairs": len(pairs), "data_digest": digest(data), **settings.model_dump(mode="json")}
     if settings.reward_model is not None:
-        state["reward_model_digest"] = _model_digest(settings.reward_model)
+        state["reward_model_digest"] = reward_model_digest(settings.reward_model)
     columns = None
     if settings.score_columns is not None:
         columns = _columns(data, pairs, settings.score_columns)
@@ -170,12 +170,6 @@ def _read(data: str | Path) -> list[Pair]:
 
 def _unnamed(report: dict[str, Any]) -> dict[str, Any]:
     return {**report, "accuracy": Estimate(**report["accuracy"])}
-
-
-def _model_digest(place: str) -> str | None:
-    folder = Path(place).expanduser()
-    own = (folder / "reward_model.json").is_file()
-    return digest(folder / "adapter") if own else digest(folder)
 
 
 # Scores

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from madpo.figures import Dot, scatter_figure
+from madpo.pages import Section, cell, sections_page, table
 from madpo.practice.folders import toml
 from madpo.records import Estimate
-from madpo.report import page
 from madpo.storage import write_atomically
 from madpo.summary import DASH
 
@@ -70,15 +70,24 @@ def tune_page(report: TuneReport) -> str:
             f"On the same held-out pairs it is better than plain DPO by {a.mean:.4f} (95 % interval {a.low:.4f} to "
             f"{a.high:.4f}). The best of {len(report.trials)} flatters itself: measure it on pairs that took no part."
         )
-    return page(
-        "tune.html",
-        [],
-        {},
-        title=escape(f"Search for {report.settings.loss.kind}"),
-        summary="".join(f'<p dir="auto">{escape(line)}</p>' for line in lines),
-        trials=_table(report),
-        plots="".join(_plot(report, key) for key in report.settings.searched),
-        settings=f'<pre dir="auto">{escape(toml(report.settings.model_dump(mode="json")))}</pre>',
+    return sections_page(
+        "search",
+        f"Search for {report.settings.loss.kind}",
+        lines,
+        [
+            Section(
+                "Trials",
+                "Held-out pairs of all folds together, below each number its 95 % interval over prompts. The raw log "
+                "loss is shown and never selected on: it favours plain DPO by construction, whose target it is.",
+                _table(report),
+            ),
+            Section(
+                "Plots",
+                "Every trial, by each setting that was searched; the line is plain DPO.",
+                "".join(_plot(report, key) for key in report.settings.searched),
+            ),
+            Section("Settings", "", f'<pre dir="auto">{escape(toml(report.settings.model_dump(mode="json")))}</pre>'),
+        ],
     )
 
 
@@ -98,23 +107,14 @@ def _shown(value: Any) -> str:
 def _table(report: TuneReport) -> str:
     names = list(report.settings.searched)
     measures = [name for name in CRITERIA if any(_estimate(trial, name) for trial in _all(report))]
-    head = "".join(
-        f'<th scope="col">{escape(name)}</th>' for name in ("trial", *names, *(CRITERIA[m] for m in measures))
-    )
     rows = []
     for trial in _all(report):
-        mark = "<small>chosen</small>" if trial.number == report.chosen else ""
         label = "plain DPO" if trial.number < 0 else str(trial.number)
-        cells = [escape(_shown(trial.values[name])) if name in trial.values else DASH for name in names]
-        for name in measures:
-            e = _estimate(trial, name)
-            digits = "not reached" if e is None else f"{e.mean:.4f}<small>{e.low:.4f} to {e.high:.4f}</small>"
-            cells.append(digits)
-        rows.append(f'<tr><th scope="row">{label}{mark}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
-    return (
-        '<div class="scroll" role="region" tabindex="0" aria-label="Trials">'
-        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-    )
+        cells = [cell(label, small="chosen" if trial.number == report.chosen else "")]
+        cells += [cell(_shown(trial.values[name]) if name in trial.values else DASH) for name in names]
+        cells += [cell(_estimate(trial, name) or "not reached") for name in measures]
+        rows.append(cells)
+    return table("Trials", ["trial", *names, *(CRITERIA[measure] for measure in measures)], rows)
 
 
 def _plot(report: TuneReport, key: str) -> str:

@@ -1,0 +1,75 @@
+"""Every command of docs/guide.md runs, in order, on a tiny model."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from madpo.cli import COMMANDS, main
+from madpo.models import build_tiny
+from practice_cases import text_pairs, write
+
+ROOT = Path(__file__).parents[1]
+GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"^```console\n(.*?)^```$", GUIDE, re.S | re.M)
+    return [line.removeprefix("$ ") for block in blocks for line in block.splitlines() if line.startswith("$ madpo")]
+
+
+def test_the_guide_goes_through_every_command_on_ones_own_data() -> None:
+    assert [shlex.split(line)[1] for line in commands()] == [
+        *("check", "reward", "score", "inspect", "tune", "train", "evaluate")
+    ]
+    sections = re.findall(r"^## (\w+)$", GUIDE, re.M)
+    assert sections == ["check", "reward", "score", "inspect", "tune", "train", "evaluate"]
+    assert GUIDE.count("\n| ") - 2 >= 20, "a line for each pain"
+
+
+@pytest.mark.slow  # a chain of sixteen trainings
+def test_every_command_of_the_guide_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MADPO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    build_tiny("llama", tmp_path / "model", seed=1)
+    rows = [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in text_pairs(32)]
+    write(tmp_path / "pairs.jsonl", rows[:24])
+    write(tmp_path / "heldout.jsonl", [row | {"prompt": f"Now {row['prompt']}"} for row in rows[24:]])
+    write(tmp_path / "prompts.jsonl", [{"prompt": row["prompt"]} for row in rows[24:]])
+    for line in commands():
+        assert main(shlex.split(line)[1:]) == 0, line
+        assert len(capsys.readouterr().out.splitlines()) >= 2, line
+    for result in ("checked/check.json", "rm/report.html", "scored/scored.jsonl", "margins.html", "tuned/tune.html",
+                   "tuned/chosen.toml", "policy/README.md", "evaluation/samples.html"):  # fmt: skip
+        assert (tmp_path / result).is_file(), result
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "policy" / "merged")
+    assert isinstance(
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("model"), "policy/adapter"), PeftModel
+    )
+    assert merged.config.vocab_size == 400
+
+
+@pytest.mark.parametrize("name", ["check", "reward", "score", "inspect", "train", "tune", "evaluate"])
+def test_help_has_an_example_that_parses(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import argparse
+
+    with pytest.raises(SystemExit) as done:
+        main([name, "--help"])
+    assert done.value.code == 0
+    text = capsys.readouterr().out
+    example = text.split("example:\n")[1].replace("\\\n", " ")
+    lines = [line.strip() for line in example.splitlines() if line.strip()]
+    assert lines
+    from madpo.options import spelled_out
+
+    for line in lines:
+        program, command, *rest = shlex.split(line)
+        assert (program, command) == ("madpo", name)
+        parser = argparse.ArgumentParser()
+        COMMANDS[name].arguments(parser)
+        parser.parse_args(spelled_out([name, *rest])[1:])
