@@ -102,3 +102,58 @@ def test_the_commands_load_no_torch_to_parse():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_option_may_stand_in_a_file(tmp_path):
+    from madpo.options import asked
+    from madpo.practice import EvaluateSettings, TrainSettings
+    from madpo.tuning import TuneSettings
+
+    given = tmp_path / "given.toml"
+    given.write_text(
+        'output_dir = "out"\noverwrite = true\neval_data = "e"\nmodel = "m"\nmerge = true\ntruncation = "cut"\n'
+        '[loss]\nkind = "dpo"\nbeta = 0.3\n[args]\nlearning_rate = 2e-5\n[lora]\nrank = 2\n'
+    )
+    parser = argparse.ArgumentParser()
+    commands_train.train_arguments(parser)
+    parsed_words = parser.parse_args(["d", "--config", str(given), "--learning_rate", "1e-3", "--set", "lora.rank=3"])
+    beside = {"output_dir": (str, ...), "overwrite": (bool, False), "eval_data": (str | None, None)}
+    where, settings = asked(parsed_words, TrainSettings, **beside)
+    assert where == {"output_dir": "out", "overwrite": True, "eval_data": "e"}
+    assert (settings.model, settings.merge, settings.truncation, settings.loss.beta) == ("m", True, "cut", 0.3)
+    assert settings.args == {"learning_rate": 1e-3}, "an option goes before the file"
+    assert settings.lora.rank == 3, "--set goes before both"
+    given.write_text('prompts_data = "f"\noutput_dir = "o"\nreward_model = "r"\ntop_p = 0.5\n')
+    parser = argparse.ArgumentParser()
+    commands_train.evaluate_arguments(parser)
+    where, settings = asked(
+        parser.parse_args(["p", "--config", str(given)]),
+        EvaluateSettings,
+        prompts_data=(str, ...),
+        output_dir=(str, ...),
+    )
+    assert (where["prompts_data"], settings.reward_model, settings.top_p) == ("f", "r", 0.5)
+    given.write_text('model = "m"\noutput_dir = "o"\nfolds = 4\n[space]\n"loss.tau" = { values = [1, 2] }\n')
+    parser = argparse.ArgumentParser()
+    commands_train.tune_arguments(parser)
+    _, settings = asked(parser.parse_args(["d", "--config", str(given)]), TuneSettings, output_dir=(str, ...))
+    assert settings.folds == 4
+    assert settings.searched["loss.tau"].values == (1, 2)
+
+
+@pytest.mark.parametrize("name", ["reward", "score", "train", "tune", "evaluate"])
+def test_every_declared_option_is_a_key_of_the_configuration(name):
+    """What an option stands for exists, so that a file can hold it too."""
+    from madpo.practice import EvaluateSettings, RewardSettings, ScoreSettings, TrainSettings
+    from madpo.tuning import TuneSettings
+
+    beside = {"output_dir", "overwrite", "eval_data", "prompts_data"}
+    model = {"reward": RewardSettings, "score": ScoreSettings, "train": TrainSettings, "tune": TuneSettings}.get(
+        name, EvaluateSettings
+    )
+    parser = argparse.ArgumentParser()
+    getattr(commands_train, f"{name}_arguments")(parser)
+    keys = [a.dest.removeprefix("key:") for a in parser._actions if a.dest.startswith("key:")]
+    assert len(keys) > 8
+    for key in set(keys) - beside:
+        assert key.split(".")[0] in model.model_fields, key

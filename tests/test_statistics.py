@@ -8,7 +8,7 @@ from scipy.optimize import brentq
 from scipy.special import expit
 
 from madpo.errors import DataError
-from madpo.statistics import bootstrap_mean, fit_temperature, paired_difference, proportion
+from madpo.statistics import bootstrap_mean, bootstrap_temperature, fit_temperature, paired_difference, proportion
 
 
 @pytest.mark.parametrize(("n", "lowest"), [(10, 0.88), (40, 0.91)])
@@ -124,3 +124,20 @@ def test_temperature_of_margins_without_information() -> None:
     assert fit_temperature([0.0, 0.0]) == (1.0, np.log(2), np.log(2))
     assert fit_temperature([1.0, 2.0])[0] == pytest.approx(np.exp(-6))
     assert fit_temperature([-1.0, -2.0])[0] == pytest.approx(np.exp(6))
+
+
+def test_the_interval_of_a_temperature_covers_the_true_one() -> None:
+    covered = 0
+    for seed in range(20):
+        generator = np.random.default_rng(seed)
+        true = generator.normal(0, 2, 150)
+        h = 2.5 * np.where(generator.random(150) < 1 / (1 + np.exp(-true)), true, -true)
+        found = bootstrap_temperature(h, seed=seed)
+        assert found.mean == fit_temperature(h)[0]
+        assert found.low < found.mean < found.high
+        covered += found.low <= 2.5 <= found.high
+    assert covered >= 16
+    # Pairs of one prompt are drawn together: the same pairs twice are no further evidence.
+    twice = bootstrap_temperature(np.tile(h, 2), seed=19, clusters=np.tile(np.arange(150), 2))
+    assert twice.n == 150
+    np.testing.assert_allclose(twice[:3], found[:3], rtol=1e-6)
