@@ -177,7 +177,7 @@ def implicit_margins(trainer: PreferenceTrainer, rows: Sequence[Row]) -> Floats:
         inputs = trainer._prepare_inputs(batch)
         with trainer.compute_loss_context_manager():
             masks = (inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"])
-            scores = completion_logps(trainer.model, *masks)
+            scores = completion_logps(trainer.model, *masks, pairs=True)
         found.append(trainer.loss.implicit_margin(trainer._loss_inputs(scores, inputs)).double().cpu().numpy())
     margins: Floats = np.concatenate(found)
     return margins
