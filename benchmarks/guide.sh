@@ -5,7 +5,7 @@
 #
 # DIR must lie outside the repository. PROMPTS (default 352) reviews give as many pairs: three quarters of them are
 # pairs.jsonl, the others heldout.jsonl and prompts.jsonl. DIR/transcript.txt gets every command, its output and its seconds.
-# Run again, it continues: finished commands are not repeated (delete their output folder to repeat one).
+# EXPERIMENT=smoke makes the pairs with tiny models, to try the script itself. Run again, it continues: finished commands are not repeated (delete their output folder to repeat one).
 set -euo pipefail
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-$repository/.venv/bin/python}
@@ -17,8 +17,8 @@ case "$folder/" in "$repository"/*) echo "guide.sh: $folder lies inside the repo
 cd "$folder"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)} HF_HUB_OFFLINE=1
 
-"$python" -m madpo.cli run quickstart --output_dir study --only 'pairs/*' \
-    --set "pairs.prompts=$prompts" "pairs.train=$((prompts * 3 / 4))"
+"$python" -m madpo.cli run "${EXPERIMENT:-quickstart}" --output_dir study --only 'pairs/*' \
+    --set "pairs.prompts=$prompts" "pairs.train=$((prompts * 3 / 4))" evaluation.prompts=1
 "$python" - <<'PYTHON'
 import json
 import shutil

@@ -8,7 +8,14 @@ from scipy.optimize import brentq
 from scipy.special import expit
 
 from madpo.errors import DataError
-from madpo.statistics import bootstrap_mean, bootstrap_temperature, fit_temperature, paired_difference, proportion
+from madpo.statistics import (
+    bootstrap_mean,
+    bootstrap_share,
+    bootstrap_temperature,
+    fit_temperature,
+    paired_difference,
+    proportion,
+)
 
 
 @pytest.mark.parametrize(("n", "lowest"), [(10, 0.88), (40, 0.91)])
@@ -141,3 +148,10 @@ def test_the_interval_of_a_temperature_covers_the_true_one() -> None:
     twice = bootstrap_temperature(np.tile(h, 2), seed=19, clusters=np.tile(np.arange(150), 2))
     assert twice.n == 150
     np.testing.assert_allclose(twice[:3], found[:3], rtol=1e-6)
+
+
+def test_a_share_stays_between_nothing_and_all() -> None:
+    values = [0.0] * 7 + [1.0]
+    wide, share = bootstrap_mean(values), bootstrap_share(values)
+    assert wide.low < 0 == share.low
+    assert (share.mean, share.high, share.n) == (wide.mean, wide.high, 8)

@@ -49,6 +49,12 @@ def bootstrap_mean(
     return Estimate(mean, mean - stretch * float(mean - low), mean + stretch * float(high - mean), n)
 
 
+def bootstrap_share(values: ArrayLike, *, seed: int = 0, clusters: ArrayLike | None = None) -> Estimate:
+    """:func:`bootstrap_mean` of numbers between 0 and 1, with an interval that stays there."""
+    found = bootstrap_mean(values, seed=seed, clusters=clusters)
+    return found._replace(low=max(0.0, found.low), high=min(1.0, found.high))
+
+
 def paired_difference(a: ArrayLike, b: ArrayLike, *, seed: int = 0) -> Estimate:
     """Mean of ``a - b`` over units measured under both (the same prompts), with its bootstrap interval.
 

@@ -27,7 +27,7 @@ from madpo.practice.pairs import loading, prompt_key
 from madpo.practice.reward_model import load_scorer, plain, reward_model_digest
 from madpo.records import Estimate
 from madpo.responses import divergence, end_tokens, respond
-from madpo.statistics import bootstrap_mean, paired_difference, proportion
+from madpo.statistics import bootstrap_mean, bootstrap_share, paired_difference, proportion
 from madpo.storage import write_atomically
 
 
@@ -322,7 +322,7 @@ def _report(
         # Wilson's interval keeps its width where one side wins everything.
         win_rate=proportion(int(wins.sum()), len(wins))
         if whole
-        else bootstrap_mean(wins, seed=settings.seed, clusters=clusters),
+        else bootstrap_share(wins, seed=settings.seed, clusters=clusters),
         reward_difference=paired_difference(chosen, rejected, seed=settings.seed)
         if single
         else bootstrap_mean(difference, seed=settings.seed, clusters=clusters),

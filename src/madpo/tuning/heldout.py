@@ -25,7 +25,7 @@ from madpo.practice.pairs import Row, folds_by_prompt, load_split, loading, prom
 from madpo.practice.policy import TrainSettings, as_dataset, build_trainer, require_columns, trainer_arguments
 from madpo.practice.reward_model import PairScorer, load_scorer
 from madpo.records import Estimate
-from madpo.statistics import bootstrap_mean, fit_temperature, proportion
+from madpo.statistics import bootstrap_mean, bootstrap_share, fit_temperature, proportion
 from madpo.storage import write_atomically
 from madpo.training import PreferenceTrainer
 from madpo.training.preference import REFERENCE_COLUMNS
@@ -203,7 +203,7 @@ def summarised(
         # Wilson's interval keeps its width where all are right; further pairs of a prompt are no further evidence.
         accuracy=proportion(int(right.sum()), len(right))
         if single
-        else bootstrap_mean(right, seed=seed, clusters=prompts),
+        else bootstrap_share(right, seed=seed, clusters=prompts),
         log_loss=bootstrap_mean(calibrated, seed=seed, clusters=prompts),
         temperature=temperature,
         raw_log_loss=bootstrap_mean(np.logaddexp(0.0, -margins), seed=seed, clusters=prompts),
