@@ -15,9 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from madpo.errors import ConfigError, DataError
-from madpo.figures import WeightParameters, count_weights, line_figure, log_weight
+from madpo.figures import WeightParameters, count_weights, log_weight
 from madpo.records import Estimate, Record
 from madpo.report import build_report, page_part, rebuild_report, report_markdown_table
+from madpo.report.charts import Mark, Panel, Series
+from madpo.report.drawing import panel_svg
 from madpo.results import Tier, collect, folder_of
 from madpo.summary import headline, one
 
@@ -104,7 +106,7 @@ def make_run(root: Path, *, seeds: int = 1, title: str = HOSTILE) -> dict[str, R
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Record], str]:
     root = tmp_path_factory.mktemp("run")
     records = make_run(root, seeds=2)
-    path = build_report(root, records, HOSTILE, {"policy": {"note": HOSTILE}})
+    path = build_report(root, records, HOSTILE, {"policy": {"note": HOSTILE}}, figures=False)
     assert path == root / "report.html"
     return root, records, path.read_text(encoding="utf-8")
 
@@ -260,13 +262,13 @@ def test_tables_beside_the_page(run_folder: tuple[Path, dict[str, Record], str])
 
 def test_the_same_records_give_the_same_page(run_folder: tuple[Path, dict[str, Record], str]) -> None:
     root, records, text = run_folder
-    build_report(root, records, HOSTILE, {"policy": {"note": HOSTILE}})
+    build_report(root, records, HOSTILE, {"policy": {"note": HOSTILE}}, figures=False)
     assert (root / "report.html").read_text(encoding="utf-8") == text
 
 
 def test_rebuild_reads_the_runs_own_list(tmp_path: Path) -> None:
     make_run(tmp_path, title="from run.json")
-    text = rebuild_report(tmp_path).read_text(encoding="utf-8")
+    text = rebuild_report(tmp_path, figures=False).read_text(encoding="utf-8")
     assert "<title>from run.json</title>" in text
     with pytest.raises(ConfigError, match="holds no run"):
         rebuild_report(tmp_path / "other")
@@ -275,7 +277,7 @@ def test_rebuild_reads_the_runs_own_list(tmp_path: Path) -> None:
 def test_an_unfinished_run_has_a_page_too(tmp_path: Path) -> None:
     records = make_run(tmp_path)
     for keep in ([], ["margins/high"], ["evaluation/sft"], ["evaluation/high/dpo/seed0"], ["reward_model/low"]):
-        text = build_report(tmp_path, {name: records[name] for name in keep}, "t", {}).read_text()
+        text = build_report(tmp_path, {name: records[name] for name in keep}, "t", {}, figures=False).read_text()
         assert not Page(text).open
 
 
@@ -296,14 +298,14 @@ def test_steps_that_carry_the_seeds_name(tmp_path: Path) -> None:
     assert several[0].rows[0].seeds == ("seed0", "seed1")
     assert several[0].rows[1:] == alone[0].rows[1:]
     assert several[0].margins.tolist() == alone[0].margins.tolist()
-    assert "High seed1" in build_report(tmp_path, renamed, "t", {}).read_text()
+    assert "High seed1" in build_report(tmp_path, renamed, "t", {}, figures=False).read_text()
 
 
 def test_metrics_alone_are_enough(tmp_path: Path) -> None:
     records = make_run(tmp_path)
     for path in tmp_path.rglob("samples.jsonl"):
         path.unlink()
-    build_report(tmp_path, records, "t", {})
+    build_report(tmp_path, records, "t", {}, figures=False)
     data = json.loads((tmp_path / "results.json").read_text())
     assert data["tiers"]["high"]["methods"][2]["oracle_reward"]["mean"] == pytest.approx(1.5)
 
@@ -313,7 +315,7 @@ def test_a_damaged_sample_names_its_row(tmp_path: Path) -> None:
     path = folder_of(tmp_path, records["evaluation/sft"]) / "samples.jsonl"
     path.write_text('{"prompt_id": 1, "oracle_reward": 2}\n{"prompt_id": 2\n')
     with pytest.raises(DataError, match=r"samples\.jsonl row 2"):
-        build_report(tmp_path, records, "t", {})
+        build_report(tmp_path, records, "t", {}, figures=False)
 
 
 GRID = [
@@ -375,7 +377,7 @@ def test_margins_are_shown_as_the_loss_reads_them(tmp_path: Path) -> None:
     policy = records["policy/high/madpo/seed0"]
     loss = {**policy.config["loss"], "margin_temperature": 2.0}
     records[policy.name] = policy.model_copy(update={"config": {**policy.config, "loss": loss}})
-    page = Page(build_report(tmp_path, records, "t", {}).read_text())
+    page = Page(build_report(tmp_path, records, "t", {}, figures=False).read_text())
     assert json.loads(page.scripts[0])["weights"]["weight-high"]["margins"] == [-4.5, -0.5, 0.0, 0.5, 1.5]
     assert "of 5 training pairs 2 are amplified, 0 dampened, 1 turned down" in " ".join(page.texts)
 
@@ -401,8 +403,11 @@ def test_counts_of_known_margins() -> None:
 
 
 @pytest.mark.parametrize("values", [[0.0], [1.0, 1.0], [1e-300, 2e-300], [-1e12, 1e12]])
-def test_figures_of_odd_ranges_are_finite(values: list[float]) -> None:
-    svg = line_figure({HOSTILE: list(enumerate(values))}, label="x", x_label="step", y_label="y")
+@pytest.mark.parametrize("categories", [(), ("a", HOSTILE, "c")])
+def test_figures_of_odd_ranges_are_finite(values: list[float], categories: tuple[str, ...]) -> None:
+    marks = tuple(Mark(x, y, says=HOSTILE) for x, y in enumerate(values))
+    svg = panel_svg(Panel(HOSTILE, HOSTILE, "y", (Series(HOSTILE, marks, 0),), categories))
     assert "nan" not in svg
     assert "inf" not in svg
     assert "<script" not in svg
+    assert "<img" not in svg

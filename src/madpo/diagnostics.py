@@ -163,7 +163,7 @@ def inspect(
     temperature, reason, fitted = _temperature(h, margin_temperature)
     calibrated = h / temperature
     tau, c_max, reasons, warnings = _recommend(calibrated)
-    bins, error = _reliability(calibrated)
+    bins, error = reliability(calibrated)
     warnings += _doubts(h, calibrated, temperature, fitted=fitted)
     counts, edges = np.histogram(h, bins=40)
     contradicted = np.flatnonzero(h < 0)
@@ -277,10 +277,13 @@ def _recommend(h: NDArray[np.float64]) -> tuple[float, float, list[str], list[st
     return tau, c_max, [why, f"{reason} (it is {kept[c_max]:.2f} n)"], warnings
 
 
-def _reliability(h: NDArray[np.float64]) -> tuple[tuple[Reliability, ...], float]:
-    """Bins of equally many pairs by |margin|, and the mean gap; ties stay in one bin."""
+def reliability(h: NDArray[np.float64], most: int = BINS) -> tuple[tuple[Reliability, ...], float]:
+    """Bins of equally many pairs by |margin| (log-odds, chosen less rejected), and the mean gap; ties share a bin.
+
+    At most ``most`` bins.
+    """
     size = np.abs(h)
-    edges = np.unique(np.quantile(size, np.linspace(0, 1, BINS + 1)))
+    edges = np.unique(np.quantile(size, np.linspace(0, 1, most + 1)))
     place = np.clip(np.searchsorted(edges, size, side="right") - 1, 0, max(0, len(edges) - 2))
     # A margin of exactly 0 takes no side: half right.
     right = np.where(h > 0, 1.0, np.where(h < 0, 0.0, 0.5))

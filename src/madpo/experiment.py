@@ -26,7 +26,7 @@ from madpo.losses import Loss
 from madpo.models import LoRA
 from madpo.pipeline import RunResult, Step, run
 from madpo.preferences import PairStage, ResponseStage, Tier, label_pairs, sample_responses
-from madpo.report import build_report
+from madpo.report import rebuild_report
 from madpo.rewards import NgramOracle, Oracle, OracleStage, fit_oracle
 from madpo.training.stages import (
     MarginStage,
@@ -304,5 +304,5 @@ def run_experiment(
     else:
         result = run(steps, output_dir, Inline(), only=only, dry_run=dry_run, about=about)
     if not dry_run and result.records:
-        build_report(output_dir, result.records, experiment.title, resolved)
+        rebuild_report(output_dir)  # of the whole run, whichever part of it this call worked on
     return result

@@ -13,7 +13,7 @@ import numpy as np
 
 from madpo.data.margins import Margins
 from madpo.figures import WeightParameters, weight_figure
-from madpo.report import MARGINS_SHOWN, page
+from madpo.report import MARGINS_SHOWN, page, table
 from madpo.storage import storage_errors, write_atomically
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _settings(report: MarginReport) -> str:
         cells = [f"{s.c_max:g}", f"{s.mean_weight:.3f}", f"{s.effective_share:.1%} of the pairs"]
         cells += [f"{share:.1%}" for share in (s.amplified, s.dampened, s.turned_down)]
         rows.append([f"{s.tau:.3g}{mark}", *cells])
-    return _table(head, rows, "Settings")
+    return table(head, rows, "Settings")
 
 
 def _calibration(report: MarginReport) -> str:
@@ -93,7 +93,7 @@ def _calibration(report: MarginReport) -> str:
         ]
         for b in report.reliability
     ]
-    return _table(head, rows, "Calibration")
+    return table(head, rows, "Calibration")
 
 
 def _suspects(report: MarginReport) -> str:
@@ -111,16 +111,3 @@ def _suspects(report: MarginReport) -> str:
             f"weight {s.weight:.2f}<br>{escape(s.prompt)}</p>{texts}</div>"
         )
     return "".join(cards)
-
-
-def _table(head: tuple[str, ...], rows: list[list[str]], label: str) -> str:
-    """Cells are HTML made of numbers alone."""
-    top = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
-    body = "".join(
-        f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>' for row in rows
-    )
-    return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(label)}">'
-        f"<table><thead><tr>{top}</tr></thead>"
-        f"<tbody>{body}</tbody></table></div>"
-    )

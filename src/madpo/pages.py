@@ -37,19 +37,6 @@ def sections_page(kind: str, title: str, summary: Sequence[str], sections: Seque
     )
 
 
-def table(label: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table as HTML; ``head`` is text, the cells are HTML (:func:`cell`)."""
-    top = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
-    body = "".join(
-        f'<tr><th scope="row">{first}</th>{"".join(f"<td>{value}</td>" for value in rest)}</tr>'
-        for first, *rest in rows
-    )
-    return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(label)}">'
-        f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
-
-
 def cell(value: Estimate | str | float | None, digits: str = ".4f", small: str = "") -> str:
     """A cell as HTML: an estimate with its interval below, a number, or text."""
     if isinstance(value, Estimate):

@@ -6,6 +6,7 @@ its mean over the seeds, so intervals speak of prompts, and the values per seed 
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from madpo.statistics import bootstrap_mean, paired_difference
 SFT = "SFT"
 TIERS = ("high", "medium", "low")  # the paper's order; other tiers follow in the order of the records
 SEED = 0  # of the bootstrap draws: the same records give the same page
+MEASURED = ("oracle_reward", "kl", "tokens")
 _EVALUATION = re.compile(r"evaluation/(?!sft/)(?P<tier>[^/]+)/(?P<method>[^/]+)/(?P<seed>[^/]+)")
 # With several seeds these steps carry the seed's name, with one they do without.
 _PER_SEED = r"{}/{}(?:/(?P<seed>[^/]+))?"
@@ -37,10 +39,16 @@ class Row:
         loss: the loss's settings, empty for SFT.
         seeds: names of the training seeds; per_seed: seed -> mean oracle reward.
         oracle_reward: the oracle's own unit; kl: summed nats per response against the reference; length: tokens;
-            distinct_2: share of different word pairs; ended: share of responses with an end token;
+            distinct_1, distinct_2: share of different words and word pairs; ended: share of responses with an end
+            token; perplexity: of the responses under the reference; repeated: share of responses that another
+            prompt got too;
             win_rate: share of prompts with a higher reward than SFT, ties count half.
         difference: paired difference of the reward to DPO; None for SFT and for DPO itself.
-        samples: per seed, prompt_id -> sample.
+        group: the part of the study that the row belongs to, "" where the run names none.
+        pairs, trainer: what it was trained on ("all", "agreeing", "redrawn") and how ("offline", "rloo", ...).
+        samples: per seed, prompt_id -> the prompt's first sample.
+        rewards, kls: prompt_id -> mean over samples and seeds; only prompts that every seed answered.
+        seed_rewards: the rewards of each seed alone.
     """
 
     key: str
@@ -55,14 +63,25 @@ class Row:
     ended: Value
     win_rate: Value
     difference: Estimate | None = None
+    distinct_1: Value = None
+    perplexity: Value = None
+    repeated: Value = None
+    group: str = ""
+    pairs: str = "all"
+    trainer: str = "offline"
     samples: tuple[dict[int, dict[str, Any]], ...] = field(default=(), repr=False, compare=False)
+    rewards: dict[int, float] = field(default_factory=dict, repr=False, compare=False)
+    kls: dict[int, float] = field(default_factory=dict, repr=False, compare=False)
+    seed_rewards: dict[str, dict[int, float]] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
 class Tier:
     """A tier's methods, SFT first, and what its reward models say.
 
-    ``reward_models`` go by seed ("" where there is one); ``margins`` and ``curves`` are those of the first seed.
+    ``reward_models`` go by seed ("" where there is one); ``margins`` (of the training pairs), ``heldout_margins``
+    (those that measured the reward model), ``curves`` and ``reward_curve`` are those of the first seed.
+    ``missing``: names of the experiment's methods that have no evaluation here.
     """
 
     name: str
@@ -70,6 +89,9 @@ class Tier:
     reward_models: dict[str, Record] = field(default_factory=dict)
     margins: np.ndarray = field(default_factory=lambda: np.empty(0), repr=False)
     curves: dict[str, list[dict[str, float]]] = field(default_factory=dict, repr=False)
+    heldout_margins: np.ndarray = field(default_factory=lambda: np.empty(0), repr=False)
+    reward_curve: list[dict[str, float]] = field(default_factory=list, repr=False)
+    missing: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -79,18 +101,26 @@ class Tier:
     @property
     def baseline(self) -> Row | None:
         """Plain DPO, which differences refer to."""
-        plain = [row for row in self.rows if row.loss.get("kind", row.key) == "dpo"]
-        return next((row for row in plain if row.key == "dpo"), plain[0] if plain else None)
+        plain = [row for row in self.rows if row.loss.get("kind", row.key) == "dpo" and row.pairs == "all"]
+        first = [row for row in plain if row.group in ("", "core")]
+        return next((row for row in plain if row.key == "dpo"), next(iter([*first, *plain]), None))
 
 
-def collect(root: Path, records: Mapping[str, Record]) -> list[Tier]:
-    """Everything that the report shows, per tier. Tiers without an evaluated policy still show their margins."""
+def collect(root: Path, records: Mapping[str, Record], experiment: Mapping[str, Any] | None = None) -> list[Tier]:
+    """Everything that the report shows, per tier. Tiers without an evaluated policy still show their margins.
+
+    Args:
+        root: the folder of the run.
+        records: finished records by step name.
+        experiment: the resolved experiment, which knows the groups of its methods and those that are not run yet.
+    """
+    planned = {str(m["name"]): m for m in (experiment or {}).get("method", []) if isinstance(m, dict) and "name" in m}
     sft = _by_seed(records, "evaluation", "sft")
-    sft_row = _row(SFT.lower(), SFT, {}, sft, root, None) if sft else None
+    sft_row = _row(SFT.lower(), SFT, {}, {}, sft, root, None) if sft else None
     names = [m["tier"] for name in records if (m := _EVALUATION.fullmatch(name))]
     names += [name.split("/")[1] for name in records if name.startswith(("margins/", "reward_model/"))]
     order = sorted(dict.fromkeys(names), key=lambda name: TIERS.index(name) if name in TIERS else len(TIERS))
-    return [_tier(name, root, records, sft_row) for name in order]
+    return [_tier(name, root, records, sft_row, planned) for name in order]
 
 
 def _by_seed(records: Mapping[str, Record], kind: str, name: str) -> dict[str, Record]:
@@ -98,7 +128,9 @@ def _by_seed(records: Mapping[str, Record], kind: str, name: str) -> dict[str, R
     return {m["seed"] or "": record for key, record in records.items() if (m := pattern.fullmatch(key))}
 
 
-def _tier(name: str, root: Path, records: Mapping[str, Record], sft_row: Row | None) -> Tier:
+def _tier(
+    name: str, root: Path, records: Mapping[str, Record], sft_row: Row | None, planned: Mapping[str, Any]
+) -> Tier:
     groups: dict[str, dict[str, Record]] = {}
     for record in records.values():
         match = _EVALUATION.fullmatch(record.name)
@@ -109,10 +141,25 @@ def _tier(name: str, root: Path, records: Mapping[str, Record], sft_row: Row | N
     for key, by_seed in groups.items():
         policy = next((p for seed in by_seed if (p := records.get(f"policy/{name}/{key}/{seed}"))), None)
         shown = _shown_name(key, [policy, *by_seed.values()])
-        rows.append(_row(key, shown, policy.config.get("loss", {}) if policy else {}, by_seed, root, sft_row))
+        method = planned.get(shown, {})
+        loss = policy.config.get("loss", {}) if policy else method.get("loss") or {}
+        rows.append(_row(key, shown, loss, method, by_seed, root, sft_row))
         if policy is not None:
             curves[shown] = _log(folder_of(root, policy) / "log.jsonl")
-    tier = Tier(name, rows, _by_seed(records, "reward_model", name), _margins(name, root, records), curves)
+    place = {shown: position for position, shown in enumerate(planned)}
+    rows.sort(key=lambda row: place.get(row.name, -1 if row.name == SFT else len(place)))  # as in the experiment
+    reward_models = _by_seed(records, "reward_model", name)
+    first = next(iter(reward_models.values()), None)
+    tier = Tier(
+        name,
+        rows,
+        reward_models,
+        _margins(name, root, records),
+        {row.name: curves[row.name] for row in rows if row.name in curves},
+        heldout_margins=_heldout(root, first),
+        reward_curve=_log(folder_of(root, first) / "log.jsonl") if first else [],
+        missing=tuple(shown for shown in planned if shown not in {row.name for row in rows}),
+    )
     return replace(tier, rows=_with_differences(tier))
 
 
@@ -125,20 +172,20 @@ def _shown_name(key: str, records: Iterable[Record | None]) -> str:
     return next((str(r.config["method"]) for r in records if r is not None and r.config.get("method")), key)
 
 
-def _row(key: str, name: str, loss: dict[str, Any], by_seed: dict[str, Record], root: Path, sft: Row | None) -> Row:
-    samples = tuple(_samples(folder_of(root, record) / "samples.jsonl") for record in by_seed.values())
+def _row(
+    key: str,
+    name: str,
+    loss: dict[str, Any],
+    method: Mapping[str, Any],
+    by_seed: dict[str, Record],
+    root: Path,
+    sft: Row | None,
+) -> Row:
+    answers = {seed: _samples(folder_of(root, record) / "samples.jsonl") for seed, record in by_seed.items()}
     metrics = [record.metrics for record in by_seed.values()]
-    per_prompt = {column: _per_prompt(samples, column) for column in ("oracle_reward", "kl", "tokens")}
-    win_rate = None
-    if sft is not None and sft.samples and samples:
-        # The SFT model's answers of the same seed, where it has them: they share the random numbers.
-        own = dict(zip(sft.seeds, sft.samples, strict=True))
-        base = [_per_prompt([own[seed]] if seed in own else sft.samples, "oracle_reward") for seed in by_seed]
-        won = [
-            {i: float(np.sign(v["oracle_reward"] - b[i]) / 2 + 0.5) for i, v in sample.items() if i in b}
-            for sample, b in zip(samples, base, strict=True)
-        ]
-        win_rate = _estimate(_mean_over_seeds(won))
+    per_seed = {column: {seed: _per_prompt(a, column) for seed, a in answers.items()} for column in MEASURED}
+    per_prompt = {column: _mean_over_seeds(list(values.values())) for column, values in per_seed.items()}
+    rewards = per_seed["oracle_reward"]
     return Row(
         key=key,
         name=name,
@@ -148,32 +195,62 @@ def _row(key: str, name: str, loss: dict[str, Any], by_seed: dict[str, Record], 
         oracle_reward=_estimate(per_prompt["oracle_reward"]) or _over_seeds(metrics, "oracle_reward"),
         kl=_estimate(per_prompt["kl"]) or _over_seeds(metrics, "kl"),
         length=_estimate(per_prompt["tokens"]) or _over_seeds(metrics, "length"),
+        distinct_1=_over_seeds(metrics, "distinct_1"),
         distinct_2=_over_seeds(metrics, "distinct_2"),
         ended=_over_seeds(metrics, "ended_share"),
-        win_rate=win_rate,
-        samples=samples,
+        perplexity=_over_seeds(metrics, "reference_perplexity"),
+        repeated=_repeated(answers.values()),
+        win_rate=_win_rate(rewards, sft),
+        group=str(method.get("group", "")),
+        pairs=str(method.get("pairs", "all")),
+        trainer=str(method.get("trainer", "offline")),
+        samples=tuple({i: rows[0] for i, rows in a.items()} for a in answers.values()),
+        rewards=per_prompt["oracle_reward"],
+        kls=per_prompt["kl"],
+        seed_rewards=rewards,
     )
+
+
+def _win_rate(rewards: Mapping[str, dict[int, float]], sft: Row | None) -> Estimate | None:
+    if sft is None or not sft.rewards:
+        return None
+    # The SFT model's answers of the same seed, where it has them: they share the random numbers.
+    won = []
+    for seed, values in rewards.items():
+        base = sft.seed_rewards.get(seed) or sft.rewards
+        won.append({i: float(np.sign(value - base[i]) / 2 + 0.5) for i, value in values.items() if i in base})
+    return _estimate(_mean_over_seeds(won))
+
+
+def _repeated(answers: Iterable[dict[int, list[dict[str, Any]]]]) -> float | None:
+    """Share of a seed's responses that stand there more than once, word for word, mean over seeds."""
+    shares = []
+    for by_prompt in answers:
+        texts = [str(row["response"]) for rows in by_prompt.values() for row in rows if "response" in row]
+        if texts:
+            counts = Counter(texts)
+            shares.append(sum(n for n in counts.values() if n > 1) / len(texts))
+    return float(np.mean(shares)) if shares else None
 
 
 def _with_differences(tier: Tier) -> list[Row]:
     baseline = tier.baseline
     if baseline is None:
         return tier.rows
-    base = _per_prompt(baseline.samples, "oracle_reward")
     rows = []
     for row in tier.rows:
-        own = _per_prompt(row.samples, "oracle_reward")
-        shared = sorted(own.keys() & base.keys())
+        shared = sorted(row.rewards.keys() & baseline.rewards.keys())
         if row is baseline or row.name == SFT or len(shared) < 2:
             rows.append(row)
             continue
-        pair = (np.array([own[i] for i in shared]), np.array([base[i] for i in shared]))
+        pair = (np.array([row.rewards[i] for i in shared]), np.array([baseline.rewards[i] for i in shared]))
         rows.append(replace(row, difference=paired_difference(*pair, seed=SEED)))
     return rows
 
 
-def _per_prompt(samples: Iterable[dict[int, dict[str, Any]]], column: str) -> dict[int, float]:
-    return _mean_over_seeds([{i: float(v[column]) for i, v in s.items() if column in v} for s in samples])
+def _per_prompt(answers: Mapping[int, list[dict[str, Any]]], column: str) -> dict[int, float]:
+    found = {i: [float(row[column]) for row in rows if column in row] for i, rows in answers.items()}
+    return {i: float(np.mean(values)) for i, values in found.items() if values}
 
 
 def _mean_over_seeds(per_seed: list[dict[int, float]]) -> dict[int, float]:
@@ -201,8 +278,11 @@ def _mean(value: Metric | None) -> float:
     return float("nan") if value is None else float(value.mean if isinstance(value, Estimate) else value)
 
 
-def _samples(path: Path) -> dict[int, dict[str, Any]]:
-    return {int(row["prompt_id"]): row for row in _json_lines(path, ("prompt_id", "oracle_reward"))}
+def _samples(path: Path) -> dict[int, list[dict[str, Any]]]:
+    found: dict[int, list[dict[str, Any]]] = {}
+    for row in _json_lines(path, ("prompt_id", "oracle_reward")):
+        found.setdefault(int(row["prompt_id"]), []).append(row)
+    return found
 
 
 def _log(path: Path) -> list[dict[str, float]]:
@@ -242,3 +322,11 @@ def _margins(tier: str, root: Path, records: Mapping[str, Record]) -> np.ndarray
             margins = margins[[i in train for i in ids]]
             break
     return np.asarray(margins[np.isfinite(margins)], dtype=float)
+
+
+def _heldout(root: Path, reward_model: Record | None) -> np.ndarray:
+    """Margins of the held-out pairs that measured the reward model, chosen less rejected."""
+    if reward_model is None or not (path := folder_of(root, reward_model) / "margins.parquet").exists():
+        return np.empty(0)
+    margins: np.ndarray = np.asarray(pq.read_table(path)["reward_margin"].to_numpy(), dtype=float)
+    return np.asarray(margins[np.isfinite(margins)])

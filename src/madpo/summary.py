@@ -15,6 +15,9 @@ from madpo.results import SFT, Row, Tier, Value
 
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
 
+NOUGHT = 1e-9  # what rounding leaves of a difference that is none
+NAMED = 6  # methods that the opening lists; of more, those of the core
+
 # Column of the table -> (heading, how it is written).
 COLUMNS = {
     "oracle_reward": ("oracle reward", "number"),
@@ -37,8 +40,10 @@ def headline(tiers: Sequence[Tier]) -> list[str]:
     labels = _listed([tier.label for tier in judged])
     seeds = [len(row.seeds) for row in policies]
     prompts = max((row.oracle_reward.n for row in policies if isinstance(row.oracle_reward, Estimate)), default=0)
+    core = sorted({row.name for row in policies if row.group == "core"})
+    named = _listed(methods) if len(methods) <= NAMED or not core else f"at the core {_listed(core)}"
     opening = (
-        f"{_count(len(methods), 'method').capitalize()} of preference training ({_listed(methods)}) "
+        f"{_count(len(methods), 'method').capitalize()} of preference training ({named}) "
         f"on {labels} pairs, {_count(max(seeds), 'training seed')} each"
         f"{f', judged on {prompts} held-out prompts' if prompts else ''}."
     )
@@ -125,8 +130,10 @@ def one(value: float, how: str = "number", digits: int = 2) -> str:
         return DASH
     if how == "share":
         return f"{100 * value:.0f} %"
-    if how == "number" and 0 < abs(value) < 0.5 * 10.0**-digits:
-        return f"{value:.1g}".replace("-", MINUS)
+    if abs(value) < NOUGHT:
+        value = 0.0
+    if 0 < abs(value) < 0.5 * 10.0**-digits:
+        return (f"{value:+.1g}" if how == "signed" else f"{value:.1g}").replace("-", MINUS)
     text = f"{value:+.{digits}f}" if how == "signed" else f"{value:.{digits}f}"
     return text.replace("-", MINUS)
 
@@ -189,13 +196,13 @@ def results_csv(tiers: Sequence[Tier]) -> str:
             for column in COLUMNS:
                 value = getattr(row, column)
                 if isinstance(value, Estimate):
-                    writer.writerow([_cell(tier.name), _cell(row.name), column, *value])
+                    writer.writerow([no_formula(tier.name), no_formula(row.name), column, *value])
                 elif value is not None:
-                    writer.writerow([_cell(tier.name), _cell(row.name), column, value, "", "", ""])
+                    writer.writerow([no_formula(tier.name), no_formula(row.name), column, value, "", "", ""])
     return out.getvalue()
 
 
-def _cell(text: str) -> str:
+def no_formula(text: str) -> str:
     # A spreadsheet would run a name that begins like a formula.
     return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
 

@@ -21,8 +21,8 @@
     svg.after(readout);
     const mark = document.createElementNS("http://www.w3.org/2000/svg", "line");
     mark.setAttribute("class", "mark");
-    mark.setAttribute("y1", "24");
-    mark.setAttribute("y2", "244");
+    mark.setAttribute("y1", x.top);
+    mark.setAttribute("y2", x.base);
     svg.addEventListener("pointermove", (event) => {
       const box = svg.getBoundingClientRect();
       const at = ((event.clientX - box.left) / box.width) * svg.viewBox.baseVal.width;
@@ -33,6 +33,32 @@
       svg.append(mark);
       const nearest = (line) => line.reduce((best, point) => (Math.abs(point[0] - step) < Math.abs(best[0] - step) ? point : best));
       readout.textContent = `Step ${Math.round(step)}: ` + Object.entries(series).map(([name, line]) => `${name} ${Number(nearest(line)[1].toPrecision(3))}`).join(" · ");
+    });
+  }
+
+  /* Tables whose columns sort: a button in every head, largest first, then smallest, by the first number of a cell. */
+  const value = (cell) => {
+    const found = cell.textContent.replace(/−/g, "-").match(/[-+]?[0-9]*[.]?[0-9]+(e[-+]?[0-9]+)?/);
+    return found ? Number(found[0]) : -Infinity;
+  };
+  for (const table of document.querySelectorAll("table.sortable")) {
+    const heads = [...table.tHead.rows[0].cells];
+    const body = table.tBodies[0];
+    const written = [...body.rows];
+    heads.forEach((head, k) => {
+      const button = make("button", "sort", head.textContent);
+      button.type = "button";
+      head.replaceChildren(button);
+      button.addEventListener("click", () => {
+        const next = head.getAttribute("aria-sort") === "descending" ? "ascending" : "descending";
+        heads.forEach((other) => other.removeAttribute("aria-sort"));
+        head.setAttribute("aria-sort", next);
+        const sign = next === "descending" ? 1 : -1;
+        const order = k === 0
+          ? (p, q) => sign * p.cells[0].textContent.localeCompare(q.cells[0].textContent)
+          : (p, q) => sign * (value(q.cells[k]) - value(p.cells[k])) || 0;
+        body.replaceChildren(...[...written].sort(order));
+      });
     });
   }
 
@@ -105,8 +131,9 @@
   };
 
   const restart = () => { shown = 8; draw(); };
-  tier.addEventListener("input", () => { fill(); restart(); });
-  for (const control of [left, right, order, search]) control.addEventListener("input", restart);
+  tier.addEventListener("change", () => { fill(); restart(); });
+  for (const control of [left, right, order]) control.addEventListener("change", restart);
+  search.addEventListener("input", restart);
   more.addEventListener("click", () => { shown += 16; draw(); });
   fill();
   draw();

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from madpo.figures import Dot, scatter_figure
-from madpo.pages import Section, card, cell, sections_page, table
+from madpo.pages import Section, card, cell, sections_page
+from madpo.report import table
 from madpo.storage import write_atomically
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def write_reward_page(path: Path, report: RewardReport) -> None:
         "reward model",
         f"Reward model on {report.settings.model}",
         report.text().splitlines()[:4],
-        [Section("Reliability", note, figure + table("Reliability", head, rows))],
+        [Section("Reliability", note, figure + table(head, rows, "Reliability"))],
     )
     write_atomically(path, page)
 
@@ -78,7 +79,7 @@ def write_samples_page(path: Path, report: EvaluateReport, samples: Sequence[Map
         f"{Path(report.policy).name} against {Path(report.reference).name}",
         report.text().splitlines()[:2],
         [
-            Section("Measured", "95 % intervals over prompts.", table("Measured", ("", "policy", "reference"), rows)),
+            Section("Measured", "95 % intervals over prompts.", table(("", "policy", "reference"), rows, "Measured")),
             Section("Samples", note, "".join(cards)),
         ],
     )

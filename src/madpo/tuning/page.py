@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from madpo.figures import Dot, scatter_figure
-from madpo.pages import Section, cell, sections_page, table
+from madpo.pages import Section, cell, sections_page
 from madpo.practice.folders import toml
 from madpo.records import Estimate
+from madpo.report import table
 from madpo.storage import write_atomically
 from madpo.summary import DASH
 
@@ -114,7 +115,7 @@ def _table(report: TuneReport) -> str:
         cells += [cell(_shown(trial.values[name]) if name in trial.values else DASH) for name in names]
         cells += [cell(_estimate(trial, name) or "not reached") for name in measures]
         rows.append(cells)
-    return table("Trials", ["trial", *names, *(CRITERIA[measure] for measure in measures)], rows)
+    return table(["trial", *names, *(CRITERIA[measure] for measure in measures)], rows, "Trials")
 
 
 def _plot(report: TuneReport, key: str) -> str:

@@ -1,0 +1,232 @@
+"""From the records of a run to its report: one page, and its tables and figures as files beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from madpo.records import Record, run_status
+from madpo.report.charts import (
+    Chart,
+    WeightPanel,
+    ablation_chart,
+    calibration_chart,
+    choices_of,
+    frontier_chart,
+    main_chart,
+    reward_model_chart,
+    sensitivity_chart,
+    training_chart,
+)
+from madpo.report.claims import Claim, claims, counts, ties
+from madpo.report.drawing import chart_html
+from madpo.report.families import Choice, base_beta
+from madpo.report.markup import details, nothing, page
+from madpo.report.plots import save_charts
+from madpo.report.provenance import differences_html, provenance_html, state
+from madpo.report.samples import sample_data, static_samples
+from madpo.report.sections import (
+    chart_or,
+    claims_html,
+    degeneration_html,
+    main_table,
+    reward_models_html,
+    tier_results,
+    weight_data,
+    weighting,
+    weights_html,
+)
+from madpo.report.tables import save_tables, study_tables
+from madpo.results import SFT, Tier, collect
+from madpo.storage import storage_errors, write_atomically
+from madpo.summary import headline, report_markdown_table, results_csv, results_json
+
+# Logged column -> (stem of the file, what it is).
+CURVES = {
+    "loss": ("training_loss", "training loss"),
+    "rewards/margins": ("training_margins", "implicit reward margin β·h, nats"),
+}
+CORE = ("", "core")  # groups whose curves are shown at once; others are folded away
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that the page and the files show."""
+
+    tiers: list[Tier]
+    beta: float
+    choices: dict[tuple[str, str], Choice]
+    claims: list[Claim]
+
+    @classmethod
+    def of(cls, root: Path, records: Mapping[str, Record], experiment: Mapping[str, Any]) -> Report:
+        """Read the records and what their steps wrote."""
+        tiers = collect(root, records, experiment)
+        beta = base_beta(tiers)
+        return cls(tiers, beta, choices_of(tiers, beta), claims(tiers))
+
+    @property
+    def seeds(self) -> int:
+        """Training seeds of the method that has the most."""
+        return max((len(row.seeds) for tier in self.tiers for row in tier.rows if row.name != SFT), default=0)
+
+
+def build_report(
+    root: Path,
+    records: Mapping[str, Record],
+    title: str,
+    experiment: dict[str, Any],
+    unfinished: Mapping[str, str] | None = None,
+    *,
+    figures: bool = True,
+) -> Path:
+    """Write ``report.html``, ``results.{json,csv,md}``, ``tables/`` and ``figures/`` into ``root``.
+
+    Args:
+        root: the folder of the run; the records' samples, margins and logs are read from their steps' folders.
+        records: finished records by step name. What is missing is said to be missing.
+        title: of the page.
+        experiment: the resolved experiment, which knows the methods that were planned.
+        unfinished: step without a record -> "to run", "begun" or "failed: ...".
+        figures: whether the page's figures are also written as files, which takes most of the time.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        DataError: a damaged samples or log file, with its row.
+        StorageError: the folder cannot be written.
+    """
+    report = Report.of(root, records, experiment)
+    charts, folded = _charts(report)
+    data = {**results_json(report.tiers, title, experiment), "claims": [_claim_json(c) for c in report.claims]}
+    tables = "\n".join(f"## {tier.label}\n\n{report_markdown_table(tier)}" for tier in report.tiers if tier.rows)
+    text = _html(root, records, report, charts, folded, title, experiment, unfinished or {})
+    with storage_errors(root):
+        root.mkdir(parents=True, exist_ok=True)
+        write_atomically(root / "results.json", json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+        write_atomically(root / "results.csv", results_csv(report.tiers))
+        write_atomically(root / "results.md", tables)
+        save_tables(study_tables(report.tiers, report.choices, report.claims, report.beta), root / "tables")
+        if figures:
+            save_charts([*filter(None, charts.values()), *_weight_charts(report)], root / "figures")
+        write_atomically(root / "report.html", text)
+    return root / "report.html"
+
+
+def rebuild_report(root: Path, *, figures: bool = True) -> Path:
+    """Write the report of the run in ``root`` again, from what is finished there; see :func:`build_report`."""
+    status = run_status(root)
+    records = {name: record for name, record in status.steps.items() if record is not None}
+    title, experiment = str(status.about.get("title", root.name)), status.about.get("experiment", {})
+    return build_report(root, records, title, experiment, status.unfinished, figures=figures)
+
+
+def _charts(report: Report) -> tuple[dict[str, Chart | None], list[Chart]]:
+    """Charts by their place on the page, and those that are folded away there."""
+    tiers, beta = report.tiers, report.beta
+    shown = {
+        "main": main_chart(tiers, report.choices),
+        "sensitivity": sensitivity_chart(tiers, beta),
+        "ablation": ablation_chart(tiers, beta),
+        "frontier": frontier_chart(tiers, beta),
+        "calibration": calibration_chart(tiers),
+        "reward_model": reward_model_chart(tiers),
+        **{column: training_chart(tiers, column, *names, CORE) for column, names in CURVES.items()},
+    }
+    others = list(dict.fromkeys(row.group for tier in tiers for row in tier.rows if row.group not in CORE))
+    folded = [
+        chart
+        for group in others
+        for column, (stem, words) in CURVES.items()
+        if (chart := training_chart(tiers, column, f"{stem}_{group}", words, (group,)))
+    ]
+    return shown, folded
+
+
+def _weight_charts(report: Report) -> list[Chart]:
+    # The page draws these by a component of its own, with sliders.
+    tiers = [tier for tier in report.tiers if len(tier.margins)]
+    panels = tuple(
+        WeightPanel(tier.label, margins, parameters)
+        for tier, (parameters, margins) in zip(tiers, map(weighting, tiers), strict=True)
+    )
+    return [Chart("weights", "Margins and their weights", "", panels)] if panels else []
+
+
+def _html(
+    root: Path,
+    records: Mapping[str, Record],
+    report: Report,
+    charts: Mapping[str, Chart | None],
+    folded: Sequence[Chart],
+    title: str,
+    experiment: dict[str, Any],
+    unfinished: Mapping[str, str],
+) -> str:
+    tiers = report.tiers
+    with_margins = [tier for tier in tiers if len(tier.margins)]
+    data = {
+        "weights": {f"weight-{tier.name}": weight_data(tier) for tier in with_margins},
+        "samples": sample_data(tiers),
+    }
+    curves = [chart_html(chart) for column in CURVES if (chart := charts[column])]
+    if folded:
+        curves.append(details("Training of the other groups", "".join(chart_html(chart) for chart in folded)))
+    reward_curve = charts["reward_model"]
+    return page(
+        "report.html",
+        ["weight.js", "page.js"],
+        data,
+        title=escape(title),
+        summary=_summary(report, records, unfinished),
+        claims=claims_html(report.claims, report.seeds),
+        main=main_table(tiers, report.choices, report.beta) + (chart_html(charts["main"]) if charts["main"] else ""),
+        results="".join(tier_results(tier) for tier in tiers if tier.rows) or nothing("No evaluation is finished yet."),
+        sensitivity=chart_or(charts["sensitivity"], "Not run: no tier has MADPO at two values of τ or of c."),
+        ablation=chart_or(charts["ablation"], "Not run: no tier has Amp-Only or Reg-Only."),
+        frontier=chart_or(charts["frontier"], "Not run: no tier has two methods with a reward and a KL."),
+        weights="".join(map(weights_html, with_margins)) or nothing("There are no margins."),
+        reward_models=reward_models_html(tiers)
+        + chart_or(charts["calibration"], "There are no held-out margins to draw a calibration of.")
+        + (chart_html(reward_curve) if reward_curve else ""),
+        training="".join(curves) or nothing("No training log is there."),
+        degeneration=degeneration_html(tiers),
+        samples=static_samples(tiers),
+        differences=differences_html(experiment),
+        provenance=provenance_html(root, records, unfinished),
+        experiment=escape(json.dumps(experiment, indent=2, ensure_ascii=False, default=str)),
+    )
+
+
+def _summary(report: Report, records: Mapping[str, Record], unfinished: Mapping[str, str]) -> str:
+    texts = [state(records, unfinished), *headline(report.tiers)]
+    if any(c.value is not None for claim in report.claims for c in claim.comparisons):
+        texts += [counts(report.claims), *ties(report.claims)]
+    return "".join(f'<p dir="auto">{escape(text)}</p>' for text in texts if text)
+
+
+def _claim_json(claim: Claim) -> dict[str, Any]:
+    return {
+        "key": claim.key,
+        "section": claim.section,
+        "text": claim.text,
+        "reading": claim.reading,
+        "paper": claim.paper,
+        "verdict": claim.verdict,
+        "partly": claim.partly,
+        "comparisons": [
+            {
+                "what": c.what,
+                "difference": c.value._asdict() if c.value else None,
+                "per_seed": dict(c.per_seed),
+                "must_exceed": c.bound,
+                "missing": c.missing,
+            }
+            for c in claim.comparisons
+        ],
+    }

@@ -1,0 +1,185 @@
+"""Which rows are settings of one method, which setting is chosen, and how two choices compare.
+
+A method that is tried at several settings and reported at its best is flattered, since noise alone makes the best of
+six better than one. So the held-out prompts are cut into two halves, by nothing but their ids: one
+half chooses the setting, the other alone is reported, and a comparison in which either side was
+chosen among several settings uses the reporting half alone. A method with one setting is reported on all prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from madpo.records import Estimate
+from madpo.results import SEED, SFT, Row, Tier
+from madpo.seeding import derived_seed
+from madpo.statistics import bootstrap_mean, paired_difference
+
+FEWEST = 10  # prompts; below, an interval says nothing
+PAPER_BETA = 0.1
+AGREEING, REDRAWN = "DPO on agreeing pairs", "DPO on re-drawn labels"
+RIVALS = (AGREEING, REDRAWN, "rDPO", "Soft labels", "Soft MADPO", "cDPO")
+_KINDS = {
+    "beta_dpo": "β-DPO", "rdpo": "rDPO", "soft_dpo": "Soft labels", "soft_madpo": "Soft MADPO", "simpo": "SimPO",
+    "alpha_dpo": "alpha-DPO", "odpo": "ODPO", "rpo": "RPO", "omni_dpo": "Omni-DPO", "wpo": "WPO",
+}  # fmt: skip
+_PARTS = {"full": "MADPO", "amplify": "Amp-Only", "dampen": "Reg-Only"}
+
+
+def family_of(row: Row) -> str:
+    """The method that a row is a setting of; a row of another kind stands for itself."""
+    loss, kind = row.loss, row.loss.get("kind", row.key)
+    if row.name == SFT:
+        return SFT
+    if row.trainer != "offline":
+        return {"rloo": "RLOO", "grpo": "GRPO", "best_of_n": "Best of n"}.get(row.trainer, row.name)
+    if row.pairs != "all":
+        plain = {"agreeing": AGREEING, "redrawn": REDRAWN}
+        return plain.get(row.pairs, row.name) if kind == "dpo" else row.name
+    if kind == "dpo":
+        return "cDPO" if loss.get("label_smoothing") else "DPO"
+    if kind == "ipo":
+        return "IPO" if loss.get("reduction", "sum") == "sum" else "IPO, mean per token"
+    if kind == "madpo":
+        calibrated = float(loss.get("margin_temperature", 1.0)) != 1.0
+        return "MADPO, calibrated margins" if calibrated else _PARTS.get(loss.get("part", "full"), row.name)
+    return _KINDS.get(kind, row.name)
+
+
+def base_beta(tiers: Iterable[Tier]) -> float:
+    """The beta that methods share in the main table: that of plain DPO, else the paper's."""
+    given = (tier.baseline.loss.get("beta") for tier in tiers if tier.baseline is not None)
+    return float(next((beta for beta in given if beta is not None), PAPER_BETA))
+
+
+def settings_of(tier: Tier, family: str, beta: float | None) -> list[Row]:
+    """The tier's rows of a family, at ``beta`` alone unless it is None."""
+    rows = [row for row in tier.rows if family_of(row) == family]
+    return [row for row in rows if beta is None or float(row.loss.get("beta", beta)) == beta]
+
+
+def reporting_half(prompt_ids: Iterable[int]) -> frozenset[int]:
+    """Those of the prompts that are reported; the others choose. About half, and each by its own id alone, so that a
+    prompt is on the same side in every comparison."""
+    return frozenset(i for i in prompt_ids if derived_seed(SEED, "half", i) % 2)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A method's setting, chosen on one half of the prompts among ``settings``.
+
+    Attributes:
+        name: of the method; tier: its name; row: the chosen setting.
+        value: mean reward of the chosen setting on the reporting half, on all prompts where nothing was chosen.
+        best: the setting with the highest mean on all prompts, as the paper chooses; None where there are no samples.
+    """
+
+    name: str
+    tier: str
+    row: Row
+    settings: int
+    value: Estimate | float | None
+    best: Row
+
+    @property
+    def chosen(self) -> bool:
+        """Whether there was a choice."""
+        return self.settings > 1
+
+
+def choose(name: str, tier: Tier, rows: Sequence[Row]) -> Choice | None:
+    """The best of ``rows`` on the choosing half; None if there are none."""
+    if not rows:
+        return None
+    best = max(rows, key=lambda row: _level(row.oracle_reward))
+    if len(rows) == 1 or not all(row.rewards for row in rows):
+        return Choice(name, tier.name, best, len(rows), best.oracle_reward, best)
+    shared = set.intersection(*(set(row.rewards) for row in rows))
+    report = reporting_half(shared)
+    choosing = sorted(shared - report)
+    if not choosing or not report:
+        return Choice(name, tier.name, best, len(rows), best.oracle_reward, best)
+    row = max(rows, key=lambda row: np.mean([row.rewards[i] for i in choosing]))
+    value = bootstrap_mean([row.rewards[i] for i in sorted(report)], seed=SEED)
+    return Choice(name, tier.name, row, len(rows), value, best)
+
+
+def chosen(tier: Tier, family: str, beta: float | None) -> Choice | None:
+    """The chosen setting of a family in a tier, at ``beta`` or, with None, over all of them."""
+    return choose(family, tier, settings_of(tier, family, beta))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One difference of rewards that a claim speaks of, or why there is none.
+
+    Attributes:
+        what: in words; value: its estimate over prompts; per_seed: the same difference of each training seed.
+        bound: what it must lie above; required: whether the claim needs it, or only must not be contradicted by it.
+        missing: why there is no value.
+    """
+
+    what: str
+    value: Estimate | None = None
+    per_seed: Mapping[str, float] = field(default_factory=dict)
+    bound: float = 0.0
+    required: bool = True
+    missing: str = ""
+
+    @property
+    def above(self) -> bool:
+        """Clearly above the bound: the whole interval, and every seed."""
+        return self._clear(1)
+
+    @property
+    def below(self) -> bool:
+        """Clearly below the bound: the whole interval, and every seed."""
+        return self._clear(-1)
+
+    def _clear(self, sign: int) -> bool:
+        if self.value is None or self.value.n < FEWEST:
+            return False
+        edge = self.value.low if sign > 0 else self.value.high
+        return sign * (edge - self.bound) > 0 and all(sign * (v - self.bound) > 0 for v in self.per_seed.values())
+
+
+def less(a: Choice | None, b: Choice | None, what: str, **how: Any) -> Comparison:
+    """``a`` less ``b`` on the prompts that both may be judged on."""
+    if a is None or b is None:
+        return Comparison(what, missing="not run", **how)
+    shared = a.row.rewards.keys() & b.row.rewards.keys()
+    if a.chosen or b.chosen:
+        shared = shared & reporting_half(shared)
+    if len(shared) < 2:
+        return Comparison(what, missing="there are no samples of both on the same prompts", **how)
+    ids = sorted(shared)
+    value = paired_difference([a.row.rewards[i] for i in ids], [b.row.rewards[i] for i in ids], seed=SEED)
+    per_seed = {}
+    for seed in a.row.seed_rewards.keys() & b.row.seed_rewards.keys():
+        one, other = a.row.seed_rewards[seed], b.row.seed_rewards[seed]
+        per_seed[seed] = float(np.mean([one[i] - other[i] for i in ids if i in one and i in other]))
+    return Comparison(what, value, dict(sorted(per_seed.items())) if len(per_seed) > 1 else {}, **how)
+
+
+def more_on(one: Sequence[Choice | None], other: Sequence[Choice | None], what: str, **how: Any) -> Comparison:
+    """How much larger the first pair's difference is than the second's: (a1 - b1) - (a2 - b2), paired by prompt."""
+    sides = [*one, *other]
+    if any(side is None for side in sides):
+        return Comparison(what, missing="not run", **how)
+    rows = [side.row for side in sides if side is not None]
+    shared = set.intersection(*(set(row.rewards) for row in rows))
+    if any(side.chosen for side in sides if side is not None):
+        shared &= reporting_half(shared)
+    if len(shared) < 2:
+        return Comparison(what, missing="there are no samples of all four on the same prompts", **how)
+    a, b, c, d = (np.array([row.rewards[i] for i in sorted(shared)]) for row in rows)
+    return Comparison(what, paired_difference(a - b, c - d, seed=SEED), **how)
+
+
+def _level(value: Estimate | float | None) -> float:
+    level = value.mean if isinstance(value, Estimate) else value
+    return float("-inf") if level is None or not np.isfinite(level) else float(level)

@@ -1,0 +1,70 @@
+"""Reward against KL to the reference, over beta: what a method earns at the distance that another one went."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from madpo.report.families import Choice, Comparison, family_of, reporting_half, settings_of
+from madpo.results import SEED, SFT, Row, Tier
+from madpo.statistics import bootstrap_statistic
+
+
+def frontiers(tier: Tier, beta: float) -> dict[str, list[Row]]:
+    """Per family, the rows of one setting over beta, by beta.
+
+    Of several settings the one with the most betas stands for the family; at a tie a core one, then the first.
+    """
+    lines: dict[str, dict[str, list[Row]]] = {}
+    for row in tier.rows:
+        if row.name != SFT and row.kls and row.rewards:
+            other = repr(sorted((k, repr(v)) for k, v in row.loss.items() if k != "beta"))
+            lines.setdefault(family_of(row), {}).setdefault(other, []).append(row)
+    found = {}
+    for family, by_setting in lines.items():
+        best = max(by_setting.values(), key=lambda rows: (len(rows), any(r.group in ("", "core") for r in rows)))
+        found[family] = sorted(best, key=lambda row: float(row.loss.get("beta", beta)))
+    return found
+
+
+def equal_kl(tier: Tier, method: Choice | None, what: str) -> Comparison:
+    """A method's reward less what plain DPO, over its betas, earns at the same KL.
+
+    DPO's curve is drawn straight between neighbouring betas, in order of KL; prompts are resampled for all rows alike.
+    Beyond the ends of the curve there is nothing to compare with.
+    """
+    rows = settings_of(tier, "DPO", None)
+    if method is None or len(rows) < 2:
+        return Comparison(what, missing="not run: it needs MADPO, and DPO at two or more β")
+    everything = [method.row, *rows]
+    shared = set.intersection(*(row.rewards.keys() & row.kls.keys() for row in everything))
+    if method.chosen:
+        shared &= reporting_half(shared)
+    if len(shared) < 2:
+        return Comparison(what, missing="there are no samples of all on the same prompts")
+    ids = sorted(shared)
+    columns = [[row.rewards[i] for i in ids] for row in everything] + [[row.kls[i] for i in ids] for row in everything]
+    values = np.array(columns).T
+    kls = values.mean(axis=0)[len(everything) :]
+    if not min(kls[1:]) <= kls[0] <= max(kls[1:]):
+        span = f"{min(kls[1:]):.1f} to {max(kls[1:]):.1f}"
+        return Comparison(what, missing=f"MADPO's KL is {kls[0]:.1f} nats, and DPO's curve spans {span}")
+    return Comparison(what, bootstrap_statistic(values, _above_curve, seed=SEED))
+
+
+def _above_curve(means: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Columns: rewards of the method and of the curve's points, then their KLs in the same order."""
+    k = means.shape[1] // 2
+    found = np.empty(len(means))
+    for i, row in enumerate(means):
+        order = np.argsort(row[k + 1 :])
+        found[i] = row[0] - np.interp(row[k], row[k + 1 :][order], row[1:k][order])
+    return found
+
+
+def spread_of(rows: Sequence[Row]) -> str:
+    """ "β 0.03 to 0.3" for a line, for its legend."""
+    betas = [float(row.loss["beta"]) for row in rows if "beta" in row.loss]
+    return f"β {min(betas):g} to {max(betas):g}" if len(set(betas)) > 1 else ""

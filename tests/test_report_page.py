@@ -1,0 +1,206 @@
+"""The page of a whole study in a real browser, and of studies that are not finished."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from selenium.webdriver import Chrome
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.select import Select
+
+from browser import open_browser
+from madpo.report import rebuild_report
+from report_cases import ARABIC, HOSTILE, LONG, PROMPTS, Study, make_study
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    study = make_study(tmp_path_factory.mktemp("study"))
+    study.unfinished("policy/low/late/seed0", "MadpoError: <b>the disk is full</b>")
+    study.unfinished("evaluation/low/late/seed0")
+    study.write()
+    return study
+
+
+@pytest.fixture(scope="module")
+def page(study: Study) -> Path:
+    return rebuild_report(study.root, figures=False)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    yield from open_browser(tmp_path_factory.mktemp("profile"))
+
+
+@pytest.fixture
+def window(browser: Chrome, page: Path) -> Chrome:
+    browser.get(page.resolve().as_uri())
+    return browser
+
+
+def press(window: Chrome, button: WebElement) -> None:
+    """A click of the mouse, once the page has stopped scrolling to it."""
+    window.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", button)
+    button.click()
+
+
+def claims_of(root: Path) -> dict[str, dict[str, Any]]:
+    data = json.loads((root / "results.json").read_text(encoding="utf-8"))
+    return {claim["key"]: claim for claim in data["claims"]}
+
+
+def test_every_figure_is_drawn_and_nothing_complains(window: Chrome) -> None:
+    names = "figure1_main figure2_sensitivity figure3_ablation frontier training_loss training_margins calibration"
+    for name in [*names.split(), "reward_model_training", "training_loss_sensitivity"]:
+        figures = window.find_elements(By.CSS_SELECTOR, f"#{name} svg.figure")
+        assert figures, name
+        for figure in figures:
+            assert figure.get_attribute("role") == "img"
+            assert len(figure.get_attribute("aria-label") or "") > 20
+            assert figure.find_elements(By.CSS_SELECTOR, ".dot, .column, .line"), name
+    box = window.find_element(By.CSS_SELECTOR, "#figure1_main svg.figure").rect
+    assert box["width"] > 300
+    assert box["height"] > 150
+    assert len(window.find_elements(By.CSS_SELECTOR, "#figure1_main .column")) == 12 + 4  # bars, and the legend's
+    assert len(window.find_elements(By.CSS_SELECTOR, ".weight svg.figure")) == 3
+    assert len(window.find_elements(By.CSS_SELECTOR, ".weight input[type=range]")) >= 9
+    loud = [entry for entry in window.get_log("browser") if entry["level"] in ("WARNING", "SEVERE")]
+    assert not loud, "nothing was refused by the page's policy, and nothing failed"
+
+
+def test_text_of_the_data_is_shown_as_text(window: Chrome) -> None:
+    assert window.title != "owned"
+    assert not window.find_elements(By.CSS_SELECTOR, "img, iframe, [onload], [onerror]")
+    assert len(window.find_elements(By.TAG_NAME, "style")) == 1
+    assert window.find_element(By.TAG_NAME, "h1").get_property("textContent") == HOSTILE
+    Select(window.find_elements(By.CSS_SELECTOR, ".picker select")[3]).select_by_value("id")
+    cards = window.find_elements(By.CSS_SELECTOR, "#sample-browser .card")
+    for card, text in zip(cards, (HOSTILE, ARABIC, LONG), strict=False):
+        assert [p.get_property("textContent") for p in card.find_elements(By.CSS_SELECTOR, ".answer p")] == [text] * 2
+        assert all(p.get_attribute("dir") == "auto" for p in card.find_elements(By.CSS_SELECTOR, "p"))
+    assert window.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_samples_are_searched_and_sorted(window: Chrome, study: Study) -> None:
+    tier, left, right, order = (Select(e) for e in window.find_elements(By.CSS_SELECTOR, ".picker select"))
+    assert [o.text for o in tier.options] == ["High", "Medium", "Low"]
+    assert (left.first_selected_option.text, right.first_selected_option.text) == ("MADPO τ=7 c=4", "DPO")
+
+    def rewards(name: str) -> dict[int, float]:
+        number = [m["name"] for m in study.experiment["method"]].index(name)
+        folder = next(study.root.glob(f"evaluation/high/method{number}/seed0-*"))
+        rows = [json.loads(line) for line in (folder / "samples.jsonl").open(encoding="utf-8")]
+        return {row["prompt_id"]: round(row["oracle_reward"], 3) for row in sorted(rows, key=lambda r: r["prompt_id"])}
+
+    def shown() -> list[int]:
+        prompts = window.find_elements(By.CSS_SELECTOR, "#sample-browser .card p.prompt")
+        return [int(str(p.get_property("textContent")).split()[1]) for p in prompts]
+
+    ours, theirs = rewards("MADPO τ=7 c=4"), rewards("IPO")
+    right.select_by_visible_text("IPO")
+    ahead = sorted(ours, key=lambda i: theirs[i] - ours[i])
+    assert shown() == ahead[:8]
+    order.select_by_value("up")
+    behind = sorted(ours, key=lambda i: ours[i] - theirs[i])
+    assert shown() == behind[:8]
+    press(window, window.find_element(By.CSS_SELECTOR, "#sample-browser > button"))
+    assert shown() == behind[:24]
+    search = window.find_element(By.CSS_SELECTOR, ".picker input[type=search]")
+    search.send_keys("ANSWERS number 17")
+    assert shown() == [17]
+    status = window.find_element(By.CSS_SELECTOR, "#sample-browser [role=status]")
+    assert status.text.startswith("1 prompts")
+    search.send_keys(Keys.CONTROL, "a", Keys.NULL, "no such words")
+    assert shown() == []
+    search.clear()
+    search.send_keys("answers")
+    assert status.text.startswith(f"{PROMPTS - 3} prompts")
+
+
+def test_tables_sort_by_a_click_or_a_key(window: Chrome) -> None:
+    table = window.find_element(By.CSS_SELECTOR, "#results table.sortable")
+    button = table.find_elements(By.CSS_SELECTOR, "thead th")[1].find_element(By.TAG_NAME, "button")
+
+    def column() -> list[float]:
+        cells = table.find_elements(By.CSS_SELECTOR, "tbody td:nth-child(2) b")
+        return [float(str(cell.get_property("textContent")).replace("\N{MINUS SIGN}", "-")) for cell in cells]
+
+    before = column()
+    press(window, button)
+    assert column() == sorted(before, reverse=True) != before
+    button.send_keys(Keys.ENTER)
+    assert column() == sorted(before)
+    head = table.find_elements(By.CSS_SELECTOR, "thead th")[1]
+    assert head.get_attribute("aria-sort") == "ascending"
+
+
+def test_a_phone_scrolls_no_page_sideways(window: Chrome) -> None:
+    window.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}
+    )
+    try:
+        assert window.execute_script("return document.documentElement.scrollWidth") <= 360
+        sizes = window.execute_script(
+            "return [...document.querySelectorAll('.panels .tick')].map((t) => t.getBoundingClientRect().height)"
+        )
+        assert min(size for size in sizes if size) > 10  # pixels: readable; figures that are folded away have 0
+    finally:
+        window.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_dark_and_light_differ(window: Chrome) -> None:
+    seen = []
+    for scheme in ("light", "dark"):
+        window.execute_cdp_cmd(
+            "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        )
+        seen.append(window.execute_script("return getComputedStyle(document.body).backgroundColor"))
+        colour = window.execute_script("return getComputedStyle(document.querySelector('.column')).fill")
+        seen.append(colour)
+    window.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    assert len(set(seen)) == 4
+
+
+def test_claims_and_missing_steps_stand_on_the_page(window: Chrome, study: Study) -> None:
+    claims = claims_of(study.root)
+    assert claims["madpo-first-high"]["verdict"] == "held"
+    assert claims["ipo-weakest"]["verdict"] == "held"
+    assert claims["c-grows-medium"]["verdict"] == "held"
+    assert claims["madpo-above-dpo-on-agreeing-pairs"]["verdict"] == "not separated"
+    assert claims["beta-dpo-peaks-on-medium"]["verdict"] == "not separated"
+    cards = window.find_elements(By.CSS_SELECTOR, ".claim")
+    assert len(cards) == sum(claim["verdict"] != "not run" for claim in claims.values())
+    summary = window.find_element(By.CSS_SELECTOR, "section.summary").text
+    total = len(study.listing)
+    assert f"of {total} steps {total - 2} are done, 1 failed and 1 are still to run" in summary
+    assert "MADPO ties with DPO on agreeing pairs on High, Medium, Low" in summary
+    failed = window.find_element(By.CSS_SELECTOR, "[aria-label='Failed steps']")
+    assert "<b>the disk is full</b>" in failed.text
+    differences = window.find_element(By.CSS_SELECTOR, "[aria-label='Differences']").text
+    assert "pairs, train 30 10000" in differences
+
+
+def test_a_part_of_a_study_has_a_useful_report(tmp_path: Path) -> None:
+    study = make_study(tmp_path, tiers=("high",), seeds=1)
+    for name in [n for n in study.listing if n.split("/")[0] in ("policy", "evaluation") and "method" in n]:
+        if int(name.split("/")[2].removeprefix("method")) > 3:
+            entry = study.listing.pop(name)
+            study.records.pop(name)
+            (study.root / entry["folder"] / "record.json").unlink()
+            study.listing[name] = entry
+    study.write("a part")
+    text = rebuild_report(study.root, figures=False).read_text(encoding="utf-8")
+    claims = claims_of(study.root)
+    assert claims["madpo-first-high"]["verdict"] == "held"
+    assert claims["madpo-first-low"]["verdict"] == "not run"
+    assert claims["c-grows-high"]["verdict"] == "not run"
+    assert claims["ipo-weakest"]["verdict"] == "held"
+    assert claims["ipo-weakest"]["partly"]
+    assert "This run is not complete" in text
+    assert "13 methods not evaluated here yet" in text
+    assert "Not run: no tier has Amp-Only or Reg-Only." in text
+    assert "steps still to run" in text
+    assert "One training seed says nothing" in text
