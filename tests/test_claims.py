@@ -48,26 +48,34 @@ PROMPT = rng(0, "prompts").normal(size=N)  # what makes a prompt easy, common to
 SETTINGS = [(2.0, 2.0), (4.0, 2.0), (7.0, 2.0), (10.0, 2.0), (7.0, 3.0), (7.0, 4.0)]
 
 
-def row(
-    name: str, level: float, *, kl: float = 5.0, noise: float = 0.2, seeds: int = 2, n: int = N, **settings: Any
-) -> Row:
+def row(name: str, level: float, *, kl: float = 5.0, noise: float = 0.2, seeds: int = 2, **settings: Any) -> Row:
     """A row whose mean reward is exactly ``level`` in every seed, and whose noise of its own is small."""
-    group, pairs, trainer = (
-        settings.pop(k, d) for k, d in (("group", "core"), ("pairs", "all"), ("trainer", "offline"))
-    )
+    places = {"group": "core", "pairs": "all", "margins": "in_sample", "trainer": "offline"}
+    given = {name: settings.pop(name, default) for name, default in places.items()}
     per_seed: dict[str, dict[int, float]] = {}
     for seed in range(seeds):
-        own = rng(seed, "noise", name, str(level)).normal(size=n) * noise
-        values = level + (PROMPT[:n] - PROMPT[:n].mean()) + own - own.mean()
+        own = rng(seed, "noise", name, str(level)).normal(size=N) * noise
+        values = level + (PROMPT - PROMPT.mean()) + own - own.mean()
         per_seed[f"seed{seed}"] = dict(enumerate(map(float, values)))
-    rewards = {i: float(np.mean([values[i] for values in per_seed.values()])) for i in range(n)}
-    kls = {i: kl + 0.1 * float(PROMPT[i]) for i in range(n)}
+    rewards = {i: float(np.mean([values[i] for values in per_seed.values()])) for i in range(N)}
+    kls = {i: kl + 0.1 * float(PROMPT[i]) for i in range(N)}
     return Row(
-        key=re.sub(r"[^a-z0-9]+", "-", name.lower()), name=name, loss={"beta": 0.1, **settings}, seeds=tuple(per_seed),
-        per_seed=dict.fromkeys(per_seed, level), oracle_reward=bootstrap_mean(list(rewards.values())),
-        kl=bootstrap_mean(list(kls.values())), length=40.0, distinct_2=0.8, ended=0.1, win_rate=None, group=group,
-        pairs=pairs, trainer=trainer, rewards=rewards, kls=kls, seed_rewards=per_seed,
-    )  # fmt: skip
+        key=re.sub(r"[^a-z0-9]+", "-", name.lower()),
+        name=name,
+        loss={"beta": 0.1, **settings},
+        seeds=tuple(per_seed),
+        per_seed=dict.fromkeys(per_seed, level),
+        oracle_reward=bootstrap_mean(list(rewards.values())),
+        kl=bootstrap_mean(list(kls.values())),
+        length=40.0,
+        distinct_2=0.8,
+        ended=0.1,
+        win_rate=None,
+        rewards=rewards,
+        kls=kls,
+        seed_rewards=per_seed,
+        **given,
+    )
 
 
 def madpo(tau: float, c: float, level: float, part: str = "full", **more: Any) -> Row:
@@ -156,20 +164,33 @@ def test_a_tie_with_a_rival_is_said() -> None:
         row("relabelled", 2.5, kind="dpo", pairs="redrawn"),
         row("DPO β=0.03", 1.99, kind="dpo", noise=1.0, group="frontier", **{"beta": 0.03}),
         row("rDPO", 1.2, kind="rdpo"),
-        row("online", 2.0, kind="dpo", trainer="rloo"),
+        row("online", 2.0, kind="rloo", trainer="rloo"),
+        row("best of 4", 1.8, kind="best_of_n", n=4, trainer="best_of_n"),
+        madpo(7.0, 4.0, 2.6, margins="out_of_fold"),
     ]
     found = by_key(claims([Tier("high", rows)]))
     assert found["madpo-above-dpo-on-agreeing-pairs"].verdict == OPEN
     assert found["madpo-above-dpo-on-re-drawn-labels"].verdict == BROKEN
     assert found["madpo-above-rdpo"].verdict == HELD
     assert found["madpo-above-dpo-best-beta"].verdict == OPEN
+    assert found["madpo-above-best-of-n"].verdict == HELD  # MADPO with margins out of fold is another row
     words = ties(list(found.values()))
     assert "MADPO ties with DPO on agreeing pairs on High: this run does not tell them apart." in words
     assert "MADPO ties with DPO at its best β on High: this run does not tell them apart." in words
     assert "MADPO is behind DPO on re-drawn labels on High." in words
     assert not [w for w in words if "rDPO" in w]
     assert [family_of(r) for r in rows] == [
-        *("DPO", "MADPO", "DPO on agreeing pairs", "DPO on re-drawn labels", "DPO", "rDPO", "RLOO")
+        *(
+            "DPO",
+            "MADPO",
+            "DPO on agreeing pairs",
+            "DPO on re-drawn labels",
+            "DPO",
+            "rDPO",
+            "RLOO",
+            "Best of n",
+            "MADPO, out-of-fold margins",
+        )
     ]
 
 

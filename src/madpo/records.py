@@ -3,6 +3,7 @@
 import json
 import math
 import numbers
+import os
 import platform
 import sys
 from functools import cache
@@ -84,9 +85,24 @@ def conditions() -> dict[str, Any]:
     return {
         "instruction_set": None if torch is None else torch.backends.cpu.get_cpu_capability(),
         "machine": platform.machine(),
+        **_hardware(),
         "device": device or "cpu",
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in ALSO_INSTALLED}},
     }
+
+
+@cache
+def _hardware() -> dict[str, Any]:
+    """Processor, its cores, and memory in bytes; None for what the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
+    except OSError:
+        name = None
+    names = getattr(os, "sysconf_names", {})
+    known = "SC_PHYS_PAGES" in names and "SC_PAGE_SIZE" in names
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else None
+    return {"processor": name or platform.processor() or None, "cores": os.cpu_count(), "memory": memory}
 
 
 def load_record(folder: Path) -> Record | None:

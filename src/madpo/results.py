@@ -45,7 +45,9 @@ class Row:
             win_rate: share of prompts with a higher reward than SFT, ties count half.
         difference: paired difference of the reward to DPO; None for SFT and for DPO itself.
         group: the part of the study that the row belongs to, "" where the run names none.
-        pairs, trainer: what it was trained on ("all", "agreeing", "redrawn") and how ("offline", "rloo", ...).
+        pairs, margins, trainer: what it was trained on ("all", "agreeing", "redrawn"; margins "in_sample" or
+            "out_of_fold") and how ("offline", "rloo", ...). Where no loss trained it, ``loss`` has the trainer's
+            settings.
         samples: per seed, prompt_id -> the prompt's first sample.
         rewards, kls: prompt_id -> mean over samples and seeds; only prompts that every seed answered.
         seed_rewards: the rewards of each seed alone.
@@ -68,6 +70,7 @@ class Row:
     repeated: Value = None
     group: str = ""
     pairs: str = "all"
+    margins: str = "in_sample"
     trainer: str = "offline"
     samples: tuple[dict[int, dict[str, Any]], ...] = field(default=(), repr=False, compare=False)
     rewards: dict[int, float] = field(default_factory=dict, repr=False, compare=False)
@@ -106,15 +109,15 @@ class Tier:
         return next((row for row in plain if row.key == "dpo"), next(iter([*first, *plain]), None))
 
 
-def collect(root: Path, records: Mapping[str, Record], experiment: Mapping[str, Any] | None = None) -> list[Tier]:
+def collect(root: Path, records: Mapping[str, Record], rows: Iterable[Mapping[str, Any]] = ()) -> list[Tier]:
     """Everything that the report shows, per tier. Tiers without an evaluated policy still show their margins.
 
     Args:
         root: the folder of the run.
         records: finished records by step name.
-        experiment: the resolved experiment, which knows the groups of its methods and those that are not run yet.
+        rows: the experiment's methods with their groups, those that are not run yet among them.
     """
-    planned = {str(m["name"]): m for m in (experiment or {}).get("method", []) if isinstance(m, dict) and "name" in m}
+    planned = {str(row["name"]): row for row in rows}
     sft = _by_seed(records, "evaluation", "sft")
     sft_row = _row(SFT.lower(), SFT, {}, {}, sft, root, None) if sft else None
     names = [m["tier"] for name in records if (m := _EVALUATION.fullmatch(name))]
@@ -142,7 +145,7 @@ def _tier(
         policy = next((p for seed in by_seed if (p := records.get(f"policy/{name}/{key}/{seed}"))), None)
         shown = _shown_name(key, [policy, *by_seed.values()])
         method = planned.get(shown, {})
-        loss = policy.config.get("loss", {}) if policy else method.get("loss") or {}
+        loss = (policy.config.get("loss") if policy else None) or _settings(method)
         rows.append(_row(key, shown, loss, method, by_seed, root, sft_row))
         if policy is not None:
             curves[shown] = _log(folder_of(root, policy) / "log.jsonl")
@@ -158,9 +161,22 @@ def _tier(
         {row.name: curves[row.name] for row in rows if row.name in curves},
         heldout_margins=_heldout(root, first),
         reward_curve=_log(folder_of(root, first) / "log.jsonl") if first else [],
-        missing=tuple(shown for shown in planned if shown not in {row.name for row in rows}),
+        missing=tuple(
+            shown
+            for shown, method in planned.items()
+            if shown not in {row.name for row in rows} and name in (method.get("tiers") or (name,))
+        ),
     )
     return replace(tier, rows=_with_differences(tier))
+
+
+def _settings(method: Mapping[str, Any]) -> dict[str, Any]:
+    """The loss of a method, or what its trainer has in the place of one."""
+    if method.get("loss"):
+        return dict(method["loss"])
+    online = method.get("online") or {}
+    given = {"kind": method.get("trainer"), "beta": online.get("beta"), "n": method.get("n")}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def folder_of(root: Path, record: Record) -> Path:
@@ -203,6 +219,7 @@ def _row(
         win_rate=_win_rate(rewards, sft),
         group=str(method.get("group", "")),
         pairs=str(method.get("pairs", "all")),
+        margins=str(method.get("margins", "in_sample")),
         trainer=str(method.get("trainer", "offline")),
         samples=tuple({i: rows[0] for i, rows in a.items()} for a in answers.values()),
         rewards=per_prompt["oracle_reward"],

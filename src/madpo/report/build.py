@@ -65,7 +65,9 @@ class Report:
     @classmethod
     def of(cls, root: Path, records: Mapping[str, Record], experiment: Mapping[str, Any]) -> Report:
         """Read the records and what their steps wrote."""
-        tiers = collect(root, records, experiment)
+        # "rows" has the sweeps of "method" spelled out.
+        rows = experiment.get("rows") or experiment.get("method", [])
+        tiers = collect(root, records, [row for row in rows if isinstance(row, Mapping) and "name" in row])
         beta = base_beta(tiers)
         return cls(tiers, beta, choices_of(tiers, beta), claims(tiers))
 
@@ -102,6 +104,7 @@ def build_report(
         StorageError: the folder cannot be written.
     """
     report = Report.of(root, records, experiment)
+    experiment = {name: value for name, value in experiment.items() if name != "rows"}
     charts, folded = _charts(report)
     data = {**results_json(report.tiers, title, experiment), "claims": [_claim_json(c) for c in report.claims]}
     tables = "\n".join(f"## {tier.label}\n\n{report_markdown_table(tier)}" for tier in report.tiers if tier.rows)
@@ -122,7 +125,10 @@ def rebuild_report(root: Path, *, figures: bool = True) -> Path:
     """Write the report of the run in ``root`` again, from what is finished there; see :func:`build_report`."""
     status = run_status(root)
     records = {name: record for name, record in status.steps.items() if record is not None}
-    title, experiment = str(status.about.get("title", root.name)), status.about.get("experiment", {})
+    title = str(status.about.get("title", root.name))
+    experiment = {**status.about.get("experiment", {})}
+    if rows := status.about.get("rows"):
+        experiment["rows"] = rows
     return build_report(root, records, title, experiment, status.unfinished, figures=figures)
 
 

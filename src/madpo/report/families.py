@@ -22,7 +22,7 @@ from madpo.statistics import bootstrap_mean, paired_difference
 FEWEST = 10  # prompts; below, an interval says nothing
 PAPER_BETA = 0.1
 AGREEING, REDRAWN = "DPO on agreeing pairs", "DPO on re-drawn labels"
-RIVALS = (AGREEING, REDRAWN, "rDPO", "Soft labels", "Soft MADPO", "cDPO")
+RIVALS = (AGREEING, REDRAWN, "rDPO", "Soft labels", "Soft MADPO", "cDPO", "RLOO", "GRPO", "Best of n")
 _KINDS = {
     "beta_dpo": "β-DPO", "rdpo": "rDPO", "soft_dpo": "Soft labels", "soft_madpo": "Soft MADPO", "simpo": "SimPO",
     "alpha_dpo": "alpha-DPO", "odpo": "ODPO", "rpo": "RPO", "omni_dpo": "Omni-DPO", "wpo": "WPO",
@@ -45,8 +45,10 @@ def family_of(row: Row) -> str:
     if kind == "ipo":
         return "IPO" if loss.get("reduction", "sum") == "sum" else "IPO, mean per token"
     if kind == "madpo":
+        name = _PARTS.get(loss.get("part", "full"), row.name)
         calibrated = float(loss.get("margin_temperature", 1.0)) != 1.0
-        return "MADPO, calibrated margins" if calibrated else _PARTS.get(loss.get("part", "full"), row.name)
+        apart = [", calibrated margins"] * calibrated + [", out-of-fold margins"] * (row.margins == "out_of_fold")
+        return name + "".join(apart)
     return _KINDS.get(kind, row.name)
 
 

@@ -20,12 +20,12 @@ def frontiers(tier: Tier, beta: float) -> dict[str, list[Row]]:
     lines: dict[str, dict[str, list[Row]]] = {}
     for row in tier.rows:
         if row.name != SFT and row.kls and row.rewards:
-            other = repr(sorted((k, repr(v)) for k, v in row.loss.items() if k != "beta"))
+            other = repr(sorted((k, repr(v)) for k, v in row.loss.items() if k not in ("beta", "n")))
             lines.setdefault(family_of(row), {}).setdefault(other, []).append(row)
     found = {}
     for family, by_setting in lines.items():
         best = max(by_setting.values(), key=lambda rows: (len(rows), any(r.group in ("", "core") for r in rows)))
-        found[family] = sorted(best, key=lambda row: float(row.loss.get("beta", beta)))
+        found[family] = sorted(best, key=lambda row: (float(row.loss.get("beta", beta)), row.loss.get("n", 0)))
     return found
 
 

@@ -62,11 +62,15 @@ def provenance_html(root: Path, records: Mapping[str, Record], unfinished: Mappi
 
 
 def _machine(record: Record) -> str:
-    machine = record.provenance.get("machine")
-    if not isinstance(machine, dict):
-        return f"host {record.provenance.get('host', 'unknown')}, hardware not recorded"
-    parts = [str(machine[key]) for key in ("processor", "cores", "memory", "accelerator") if machine.get(key)]
-    return ", ".join(parts) or "hardware not recorded"
+    given = record.provenance
+    if not given.get("processor"):
+        return f"host {given.get('host', 'unknown')}, hardware not recorded"
+    parts = [str(given["processor"]), f"{given.get('cores') or 'unknown'} cores"]
+    if isinstance(memory := given.get("memory"), int):
+        parts.append(f"{memory / 2**30:.0f} GiB memory")
+    if given.get("device") not in (None, "cpu"):
+        parts.append(str(given["device"]))
+    return ", ".join(parts)
 
 
 def _by_kind(records: Mapping[str, Record]) -> str:
