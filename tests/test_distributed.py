@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import typing
@@ -24,6 +25,8 @@ from madpo.losses import Loss
 from madpo.models import build_tiny, load_tokenizer
 from madpo.practice import scoring
 from practice_cases import read, text_pairs, write
+
+pytestmark = pytest.mark.timeout(900)  # half a minute of one core; beside other work two processes wait for each other
 
 
 @pytest.fixture(scope="module")
@@ -96,14 +99,21 @@ def driven(root, llama):
         "MADPO_CACHE": str(root / "two" / "cache"),
     }
     command = [sys.executable, launch_cases.__file__, str(llama), str(root)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    driver = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        stdout, stderr = driver.communicate(timeout=800)
+    except BaseException:
+        os.killpg(driver.pid, signal.SIGKILL)  # its launches with it
+        raise
     ends = {}
-    for line in done.stdout.splitlines():
+    for line in stdout.splitlines():
         if line.startswith("["):
             name, *end = json.loads(line)
             ends.setdefault(name, []).append(end)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return Driven(done.stdout, done.stderr, ends)
+    assert driver.returncode == 0, stderr[-4000:]
+    return Driven(stdout, stderr, ends)
 
 
 @pytest.fixture(scope="module")

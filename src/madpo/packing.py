@@ -251,12 +251,15 @@ def packs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, completio
         half = len(input_ids) // 2
         rows = [i for i in (0, 1, half, half + 1) if i < len(input_ids)] if half > 1 else list(range(len(input_ids)))
         batch = (input_ids[rows], attention_mask[rows], completion_mask[rows])
-        training = model.training
+        modes = {
+            module: module.training for module in model.modules()
+        }  # a fresh adapter trains in a model that does not
         model.eval()
         try:
             reason = _difference(model, batch, plain)
         finally:
-            model.train(training)
+            for module, training in modes.items():
+                module.training = training
         if reason is not None:
             warnings.warn(
                 f"{type(model).__name__} cannot share prompts ({reason}); its rows are padded instead, which is slower",
