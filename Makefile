@@ -14,7 +14,7 @@ install: $(STAMP) ## the exact versions of constraints.txt in .venv, once
 
 $(STAMP): constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,quickstart]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,quickstart,ray]'
 	touch $@
 
 # One thread per process: two test processes that each take every core slow each other down.

@@ -14,6 +14,7 @@ import madpo
 from madpo.cli import main
 from madpo.config import Frozen, find_experiment, packaged_experiments
 from madpo.errors import ConfigError, DataError
+from madpo.executors import Processes
 from madpo.pipeline import RunResult, Step, run
 from madpo.storage import locked
 
@@ -124,7 +125,9 @@ def test_run_passes_everything_on(toml: Path, tmp_path: Path, experiment: Any, c
     assert main([*argv, "--only", "a*"]) == 0
     (args, kwargs), *_ = calls
     assert args == (str(toml), root)
-    assert kwargs == {"overrides": ["a=1", "b.c=2", "d=3"], "only": ["a*"], "dry_run": False, "jobs": 2}
+    executor = kwargs.pop("executor")
+    assert (type(executor), executor.n) == (Processes, 2)
+    assert kwargs == {"overrides": ["a=1", "b.c=2", "d=3"], "only": ["a*"], "dry_run": False}
     assert f"Results: {root}" in capsys.readouterr().out
 
 

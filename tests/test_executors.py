@@ -1,13 +1,17 @@
 """One contract, every executor."""
 
+import importlib.util
 import os
+import signal
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from madpo.errors import ConfigError, DataError
-from madpo.executors import Inline, Processes
+from madpo.executors import Cluster, Inline, Processes
 
 
 def add(a: int, b: int) -> int:
@@ -26,10 +30,28 @@ def environment(name: str) -> str | None:
     return os.environ.get(name)
 
 
-@pytest.fixture(scope="module", params=["inline", "processes"])
+def slow(folder: Path) -> str:
+    """Leaves its process id; on the second call it has been there before and ends at once."""
+    mark = folder / "pid"
+    if mark.exists():
+        return "again"
+    mark.write_text(str(os.getpid()))
+    time.sleep(60)
+    return "undisturbed"
+
+
+needs_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason='ray is not installed; pip install "madpo[ray]"'
+)
+
+
+@pytest.fixture(scope="module", params=["inline", "processes", pytest.param("ray", marks=needs_ray)])
 def executor(request: pytest.FixtureRequest) -> Iterator[Any]:
-    with Inline() if request.param == "inline" else Processes(1) as chosen:
-        yield chosen
+    with pytest.MonkeyPatch.context() as patch:
+        # Ray's workers are told where this file is; the others find it by themselves.
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+        with {"inline": Inline, "processes": lambda: Processes(1), "ray": Cluster}[request.param]() as chosen:
+            yield chosen
 
 
 def test_gives_results(executor: Any) -> None:
@@ -42,6 +64,22 @@ def test_keeps_an_exception_in_the_future(executor: Any) -> None:
     assert isinstance(error, DataError)
     assert str(error) == "row 3 is empty"
     assert executor.submit(add, 1, 1).result(timeout=60) == 2
+
+
+def test_light_work_is_work(executor: Any) -> None:
+    assert executor.submit(add, 1, 2, light=True).result(timeout=60) == 3
+
+
+def test_a_lost_workers_task_starts_again_on_a_cluster(executor: Any, tmp_path: Path) -> None:
+    if not isinstance(executor, Cluster):
+        pytest.skip("only a cluster starts a task again; on one machine the next run continues")
+    future = executor.submit(slow, tmp_path)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+    assert future.result(timeout=60) == "again"
 
 
 def test_inline_lets_an_interrupt_through() -> None:
@@ -60,6 +98,14 @@ def test_a_dead_worker_is_an_error_and_the_next_task_runs(monkeypatch: pytest.Mo
         assert pool.submit(environment, "OMP_NUM_THREADS").result(timeout=60) == str(os.cpu_count())
 
 
+@needs_ray
+def test_no_cluster_is_one_sentence() -> None:
+    with pytest.raises(ConfigError, match=r"no Ray cluster can be used at 127\.0\.0\.1:1"), Cluster("127.0.0.1:1"):
+        pass
+
+
 def test_needs_a_worker() -> None:
+    with pytest.raises(ConfigError, match="the first two must be above 0"):
+        Cluster(slots=0)
     with pytest.raises(ConfigError, match="0 worker processes"):
         Processes(0)

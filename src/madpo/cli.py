@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from madpo import __version__, commands_data, commands_train, processes
 from madpo.errors import ConfigError, MadpoError
@@ -107,7 +107,24 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
         help="only groups (core), or steps with such a name (policy/low/*), and what they need",
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would run and why, and write nothing")
-    parser.add_argument("--jobs", type=_positive, default=1, metavar="N", help="steps that run at once (default: 1)")
+    parser.add_argument(
+        "--executor", choices=("local", "ray"), default="local", help="where steps run (default: local, this machine)"
+    )
+    parser.add_argument(
+        "--processes",
+        "--jobs",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="steps at once, each in a process of its own (default: 1); of no meaning with --ray-address",
+    )
+    parser.add_argument("--ray-address", metavar="HOST:PORT", help="a running Ray cluster; without it one starts here")
+    parser.add_argument(
+        "--step-cpus", type=_amount, default=1.0, metavar="N", help="cores that a step asks Ray for (default: 1)"
+    )
+    parser.add_argument(
+        "--step-gpus", type=_amount, default=0.0, metavar="N", help="accelerators that a step asks Ray for (default: 0)"
+    )
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -124,7 +141,7 @@ def _run(arguments: argparse.Namespace) -> int:
         overrides=arguments.overrides,
         only=arguments.only,
         dry_run=arguments.dry_run,
-        jobs=arguments.jobs,
+        executor=None if arguments.dry_run else _executor(arguments),
     )
     if arguments.dry_run:
         width = max(len(planned.step.name) for planned in result.plan)
@@ -132,6 +149,21 @@ def _run(arguments: argparse.Namespace) -> int:
             print(f"{planned.step.name:<{width}}  {planned.status}")
         return 0
     return _tell(result)
+
+
+def _executor(arguments: argparse.Namespace) -> Any:
+    from madpo.executors import Cluster, Processes
+
+    if arguments.executor == "ray":
+        return Cluster(
+            arguments.ray_address,
+            slots=arguments.processes,
+            cpus=arguments.step_cpus,
+            gpus=arguments.step_gpus,
+        )
+    if arguments.ray_address is not None:
+        raise ConfigError(f"--ray-address {arguments.ray_address} needs --executor ray")
+    return Processes(arguments.processes) if arguments.processes > 1 else None
 
 
 def _tell(result: "RunResult") -> int:
@@ -273,6 +305,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
     return int(text)
+
+
+def _amount(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 10_000:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of at least 0")
+    return value
 
 
 if __name__ == "__main__":

@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import nn
 
-from madpo.config import Frozen
+from madpo.config import Frozen, added
 from madpo.errors import ConfigError
 from madpo.logprobs import completion_logps
 from madpo.models import load_model, load_tokenizer
 from madpo.preferences import Tier
 from madpo.records import Metrics
-from madpo.responses import completion_batches, divergence, end_tokens, respond
-from madpo.rewards import load_oracle
+from madpo.responses import Response, completion_batches, divergence, end_tokens, respond
+from madpo.rewards import RewardModel, load_oracle
 from madpo.statistics import bootstrap_mean
 from madpo.storage import write_atomically
 
@@ -47,14 +47,19 @@ class EvaluationStage(Frozen):
     """Prompts generated for at once."""
     score_batch_size: int = Field(default=16, ge=1, exclude=True)
     """Responses per forward pass for the KL."""
+    best_of: int | None = added(None, ge=2)
+    """Of so many responses the one that the reward model likes best counts; None is one response."""
 
 
 def evaluate_policy(config: EvaluationStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Sample responses to held-out prompts and measure them; writes ``samples.jsonl``.
 
     Inputs: "reference" (a folder with ``model``), "oracle", "pairs", and "policy" (a folder with ``adapter``); without
-    it the reference itself is measured. The random numbers depend on the seed, the prompt and the sample alone, so
-    methods are compared on common ones.
+    it the reference itself is measured; "reward_model" for ``best_of``. The random numbers depend on the seed, the
+    prompt and the sample alone, so methods are compared on common ones.
+
+    The KL of the best of n is not measured: its upper bound log n - (n - 1)/n (arXiv 2401.01879) stands in its place,
+    and the metric ``kl_is_a_bound`` is there.
 
     Raises:
         ConfigError: more prompts are asked for than are held out.
@@ -67,17 +72,22 @@ def evaluate_policy(config: EvaluationStage, inputs: Mapping[str, Path], out: Pa
     rows: list[dict[str, Any]] = []
     prompt_ids = prompts["prompt_ids"].tolist()
     written: list[list[int]] = []
+    judge = None if config.best_of is None else RewardModel.load(inputs["reward_model"])
     for sample in range(config.samples_per_prompt):
-        responses = respond(
-            policy,
-            tokenizer,
-            prompt_ids,
-            config,
-            keys=prompts["pair_id"].tolist(),
-            draw=FIRST_DRAW + sample,
-            ends=ends,
-            description=f"{config.method}: responses",
-        )
+        drawn = [
+            respond(
+                policy,
+                tokenizer,
+                prompt_ids,
+                config,
+                keys=prompts["pair_id"].tolist(),
+                draw=FIRST_DRAW + sample + k * config.samples_per_prompt,
+                ends=ends,
+                description=f"{config.method}: responses",
+            )
+            for k in range(config.best_of or 1)
+        ]
+        responses = drawn[0] if judge is None else best_responses(judge, prompt_ids, drawn)
         written += [response.ids for response in responses]
         for prompt_id, prompt, said in zip(prompts["pair_id"], prompts["prompt"], responses, strict=True):
             row = {"prompt_id": int(prompt_id), "sample": sample, "prompt": prompt, "response": said.text}
@@ -93,11 +103,30 @@ def evaluate_policy(config: EvaluationStage, inputs: Mapping[str, Path], out: Pa
     }
     if policy is not reference:
         kl = divergence(policy, reference, prompt_ids, written, **how)[1]
+    if config.best_of is not None:
+        kl += math.log(config.best_of) - (config.best_of - 1) / config.best_of
     samples["kl"] = kl
     logps = reference_logps(reference, prompt_ids, written, **how)
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in samples.to_dict("records"))
     write_atomically(out / "samples.jsonl", "".join(lines))
-    return {**_metrics(samples, config.seed), "reference_perplexity": math.exp(-logps.sum() / samples["tokens"].sum())}
+    metrics = _metrics(samples, config.seed)
+    metrics["reference_perplexity"] = math.exp(-logps.sum() / samples["tokens"].sum())
+    return metrics if config.best_of is None else {**metrics, "kl_is_a_bound": 1}
+
+
+def best_responses(
+    judge: RewardModel, prompt_ids: Sequence[Sequence[int]], drawn: Sequence[Sequence[Response]]
+) -> list[Response]:
+    """Per prompt, of its responses the one with the highest reward; of equal ones the first.
+
+    Args:
+        drawn: [n][prompts], n responses to every prompt.
+    """
+    rewards = [
+        judge.score_ids([[*prompt, *said.ids] for prompt, said in zip(prompt_ids, responses, strict=True)])
+        for responses in drawn
+    ]
+    return [drawn[k][row] for row, k in enumerate(np.argmax(rewards, axis=0))]
 
 
 def distinct(texts: Sequence[str], n: int) -> float:

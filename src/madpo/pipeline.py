@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 from madpo.config import did_you_mean, identity_settings
-from madpo.errors import ConfigError, MadpoError
+from madpo.errors import ConfigError, MadpoError, StorageError
 from madpo.executors import Executor, Inline
 from madpo.progress import duration, say
 from madpo.records import Estimate, Metric, Metrics, Record, conditions, libraries, load_record, plain_metrics
@@ -67,6 +67,7 @@ class Step:
         version: bumped by hand when the meaning of ``fn`` changes.
         says: plain words for the person who watches; outside the identity.
         groups: names that ``only`` can choose the step by; outside the identity.
+        light: it needs a core and no accelerator; outside the identity.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Step:
     version: int = 1
     says: str = ""
     groups: tuple[str, ...] = ()
+    light: bool = False
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name) or ".." in self.name.split("/"):
@@ -250,7 +252,7 @@ def _run_all(result: RunResult, executor: Executor) -> None:
                     waiting.remove(step)
                 elif all(u.name in result.records for u in step.inputs.values()):
                     say(f"{step.name}: {step.says or 'starts'}")
-                    running[executor.submit(_work, _job(step, result.root))] = step
+                    running[executor.submit(_work, _job(step, result.root), light=step.light)] = step
                     waiting.remove(step)
                     collect(block=False)
             if running:
@@ -364,6 +366,7 @@ def _refuse_paths(value: object, name: str, key: str = "config") -> None:
 class _Job(NamedTuple):
     """What travels to the worker: a step without its graph."""
 
+    root: Path
     name: str
     fn: StageFn
     config: BaseModel
@@ -382,14 +385,19 @@ def _job(step: Step, root: Path) -> _Job:
         "inputs": {role: upstream.identity for role, upstream in step.inputs.items()},
         "libraries": libraries(),
     }
-    inputs = {role: upstream.folder(root) for role, upstream in step.inputs.items()}
-    return _Job(step.name, step.fn, step.config, inputs, step.folder(root), record)
+    # Absolute, since a worker may start in another directory.
+    inputs = {role: upstream.folder(root.absolute()) for role, upstream in step.inputs.items()}
+    return _Job(root.absolute(), step.name, step.fn, step.config, inputs, step.folder(root.absolute()), record)
 
 
 def _work(job: _Job) -> Record | tuple[str, MadpoError | None]:
     """Runs where the executor puts it. Returns the record, or one sentence and the user's mistake behind it."""
     started, clock = now(), time.perf_counter()
     try:
+        if not (job.root / "run.json").exists():
+            raise StorageError(
+                f"{job.root} is not to be seen on {socket.gethostname()}; every node must see the run's folder there"
+            )
         with storage_errors(job.out):
             job.out.mkdir(parents=True, exist_ok=True)
             metrics = plain_metrics(job.fn(job.config, job.inputs, job.out), job.name)

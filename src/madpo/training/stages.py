@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from madpo import processes
-from madpo.config import Frozen
+from madpo.config import Frozen, added, identity_settings
 from madpo.corpus import Corpus, load_corpus, sft_reviews
 from madpo.logprobs import completion_logps, install_completion_head, unwrapped
 from madpo.losses import Loss
@@ -30,6 +30,7 @@ from madpo.packaged import quiet_transformers
 from madpo.pipeline import Metrics
 from madpo.progress import bar, say
 from madpo.rewards import RewardModel
+from madpo.seeding import rng
 from madpo.statistics import fit_temperature, proportion
 from madpo.storage import write_atomically
 from madpo.training.checkpoints import newest, remove
@@ -37,7 +38,7 @@ from madpo.training.config import PreferenceConfig
 from madpo.training.preference import ID_COLUMNS, REFERENCE_COLUMNS, PreferenceCollator, PreferenceTrainer
 from madpo.training.resume import ExactResume
 
-MARGINS = "margins.parquet"
+MARGINS, SCORES = "margins.parquet", "scores.parquet"
 CHECKPOINTS = "checkpoints"
 
 
@@ -149,7 +150,7 @@ def run_training(trainer: Any, settings: Frozen, description: str, out: Path) ->
     """
     watch(trainer, description, out)
     trainer.export_checkpoints = False  # the stage writes the finished adapter
-    trainer.stage_settings = settings.model_dump(mode="json")
+    trainer.stage_settings = identity_settings(settings)
     found = newest(out / CHECKPOINTS)
     return trainer.train(resume_from_checkpoint=None if found is None else found.folder)
 
@@ -232,6 +233,10 @@ class RewardModelStage(Frozen):
     """Share of the held-out pairs that decides when to stop. Below 1, the others alone give the reported accuracy;
     at 1 (the paper) the same pairs do both, which flatters the model slightly."""
     seed: int = 0
+    folds: int | None = added(None, ge=2)
+    """Parts that the training pairs are divided into; None is no division."""
+    fold: int | None = added(None, ge=0)
+    """The part that this model is not trained on."""
 
 
 class _Bradley(ExactResume, RewardTrainer):  # type: ignore[misc]
@@ -287,11 +292,25 @@ def train_reward_model(config: RewardModelStage, inputs: Mapping[str, Path], out
     pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet")
     heldout = pairs[pairs["split"] == "heldout"]
     stopping = heldout.iloc[: max(1, round(len(heldout) * config.stopping_share))]
-    steps = fit_reward_model(config, _sequences(pairs[pairs["split"] == "train"]), _sequences(stopping), out)
+    train = pairs[pairs["split"] == "train"]
+    if config.folds is not None:
+        train = train[fold_of_pairs(train["pair_id"].to_numpy(), config.folds, config.seed) != config.fold]
+    steps = fit_reward_model(config, _sequences(train), _sequences(stopping), out)
     reported = heldout.iloc[len(stopping) :] if len(stopping) < len(heldout) else heldout
-    table = _margin_table(RewardModel.load(out), reported)
+    table = margin_table(RewardModel.load(out), reported)
     table.to_parquet(out / MARGINS, index=False)
-    return {"steps": steps, **_margin_metrics(table["reward_margin"].to_numpy())}
+    return {"steps": steps, **margin_metrics(table["reward_margin"].to_numpy())}
+
+
+def fold_of_pairs(pair_ids: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """The fold of every training pair, 0 to folds - 1: parts of equal size (within one), by (seed, set of ids) alone.
+
+    Args:
+        pair_ids: [pairs], in any order.
+    """
+    found = np.empty(len(pair_ids), dtype=np.int64)
+    found[np.argsort(pair_ids)[rng(seed, "folds").permutation(len(pair_ids))]] = np.arange(len(pair_ids)) % folds
+    return found
 
 
 def fit_reward_model(config: RewardModelStage, train: Dataset, stopping: Dataset, out: Path) -> int:
@@ -341,11 +360,11 @@ def fit_reward_model(config: RewardModelStage, train: Dataset, stopping: Dataset
 
 
 def _sequences(pairs: pd.DataFrame) -> Dataset:
-    chosen, rejected = _sides(pairs)
+    chosen, rejected = token_sides(pairs)
     return Dataset.from_dict({"chosen_ids": chosen, "rejected_ids": rejected})
 
 
-def _sides(pairs: pd.DataFrame) -> tuple[list[list[int]], list[list[int]]]:
+def token_sides(pairs: pd.DataFrame) -> tuple[list[list[int]], list[list[int]]]:
     """Token ids of prompt and completion, for both sides of every pair."""
     chosen, rejected = (
         [[*map(int, prompt), *map(int, side)] for prompt, side in zip(pairs["prompt_ids"], pairs[name], strict=True)]
@@ -354,13 +373,13 @@ def _sides(pairs: pd.DataFrame) -> tuple[list[list[int]], list[list[int]]]:
     return chosen, rejected
 
 
-def _margin_table(model: RewardModel, pairs: pd.DataFrame) -> pd.DataFrame:
-    chosen, rejected = (model.score_ids(side) for side in _sides(pairs))
+def margin_table(model: RewardModel, pairs: pd.DataFrame) -> pd.DataFrame:
+    chosen, rejected = (model.score_ids(side) for side in token_sides(pairs))
     margins = np.asarray(chosen - rejected, dtype=np.float64)
     return pd.DataFrame({"pair_id": pairs["pair_id"].to_numpy(), "reward_margin": margins})
 
 
-def _margin_metrics(margins: np.ndarray) -> Metrics:
+def margin_metrics(margins: np.ndarray) -> Metrics:
     temperature, before, after = fit_temperature(margins)
     return {
         "heldout_pairs": len(margins),
@@ -380,7 +399,7 @@ def score_margins(config: MarginStage, inputs: Mapping[str, Path], out: Path) ->
     pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet")
     known = pd.read_parquet(inputs["reward_model"] / MARGINS)  # of the held-out pairs that measured the reward model
     others = pairs[~pairs["pair_id"].isin(known["pair_id"])]
-    table = pd.concat([known, _margin_table(RewardModel.load(inputs["reward_model"]), others)])
+    table = pd.concat([known, margin_table(RewardModel.load(inputs["reward_model"]), others)])
     table = pairs[["pair_id", "split"]].merge(table, on="pair_id", validate="one_to_one")
     table[["pair_id", "reward_margin"]].to_parquet(out / MARGINS, index=False)
     train = table.loc[table["split"] == "train", "reward_margin"]
@@ -445,9 +464,11 @@ def train_policy(config: PolicyStage, inputs: Mapping[str, Path], out: Path) -> 
         pd.read_parquet(inputs["logps"] / "reference.parquet"), on="pair_id", validate="one_to_one"
     )
     columns = [*REFERENCE_COLUMNS]
-    if "margins" in inputs:
-        pairs = pairs.merge(pd.read_parquet(inputs["margins"] / MARGINS), on="pair_id", validate="one_to_one")
-        columns.append("reward_margin")
+    for role, file in (("margins", MARGINS), ("scores", SCORES)):
+        if role in inputs:
+            table = pd.read_parquet(inputs[role] / file)
+            pairs = pairs.merge(table, on="pair_id", validate="one_to_one")
+            columns += [str(name) for name in table if name != "pair_id"]
     rows = [{**ids, **{name: float(pairs[name].iloc[i]) for name in columns}} for i, ids in enumerate(_ids(pairs))]
     reference = inputs["reference"] / "model"
     tokenizer = load_tokenizer(reference)
