@@ -28,7 +28,7 @@ LAYERS = [
     {"cli"},
     {"commands_data", "commands_train"},
     {"options"},
-    {"experiment", "graph", "tuning", "practice"},
+    {"experiment", "graph", "estimates", "tuning", "practice"},
     {"methods"},
     {"training", "preferences", "relabelling", "evaluation", "diagnostics", "report", "margin_page", "pages", "theory"},
     {"results", "summary", "figures", "responses", "selection"},

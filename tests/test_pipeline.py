@@ -165,7 +165,7 @@ def test_runs_in_order_then_skips(tmp_path: Path, jobs: int, capsys: pytest.Capt
     assert first.metrics == {"value": 2, "mean": Estimate(1.0, 0.5, 1.5, 7), "share": 0.5, "kind": "test"}
     assert first.config == {"value": 2, "scale": 1.0}
     assert first.threads >= 1
-    conditions = {"instruction_set", "machine", "processor", "cores", "memory", "device", "versions"}
+    conditions = {"instruction_set", "machine", "processor", "cores", "memory", "peak_memory", "device", "versions"}
     assert {"seconds", "host", "started", "madpo", "argv", *conditions} == set(first.provenance)
     assert "data/first: makes a number" in capsys.readouterr().err
 

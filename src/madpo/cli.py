@@ -108,6 +108,13 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would run and why, and write nothing")
     parser.add_argument(
+        "--rate",
+        action="append",
+        default=[],
+        metavar="KIND=N",
+        help="of the machine that --dry-run estimates for, tokens a second: sft, train, reward, score, judge, generate",
+    )
+    parser.add_argument(
         "--executor", choices=("local", "ray"), default="local", help="where steps run (default: local, this machine)"
     )
     parser.add_argument(
@@ -144,9 +151,9 @@ def _run(arguments: argparse.Namespace) -> int:
         executor=None if arguments.dry_run else _executor(arguments),
     )
     if arguments.dry_run:
-        width = max(len(planned.step.name) for planned in result.plan)
-        for planned in result.plan:
-            print(f"{planned.step.name:<{width}}  {planned.status}")
+        from madpo.estimates import dry_run_lines, rates_of
+
+        print("\n".join(dry_run_lines(result, rates_of(arguments.rate))))
         return 0
     return _tell(result)
 

@@ -16,7 +16,7 @@ from madpo.preferences import Tier
 from madpo.training.online import OnlineSettings
 
 Group = Literal["core", "sensitivity", "ablation", "frontier", "rivals"]
-_SIGNS = {"beta": "β", "tau": "τ", "lam": "λ", "c_max": "c", "n": "n"}
+_SIGNS = {"beta": "β", "tau": "τ", "lam": "λ", "c_max": "c", "batch_scale": "m", "keep": "p"}
 
 
 class Method(Frozen):

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import socket
 import sys
 import time
@@ -403,6 +404,7 @@ def _work(job: _Job) -> Record | tuple[str, MadpoError | None]:
             metrics = plain_metrics(job.fn(job.config, job.inputs, job.out), job.name)
             provenance = {
                 "seconds": round(time.perf_counter() - clock, 3),
+                "peak_memory": _peak_memory(),
                 "host": socket.gethostname(),
                 "started": started,
                 "madpo": version("madpo"),
@@ -426,6 +428,12 @@ def _keep_traceback(out: Path) -> None:
     # On a full or read-only disk this fails too; the sentence still reaches the person.
     with contextlib.suppress(OSError):
         (out / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+
+
+def _peak_memory() -> int:
+    """Bytes that this process has held at most so far, earlier steps in it included."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _threads() -> int:

@@ -1,0 +1,219 @@
+"""How long a step takes and how much memory it needs, before it runs: for ``madpo run --dry-run``.
+
+Time is counted in tokens over a machine's rates. The default rates were measured on two cores (docs/log.md, the
+quickstart); other machines' are given as options, and steps that are finished in the folder correct the estimate of
+the same kind of step. Memory follows from the model's shape, and is an order of magnitude.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from madpo.config import did_you_mean
+from madpo.errors import ConfigError
+from madpo.evaluation import EvaluationStage
+from madpo.models import cache_dir
+from madpo.pipeline import Planned, RunResult, Step, finished
+from madpo.preferences import ResponseStage
+from madpo.progress import duration
+from madpo.rewards import OracleStage
+from madpo.training.folds import OutOfFoldStage, ScoreStage
+from madpo.training.online import OnlineStage
+from madpo.training.stages import MarginStage, Optimisation, PolicyStage, ReferenceStage, RewardModelStage, SFTStage
+
+# Tokens a second of Gemma-3-270M with LoRA on two cores with AVX-512 BF16. "sft" scores every token, "train" (a
+# preference loss) completion tokens alone, "reward" no token's word; "score" and "judge" are the passes of a language
+# model and of a reward model without gradients.
+TWO_CORES = {"sft": 120.0, "train": 250.0, "reward": 350.0, "score": 600.0, "judge": 1000.0, "generate": 240.0}
+MACHINE = "two cores with AVX-512 BF16, for Gemma-3-270M"
+_LOADING = 8.0  # seconds for a model and its libraries
+_LIBRARIES = 0.6e9  # bytes of a process that has loaded them
+
+
+class Shape(NamedTuple):
+    """What memory depends on."""
+
+    parameters: float
+    layers: int
+    hidden: int
+    inner: int
+    cached: int  # numbers a layer keeps per token: keys and values
+
+
+_GEMMA = Shape(268e6, 18, 640, 2048, 2 * 256)
+
+
+class Work(NamedTuple):
+    """Tokens by kind of work, models held at once, and tokens in memory at once."""
+
+    tokens: dict[str, float]
+    models: int = 1
+    trained_at_once: float = 0
+    cached_at_once: float = 0
+
+
+class Estimated(NamedTuple):
+    """A step's estimate: seconds, and bytes (None where the model's shape is not known)."""
+
+    seconds: float
+    memory: float | None
+
+
+def rates_of(options: Iterable[str]) -> dict[str, float]:
+    """The default rates with those of ``options`` ("train=9000") in their place.
+
+    Raises:
+        ConfigError: an option is no rate.
+    """
+    rates = dict(TWO_CORES)
+    for option in options:
+        name, _, value = option.partition("=")
+        if name not in rates:
+            raise ConfigError(f"--rate {option!r}: {name!r} is no kind of work{did_you_mean(name, list(rates))}")
+        try:
+            rates[name] = float(value)
+        except ValueError:
+            rates[name] = 0.0
+        if not 0 < rates[name] < float("inf"):
+            raise ConfigError(f"--rate {option!r}: write tokens a second, as in --rate {name}=5000")
+    return rates
+
+
+def work(step: Step) -> Work:
+    """What a step has to do, from its configuration and those of its upstream steps."""
+    config, length, pairs = step.config, _length(step), _pairs(step)
+    if isinstance(config, SFTStage):
+        seen = config.reviews * config.optimisation.epochs
+        return Work({"sft": seen * config.max_tokens}, 1, _batch(config.optimisation) * config.max_tokens)
+    if isinstance(config, ResponseStage):
+        rows = min(config.batch_size, config.prompts)
+        return Work({"generate": 2 * config.prompts * config.max_new_tokens}, 1, 0, rows * length)
+    if isinstance(config, RewardModelStage):
+        share = 1 - 1 / config.folds if config.folds else 1
+        seen = 2 * pairs.train * share * config.optimisation.epochs
+        return Work({"reward": seen * length}, 1, 2 * _batch(config.optimisation) * length)
+    if isinstance(config, MarginStage | OutOfFoldStage | ScoreStage):
+        return Work({"judge": 2 * pairs.all * length})
+    if isinstance(config, ReferenceStage):
+        return Work({"score": 2 * pairs.train * length})
+    if isinstance(config, PolicyStage):
+        seen = 2 * pairs.train * config.optimisation.epochs
+        return Work({"train": seen * length}, 1, 2 * _batch(config.optimisation) * length)
+    if isinstance(config, OnlineStage):
+        seen = pairs.train * config.settings.generations * config.optimisation.epochs
+        tokens = {"generate": seen * config.max_new_tokens, "train": seen * length, "score": 2 * seen * length}
+        tokens["judge"] = seen * length
+        return Work(tokens, 2, _batch(config.optimisation) * length, config.optimisation.batch_size * length)
+    if isinstance(config, EvaluationStage):
+        count = (config.prompts or pairs.all - pairs.train) * config.samples_per_prompt
+        models = 2 if "policy" in step.inputs or config.best_of else 1
+        passes = 3 if "policy" in step.inputs else 1
+        tokens = {
+            "generate": count * config.max_new_tokens * (config.best_of or 1),
+            "score": passes * count * length,
+            "judge": count * length * (config.best_of or 0),
+        }
+        return Work(tokens, models, 0, min(config.batch_size, count) * length)
+    return Work({})
+
+
+def estimate(step: Step, rates: Mapping[str, float]) -> Estimated:
+    """Seconds and bytes of one step."""
+    needed = work(step)
+    if not needed.tokens:
+        return Estimated(45.0 if isinstance(step.config, OracleStage) else 1.0, None)
+    seconds = sum(count / rates[kind] for kind, count in needed.tokens.items()) + _LOADING * needed.models
+    shape = _shape(step)
+    if shape is None:
+        return Estimated(seconds, None)
+    # bfloat16 weights; of a trained token, what the backward pass reads again in every layer; a cache of two bytes.
+    kept = shape.layers * (24 * shape.hidden + 8 * shape.inner) * 2 * needed.trained_at_once
+    cache = shape.layers * shape.cached * 2 * needed.cached_at_once
+    return Estimated(seconds, _LIBRARIES + needed.models * 2 * shape.parameters + kept + cache)
+
+
+def estimates(plan: Iterable[Planned], rates: Mapping[str, float], root: Path) -> dict[str, Estimated]:
+    """Estimates of the steps that are not done. Finished ones of the same function correct the time, by the median."""
+    plan = list(plan)
+    ratios: dict[str, list[float]] = {}
+    for planned in plan:
+        record = finished(planned.step, root)
+        if record is not None and record.seconds > 0:
+            ratio = record.seconds / estimate(planned.step, rates).seconds
+            ratios.setdefault(planned.step.function, []).append(ratio)
+    found = {}
+    for planned in plan:
+        if planned.status != "done":
+            seconds, memory = estimate(planned.step, rates)
+            factor = statistics.median(ratios.get(planned.step.function, [1.0]))
+            found[planned.step.name] = Estimated(seconds * factor, memory)
+    return found
+
+
+def dry_run_lines(result: RunResult, rates: Mapping[str, float]) -> list[str]:
+    """What ``--dry-run`` prints: a line for every step, then the sum."""
+    found = estimates(result.plan, rates, result.root)
+    rows = []
+    for step, status in result.plan:
+        guess = found.get(step.name)
+        memory = "" if guess is None or guess.memory is None else f"{guess.memory / 1e9:.1f} GB"
+        time = "" if guess is None else duration(guess.seconds)
+        inputs = ", ".join(upstream.name for upstream in step.inputs.values())
+        rows.append((step.name, status, time, memory, f"from {inputs}" if inputs else ""))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    total = sum(guess.seconds for guess in found.values())
+    machine = MACHINE if dict(rates) == TWO_CORES else "the rates given"
+    said = ", ".join(f"{kind} {rate:g}" for kind, rate in rates.items())
+    counts = f"{len(found)} of {len(result.plan)} steps to run"
+    lines.append(f"{counts}: about {duration(total)} one after another, on {machine} (tokens a second: {said})")
+    if len(found) < len(result.plan):
+        lines.append("Times are corrected by those of the finished steps of the same kind.")
+    return lines
+
+
+class _Pairs(NamedTuple):
+    train: int
+    all: int
+
+
+def _upstream(step: Step) -> Iterable[Step]:
+    yield step
+    for other in step.inputs.values():
+        yield from _upstream(other)
+
+
+def _length(step: Step) -> int:
+    """Tokens of prompt and response."""
+    config = next((s.config for s in _upstream(step) if isinstance(s.config, ResponseStage)), None)
+    return config.prompt_tokens + config.max_new_tokens if config is not None else 0
+
+
+def _pairs(step: Step) -> _Pairs:
+    train = next((s.config.train for s in _upstream(step) if hasattr(s.config, "train")), 0)
+    whole = next((s.config.prompts for s in _upstream(step) if isinstance(s.config, ResponseStage)), train)
+    return _Pairs(train, whole)
+
+
+def _batch(optimisation: Optimisation) -> int:
+    return optimisation.micro_batch_size or optimisation.batch_size
+
+
+def _shape(step: Step) -> Shape | None:
+    model = next((s.config.model for s in _upstream(step) if isinstance(s.config, SFTStage)), "")
+    if model.split("/")[-1] == "gemma-3-270m":
+        return _GEMMA
+    folder = cache_dir() / "models" / f"{model}-v1" if model.startswith("tiny-") else Path(model)
+    try:
+        raw = json.loads((folder / "config.json").read_bytes())
+        layers, hidden, inner = (int(raw[k]) for k in ("num_hidden_layers", "hidden_size", "intermediate_size"))
+        cached = 2 * int(raw["num_key_value_heads"]) * int(raw.get("head_dim") or hidden // raw["num_attention_heads"])
+    except (OSError, ValueError, KeyError):
+        return None
+    return Shape(
+        int(raw["vocab_size"]) * hidden + layers * (4 * hidden + 3 * inner) * hidden, layers, hidden, inner, cached
+    )
