@@ -1,6 +1,7 @@
 # The commands of the project. `make quickstart` needs nothing but Python 3.11 or later and this file.
 PYTHON ?= python3
 VENV := .venv
+BENCH ?= /tmp/madpo-bench
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -30,8 +31,13 @@ check: $(STAMP) ## formatting, lint, types, tests
 quickstart: $(STAMP) ## train the quickstart's models and write its report
 	$(BIN)/madpo run quickstart --output_dir runs/quickstart
 
-bench: $(STAMP) ## side-by-side measurements against TRL
-	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+bench: $(STAMP) ## side-by-side measurements against TRL, half an hour; JSON in $(BENCH)
+	mkdir -p $(BENCH)
+	$(BIN)/python benchmarks/train_step.py --default --weight-repeats 40 --json $(BENCH)/gemma.json
+	$(BIN)/python benchmarks/train_step.py --model smollm2-135m-instruct --json $(BENCH)/smollm2.json
+	$(BIN)/python benchmarks/train_step.py --model smollm2-135m-instruct --prompt 384 --completion 64 --json $(BENCH)/long.json
+	$(BIN)/python benchmarks/generation.py --json $(BENCH)/generation.json
+	$(BIN)/python benchmarks/growth.py --json $(BENCH)/growth.json
 
 soak: $(STAMP) ## kill trainings at random points, resume, and write the counts to docs/reliability.md
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --page docs/reliability.md

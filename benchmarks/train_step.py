@@ -1,67 +1,100 @@
-"""Training steps of PreferenceTrainer against TRL's DPOTrainer, interleaved in one process.
+"""Training steps of PreferenceTrainer against TRL's DPOTrainer: time, memory, and the share of the machine's peak.
 
-Same model, tokens, order, LoRA, precision and precomputed reference; TRL tuned (no gradient checkpointing, reference
-precomputed, no padding beyond the batch). Before anything is timed, the losses of both are compared in float32 on the
-first batch. Prints pairs per second of each and the ratio, and writes JSON.
+Each contender has its own process; they take turns, step by step. Same model, same tokens of IMDB in the same order,
+same LoRA, precision and batch, reference log-probabilities precomputed. TRL is tuned (no gradient checkpointing,
+bfloat16 weights and autocast, no padding beyond the batch); ``--default`` times its defaults as well. Before anything
+is timed, the losses of two steps are compared in float32. Prints the figures and writes JSON.
 
-    python benchmarks/train_step.py --model gemma-3-270m --prompt 20 --completion 48 --batch 8 --repeats 5
+    python benchmarks/train_step.py --model gemma-3-270m --prompt 20 --completion 48 --batch 8 --json out.json
 """
 
 import argparse
 import json
+import platform
 import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
-import torch
-from datasets import Dataset
-from transformers.trainer_callback import PrinterCallback
-from trl import DPOConfig, DPOTrainer
+from workers import Worker, forget_peak, resident, serve
 
-from madpo.losses import DPO, MADPO
-from madpo.models import LoRA, compute_dtype, load_model, load_tokenizer, resolve_model
-from madpo.training import PreferenceConfig, PreferenceTrainer
+TOLERANCE = 1e-5
 
 
-class TakesIds(DPOTrainer):
-    """Stock TRL on the same token ids."""
+def pairs_of_reviews(path: Any, count: int, prompt: int, completion: int) -> list[dict[str, Any]]:
+    """A review's beginning, its own continuation, and the continuation of another review; all of full length."""
+    from madpo.corpus import PackagedIMDB, load_corpus
+    from madpo.models import load_tokenizer
 
-    def _prepare_dataset(self, dataset, *args, **kwargs):
-        return dataset
-
-
-def random_pairs(count: int, prompt: int, completion: int, vocabulary: int) -> Dataset:
-    generator = torch.Generator().manual_seed(0)
-
-    def ids(length: int) -> list[int]:
-        return torch.randint(5, vocabulary, (length,), generator=generator).tolist()
-
-    rows = [
-        {"prompt_ids": ids(prompt), "chosen_ids": ids(completion), "rejected_ids": ids(completion)}
-        for _ in range(count)
+    tokenizer = load_tokenizer(path)
+    rows: list[list[int]] = []
+    for text in load_corpus(PackagedIMDB())["text"]:
+        ids = tokenizer(text)["input_ids"]
+        if len(ids) >= prompt + completion:
+            rows.append(ids)
+        if len(rows) == count + 1:
+            break
+    return [
+        {
+            "prompt_ids": rows[i][:prompt],
+            "chosen_ids": rows[i][prompt : prompt + completion],
+            "rejected_ids": rows[i + 1][prompt : prompt + completion],
+            "reward_margin": 0.1 * (i % 40) - 1,
+        }
+        for i in range(count)
     ]
-    return Dataset.from_list([{**row, "reward_margin": 0.1 * (i % 40) - 1} for i, row in enumerate(rows)])
 
 
-def trainer(cls, args_cls, path, data, batch, dtype, **extra):
+def build(spec: dict[str, Any]) -> tuple[Any, float]:
+    """A trainer ready to step, and the resident memory with only its model loaded, MiB."""
+    import torch
+    from datasets import Dataset
+    from transformers.trainer_callback import PrinterCallback
+    from trl import DPOConfig, DPOTrainer
+
+    from madpo.losses import MADPO
+    from madpo.models import LoRA, load_model, load_tokenizer, resolve_model
+    from madpo.training import PreferenceConfig, PreferenceTrainer
+
+    class TakesIds(DPOTrainer):
+        """Stock TRL on the same token ids."""
+
+        def _prepare_dataset(self, dataset, *args, **kwargs):
+            return dataset
+
+    path = resolve_model(spec["model"])
+    data = Dataset.from_list(
+        pairs_of_reviews(path, spec["batch"] * spec["batches"], spec["prompt"], spec["completion"])
+    )
+    dtype = getattr(torch, spec["dtype"])
+    model = load_model(path, dtype=dtype)
+    for weight in model.parameters():  # the file's pages count as resident only once they are read
+        weight.data = weight.data.clone()
+    loaded = resident("VmRSS")
     arguments = {
         "output_dir": tempfile.mkdtemp(),
-        "per_device_train_batch_size": batch,
+        "per_device_train_batch_size": spec["batch"],
         "bf16": dtype is torch.bfloat16,
         "use_cpu": not torch.accelerator.is_available(),
-        "activation_checkpointing": False,
-        "precompute_ref_log_probs": True,
-        "precompute_ref_batch_size": batch,
         "max_length": None,
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
         "logging_steps": 1000,
-        "disable_dropout": True,
     }
+    if spec["name"] != "trl default":
+        arguments |= {
+            "activation_checkpointing": False,
+            "precompute_ref_log_probs": True,
+            "precompute_ref_batch_size": spec["batch"],
+        }
+    ours = spec["name"] == "ours"
+    cls, args_cls, extra = (
+        (PreferenceTrainer, PreferenceConfig, {"loss": MADPO()}) if ours else (TakesIds, DPOConfig, {})
+    )
     built = cls(
-        load_model(path, dtype=dtype),
+        model,
         args=args_cls(**arguments),
         train_dataset=data,
         processing_class=load_tokenizer(path),
@@ -73,20 +106,82 @@ def trainer(cls, args_cls, path, data, batch, dtype, **extra):
     built.model, built.optimizer = built.accelerator.prepare(built.model, built.optimizer)
     built.model_wrapped = built.model
     built.current_gradient_accumulation_steps = 1
-    return built
+    return built, loaded
 
 
-def step(built, rows) -> tuple[float, float]:
-    """One optimiser step; its loss and its seconds."""
-    batch = built._prepare_inputs(built.data_collator(rows))
-    count = torch.tensor(len(rows), device=built.accelerator.device)
-    start = time.perf_counter()
-    loss = built.training_step(built.model, batch, count)
-    built.optimizer.step()
-    built.optimizer.zero_grad()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return float(loss), time.perf_counter() - start
+def work(spec: dict[str, Any]) -> None:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from madpo.losses import DPO, MADPO
+
+    built, loaded = build(spec)
+    rows = list(built.train_dataset)
+    losses = {"dpo": DPO(), "madpo": MADPO()}
+    forget_peak()
+
+    def step(loss: str, index: int = 0) -> tuple[float, float]:
+        if spec["name"] == "ours":
+            built.loss = losses[loss]
+        batch = rows[index * spec["batch"] : (index + 1) * spec["batch"]]
+        inputs = built._prepare_inputs(built.data_collator(batch))
+        count = torch.tensor(len(batch), device=built.accelerator.device)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        value = built.training_step(built.model, inputs, count)
+        built.optimizer.step()
+        built.optimizer.zero_grad()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return float(value), time.perf_counter() - start
+
+    def operations() -> float:
+        with FlopCounterMode(display=False) as counter:
+            step("dpo")
+        return float(counter.get_total_flops())
+
+    def peak() -> float:
+        """Floating-point operations per second of a large matrix product in the step's precision."""
+        x = torch.randn(2048, 2048, device=built.accelerator.device).to(getattr(torch, spec["dtype"]))
+        seconds = []
+        for _ in range(7):
+            start = time.perf_counter()
+            x @ x
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        return 2 * 2048**3 / statistics.median(seconds)
+
+    def memory() -> float:
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated() / 2**20
+        return resident("VmHWM") - loaded
+
+    serve({"step": step, "operations": operations, "peak": peak, "memory": memory})
+
+
+def interval(ratios: list[float]) -> tuple[float, float, float]:
+    """Mean and 95 % interval (normal) of ratios."""
+    mean = statistics.fmean(ratios)
+    half = 1.96 * statistics.stdev(ratios) / len(ratios) ** 0.5
+    return mean, mean - half, mean + half
+
+
+def check(base: dict[str, Any]) -> float:
+    """Largest relative gap between the float32 losses of two steps; SystemExit where it is too large."""
+    losses = {}
+    for name in ("ours", "trl"):
+        worker = Worker(__file__, {**base, "name": name, "dtype": "float32"})
+        losses[name] = [worker.ask("step", loss="dpo", index=i)[0] for i in range(2)]
+        worker.close()
+    gap = max(abs(a - b) / abs(b) for a, b in zip(losses["ours"], losses["trl"], strict=True))
+    print(
+        f"float32 losses of two steps: ours {losses['ours']}, TRL {losses['trl']}, relative gap {gap:.1e}", flush=True
+    )
+    if gap > TOLERANCE:
+        raise SystemExit("the losses differ: nothing is timed")
+    return gap
 
 
 def main() -> None:
@@ -96,49 +191,73 @@ def main() -> None:
     parser.add_argument("--completion", type=int, default=48)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--weight-repeats", type=int, default=0, help="interleaved DPO and MADPO steps (40 for the claim)"
+    )
+    parser.add_argument("--default", action="store_true", help="also time TRL's defaults")
+    parser.add_argument("--unchecked", action="store_true", help="skip the float32 comparison")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.worker:
+        return work(json.loads(options.worker))
+    from madpo.models import compute_dtype
 
-    path = resolve_model(options.model)
-    vocabulary = load_model(path).get_input_embeddings().weight.shape[0]
-    data = random_pairs(options.batch * 2, options.prompt, options.completion, vocabulary)
-
-    exact = {}
-    for name, cls, args_cls, extra in (
-        ("ours", PreferenceTrainer, PreferenceConfig, {"loss": DPO()}),
-        ("trl", TakesIds, DPOConfig, {}),
-    ):
-        built = trainer(cls, args_cls, path, data.select(range(options.batch)), options.batch, torch.float32, **extra)
-        rows = list(built.train_dataset)
-        exact[name] = [step(built, rows)[0] for _ in range(2)]
-        del built
-    gap = max(abs(a - b) / abs(b) for a, b in zip(exact["ours"], exact["trl"], strict=True))
-    print(f"float32 losses of two steps: ours {exact['ours']}, TRL {exact['trl']}, relative gap {gap:.1e}")
-    if gap > 1e-5:
-        raise SystemExit("the losses differ: nothing is timed")
-
-    dtype = compute_dtype()
-    contenders = {
-        "trl": trainer(TakesIds, DPOConfig, path, data, options.batch, dtype),
-        "dpo": trainer(PreferenceTrainer, PreferenceConfig, path, data, options.batch, dtype, loss=DPO()),
-        "madpo": trainer(PreferenceTrainer, PreferenceConfig, path, data, options.batch, dtype, loss=MADPO()),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    batches = {name: list(built.train_dataset)[: options.batch] for name, built in contenders.items()}
+    base = {key: getattr(options, key) for key in ("model", "prompt", "completion", "batch")} | {"batches": 2}
+    gap = None if options.unchecked else check(base)
+    dtype = str(compute_dtype()).removeprefix("torch.")
+    names = ["ours", "trl", *(["trl default"] if options.default else [])]
+    workers = {name: Worker(__file__, {**base, "name": name, "dtype": dtype}) for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    peaks = []
     for repeat in range(options.repeats + 1):
-        for name, built in contenders.items():
-            _, taken = step(built, batches[name])
+        for name in names if repeat % 2 else reversed(names):
+            if name == "trl default" and repeat > 2:
+                continue
+            taken = workers[name].ask("step", loss="dpo")[1]
             if repeat:  # the first warms up
                 seconds[name].append(taken)
-    rate = {name: options.batch / statistics.median(values) for name, values in seconds.items()}
-    ratio = statistics.median(t / o for t, o in zip(seconds["trl"], seconds["dpo"], strict=True))
-    madpo = statistics.median(m / d for m, d in zip(seconds["madpo"], seconds["dpo"], strict=True))
+            if name == "ours":
+                peaks.append(workers["ours"].ask("peak"))
+    memory = {name: workers[name].ask("memory") for name in names}
+    operations = workers["ours"].ask("operations")
+    for name in names[1:]:
+        workers[name].close()
+    weight = []
+    for repeat in range(options.weight_repeats + 1):
+        order = ("dpo", "madpo") if repeat % 2 else ("madpo", "dpo")
+        taken = {loss: workers["ours"].ask("step", loss=loss)[1] for loss in order}
+        if repeat:
+            weight.append(taken["madpo"] / taken["dpo"])
+    workers["ours"].close()
+
     print(f"{options.model}, {options.prompt} + {options.completion} tokens, batch {options.batch}, {dtype}:")
-    for name, value in rate.items():
-        print(f"  {name:6} {value:6.2f} pairs/s  (steps of {min(seconds[name]):.2f} to {max(seconds[name]):.2f} s)")
-    print(f"  ours / TRL {ratio:.2f} x   MADPO step / DPO step {madpo:.3f} x")
+    for name, values in seconds.items():
+        rate = options.batch / statistics.median(values)
+        spread = f"steps of {min(values):.2f} to {max(values):.2f} s"
+        print(f"  {name:12} {rate:6.2f} pairs/s ({spread}), {memory[name]:6.0f} MiB")
+    ratio = statistics.median(t / o for t, o in zip(seconds["trl"], seconds["ours"], strict=True))
+    share = operations / statistics.median(seconds["ours"]) / statistics.median(peaks)
+    print(f"  ours / TRL {ratio:.2f} x, memory above the model 1 / {memory['trl'] / memory['ours']:.1f}")
+    peak = statistics.median(peaks) / 1e9
+    print(f"  {operations / 1e9:.0f} GFLOP per step: {share:.0%} of a {peak:.0f} GFLOP/s product")
+    if weight:
+        mean, low, high = interval(weight)
+        print(f"  MADPO step / DPO step {mean:.3f} x ({low:.3f} to {high:.3f}), {len(weight)} pairs of steps")
     if options.json:
-        result = {"options": {**vars(options), "json": None}, "seconds": seconds, "ratio": ratio, "float32_gap": gap}
+        result = {
+            "options": {key: value for key, value in vars(options).items() if key not in ("json", "worker")},
+            "machine": platform.processor() or platform.machine(),
+            "dtype": dtype,
+            "seconds": seconds,
+            "ratio": ratio,
+            "memory_mib": memory,
+            "operations": operations,
+            "peaks": peaks,
+            "share_of_peak": share,
+            "madpo_over_dpo": weight,
+            "float32_gap": gap,
+        }
         options.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 

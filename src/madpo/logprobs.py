@@ -258,13 +258,13 @@ class _Softmax:
         column = (labels - start).clamp(0, stop - start - 1)
         self.own = torch.where(here, z.gather(-1, column[:, None]).squeeze(-1).to(wide), self.own)
         if details:
-            self.plain += z.sum(-1, dtype=wide)
+            self.plain += z.to(wide).sum(-1)
         self._rescale(torch.maximum(self.top, peak))
         z = z.sub_(self.top.to(z.dtype)[:, None])
         if details:
             self.weighted += (z.exp() * z).to(wide).sum(-1)
         e = z.exp_()
-        self.total += e.sum(-1, dtype=wide)  # not e.to(wide): a copy of the tile costs as much as its exponential
+        self.total += e.to(wide).sum(-1)
         if log_sum_sq:
             self.total_sq += e.to(wide).square().sum(-1)
         if self.stash is not None:

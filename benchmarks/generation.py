@@ -1,0 +1,109 @@
+"""Sampling completions with madpo.generation against ``model.generate``, in turns, each in its own process.
+
+Same model, precision and prompts (the beginnings of IMDB reviews), temperature 1, no truncation of the law, all
+completions of full length in both. ``model.generate`` runs at its best batch size of those given. Prints tokens per
+second and the ratio, and writes JSON.
+
+    python benchmarks/generation.py --model gemma-3-270m --prompts 128 --repeats 3 --json out.json
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from workers import Worker, serve
+
+
+def work(spec: dict[str, Any]) -> None:
+    import torch
+    from train_step import pairs_of_reviews
+
+    from madpo.generation import generate
+    from madpo.models import compute_dtype, load_model, resolve_model
+
+    path = resolve_model(spec["model"])
+    model = load_model(path, dtype=compute_dtype()).eval()
+    prompts = [row["prompt_ids"] for row in pairs_of_reviews(path, spec["prompts"], spec["prompt"], 1)]
+
+    def ours(count: int, batch: int) -> float:
+        start = time.perf_counter()
+        found = generate(
+            model,
+            prompts[:count],
+            keys=range(count),
+            draw=0,
+            seed=0,
+            max_new_tokens=spec["completion"],
+            eos_token_ids=set(),
+            batch_size=batch,
+            description="",
+        )
+        return sum(map(len, found)) / (time.perf_counter() - start)
+
+    @torch.inference_mode()
+    def stock(count: int, batch: int) -> float:
+        start = time.perf_counter()
+        tokens = 0
+        for first in range(0, count, batch):
+            ids = torch.tensor(prompts[first : min(first + batch, count)])
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=True,
+                top_k=0,
+                top_p=1.0,
+                temperature=1.0,
+                max_new_tokens=spec["completion"],
+                min_new_tokens=spec["completion"],
+            )
+            tokens += out[:, ids.shape[1] :].numel()
+        return tokens / (time.perf_counter() - start)
+
+    serve({"tokens_per_second": ours if spec["name"] == "ours" else stock})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="gemma-3-270m")
+    parser.add_argument("--prompt", type=int, default=20)
+    parser.add_argument("--completion", type=int, default=48)
+    parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--batches", type=int, nargs="+", default=[8, 32, 128], help="tried for model.generate")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        return work(json.loads(options.worker))
+    base = {key: getattr(options, key) for key in ("model", "prompt", "completion", "prompts")}
+    workers = {name: Worker(__file__, {**base, "name": name}) for name in ("ours", "stock")}
+    tried = {batch: workers["stock"].ask("tokens_per_second", count=batch, batch=batch) for batch in options.batches}
+    best = max(tried, key=lambda batch: tried[batch])
+    found: dict[str, list[float]] = {"ours": [], "stock": []}
+    workers["ours"].ask("tokens_per_second", count=8, batch=8)  # warms up
+    for _ in range(options.repeats):
+        found["stock"].append(workers["stock"].ask("tokens_per_second", count=options.prompts, batch=best))
+        found["ours"].append(workers["ours"].ask("tokens_per_second", count=options.prompts, batch=128))
+    for worker in workers.values():
+        worker.close()
+    ratio = statistics.median(a / b for a, b in zip(found["ours"], found["stock"], strict=True))
+    print(f"{options.model}, {options.prompt} + {options.completion} tokens, {options.prompts} prompts:")
+    print(f"  model.generate by batch size: { ({b: round(r) for b, r in tried.items()}) } tokens/s; best {best}")
+    for name, values in found.items():
+        print(f"  {name:6} {statistics.median(values):6.0f} tokens/s ({min(values):.0f} to {max(values):.0f})")
+    print(f"  ours / model.generate {ratio:.2f} x")
+    if options.json:
+        result = {
+            "options": {**base, "batches": options.batches},
+            "tokens_per_second": found,
+            "tried": tried,
+            "ratio": ratio,
+        }
+        options.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
