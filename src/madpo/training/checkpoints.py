@@ -82,11 +82,11 @@ def writing(root: Path, step: int, identity: Mapping[str, Any]) -> Iterator[Path
     """A folder to fill; when the block ends without an error it becomes ``root/checkpoint-<step>``, durably.
 
     Raises:
-        StorageError: the disk is full, read-only and the like; the checkpoints that were there are untouched.
+        StorageError: the disk is full, read-only and the like, or ``root`` is gone; the checkpoints that were there
+            are untouched.
     """
     target, part = root / f"checkpoint-{step}", root / f".checkpoint-{step}.part"
     with storage_errors(root):
-        root.mkdir(parents=True, exist_ok=True)
         _sweep(root)
         part.mkdir()
         try:

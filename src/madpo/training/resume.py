@@ -8,6 +8,7 @@ transformers keeps as pickle (optimizer, schedule, random states, arguments).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -16,14 +17,17 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from madpo.errors import ConfigError, DataError, StorageError
+from madpo.memory import memory_errors
 from madpo.processes import everyone
 from madpo.progress import say
 from madpo.records import libraries
+from madpo.storage import locked, storage_errors
 from madpo.training import checkpoints as disk
+from madpo.training.finite import FiniteTraining
 
 # Arguments that change where, how often or how fast, and no result (but for last digits, see `_conditions`).
 _FREE = {
@@ -41,7 +45,7 @@ _FREE = {
 _FREE_PREFIXES = ("logging_", "log_", "save_", "hub_", "trackio_", "ddp_")
 
 
-class ExactResume(Trainer):  # type: ignore[misc]
+class ExactResume(FiniteTraining):
     """Mixin: put it before the trainer, ``class MyTrainer(ExactResume, RewardTrainer)``.
 
     Attributes:
@@ -51,6 +55,10 @@ class ExactResume(Trainer):  # type: ignore[misc]
 
     export_checkpoints: bool = True
     stage_settings: dict[str, Any] | None = None
+    memory_remedy: str = (
+        "lower per_device_train_batch_size and raise gradient_accumulation_steps by the same factor, which leaves the "
+        "result as it is, or lower max_length"
+    )
 
     _point: disk.Checkpoint | None = None  # where this call of `train` continues
     _random_due: bool = False
@@ -58,6 +66,11 @@ class ExactResume(Trainer):  # type: ignore[misc]
     _identity_now: dict[str, Any] | None = None
     _clock: float = 0.0
     _seconds_before: float = 0.0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, TrainingArguments)]
+        with storage_errors(Path(given[0].output_dir if given else ".")), memory_errors(self.memory_remedy):
+            super().__init__(*args, **kwargs)
 
     # ---- What a trainer adds ----
 
@@ -88,8 +101,21 @@ class ExactResume(Trainer):  # type: ignore[misc]
         Raises:
             DataError: the checkpoint is damaged, or belongs to another training; the sentence names file or field.
             ConfigError: the training is sharded, and its checkpoints would be pickles.
+            StorageError: another run trains in ``output_dir``, or it cannot be written.
+            MemoryShortage: the memory is used up; the checkpoints stay.
         """
-        saves = str(getattr(self.args.save_strategy, "value", self.args.save_strategy)) != "no"
+        root = Path(self.args.output_dir)
+        with storage_errors(root), memory_errors(self.memory_remedy), contextlib.ExitStack() as held:
+            if self.args.should_save and self._saves:
+                held.enter_context(locked(root))
+            return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    @property
+    def _saves(self) -> bool:
+        return str(getattr(self.args.save_strategy, "value", self.args.save_strategy)) != "no"
+
+    def _train(self, resume_from_checkpoint: Any, trial: Any, ignore_keys_for_eval: list[str] | None) -> Any:
+        saves = self._saves
         self._refuse_pickle(saves or bool(resume_from_checkpoint))
         self._point, self._random_due, self._seconds_before = None, False, 0.0
         where = self._where(resume_from_checkpoint)
@@ -98,7 +124,10 @@ class ExactResume(Trainer):  # type: ignore[misc]
         totals = _Totals(self)
         self.add_callback(totals)
         try:
-            return super().train(resume_from_checkpoint=where, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
+            result = super().train(resume_from_checkpoint=where, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
+            if not self.sharded:
+                self.require_finite_weights()
+            return result
         finally:
             self.remove_callback(totals)
             self._point = None
@@ -230,6 +259,9 @@ class ExactResume(Trainer):  # type: ignore[misc]
 
     def _write(self, root: Path, step: int, ranks: list[Any]) -> None:
         identity = self._identity_now if self._identity_now is not None else self._identity()
+        self.require_finite_weights()
+        if self.hp_search_backend is not None:
+            root.mkdir(parents=True, exist_ok=True)  # a trial has a folder of its own
         with disk.writing(root, step, identity) as folder:
             if self.export_checkpoints:
                 self.save_model(str(folder), _internal_call=True)
