@@ -273,6 +273,7 @@ class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
     @torch.no_grad()
     def _observe(self, batches: list[dict[str, Tensor]]) -> LossState:
         """One more forward pass over the step, without gradients: what makes a step independent of its split."""
+        self.model_wrapped.train()  # as the step itself will: the first of a resumed run is no first step
         statistics, counted = [], []
         for batch in map(self._prepare_inputs, batches):
             with self.compute_loss_context_manager():
