@@ -435,7 +435,7 @@ def test_the_studys_policy_with_odd_margins(study, tmp_path, case):
         config = stages.PolicyStage(method=loss.kind, loss=loss, optimisation=optimisation)
         metrics = stages.train_policy(config, {**inputs, "margins": tmp_path / "margins"}, out)
         assert np.isfinite(list(metrics.values())).all()
-    assert np.isfinite([*map(float, np.ravel(list(stages._margin_metrics(np.array(values)).values())[-3:]))]).all()
+    assert np.isfinite([*map(float, np.ravel(list(stages.margin_metrics(np.array(values)).values())[-3:]))]).all()
 
 
 def test_the_studys_columns_refuse_what_is_no_number(study, tmp_path):
@@ -448,5 +448,7 @@ def test_the_studys_columns_refuse_what_is_no_number(study, tmp_path):
         def score_ids(self, ids):
             return np.array([np.nan] * len(ids))
 
-    with pytest.raises(DataError, match="the reward margin of pair 100 is nan; the reward model has diverged"):
-        stages._margin_table(Broken(), pd.read_parquet(study / "pairs" / "pairs.parquet"))
+    with pytest.raises(
+        DataError, match="reward_margin of pair 100 is nan, so the reward model overflows or has diverged"
+    ):
+        stages.margin_table(Broken(), pd.read_parquet(study / "pairs" / "pairs.parquet"))

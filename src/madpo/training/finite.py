@@ -135,14 +135,14 @@ class FiniteTraining(Trainer):  # type: ignore[misc]
             return f"the {held}pairs {_listed(ids)}"
         if not self.model.training:
             return "a batch of the held-out data"
-        rows = self._rows([row for batch in batches for row in _sequences(batch)])
+        rows = self._found_rows([row for batch in batches for row in _sequences(batch)])
         if not rows:
             return "this batch"
         if "pair_id" in (self.train_dataset.column_names or ()):
             return f"the pairs {_listed([self.train_dataset[row]['pair_id'] for row in rows])}"
         return f"the rows {_listed(rows)} of the training data"
 
-    def _rows(self, sequences: list[list[int]]) -> list[int]:
+    def _found_rows(self, sequences: list[list[int]]) -> list[int]:
         """Positions in the training data; a search that only an error pays for."""
         if not isinstance(self.train_dataset, Dataset):
             return []

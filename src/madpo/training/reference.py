@@ -110,8 +110,10 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         raise DataError(f"{path} cannot be read ({error}); delete the file") from error
 
 
-def refuse_not_finite(columns: Mapping[str, np.ndarray], names: Sequence[Any]) -> None:
-    """Refuse log-probabilities that are not numbers, before they are kept.
+def refuse_not_finite(
+    columns: Mapping[str, np.ndarray], names: Sequence[Any], model: str = "the reference model"
+) -> None:
+    """Refuse a model's numbers that are none, before they are kept.
 
     Raises:
         DataError: with the first pair, by its name.
@@ -120,8 +122,8 @@ def refuse_not_finite(columns: Mapping[str, np.ndarray], names: Sequence[Any]) -
         if not np.isfinite(values).all():
             row = int(np.flatnonzero(~np.isfinite(values))[0])
             raise DataError(
-                f"{column} of pair {names[row]} is {values[row]}, so the reference model overflows or is damaged; load "
-                "it in bfloat16 or float32, or from its source"
+                f"{column} of pair {names[row]} is {values[row]}, so {model} overflows or has diverged; run it in "
+                "bfloat16 or float32, or train it again with a lower learning rate"
             )
 
 

@@ -23,7 +23,6 @@ from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 from madpo import processes
 from madpo.config import Frozen, added, identity_settings
 from madpo.corpus import Corpus, load_corpus, sft_reviews
-from madpo.errors import DataError
 from madpo.logprobs import completion_logps, install_completion_head, unwrapped
 from madpo.losses import Loss
 from madpo.models import LoRA, compute_dtype, load_classifier, load_model, load_tokenizer, merge_adapter, resolve_model
@@ -380,12 +379,7 @@ def token_sides(pairs: pd.DataFrame) -> tuple[list[list[int]], list[list[int]]]:
 def margin_table(model: RewardModel, pairs: pd.DataFrame) -> pd.DataFrame:
     chosen, rejected = (model.score_ids(side) for side in token_sides(pairs))
     margins = np.asarray(chosen - rejected, dtype=np.float64)
-    if not np.isfinite(margins).all():
-        row = int(np.flatnonzero(~np.isfinite(margins))[0])
-        raise DataError(
-            f"the reward margin of pair {pairs['pair_id'].iloc[row]} is {margins[row]}; the reward model has diverged "
-            "or overflows, train it with a lower learning rate"
-        )
+    refuse_not_finite({"reward_margin": margins}, pairs["pair_id"].to_list(), "the reward model")
     return pd.DataFrame({"pair_id": pairs["pair_id"].to_numpy(), "reward_margin": margins})
 
 
