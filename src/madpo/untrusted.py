@@ -128,8 +128,16 @@ def adapter_base(folder: Path) -> str:
 
 def _check_weights(folder: Path, stem: str) -> None:
     """Refuse pickles where there are no safetensors; beside safetensors nobody reads them."""
-    if any(path.name.startswith(stem) for path in folder.glob("*.safetensors*")):
-        return
+    if not any(path.name.startswith(stem) for path in folder.glob("*.safetensors*")):
+        refuse_pickles(folder)
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Refuse a folder with a file that a library could unpickle.
+
+    Raises:
+        ConfigError: naming the first.
+    """
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES and p.name not in _NEVER_WEIGHTS)
     if pickles:
         raise ConfigError(

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import ExportableState, TrainerState
 
 from madpo.errors import ConfigError, DataError, StorageError
 from madpo.memory import memory_errors
@@ -28,6 +28,7 @@ from madpo.records import libraries
 from madpo.storage import locked, storage_errors
 from madpo.training import checkpoints as disk
 from madpo.training.finite import FiniteTraining
+from madpo.untrusted import refuse_pickles
 
 # Arguments that change where, how often or how fast, and no result (but for last digits, see `_conditions`).
 _FREE = {
@@ -168,7 +169,7 @@ class ExactResume(FiniteTraining):
             self._point = disk.newest(root)
             if self._point is None:
                 raise DataError(f"there is no complete checkpoint in {root} to resume from")
-            return str(self._point.folder)
+            return self._with_state(self._point)
         folder = Path(wanted)
         try:
             self._point = disk.verify(folder)
@@ -179,7 +180,15 @@ class ExactResume(FiniteTraining):
                 return str(folder)
             hint = " (allow_pickle=True in PreferenceConfig loads transformers' own format)" if foreign else ""
             raise disk.DamagedCheckpoint(f"{error}{hint}") from error
-        return str(folder)
+        return self._with_state(self._point)
+
+    def _with_state(self, point: disk.Checkpoint) -> str:
+        """Its folder, if transformers can read the trainer's state there."""
+        with disk.reading(point.folder / disk.TRAINER_STATE):
+            state = TrainerState.load_from_json(str(point.folder / disk.TRAINER_STATE))
+            if state.global_step != point.step:
+                raise ValueError(f"global_step is {state.global_step} in the checkpoint of step {point.step}")
+        return str(point.folder)
 
     def _identity(self) -> dict[str, Any]:
         """What the result of this training depends on."""
@@ -340,7 +349,7 @@ class ExactResume(FiniteTraining):
         for name in sorted(saved.keys() ^ live.keys()):
             where = "the checkpoint" if name in saved else "this model"
             raise DataError(f"{self._point.folder}: {name} is trained in {where} alone; use the model it was made with")
-        with torch.no_grad():
+        with torch.no_grad(), disk.reading(self._point.folder):
             for name, tensor in live.items():
                 if tensor.shape != saved[name].shape:
                     raise DataError(
@@ -355,12 +364,13 @@ class ExactResume(FiniteTraining):
             if checkpoint is not None:
                 self._load_foreign_extra(Path(checkpoint))
             return
-        kept = self._point.json(disk.TRAINING)
-        tensors = self._point.tensors(disk.OPTIMIZER)
-        groups = self.optimizer.param_groups
-        self.optimizer.load_state_dict(disk.unpack_optimizer(tensors, kept["optimizer"], groups))
-        self.lr_scheduler.load_state_dict(kept["scheduler"])
-        self._load_extra_state(self._point.tensors(disk.EXTRA), kept["extra"])
+        with disk.reading(self._point.folder):
+            kept = self._point.json(disk.TRAINING)
+            tensors = self._point.tensors(disk.OPTIMIZER)
+            groups = self.optimizer.param_groups
+            self.optimizer.load_state_dict(disk.unpack_optimizer(tensors, kept["optimizer"], groups))
+            self.lr_scheduler.load_state_dict(kept["scheduler"])
+            self._load_extra_state(self._point.tensors(disk.EXTRA), kept["extra"])
         self._random_due = True
 
     def _load_foreign_extra(self, folder: Path) -> None:
@@ -376,22 +386,29 @@ class ExactResume(FiniteTraining):
         if self._point is None:
             super()._load_scaler(checkpoint)
             return
-        scaler, kept = getattr(self.accelerator, "scaler", None), self._point.json(disk.TRAINING)["scaler"]
-        if scaler is not None and kept is not None:
-            scaler.load_state_dict(kept)
+        with disk.reading(self._point.folder):
+            scaler, kept = getattr(self.accelerator, "scaler", None), self._point.json(disk.TRAINING)["scaler"]
+            if scaler is not None and kept is not None:
+                scaler.load_state_dict(kept)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if self._point is None:
             super()._load_rng_state(checkpoint)
         elif self._random_due:
             self._random_due = False
-            ranks = self._point.json(disk.TRAINING)["processes"]
-            disk.restore_random_states(ranks[self.accelerator.process_index]["random"])
+            with disk.reading(self._point.folder):
+                ranks = self._point.json(disk.TRAINING)["processes"]
+                disk.restore_random_states(ranks[self.accelerator.process_index]["random"])
 
     def _load_best_model(self) -> None:
+        # Its place stands in the trainer's state, which may come from somebody's checkpoint.
         folder = Path(self.state.best_model_checkpoint)
-        if (folder / disk.MANIFEST).exists() and not self.args.save_only_model:
-            disk.verify(folder)
+        if not getattr(self.args, "allow_pickle", False):
+            if folder.resolve().parent != Path(self.args.output_dir).resolve():
+                raise DataError(f"the best checkpoint, {folder}, lies outside {self.args.output_dir}; train without it")
+            if not self.args.save_only_model:
+                disk.verify(folder)
+            refuse_pickles(folder)
         super()._load_best_model()
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
@@ -409,7 +426,10 @@ class ExactResume(FiniteTraining):
         self._stopped = False
         if self._point is None:
             return
-        kept = self._point.json(disk.TRAINING)
+        with disk.reading(self._point.folder):
+            self._take_totals(self._point.json(disk.TRAINING))
+
+    def _take_totals(self, kept: dict[str, Any]) -> None:
         self._stopped = kept["stopped"]
         own = kept["processes"][self.accelerator.process_index]
         self._seconds_before = kept["seconds"]
