@@ -19,7 +19,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 TORCH_FREE = [
     *("errors", "seeding", "config", "progress", "storage", "records", "pipeline", "executors", "statistics", "cli"),
-    "processes",
+    *("processes", "memory"),
     *("results", "summary", "figures", "svg", "report", "corpus", "data", "diagnostics", "packaged", "places"),
 ]
 
@@ -47,10 +47,10 @@ LAYERS = [
         "losses",
         "statistics",
     },
-    {"pipeline"},
+    {"pipeline", "untrusted"},
     {"executors", "records"},
     {"storage"},
-    {"config", "progress", "seeding", "processes"},
+    {"config", "progress", "seeding", "processes", "memory"},
     {"errors"},
 ]
 LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}
@@ -117,7 +117,7 @@ def test_theory_imports_losses_alone() -> None:
 
 
 def test_pipeline_and_executors_know_no_machine_learning() -> None:
-    for name in ("pipeline", "executors", "records", "storage", "config", "progress"):
+    for name in ("pipeline", "executors", "records", "storage", "memory", "config", "progress"):
         outside = {n.split(".")[0] for n in imports(SOURCE / f"{name}.py")} - set(sys.stdlib_module_names)
         assert outside <= {"madpo", "pydantic", "rich", *(["ray"] if name == "executors" else [])}, name
     assert not [n for n in imports(SOURCE / "executors.py") if n.startswith(("madpo.pipeline", "madpo.records"))]

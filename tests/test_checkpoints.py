@@ -448,7 +448,8 @@ for kind in soak.KINDS:
     assert soak.wait(soak.fork(lambda: soak.train(kind, root, whole, SHORT))) == 0
     assert soak.wait(soak.fork(lambda: dying(kind, out, 6))) == -{int(signal.SIGKILL)}
     os.rename(out / "log.jsonl", out / "first_log.jsonl"); os.link(out / "first_log.jsonl", out / "log.jsonl")
-    print(kind, *sorted(str(p.relative_to(out)) for p in (out / "checkpoints").rglob("*") if p.is_file()), flush=True)
+    there = sorted(str(p.relative_to(out)) for p in (out / "checkpoints").rglob("[!.]*") if p.is_file())
+    print(kind, *there, flush=True)
     assert soak.wait(soak.fork(lambda: soak.train(kind, root, out, SHORT))) == 0
 """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MADPO_CACHE": str(root / "cache")}

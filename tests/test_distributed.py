@@ -161,7 +161,7 @@ def test_scores_have_the_bytes_of_one_process(root, one, driven):
     for name in ("scored.jsonl", "report.json", "settings.json"):
         assert (root / "one" / "scored" / name).read_bytes() == (root / "two" / "scored" / name).read_bytes(), name
     left = sorted(path.name for path in (root / "two" / "scored").iterdir())
-    assert left == [".lock", "report.json", "scored.jsonl", "settings.json"]
+    assert left == ["report.json", "scored.jsonl", "settings.json"]
     assert driven.stdout.count("pairs scored") == 3, "scored, continued, and the report of what is complete"
     assert driven.stderr.count("scored is complete; nothing to do") == 1
 
@@ -193,7 +193,7 @@ def test_what_a_kill_of_one_process_interrupts_ends_in_the_same_bytes(root, driv
         (first, found), (again, _) = driven.ends[name]
         assert first, "the launcher has ended the other process, or that has lost its connection"
         assert f"process {rank} dies" in driven.stderr
-        assert found == left
+        assert [file for file in found if file != ".lock"] == left  # the system let go of the lock
         assert again == {}
         expected, present = files(root / "whole"), files(root / name)
         assert {"checkpoint-6/optimizer.safetensors", "checkpoint-6/extra_state.safetensors"} <= expected.keys()

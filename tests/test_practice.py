@@ -306,7 +306,7 @@ def test_columns_of_scores_are_brought_to_log_odds(tmp_path):
 
 
 def test_any_reward_model_with_one_output(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(reward_module, "compute_dtype", lambda: torch.float32)
+    monkeypatch.setattr("madpo.models.compute_dtype", lambda: torch.float32)
     torch.manual_seed(0)
     foreign = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.float32).eval()
     torch.nn.init.normal_(foreign.score.weight)

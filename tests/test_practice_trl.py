@@ -34,6 +34,7 @@ def test_reward_models_see_the_ids_of_trls_reward_trainer(model, form, tmp_path)
     arguments = SimpleNamespace(dataset_num_proc=None, max_length=None)
     expected = RewardTrainer._prepare_dataset(SimpleNamespace(), Dataset.from_list(rows), tokenizer, arguments, "train")
     found = sequences(load_preferences(write(tmp_path / "d.jsonl", rows), tokenizer=tokenizer))
+    assert found.pop("pair_id") == list(range(12))
     assert found == {side: list(expected[side]) for side in ("chosen_ids", "rejected_ids")}
 
 

@@ -183,7 +183,7 @@ def trained(request, tmp_path_factory):
 
 @pytest.fixture
 def exact(monkeypatch):
-    monkeypatch.setattr(rewards, "compute_dtype", lambda: torch.float32)
+    monkeypatch.setattr("madpo.models.compute_dtype", lambda: torch.float32)
 
 
 @pytest.mark.usefixtures("exact")

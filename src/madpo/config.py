@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from madpo.errors import ConfigError
 
 T = TypeVar("T", bound=BaseModel)
+FOLDERS = "folders"
 _ADDED = "added"
 
 
@@ -88,13 +89,27 @@ def load_config(source: Path, model: type[T], overrides: Mapping[str, object] | 
     given = _pairs(overrides)
     for key, value in given.items():
         _put(data, key, value, source)
-    return validate(data, model, place=str(source), overridden=frozenset(given))
+    # A path that the user typed goes anywhere; one that stands in a file stays with the file, or where the user is.
+    typed = any(key.split(".")[-1] == "target" for key in given)
+    context = None if typed else {FOLDERS: (source.absolute().parent, Path.cwd())}
+    return validate(data, model, place=str(source), overridden=frozenset(given), context=context)
 
 
-def validate(data: object, model: type[T], *, place: str, overridden: frozenset[str] = frozenset()) -> T:
-    """``data`` as ``model``, or a ConfigError that begins with ``place``."""
+def validate(
+    data: object,
+    model: type[T],
+    *,
+    place: str,
+    overridden: frozenset[str] = frozenset(),
+    context: dict[str, Any] | None = None,
+) -> T:
+    """``data`` as ``model``, or a ConfigError that begins with ``place``.
+
+    Args:
+        context: for the validators of ``model``: ``FOLDERS`` holds the folders that paths in ``data`` may not leave.
+    """
     try:
-        return model.model_validate(data)
+        return model.model_validate(data, context=context)
     except ValidationError as error:
         raise ConfigError(_sentence(error, data, model, place, overridden)) from None
 
@@ -116,7 +131,7 @@ def _read_toml(source: Path) -> dict[str, Any]:
         raise ConfigError(f"{source}: cannot be read ({error.strerror}); give a readable TOML file") from None
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:  # ValueError: a number of too many digits
         raise ConfigError(f"{source}: is not valid TOML: {error}; correct that line") from None
 
 
@@ -135,7 +150,7 @@ def _pairs(overrides: Mapping[str, object] | Sequence[str]) -> dict[str, object]
 def _value(text: str) -> object:
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError, ValueError):
         return text
     # A line break in the text could smuggle in further keys; then it is text, not a TOML value.
     return parsed["value"] if list(parsed) == ["value"] else text

@@ -20,3 +20,7 @@ class DataError(MadpoError):
 
 class StorageError(MadpoError):
     """A folder that cannot be written, a full disk, or a folder that another run holds."""
+
+
+class MemoryShortage(MadpoError):
+    """Work that needs more memory than there is; the sentence says which setting makes it smaller."""

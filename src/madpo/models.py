@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType
@@ -17,6 +17,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -25,13 +26,16 @@ from transformers import (
 from madpo.config import Frozen
 from madpo.errors import ConfigError
 from madpo.packaged import cache_dir, packaged, quiet_transformers
-from madpo.places import load_tokenizer, resolve_model
+from madpo.places import TINY_FAMILIES, load_tokenizer, resolve_model
+from madpo.untrusted import check_adapter, check_model
 
 __all__ = [
+    "TINY_FAMILIES",
     "LoRA",
     "build_tiny",
     "cache_dir",
     "compute_dtype",
+    "load_classifier",
     "load_model",
     "load_quantised",
     "load_tokenizer",
@@ -39,8 +43,6 @@ __all__ = [
     "packaged",
     "resolve_model",
 ]
-
-TINY_FAMILIES = ("gemma3", "llama", "qwen3")
 
 
 class LoRA(Frozen):
@@ -87,15 +89,37 @@ def load_model(
         dtype: of the weights; None is :func:`compute_dtype`. Adapters stay in float32.
         adapter: folder of a PEFT adapter.
     """
+    check_model(path)
     with quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype or compute_dtype(), use_safetensors=True, trust_remote_code=False
         )
         if adapter is not None:
-            model = PeftModel.from_pretrained(model, adapter)
+            model = _with_adapter(model, adapter)
     if torch.cuda.is_available():
         model = model.to("cuda")
     return model.eval()
+
+
+def load_classifier(
+    path: Path | str, *, dtype: torch.dtype | None = None, adapter: Path | None = None, **settings: Any
+) -> PreTrainedModel | PeftModel:
+    """A sequence classifier from safetensors; ``settings`` such as ``num_labels`` go to its configuration.
+
+    Args:
+        path, dtype, adapter: as in :func:`load_model`.
+    """
+    check_model(path)
+    with quiet_transformers():  # it would report a head that is new on purpose
+        model = AutoModelForSequenceClassification.from_pretrained(
+            path, dtype=dtype or compute_dtype(), use_safetensors=True, trust_remote_code=False, **settings
+        )
+        return model if adapter is None else _with_adapter(model, adapter)
+
+
+def _with_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
+    check_adapter(adapter)
+    return PeftModel.from_pretrained(model, adapter)
 
 
 def load_quantised(path: Path | str) -> PreTrainedModel:
@@ -119,6 +143,7 @@ def load_quantised(path: Path | str) -> PreTrainedModel:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype(),
     )
+    check_model(path)
     with quiet_transformers():
         model = AutoModelForCausalLM.from_pretrained(
             path,

@@ -138,9 +138,11 @@ def _dequantise(gguf: Path, out: Path) -> None:
 
     with quiet_transformers(), bar("Unpacking the base model", 3) as advance:
         logging.set_verbosity_error()
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
         advance()
-        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
+        )
         advance()
         config = loaded.config
         if hasattr(config, "quantization_config"):

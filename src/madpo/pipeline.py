@@ -30,6 +30,7 @@ from pydantic import BaseModel
 from madpo.config import did_you_mean, identity_settings
 from madpo.errors import ConfigError, MadpoError, StorageError
 from madpo.executors import Executor, Inline
+from madpo.memory import memory_errors
 from madpo.progress import duration, say
 from madpo.records import Estimate, Metric, Metrics, Record, conditions, libraries, load_record, plain_metrics
 from madpo.storage import locked, now, storage_errors, write_atomically
@@ -53,6 +54,7 @@ __all__ = [
 
 StageFn = Callable[[Any, Mapping[str, Path], Path], Metrics]
 
+_LESS_MEMORY = "use a smaller batch size, or run fewer steps at once (--jobs), and run the same command again"
 _NAME = re.compile(r"[A-Za-z0-9_.+=-]+(/[A-Za-z0-9_.+=-]+)*")
 
 
@@ -399,7 +401,7 @@ def _work(job: _Job) -> Record | tuple[str, MadpoError | None]:
             raise StorageError(
                 f"{job.root} is not to be seen on {socket.gethostname()}; every node must see the run's folder there"
             )
-        with storage_errors(job.out):
+        with storage_errors(job.out), memory_errors(_LESS_MEMORY):
             job.out.mkdir(parents=True, exist_ok=True)
             metrics = plain_metrics(job.fn(job.config, job.inputs, job.out), job.name)
             provenance = {

@@ -1,6 +1,5 @@
 """What a finished step leaves behind: metrics, where they come from, and how to read them back."""
 
-import json
 import math
 import numbers
 import os
@@ -11,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_serializer
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
 
 from madpo.errors import ConfigError
 from madpo.progress import say
@@ -35,14 +34,18 @@ Metric = float | int | str | Estimate
 Metrics = dict[str, Metric]
 
 
+NAME = r"^[A-Za-z0-9_.+=-]+(/[A-Za-z0-9_.+=-]+)*$"
+"""Names of steps, which are paths inside the run's folder; ".." is refused beside."""
+
+
 class Record(BaseModel):
     """What a finished step leaves behind. Equal identity and threads give equal records outside ``provenance``, on
     processors with one instruction set and with equal versions of the libraries listed there."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
-    identity: str
+    name: str = Field(pattern=NAME)
+    identity: str = Field(pattern="^[0-9a-f]{64}$")
     function: str
     version: int
     config: dict[str, Any]
@@ -52,6 +55,13 @@ class Record(BaseModel):
     threads: int
     provenance: dict[str, Any]
 
+    @field_validator("name")
+    @classmethod
+    def _inside(cls, name: str) -> str:
+        if {".", ".."} & set(name.split("/")):
+            raise ValueError("the name of a step lies inside its run's folder")
+        return name
+
     @field_serializer("metrics")
     def _readable(self, metrics: dict[str, Metric]) -> dict[str, Any]:
         return {k: v._asdict() if isinstance(v, Estimate) else v for k, v in metrics.items()}
@@ -59,7 +69,8 @@ class Record(BaseModel):
     @property
     def seconds(self) -> float:
         """Wall time of the step's function."""
-        return float(self.provenance.get("seconds", 0.0))
+        seconds = self.provenance.get("seconds")
+        return float(seconds) if isinstance(seconds, int | float) else 0.0
 
 
 @cache
@@ -111,7 +122,7 @@ def load_record(folder: Path) -> Record | None:
         return Record.model_validate_json((folder / "record.json").read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValidationError:
+    except (ValidationError, OSError):
         say(f"{folder / 'record.json'} is damaged and counts as missing.")
         return None
 
@@ -162,25 +173,42 @@ def run_status(root: Path) -> RunStatus:
         ConfigError: the folder holds no run.
     """
     try:
-        listing = json.loads((root / "run.json").read_bytes())
+        listing = _Listing.model_validate_json((root / "run.json").read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"{root} holds no run (no run.json); give the --output_dir of a madpo run") from None
-    except ValueError:
+    except (OSError, ValueError):
         raise ConfigError(f"{root / 'run.json'} is damaged; the same madpo run command writes it again") from None
     steps: dict[str, Record | None] = {}
     unfinished = {}
-    for name, entry in listing["steps"].items():
-        folder = root / entry["folder"]
+    for name, entry in listing.steps.items():
+        folder = root / entry.folder
         record = load_record(folder)
-        steps[name] = record if record is not None and record.identity == entry["identity"] else None
+        steps[name] = record if record is not None and record.identity == entry.identity else None
         if steps[name] is None:
             unfinished[name] = _unfinished(folder)
-    return RunStatus(listing["about"], steps, unfinished, holder(root))
+    return RunStatus(listing.about, steps, unfinished, holder(root))
+
+
+class _Entry(BaseModel):
+    folder: str = Field(pattern=NAME)
+    identity: str
+
+    @field_validator("folder")
+    @classmethod
+    def _inside(cls, folder: str) -> str:
+        return Record._inside(folder)
+
+
+class _Listing(BaseModel):
+    """``run.json``: what a run is, and its steps' folders, which lie inside its own."""
+
+    about: dict[str, Any]
+    steps: dict[str, _Entry]
 
 
 def _unfinished(folder: Path) -> str:
     try:
-        lines = (folder / "error.txt").read_text(encoding="utf-8").strip().splitlines()
-    except FileNotFoundError:
+        lines = (folder / "error.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    except (FileNotFoundError, NotADirectoryError):
         return "begun" if folder.is_dir() else "to run"
     return f"failed: {lines[-1] if lines else 'no message'}"

@@ -21,14 +21,13 @@ from scipy.special import expit
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from madpo.config import Frozen
 from madpo.corpus import IMDB, Corpus, load_corpus, oracle_reviews
 from madpo.errors import ConfigError, DataError
 from madpo.logprobs import hidden_states
-from madpo.models import compute_dtype, load_tokenizer, resolve_model
-from madpo.packaged import quiet_transformers
+from madpo.models import load_classifier, load_tokenizer, resolve_model
 from madpo.progress import bar, say
 from madpo.records import Metrics
 from madpo.seeding import rng
@@ -206,10 +205,7 @@ def _ngram_reader(folder: Path) -> Callable[[Sequence[str]], Floats]:
 class _Classifier:
     def __init__(self, config: ClassifierOracle) -> None:
         place = resolve_model(config.name)
-        with quiet_transformers():
-            model = AutoModelForSequenceClassification.from_pretrained(
-                place, revision=config.revision, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-            )
+        model = load_classifier(place, revision=config.revision, dtype=torch.float32)
         self.tokenizer = load_tokenizer(place)
         labels = {str(label).lower(): index for index, label in model.config.id2label.items()}
         if config.positive_label.lower() not in labels:
@@ -253,18 +249,16 @@ class RewardModel:
             DataError: ``folder`` holds none.
         """
         try:
-            base = resolve_model(json.loads((folder / "reward_model.json").read_bytes())["base"])
-        except (FileNotFoundError, KeyError, json.JSONDecodeError) as error:
+            base = resolve_model(str(json.loads((folder / "reward_model.json").read_bytes())["base"]))
+        except ConfigError:
+            raise
+        except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise DataError(
                 f"{folder} holds no reward model ({error}); train one, or delete it and run again"
             ) from error
         if not (folder / "adapter" / "adapter_config.json").exists():
             raise DataError(f"{folder} has no adapter/adapter_config.json; delete the folder and train again")
-        with quiet_transformers():
-            model = AutoModelForSequenceClassification.from_pretrained(
-                base, num_labels=1, dtype=compute_dtype(), use_safetensors=True, trust_remote_code=False
-            )
-            model = PeftModel.from_pretrained(model, folder / "adapter")
+        model = load_classifier(base, num_labels=1, adapter=folder / "adapter")
         return cls(_placed(model), load_tokenizer(base))
 
     @torch.inference_mode()

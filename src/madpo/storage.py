@@ -10,8 +10,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TextIO
 
-from madpo.errors import StorageError
+from madpo.errors import MadpoError, StorageError
+
+LOCK = ".lock"
 
 _REMEDY = {
     errno.ENOSPC: "the disk is full; free some space and run the same command again, finished steps are kept",
@@ -22,24 +25,50 @@ _REMEDY = {
     errno.ENOTDIR: "a part of this path is a file, not a folder; choose another folder",
     errno.EEXIST: "there is a file where a folder is needed; move it away or choose another folder",
     errno.EISDIR: "there is a folder where a file is needed; move it away or choose another folder",
+    errno.ENAMETOOLONG: "the name is too long for this file system; choose a shorter one",
+    errno.EIO: "the disk reports an error; check it, and run the same command again, finished steps are kept",
+    errno.ESTALE: "the network file system lost the folder; mount it again and run the same command again",
 }
+_VANISHED = (
+    "the folder has vanished while it was being written; if it was moved, move it back, and run the same command again"
+)
 
 
 @contextmanager
 def storage_errors(place: Path) -> Iterator[None]:
-    """Turn a full disk, missing rights and the like into a StorageError; other errors pass through."""
+    """Turn a full disk, missing rights, a vanished folder and the like into a StorageError; other errors pass through.
+
+    Args:
+        place: the folder (or file) that is written, for the sentence; ``place`` that exists no more has vanished.
+    """
     try:
         yield
+    except MadpoError:
+        raise
     except OSError as error:
         remedy = _REMEDY.get(error.errno or 0)
-        if remedy is None:
-            raise
-        raise StorageError(f"{error.filename or place}: {remedy}") from error
-    except Exception as error:
-        # Writers in Rust and C++ (safetensors, torch) tell of a full disk in an error type of their own.
-        if os.strerror(errno.ENOSPC) in str(error):
-            raise StorageError(f"{place}: {_REMEDY[errno.ENOSPC]}") from error
+        if remedy is not None:
+            raise StorageError(f"{error.filename or place}: {remedy}") from error
+        if error.errno == errno.ENOENT and _lost(place, error.filename):
+            raise StorageError(f"{place}: {_VANISHED}") from error
         raise
+    except Exception as error:
+        # Writers in Rust and C++ (safetensors, torch, Arrow) tell of the disk in an error type of their own.
+        said = str(error)
+        for code, remedy in _REMEDY.items():
+            if f"os error {code})" in said or (code == errno.ENOSPC and os.strerror(code) in said):
+                raise StorageError(f"{place}: {remedy}") from error
+        if os.strerror(errno.ENOENT) in said and not place.exists():
+            raise StorageError(f"{place}: {_VANISHED}") from error
+        raise
+
+
+def _lost(place: Path, file: object) -> bool:
+    """Whether what could not be found is ``place`` itself, or something in it, and ``place`` is gone."""
+    if place.exists() or not isinstance(file, str | bytes | os.PathLike):
+        return False
+    found = Path(os.fsdecode(file)).absolute()
+    return found == place.absolute() or place.absolute() in found.parents
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -76,20 +105,18 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def locked(root: Path) -> Iterator[None]:
+def locked(root: Path, name: Path | None = None) -> Iterator[None]:
     """Hold ``root`` for this process; the system lets go of it when the process ends, however it ends.
+
+    Args:
+        name: what the sentence calls it; ``root`` when left out.
 
     Raises:
         StorageError: another run holds it, with its process id and host.
     """
     root.mkdir(parents=True, exist_ok=True)
-    with (root / ".lock").open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StorageError(
-                f"{root} is in use by another run ({holder(root)}); wait for it, stop it, or choose another folder"
-            ) from None
+    path = root / LOCK
+    with _own(path, name or root) as file:
         file.truncate(0)
         json.dump({"pid": os.getpid(), "host": socket.gethostname(), "started": now()}, file)
         file.flush()
@@ -97,22 +124,56 @@ def locked(root: Path) -> Iterator[None]:
             yield
         finally:
             file.truncate(0)
+            # Only while it is ours: the folder may have been renamed, and another run may hold a new one here.
+            if _is(file, path):
+                path.unlink()
+
+
+def _own(path: Path, name: Path) -> TextIO:
+    """The lock's file, locked. The one before us may have removed the file that we waited for; then once more."""
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise StorageError(
+                f"{name} is in use by another run ({holder(path.parent)}); wait for it, stop it, or choose another "
+                "folder"
+            ) from None
+        if _is(file, path):
+            return file
+        file.close()
+
+
+def _is(file: TextIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def holder(root: Path) -> str | None:
     """Who holds the lock, as "process 12 on host a, since ..."; None if nobody does."""
     try:
-        with (root / ".lock").open("r", encoding="utf-8") as file:
+        with (root / LOCK).open("r", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 text = file.read()
                 # The holder writes its line just after it has taken the lock.
-                who = json.loads(text) if text else {}
+                who = _holder(text)
                 return f"process {who.get('pid', '?')} on {who.get('host', '?')}, since {who.get('started', '?')}"
     except FileNotFoundError:
         return None
     return None
+
+
+def _holder(text: str) -> dict[str, Any]:
+    with contextlib.suppress(ValueError):  # half written: who holds it has just begun
+        who = json.loads(text)
+        return who if isinstance(who, dict) else {}
+    return {}
 
 
 def now() -> str:

@@ -6,16 +6,17 @@ import hashlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
 from jaxtyping import Float
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, ValidationInfo, model_validator
 from torch import Tensor
 
+from madpo.config import FOLDERS
 from madpo.errors import ConfigError
 from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState
 
@@ -38,10 +39,12 @@ class Custom(LossConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_digest(cls, data: Any) -> Any:
+    def _fill_digest(cls, data: Any, info: ValidationInfo) -> Any:
         if not isinstance(data, Mapping) or not isinstance(data.get("target"), str):
             return data
         target, given = data["target"], data.get("source_digest", "")
+        if info.context and FOLDERS in info.context:
+            refuse_outside(target, info.context[FOLDERS])
         digest = hashlib.sha256(source_file(target).read_bytes()).hexdigest()
         if given and given != digest:
             raise ConfigError(
@@ -89,6 +92,23 @@ class Custom(LossConfig):
 
     def observe(self, statistic: Float[Tensor, " batch"], state: LossState, *, training: bool = True) -> LossState:
         return self.loss.observe(statistic, state, training=training)
+
+
+def refuse_outside(target: str, folders: Sequence[Path]) -> None:
+    """Refuse a file that lies in none of ``folders``: a configuration of others may not name files elsewhere.
+
+    Raises:
+        ConfigError: with the target.
+    """
+    where = target.rpartition(":")[0]
+    if not where.endswith(".py"):
+        return
+    path = Path(where).resolve()
+    if not any(path.is_relative_to(folder.resolve()) for folder in folders):
+        raise ConfigError(
+            f"target is {target!r}, which lies neither beside the configuration nor in the working directory; copy the "
+            "file there, or name it on the command line (--set loss.target=...) where you trust it"
+        )
 
 
 def source_file(target: str) -> Path:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from madpo import __version__
+from madpo.errors import ConfigError
+from madpo.untrusted import read_object
 
 if TYPE_CHECKING:
     from madpo.practice.policy import TrainReport, TrainSettings
@@ -64,12 +66,17 @@ def _reward_model(data: Path) -> str | None:
     path = data.parent / "settings.json"
     if not data.name.startswith("scored.") or not path.is_file():
         return None
-    made: dict[str, Any] = json.loads(path.read_bytes())
+    try:
+        made = read_object(path)
+    except ConfigError:
+        return None  # somebody's file of that name; the card then says nothing of the margins
     if made.get("reward_model"):
         return f"the reward model {made['reward_model']} (SHA-256 {made.get('reward_model_digest') or 'unknown'})"
     if made.get("score_columns"):
-        return f"the columns {' and '.join(made['score_columns'])}"
-    return f"{made.get('folds')} reward models on {made.get('reward', {}).get('model')}, out of fold"
+        return f"the columns {' and '.join(map(str, made['score_columns']))}"
+    reward = made.get("reward")
+    base = reward.get("model") if isinstance(reward, dict) else "unknown"
+    return f"{made.get('folds')} reward models on {base}, out of fold"
 
 
 def _plain(text: str) -> str:

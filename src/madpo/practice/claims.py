@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from madpo.errors import StorageError
-from madpo.practice.folders import refuse_foreign
+from madpo.practice.folders import empty, refuse_foreign
+from madpo.storage import LOCK
 
 
 def claim(output_dir: Path, state: Mapping[str, Any], *, overwrite: bool) -> None:
     """Make a folder ours, or refuse it; ``settings.json`` in it says what it is for, and the caller writes that.
+
+    The caller holds the folder's lock: otherwise ``overwrite`` would empty a folder that another run fills.
 
     Args:
         state: what decides the result: data, digests, settings.
@@ -22,12 +24,12 @@ def claim(output_dir: Path, state: Mapping[str, Any], *, overwrite: bool) -> Non
     Raises:
         StorageError: it holds something else, or was made with another state; names the first difference.
     """
-    if overwrite and output_dir.is_dir():
+    if overwrite:
         refuse_foreign(output_dir)
-        shutil.rmtree(output_dir)
+        empty(output_dir)
     path = output_dir / "settings.json"
     if path.is_file():
-        found = json.loads(path.read_bytes())
+        found = read_own(path)
         wanted = json.loads(json.dumps(state))
         changed = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
         if changed:
@@ -36,9 +38,23 @@ def claim(output_dir: Path, state: Mapping[str, Any], *, overwrite: bool) -> Non
                 f"{output_dir} was made with {key} = {_short(found.get(key))}, not {_short(wanted.get(key))}; "
                 "choose another output_dir, or add --overwrite"
             )
-    elif output_dir.is_dir() and any(entry.name != ".lock" for entry in output_dir.iterdir()):
+    elif any(entry.name != LOCK for entry in output_dir.iterdir()):
         raise StorageError(f"{output_dir} is there and not empty; choose another output_dir, or add --overwrite")
-    output_dir.mkdir(parents=True, exist_ok=True)
+
+
+def read_own(path: Path) -> dict[str, Any]:
+    """What a JSON file that a command left holds.
+
+    Raises:
+        StorageError: it is damaged.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+        if not isinstance(found, dict):
+            raise ValueError("it holds no object")
+    except (ValueError, RecursionError) as error:
+        raise StorageError(f"{path} is damaged ({error}); add --overwrite to begin anew") from error
+    return found
 
 
 def _short(value: Any) -> str:

@@ -12,24 +12,36 @@ from typing import Any
 
 from madpo import processes
 from madpo.errors import ConfigError, MadpoError, StorageError
-from madpo.storage import locked, storage_errors, write_atomically
+from madpo.memory import memory_errors
+from madpo.progress import say
+from madpo.storage import LOCK, locked, storage_errors, write_atomically
 
 _CHUNK = 1 << 20
-_LOCK = ".lock"
 _STATE = ".state.json"
 MARKERS = ("reward_model.json", "settings.json", "config.toml", "evaluation.json")
 
 
 @contextmanager
-def building(output_dir: Path, state: Mapping[str, Any], *, overwrite: bool = False) -> Iterator[Path]:
+def building(
+    output_dir: Path,
+    state: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    memory: str = "use a smaller batch size",
+) -> Iterator[Path]:
     """A folder beside ``output_dir`` to work in, which takes its place when the work is done.
 
-    It is removed when the work fails. When it is interrupted or killed it stays, and the next call with the same
-    ``state`` (what decides the result) works on in it; a call with another state begins anew. All processes of a
+    When the work fails the folder is removed, unless it holds a checkpoint: hours of training outlive a full disk, a
+    diverged step and a lack of memory. When it is interrupted or killed it stays as well, and the next call with the
+    same ``state`` (what decides the result) works on in it; a call with another state begins anew. All processes of a
     launch get the same folder; the leading one makes it, and the others wait for it at both ends.
+
+    Args:
+        memory: what to do when the memory is used up, for the sentence.
 
     Raises:
         StorageError: ``output_dir`` is there and not empty (without ``overwrite``), or another run is writing it.
+        MemoryShortage: the work needs more memory than there is.
     """
     output_dir = output_dir.resolve()
     partial = output_dir.with_name(f".{output_dir.name}.partial")
@@ -37,11 +49,12 @@ def building(output_dir: Path, state: Mapping[str, Any], *, overwrite: bool = Fa
     with storage_errors(output_dir), ExitStack() as held:
         processes.first(lambda: _open(output_dir, partial, text, held, overwrite=overwrite))
         try:
-            yield partial
+            with storage_errors(partial), memory_errors(memory):
+                yield partial
         except Exception as error:
             # A process that was killed breaks the others' connections; what they made so far is still good.
             if processes.leads() and (processes.count() == 1 or isinstance(error, MadpoError)):
-                shutil.rmtree(partial, ignore_errors=True)
+                _clear(output_dir, partial)
             raise
         processes.first(lambda: _finish(output_dir, partial))
 
@@ -50,17 +63,20 @@ def _open(output_dir: Path, partial: Path, state: str, held: ExitStack, *, overw
     """Make the folder ours; ``held`` takes the lock."""
     refuse_occupied(output_dir, overwrite=overwrite)
     with storage_errors(output_dir):
-        held.enter_context(locked(partial))
+        held.enter_context(locked(partial, output_dir))
+        refuse_occupied(output_dir, overwrite=overwrite)  # the run that held the lock until now may have filled it
         made_for = partial / _STATE
-        if not made_for.is_file() or made_for.read_text(encoding="utf-8") != state:
-            _empty(partial)
+        if not made_for.is_file() or made_for.read_bytes() != state.encode():
+            if any(partial.rglob("checkpoint-*/manifest.json")):
+                say(f"{output_dir} was begun with other data or settings; its checkpoints are of no use now and go.")
+            empty(partial)
             write_atomically(made_for, state)
 
 
 def _finish(output_dir: Path, partial: Path) -> None:
     """Put the folder in its place."""
-    with storage_errors(output_dir):
-        (partial / _LOCK).unlink()
+    with storage_errors(partial):
+        (partial / LOCK).unlink()
         (partial / _STATE).unlink()
         old = output_dir.with_name(f".{output_dir.name}.old")
         shutil.rmtree(old, ignore_errors=True)
@@ -68,6 +84,18 @@ def _finish(output_dir: Path, partial: Path) -> None:
             output_dir.rename(old)
         partial.rename(output_dir)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _clear(output_dir: Path, partial: Path) -> None:
+    """Remove what a failed work left, but for checkpoints."""
+    kept = sorted(partial.rglob("checkpoint-*/manifest.json"), key=lambda path: path.stat().st_mtime)
+    if not kept:
+        shutil.rmtree(partial, ignore_errors=True)
+        return
+    say(
+        f"{output_dir} is not finished; its newest checkpoint stays in {kept[-1].parent}, and the same command "
+        "continues from there."
+    )
 
 
 def refuse_occupied(output_dir: Path, *, overwrite: bool = False) -> None:
@@ -91,15 +119,18 @@ def refuse_foreign(output_dir: Path) -> None:
     Raises:
         StorageError: it may be somebody's work.
     """
-    if any(output_dir.iterdir()) and not any((output_dir / name).is_file() for name in MARKERS):
+    if any(entry.name != LOCK for entry in output_dir.iterdir()) and not any(
+        (output_dir / name).is_file() for name in MARKERS
+    ):
         raise StorageError(
             f"{output_dir} holds no result of madpo, so it is not overwritten; choose another output_dir"
         )
 
 
-def _empty(folder: Path) -> None:
+def empty(folder: Path) -> None:
+    """Remove everything in a folder that this process holds, but for the lock."""
     for entry in folder.iterdir():
-        if entry.name == _LOCK:
+        if entry.name == LOCK:
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)

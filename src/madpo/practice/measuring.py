@@ -29,6 +29,7 @@ from madpo.records import Estimate
 from madpo.responses import divergence, end_tokens, respond
 from madpo.statistics import bootstrap_mean, bootstrap_share, paired_difference, proportion
 from madpo.storage import write_atomically
+from madpo.untrusted import adapter_base
 
 
 class EvaluateSettings(Frozen):
@@ -130,7 +131,7 @@ def evaluate(
     place = find_policy(policy, settings.reference)
     rows = read_prompts(prompts, settings.prompts)
     state = {"policy": str(policy), "prompts": digest(prompts), "settings": settings.model_dump(mode="json")}
-    with building(Path(output_dir), state, overwrite=overwrite) as out:
+    with building(Path(output_dir), state, overwrite=overwrite, memory="give a smaller --batch_size") as out:
         samples = _responses(place, rows, settings)
         chosen, rejected = load_scorer(settings.reward_model, batch_size=settings.score_batch_size).score_pairs(
             [Pair(i, i, s.prompt, s.said[0], s.said[1], {}) for i, s in enumerate(samples)], "prompt", "row"
@@ -161,16 +162,27 @@ def find_policy(policy: str | Path, reference: str | None) -> Place:
     """
     folder = Path(policy).expanduser()
     made = folder / "config.toml"
-    started = tomllib.loads(made.read_text(encoding="utf-8")).get("model") if made.is_file() else None
+    started = _started_from(made) if made.is_file() else None
     adapter = next((f for f in (folder / "adapter", folder) if (f / "adapter_config.json").is_file()), None)
     if adapter is not None:
-        started = started or json.loads((adapter / "adapter_config.json").read_bytes())["base_model_name_or_path"]
+        started = started or adapter_base(adapter)
         base = started
     else:
         base = str(folder / "model") if (folder / "model" / "config.json").is_file() else str(policy)
     if (reference := reference or started) is None:
         raise ConfigError(f"{policy} does not say which model it started from; give it with --reference")
     return Place(str(policy), str(base), adapter, str(reference))
+
+
+def _started_from(made: Path) -> str | None:
+    try:
+        model = tomllib.loads(made.read_text(encoding="utf-8")).get("model")
+    except (OSError, ValueError, RecursionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise ConfigError(f"{made} cannot be read ({reason}); copy the folder again, or delete the file") from error
+    if model is not None and not isinstance(model, str):
+        raise ConfigError(f"{made}: model is {model!r}, not text; copy the folder again, or delete the file")
+    return model
 
 
 def read_prompts(data: str | Path, count: int | None = None) -> list[tuple[int, Text]]:

@@ -98,7 +98,7 @@ def encoded_rows(
                 raise DataError(f"{name}, pair {pair.pair_id}: has more than max_length {max_length} tokens; raise it")
             if kept is not None:
                 ids = {column: getattr(kept, column) for column in ("prompt_ids", "chosen_ids", "rejected_ids")}
-                rows.append({"prompt": pair.prompt, **ids})
+                rows.append({"pair_id": pair.pair_id, "prompt": pair.prompt, **ids})
     if not rows:
         raise DataError(f"{name}: no pair fits into max_length {max_length}; raise it")
     return rows
@@ -143,6 +143,7 @@ def folds_by_prompt(prompts: Iterable[str], folds: int, seed: int, name: str) ->
     return [fold[key] for key in keys]
 
 
-def sequences(rows: Sequence[Row]) -> dict[str, list[list[int]]]:
-    """Prompt and completion as one sequence each: the columns of TRL's reward trainer."""
-    return {side: [[*row["prompt_ids"], *row[side]] for row in rows] for side in ("chosen_ids", "rejected_ids")}
+def sequences(rows: Sequence[Row]) -> dict[str, list[Any]]:
+    """Prompt and completion as one sequence each, the columns of TRL's reward trainer; and what to call the pair."""
+    sides = {side: [[*row["prompt_ids"], *row[side]] for row in rows] for side in ("chosen_ids", "rejected_ids")}
+    return {"pair_id": [row["pair_id"] for row in rows], **sides}

@@ -44,6 +44,7 @@ from madpo.training.stages import CHECKPOINTS, forget_checkpoints, run_training
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _OURS = {
     "output_dir": "is the command's own; use --output_dir",
+    "trust_remote_code": "would run code that comes with a model; convert the model with tools that you trust",
     "push_to_hub": "is not for a command that finishes in a folder; look at the result, then upload it",
     "resume_from_checkpoint": "is not needed; the same command continues an interrupted training",
 }
@@ -51,6 +52,12 @@ _DEFAULTS: dict[str, Any] = {
     **{"save_strategy": "steps", "save_steps": 100, "save_total_limit": 2},
     **{"report_to": "none", "disable_tqdm": True},
 }
+
+
+MEMORY_REMEDY = (
+    "halve --batch_size and double --args.gradient_accumulation_steps, which leaves the result as it is, or lower "
+    "--max_length"
+)
 
 
 class TrainSettings(Frozen):
@@ -179,7 +186,7 @@ def train(
         "eval_data": None if eval_data is None else digest(eval_data) or str(eval_data),
         "settings": settings.model_dump(mode="json"),
     }
-    with building(output_dir, state, overwrite=overwrite) as out:
+    with building(output_dir, state, overwrite=overwrite, memory=MEMORY_REMEDY) as out:
         args = trainer_arguments(settings, out, evaluated=eval_data is not None or settings.eval_share > 0)
         with loading(settings.model):
             base = resolve_model(settings.model)
@@ -208,8 +215,8 @@ def train(
         evaluation = _evaluation(trainer) if heldout else {}
         report = TrainReport(
             output_dir=str(output_dir),
-            pairs=len(rows),
-            eval_pairs=len(heldout),
+            pairs=len(trainer.train_dataset),
+            eval_pairs=len(trainer.eval_dataset) if heldout else 0,
             steps=int(result.global_step),
             loss=float(result.training_loss),
             evaluation=evaluation,

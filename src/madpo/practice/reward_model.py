@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, model_validator
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig
 
 from madpo.config import Frozen
 from madpo.data.load import TooLong
@@ -20,8 +20,7 @@ from madpo.data.rows import Pair
 from madpo.data.tokens import Encoded, Encoder, Truncation
 from madpo.diagnostics import MarginReport, Reliability, inspect
 from madpo.errors import ConfigError, DataError
-from madpo.models import LoRA, compute_dtype, load_tokenizer, resolve_model
-from madpo.packaged import quiet_transformers
+from madpo.models import LoRA, load_classifier, load_tokenizer, resolve_model
 from madpo.practice.folders import building, digest
 from madpo.practice.pages import write_reward_page
 from madpo.practice.pairs import Row, load_split, loading, prompt_key, sequences, split_by_prompt
@@ -31,9 +30,12 @@ from madpo.rewards import RewardModel
 from madpo.statistics import bootstrap_mean, bootstrap_temperature, proportion
 from madpo.storage import write_atomically
 from madpo.training.stages import Optimisation, RewardModelStage, fit_reward_model
+from madpo.untrusted import check_model
 
 EVALUATIONS = 20
 """Looks at the held-out pairs during the training, where ``eval_every`` does not say otherwise."""
+
+MEMORY_REMEDY = "give a smaller --micro_batch_size, which leaves the result as it is, or a lower --max_length"
 
 
 class RewardOptimisation(Optimisation):
@@ -159,7 +161,7 @@ def reward(
         "eval_data": None if eval_data is None else digest(eval_data) or str(eval_data),
         "settings": settings.model_dump(mode="json"),
     }
-    with building(output_dir, state, overwrite=overwrite) as out:
+    with building(output_dir, state, overwrite=overwrite, memory=MEMORY_REMEDY) as out:
         with loading(settings.model):
             base = resolve_model(settings.model)
             tokenizer = load_tokenizer(base)
@@ -324,16 +326,14 @@ def load_scorer(place: str | Path, *, batch_size: int = 16) -> PairScorer:
         return PairScorer(RewardModel.load(folder), own=True, batch_size=batch_size)
     with loading(place):
         base = resolve_model(str(place))
+        check_model(base)
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
         if config.num_labels != 1 or not any("SequenceClassification" in a for a in config.architectures or ()):
             raise ConfigError(
                 f"{place} is no reward model: it has the architecture {', '.join(config.architectures or ['unknown'])} "
                 f"with {config.num_labels} outputs, where a sequence classifier with one output is needed"
             )
-        with quiet_transformers():
-            model = AutoModelForSequenceClassification.from_pretrained(
-                base, dtype=compute_dtype(), use_safetensors=True, trust_remote_code=False
-            )
+        model = load_classifier(base)
         tokenizer = load_tokenizer(base)
     if not hasattr(model, "score"):
         raise ConfigError(

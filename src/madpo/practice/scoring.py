@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from madpo import processes
@@ -29,9 +30,10 @@ from madpo.data.numbers import as_number
 from madpo.data.rows import Pair
 from madpo.data.sources import open_source
 from madpo.diagnostics import inspect
-from madpo.errors import ConfigError, DataError, MadpoError
+from madpo.errors import ConfigError, DataError, MadpoError, StorageError
+from madpo.memory import memory_errors
 from madpo.models import load_tokenizer, resolve_model
-from madpo.practice.claims import claim
+from madpo.practice.claims import claim, read_own
 from madpo.practice.folders import building, digest
 from madpo.practice.pairs import encoded_rows, folds_by_prompt, loading, prompt_key, split_by_prompt
 from madpo.practice.reward_model import PairScorer, RewardSettings, fit, load_scorer, plain, reward_model_digest
@@ -42,6 +44,7 @@ from madpo.storage import locked, storage_errors, write_atomically
 
 PART = 512
 """Pairs per part: what an interruption can cost."""
+MEMORY_REMEDY = "give a smaller --batch_size, and run the same command again: parts that are scored stay"
 _TEXTS = ("pair_id", "prompt", "chosen", "rejected")
 
 Raw = dict[str, Any]
@@ -131,11 +134,11 @@ def score(data: str | Path, output_dir: str | Path, settings: ScoreSettings, *, 
         columns = _columns(data, pairs, settings.score_columns)
     if settings.folds is not None and processes.count() > 1:
         raise ConfigError("folds trains its reward models in one process; start it without accelerate launch")
-    with storage_errors(output_dir), ExitStack() as held:
+    with storage_errors(output_dir), memory_errors(MEMORY_REMEDY), ExitStack() as held:
         report = processes.first(lambda: _begin(output_dir, state, held, overwrite=overwrite))
         if report is not None:
             say(f"{output_dir} is complete; nothing to do.")
-            return ScoreReport.model_validate(_unnamed(report))
+            return _again(report, output_dir)
         try:
             chosen, rejected = columns or _scores(data, pairs, settings, output_dir)
         except MadpoError:
@@ -150,12 +153,11 @@ def score(data: str | Path, output_dir: str | Path, settings: ScoreSettings, *, 
 def _begin(output_dir: Path, state: Raw, held: ExitStack, *, overwrite: bool) -> Raw | None:
     """Make the folder ours (``held`` takes the lock); the report if it is complete already."""
     with storage_errors(output_dir):
-        claim(output_dir, state, overwrite=overwrite)
         held.enter_context(locked(output_dir))
+        claim(output_dir, state, overwrite=overwrite)
         done = output_dir / "report.json"
         if done.exists():
-            report: Raw = json.loads(done.read_bytes())
-            return report
+            return read_own(done)
         write_atomically(output_dir / "settings.json", json.dumps(state, indent=1) + "\n")
     return None
 
@@ -166,6 +168,15 @@ def _read(data: str | Path) -> list[Pair]:
     if not pairs:
         raise DataError(f"{data}: no row has two different scores, so there is no pair; score the completions first")
     return pairs
+
+
+def _again(report: Raw, output_dir: Path) -> ScoreReport:
+    try:
+        return ScoreReport.model_validate(_unnamed(report))
+    except (ValueError, TypeError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        place = output_dir / "report.json"
+        raise StorageError(f"{place} is damaged ({reason}); add --overwrite to begin anew") from error
 
 
 def _unnamed(report: dict[str, Any]) -> dict[str, Any]:
@@ -221,8 +232,16 @@ def _in_parts(
                 advance(len(chunk))
 
     processes.together(compute)
-    parts = [load_file(path) for path in paths.values()]
+    parts = [_part(path) for path in paths.values()]
     return np.concatenate([p["chosen"] for p in parts]), np.concatenate([p["rejected"] for p in parts])
+
+
+def _part(path: Path) -> dict[str, NDArray[Any]]:
+    try:
+        part = load_file(path)
+        return {name: part[name] for name in ("chosen", "rejected")}
+    except (SafetensorError, KeyError) as error:
+        raise StorageError(f"{path} is damaged ({error}); delete the file and run the same command again") from error
 
 
 def _refuse_not_finite(chosen: NDArray[Any], rejected: NDArray[Any], pairs: Sequence[Pair]) -> None:

@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from madpo.errors import DataError, MadpoError
 from madpo.records import Record, run_status
 from madpo.report.charts import (
     Chart,
@@ -121,15 +122,27 @@ def build_report(
     return root / "report.html"
 
 
+_OF_OTHERS = (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError)
+
+
 def rebuild_report(root: Path, *, figures: bool = True) -> Path:
     """Write the report of the run in ``root`` again, from what is finished there; see :func:`build_report`."""
     status = run_status(root)
     records = {name: record for name, record in status.steps.items() if record is not None}
     title = str(status.about.get("title", root.name))
-    experiment = {**status.about.get("experiment", {})}
-    if rows := status.about.get("rows"):
-        experiment["rows"] = rows
-    return build_report(root, records, title, experiment, status.unfinished, figures=figures)
+    try:
+        experiment = {**status.about.get("experiment", {})}
+        if rows := status.about.get("rows"):
+            experiment["rows"] = rows
+        return build_report(root, records, title, experiment, status.unfinished, figures=figures)
+    except MadpoError:
+        raise
+    except _OF_OTHERS as error:  # the folder may be anybody's, and its files hold anything
+        reason = (str(error).splitlines() or [""])[0][:160]
+        raise DataError(
+            f"{root} holds something that no run of madpo writes ({type(error).__name__}: {reason}); delete the folder "
+            "of the step and run it again"
+        ) from error
 
 
 def _charts(report: Report) -> tuple[dict[str, Chart | None], list[Chart]]:

@@ -24,12 +24,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from madpo.errors import ConfigError, DataError
+from madpo.errors import ConfigError, DataError, MadpoError
+from madpo.memory import is_shortage
 from madpo.progress import say
 from madpo.storage import storage_errors, sync_folder, write_atomically
+from madpo.untrusted import PICKLES
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -70,11 +73,47 @@ class Checkpoint:
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of one of its safetensors files, on the CPU."""
-        return dict(load_file(self.folder / name))
+        with reading(self.folder / name):
+            return dict(load_file(self.folder / name))
 
     def json(self, name: str) -> Any:
         """What one of its JSON files holds."""
-        return json.loads((self.folder / name).read_text(encoding="utf-8"))
+        with reading(self.folder / name):
+            return json.loads((self.folder / name).read_text(encoding="utf-8"))
+
+
+# What reading somebody's values can meet: a file that is no safetensors, a key that is missing, a value of another kind.
+_OF_OTHERS = (
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    RuntimeError,
+    ArithmeticError,
+    SafetensorError,
+)
+
+
+@contextmanager
+def reading(place: Path) -> Iterator[None]:
+    """Take what a checkpoint holds; it may be anybody's, with digests that fit and contents that do not.
+
+    Raises:
+        DamagedCheckpoint: in place of the error that its contents cause.
+    """
+    try:
+        yield
+    except MadpoError:
+        raise
+    except _OF_OTHERS as error:  # RecursionError is a RuntimeError
+        if is_shortage(error):
+            raise
+        reason = (str(error).splitlines() or [""])[0][:160]
+        raise DamagedCheckpoint(
+            f"{place} holds something that madpo does not write ({type(error).__name__}: {reason}); use another "
+            "checkpoint"
+        ) from error
 
 
 @contextmanager
@@ -82,11 +121,11 @@ def writing(root: Path, step: int, identity: Mapping[str, Any]) -> Iterator[Path
     """A folder to fill; when the block ends without an error it becomes ``root/checkpoint-<step>``, durably.
 
     Raises:
-        StorageError: the disk is full, read-only and the like; the checkpoints that were there are untouched.
+        StorageError: the disk is full, read-only and the like, or ``root`` is gone; the checkpoints that were there
+            are untouched.
     """
     target, part = root / f"checkpoint-{step}", root / f".checkpoint-{step}.part"
     with storage_errors(root):
-        root.mkdir(parents=True, exist_ok=True)
         _sweep(root)
         part.mkdir()
         try:
@@ -134,9 +173,11 @@ def verify(folder: Path) -> Checkpoint:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         form, step, files, identity = (manifest[key] for key in ("format", "step", "files", "identity"))
+        if type(step) is not int or not isinstance(files, dict) or not isinstance(identity, dict):
+            raise ValueError("step, files or identity is of another kind")
     except (FileNotFoundError, NotADirectoryError):
         raise DamagedCheckpoint(f"{folder} has no {MANIFEST}, so it is no complete checkpoint of madpo") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
         raise DamagedCheckpoint(f"{folder / MANIFEST} cannot be read ({error}); use another checkpoint") from error
     if form != FORMAT:
         raise DamagedCheckpoint(f"{folder} has format {form!r}, and this madpo reads {FORMAT}; use another checkpoint")
@@ -145,13 +186,19 @@ def verify(folder: Path) -> Checkpoint:
             raise DamagedCheckpoint(f"{folder} holds no {what} ({name}), so training cannot continue from it")
     for name, entry in files.items():
         _verify_file(folder, name, entry)
-    return Checkpoint(folder, int(step), identity)
+    return Checkpoint(folder, step, identity)
 
 
-def _verify_file(folder: Path, name: str, entry: Mapping[str, Any]) -> None:
+def _verify_file(folder: Path, name: str, entry: Any) -> None:
     path = folder / name
-    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name:
         raise DamagedCheckpoint(f"{folder / MANIFEST} names {name!r}, which lies outside the checkpoint")
+    if not (isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys()):
+        raise DamagedCheckpoint(f"{folder / MANIFEST} gives no bytes and sha256 for {name!r}; use another checkpoint")
+    if path.suffix in PICKLES:
+        raise DamagedCheckpoint(f"{path} is a pickle, which madpo does not write and which can run code; remove it")
+    if path.is_symlink():
+        raise DamagedCheckpoint(f"{path} is a link, which may lead out of the checkpoint; copy the file itself there")
     if not path.is_file():
         raise DamagedCheckpoint(f"{path} is missing: the checkpoint is incomplete; use an older one")
     size = path.stat().st_size

@@ -26,9 +26,11 @@ from madpo.errors import ConfigError, DataError
 from madpo.logprobs import CompletionScores, completion_logps, install_completion_head, unwrapped
 from madpo.losses import DPO, LossConfig, LossInputs, LossOutput, LossState
 from madpo.training.config import PreferenceConfig, refuse_replaced_options
+from madpo.training.finite import drop_unscored
 from madpo.training.reference import cached_reference_logps
 from madpo.training.repeats import REPEATED, each_marked, marked, observed, refuse_uneven
 from madpo.training.resume import ExactResume
+from madpo.untrusted import check_model
 
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
@@ -58,6 +60,13 @@ class PreferenceCollator(DataCollatorForPreference):  # type: ignore[misc]
                 raise DataError(f"the column {name!r} is empty for pair {row}: fill it or drop the pair")
             # float64 keeps what the data has; the loss computes in float32 or wider.
             batch[name] = torch.tensor(values, dtype=torch.float64).float()
+            if not bool(torch.isfinite(batch[name]).all()):
+                place = int((~torch.isfinite(batch[name])).nonzero()[0])
+                row = examples[place].get("pair_id", f"{place} of the batch")
+                raise DataError(
+                    f"the column {name!r} is {values[place]} for pair {row}, which is no finite float32; score the "
+                    "pair again or drop it"
+                )
         if "pair_id" in examples[0]:
             batch["pair_id"] = torch.tensor([example["pair_id"] for example in examples])
         return batch
@@ -96,6 +105,8 @@ class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
     ) -> None:
         self.loss = loss if loss is not None else DPO()
         args = PreferenceConfig() if args is None else args
+        if isinstance(model, str):
+            args.model_init_kwargs = _safe_init(model, args)
         self.loss_state = self.loss.init_state(args.seed)
         self._observed: _ObservedStep | None = None
         refuse_replaced_options(args)
@@ -116,9 +127,9 @@ class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
         """Nothing leaves the machine."""
 
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: Any, dataset_name: str) -> Dataset:
-        if all(name in (dataset.column_names or ()) for name in ID_COLUMNS):
-            return dataset
-        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if not all(name in (dataset.column_names or ()) for name in ID_COLUMNS):
+            dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        return drop_unscored(dataset, args, dataset_name)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = [*ID_COLUMNS, *REFERENCE_COLUMNS, *PAIR_COLUMNS, "pair_id"]
@@ -205,8 +216,8 @@ class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
         else:  # gradients are averaged over processes, the sum of losses is not
             loss = per_pair.sum() * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
         self._note(mode, inputs, scores, pairs, output)
-        if mode == "train" and not bool(torch.isfinite(loss)):
-            raise self._not_finite(inputs, pairs, output)
+        if not bool(torch.isfinite(loss)):
+            raise self._loss_not_finite(inputs, pairs, output)
         return (loss, scores) if return_outputs else loss
 
     def prediction_step(
@@ -262,6 +273,7 @@ class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
     @torch.no_grad()
     def _observe(self, batches: list[dict[str, Tensor]]) -> LossState:
         """One more forward pass over the step, without gradients: what makes a step independent of its split."""
+        self.model_wrapped.train()  # as the step itself will: the first of a resumed run is no first step
         statistics, counted = [], []
         for batch in map(self._prepare_inputs, batches):
             with self.compute_loss_context_manager():
@@ -356,19 +368,27 @@ class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
         ):
             self._metrics[mode][name].append(torch.stack([(value * lengths)[rows].sum(), lengths[rows].sum()]).float())
 
-    def _not_finite(self, inputs: dict[str, Tensor], pairs: LossInputs, output: LossOutput) -> DataError:
+    def _loss_not_finite(self, inputs: dict[str, Tensor], pairs: LossInputs, output: LossOutput) -> DataError:
         bad = ~torch.isfinite(output.per_pair.detach())
-        ids = inputs["pair_id"] if "pair_id" in inputs else torch.arange(len(bad), device=bad.device)
-        overflown = [
-            name
-            for name, value in (("policy", pairs.log_ratio_margin), ("reference", pairs.ref_chosen_logps))
-            if not bool(torch.isfinite(value).all())
-        ]
-        cause = f"the {overflown[0]} log-probabilities are not finite" if overflown else "the loss overflows"
-        return DataError(
-            f"the loss is {float(output.per_pair.detach().sum())} at step {self.state.global_step + 1} for the pairs "
-            f"{ids[bad].tolist()[:8]}: {cause}; lower the learning rate, or use bfloat16 or float32 instead of float16"
-        )
+        value = float(output.per_pair.detach().sum())
+        if "pair_id" in inputs:
+            where = self.pairs_of([{"pair_id": inputs["pair_id"][bad.to(inputs["pair_id"].device)]}])
+        else:
+            rows = torch.cat([bad, bad]).to(inputs["input_ids"].device)
+            where = self.pairs_of([{name: inputs[name][rows] for name in ("input_ids", "attention_mask")}])
+        reference = torch.cat([pairs.ref_chosen_logps, pairs.ref_rejected_logps])
+        cause = None
+        if not bool(torch.isfinite(reference).all()):
+            cause = "the reference log-probabilities are not finite; compute the columns again, in bfloat16 or float32"
+        return self.not_finite(f"the loss is {value}", where, cause)
+
+
+def _safe_init(model: str, args: DPOConfig) -> dict[str, Any]:
+    """How TRL loads a model that is given by name: without pickles and code, unless the user asked for them."""
+    given = dict(args.model_init_kwargs or {})
+    if not args.trust_remote_code and given.get("use_safetensors", True) and not given.get("trust_remote_code"):
+        check_model(model)
+    return {"use_safetensors": True, **given}
 
 
 @dataclass

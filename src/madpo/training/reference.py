@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ import torch
 from accelerate.utils import broadcast
 from datasets import Dataset
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
 from torch import Tensor, nn
 
 from madpo.errors import ConfigError, DataError
@@ -27,6 +28,7 @@ from madpo.logprobs import completion_logps
 from madpo.models import cache_dir
 from madpo.processes import everyone, first
 from madpo.progress import bar
+from madpo.storage import storage_errors, write_atomically
 
 COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 VERSION = 2
@@ -85,19 +87,44 @@ def cached_reference_logps(
 
     def look() -> bool:
         if path.exists():
-            columns.update(load_file(path))
+            columns.update(_read(path))
             _verify(model, dataset, collator, accelerator, batch_size, columns, path)
         return bool(columns)
 
     if first(look):  # on the leading process: the others may not see its disk
         return _everywhere(columns, len(dataset), accelerator)
     columns = _compute(model, dataset, collator, accelerator, batch_size, description)
+    named = "pair_id" in dataset.column_names
+    refuse_not_finite(columns, dataset["pair_id"] if named else [f"in row {row}" for row in range(len(dataset))])
     if accelerator.is_main_process:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        save_file(columns, part)
-        part.replace(path)
+        with storage_errors(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, save(columns))
     return columns
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return dict(load_file(path))
+    except SafetensorError as error:
+        raise DataError(f"{path} cannot be read ({error}); delete the file") from error
+
+
+def refuse_not_finite(
+    columns: Mapping[str, np.ndarray], names: Sequence[Any], model: str = "the reference model"
+) -> None:
+    """Refuse a model's numbers that are none, before they are kept.
+
+    Raises:
+        DataError: with the first pair, by its name.
+    """
+    for column, values in columns.items():
+        if not np.isfinite(values).all():
+            row = int(np.flatnonzero(~np.isfinite(values))[0])
+            raise DataError(
+                f"{column} of pair {names[row]} is {values[row]}, so {model} overflows or has diverged; run it in "
+                "bfloat16 or float32, or train it again with a lower learning rate"
+            )
 
 
 def _path(weights: str, dataset: Dataset, collator: Any, accelerator: Any, batch_size: int) -> Path:
@@ -178,6 +205,8 @@ def _verify(
     path: Path,
 ) -> None:
     """Recompute one batch: a damaged file, or an engine that changed, must not pass."""
+    if columns.keys() != set(COLUMNS):
+        raise DataError(f"{path} holds {', '.join(sorted(columns)) or 'nothing'}, expected {COLUMNS}; delete the file")
     if len(columns[COLUMNS[0]]) != len(dataset):
         raise DataError(f"{path} holds {len(columns[COLUMNS[0]])} rows, expected {len(dataset)}; delete the file")
     batches = (len(dataset) + batch_size - 1) // batch_size

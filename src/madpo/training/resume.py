@@ -8,6 +8,7 @@ transformers keeps as pickle (optimizer, schedule, random states, arguments).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -16,14 +17,18 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import ExportableState
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState, TrainerState
 
 from madpo.errors import ConfigError, DataError, StorageError
+from madpo.memory import memory_errors
 from madpo.processes import everyone
 from madpo.progress import say
 from madpo.records import libraries
+from madpo.storage import locked, storage_errors
 from madpo.training import checkpoints as disk
+from madpo.training.finite import FiniteTraining
+from madpo.untrusted import refuse_pickles
 
 # Arguments that change where, how often or how fast, and no result (but for last digits, see `_conditions`).
 _FREE = {
@@ -41,7 +46,7 @@ _FREE = {
 _FREE_PREFIXES = ("logging_", "log_", "save_", "hub_", "trackio_", "ddp_")
 
 
-class ExactResume(Trainer):  # type: ignore[misc]
+class ExactResume(FiniteTraining):
     """Mixin: put it before the trainer, ``class MyTrainer(ExactResume, RewardTrainer)``.
 
     Attributes:
@@ -51,6 +56,10 @@ class ExactResume(Trainer):  # type: ignore[misc]
 
     export_checkpoints: bool = True
     stage_settings: dict[str, Any] | None = None
+    memory_remedy: str = (
+        "lower per_device_train_batch_size and raise gradient_accumulation_steps by the same factor, which leaves the "
+        "result as it is, or lower max_length"
+    )
 
     _point: disk.Checkpoint | None = None  # where this call of `train` continues
     _random_due: bool = False
@@ -58,6 +67,11 @@ class ExactResume(Trainer):  # type: ignore[misc]
     _identity_now: dict[str, Any] | None = None
     _clock: float = 0.0
     _seconds_before: float = 0.0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, TrainingArguments)]
+        with storage_errors(Path(given[0].output_dir if given else ".")), memory_errors(self.memory_remedy):
+            super().__init__(*args, **kwargs)
 
     # ---- What a trainer adds ----
 
@@ -88,8 +102,21 @@ class ExactResume(Trainer):  # type: ignore[misc]
         Raises:
             DataError: the checkpoint is damaged, or belongs to another training; the sentence names file or field.
             ConfigError: the training is sharded, and its checkpoints would be pickles.
+            StorageError: another run trains in ``output_dir``, or it cannot be written.
+            MemoryShortage: the memory is used up; the checkpoints stay.
         """
-        saves = str(getattr(self.args.save_strategy, "value", self.args.save_strategy)) != "no"
+        root = Path(self.args.output_dir)
+        with storage_errors(root), memory_errors(self.memory_remedy), contextlib.ExitStack() as held:
+            if self.args.should_save and self._saves:
+                held.enter_context(locked(root))
+            return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    @property
+    def _saves(self) -> bool:
+        return str(getattr(self.args.save_strategy, "value", self.args.save_strategy)) != "no"
+
+    def _train(self, resume_from_checkpoint: Any, trial: Any, ignore_keys_for_eval: list[str] | None) -> Any:
+        saves = self._saves
         self._refuse_pickle(saves or bool(resume_from_checkpoint))
         self._point, self._random_due, self._seconds_before = None, False, 0.0
         where = self._where(resume_from_checkpoint)
@@ -98,7 +125,10 @@ class ExactResume(Trainer):  # type: ignore[misc]
         totals = _Totals(self)
         self.add_callback(totals)
         try:
-            return super().train(resume_from_checkpoint=where, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
+            result = super().train(resume_from_checkpoint=where, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
+            if not self.sharded:
+                self.require_finite_weights()
+            return result
         finally:
             self.remove_callback(totals)
             self._point = None
@@ -139,7 +169,7 @@ class ExactResume(Trainer):  # type: ignore[misc]
             self._point = disk.newest(root)
             if self._point is None:
                 raise DataError(f"there is no complete checkpoint in {root} to resume from")
-            return str(self._point.folder)
+            return self._with_state(self._point)
         folder = Path(wanted)
         try:
             self._point = disk.verify(folder)
@@ -150,7 +180,15 @@ class ExactResume(Trainer):  # type: ignore[misc]
                 return str(folder)
             hint = " (allow_pickle=True in PreferenceConfig loads transformers' own format)" if foreign else ""
             raise disk.DamagedCheckpoint(f"{error}{hint}") from error
-        return str(folder)
+        return self._with_state(self._point)
+
+    def _with_state(self, point: disk.Checkpoint) -> str:
+        """Its folder, if transformers can read the trainer's state there."""
+        with disk.reading(point.folder / disk.TRAINER_STATE):
+            state = TrainerState.load_from_json(str(point.folder / disk.TRAINER_STATE))
+            if state.global_step != point.step:
+                raise ValueError(f"global_step is {state.global_step} in the checkpoint of step {point.step}")
+        return str(point.folder)
 
     def _identity(self) -> dict[str, Any]:
         """What the result of this training depends on."""
@@ -230,6 +268,9 @@ class ExactResume(Trainer):  # type: ignore[misc]
 
     def _write(self, root: Path, step: int, ranks: list[Any]) -> None:
         identity = self._identity_now if self._identity_now is not None else self._identity()
+        self.require_finite_weights()
+        if self.hp_search_backend is not None:
+            root.mkdir(parents=True, exist_ok=True)  # a trial has a folder of its own
         with disk.writing(root, step, identity) as folder:
             if self.export_checkpoints:
                 self.save_model(str(folder), _internal_call=True)
@@ -308,7 +349,7 @@ class ExactResume(Trainer):  # type: ignore[misc]
         for name in sorted(saved.keys() ^ live.keys()):
             where = "the checkpoint" if name in saved else "this model"
             raise DataError(f"{self._point.folder}: {name} is trained in {where} alone; use the model it was made with")
-        with torch.no_grad():
+        with torch.no_grad(), disk.reading(self._point.folder):
             for name, tensor in live.items():
                 if tensor.shape != saved[name].shape:
                     raise DataError(
@@ -323,12 +364,13 @@ class ExactResume(Trainer):  # type: ignore[misc]
             if checkpoint is not None:
                 self._load_foreign_extra(Path(checkpoint))
             return
-        kept = self._point.json(disk.TRAINING)
-        tensors = self._point.tensors(disk.OPTIMIZER)
-        groups = self.optimizer.param_groups
-        self.optimizer.load_state_dict(disk.unpack_optimizer(tensors, kept["optimizer"], groups))
-        self.lr_scheduler.load_state_dict(kept["scheduler"])
-        self._load_extra_state(self._point.tensors(disk.EXTRA), kept["extra"])
+        with disk.reading(self._point.folder):
+            kept = self._point.json(disk.TRAINING)
+            tensors = self._point.tensors(disk.OPTIMIZER)
+            groups = self.optimizer.param_groups
+            self.optimizer.load_state_dict(disk.unpack_optimizer(tensors, kept["optimizer"], groups))
+            self.lr_scheduler.load_state_dict(kept["scheduler"])
+            self._load_extra_state(self._point.tensors(disk.EXTRA), kept["extra"])
         self._random_due = True
 
     def _load_foreign_extra(self, folder: Path) -> None:
@@ -344,22 +386,29 @@ class ExactResume(Trainer):  # type: ignore[misc]
         if self._point is None:
             super()._load_scaler(checkpoint)
             return
-        scaler, kept = getattr(self.accelerator, "scaler", None), self._point.json(disk.TRAINING)["scaler"]
-        if scaler is not None and kept is not None:
-            scaler.load_state_dict(kept)
+        with disk.reading(self._point.folder):
+            scaler, kept = getattr(self.accelerator, "scaler", None), self._point.json(disk.TRAINING)["scaler"]
+            if scaler is not None and kept is not None:
+                scaler.load_state_dict(kept)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if self._point is None:
             super()._load_rng_state(checkpoint)
         elif self._random_due:
             self._random_due = False
-            ranks = self._point.json(disk.TRAINING)["processes"]
-            disk.restore_random_states(ranks[self.accelerator.process_index]["random"])
+            with disk.reading(self._point.folder):
+                ranks = self._point.json(disk.TRAINING)["processes"]
+                disk.restore_random_states(ranks[self.accelerator.process_index]["random"])
 
     def _load_best_model(self) -> None:
+        # Its place stands in the trainer's state, which may come from somebody's checkpoint.
         folder = Path(self.state.best_model_checkpoint)
-        if (folder / disk.MANIFEST).exists() and not self.args.save_only_model:
-            disk.verify(folder)
+        if not getattr(self.args, "allow_pickle", False):
+            if folder.resolve().parent != Path(self.args.output_dir).resolve():
+                raise DataError(f"the best checkpoint, {folder}, lies outside {self.args.output_dir}; train without it")
+            if not self.args.save_only_model:
+                disk.verify(folder)
+            refuse_pickles(folder)
         super()._load_best_model()
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
@@ -377,7 +426,10 @@ class ExactResume(Trainer):  # type: ignore[misc]
         self._stopped = False
         if self._point is None:
             return
-        kept = self._point.json(disk.TRAINING)
+        with disk.reading(self._point.folder):
+            self._take_totals(self._point.json(disk.TRAINING))
+
+    def _take_totals(self, kept: dict[str, Any]) -> None:
         self._stopped = kept["stopped"]
         own = kept["processes"][self.accelerator.process_index]
         self._seconds_before = kept["seconds"]

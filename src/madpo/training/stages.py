@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from pydantic import Field
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
@@ -25,8 +25,7 @@ from madpo.config import Frozen, added, identity_settings
 from madpo.corpus import Corpus, load_corpus, sft_reviews
 from madpo.logprobs import completion_logps, install_completion_head, unwrapped
 from madpo.losses import Loss
-from madpo.models import LoRA, compute_dtype, load_model, load_tokenizer, merge_adapter, resolve_model
-from madpo.packaged import quiet_transformers
+from madpo.models import LoRA, compute_dtype, load_classifier, load_model, load_tokenizer, merge_adapter, resolve_model
 from madpo.pipeline import Metrics
 from madpo.progress import bar, say
 from madpo.rewards import RewardModel
@@ -36,10 +35,15 @@ from madpo.storage import write_atomically
 from madpo.training.checkpoints import newest, remove
 from madpo.training.config import PreferenceConfig
 from madpo.training.preference import ID_COLUMNS, REFERENCE_COLUMNS, PreferenceCollator, PreferenceTrainer
+from madpo.training.reference import refuse_not_finite
 from madpo.training.resume import ExactResume
 
 MARGINS, SCORES = "margins.parquet", "scores.parquet"
 CHECKPOINTS = "checkpoints"
+MEMORY_REMEDY = (
+    "set optimisation.micro_batch_size to a smaller divisor of its batch_size, which leaves the result as it is, and "
+    "run again"
+)
 
 
 class Optimisation(Frozen):
@@ -151,6 +155,8 @@ def run_training(trainer: Any, settings: Frozen, description: str, out: Path) ->
     watch(trainer, description, out)
     trainer.export_checkpoints = False  # the stage writes the finished adapter
     trainer.stage_settings = identity_settings(settings)
+    if hasattr(settings, "optimisation"):
+        trainer.memory_remedy = MEMORY_REMEDY
     found = newest(out / CHECKPOINTS)
     return trainer.train(resume_from_checkpoint=None if found is None else found.folder)
 
@@ -327,10 +333,7 @@ def fit_reward_model(config: RewardModelStage, train: Dataset, stopping: Dataset
     """
     base = resolve_model(config.model)
     tokenizer = load_tokenizer(base)
-    with quiet_transformers():  # it would report the head, which is new on purpose
-        model = AutoModelForSequenceClassification.from_pretrained(
-            base, num_labels=1, dtype=compute_dtype(), use_safetensors=True, trust_remote_code=False
-        )
+    model = load_classifier(base, num_labels=1)
     with torch.no_grad():
         model.score.weight.zero_()  # states are large: a random head would begin with rewards of several log-odds
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -361,7 +364,7 @@ def fit_reward_model(config: RewardModelStage, train: Dataset, stopping: Dataset
 
 def _sequences(pairs: pd.DataFrame) -> Dataset:
     chosen, rejected = token_sides(pairs)
-    return Dataset.from_dict({"chosen_ids": chosen, "rejected_ids": rejected})
+    return Dataset.from_dict({"pair_id": list(pairs["pair_id"]), "chosen_ids": chosen, "rejected_ids": rejected})
 
 
 def token_sides(pairs: pd.DataFrame) -> tuple[list[list[int]], list[list[int]]]:
@@ -376,6 +379,7 @@ def token_sides(pairs: pd.DataFrame) -> tuple[list[list[int]], list[list[int]]]:
 def margin_table(model: RewardModel, pairs: pd.DataFrame) -> pd.DataFrame:
     chosen, rejected = (model.score_ids(side) for side in token_sides(pairs))
     margins = np.asarray(chosen - rejected, dtype=np.float64)
+    refuse_not_finite({"reward_margin": margins}, pairs["pair_id"].to_list(), "the reward model")
     return pd.DataFrame({"pair_id": pairs["pair_id"].to_numpy(), "reward_margin": margins})
 
 
@@ -430,6 +434,7 @@ def reference_logps(config: ReferenceStage, inputs: Mapping[str, Path], out: Pat
             found.append(torch.stack(logps.double().chunk(2)))
             advance(found[-1].shape[1])
     chosen, rejected = torch.cat(found, dim=1).cpu().numpy()
+    refuse_not_finite(dict(zip(REFERENCE_COLUMNS, (chosen, rejected), strict=True)), pairs["pair_id"].to_list())
     table = pd.DataFrame({"pair_id": pairs["pair_id"], REFERENCE_COLUMNS[0]: chosen, REFERENCE_COLUMNS[1]: rejected})
     table.to_parquet(out / "reference.parquet", index=False)
     return {

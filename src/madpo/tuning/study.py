@@ -12,15 +12,16 @@ import numpy as np
 
 from madpo.config import Frozen
 from madpo.errors import ConfigError, MadpoError
+from madpo.memory import memory_errors
 from madpo.practice.claims import claim
 from madpo.practice.folders import digest
-from madpo.practice.policy import resolved
+from madpo.practice.policy import MEMORY_REMEDY, resolved
 from madpo.practice.reward_model import plain
 from madpo.progress import say
 from madpo.records import Estimate
 from madpo.seeding import derived_seed
 from madpo.statistics import bootstrap_mean
-from madpo.storage import locked, storage_errors, write_atomically
+from madpo.storage import LOCK, locked, storage_errors, write_atomically
 from madpo.summary import DASH
 from madpo.tuning.heldout import Heldout, Measured, Prepared, measure, prepare
 from madpo.tuning.page import write_table
@@ -116,22 +117,21 @@ def tune(data: str | Path, output_dir: str | Path, settings: TuneSettings, *, ov
     """
     output_dir = Path(output_dir)
     state = {"data": str(data), "data_digest": digest(data), **settings.model_dump(mode="json", exclude={"trials"})}
-    with storage_errors(output_dir):
+    with storage_errors(output_dir), memory_errors(MEMORY_REMEDY), locked(output_dir):
         claim(output_dir, state, overwrite=overwrite)
-        with locked(output_dir):
-            known = {entry.name for entry in output_dir.iterdir()} - {".lock"}
-            write_atomically(output_dir / "settings.json", json.dumps(state, indent=1) + "\n")
-            try:
-                prepared = prepare(data, settings, output_dir)
-            except MadpoError:
-                if not known:  # nothing that a second run could continue from
-                    shutil.rmtree(output_dir)
-                raise
-            report = _search(data, output_dir, settings, prepared)
-            write_atomically(
-                output_dir / "chosen.toml", resolved(data, with_values(settings.training, report.best().values))
-            )
-            write_atomically(output_dir / "report.json", json.dumps(plain(report), indent=1) + "\n")
+        known = {entry.name for entry in output_dir.iterdir()} - {LOCK}
+        write_atomically(output_dir / "settings.json", json.dumps(state, indent=1) + "\n")
+        try:
+            prepared = prepare(data, settings, output_dir)
+        except MadpoError:
+            if not known:  # nothing that a second run could continue from
+                shutil.rmtree(output_dir)
+            raise
+        report = _search(data, output_dir, settings, prepared)
+        write_atomically(
+            output_dir / "chosen.toml", resolved(data, with_values(settings.training, report.best().values))
+        )
+        write_atomically(output_dir / "report.json", json.dumps(plain(report), indent=1) + "\n")
     return report
 
 

@@ -1,0 +1,430 @@
+"""Full disks, missing rights, vanished folders, two runs at once, too little memory: one sentence, nothing lost."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import TrainerCallback
+
+import soak
+from madpo.cli import main
+from madpo.errors import MemoryShortage, StorageError
+from madpo.memory import is_shortage, memory_errors
+from madpo.models import build_tiny
+from madpo.storage import LOCK, holder, locked, storage_errors, write_atomically
+from madpo.training import PreferenceTrainer, preference
+from madpo.training import checkpoints as disk
+from practice_cases import text_pairs, write
+from test_finite import build
+
+SIZE = 6 * 2**20  # of the small disk: the tiny model's results fit, a ballast fills it
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return build_tiny("llama", tmp_path_factory.mktemp("models") / "llama", seed=1)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MADPO_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 6 MB of its own; ``remount(options)`` changes it."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(place)]
+    if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("a file system of one's own can be mounted by root alone")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def fill(place):
+    """Leave no room; the ballast's path."""
+    ballast = place.parent / place.name / "ballast"
+    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    return ballast
+
+
+def remount(place, options):
+    subprocess.run(["mount", "-o", f"remount,{options}", str(place)], check=True)
+
+
+class At(TrainerCallback):
+    """Does something after a step."""
+
+    def __init__(self, step, what):
+        self.step, self.what = step, what
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.what()
+
+
+def words(data, model, out):
+    """``madpo train`` with a checkpoint after every step."""
+    options = ["--loss", "dpo", "--args.save_steps", "1", "--args.bf16", "false", "--dtype", "float32", "--epochs", "1"]
+    return ["train", str(data), "--model_name_or_path", str(model), "--output_dir", str(out), *options]
+
+
+def disturbed(monkeypatch, step, what):
+    """Every training from now on is disturbed after ``step``."""
+    real = PreferenceTrainer.__init__
+
+    def with_disturbance(self, *args, **kwargs):
+        real(self, *args, **kwargs)
+        self.add_callback(At(step, what))
+
+    monkeypatch.setattr(PreferenceTrainer, "__init__", with_disturbance)
+    return lambda: monkeypatch.setattr(PreferenceTrainer, "__init__", real)
+
+
+def in_a_fork(job, err):
+    """(exit code of ``job()`` in a child, what it wrote to stderr)."""
+
+    def run():
+        handle = os.open(err, os.O_WRONLY | os.O_CREAT, 0o644)
+        sys.stderr = os.fdopen(handle, "w", buffering=1)
+        os._exit(job())
+
+    code = soak.wait(soak.fork(run))
+    return code, err.read_text()
+
+
+def one_sentence(capsys):
+    err = capsys.readouterr().err
+    (line,) = [line for line in err.splitlines() if line.startswith("madpo: ")]
+    assert "Traceback" not in err
+    return line
+
+
+# ---- A full disk ----
+
+
+def test_a_full_disk_in_the_middle_costs_one_step(small_disk, llama, tmp_path, capsys, monkeypatch):
+    data = write(tmp_path / "pairs.jsonl", text_pairs(24))
+    assert main(words(data, llama, tmp_path / "undisturbed")) == 0
+    capsys.readouterr()
+    command = words(data, llama, small_disk / "P")
+    restore = disturbed(monkeypatch, 2, lambda: fill(small_disk))
+    assert main(command) == 2
+    assert "the disk is full; free some space and run the same command again" in one_sentence(capsys)
+    assert not (small_disk / "P").exists()
+    newest = disk.newest(small_disk / ".P.partial" / "checkpoints")
+    assert newest.step == 1
+    restore()
+    (small_disk / "ballast").unlink()
+    assert main(command) == 0
+    assert "continues after step 1" in capsys.readouterr().err
+    for name in ("adapter/adapter_model.safetensors", "log.jsonl"):
+        assert (small_disk / "P" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes(), name
+    assert [p.name for p in small_disk.iterdir()] == ["P"]
+
+
+@pytest.mark.parametrize("command", ["reward", "score", "evaluate", "check"])
+def test_every_command_on_a_full_disk(small_disk, llama, tmp_path, capsys, command):
+    data = write(tmp_path / "pairs.jsonl", [r | {"a": 2.0, "b": 1.0} for r in text_pairs(24)])
+    base, out = ["--model_name_or_path", str(llama)], ["--output_dir", str(small_disk / "out")]
+    given = {
+        "reward": [str(data), *base, *out, "--eval_share", "0.4"],
+        "score": [str(data), "--score_columns", "a", "b", *out],
+        "evaluate": [str(llama), "--reference", str(llama), "--prompts", str(data), "--reward", "nothing", *out],
+        "check": [str(data), "--output_dir", str(small_disk / "out")],
+    }[command]
+    fill(small_disk)
+    assert main([command, *given]) == 2
+    assert "the disk is full" in one_sentence(capsys)
+    assert not [p for p in small_disk.rglob("*") if p.is_file() and p.name != "ballast" and p.stat().st_size]
+
+
+@pytest.mark.parametrize("name", ["write", "fsync", "replace", "rename", "mkdir", "open"])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EIO])
+def test_every_call_of_the_system_may_fail_in_a_checkpoint(tmp_path, monkeypatch, name, code):
+    """The first three calls of each kind fail in turn: the older checkpoint is whole, and the new one or none."""
+
+    def checkpoint(step):
+        with disk.writing(tmp_path, step, {"data": "a"}) as part:
+            for file in (disk.WEIGHTS, disk.OPTIMIZER, disk.EXTRA):
+                disk.save_tensors({"x": torch.full((3,), float(step))}, part / file)
+            for file in (disk.TRAINING, disk.TRAINER_STATE):
+                disk.save_json({"step": step}, part / file)
+
+    checkpoint(1)
+    real, calls = getattr(os, name), {"left": 0}
+
+    def failing(*arguments, **options):
+        calls["left"] -= 1
+        if calls["left"] == 0:
+            raise OSError(code, os.strerror(code))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(os, name, failing)
+    for n in (1, 2, 3):
+        calls["left"] = n
+        with contextlib.suppress(StorageError):
+            checkpoint(2)
+        calls["left"] = 0
+        assert disk.newest(tmp_path).step in (1, 2)
+        assert disk.verify(tmp_path / "checkpoint-1").step == 1
+        shutil.rmtree(tmp_path / "checkpoint-2", ignore_errors=True)
+
+
+# ---- Read-only, no rights, vanished ----
+
+
+def test_a_read_only_disk(small_disk, llama, tmp_path, capsys):
+    data = write(tmp_path / "pairs.jsonl", text_pairs(24))
+    remount(small_disk, "ro")
+    assert main(words(data, llama, small_disk / "P")) == 2
+    assert "the file system is read-only; choose another folder" in one_sentence(capsys)
+    assert not list(small_disk.iterdir())
+
+
+def test_a_trainer_of_ones_own_in_a_read_only_folder(small_disk, llama):
+    remount(small_disk, "ro")
+    with pytest.raises(StorageError, match="read-only"):
+        build(llama, small_disk / "run")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, which root alone can")
+def test_a_folder_of_somebody_else(llama, tmp_path, tmp_path_factory):
+    """In a process that has given up its rights: root may write anywhere."""
+    for place in (tmp_path, *tmp_path.parents[:3], llama, llama.parent, *llama.iterdir()):
+        place.chmod(0o755)
+    (tmp_path / "cache").mkdir(mode=0o777)
+    data = write(tmp_path_factory.mktemp("data") / "pairs.jsonl", text_pairs(24))
+    data.parent.chmod(0o755)
+    before = sorted(tmp_path.rglob("*"))
+
+    def as_nobody():
+        os.setgid(65534)
+        os.setuid(65534)
+        with pytest.raises(StorageError, match="permission denied; make it writable for you"):
+            build(llama, tmp_path / "run")
+        return main(words(data, llama, tmp_path / "P"))
+
+    code, err = in_a_fork(as_nobody, tmp_path_factory.mktemp("said") / "err.txt")
+    assert code == 2, err
+    assert "permission denied; make it writable for you or choose another folder" in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_that_vanishes_under_a_training(llama, tmp_path, capsys, monkeypatch):
+    data = write(tmp_path / "pairs.jsonl", text_pairs(24))
+    partial = tmp_path / ".P.partial"
+    restore = disturbed(monkeypatch, 2, lambda: shutil.move(partial, tmp_path / "moved"))
+    assert main(words(data, llama, tmp_path / "P")) == 2
+    assert "has vanished while it was being written; if it was moved, move it back" in one_sentence(capsys)
+    assert not partial.exists()
+    assert not (tmp_path / "P").exists()
+    restore()
+    shutil.move(tmp_path / "moved", partial)
+    assert main(words(data, llama, tmp_path / "P")) == 0
+    assert "continues after step 1" in capsys.readouterr().err
+
+
+def test_a_trainers_folder_that_vanishes(llama, tmp_path):
+    root = tmp_path / "run"
+    trainer = build(llama, root, callback=At(2, lambda: shutil.rmtree(root)))
+    with pytest.raises(StorageError, match=r"run: the folder has vanished while it was being written"):
+        trainer.train()
+    assert not root.exists()
+
+
+def test_what_is_missing_elsewhere_is_no_vanished_folder(tmp_path):
+    with pytest.raises(FileNotFoundError), storage_errors(tmp_path):
+        (tmp_path / "nothing").read_text()
+    with pytest.raises(FileNotFoundError), storage_errors(tmp_path / "gone"):
+        (tmp_path / "nothing").read_text()
+    with pytest.raises(StorageError, match="vanished"), storage_errors(tmp_path / "gone"):
+        (tmp_path / "gone" / "x").write_text("")
+
+
+# ---- Two runs at once ----
+
+HELD = """
+import sys, time
+from pathlib import Path
+from madpo.storage import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@contextlib.contextmanager
+def another_process_in(folder):
+    process = subprocess.Popen([sys.executable, "-c", HELD, str(folder)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "held\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_second_run_is_refused_with_pid_and_host_everywhere(llama, tmp_path, capsys):
+    """Trainer, and each command; the run itself is in tests/test_pipeline.py."""
+    data = write(tmp_path / "pairs.jsonl", [r | {"a": 2.0, "b": 1.0} for r in text_pairs(24)])
+    base, out = ["--model_name_or_path", str(llama)], ["--output_dir", str(tmp_path / "out")]
+    with another_process_in(tmp_path / "out") as other:
+        who = f"process {other.pid} on {os.uname().nodename}"
+        with pytest.raises(StorageError, match=rf"out is in use by another run \({who}"):
+            build(llama, tmp_path / "out").train()
+        for more in ([], ["--overwrite"]):  # which must not empty what another run fills
+            assert main(["score", str(data), "--score_columns", "a", "b", *out, *more]) == 2
+            assert who in one_sentence(capsys)
+        assert [p.name for p in (tmp_path / "out").iterdir()] == [LOCK]
+    prompts = ["--reference", str(llama), "--prompts", str(data), "--reward", "nothing"]
+    with another_process_in(tmp_path / ".other.partial") as other:
+        out = ["--output_dir", str(tmp_path / "other")]
+        for command in (
+            ["reward", str(data), *base, *out],
+            ["train", str(data), "--loss", "dpo", *base, *out],
+            ["evaluate", str(llama), *prompts, *out],
+        ):
+            assert main(command) == 2
+            line = one_sentence(capsys)
+            assert f"other is in use by another run (process {other.pid} on" in line
+            assert ".partial" not in line
+    # It was killed; the system let go of its lock.
+    with locked(tmp_path / "out"):
+        pass
+
+
+def test_a_trainer_lets_go_of_its_folder_and_leaves_no_lock(llama, tmp_path):
+    build(llama, tmp_path / "run", max_steps=1).train()
+    assert not (tmp_path / "run" / LOCK).exists()
+    assert holder(tmp_path / "run") is None
+    build(llama, tmp_path / "none", max_steps=1, save_strategy="no").train()
+
+
+def test_a_lock_is_its_folders_and_survives_a_rename(tmp_path):
+    with locked(tmp_path / "a"):
+        (tmp_path / "a").rename(tmp_path / "b")
+        with locked(tmp_path / "a"):  # another folder of that name: another lock
+            held = (tmp_path / "a" / LOCK).stat().st_ino
+        assert not (tmp_path / "a" / LOCK).exists()
+        assert (tmp_path / "b" / LOCK).stat().st_ino != held
+
+
+RACE = """
+import sys, time
+from pathlib import Path
+from madpo.errors import StorageError
+from madpo.storage import locked
+root, mine = Path(sys.argv[1]), Path(sys.argv[1]) / "inside"
+entered = 0
+for _ in range(400):
+    try:
+        with locked(root):
+            mine.touch(exist_ok=False)
+            time.sleep(0.0005)
+            mine.unlink()
+            entered += 1
+    except StorageError:
+        time.sleep(0.0003)
+print(entered)
+"""
+
+
+def test_the_lock_excludes_although_its_file_comes_and_goes(tmp_path):
+    children = [
+        subprocess.Popen([sys.executable, "-c", RACE, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    entered = [int(child.communicate(timeout=100)[0]) for child in children]
+    assert [child.returncode for child in children] == [0, 0, 0], "nobody met another inside"
+    assert all(count > 20 for count in entered)
+
+
+@pytest.mark.parametrize("content", ["", "{", "null", "3", '{"pid": 7}'])
+def test_whoever_holds_it_is_told_as_far_as_it_is_known(tmp_path, content):
+    with (tmp_path / LOCK).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(content)
+        file.flush()
+        assert holder(tmp_path).startswith("process 7 on ?" if "7" in content else "process ? on ?")
+
+
+# ---- Memory ----
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        np._core._exceptions._ArrayMemoryError((10**9, 10**9), np.dtype("f8")),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried to ..."
+        ),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("std::bad_alloc"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_every_way_to_say_that_memory_is_short(error):
+    with pytest.raises(MemoryShortage, match=r"the memory is used up.*; use less"), memory_errors("use less"):
+        raise error
+    wrapped = RuntimeError("while generating the data set")
+    wrapped.__cause__ = error
+    assert is_shortage(wrapped)
+
+
+def test_other_errors_pass():
+    for error in (RuntimeError("shape mismatch"), ValueError("out of memory is only a text"), KeyError("a")):
+        with pytest.raises(type(error)), memory_errors("use less"):
+            raise error
+    with pytest.raises(RuntimeError):
+        torch.zeros(2) @ torch.zeros(3)
+
+
+def test_memory_that_runs_out_in_a_training(llama, tmp_path, monkeypatch, capsys):
+    """The address space of a child is closed after two steps; its third batch then asks for a gigabyte."""
+    data = write(tmp_path / "pairs.jsonl", text_pairs(24))
+
+    def in_little_memory():
+        def close():
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+            resource.setrlimit(resource.RLIMIT_AS, (used + 2**22, resource.RLIM_INFINITY))
+            real = preference.completion_logps
+            monkeypatch.setattr(preference, "completion_logps", lambda *a, **k: (torch.empty(2**28), real(*a, **k))[1])
+
+        disturbed(monkeypatch, 2, close)
+        return main(words(data, llama, tmp_path / "P"))
+
+    code, err = in_a_fork(in_little_memory, tmp_path / "err.txt")
+    assert code == 2, err
+    (line,) = [line for line in err.splitlines() if line.startswith("madpo: ")]
+    assert "the memory is used up" in line
+    assert "gradient_accumulation_steps" in line
+    assert "Traceback" not in err
+    assert not (tmp_path / "P").exists()
+    assert disk.newest(tmp_path / ".P.partial" / "checkpoints").step == 2
+    assert main(words(data, llama, tmp_path / "P")) == 0
+    assert "continues after step 2" in capsys.readouterr().err
+
+
+def test_writing_leaves_the_old_file_or_the_new_one(small_disk):
+    path = small_disk / "file"
+    write_atomically(path, "old")
+    fill(small_disk)
+    with pytest.raises(StorageError, match="disk is full"), storage_errors(path):
+        write_atomically(path, b"new" * 10**5)
+    assert path.read_text() == "old"
+    assert sorted(p.name for p in small_disk.iterdir()) == ["ballast", "file"]

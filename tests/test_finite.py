@@ -1,0 +1,454 @@
+"""Bad numbers: found before they reach the weights, named by step and pairs, and the last good checkpoint stays."""
+
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset
+from pydantic import Field
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
+from trl import RewardConfig, SFTConfig
+
+import soak
+from losses_cases import EVERY_LOSS
+from madpo import DPO, MADPO, PreferenceConfig, PreferenceTrainer
+from madpo.cli import main
+from madpo.errors import DataError
+from madpo.losses import LossConfig, LossOutput, SoftDPO
+from madpo.models import LoRA, build_tiny, load_tokenizer
+from madpo.training import checkpoints as disk
+from madpo.training import stages
+from madpo.training.finite import SKIPPED, drop_unscored
+from practice_cases import text_pairs, write
+
+SETTINGS = {
+    "report_to": "none",
+    "disable_tqdm": True,
+    "bf16": False,
+    "use_cpu": True,
+    "dataloader_pin_memory": False,
+    "learning_rate": 1e-2,
+    "max_steps": 4,
+    "per_device_train_batch_size": 4,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "logging_steps": 1,
+}
+HUGE = [1e6 + 1, -3e6, 1e30, -1e30, 2.5, -2.5, 0.0, 1e12]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return build_tiny("llama", tmp_path_factory.mktemp("models") / "llama", seed=1)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MADPO_CACHE", str(tmp_path / "cache"))
+
+
+def pairs(count=8, *, tokens=(2, 9), **columns):
+    generator = np.random.default_rng(3)
+
+    def draw(low, high):
+        return [generator.integers(5, 200, generator.integers(low, high)).tolist() for _ in range(count)]
+
+    rows = {"prompt_ids": draw(2, 6), "chosen_ids": draw(*tokens), "rejected_ids": draw(*tokens)}
+    reference = {name: (-10 - generator.random(count)).tolist() for name in ("ref_chosen_logps", "ref_rejected_logps")}
+    scores = {"chosen_score": [2.0] * count, "rejected_score": [1.0] * count}
+    return Dataset.from_dict(
+        {"pair_id": list(range(100, 100 + count)), **rows, **reference, **scores, "reward_margin": [1.0] * count}
+        | columns
+    )
+
+
+def build(folder, out, loss=None, data=None, *, peft=True, dtype=torch.float32, callback=None, **changes):
+    torch.manual_seed(0)
+    return PreferenceTrainer(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype),
+        args=PreferenceConfig(output_dir=str(out), **{**SETTINGS, **changes}),
+        loss=loss or DPO(),
+        train_dataset=pairs() if data is None else data,
+        processing_class=load_tokenizer(folder),
+        peft_config=LoRA(rank=4, alpha=8).peft_config("CAUSAL_LM") if peft else None,
+        callbacks=[callback] if callback else None,
+    )
+
+
+class At(TrainerCallback):
+    """Does something to the model after a step."""
+
+    def __init__(self, step, what):
+        self.step, self.what = step, what
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        if state.global_step == self.step:
+            self.what(model)
+
+
+def spoil_gradient(model):
+    """From now on the gradient of one weight overflows."""
+    name, parameter = next((n, p) for n, p in model.named_parameters() if p.requires_grad)
+    parameter.register_hook(lambda gradient: gradient * torch.inf)
+    spoil_gradient.name = name
+
+
+def spoil_weight(model):
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "down_proj.lora_B" in n).fill_(torch.nan)
+
+
+def spoil_base(model):
+    with torch.no_grad():
+        next(p for p in model.parameters() if not p.requires_grad).fill_(torch.inf)
+
+
+class RootLoss(LossConfig):
+    """Finite at the reference, with a gradient that is not: d sqrt|h| / dh at h = 0."""
+
+    kind: str = "root"
+    beta: float = Field(default=0.1)
+
+    def __call__(self, inputs, state=None):
+        h = inputs.log_ratio_margin
+        return LossOutput((h - h.detach()).abs().sqrt(), {})
+
+
+def sentence(error):
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+# ---- What stops a training ----
+
+
+def test_a_finite_loss_with_an_infinite_gradient_stops_before_the_weights_move(llama, tmp_path):
+    trainer = build(llama, tmp_path, RootLoss())
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    with pytest.raises(DataError, match="the gradient's norm is nan at step 1 for the pairs") as error:
+        trainer.train()
+    found = {int(i) for i in re.search(r"pairs \[(.*?)\]", sentence(error))[1].split(",")}
+    assert len(found) == 4
+    assert found <= set(range(100, 108))
+    assert "lower the learning rate" in sentence(error)
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+    assert not disk.folders(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (spoil_gradient, r"the gradient's norm is (inf|nan) at step 3 .* is the first with a bad gradient"),
+        (spoil_weight, r"a weight is no number at step 2 .*base_model\S+ is not finite, so the step was too large"),
+        (
+            spoil_base,
+            r"the loss is nan at step 3 .*the base model's weight base_model\S+ is not finite, so the model is",
+        ),
+    ],
+)
+def test_the_last_good_checkpoint_stays_and_continues(llama, tmp_path, spoil, words):
+    undisturbed = build(llama, tmp_path / "whole")
+    undisturbed.train()
+    trainer = build(llama, tmp_path / "run", callback=At(2, spoil), save_total_limit=1)
+    with pytest.raises(DataError, match=words) as error:
+        trainer.train()
+    text = sentence(error)
+    newest = disk.newest(tmp_path / "run")
+    # A spoilt weight must not become a checkpoint, and push out the good one.
+    assert newest.step == (1 if spoil is spoil_weight else 2)
+    assert f"checkpoint-{newest.step}, is good and stays" in text
+    if spoil is not spoil_base:
+        again = build(llama, tmp_path / "run")
+        again.train(resume_from_checkpoint=True)
+        for a, b in zip(undisturbed.model.parameters(), again.model.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_weights_that_overflow_in_the_last_step_are_no_result(llama, tmp_path):
+    trainer = build(llama, tmp_path, learning_rate=3e39, max_steps=1, max_grad_norm=0.0, save_strategy="no")
+    with pytest.raises(DataError, match=r"a weight is no number at step 1 .*was too large; lower the learning"):
+        trainer.train()
+    saving = build(llama, tmp_path, learning_rate=3e39, max_steps=1, max_grad_norm=0.0)
+    with pytest.raises(DataError, match="a weight is no number at step 1 "):
+        saving.train()
+    assert not disk.folders(tmp_path)
+
+
+def test_an_overflow_in_half_precision_is_found_and_named(llama, tmp_path):
+    def overflowing(dtype):
+        trainer = build(llama, tmp_path / str(dtype), dtype=dtype, peft=False, max_steps=1, save_strategy="no")
+        with torch.no_grad():
+            for layer in trainer.model.model.layers:
+                layer.mlp.down_proj.weight.mul_(3e5)
+                layer.mlp.up_proj.weight.mul_(3e3)
+        return trainer
+
+    with pytest.raises(DataError, match=r"the loss is nan at step 1.*(float16 overflows above 65504|not finite)"):
+        overflowing(torch.float16).train()
+    overflowing(torch.bfloat16).train()  # the same numbers where the exponent has room
+
+
+def test_a_loss_scaler_may_skip_some_steps_and_not_all(llama, tmp_path):
+    trainer = build(llama, tmp_path, save_strategy="no")
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+    infinite = torch.tensor(torch.inf)
+    for _ in range(SKIPPED):
+        assert trainer._get_grad_norm(trainer.model, grad_norm=infinite) == torch.inf
+    assert trainer._get_grad_norm(trainer.model, grad_norm=torch.tensor(1.0)) == 1.0
+    for _ in range(SKIPPED):
+        trainer._get_grad_norm(trainer.model, grad_norm=infinite)
+    with pytest.raises(DataError, match=rf"the {SKIPPED + 1}th step in a row"):
+        trainer._get_grad_norm(trainer.model, grad_norm=infinite)
+
+
+def test_a_held_out_loss_that_is_no_number_is_an_error(llama, tmp_path):
+    trainer = build(llama, tmp_path, save_strategy="no")
+    spoil_weight(trainer.model)
+    with pytest.raises(DataError, match=r"the loss is nan in the look after step 0 for the held-out pairs \[100, .*"):
+        trainer.evaluate(pairs())
+    other = reward_trainer(llama, tmp_path)
+    spoil_weight(other.model)
+    with pytest.raises(DataError, match="nan in the look after step 0 for a batch of the held-out data: the weight"):
+        other.evaluate(pairs().select_columns(["chosen_ids", "rejected_ids"]))
+
+
+def test_a_reference_that_overflows_is_not_cached(llama, tmp_path):
+    data = pairs().remove_columns(["ref_chosen_logps", "ref_rejected_logps"])
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.nan)
+    with pytest.raises(DataError, match="ref_chosen_logps of pair 100 is nan, so the reference model"):
+        PreferenceTrainer(
+            model,
+            args=PreferenceConfig(output_dir=str(tmp_path / "run"), **SETTINGS),
+            train_dataset=data,
+            processing_class=load_tokenizer(llama),
+        )
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+# ---- The other two trainers ----
+
+
+def sft_trainer(llama, out, **changes):
+    arguments = {**SETTINGS, "max_length": None, "activation_checkpointing": False, **changes}
+    rows = [{"input_ids": row["chosen_ids"], "labels": row["chosen_ids"]} for row in pairs()]
+    return stages._CompletionSFT(
+        model=AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32),
+        args=SFTConfig(output_dir=str(out), **arguments),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=load_tokenizer(llama),
+        peft_config=LoRA(rank=4, alpha=8).peft_config("CAUSAL_LM"),
+    )
+
+
+def reward_trainer(llama, out, **changes):
+    arguments = {**SETTINGS, "max_length": None, "activation_checkpointing": False, **changes}
+    tokenizer = load_tokenizer(llama)
+    model = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=1, dtype=torch.float32)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    trainer = stages._Bradley(
+        model=model,
+        args=RewardConfig(output_dir=str(out), **arguments),
+        train_dataset=pairs().select_columns(["pair_id", "chosen_ids", "rejected_ids"]),
+        processing_class=tokenizer,
+        peft_config=LoRA(rank=4, alpha=8).peft_config("SEQ_CLS"),
+    )
+    trainer.best = stages._BestWeights(trainer.model, 3)
+    return trainer
+
+
+@pytest.mark.parametrize("spoil", [spoil_gradient, spoil_base])
+def test_sft_and_reward_model_stop_with_rows_or_pairs(llama, tmp_path, spoil):
+    for make, words in (
+        (sft_trainer, r"for the rows \[\d(, \d){3}\] of the training data"),
+        (reward_trainer, r"for the pairs \[10\d(, 10\d){3}\]"),
+    ):
+        trainer = make(llama, tmp_path / make.__name__)
+        trainer.add_callback(At(2, spoil))
+        with pytest.raises(DataError, match=rf"(the loss is|norm is) (nan|inf) at step 3 {words}: .*checkpoint-2"):
+            trainer.train()
+        assert disk.newest(tmp_path / make.__name__).step == 2
+
+
+# ---- Extremes that are no mistakes ----
+
+
+@pytest.mark.parametrize("name", [n for n, loss in EVERY_LOSS.items() if "reward_margin" in loss.needs])
+def test_margins_of_any_size_train_or_are_refused_by_pair(llama, tmp_path, name):
+    loss = EVERY_LOSS[name]
+    trainer = build(llama, tmp_path, loss, pairs(reward_margin=HUGE), save_strategy="no", max_steps=2)
+    start = [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
+    refused = {
+        "odpo": r"reward_margin in row \d of the batch",
+        **dict.fromkeys(("rpo-sq", "rpo-fwd"), r"for the pairs \[10\d"),
+    }
+    if name in refused:
+        with pytest.raises(DataError, match=refused[name]):
+            trainer.train()
+    else:
+        trainer.train()
+    after = [p for p in trainer.model.parameters() if p.requires_grad]
+    assert all(bool(torch.isfinite(p).all()) for p in after)
+    if name in ("madpo", "soft_madpo", "soft_dpo"):
+        assert any(not torch.equal(a, b) for a, b in zip(start, after, strict=True))
+
+
+def test_a_margin_beyond_float32_is_refused_by_pair(llama, tmp_path):
+    data = pairs(reward_margin=[1.0] * 7 + [1e300])
+    trainer = build(llama, tmp_path, MADPO(), data, save_strategy="no", per_device_train_batch_size=8)
+    with pytest.raises(DataError, match=r"'reward_margin' is 1e\+300 for pair 107, which is no finite float32"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("value", [-2.0, 0.0, 3.0, -1e7, 1e7])
+def test_equal_margins_are_dpo_times_a_weight(llama, tmp_path, value):
+    """Also all-negative ones: below -tau the weight is 1, the limit of what is far above it is that of 0 to tau."""
+    from madpo import margin_weight
+
+    trainer = build(llama, tmp_path, MADPO(), pairs(reward_margin=[value] * 8), save_strategy="no", max_steps=1)
+    trainer.train()
+    row = next(row for row in trainer.state.log_history if "weight/mean" in row)
+    assert row["weight/mean"] == pytest.approx(float(margin_weight(torch.tensor(value), tau=7.0, c_max=4.0)))
+    assert row["weight/effective_share"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("name", sorted(EVERY_LOSS))
+def test_completions_of_one_token(llama, tmp_path, name):
+    data = pairs(tokens=(1, 2))
+    assert {len(ids) for ids in data["chosen_ids"]} == {1}
+    trainer = build(llama, tmp_path, EVERY_LOSS[name], data, save_strategy="no", max_steps=1)
+    result = trainer.train()
+    assert np.isfinite(result.training_loss)
+    assert all(bool(torch.isfinite(p).all()) for p in trainer.model.parameters())
+
+
+def test_pairs_that_truncation_empties_are_left_out_and_told(llama, tmp_path, capsys):
+    data = pairs().map(lambda row, i: {"prompt_ids": [7] * (20 if i in (2, 5) else 3)}, with_indices=True)
+    trainer = build(llama, tmp_path, DPO(), data, save_strategy="no", max_length=12)
+    assert trainer.train_dataset["pair_id"] == [100, 101, 103, 104, 106, 107]
+    assert "train: 2 of 8 pairs keep no token of a completion within max_length 12" in capsys.readouterr().err
+    trainer.train()
+    with pytest.raises(DataError, match=r"train: no pair keeps a token of both completions within max_length 3; raise"):
+        build(llama, tmp_path, DPO(), data, save_strategy="no", max_length=3)
+
+
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+@pytest.mark.parametrize("limit", [None, 1, 2, 4, 6])
+def test_what_is_left_out_is_what_the_collator_leaves_without_a_token(llama, mode, limit):
+    from madpo.training.preference import PreferenceCollator
+
+    rows = [
+        {"prompt_ids": [7] * p, "chosen_ids": [8] * c, "rejected_ids": [9] * r}
+        for p in range(6)
+        for c in range(4)
+        for r in range(3)
+        if p + min(c, r)
+    ]
+    batch = PreferenceCollator(pad_token_id=0, max_length=limit, truncation_mode=mode)(rows)
+    scored = (batch["completion_mask"][:, 1:] * batch["attention_mask"][:, 1:]).sum(-1)
+    chosen, rejected = scored.chunk(2)
+    expected = [row for row, keep in zip(rows, (chosen > 0) & (rejected > 0), strict=True) if keep]
+    arguments = PreferenceConfig(output_dir="unused", max_length=limit, truncation_mode=mode, report_to="none")
+    if not expected:
+        with pytest.raises(DataError, match="no pair keeps a token"):
+            drop_unscored(Dataset.from_list(rows), arguments, "train")
+    else:
+        assert drop_unscored(Dataset.from_list(rows), arguments, "train").to_list() == expected
+
+
+# ---- The commands and the study ----
+
+
+MARGINS = {
+    "huge": [HUGE[i % 8] for i in range(24)],
+    "equal": [1.5] * 24,
+    "negative": [-0.1 * (i + 1) for i in range(24)],
+    "zero": [0.0] * 24,
+}
+
+
+@pytest.mark.parametrize("case", MARGINS)
+def test_the_commands_with_odd_margins(llama, tmp_path, case, capsys):
+    rows = [row | {"reward_margin": m} for row, m in zip(text_pairs(24), MARGINS[case], strict=True)]
+    data = write(tmp_path / "pairs.jsonl", rows)
+    assert main(["inspect", str(data)]) == 0
+    options = ["--args.max_steps", "2", "--args.bf16", "false", "--lora.rank", "2", "--eval_share", "0.2"]
+    base = ["--model_name_or_path", str(llama), "--output_dir", str(tmp_path / "P")]
+    assert main(["train", str(data), *base, *options]) == 0
+    said = capsys.readouterr().out
+    assert "nan" not in said
+    scored = write(tmp_path / "scored.jsonl", [r | {"a": r["reward_margin"], "b": 0.0} for r in rows])
+    words = ["score", str(scored), "--score_columns", "a", "b", "--output_dir", str(tmp_path / "S")]
+    assert main(words) == 0
+    report = json.loads((tmp_path / "S" / "report.json").read_text())
+    assert np.isfinite([report["temperature"], report["log_loss"], report["calibrated_log_loss"]]).all()
+
+
+def test_a_diverged_command_is_one_sentence_and_keeps_its_checkpoint(llama, tmp_path, capsys, monkeypatch):
+    data = write(tmp_path / "pairs.jsonl", text_pairs(24))
+    words = ["train", str(data), "--model_name_or_path", str(llama), "--loss", "dpo", "--output_dir"]
+    words += [str(tmp_path / "P"), "--args.bf16", "false", "--dtype", "float32", "--args.save_steps", "1"]
+    real = PreferenceTrainer.__init__
+
+    def with_damage(self, *args, **kwargs):
+        real(self, *args, **kwargs)
+        self.add_callback(At(2, spoil_gradient))
+
+    monkeypatch.setattr(PreferenceTrainer, "__init__", with_damage)
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert re.search(r"madpo: the gradient's norm is .* at step 3 for the pairs \[", err)
+    assert "P is not finished; its newest checkpoint stays in" in err
+    assert not (tmp_path / "P").exists()
+    assert disk.newest(tmp_path / ".P.partial" / "checkpoints").step == 2
+    monkeypatch.setattr(PreferenceTrainer, "__init__", real)
+    assert main(words) == 0
+    assert "continues after step 2" in capsys.readouterr().err
+    assert not (tmp_path / ".P.partial").exists()
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    root = tmp_path_factory.mktemp("study")
+    soak.prepare(root)
+    return root
+
+
+@pytest.mark.parametrize("case", MARGINS)
+def test_the_studys_policy_with_odd_margins(study, tmp_path, case):
+    table = pd.read_parquet(study / "pairs" / "pairs.parquet")
+    values = [MARGINS[case][i % 24] for i in range(len(table))]
+    (tmp_path / "margins").mkdir()
+    pd.DataFrame({"pair_id": table["pair_id"], "reward_margin": values}).to_parquet(
+        tmp_path / "margins" / "margins.parquet"
+    )
+    inputs = {"pairs": study / "pairs", "reference": study / "base", "logps": study / "logps"}
+    optimisation = stages.Optimisation(learning_rate=1e-3, epochs=0.4, batch_size=8, checkpoint_every=0)
+    for loss in (MADPO(), SoftDPO(margin_temperature=2.0)):
+        out = tmp_path / loss.kind
+        out.mkdir()
+        config = stages.PolicyStage(method=loss.kind, loss=loss, optimisation=optimisation)
+        metrics = stages.train_policy(config, {**inputs, "margins": tmp_path / "margins"}, out)
+        assert np.isfinite(list(metrics.values())).all()
+    assert np.isfinite([*map(float, np.ravel(list(stages.margin_metrics(np.array(values)).values())[-3:]))]).all()
+
+
+def test_the_studys_columns_refuse_what_is_no_number(study, tmp_path):
+    from madpo.training.reference import refuse_not_finite
+
+    with pytest.raises(DataError, match="a of pair 12 is inf"):
+        refuse_not_finite({"a": np.array([1.0, np.inf])}, [11, 12])
+
+    class Broken:
+        def score_ids(self, ids):
+            return np.array([np.nan] * len(ids))
+
+    with pytest.raises(
+        DataError, match="reward_margin of pair 100 is nan, so the reward model overflows or has diverged"
+    ):
+        stages.margin_table(Broken(), pd.read_parquet(study / "pairs" / "pairs.parquet"))
