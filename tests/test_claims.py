@@ -32,7 +32,7 @@ from madpo.report.families import (
     family_of,
     less,
     more_on,
-    reporting_half,
+    selections,
     settings_of,
 )
 from madpo.report.frontier import equal_kl, frontiers
@@ -41,6 +41,8 @@ from madpo.report.sections import claims_html, doubts, main_table
 from madpo.report.tables import study_tables, tex
 from madpo.results import Row, Tier
 from madpo.seeding import rng
+from madpo.selection import choose as choose_by_values
+from madpo.selection import selecting_half
 from madpo.statistics import bootstrap_mean, bootstrap_statistic
 
 N = 200
@@ -217,12 +219,13 @@ def test_choosing_does_not_look_at_what_is_reported() -> None:
             values = 1.0 + PROMPT - PROMPT.mean() + rng(trial, "noise", k).normal(size=N)
             mean = float(values.mean())
             rows.append(replace(base, name=str(k), rewards=dict(enumerate(map(float, values))), oracle_reward=mean))
-        choice = choose("MADPO", Tier("high", rows), rows)
+        tier = Tier("high", rows)
+        choice = choose("MADPO", tier, rows)
         assert choice is not None
         assert isinstance(choice.value, Estimate)
         assert isinstance(choice.best.oracle_reward, float)
         flattered.append(choice.best.oracle_reward - 1.0)
-        report = reporting_half(range(N))
+        report = sorted(tier.reporting)
         assert choice.value.n == len(report)
         assert choice.value.mean == pytest.approx(np.mean([choice.row.rewards[i] for i in report]))
         honest.append(choice.value.mean - 1.0 - np.mean([PROMPT[i] - PROMPT.mean() for i in report]))
@@ -230,10 +233,17 @@ def test_choosing_does_not_look_at_what_is_reported() -> None:
     assert abs(np.mean(honest)) < 3 * 0.1 / np.sqrt(30)  # each has a standard error of 1/sqrt(100)
 
 
-def test_a_prompt_stays_on_its_side() -> None:
-    whole, part = reporting_half(range(1000)), reporting_half(range(0, 1000, 3))
-    assert part == whole & set(range(0, 1000, 3))
-    assert 440 < len(whole) < 560
+def test_the_half_is_that_of_the_runs_own_choices() -> None:
+    tier = Tier("high", [row("DPO", 1.0, kind="dpo"), madpo(7.0, 4.0, 2.0), madpo(7.0, 2.0, 2.5)], selection_seed=3)
+    assert tier.reporting == set(range(N)) - selecting_half(range(N), 3)
+    assert len(tier.reporting) == N // 2
+    assert tier.reporting != Tier("high", tier.rows).reporting
+    (choice,) = selections([tier], {"best": ["MADPO*"], "none": ["x"]})["best"]
+    assert (choice.row.name, choice.settings) == ("MADPO τ=7 c=2", 2)
+    theirs = choose_by_values({r.name: r.rewards for r in tier.rows[1:]}, 3)
+    assert theirs.best == choice.row.name
+    assert isinstance(choice.value, Estimate)
+    assert theirs.candidates[theirs.best].reporting.mean == pytest.approx(choice.value.mean)
 
 
 def test_a_comparison_uses_the_reporting_half_only_where_something_was_chosen() -> None:
@@ -245,7 +255,7 @@ def test_a_comparison_uses_the_reporting_half_only_where_something_was_chosen() 
     assert several is not None
     assert one.n == N
     assert one.mean == pytest.approx(1.0)
-    assert several.n == len(reporting_half(range(N)))
+    assert several.n == len(tier.reporting)
     assert less(None, dpo, "x").missing == "not run"
     double = more_on((Choice("a", "high", tier.rows[1], 1, 2.0, tier.rows[1]), dpo), (dpo, dpo), "x").value
     assert double is not None
@@ -312,7 +322,7 @@ def test_figures_show_the_papers_and_the_runs_numbers(paper: list[Tier]) -> None
 
 
 def test_tables_for_papers(paper: list[Tier]) -> None:
-    tables = {t.name: t for t in study_tables(paper, choices_of(paper, 0.1), claims(paper), 0.1)}
+    tables = {t.name: t for t in study_tables(paper, choices_of(paper, 0.1), claims(paper), 0.1, {})}
     lines = tables["table1"].csv().splitlines()
     assert lines[0].startswith("tier,method,setting,settings,reward,reward_low,reward_high,reward_n,best_on_all")
     (dpo,) = [line for line in lines if line.startswith("High,DPO,")]

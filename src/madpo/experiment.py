@@ -169,7 +169,11 @@ def run_experiment(
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl)\.")
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # the same for worker processes
     experiment = load_config(find_experiment(name_or_path), Experiment, overrides)
-    about = {"title": experiment.title, "experiment": experiment.model_dump(mode="json")}
+    about = {
+        "title": experiment.title,
+        "experiment": experiment.model_dump(mode="json"),
+        "rows": [{"key": row.key, **row.model_dump(mode="json")} for row in experiment.rows()],
+    }
     steps = experiment.steps()
     if dry_run:
         return run(steps, output_dir, only=only, dry_run=True)

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 
 from madpo.errors import DataError
 from madpo.records import Estimate, Metric, Record
+from madpo.selection import selecting_half
 from madpo.statistics import bootstrap_mean, paired_difference
 
 SFT = "SFT"
@@ -95,6 +97,13 @@ class Tier:
     heldout_margins: np.ndarray = field(default_factory=lambda: np.empty(0), repr=False)
     reward_curve: list[dict[str, float]] = field(default_factory=list, repr=False)
     missing: tuple[str, ...] = ()
+    selection_seed: int = 0
+
+    @cached_property
+    def reporting(self) -> frozenset[int]:
+        """The half of the held-out prompts that is reported where the other half has chosen among settings."""
+        prompts = {i for row in self.rows for i in row.rewards}
+        return frozenset(prompts - selecting_half(prompts, self.selection_seed))
 
     @property
     def label(self) -> str:
@@ -109,13 +118,16 @@ class Tier:
         return next((row for row in plain if row.key == "dpo"), next(iter([*first, *plain]), None))
 
 
-def collect(root: Path, records: Mapping[str, Record], rows: Iterable[Mapping[str, Any]] = ()) -> list[Tier]:
+def collect(
+    root: Path, records: Mapping[str, Record], rows: Iterable[Mapping[str, Any]] = (), selection_seed: int = 0
+) -> list[Tier]:
     """Everything that the report shows, per tier. Tiers without an evaluated policy still show their margins.
 
     Args:
         root: the folder of the run.
         records: finished records by step name.
         rows: the experiment's methods with their groups, those that are not run yet among them.
+        selection_seed: which half of the held-out prompts chooses.
     """
     planned = {str(row["name"]): row for row in rows}
     sft = _by_seed(records, "evaluation", "sft")
@@ -123,7 +135,8 @@ def collect(root: Path, records: Mapping[str, Record], rows: Iterable[Mapping[st
     names = [m["tier"] for name in records if (m := _EVALUATION.fullmatch(name))]
     names += [name.split("/")[1] for name in records if name.startswith(("margins/", "reward_model/"))]
     order = sorted(dict.fromkeys(names), key=lambda name: TIERS.index(name) if name in TIERS else len(TIERS))
-    return [_tier(name, root, records, sft_row, planned) for name in order]
+    tiers = (_tier(name, root, records, sft_row, planned) for name in order)
+    return [replace(tier, selection_seed=selection_seed) for tier in tiers]
 
 
 def _by_seed(records: Mapping[str, Record], kind: str, name: str) -> dict[str, Record]:

@@ -25,7 +25,7 @@ from madpo.report.charts import (
 )
 from madpo.report.claims import Claim, claims, counts, ties
 from madpo.report.drawing import chart_html
-from madpo.report.families import Choice, base_beta
+from madpo.report.families import Choice, base_beta, selections
 from madpo.report.markup import details, nothing, page
 from madpo.report.plots import save_charts
 from madpo.report.provenance import differences_html, provenance_html, state
@@ -36,6 +36,7 @@ from madpo.report.sections import (
     degeneration_html,
     main_table,
     reward_models_html,
+    selections_html,
     tier_results,
     weight_data,
     weighting,
@@ -62,15 +63,18 @@ class Report:
     beta: float
     choices: dict[tuple[str, str], Choice]
     claims: list[Claim]
+    selections: dict[str, list[Choice]]
 
     @classmethod
     def of(cls, root: Path, records: Mapping[str, Record], experiment: Mapping[str, Any]) -> Report:
         """Read the records and what their steps wrote."""
         # "rows" has the sweeps of "method" spelled out.
         rows = experiment.get("rows") or experiment.get("method", [])
-        tiers = collect(root, records, [row for row in rows if isinstance(row, Mapping) and "name" in row])
+        rows = [row for row in rows if isinstance(row, Mapping) and "name" in row]
+        tiers = collect(root, records, rows, int(experiment.get("selection_seed", 0)))
         beta = base_beta(tiers)
-        return cls(tiers, beta, choices_of(tiers, beta), claims(tiers))
+        wanted = {str(s["name"]): s["among"] for s in experiment.get("selection", [])}
+        return cls(tiers, beta, choices_of(tiers, beta), claims(tiers), selections(tiers, wanted))
 
     @property
     def seeds(self) -> int:
@@ -115,7 +119,9 @@ def build_report(
         write_atomically(root / "results.json", json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
         write_atomically(root / "results.csv", results_csv(report.tiers))
         write_atomically(root / "results.md", tables)
-        save_tables(study_tables(report.tiers, report.choices, report.claims, report.beta), root / "tables")
+        save_tables(
+            study_tables(report.tiers, report.choices, report.claims, report.beta, report.selections), root / "tables"
+        )
         if figures:
             save_charts([*filter(None, charts.values()), *_weight_charts(report)], root / "figures")
         write_atomically(root / "report.html", text)
@@ -204,7 +210,9 @@ def _html(
         title=escape(title),
         summary=_summary(report, records, unfinished),
         claims=claims_html(report.claims, report.seeds),
-        main=main_table(tiers, report.choices, report.beta) + (chart_html(charts["main"]) if charts["main"] else ""),
+        main=main_table(tiers, report.choices, report.beta)
+        + (chart_html(charts["main"]) if charts["main"] else "")
+        + selections_html(tiers, report.selections),
         results="".join(tier_results(tier) for tier in tiers if tier.rows) or nothing("No evaluation is finished yet."),
         sensitivity=chart_or(charts["sensitivity"], "Not run: no tier has MADPO at two values of τ or of c."),
         ablation=chart_or(charts["ablation"], "Not run: no tier has Amp-Only or Reg-Only."),

@@ -1,13 +1,14 @@
 """Which rows are settings of one method, which setting is chosen, and how two choices compare.
 
 A method that is tried at several settings and reported at its best is flattered, since noise alone makes the best of
-six better than one. So the held-out prompts are cut into two halves, by nothing but their ids: one
-half chooses the setting, the other alone is reported, and a comparison in which either side was
-chosen among several settings uses the reporting half alone. A method with one setting is reported on all prompts.
+six better than one. So the held-out prompts are cut into two halves (:mod:`madpo.selection`): one half
+chooses the setting, the other alone is reported, and a comparison in which either side was chosen among several
+settings uses the reporting half alone. A method with one setting is reported on all prompts.
 """
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,6 @@ import numpy as np
 
 from madpo.records import Estimate
 from madpo.results import SEED, SFT, Row, Tier
-from madpo.seeding import derived_seed
 from madpo.statistics import bootstrap_mean, paired_difference
 
 FEWEST = 10  # prompts; below, an interval says nothing
@@ -64,12 +64,6 @@ def settings_of(tier: Tier, family: str, beta: float | None) -> list[Row]:
     return [row for row in rows if beta is None or float(row.loss.get("beta", beta)) == beta]
 
 
-def reporting_half(prompt_ids: Iterable[int]) -> frozenset[int]:
-    """Those of the prompts that are reported; the others choose. About half, and each by its own id alone, so that a
-    prompt is on the same side in every comparison."""
-    return frozenset(i for i in prompt_ids if derived_seed(SEED, "half", i) % 2)
-
-
 @dataclass(frozen=True)
 class Choice:
     """A method's setting, chosen on one half of the prompts among ``settings``.
@@ -77,6 +71,7 @@ class Choice:
     Attributes:
         name: of the method; tier: its name; row: the chosen setting.
         value: mean reward of the chosen setting on the reporting half, on all prompts where nothing was chosen.
+        reporting: prompts that may be reported.
         best: the setting with the highest mean on all prompts, as the paper chooses; None where there are no samples.
     """
 
@@ -86,6 +81,7 @@ class Choice:
     settings: int
     value: Estimate | float | None
     best: Row
+    reporting: frozenset[int] = frozenset()
 
     @property
     def chosen(self) -> bool:
@@ -98,21 +94,29 @@ def choose(name: str, tier: Tier, rows: Sequence[Row]) -> Choice | None:
     if not rows:
         return None
     best = max(rows, key=lambda row: _level(row.oracle_reward))
-    if len(rows) == 1 or not all(row.rewards for row in rows):
-        return Choice(name, tier.name, best, len(rows), best.oracle_reward, best)
     shared = set.intersection(*(set(row.rewards) for row in rows))
-    report = reporting_half(shared)
-    choosing = sorted(shared - report)
-    if not choosing or not report:
-        return Choice(name, tier.name, best, len(rows), best.oracle_reward, best)
+    report, choosing = sorted(shared & tier.reporting), sorted(shared - tier.reporting)
+    if len(rows) == 1 or not report or not choosing:
+        return Choice(name, tier.name, best, len(rows), best.oracle_reward, best, tier.reporting)
     row = max(rows, key=lambda row: np.mean([row.rewards[i] for i in choosing]))
-    value = bootstrap_mean([row.rewards[i] for i in sorted(report)], seed=SEED)
-    return Choice(name, tier.name, row, len(rows), value, best)
+    value = bootstrap_mean([row.rewards[i] for i in report], seed=SEED)
+    return Choice(name, tier.name, row, len(rows), value, best, tier.reporting)
 
 
 def chosen(tier: Tier, family: str, beta: float | None) -> Choice | None:
     """The chosen setting of a family in a tier, at ``beta`` or, with None, over all of them."""
     return choose(family, tier, settings_of(tier, family, beta))
+
+
+def selections(tiers: Sequence[Tier], wanted: Mapping[str, Sequence[str]]) -> dict[str, list[Choice]]:
+    """The experiment's own choices, per tier: name -> names of rows or patterns on them, as its TOML has them."""
+    found: dict[str, list[Choice]] = {}
+    for name, among in wanted.items():
+        for tier in tiers:
+            rows = [row for row in tier.rows if any(fnmatch.fnmatchcase(row.name, word) for word in among)]
+            if (choice := choose(name, tier, rows)) is not None:
+                found.setdefault(name, []).append(choice)
+    return found
 
 
 @dataclass(frozen=True)
@@ -155,7 +159,7 @@ def less(a: Choice | None, b: Choice | None, what: str, **how: Any) -> Compariso
         return Comparison(what, missing="not run", **how)
     shared = a.row.rewards.keys() & b.row.rewards.keys()
     if a.chosen or b.chosen:
-        shared = shared & reporting_half(shared)
+        shared = shared & a.reporting & b.reporting
     if len(shared) < 2:
         return Comparison(what, missing="there are no samples of both on the same prompts", **how)
     ids = sorted(shared)
@@ -170,12 +174,13 @@ def less(a: Choice | None, b: Choice | None, what: str, **how: Any) -> Compariso
 def more_on(one: Sequence[Choice | None], other: Sequence[Choice | None], what: str, **how: Any) -> Comparison:
     """How much larger the first pair's difference is than the second's: (a1 - b1) - (a2 - b2), paired by prompt."""
     sides = [*one, *other]
-    if any(side is None for side in sides):
+    given = [side for side in sides if side is not None]
+    if len(given) < len(sides):
         return Comparison(what, missing="not run", **how)
-    rows = [side.row for side in sides if side is not None]
+    rows = [side.row for side in given]
     shared = set.intersection(*(set(row.rewards) for row in rows))
-    if any(side.chosen for side in sides if side is not None):
-        shared &= reporting_half(shared)
+    if any(side.chosen for side in given):
+        shared = shared.intersection(*(side.reporting for side in given))
     if len(shared) < 2:
         return Comparison(what, missing="there are no samples of all four on the same prompts", **how)
     a, b, c, d = (np.array([row.rewards[i] for i in sorted(shared)]) for row in rows)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from madpo.report.families import Choice, Comparison, family_of, reporting_half, settings_of
+from madpo.report.families import Choice, Comparison, family_of, settings_of
 from madpo.results import SEED, SFT, Row, Tier
 from madpo.statistics import bootstrap_statistic
 
@@ -41,7 +41,7 @@ def equal_kl(tier: Tier, method: Choice | None, what: str) -> Comparison:
     everything = [method.row, *rows]
     shared = set.intersection(*(row.rewards.keys() & row.kls.keys() for row in everything))
     if method.chosen:
-        shared &= reporting_half(shared)
+        shared &= method.reporting
     if len(shared) < 2:
         return Comparison(what, missing="there are no samples of all on the same prompts")
     ids = sorted(shared)

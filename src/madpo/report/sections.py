@@ -125,6 +125,25 @@ def _main_cell(choice: Choice | None, paper: tuple[float, float] | None) -> str:
     return own + theirs
 
 
+def selections_html(tiers: Sequence[Tier], found: Mapping[str, Sequence[Choice]]) -> str:
+    """The experiment's own choices: what was chosen in each tier, among how many, and what it is worth."""
+    rows = []
+    for name, choices in found.items():
+        by_tier = {choice.tier: choice for choice in choices}
+        rows.append([escape(name), *(_selection_cell(by_tier.get(tier.name)) for tier in tiers)])
+    if not rows:
+        return ""
+    head = ("choice", *(tier.label for tier in tiers))
+    text = "What the experiment lists as choices, made and reported in the same way."
+    return f"<h3>Other choices</h3>{note(text)}{table(head, rows, 'Other choices')}"
+
+
+def _selection_cell(choice: Choice | None) -> str:
+    if choice is None:
+        return f"<b>{DASH}</b><small>not run</small>"
+    return f"{_cell(choice.value)}<small>{escape(choice.row.name)}, of {choice.settings}</small>"
+
+
 def write_short(value: Estimate | float | None) -> str:
     """The mean alone."""
     return write(value.mean if isinstance(value, Estimate) else value)

@@ -119,10 +119,21 @@ def save_tables(tables: Iterable[Table], folder: Path) -> list[Path]:
 
 
 def study_tables(
-    tiers: Sequence[Tier], choices: Mapping[tuple[str, str], Choice], found: Sequence[Claim], beta: float
+    tiers: Sequence[Tier],
+    choices: Mapping[tuple[str, str], Choice],
+    found: Sequence[Claim],
+    beta: float,
+    selections: Mapping[str, Sequence[Choice]],
 ) -> list[Table]:
     """Every table of the report; one without rows is left out."""
-    tables = [_main(tiers, choices), _methods(tiers), _frontier(tiers, beta), _claims(found), _reward_models(tiers)]
+    tables = [
+        _main(tiers, choices),
+        _selections(selections),
+        _methods(tiers),
+        _frontier(tiers, beta),
+        _claims(found),
+        _reward_models(tiers),
+    ]
     return [table for table in tables if table.rows]
 
 
@@ -145,6 +156,16 @@ def _main(tiers: Sequence[Tier], choices: Mapping[tuple[str, str], Choice]) -> T
         "paper chooses."
     )
     return Table("table1", caption, columns, tuple(rows))
+
+
+def _selections(found: Mapping[str, Sequence[Choice]]) -> Table:
+    rows: list[tuple[Cell, ...]] = [
+        (choice.tier.capitalize(), name, choice.row.name, choice.settings, choice.value)
+        for name, choices in found.items()
+        for choice in choices
+    ]
+    caption = "The experiment's choices, made on one half of the held-out prompts and reported on the other."
+    return Table("selections", caption, ("tier", "choice", "setting", "settings", "reward"), tuple(rows))
 
 
 def _methods(tiers: Sequence[Tier]) -> Table:
