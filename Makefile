@@ -33,8 +33,9 @@ quickstart: $(STAMP) ## train the quickstart's models and write its report
 bench: $(STAMP) ## side-by-side measurements against TRL
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
 
-soak: $(STAMP) ## kill trainings at random points, resume, and write the counts to docs/reliability.md
+soak: $(STAMP) ## kill trainings and the study at random points, continue, and write the counts to docs/reliability.md
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --page docs/reliability.md
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/chaos.py --page docs/reliability.md
 
 clean: ## remove the environment and caches; results in runs/ stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist src/*.egg-info
