@@ -39,8 +39,9 @@ bench: $(STAMP) ## side-by-side measurements against TRL, half an hour; JSON in 
 	$(BIN)/python benchmarks/generation.py --json $(BENCH)/generation.json
 	$(BIN)/python benchmarks/growth.py --json $(BENCH)/growth.json
 
-soak: $(STAMP) ## kill trainings at random points, resume, and write the counts to docs/reliability.md
+soak: $(STAMP) ## kill trainings and the study at random points, continue, and write the counts to docs/reliability.md
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --page docs/reliability.md
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/chaos.py --page docs/reliability.md
 
 clean: ## remove the environment and caches; results in runs/ stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist src/*.egg-info

@@ -241,3 +241,85 @@ def test_a_mistake_exits_with_status_2_and_leaves_nothing(tmp_path):
     assert "did you mean 'train'" in err
     assert not out
     assert not (tmp_path / "run").exists()
+
+
+LOSS = '''
+"""A loss in somebody's own file."""
+
+from typing import Literal
+
+import torch.nn.functional as F
+
+from madpo.losses import LossConfig, LossOutput
+
+
+class Hinge(LossConfig):
+    """SLiC's hinge on the log-ratio margin: max(0, 1 - beta h)."""
+
+    kind: Literal["hinge"] = "hinge"
+    beta: float = 0.1
+
+    def __call__(self, inputs, state=None):
+        return LossOutput(F.relu(1 - self.beta * inputs.log_ratio_margin), {})
+'''
+ROW = """
+[[method]]
+name = "Hinge"
+group = "rivals"
+loss = { kind = "custom", target = "my_losses.py:Hinge" }
+sweep = { beta = [0.1, 0.2] }
+tiers = ["low"]
+"""
+
+
+@pytest.mark.timeout(300)
+def test_a_loss_of_ones_own_is_a_row(smoke, tmp_path):
+    """Nothing of ours changes: a file, and five lines in a TOML."""
+    folder, _, _ = smoke
+    (tmp_path / "my_losses.py").write_text(LOSS)
+    (tmp_path / "mine.toml").write_text(find_experiment("smoke").read_text() + ROW)
+    shutil.copytree(folder / "run", tmp_path / "run")
+    process = madpo(
+        *("run", "mine.toml", "--output_dir", "run", *SMALL, "--only", "*/hinge*"),
+        cache=folder / "cache",
+        cwd=tmp_path,
+    )
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "8 of 12 steps are done already; 4 to run" in err
+    found = records(tmp_path / "run")
+    config = found["policy/low/hinge-beta=0.2/seed0"]["config"]["loss"]
+    assert config["parameters"] == {"beta": 0.2}
+    assert len(config["source_digest"]) == 64
+    log = (folder_of(tmp_path / "run", "policy/low/hinge-beta=0.1/seed0") / "log.jsonl").read_text().splitlines()
+    assert json.loads(log[0])["loss"] == pytest.approx(1, abs=0.01), "max(0, 1 - 0.1 * 0) before the first step"
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "Hinge" in page
+    assert "RLOO" in page, "the report speaks of the whole folder"
+
+
+PLACES = {
+    "processes": ["--processes", "2"],
+    "ray": ["--executor", "ray", "--processes", "2"],
+}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("place", PLACES)
+def test_records_are_the_same_wherever_steps_run(smoke, tmp_path, place):
+    """One tier's core; `make soak` compares the whole graph."""
+    if place == "ray":
+        pytest.importorskip("ray", reason='ray is not installed; pip install "madpo[ray]"')
+    folder, _, _ = smoke
+    root = tmp_path / "run"
+    only = ["--only", "core/*/low/*"]
+    process = madpo("run", "smoke", "--output_dir", root, *SMALL, *only, *PLACES[place], cache=folder / "cache")
+    _, err = process.communicate(timeout=280)
+    assert process.returncode == 0, err
+    ours, theirs = records(root), records(folder / "run")
+    assert {"policy/low/madpo/seed0", "evaluation/low/madpo/seed0", "responses"} <= set(ours)
+    for name, record in ours.items():
+        assert {**record, "provenance": None} == {**theirs[name], "provenance": None}, name
+    adapter = "adapter/adapter_model.safetensors"
+    a, b = (folder_of(r, "policy/low/madpo/seed0") / adapter for r in (root, folder / "run"))
+    assert a.read_bytes() == b.read_bytes()

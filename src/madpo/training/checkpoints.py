@@ -82,7 +82,7 @@ class Checkpoint:
             return json.loads((self.folder / name).read_text(encoding="utf-8"))
 
 
-# What reading somebody's values can meet: a file that is no safetensors, a key that is missing, a value of another kind.
+# What reading the values of others can meet: a file that is no safetensors, a missing key, a value of another kind.
 _OF_OTHERS = (
     ValueError,
     TypeError,
