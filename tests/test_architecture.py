@@ -31,7 +31,7 @@ LAYERS = [
     {"experiment", "graph", "estimates", "tuning", "practice"},
     {"methods"},
     {"training", "preferences", "relabelling", "evaluation", "diagnostics", "report", "margin_page", "pages", "theory"},
-    {"results", "summary", "figures", "responses"},
+    {"results", "summary", "figures", "responses", "selection"},
     {"svg"},
     {
         "models",

@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from madpo.selection import choose as choose_by_values
-from madpo.selection import selecting_half
 
 from madpo.figures import WeightParameters
 from madpo.records import Estimate
@@ -43,6 +41,8 @@ from madpo.report.sections import claims_html, doubts, main_table
 from madpo.report.tables import study_tables, tex
 from madpo.results import Row, Tier
 from madpo.seeding import rng
+from madpo.selection import choose as choose_by_values
+from madpo.selection import selecting_half
 from madpo.statistics import bootstrap_mean, bootstrap_statistic
 
 N = 200

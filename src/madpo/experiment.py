@@ -14,12 +14,13 @@ from madpo import graph
 from madpo.config import Frozen, find_experiment, load_config
 from madpo.corpus import Corpus, PackagedIMDB
 from madpo.executors import Executor, Inline
-from madpo.methods import Method
+from madpo.methods import Method, Selection
 from madpo.models import LoRA
 from madpo.pipeline import RunResult, Step, finished, run
 from madpo.preferences import Tier
 from madpo.report import rebuild_report
 from madpo.rewards import NgramOracle, Oracle
+from madpo.selection import write_selection
 from madpo.training.stages import Optimisation
 
 
@@ -107,6 +108,10 @@ class Experiment(Frozen):
     reward_model: RewardModelSettings
     policy: PolicySettings
     method: tuple[Method, ...] = Field(min_length=1)
+    selection: tuple[Selection, ...] = ()
+    """Choices among rows of one method, per tier."""
+    selection_seed: int = Field(default=0, ge=0)
+    """Which half of the held-out prompts selects; the other half reports."""
     evaluation: EvaluationSettings = EvaluationSettings()
 
     @model_validator(mode="after")
@@ -123,6 +128,8 @@ class Experiment(Frozen):
         for row in self.rows():
             if row.margins == "out_of_fold" and self.reward_model.folds is None:
                 raise ValueError(f"method {row.name!r} reads out_of_fold margins, so reward_model.folds must be set")
+        for selection in self.selection:
+            selection.candidates([row.name for row in self.rows()])
         return self
 
     def rows(self) -> tuple[Method, ...]:
@@ -145,7 +152,7 @@ def run_experiment(
 ) -> RunResult:
     """Run a packaged experiment or a TOML file, or continue it, and write its report.
 
-    The report speaks of everything that is finished in the folder, whatever ``only`` says.
+    The report and ``selection.json`` speak of everything that is finished in the folder, whatever ``only`` says.
 
     Args:
         name_or_path: "quickstart", "smoke", or the path of a TOML file.
@@ -172,6 +179,10 @@ def run_experiment(
         return run(steps, output_dir, only=only, dry_run=True)
     with executor or Inline() as place:
         result = run(steps, output_dir, place, only=only, about=about)
-    if any(finished(step, output_dir) for step in steps):
+    records = {step.name: record for step in steps if (record := finished(step, output_dir)) is not None}
+    if records:
+        keys = {row.name: row.key for row in experiment.rows()}
+        choices = {s.name: [keys[name] for name in s.candidates(list(keys))] for s in experiment.selection}
+        write_selection(output_dir, records, choices, experiment.pairs.tiers, experiment.selection_seed)
         rebuild_report(output_dir)  # of the whole run, whichever part of it this call worked on
     return result

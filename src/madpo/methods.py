@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field, JsonValue, ValidationError, model_validator
@@ -124,3 +125,23 @@ def _loss(method: Method, values: Mapping[str, Any], fields: Mapping[str, Any]) 
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"][1:])
         raise ValueError(f"method {method.name!r}: sweep.{where} = {first['input']!r}: {first['msg']}") from None
+
+
+class Selection(Frozen):
+    """A choice among rows, made on one half of the held-out prompts and reported on the other."""
+
+    name: str = Field(min_length=1)
+    """How the chosen row is shown: "MADPO, best of 6"."""
+    among: tuple[str, ...] = Field(min_length=1)
+    """Names of rows, or patterns on them ("MADPO τ=*")."""
+
+    def candidates(self, names: Sequence[str]) -> list[str]:
+        """The rows that ``among`` names, in the given order.
+
+        Raises:
+            ValueError: an entry names none.
+        """
+        for word in self.among:
+            if not any(fnmatch.fnmatchcase(name, word) for name in names):
+                raise ValueError(f"selection {self.name!r}: {word!r} names no row{did_you_mean(word, list(names))}")
+        return [name for name in names if any(fnmatch.fnmatchcase(name, word) for word in self.among)]
