@@ -21,7 +21,9 @@ import numpy as np
 
 from soak import fork, wait, warm_up
 
-TABLES = ("results.csv", "results.md")
+TABLES = ("results.csv", "results.md", "selection.json")
+# File -> its key that says where and when. PEFT writes sets of names as lists, in any order.
+ELSEWHERE = {"record.json": "provenance", "adapter_config.json": "base_model_name_or_path"}
 
 
 def study(root: Path) -> None:
@@ -33,16 +35,18 @@ def study(root: Path) -> None:
 
 
 def final(root: Path) -> dict[str, str]:
-    """Digests of what a run leaves: file -> SHA-256, records without what they say of the machine and the clock."""
+    """Digests of what a run leaves: file -> SHA-256, less what is said of place and time."""
     found = {}
     for path in sorted(root.rglob("*")):
         place = path.relative_to(root)
         if not path.is_file() or (len(place.parts) == 1 and place.name not in TABLES):
             continue  # the page and results.json name hours and hosts
         content = path.read_bytes()
-        if path.name == "record.json":
-            record = {k: v for k, v in json.loads(content).items() if k != "provenance"}
-            content = json.dumps(record, sort_keys=True).encode()
+        if path.parent.name == "adapter" and path.name == "README.md":
+            continue  # PEFT's card, which names the folder
+        if path.name in ELSEWHERE:
+            kept = {k: v for k, v in json.loads(content).items() if k != ELSEWHERE[path.name]}
+            content = json.dumps({k: sorted(v) if isinstance(v, list) else v for k, v in kept.items()}).encode()
         found[str(place)] = hashlib.sha256(content).hexdigest()
     return found
 
@@ -148,7 +152,8 @@ def add_to_page(page: Path, rows: list[tuple[str, str, list[str]]], files: int) 
         heading,
         "",
         f"The smoke study leaves {files} files besides its page: every step's, and the tables of the report. They are",
-        "compared with those of an undisturbed run, records without their provenance.",
+        "compared with those of an undisturbed run: weights, samples, logs and tables byte for byte, records without",
+        "their provenance, PEFT's `adapter_config.json` without the path of the base model. PEFT's card is left out.",
         "",
         "| run | what happened to it | files that differ |",
         "| --- | --- | --- |",
