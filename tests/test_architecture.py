@@ -41,6 +41,7 @@ LAYERS = [
         "divergence",
         "logprobs",
         "packing",
+        "modes",
         "rewards",
         "data",
         "corpus",

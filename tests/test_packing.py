@@ -92,7 +92,7 @@ SLIDING = build("gemma3")
 
 def test_each_needed_token_is_computed_once():
     rows = pair_batch([(5, 6, 4), (7, 9, 2)], "left")
-    packing = pack(*rows.values(), pairs=True)
+    packing = pack(*rows.values())
     # A completion's last token predicts nothing.
     assert packing.input_ids.shape[1] == (5 + 5 + 3) + (7 + 8 + 1)
     assert int((packing.branch == PROMPT).sum()) == 5 + 7

@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from madpo.errors import ConfigError, DataError
 from madpo.logprobs import Head, unwrapped
+from madpo.modes import evaluating
 from madpo.progress import bar
 from madpo.seeding import derived_seed
 
@@ -142,9 +143,7 @@ def generate(
     sampling = Sampling(temperature, top_p, top_k)
     order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
     completions: list[list[int]] = [[] for _ in prompt_ids]
-    training = model.training
-    model.eval()
-    with bar(description, len(order) * max_new_tokens) as advance:
+    with evaluating(model), bar(description, len(order) * max_new_tokens) as advance:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             numbers = np.stack([uniforms(seed, keys[i], draw, max_new_tokens) for i in rows])
@@ -156,7 +155,6 @@ def generate(
             advance(len(rows) * (max_new_tokens - batch.position))
             for i, ids in zip(rows, batch.completions, strict=True):
                 completions[i] = ids
-    model.train(training)
     return completions
 
 

@@ -381,7 +381,7 @@ def _score(
     rows = (input_ids, attention_mask, completion_mask)
     # A prompt-learning adapter hands over states of its own, which belong to rows.
     if pairs and with_positions and not _given(kwargs) and packs(model, *rows, plain):
-        packing = pack(*rows, pairs=True)
+        packing = pack(*rows)
         mask, labels = packing.scored[:, 1:], packing.labels
         selected = packed_states(model, packing)
     else:

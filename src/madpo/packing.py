@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
+from madpo.modes import evaluating
+
 NAME = "madpo_packed"
 SHORT = 192
 """Longest group for which two matrix products and a softmax beat the fused attention kernel on a processor."""
@@ -84,7 +86,6 @@ class Packing:
             self._bias[window] = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
                 ~allowed, torch.finfo(dtype).min
             )
-        self.windows.add(window)
         return self._bias[window]
 
     def split(self, states: Tensor) -> Tensor:
@@ -100,13 +101,13 @@ class Packing:
         return (flat if self.places is None else flat.index_select(0, self.places))[None]
 
 
-def pack(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor, *, pairs: bool) -> Packing:
-    """Lay the tokens of a batch of rows end to end.
+def pack(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> Packing:
+    """Lay the tokens of a batch of pairs end to end.
 
     Args:
-        input_ids, attention_mask, completion_mask: ``rows x length``, padded on either side.
-        pairs: the first half of the rows are the chosen completions of pairs, the second half the rejected ones. A
-            prompt is shared where both rows of a pair have the same prompt tokens.
+        input_ids, attention_mask, completion_mask: ``rows x length``, padded on either side. The first half of the
+            rows are the chosen completions, the second half the rejected ones. A prompt is shared where both rows of a
+            pair have the same prompt tokens.
     """
     rows, length = input_ids.shape
     attended = attention_mask.bool()
@@ -119,26 +120,20 @@ def pack(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor, *, 
     # The state of a row's last scored token, and of what follows it, predicts nothing.
     needed = prompt | (attended & (steps < (scored * steps).amax(1, keepdim=True)))
     needed[:, 0] |= attended[:, 0]
-    branch = torch.where(prompt, PROMPT, FIRST)
-    kept = needed
-    shared = torch.zeros(rows, dtype=torch.bool, device=ids.device)
-    interleaved = torch.arange(rows, device=ids.device)
-    if pairs:
-        half = rows // 2
-        first, second = prompt[:half], prompt[half:]
-        same = (first == second).all(1) & ((ids[:half] == ids[half:]) | ~first).all(1) & first.any(1)
-        shared[half:] = same
-        kept = needed & ~(prompt & shared[:, None])
-        branch[half:] = torch.where(prompt[half:], PROMPT, SECOND)
-        interleaved = interleaved.view(2, half).T.flatten()
+    half = rows // 2
+    first, second = prompt[:half], prompt[half:]
+    same = (first == second).all(1) & ((ids[:half] == ids[half:]) | ~first).all(1) & first.any(1)
+    shared = torch.cat([torch.zeros_like(same), same])
+    kept = needed & ~(prompt & shared[:, None])
+    branch = torch.cat([torch.where(first, PROMPT, FIRST), torch.where(second, PROMPT, SECOND)])
+    interleaved = torch.arange(rows, device=ids.device).view(2, half).T.flatten()
 
     # Packed indices, counted pair by pair; a rejected row finds its prompt in the chosen one.
     ordered = kept[interleaved]
     counted = (ordered.flatten().cumsum(0) - 1).view(rows, length)
     index = torch.empty_like(counted)
     index[interleaved] = counted
-    if pairs:
-        index[half:] = torch.where(prompt[half:] & same[:, None], index[:half], index[half:])
+    index[half:] = torch.where(second & same[:, None], index[:half], index[half:])
     group = (~shared[interleaved]).cumsum(0) - 1
     token_group = group[:, None].expand(rows, length)[ordered]
     sizes = torch.bincount(token_group)
@@ -223,7 +218,7 @@ def _attention_switched(model: nn.Module) -> Iterator[None]:
         config._attn_implementation = before
 
 
-def packed_states(model: nn.Module, packing: Packing, **kwargs: Any) -> Tensor:
+def packed_states(model: nn.Module, packing: Packing) -> Tensor:
     """States after the last norm that predict the scored tokens, ``scored x hidden``."""
     backbone: nn.Module = model.base_model  # type: ignore[assignment]
     with _attention_switched(model):
@@ -233,7 +228,6 @@ def packed_states(model: nn.Module, packing: Packing, **kwargs: Any) -> Tensor:
             attention_mask=None,
             use_cache=False,
             packing=packing,
-            **kwargs,
         ).last_hidden_state
     found: Tensor = states[0].index_select(0, packing.predictors)
     return found
@@ -251,15 +245,8 @@ def packs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, completio
         half = len(input_ids) // 2
         rows = [i for i in (0, 1, half, half + 1) if i < len(input_ids)] if half > 1 else list(range(len(input_ids)))
         batch = (input_ids[rows], attention_mask[rows], completion_mask[rows])
-        modes = {
-            module: module.training for module in model.modules()
-        }  # a fresh adapter trains in a model that does not
-        model.eval()
-        try:
+        with evaluating(model):
             reason = _difference(model, batch, plain)
-        finally:
-            for module, training in modes.items():
-                module.training = training
         if reason is not None:
             warnings.warn(
                 f"{type(model).__name__} cannot share prompts ({reason}); its rows are padded instead, which is slower",
@@ -275,7 +262,7 @@ def _difference(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor], plain: A
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
     if getattr(config, "attention_chunk_size", None) or getattr(config, "use_bidirectional_attention", False):
         return "its attention is chunked or bidirectional"
-    packing = pack(*batch, pairs=True)
+    packing = pack(*batch)
     packing.fused = True
     try:
         found = packed_states(model, packing)
@@ -293,6 +280,6 @@ def _difference(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor], plain: A
     apart = (found.float() - wanted.float()).norm(dim=-1) / wanted.float().norm(dim=-1).clamp(min=1e-6)
     worst = float(apart.max()) if len(apart) else 0.0
     # Measured in bfloat16 on real and on random tokens: Gemma-3-270M 0.05 at most, SmolLM2-135M 0.02. A mask that lets
-    # five tokens through gives 0.3 to 1.4, positions by index 0.5 to 1.5. In float32 the right path gives 1e-5.
+    # five tokens through gives 0.3 to 1.4, positions by index 0.5 to 1.5. In float32 the right path stays below 5e-5.
     bound = 0.15 if torch.finfo(found.dtype).bits == 16 or torch.is_autocast_enabled(found.device.type) else 1e-3
     return None if worst <= bound else f"its states differ by {worst:.2g} from those of padded rows"

@@ -10,6 +10,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from madpo import processes
 from madpo.errors import ConfigError, MadpoError, StorageError
 from madpo.memory import memory_errors
@@ -149,6 +151,17 @@ def digest(place: str | Path) -> str | None:
     for file in sorted(p for p in path.rglob("*") if p.is_file()):
         parts.update(f"{file.relative_to(path).as_posix()}:{_file_digest(file)}\n".encode())
     return parts.hexdigest()
+
+
+def training_state(
+    data: str | Path, data_digest: str | None, eval_data: str | Path | None, settings: BaseModel
+) -> dict[str, Any]:
+    """What decides a training's result: its settings, and its pairs by content (by name where they lie on the hub)."""
+    return {
+        "data": data_digest or str(data),
+        "eval_data": None if eval_data is None else digest(eval_data) or str(eval_data),
+        "settings": settings.model_dump(mode="json"),
+    }
 
 
 def _file_digest(path: Path) -> str:

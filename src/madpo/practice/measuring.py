@@ -130,13 +130,14 @@ def evaluate(
     """
     place = find_policy(policy, settings.reference)
     rows = read_prompts(prompts, settings.prompts)
-    state = {"policy": str(policy), "prompts": digest(prompts), "settings": settings.model_dump(mode="json")}
+    prompts_digest = digest(prompts)
+    state = {"policy": str(policy), "prompts": prompts_digest, "settings": settings.model_dump(mode="json")}
     with building(Path(output_dir), state, overwrite=overwrite, memory="give a smaller --batch_size") as out:
         samples = _responses(place, rows, settings)
         chosen, rejected = load_scorer(settings.reward_model, batch_size=settings.score_batch_size).score_pairs(
             [Pair(i, i, s.prompt, s.said[0], s.said[1], {}) for i, s in enumerate(samples)], "prompt", "row"
         )
-        report = _report(place, settings, samples, chosen, rejected, digest(prompts))
+        report = _report(place, settings, samples, chosen, rejected, prompts_digest)
         lines = [_line(s, a, b) for s, a, b in zip(samples, chosen, rejected, strict=True)]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_atomically(out / "samples.jsonl", text)

@@ -6,13 +6,14 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from madpo.data import load_preferences
 from madpo.data.load import TooLong
 from madpo.data.rows import Pair, Text
 from madpo.data.tokens import Encoder, Truncation, truncated
 from madpo.errors import ConfigError, DataError, MadpoError
+from madpo.models import load_tokenizer, resolve_model
 from madpo.seeding import rng
 
 Row = dict[str, Any]
@@ -76,6 +77,53 @@ def load_split(
         return rows, []
     train, heldout = split_by_prompt(rows, eval_share, seed, str(data))
     return train, heldout
+
+
+class Asked(Protocol):
+    """What the settings of every training say about model and data."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def eval_share(self) -> float: ...
+    @property
+    def truncation(self) -> Truncation: ...
+
+
+class Loaded(NamedTuple):
+    """A base model's place, its tokenizer, and the pairs of both sides with what truncation did to them."""
+
+    base: Path | str
+    tokenizer: Any
+    train: list[Row]
+    heldout: list[Row]
+    too_long: TooLong
+
+
+def load_training(
+    settings: Asked, data: str | Path, eval_data: str | Path | None, *, seed: int, max_length: int | None
+) -> Loaded:
+    """Find the base model and read its pairs.
+
+    Raises:
+        ConfigError: the model cannot be loaded.
+        DataError: as :func:`load_split`.
+    """
+    with loading(settings.model):
+        base = resolve_model(settings.model)
+        tokenizer = load_tokenizer(base)
+    too_long = TooLong()
+    train, heldout = load_split(
+        data,
+        tokenizer,
+        eval_data=eval_data,
+        eval_share=settings.eval_share,
+        seed=seed,
+        max_length=max_length,
+        truncation=settings.truncation,
+        too_long=too_long,
+    )
+    return Loaded(base, tokenizer, train, heldout, too_long)
 
 
 def encoded_rows(

@@ -26,16 +26,15 @@ from transformers import PreTrainedTokenizerBase
 
 from madpo import processes
 from madpo.config import Frozen, did_you_mean
-from madpo.data.load import TooLong
 from madpo.data.tokens import Truncation
 from madpo.errors import ConfigError, DataError
 from madpo.logprobs import unwrapped
 from madpo.losses import MADPO, Loss, LossConfig
-from madpo.models import LoRA, load_model, load_quantised, load_tokenizer, merge_adapter, resolve_model
+from madpo.models import LoRA, load_model, load_quantised, merge_adapter, resolve_model
 from madpo.packaged import quiet_transformers
 from madpo.practice.card import model_card
-from madpo.practice.folders import building, digest, toml
-from madpo.practice.pairs import Row, load_split, loading
+from madpo.practice.folders import building, digest, toml, training_state
+from madpo.practice.pairs import Row, load_training, loading
 from madpo.storage import write_atomically
 from madpo.training import PreferenceConfig, PreferenceTrainer
 from madpo.training.preference import ID_COLUMNS, PAIR_COLUMNS, REFERENCE_COLUMNS
@@ -181,26 +180,12 @@ def train(
         DataError, ConfigError, StorageError: one sentence; nothing is left behind.
     """
     output_dir = Path(output_dir)
-    state = {
-        "data": digest(data) or str(data),
-        "eval_data": None if eval_data is None else digest(eval_data) or str(eval_data),
-        "settings": settings.model_dump(mode="json"),
-    }
+    data_digest = digest(data)
+    state = training_state(data, data_digest, eval_data, settings)
     with building(output_dir, state, overwrite=overwrite, memory=MEMORY_REMEDY) as out:
         args = trainer_arguments(settings, out, evaluated=eval_data is not None or settings.eval_share > 0)
-        with loading(settings.model):
-            base = resolve_model(settings.model)
-            tokenizer = load_tokenizer(base)
-        too_long = TooLong()
-        rows, heldout = load_split(
-            data,
-            tokenizer,
-            eval_data=eval_data,
-            eval_share=settings.eval_share,
-            seed=args.seed,
-            max_length=args.max_length,
-            truncation=settings.truncation,
-            too_long=too_long,
+        base, tokenizer, rows, heldout, too_long = load_training(
+            settings, data, eval_data, seed=args.seed, max_length=args.max_length
         )
         require_columns(rows, settings.loss, str(data))
         if heldout:
@@ -222,7 +207,7 @@ def train(
             evaluation=evaluation,
             dropped=len(too_long.dropped),
             cut=too_long.cut,
-            data_digest=digest(data),
+            data_digest=data_digest,
             model_digest=model_digest(base, trainer.model),
         )
         _save(trainer, settings, tokenizer, out)

@@ -15,15 +15,14 @@ from pydantic import BaseModel, Field, model_validator
 from transformers import AutoConfig
 
 from madpo.config import Frozen
-from madpo.data.load import TooLong
 from madpo.data.rows import Pair
 from madpo.data.tokens import Encoded, Encoder, Truncation
 from madpo.diagnostics import MarginReport, Reliability, inspect
 from madpo.errors import ConfigError, DataError
 from madpo.models import LoRA, load_classifier, load_tokenizer, resolve_model
-from madpo.practice.folders import building, digest
+from madpo.practice.folders import building, digest, training_state
 from madpo.practice.pages import write_reward_page
-from madpo.practice.pairs import Row, load_split, loading, prompt_key, sequences, split_by_prompt
+from madpo.practice.pairs import Row, load_training, loading, prompt_key, sequences, split_by_prompt
 from madpo.progress import say
 from madpo.records import Estimate
 from madpo.rewards import RewardModel
@@ -156,25 +155,11 @@ def reward(
         DataError, ConfigError, StorageError: one sentence; nothing is left behind.
     """
     output_dir = Path(output_dir)
-    state = {
-        "data": digest(data) or str(data),
-        "eval_data": None if eval_data is None else digest(eval_data) or str(eval_data),
-        "settings": settings.model_dump(mode="json"),
-    }
+    data_digest = digest(data)
+    state = training_state(data, data_digest, eval_data, settings)
     with building(output_dir, state, overwrite=overwrite, memory=MEMORY_REMEDY) as out:
-        with loading(settings.model):
-            base = resolve_model(settings.model)
-            tokenizer = load_tokenizer(base)
-        too_long = TooLong()
-        train, heldout = load_split(
-            data,
-            tokenizer,
-            eval_data=eval_data,
-            eval_share=settings.eval_share,
-            seed=settings.seed,
-            max_length=settings.max_length,
-            truncation=settings.truncation,
-            too_long=too_long,
+        base, _, train, heldout, too_long = load_training(
+            settings, data, eval_data, seed=settings.seed, max_length=settings.max_length
         )
         stopping, reported = _halves(heldout, settings, str(eval_data or data))
         seen = {prompt_key(row["prompt"]) for row in train}
@@ -184,7 +169,7 @@ def reward(
         measured = _measure(out, reported)
         report = RewardReport(
             data=str(data),
-            data_digest=digest(data),
+            data_digest=data_digest,
             eval_data=None if eval_data is None else str(eval_data),
             model_digest=digest(base),
             dropped=len(too_long.dropped),

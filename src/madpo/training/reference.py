@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from madpo.errors import ConfigError, DataError
 from madpo.logprobs import completion_logps
 from madpo.models import cache_dir
+from madpo.modes import evaluating
 from madpo.processes import everyone, first
 from madpo.progress import bar
 from madpo.storage import storage_errors, write_atomically
@@ -149,11 +150,8 @@ def _path(weights: str, dataset: Dataset, collator: Any, accelerator: Any, batch
 @torch.no_grad()
 def _batch_logps(model: nn.Module, batch: dict[str, Any], accelerator: Any) -> tuple[torch.Tensor, torch.Tensor]:
     rows = {name: batch[name].to(accelerator.device) for name in ("input_ids", "attention_mask", "completion_mask")}
-    training = model.training
-    model.eval()
-    with accelerator.autocast():
+    with evaluating(model), accelerator.autocast():
         logps = completion_logps(model, **rows, pairs=True).logps
-    model.train(training)
     chosen, rejected = logps.double().chunk(2)
     return chosen, rejected
 
