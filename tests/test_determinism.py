@@ -7,7 +7,6 @@ import pytest
 
 import launch_cases
 from losses_cases import EVERY_LOSS
-from madpo.models import build_tiny
 from madpo.practice import TrainSettings, train
 from madpo.training.preference import PreferenceCollator
 from practice_cases import text_pairs, write
@@ -26,11 +25,6 @@ class LeftPadded(PreferenceCollator):
             for row, shift in zip(batch[name], empty, strict=True):
                 row.copy_(row.roll(shift))
         return batch
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return build_tiny("llama", tmp_path_factory.mktemp("models") / "llama", seed=1)
 
 
 def collator(kind=PreferenceCollator, **settings):

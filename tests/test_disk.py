@@ -19,7 +19,6 @@ import soak
 from madpo.cli import main
 from madpo.errors import MemoryShortage, StorageError
 from madpo.memory import is_shortage, memory_errors
-from madpo.models import build_tiny
 from madpo.storage import LOCK, holder, locked, storage_errors, write_atomically
 from madpo.training import PreferenceTrainer, preference
 from madpo.training import checkpoints as disk
@@ -29,14 +28,7 @@ from test_finite import build
 SIZE = 6 * 2**20  # of the small disk: the tiny model's results fit, a ballast fills it
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return build_tiny("llama", tmp_path_factory.mktemp("models") / "llama", seed=1)
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MADPO_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture

@@ -22,16 +22,11 @@ from transformers import AutoModelForSequenceClassification
 import launch_cases
 from madpo import DPO
 from madpo.losses import Loss
-from madpo.models import build_tiny, load_tokenizer
+from madpo.models import load_tokenizer
 from madpo.practice import scoring
 from practice_cases import read, text_pairs, write
 
 pytestmark = pytest.mark.timeout(900)  # half a minute of one core; beside other work two processes wait for each other
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return build_tiny("llama", tmp_path_factory.mktemp("models") / "llama", seed=1)
 
 
 def prepare(root, llama):

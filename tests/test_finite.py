@@ -18,7 +18,7 @@ from madpo import DPO, MADPO, PreferenceConfig, PreferenceTrainer
 from madpo.cli import main
 from madpo.errors import DataError
 from madpo.losses import LossConfig, LossOutput, SoftDPO
-from madpo.models import LoRA, build_tiny, load_tokenizer
+from madpo.models import LoRA, load_tokenizer
 from madpo.training import checkpoints as disk
 from madpo.training import stages
 from madpo.training.finite import SKIPPED, drop_unscored
@@ -40,14 +40,7 @@ SETTINGS = {
 HUGE = [1e6 + 1, -3e6, 1e30, -1e30, 2.5, -2.5, 0.0, 1e12]
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return build_tiny("llama", tmp_path_factory.mktemp("models") / "llama", seed=1)
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MADPO_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def pairs(count=8, *, tokens=(2, 9), **columns):

@@ -13,7 +13,6 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 import madpo
-from browser import open_browser
 from madpo.diagnostics import inspect_data
 from madpo.seeding import rng
 
@@ -44,17 +43,6 @@ def page(margins: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     inspect_data(folder / "pairs.jsonl", margin_temperature=1.0, output=folder / "margins.html")
     return folder / "margins.html"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    yield from open_browser(tmp_path_factory.mktemp("profile"))
-
-
-@pytest.fixture
-def window(browser: Chrome, page: Path) -> Chrome:
-    browser.get(page.resolve().as_uri())
-    return browser
 
 
 def settings(window: Chrome) -> dict[str, Any]:

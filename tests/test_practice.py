@@ -17,7 +17,7 @@ from madpo import margin_weight
 from madpo.cli import main
 from madpo.data import load_preferences
 from madpo.errors import ConfigError, DataError, StorageError
-from madpo.models import build_tiny, load_tokenizer
+from madpo.models import load_tokenizer
 from madpo.practice import (
     EvaluateSettings,
     RewardSettings,
@@ -39,25 +39,16 @@ from practice_cases import FORMATS, ids_of, read, run, text_pairs, write
 BATCH = 8
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MADPO_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("module_cache")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return build_tiny("llama", tmp_path_factory.mktemp("models") / "llama", seed=1)
-
-
-@pytest.fixture(scope="module")
-def chain(model, tmp_path_factory):
+def chain(llama, tmp_path_factory):
     """reward -> score -> inspect -> train --merge -> evaluate, once, by the command line."""
     root = tmp_path_factory.mktemp("chain")
     data = write(root / "pairs.jsonl", text_pairs())
     prompts = write(root / "prompts.jsonl", [{"prompt": f"The film {i} is"} for i in (0, 1, 2, 1, 3)])
-    base = ("--model_name_or_path", model)
+    base = ("--model_name_or_path", llama)
     run("reward", data, *base, "--output_dir", root / "R", "--learning_rate", "1e-2", "--epochs", "2",
         "--batch_size", "8", "--eval_share", "0.4", "--lora_rank", "4")  # fmt: skip
     run("score", data, "--reward_model", root / "R", "--output_dir", root / "S")
@@ -66,16 +57,16 @@ def chain(model, tmp_path_factory):
         "--output_dir", root / "P", "--merge", "--eval_share", "0.25", "--learning_rate", "1e-2", "--epochs", "2",
         "--batch_size", BATCH, "--args.bf16", "false", "--dtype", "float32",
         "--args.logging_steps", "1", "--lora.rank", "4")  # fmt: skip
-    run("evaluate", root / "P", "--reference", model, "--prompts", prompts, "--reward", root / "R", "--output_dir",
+    run("evaluate", root / "P", "--reference", llama, "--prompts", prompts, "--reward", root / "R", "--output_dir",
         root / "E", "--max_new_tokens", "6", "--samples_per_prompt", "2")  # fmt: skip
     return root
 
 
-def test_the_reward_models_report(chain, model):
+def test_the_reward_models_report(chain, llama):
     report = json.loads((chain / "R" / "report.json").read_text())
     settings = RewardSettings.model_validate(report["settings"])
     train_rows, heldout = load_split(
-        chain / "pairs.jsonl", load_tokenizer(model), eval_data=None, eval_share=0.4, seed=0
+        chain / "pairs.jsonl", load_tokenizer(llama), eval_data=None, eval_share=0.4, seed=0
     )
     stopping, reported = reward_module._halves(heldout, settings, "")
     sizes = {"train_pairs": len(train_rows), "stopping_pairs": len(stopping), "heldout_pairs": len(reported)}
@@ -97,7 +88,7 @@ def test_the_reward_models_report(chain, model):
             assert interval["mean"] == pytest.approx(report[name])
             assert interval["low"] < interval["mean"] < interval["high"]
             assert interval["n"] == len({row["prompt"] for row in reported})
-    assert report["model_digest"] == scoring.digest(model)
+    assert report["model_digest"] == scoring.digest(llama)
     assert report["dropped"] == 0
     page = (chain / "R" / "report.html").read_text()
     assert page.count("<circle") == len(report["reliability"])
@@ -106,8 +97,8 @@ def test_the_reward_models_report(chain, model):
     assert len(report["reliability"]) <= 10
 
 
-def test_scored_rows_hold_the_reward_models_margins(chain, model):
-    rows, tokenizer, loaded = read(chain / "S" / "scored.jsonl"), load_tokenizer(model), RewardModel.load(chain / "R")
+def test_scored_rows_hold_the_reward_models_margins(chain, llama):
+    rows, tokenizer, loaded = read(chain / "S" / "scored.jsonl"), load_tokenizer(llama), RewardModel.load(chain / "R")
     raw = text_pairs()
     assert [{k: row[k] for k in raw[0]} for row in rows] == raw, "the columns of the data stay"
     chosen, rejected = ([ids_of(tokenizer, row["prompt"], row[side]) for row in raw] for side in ("chosen", "rejected"))
@@ -121,20 +112,20 @@ def test_scored_rows_hold_the_reward_models_margins(chain, model):
 
 
 @torch.no_grad()
-def logps(model, tokenizer, prompt, completion):
+def logps(llama, tokenizer, prompt, completion):
     """Summed log-probability of the completion and its end token, from the full logits."""
     ids = torch.tensor([ids_of(tokenizer, prompt, completion)])
     start = len(tokenizer(prompt)["input_ids"])
-    logits = model(ids).logits[0, start - 1 : -1].log_softmax(-1)
+    logits = llama(ids).logits[0, start - 1 : -1].log_softmax(-1)
     return logits.gather(-1, ids[0, start:, None]).sum().item()
 
 
-def test_the_policys_numbers(chain, model):
-    policy_dir, tokenizer = chain / "P", load_tokenizer(model)
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+def test_the_policys_numbers(chain, llama):
+    policy_dir, tokenizer = chain / "P", load_tokenizer(llama)
+    base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
     merged = AutoModelForCausalLM.from_pretrained(policy_dir / "merged", dtype=torch.float32).eval()
     adapted = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), policy_dir / "adapter"
+        AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32), policy_dir / "adapter"
     ).eval()
     ids = torch.tensor([[1, 20, 33, 150, 7]])
     with torch.no_grad():
@@ -163,9 +154,9 @@ def test_the_policys_numbers(chain, model):
     assert measured == pytest.approx(np.average(batches, weights=weights), abs=2e-4)
 
 
-def test_the_card_and_the_resolved_configuration(chain, model, tmp_path):
+def test_the_card_and_the_resolved_configuration(chain, llama, tmp_path):
     card = (chain / "P" / "README.md").read_text()
-    for words in (scoring.digest(chain / "S" / "scored.jsonl"), str(chain / "R"), "`madpo`", "tau = 3.0", str(model)):
+    for words in (scoring.digest(chain / "S" / "scored.jsonl"), str(chain / "R"), "`madpo`", "tau = 3.0", str(llama)):
         assert words in card
     resolved = tomllib.loads((chain / "P" / "config.toml").read_text())
     assert resolved["loss"]["tau"] == 3
@@ -173,18 +164,18 @@ def test_the_card_and_the_resolved_configuration(chain, model, tmp_path):
     settings = TrainSettings.model_validate(resolved)
     report = json.loads((chain / "P" / "report.json").read_text())
     assert report["data_digest"] == scoring.digest(chain / "S" / "scored.jsonl")
-    assert report["model_digest"] == scoring.digest(model)
+    assert report["model_digest"] == scoring.digest(llama)
     again = train(chain / "S" / "scored.jsonl", tmp_path / "P", settings)
     name = "adapter/adapter_model.safetensors"
     assert (tmp_path / "P" / name).read_bytes() == (chain / "P" / name).read_bytes(), "config.toml repeats the training"
     assert again.steps == max(row["step"] for row in read(chain / "P" / "log.jsonl"))
 
 
-def test_the_evaluation(chain, model):
+def test_the_evaluation(chain, llama):
     report = json.loads((chain / "E" / "evaluation.json").read_text())
     samples = read(chain / "E" / "samples.jsonl")
     assert (report["prompts"], report["samples_per_prompt"], len(samples)) == (4, 2, 8), "a prompt counts once"
-    tokenizer, loaded = load_tokenizer(model), RewardModel.load(chain / "R")
+    tokenizer, loaded = load_tokenizer(llama), RewardModel.load(chain / "R")
     for response, reward in (("response", "reward"), ("reference_response", "reference_reward")):
         found = loaded.score_ids([ids_of(tokenizer, s["prompt"], s[response]) for s in samples])
         np.testing.assert_allclose([s[reward] for s in samples], found, atol=2e-2)  # other batches, half precision
@@ -196,16 +187,16 @@ def test_the_evaluation(chain, model):
     assert all(s["kl"] > 0 for s in samples)
     assert all(s["tokens"] <= 6 for s in samples)
     assert report["policy_digest"] == scoring.digest(chain / "P")
-    assert report["reference_digest"] == scoring.digest(model)
+    assert report["reference_digest"] == scoring.digest(llama)
     assert report["reward_model_digest"] == scoring.digest(chain / "R" / "adapter")
     page = (chain / "E" / "samples.html").read_bytes().decode()
     assert page.count('class="card"') == 8
     assert all(escape(s[k]) in page for s in samples for k in ("prompt", "response", "reference_response"))
 
 
-def test_a_model_against_itself_is_a_draw(chain, model, tmp_path, capsys):
-    settings = EvaluateSettings(reward_model=str(chain / "R"), reference=str(model), max_new_tokens=5)
-    report = evaluate(str(model), chain / "prompts.jsonl", tmp_path / "E", settings)
+def test_a_model_against_itself_is_a_draw(chain, llama, tmp_path, capsys):
+    settings = EvaluateSettings(reward_model=str(chain / "R"), reference=str(llama), max_new_tokens=5)
+    report = evaluate(str(llama), chain / "prompts.jsonl", tmp_path / "E", settings)
     assert report.win_rate.mean == 0.5
     assert report.kl.mean == 0
     assert all(s["response"] == s["reference_response"] for s in read(tmp_path / "E" / "samples.jsonl"))
@@ -213,9 +204,9 @@ def test_a_model_against_itself_is_a_draw(chain, model, tmp_path, capsys):
         found = evaluate(policy, chain / "prompts.jsonl", tmp_path / policy.name, settings)
         assert found.kl.mean > 0
     with pytest.raises(ConfigError, match="does not say which model it started from"):
-        evaluate(model, chain / "prompts.jsonl", tmp_path / "F", EvaluateSettings(reward_model=str(chain / "R")))
+        evaluate(llama, chain / "prompts.jsonl", tmp_path / "F", EvaluateSettings(reward_model=str(chain / "R")))
     with pytest.raises(DataError, match="only 4 different prompts, but 9"):
-        evaluate(model, chain / "prompts.jsonl", tmp_path / "F", settings.model_copy(update={"prompts": 9}))
+        evaluate(llama, chain / "prompts.jsonl", tmp_path / "F", settings.model_copy(update={"prompts": 9}))
     assert not (tmp_path / "F").exists()
 
 
@@ -257,7 +248,7 @@ def test_a_finished_folder_with_other_settings_is_refused(chain, tmp_path):
     assert not (tmp_path / "new").exists(), "a mistake leaves nothing"
 
 
-def test_out_of_fold_margins_come_from_models_that_did_not_see_the_prompt(model, tmp_path, monkeypatch):
+def test_out_of_fold_margins_come_from_models_that_did_not_see_the_prompt(llama, tmp_path, monkeypatch):
     data, seen, fit = write(tmp_path / "pairs.jsonl", text_pairs(40)), [], scoring.fit
 
     def recorded(settings, train_rows, stopping, out):
@@ -265,7 +256,7 @@ def test_out_of_fold_margins_come_from_models_that_did_not_see_the_prompt(model,
         return fit(settings, train_rows, stopping, out)
 
     monkeypatch.setattr(scoring, "fit", recorded)
-    options = ("--folds", 2, "--model_name_or_path", model, "--learning_rate", "1e-2", "--format", "parquet")
+    options = ("--folds", 2, "--model_name_or_path", llama, "--learning_rate", "1e-2", "--format", "parquet")
     run("score", data, *options, "--output_dir", tmp_path / "S")
     table = pd.read_parquet(tmp_path / "S" / "scored.parquet")
     assert list(table["note"]) == [row["note"] for row in text_pairs(40)]
@@ -276,7 +267,7 @@ def test_out_of_fold_margins_come_from_models_that_did_not_see_the_prompt(model,
     for k in (0, 1):
         rows = table[~table["prompt"].isin(seen[k])]
         found = load_scorer(tmp_path / "S" / "folds" / f"fold-{k}").model.score_ids(
-            [ids_of(load_tokenizer(model), p, c) for p, c in zip(rows["prompt"], rows["chosen"], strict=True)]
+            [ids_of(load_tokenizer(llama), p, c) for p, c in zip(rows["prompt"], rows["chosen"], strict=True)]
         )
         np.testing.assert_allclose(rows["chosen_score"], found, atol=2e-2)
     assert load_preferences(tmp_path / "S" / "scored.parquet")[3]["reward_margin"] == table["reward_margin"][3]
@@ -305,12 +296,12 @@ def test_columns_of_scores_are_brought_to_log_odds(tmp_path):
             ScoreSettings(**bad)
 
 
-def test_any_reward_model_with_one_output(model, tmp_path, monkeypatch):
+def test_any_reward_model_with_one_output(llama, tmp_path, monkeypatch):
     monkeypatch.setattr("madpo.models.compute_dtype", lambda: torch.float32)
     torch.manual_seed(0)
-    foreign = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.float32).eval()
+    foreign = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=1, dtype=torch.float32).eval()
     torch.nn.init.normal_(foreign.score.weight)
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(llama)
     foreign.config.pad_token_id = tokenizer.pad_token_id
     foreign.save_pretrained(tmp_path / "foreign")
     tokenizer.save_pretrained(tmp_path / "foreign")
@@ -326,9 +317,9 @@ def test_any_reward_model_with_one_output(model, tmp_path, monkeypatch):
                 ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             with torch.no_grad():
                 assert row["chosen_score"] == pytest.approx(foreign(torch.tensor([ids])).logits.item(), abs=1e-5)
-    two = AutoModelForSequenceClassification.from_pretrained(model, num_labels=2)
+    two = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=2)
     two.save_pretrained(tmp_path / "two")
-    for place, words in ((tmp_path / "two", "with 2 outputs"), (model, "is no reward model")):
+    for place, words in ((tmp_path / "two", "with 2 outputs"), (llama, "is no reward model")):
         with pytest.raises(ConfigError, match=words):
             load_scorer(place)
 
@@ -350,13 +341,13 @@ def test_any_reward_model_with_one_output(model, tmp_path, monkeypatch):
     ],
 )
 def test_a_mistake_is_one_sentence_and_leaves_nothing(
-    model, tmp_path, tmp_path_factory, monkeypatch, capsys, options, words
+    llama, tmp_path, tmp_path_factory, monkeypatch, capsys, options, words
 ):
     data = write(tmp_path / "pairs.jsonl", text_pairs(8))
     monkeypatch.chdir(tmp_path_factory.mktemp("here"))
     Path("broken").mkdir()
     Path("broken/config.json").write_text("{}")
-    base = [] if "--model_name_or_path" in options else ["--model_name_or_path", str(model)]
+    base = [] if "--model_name_or_path" in options else ["--model_name_or_path", str(llama)]
     assert main(["train", str(data), "--output_dir", str(tmp_path / "P"), *base, *options]) == 2
     err = capsys.readouterr().err
     assert err.startswith("madpo: ")
@@ -365,12 +356,12 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
     assert [p.name for p in tmp_path.iterdir()] == ["pairs.jsonl"]
 
 
-def test_full_training_writes_a_model(model, tmp_path, capsys):
+def test_full_training_writes_a_model(llama, tmp_path, capsys):
     data = write(tmp_path / "pairs.jsonl", text_pairs(8))
-    run("train", data, "--model_name_or_path", model, "--loss", "dpo", "--full", "--output_dir", tmp_path / "P",
+    run("train", data, "--model_name_or_path", llama, "--loss", "dpo", "--full", "--output_dir", tmp_path / "P",
         "--learning_rate", "1e-2", "--args.max_steps", "2", "--args.bf16", "false")  # fmt: skip
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "P" / "model", dtype=torch.float32)
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     assert not torch.equal(trained.lm_head.weight, base.lm_head.weight)
     assert sorted(p.name for p in (tmp_path / "P").iterdir()) == [
         "README.md",
@@ -380,18 +371,18 @@ def test_full_training_writes_a_model(model, tmp_path, capsys):
         "report.json",
     ]
     assert "Nothing: no pairs were held out" in (tmp_path / "P" / "README.md").read_text()
-    assert main(["train", str(data), "--model_name_or_path", str(model), "--output_dir", str(tmp_path / "P")]) == 2
+    assert main(["train", str(data), "--model_name_or_path", str(llama), "--output_dir", str(tmp_path / "P")]) == 2
     assert "add --overwrite" in capsys.readouterr().err
 
 
-def test_pairs_that_are_too_long_are_dropped_cut_or_refused(model, tmp_path):
+def test_pairs_that_are_too_long_are_dropped_cut_or_refused(llama, tmp_path):
     rows = text_pairs(9)
     rows[4]["chosen"] = " is" + " long" * 30 + "."
     data = write(tmp_path / "pairs.jsonl", rows)
-    shared = {"model": str(model), "loss": {"kind": "dpo"}, "args": {"max_steps": 1, "max_length": 40, "bf16": False}}
+    shared = {"model": str(llama), "loss": {"kind": "dpo"}, "args": {"max_steps": 1, "max_length": 40, "bf16": False}}
     dropped = train(data, tmp_path / "drop", TrainSettings(**shared))
     assert (dropped.pairs, dropped.dropped, dropped.cut) == (8, 1, 0)
-    tokens = len(ids_of(load_tokenizer(model), rows[4]["prompt"], rows[4]["chosen"]))
+    tokens = len(ids_of(load_tokenizer(llama), rows[4]["prompt"], rows[4]["chosen"]))
     assert read(tmp_path / "drop" / "dropped.jsonl") == [{"pair_id": 4, "line": 5, "tokens": tokens}]
     assert "1 pairs left out" in (tmp_path / "drop" / "README.md").read_text()
     assert "1 pairs dropped (dropped.jsonl)" in dropped.text()
@@ -403,18 +394,18 @@ def test_pairs_that_are_too_long_are_dropped_cut_or_refused(model, tmp_path):
     assert not (tmp_path / "refuse").exists()
 
 
-def test_qlora_needs_a_gpu_and_says_so(model, tmp_path):
+def test_qlora_needs_a_gpu_and_says_so(llama, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     data = write(tmp_path / "pairs.jsonl", text_pairs(8))
     with pytest.raises(ConfigError, match="weights of 4 bits need a GPU"):
-        train(data, tmp_path / "P", TrainSettings(model=str(model), loss={"kind": "dpo"}, qlora=True))
+        train(data, tmp_path / "P", TrainSettings(model=str(llama), loss={"kind": "dpo"}, qlora=True))
     with pytest.raises(ValueError, match="give full or qlora, not both"):
-        TrainSettings(model=str(model), full=True, qlora=True)
+        TrainSettings(model=str(llama), full=True, qlora=True)
 
 
-def test_an_interrupted_training_ends_in_the_same_bytes(chain, model, tmp_path, monkeypatch):
-    settings = TrainSettings(model=str(model), args={"learning_rate": 1e-2, "max_steps": 6, "save_steps": 2})
+def test_an_interrupted_training_ends_in_the_same_bytes(chain, llama, tmp_path, monkeypatch):
+    settings = TrainSettings(model=str(llama), args={"learning_rate": 1e-2, "max_steps": 6, "save_steps": 2})
     data = chain / "S" / "scored.jsonl"
     train(data, tmp_path / "whole", settings)
     step, taken = PreferenceTrainer.training_step, []
@@ -437,15 +428,15 @@ def test_an_interrupted_training_ends_in_the_same_bytes(chain, model, tmp_path, 
     assert {p.name for p in tmp_path.iterdir()} == {"whole", "P"}
 
 
-def test_conversations_go_through_the_whole_chain(model, tmp_path):
+def test_conversations_go_through_the_whole_chain(llama, tmp_path):
     rows = [FORMATS["messages"](row) for row in text_pairs(24)]
-    data, base = write(tmp_path / "pairs.jsonl", rows), ("--model_name_or_path", model)
+    data, base = write(tmp_path / "pairs.jsonl", rows), ("--model_name_or_path", llama)
     run("reward", data, *base, "--output_dir", tmp_path / "R", "--eval_share", "0.3")
     run("score", data, "--reward_model", tmp_path / "R", "--output_dir", tmp_path / "S")
     run("train", tmp_path / "S" / "scored.jsonl", *base, "--output_dir", tmp_path / "P", "--args.max_steps", "2")
     run("evaluate", tmp_path / "P", "--prompts", data, "--reward", tmp_path / "R", "--output_dir", tmp_path / "E",
         "--max_new_tokens", "4", "--max_prompts", "3")  # fmt: skip
-    samples, tokenizer = read(tmp_path / "E" / "samples.jsonl"), load_tokenizer(model)
+    samples, tokenizer = read(tmp_path / "E" / "samples.jsonl"), load_tokenizer(llama)
     assert [s["prompt"] for s in samples] == [row["prompt"] for row in rows[:3]]
     ids = [
         tokenizer(

@@ -11,26 +11,16 @@ from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer, RewardTrainer
 
 from madpo.data import load_preferences
-from madpo.models import build_tiny, load_tokenizer
+from madpo.models import load_tokenizer
 from madpo.practice.pairs import sequences
 from practice_cases import FORMATS, read, run, text_pairs, write
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MADPO_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return build_tiny("llama", tmp_path_factory.mktemp("models") / "llama", seed=1)
+pytestmark = pytest.mark.usefixtures("module_cache")
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_reward_models_see_the_ids_of_trls_reward_trainer(model, form, tmp_path):
-    rows, tokenizer = [FORMATS[form](row) for row in text_pairs(12)], load_tokenizer(model)
+def test_reward_models_see_the_ids_of_trls_reward_trainer(llama, form, tmp_path):
+    rows, tokenizer = [FORMATS[form](row) for row in text_pairs(12)], load_tokenizer(llama)
     arguments = SimpleNamespace(dataset_num_proc=None, max_length=None)
     expected = RewardTrainer._prepare_dataset(SimpleNamespace(), Dataset.from_list(rows), tokenizer, arguments, "train")
     found = sequences(load_preferences(write(tmp_path / "d.jsonl", rows), tokenizer=tokenizer))
@@ -39,10 +29,10 @@ def test_reward_models_see_the_ids_of_trls_reward_trainer(model, form, tmp_path)
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_dpo_gives_the_numbers_of_stock_trl(model, form, tmp_path):
+def test_dpo_gives_the_numbers_of_stock_trl(llama, form, tmp_path):
     rows = [FORMATS[form](row) for row in text_pairs(24)]
     data = write(tmp_path / "pairs.jsonl", rows)
-    run("train", data, "--model_name_or_path", model, "--loss", "dpo", "--output_dir", tmp_path / "P",
+    run("train", data, "--model_name_or_path", llama, "--loss", "dpo", "--output_dir", tmp_path / "P",
         "--learning_rate", "1e-2", "--args.max_steps", "4", "--args.bf16", "false", "--dtype", "float32",
         "--args.logging_steps", "1", "--lora.rank", "4", "--batch_size", "4")  # fmt: skip
     arguments = DPOConfig(
@@ -53,10 +43,10 @@ def test_dpo_gives_the_numbers_of_stock_trl(model, form, tmp_path):
     torch.manual_seed(arguments.seed)
     adapter = LoraConfig(r=4, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
     stock = DPOTrainer(
-        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+        AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32),
         args=arguments,
         train_dataset=Dataset.from_list(rows),
-        processing_class=load_tokenizer(model),
+        processing_class=load_tokenizer(llama),
         peft_config=adapter,
     )
     stock.train()

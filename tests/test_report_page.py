@@ -11,7 +11,6 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.select import Select
 
-from browser import open_browser
 from madpo.report import rebuild_report
 from report_cases import ARABIC, HOSTILE, LONG, PROMPTS, Study, make_study
 
@@ -28,17 +27,6 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 @pytest.fixture(scope="module")
 def page(study: Study) -> Path:
     return rebuild_report(study.root, figures=False)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    yield from open_browser(tmp_path_factory.mktemp("profile"))
-
-
-@pytest.fixture
-def window(browser: Chrome, page: Path) -> Chrome:
-    browser.get(page.resolve().as_uri())
-    return browser
 
 
 def press(window: Chrome, button: WebElement) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from madpo.cli import main
 from madpo.errors import ConfigError, DataError, StorageError
 from madpo.losses import DPO, IPO, AlphaDPO, LossInputs, OmniDPO, SimPO
-from madpo.models import build_tiny, load_tokenizer
+from madpo.models import load_tokenizer
 from madpo.practice import TrainSettings, train
 from madpo.statistics import fit_temperature
 from madpo.training import PreferenceTrainer, reference
@@ -28,16 +28,7 @@ ARGS = {"learning_rate": 1e-2, "max_steps": 3, "per_device_train_batch_size": 8,
 SPACE = {"loss.tau": {"values": [2.0, 4.0]}}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MADPO_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return build_tiny("llama", tmp_path_factory.mktemp("models") / "llama", seed=1)
+pytestmark = pytest.mark.usefixtures("module_cache")
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +38,13 @@ def data(tmp_path_factory):
     return write(tmp_path_factory.mktemp("data") / "scored.jsonl", rows)
 
 
-def settings_for(model, **changes):
-    shared = {"model": str(model), "args": ARGS, "dtype": "float32", "lora": {"rank": 4}, "folds": 2, "space": SPACE}
+def settings_for(llama, **changes):
+    shared = {"model": str(llama), "args": ARGS, "dtype": "float32", "lora": {"rank": 4}, "folds": 2, "space": SPACE}
     return TuneSettings.model_validate({**shared, **changes})
 
 
 @pytest.fixture(scope="module")
-def tuned(model, data, tmp_path_factory):
+def tuned(llama, data, tmp_path_factory):
     """A whole search, the fold trainings that it made, and how often the reference was asked."""
     trained, asked = [], []
     step, compute = PreferenceTrainer.training_step, reference._compute
@@ -65,31 +56,31 @@ def tuned(model, data, tmp_path_factory):
         )
         patch.setattr(reference, "_compute", lambda *a, **k: (asked.append(len(a[1])), compute(*a, **k))[1])
         out = tmp_path_factory.mktemp("tuned") / "T"
-        report = tune(data, out, settings_for(model))
+        report = tune(data, out, settings_for(llama))
     return out, report, trained, asked
 
 
 @torch.no_grad()
-def logps(model, tokenizer, prompt, completion):
+def logps(llama, tokenizer, prompt, completion):
     ids = torch.tensor([ids_of(tokenizer, prompt, completion)])
     start = len(tokenizer(prompt)["input_ids"])
-    logits = model(ids).logits[0, start - 1 : -1].log_softmax(-1)
+    logits = llama(ids).logits[0, start - 1 : -1].log_softmax(-1)
     return logits.gather(-1, ids[0, start:, None]).sum().item()
 
 
-def test_the_criteria_are_those_of_policies_that_madpo_train_makes(tuned, model, data, tmp_path):
+def test_the_criteria_are_those_of_policies_that_madpo_train_makes(tuned, llama, data, tmp_path):
     _, report, _, _ = tuned
-    rows, tokenizer = read(data), load_tokenizer(model)
+    rows, tokenizer = read(data), load_tokenizer(llama)
     trial = report.trials[0]
-    settings = with_values(settings_for(model).training, trial.values)
-    prepared = heldout.prepare(data, settings_for(model), tmp_path / "prepared")
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    settings = with_values(settings_for(llama).training, trial.values)
+    prepared = heldout.prepare(data, settings_for(llama), tmp_path / "prepared")
+    base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
     margins = np.zeros(len(rows))
     for k in (0, 1):
         inside = [row for row, fold in zip(rows, prepared.fold, strict=True) if fold != k]
         train(write(tmp_path / f"train{k}.jsonl", inside), tmp_path / f"P{k}", settings)
         policy = PeftModel.from_pretrained(
-            AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), tmp_path / f"P{k}" / "adapter"
+            AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32), tmp_path / f"P{k}" / "adapter"
         ).eval()
         for i in np.flatnonzero(prepared.fold == k):
             row = rows[i]
@@ -156,7 +147,7 @@ def test_the_chosen_settings_are_what_madpo_train_takes(tuned, data, tmp_path):
 
 
 @pytest.mark.parametrize("died_in_step", [11])
-def test_a_search_that_was_cut_off_ends_in_the_same_table(tuned, model, data, tmp_path, monkeypatch, died_in_step):
+def test_a_search_that_was_cut_off_ends_in_the_same_table(tuned, llama, data, tmp_path, monkeypatch, died_in_step):
     out, _, trained, _ = tuned
     step, taken = PreferenceTrainer.training_step, []
 
@@ -168,31 +159,31 @@ def test_a_search_that_was_cut_off_ends_in_the_same_table(tuned, model, data, tm
 
     monkeypatch.setattr(PreferenceTrainer, "training_step", dies_once)
     with pytest.raises(KeyboardInterrupt):
-        tune(data, tmp_path / "T", settings_for(model))
+        tune(data, tmp_path / "T", settings_for(llama))
     journal = tmp_path / "T" / study.JOURNAL
     if journal.exists():  # what a kill in the middle of a write leaves
         journal.write_bytes(journal.read_bytes() + b'{"op_code":5,"worker')
         journal.with_name(f"{journal.name}.lock").write_text("")
-    tune(data, tmp_path / "T", settings_for(model))
+    tune(data, tmp_path / "T", settings_for(llama))
     for name in ("trials.csv", "chosen.toml"):
         assert (tmp_path / "T" / name).read_bytes() == (out / name).read_bytes()
     assert len(taken) <= len(trained) + ARGS["max_steps"], "at most the fold that was cut off is trained again"
 
 
-def test_a_finished_study_goes_on_with_more_trials_and_refuses_other_settings(model, data, tmp_path):
+def test_a_finished_study_goes_on_with_more_trials_and_refuses_other_settings(llama, data, tmp_path):
     space = {"loss.tau": {"low": 1.0, "high": 9.0}, "lora.rank": {"low": 2, "high": 4, "integer": True}}
     changes = {"space": space, "baseline": False, "args": ARGS | {"max_steps": 1}}
-    first = tune(data, tmp_path / "T", settings_for(model, trials=1, **changes))
-    more = tune(data, tmp_path / "T", settings_for(model, trials=2, **changes))
+    first = tune(data, tmp_path / "T", settings_for(llama, trials=1, **changes))
+    more = tune(data, tmp_path / "T", settings_for(llama, trials=2, **changes))
     assert more.trials[:1] == first.trials
     assert len(more.trials) == 2
-    whole = tune(data, tmp_path / "whole", settings_for(model, trials=2, **changes))
+    whole = tune(data, tmp_path / "whole", settings_for(llama, trials=2, **changes))
     assert whole.trials == more.trials, "what is proposed depends on seed, number and results alone"
     for trial in more.trials:
         assert 1 <= trial.values["loss.tau"] <= 9
         assert trial.values["lora.rank"] in (2, 3, 4)
     with pytest.raises(StorageError, match="made with folds = 2, not 3"):
-        tune(data, tmp_path / "T", settings_for(model, folds=3, **changes))
+        tune(data, tmp_path / "T", settings_for(llama, folds=3, **changes))
 
 
 @pytest.mark.parametrize(
@@ -211,8 +202,8 @@ def test_a_finished_study_goes_on_with_more_trials_and_refuses_other_settings(mo
         (["--reward_model", "R", "--kl", "2"], "go together"),
     ],
 )
-def test_mistakes(model, data, tmp_path, capsys, words, says):
-    argv = ["tune", str(data), "--model_name_or_path", str(model), "--output_dir", str(tmp_path / "T"), *words]
+def test_mistakes(llama, data, tmp_path, capsys, words, says):
+    argv = ["tune", str(data), "--model_name_or_path", str(llama), "--output_dir", str(tmp_path / "T"), *words]
     assert main([*argv, "--args.max_steps", "1", "--args.bf16", "false"]) == 2
     err = capsys.readouterr().err.splitlines()[-1]
     assert err.startswith("madpo: ")
@@ -220,10 +211,10 @@ def test_mistakes(model, data, tmp_path, capsys, words, says):
     assert not (tmp_path / "T").exists()
 
 
-def test_a_missing_column_is_told_before_anything_is_trained(model, tmp_path):
+def test_a_missing_column_is_told_before_anything_is_trained(llama, tmp_path):
     bare = write(tmp_path / "pairs.jsonl", text_pairs(8))
     with pytest.raises(DataError, match=r"reward_margin.*madpo score"):
-        tune(bare, tmp_path / "T", settings_for(model))
+        tune(bare, tmp_path / "T", settings_for(llama))
     assert not (tmp_path / "T").exists()
 
 
@@ -277,11 +268,11 @@ def test_the_reward_is_read_off_between_two_strengths():
         np.testing.assert_array_equal(one, other)
 
 
-def test_the_reward_of_samples_at_equal_kl(model, data, tmp_path):
-    run("reward", data, "--model_name_or_path", model, "--output_dir", tmp_path / "R", "--eval_share", "0.4",
+def test_the_reward_of_samples_at_equal_kl(llama, data, tmp_path):
+    run("reward", data, "--model_name_or_path", llama, "--output_dir", tmp_path / "R", "--eval_share", "0.4",
         "--learning_rate", "1e-2")  # fmt: skip
     reward = {"reward_model": str(tmp_path / "R"), "kl": 0.001, "max_new_tokens": 4, "prompts": 5}
-    settings = settings_for(model, criterion="reward", reward=reward)
+    settings = settings_for(llama, criterion="reward", reward=reward)
     settings = settings.model_copy(update={"args": ARGS | {"max_steps": 1}})
     report = tune(data, tmp_path / "T", settings)
     rewards = [trial.heldout.reward.mean for trial in report.trials]
@@ -294,12 +285,12 @@ def test_the_reward_of_samples_at_equal_kl(model, data, tmp_path):
     assert (np.diff(curve.kl.mean(-1)) > 0).all(), "a stronger adapter is further from the reference"
     far = reward | {"kl": 1e6, "strengths": [0.5]}
     with pytest.raises(ConfigError, match="no policy reached a KL of 1e\\+06 nats"):
-        tune(data, tmp_path / "F", settings_for(model, criterion="reward", reward=far, baseline=False))
+        tune(data, tmp_path / "F", settings_for(llama, criterion="reward", reward=far, baseline=False))
 
 
-def test_a_strengthened_adapter_is_the_sum_of_base_and_scaled_update(model, data, tmp_path):
-    train(data, tmp_path / "P", TrainSettings(model=str(model), args=ARGS, dtype="float32", lora={"rank": 4}))
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+def test_a_strengthened_adapter_is_the_sum_of_base_and_scaled_update(llama, data, tmp_path):
+    train(data, tmp_path / "P", TrainSettings(model=str(llama), args=ARGS, dtype="float32", lora={"rank": 4}))
+    base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     name = "model.layers.0.self_attn.q_proj"
     before = base.get_submodule(name).weight.detach().clone()
     policy = PeftModel.from_pretrained(base, tmp_path / "P" / "adapter").eval()
