@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from peft import PeftModel
 from pydantic import Field, TypeAdapter
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from scipy.special import expit
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -140,8 +141,9 @@ def load_oracle(folder: Path) -> RewardFn:
         positive = _ngram_reader(folder) if isinstance(config, NgramOracle) else _Classifier(config)
     except ConfigError:
         raise
-    except (FileNotFoundError, ValueError, KeyError) as error:
-        raise DataError(f"{folder} holds no oracle that can be read ({error}); delete it and run again") from error
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        raise DataError(f"{folder} holds no oracle that can be read ({reason}); delete it and run again") from error
     return _OracleReward(positive, config.scores)
 
 

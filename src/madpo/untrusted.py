@@ -47,7 +47,7 @@ def _check_folder(folder: Path) -> None:
     _check_weights(folder, "model")
     for index in sorted(folder.glob("*.safetensors.index.json")):
         shards = read_object(index).get("weight_map")
-        for name in set(shards.values()) if isinstance(shards, dict) else ():
+        for name in shards.values() if isinstance(shards, dict) else ():
             if not isinstance(name, str) or PurePosixPath(name).name != name:
                 raise ConfigError(f"{index} names the file {name!r}, which lies outside the folder; do not use it")
 

@@ -267,7 +267,7 @@ def _parquet(name: str, path: Path, wanted: Sequence[str] | None) -> Source:
     try:
         file = pq.ParquetFile(path, pre_buffer=False)
         columns = tuple(file.schema_arrow.names)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0][:120]
         raise DataError(
             f"{name}: cannot be read as Parquet ({reason}); it is truncated or damaged, copy it again"

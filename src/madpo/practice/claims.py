@@ -34,8 +34,9 @@ def claim(output_dir: Path, state: Mapping[str, Any], *, overwrite: bool) -> Non
         changed = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
         if changed:
             key = changed[0]
+            name = key if key.isprintable() else repr(key)
             raise StorageError(
-                f"{output_dir} was made with {key} = {_short(found.get(key))}, not {_short(wanted.get(key))}; "
+                f"{output_dir} was made with {name} = {_short(found.get(key))}, not {_short(wanted.get(key))}; "
                 "choose another output_dir, or add --overwrite"
             )
     elif any(entry.name != LOCK for entry in output_dir.iterdir()):

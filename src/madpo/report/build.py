@@ -128,7 +128,7 @@ def build_report(
     return root / "report.html"
 
 
-_OF_OTHERS = (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError)
+_OF_OTHERS = (ValueError, TypeError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError, OSError)
 
 
 def rebuild_report(root: Path, *, figures: bool = True) -> Path:
@@ -144,6 +144,8 @@ def rebuild_report(root: Path, *, figures: bool = True) -> Path:
     except MadpoError:
         raise
     except _OF_OTHERS as error:  # the folder may be anybody's, and its files hold anything
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the system; that of a damaged Parquet file has no number
         reason = (str(error).splitlines() or [""])[0][:160]
         raise DataError(
             f"{root} holds something that no run of madpo writes ({type(error).__name__}: {reason}); delete the folder "
