@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install test check quickstart bench soak clean
+.PHONY: help install test check quickstart bench soak fuzz clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -42,6 +42,10 @@ bench: $(STAMP) ## side-by-side measurements against TRL, half an hour; JSON in 
 soak: $(STAMP) ## kill trainings and the study at random points, continue, and write the counts to docs/reliability.md
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --page docs/reliability.md
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/chaos.py --page docs/reliability.md
+
+fuzz: $(STAMP) ## feed thousands of broken files to every reader, and write the counts to docs/reliability.md
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 MADPO_FUZZ=400 MADPO_FUZZ_PAGE=docs/reliability.md \
+		$(BIN)/python -m pytest tests/test_fuzz.py --timeout 1800
 
 clean: ## remove the environment and caches; results in runs/ stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist src/*.egg-info

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sections import put_section
 from soak import fork, wait, warm_up
 
 TABLES = ("results.csv", "results.md", "selection.json")
@@ -145,12 +146,8 @@ def main() -> None:
 
 
 def add_to_page(page: Path, rows: list[tuple[str, str, list[str]]], files: int) -> None:
-    """A section of docs/reliability.md, in place of the one that was there."""
-    heading = "## The whole study"
-    before = page.read_text(encoding="utf-8").split(heading)[0].rstrip() if page.exists() else "# Reliability"
+    """The section of docs/reliability.md."""
     lines = [
-        heading,
-        "",
         f"The smoke study leaves {files} files besides its page: every step's, and the tables of the report. They are",
         "compared with those of an undisturbed run: weights, samples, logs and tables byte for byte, records without",
         "their provenance, PEFT's `adapter_config.json` without the path of the base model. PEFT's card is left out.",
@@ -158,9 +155,8 @@ def add_to_page(page: Path, rows: list[tuple[str, str, list[str]]], files: int) 
         "| run | what happened to it | files that differ |",
         "| --- | --- | --- |",
         *(f"| {run} | {words or DASH} | {len(different)} |" for run, words, different in rows),
-        "",
     ]
-    page.write_text("\n".join([before, "", *lines]), encoding="utf-8")
+    put_section(page, "## The whole study", lines)
 
 
 DASH = "nothing"

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from sections import put_section
+
 KINDS = ("sft", "reward_model", "dpo", "beta_dpo")
 EVERY = 4  # optimiser steps between two checkpoints
 
@@ -197,12 +199,10 @@ def soak(root: Path, kinds: tuple[str, ...], kills: int, seed: int) -> list[dict
 
 
 def write_page(rows: list[dict], path: Path, seed: int) -> None:
-    """docs/reliability.md."""
+    """The section of docs/reliability.md."""
     import torch
 
     lines = [
-        "# Reliability",
-        "",
         "`make soak` trains tiny models with every stage of the study, kills each training with SIGKILL at random",
         "moments, starts it again in the same folder and compares **every file** that it leaves (weights, `log.jsonl`,",
         "metrics) with those of a run that nobody disturbed. The counts below are written by that command.",
@@ -216,9 +216,8 @@ def write_page(rows: list[dict], path: Path, seed: int) -> None:
         "",
         f"Seed {seed}; a checkpoint every {EVERY} steps; LoRA dropout 0.1; two micro-batches a step; CPU, one thread,",
         f"{'bfloat16' if _bfloat16() else 'float32'}; torch {torch.__version__}, Python {platform.python_version()}.",
-        "",
     ]
-    path.write_text("\n".join(lines), encoding="utf-8")
+    put_section(path, "## Trainings killed and continued", lines)
 
 
 def _bfloat16() -> bool:

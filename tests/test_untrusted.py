@@ -1,0 +1,290 @@
+"""Models, adapters, checkpoints and run folders of others: nothing in them runs code, and nothing leads out of them."""
+
+import json
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import PreTrainedConfig
+
+from madpo import PreferenceConfig, PreferenceTrainer
+from madpo.cli import main
+from madpo.config import load_config
+from madpo.errors import ConfigError, DataError
+from madpo.models import LoRA, load_classifier, load_model, load_tokenizer, resolve_model
+from madpo.practice import TrainSettings, load_scorer
+from madpo.records import load_record, run_status
+from madpo.rewards import RewardModel
+from madpo.training import checkpoints as disk
+from madpo.untrusted import check_config, check_model
+from practice_cases import text_pairs, write
+from test_finite import build
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+class Opens:
+    """Unpickled, it writes a file: what stands for any code."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return (os.system, (f"echo ran > {self.marker}",))
+
+
+@pytest.fixture
+def marker(tmp_path):
+    """A file that only code of the attacker would write."""
+    path = tmp_path / "it_ran"
+    yield path
+    assert not path.exists(), "code of a folder was run"
+
+
+@pytest.fixture
+def folder(llama, tmp_path):
+    return shutil.copytree(llama, tmp_path / "model")
+
+
+def edit(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth", "weights.pkl"])
+def test_a_model_of_pickles_is_refused_and_not_read(folder, marker, tmp_path, capsys, name):
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(pickle.dumps(Opens(marker)))
+    for load in (
+        load_model,
+        load_classifier,
+        load_scorer,
+        lambda place: resolve_model(str(place)),
+        lambda place: PreferenceTrainer(str(place), args=PreferenceConfig(output_dir=str(tmp_path / "out"))),
+    ):
+        with pytest.raises(ConfigError, match=rf"holds its weights as {name}, a pickle that can run code"):
+            load(folder)
+    data = write(tmp_path / "pairs.jsonl", text_pairs(8))
+    command = ["train", str(data), "--model_name_or_path", str(folder), "--loss", "dpo", "--output_dir"]
+    assert main([*command, str(tmp_path / "P")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("madpo: ")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "P").exists()
+
+
+def test_a_pickle_beside_safetensors_is_never_read(folder, marker):
+    for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt"):
+        (folder / name).write_bytes(pickle.dumps(Opens(marker)))
+    assert load_model(folder).config.model_type == "llama"
+
+
+@pytest.fixture
+def adapter(llama, tmp_path):
+    model = get_peft_model(load_model(llama, dtype=torch.float32), LoRA(rank=2).peft_config("CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_adapters_of_pickles_are_refused(llama, adapter, tmp_path, marker):
+    assert load_model(llama, adapter=adapter)
+    (adapter / "adapter_model.safetensors").unlink()
+    (adapter / "adapter_model.bin").write_bytes(pickle.dumps(Opens(marker)))
+    for load in (load_model, load_classifier):
+        with pytest.raises(ConfigError, match=r"holds its weights as adapter_model\.bin, a pickle"):
+            load(llama, adapter=adapter)
+    (tmp_path / "R").mkdir()
+    shutil.move(adapter, tmp_path / "R" / "adapter")
+    (tmp_path / "R" / "reward_model.json").write_text(json.dumps({"base": str(llama)}))
+    with pytest.raises(ConfigError, match=r"adapter_model\.bin, a pickle"):
+        RewardModel.load(tmp_path / "R")
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_auto_map_is_never_followed(folder, marker, known):
+    for name in ("modeling_evil.py", "configuration_evil.py", "tokenization_evil.py"):
+        (folder / name).write_text(f"from pathlib import Path\nPath({str(marker)!r}).write_text('ran')\n")
+    classes = dict.fromkeys(("AutoModelForCausalLM", "AutoModelForSequenceClassification"), "modeling_evil.M")
+    classes["AutoConfig"] = "configuration_evil.C"
+    edit(folder / "config.json", auto_map=classes, **({} if known else {"model_type": "evil"}))
+    edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_evil.T", None]})
+    if known:  # the library's own class is there
+        load_model(folder)
+        load_classifier(folder, num_labels=1)
+        load_tokenizer(folder)
+        return
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_model(folder)
+    data = write(folder.parent / "pairs.jsonl", text_pairs(8))
+    command = ["train", str(data), "--model_name_or_path", str(folder), "--loss", "dpo"]
+    command += ["--output_dir", str(folder.parent / "P")]
+    assert main(command) == 2
+    assert main([*command, "--args.trust_remote_code", "true"]) == 2
+
+
+KERNELS = [
+    {"_attn_implementation_internal": "evil/kernel"},  # CVE-2026-4372
+    {"_attn_implementation": "evil/kernel:attention"},
+    {"attn_implementation": "evil/kernel"},
+    {"attn_implementation": {"": "sdpa", "text_config": "evil/kernel"}},
+    {"attn_implementation": "flash_attention_2"},  # fetched where it is not installed
+    {"text_config": {"_attn_implementation_internal": "evil/kernel"}},
+    {"deep": [{"er": {"experts_implementation": "evil/kernel"}}]},
+]
+
+
+@pytest.mark.parametrize("fields", KERNELS, ids=lambda fields: next(iter(fields)))
+def test_fields_that_fetch_kernels_are_refused(folder, fields, monkeypatch):
+    edit(folder / "config.json", **fields)
+    for load in (load_model, load_classifier, lambda place: resolve_model(str(place))):
+        with pytest.raises(ConfigError, match="which can fetch and run code from the hub; remove the field"):
+            load(folder)
+    config = json.loads((folder / "config.json").read_text())
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", classmethod(lambda cls, name: (config, {})))
+    monkeypatch.setattr("transformers.utils.cached_file", lambda *a, **k: None)
+    for load in (load_model, load_classifier):
+        with pytest.raises(ConfigError, match=r"evil-org/model: .* which can fetch and run code"):
+            load("evil-org/model")
+
+
+def test_implementations_inside_the_library_pass(folder):
+    edit(folder / "config.json", attn_implementation="eager", experts_implementation=None)
+    assert load_model(folder).config._attn_implementation == "eager"
+    check_config({"attn_implementation": {"": "sdpa", "vision": None}, "y": [[1, {"z": "a/b"}]]}, "x")
+
+
+ADAPTER_FIELDS = [
+    ({"megatron_config": {"a": 1}, "megatron_core": "antigravity"}, "megatron_config makes PEFT import the module"),
+    ({"tokenizer_kwargs": {"trust_remote_code": True}}, "trust_remote_code is True, which runs code"),
+]
+
+
+@pytest.mark.parametrize(("fields", "words"), ADAPTER_FIELDS)
+def test_fields_of_an_adapter_that_import_code_are_refused(llama, folder, adapter, fields, words):
+    edit(adapter / "adapter_config.json", **fields)
+    with pytest.raises(ConfigError, match=words):
+        load_model(llama, adapter=adapter)
+    shutil.copy(adapter / "adapter_config.json", folder)
+    with pytest.raises(ConfigError, match="holds an adapter, which names a base model of its own"):
+        load_model(folder)
+
+
+def test_paths_stay_inside(folder, llama):
+    with pytest.raises(ConfigError, match="no tiny model"):
+        resolve_model(f"tiny-../../../{llama}")
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "../../secret.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match=r"secret\.safetensors', which lies outside"):
+        check_model(folder)
+
+
+LOSS = "from madpo.losses import DPO\nclass Mine(DPO):\n    kind: str = 'mine'\n"
+
+
+def test_a_custom_loss_lies_beside_its_toml_or_where_the_user_is(tmp_path, monkeypatch, marker):
+    for place in ("away", "here"):
+        (tmp_path / place).mkdir()
+    (tmp_path / "away" / "evil.py").write_text(f"from pathlib import Path\nPath({str(marker)!r}).write_text('ran')\n")
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here" / "link.py").symlink_to(tmp_path / "away" / "evil.py")
+    toml = tmp_path / "here" / "mine.toml"
+    for target in ("../away/evil.py:Mine", f"{tmp_path}/away/evil.py:Mine", "link.py:Mine"):
+        toml.write_text(f'model = "m"\nloss = {{ kind = "custom", target = "{target}" }}\n')
+        with pytest.raises(ConfigError, match="lies neither beside the configuration nor in the working directory"):
+            load_config(toml, TrainSettings)
+    (tmp_path / "here" / "good.py").write_text(LOSS)
+    toml.write_text('model = "m"\nloss = { kind = "custom", target = "good.py:Mine" }\n')
+    assert load_config(toml, TrainSettings).loss.kind == "custom"
+    (tmp_path / "away" / "good.py").write_text(LOSS)  # what the user types is the user's
+    toml.write_text('model = "m"\n')
+    typed = ["loss.kind=custom", f"loss.target={tmp_path}/away/good.py:Mine"]
+    assert load_config(toml, TrainSettings, typed).loss.kind == "custom"
+
+
+RECORD = {"name": "policy/high", "identity": "a" * 64, "function": "f", "version": 1, "threads": 1}
+RECORD |= {name: {} for name in ("config", "inputs", "metrics", "libraries", "provenance")}
+
+
+@pytest.mark.parametrize("name", ["../../etc", "/etc", "a/../../b", "a//b", ".", "a/./b", "a b", "", "a\n"])
+def test_a_record_names_nothing_outside_its_run(tmp_path, name):
+    (tmp_path / "record.json").write_text(json.dumps(RECORD))
+    assert load_record(tmp_path).name == "policy/high"
+    (tmp_path / "record.json").write_text(json.dumps(RECORD | {"name": name}))
+    assert load_record(tmp_path) is None
+    listing = {"about": {}, "steps": {"a": {"folder": name, "identity": "a" * 64}}}
+    (tmp_path / "run.json").write_text(json.dumps(listing))
+    with pytest.raises(ConfigError, match=r"run\.json is damaged"):
+        run_status(tmp_path)
+    assert main(["report", str(tmp_path)]) == main(["status", str(tmp_path)]) == 2
+
+
+@pytest.fixture(scope="module")
+def finished(llama, module_cache, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    build(llama, out, max_steps=2, save_steps=2).train()
+    return out / "checkpoint-2"
+
+
+@pytest.fixture
+def trained(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run" / finished.name)
+
+
+def resealed(folder, name, content):
+    """The checkpoint with another file in it, and a manifest that fits."""
+    manifest = json.loads((folder / disk.MANIFEST).read_text())
+    (folder / name).write_bytes(content)
+    (folder / disk.MANIFEST).unlink()
+    disk._seal(folder, manifest["step"], manifest["identity"])
+
+
+def resume(llama, trained):
+    return build(llama, trained.parent, max_steps=2, save_steps=2).train(resume_from_checkpoint=str(trained))
+
+
+def test_a_pickle_or_a_link_in_a_checkpoint_is_refused(llama, trained, tmp_path, marker):
+    resealed(trained, "optimizer.pt", pickle.dumps(Opens(marker)))
+    with pytest.raises(DataError, match=r"optimizer\.pt is a pickle"):
+        resume(llama, trained)
+    (trained / "optimizer.pt").unlink()
+    resealed(trained, disk.EXTRA, (trained / disk.EXTRA).read_bytes())
+    shutil.move(trained / disk.WEIGHTS, tmp_path / "elsewhere")
+    (trained / disk.WEIGHTS).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="is a link, which may lead out of the checkpoint"):
+        resume(llama, trained)
+
+
+HOSTILE = [b"", b"\x00", b"[]", b"{}", b"null", b'{"optimizer": 3}', b"[" * 100_000, b'{"global_step": 10}']
+
+
+@pytest.mark.parametrize("name", sorted(disk._NEEDED))
+def test_contents_that_madpo_does_not_write_end_in_a_sentence(llama, trained, name):
+    whole, contents = (trained / name).read_bytes(), list(HOSTILE)
+    if name == disk.TRAINING:
+        kept = json.loads(whole)
+        for gone in ("processes", "extra", "optimizer"):
+            contents.append(json.dumps({k: v for k, v in kept.items() if k != gone}).encode())
+        contents += [json.dumps(kept | {key: "x"}).encode() for key in ("optimizer", "scheduler", "processes")]
+    trainer = build(llama, trained.parent, max_steps=2, save_steps=2)
+    for content in contents:
+        resealed(trained, name, content)
+        with pytest.raises(DataError) as error:
+            trainer.train(resume_from_checkpoint=str(trained))
+        assert "\n" not in str(error.value)
+        assert str(trained) in str(error.value)
+
+
+def test_the_best_checkpoint_lies_in_the_trainings_own_folder(llama, trained, tmp_path, marker):
+    """The path stands in trainer_state.json; following it would unpickle what lies there."""
+    evil = tmp_path / "evil"
+    evil.mkdir()
+    (evil / "adapter_model.bin").write_bytes(pickle.dumps(Opens(marker)))
+    state = json.loads((trained / disk.TRAINER_STATE).read_text())
+    resealed(trained, disk.TRAINER_STATE, json.dumps(state | {"best_model_checkpoint": str(evil)}).encode())
+    trainer = build(llama, trained.parent, max_steps=2, save_steps=2)
+    trainer.args.load_best_model_at_end = True
+    with pytest.raises(DataError, match=r"the best checkpoint, .*evil, lies outside"):
+        trainer.train(resume_from_checkpoint=str(trained))
