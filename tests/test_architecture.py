@@ -208,3 +208,22 @@ def test_forbidden_words(pattern: str) -> None:
         if re.search(pattern, line)
     ]
     assert not found
+
+
+PROMISES = ("Exact resume", "Determinism", "Several processes", "Bad numbers", "Disk and memory", "Hostile input")
+
+
+@pytest.mark.parametrize("heading", PROMISES)
+def test_every_promise_names_tests_that_exist(heading: str) -> None:
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    section = page.split(f"\n## {heading}\n")[1].split("\n## ")[0].strip()
+    head, _, *rows = section.splitlines()
+    assert head == "| promise | kept by | figures |"
+    assert len(rows) >= 3
+    for row in rows:
+        named = re.findall(r"`(\w+\.py)::(\w+)`", row.split(" | ")[1])
+        assert named, f"no test keeps the promise {row[:90]!r}"
+        for file, name in named:
+            tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
+            tests = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+            assert name in tests, f"docs/reliability.md names {file}::{name}, which is not there"

@@ -111,6 +111,7 @@ def test_more_or_fewer_seeds_and_tiers_leave_finished_steps_where_they_are(chang
         ("policy.optimisation.learning_rate=-1", "learning_rate = -1"),
         ("pairs.tiers=['hihg']", "did you mean 'high'"),
         ("seeds=[1, 1]", "seeds must hold one seed or more"),
+        ("reward_model.folds=1000000000000", "folds = 1000000000000"),  # a graph of so many steps fills any memory
     ],
 )
 def test_mistakes_are_one_sentence_with_the_key(override, words):

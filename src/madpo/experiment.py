@@ -71,7 +71,7 @@ class RewardModelSettings(Frozen):
     eval_every: int = Field(default=20, ge=1)
     patience: int = Field(default=3, ge=1)
     stopping_share: float = Field(default=1.0, gt=0, le=1)
-    folds: int | None = Field(default=None, ge=2)
+    folds: int | None = Field(default=None, ge=2, le=1000)
     """Reward models per tier for out-of-fold margins, where a method asks for them; each leaves out one part."""
 
 
