@@ -23,7 +23,7 @@ def commands() -> list[str]:
 
 def test_the_guide_goes_through_every_command_on_ones_own_data() -> None:
     assert [shlex.split(line)[1] for line in commands()] == [
-        *("check", "reward", "score", "inspect", "tune", "train", "evaluate")
+        *("check", "reward", "score", "score", "inspect", "tune", "train", "evaluate")
     ]
     sections = re.findall(r"^## (\w+)$", GUIDE, re.M)
     assert sections == ["check", "reward", "score", "inspect", "tune", "train", "evaluate"]

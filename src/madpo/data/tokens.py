@@ -42,12 +42,12 @@ def as_tokenizer(tokenizer: Any) -> Any:
     """
     if not isinstance(tokenizer, str) and not hasattr(tokenizer, "__fspath__"):
         return tokenizer
-    from madpo.places import load_tokenizer, resolve_model
+    from madpo.places import light_tokenizer, resolve_model
 
     try:
         # A folder may hold a tokenizer and no model.
         alone = (Path(tokenizer).expanduser() / "tokenizer_config.json").is_file()
-        return load_tokenizer(Path(tokenizer).expanduser() if alone else resolve_model(str(tokenizer)))
+        return light_tokenizer(Path(tokenizer).expanduser() if alone else resolve_model(str(tokenizer)))
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError | DataError):
             raise
