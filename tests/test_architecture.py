@@ -19,7 +19,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 TORCH_FREE = [
     *("errors", "seeding", "config", "progress", "storage", "records", "pipeline", "executors", "statistics", "cli"),
-    *("processes", "memory"),
+    *("processes", "memory", "vocabulary"),
     *("results", "summary", "figures", "svg", "report", "corpus", "data", "diagnostics", "packaged", "places"),
 ]
 
@@ -41,6 +41,7 @@ LAYERS = [
         "divergence",
         "logprobs",
         "packing",
+        "vocabulary",
         "modes",
         "rewards",
         "data",

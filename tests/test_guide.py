@@ -54,7 +54,7 @@ def test_every_command_of_the_guide_runs(
     assert merged.config.vocab_size == 400
 
 
-@pytest.mark.parametrize("name", ["check", "reward", "score", "inspect", "train", "tune", "evaluate"])
+@pytest.mark.parametrize("name", ["check", "reward", "score", "inspect", "train", "tune", "evaluate", "trim-vocab"])
 def test_help_has_an_example_that_parses(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     import argparse
 

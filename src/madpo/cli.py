@@ -258,6 +258,7 @@ COMMANDS = {
     "train": Command(commands_train.TRAIN, commands_train.train_arguments, commands_train.train_command),
     "tune": Command(commands_train.TUNE, commands_train.tune_arguments, commands_train.tune_command),
     "evaluate": Command(commands_train.EVALUATE, commands_train.evaluate_arguments, commands_train.evaluate_command),
+    "trim-vocab": Command(commands_data.TRIM, commands_data.trim_arguments, commands_data.trim_command),
     "status": Command("say which steps of a run are done", _folder_argument, _status),
     "report": Command("write the report page of a run again", _folder_argument, _report),
     "verify-theory": Command("check the paper's claims numerically", _no_arguments, _verify_theory),

@@ -1,4 +1,4 @@
-"""``madpo check`` and ``madpo inspect``: thin calls of ``data.check`` and ``diagnostics.inspect_data``.
+"""``madpo check``, ``inspect`` and ``trim-vocab``: thin calls of functions of ``data``, ``diagnostics``, ``practice``.
 
 Nothing heavy is imported before a command runs.
 """
@@ -12,6 +12,7 @@ from madpo.options import DATA, asked, example, from_file, option
 
 CHECK = "look for mistakes in preference data before training with it"
 INSPECT = "show what reward margins look like and which tau and c_max suit them"
+TRIM = "write a smaller copy of a model, whose vocabulary keeps what a corpus uses"
 
 
 def check_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,4 +59,41 @@ def inspect_command(arguments: argparse.Namespace) -> int:
     print(inspect_data(arguments.data, **settings.model_dump(), output=output).text())
     if output is not None:
         print(f"Page: {output.resolve().as_uri()}")
+    return 0
+
+
+def trim_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``madpo trim-vocab``."""
+    parser.add_argument("model", metavar="MODEL", help="packaged name, folder or hub id")
+    says = f"what the model will read and write: {DATA}, or imdb"
+    option(parser, "corpus", "corpus", says, nargs="+", metavar="DATA")
+    option(parser, "output_dir", "output_dir", "folder of the result; it appears when all is done", metavar="DIR")
+    option(parser, "overwrite", "overwrite", "replace what is in it", action="store_true")
+    from_file(parser)
+    option(parser, "size", "size", "entries to keep at most (default: all that the corpus uses)", type=int, metavar="N")
+    says = "leave out added tokens that are called unused or reserved, unless the corpus has them"
+    option(parser, "drop_reserved", "drop_reserved", says, action="store_true")
+    option(parser, "eval", "eval_data", "held-out text to measure on", "eval_data", metavar="DATA")
+    says = "or the share of the corpus's texts to hold out (default: 0.05)"
+    option(parser, "held_out_share", "held_out_share", says, type=float)
+    option(parser, "eval_texts", "eval_texts", "held-out texts to measure on (default: 128)", type=int, metavar="N")
+    option(parser, "eval_characters", "eval_characters", "of each, the first so many (default: 1000)", type=int)
+    option(parser, "batch_size", "batch_size", "texts per forward pass (default: 8)", type=int)
+    example(parser, "madpo trim-vocab gemma-3-270m --corpus pairs.jsonl reviews.csv --size 32000 --output_dir trimmed")
+
+
+def trim_command(arguments: argparse.Namespace) -> int:
+    """Run ``madpo trim-vocab`` and print its report."""
+    from madpo.practice import TrimSettings, trim_vocab
+
+    beside, settings = asked(
+        arguments,
+        TrimSettings,
+        output_dir=(Path, ...),
+        overwrite=(bool, False),
+        corpus=(tuple[str, ...], ...),
+        eval_data=(str | None, None),
+    )
+    print(trim_vocab(arguments.model, settings=settings, **beside).text())
+    print(f"written to {beside['output_dir']}")
     return 0

@@ -37,6 +37,7 @@ _SPELLED = {
     "model": "model_name_or_path",
     "reward.model": "model_name_or_path",
     "output_dir": "output_dir",
+    "corpus": "corpus",
     "prompts_data": "prompts",
     "reward_model": "reward",
     "reward.reward_model": "reward_model",

@@ -11,6 +11,8 @@ from madpo.practice.measuring import EvaluateReport, EvaluateSettings, evaluate
 from madpo.practice.policy import TrainReport, TrainSettings, train
 from madpo.practice.reward_model import RewardReport, RewardSettings, load_scorer, reward
 from madpo.practice.scoring import ScoreReport, ScoreSettings, score
+from madpo.practice.trim_report import TrimReport, TrimSettings
+from madpo.practice.trimming import trim_vocab
 
 __all__ = [
     "EvaluateReport",
@@ -21,6 +23,8 @@ __all__ = [
     "ScoreSettings",
     "TrainReport",
     "TrainSettings",
+    "TrimReport",
+    "TrimSettings",
     "check",
     "evaluate",
     "inspect",
@@ -28,4 +32,5 @@ __all__ = [
     "reward",
     "score",
     "train",
+    "trim_vocab",
 ]

@@ -20,7 +20,7 @@ from madpo.storage import LOCK, locked, storage_errors, write_atomically
 
 _CHUNK = 1 << 20
 _STATE = ".state.json"
-MARKERS = ("reward_model.json", "settings.json", "config.toml", "evaluation.json")
+MARKERS = ("reward_model.json", "settings.json", "config.toml", "evaluation.json", "vocabulary.json")
 
 
 @contextmanager

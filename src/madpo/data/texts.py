@@ -1,0 +1,84 @@
+"""Texts out of any data set: plain text, conversations, prompts, and both sides of preference pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from madpo.data.load import PairStream
+from madpo.data.rows import ALIASES, RANKED, Text, encodable
+from madpo.data.sources import described, open_source
+from madpo.errors import DataError
+
+_WHOLE = ("text", "messages", "conversations")
+_COMPLETIONS = ("completion", "response")
+
+
+def read_texts(data: str | Path) -> Iterator[tuple[str, Text]]:
+    """(place for messages, text or conversation) of every row; a pair gives two, the prompt before each side.
+
+    Rows hold ``text``, ``messages``, a prompt with or without a ``completion``, or preference pairs in any layout that
+    :func:`madpo.data.load_preferences` reads. The first row decides.
+
+    Raises:
+        DataError: a row holds none of them, or the file cannot be read.
+    """
+    source = open_source(data)
+    names = set(source.columns or ())
+    with closing(source.rows):
+        for number, raw in source.rows:
+            if isinstance(raw, DataError):
+                raise raw
+            names = names or set(raw)
+            if _are_pairs(names):
+                break
+            yield source.at(number), _text(raw, source.at(number))
+        else:
+            if not names:
+                raise DataError(f"{source.name}: has no rows; give at least one text")
+            return
+    stream = PairStream(data)
+    for pair in stream:
+        place = stream.source.at(pair.number)
+        yield from ((place, _joined(pair.prompt, side, place)) for side in (pair.chosen, pair.rejected))
+
+
+def _are_pairs(names: set[str]) -> bool:
+    if names.intersection(_WHOLE):
+        return False
+    return bool(names.intersection(ALIASES["chosen"])) or any(names.issuperset(columns) for columns in RANKED)
+
+
+def _text(raw: dict[str, Any], place: str) -> Text:
+    for name in _WHOLE:
+        if name in raw:
+            return _checked(raw[name], name, place)
+    prompt = next((name for name in ALIASES["prompt"] if name in raw), None)
+    completion = next((name for name in _COMPLETIONS if name in raw), None)
+    parts = [_checked(raw[name], name, place) for name in (prompt, completion) if name is not None]
+    if not parts:
+        listed = ", ".join(map(repr, list(raw)[:12])) or "none"
+        raise DataError(f"{place}: has no 'text', 'messages', 'prompt' or 'chosen' and 'rejected' (found {listed})")
+    return parts[0] if len(parts) == 1 else _joined(parts[0], parts[1], place)
+
+
+def _joined(prompt: Text, completion: Text, place: str) -> Text:
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return prompt + completion
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return prompt + completion
+    raise DataError(f"{place}: prompt and completion must both be text or both be messages; write them alike")
+
+
+def _checked(value: Any, name: str, place: str) -> Text:
+    if isinstance(value, str):
+        return encodable(value, name, place)
+    if isinstance(value, list) and value and all(_is_message(m) for m in value):
+        return [{"role": m["role"], "content": encodable(m["content"], f"{name}.content", place)} for m in value]
+    raise DataError(f"{place}: {name} is {described(value)}; give text or messages with role and content")
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
