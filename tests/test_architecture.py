@@ -41,6 +41,7 @@ LAYERS = [
         "divergence",
         "logprobs",
         "packing",
+        "lean",
         "vocabulary",
         "modes",
         "rewards",

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from madpo import lean
 from madpo.packing import pack, packed_states, packs
 
 TILE = 8_192
@@ -264,7 +265,7 @@ class _Softmax:
         if details:
             self.weighted += (z.exp() * z).to(wide).sum(-1)
         e = z.exp_()
-        self.total += e.to(wide).sum(-1)
+        self.total += _row_sums(e, wide)
         if log_sum_sq:
             self.total_sq += e.to(wide).square().sum(-1)
         if self.stash is not None:
@@ -293,6 +294,12 @@ class _Softmax:
         self.total = self.total + change + torch.where(labels == self.arg, 0.0, apart)
 
 
+def _row_sums(values: Tensor, wide: torch.dtype) -> Tensor:
+    """Sums of rows in a wider type, some rows at a time: the copy stays in a processor's cache."""
+    size = 64 if values.device.type == "cpu" else len(values)
+    return torch.cat([part.to(wide).sum(-1) for part in torch.split(values, max(size, 1))])
+
+
 def install_completion_head(model: nn.Module) -> None:
     """Teach a transformers causal language model to answer ``model(..., completion_mask=m)`` with its scores.
 
@@ -312,6 +319,7 @@ def install_completion_head(model: nn.Module) -> None:
 
     model.forward = types.MethodType(forward, model)
     model._madpo_completion_head = True  # type: ignore[assignment]
+    lean.install(model)
 
 
 def takes_positions(model: nn.Module) -> bool:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
@@ -189,19 +190,64 @@ def packed_attention(
             q, k, v, attn_mask=allowed, dropout_p=dropout, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
         return packing.join(out.transpose(1, 2)), None
-    # Query heads that share a key head are laid under one another: one product per group and key head.
-    groups, heads, width = q.shape[0], k.shape[1], q.shape[3]
-    folded = (groups * heads, -1, width)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):  # scores rounded to bfloat16 would be 2 % off where they matter
-        scores = q.reshape(folded).to(wide) @ k.reshape(folded).to(wide).transpose(1, 2)
-    scores = scores * scale
+    if softcap is None and not dropout:
+        out = _ShortAttention.apply(q, k, v, packing.bias(sliding_window, _wide(q)), scale)  # type: ignore[no-untyped-call]
+        return packing.join(out.transpose(1, 2)), None
+    scores = _scores(q, k, scale)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.view(groups, -1, longest, longest) + packing.bias(sliding_window, scores.dtype)
+    scores = scores.view(*q.shape[:3], longest) + packing.bias(sliding_window, scores.dtype)
     weights = F.dropout(scores.softmax(-1).to(v.dtype), dropout, training=dropout > 0)
-    out = weights.view(groups * heads, -1, longest) @ v.reshape(folded)
-    return packing.join(out.view(groups, -1, longest, v.shape[-1]).transpose(1, 2)), None
+    out = weights.view(-1, q.shape[1] // k.shape[1] * longest, longest) @ v.reshape(-1, longest, v.shape[-1])
+    return packing.join(out.view(*q.shape[:3], -1).transpose(1, 2)), None
+
+
+def _wide(states: Tensor) -> torch.dtype:
+    return torch.promote_types(states.dtype, torch.float32)
+
+
+def _folded(states: Tensor, key_heads: int) -> Tensor:
+    """Query heads that share a key head, laid under one another: one product per group and key head."""
+    groups, _, _, width = states.shape
+    return states.reshape(groups * key_heads, -1, width)
+
+
+def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Attention scores in float32: rounded to bfloat16 they would be 2 % off where they matter."""
+    with torch.autocast(q.device.type, enabled=False):
+        wide, heads = _wide(q), k.shape[1]
+        return (_folded(q, heads).to(wide) @ _folded(k, heads).to(wide).transpose(1, 2)).mul_(scale)
+
+
+class _ShortAttention(torch.autograd.Function):
+    """softmax(scale q k^T + bias) v that keeps its inputs and the weights in their own precision."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+        with torch.autocast(q.device.type, enabled=False):
+            scores = _scores(q, k, scale).view(*q.shape[:3], -1).add_(bias)
+            weights = scores.softmax(-1).to(v.dtype)
+            out = _folded(weights, k.shape[1]) @ _folded(v, k.shape[1])
+        ctx.scale = scale
+        ctx.save_for_backward(q, k, v, weights)
+        return out.view(*q.shape[:3], v.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, weights = ctx.saved_tensors
+        heads = k.shape[1]
+        with torch.autocast(q.device.type, enabled=False):
+            grad, weights = _folded(grad.to(v.dtype), heads), _folded(weights, heads)
+            d_v = weights.transpose(1, 2) @ grad
+            d_weights = (grad @ _folded(v, heads).transpose(1, 2)).to(_wide(q))
+            # d scores = weights * (d weights - sum of weights * d weights), the softmax's own gradient.
+            wide = weights.to(d_weights.dtype)
+            along = (d_weights * wide).sum(-1, keepdim=True)
+            d_scores = d_weights.sub_(along).mul_(wide).mul_(ctx.scale).to(q.dtype)
+            d_q = d_scores @ _folded(k, heads)
+            d_k = d_scores.transpose(1, 2) @ _folded(q, heads)
+        return d_q.view(q.shape), d_k.view(k.shape), d_v.view(v.shape), None, None
 
 
 AttentionInterface.register(NAME, packed_attention)

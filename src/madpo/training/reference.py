@@ -32,7 +32,7 @@ from madpo.progress import bar
 from madpo.storage import storage_errors, write_atomically
 
 COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
-VERSION = 2
+VERSION = 3
 """Bumped when the engine's numbers change."""
 
 

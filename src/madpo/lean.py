@@ -1,0 +1,317 @@
+"""Layers of a LoRA model whose backward pass keeps less and walks over its activations less often.
+
+Between the matrix products of a decoder layer lie many passes over activations, and each keeps its input for the
+backward pass: a norm computes in float32 and keeps several float32 copies, PEFT adds the scaled output of an adapter
+to that of its frozen layer in three passes, a gated MLP keeps both factors and their product. Here each of these is one
+autograd function with the same formula in the same precision:
+
+- :class:`_LoRALinear` adds the adapter inside a matrix product, y = x W^T + s (x A^T) B^T;
+- :class:`_GatedMLP` keeps the two factors before the activation alone and computes the rest again;
+- :class:`_RMSNorm` keeps its input and one factor per row.
+
+:func:`install` puts them in place of the ``forward`` of the modules that it recognises; parameters, names and state
+dictionaries stay as they are. Where a call is not the plain one (weights that train, dropout, DoRA, several
+adapters, hooks, parameters that are sharded), the module's own ``forward`` answers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import layer as lora
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class _Projection:
+    """A frozen linear layer and its adapter: x W^T + b + scale (x A^T) B^T; ``a`` and ``b`` None without an adapter."""
+
+    weight: Tensor
+    bias: Tensor | None
+    a: Tensor | None
+    b: Tensor | None
+    scale: float
+
+    @property
+    def adapter(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.a, self.b
+
+    def forward(self, x: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The layer's output for rows ``x``, and the adapter's inner states; ``a``, ``b`` in the dtype of ``x``."""
+        y = F.linear(x, self.weight, self.bias)
+        if a is None or b is None:
+            return y, None
+        inner = x @ a.T
+        return y.addmm_(inner, b.T, alpha=self.scale), inner
+
+    def backward(
+        self, grad: Tensor, x: Tensor, inner: Tensor | None, a: Tensor | None, b: Tensor | None, dx: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """d x (added to ``dx`` where that is given), d A and d B."""
+        dx = grad @ self.weight if dx is None else dx.addmm_(grad, self.weight)
+        if inner is None or a is None or b is None:
+            return dx, None, None
+        through = grad @ b
+        d_a = (through.T @ x).mul_(self.scale)
+        d_b = (grad.T @ inner).mul_(self.scale)
+        return dx.addmm_(through, a, alpha=self.scale), d_a, d_b
+
+
+def _as(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
+
+
+class _LoRALinear(torch.autograd.Function):
+    """A linear layer with its adapter, on rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, projection: _Projection, a: Tensor, b: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            a_, b_ = a.to(x.dtype), b.to(x.dtype)
+            y, inner = projection.forward(x, a_, b_)
+        ctx.projection, ctx.dtypes = projection, (a.dtype, b.dtype)
+        ctx.save_for_backward(x, inner, a_, b_)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, inner, a, b = ctx.saved_tensors
+        grad = grad.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                dx, d_a, d_b = ctx.projection.backward(grad, x, inner, a, b, None)
+            else:  # the first layer's input
+                through = grad @ b
+                scale = ctx.projection.scale
+                dx, d_a, d_b = None, (through.T @ x).mul_(scale), (grad.T @ inner).mul_(scale)
+        return dx, None, d_a.to(ctx.dtypes[0]), d_b.to(ctx.dtypes[1])
+
+
+class _GatedMLP(torch.autograd.Function):
+    """down(act(gate(x)) * up(x)), on rows; keeps x and what gate and up gave."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        act: Callable[[Tensor], Tensor],
+        parts: tuple[_Projection, _Projection, _Projection],
+        *adapters: Tensor | None,
+    ) -> Tensor:
+        gate, up, down = parts
+        with torch.autocast(x.device.type, enabled=False):
+            ga, gb, ua, ub, da, db = (_as(adapter, x.dtype) for adapter in adapters)
+            before, gate_inner = gate.forward(x, ga, gb)
+            factor, up_inner = up.forward(x, ua, ub)
+            y, down_inner = down.forward(act(before).mul_(factor), da, db)
+        ctx.parts, ctx.act = parts, act
+        ctx.dtypes = [None if adapter is None else adapter.dtype for adapter in adapters]
+        ctx.save_for_backward(x, before, factor, gate_inner, up_inner, down_inner, ga, gb, ua, ub, da, db)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, before, factor, gate_inner, up_inner, down_inner, ga, gb, ua, ub, da, db = ctx.saved_tensors
+        gate, up, down = ctx.parts
+        grad = grad.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            with torch.enable_grad():
+                before = before.detach().requires_grad_()
+                active = ctx.act(before)
+            product = active.detach() * factor
+            d_product, d_da, d_db = down.backward(grad, product, down_inner, da, db, None)
+            d_factor = torch.mul(d_product, active.detach(), out=product)
+            (d_before,) = torch.autograd.grad(active, before, d_product.mul_(factor))
+            dx, d_ga, d_gb = gate.backward(d_before, x, gate_inner, ga, gb, None)
+            dx, d_ua, d_ub = up.backward(d_factor, x, up_inner, ua, ub, dx)
+        grads = (d_ga, d_gb, d_ua, d_ub, d_da, d_db)
+        cast = (None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
+        return dx if ctx.needs_input_grad[0] else None, None, None, *cast
+
+
+class _RMSNorm(torch.autograd.Function):
+    """x / rms(x) * (offset + weight), computed in float32 or wider."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        states = x.to(wide)
+        factor = torch.linalg.vector_norm(states, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.offset = offset
+        ctx.save_for_backward(x, weight, factor)
+        scaled: Tensor = (states * factor).mul_(weight.to(wide) + offset)
+        return scaled.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, factor = ctx.saved_tensors
+        normed = x.to(factor.dtype) * factor
+        inner = grad.to(factor.dtype)
+        d_weight = None
+        if ctx.needs_input_grad[1]:
+            d_weight = (inner * normed).sum(tuple(range(x.dim() - 1))).to(weight.dtype)
+        # With n = x / rms and h = grad * (offset + weight): d x = (h - n mean(h n)) / rms.
+        inner = inner * (weight.to(factor.dtype) + ctx.offset)
+        along = (inner * normed).sum(-1, keepdim=True).div_(x.shape[-1])
+        return inner.sub_(normed.mul_(along)).mul_(factor).to(x.dtype), d_weight, None, None
+
+
+def install(model: nn.Module) -> None:
+    """Put lean forwards in place in all modules of ``model`` that have a known form. Idempotent."""
+    forms: dict[type, float | bool | None] = {}
+    for module in model.modules():
+        if hasattr(module, "_madpo_plain") or "forward" in module.__dict__:
+            continue
+        kind = type(module)
+        if kind is lora.Linear:
+            _replace(module, _lora_linear)
+        elif all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+            if kind not in forms:
+                forms[kind] = _is_gated_mlp(module)
+            if forms[kind]:
+                _replace(module, _gated_mlp)
+        elif kind.__name__.endswith("RMSNorm") and isinstance(getattr(module, "weight", None), nn.Parameter):
+            if kind not in forms:
+                forms[kind] = _norm_offset(module)
+            if forms[kind] is not None:
+                module._madpo_offset = forms[kind]  # type: ignore[assignment]
+                _replace(module, _rms_norm)
+
+
+def _replace(module: nn.Module, forward: Callable[..., Tensor]) -> None:
+    plain = module.forward
+    module._madpo_plain = plain  # type: ignore[assignment]
+    module.forward = functools.partial(forward, module, plain)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _quiet(module: nn.Module) -> bool:
+    """Whether nothing watches or changes the module's calls: hooks of users, offloading, FSDP and DeepSpeed."""
+    return not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _projection(layer: Any, dtype: torch.dtype) -> _Projection | None:
+    """The parts of a frozen linear layer with at most one plain adapter; None where it is anything else."""
+    if type(layer) is nn.Linear:
+        base, a, b, scale = layer, None, None, 1.0
+    elif type(layer) is lora.Linear and _quiet(layer):
+        base, a, b, scale = layer.base_layer, None, None, 1.0
+        if layer.merged or layer.lora_variant or getattr(layer, "fan_in_fan_out", False):
+            return None
+        active = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
+        if len(active) > 1:
+            return None
+        for name in active:
+            inner, outer, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+            plain = type(inner) is nn.Linear and type(outer) is nn.Linear and _quiet(inner) and _quiet(outer)
+            if not plain or inner.bias is not None or outer.bias is not None:
+                return None
+            if not (isinstance(dropout, nn.Identity) or (isinstance(dropout, nn.Dropout) and not _drops(dropout))):
+                return None
+            a, b, scale = inner.weight, outer.weight, float(layer.scaling[name])
+    else:
+        return None
+    if type(base) is not nn.Linear or not _quiet(base) or base.weight.requires_grad or base.weight.dtype != dtype:
+        return None
+    if base.bias is not None and base.bias.requires_grad:
+        return None
+    if a is not None and not torch.is_autocast_enabled(a.device.type) and a.dtype != dtype:
+        return None  # PEFT then computes the adapter in its own precision
+    return _Projection(base.weight, base.bias, a, b, scale)
+
+
+def _drops(dropout: nn.Dropout) -> bool:
+    return dropout.training and dropout.p > 0
+
+
+def _lora_linear(module: nn.Module, plain: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    dtype = _compute_dtype(x)
+    projection = None if args or kwargs else _projection(module, dtype)
+    if projection is None or projection.a is None or projection.b is None:
+        return plain(x, *args, **kwargs)
+    rows = x.to(dtype).reshape(-1, x.shape[-1])
+    y: Tensor = _LoRALinear.apply(rows, projection, projection.a, projection.b)  # type: ignore[no-untyped-call]
+    return y.view(*x.shape[:-1], -1)
+
+
+def _gated_mlp(module: nn.Module, plain: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    dtype = _compute_dtype(x)
+    parts = tuple(_projection(getattr(module, name), dtype) for name in ("gate_proj", "up_proj", "down_proj"))
+    if args or kwargs or any(part is None for part in parts) or not _quiet(module.act_fn):  # type: ignore[arg-type]
+        return plain(x, *args, **kwargs)
+    adapters = [tensor for part in parts if part is not None for tensor in part.adapter]
+    rows = x.to(dtype).reshape(-1, x.shape[-1])
+    y: Tensor = _GatedMLP.apply(rows, module.act_fn, parts, *adapters)  # type: ignore[no-untyped-call]
+    return y.view(*x.shape[:-1], -1)
+
+
+def _rms_norm(module: nn.Module, plain: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    # Transformers' norms compute in float32 even for float64; a float64 model stays what it was to the last digit.
+    if args or kwargs or x.dtype == torch.float64 or type(weight) is not nn.Parameter:
+        return plain(x, *args, **kwargs)
+    y: Tensor = _RMSNorm.apply(x, weight, _eps(module), module._madpo_offset)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _eps(module: nn.Module) -> float:
+    return float(getattr(module, "variance_epsilon", None) or getattr(module, "eps", None) or 0.0)
+
+
+@torch.no_grad()
+def _norm_offset(module: nn.Module) -> float | None:
+    """0 or 1: what the norm adds to its weight; None where it computes something else. Found on two rows."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if weight.dim() != 1 or weight.is_meta or type(weight) is not nn.Parameter:
+        return None
+    rows = _probe(2, weight)
+    rows[1] *= 1e-3  # where eps matters
+    wanted = module(rows)
+    for offset in (0.0, 1.0):
+        if _same(_RMSNorm.apply(rows, weight, _eps(module), offset), wanted):  # type: ignore[no-untyped-call]
+            return offset
+    return None
+
+
+@torch.no_grad()
+def _is_gated_mlp(module: nn.Module) -> bool:
+    """Whether the module is down(act(gate(x)) * up(x)); found on two rows."""
+    gate = getattr(module.gate_proj, "base_layer", module.gate_proj)
+    if type(gate) is not nn.Linear or gate.weight.is_meta or type(gate.weight) is not nn.Parameter:
+        return False
+    rows = _probe(2, gate.weight)
+    product = module.act_fn(module.gate_proj(rows)) * module.up_proj(rows)  # type: ignore[operator]
+    return _same(module.down_proj(product), module(rows))  # type: ignore[operator]
+
+
+def _probe(rows: int, weight: Tensor) -> Tensor:
+    """Rows that are the same in every run, without a draw from the global generator."""
+    steps = torch.arange(rows * weight.shape[-1], device=weight.device, dtype=torch.float32)
+    return torch.sin(steps * 1.7 + 0.3).view(rows, -1).to(weight.dtype)
+
+
+def _same(found: Tensor, wanted: Any) -> bool:
+    if not isinstance(wanted, Tensor) or found.shape != wanted.shape:
+        return False
+    bound = 2e-2 if wanted.dtype in _HALF else 1e-5
+    apart = (found.double() - wanted.double()).norm(dim=-1)
+    return bool((apart <= bound * wanted.double().norm(dim=-1)).all())

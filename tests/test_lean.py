@@ -1,0 +1,200 @@
+"""Lean layers against the modules whose place they take: values, gradients, what is kept, and when they stand aside."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from madpo import lean
+from madpo.logprobs import completion_logps
+from test_logprobs import build
+from test_packing import PAIRS, pair_batch
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def adapted(family: str = "gemma3", dtype: torch.dtype = torch.float64, **options) -> nn.Module:
+    """A tiny model with an adapter that changes its output."""
+    torch.manual_seed(3)
+    model = build(family).to(dtype)
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS, **options)
+    model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+        elif "norm" in name and "weight" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def both_ways(model: nn.Module, **rows) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Log-probabilities and gradients of the trained parameters: plain and lean."""
+    found = []
+    for install in (False, True):
+        copied = copy.deepcopy(model)
+        if install:
+            lean.install(copied)
+        inner = copied.get_base_model()
+        inner._madpo_packs = True
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(lean, "install", lambda _: None)
+            logps = completion_logps(copied, **rows, pairs=True).logps
+        weight = torch.linspace(-1, 2, len(logps), dtype=logps.dtype)
+        trained = [p for p in copied.parameters() if p.requires_grad]
+        found.append([logps.detach(), *torch.autograd.grad((logps * weight).sum(), trained)])
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("family", ["gemma3", "llama", "qwen3", "mistral"])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 2e-4)])
+def test_values_and_gradients_are_those_of_the_plain_modules(family, dtype, bound):
+    plain, fast = both_ways(adapted(family, dtype), **pair_batch(PAIRS, "right"))
+    assert max(float(g.abs().max()) for g in plain[1:]) > 1e-3
+    for a, b in zip(fast, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=bound, atol=bound * float(b.abs().max()))
+
+
+def test_under_autocast_the_plain_modules_are_met_within_their_rounding():
+    """bfloat16 layers, float32 adapters: both are compared with float64."""
+    exact = adapted("gemma3")
+    rows = pair_batch(PAIRS, "right")
+    half = copy.deepcopy(exact).to(torch.bfloat16)
+    for name, parameter in half.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    for parameter, rounded in zip(exact.parameters(), half.parameters(), strict=True):
+        parameter.data = rounded.data.double()
+    truth = both_ways(exact, **rows)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain, fast = both_ways(half, **rows)
+    for wanted, a, b in zip(truth, plain, fast, strict=True):
+        scale = float(wanted.norm())
+        error, ours = float((a.double() - wanted).norm()), float((b.double() - wanted).norm())
+        assert ours <= 1.5 * error + 1e-3 * scale
+
+
+def counted(model: nn.Module, **rows) -> int:
+    """Bytes that autograd keeps of the decoder's forward pass, weights left out."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        alive.append(tensor)
+        return tensor
+
+    alive: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model.get_base_model().model(**rows)
+    return sum(kept.values())
+
+
+def test_a_third_less_is_kept_for_the_backward_pass():
+    model = adapted("gemma3", torch.bfloat16)
+    ids = torch.arange(60).view(1, -1) % 50
+    plain = counted(model, input_ids=ids)
+    lean.install(model)
+    assert counted(model, input_ids=ids) < 0.67 * plain
+
+
+def test_each_known_module_is_replaced_and_state_is_not():
+    model = adapted("gemma3")
+    names = list(model.state_dict())
+    lean.install(model)
+    lean.install(model)
+    replaced = [m for m in model.modules() if hasattr(m, "_madpo_plain")]
+    layers = model.config.num_hidden_layers
+    # Per layer: seven projections, one MLP, four norms and those of queries and keys; one norm at the end.
+    assert len(replaced) == layers * (7 + 1 + 6) + 1
+    assert list(model.state_dict()) == names
+    assert all(getattr(m, "_madpo_offset", 1.0) == 1.0 for m in replaced)
+    llama = build("llama").float()
+    lean.install(llama)
+    assert {m._madpo_offset for m in llama.modules() if hasattr(m, "_madpo_offset")} == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "offset"),
+    [((2, 3, 4), 4, 1.0), ((5, 4), 4, 0.0)],
+)
+def test_norm_gradient(x, weight, offset):
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(x, generator=generator, dtype=torch.float64, requires_grad=True)
+    factors = torch.randn(weight, generator=generator, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda s, w: lean._RMSNorm.apply(s, w, 1e-3, offset), (states, factors))
+
+
+def ways_out() -> dict[str, nn.Module]:
+    """Models whose adapters are not the plain ones."""
+    several = adapted()
+    several.add_adapter("second", LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False))
+    several.base_model.set_adapter(["default", "second"])
+    several.double()
+    off, merged, hooked, trained = adapted(), adapted(), adapted(), adapted()
+    off.base_model.disable_adapter_layers()
+    merged.base_model.merge_adapter()
+    for module in hooked.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda module, args, output: output * 1.5)
+    for module in trained.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.requires_grad_(True)
+    return {
+        "several": several,
+        "off": off,
+        "merged": merged,
+        "hooked": hooked,
+        "trained": trained,
+        "dora": adapted(use_dora=True),
+        "bias": adapted(lora_bias=True),
+    }
+
+
+@pytest.mark.parametrize("case", ["several", "off", "merged", "hooked", "trained", "dora", "bias"])
+def test_other_calls_stay_what_they_were(case):
+    model = ways_out()[case]
+    ids = torch.arange(12).view(1, -1)
+    wanted = model(input_ids=ids).logits
+    lean.install(model)
+    found = model(input_ids=ids).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    if case == "trained":
+        weight = model.base_model.model.model.layers[0].mlp.up_proj.base_layer.weight
+        assert torch.autograd.grad(found.square().sum(), weight)[0].abs().max() > 0
+
+
+def test_dropout_still_drops():
+    model = adapted(lora_dropout=0.5).train()
+    lean.install(model)
+    ids = torch.arange(12).view(1, -1)
+    first, second = model(input_ids=ids).logits, model(input_ids=ids).logits
+    assert not torch.equal(first, second)
+    model.eval()
+    assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_a_norm_or_mlp_of_another_form_is_left_alone():
+    class CubicRMSNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.eps = nn.Parameter(torch.ones(4)), 1e-6
+
+        def forward(self, x):
+            return x**3 * self.weight
+
+    class OddMLP(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(4, 4) for _ in range(3))
+            self.act_fn = nn.SiLU()
+
+        def forward(self, x):
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x) + x)
+
+    model = nn.Sequential(CubicRMSNorm(), OddMLP())
+    lean.install(model)
+    assert not any(hasattr(m, "_madpo_plain") for m in model)
