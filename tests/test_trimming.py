@@ -270,6 +270,28 @@ def test_what_cannot_be_trimmed_is_refused_and_nothing_is_left(small_model, tmp_
     refused("holds no result of madpo", small_model, corpus, out, error=StorageError, overwrite=True)
 
 
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("config.json", {"vocab_size": 99}),
+        ("config.json", {"bos_token_id": "x"}),
+        ("config.json", {"eos_token_id": [[1]]}),
+        ("tokenizer.json", {"model": {"type": "BPE"}}),
+        ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}}),
+        ("tokenizer.json", {"added_tokens": 3}),
+        ("tokenizer.json", None),
+        ("generation_config.json", []),
+    ],
+)
+def test_damaged_folders_are_told_in_one_sentence(small_model, tmp_path, file, change):
+    folder = shutil.copytree(small_model, tmp_path / "model")
+    path = folder / file
+    found = change if change in ([], None) else json.loads(path.read_text()) | change
+    path.write_text("{" if found is None else json.dumps(found))
+    refused("cannot be loaded", folder, [write(tmp_path / "corpus.jsonl", CORPUS)], tmp_path / "out", HALF)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus.jsonl", "model"]
+
+
 def test_a_model_that_came_out_as_another_is_not_written(small_model, tmp_path, monkeypatch):
     # As if it had weights for each word besides embedding and head, which kept their old numbers.
     def turned_round(model, kept):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,8 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from madpo.errors import ConfigError
+from madpo.errors import ConfigError, MadpoError
+from madpo.memory import is_shortage
 from madpo.models import load_model, resolve_model
 from madpo.packaged import quiet_transformers
 from madpo.practice.corpus_tokens import CorpusTokens, encoded, read_corpus
@@ -62,7 +64,7 @@ def trim_vocab(
     names = sorted(map(str, corpus))
     if not names:
         raise ConfigError("there is no corpus; give at least one file with --corpus")
-    with loading(model):
+    with _reading(str(model)):
         base = resolve_model(str(model))
         check_model(base)
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
@@ -107,6 +109,21 @@ def trim_vocab(
     return report
 
 
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """:func:`loading`, also where a library raises what it should not (tokenizers: plain Exceptions)."""
+    try:
+        with loading(name):
+            yield
+    except MadpoError:
+        raise
+    except Exception as error:
+        if is_shortage(error):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ConfigError(f"the model {name!r} cannot be loaded ({reason}); copy the folder again") from error
+
+
 def _refuse(config: Any, name: str) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError(f"{name} is an encoder and decoder; only causal language models can be trimmed")
@@ -127,7 +144,7 @@ class _Whole(NamedTuple):
 
     @classmethod
     def load(cls, base: Path | str, name: str) -> _Whole:
-        with loading(name), quiet_transformers():
+        with _reading(name), quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
             model = AutoModelForCausalLM.from_pretrained(
                 base, dtype="auto", use_safetensors=True, trust_remote_code=False
