@@ -2,13 +2,19 @@
 
 import tomllib
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 
+from madpo import DPO, PreferenceTrainer
 from madpo.errors import ConfigError, DataError, StorageError
+from madpo.practice import TrainSettings, train
 from madpo.practice.folders import building, digest, toml
 from madpo.practice.pairs import folds_by_prompt, prompt_key, split_by_prompt
+from madpo.training.checkpoints import verify
+from practice_cases import text_pairs, write
 
 
 def test_a_folder_appears_when_all_is_done(tmp_path):
@@ -55,6 +61,51 @@ def test_an_interruption_is_continued_with_the_same_settings_alone(tmp_path):
     with building(out, {"seed": 2}):
         pass
     assert [p.name for p in out.iterdir()] == ["three"]
+
+
+def test_a_checkpoint_outlives_another_split_and_is_never_dropped(llama, own_cache, tmp_path, monkeypatch, capsys):
+    """Of a step into micro-batches: continued. Other settings are refused by name; to begin anew is asked for."""
+    data = write(tmp_path / "pairs.jsonl", text_pairs(40))  # their reference is computed, in batches of the split
+    args = {"learning_rate": 1e-2, "max_steps": 6, "save_steps": 2, "bf16": False, "adam_epsilon": 1e-5}
+
+    def asked(pairs, micro_batches, **changes):
+        split = {"per_device_train_batch_size": pairs, "gradient_accumulation_steps": micro_batches}
+        return TrainSettings(model=str(llama), loss=DPO(), args={**args, **split, **changes}, dtype="float32")
+
+    whole = train(data, tmp_path / "whole", asked(8, 1))
+    steps, real = [], PreferenceTrainer.training_step
+
+    def step(self, *words, **more):
+        steps.append(self.state.global_step)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return real(self, *words, **more)
+
+    monkeypatch.setattr(PreferenceTrainer, "training_step", step)
+    with pytest.raises(KeyboardInterrupt):
+        train(data, tmp_path / "P", asked(8, 1))
+    kept = tmp_path / ".P.partial" / "checkpoints" / "checkpoint-2"
+    for changed, words in (
+        (asked(8, 1, learning_rate=0.02), r"settings\.args\.learning_rate = 0\.01, not 0\.02"),
+        (asked(8, 2), r"settings\.batch = 8, not 16"),
+        (asked(4, 1), r"settings\.batch = 8, not 4"),
+    ):
+        with pytest.raises(StorageError, match=rf"P was begun with {words}, and its newest checkpoint is {kept};"):
+            train(data, tmp_path / "P", changed)
+        assert verify(kept).step == 2
+    report = train(data, tmp_path / "P", asked(2, 4, save_steps=3))
+    assert steps == [0, 1, 2, 3, *(n for n in (2, 3, 4, 5) for _ in range(4))]
+    assert "per_device_train_batch_size was 8 and is 2: last digits can differ" in capsys.readouterr().err
+    assert report.loss == pytest.approx(whole.loss, rel=1e-5)
+    a, b = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("P", "whole"))
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], rtol=0, atol=3e-5, err_msg=name)
+    steps.clear()
+    with pytest.raises(KeyboardInterrupt):
+        train(data, tmp_path / "Q", asked(8, 1))
+    steps.extend([0] * 9)
+    assert train(data, tmp_path / "Q", asked(8, 1, max_steps=1), overwrite=True).steps == 1
 
 
 def test_what_is_there_is_refused_and_what_is_not_ours_is_never_overwritten(tmp_path):

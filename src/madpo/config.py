@@ -71,6 +71,20 @@ def _without_added(value: Any, dumped: Any) -> Any:
     return dumped
 
 
+def first_difference(before: Any, after: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    """The first field, by name, in which two plain values differ: its dotted key and both values.
+
+    A field that one of them lacks is None there. None if there is no such field.
+    """
+    if isinstance(before, dict) and isinstance(after, dict):
+        for name in sorted(before.keys() | after.keys()):
+            found = first_difference(before.get(name), after.get(name), f"{key}.{name}" if key else name)
+            if found:
+                return found
+        return None
+    return None if before == after else (key, before, after)
+
+
 def load_config(source: Path, model: type[T], overrides: Mapping[str, object] | Sequence[str] = ()) -> T:
     """Read a TOML file into ``model``.
 

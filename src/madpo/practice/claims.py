@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from madpo.config import first_difference
 from madpo.errors import StorageError
-from madpo.practice.folders import empty, refuse_foreign
+from madpo.practice.folders import empty, refuse_foreign, told
 from madpo.storage import LOCK
 
 
@@ -31,13 +32,9 @@ def claim(output_dir: Path, state: Mapping[str, Any], *, overwrite: bool) -> Non
     if path.is_file():
         found = read_own(path)
         wanted = json.loads(json.dumps(state))
-        changed = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
-        if changed:
-            key = changed[0]
-            name = key if key.isprintable() else repr(key)
+        if (changed := first_difference(found, wanted)) is not None:
             raise StorageError(
-                f"{output_dir} was made with {name} = {_short(found.get(key))}, not {_short(wanted.get(key))}; "
-                "choose another output_dir, or add --overwrite"
+                f"{output_dir} was made with {told(changed)}; choose another output_dir, or add --overwrite"
             )
     elif any(entry.name != LOCK for entry in output_dir.iterdir()):
         raise StorageError(f"{output_dir} is there and not empty; choose another output_dir, or add --overwrite")
@@ -56,8 +53,3 @@ def read_own(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise StorageError(f"{path} is damaged ({error}); add --overwrite to begin anew") from error
     return found
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -10,9 +10,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from madpo import processes
+from madpo.config import first_difference
 from madpo.errors import ConfigError, MadpoError, StorageError
 from madpo.memory import memory_errors
 from madpo.progress import say
@@ -35,14 +34,16 @@ def building(
 
     When the work fails the folder is removed, unless it holds a checkpoint: hours of training outlive a full disk, a
     diverged step and a lack of memory. When it is interrupted or killed it stays as well, and the next call with the
-    same ``state`` (what decides the result) works on in it; a call with another state begins anew. All processes of a
-    launch get the same folder; the leading one makes it, and the others wait for it at both ends.
+    same ``state`` (what decides the result) works on in it. A call with another state begins anew, but not where that
+    would discard a checkpoint: this takes ``overwrite``. All processes of a launch get the same folder; the leading one
+    makes it, and the others wait for it at both ends.
 
     Args:
         memory: what to do when the memory is used up, for the sentence.
 
     Raises:
-        StorageError: ``output_dir`` is there and not empty (without ``overwrite``), or another run is writing it.
+        StorageError: ``output_dir`` is there and not empty, or holds a checkpoint of another state (both without
+            ``overwrite``; the sentence names the first difference), or another run is writing it.
         MemoryShortage: the work needs more memory than there is.
     """
     output_dir = output_dir.resolve()
@@ -69,10 +70,27 @@ def _open(output_dir: Path, partial: Path, state: str, held: ExitStack, *, overw
         refuse_occupied(output_dir, overwrite=overwrite)  # the run that held the lock until now may have filled it
         made_for = partial / _STATE
         if not made_for.is_file() or made_for.read_bytes() != state.encode():
-            if any(partial.rglob("checkpoint-*/manifest.json")):
-                say(f"{output_dir} was begun with other data or settings; its checkpoints are of no use now and go.")
+            if not overwrite:
+                _refuse_to_lose(output_dir, partial, state)
             empty(partial)
             write_atomically(made_for, state)
+
+
+def _refuse_to_lose(output_dir: Path, partial: Path, state: str) -> None:
+    """Refuse to begin anew where an interrupted work of another state has left a checkpoint: it may be hours."""
+    kept = _checkpoints(partial)
+    if not kept:
+        return
+    try:
+        before = json.loads((partial / _STATE).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        before = None
+    changed = first_difference(before, json.loads(state))
+    what = f"with {told(changed)}" if changed and changed[0] else "by another madpo"
+    raise StorageError(
+        f"{output_dir} was begun {what}, and its newest checkpoint is {kept[-1].parent}; set that back to continue, "
+        "choose another output_dir, or add --overwrite to begin anew"
+    )
 
 
 def _finish(output_dir: Path, partial: Path) -> None:
@@ -90,7 +108,7 @@ def _finish(output_dir: Path, partial: Path) -> None:
 
 def _clear(output_dir: Path, partial: Path) -> None:
     """Remove what a failed work left, but for checkpoints."""
-    kept = sorted(partial.rglob("checkpoint-*/manifest.json"), key=lambda path: path.stat().st_mtime)
+    kept = _checkpoints(partial)
     if not kept:
         shutil.rmtree(partial, ignore_errors=True)
         return
@@ -98,6 +116,11 @@ def _clear(output_dir: Path, partial: Path) -> None:
         f"{output_dir} is not finished; its newest checkpoint stays in {kept[-1].parent}, and the same command "
         "continues from there."
     )
+
+
+def _checkpoints(partial: Path) -> list[Path]:
+    """Manifests of the complete ones, the newest last."""
+    return sorted(partial.rglob("checkpoint-*/manifest.json"), key=lambda path: path.stat().st_mtime)
 
 
 def refuse_occupied(output_dir: Path, *, overwrite: bool = False) -> None:
@@ -154,14 +177,25 @@ def digest(place: str | Path) -> str | None:
 
 
 def training_state(
-    data: str | Path, data_digest: str | None, eval_data: str | Path | None, settings: BaseModel
+    data: str | Path, data_digest: str | None, eval_data: str | Path | None, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What decides a training's result: its settings, and its pairs by content (by name where they lie on the hub)."""
     return {
         "data": data_digest or str(data),
         "eval_data": None if eval_data is None else digest(eval_data) or str(eval_data),
-        "settings": settings.model_dump(mode="json"),
+        "settings": dict(settings),
     }
+
+
+def told(changed: tuple[str, Any, Any]) -> str:
+    """A difference in words: ``seed = 1, not 2``."""
+    key, before, after = changed
+    return f"{key if key.isprintable() else repr(key)} = {_short(before)}, not {_short(after)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _file_digest(path: Path) -> str:

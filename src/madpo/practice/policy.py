@@ -33,11 +33,13 @@ from madpo.losses import MADPO, Loss, LossConfig
 from madpo.models import LoRA, load_model, load_quantised, merge_adapter, resolve_model
 from madpo.packaged import quiet_transformers
 from madpo.practice.card import model_card
+from madpo.practice.claims import read_own
 from madpo.practice.folders import building, digest, toml, training_state
 from madpo.practice.pairs import Row, load_training, loading
 from madpo.storage import write_atomically
 from madpo.training import PreferenceConfig, PreferenceTrainer
 from madpo.training.preference import ID_COLUMNS, PAIR_COLUMNS, REFERENCE_COLUMNS
+from madpo.training.resume import BATCH, decisive_arguments
 from madpo.training.stages import CHECKPOINTS, forget_checkpoints, run_training
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -181,9 +183,10 @@ def train(
     """
     output_dir = Path(output_dir)
     data_digest = digest(data)
-    state = training_state(data, data_digest, eval_data, settings)
+    state = training_state(data, data_digest, eval_data, decisive(settings))
     with building(output_dir, state, overwrite=overwrite, memory=MEMORY_REMEDY) as out:
         args = trainer_arguments(settings, out, evaluated=eval_data is not None or settings.eval_share > 0)
+        args.precompute_ref_batch_size = _reference_batch(args, out)
         base, tokenizer, rows, heldout, too_long = load_training(
             settings, data, eval_data, seed=args.seed, max_length=args.max_length
         )
@@ -196,7 +199,10 @@ def train(
                 "--merge needs the whole model in one process, and FSDP or DeepSpeed has split it; leave --merge out "
                 "and fold the adapter in afterwards with PEFT's merge_and_unload"
             )
-        result = run_training(trainer, settings, f"Training ({settings.loss.kind})", out)
+        # The trainer knows by itself what of its arguments decides the result.
+        result = run_training(
+            trainer, settings.model_copy(update={"args": {}}), f"Training ({settings.loss.kind})", out
+        )
         evaluation = _evaluation(trainer) if heldout else {}
         report = TrainReport(
             output_dir=str(output_dir),
@@ -258,6 +264,33 @@ def trainer_arguments(settings: TrainSettings, out: Path, *, evaluated: bool) ->
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"args: {(str(error).splitlines() or ['?'])[0]}; change the arguments") from error
+
+
+def decisive(settings: TrainSettings) -> dict[str, Any]:
+    """What of the settings decides the result: of the two that split a step into micro-batches, their product alone."""
+    values = {**_DEFAULTS, **settings.args}
+    defaults = {field.name: field.default for field in dataclasses.fields(PreferenceConfig)}
+    pairs, micro_batches = (int(values.get(name, defaults[name])) for name in BATCH)
+    found = settings.model_dump(mode="json")
+    return {**found, "args": decisive_arguments(values), "batch": pairs * micro_batches * processes.count()}
+
+
+def _reference_batch(args: PreferenceConfig, out: Path) -> int:
+    """Pairs per batch in which the reference is computed: as at the training's first start, since it decides digits.
+
+    So a training that goes on with another split of its steps keeps its reference.
+    """
+    place = out / CHECKPOINTS / "begun.json"
+
+    def look() -> int:
+        if place.is_file():
+            return int(read_own(place).get("reference_batch") or args.per_device_train_batch_size)
+        size = int(args.precompute_ref_batch_size or args.per_device_train_batch_size)
+        place.parent.mkdir(exist_ok=True)
+        write_atomically(place, json.dumps({"reference_batch": size}) + "\n")
+        return size
+
+    return processes.first(look)
 
 
 def build_trainer(

@@ -156,7 +156,7 @@ def reward(
     """
     output_dir = Path(output_dir)
     data_digest = digest(data)
-    state = training_state(data, data_digest, eval_data, settings)
+    state = training_state(data, data_digest, eval_data, settings.model_dump(mode="json"))
     with building(output_dir, state, overwrite=overwrite, memory=MEMORY_REMEDY) as out:
         base, _, train, heldout, too_long = load_training(
             settings, data, eval_data, seed=settings.seed, max_length=settings.max_length

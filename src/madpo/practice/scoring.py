@@ -133,7 +133,10 @@ def score(data: str | Path, output_dir: str | Path, settings: ScoreSettings, *, 
     if settings.score_columns is not None:
         columns = _columns(data, pairs, settings.score_columns)
     if settings.folds is not None and processes.count() > 1:
-        raise ConfigError("folds trains its reward models in one process; start it without accelerate launch")
+        raise ConfigError(
+            "folds trains its reward models in one process; start it without accelerate launch (with --reward_model, "
+            "scoring runs on several)"
+        )
     with storage_errors(output_dir), memory_errors(MEMORY_REMEDY), ExitStack() as held:
         report = processes.first(lambda: _begin(output_dir, state, held, overwrite=overwrite))
         if report is not None:

@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from madpo.config import first_difference
 from madpo.errors import ConfigError, DataError, MadpoError
 from madpo.memory import is_shortage
 from madpo.progress import say
@@ -268,7 +269,7 @@ def check_identity(checkpoint: Checkpoint, now: Mapping[str, Any]) -> None:
         DataError: the first field that differs, with both values.
     """
     # A round trip turns tuples into lists, as in the manifest.
-    differs = _difference(checkpoint.identity, json.loads(json.dumps(now)), "")
+    differs = first_difference(checkpoint.identity, json.loads(json.dumps(now)))
     if differs is None:
         return
     field, before, after = differs
@@ -276,16 +277,6 @@ def check_identity(checkpoint: Checkpoint, now: Mapping[str, Any]) -> None:
         f"{checkpoint.folder} belongs to another training: its {field} is {_short(before)}, and now it is "
         f"{_short(after)}; set it back to continue, or remove the checkpoints to start again"
     )
-
-
-def _difference(before: Any, after: Any, field: str) -> tuple[str, Any, Any] | None:
-    if isinstance(before, dict) and isinstance(after, dict):
-        for name in sorted(before.keys() | after.keys()):
-            found = _difference(before.get(name), after.get(name), f"{field}.{name}" if field else name)
-            if found:
-                return found
-        return None
-    return None if before == after else (field, before, after)
 
 
 def _short(value: Any) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,13 @@ _FREE = {
     *("activation_checkpointing", "activation_checkpointing_kwargs", "activation_offloading"),
 }
 _FREE_PREFIXES = ("logging_", "log_", "save_", "hub_", "trackio_", "ddp_")
+BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+"""Free one by one; their product is not."""
+
+
+def decisive_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Training arguments less those that bear on no result; of ``BATCH``, the product is for the caller to add."""
+    return {k: v for k, v in arguments.items() if k not in _FREE and not k.startswith(_FREE_PREFIXES)}
 
 
 class ExactResume(FiniteTraining):
@@ -195,9 +203,7 @@ class ExactResume(FiniteTraining):
         groups = self._column_groups()
         apart = {name for names in groups.values() for name in names}
         columns = set(self.train_dataset.column_names or ())
-        arguments = {
-            k: v for k, v in self.args.to_dict().items() if k not in _FREE and not k.startswith(_FREE_PREFIXES)
-        }
+        arguments = decisive_arguments(self.args.to_dict())
         adapters = getattr(self.model, "peft_config", None) or {}
         return {
             "data": disk.rows_digest(self.train_dataset, columns - apart),
