@@ -1,18 +1,23 @@
 """Models, adapters, checkpoints and run folders of others: nothing in them runs code, and nothing leads out of them."""
 
+import ast
 import json
 import os
 import pickle
 import shutil
+from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from peft import get_peft_model
 from transformers import PreTrainedConfig
 
+import madpo
 from madpo import PreferenceConfig, PreferenceTrainer
 from madpo.cli import main
 from madpo.config import load_config
+from madpo.data import load_preferences
 from madpo.errors import ConfigError, DataError
 from madpo.models import LoRA, load_classifier, load_model, load_tokenizer, resolve_model
 from madpo.practice import TrainSettings, load_scorer
@@ -181,6 +186,48 @@ def test_paths_stay_inside(folder, llama):
         check_model(folder)
 
 
+@pytest.fixture
+def saved(tmp_path):
+    """A data set with pictures, one of them in a list, that a row names by paths: to save them is to embed them."""
+    one, two = ({"bytes": None, "path": place} for place in ("/nowhere/a.png", "http://127.0.0.1:9/b.png"))
+    data = datasets.Dataset.from_list([{**row, "picture": one, "more": [two]} for row in text_pairs(3)])
+    stored = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    columns = {"picture": stored, "more": datasets.List(stored)}
+    data.cast(datasets.Features({**data.features, **columns})).save_to_disk(tmp_path / "saved")
+    media = {"picture": datasets.Image(), "more": datasets.List(datasets.Image())}
+    edit(tmp_path / "saved" / "dataset_info.json", features=datasets.Features({**data.features, **media}).to_dict())
+    return tmp_path / "saved"
+
+
+def test_no_row_of_a_saved_data_set_makes_a_library_open_a_file(saved, monkeypatch):
+    expected = [(row["prompt"], row["chosen"]) for row in text_pairs(3)]
+    assert [(row["prompt"], row["chosen"]) for row in load_preferences(saved)] == expected
+    streamed = datasets.load_from_disk(str(saved)).to_iterable_dataset()
+    with pytest.raises((OSError, ImportError)):
+        next(iter(streamed))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: streamed)
+    assert [(row["prompt"], row["chosen"]) for row in load_preferences("some/data")] == expected
+
+
+@pytest.mark.parametrize("how", ["above", "absolute", "link", "null"])
+def test_a_saved_data_set_names_no_file_outside_its_folder(saved, tmp_path, how):
+    (file,) = saved.glob("*.arrow")
+    shutil.move(file, tmp_path / "secret.arrow")
+    name = {"above": "../secret.arrow", "absolute": f"{tmp_path}/secret.arrow", "link": file.name, "null": "a\0b"}[how]
+    if how == "link":
+        file.symlink_to(tmp_path / "secret.arrow")
+    edit(saved / "state.json", _data_files=[{"filename": name}])
+    with pytest.raises(DataError, match=r"state\.json names the file .*, which lies outside the folder"):
+        load_preferences(saved)
+
+
+@pytest.mark.parametrize("files", [None, [], 3, [3], [{}], [{"filename": None}]])
+def test_a_saved_data_set_without_files_is_one_sentence(saved, files):
+    edit(saved / "state.json", _data_files=files)
+    with pytest.raises(DataError, match="does not name its files; save the data set again"):
+        load_preferences(saved)
+
+
 LOSS = "from madpo.losses import DPO\nclass Mine(DPO):\n    kind: str = 'mine'\n"
 
 
@@ -288,3 +335,40 @@ def test_the_best_checkpoint_lies_in_the_trainings_own_folder(llama, trained, tm
     trainer.args.load_best_model_at_end = True
     with pytest.raises(DataError, match=r"the best checkpoint, .*evil, lies outside"):
         trainer.train(resume_from_checkpoint=str(trained))
+
+
+SOURCE = Path(madpo.__file__).parent
+WEIGHTS = ("AutoModelForCausalLM", "AutoModelForSequenceClassification")
+
+
+def test_every_loader_of_the_hub_is_told_to_run_no_code_and_to_read_no_pickle():
+    """No remote code, weights from safetensors or a verified GGUF; the rest behind one check each."""
+    elsewhere = {
+        ("PeftModel", "from_pretrained", "models.py:_with_adapter"),  # after check_adapter
+        ("datasets.Dataset", "load_from_disk", "sources.py:_saved"),  # after refuse_files_outside
+        ("datasets", "load_dataset", "sources.py:_hub"),  # this version runs no script of a data set
+        ("", "load_dataset", "corpus.py:_read_hub"),
+    }
+    calls, others = 0, set()
+    for path in sorted(SOURCE.rglob("*.py")):
+        for function in (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)):
+            for call in (n for n in ast.walk(function) if isinstance(n, ast.Call)):
+                owner = ast.unparse(call.func.value) if isinstance(call.func, ast.Attribute) else ""
+                name = call.func.attr if isinstance(call.func, ast.Attribute) else ast.unparse(call.func)
+                if name not in LOADERS:
+                    continue
+                if owner == "PeftModel" or name != "from_pretrained":
+                    others.add((owner, name, f"{path.name}:{function.name}"))
+                    continue
+                given = {word.arg: ast.unparse(word.value) for word in call.keywords}
+                place = f"{path.name}:{call.lineno}"
+                assert given.get("trust_remote_code") == "False", place
+                if owner in WEIGHTS:
+                    verified = path.name == "packaged.py" and "gguf_file" in given
+                    assert verified or given.get("use_safetensors") == "True", place
+                calls += 1
+    assert calls >= 8
+    assert others == elsewhere
+
+
+LOADERS = ("from_pretrained", "load_adapter", "load_dataset", "load_from_disk", "pipeline")

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from madpo.data.saved import refuse_files_outside, saved_splits, unopened
 from madpo.errors import DataError
 
 MAX_LINE = 64 * 2**20  # bytes of one row: more is a file without line ends, not a preference pair
@@ -296,17 +297,19 @@ def _parquet(name: str, path: Path, wanted: Sequence[str] | None) -> Source:
 def _saved(name: str, path: Path) -> Source:
     if not (path / "state.json").is_file() and not (path / "dataset_dict.json").is_file():
         raise DataError(f"{name}: is a folder; give the path of a .jsonl, .parquet or .csv file in it")
+    if not (path / "state.json").is_file():
+        raise DataError(
+            f"{name}: holds the splits {saved_splits(name, path)}; give the folder of one of them, such as {name}/train"
+        )
+    refuse_files_outside(name, path)
     import datasets
 
     try:
-        data = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        data = datasets.Dataset.load_from_disk(str(path)).with_format(None)
+        data.info.features = unopened(data.features)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise DataError(f"{name}: cannot be read as a saved data set ({_short(error)}); save it again") from None
-    if isinstance(data, datasets.DatasetDict):
-        raise DataError(
-            f"{name}: holds the splits {', '.join(data)}; give the folder of one of them, such as {name}/train"
-        )
-    return Source(name, "row", tuple(data.column_names), (numbered for numbered in enumerate(data)))
+    return Source(name, "row", tuple(data.column_names), _numbered(name, data, "save the data set again"))
 
 
 def _hub(name: str) -> Source:
@@ -317,20 +320,25 @@ def _hub(name: str) -> Source:
     try:
         data = datasets.load_dataset(repository, split=split or "train", streaming=True)
         columns = data.column_names
+        if data.features is not None and unopened(data.features) != data.features:
+            data = data.decode(False).cast(unopened(data.features))
     except (DatasetsError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise DataError(
             f"{name}: cannot be loaded from the hub ({_short(error)}); check the name, the split ({split or 'train'}) "
             "and the network, or give a local file"
         ) from None
 
-    def rows() -> Generator[RawRow, None, None]:
-        number = -1
-        try:
-            yield from ((number := i, row) for i, row in enumerate(data))
-        except (DatasetsError, OSError, ValueError, RuntimeError) as error:
-            raise DataError(f"{name}, row {number + 1}: reading broke off ({_short(error)}); try again") from None
+    return Source(name, "row", tuple(columns) if columns else None, _numbered(name, data, "try again"))
 
-    return Source(name, "row", tuple(columns) if columns else None, rows())
+
+def _numbered(name: str, data: Any, remedy: str) -> Generator[RawRow, None, None]:
+    from datasets.exceptions import DatasetsError
+
+    number = -1
+    try:
+        yield from ((number := i, row) for i, row in enumerate(data))
+    except (DatasetsError, OSError, ValueError, TypeError, RuntimeError) as error:
+        raise DataError(f"{name}, row {number + 1}: reading broke off ({_short(error)}); {remedy}") from None
 
 
 def _refuse_repeats(name: str, columns: Sequence[str]) -> None:

@@ -1,0 +1,70 @@
+"""Saved data sets of others: none of their files lies elsewhere, and no row makes a library open one.
+
+``datasets.load_from_disk`` reads whatever ``state.json`` names, and decodes an image or a sound by opening the path, or
+the address, that stands in the row.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from madpo.errors import DataError
+
+
+def refuse_files_outside(name: str, folder: Path) -> None:
+    """Refuse a saved data set whose files are not in its folder, by name or by a link.
+
+    Args:
+        name: of the data set, for the sentence.
+
+    Raises:
+        DataError: with the file.
+    """
+    files = _object(name, folder / "state.json").get("_data_files")
+    found = [entry.get("filename") if isinstance(entry, dict) else None for entry in _entries(files)]
+    if not found or not all(isinstance(file, str) for file in found):
+        raise DataError(f"{name}: state.json does not name its files; save the data set again")
+    for file in map(str, found):
+        if "\0" in file or (folder / file).resolve().parent != folder.resolve():
+            raise DataError(
+                f"{name}: state.json names the file {file[:80]!r}, which lies outside the folder; do not use the data "
+                "set, or copy the file there if it is yours"
+            )
+
+
+def saved_splits(name: str, folder: Path) -> str:
+    """The splits of a folder with several, for a sentence."""
+    found = _entries(_object(name, folder / "dataset_dict.json").get("splits"))
+    return ", ".join(str(split) if str(split).isprintable() else repr(split) for split in found[:12])
+
+
+def unopened(feature: Any) -> Any:
+    """Features of a data set, with images, sounds and the like left as they are stored. No loss reads one."""
+    if isinstance(feature, dict):
+        return type(feature)({key: unopened(inner) for key, inner in feature.items()})
+    if isinstance(feature, list | tuple):
+        return [unopened(inner) for inner in feature]
+    found = copy.copy(feature)
+    if hasattr(found, "feature"):  # a list of something
+        found.feature = unopened(found.feature)
+    elif hasattr(found, "decode") and type(found).__name__ != "Json":  # which is text in the row itself
+        found.decode = False
+    return found
+
+
+def _entries(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _object(name: str, path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise DataError(f"{name}: {path.name} cannot be read ({reason}); save the data set again") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{name}: {path.name} holds no JSON object; save the data set again")
+    return found
