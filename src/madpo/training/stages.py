@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from madpo import processes
+from madpo import lean, processes
 from madpo.config import Frozen, added, identity_settings
 from madpo.corpus import Corpus, load_corpus, sft_reviews
 from madpo.logprobs import completion_logps, install_completion_head, unwrapped
@@ -350,6 +350,7 @@ def fit_reward_model(config: RewardModelStage, train: Dataset, stopping: Dataset
         processing_class=tokenizer,
         peft_config=config.lora.peft_config("SEQ_CLS"),
     )
+    lean.install(trainer.model)
     best = trainer.best = _BestWeights(trainer.model, config.patience)
     trainer.add_callback(best)
     run_training(trainer, config, "Reward model", out)
