@@ -4,12 +4,14 @@ import hashlib
 import json
 import shutil
 
+import pandas as pd
 import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from madpo.cli import main
+from madpo.data.texts import read_texts
 from madpo.errors import ConfigError, DataError, StorageError
 from madpo.experiment import run_experiment
 from madpo.logprobs import Head, hidden_states, takes_positions
@@ -21,12 +23,13 @@ from vocabulary_cases import LINES, RESERVED, SPECIAL, write_model
 
 CORPUS = [{"text": f"{a} {b}"} for a in LINES[:3] for b in LINES[:3]]
 HALF = TrimSettings(held_out_share=0.3, batch_size=4)
-# family of the model, kind of the tokenizer, rows that belong to no token
+# family of the model, kind of the tokenizer, rows that belong to no token (-1: the last token has no row)
 SHAPES = [
     ("gemma3", "gemma", 0),
     ("llama", "llama2", 0),
     ("llama", "llama3", 19),
     ("gpt2", "gpt2", 7),
+    ("gemma3", "gpt2", -1),
     ("phi", "unigram", 3),
     ("with images", "gemma", 0),
 ]
@@ -229,6 +232,52 @@ def test_conversations_and_pairs_are_read_as_they_will_be_tokenised(small_model,
             expected += len(tokenizer(row["prompt"] + row[side], add_special_tokens=False)["input_ids"])
     assert report.tokens == expected
     assert report.texts == 2 + 24
+
+
+SAID = [{"role": "user", "content": "Hi"}]
+ANSWER = [{"role": "assistant", "content": "Yes"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "texts"),
+    [
+        ({"text": "a", "label": 1}, ["a"]),
+        ({"messages": SAID}, [SAID]),
+        ({"prompt": "a "}, ["a "]),
+        ({"instruction": "a ", "response": "b"}, ["a b"]),
+        ({"prompt": SAID, "completion": ANSWER}, [SAID + ANSWER]),
+        ({"prompt": "a ", "chosen": "b", "rejected": "c", "reward_margin": 1.0}, ["a b", "a c"]),
+        ({"chosen": SAID + ANSWER, "rejected": [*SAID, *SAID]}, [SAID + ANSWER, SAID + SAID]),
+        ({"prompt": "a ", "responses": ["b", "c", "d"], "scores": [1, 3, 2]}, ["a c", "a b"]),
+    ],
+)
+def test_every_layout_gives_its_texts(row, texts, tmp_path):
+    found = list(read_texts(write(tmp_path / "d.jsonl", [row, row])))
+    assert [text for _, text in found] == texts * 2
+    assert found[0][0].endswith("d.jsonl, line 1")
+    assert found[-1][0].endswith("d.jsonl, line 2")
+    if all(isinstance(value, str) for value in row.values()):
+        pd.DataFrame([row, row]).to_csv(tmp_path / "d.csv", index=False)
+        assert [text for _, text in read_texts(tmp_path / "d.csv")] == texts * 2
+    pd.DataFrame([row, row]).to_parquet(tmp_path / "d.parquet")
+    assert [text for _, text in read_texts(tmp_path / "d.parquet")] == texts * 2
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"text": None}, "text is null"),
+        ({"text": 3}, "text is 3"),
+        ({"messages": [{"from": "user", "value": "x"}]}, "give text or messages with role and content"),
+        ({"prompt": "a", "completion": ANSWER}, "must both be text or both be messages"),
+        ({"words": "a"}, "has no 'text'"),
+        ({"text": "\ud800"}, "half of a surrogate pair"),
+    ],
+)
+def test_rows_without_text_are_told_by_their_place(row, words, tmp_path):
+    data = write(tmp_path / "d.jsonl", [row])
+    with pytest.raises(DataError, match=f"d.jsonl, line 1: .*{words}"):
+        list(read_texts(data))
 
 
 def refused(words, *arguments, error=ConfigError, **how):
