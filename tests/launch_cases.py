@@ -31,6 +31,7 @@ from madpo.losses import Custom
 from madpo.models import load_tokenizer
 from madpo.practice import scoring
 from madpo.training import checkpoints as disk
+from trainer_settings import QUIET
 
 BATCH = 8  # pairs per optimiser step, over all processes
 PAIRS = 21  # two full steps and one of 5, of which the second process has one pair and repeats others
@@ -74,11 +75,7 @@ def trainer_of(
     folder, out, loss, *, micro, accumulation, dropout=0.0, reference=True, peft=True, collator=None, **changes
 ):
     settings = {
-        "report_to": "none",
-        "disable_tqdm": True,
-        "bf16": False,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
+        **QUIET,
         "learning_rate": 1e-2,
         "num_train_epochs": 2,
         "per_device_train_batch_size": micro,

@@ -23,13 +23,10 @@ from madpo.losses import BetaDPO
 from madpo.models import build_tiny, load_tokenizer
 from madpo.training import checkpoints as disk
 from madpo.training.stages import Optimisation
+from trainer_settings import QUIET
 
 SETTINGS = {
-    "report_to": "none",
-    "disable_tqdm": True,
-    "bf16": False,
-    "use_cpu": True,
-    "dataloader_pin_memory": False,
+    **QUIET,
     "learning_rate": 1e-2,
     "max_steps": 6,
     "per_device_train_batch_size": 4,

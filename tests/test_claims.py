@@ -32,6 +32,7 @@ from madpo.report.families import (
     family_of,
     less,
     more_on,
+    selection_json,
     selections,
     settings_of,
 )
@@ -41,7 +42,6 @@ from madpo.report.sections import claims_html, doubts, main_table
 from madpo.report.tables import study_tables, tex
 from madpo.results import Row, Tier
 from madpo.seeding import rng
-from madpo.selection import choose as choose_by_values
 from madpo.selection import selecting_half
 from madpo.statistics import bootstrap_mean, bootstrap_statistic
 
@@ -218,7 +218,9 @@ def test_choosing_does_not_look_at_what_is_reported() -> None:
         for k in range(30):
             values = 1.0 + PROMPT - PROMPT.mean() + rng(trial, "noise", k).normal(size=N)
             mean = float(values.mean())
-            rows.append(replace(base, name=str(k), rewards=dict(enumerate(map(float, values))), oracle_reward=mean))
+            rows.append(
+                replace(base, name=str(k), key=str(k), rewards=dict(enumerate(map(float, values))), oracle_reward=mean)
+            )
         tier = Tier("high", rows)
         choice = choose("MADPO", tier, rows)
         assert choice is not None
@@ -240,10 +242,17 @@ def test_the_half_is_that_of_the_runs_own_choices() -> None:
     assert tier.reporting != Tier("high", tier.rows).reporting
     (choice,) = selections([tier], {"best": ["MADPO*"], "none": ["x"]})["best"]
     assert (choice.row.name, choice.settings) == ("MADPO τ=7 c=2", 2)
-    theirs = choose_by_values({r.name: r.rewards for r in tier.rows[1:]}, 3)
-    assert theirs.best == choice.row.name
-    assert isinstance(choice.value, Estimate)
-    assert theirs.candidates[theirs.best].reporting.mean == pytest.approx(choice.value.mean)
+    first, second = tier.rows[1:]
+    assert first.name == "MADPO τ=7 c=4"
+    keys = {first.name: first.key, second.name: second.key, "MADPO τ=2 c=2": "later"}
+    written = selection_json({"best": [choice]}, {"best": ["MADPO*"]}, keys, 3)
+    of_tier = written["tiers"]["high"]["best"]
+    assert (written["seed"], of_tier["best"], of_tier["missing"]) == (3, second.key, ["later"])
+    own = of_tier["candidates"][second.key]
+    half = selecting_half(range(N), 3)
+    assert own["selecting"] == pytest.approx(np.mean([second.rewards[i] for i in half]))
+    assert own["reporting"]["mean"] == pytest.approx(np.mean([v for i, v in second.rewards.items() if i not in half]))
+    assert own["reporting"] == choice.value._asdict()
 
 
 def test_a_comparison_uses_the_reporting_half_only_where_something_was_chosen() -> None:

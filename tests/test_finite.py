@@ -23,13 +23,10 @@ from madpo.training import checkpoints as disk
 from madpo.training import stages
 from madpo.training.finite import SKIPPED, drop_unscored
 from practice_cases import text_pairs, write
+from trainer_settings import QUIET
 
 SETTINGS = {
-    "report_to": "none",
-    "disable_tqdm": True,
-    "bf16": False,
-    "use_cpu": True,
-    "dataloader_pin_memory": False,
+    **QUIET,
     "learning_rate": 1e-2,
     "max_steps": 4,
     "per_device_train_batch_size": 4,

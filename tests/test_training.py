@@ -10,6 +10,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
+import trainer_settings
 from madpo import DPO, MADPO, PreferenceConfig, PreferenceTrainer
 from madpo.errors import ConfigError, DataError
 from madpo.logprobs import completion_logps
@@ -18,14 +19,10 @@ from madpo.models import build_tiny, load_tokenizer
 from madpo.training.preference import PreferenceCollator
 
 QUIET = {
-    "report_to": "none",
-    "disable_tqdm": True,
+    **trainer_settings.QUIET,
     "save_strategy": "no",
     "logging_steps": 1,
-    "bf16": False,
-    "use_cpu": True,
     "gradient_checkpointing": False,
-    "dataloader_pin_memory": False,
     "max_grad_norm": 1.0,
 }
 

@@ -20,7 +20,6 @@ from madpo.pipeline import RunResult, Step, finished, run
 from madpo.preferences import Tier
 from madpo.report import rebuild_report
 from madpo.rewards import NgramOracle, Oracle
-from madpo.selection import write_selection
 from madpo.training.stages import Optimisation
 
 
@@ -179,10 +178,6 @@ def run_experiment(
         return run(steps, output_dir, only=only, dry_run=True)
     with executor or Inline() as place:
         result = run(steps, output_dir, place, only=only, about=about)
-    records = {step.name: record for step in steps if (record := finished(step, output_dir)) is not None}
-    if records:
-        keys = {row.name: row.key for row in experiment.rows()}
-        choices = {s.name: [keys[name] for name in s.candidates(list(keys))] for s in experiment.selection}
-        write_selection(output_dir, records, choices, experiment.pairs.tiers, experiment.selection_seed)
+    if any(finished(step, output_dir) is not None for step in steps):
         rebuild_report(output_dir)  # of the whole run, whichever part of it this call worked on
     return result

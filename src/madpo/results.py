@@ -18,12 +18,11 @@ import pyarrow.parquet as pq
 
 from madpo.errors import DataError
 from madpo.records import Estimate, Metric, Record
-from madpo.selection import selecting_half
+from madpo.selection import BOOTSTRAP_SEED, selecting_half
 from madpo.statistics import bootstrap_mean, paired_difference
 
 SFT = "SFT"
 TIERS = ("high", "medium", "low")  # the paper's order; other tiers follow in the order of the records
-SEED = 0  # of the bootstrap draws: the same records give the same page
 MEASURED = ("oracle_reward", "kl", "tokens")
 _EVALUATION = re.compile(r"evaluation/(?!sft/)(?P<tier>[^/]+)/(?P<method>[^/]+)/(?P<seed>[^/]+)")
 # With several seeds these steps carry the seed's name, with one they do without.
@@ -274,7 +273,7 @@ def _with_differences(tier: Tier) -> list[Row]:
             rows.append(row)
             continue
         pair = (np.array([row.rewards[i] for i in shared]), np.array([baseline.rewards[i] for i in shared]))
-        rows.append(replace(row, difference=paired_difference(*pair, seed=SEED)))
+        rows.append(replace(row, difference=paired_difference(*pair, seed=BOOTSTRAP_SEED)))
     return rows
 
 
@@ -292,7 +291,7 @@ def _mean_over_seeds(per_seed: list[dict[int, float]]) -> dict[int, float]:
 
 
 def _estimate(per_prompt: dict[int, float]) -> Estimate | None:
-    return bootstrap_mean(np.array(list(per_prompt.values())), seed=SEED) if len(per_prompt) > 1 else None
+    return bootstrap_mean(np.array(list(per_prompt.values())), seed=BOOTSTRAP_SEED) if len(per_prompt) > 1 else None
 
 
 def _over_seeds(metrics: list[dict[str, Metric]], name: str) -> Value:

@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from madpo import selection
 from madpo.errors import DataError, MadpoError
 from madpo.records import Record, run_status
 from madpo.report.charts import (
@@ -25,7 +26,7 @@ from madpo.report.charts import (
 )
 from madpo.report.claims import Claim, claims, counts, ties
 from madpo.report.drawing import chart_html
-from madpo.report.families import Choice, base_beta, selections
+from madpo.report.families import Choice, base_beta, selection_json, selections
 from madpo.report.markup import details, nothing, page
 from madpo.report.plots import save_charts
 from madpo.report.provenance import differences_html, provenance_html, state
@@ -64,6 +65,7 @@ class Report:
     choices: dict[tuple[str, str], Choice]
     claims: list[Claim]
     selections: dict[str, list[Choice]]
+    selection: dict[str, Any]
 
     @classmethod
     def of(cls, root: Path, records: Mapping[str, Record], experiment: Mapping[str, Any]) -> Report:
@@ -71,10 +73,14 @@ class Report:
         # "rows" has the sweeps of "method" spelled out.
         rows = experiment.get("rows") or experiment.get("method", [])
         rows = [row for row in rows if isinstance(row, Mapping) and "name" in row]
-        tiers = collect(root, records, rows, int(experiment.get("selection_seed", 0)))
+        seed = int(experiment.get("selection_seed", 0))
+        tiers = collect(root, records, rows, seed)
         beta = base_beta(tiers)
         wanted = {str(s["name"]): s["among"] for s in experiment.get("selection", [])}
-        return cls(tiers, beta, choices_of(tiers, beta), claims(tiers), selections(tiers, wanted))
+        found = selections(tiers, wanted)
+        keys = {str(row["name"]): str(row.get("key", row["name"])) for row in rows}
+        chosen = selection_json(found, wanted, keys, seed)
+        return cls(tiers, beta, choices_of(tiers, beta), claims(tiers), found, chosen)
 
     @property
     def seeds(self) -> int:
@@ -91,7 +97,7 @@ def build_report(
     *,
     figures: bool = True,
 ) -> Path:
-    """Write ``report.html``, ``results.{json,csv,md}``, ``tables/`` and ``figures/`` into ``root``.
+    """Write ``report.html``, ``results.{json,csv,md}``, ``selection.json``, ``tables/`` and ``figures/`` into ``root``.
 
     Args:
         root: the folder of the run; the records' samples, margins and logs are read from their steps' folders.
@@ -119,6 +125,8 @@ def build_report(
         write_atomically(root / "results.json", json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
         write_atomically(root / "results.csv", results_csv(report.tiers))
         write_atomically(root / "results.md", tables)
+        if experiment.get("selection"):
+            write_atomically(root / selection.FILE, json.dumps(report.selection, indent=1) + "\n")
         save_tables(
             study_tables(report.tiers, report.choices, report.claims, report.beta, report.selections), root / "tables"
         )

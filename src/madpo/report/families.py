@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from madpo.records import Estimate
-from madpo.results import SEED, SFT, Row, Tier
-from madpo.statistics import bootstrap_mean, paired_difference
+from madpo.results import SFT, Row, Tier
+from madpo.selection import BOOTSTRAP_SEED, Candidate, select
+from madpo.statistics import paired_difference
 
 FEWEST = 10  # prompts; below, an interval says nothing
 PAPER_BETA = 0.1
@@ -72,7 +73,8 @@ class Choice:
         name: of the method; tier: its name; row: the chosen setting.
         value: mean reward of the chosen setting on the reporting half, on all prompts where nothing was chosen.
         reporting: prompts that may be reported.
-        best: the setting with the highest mean on all prompts, as the paper chooses; None where there are no samples.
+        best: the setting with the highest mean on all prompts, as the paper chooses.
+        candidates: what every setting has on either half, by the row's key; empty where there are no samples.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Choice:
     value: Estimate | float | None
     best: Row
     reporting: frozenset[int] = frozenset()
+    candidates: Mapping[str, Candidate] = field(default_factory=dict)
 
     @property
     def chosen(self) -> bool:
@@ -95,12 +98,12 @@ def choose(name: str, tier: Tier, rows: Sequence[Row]) -> Choice | None:
         return None
     best = max(rows, key=lambda row: _level(row.oracle_reward))
     shared = set.intersection(*(set(row.rewards) for row in rows))
-    report, choosing = sorted(shared & tier.reporting), sorted(shared - tier.reporting)
-    if len(rows) == 1 or not report or not choosing:
+    if not shared & tier.reporting or not shared - tier.reporting:
         return Choice(name, tier.name, best, len(rows), best.oracle_reward, best, tier.reporting)
-    row = max(rows, key=lambda row: np.mean([row.rewards[i] for i in choosing]))
-    value = bootstrap_mean([row.rewards[i] for i in report], seed=SEED)
-    return Choice(name, tier.name, row, len(rows), value, best, tier.reporting)
+    found = select({row.key: row.rewards for row in rows}, tier.reporting)
+    row = next(row for row in rows if row.key == found.best)
+    value = found.candidates[found.best].reporting if len(rows) > 1 else best.oracle_reward
+    return Choice(name, tier.name, row, len(rows), value, best, tier.reporting, found.candidates)
 
 
 def chosen(tier: Tier, family: str, beta: float | None) -> Choice | None:
@@ -117,6 +120,35 @@ def selections(tiers: Sequence[Tier], wanted: Mapping[str, Sequence[str]]) -> di
             if (choice := choose(name, tier, rows)) is not None:
                 found.setdefault(name, []).append(choice)
     return found
+
+
+def selection_json(
+    found: Mapping[str, Sequence[Choice]], wanted: Mapping[str, Sequence[str]], rows: Mapping[str, str], seed: int
+) -> dict[str, Any]:
+    """What was chosen from what, and what is missing, for programs.
+
+    Args:
+        found: the experiment's choices; wanted: name -> rows or patterns on them, as in :func:`selections`.
+        rows: name -> key of every row of the experiment.
+        seed: which half selects.
+
+    Returns:
+        seed, and tiers: tier -> name of the choice -> best, candidates (selecting, reporting), missing; rows by key.
+    """
+    tiers: dict[str, Any] = {}
+    for name, choices in found.items():
+        keys = [key for row, key in rows.items() if any(fnmatch.fnmatchcase(row, word) for word in wanted[name])]
+        for choice in choices:
+            if choice.candidates:
+                tiers.setdefault(choice.tier, {})[name] = {
+                    "best": choice.row.key,
+                    "candidates": {
+                        key: {"selecting": c.selecting, "reporting": c.reporting._asdict()}
+                        for key, c in choice.candidates.items()
+                    },
+                    "missing": [key for key in keys if key not in choice.candidates],
+                }
+    return {"seed": seed, "tiers": tiers}
 
 
 @dataclass(frozen=True)
@@ -163,7 +195,7 @@ def less(a: Choice | None, b: Choice | None, what: str, **how: Any) -> Compariso
     if len(shared) < 2:
         return Comparison(what, missing="there are no samples of both on the same prompts", **how)
     ids = sorted(shared)
-    value = paired_difference([a.row.rewards[i] for i in ids], [b.row.rewards[i] for i in ids], seed=SEED)
+    value = paired_difference([a.row.rewards[i] for i in ids], [b.row.rewards[i] for i in ids], seed=BOOTSTRAP_SEED)
     per_seed = {}
     for seed in a.row.seed_rewards.keys() & b.row.seed_rewards.keys():
         one, other = a.row.seed_rewards[seed], b.row.seed_rewards[seed]
@@ -184,7 +216,7 @@ def more_on(one: Sequence[Choice | None], other: Sequence[Choice | None], what: 
     if len(shared) < 2:
         return Comparison(what, missing="there are no samples of all four on the same prompts", **how)
     a, b, c, d = (np.array([row.rewards[i] for i in sorted(shared)]) for row in rows)
-    return Comparison(what, paired_difference(a - b, c - d, seed=SEED), **how)
+    return Comparison(what, paired_difference(a - b, c - d, seed=BOOTSTRAP_SEED), **how)
 
 
 def _level(value: Estimate | float | None) -> float:

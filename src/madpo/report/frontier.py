@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from madpo.report.families import Choice, Comparison, family_of, settings_of
-from madpo.results import SEED, SFT, Row, Tier
+from madpo.results import SFT, Row, Tier
+from madpo.selection import BOOTSTRAP_SEED
 from madpo.statistics import bootstrap_statistic
 
 
@@ -51,7 +52,7 @@ def equal_kl(tier: Tier, method: Choice | None, what: str) -> Comparison:
     if not min(kls[1:]) <= kls[0] <= max(kls[1:]):
         span = f"{min(kls[1:]):.1f} to {max(kls[1:]):.1f}"
         return Comparison(what, missing=f"MADPO's KL is {kls[0]:.1f} nats, and DPO's curve spans {span}")
-    return Comparison(what, bootstrap_statistic(values, _above_curve, seed=SEED))
+    return Comparison(what, bootstrap_statistic(values, _above_curve, seed=BOOTSTRAP_SEED))
 
 
 def _above_curve(means: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -116,7 +116,8 @@ def tune(data: str | Path, output_dir: str | Path, settings: TuneSettings, *, ov
         StorageError: ``output_dir`` holds something else, or a study with other settings.
     """
     output_dir = Path(output_dir)
-    state = {"data": str(data), "data_digest": digest(data), **settings.model_dump(mode="json", exclude={"trials"})}
+    data_digest = digest(data)
+    state = {"data": str(data), "data_digest": data_digest, **settings.model_dump(mode="json", exclude={"trials"})}
     with storage_errors(output_dir), memory_errors(MEMORY_REMEDY), locked(output_dir):
         claim(output_dir, state, overwrite=overwrite)
         known = {entry.name for entry in output_dir.iterdir()} - {LOCK}
@@ -127,7 +128,7 @@ def tune(data: str | Path, output_dir: str | Path, settings: TuneSettings, *, ov
             if not known:  # nothing that a second run could continue from
                 shutil.rmtree(output_dir)
             raise
-        report = _search(data, output_dir, settings, prepared)
+        report = _search(data_digest, output_dir, settings, prepared)
         write_atomically(
             output_dir / "chosen.toml", resolved(data, with_values(settings.training, report.best().values))
         )
@@ -135,7 +136,7 @@ def tune(data: str | Path, output_dir: str | Path, settings: TuneSettings, *, ov
     return report
 
 
-def _search(data: str | Path, output_dir: Path, settings: TuneSettings, prepared: Prepared) -> TuneReport:
+def _search(data_digest: str | None, output_dir: Path, settings: TuneSettings, prepared: Prepared) -> TuneReport:
     folder = output_dir / "folds"
     baseline = None
     if settings.baseline:
@@ -150,13 +151,13 @@ def _search(data: str | Path, output_dir: Path, settings: TuneSettings, prepared
         value = _value(measured, settings.criterion)
         _tell(study, trial, value, measured.heldout)
         found[trial.number] = (Trial(number=trial.number, values=values, heldout=measured.heldout), measured)
-        write_table(output_dir, _report(data, output_dir, settings, prepared, found, baseline))
+        write_table(output_dir, _report(data_digest, output_dir, settings, prepared, found, baseline))
     for trial in study.trials:  # those of a run before this one
         if trial.number not in found and trial.state.is_finished():
             measured = measure(prepared, settings, with_values(settings.training, trial.params), folder)
             values = {key: trial.params[key] for key in space}
             found[trial.number] = (Trial(number=trial.number, values=values, heldout=measured.heldout), measured)
-    report = _report(data, output_dir, settings, prepared, found, baseline)
+    report = _report(data_digest, output_dir, settings, prepared, found, baseline)
     write_table(output_dir, report)
     return report
 
@@ -240,7 +241,7 @@ def _tell(study: optuna.Study, trial: optuna.Trial, value: float | None, heldout
 
 
 def _report(
-    data: str | Path,
+    data_digest: str | None,
     output_dir: Path,
     settings: TuneSettings,
     prepared: Prepared,
@@ -259,7 +260,7 @@ def _report(
     chosen = max(reached, key=lambda n: (reached[n], -n))
     return TuneReport(
         output_dir=str(output_dir),
-        data_digest=digest(data),
+        data_digest=data_digest,
         pairs=len(prepared.rows),
         dropped=prepared.dropped,
         criterion=settings.criterion,
