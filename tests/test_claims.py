@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from madpo.figures import WeightParameters
-from madpo.records import Estimate
+from madpo.records import Estimate, Record
 from madpo.report import published
 from madpo.report.charts import (
     Chart,
@@ -39,6 +39,7 @@ from madpo.report.families import (
 from madpo.report.frontier import equal_kl, frontiers
 from madpo.report.plots import save_charts
 from madpo.report.sections import claims_html, doubts, main_table
+from madpo.report.standing import doubtful, weights_from
 from madpo.report.tables import study_tables, tex
 from madpo.results import Row, Tier
 from madpo.seeding import rng
@@ -146,13 +147,17 @@ def test_what_is_not_there_is_not_run_and_what_is_partly_there_says_so() -> None
     assert {claim.verdict for claim in claims([])} == {NOT_RUN}
     core = Tier("high", [row("DPO", 1.0, kind="dpo"), madpo(7.0, 4.0, 2.0)])
     found = by_key(claims([core]))
-    assert found["madpo-first-high"].verdict == HELD
+    assert found["madpo-first-high"].verdict == NOT_RUN  # IPO and β-DPO are missing
     assert found["madpo-first-high"].partly
     assert found["madpo-first-low"].verdict == NOT_RUN
     assert found["madpo-not-sensitive"].verdict == NOT_RUN  # one setting shows no sensitivity
     assert found["madpo-above-rdpo"].verdict == NOT_RUN
     html = claims_html(list(found.values()), 1)
-    assert "held, on the part that was run" in html
+    assert "not run in full: 2 of 3 comparisons are missing" in html
+    worse = Tier("high", [row("DPO", 3.0, kind="dpo"), madpo(7.0, 4.0, 2.0)])
+    broken = by_key(claims([worse]))["madpo-first-high"]
+    assert broken.verdict == BROKEN  # one rival above it is enough, whatever the others do
+    assert "did not hold; 2 of 3 comparisons are missing" in claims_html([broken], 1)
     assert "claims not run" in html
     assert "One training seed" in html
     assert "not run" in main_table([core], choices_of([core], 0.1), 0.1)
@@ -194,6 +199,48 @@ def test_a_tie_with_a_rival_is_said() -> None:
             "MADPO, out-of-fold margins",
         )
     ]
+
+
+def test_only_seeds_that_both_sides_have_are_compared() -> None:
+    """The second seed of one side is easier by 5, which is no difference between the methods."""
+    two, one = row("DPO", 1.0, kind="dpo"), madpo(7.0, 4.0, 2.0, seeds=1)
+    easy = {i: value + 5.0 for i, value in two.seed_rewards["seed1"].items()}
+    seeds = {"seed0": two.seed_rewards["seed0"], "seed1": easy}
+    mean = {i: (seeds["seed0"][i] + easy[i]) / 2 for i in easy}
+    two = replace(two, seed_rewards=seeds, rewards=mean)
+    tier = Tier("high", [two, one])
+    found = less(choose("MADPO", tier, [one]), choose("DPO", tier, [two]), "x")
+    assert found.value is not None
+    assert found.value.mean == pytest.approx(1.0)
+    assert (found.seeds, found.per_seed) == (1, {})
+    four = [choose("MADPO", tier, [one]), choose("DPO", tier, [two])]
+    assert more_on(four, [four[1], four[1]], "x").value == found.value
+
+
+def test_reward_models_near_chance_are_said_where_verdicts_are() -> None:
+    def model(*estimates: Estimate) -> dict[str, Record]:
+        return {
+            f"seed{k}": Record.model_construct(metrics={"heldout_accuracy": value}) for k, value in enumerate(estimates)
+        }
+
+    coin, good = Estimate(0.52, 0.44, 0.6, 160), Estimate(0.72, 0.65, 0.78, 160)
+    rows = [row("DPO", 1.0, kind="dpo"), madpo(7.0, 4.0, 2.0), row("IPO", 0.1, kind="ipo"),
+            row("β-DPO m=0.6 p=0.8", 0.5, kind="beta_dpo")]  # fmt: skip
+    tiers = [Tier("high", rows, model(good, coin)), Tier("low", rows, model(good, good))]
+    said = weights_from(tiers)
+    assert "High 72 % (65 % to 78 %), 52 % (44 % to 60 %); Low 72 % (65 % to 78 %)" in said[0]
+    assert said[1].startswith("On High a reward model cannot be told from a coin")
+    found = by_key(claims(tiers))
+    assert doubtful(found["madpo-first-high"], tiers) == ["High"]
+    assert doubtful(found["madpo-first-low"], tiers) == []
+    assert doubtful(found["beta-dpo-above-dpo"], tiers) == []  # no weights in it
+    html = claims_html(list(found.values()), 2, tiers)
+    assert html.index("cannot be told from a coin") < html.index("<article")
+    assert "The reward model on High cannot be told from a coin." in html
+    assert "not told from a coin" in main_table(tiers, choices_of(tiers, 0.1), 0.1)
+    little = [Tier("low", rows, model(Estimate(0.57, 0.51, 0.62, 400)))]
+    assert weights_from(little)[1].startswith("On Low a reward model is only a little better than a coin")
+    assert weights_from([Tier("low", rows)]) == []
 
 
 def test_seeds_that_disagree_separate_nothing() -> None:

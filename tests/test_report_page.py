@@ -185,9 +185,11 @@ def test_a_part_of_a_study_has_a_useful_report(tmp_path: Path) -> None:
     assert claims["madpo-first-high"]["verdict"] == "held"
     assert claims["madpo-first-low"]["verdict"] == "not run"
     assert claims["c-grows-high"]["verdict"] == "not run"
-    assert claims["ipo-weakest"]["verdict"] == "held"
+    assert claims["ipo-weakest"]["verdict"] == "not run"  # two tiers of three are missing
     assert claims["ipo-weakest"]["partly"]
     assert "This run is not complete" in text
+    assert "held, with one training of each" in text
+    assert "not run in full: 6 of 9 comparisons are missing" in text
     assert "13 methods not evaluated here yet" in text
     assert "Not run: no tier has Amp-Only or Reg-Only." in text
     assert "steps still to run" in text

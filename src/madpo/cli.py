@@ -208,10 +208,21 @@ def _status(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _report(arguments: argparse.Namespace) -> int:
-    from madpo.report import rebuild_report
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    _folder_argument(parser)
+    parser.add_argument(
+        "--export",
+        type=Path,
+        metavar="FOLDER",
+        help="write it, and what it is made from, into a small folder to commit: no weights, few texts",
+    )
 
-    print(f"Report: {rebuild_report(arguments.folder).resolve().as_uri()}")
+
+def _report(arguments: argparse.Namespace) -> int:
+    from madpo.report import export_report, rebuild_report
+
+    page = export_report(arguments.folder, arguments.export) if arguments.export else rebuild_report(arguments.folder)
+    print(f"Report: {page.resolve().as_uri()}")
     return 0
 
 
@@ -260,7 +271,7 @@ COMMANDS = {
     "evaluate": Command(commands_train.EVALUATE, commands_train.evaluate_arguments, commands_train.evaluate_command),
     "trim-vocab": Command(commands_data.TRIM, commands_data.trim_arguments, commands_data.trim_command),
     "status": Command("say which steps of a run are done", _folder_argument, _status),
-    "report": Command("write the report page of a run again", _folder_argument, _report),
+    "report": Command("write the report page of a run again", _report_arguments, _report),
     "verify-theory": Command("check the paper's claims numerically", _no_arguments, _verify_theory),
 }
 

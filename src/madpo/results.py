@@ -4,10 +4,11 @@ Everything is paired by ``prompt_id``: all methods answered the same prompts. Wi
 its mean over the seeds, so intervals speak of prompts, and the values per seed stand beside them.
 """
 
+import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ from madpo.statistics import bootstrap_mean, paired_difference
 
 SFT = "SFT"
 TIERS = ("high", "medium", "low")  # the paper's order; other tiers follow in the order of the records
+RESPONSE_DIGEST = "response_sha256"  # stands in samples whose texts were left out
 MEASURED = ("oracle_reward", "kl", "tokens")
 _EVALUATION = re.compile(r"evaluation/(?!sft/)(?P<tier>[^/]+)/(?P<method>[^/]+)/(?P<seed>[^/]+)")
 # With several seeds these steps carry the seed's name, with one they do without.
@@ -191,6 +193,11 @@ def _settings(method: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
+def planned_row(method: Mapping[str, Any]) -> Row:
+    """A method of an experiment as a row without results."""
+    return _row(str(method.get("key", "")), str(method["name"]), _settings(method), dict(method), {}, Path(), None)
+
+
 def folder_of(root: Path, record: Record) -> Path:
     """Where a record's step worked."""
     return root / f"{record.name}-{record.identity[:8]}"
@@ -251,15 +258,39 @@ def _win_rate(rewards: Mapping[str, dict[int, float]], sft: Row | None) -> Estim
     return _estimate(_mean_over_seeds(won))
 
 
+def response_digest(row: Mapping[str, Any]) -> str:
+    """What tells a sample's response from others: of its text, or written in the place of it; "" where neither is."""
+    if "response" in row:
+        return hashlib.sha256(str(row["response"]).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return str(row.get(RESPONSE_DIGEST, ""))
+
+
 def _repeated(answers: Iterable[dict[int, list[dict[str, Any]]]]) -> float | None:
     """Share of a seed's responses that stand there more than once, word for word, mean over seeds."""
     shares = []
     for by_prompt in answers:
-        texts = [str(row["response"]) for rows in by_prompt.values() for row in rows if "response" in row]
+        texts = [found for rows in by_prompt.values() for row in rows if (found := response_digest(row))]
         if texts:
             counts = Counter(texts)
             shares.append(sum(n for n in counts.values() if n > 1) / len(texts))
     return float(np.mean(shares)) if shares else None
+
+
+def over_shared_seeds(rows: Sequence[Row]) -> list[dict[int, float]]:
+    """Prompt id -> reward of every row, as the mean over the training seeds that all of them have.
+
+    A row of two seeds less one of the first seed alone would mix the seeds' difference into the methods'. Where no
+    seed is common, or samples are not kept by seed, it is each row's own mean.
+    """
+    shared = shared_seeds(rows)
+    if not shared or all(set(row.seed_rewards) == set(shared) for row in rows):
+        return [row.rewards for row in rows]
+    return [_mean_over_seeds([row.seed_rewards[seed] for seed in shared]) for row in rows]
+
+
+def shared_seeds(rows: Sequence[Row]) -> list[str]:
+    """Training seeds that all rows have samples of."""
+    return sorted(set.intersection(*(set(row.seed_rewards) for row in rows))) if rows else []
 
 
 def _with_differences(tier: Tier) -> list[Row]:
@@ -268,11 +299,12 @@ def _with_differences(tier: Tier) -> list[Row]:
         return tier.rows
     rows = []
     for row in tier.rows:
-        shared = sorted(row.rewards.keys() & baseline.rewards.keys())
+        own, base = over_shared_seeds([row, baseline])
+        shared = sorted(own.keys() & base.keys())
         if row is baseline or row.name == SFT or len(shared) < 2:
             rows.append(row)
             continue
-        pair = (np.array([row.rewards[i] for i in shared]), np.array([baseline.rewards[i] for i in shared]))
+        pair = (np.array([own[i] for i in shared]), np.array([base[i] for i in shared]))
         rows.append(replace(row, difference=paired_difference(*pair, seed=BOOTSTRAP_SEED)))
     return rows
 

@@ -147,7 +147,7 @@ def report_markdown_table(tier: Tier) -> str:
     ]
     for row in tier.rows:
         cells = [_markdown(getattr(row, c), COLUMNS[c][1]) for c in columns]
-        lines.append(f"| {_no_pipes(row.name)} | {' | '.join(cells)} |")
+        lines.append(f"| {markdown_cell(row.name)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -213,7 +213,8 @@ def _markdown(value: Value, how: str) -> str:
     return write(value, how)
 
 
-def _no_pipes(text: str) -> str:
+def markdown_cell(text: str) -> str:
+    """Text on one line in which Markdown finds neither a table's bar nor a tag."""
     return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
 
 

@@ -24,9 +24,9 @@ from madpo.report.charts import (
     sensitivity_chart,
     training_chart,
 )
-from madpo.report.claims import Claim, claims, counts, ties
+from madpo.report.claims import NOT_RUN, Claim, claims, counts, ties
 from madpo.report.drawing import chart_html
-from madpo.report.families import Choice, base_beta, selection_json, selections
+from madpo.report.families import Choice, base_beta, family_of, selection_json, selections
 from madpo.report.markup import details, nothing, page
 from madpo.report.plots import save_charts
 from madpo.report.provenance import differences_html, provenance_html, state
@@ -43,8 +43,9 @@ from madpo.report.sections import (
     weighting,
     weights_html,
 )
+from madpo.report.standing import empty_cells, weights_from
 from madpo.report.tables import save_tables, study_tables
-from madpo.results import SFT, Tier, collect
+from madpo.results import SFT, Tier, collect, planned_row
 from madpo.storage import storage_errors, write_atomically
 from madpo.summary import headline, report_markdown_table, results_csv, results_json
 
@@ -66,6 +67,7 @@ class Report:
     claims: list[Claim]
     selections: dict[str, list[Choice]]
     selection: dict[str, Any]
+    planned: Sequence[Mapping[str, Any]]
 
     @classmethod
     def of(cls, root: Path, records: Mapping[str, Record], experiment: Mapping[str, Any]) -> Report:
@@ -80,7 +82,7 @@ class Report:
         found = selections(tiers, wanted)
         keys = {str(row["name"]): str(row.get("key", row["name"])) for row in rows}
         chosen = selection_json(found, wanted, keys, seed)
-        return cls(tiers, beta, choices_of(tiers, beta), claims(tiers), found, chosen)
+        return cls(tiers, beta, choices_of(tiers, beta), claims(tiers), found, chosen, rows)
 
     @property
     def seeds(self) -> int:
@@ -117,9 +119,14 @@ def build_report(
     report = Report.of(root, records, experiment)
     experiment = {name: value for name, value in experiment.items() if name != "rows"}
     charts, folded = _charts(report)
-    data = {**results_json(report.tiers, title, experiment), "claims": [_claim_json(c) for c in report.claims]}
+    summary = _summary(report, records, unfinished or {})
+    data = {
+        **results_json(report.tiers, title, experiment),
+        "summary": summary,
+        "claims": [_claim_json(c) for c in report.claims],
+    }
     tables = "\n".join(f"## {tier.label}\n\n{report_markdown_table(tier)}" for tier in report.tiers if tier.rows)
-    text = _html(root, records, report, charts, folded, title, experiment, unfinished or {})
+    text = _html(root, records, report, charts, folded, title, summary, experiment, unfinished or {})
     with storage_errors(root):
         root.mkdir(parents=True, exist_ok=True)
         write_atomically(root / "results.json", json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
@@ -200,11 +207,13 @@ def _html(
     charts: Mapping[str, Chart | None],
     folded: Sequence[Chart],
     title: str,
+    summary: Sequence[str],
     experiment: dict[str, Any],
     unfinished: Mapping[str, str],
 ) -> str:
     tiers = report.tiers
     with_margins = [tier for tier in tiers if len(tier.margins)]
+    reasons = empty_cells(tiers, report.planned, unfinished)
     data = {
         "weights": {f"weight-{tier.name}": weight_data(tier) for tier in with_margins},
         "samples": sample_data(tiers),
@@ -218,12 +227,13 @@ def _html(
         ["weight.js", "page.js"],
         data,
         title=escape(title),
-        summary=_summary(report, records, unfinished),
-        claims=claims_html(report.claims, report.seeds),
-        main=main_table(tiers, report.choices, report.beta)
+        summary="".join(f'<p dir="auto">{escape(text)}</p>' for text in summary),
+        claims=claims_html(report.claims, report.seeds, tiers),
+        main=main_table(tiers, report.choices, report.beta, _of_families(report, reasons))
         + (chart_html(charts["main"]) if charts["main"] else "")
         + selections_html(tiers, report.selections),
-        results="".join(tier_results(tier) for tier in tiers if tier.rows) or nothing("No evaluation is finished yet."),
+        results="".join(tier_results(tier, reasons) for tier in tiers if tier.rows)
+        or nothing("No evaluation is finished yet."),
         sensitivity=chart_or(charts["sensitivity"], "Not run: no tier has MADPO at two values of τ or of c."),
         ablation=chart_or(charts["ablation"], "Not run: no tier has Amp-Only or Reg-Only."),
         frontier=chart_or(charts["frontier"], "Not run: no tier has two methods with a reward and a KL."),
@@ -240,11 +250,22 @@ def _html(
     )
 
 
-def _summary(report: Report, records: Mapping[str, Record], unfinished: Mapping[str, str]) -> str:
+def _of_families(report: Report, reasons: Mapping[tuple[str, str], str]) -> dict[tuple[str, str], str]:
+    """Why a cell of Table 1 is empty: the reason of the method's first planned row that says more than "not run"."""
+    found: dict[tuple[str, str], str] = {}
+    rows = {str(row["name"]): family_of(planned_row(row)) for row in report.planned}
+    for (tier, name), why in reasons.items():
+        family = rows.get(name, name)
+        if found.get((tier, family), NOT_RUN) == NOT_RUN:
+            found[tier, family] = why
+    return found
+
+
+def _summary(report: Report, records: Mapping[str, Record], unfinished: Mapping[str, str]) -> list[str]:
     texts = [state(records, unfinished), *headline(report.tiers)]
     if any(c.value is not None for claim in report.claims for c in claim.comparisons):
-        texts += [counts(report.claims), *ties(report.claims)]
-    return "".join(f'<p dir="auto">{escape(text)}</p>' for text in texts if text)
+        texts += [*weights_from(report.tiers), counts(report.claims), *ties(report.claims)]
+    return [text for text in texts if text]
 
 
 def _claim_json(claim: Claim) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 A claim is read as comparisons of mean rewards, each of which must lie above a bound (0, or a small loss that counts as
 none). It held if every required one does with its whole 95 % interval and in every training seed; it did not hold if
-any lies below; otherwise this run does not separate the two sides. How a claim is read stands beside it, since words
-like "near-highest" leave room.
+any lies below; otherwise this run does not separate the two sides. A claim of which a part was not run has no verdict,
+unless the other part contradicts it. How a claim is read stands beside it, since words like "near-highest" leave room.
 """
 
 from __future__ import annotations
@@ -43,6 +43,9 @@ MAIN, SENSITIVITY, ABLATION, BEYOND = (
 )
 
 
+_WITHOUT_MARGINS = {"dpo-drops-on-low", "beta-dpo-above-dpo", "beta-dpo-peaks-on-medium"}
+
+
 @dataclass(frozen=True)
 class Claim:
     """A claim and what speaks for or against it.
@@ -61,18 +64,33 @@ class Claim:
 
     @property
     def verdict(self) -> str:
-        """One of ``held``, ``did not hold``, ``not separated``, ``not run``."""
-        needed = [c for c in self.comparisons if c.required]
+        """One of ``held``, ``did not hold``, ``not separated``, ``not run``.
+
+        One comparison against it is enough for ``did not hold``; the others need every comparison that the claim
+        asks for, so that a part of a study does not speak for the whole.
+        """
         if any(c.below for c in self.comparisons):
             return BROKEN
-        if not any(c.value is not None for c in needed):
+        needed = [c for c in self.comparisons if c.required]
+        if any(c.value is None for c in needed):
             return NOT_RUN
-        return HELD if all(c.above or c.value is None for c in needed) else OPEN
+        return HELD if all(c.above for c in needed) else OPEN
 
     @property
     def partly(self) -> bool:
-        """Whether some of its comparisons could not be made, so that the verdict is that of the others."""
-        return self.verdict != NOT_RUN and any(c.value is None for c in self.comparisons)
+        """Whether some of its comparisons could be made, and others not."""
+        made = [c.value is not None for c in self.comparisons]
+        return any(made) and not all(made)
+
+    @property
+    def seeds(self) -> int:
+        """Training seeds that each of its comparisons has at least; 0 where none was made."""
+        return min((c.seeds for c in self.comparisons if c.value is not None), default=0)
+
+    @property
+    def reads_margins(self) -> bool:
+        """Whether it speaks of methods whose weights come from a reward model."""
+        return self.key not in _WITHOUT_MARGINS
 
     @property
     def too_few(self) -> bool:
@@ -389,10 +407,15 @@ def _beyond(study: _Study) -> list[Claim]:
             "MADPO earns more than DPO at the same distance from the reference.",
             "MADPO's reward less what DPO's curve of reward against KL, drawn over β, has at MADPO's KL.",
             "",
-            tuple(comparisons) or (Comparison("MADPO less DPO at MADPO's KL", missing="not run"),),
+            _run_ones(comparisons) or (Comparison("MADPO less DPO at MADPO's KL", missing="not run"),),
         )
     )
     return found
+
+
+def _run_ones(comparisons: Sequence[Comparison]) -> tuple[Comparison, ...]:
+    """Those of tiers that both sides were run on; all if there is none."""
+    return tuple(c for c in comparisons if not c.missing.startswith(NOT_RUN)) or tuple(comparisons)
 
 
 def _tuned(study: _Study, tier: str) -> Choice | None:
@@ -411,7 +434,7 @@ def _rival(study: _Study, name: str, key: str, of: Callable[[str], Choice | None
         f"MADPO beats {name}.",
         f"MADPO lies above {name} on each tier that was run.",
         "",
-        tuple(comparisons) or (Comparison(f"MADPO less {name}", missing="not run"),),
+        _run_ones(comparisons) or (Comparison(f"MADPO less {name}", missing="not run"),),
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from madpo.records import Estimate
-from madpo.results import SFT, Row, Tier
+from madpo.results import SFT, Row, Tier, over_shared_seeds, shared_seeds
 from madpo.selection import BOOTSTRAP_SEED, Candidate, select
 from madpo.statistics import paired_difference
 
@@ -158,7 +158,7 @@ class Comparison:
     Attributes:
         what: in words; value: its estimate over prompts; per_seed: the same difference of each training seed.
         bound: what it must lie above; required: whether the claim needs it, or only must not be contradicted by it.
-        missing: why there is no value.
+        missing: why there is no value; seeds: training seeds that it is the mean over.
     """
 
     what: str
@@ -167,6 +167,7 @@ class Comparison:
     bound: float = 0.0
     required: bool = True
     missing: str = ""
+    seeds: int = 1
 
     @property
     def above(self) -> bool:
@@ -189,18 +190,19 @@ def less(a: Choice | None, b: Choice | None, what: str, **how: Any) -> Compariso
     """``a`` less ``b`` on the prompts that both may be judged on."""
     if a is None or b is None:
         return Comparison(what, missing="not run", **how)
-    shared = a.row.rewards.keys() & b.row.rewards.keys()
+    one, other = over_shared_seeds([a.row, b.row])
+    shared = one.keys() & other.keys()
     if a.chosen or b.chosen:
         shared = shared & a.reporting & b.reporting
     if len(shared) < 2:
         return Comparison(what, missing="there are no samples of both on the same prompts", **how)
-    ids = sorted(shared)
-    value = paired_difference([a.row.rewards[i] for i in ids], [b.row.rewards[i] for i in ids], seed=BOOTSTRAP_SEED)
+    ids, seeds = sorted(shared), shared_seeds([a.row, b.row])
+    value = paired_difference([one[i] for i in ids], [other[i] for i in ids], seed=BOOTSTRAP_SEED)
     per_seed = {}
-    for seed in a.row.seed_rewards.keys() & b.row.seed_rewards.keys():
-        one, other = a.row.seed_rewards[seed], b.row.seed_rewards[seed]
-        per_seed[seed] = float(np.mean([one[i] - other[i] for i in ids if i in one and i in other]))
-    return Comparison(what, value, dict(sorted(per_seed.items())) if len(per_seed) > 1 else {}, **how)
+    for seed in seeds:
+        own, base = a.row.seed_rewards[seed], b.row.seed_rewards[seed]
+        per_seed[seed] = float(np.mean([own[i] - base[i] for i in ids if i in own and i in base]))
+    return Comparison(what, value, per_seed if len(per_seed) > 1 else {}, seeds=max(1, len(seeds)), **how)
 
 
 def more_on(one: Sequence[Choice | None], other: Sequence[Choice | None], what: str, **how: Any) -> Comparison:
@@ -210,13 +212,24 @@ def more_on(one: Sequence[Choice | None], other: Sequence[Choice | None], what: 
     if len(given) < len(sides):
         return Comparison(what, missing="not run", **how)
     rows = [side.row for side in given]
-    shared = set.intersection(*(set(row.rewards) for row in rows))
+    sides_by_prompt, seeds = over_shared_seeds(rows), shared_seeds(rows)
+    shared = set.intersection(*(set(values) for values in sides_by_prompt))
     if any(side.chosen for side in given):
         shared = shared.intersection(*(side.reporting for side in given))
     if len(shared) < 2:
         return Comparison(what, missing="there are no samples of all four on the same prompts", **how)
-    a, b, c, d = (np.array([row.rewards[i] for i in sorted(shared)]) for row in rows)
-    return Comparison(what, paired_difference(a - b, c - d, seed=BOOTSTRAP_SEED), **how)
+    ids = sorted(shared)
+    a, b, c, d = (np.array([values[i] for i in ids]) for values in sides_by_prompt)
+    value = paired_difference(a - b, c - d, seed=BOOTSTRAP_SEED)
+    per_seed = {}
+    for seed in seeds:
+        of_seed = [row.seed_rewards[seed] for row in rows]
+        per_seed[seed] = float(
+            np.mean(
+                [w[i] - x[i] - y[i] + z[i] for w, x, y, z in [of_seed] for i in ids if all(i in v for v in of_seed)]
+            )
+        )
+    return Comparison(what, value, per_seed if len(per_seed) > 1 else {}, seeds=max(1, len(seeds)), **how)
 
 
 def _level(value: Estimate | float | None) -> float:

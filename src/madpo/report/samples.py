@@ -27,7 +27,8 @@ def tier_samples(tier: Tier, characters: int = CHARACTERS) -> dict[str, Any]:
     methods = [row for row in tier.rows if row.samples and row.samples[0]]
     shared = sorted(set.intersection(*(set(row.samples[0]) for row in methods))) if methods else []
     prompts: list[dict[str, Any]] = []
-    for i in shared[:SHOWN]:
+    with_text = [i for i in shared if all("response" in row.samples[0][i] for row in methods)]
+    for i in with_text[:SHOWN]:
         of_prompt = [row.samples[0][i] for row in methods]
         responses = [str(sample.get("response", "")) for sample in of_prompt]
         characters -= sum(map(len, responses))

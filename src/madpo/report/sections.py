@@ -12,10 +12,11 @@ from madpo.figures import WeightParameters, count_weights, weight_figure
 from madpo.records import Estimate
 from madpo.report import published
 from madpo.report.charts import Chart
-from madpo.report.claims import NOT_RUN, Claim, tested
+from madpo.report.claims import NOT_RUN, OPEN, Claim, tested
 from madpo.report.drawing import chart_html
 from madpo.report.families import Choice, Comparison
 from madpo.report.markup import MARGINS_SHOWN, details, note, nothing, table
+from madpo.report.standing import accuracies, doubtful, in_words, near_chance, weights_from
 from madpo.report.tables import settings_words
 from madpo.results import SFT, Row, Tier
 from madpo.summary import COLUMNS, DASH, interval, one, shown_columns, write
@@ -29,13 +30,13 @@ _KINDS = {"held": "held", "did not hold": "broken", "not separated": "open", NOT
 # Claims
 
 
-def claims_html(found: Sequence[Claim], seeds: int) -> str:
-    """Every claim with its verdict and its numbers; what was not run is folded away."""
-    run = [claim for claim in found if claim.verdict != NOT_RUN]
-    absent = [claim for claim in found if claim.verdict == NOT_RUN]
+def claims_html(found: Sequence[Claim], seeds: int, tiers: Sequence[Tier] = ()) -> str:
+    """Every claim with its verdict and its numbers; what was not run at all is folded away."""
+    run = [claim for claim in found if claim.verdict != NOT_RUN or claim.partly]
+    absent = [claim for claim in found if claim not in run]
     parts = []
     for section in dict.fromkeys(claim.section for claim in run):
-        cards = "".join(_claim(claim) for claim in run if claim.section == section)
+        cards = "".join(_claim(claim, doubtful(claim, tiers)) for claim in run if claim.section == section)
         parts.append(f"<h3>{escape(section)}</h3>{cards}")
     if not run:
         parts.append(nothing("No claim of the paper can be tested on what is finished."))
@@ -43,14 +44,25 @@ def claims_html(found: Sequence[Claim], seeds: int) -> str:
         items = "".join(f"<li>{escape(_absent(claim))}</li>" for claim in absent)
         parts.append(details(f"{len(absent)} claims not run", f"<ul>{items}</ul>"))
     n = tested(found)
-    cautions = f"{n} comparisons were made. At 95 %, about {max(1, round(n / 20))} of them would exclude 0 by chance."
+    if not n:
+        return "".join(parts)
+    caution = ["".join(f"<p>{escape(text)}</p>" for text in weights_from(tiers))]
+    cautions = (
+        f"{_comparisons(n)}. If no method differed from another, about one interval in 20 would still exclude 0 by "
+        "chance. Intervals are over prompts: they do not hold what another training would change."
+    )
     if seeds < 3:
         cautions += " " + (
             "One training seed says nothing about how results change from training to training."
             if seeds == 1
             else "Two training seeds alone claim no significance: a verdict asks that both agree, and no more."
         )
-    return note(cautions) + "".join(parts) if n else "".join(parts)
+    box = f'<div class="caution">{caution[0]}</div>' if caution[0] else ""
+    return box + note(cautions) + "".join(parts)
+
+
+def _comparisons(n: int) -> str:
+    return "One comparison was made" if n == 1 else f"{n} comparisons were made"
 
 
 def _absent(claim: Claim) -> str:
@@ -58,11 +70,21 @@ def _absent(claim: Claim) -> str:
     return f"{claim.text} {'; '.join(reasons)}".strip()
 
 
-def _claim(claim: Claim) -> str:
-    verdict = claim.verdict + (", on the part that was run" if claim.partly else "")
-    few = " Some of it stands on too few prompts to be judged." if claim.too_few else ""
-    paper = f"<p><b>In the paper:</b> {escape(claim.paper)}.</p>" if claim.paper else ""
+def _claim(claim: Claim, doubted: Sequence[str]) -> str:
     run = [c for c in claim.comparisons if c.value is not None]
+    verdict = claim.verdict
+    if claim.partly:
+        missing = len(claim.comparisons) - len(run)
+        verdict = f"not run in full: {missing} of {len(claim.comparisons)} comparisons are missing"
+        if claim.verdict != NOT_RUN:
+            verdict = f"{claim.verdict}; {missing} of {len(claim.comparisons)} comparisons are missing"
+    elif claim.seeds == 1 and claim.verdict != OPEN:
+        verdict += ", with one training of each"
+    remarks = ["Some of it stands on too few prompts to be judged."] if claim.too_few else []
+    if doubted:
+        remarks.append(f"The reward model on {', '.join(doubted)} cannot be told from a coin.")
+    doubts = f'<p class="doubt">{escape(" ".join(remarks))}</p>' if remarks else ""
+    paper = f"<p><b>In the paper:</b> {escape(claim.paper)}.</p>" if claim.paper else ""
     words = "; ".join(f"{c.what} {write(c.value, 'signed')}" for c in run[:SPOKEN])
     more = f"; and {len(run) - SPOKEN} more below" if len(run) > SPOKEN else ""
     rows = [[escape(c.what), _difference(c), _seeds(c)] for c in claim.comparisons]
@@ -70,7 +92,7 @@ def _claim(claim: Claim) -> str:
     numbers = table(head, rows, f"Numbers for: {claim.text}", plain=True)
     return (
         f'<article class="claim {_KINDS[claim.verdict]}"><h4>{escape(claim.text)}</h4>'
-        f'<p class="verdict">{escape(verdict)}</p><p>{escape(claim.reading)}{few}</p>'
+        f'<p class="verdict">{escape(verdict)}</p>{doubts}<p>{escape(claim.reading)}</p>'
         f"<p><b>This run:</b> {escape(words)}{more}.</p>{paper}"
         f"{details('The numbers, seed by seed', numbers)}</article>"
     )
@@ -88,21 +110,40 @@ def _difference(c: Comparison) -> str:
 
 
 def _seeds(c: Comparison) -> str:
-    return escape(", ".join(one(value, "signed") for value in c.per_seed.values()) or DASH)
+    alone = "one seed" if c.value is not None else DASH
+    return escape(", ".join(one(value, "signed") for value in c.per_seed.values()) or alone)
 
 
 # Results
 
 
-def main_table(tiers: Sequence[Tier], choices: Mapping[tuple[str, str], Choice], beta: float) -> str:
-    """Table 1: methods by tiers, this run above the paper."""
+def main_table(
+    tiers: Sequence[Tier],
+    choices: Mapping[tuple[str, str], Choice],
+    beta: float,
+    reasons: Mapping[tuple[str, str], str] | None = None,
+) -> str:
+    """Table 1: methods by tiers, this run above the paper.
+
+    Args:
+        reasons: (tier, method of the table) -> why there is no value, where it is not "not run".
+    """
     shown = [tier for tier in tiers if any((tier.name, name) in choices for name in published.METHODS)]
     if not shown:
         return nothing("None of the paper's four methods has been evaluated yet.")
     rows = []
     for name in published.METHODS:
-        cells = [_main_cell(choices.get((tier.name, name)), published.TABLE_1[name].get(tier.name)) for tier in shown]
+        cells = [
+            _main_cell(
+                choices.get((tier.name, name)),
+                published.TABLE_1[name].get(tier.name),
+                (reasons or {}).get((tier.name, name), NOT_RUN),
+            )
+            for tier in shown
+        ]
         rows.append([escape(name), *cells])
+    if any(accuracies(tier) for tier in shown):
+        rows.append(["reward model, right on held-out pairs", *map(_accuracy_cell, shown)])
     settings = sorted({(name, c.settings) for (_, name), c in choices.items()})
     counts = ", ".join(f"{name} {n}" for name, n in settings)
     text = (
@@ -113,15 +154,25 @@ def main_table(tiers: Sequence[Tier], choices: Mapping[tuple[str, str], Choice],
     return table(("method", *(tier.label for tier in shown)), rows, "Table 1") + note(text)
 
 
-def _main_cell(choice: Choice | None, paper: tuple[float, float] | None) -> str:
+def _accuracy_cell(tier: Tier) -> str:
+    found = accuracies(tier)
+    if not found:
+        return f"<b>{DASH}</b>"
+    chance = "<small>not told from a coin</small>" if near_chance(tier) else ""
+    return f"<small>{escape(in_words(found))}</small>{chance}"
+
+
+def _main_cell(choice: Choice | None, paper: tuple[float, float] | None, reason: str) -> str:
     theirs = f'<small class="paper">paper {paper[0]:.2f} (s.e. {paper[1]:.2f})</small>' if paper else ""
     if choice is None:
-        return f"<b>{DASH}</b><small>not run</small>{theirs}"
+        return f"<b>{DASH}</b><small>{escape(reason)}</small>{theirs}"
     value = choice.value
     own = f"<b>{one(value.mean)}</b><small>{interval(value)}</small>" if isinstance(value, Estimate) else _cell(value)
     if choice.chosen:
         own += f"<small>{escape(choice.row.name)}, of {choice.settings}</small>"
         own += f"<small>the paper's way: {write_short(choice.best.oracle_reward)}</small>"
+    if len(choice.row.per_seed) > 1:
+        own += f"<small>seeds {', '.join(map(one, choice.row.per_seed.values()))}</small>"
     return own + theirs
 
 
@@ -149,8 +200,8 @@ def write_short(value: Estimate | float | None) -> str:
     return write(value.mean if isinstance(value, Estimate) else value)
 
 
-def tier_results(tier: Tier) -> str:
-    """Every method of a tier, with what is missing."""
+def tier_results(tier: Tier, reasons: Mapping[tuple[str, str], str] | None = None) -> str:
+    """Every method of a tier, with what is missing and why."""
     columns = shown_columns(tier)
     limit = max((max(abs(r.difference.low), abs(r.difference.high)) for r in tier.rows if r.difference), default=1.0)
     rows = []
@@ -160,7 +211,10 @@ def tier_results(tier: Tier) -> str:
     head = ("method", *(COLUMNS[c][0] for c in columns))
     missing = ""
     if tier.missing:
-        names = "".join(f"<li>{escape(name)}</li>" for name in tier.missing)
+        names = "".join(
+            f"<li><bdi>{escape(name)}</bdi>: {escape((reasons or {}).get((tier.name, name), NOT_RUN))}</li>"
+            for name in tier.missing
+        )
         missing = details(f"{len(tier.missing)} methods not evaluated here yet", f"<ul>{names}</ul>")
     return (
         f'<h3 dir="auto">{escape(tier.label)}</h3>{table(head, rows, f"Results, {tier.label}", sortable=True)}'

@@ -1,0 +1,95 @@
+"""How far a verdict can be trusted, and why a cell is empty: reward models near chance, seeds, steps that failed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from madpo.records import Estimate
+from madpo.report.claims import Claim
+from madpo.results import Tier
+from madpo.summary import interval, one
+
+LITTLE = 0.6  # accuracy; below, a reward model that beats a coin does so by little
+
+
+def accuracies(tier: Tier) -> dict[str, Estimate]:
+    """Seed -> the reward model's accuracy on held-out pairs."""
+    found = {seed: model.metrics.get("heldout_accuracy") for seed, model in tier.reward_models.items()}
+    return {seed: value for seed, value in found.items() if isinstance(value, Estimate)}
+
+
+def in_words(values: Mapping[str, Estimate]) -> str:
+    """ "71 % (63 % to 77 %), ...", a share per seed."""
+    return ", ".join(f"{one(v.mean, 'share')} ({interval(v, 'share')})" for v in values.values())
+
+
+def near_chance(tier: Tier) -> bool:
+    """Whether some reward model of the tier cannot be told from a coin: its interval reaches down to one half."""
+    return any(value.low <= 0.5 for value in accuracies(tier).values())
+
+
+def weights_from(tiers: Sequence[Tier]) -> list[str]:
+    """Sentences on what the weights are made of: how often each tier's reward models are right."""
+    given = {tier.label: accuracies(tier) for tier in tiers}
+    parts = [f"{label} {in_words(values)}" for label, values in given.items() if values]
+    if not parts:
+        return []
+    texts = [
+        "MADPO's weights come from reward models that order held-out pairs as labelled, with 95 % intervals, in: "
+        f"{'; '.join(parts)}; a coin does in 50 %."
+    ]
+    chance = [tier.label for tier in tiers if near_chance(tier)]
+    little = [
+        tier.label
+        for tier in tiers
+        if not near_chance(tier) and any(value.mean < LITTLE for value in accuracies(tier).values())
+    ]
+    if chance:
+        texts.append(
+            f"On {_listed(chance)} a reward model cannot be told from a coin: there MADPO's weights may be noise, and "
+            "verdicts on MADPO say little about MADPO with a reward model that has learned something."
+        )
+    if little:
+        texts.append(f"On {_listed(little)} a reward model is only a little better than a coin: read MADPO with care.")
+    return texts
+
+
+def doubtful(claim: Claim, tiers: Sequence[Tier]) -> list[str]:
+    """Labels of the tiers whose reward model is near chance and whose margins the claim rests on."""
+    if not claim.reads_margins:
+        return []
+    words = [c.what for c in claim.comparisons if c.value is not None]
+    return [tier.label for tier in tiers if near_chance(tier) and any(tier.label in what for what in words)]
+
+
+def empty_cells(
+    tiers: Sequence[Tier], rows: Iterable[Mapping[str, Any]], unfinished: Mapping[str, str]
+) -> dict[tuple[str, str], str]:
+    """(tier, row's name) -> why a planned row has no evaluation there: "failed", "waits for ..." or "not run"."""
+    keys = {str(row["name"]): str(row.get("key", "")) for row in rows}
+    found = {}
+    for tier in tiers:
+        for name in tier.missing:
+            own = [f"policy/{tier.name}/{keys.get(name)}/", f"evaluation/{tier.name}/{keys.get(name)}/"]
+            shared = [
+                "oracle",
+                "sft",
+                "responses",
+                *(f"{k}/{tier.name}/" for k in ("pairs", "reward_model", "margins")),
+            ]
+            states = {step: why for step, why in unfinished.items() if step.startswith(tuple(own))}
+            above = [s for s, why in unfinished.items() if why.startswith("failed") and s.startswith(tuple(shared))]
+            if any(why.startswith("failed") for why in states.values()):
+                found[tier.name, name] = "failed"
+            elif above:
+                found[tier.name, name] = f"not run: {above[0]} failed"
+            elif "begun" in states.values():
+                found[tier.name, name] = "begun, not finished"
+            else:
+                found[tier.name, name] = "not run"
+    return found
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

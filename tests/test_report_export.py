@@ -1,0 +1,127 @@
+"""A run as a small folder: what goes along, what stays, and that the report can be made again from it."""
+
+import json
+import re
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from madpo.cli import main
+from madpo.errors import ConfigError, DataError, StorageError
+from madpo.report import build_report, export, export_report, rebuild_report
+from madpo.results import collect
+from report_cases import HOSTILE, PROMPTS, make_study
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A part of a study with a failed step, and its export."""
+    root = tmp_path_factory.mktemp("study")
+    study = make_study(root, tiers=("high",), seeds=2)
+    study.unfinished("policy/high/later/seed0", f"OSError: {root}/data is gone, {Path.home()}/x too")
+    study.unfinished("evaluation/high/later/seed0")
+    policy = next(path for path in root.glob("policy/high/*/*"))
+    (policy / "adapter").mkdir()
+    (policy / "adapter" / "adapter_model.safetensors").write_bytes(b"w" * 1_000_000)
+    study.write("A part")
+    target = root.parent / f"{root.name}-results" / "deep"
+    assert export_report(root, target) == target / "report.html"
+    return root, target
+
+
+def test_what_goes_along(exported: tuple[Path, Path]) -> None:
+    root, target = exported
+    files = contents(target)
+    kinds = {Path(name).name for name in files if not name.startswith(("figures/", "tables/"))}
+    assert kinds == {
+        *("run.json", "record.json", "samples.jsonl", "log.jsonl", "margins.parquet", "pairs.parquet", "error.txt"),
+        *("report.html", "results.csv", "results.json", "results.md", "README.md"),
+    }
+    assert {Path(name).suffix for name in files if name.startswith("figures/")} == {".png", ".svg"}
+    assert sum(map(len, files.values())) < export.LIMIT
+    everything = b"".join(files.values())
+    for place in (str(root), str(Path.home())):
+        assert place.encode() not in everything
+    assert b'"argv"' not in everything
+    assert pq.read_table(next(target.glob("pairs/*/*/pairs.parquet"))).column_names == ["pair_id", "split"]
+    texts = (target / "report.html").read_text(encoding="utf-8")
+    assert "answers number 11" in texts
+    assert "answers number 12" not in texts
+    assert "1 failed" in texts
+
+
+def test_the_numbers_are_those_of_the_run(exported: tuple[Path, Path]) -> None:
+    root, target = exported
+    rebuild_report(root, figures=False)
+    for name in ("results.csv", "results.md", "tables/claims.csv", "tables/methods.csv", "results.json"):
+        assert (root / name).read_bytes() == (target / name).read_bytes(), name
+    rows = [json.loads(line) for line in next(target.glob("evaluation/*/*/*/samples.jsonl")).open(encoding="utf-8")]
+    assert len(rows) == PROMPTS
+    assert sum("response" in row for row in rows) == export.TEXTS
+    assert all({"oracle_reward", "kl", "tokens"} <= row.keys() for row in rows)
+
+
+def test_the_report_is_made_again_from_the_export(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    _, target = exported
+    again = tmp_path / "again"
+    export_report(target, again)
+    assert contents(again) == contents(target)
+    page = (again / "report.html").read_bytes()
+    rebuild_report(again, figures=False)
+    assert (again / "report.html").read_bytes() == page
+    assert main(["status", str(again)]) == 0
+
+
+def test_an_earlier_export_is_replaced_as_a_whole_and_nothing_else_is(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "run", tiers=("low",), seeds=1)
+    study.write("one")
+    target = tmp_path / "out"
+    assert main(["report", str(study.root), "--export", str(target)]) == 0
+    (target / "left.txt").write_text("over")
+    assert main(["report", str(study.root), "--export", str(target)]) == 0
+    assert not (target / "left.txt").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+    other = tmp_path / "mine"
+    other.mkdir()
+    (other / "thesis.tex").write_text("x")
+    for place, words in ((other, "no earlier export"), (study.root, "in each other"), (study.root / "x", "in each")):
+        with pytest.raises(StorageError, match=words):
+            export_report(study.root, place)
+    assert (other / "thesis.tex").read_text() == "x"
+    with pytest.raises(ConfigError, match="holds no run"):
+        export_report(other, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_is_too_large_or_damaged_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = make_study(tmp_path / "run", tiers=("low",), seeds=1)
+    study.write("one")
+    monkeypatch.setattr(export, "rebuild_report", lambda place: rebuild_report(place, figures=False))
+    monkeypatch.setattr(export, "LIMIT", 10_000)
+    with pytest.raises(DataError, match=r"would take \d.* MB \(limit 0.01\).*nothing was written"):
+        export_report(study.root, tmp_path / "out")
+    damaged = next(study.root.glob("evaluation/low/*/*/samples.jsonl"))
+    damaged.write_text(damaged.read_text(encoding="utf-8") + "{", encoding="utf-8")
+    rows = PROMPTS + 1
+    with pytest.raises(DataError, match=re.escape(f"samples.jsonl row {rows}")):
+        export_report(study.root, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_repeated_texts_are_counted_without_texts(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "run", tiers=("low",), seeds=1)
+    for path in study.root.glob("evaluation/low/method0/*/samples.jsonl"):
+        rows = [json.loads(line) for line in path.open(encoding="utf-8")]
+        same = [{**row, "response": "the same"} for row in rows]
+        path.write_text("".join(json.dumps(row) + "\n" for row in same))
+    study.write("one")
+    for path in study.root.glob("evaluation/low/method0/*/samples.jsonl"):
+        export._samples(path, path)
+    row = next(row for row in collect(study.root, study.records)[0].rows if row.key == "method0")
+    assert row.repeated == 1.0
+    assert build_report(study.root, study.records, HOSTILE, {}, figures=False).exists()
