@@ -19,7 +19,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 TORCH_FREE = [
     *("errors", "seeding", "config", "progress", "storage", "records", "pipeline", "executors", "statistics", "cli"),
-    *("processes", "memory", "vocabulary"),
+    *("processes", "memory", "vocabulary", "uploads"),
     *("results", "summary", "figures", "svg", "report", "corpus", "data", "diagnostics", "packaged", "places"),
 ]
 
@@ -52,7 +52,7 @@ LAYERS = [
     },
     {"pipeline", "untrusted"},
     {"executors", "records"},
-    {"storage"},
+    {"storage", "uploads"},
     {"config", "progress", "seeding", "processes", "memory"},
     {"errors"},
 ]
@@ -159,7 +159,7 @@ def test_public_signatures_are_pinned() -> None:
     found = {fn.__name__: list(inspect.signature(fn).parameters) for fn in (load_config, run, build_report, Step)}
     assert found == {
         "load_config": ["source", "model", "overrides"],
-        "run": ["steps", "root", "executor", "only", "dry_run", "about"],
+        "run": ["steps", "root", "executor", "only", "dry_run", "about", "upload"],
         "build_report": ["root", "records", "title", "experiment", "unfinished", "figures"],
         "Step": ["name", "fn", "config", "inputs", "version", "says", "groups", "light"],
     }

@@ -132,6 +132,11 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--step-gpus", type=_amount, default=0.0, metavar="N", help="accelerators that a step asks Ray for (default: 0)"
     )
+    parser.add_argument(
+        "--upload",
+        metavar="URL",
+        help="copy finished steps, record last, and the report to a store (s3://..., file://...)",
+    )
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -149,6 +154,7 @@ def _run(arguments: argparse.Namespace) -> int:
         only=arguments.only,
         dry_run=arguments.dry_run,
         executor=None if arguments.dry_run else _executor(arguments),
+        upload=arguments.upload,
     )
     if arguments.dry_run:
         from madpo.estimates import dry_run_lines, rates_of
@@ -178,12 +184,18 @@ def _tell(result: "RunResult") -> int:
         print(f"failed: {name}: {sentence}", file=sys.stderr)
     if result.skipped:
         print(f"not run, since they wait for those: {', '.join(result.skipped)}", file=sys.stderr)
+    if result.not_uploaded:
+        print(
+            f"not uploaded: {', '.join(result.not_uploaded)} ({next(iter(result.not_uploaded.values()))}); nothing is "
+            f"lost, it is all in {result.root}, and the same command uploads what is missing",
+            file=sys.stderr,
+        )
     page = result.root / "report.html"
     if page.exists():
         print(f"Report: {page.resolve().as_uri()}")
     else:
         print(f"Results: {result.root.resolve()}")
-    return 1 if result.failed else 0
+    return 1 if result.failed or result.not_uploaded else 0
 
 
 # status and report

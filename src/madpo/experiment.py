@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from pydantic import Field, model_validator
@@ -21,6 +21,7 @@ from madpo.preferences import Tier
 from madpo.report import rebuild_report
 from madpo.rewards import NgramOracle, Oracle
 from madpo.training.stages import Optimisation
+from madpo.uploads import Upload
 
 
 class SFTSettings(Frozen):
@@ -148,6 +149,7 @@ def run_experiment(
     only: Sequence[str] = (),
     dry_run: bool = False,
     executor: AbstractContextManager[Executor] | None = None,
+    upload: str | None = None,
 ) -> RunResult:
     """Run a packaged experiment or a TOML file, or continue it, and write its report.
 
@@ -160,9 +162,11 @@ def run_experiment(
         only: groups of methods, or patterns on step names; their upstream steps are included. Empty is everything.
         dry_run: say what would run, and write nothing.
         executor: where steps run, entered and left here; in this process, one after another, when left out.
+        upload: URL of an object store that finished steps, and in the end the report, are copied to; see
+            :mod:`madpo.uploads`. What it did not take stands in the result's ``not_uploaded``.
 
     Raises:
-        ConfigError: a mistake in the experiment, before any model loads.
+        ConfigError: a mistake in the experiment or in the URL, before any model loads.
     """
     # Notices from one library about another's names say nothing to the person who runs an experiment.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl)\.")
@@ -176,8 +180,15 @@ def run_experiment(
     steps = experiment.steps()
     if dry_run:
         return run(steps, output_dir, only=only, dry_run=True)
-    with executor or Inline() as place:
-        result = run(steps, output_dir, place, only=only, about=about)
-    if any(finished(step, output_dir) is not None for step in steps):
-        rebuild_report(output_dir)  # of the whole run, whichever part of it this call worked on
+    store = Upload(upload) if upload else None
+    with store or nullcontext():
+        with executor or Inline() as place:
+            result = run(steps, output_dir, place, only=only, about=about, upload=store)
+        if any(finished(step, output_dir) is not None for step in steps):
+            rebuild_report(output_dir)  # of the whole run, whichever part of it this call worked on
+        if store is not None:
+            parts = [*output_dir.glob("*"), *output_dir.glob("tables/*"), *output_dir.glob("figures/*")]
+            store.files("report", [path for path in parts if path.is_file() and path.name[0] != "."], output_dir)
+    if store is not None:
+        result.not_uploaded = store.failed
     return result

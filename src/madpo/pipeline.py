@@ -34,6 +34,7 @@ from madpo.memory import memory_errors
 from madpo.progress import duration, say
 from madpo.records import Estimate, Metric, Metrics, Record, conditions, libraries, load_record, plain_metrics
 from madpo.storage import locked, now, storage_errors, write_atomically
+from madpo.uploads import Upload
 
 __all__ = [
     "Estimate",
@@ -134,6 +135,7 @@ class RunResult:
         records: finished records by step name.
         done: steps that were finished before; ran: steps finished now.
         failed: step -> what went wrong, one sentence; skipped: step -> the failed step it waits for.
+        not_uploaded: step, or "report" -> why the store does not have it.
     """
 
     root: Path
@@ -143,6 +145,7 @@ class RunResult:
     ran: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    not_uploaded: dict[str, str] = field(default_factory=dict)
 
 
 def finished(step: Step, root: Path) -> Record | None:
@@ -187,6 +190,7 @@ def run(
     only: Sequence[str] = (),
     dry_run: bool = False,
     about: Mapping[str, Any] | None = None,
+    upload: Upload | None = None,
 ) -> RunResult:
     """Bring every step to a finished record; what is finished already is left alone.
 
@@ -198,6 +202,7 @@ def run(
             upstream steps are included. Empty is everything.
         dry_run: say what would run, and write nothing.
         about: what the run is (title, experiment), kept in ``run.json`` beside the list of its steps.
+        upload: where finished steps are copied to as well, those that were finished before among them.
 
     Raises:
         ConfigError: ``only`` matches no step, or two steps share a name.
@@ -223,17 +228,20 @@ def run(
         write_atomically(root / "run.json", json.dumps({"about": dict(about or {}), "steps": listing}, indent=1))
         # The plan was made before the lock; another run may have finished steps since.
         result.plan = plan(chosen, root)
-        _run_all(result, executor or Inline())
+        _run_all(result, executor or Inline(), upload)
     # In the graph's order, whichever step happened to finish first.
     result.records = {p.step.name: result.records[p.step.name] for p in result.plan if p.step.name in result.records}
     return result
 
 
-def _run_all(result: RunResult, executor: Executor) -> None:
+def _run_all(result: RunResult, executor: Executor, upload: Upload | None) -> None:
     running: dict[Future[Any], Step] = {}
     first_mistake: list[MadpoError] = []
     steps = [p.step for p in result.plan]
     waiting = [p.step for p in result.plan if not _already_done(p.step, result)]
+    for step in steps:
+        if upload is not None and step.name in result.records:
+            upload.step(step.name, step.folder(result.root), result.root)
     if not waiting:
         say(f"All {len(steps)} steps are done already in {result.root}; nothing to run.")
         return
@@ -244,7 +252,10 @@ def _run_all(result: RunResult, executor: Executor) -> None:
     def collect(block: bool) -> None:
         finished_now = wait(running, timeout=None if block else 0, return_when=FIRST_COMPLETED).done
         for future in finished_now:
-            _take(running.pop(future), future, result, total, first_mistake)
+            step = running.pop(future)
+            _take(step, future, result, total, first_mistake)
+            if upload is not None and step.name in result.records:
+                upload.step(step.name, step.folder(result.root), result.root)
 
     try:
         while waiting or running:
