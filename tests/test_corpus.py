@@ -36,6 +36,7 @@ def test_parts_are_the_papers(reviews: pd.DataFrame) -> None:
     sft = sft_reviews(reviews, 12_000)
     assert list(sft["review_id"]) == list(range(13_000, 25_000))
     prompts = prompt_reviews(reviews, 12_000)
+    assert prompt_reviews(reviews, 40, skip=60).equals(prompts.iloc[60:100])
     assert prompts["review_id"].iloc[0] == 0
     assert prompts["review_id"].is_monotonic_increasing
     assert not prompts["positive"].any()

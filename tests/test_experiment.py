@@ -15,9 +15,11 @@ import pytest
 import torch
 
 from madpo import margin_weight
+from madpo.cli import main
 from madpo.config import find_experiment, load_config, packaged_experiments
 from madpo.errors import ConfigError
 from madpo.experiment import Experiment
+from madpo.records import Estimate, Record
 
 
 def load(name, *overrides):
@@ -325,3 +327,44 @@ def test_records_are_the_same_wherever_steps_run(smoke, tmp_path, place):
     adapter = "adapter/adapter_model.safetensors"
     a, b = (folder_of(r, "policy/low/madpo/seed0") / adapter for r in (root, folder / "run"))
     assert a.read_bytes() == b.read_bytes()
+
+
+def test_several_values_of_a_setting_share_a_folder(tmp_path, capsys):
+    """What the setting does not touch keeps its folder; every value's own results stay beside one another's."""
+    key = "policy.optimisation.learning_rate"
+    graphs = [load("smoke", f"{key}={value}").steps() for value in (0.5, 0.25)]
+    folders = [{str(step.folder(tmp_path)): step for step in steps} for steps in graphs]
+    shared = {step.name.split("/")[0] for place, step in folders[0].items() if place in folders[1]}
+    own = {step.name.split("/")[0] for place, step in folders[0].items() if place not in folders[1]}
+    assert {"oracle", "sft", "responses", "pairs", "reward_model", "margins", "reference"} <= shared
+    assert own == {"policy", "evaluation"}
+    for steps, reward in zip(graphs, (2.0, 1.0), strict=True):
+        for step in steps:
+            name = step.name.split("/")
+            if name[0] in ("policy", "evaluation") and name[1] in ("sft", "high") and name[-1] == "seed0":
+                record = Record(
+                    name=step.name, identity=step.identity, function=step.function, version=step.version,
+                    config=step.settings, inputs={role: up.identity for role, up in step.inputs.items()},
+                    metrics={"oracle_reward": Estimate(reward, reward - 0.5, reward + 0.5, 9), "kl": 4.5},
+                    libraries={}, threads=1, provenance={},
+                )  # fmt: skip
+                step.folder(tmp_path).mkdir(parents=True, exist_ok=True)
+                (step.folder(tmp_path) / "record.json").write_text(record.model_dump_json())
+    assert main(["status", str(tmp_path), "--values", key]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if " evaluation/high/dpo/" in line]
+    assert [line.split()[0] for line in lines] == ["0.25", "0.5"]
+    assert "oracle reward 1.00 (95 % interval 0.50 to 1.50)" in lines[0]
+    assert "kl 4.50" in lines[0]
+    assert main(["status", str(tmp_path), "--values", "policy.nothing"]) == 2
+    assert "bears on none of" in capsys.readouterr().err
+
+
+def test_a_pilots_prompts_are_used_nowhere_else():
+    """Reviews that are skipped are neither prompts nor the oracle's, and a study without them keeps its identities."""
+    plain, skipping = (
+        load("laptop", *given) for given in ((), ("pairs.skip=560", "pairs.prompts=400", "evaluation.prompts=40"))
+    )
+    steps = [{step.name: step for step in experiment.steps()} for experiment in (plain, skipping)]
+    assert "skip" not in steps[0]["responses"].settings
+    assert steps[1]["responses"].settings["skip"] == 560
+    assert steps[1]["oracle"].settings["prompts"] == 960

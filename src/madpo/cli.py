@@ -205,9 +205,35 @@ def _folder_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="DIR", help="the folder of a run")
 
 
+def _status_arguments(parser: argparse.ArgumentParser) -> None:
+    _folder_argument(parser)
+    parser.add_argument(
+        "--values",
+        metavar="KEY",
+        help="compare the finished evaluations over the values that a setting had, all that lie in the folder",
+    )
+
+
+def _values(arguments: argparse.Namespace) -> int:
+    from madpo.records import Estimate, evaluations_by
+    from madpo.summary import write
+
+    for value, name, record in evaluations_by(arguments.folder, arguments.values):
+        found = {key: record.metrics.get(key) for key in ("oracle_reward", "kl")}
+        words = [
+            f"{key.replace('_', ' ')} {write(of if isinstance(of, Estimate | float) else None)}"
+            for key, of in found.items()
+        ]
+        print(f"{value or 'any':<10}  {name}  {'  '.join(words)}")
+    return 0
+
+
 def _status(arguments: argparse.Namespace) -> int:
     from madpo.progress import duration
     from madpo.records import run_status
+
+    if arguments.values:
+        return _values(arguments)
 
     status = run_status(arguments.folder)
     width = max((len(name) for name in status.steps), default=0)
@@ -282,7 +308,7 @@ COMMANDS = {
     "tune": Command(commands_train.TUNE, commands_train.tune_arguments, commands_train.tune_command),
     "evaluate": Command(commands_train.EVALUATE, commands_train.evaluate_arguments, commands_train.evaluate_command),
     "trim-vocab": Command(commands_data.TRIM, commands_data.trim_arguments, commands_data.trim_command),
-    "status": Command("say which steps of a run are done", _folder_argument, _status),
+    "status": Command("say which steps of a run are done", _status_arguments, _status),
     "report": Command("write the report page of a run again", _report_arguments, _report),
     "verify-theory": Command("check the paper's claims numerically", _no_arguments, _verify_theory),
 }

@@ -65,8 +65,8 @@ def sft_reviews(corpus: pd.DataFrame, n: int) -> pd.DataFrame:
     return positive.iloc[len(positive) - _enough(n, positive, "positive reviews") :]
 
 
-def prompt_reviews(corpus: pd.DataFrame, n: int) -> pd.DataFrame:
-    """The first ``n`` negative IMDB reviews, in the corpus's order, each text once.
+def prompt_reviews(corpus: pd.DataFrame, n: int, skip: int = 0) -> pd.DataFrame:
+    """The first ``n`` negative IMDB reviews after ``skip`` of them, in the corpus's order, each text once.
 
     A text that also stands among the positive reviews is left out, so no prompt is an SFT text; a repeated one counts
     once, so no prompt is both trained on and held out.
@@ -77,7 +77,7 @@ def prompt_reviews(corpus: pd.DataFrame, n: int) -> pd.DataFrame:
     imdb = corpus[corpus["source"] == IMDB]
     negative = imdb[~imdb["positive"] & ~imdb["group"].isin(imdb.loc[imdb["positive"], "group"])]
     negative = negative.drop_duplicates("group")
-    return negative.iloc[: _enough(n, negative, "different negative reviews")]
+    return negative.iloc[skip : _enough(skip + n, negative, "different negative reviews")]
 
 
 def oracle_reviews(corpus: pd.DataFrame, *, sft: int, prompts: int) -> pd.DataFrame:

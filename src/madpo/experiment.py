@@ -49,6 +49,8 @@ class PairSettings(Frozen):
     tiers: tuple[Tier, ...] = ("high", "medium", "low")
     prompts: int = Field(ge=2)
     """Negative reviews that prompts are cut from: one pair each, in every tier."""
+    skip: int = Field(default=0, ge=0)
+    """Negative reviews before those, which are left alone: a pilot's prompts are then used nowhere else."""
     train: int = Field(ge=1)
     """Pairs for training; the others are held out."""
     label_noise: float = Field(default=1.0, ge=0)

@@ -65,7 +65,8 @@ class _Trunk:
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = e = experiment
         self.steps: dict[str, Step] = {}
-        oracle = OracleStage(oracle=e.oracle, corpus=e.corpus, sft=e.sft.reviews, prompts=e.pairs.prompts, seed=e.seed)
+        used = e.pairs.skip + e.pairs.prompts
+        oracle = OracleStage(oracle=e.oracle, corpus=e.corpus, sft=e.sft.reviews, prompts=used, seed=e.seed)
         self.oracle = self.add("oracle", fit_oracle, oracle, says="the oracle, which judges every response")
         sft = SFTStage(
             model=e.model,
@@ -77,7 +78,9 @@ class _Trunk:
             seed=e.seed,
         )
         self.sft = self.add("sft", train_sft, sft, says="fine-tuning the base model on positive reviews")
-        responses = ResponseStage(corpus=e.corpus, prompts=e.pairs.prompts, seed=e.seed, **e.responses.model_dump())
+        responses = ResponseStage(
+            corpus=e.corpus, prompts=e.pairs.prompts, skip=e.pairs.skip, seed=e.seed, **e.responses.model_dump()
+        )
         self.responses = self.add(
             "responses",
             sample_responses,

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from madpo.config import Frozen
+from madpo.config import Frozen, added
 from madpo.corpus import Corpus, load_corpus, prompt_reviews
 from madpo.errors import ConfigError
 from madpo.models import load_model, load_tokenizer
@@ -70,6 +70,8 @@ class ResponseStage(Frozen):
     corpus: Corpus
     prompts: int = Field(ge=1)
     """Reviews that prompts are cut from."""
+    skip: int = added(0, ge=0)
+    """Reviews before those, which another run's prompts are cut from."""
     prompt_tokens: int = Field(default=20, ge=1)
     """Tokens of a prompt, the beginning-of-text token included."""
     max_new_tokens: int = Field(default=48, ge=1)
@@ -86,7 +88,7 @@ def sample_responses(config: ResponseStage, inputs: Mapping[str, Path], out: Pat
     Inputs: "sft" (a folder with ``model``) and "oracle".
     """
     tokenizer = load_tokenizer(inputs["sft"] / "model")
-    reviews = prompt_reviews(load_corpus(config.corpus), config.prompts)
+    reviews = prompt_reviews(load_corpus(config.corpus), config.prompts, config.skip)
     prompts = cut_prompts(reviews, tokenizer, config.prompt_tokens, config.max_new_tokens)
     if prompts.empty:
         raise ConfigError(

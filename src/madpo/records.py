@@ -189,6 +189,49 @@ def run_status(root: Path) -> RunStatus:
     return RunStatus(listing.about, steps, unfinished, holder(root))
 
 
+def evaluations_by(root: Path, key: str) -> list[tuple[str, str, Record]]:
+    """Finished evaluations in a run's folder, of whichever settings, with the value that ``key`` had in each.
+
+    One folder holds the results of several values of a setting, although ``run.json`` lists the last alone.
+
+    Args:
+        key: as in ``--set``; its first part names the kind of step ("policy.optimisation.learning_rate").
+
+    Returns:
+        (value, or "" where the setting does not bear on the evaluation; name of the step; record), by value and name.
+
+    Raises:
+        ConfigError: no evaluation is finished, or the setting bears on none of them.
+    """
+    records = [found for path in sorted(root.rglob("record.json")) if (found := load_record(path.parent)) is not None]
+    by_identity = {record.identity: record for record in records}
+    rows = []
+    for record in records:
+        if record.name.startswith("evaluation/"):
+            rows.append((_setting(record, key, by_identity), record.name, record))
+    if not any(value is not None for value, _, _ in rows):
+        why = f"{key} bears on none of its {len(rows)} finished evaluations" if rows else "no evaluation is finished"
+        raise ConfigError(f"{root}: {why}; a key is that of --set, such as policy.optimisation.learning_rate")
+    rows.sort(key=lambda row: (row[0] is not None, row[0] if isinstance(row[0], int | float) else 0, str(row[:2])))
+    return [("" if value is None else str(value), name, record) for value, name, record in rows]
+
+
+def _setting(record: Record, key: str, by_identity: dict[str, Record]) -> Any:
+    """The setting in the record or in what it was made from; None where it is in neither."""
+    kind, _, rest = key.partition(".")
+    if record.name.split("/")[0] == kind:
+        value: Any = record.config
+        for part in rest.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is not None:
+            return value
+    for identity in record.inputs.values():
+        upstream = by_identity.get(identity)
+        if upstream is not None and (found := _setting(upstream, key, by_identity)) is not None:
+            return found
+    return None
+
+
 class _Entry(BaseModel):
     folder: str = Field(pattern=NAME)
     identity: str
