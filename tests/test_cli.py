@@ -122,12 +122,17 @@ def test_run_passes_everything_on(toml: Path, tmp_path: Path, experiment: Any, c
     root = tmp_path / "out"
     calls = experiment(lambda: run([Step("a", succeed, Nothing())], root))
     argv = ["run", str(toml), "--output_dir", str(root), "--set", "a=1", "b.c=2", "--set", "d=3", "--jobs", "2"]
-    assert main([*argv, "--only", "a*"]) == 0
+    assert main([*argv, "--only", "a*", "--upload", "s3://bucket/place"]) == 0
     (args, kwargs), *_ = calls
     assert args == (str(toml), root)
     executor = kwargs.pop("executor")
     assert (type(executor), executor.n) == (Processes, 2)
-    assert kwargs == {"overrides": ["a=1", "b.c=2", "d=3"], "only": ["a*"], "dry_run": False}
+    assert kwargs == {
+        "overrides": ["a=1", "b.c=2", "d=3"],
+        "only": ["a*"],
+        "dry_run": False,
+        "upload": "s3://bucket/place",
+    }
     assert f"Results: {root}" in capsys.readouterr().out
 
 
