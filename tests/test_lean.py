@@ -117,15 +117,24 @@ def test_each_known_module_is_replaced_and_state_is_not():
     assert {m._madpo_offset for m in llama.modules() if hasattr(m, "_madpo_offset")} == {0.0}
 
 
+@pytest.mark.parametrize("piece", [lean.PIECE, 10])
 @pytest.mark.parametrize(
-    ("x", "weight", "offset"),
-    [((2, 3, 4), 4, 1.0), ((5, 4), 4, 0.0)],
+    ("shape", "offset", "swapped"), [((2, 3, 4), 1.0, False), ((7, 4), 0.0, False), ((1, 5, 2, 4), 1.0, True)]
 )
-def test_norm_gradient(x, weight, offset):
+def test_norm_value_and_gradient(shape, offset, swapped, piece, monkeypatch):
+    """In one piece and in several, of rows that lie together and of heads that do not."""
+    monkeypatch.setattr(lean, "PIECE", piece)
     generator = torch.Generator().manual_seed(0)
-    states = torch.randn(x, generator=generator, dtype=torch.float64, requires_grad=True)
-    factors = torch.randn(weight, generator=generator, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda s, w: lean._RMSNorm.apply(s, w, 1e-3, offset), (states, factors))
+    states = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+    factors = torch.randn(4, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    def normed(s, w):
+        return lean._RMSNorm.apply(s.transpose(1, 2) if swapped else s, w, 1e-3, offset)
+
+    x = states.transpose(1, 2) if swapped else states
+    wanted = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * (offset + factors)
+    torch.testing.assert_close(normed(states, factors), wanted, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(normed, (states, factors))
 
 
 def ways_out() -> dict[str, nn.Module]:

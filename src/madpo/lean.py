@@ -17,7 +17,7 @@ adapters, hooks, parameters that are sharded), the module's own ``forward`` answ
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 _HALF = (torch.bfloat16, torch.float16)
+PIECE = 131_072
+"""Elements that a norm takes at a time on a processor: half a mebibyte in float32."""
 
 
 @dataclass(frozen=True)
@@ -140,31 +142,56 @@ class _GatedMLP(torch.autograd.Function):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """x / rms(x) * (offset + weight), computed in float32 or wider."""
+    """x / rms(x) * (offset + weight), computed in float32 or wider, some rows at a time."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
-        states = x.to(wide)
-        factor = torch.linalg.vector_norm(states, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        scale = weight.to(wide) + offset
+        y = torch.empty_like(x)
+        factors = x.new_empty((*x.shape[:-1], 1), dtype=wide)
+        for rows, out, factor in _pieces(x, y, factors):
+            states = rows.to(wide, copy=True)
+            mean = torch.linalg.vector_norm(states, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+            factor.copy_(mean.add_(eps).rsqrt_())
+            out.copy_(states.mul_(factor).mul_(scale))
         ctx.offset = offset
-        ctx.save_for_backward(x, weight, factor)
-        scaled: Tensor = (states * factor).mul_(weight.to(wide) + offset)
-        return scaled.to(x.dtype)
+        ctx.save_for_backward(x, weight, factors)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, factor = ctx.saved_tensors
-        normed = x.to(factor.dtype) * factor
-        inner = grad.to(factor.dtype)
-        d_weight = None
-        if ctx.needs_input_grad[1]:
-            d_weight = (inner * normed).sum(tuple(range(x.dim() - 1))).to(weight.dtype)
-        # With n = x / rms and h = grad * (offset + weight): d x = (h - n mean(h n)) / rms.
-        inner = inner * (weight.to(factor.dtype) + ctx.offset)
-        along = (inner * normed).sum(-1, keepdim=True).div_(x.shape[-1])
-        return inner.sub_(normed.mul_(along)).mul_(factor).to(x.dtype), d_weight, None, None
+        x, weight, factors = ctx.saved_tensors
+        wide = factors.dtype
+        scale = weight.to(wide) + ctx.offset
+        dx = torch.empty_like(x)
+        d_weight = torch.zeros_like(scale) if ctx.needs_input_grad[1] else None
+        for rows, g, factor, out in _pieces(x, grad, factors, dx):
+            normed = rows.to(wide, copy=True).mul_(factor)
+            if d_weight is not None:
+                d_weight += (g.to(wide) * normed).flatten(0, -2).sum(0)
+            # With n = x / rms and h = grad * (offset + weight): d x = (h - n mean(h n)) / rms.
+            inner = g.to(wide, copy=True).mul_(scale)
+            along = (inner * normed).sum(-1, keepdim=True).div_(x.shape[-1])
+            out.copy_(inner.sub_(normed.mul_(along)).mul_(factor))
+        return dx, None if d_weight is None else d_weight.to(weight.dtype), None, None
+
+
+def _pieces(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """The same rows of each: as many as a processor's cache holds in float32, all of them elsewhere.
+
+    Small copies are also small holes between what is kept for the backward pass.
+    """
+    width, rows = tensors[0].shape[-1], tensors[0].numel() // max(tensors[0].shape[-1], 1)
+    if tensors[0].device.type != "cpu" or tensors[0].dim() < 2 or rows * width <= PIECE:
+        return (tensors,)
+    if all(t.is_contiguous() for t in tensors):
+        tensors = tuple(t.view(rows, t.shape[-1]) for t in tensors)
+    else:
+        rows = tensors[0].shape[-2]
+    count = -(-tensors[0].numel() // PIECE)
+    return zip(*(torch.tensor_split(t, min(count, rows), dim=-2) for t in tensors), strict=True)
 
 
 def install(model: nn.Module) -> None:
