@@ -117,6 +117,9 @@ def test_each_known_module_is_replaced_and_state_is_not():
     assert {m._madpo_offset for m in llama.modules() if hasattr(m, "_madpo_offset")} == {0.0}
 
 
+CASES = [((2, 3, 4), 1.0, False), ((7, 4), 0.0, False), ((1, 5, 2, 4), 1.0, True)]
+
+
 @pytest.mark.parametrize("piece", [lean.PIECE, 10])
 @pytest.mark.parametrize(
     ("shape", "offset", "swapped"), [((2, 3, 4), 1.0, False), ((7, 4), 0.0, False), ((1, 5, 2, 4), 1.0, True)]
