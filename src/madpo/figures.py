@@ -65,7 +65,7 @@ def weight_figure(margins: np.ndarray, parameters: WeightParameters, *, label: s
     """The weight curve above the histogram of the margins, coloured by what the weight does."""
     tau = parameters.tau
     limit = max(float(np.abs(margins).max(initial=1)), tau * 1.15) * 1.04
-    top, curve, gap, bars = 14, 170, 34, 120
+    top, curve, gap, bars = 14, 170, 48, 120
     base = top + curve + gap + bars
     x, y = svg.Scale(-limit, limit, LEFT, WIDTH - RIGHT), svg.Scale(0, 2, top + curve, top)
     parts = []
@@ -75,7 +75,7 @@ def weight_figure(margins: np.ndarray, parameters: WeightParameters, *, label: s
     parts += _x_ticks(x, -limit, limit, base)
     for h, name in ((-tau, f"{svg.MINUS}τ"), (tau, "τ")):
         parts.append(svg.line(x(h), top, x(h), base, "mark"))
-        parts.append(svg.text(x(h), top + curve + gap / 2 + 5, name, "tick middle strong"))
+        parts.append(svg.text(x(h), top + curve + 20, name, "tick middle strong"))
     counts, edges = np.histogram(margins, bins=60, range=(-limit, limit))
     for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
         if count:
@@ -90,7 +90,7 @@ def weight_figure(margins: np.ndarray, parameters: WeightParameters, *, label: s
     points = zip(grid, np.exp(log_weight(grid, parameters)), strict=True)
     parts.append(svg.path([(x(h), y(w)) for h, w in points], "curve"))
     parts.append(svg.text(LEFT, base + 36, "reward margin h of the pair (log-odds)", "tick"))
-    parts.append(svg.text(LEFT + 4, top + 12, "weight w(h)", "tick"))
+    parts.append(svg.text(LEFT + 4, top - 3, "weight w(h)", "tick"))
     return _svg(base + 40, parts, label)
 
 

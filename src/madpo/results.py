@@ -120,7 +120,11 @@ class Tier:
 
 
 def collect(
-    root: Path, records: Mapping[str, Record], rows: Iterable[Mapping[str, Any]] = (), selection_seed: int = 0
+    root: Path,
+    records: Mapping[str, Record],
+    rows: Iterable[Mapping[str, Any]] = (),
+    selection_seed: int = 0,
+    tiers: Iterable[str] = (),
 ) -> list[Tier]:
     """Everything that the report shows, per tier. Tiers without an evaluated policy still show their margins.
 
@@ -129,15 +133,17 @@ def collect(
         records: finished records by step name.
         rows: the experiment's methods with their groups, those that are not run yet among them.
         selection_seed: which half of the held-out prompts chooses.
+        tiers: the experiment's tiers, those of which nothing is finished among them.
     """
     planned = {str(row["name"]): row for row in rows}
     sft = _by_seed(records, "evaluation", "sft")
     sft_row = _row(SFT.lower(), SFT, {}, {}, sft, root, None) if sft else None
     names = [m["tier"] for name in records if (m := _EVALUATION.fullmatch(name))]
     names += [name.split("/")[1] for name in records if name.startswith(("margins/", "reward_model/"))]
+    names += tiers if records else ()
     order = sorted(dict.fromkeys(names), key=lambda name: TIERS.index(name) if name in TIERS else len(TIERS))
-    tiers = (_tier(name, root, records, sft_row, planned) for name in order)
-    return [replace(tier, selection_seed=selection_seed) for tier in tiers]
+    found = (_tier(name, root, records, sft_row, planned) for name in order)
+    return [replace(tier, selection_seed=selection_seed) for tier in found]
 
 
 def _by_seed(records: Mapping[str, Record], kind: str, name: str) -> dict[str, Record]:

@@ -45,6 +45,7 @@ def headline(tiers: Sequence[Tier]) -> list[str]:
     opening = (
         f"{_count(len(methods), 'method').capitalize()} of preference training ({named}) "
         f"on {labels} pairs, {_count(max(seeds), 'training seed')} each"
+        f"{'' if min(seeds) == max(seeds) else ' at most'}"
         f"{f', judged on {prompts} held-out prompts' if prompts else ''}."
     )
     texts = [opening, *(_verdict(tier) for tier in judged)]

@@ -71,7 +71,7 @@ const MadpoWeight = (() => {
     return log > 1e-12 ? "amplified" : log < -1e-12 ? (h > 0 ? "dampened" : "turned-down") : "unchanged";
   };
 
-  const W = 720, LEFT = 46, RIGHT = 14, TOP = 14, CURVE = 170, GAP = 34, BARS = 120, BOTTOM = 40;
+  const W = 720, LEFT = 46, RIGHT = 14, TOP = 14, CURVE = 170, GAP = 48, BARS = 120, BOTTOM = 40;
   const H = TOP + CURVE + GAP + BARS + BOTTOM;
 
   const draw = (svg, margins, p, range) => {
@@ -93,7 +93,7 @@ const MadpoWeight = (() => {
     for (const [h, name] of [[-p.tau, "−τ"], [p.tau, "τ"]]) {
       if (h <= lo || h >= hi) continue;
       svg.append(make("line", { x1: x(h), x2: x(h), y1: TOP, y2: base, class: "mark" }));
-      svg.append(make("text", { x: x(h), y: TOP + CURVE + GAP / 2 + 5, class: "tick middle strong" }, name));
+      svg.append(make("text", { x: x(h), y: TOP + CURVE + 20, class: "tick middle strong" }, name));
     }
     const bins = 60;
     const counts = new Array(bins).fill(0);
@@ -125,7 +125,7 @@ const MadpoWeight = (() => {
     }
     svg.append(make("path", { d: path, class: "curve" }));
     svg.append(make("text", { x: LEFT, y: H - 4, class: "tick" }, "reward margin h of the pair (log-odds)"));
-    svg.append(make("text", { x: LEFT + 4, y: TOP + 12, class: "tick" }, "weight w(h)"));
+    svg.append(make("text", { x: LEFT + 4, y: TOP - 3, class: "tick" }, "weight w(h)"));
     svg.append(make("text", { x: LEFT + 4, y: base - BARS - 4, class: "tick" }, `pairs (pale) and their weight (solid), up to ${Math.round(most * 10) / 10}`));
   };
 

@@ -76,7 +76,9 @@ class Report:
         rows = experiment.get("rows") or experiment.get("method", [])
         rows = [row for row in rows if isinstance(row, Mapping) and "name" in row]
         seed = int(experiment.get("selection_seed", 0))
-        tiers = collect(root, records, rows, seed)
+        pairs = experiment.get("pairs")
+        planned = pairs.get("tiers", ()) if isinstance(pairs, Mapping) else ()
+        tiers = collect(root, records, rows, seed, map(str, planned))
         beta = base_beta(tiers)
         wanted = {str(s["name"]): s["among"] for s in experiment.get("selection", [])}
         found = selections(tiers, wanted)
@@ -264,7 +266,7 @@ def _of_families(report: Report, reasons: Mapping[tuple[str, str], str]) -> dict
 def _summary(report: Report, records: Mapping[str, Record], unfinished: Mapping[str, str]) -> list[str]:
     texts = [state(records, unfinished), *headline(report.tiers)]
     if any(c.value is not None for claim in report.claims for c in claim.comparisons):
-        texts += [*weights_from(report.tiers), counts(report.claims), *ties(report.claims)]
+        texts += [*weights_from(report.tiers)[1:], counts(report.claims), *ties(report.claims)]
     return [text for text in texts if text]
 
 

@@ -47,6 +47,7 @@ class Series:
     published: bool = False
     line: bool = True
     dots: bool = True
+    shape: int | None = None  # of its points; by its place in the panel where it is left out
 
 
 @dataclass(frozen=True)
@@ -180,11 +181,19 @@ def frontier_chart(tiers: Sequence[Tier], beta: float) -> Chart | None:
                     says = f"{row.name}: reward {r.mean:.2f} ({r.low:.2f} to {r.high:.2f}), KL {k.mean:.1f}"
                     marks.append(Mark(k.mean, r.mean, r.low, r.high, k.low, k.high, says))
             name = " ".join(filter(None, (family, spread_of(rows))))
-            series += [Series(name, tuple(marks), _colour(family, families))] if marks else []
+            shape = families.index(family)  # the same in every panel, whatever the panel lacks
+            series += [Series(name, tuple(marks), _colour(family, families), shape=shape)] if marks else []
         sft = next((row for row in tier.rows if row.name == SFT), None)
         if sft is not None and isinstance(sft.oracle_reward, Estimate) and series:
             r = sft.oracle_reward
-            series.append(Series(SFT, (Mark(0.0, r.mean, r.low, r.high, says=f"SFT: {r.mean:.2f}"),), COLOURS[SFT]))
+            series.append(
+                Series(
+                    SFT,
+                    (Mark(0.0, r.mean, r.low, r.high, says=f"SFT: {r.mean:.2f}"),),
+                    COLOURS[SFT],
+                    shape=families.index(SFT),
+                )
+            )
         if len(series) > 1:
             panels.append(Panel(tier.label, "KL to the reference, nats", REWARD, tuple(series)))
     caption = (

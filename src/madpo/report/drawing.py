@@ -126,6 +126,8 @@ def _series(series: Series, x: svg.Scale, y: svg.Scale, shape: int) -> list[str]
 
 
 def _shape(panel: Panel, series: Series) -> int:
+    if series.shape is not None:
+        return series.shape
     names = list(dict.fromkeys(s.name.removesuffix(", the paper") for s in panel.series))
     return names.index(series.name.removesuffix(", the paper"))
 

@@ -95,7 +95,8 @@ def _bars(axes: Any, panel: Panel) -> None:
 
 def _line(axes: Any, panel: Panel, series: Series) -> None:
     names = list(dict.fromkeys(s.name.removesuffix(", the paper") for s in panel.series))
-    shape = SHAPES[names.index(series.name.removesuffix(", the paper")) % len(SHAPES)]
+    place = names.index(series.name.removesuffix(", the paper")) if series.shape is None else series.shape
+    shape = SHAPES[place % len(SHAPES)]
     colour = PALETTE[series.colour]
     x, y = _xy(series)
     axes.plot(

@@ -128,9 +128,10 @@ def main_table(
     Args:
         reasons: (tier, method of the table) -> why there is no value, where it is not "not run".
     """
-    shown = [tier for tier in tiers if any((tier.name, name) in choices for name in published.METHODS)]
-    if not shown:
+    if not choices:
         return nothing("None of the paper's four methods has been evaluated yet.")
+    shown = tiers
+    seeds = max(len(choice.row.seeds) for choice in choices.values())
     rows = []
     for name in published.METHODS:
         cells = [
@@ -138,6 +139,7 @@ def main_table(
                 choices.get((tier.name, name)),
                 published.TABLE_1[name].get(tier.name),
                 (reasons or {}).get((tier.name, name), NOT_RUN),
+                seeds,
             )
             for tier in shown
         ]
@@ -159,10 +161,10 @@ def _accuracy_cell(tier: Tier) -> str:
     if not found:
         return f"<b>{DASH}</b>"
     chance = "<small>not told from a coin</small>" if near_chance(tier) else ""
-    return f"<small>{escape(in_words(found))}</small>{chance}"
+    return "".join(f"<small>{escape(in_words({seed: v}))}</small>" for seed, v in found.items()) + chance
 
 
-def _main_cell(choice: Choice | None, paper: tuple[float, float] | None, reason: str) -> str:
+def _main_cell(choice: Choice | None, paper: tuple[float, float] | None, reason: str, seeds: int) -> str:
     theirs = f'<small class="paper">paper {paper[0]:.2f} (s.e. {paper[1]:.2f})</small>' if paper else ""
     if choice is None:
         return f"<b>{DASH}</b><small>{escape(reason)}</small>{theirs}"
@@ -173,6 +175,8 @@ def _main_cell(choice: Choice | None, paper: tuple[float, float] | None, reason:
         own += f"<small>the paper's way: {write_short(choice.best.oracle_reward)}</small>"
     if len(choice.row.per_seed) > 1:
         own += f"<small>seeds {', '.join(map(one, choice.row.per_seed.values()))}</small>"
+    if len(choice.row.seeds) < seeds:
+        own += f"<small>{len(choice.row.seeds)} of {seeds} seeds</small>"
     return own + theirs
 
 
@@ -327,7 +331,7 @@ def reward_models_html(tiers: Sequence[Tier]) -> str:
         "Where a reward model agrees with its training labels much more often than with held-out ones, its margins on "
         "the pairs that the policies learn from are too sure."
     )
-    return table(head, rows, "Reward models") + note(text)
+    return table(head, rows, "Reward models") + note(" ".join([text, *weights_from(tiers)[1:]]))
 
 
 def _metric(value: object, how: str) -> str:
