@@ -189,6 +189,40 @@ def test_dropout_still_drops():
     assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
+@pytest.mark.parametrize("activation", [nn.SiLU(), nn.GELU(), nn.GELU(approximate="tanh")])
+def test_each_activation_of_a_gated_mlp(activation):
+    class MLP(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(4, 4, bias=False) for _ in range(3))
+            self.act_fn = activation
+
+        def forward(self, x):
+            return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+    torch.manual_seed(0)
+    mlp = MLP().requires_grad_(False)
+    lean.install(mlp)
+    gate = lean._ACTIVATIONS[mlp._madpo_gate]
+    assert gate.value(torch.tensor(0.7)) == activation(torch.tensor(0.7))
+    mlp = copy.deepcopy(mlp)
+    mlp.double()
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(mlp(x), mlp._madpo_plain(x), rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(mlp, (x,))
+
+
+def test_gradients_may_be_watched_by_hooks():
+    """As FLOP counters and sharding do."""
+    model = adapted()
+    lean.install(model)
+    watched = [p for p in model.parameters() if p.requires_grad]
+    seen = []
+    torch.autograd.graph.register_multi_grad_hook(watched, seen.append)
+    model(input_ids=torch.arange(12).view(1, -1)).logits.square().sum().backward()
+    assert len(seen) == 1
+
+
 def test_a_norm_or_mlp_of_another_form_is_left_alone():
     class CubicRMSNorm(nn.Module):
         def __init__(self):

@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import layer as lora
@@ -98,6 +98,26 @@ class _LoRALinear(torch.autograd.Function):
         return dx, None, d_a.to(ctx.dtypes[0]), d_b.to(ctx.dtypes[1])
 
 
+class _Activation(NamedTuple):
+    """An activation, and its gradient as a function of (gradient of the value, input)."""
+
+    value: Callable[[Tensor], Tensor]
+    gradient: Callable[[Tensor, Tensor], Tensor]
+
+
+# Spelled out, since a backward pass inside a backward pass is refused while somebody watches gradients by hooks.
+_ACTIVATIONS = (
+    _Activation(F.silu, torch.ops.aten.silu_backward),
+    *(
+        _Activation(
+            functools.partial(F.gelu, approximate=form),
+            functools.partial(torch.ops.aten.gelu_backward, approximate=form),
+        )
+        for form in ("tanh", "none")
+    ),
+)
+
+
 class _GatedMLP(torch.autograd.Function):
     """down(act(gate(x)) * up(x)), on rows; keeps x and what gate and up gave."""
 
@@ -105,7 +125,7 @@ class _GatedMLP(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        act: Callable[[Tensor], Tensor],
+        act: _Activation,
         parts: tuple[_Projection, _Projection, _Projection],
         *adapters: Tensor | None,
     ) -> Tensor:
@@ -114,7 +134,7 @@ class _GatedMLP(torch.autograd.Function):
             ga, gb, ua, ub, da, db = (_as(adapter, x.dtype) for adapter in adapters)
             before, gate_inner = gate.forward(x, ga, gb)
             factor, up_inner = up.forward(x, ua, ub)
-            y, down_inner = down.forward(act(before).mul_(factor), da, db)
+            y, down_inner = down.forward(act.value(before).mul_(factor), da, db)
         ctx.parts, ctx.act = parts, act
         ctx.dtypes = [None if adapter is None else adapter.dtype for adapter in adapters]
         ctx.save_for_backward(x, before, factor, gate_inner, up_inner, down_inner, ga, gb, ua, ub, da, db)
@@ -127,13 +147,11 @@ class _GatedMLP(torch.autograd.Function):
         gate, up, down = ctx.parts
         grad = grad.to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            with torch.enable_grad():
-                before = before.detach().requires_grad_()
-                active = ctx.act(before)
-            product = active.detach() * factor
+            active = ctx.act.value(before)
+            product = active * factor
             d_product, d_da, d_db = down.backward(grad, product, down_inner, da, db, None)
-            d_factor = torch.mul(d_product, active.detach(), out=product)
-            (d_before,) = torch.autograd.grad(active, before, d_product.mul_(factor))
+            d_factor = torch.mul(d_product, active, out=product)
+            d_before = ctx.act.gradient(d_product.mul_(factor), before)
             dx, d_ga, d_gb = gate.backward(d_before, x, gate_inner, ga, gb, None)
             dx, d_ua, d_ub = up.backward(d_factor, x, up_inner, ua, ub, dx)
         grads = (d_ga, d_gb, d_ua, d_ub, d_da, d_db)
@@ -196,7 +214,7 @@ def _pieces(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
 
 def install(model: nn.Module) -> None:
     """Put lean forwards in place in all modules of ``model`` that have a known form. Idempotent."""
-    forms: dict[type, float | bool | None] = {}
+    forms: dict[type, Any] = {}
     for module in model.modules():
         if hasattr(module, "_madpo_plain") or "forward" in module.__dict__:
             continue
@@ -205,14 +223,15 @@ def install(model: nn.Module) -> None:
             _replace(module, _lora_linear)
         elif all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
             if kind not in forms:
-                forms[kind] = _is_gated_mlp(module)
-            if forms[kind]:
+                forms[kind] = _gate_of(module)
+            if forms[kind] is not None:
+                module._madpo_gate = forms[kind]
                 _replace(module, _gated_mlp)
         elif kind.__name__.endswith("RMSNorm") and isinstance(getattr(module, "weight", None), nn.Parameter):
             if kind not in forms:
                 forms[kind] = _norm_offset(module)
             if forms[kind] is not None:
-                module._madpo_offset = forms[kind]  # type: ignore[assignment]
+                module._madpo_offset = forms[kind]
                 _replace(module, _rms_norm)
 
 
@@ -285,7 +304,7 @@ def _gated_mlp(module: nn.Module, plain: Callable[..., Tensor], x: Tensor, *args
         return plain(x, *args, **kwargs)
     adapters = [tensor for part in parts if part is not None for tensor in part.adapter]
     rows = x.to(dtype).reshape(-1, x.shape[-1])
-    y: Tensor = _GatedMLP.apply(rows, module.act_fn, parts, *adapters)  # type: ignore[no-untyped-call]
+    y: Tensor = _GatedMLP.apply(rows, _ACTIVATIONS[module._madpo_gate], parts, *adapters)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], -1)
 
 
@@ -320,14 +339,19 @@ def _norm_offset(module: nn.Module) -> float | None:
 
 
 @torch.no_grad()
-def _is_gated_mlp(module: nn.Module) -> bool:
-    """Whether the module is down(act(gate(x)) * up(x)); found on two rows."""
+def _gate_of(module: nn.Module) -> int | None:
+    """Which activation a module down(act(gate(x)) * up(x)) has; None where it is another one. Found on two rows."""
     gate = getattr(module.gate_proj, "base_layer", module.gate_proj)
     if type(gate) is not nn.Linear or gate.weight.is_meta or type(gate.weight) is not nn.Parameter:
-        return False
+        return None
+    steps = torch.linspace(-6, 6, 97, device=gate.weight.device)
     rows = _probe(2, gate.weight)
-    product = module.act_fn(module.gate_proj(rows)) * module.up_proj(rows)  # type: ignore[operator]
-    return _same(module.down_proj(product), module(rows))  # type: ignore[operator]
+    for index, activation in enumerate(_ACTIVATIONS):
+        # Two kinds of GELU are 5e-4 apart, so in float32; the whole in the module's own precision.
+        if float((module.act_fn(steps) - activation.value(steps)).abs().max()) < 1e-5:  # type: ignore[operator]
+            product = activation.value(module.gate_proj(rows)) * module.up_proj(rows)  # type: ignore[operator]
+            return index if _same(module.down_proj(product), module(rows)) else None  # type: ignore[operator]
+    return None
 
 
 def _probe(rows: int, weight: Tensor) -> Tensor:
