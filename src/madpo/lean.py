@@ -303,8 +303,9 @@ def _gated_mlp(module: nn.Module, plain: Callable[..., Tensor], x: Tensor, *args
     if args or kwargs or any(part is None for part in parts) or not _quiet(module.act_fn):  # type: ignore[arg-type]
         return plain(x, *args, **kwargs)
     adapters = [tensor for part in parts if part is not None for tensor in part.adapter]
+    act = _ACTIVATIONS[int(module._madpo_gate)]  # type: ignore[arg-type]
     rows = x.to(dtype).reshape(-1, x.shape[-1])
-    y: Tensor = _GatedMLP.apply(rows, _ACTIVATIONS[module._madpo_gate], parts, *adapters)  # type: ignore[no-untyped-call]
+    y: Tensor = _GatedMLP.apply(rows, act, parts, *adapters)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], -1)
 
 
