@@ -21,6 +21,7 @@ TORCH_FREE = [
     *("errors", "seeding", "config", "progress", "storage", "records", "pipeline", "executors", "statistics", "cli"),
     *("processes", "memory", "vocabulary", "uploads"),
     *("results", "summary", "figures", "svg", "report", "corpus", "data", "diagnostics", "packaged", "places"),
+    *("recipe", "practice", "practice.early", "practice.settings", "practice.arguments", "practice.folders"),
 ]
 
 # Imports go from a higher layer to the same or a lower one. A package counts as one module.
@@ -37,6 +38,7 @@ LAYERS = [
         "models",
         "packaged",
         "places",
+        "recipe",
         "generation",
         "divergence",
         "logprobs",

@@ -31,6 +31,11 @@ def _result() -> dict[str, Any]:
     return {"output_dir": (Path, ...), "overwrite": (bool, False)}
 
 
+def _places(beside: dict[str, Any]) -> dict[str, Any]:
+    """The same, for :func:`madpo.practice.early.refuse_missing_places`."""
+    return {**{name: beside[name] for name in ("output_dir", "overwrite")}, "data": [beside["eval_data"]]}
+
+
 def _held_out(parser: argparse.ArgumentParser) -> None:
     option(parser, "eval_data", "eval_data", "held-out pairs", metavar="DATA")
     option(parser, "eval_share", "eval_share", "or the share of the prompts to hold out", type=float)
@@ -68,9 +73,15 @@ def reward_arguments(parser: argparse.ArgumentParser) -> None:
 
 def reward_command(arguments: argparse.Namespace) -> int:
     """Run ``madpo reward`` and print its report."""
-    from madpo.practice import RewardSettings, reward
+    from madpo.practice.early import refuse_missing_files, refuse_missing_places
+    from madpo.practice.settings import RewardSettings
 
+    refuse_missing_files(arguments.data, arguments.config)
     beside, settings = asked(arguments, RewardSettings, **_result(), eval_data=(str | None, None))
+    refuse_missing_places(**_places(beside), models=[settings.model])
+
+    from madpo.practice import reward
+
     print(reward(arguments.data, settings=settings, **beside).text())
     print(f"written to {beside['output_dir']}")
     return 0
@@ -98,9 +109,15 @@ def score_arguments(parser: argparse.ArgumentParser) -> None:
 
 def score_command(arguments: argparse.Namespace) -> int:
     """Run ``madpo score`` and print its report."""
-    from madpo.practice import ScoreSettings, score
+    from madpo.practice.early import refuse_missing_files, refuse_missing_places
+    from madpo.practice.settings import ScoreSettings
 
+    refuse_missing_files(arguments.data, arguments.config)
     beside, settings = asked(arguments, ScoreSettings, **_result())
+    refuse_missing_places(models=[settings.reward.model if settings.reward else None])
+
+    from madpo.practice import score
+
     report = score(arguments.data, settings=settings, **beside)
     if processes.leads():
         print(report.text())
@@ -150,9 +167,17 @@ def train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def train_command(arguments: argparse.Namespace) -> int:
     """Run ``madpo train`` and print its report."""
-    from madpo.practice import TrainSettings, train
+    from madpo.practice.early import refuse_missing_files, refuse_missing_places
+
+    refuse_missing_files(arguments.data, arguments.config)
+
+    from madpo.practice.train_settings import TrainSettings
 
     beside, settings = asked(arguments, TrainSettings, **_result(), eval_data=(str | None, None))
+    refuse_missing_places(**_places(beside), models=[settings.model])
+
+    from madpo.practice import train
+
     report = train(arguments.data, settings=settings, **beside)
     if processes.leads():
         print(report.text())
@@ -183,9 +208,17 @@ def tune_arguments(parser: argparse.ArgumentParser) -> None:
 
 def tune_command(arguments: argparse.Namespace) -> int:
     """Run ``madpo tune`` and print its report."""
-    from madpo.tuning import TuneSettings, tune
+    from madpo.practice.early import refuse_missing_files, refuse_missing_places
+
+    refuse_missing_files(arguments.data, arguments.config)
+
+    from madpo.tuning import TuneSettings
 
     beside, settings = asked(arguments, TuneSettings, **_result())
+    refuse_missing_places(models=[settings.model])
+
+    from madpo.tuning import tune
+
     print(tune(arguments.data, settings=settings, **beside).text())
     output_dir = beside["output_dir"]
     print(f"Page: {(output_dir / 'tune.html').resolve().as_uri()}")
@@ -221,10 +254,16 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def evaluate_command(arguments: argparse.Namespace) -> int:
     """Run ``madpo evaluate`` and print its table."""
-    from madpo.practice import EvaluateSettings, evaluate
+    from madpo.practice.early import refuse_missing_files, refuse_missing_places
+    from madpo.practice.settings import EvaluateSettings
 
+    refuse_missing_files(None, arguments.config)
     beside, settings = asked(arguments, EvaluateSettings, **_result(), prompts_data=(str, ...))
     prompts = beside.pop("prompts_data")
+    refuse_missing_places(**_places(beside | {"eval_data": prompts}), models=[settings.reference])
+
+    from madpo.practice import evaluate
+
     print(evaluate(arguments.policy, prompts, settings=settings, **beside).text())
     print(f"written to {beside['output_dir']}")
     return 0

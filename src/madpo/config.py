@@ -99,7 +99,7 @@ def load_config(source: Path, model: type[T], overrides: Mapping[str, object] | 
         ConfigError: one sentence with the file, the dotted key, the value and what is allowed; of several
             mistakes the first, and the count of the others.
     """
-    data = _read_toml(source)
+    data = read_toml(source)
     given = _pairs(overrides)
     for key, value in given.items():
         _put(data, key, value, source)
@@ -134,7 +134,12 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def _read_toml(source: Path) -> dict[str, Any]:
+def read_toml(source: Path) -> dict[str, Any]:
+    """What a TOML file says.
+
+    Raises:
+        ConfigError: it is missing, cannot be read, or is no TOML.
+    """
     try:
         text = source.read_text(encoding="utf-8")
     except FileNotFoundError:

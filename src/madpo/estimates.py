@@ -20,10 +20,11 @@ from madpo.models import cache_dir
 from madpo.pipeline import Planned, RunResult, Step, finished
 from madpo.preferences import ResponseStage
 from madpo.progress import duration
+from madpo.recipe import Optimisation
 from madpo.rewards import OracleStage
 from madpo.training.folds import OutOfFoldStage, ScoreStage
 from madpo.training.online import OnlineStage
-from madpo.training.stages import MarginStage, Optimisation, PolicyStage, ReferenceStage, RewardModelStage, SFTStage
+from madpo.training.stages import MarginStage, PolicyStage, ReferenceStage, RewardModelStage, SFTStage
 
 # Tokens a second of Gemma-3-270M with LoRA on two cores with AVX-512 BF16. "sft" scores every token, "train" (a
 # preference loss) completion tokens alone, "reward" no token's word; "score" and "judge" are the passes of a language

@@ -15,12 +15,11 @@ from madpo.config import Frozen, find_experiment, load_config
 from madpo.corpus import Corpus, PackagedIMDB
 from madpo.executors import Executor, Inline
 from madpo.methods import Method, Selection
-from madpo.models import LoRA
 from madpo.pipeline import RunResult, Step, finished, run
 from madpo.preferences import Tier
+from madpo.recipe import LoRA, Optimisation
 from madpo.report import rebuild_report
 from madpo.rewards import NgramOracle, Oracle
-from madpo.training.stages import Optimisation
 from madpo.uploads import Upload
 
 

@@ -7,11 +7,10 @@ import shutil
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType
-from pydantic import Field
+from peft import PeftModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import (
@@ -23,10 +22,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from madpo.config import Frozen
 from madpo.errors import ConfigError
 from madpo.packaged import cache_dir, packaged, quiet_transformers
 from madpo.places import TINY_FAMILIES, load_tokenizer, resolve_model
+from madpo.recipe import LoRA
 from madpo.untrusted import check_adapter, check_model
 
 __all__ = [
@@ -43,29 +42,6 @@ __all__ = [
     "packaged",
     "resolve_model",
 ]
-
-
-class LoRA(Frozen):
-    """A low-rank adapter."""
-
-    rank: int = Field(default=16, ge=1)
-    alpha: float = Field(default=32, gt=0)
-    """The update is scaled by alpha / rank."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """0 makes the log-ratios exactly 0 before the first step."""
-    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Modules to adapt; the output head never is."""
-
-    def peft_config(self, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> LoraConfig:
-        """The same for PEFT; a reward model's head trains in full and is saved with the adapter."""
-        return LoraConfig(
-            r=self.rank,
-            lora_alpha=self.alpha,
-            lora_dropout=self.dropout,
-            target_modules=self.targets if isinstance(self.targets, str) else list(self.targets),
-            task_type=TaskType[task],
-            modules_to_save=["score"] if task == "SEQ_CLS" else None,
-        )
 
 
 def compute_dtype(device: str | None = None) -> torch.dtype:

@@ -88,7 +88,7 @@ def open_source(data: str | Path, *, wanted: Sequence[str] | None = None) -> Sou
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
-        if isinstance(data, str) and _HUB_NAME.fullmatch(name) and path.suffix not in {*FORMATS, ".gz"}:
+        if _is_hub_name(data):
             return _hub(name)
         raise DataError(
             f"{name}: there is no such file; check the path, or give a hub data set as owner/name"
@@ -100,6 +100,22 @@ def open_source(data: str | Path, *, wanted: Sequence[str] | None = None) -> Sou
     if not stat.S_ISREG(mode):
         raise DataError(f"{name}: is not a regular file (a pipe or a device); write the data to a file first")
     return _file(name, path, wanted)
+
+
+def look_at(data: str | Path) -> None:
+    """Refuse a file that :func:`open_source` would refuse at once, without reading rows or loading what reads the hub.
+
+    Raises:
+        DataError: as :func:`open_source`.
+    """
+    if not os.path.isdir(Path(data).expanduser()) and not _is_hub_name(data):
+        open_source(data).rows.close()
+
+
+def _is_hub_name(data: str | Path) -> bool:
+    path = Path(data).expanduser()
+    known = path.suffix in {*FORMATS, ".gz"} or os.path.exists(path)
+    return isinstance(data, str) and _HUB_NAME.fullmatch(data) is not None and not known
 
 
 def _file(name: str, path: Path, wanted: Sequence[str] | None) -> Source:

@@ -11,7 +11,8 @@ from madpo.errors import ConfigError
 from madpo.untrusted import read_object
 
 if TYPE_CHECKING:
-    from madpo.practice.policy import TrainReport, TrainSettings
+    from madpo.practice.policy import TrainReport
+    from madpo.practice.train_settings import TrainSettings
 
 
 def model_card(*, data: str, eval_data: str | Path | None, settings: TrainSettings, report: TrainReport) -> str:

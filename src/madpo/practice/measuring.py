@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from madpo.config import Frozen
@@ -25,32 +24,12 @@ from madpo.practice.folders import building, digest
 from madpo.practice.pages import write_samples_page
 from madpo.practice.pairs import loading, prompt_key
 from madpo.practice.reward_model import load_scorer, plain, reward_model_digest
+from madpo.practice.settings import EvaluateSettings
 from madpo.records import Estimate
 from madpo.responses import divergence, end_tokens, respond
 from madpo.statistics import bootstrap_mean, bootstrap_share, paired_difference, proportion
 from madpo.storage import write_atomically
 from madpo.untrusted import adapter_base
-
-
-class EvaluateSettings(Frozen):
-    """How policy and reference are compared."""
-
-    reward_model: str
-    """A folder that ``madpo reward`` wrote, or a sequence classifier with one output (folder or hub id)."""
-    reference: str | None = None
-    """Model to compare with; None is the one that the policy started from, where its folder says so."""
-    prompts: int | None = Field(default=None, ge=1)
-    """The first so many different prompts; None is all of them."""
-    samples_per_prompt: int = Field(default=1, ge=1)
-    max_new_tokens: int = Field(default=256, ge=1)
-    temperature: float = Field(default=1.0, ge=0)
-    """At 1 (and top_p 1) the KL is that of the policy; elsewhere it is taken along another text than its own."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    seed: int = Field(default=0, ge=0)
-    batch_size: int = Field(default=32, ge=1)
-    """Prompts generated for at once."""
-    score_batch_size: int = Field(default=16, ge=1)
-    """Sequences per forward pass for rewards and KL."""
 
 
 class Side(Frozen):

@@ -2,53 +2,36 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import typing
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from datasets import Dataset
-from pydantic import (
-    ConfigDict,
-    Field,
-    PydanticUserError,
-    TypeAdapter,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from madpo import processes
-from madpo.config import Frozen, did_you_mean
-from madpo.data.tokens import Truncation
+from madpo.config import Frozen
 from madpo.errors import ConfigError, DataError
 from madpo.logprobs import unwrapped
-from madpo.losses import MADPO, Loss, LossConfig
-from madpo.models import LoRA, load_model, load_quantised, merge_adapter, resolve_model
+from madpo.losses import LossConfig
+from madpo.models import load_model, load_quantised, merge_adapter, resolve_model
 from madpo.packaged import quiet_transformers
 from madpo.practice.card import model_card
 from madpo.practice.claims import read_own
 from madpo.practice.folders import building, digest, toml, training_state
 from madpo.practice.pairs import Row, load_training, loading
+from madpo.practice.train_settings import TrainSettings
+from madpo.recipe import CHECKPOINTS
 from madpo.storage import write_atomically
 from madpo.training import PreferenceConfig, PreferenceTrainer
 from madpo.training.preference import ID_COLUMNS, PAIR_COLUMNS, REFERENCE_COLUMNS
 from madpo.training.resume import BATCH, decisive_arguments
-from madpo.training.stages import CHECKPOINTS, forget_checkpoints, run_training
+from madpo.training.stages import forget_checkpoints, run_training
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_OURS = {
-    "output_dir": "is the command's own; use --output_dir",
-    "trust_remote_code": "would run code that comes with a model; convert the model with tools that you trust",
-    "push_to_hub": "is not for a command that finishes in a folder; look at the result, then upload it",
-    "resume_from_checkpoint": "is not needed; the same command continues an interrupted training",
-}
 _DEFAULTS: dict[str, Any] = {
     **{"save_strategy": "steps", "save_steps": 100, "save_total_limit": 2},
     **{"report_to": "none", "disable_tqdm": True},
@@ -59,42 +42,6 @@ MEMORY_REMEDY = (
     "halve --batch_size and double --args.gradient_accumulation_steps, which leaves the result as it is, or lower "
     "--max_length"
 )
-
-
-class TrainSettings(Frozen):
-    """How a policy is trained."""
-
-    model: str
-    """Packaged name, folder or hub id: where the policy starts, and its reference."""
-    loss: Loss = MADPO()
-    args: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of TRL's ``DPOConfig`` (and our ``PreferenceConfig``) by name."""
-    lora: LoRA = LoRA()
-    full: bool = False
-    """Train all weights instead of an adapter."""
-    qlora: bool = False
-    """Hold the frozen weights in 4 bits (NF4) under the adapter. Needs a GPU and bitsandbytes; untested on one."""
-    merge: bool = False
-    """Also write the model with the adapter folded in."""
-    eval_share: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the pairs held out (whole prompts at a time) where no evaluation data are given."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the loaded weights; auto is float32 in full training, else what the processor multiplies natively."""
-    truncation: Truncation = "drop"
-    """What happens to a pair of more than ``args.max_length`` tokens: drop it, cut its completions, or refuse it."""
-
-    @model_validator(mode="after")
-    def _fits(self) -> TrainSettings:
-        if self.full and self.merge:
-            raise ValueError("full training has no adapter to merge: out/model is the whole model; leave --merge out")
-        if self.full and self.qlora:
-            raise ValueError("weights of 4 bits cannot be trained themselves; give full or qlora, not both")
-        return self
-
-    @field_validator("args")
-    @classmethod
-    def _arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return checked_arguments(value)
 
 
 class TrainReport(Frozen):
@@ -126,35 +73,6 @@ class TrainReport(Frozen):
             lines += [f"    {name}  {value:.4f}" for name, value in self.evaluation.items()]
         lines.append(f"written to {self.output_dir}")
         return "\n".join(lines)
-
-
-def checked_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of :class:`PreferenceConfig`, each of a type that its field takes.
-
-    Raises:
-        ValueError: an unknown name (with the nearest one), a wrong type, or an argument that the command sets.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        hints = typing.get_type_hints(PreferenceConfig)
-    fields = [field.name for field in dataclasses.fields(PreferenceConfig) if field.init]
-    found = {}
-    for name, value in values.items():
-        if name in _OURS:
-            raise ValueError(f"args.{name} {_OURS[name]}")
-        if name not in fields:
-            raise ValueError(f"args.{name} is no argument of the trainer{did_you_mean(name, fields)}")
-        try:
-            adapter = TypeAdapter(hints[name], config=ConfigDict(arbitrary_types_allowed=True))
-        except PydanticUserError:  # a type with a configuration of its own
-            adapter = TypeAdapter(hints[name])
-        try:
-            taken = adapter.validate_python(value)
-        except ValidationError as error:
-            reason = error.errors()[0]["msg"].replace("Input should be", "must be")
-            raise ValueError(f"args.{name} = {value!r}: {reason}") from None
-        found[name] = taken if isinstance(value, str) and isinstance(taken, int | float) else value
-    return found
 
 
 def train(

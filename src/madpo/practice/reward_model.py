@@ -11,65 +11,31 @@ import numpy as np
 import torch
 from datasets import Dataset
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel
 from transformers import AutoConfig
 
 from madpo.config import Frozen
 from madpo.data.rows import Pair
-from madpo.data.tokens import Encoded, Encoder, Truncation
+from madpo.data.tokens import Encoded, Encoder
 from madpo.diagnostics import MarginReport, Reliability, inspect
 from madpo.errors import ConfigError, DataError
-from madpo.models import LoRA, load_classifier, load_tokenizer, resolve_model
+from madpo.models import load_classifier, load_tokenizer, resolve_model
 from madpo.practice.folders import building, digest, training_state
 from madpo.practice.pages import write_reward_page
 from madpo.practice.pairs import Row, load_training, loading, prompt_key, sequences, split_by_prompt
+from madpo.practice.settings import RewardSettings
 from madpo.progress import say
 from madpo.records import Estimate
 from madpo.rewards import RewardModel
 from madpo.statistics import bootstrap_mean, bootstrap_temperature, proportion
 from madpo.storage import write_atomically
-from madpo.training.stages import Optimisation, RewardModelStage, fit_reward_model
+from madpo.training.stages import RewardModelStage, fit_reward_model
 from madpo.untrusted import check_model
 
 EVALUATIONS = 20
 """Looks at the held-out pairs during the training, where ``eval_every`` does not say otherwise."""
 
 MEMORY_REMEDY = "give a smaller --micro_batch_size, which leaves the result as it is, or a lower --max_length"
-
-
-class RewardOptimisation(Optimisation):
-    """AdamW and its schedule for a reward model."""
-
-    learning_rate: float = Field(default=1e-4, gt=0)
-    epochs: float = Field(default=1.0, gt=0)
-    batch_size: int = Field(default=16, ge=1)
-
-    @model_validator(mode="after")
-    def _divides(self) -> RewardOptimisation:
-        if self.micro_batch_size and self.batch_size % min(self.micro_batch_size, self.batch_size):
-            raise ValueError(f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}")
-        return self
-
-
-class RewardSettings(Frozen):
-    """How a reward model is trained."""
-
-    model: str
-    """Packaged name, folder or hub id of the base model."""
-    optimisation: RewardOptimisation = RewardOptimisation()
-    lora: LoRA = LoRA()
-    eval_share: float = Field(default=0.1, gt=0, lt=1)
-    """Share of the pairs held out (whole prompts at a time) where no evaluation data are given."""
-    stopping_share: float = Field(default=0.5, gt=0, lt=1)
-    """Share of the held-out pairs that decides when to stop; the others alone give the report."""
-    eval_every: int | None = Field(default=None, ge=1)
-    """Optimiser steps between two looks at them; None looks 20 times."""
-    patience: int = Field(default=3, ge=1)
-    """Looks without improvement before the training stops."""
-    max_length: int | None = Field(default=None, ge=2)
-    """Tokens of prompt and completion; None is no limit."""
-    truncation: Truncation = "drop"
-    seed: int = Field(default=0, ge=0)
 
 
 class RewardReport(Frozen):

@@ -15,11 +15,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
@@ -36,7 +35,8 @@ from madpo.models import load_tokenizer, resolve_model
 from madpo.practice.claims import claim, read_own
 from madpo.practice.folders import building, digest
 from madpo.practice.pairs import encoded_rows, folds_by_prompt, loading, prompt_key, split_by_prompt
-from madpo.practice.reward_model import PairScorer, RewardSettings, fit, load_scorer, plain, reward_model_digest
+from madpo.practice.reward_model import PairScorer, fit, load_scorer, plain, reward_model_digest
+from madpo.practice.settings import RewardSettings, ScoreSettings
 from madpo.progress import bar, say
 from madpo.records import Estimate
 from madpo.statistics import proportion
@@ -48,35 +48,6 @@ MEMORY_REMEDY = "give a smaller --batch_size, and run the same command again: pa
 _TEXTS = ("pair_id", "prompt", "chosen", "rejected")
 
 Raw = dict[str, Any]
-
-
-class ScoreSettings(Frozen):
-    """Where the scores come from: exactly one of ``reward_model``, ``score_columns`` and ``folds``."""
-
-    reward_model: str | None = None
-    """A folder that ``madpo reward`` wrote, or a sequence classifier with one output (folder or hub id)."""
-    score_columns: tuple[str, str] | None = None
-    """Columns with the scores of chosen and rejected."""
-    folds: int | None = Field(default=None, ge=2)
-    """Reward models to train, each of which scores the part of the pairs that it did not see."""
-    reward: RewardSettings | None = None
-    """How those are trained."""
-    margin_temperature: float | None = Field(default=None, gt=0)
-    """For ``score_columns``: what the difference is divided by; None fits it to the labels."""
-    format: Literal["jsonl", "parquet"] = "jsonl"
-    batch_size: int = Field(default=16, ge=1)
-    """Sequences per forward pass; it decides the padding, and so the last digits."""
-
-    @model_validator(mode="after")
-    def _check(self) -> ScoreSettings:
-        given = [self.reward_model, self.score_columns, self.folds]
-        if sum(source is not None for source in given) != 1:
-            raise ValueError("give one of reward_model, score_columns and folds")
-        if (self.folds is None) != (self.reward is None):
-            raise ValueError("folds trains reward models, so it needs the base model (--model_name_or_path)")
-        if self.margin_temperature is not None and self.score_columns is None:
-            raise ValueError("margin_temperature goes with score_columns; the losses take it for other margins")
-        return self
 
 
 class ScoreReport(Frozen):

@@ -25,9 +25,10 @@ from madpo.config import Frozen, added, identity_settings
 from madpo.corpus import Corpus, load_corpus, sft_reviews
 from madpo.logprobs import completion_logps, install_completion_head, unwrapped
 from madpo.losses import Loss
-from madpo.models import LoRA, compute_dtype, load_classifier, load_model, load_tokenizer, merge_adapter, resolve_model
+from madpo.models import load_classifier, load_model, load_tokenizer, merge_adapter, resolve_model
 from madpo.pipeline import Metrics
 from madpo.progress import bar, say
+from madpo.recipe import CHECKPOINTS, LoRA, Optimisation
 from madpo.rewards import RewardModel
 from madpo.seeding import rng
 from madpo.statistics import fit_temperature, proportion
@@ -39,63 +40,10 @@ from madpo.training.reference import refuse_not_finite
 from madpo.training.resume import ExactResume
 
 MARGINS, SCORES = "margins.parquet", "scores.parquet"
-CHECKPOINTS = "checkpoints"
 MEMORY_REMEDY = (
     "set optimisation.micro_batch_size to a smaller divisor of its batch_size, which leaves the result as it is, and "
     "run again"
 )
-
-
-class Optimisation(Frozen):
-    """AdamW and its schedule, the same for every training of the study."""
-
-    learning_rate: float = Field(gt=0)
-    epochs: float = Field(gt=0)
-    batch_size: int = Field(ge=1)
-    """Examples (or pairs) per optimiser step."""
-    micro_batch_size: int | None = Field(default=None, ge=1, exclude=True)
-    """Examples per forward pass; None is the whole batch. The result does not depend on it."""
-    warmup: float = Field(default=0.03, ge=0, lt=1)
-    """Share of the steps over which the learning rate rises."""
-    schedule: str = "cosine"
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = Field(default=0.01, ge=0)
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    checkpoint_every: int = Field(default=25, ge=0, exclude=True)
-    """Optimiser steps between two checkpoints, from which a killed training continues; 0 is none."""
-
-    def arguments(self, out: Path, seed: int) -> dict[str, Any]:
-        """The same as keyword arguments of any transformers training configuration."""
-        micro = min(self.micro_batch_size or self.batch_size, self.batch_size)
-        if self.batch_size % micro:
-            raise ValueError(f"batch_size {self.batch_size} is no multiple of micro_batch_size {micro}")
-        return {
-            "output_dir": str(out / CHECKPOINTS),
-            "learning_rate": self.learning_rate,
-            "num_train_epochs": self.epochs,
-            "per_device_train_batch_size": micro,
-            "per_device_eval_batch_size": micro,
-            "gradient_accumulation_steps": self.batch_size // micro,
-            "warmup_steps": self.warmup,
-            "lr_scheduler_type": self.schedule,
-            "adam_beta1": self.betas[0],
-            "adam_beta2": self.betas[1],
-            "weight_decay": self.weight_decay,
-            "max_grad_norm": self.max_grad_norm,
-            "seed": seed,
-            "data_seed": seed,
-            "logging_steps": 1,
-            "save_strategy": "steps" if self.checkpoint_every else "no",
-            "save_steps": self.checkpoint_every or 1,
-            "save_total_limit": 2,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "dataloader_pin_memory": False,
-            "activation_checkpointing": False,
-            "use_cpu": not torch.accelerator.is_available(),
-            "bf16": compute_dtype() is torch.bfloat16,
-            "disable_dropout": False,
-        }
 
 
 class _Watch(TrainerCallback):  # type: ignore[misc]

@@ -22,8 +22,9 @@ from madpo.data.load import TooLong
 from madpo.logprobs import completion_logps
 from madpo.models import load_model, load_tokenizer, resolve_model
 from madpo.practice.pairs import Row, folds_by_prompt, load_split, loading, prompt_key
-from madpo.practice.policy import TrainSettings, as_dataset, build_trainer, require_columns, trainer_arguments
+from madpo.practice.policy import as_dataset, build_trainer, require_columns, trainer_arguments
 from madpo.practice.reward_model import PairScorer, load_scorer
+from madpo.practice.train_settings import TrainSettings
 from madpo.records import Estimate
 from madpo.statistics import bootstrap_mean, bootstrap_share, fit_temperature, proportion
 from madpo.storage import write_atomically

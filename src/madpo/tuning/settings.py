@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from madpo.config import Frozen
-from madpo.practice.policy import TrainSettings
+from madpo.practice.train_settings import TrainSettings
 from madpo.tuning.space import Space, default_space, flat, with_values
 
 Criterion = Literal["log_loss", "accuracy", "reward"]

@@ -1,0 +1,54 @@
+"""What can be refused before anything heavy is loaded: files that are not there, a folder that is in use.
+
+The functions of the commands refuse the same, in the same words; here a person is told in a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from madpo.config import read_toml
+from madpo.data.sources import look_at
+from madpo.packaged import PACKAGED
+from madpo.places import resolve_model
+from madpo.practice.folders import refuse_occupied
+
+
+def refuse_missing_files(data: str | Path | None, config: Path | None) -> None:
+    """Refuse data or a configuration that cannot be opened.
+
+    Raises:
+        ConfigError, DataError: one sentence.
+    """
+    if config is not None:
+        read_toml(config)
+    if data is not None:
+        look_at(data)
+
+
+def refuse_missing_places(
+    *,
+    data: Sequence[str | Path | None] = (),
+    models: Sequence[str | None] = (),
+    output_dir: Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Refuse what the settings name and is not there, and an output folder that is in use.
+
+    Args:
+        data: data sets beside the first.
+        models: of which a model is to be loaded; what a hub name stands for is seen when it is loaded.
+        output_dir: of a command that begins with an empty folder.
+
+    Raises:
+        ConfigError, DataError, StorageError: one sentence.
+    """
+    for place in data:
+        if place is not None:
+            look_at(place)
+    for model in models:
+        if model is not None and model not in PACKAGED and not model.startswith("tiny-"):
+            resolve_model(model)
+    if output_dir is not None:
+        refuse_occupied(output_dir.resolve(), overwrite=overwrite)

@@ -1,0 +1,96 @@
+"""What a training is told: the size of its adapter, AdamW and its schedule. No torch until one begins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from madpo.config import Frozen
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+CHECKPOINTS = "checkpoints"
+
+
+class LoRA(Frozen):
+    """A low-rank adapter."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32, gt=0)
+    """The update is scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """0 makes the log-ratios exactly 0 before the first step."""
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Modules to adapt; the output head never is."""
+
+    def peft_config(self, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> LoraConfig:
+        """The same for PEFT; a reward model's head trains in full and is saved with the adapter."""
+        from peft import LoraConfig, TaskType
+
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=self.targets if isinstance(self.targets, str) else list(self.targets),
+            task_type=TaskType[task],
+            modules_to_save=["score"] if task == "SEQ_CLS" else None,
+        )
+
+
+class Optimisation(Frozen):
+    """AdamW and its schedule, the same for every training of the study."""
+
+    learning_rate: float = Field(gt=0)
+    epochs: float = Field(gt=0)
+    batch_size: int = Field(ge=1)
+    """Examples (or pairs) per optimiser step."""
+    micro_batch_size: int | None = Field(default=None, ge=1, exclude=True)
+    """Examples per forward pass; None is the whole batch. The result does not depend on it."""
+    warmup: float = Field(default=0.03, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises."""
+    schedule: str = "cosine"
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(default=0.01, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    checkpoint_every: int = Field(default=25, ge=0, exclude=True)
+    """Optimiser steps between two checkpoints, from which a killed training continues; 0 is none."""
+
+    def arguments(self, out: Path, seed: int) -> dict[str, Any]:
+        """The same as keyword arguments of any transformers training configuration."""
+        import torch
+
+        from madpo.models import compute_dtype
+
+        micro = min(self.micro_batch_size or self.batch_size, self.batch_size)
+        if self.batch_size % micro:
+            raise ValueError(f"batch_size {self.batch_size} is no multiple of micro_batch_size {micro}")
+        return {
+            "output_dir": str(out / CHECKPOINTS),
+            "learning_rate": self.learning_rate,
+            "num_train_epochs": self.epochs,
+            "per_device_train_batch_size": micro,
+            "per_device_eval_batch_size": micro,
+            "gradient_accumulation_steps": self.batch_size // micro,
+            "warmup_steps": self.warmup,
+            "lr_scheduler_type": self.schedule,
+            "adam_beta1": self.betas[0],
+            "adam_beta2": self.betas[1],
+            "weight_decay": self.weight_decay,
+            "max_grad_norm": self.max_grad_norm,
+            "seed": seed,
+            "data_seed": seed,
+            "logging_steps": 1,
+            "save_strategy": "steps" if self.checkpoint_every else "no",
+            "save_steps": self.checkpoint_every or 1,
+            "save_total_limit": 2,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+            "activation_checkpointing": False,
+            "use_cpu": not torch.accelerator.is_available(),
+            "bf16": compute_dtype() is torch.bfloat16,
+            "disable_dropout": False,
+        }
