@@ -46,7 +46,7 @@ def test_dotted_options_are_settings(argv, expected):
         ),
         (
             ["train", "d.jsonl", "--output_dir", "o", "--model_name_or_path", "m", "--loss.tau", "0"],
-            "loss.tau = 0: must be greater than 0",
+            "loss: tau is 0.0, but must be above 0",
         ),
         (
             ["train", "d.jsonl", "--output_dir", "o", "--model_name_or_path", "m", "--loss", "mdpo"],
@@ -118,7 +118,7 @@ def test_every_option_stands_for_a_key():
 
 
 def test_a_mistake_is_told_before_what_trains_is_loaded(tmp_path):
-    """Torch alone where a loss is read (1.7 s of a processor), else not even that (0.3 s); TRL and PEFT are 5 s more."""
+    """Torch alone where a loss is read (1.7 s of a processor), else not even that (0.3 s); TRL takes 5 more."""
     write(tmp_path / "d.jsonl", text_pairs(1))
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "notes.txt").write_text("mine")

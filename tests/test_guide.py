@@ -23,10 +23,10 @@ def commands() -> list[str]:
 
 def test_the_guide_goes_through_every_command_on_ones_own_data() -> None:
     assert [shlex.split(line)[1] for line in commands()] == [
-        *("check", "reward", "score", "score", "inspect", "tune", "train", "evaluate")
+        *("check", "reward", "score", "score", "inspect", "train", "evaluate", "tune", "train")
     ]
     sections = re.findall(r"^## (\w+)$", GUIDE, re.M)
-    assert sections == ["check", "reward", "score", "inspect", "tune", "train", "evaluate"]
+    assert sections == ["check", "reward", "score", "inspect", "train", "evaluate", "tune"]
     assert GUIDE.count("\n| ") - 2 >= 20, "a line for each pain"
 
 
@@ -44,8 +44,10 @@ def test_every_command_of_the_guide_runs(
     for line in commands():
         assert main(shlex.split(line)[1:]) == 0, line
         assert len(capsys.readouterr().out.splitlines()) >= 2, line
-    for result in ("checked/check.json", "rm/report.html", "scored/scored.jsonl", "margins.html", "tuned/tune.html",
-                   "tuned/chosen.toml", "policy/README.md", "evaluation/samples.html"):  # fmt: skip
+    for result in (
+        *("checked/check.json", "rm/report.html", "scored/scored.jsonl", "margins.html", "policy/README.md"),
+        *("evaluation/samples.html", "tuned/tune.html", "tuned/chosen.toml", "tuned_policy/README.md"),
+    ):
         assert (tmp_path / result).is_file(), result
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "policy" / "merged")
     assert isinstance(

@@ -114,7 +114,7 @@ def score_command(arguments: argparse.Namespace) -> int:
 
     refuse_missing_files(arguments.data, arguments.config)
     beside, settings = asked(arguments, ScoreSettings, **_result())
-    refuse_missing_places(models=[settings.reward.model if settings.reward else None])
+    refuse_missing_places(models=[settings.reward.model if settings.reward else None], rewards=[settings.reward_model])
 
     from madpo.practice import score
 
@@ -260,7 +260,9 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
     refuse_missing_files(None, arguments.config)
     beside, settings = asked(arguments, EvaluateSettings, **_result(), prompts_data=(str, ...))
     prompts = beside.pop("prompts_data")
-    refuse_missing_places(**_places(beside | {"eval_data": prompts}), models=[settings.reference])
+    refuse_missing_places(
+        **_places(beside | {"eval_data": prompts}), models=[settings.reference], rewards=[settings.reward_model]
+    )
 
     from madpo.practice import evaluate
 

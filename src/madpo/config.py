@@ -216,7 +216,9 @@ def _sentence(
         text = f"{key} needs the key {ctx['discriminator']} that says which kind it is"
     else:
         message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-        text = f"{key} = {_short(first['input'])}: {message}" if key else message
+        # What a validator of the program says of a table names the field itself.
+        given = "" if isinstance(first["input"], dict) and kind == "value_error" else f" = {_short(first['input'])}"
+        text = f"{key}{given}: {message}" if key and not message.startswith(f"{key}.") else message
         if kind == "literal_error":
             text += did_you_mean(str(first["input"]), re.findall(r"'([^']*)'", ctx["expected"]))
     if any(key == given or key.startswith(f"{given}.") for given in overridden):

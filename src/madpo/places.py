@@ -6,10 +6,14 @@ A check of a million rows needs a tokenizer and nothing else, in less memory tha
 from __future__ import annotations
 
 import shutil
+import socket
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
+from madpo.config import did_you_mean
 from madpo.errors import ConfigError
 from madpo.memory import give_back
 from madpo.packaged import PACKAGED, cache_dir, packaged, quiet_transformers
@@ -55,13 +59,66 @@ def resolve_model(name_or_path: str) -> Path | str:
         return build_tiny(family, folder)
     path = Path(name_or_path).expanduser()
     if path.is_dir():
-        if not (path / "config.json").exists():
-            raise ConfigError(f"{path} has no config.json; give a model folder, a hub id, or {', '.join(PACKAGED)}")
         check_model(path)
+        if not (path / "config.json").exists():
+            raise ConfigError(f"{path} has no config.json; {_instead(path)}")
         return path
-    if path.is_absolute() or name_or_path.startswith((".", "~")):
+    if path.exists():
+        raise ConfigError(f"{path} is a file; give the folder of a model")
+    if path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
         raise ConfigError(f"{path} is no folder; give a model folder, a hub id, or {', '.join(PACKAGED)}")
     return name_or_path
+
+
+def _instead(folder: Path) -> str:
+    """What to give in place of a folder without a model."""
+    for name in ("merged", "model"):
+        if (folder / name / "config.json").is_file():
+            return f"give the model in it, {folder / name}"
+    if (folder / "reward_model.json").is_file():
+        return "it is a reward model, which rewards and cannot write; give the model that it was trained from"
+    if (folder / "adapter" / "adapter_config.json").is_file():
+        return f"it holds an adapter alone; train again with --merge, and give {folder / 'merged'}"
+    return f"give a model folder, a hub id, or {', '.join(PACKAGED)}"
+
+
+def no_such_model(name: str, reason: str) -> ConfigError:
+    """The error for a name that is neither a folder nor a model of the hub, with what may have been meant."""
+    around = [
+        entry.parent.as_posix()
+        for file in ("config.json", "reward_model.json")
+        for entry in Path(name).parent.glob(f"*/{file}")
+    ]
+    return ConfigError(
+        f"there is no folder {name!r}, and no model of that name could be had from the hub ({reason})"
+        + (did_you_mean(name, [*PACKAGED, *around]) or "; check the path or the hub id")
+    )
+
+
+def refuse_unreachable(name: str) -> None:
+    """Refuse a hub id that is neither here nor to be had, before libraries try for a minute.
+
+    Raises:
+        ConfigError: the hub's address is unknown to this machine, and the model is not in the local cache.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        here = isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError as error:
+        raise no_such_model(name, str(error).splitlines()[0]) from None
+    if here:
+        return
+    if constants.HF_HUB_OFFLINE:
+        raise no_such_model(name, "HF_HUB_OFFLINE is set, and it is not in the cache")
+    if getproxies():  # which may know the address
+        return
+    host = urlsplit(constants.ENDPOINT).hostname or ""
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        raise no_such_model(name, f"{host} cannot be reached") from None
 
 
 def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:

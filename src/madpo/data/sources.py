@@ -108,7 +108,10 @@ def look_at(data: str | Path) -> None:
     Raises:
         DataError: as :func:`open_source`.
     """
-    if not os.path.isdir(Path(data).expanduser()) and not _is_hub_name(data):
+    path = Path(data).expanduser()
+    if os.path.isdir(path):
+        _refuse_other_folders(str(data), path)
+    elif not _is_hub_name(data):
         open_source(data).rows.close()
 
 
@@ -311,8 +314,7 @@ def _parquet(name: str, path: Path, wanted: Sequence[str] | None) -> Source:
 
 
 def _saved(name: str, path: Path) -> Source:
-    if not (path / "state.json").is_file() and not (path / "dataset_dict.json").is_file():
-        raise DataError(f"{name}: is a folder; give the path of a .jsonl, .parquet or .csv file in it")
+    _refuse_other_folders(name, path)
     if not (path / "state.json").is_file():
         raise DataError(
             f"{name}: holds the splits {saved_splits(name, path)}; give the folder of one of them, such as {name}/train"
@@ -326,6 +328,15 @@ def _saved(name: str, path: Path) -> Source:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise DataError(f"{name}: cannot be read as a saved data set ({_short(error)}); save it again") from None
     return Source(name, "row", tuple(data.column_names), _numbered(name, data, "save the data set again"))
+
+
+def _refuse_other_folders(name: str, path: Path) -> None:
+    """Refuse a folder that ``save_to_disk`` has not written."""
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        return
+    scored = next((path / file for file in ("scored.jsonl", "scored.parquet") if (path / file).is_file()), None)
+    remedy = f"give the file in it, {scored}" if scored else "give the path of a .jsonl, .parquet or .csv file in it"
+    raise DataError(f"{name}: is a folder; {remedy}")
 
 
 def _hub(name: str) -> Source:

@@ -42,12 +42,15 @@ def as_tokenizer(tokenizer: Any) -> Any:
     """
     if not isinstance(tokenizer, str) and not hasattr(tokenizer, "__fspath__"):
         return tokenizer
-    from madpo.places import light_tokenizer, resolve_model
+    from madpo.places import light_tokenizer, refuse_unreachable, resolve_model
 
     try:
         # A folder may hold a tokenizer and no model.
         alone = (Path(tokenizer).expanduser() / "tokenizer_config.json").is_file()
-        return light_tokenizer(Path(tokenizer).expanduser() if alone else resolve_model(str(tokenizer)))
+        place = Path(tokenizer).expanduser() if alone else resolve_model(str(tokenizer))
+        if isinstance(place, str):
+            refuse_unreachable(place)
+        return light_tokenizer(place)
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError | DataError):
             raise
@@ -62,7 +65,9 @@ class Encoder:
 
     def __init__(self, tokenizer: Any) -> None:
         if tokenizer.eos_token_id is None:
-            raise ConfigError("the tokenizer has no end token; set tokenizer.eos_token, or completions would never end")
+            raise ConfigError(
+                "the tokenizer has no end token, so completions would never end; set eos_token (tokenizer_config.json)"
+            )
         self.tokenizer = tokenizer
         self.eos: int = tokenizer.eos_token_id
         probe = tokenizer("a")["input_ids"]
@@ -119,7 +124,7 @@ class Encoder:
         if not self.tokenizer.chat_template:
             raise ConfigError(
                 "the data holds messages but the tokenizer has no chat template; take an instruction-tuned model's "
-                "tokenizer or set tokenizer.chat_template"
+                "tokenizer or set its chat_template (chat_template.jinja beside the model)"
             )
         text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
         return text

@@ -78,6 +78,17 @@ _BY_TYPE: dict[Any, str] = {
 TYPES = {name: kind for kind, names in _BY_TYPE.items() for name in names.split()}
 
 
+# Argument -> (the smallest value that means something, the option that gives it).
+_SMALLEST: dict[str, tuple[float, str]] = {
+    "per_device_train_batch_size": (1, " (--batch_size)"),
+    "per_device_eval_batch_size": (1, ""),
+    "precompute_ref_batch_size": (1, ""),
+    "gradient_accumulation_steps": (1, ""),
+    "max_length": (2, " (--max_length)"),
+    "learning_rate": (0, " (--learning_rate)"),
+}
+
+
 def checked_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of ``PreferenceConfig``, each of a type that its field takes.
 
@@ -95,5 +106,10 @@ def checked_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
         except ValidationError as error:
             reason = error.errors()[0]["msg"].replace("Input should be", "must be")
             raise ValueError(f"args.{name} = {value!r}: {reason}") from None
+        smallest, option = _SMALLEST.get(name, (None, ""))
+        if smallest is not None and taken is not None and not taken >= smallest:
+            raise ValueError(f"args.{name}{option} = {value!r}: must be at least {smallest}")
+        if name == "num_train_epochs" and not taken > 0:
+            raise ValueError(f"args.{name} (--epochs) = {value!r}: must be greater than 0")
         found[name] = taken if isinstance(value, str) and isinstance(taken, int | float) else value
     return found

@@ -11,7 +11,7 @@ from pathlib import Path
 from madpo.config import read_toml
 from madpo.data.sources import look_at
 from madpo.packaged import PACKAGED
-from madpo.places import resolve_model
+from madpo.places import refuse_unreachable, resolve_model
 from madpo.practice.folders import refuse_occupied
 
 
@@ -31,6 +31,7 @@ def refuse_missing_places(
     *,
     data: Sequence[str | Path | None] = (),
     models: Sequence[str | None] = (),
+    rewards: Sequence[str | None] = (),
     output_dir: Path | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -38,7 +39,8 @@ def refuse_missing_places(
 
     Args:
         data: data sets beside the first.
-        models: of which a model is to be loaded; what a hub name stands for is seen when it is loaded.
+        models: of which a model is to be loaded.
+        rewards: reward models, ours or others'.
         output_dir: of a command that begins with an empty folder.
 
     Raises:
@@ -47,8 +49,16 @@ def refuse_missing_places(
     for place in data:
         if place is not None:
             look_at(place)
-    for model in models:
-        if model is not None and model not in PACKAGED and not model.startswith("tiny-"):
-            resolve_model(model)
     if output_dir is not None:
         refuse_occupied(output_dir.resolve(), overwrite=overwrite)
+    own = {reward for reward in rewards if reward and _ours(Path(reward).expanduser())}
+    for model in (*models, *(reward for reward in rewards if reward not in own)):
+        if model is not None and model not in PACKAGED and not model.startswith("tiny-"):
+            found = resolve_model(model)
+            if isinstance(found, str):
+                refuse_unreachable(found)
+
+
+def _ours(place: Path) -> bool:
+    """Whether a folder is a reward model of ours, or a part of one, which loading it tells better."""
+    return any((folder / "reward_model.json").is_file() for folder in (place, place.parent))

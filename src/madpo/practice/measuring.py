@@ -20,6 +20,7 @@ from madpo.data.tokens import Encoder
 from madpo.errors import ConfigError, DataError
 from madpo.evaluation import distinct
 from madpo.models import load_model, load_tokenizer, resolve_model
+from madpo.packaged import PACKAGED
 from madpo.practice.folders import building, digest
 from madpo.practice.pages import write_samples_page
 from madpo.practice.pairs import loading, prompt_key
@@ -141,6 +142,8 @@ def find_policy(policy: str | Path, reference: str | None) -> Place:
         ConfigError: nothing says what the reference is.
     """
     folder = Path(policy).expanduser()
+    if (folder / "reward_model.json").is_file() or (folder.parent / "reward_model.json").is_file():
+        raise ConfigError(f"{policy} is a reward model, which rewards and cannot write; give a folder of madpo train")
     made = folder / "config.toml"
     started = _started_from(made) if made.is_file() else None
     adapter = next((f for f in (folder / "adapter", folder) if (f / "adapter_config.json").is_file()), None)
@@ -150,6 +153,10 @@ def find_policy(policy: str | Path, reference: str | None) -> Place:
     else:
         base = str(folder / "model") if (folder / "model" / "config.json").is_file() else str(policy)
     if (reference := reference or started) is None:
+        if not folder.exists() and str(policy) not in PACKAGED:
+            raise ConfigError(
+                f"there is no folder {str(policy)!r}; give a folder of madpo train, or a hub id with --reference"
+            )
         raise ConfigError(f"{policy} does not say which model it started from; give it with --reference")
     return Place(str(policy), str(base), adapter, str(reference))
 
@@ -179,7 +186,10 @@ def read_prompts(data: str | Path, count: int | None = None) -> list[tuple[int, 
                 raise raw
             name = next((alias for alias in ALIASES["prompt"] if alias in raw), None)
             if name is None:
-                raise DataError(f"{source.at(number)}: has no 'prompt' (found {', '.join(map(repr, list(raw)[:12]))})")
+                found_names = ", ".join(map(repr, list(raw)[:12]))
+                raise DataError(
+                    f"{source.at(number)}: has no 'prompt' (found {found_names}); rename the column that holds it"
+                )
             prompt = raw[name]
             messages = isinstance(prompt, list) and prompt and all(_is_message(m) for m in prompt)
             if not (isinstance(prompt, str) and prompt) and not messages:

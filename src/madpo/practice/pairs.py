@@ -8,12 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from peft.utils.error import NoMatchingPeftModuleError
+
 from madpo.data import load_preferences
 from madpo.data.load import TooLong
 from madpo.data.rows import Pair, Text
 from madpo.data.tokens import Encoder, Truncation, truncated
 from madpo.errors import ConfigError, DataError, MadpoError
-from madpo.models import load_tokenizer, resolve_model
+from madpo.places import load_tokenizer, no_such_model, resolve_model
+from madpo.recipe import LoRA
 from madpo.seeding import rng
 
 Row = dict[str, Any]
@@ -33,8 +36,26 @@ def loading(name: str | Path) -> Iterator[None]:
         raise
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        if not Path(name).expanduser().exists():
+            raise no_such_model(str(name), reason) from error
         raise ConfigError(
             f"the model {str(name)!r} cannot be loaded ({reason}); give a folder with safetensors or a hub id"
+        ) from error
+
+
+@contextmanager
+def adapted(model: str, lora: LoRA) -> Iterator[None]:
+    """Tell in one sentence that an adapter finds no place in a model.
+
+    Raises:
+        ConfigError: in place of PEFT's error.
+    """
+    try:
+        yield
+    except NoMatchingPeftModuleError as error:
+        raise ConfigError(
+            f"lora.targets = {lora.targets!r}: the model {model!r} has no such modules; name linear layers of it, such "
+            "as q_proj, or take all-linear"
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +12,13 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from madpo import processes
-from madpo.config import Frozen
+from madpo.config import Frozen, did_you_mean
 from madpo.errors import ConfigError, DataError
 from madpo.logprobs import unwrapped
 from madpo.losses import LossConfig
@@ -22,7 +27,7 @@ from madpo.packaged import quiet_transformers
 from madpo.practice.card import model_card
 from madpo.practice.claims import read_own
 from madpo.practice.folders import building, digest, toml, training_state
-from madpo.practice.pairs import Row, load_training, loading
+from madpo.practice.pairs import Row, adapted, load_training, loading
 from madpo.practice.train_settings import TrainSettings
 from madpo.recipe import CHECKPOINTS
 from madpo.storage import write_atomically
@@ -174,6 +179,7 @@ def trainer_arguments(settings: TrainSettings, out: Path, *, evaluated: bool) ->
     given = {**_DEFAULTS, **settings.args}
     if given.get("eval_strategy", "no") != "no" and not evaluated:
         raise ConfigError(f"args.eval_strategy = {given['eval_strategy']!r} needs eval_data or eval_share")
+    refuse_missing_trackers(given["report_to"])
     if not torch.cuda.is_available():
         given.setdefault("dataloader_pin_memory", False)
     try:
@@ -211,6 +217,24 @@ def _reference_batch(args: PreferenceConfig, out: Path) -> int:
     return processes.first(look)
 
 
+def refuse_missing_trackers(names: str | Sequence[str] | None) -> None:
+    """Refuse trackers that transformers does not know, or whose package is absent.
+
+    Raises:
+        ConfigError: naming those that are there.
+    """
+    installed = get_available_reporting_integrations()
+    for name in [names] if isinstance(names, str) else names or ():
+        if name in ("all", "none", *installed):
+            continue
+        known = name in INTEGRATION_TO_CALLBACK
+        remedy = f"pip install {name}" if known else (did_you_mean(name, list(INTEGRATION_TO_CALLBACK)) or "")
+        there = f"; installed are {', '.join(installed)}" if installed else ""
+        raise ConfigError(
+            f"report_to names {name!r}, {'which is not installed; ' if known else 'which is no tracker'}{remedy}{there}"
+        )
+
+
 def build_trainer(
     settings: TrainSettings,
     args: PreferenceConfig,
@@ -223,7 +247,7 @@ def build_trainer(
     with loading(settings.model):
         model = load_quantised(base) if settings.qlora else load_model(base, dtype=_dtype(settings))
     torch.manual_seed(args.seed)  # the adapter starts at random
-    with quiet_transformers():
+    with quiet_transformers(), adapted(settings.model, settings.lora):
         return PreferenceTrainer(
             model,
             args=args,

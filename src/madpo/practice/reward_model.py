@@ -22,7 +22,7 @@ from madpo.errors import ConfigError, DataError
 from madpo.models import load_classifier, load_tokenizer, resolve_model
 from madpo.practice.folders import building, digest, training_state
 from madpo.practice.pages import write_reward_page
-from madpo.practice.pairs import Row, load_training, loading, prompt_key, sequences, split_by_prompt
+from madpo.practice.pairs import Row, adapted, load_training, loading, prompt_key, sequences, split_by_prompt
 from madpo.practice.settings import RewardSettings
 from madpo.progress import say
 from madpo.records import Estimate
@@ -186,7 +186,8 @@ def fit(settings: RewardSettings, train: Sequence[Row], stopping: Sequence[Row],
     with loading(settings.model):
         resolve_model(settings.model)
         AutoConfig.from_pretrained(resolve_model(settings.model), trust_remote_code=False)
-    return fit_reward_model(stage, Dataset.from_dict(sequences(train)), Dataset.from_dict(sequences(stopping)), out)
+    with adapted(settings.model, settings.lora):
+        return fit_reward_model(stage, Dataset.from_dict(sequences(train)), Dataset.from_dict(sequences(stopping)), out)
 
 
 def _measure(folder: Path, rows: Sequence[Row]) -> tuple[Estimate, MarginReport, Estimate, Estimate | None]:
@@ -275,6 +276,8 @@ def load_scorer(place: str | Path, *, batch_size: int = 16) -> PairScorer:
     folder = Path(place).expanduser()
     if (folder / "reward_model.json").is_file():
         return PairScorer(RewardModel.load(folder), own=True, batch_size=batch_size)
+    if (folder.parent / "reward_model.json").is_file():
+        raise ConfigError(f"{place} is a part of a reward model; give the folder {folder.parent}")
     with loading(place):
         base = resolve_model(str(place))
         check_model(base)
