@@ -155,3 +155,15 @@ def test_a_name_is_refused_at_once_where_the_hub_cannot_be_reached(
     refuse_unreachable("owner/name")
     monkeypatch.setenv("https_proxy", "http://proxy:3128")
     refuse_unreachable("owner/other")
+
+
+def test_margins_that_say_nothing_are_told(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a learning rate of almost nothing the head stays at 0, as it does where no look is better than a coin."""
+    monkeypatch.chdir(place)
+    few = "--model_name_or_path model --folds 2 --learning_rate 1e-30 --eval_share 0.5"
+    run(*shlex.split(f"score pairs.jsonl {few} --output_dir {tmp_path / 'scored'}"))
+    assert (
+        "16 margins are exactly 0: equal scores, or a reward model that has learned nothing" in capsys.readouterr().out
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from math import ceil
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,7 +33,7 @@ from madpo.storage import write_atomically
 from madpo.training.stages import RewardModelStage, fit_reward_model
 from madpo.untrusted import check_model
 
-EVALUATIONS = 20
+EVALUATIONS = 10
 """Looks at the held-out pairs during the training, where ``eval_every`` does not say otherwise."""
 
 MEMORY_REMEDY = "give a smaller --micro_batch_size, which leaves the result as it is, or a lower --max_length"
@@ -174,12 +175,12 @@ def _halves(heldout: Sequence[Row], settings: RewardSettings, name: str) -> tupl
 
 def fit(settings: RewardSettings, train: Sequence[Row], stopping: Sequence[Row], out: Path) -> int:
     """Train on rows with token ids; returns the step whose weights were kept."""
-    planned = int(np.ceil(len(train) * settings.optimisation.epochs / settings.optimisation.batch_size))
+    planned = ceil(len(train) * settings.optimisation.epochs / settings.optimisation.batch_size)
     stage = RewardModelStage(
         model=settings.model,
         optimisation=settings.optimisation,
         lora=settings.lora,
-        eval_every=settings.eval_every or max(1, planned // EVALUATIONS),
+        eval_every=settings.eval_every or ceil(planned / EVALUATIONS),
         patience=settings.patience,
         seed=settings.seed,
     )

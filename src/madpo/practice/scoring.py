@@ -65,6 +65,8 @@ class ScoreReport(Frozen):
     calibrated_log_loss: float
     heldout: bool
     """True if no margin comes from a model that was trained on its pair (known for ``folds`` alone)."""
+    ties: int = 0
+    """Margins of exactly 0: of a reward model that has learned nothing, or scores that are equal."""
 
     def text(self) -> str:
         """The report for a person."""
@@ -75,6 +77,11 @@ class ScoreReport(Frozen):
             f"log loss {self.log_loss:.3f}, {self.calibrated_log_loss:.3f} at temperature {self.temperature:.3g} "
             f"(a coin: 0.693); the temperature was {self.temperature_reason}",
         ]
+        if self.ties:
+            lines.append(
+                f"{self.ties} margins are exactly 0: equal scores, or a reward model that has learned nothing (no look "
+                "at its held-out pairs was better than a coin; give more pairs, more epochs or a larger patience)"
+            )
         if not self.heldout:
             lines.append("if the reward model was trained on these pairs, all of this flatters it; --folds does not")
         return "\n".join(lines)
@@ -304,6 +311,7 @@ def _report(
         temperature_reason=fitted.temperature_reason,
         calibrated_log_loss=fitted.calibrated_log_loss,
         heldout=settings.folds is not None,
+        ties=int((margins == 0).sum()),
     )
 
 

@@ -37,7 +37,7 @@ class RewardSettings(Frozen):
     stopping_share: float = Field(default=0.5, gt=0, lt=1)
     """Share of the held-out pairs that decides when to stop; the others alone give the report."""
     eval_every: int | None = Field(default=None, ge=1)
-    """Optimiser steps between two looks at them; None looks 20 times."""
+    """Optimiser steps between two looks at them; None looks 10 times at most."""
     patience: int = Field(default=3, ge=1)
     """Looks without improvement before the training stops."""
     max_length: int | None = Field(default=None, ge=2)
