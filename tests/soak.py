@@ -22,15 +22,24 @@ from sections import put_section
 
 KINDS = ("sft", "reward_model", "dpo", "beta_dpo")
 EVERY = 4  # optimiser steps between two checkpoints
+SETTINGS = {"learning_rate": 5e-3, "epochs": 3, "batch_size": 8, "micro_batch_size": 4, "checkpoint_every": EVERY}
+REAL = {"learning_rate": 1e-4, "epochs": 1, "batch_size": 2, "micro_batch_size": 1, "checkpoint_every": 2}
+"""Of the packaged model: six steps of two short pairs."""
 
 
-def prepare(root: Path) -> None:
-    """A tiny model, a corpus' stand-in and labelled pairs with reference log-probabilities."""
+def prepare(root: Path, *, real: bool = False) -> None:
+    """A model, a corpus' stand-in and labelled pairs with reference log-probabilities."""
     import pandas as pd
 
-    from madpo.models import build_tiny
+    from madpo.models import build_tiny, resolve_model
 
-    build_tiny("llama", root / "base" / "model", seed=1)
+    pairs, heldout, texts = (12, 4, 12) if real else (44, 12, 40)
+    if real:
+        (root / "base").mkdir()
+        (root / "base" / "model").symlink_to(resolve_model("gemma-3-270m"))
+    else:
+        build_tiny("llama", root / "base" / "model", seed=1)
+    (root / "settings.json").write_text(json.dumps(REAL if real else SETTINGS))
     generator = np.random.default_rng(5)
 
     def ids(low: int, high: int) -> list[int]:
@@ -39,12 +48,12 @@ def prepare(root: Path) -> None:
     rows = [
         {
             "pair_id": 100 + i,
-            "split": "train" if i < 44 else "heldout",
+            "split": "train" if i < pairs else "heldout",
             "prompt_ids": ids(2, 6),
             "chosen_ids": ids(2, 9),
             "rejected_ids": ids(2, 9),
         }
-        for i in range(56)
+        for i in range(pairs + heldout)
     ]
     (root / "pairs").mkdir()
     pd.DataFrame(rows).to_parquet(root / "pairs" / "pairs.parquet")
@@ -52,7 +61,7 @@ def prepare(root: Path) -> None:
     (root / "logps").mkdir()
     logps = {name: -20.0 - generator.random(len(train)) for name in ("ref_chosen_logps", "ref_rejected_logps")}
     pd.DataFrame({"pair_id": train, **logps}).to_parquet(root / "logps" / "reference.parquet")
-    (root / "texts.json").write_text(json.dumps([" ".join(f"w{i}" for i in ids(4, 12)) for _ in range(40)]))
+    (root / "texts.json").write_text(json.dumps([" ".join(f"w{i}" for i in ids(4, 12)) for _ in range(texts)]))
 
 
 def train(kind: str, root: Path, out: Path, changes: dict | None = None) -> None:
@@ -63,15 +72,8 @@ def train(kind: str, root: Path, out: Path, changes: dict | None = None) -> None
     from madpo.training import stages
 
     out.mkdir(parents=True, exist_ok=True)
-    settings = {
-        "learning_rate": 5e-3,
-        "epochs": 3,
-        "batch_size": 8,
-        "micro_batch_size": 4,
-        "checkpoint_every": EVERY,
-        **(changes or {}),
-    }
-    optimisation = stages.Optimisation(**settings)
+    settings = json.loads((root / "settings.json").read_text())
+    optimisation = stages.Optimisation(**{**settings, **(changes or {})})
     common = {"optimisation": optimisation, "lora": LoRA(rank=4, alpha=8, dropout=0.1), "seed": 3}
     inputs = {"pairs": root / "pairs", "reference": root / "base", "logps": root / "logps"}
     model = str(root / "base" / "model")
@@ -198,19 +200,31 @@ def soak(root: Path, kinds: tuple[str, ...], kills: int, seed: int) -> list[dict
     return counts
 
 
-def write_page(rows: list[dict], path: Path, seed: int) -> None:
+def write_page(rows: list[dict], path: Path, seed: int, *, real: bool = False) -> None:
     """The section of docs/reliability.md."""
     import torch
 
+    table = [
+        "| training | kills tried | ended by the kill | continued from a checkpoint | equal in every byte |",
+        "| --- | --- | --- | --- | --- |",
+        *(f"| {r['kind']} | {r['trials']} | {r['killed']} | {r['resumed']} | {r['equal']} |" for r in rows),
+        "",
+    ]
+    if real:
+        lines = [
+            "The same with Gemma-3-270M, by `python tests/soak.py --model real`: six steps of two short pairs (or",
+            "texts), a checkpoint every 2 steps.",
+            "",
+            *table,
+        ]
+        put_section(path, "## Trainings of Gemma-3-270M killed and continued", lines)
+        return
     lines = [
         "`make soak` trains tiny models with every stage of the study, kills each training with SIGKILL at random",
         "moments, starts it again in the same folder and compares **every file** that it leaves (weights, `log.jsonl`,",
         "metrics) with those of a run that nobody disturbed. The counts below are written by that command.",
         "",
-        "| training | kills tried | ended by the kill | continued from a checkpoint | equal in every byte |",
-        "| --- | --- | --- | --- | --- |",
-        *(f"| {r['kind']} | {r['trials']} | {r['killed']} | {r['resumed']} | {r['equal']} |" for r in rows),
-        "",
+        *table,
         "A training that was killed before its first checkpoint starts from the first step; one that had ended before",
         "the kill came is counted as tried, and not as ended by it.",
         "",
@@ -231,7 +245,8 @@ def _bfloat16() -> bool:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=20, help="kills of each kind of training")
+    parser.add_argument("--model", choices=("tiny", "real"), default="tiny", help="real: Gemma-3-270M, minutes a kill")
+    parser.add_argument("--kills", type=int, help="kills of each kind of training (default: 20, of the real model 3)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--page", type=Path, help="write the counts to this Markdown file")
@@ -240,11 +255,13 @@ def main() -> None:
     warm_up()
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        os.environ["MADPO_CACHE"] = str(root / "cache")
-        assert wait(fork(lambda: prepare(root))) == 0
-        rows = soak(root, tuple(options.kinds), options.kills, options.seed)
+        real = options.model == "real"
+        if not real:  # which is unpacked in the user's own cache
+            os.environ["MADPO_CACHE"] = str(root / "cache")
+        assert wait(fork(lambda: prepare(root, real=real))) == 0
+        rows = soak(root, tuple(options.kinds), options.kills or (3 if real else 20), options.seed)
     if options.page:
-        write_page(rows, options.page, options.seed)
+        write_page(rows, options.page, options.seed, real=real)
     raise SystemExit(any(row["equal"] < row["trials"] for row in rows))
 
 
