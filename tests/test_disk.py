@@ -134,7 +134,7 @@ def test_every_command_on_a_full_disk(small_disk, llama, tmp_path, capsys, comma
     given = {
         "reward": [str(data), *base, *out, "--eval_share", "0.4"],
         "score": [str(data), "--score_columns", "a", "b", *out],
-        "evaluate": [str(llama), "--reference", str(llama), "--prompts", str(data), "--reward", "nothing", *out],
+        "evaluate": [str(llama), "--reference", str(llama), "--prompts", str(data), "--reward", str(llama), *out],
         "check": [str(data), "--output_dir", str(small_disk / "out")],
     }[command]
     fill(small_disk)
@@ -281,7 +281,7 @@ def test_a_second_run_is_refused_with_pid_and_host_everywhere(llama, tmp_path, c
             assert main(["score", str(data), "--score_columns", "a", "b", *out, *more]) == 2
             assert who in one_sentence(capsys)
         assert [p.name for p in (tmp_path / "out").iterdir()] == [LOCK]
-    prompts = ["--reference", str(llama), "--prompts", str(data), "--reward", "nothing"]
+    prompts = ["--reference", str(llama), "--prompts", str(data), "--reward", str(llama)]
     with another_process_in(tmp_path / ".other.partial") as other:
         out = ["--output_dir", str(tmp_path / "other")]
         for command in (
