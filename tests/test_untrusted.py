@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
@@ -219,6 +220,20 @@ def test_a_saved_data_set_names_no_file_outside_its_folder(saved, tmp_path, how)
     edit(saved / "state.json", _data_files=[{"filename": name}])
     with pytest.raises(DataError, match=r"state\.json names the file .*, which lies outside the folder"):
         load_preferences(saved)
+
+
+@pytest.mark.parametrize("offset", [-5, 2**30, 2**31 - 1])
+def test_an_offset_that_leads_out_of_a_saved_data_set_is_one_sentence(tmp_path, offset):
+    """Unchecked it is an error of the interpreter, or the end of the process."""
+    datasets.Dataset.from_list([{"prompt": "p", "chosen": "c", "rejected": side} for side in "rs"]).save_to_disk(
+        tmp_path
+    )
+    (file,) = tmp_path.glob("*.arrow")
+    good, bad = (np.array([0, middle, 2], dtype="<i4").tobytes() for middle in (1, offset))
+    assert good in file.read_bytes()
+    file.write_bytes(file.read_bytes().replace(good, bad))
+    with pytest.raises(DataError, match=r"cannot be read as a saved data set .*; save it again"):
+        load_preferences(tmp_path)
 
 
 @pytest.mark.parametrize("files", [None, [], 3, [3], [{}], [{"filename": None}]])

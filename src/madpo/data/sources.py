@@ -324,6 +324,7 @@ def _saved(name: str, path: Path) -> Source:
 
     try:
         data = datasets.Dataset.load_from_disk(str(path)).with_format(None)
+        data.data.validate(full=True)  # Arrow follows damaged offsets out of the file, which ends the process
         data.info.features = unopened(data.features)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise DataError(f"{name}: cannot be read as a saved data set ({_short(error)}); save it again") from None
