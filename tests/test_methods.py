@@ -16,8 +16,9 @@ from madpo.errors import ConfigError
 from madpo.evaluation import best_responses
 from madpo.experiment import Experiment
 from madpo.methods import Method
-from madpo.pipeline import Planned, Record
+from madpo.pipeline import Planned, Record, run
 from madpo.preferences import PAIRS
+from madpo.progress import duration
 from madpo.relabelling import AgreeingStage, RedrawnStage, keep_agreeing, redraw_labels
 from madpo.responses import Response
 from madpo.training import folds
@@ -246,6 +247,34 @@ def test_estimates_follow_from_tokens_and_rates():
     ]:
         with pytest.raises(ConfigError, match=words):
             estimates.rates_of([option])
+
+
+def test_a_slower_machine_takes_longer_by_its_products_share(monkeypatch):
+    clock = iter(range(1000))
+    monkeypatch.setattr(estimates.time, "perf_counter", lambda: float(next(clock)))  # every product takes a second
+    machine = estimates.this_machine()
+    slower = 0.52 * 400 / (2 * 1024**3 / 1e9) + 0.48
+    assert machine.rates["train"] == pytest.approx(estimates.TWO_CORES["train"] / slower)
+    assert "run at 2 GFLOP/s" in machine.name
+
+
+def test_a_smaller_model_takes_the_share_of_its_parameters(monkeypatch):
+    steps = {step.name: step for step in load_config(find_experiment("laptop"), Experiment).steps()}
+    policy = steps["policy/low/dpo/seed0"]
+    whole = estimates.estimate(policy, estimates.TWO_CORES)
+    half = estimates._GEMMA._replace(parameters=134e6)
+    monkeypatch.setattr(estimates, "_shape", lambda step: half)
+    assert estimates.estimate(policy, estimates.TWO_CORES).seconds == pytest.approx(whole.seconds / 2)
+
+
+def test_a_run_begins_with_its_time_where_that_is_more_than_a_minute(tmp_path, monkeypatch):
+    steps = load_config(find_experiment("quickstart"), Experiment).steps()
+    rates = {kind: 2 * rate for kind, rate in estimates.TWO_CORES.items()}
+    monkeypatch.setattr(estimates, "this_machine", lambda: estimates.Machine(rates, "a machine"))
+    words = estimates.first_words(run(steps, tmp_path / "out", dry_run=True))
+    seconds = sum(estimates.estimate(step, rates).seconds for step in steps)
+    assert words == f"About {duration(seconds)} of work for a machine; finished steps are kept when it is stopped."
+    assert estimates.first_words(run(steps[:1], tmp_path / "out", only=["oracle"], dry_run=True)) is None
 
 
 def test_finished_steps_correct_the_estimates_of_their_kind(tmp_path, monkeypatch):

@@ -1,14 +1,16 @@
-"""How long a step takes and how much memory it needs, before it runs: for ``madpo run --dry-run``.
+"""How long a step takes and how much memory it needs, before it runs: for ``madpo run`` and its ``--dry-run``.
 
-Time is counted in tokens over a machine's rates. The default rates were measured on two cores (docs/log.md, the
-quickstart); other machines' are given as options, and steps that are finished in the folder correct the estimate of
-the same kind of step. Memory follows from the model's shape, and is an order of magnitude.
+Time is counted in tokens over a machine's rates. They were measured on two cores with AVX-512 BF16 (docs/log.md, the
+quickstart), and are carried over to another machine without a GPU by the rate of its matrix products, and to another
+model by its parameters; or they are given as options. Steps that are finished in the folder correct the estimate of
+the same kind of step. Memory follows from the model's shape. Both are orders of magnitude.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +32,11 @@ from madpo.training.stages import MarginStage, PolicyStage, ReferenceStage, Rewa
 # preference loss) completion tokens alone, "reward" no token's word; "score" and "judge" are the passes of a language
 # model and of a reward model without gradients.
 TWO_CORES = {"sft": 120.0, "train": 250.0, "reward": 350.0, "score": 600.0, "judge": 1000.0, "generate": 240.0}
-MACHINE = "two cores with AVX-512 BF16, for Gemma-3-270M"
+MACHINE = "two cores with AVX-512 BF16"
+_PRODUCT = 400.0  # their rate at a large product in bfloat16, GFLOP/s
+_PRODUCTS = (
+    0.52  # share of a training step's time there that its products would take at that rate (docs/performance.md)
+)
 _LOADING = 8.0  # seconds for a model and its libraries
 _LIBRARIES = 0.6e9  # bytes of a process that has loaded them
 
@@ -62,6 +68,50 @@ class Estimated(NamedTuple):
 
     seconds: float
     memory: float | None
+
+
+class Machine(NamedTuple):
+    """Tokens a second of Gemma-3-270M by kind of work, and whose they are."""
+
+    rates: Mapping[str, float]
+    name: str
+
+
+def this_machine() -> Machine:
+    """The rates of the processor that this runs on, from a third of a second of matrix products.
+
+    Of a step's time, the products' share follows their rate here, and the rest is taken to be what it was there. A GPU
+    is not measured: small models leave it waiting, and its products say little.
+    """
+    import torch
+
+    from madpo.models import compute_dtype
+
+    dtype = compute_dtype()
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        return Machine(TWO_CORES, f"{MACHINE}; this machine's accelerator is not measured, give its rates by --rate")
+    left, right = (torch.full((1024, 1024), 0.5, dtype=dtype) for _ in range(2))
+    left @ right
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < 0.3 and len(times) < 100):
+        started = time.perf_counter()
+        left @ right
+        times.append(time.perf_counter() - started)
+    rate = 2 * 1024**3 / statistics.median(times) / 1e9
+    factor = _PRODUCTS * _PRODUCT / rate + 1 - _PRODUCTS
+    kind = "bfloat16" if dtype is torch.bfloat16 else "float32"
+    rates = {name: value / factor for name, value in TWO_CORES.items()}
+    return Machine(rates, f"this machine, whose matrix products run at {rate:.0f} GFLOP/s in {kind}")
+
+
+def machine_of(options: Iterable[str]) -> Machine:
+    """This machine; or the one of which ``options`` ("train=9000") gives rates, the two cores' for the others.
+
+    Raises:
+        ConfigError: an option is no rate.
+    """
+    options = list(options)
+    return Machine(rates_of(options), "the rates given") if options else this_machine()
 
 
 def rates_of(options: Iterable[str]) -> dict[str, float]:
@@ -127,8 +177,10 @@ def estimate(step: Step, rates: Mapping[str, float]) -> Estimated:
     needed = work(step)
     if not needed.tokens:
         return Estimated(45.0 if isinstance(step.config, OracleStage) else 1.0, None)
-    seconds = sum(count / rates[kind] for kind, count in needed.tokens.items()) + _LOADING * needed.models
     shape = _shape(step)
+    size = 1.0 if shape is None else shape.parameters / _GEMMA.parameters
+    seconds = size * sum(count / rates[kind] for kind, count in needed.tokens.items())
+    seconds += needed.models * _LOADING * min(1.0, max(0.02, size))
     if shape is None:
         return Estimated(seconds, None)
     # bfloat16 weights; of a trained token, what the backward pass reads again in every layer; a cache of two bytes.
@@ -155,8 +207,18 @@ def estimates(plan: Iterable[Planned], rates: Mapping[str, float], root: Path) -
     return found
 
 
-def dry_run_lines(result: RunResult, rates: Mapping[str, float]) -> list[str]:
+def first_words(result: RunResult) -> str | None:
+    """How long a run will take on this machine, from its plan; None where it is a matter of a minute."""
+    machine = this_machine()
+    seconds = sum(guess.seconds for guess in estimates(result.plan, machine.rates, result.root).values())
+    if seconds < 60:
+        return None
+    return f"About {duration(seconds)} of work for {machine.name}; finished steps are kept when it is stopped."
+
+
+def dry_run_lines(result: RunResult, machine: Machine) -> list[str]:
     """What ``--dry-run`` prints: a line for every step, then the sum."""
+    rates = machine.rates
     found = estimates(result.plan, rates, result.root)
     rows = []
     for step, status in result.plan:
@@ -168,10 +230,10 @@ def dry_run_lines(result: RunResult, rates: Mapping[str, float]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     total = sum(guess.seconds for guess in found.values())
-    machine = MACHINE if dict(rates) == TWO_CORES else "the rates given"
-    said = ", ".join(f"{kind} {rate:g}" for kind, rate in rates.items())
+    said = ", ".join(f"{kind} {rate:.0f}" for kind, rate in rates.items())
     counts = f"{len(found)} of {len(result.plan)} steps to run"
-    lines.append(f"{counts}: about {duration(total)} one after another, on {machine} (tokens a second: {said})")
+    lines.append(f"{counts}: about {duration(total)} one after another, on {machine.name}")
+    lines.append(f"(tokens a second of Gemma-3-270M: {said})")
     if len(found) < len(result.plan):
         lines.append("Times are corrected by those of the finished steps of the same kind.")
     return lines

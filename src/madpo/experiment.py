@@ -13,10 +13,12 @@ from pydantic import Field, model_validator
 from madpo import graph
 from madpo.config import Frozen, find_experiment, load_config
 from madpo.corpus import Corpus, PackagedIMDB
+from madpo.estimates import first_words
 from madpo.executors import Executor, Inline
 from madpo.methods import Method, Selection
 from madpo.pipeline import RunResult, Step, finished, run
 from madpo.preferences import Tier
+from madpo.progress import say
 from madpo.recipe import LoRA, Optimisation
 from madpo.report import rebuild_report
 from madpo.rewards import NgramOracle, Oracle
@@ -182,6 +184,8 @@ def run_experiment(
     if dry_run:
         return run(steps, output_dir, only=only, dry_run=True)
     store = Upload(upload) if upload else None
+    if executor is None and (words := first_words(run(steps, output_dir, only=only, dry_run=True))):
+        say(words)
     with store or nullcontext():
         with executor or Inline() as place:
             result = run(steps, output_dir, place, only=only, about=about, upload=store)
