@@ -435,7 +435,7 @@ def test_the_studys_columns_refuse_what_is_no_number(study, tmp_path):
         refuse_not_finite({"a": np.array([1.0, np.inf])}, [11, 12])
 
     class Broken:
-        def score_ids(self, ids):
+        def score_ids(self, ids, prompt_lengths):
             return np.array([np.nan] * len(ids))
 
     with pytest.raises(

@@ -195,7 +195,7 @@ class Judge:
     def __init__(self, off=0.0):
         self.off = off
 
-    def score_ids(self, sequences):
+    def score_ids(self, sequences, prompt_lengths=None):
         return np.array([ids[-2] * 10 + ids[-1] / 100 + self.off * (ids[-2] == 2) for ids in sequences])
 
 

@@ -2,11 +2,15 @@
 
 import importlib.util
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import get_peft_model
 from scipy.special import expit
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -14,10 +18,12 @@ from sklearn.linear_model import LogisticRegression
 from transformers import AutoModelForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
 from madpo import rewards
+from madpo.config import identity_settings
 from madpo.corpus import PackagedIMDB
 from madpo.errors import ConfigError, DataError
 from madpo.models import LoRA, build_tiny, load_tokenizer
-from madpo.rewards import ClassifierOracle, NgramOracle, OracleStage, RewardModel, fit_oracle, load_oracle
+from madpo.rewards import ClassifierOracle, NgramOracle, OracleStage, RewardModel, fit_oracle, load_oracle, pooled
+from madpo.training import stages
 
 GOOD = ["wonderful", "great", "moving", "funny", "best"]
 BAD = ["terrible", "boring", "awful", "worst", "dull"]
@@ -213,6 +219,91 @@ def test_scores_equal_the_saved_model_of_transformers(trained) -> None:
     sequence = [1, 17, 45, 200, 31]
     expected = plain(input_ids=torch.tensor([sequence])).logits.item()
     assert RewardModel.load(trained).score_ids([sequence])[0] == pytest.approx(expected, abs=1e-5)
+
+
+@given(data=st.data())
+def test_pooled_states_are_those_of_the_definition(data) -> None:
+    rows, length = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 7))
+    counts = data.draw(st.lists(st.integers(1, length), min_size=rows, max_size=rows))
+    prompts = [data.draw(st.integers(0, count)) for count in counts]
+    mask = (torch.arange(length) < torch.tensor(counts)[:, None]).long()
+    states = torch.randn(rows, length, 3, generator=torch.Generator().manual_seed(length))
+    states[mask == 0] = torch.inf  # what stands in padding must not matter
+    last = pooled(torch.nan_to_num(states), mask, "last", torch.tensor(prompts))
+    mean = pooled(states, mask, "mean", torch.tensor(prompts))
+    for row, (count, prompt) in enumerate(zip(counts, prompts, strict=True)):
+        own = states[row, :count].numpy()
+        np.testing.assert_array_equal(last[row], own[-1])
+        completion = own[prompt:] if prompt < count else own[-1:]
+        np.testing.assert_allclose(mean[row], completion.mean(0), atol=1e-6)
+
+
+@pytest.mark.usefixtures("exact")
+def test_a_mean_is_that_of_the_completions_tokens(trained, tmp_path) -> None:
+    """Against the plain model of transformers: a linear head's value at a mean is the mean of its values."""
+    from peft import PeftModel
+
+    shutil.copytree(trained, tmp_path / "R")
+    told = json.loads((trained / "reward_model.json").read_text())
+    (tmp_path / "R" / "reward_model.json").write_text(json.dumps({**told, "pooling": "mean"}))
+    model = RewardModel.load(tmp_path / "R")
+    plain = AutoModelForSequenceClassification.from_pretrained(told["base"], num_labels=1, dtype=torch.float32)
+    plain = PeftModel.from_pretrained(plain, trained / "adapter").eval()
+    generator = np.random.default_rng(1)
+    sequences = [list(map(int, generator.integers(3, 300, n))) for n in (9, 30, 7, 12, 2, 19)]
+    lengths = [4, 29, 0, 5, 1, 10]
+    expected = []
+    for ids, prompt in zip(sequences, lengths, strict=True):
+        with torch.no_grad():
+            states = plain.get_base_model().base_model(input_ids=torch.tensor([ids])).last_hidden_state[0]
+            expected.append(plain.get_base_model().score(states)[prompt:].mean().item())
+    np.testing.assert_allclose(model.score_ids(sequences, 4, prompt_lengths=lengths), expected, atol=2e-5)
+    assert np.abs(model.score_ids(sequences) - np.array(expected)).max() > 1e-2
+    (tmp_path / "R" / "reward_model.json").write_text(json.dumps({**told, "pooling": "median"}))
+    with pytest.raises(DataError, match="holds no reward model"):
+        RewardModel.load(tmp_path / "R")
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_training_and_scoring_read_the_same_reward(tmp_path, pooling) -> None:
+    """The evaluation loss of the weights that were kept is that of the margins which the saved model gives."""
+    base = build_tiny("llama", tmp_path / "base", seed=2)
+    generator = np.random.default_rng(3)
+    prompts = [list(map(int, generator.integers(5, 200, n))) for n in generator.integers(1, 6, 32)]
+    # The better side has the token 7 somewhere, and seldom at its end.
+    sides = [[list(map(int, generator.integers(8, 200, n))) for n in generator.integers(2, 9, 2)] for _ in prompts]
+    for chosen, _ in sides:
+        chosen.insert(int(generator.integers(0, len(chosen))), 7)
+    columns = {
+        "pair_id": range(32),
+        "chosen_ids": [[*p, *s[0]] for p, s in zip(prompts, sides, strict=True)],
+        "rejected_ids": [[*p, *s[1]] for p, s in zip(prompts, sides, strict=True)],
+        "prompt_length": [len(p) for p in prompts],
+    }
+    data = Dataset.from_dict(columns)
+    optimisation = stages.Optimisation(learning_rate=1e-2, epochs=6, batch_size=8, micro_batch_size=4)
+    config = stages.RewardModelStage(
+        model=str(base), optimisation=optimisation, eval_every=4, patience=9, pooling=pooling
+    )
+    stages.fit_reward_model(config, data, data, tmp_path)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    model = RewardModel.load(tmp_path)
+    assert model.pooling == pooling
+    chosen, rejected = (
+        model.score_ids(columns[side], prompt_lengths=columns["prompt_length"])
+        for side in ("chosen_ids", "rejected_ids")
+    )
+    kept = min(row["eval_loss"] for row in log if "eval_loss" in row)
+    assert np.logaddexp(0, rejected - chosen).mean() == pytest.approx(kept, abs=2e-5)
+    assert kept < 0.6
+
+
+def test_pooling_joins_the_identity_only_where_it_is_another_one() -> None:
+    optimisation = stages.Optimisation(learning_rate=1e-2, epochs=1, batch_size=8)
+    last, mean = (stages.RewardModelStage(model="m", optimisation=optimisation, pooling=p) for p in ("last", "mean"))
+    assert "pooling" not in identity_settings(last)
+    assert identity_settings(mean)["pooling"] == "mean"
 
 
 @pytest.mark.usefixtures("exact")

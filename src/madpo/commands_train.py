@@ -59,6 +59,8 @@ def _reward_options(parser: argparse.ArgumentParser, place: str, *, batch: str) 
     option(parser, "max_length", f"{place}max_length", "tokens of prompt and completion", type=int)
     _truncation(parser, f"{place}truncation")
     option(parser, "patience", f"{place}patience", "looks without improvement before it stops", type=int)
+    says = "where the reward is read: at the last token (default), or as the mean over the completion: for few pairs"
+    option(parser, "pooling", f"{place}pooling", says, choices=("last", "mean"))
     option(parser, "seed", f"{place}seed", "of split and training (default: 0)", type=int)
 
 

@@ -122,8 +122,11 @@ def best_responses(
     Args:
         drawn: [n][prompts], n responses to every prompt.
     """
+    lengths = [len(prompt) for prompt in prompt_ids]
     rewards = [
-        judge.score_ids([[*prompt, *said.ids] for prompt, said in zip(prompt_ids, responses, strict=True)])
+        judge.score_ids(
+            [[*prompt, *said.ids] for prompt, said in zip(prompt_ids, responses, strict=True)], prompt_lengths=lengths
+        )
         for responses in drawn
     ]
     return [drawn[k][row] for row, k in enumerate(np.argmax(rewards, axis=0))]

@@ -19,7 +19,7 @@ from madpo.methods import Method, Selection
 from madpo.pipeline import RunResult, Step, finished, run
 from madpo.preferences import Tier
 from madpo.progress import say
-from madpo.recipe import LoRA, Optimisation
+from madpo.recipe import LoRA, Optimisation, Pooling
 from madpo.report import rebuild_report
 from madpo.rewards import NgramOracle, Oracle
 from madpo.uploads import Upload
@@ -74,6 +74,8 @@ class RewardModelSettings(Frozen):
     eval_every: int = Field(default=20, ge=1)
     patience: int = Field(default=3, ge=1)
     stopping_share: float = Field(default=1.0, gt=0, le=1)
+    pooling: Pooling = "last"
+    """Where the reward is read: at the last token, or as the mean over the response, which learns from fewer pairs."""
     folds: int | None = Field(default=None, ge=2, le=1000)
     """Reward models per tier for out-of-fold margins, where a method asks for them; each leaves out one part."""
 

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 CHECKPOINTS = "checkpoints"
 
+Pooling = Literal["last", "mean"]
+"""Where a reward model reads its reward: the state of the last token, or the mean of the completion's states."""
+
 
 class LoRA(Frozen):
     """A low-rank adapter."""

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Protocol
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from peft import PeftModel
 from pydantic import Field, TypeAdapter
@@ -30,6 +31,7 @@ from madpo.errors import ConfigError, DataError
 from madpo.logprobs import hidden_states
 from madpo.models import load_classifier, load_tokenizer, resolve_model
 from madpo.progress import bar, say
+from madpo.recipe import Pooling
 from madpo.records import Metrics
 from madpo.seeding import rng
 from madpo.statistics import proportion
@@ -235,23 +237,26 @@ class RewardModel:
     Args:
         model: a sequence classifier with one output, with or without a PEFT adapter.
         tokenizer: for text; ids are scored as they are.
+        pooling: which states the head reads; see :func:`pooled`.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, pooling: Pooling = "last") -> None:
+        self.model, self.pooling = model, pooling
         self.inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self.tokenizer = tokenizer
         self.inner.score.float()
 
     @classmethod
     def load(cls, folder: Path) -> RewardModel:
-        """From ``reward_model.json`` (the base model's name) and ``adapter`` (with the head).
+        """From ``reward_model.json`` (the base model's name, the pooling) and ``adapter`` (with the head).
 
         Raises:
             DataError: ``folder`` holds none.
         """
         try:
-            base = resolve_model(str(json.loads((folder / "reward_model.json").read_bytes())["base"]))
+            told = json.loads((folder / "reward_model.json").read_bytes())
+            base = resolve_model(str(told["base"]))
+            pooling: Pooling = TypeAdapter(Pooling).validate_python(told.get("pooling", "last"))
         except ConfigError:
             raise
         except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
@@ -261,37 +266,69 @@ class RewardModel:
         if not (folder / "adapter" / "adapter_config.json").exists():
             raise DataError(f"{folder} has no adapter/adapter_config.json; delete the folder and train again")
         model = load_classifier(base, num_labels=1, adapter=folder / "adapter")
-        return cls(_placed(model), load_tokenizer(base))
+        return cls(_placed(model), load_tokenizer(base), pooling)
 
     @torch.inference_mode()
-    def score_ids(self, sequences: Sequence[Sequence[int]], batch_size: int = 16) -> NDArray[np.float32]:
+    def score_ids(
+        self,
+        sequences: Sequence[Sequence[int]],
+        batch_size: int = 16,
+        *,
+        prompt_lengths: Sequence[int] | None = None,
+    ) -> NDArray[np.float32]:
         """One reward per token sequence (prompt and response), in the order given.
 
-        The head reads the last real token, found by the attention mask: a padding token that doubles as end token, as
-        many tokenizers have it, cannot move it.
+        Real tokens are found by the attention mask: a padding token that doubles as end token, as many tokenizers have
+        it, moves nothing.
+
+        Args:
+            prompt_lengths: tokens of each sequence that are its prompt's; without it a mean is over all tokens.
 
         Raises:
             DataError: an empty sequence.
         """
+        lengths = np.zeros(len(sequences), dtype=np.int64) if prompt_lengths is None else np.asarray(prompt_lengths)
         found = np.zeros(len(sequences), dtype=np.float32)
         pad = self.tokenizer.pad_token_id
         for rows, ids, mask in padded_batches(sequences, batch_size, pad, self.inner.device, "Rewards"):
             states = hidden_states(self.inner, ids, mask)
-            last = states[torch.arange(len(rows), device=states.device), mask.sum(-1) - 1]
-            found[rows] = self.inner.score(last.float()).squeeze(-1).cpu().numpy()
+            state = pooled(states, mask, self.pooling, torch.as_tensor(lengths[rows], device=states.device))
+            found[rows] = self.inner.score(state).squeeze(-1).cpu().numpy()
         return found
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> Floats:
         """The same for text; prompt and response are tokenised each for itself, as in training."""
         if len(prompts) != len(completions):
             raise DataError(f"there are {len(prompts)} prompts but {len(completions)} responses; give one of each")
-        sequences = []
+        sequences, lengths = [], []
         for prompt, completion in zip(prompts, completions, strict=True):
             ids = list(self.tokenizer(prompt)["input_ids"])
             if ids and ids[-1] == self.tokenizer.eos_token_id:
                 ids.pop()  # the response goes on from here
             sequences.append([*ids, *self.tokenizer(completion, add_special_tokens=False)["input_ids"]])
-        return self.score_ids(sequences).astype(np.float64)
+            lengths.append(len(ids))
+        return self.score_ids(sequences, prompt_lengths=lengths).astype(np.float64)
+
+
+def pooled(
+    states: Float[Tensor, "rows length hidden"],
+    mask: Int[Tensor, "rows length"],
+    pooling: Pooling,
+    prompt_lengths: Int[Tensor, " rows"],
+) -> Float[Tensor, "rows hidden"]:
+    """The state that a reward is read from, in float32; rows are padded on the right.
+
+    ``last`` is the state of the last real token, the convention of sequence classifiers. ``mean`` is the mean over the
+    completion's tokens. A base model's last state speaks of the next word; what a text is like is spread over its
+    tokens, so a few hundred pairs teach a mean what they do not teach a last state (docs/log.md).
+    """
+    last = mask.sum(-1) - 1
+    if pooling == "last":
+        return states[torch.arange(len(states), device=states.device), last].float()
+    begin = torch.minimum(prompt_lengths.to(last), last)  # a completion without tokens is read at the last one
+    inside = mask.bool() & (torch.arange(mask.shape[-1], device=mask.device) >= begin[:, None])
+    total = states.float().masked_fill(~inside[..., None], 0.0).sum(1)
+    return total / inside.sum(-1, keepdim=True)
 
 
 def _placed(model: nn.Module) -> Any:

@@ -213,6 +213,9 @@ def folds_by_prompt(prompts: Iterable[str], folds: int, seed: int, name: str) ->
 
 
 def sequences(rows: Sequence[Row]) -> dict[str, list[Any]]:
-    """Prompt and completion as one sequence each, the columns of TRL's reward trainer; and what to call the pair."""
+    """Prompt and completion as one sequence each, the columns of TRL's reward trainer; the pair's name, its prompt's
+    length.
+    """
     sides = {side: [[*row["prompt_ids"], *row[side]] for row in rows] for side in ("chosen_ids", "rejected_ids")}
-    return {"pair_id": [row["pair_id"] for row in rows], **sides}
+    lengths = [len(row["prompt_ids"]) for row in rows]
+    return {"pair_id": [row["pair_id"] for row in rows], **sides, "prompt_length": lengths}

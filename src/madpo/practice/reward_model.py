@@ -182,6 +182,7 @@ def fit(settings: RewardSettings, train: Sequence[Row], stopping: Sequence[Row],
         lora=settings.lora,
         eval_every=settings.eval_every or ceil(planned / EVALUATIONS),
         patience=settings.patience,
+        pooling=settings.pooling,
         seed=settings.seed,
     )
     with loading(settings.model):
@@ -195,7 +196,10 @@ def _measure(folder: Path, rows: Sequence[Row]) -> tuple[Estimate, MarginReport,
     """(accuracy, calibration, log loss, temperature where one was fitted); the last two over prompts."""
     sides = sequences(rows)
     model = RewardModel.load(folder)
-    chosen, rejected = (model.score_ids(sides[name]).astype(np.float64) for name in ("chosen_ids", "rejected_ids"))
+    chosen, rejected = (
+        model.score_ids(sides[name], prompt_lengths=sides["prompt_length"]).astype(np.float64)
+        for name in ("chosen_ids", "rejected_ids")
+    )
     margins = chosen - rejected
     found, prompts = inspect(margins), [prompt_key(row["prompt"]) for row in rows]
     log_loss = bootstrap_mean(np.logaddexp(0.0, -margins), clusters=prompts)
@@ -228,7 +232,7 @@ class PairScorer:
     """A reward model that scores pairs of text or messages, tokenised as it was trained.
 
     Args:
-        model: scores token ids, pooled at the last attended token.
+        model: scores token ids.
         own: trained by :func:`reward`: then a completion ends with its end token and nothing after it. Other models
             see the chat template's text as it is, as TRL's reward trainer tokenises it.
         batch_size: sequences per forward pass; it decides the padding, and so the last digits.
@@ -244,20 +248,23 @@ class PairScorer:
         Raises:
             DataError: the chat template refuses a conversation.
         """
-        chosen, rejected = self.ids(pairs, name, unit)
-        found = self.model.score_ids([*chosen, *rejected], self.batch_size).astype(np.float64)
+        chosen, rejected, lengths = self.ids(pairs, name, unit)
+        found = self.model.score_ids([*chosen, *rejected], self.batch_size, prompt_lengths=[*lengths, *lengths])
+        found = found.astype(np.float64)
         return found[: len(chosen)], found[len(chosen) :]
 
-    def ids(self, pairs: Sequence[Pair], name: str, unit: str) -> tuple[list[list[int]], list[list[int]]]:
-        """Token ids of prompt and completion, for both sides."""
+    def ids(self, pairs: Sequence[Pair], name: str, unit: str) -> tuple[list[list[int]], list[list[int]], list[int]]:
+        """Token ids of prompt and completion, for both sides, and how many are the prompt's."""
         encoded = self.encoder.encode(pairs, name, unit)
         for result in encoded:
             if isinstance(result, DataError):
                 raise result
         good = [result for result in encoded if isinstance(result, Encoded)]
         if not self.own and pairs and isinstance(pairs[0].prompt, list):
-            return self._rendered(pairs, "chosen"), self._rendered(pairs, "rejected")
-        return [[*e.prompt_ids, *e.chosen_ids] for e in good], [[*e.prompt_ids, *e.rejected_ids] for e in good]
+            chosen, rejected = self._rendered(pairs, "chosen"), self._rendered(pairs, "rejected")
+        else:
+            chosen, rejected = ([[*e.prompt_ids, *getattr(e, s)] for e in good] for s in ("chosen_ids", "rejected_ids"))
+        return chosen, rejected, [len(e.prompt_ids) for e in good]
 
     def _rendered(self, pairs: Sequence[Pair], side: str) -> list[list[int]]:
         tokenizer = self.model.tokenizer

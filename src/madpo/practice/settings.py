@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from madpo.config import Frozen
 from madpo.data.tokens import Truncation
-from madpo.recipe import LoRA, Optimisation
+from madpo.recipe import LoRA, Optimisation, Pooling
 
 
 class RewardOptimisation(Optimisation):
@@ -40,6 +40,9 @@ class RewardSettings(Frozen):
     """Optimiser steps between two looks at them; None looks 10 times at most."""
     patience: int = Field(default=3, ge=1)
     """Looks without improvement before the training stops."""
+    pooling: Pooling = "last"
+    """Where the reward is read: at the last token, as sequence classifiers of the hub do, or as the mean over the
+    completion, which learns from fewer pairs."""
     max_length: int | None = Field(default=None, ge=2)
     """Tokens of prompt and completion; None is no limit."""
     truncation: Truncation = "drop"

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +19,21 @@ from datasets import Dataset
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.trainer_callback import PrinterCallback
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from madpo import lean, processes
 from madpo.config import Frozen, added, identity_settings
 from madpo.corpus import Corpus, load_corpus, sft_reviews
-from madpo.logprobs import completion_logps, install_completion_head, unwrapped
+from madpo.logprobs import completion_logps, hidden_states, install_completion_head, unwrapped
 from madpo.losses import Loss
 from madpo.models import load_classifier, load_model, load_tokenizer, merge_adapter, resolve_model
 from madpo.pipeline import Metrics
 from madpo.progress import bar, say
-from madpo.recipe import CHECKPOINTS, LoRA, Optimisation
-from madpo.rewards import RewardModel
+from madpo.recipe import CHECKPOINTS, LoRA, Optimisation, Pooling
+from madpo.rewards import RewardModel, pooled
 from madpo.seeding import rng
 from madpo.statistics import fit_temperature, proportion
 from madpo.storage import write_atomically
@@ -191,10 +195,32 @@ class RewardModelStage(Frozen):
     """Parts that the training pairs are divided into; None is no division."""
     fold: int | None = added(None, ge=0)
     """The part that this model is not trained on."""
+    pooling: Pooling = added("last")
+    """Which states the head reads."""
+
+
+@dataclass
+class _WithPromptLengths(DataCollatorForPreference):  # type: ignore[misc]
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        lengths = torch.tensor([example["prompt_length"] for example in examples])
+        return {**super().torch_call(examples), "prompt_lengths": lengths.repeat(2)}
 
 
 class _Bradley(ExactResume, RewardTrainer):  # type: ignore[misc]
     best: _BestWeights
+    pooling: Pooling = "last"
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        lengths = inputs.pop("prompt_lengths", None)
+        reader: Any = model
+        if self.pooling != "last":  # TRL asks its model for logits alone
+            reader = partial(_pooled_output, unwrapped(model), self.pooling, lengths)
+        return super().compute_loss(reader, inputs, return_outputs, num_items_in_batch)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["chosen_ids", "rejected_ids", "prompt_length"]
 
     def _send_telemetry(self) -> None:
         """Nothing leaves the machine."""
@@ -205,6 +231,15 @@ class _Bradley(ExactResume, RewardTrainer):  # type: ignore[misc]
     def _load_extra_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         self.best.weights = {name: tensor.to(self.args.device) for name, tensor in tensors.items()}
         self.best.take_counters(values)
+
+
+def _pooled_output(
+    model: Any, pooling: Pooling, lengths: Tensor, input_ids: Tensor, attention_mask: Tensor, **ignored: Any
+) -> SequenceClassifierOutput:
+    states = hidden_states(model, input_ids, attention_mask)
+    # In float32, as RewardModel reads them, whatever precision the layers are computed in.
+    with torch.autocast(states.device.type, enabled=False):
+        return SequenceClassifierOutput(logits=model.score(pooled(states, attention_mask, pooling, lengths)))
 
 
 class _BestWeights(TrainerCallback):  # type: ignore[misc]
@@ -274,7 +309,8 @@ def fit_reward_model(config: RewardModelStage, train: Dataset, stopping: Dataset
 
     Args:
         config: the base model and how it is trained; ``stopping_share`` has been applied by the caller.
-        train, stopping: ``chosen_ids`` and ``rejected_ids``, each prompt and completion together.
+        train, stopping: ``chosen_ids`` and ``rejected_ids``, each prompt and completion together, and how many tokens
+            are the prompt's (``prompt_length``).
 
     Returns:
         The optimiser step whose weights were kept.
@@ -296,8 +332,10 @@ def fit_reward_model(config: RewardModelStage, train: Dataset, stopping: Dataset
         train_dataset=train,
         eval_dataset=stopping,
         processing_class=tokenizer,
+        data_collator=_WithPromptLengths(pad_token_id=tokenizer.pad_token_id),
         peft_config=config.lora.peft_config("SEQ_CLS"),
     )
+    trainer.pooling = config.pooling
     lean.install(trainer.model)
     best = trainer.best = _BestWeights(trainer.model, config.patience)
     trainer.add_callback(best)
@@ -306,14 +344,23 @@ def fit_reward_model(config: RewardModelStage, train: Dataset, stopping: Dataset
         trainer.evaluate()
     best.restore()
     trainer.model.save_pretrained(out / "adapter", safe_serialization=True)
-    (out / "reward_model.json").write_text(json.dumps({"base": config.model, "steps": best.step}), encoding="utf-8")
+    told = {"base": config.model, "steps": best.step}
+    if config.pooling != "last":  # what a sequence classifier does unless it says otherwise
+        told["pooling"] = config.pooling
+    (out / "reward_model.json").write_text(json.dumps(told), encoding="utf-8")
     forget_checkpoints(out)
     return best.step
 
 
 def _sequences(pairs: pd.DataFrame) -> Dataset:
     chosen, rejected = token_sides(pairs)
-    return Dataset.from_dict({"pair_id": list(pairs["pair_id"]), "chosen_ids": chosen, "rejected_ids": rejected})
+    columns = {"pair_id": list(pairs["pair_id"]), "chosen_ids": chosen, "rejected_ids": rejected}
+    return Dataset.from_dict(columns | {"prompt_length": prompt_lengths(pairs)})
+
+
+def prompt_lengths(pairs: pd.DataFrame) -> list[int]:
+    """Tokens of each pair's prompt."""
+    return [len(prompt) for prompt in pairs["prompt_ids"]]
 
 
 def token_sides(pairs: pd.DataFrame) -> tuple[list[list[int]], list[list[int]]]:
@@ -326,7 +373,8 @@ def token_sides(pairs: pd.DataFrame) -> tuple[list[list[int]], list[list[int]]]:
 
 
 def margin_table(model: RewardModel, pairs: pd.DataFrame) -> pd.DataFrame:
-    chosen, rejected = (model.score_ids(side) for side in token_sides(pairs))
+    lengths = prompt_lengths(pairs)
+    chosen, rejected = (model.score_ids(side, prompt_lengths=lengths) for side in token_sides(pairs))
     margins = np.asarray(chosen - rejected, dtype=np.float64)
     refuse_not_finite({"reward_margin": margins}, pairs["pair_id"].to_list(), "the reward model")
     return pd.DataFrame({"pair_id": pairs["pair_id"].to_numpy(), "reward_margin": margins})
