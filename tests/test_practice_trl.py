@@ -25,6 +25,9 @@ def test_reward_models_see_the_ids_of_trls_reward_trainer(llama, form, tmp_path)
     expected = RewardTrainer._prepare_dataset(SimpleNamespace(), Dataset.from_list(rows), tokenizer, arguments, "train")
     found = sequences(load_preferences(write(tmp_path / "d.jsonl", rows), tokenizer=tokenizer))
     assert found.pop("pair_id") == list(range(12))
+    for length, chosen, rejected in zip(found.pop("prompt_length"), *found.values(), strict=True):
+        assert 0 < length < min(len(chosen), len(rejected))
+        assert chosen[:length] == rejected[:length]
     assert found == {side: list(expected[side]) for side in ("chosen_ids", "rejected_ids")}
 
 
