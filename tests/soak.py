@@ -202,8 +202,6 @@ def soak(root: Path, kinds: tuple[str, ...], kills: int, seed: int) -> list[dict
 
 def write_page(rows: list[dict], path: Path, seed: int, *, real: bool = False) -> None:
     """The section of docs/reliability.md."""
-    import torch
-
     table = [
         "| training | kills tried | ended by the kill | continued from a checkpoint | equal in every byte |",
         "| --- | --- | --- | --- | --- |",
@@ -212,10 +210,11 @@ def write_page(rows: list[dict], path: Path, seed: int, *, real: bool = False) -
     ]
     if real:
         lines = [
-            "The same with Gemma-3-270M, by `python tests/soak.py --model real`: six steps of two short pairs (or",
-            "texts), a checkpoint every 2 steps.",
+            "What `make soak` does to trainings of tiny models, done to trainings of Gemma-3-270M, by",
+            "`python tests/soak.py --model real`: six steps of two short pairs (or texts), a checkpoint every 2 steps.",
             "",
             *table,
+            f"Seed {seed}; LoRA dropout 0.1; two micro-batches a step; {_conditions()}.",
         ]
         put_section(path, "## Trainings of Gemma-3-270M killed and continued", lines)
         return
@@ -228,18 +227,19 @@ def write_page(rows: list[dict], path: Path, seed: int, *, real: bool = False) -
         "A training that was killed before its first checkpoint starts from the first step; one that had ended before",
         "the kill came is counted as tried, and not as ended by it.",
         "",
-        f"Seed {seed}; a checkpoint every {EVERY} steps; LoRA dropout 0.1; two micro-batches a step; CPU, one thread,",
-        f"{'bfloat16' if _bfloat16() else 'float32'}; torch {torch.__version__}, Python {platform.python_version()}.",
+        f"Seed {seed}; a checkpoint every {EVERY} steps; LoRA dropout 0.1; two micro-batches a step;",
+        f"{_conditions()}.",
     ]
     put_section(path, "## Trainings killed and continued", lines)
 
 
-def _bfloat16() -> bool:
+def _conditions() -> str:
     import torch
 
     from madpo.models import compute_dtype
 
-    return compute_dtype() is torch.bfloat16
+    precision = "bfloat16" if compute_dtype() is torch.bfloat16 else "float32"
+    return f"CPU, one thread, {precision}; torch {torch.__version__}, Python {platform.python_version()}"
 
 
 def main() -> None:
