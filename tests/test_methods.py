@@ -232,13 +232,13 @@ def test_estimates_follow_from_tokens_and_rates():
     steps = {step.name: step for step in load_config(find_experiment("laptop"), Experiment).steps()}
     rates = estimates.rates_of(["train=100", "generate=1000"])
     policy = steps["policy/low/dpo/seed0"]
-    assert estimates.work(policy).tokens == {"train": 1000 * 2 * 68}
-    assert estimates.estimate(policy, rates).seconds == pytest.approx(1000 * 2 * 68 / 100 + 8)
-    assert estimates.work(steps["responses"]).tokens == {"generate": 2 * 1200 * 48}
+    assert estimates.work(policy).tokens == {"train": 400 * 2 * 68}
+    assert estimates.estimate(policy, rates).seconds == pytest.approx(400 * 2 * 68 / 100 + 8)
+    assert estimates.work(steps["responses"]).tokens == {"generate": 2 * 600 * 48}
     best = steps["evaluation/low/best-of-n=16/seed0"]
-    assert estimates.work(best).tokens == {"generate": 16 * 192 * 48, "score": 192 * 68, "judge": 16 * 192 * 68}
+    assert estimates.work(best).tokens == {"generate": 16 * 160 * 48, "score": 160 * 68, "judge": 16 * 160 * 68}
     fold = steps["reward_model/low/seed0/fold1"]
-    assert estimates.work(fold).tokens["reward"] == pytest.approx(2 * 1000 * 2 / 3 * 2 * 68)
+    assert estimates.work(fold).tokens["reward"] == pytest.approx(2 * 400 * 2 / 3 * 2 * 68)
     assert 1.5e9 < estimates.estimate(policy, rates).memory < 5e9
     for option, words in [
         ("trian=1", "did you mean 'train'"),
