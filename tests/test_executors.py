@@ -30,6 +30,10 @@ def environment(name: str) -> str | None:
     return os.environ.get(name)
 
 
+def priority() -> int:
+    return os.getpriority(os.PRIO_PROCESS, 0)
+
+
 def slow(folder: Path) -> str:
     """Leaves its process id; on the second call it has been there before and ends at once."""
     mark = folder / "pid"
@@ -64,6 +68,10 @@ def test_keeps_an_exception_in_the_future(executor: Any) -> None:
     assert isinstance(error, DataError)
     assert str(error) == "row 3 is empty"
     assert executor.submit(add, 1, 1).result(timeout=60) == 2
+
+
+def test_work_has_the_priority_of_the_process_that_waits_for_it(executor: Any) -> None:
+    assert executor.submit(priority).result(timeout=60) == priority()
 
 
 def test_light_work_is_work(executor: Any) -> None:

@@ -126,6 +126,8 @@ class Cluster:
     def __enter__(self) -> Self:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the machine
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        # Ray's own 15 lets any other process of the machine starve a cluster that somebody waits for.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         import ray
 
         # Ray sets these for a task by itself where they are not said.
