@@ -43,6 +43,7 @@ bench: $(STAMP) ## side-by-side measurements against TRL, half an hour; JSON in 
 
 soak: $(STAMP) ## kill trainings and the study at random points, continue, and write the counts to docs/reliability.md
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --page docs/reliability.md
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --model real --page docs/reliability.md
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/chaos.py --page docs/reliability.md
 
 fuzz: $(STAMP) ## feed thousands of broken files to every reader, and write the counts to docs/reliability.md
