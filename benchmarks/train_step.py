@@ -168,6 +168,14 @@ def interval(ratios: list[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
+def median_interval(ratios: list[float]) -> tuple[float, float, float]:
+    """Median of ratios and its 95 % interval (order statistics), which a few disturbed steps do not move."""
+    from scipy.stats import quantile_test
+
+    low, high = quantile_test(ratios, q=1, p=0.5).confidence_interval(0.95)
+    return statistics.median(ratios), float(low), float(high)
+
+
 def check(base: dict[str, Any]) -> float:
     """Largest relative gap between the float32 losses of two steps; SystemExit where it is too large."""
     losses = {}
@@ -253,6 +261,8 @@ def main() -> None:
     if weight:
         mean, low, high = interval(weight)
         print(f"  MADPO step / DPO step {mean:.3f} x ({low:.3f} to {high:.3f}), {len(weight)} pairs of steps")
+        middle, low, high = median_interval(weight)
+        print(f"    its median {middle:.3f} x ({low:.3f} to {high:.3f})")
     if options.json:
         result = {
             "options": {key: value for key, value in vars(options).items() if key not in ("json", "worker")},
