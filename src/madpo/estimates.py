@@ -34,9 +34,8 @@ from madpo.training.stages import MarginStage, PolicyStage, ReferenceStage, Rewa
 TWO_CORES = {"sft": 120.0, "train": 250.0, "reward": 350.0, "score": 600.0, "judge": 1000.0, "generate": 240.0}
 MACHINE = "two cores with AVX-512 BF16"
 _PRODUCT = 400.0  # their rate at a large product in bfloat16, GFLOP/s
-_PRODUCTS = (
-    0.52  # share of a training step's time there that its products would take at that rate (docs/performance.md)
-)
+# Share of a training step's time there that its products would take at that rate (docs/performance.md).
+_PRODUCTS = 0.52
 _SIDE = 512  # of the matrices that are multiplied to know a machine
 _LOADING = 8.0  # seconds for a model and its libraries
 _LIBRARIES = 0.6e9  # bytes of a process that has loaded them
@@ -222,6 +221,8 @@ def estimates(plan: Iterable[Planned], rates: Mapping[str, float], root: Path) -
 
 def first_words(result: RunResult) -> str | None:
     """How long a run will take on this machine, from its plan; None where it is a matter of a minute."""
+    if all(planned.status == "done" for planned in result.plan):
+        return None
     machine = this_machine()
     seconds = sum(guess.seconds for guess in estimates(result.plan, machine.rates, result.root).values())
     if seconds < 60:

@@ -61,10 +61,7 @@ def score_sides(config: ScoreStage, inputs: Mapping[str, Path], out: Path) -> Me
     """Write ``scores.parquet``: pair_id, chosen_score, rejected_score (log-odds). Inputs: "pairs", "reward_model"."""
     pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet")
     model = RewardModel.load(inputs["reward_model"])
-    lengths = stages.prompt_lengths(pairs)
-    chosen, rejected = (
-        model.score_ids(side, prompt_lengths=lengths).astype(np.float64) for side in stages.token_sides(pairs)
-    )
+    chosen, rejected = (side.astype(np.float64) for side in stages.side_scores(model, pairs))
     table = pd.DataFrame({"pair_id": pairs["pair_id"], "chosen_score": chosen, "rejected_score": rejected})
     table.to_parquet(out / stages.SCORES, index=False)
     return {

@@ -355,12 +355,7 @@ def fit_reward_model(config: RewardModelStage, train: Dataset, stopping: Dataset
 def _sequences(pairs: pd.DataFrame) -> Dataset:
     chosen, rejected = token_sides(pairs)
     columns = {"pair_id": list(pairs["pair_id"]), "chosen_ids": chosen, "rejected_ids": rejected}
-    return Dataset.from_dict(columns | {"prompt_length": prompt_lengths(pairs)})
-
-
-def prompt_lengths(pairs: pd.DataFrame) -> list[int]:
-    """Tokens of each pair's prompt."""
-    return [len(prompt) for prompt in pairs["prompt_ids"]]
+    return Dataset.from_dict(columns | {"prompt_length": pairs["prompt_ids"].map(len).tolist()})
 
 
 def token_sides(pairs: pd.DataFrame) -> tuple[list[list[int]], list[list[int]]]:
@@ -372,9 +367,15 @@ def token_sides(pairs: pd.DataFrame) -> tuple[list[list[int]], list[list[int]]]:
     return chosen, rejected
 
 
-def margin_table(model: RewardModel, pairs: pd.DataFrame) -> pd.DataFrame:
-    lengths = prompt_lengths(pairs)
+def side_scores(model: RewardModel, pairs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Rewards (float32) of the chosen and of the rejected side of every pair."""
+    lengths = pairs["prompt_ids"].map(len).tolist()
     chosen, rejected = (model.score_ids(side, prompt_lengths=lengths) for side in token_sides(pairs))
+    return chosen, rejected
+
+
+def margin_table(model: RewardModel, pairs: pd.DataFrame) -> pd.DataFrame:
+    chosen, rejected = side_scores(model, pairs)
     margins = np.asarray(chosen - rejected, dtype=np.float64)
     refuse_not_finite({"reward_margin": margins}, pairs["pair_id"].to_list(), "the reward model")
     return pd.DataFrame({"pair_id": pairs["pair_id"].to_numpy(), "reward_margin": margins})
