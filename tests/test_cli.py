@@ -126,7 +126,7 @@ def test_run_passes_everything_on(toml: Path, tmp_path: Path, experiment: Any, c
     (args, kwargs), *_ = calls
     assert args == (str(toml), root)
     executor = kwargs.pop("executor")
-    assert (type(executor), executor.n) == (Processes, 2)
+    assert (type(executor), executor.slots) == (Processes, 2)
     assert kwargs == {
         "overrides": ["a=1", "b.c=2", "d=3"],
         "only": ["a*"],

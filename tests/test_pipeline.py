@@ -177,6 +177,28 @@ def test_runs_in_order_then_skips(tmp_path: Path, jobs: int, capsys: pytest.Capt
     assert "All 3 steps are done already" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("jobs", [0, 1, 2])
+def test_a_free_worker_takes_the_first_step_that_is_ready(
+    tmp_path: Path, jobs: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps: list[Step] = []
+    for seed in range(3):
+        base = Step(f"data/seed{seed}", produce, Numbers(value=seed))
+        steps += [base, Step(f"sum/seed{seed}", combine, Numbers(), inputs={"one": base})]
+    with Processes(jobs) if jobs else Inline() as executor:
+        result = run(steps, tmp_path, executor)
+    running = 0
+    for line in capsys.readouterr().err.splitlines():
+        if ": done in" in line:
+            running -= 1
+        elif line.startswith(("data/", "sum/")):
+            running += 1  # said to start
+        assert running <= max(1, jobs)
+    assert running == 0
+    if jobs < 2:
+        assert result.ran == [step.name for step in steps]  # a seed is whole before the next begins
+
+
 def test_records_are_equal_outside_provenance(tmp_path: Path) -> None:
     one = run(graph(), tmp_path / "one").records
     two = run(graph(), tmp_path / "two").records

@@ -22,7 +22,14 @@ R = TypeVar("R")
 
 
 class Executor(Protocol):
-    """Anything that runs a function somewhere and gives a future of its result."""
+    """Anything that runs a function somewhere and gives a future of its result.
+
+    Attributes:
+        slots: functions that run at once; None where the executor alone can know. What is submitted beyond that waits
+            in the order of submission.
+    """
+
+    slots: int | None
 
     def submit(self, fn: Callable[..., R], /, *args: object, light: bool = False) -> Future[R]:
         """Start ``fn(*args)``. The function and its arguments must be picklable for anything but Inline."""
@@ -31,6 +38,8 @@ class Executor(Protocol):
 
 class Inline:
     """In this process, at once: ``submit`` returns when the work is done."""
+
+    slots: int | None = 1
 
     def submit(self, fn: Callable[..., R], /, *args: object, light: bool = False) -> Future[R]:
         """Run ``fn(*args)`` now. An exception is kept in the future; an interrupt passes through."""
@@ -60,15 +69,15 @@ class Processes:
     def __init__(self, n: int) -> None:
         if n < 1:
             raise ConfigError(f"{n} worker processes: must be at least 1")
-        self.n = n
+        self.slots: int | None = n
+        self._threads = max(1, (os.cpu_count() or 1) // n)
         self._context = multiprocessing.get_context("spawn")
         self._stop = self._context.Event()
         self._pool = self._new_pool()
 
     def _new_pool(self) -> ProcessPoolExecutor:
-        threads = max(1, (os.cpu_count() or 1) // self.n)
         return ProcessPoolExecutor(
-            self.n, mp_context=self._context, initializer=_start_worker, initargs=(self._stop, threads)
+            self.slots, mp_context=self._context, initializer=_start_worker, initargs=(self._stop, self._threads)
         )
 
     def submit(self, fn: Callable[..., R], /, *args: object, light: bool = False) -> Future[R]:
@@ -111,7 +120,9 @@ class Cluster:
     ) -> None:
         if slots < 1 or cpus <= 0 or gpus < 0:
             raise ConfigError(f"{slots} slots, {cpus} cpus and {gpus} gpus a task: the first two must be above 0")
-        self.address, self.slots, self.cpus, self.gpus, self.retries = address, slots, cpus, gpus, retries
+        self.slots: int | None = None if address else slots
+        self.address, self.cpus, self.gpus, self.retries = address, cpus, gpus, retries
+        self._own_cpus = math.ceil(slots * cpus)
         self._ray: Any = None
 
     def submit(self, fn: Callable[..., R], /, *args: object, light: bool = False) -> Future[R]:
@@ -132,7 +143,7 @@ class Cluster:
 
         # Ray sets these for a task by itself where they are not said.
         kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
-        own: dict[str, Any] = {"num_cpus": math.ceil(self.slots * self.cpus), "include_dashboard": False}
+        own: dict[str, Any] = {"num_cpus": self._own_cpus, "include_dashboard": False}
         try:
             ray.init(
                 address=self.address or "local",

@@ -257,6 +257,11 @@ def _run_all(result: RunResult, executor: Executor, upload: Upload | None) -> No
             if upload is not None and step.name in result.records:
                 upload.step(step.name, step.folder(result.root), result.root)
 
+    def has_room() -> bool:
+        # No step is queued behind busy workers: whoever is free takes the first of the graph's order that is ready, so
+        # one seed is whole before the next, and a step is not said to start before it does.
+        return executor.slots is None or len(running) < executor.slots
+
     try:
         while waiting or running:
             for step in list(waiting):
@@ -264,7 +269,7 @@ def _run_all(result: RunResult, executor: Executor, upload: Upload | None) -> No
                 if blocker is not None:
                     result.skipped[step.name] = result.skipped.get(blocker, blocker)
                     waiting.remove(step)
-                elif all(u.name in result.records for u in step.inputs.values()):
+                elif has_room() and all(u.name in result.records for u in step.inputs.values()):
                     say(f"{step.name}: {step.says or 'starts'}")
                     running[executor.submit(_work, _job(step, result.root), light=step.light)] = step
                     waiting.remove(step)
