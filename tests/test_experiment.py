@@ -64,25 +64,40 @@ def test_what_does_not_bear_on_a_result_stays_outside_identities():
     assert "evaluation/sft/seed0" not in changed
 
 
+def test_a_smaller_vocabulary_is_the_base_of_all_that_is_trained_from_the_named_model():
+    plain = {step.name: step for step in load("smoke").steps()}
+    small = {step.name: step for step in load("smoke", "vocabulary.size=300").steps()}
+    assert small.keys() - plain.keys() == {"base"}
+    readers = {name for name, step in small.items() if "base" in step.inputs}
+    assert readers == {name for name in small if name.split("/")[0] in ("sft", "reward_model")}
+    assert {name for name in plain if small[name].identity == plain[name].identity} == {"oracle"}
+    assert {s.name: s.identity for s in load("laptop", "vocabulary=false").steps()}.keys() == {
+        s.name for s in load("laptop").steps()
+    } - {"base"}
+    other = {step.name: step for step in load("smoke", "vocabulary.size=301").steps()}
+    assert other["sft"].identity != small["sft"].identity
+
+
 # The laptop study runs for hours. These may change only with a sentence in the log saying why; a field that joins a
 # configuration must be made by `madpo.config.added`.
 LAPTOP = {
     "oracle": "eb5aa6a004d16ceb",
-    "sft": "6b327e6cd209ac41",
-    "responses": "738ef2d997aae64a",
-    "evaluation/sft/seed1": "77076041078e3b70",
-    "pairs/low/seed1": "6a9b92b176938e78",
-    "reward_model/low/seed1": "aa8c89723fbbb149",
-    "margins/low/seed1": "1706712fcd2968cc",
-    "reference/low/seed1": "35eba728065cf581",
-    "policy/low/dpo/seed1": "d8354fb5576faa09",
-    "evaluation/low/dpo/seed1": "d41cdfcbf7348629",
-    "policy/low/ipo/seed1": "632161619bccd649",
-    "evaluation/low/ipo/seed1": "ab7ccc225dd16963",
-    "policy/low/beta-dpo-m=0.6-p=0.8/seed1": "8dd9eda3fd3e999f",
-    "evaluation/low/beta-dpo-m=0.6-p=0.8/seed1": "988929e9b6fb5d48",
-    "policy/low/madpo-tau=7-c=4/seed1": "987e45ab739b8084",
-    "evaluation/low/madpo-tau=7-c=4/seed1": "651f8f82b720a788",
+    "base": "571a070550987a82",
+    "sft": "76e5235e11f68427",
+    "responses": "54af03bdfe5a4fb0",
+    "evaluation/sft/seed1": "f91f5ebe97481141",
+    "pairs/low/seed1": "7336094b2360ac5a",
+    "reward_model/low/seed1": "0e0ec370c2cd4be4",
+    "margins/low/seed1": "96e3b0406c93c79e",
+    "reference/low/seed1": "e982b72d88e1d344",
+    "policy/low/dpo/seed1": "c62c2b4c740b9f92",
+    "evaluation/low/dpo/seed1": "5e46cc67ab0af667",
+    "policy/low/ipo/seed1": "14a06939d7c519cb",
+    "evaluation/low/ipo/seed1": "0fe253d739579f96",
+    "policy/low/beta-dpo-m=0.6-p=0.8/seed1": "0e048207aad1d300",
+    "evaluation/low/beta-dpo-m=0.6-p=0.8/seed1": "74af1ed53e0cafb1",
+    "policy/low/madpo-tau=7-c=4/seed1": "411dd72555343d4b",
+    "evaluation/low/madpo-tau=7-c=4/seed1": "cba59590cb1662a4",
 }
 
 
@@ -113,6 +128,7 @@ def test_more_or_fewer_seeds_and_tiers_leave_finished_steps_where_they_are(chang
         ("policy.optimisation.learning_rate=-1", "learning_rate = -1"),
         ("pairs.tiers=['hihg']", "did you mean 'high'"),
         ("seeds=[1, 1]", "seeds must hold one seed or more"),
+        ("vocabulary.size=0", "vocabulary.size = 0"),
         ("reward_model.folds=1000000000000", "folds = 1000000000000"),  # a graph of so many steps fills any memory
     ],
 )
@@ -120,6 +136,11 @@ def test_mistakes_are_one_sentence_with_the_key(override, words):
     with pytest.raises(ConfigError, match=re.escape(words)) as caught:
         load("smoke", override)
     assert "\n" not in str(caught.value)
+
+
+def test_a_smaller_vocabulary_is_for_the_packaged_corpus():
+    with pytest.raises(ConfigError, match="trim the model by `madpo trim-vocab`"):
+        load_config(find_experiment("smoke"), Experiment, {"vocabulary.size": 300, "corpus": {"kind": "imdb-hub"}})
 
 
 def madpo(*arguments, cache, **settings):

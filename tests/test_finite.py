@@ -20,7 +20,7 @@ from madpo.errors import DataError
 from madpo.losses import LossConfig, LossOutput, SoftDPO
 from madpo.models import LoRA, load_tokenizer
 from madpo.training import checkpoints as disk
-from madpo.training import stages
+from madpo.training import margins, stages
 from madpo.training.finite import SKIPPED, drop_unscored
 from practice_cases import text_pairs, write
 from trainer_settings import QUIET
@@ -425,7 +425,7 @@ def test_the_studys_policy_with_odd_margins(study, tmp_path, case):
         config = stages.PolicyStage(method=loss.kind, loss=loss, optimisation=optimisation)
         metrics = stages.train_policy(config, {**inputs, "margins": tmp_path / "margins"}, out)
         assert np.isfinite(list(metrics.values())).all()
-    assert np.isfinite([*map(float, np.ravel(list(stages.margin_metrics(np.array(values)).values())[-3:]))]).all()
+    assert np.isfinite([*map(float, np.ravel(list(margins.margin_metrics(np.array(values)).values())[-3:]))]).all()
 
 
 def test_the_studys_columns_refuse_what_is_no_number(study, tmp_path):
@@ -441,4 +441,4 @@ def test_the_studys_columns_refuse_what_is_no_number(study, tmp_path):
     with pytest.raises(
         DataError, match="reward_margin of pair 100 is nan, so the reward model overflows or has diverged"
     ):
-        stages.margin_table(Broken(), pd.read_parquet(study / "pairs" / "pairs.parquet"))
+        margins.margin_table(Broken(), pd.read_parquet(study / "pairs" / "pairs.parquet"))

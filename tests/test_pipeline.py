@@ -199,6 +199,48 @@ def test_a_free_worker_takes_the_first_step_that_is_ready(
         assert result.ran == [step.name for step in steps]  # a seed is whole before the next begins
 
 
+def strip(step: Step, root: Path) -> None:
+    """What an export leaves of a step."""
+    path = step.folder(root) / "record.json"
+    record = json.loads(path.read_text())
+    record["provenance"]["exported"] = True
+    for file in step.folder(root).iterdir():
+        file.unlink()
+    path.write_text(json.dumps(record))
+
+
+def test_a_run_goes_on_from_an_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second, both = graph()
+    before = run([both], tmp_path).records
+    for step in (first, second, both):
+        strip(step, tmp_path)
+    assert [status for _, status in plan([both], tmp_path)] == ["done"] * 3
+    assert run([both], tmp_path).ran == []
+    assert first.folder(tmp_path).is_dir()
+
+    more = Step("more", combine, Numbers(), {"a": first})
+    dry = run([both, more], tmp_path, dry_run=True)
+    assert dry.done == ["data/second", "sum"]
+    again = {step.name: status for step, status in dry.plan}
+    assert again["data/first"] == "to run again: more reads its files, which the export left out"
+    capsys.readouterr()
+    result = run([both, more], tmp_path)
+    assert result.ran == ["data/first", "more"]
+    assert "1 of these were done before, but their files stayed behind" in capsys.readouterr().err
+    assert result.records["more"].metrics == {"sum": 2.0}
+    assert result.records["sum"] == before["sum"].model_copy(
+        update={"provenance": {**before["sum"].provenance, "exported": True}}
+    )
+    assert not result.records["data/first"].stripped
+    assert run([both, more], tmp_path).ran == []
+
+    # A step that is to run needs its inputs' files, and these theirs.
+    third = Step("third", produce, Numbers(), {"a": more})
+    strip(more, tmp_path)
+    strip(first, tmp_path)
+    assert run([third], tmp_path).ran == ["data/first", "more", "third"]
+
+
 def test_records_are_equal_outside_provenance(tmp_path: Path) -> None:
     one = run(graph(), tmp_path / "one").records
     two = run(graph(), tmp_path / "two").records

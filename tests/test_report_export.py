@@ -9,6 +9,7 @@ import pytest
 
 from madpo.cli import main
 from madpo.errors import ConfigError, DataError, StorageError
+from madpo.records import Estimate
 from madpo.report import build_report, export, export_report, rebuild_report
 from madpo.results import collect
 from report_cases import HOSTILE, PROMPTS, make_study
@@ -75,6 +76,25 @@ def test_the_report_is_made_again_from_the_export(exported: tuple[Path, Path], t
     rebuild_report(again, figures=False)
     assert (again / "report.html").read_bytes() == page
     assert main(["status", str(again)]) == 0
+
+
+def test_a_smaller_vocabulary_is_said(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "run", tiers=("high",), seeds=1)
+    words = "The base model's vocabulary was cut"
+    folder = study.write("Plain")
+    assert words not in rebuild_report(folder, figures=False).read_text(encoding="utf-8")
+    costs = {"kl": Estimate(0.0266, 0.02, 0.03, 128), "nats_per_byte_before": Estimate(0.8163, 0.8, 0.9, 128)}
+    costs["nats_per_byte"] = Estimate(0.8610, 0.8, 0.9, 128)
+    study.add("base", {"entries": 32768, "entries_before": 262144, "covered": 0.9763, **costs})
+    rebuild_report(study.write("Trimmed"), figures=False)
+    (said,) = [text for text in json.loads((folder / "results.json").read_text())["summary"] if words in text]
+    for part in (
+        "to 32,768 of its 262,144 entries",
+        "97.6 % of the corpus",
+        "0.027 nats per token",
+        "from 0.816 to 0.861 nats per byte",
+    ):
+        assert part in said
 
 
 def test_an_earlier_export_is_replaced_as_a_whole_and_nothing_else_is(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from madpo.cli import main
+from madpo.corpus import PackagedIMDB, load_corpus
 from madpo.data.texts import read_texts
 from madpo.errors import ConfigError, DataError, StorageError
 from madpo.experiment import run_experiment
@@ -18,6 +19,7 @@ from madpo.logprobs import Head, hidden_states, takes_positions
 from madpo.models import load_model
 from madpo.practice import TrimSettings, trim_vocab, trimming
 from madpo.practice.kept_mass import score_texts, token_mass
+from madpo.rewards import RewardModel
 from practice_cases import text_pairs, write
 from vocabulary_cases import LINES, RESERVED, SPECIAL, write_model
 
@@ -389,3 +391,30 @@ def test_an_experiment_takes_the_folder_as_its_model(tmp_path, module_cache):
     assert AutoConfig.from_pretrained(sft / "model").vocab_size == rows
     (adapter,) = (tmp_path / "run").glob("policy/high/dpo/seed0-*/**/adapter_model.safetensors")
     assert load_model(sft / "model", adapter=adapter.parent).config.vocab_size == rows
+
+
+@pytest.mark.slow  # trimming, SFT, responses, a reward model and its margins
+def test_an_experiment_trims_its_base_model(tmp_path, module_cache, monkeypatch):
+    model = write_model(tmp_path / "model", "gemma3", "gpt2")
+    words = AutoConfig.from_pretrained(model).vocab_size
+    whole = load_corpus(PackagedIMDB())
+    monkeypatch.setattr("madpo.practice.corpus_tokens.load_corpus", lambda _: whole.iloc[:300])
+    result = run_experiment(
+        "smoke",
+        tmp_path / "run",
+        overrides=[f"model={model}", f"vocabulary.size={words - 40}", "pairs.tiers=['high']", "oracle.reviews=40",
+                   "pairs.prompts=20", "pairs.train=12", "evaluation.prompts=8"],
+        only=["margins/high/seed0"],
+    )  # fmt: skip
+    assert not result.failed
+    kept = result.records["base"].metrics
+    assert kept["entries"] == words - 40
+    assert 0 < kept["kl"].mean < 5
+    (base,) = (tmp_path / "run").glob("base-*/model")
+    (sft,) = (tmp_path / "run").glob("sft-*/model")
+    assert {AutoConfig.from_pretrained(place).vocab_size for place in (base, sft)} == {words - 40}
+    # The reward model finds its base beside it, also when the run's folder has moved.
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (rewards,) = (tmp_path / "moved").glob("reward_model/high/seed0-*")
+    assert RewardModel.load(rewards).inner.config.vocab_size == words - 40
+    assert str(tmp_path) not in (rewards / "reward_model.json").read_text().replace(str(model), "")

@@ -1,5 +1,7 @@
 """The graph of steps that an experiment stands for: the one place where it is built.
 
+(base, where the vocabulary is cut, comes before sft and every reward model)
+
 oracle -----+--------------------------------------------------------------------------------+
             v                                                                                |
 sft -> responses -> pairs/<tier>/seed<n> -> reward_model/... -> margins/... --+              |
@@ -20,6 +22,7 @@ from madpo.config import Frozen
 from madpo.evaluation import EvaluationStage, evaluate_policy
 from madpo.methods import Method
 from madpo.pipeline import StageFn, Step
+from madpo.practice.trimming import TrimStage, trim_base
 from madpo.preferences import PairStage, ResponseStage, Tier, label_pairs, sample_responses
 from madpo.relabelling import AgreeingStage, RedrawnStage, keep_agreeing, redraw_labels
 from madpo.rewards import OracleStage, fit_oracle
@@ -68,6 +71,11 @@ class _Trunk:
         used = e.pairs.skip + e.pairs.prompts
         oracle = OracleStage(oracle=e.oracle, corpus=e.corpus, sft=e.sft.reviews, prompts=used, seed=e.seed)
         self.oracle = self.add("oracle", fit_oracle, oracle, says="the oracle, which judges every response")
+        self.base: dict[str, Step] = {}
+        if e.vocabulary is not None:
+            trim = TrimStage(model=e.model, size=e.vocabulary.size)
+            says = "the base model, with the vocabulary that the corpus uses"
+            self.base["base"] = self.add("base", trim_base, trim, says=says)
         sft = SFTStage(
             model=e.model,
             corpus=e.corpus,
@@ -77,7 +85,7 @@ class _Trunk:
             lora=e.sft.lora,
             seed=e.seed,
         )
-        self.sft = self.add("sft", train_sft, sft, says="fine-tuning the base model on positive reviews")
+        self.sft = self.add("sft", train_sft, sft, self.base, says="fine-tuning the base model on positive reviews")
         responses = ResponseStage(
             corpus=e.corpus, prompts=e.pairs.prompts, skip=e.pairs.skip, seed=e.seed, **e.responses.model_dump()
         )
@@ -123,7 +131,7 @@ class _Bench:
             "reward_model",
             train_reward_model,
             self._reward_model_stage(),
-            {"pairs": self.pairs},
+            {"pairs": self.pairs, **trunk.base},
             f"a reward model on the {tier} pairs",
         )
         self.margins = self._add(
@@ -218,7 +226,7 @@ class _Bench:
                 f"reward_model/{self.place}/fold{k}",
                 train_reward_model,
                 self._reward_model_stage(folds=folds, fold=k),
-                {"pairs": self.pairs},
+                {"pairs": self.pairs, **self.trunk.base},
                 says=f"a reward model on the {self.tier} pairs, less part {k + 1} of {folds}",
             )
             for k in range(folds)

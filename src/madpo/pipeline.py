@@ -56,6 +56,7 @@ __all__ = [
 StageFn = Callable[[Any, Mapping[str, Path], Path], Metrics]
 
 _LESS_MEMORY = "use a smaller batch size, or run fewer steps at once (--jobs), and run the same command again"
+AGAIN = "to run again"
 _NAME = re.compile(r"[A-Za-z0-9_.+=-]+(/[A-Za-z0-9_.+=-]+)*")
 
 
@@ -119,7 +120,7 @@ class Step:
 
 
 class Planned(NamedTuple):
-    """A step and what a run would do with it: "done", "to run" or "stale: <what changed>"."""
+    """A step and what a run would do with it: "done", "to run", "to run again: <why>" or "stale: <what changed>"."""
 
     step: Step
     status: str
@@ -178,8 +179,19 @@ def ordered(steps: Iterable[Step]) -> list[Step]:
 
 
 def plan(steps: Iterable[Step], root: Path) -> list[Planned]:
-    """What a run would do with every step. Writes nothing."""
-    return [Planned(step, _status(step, root)) for step in ordered(steps)]
+    """What a run would do with every step. Writes nothing.
+
+    A step of an export has its record and little more. It is done as long as no step that is to run reads its files.
+    """
+    order = ordered(steps)
+    status = {step.name: _status(step, root) for step in order}
+    for step in reversed(order):
+        if status[step.name] != "done":
+            for upstream in step.inputs.values():
+                record = finished(upstream, root)
+                if status[upstream.name] == "done" and record is not None and record.stripped:
+                    status[upstream.name] = f"{AGAIN}: {step.name} reads its files, which the export left out"
+    return [Planned(step, status[step.name]) for step in order]
 
 
 def run(
@@ -213,8 +225,8 @@ def run(
     chosen = ordered(_matching(everything, only)) if only else everything
     result = RunResult(root, plan(chosen, root))
     if dry_run:
-        result.records = {p.step.name: r for p in result.plan if (r := finished(p.step, root)) is not None}
-        result.done = list(result.records)
+        for planned in result.plan:
+            _already_done(planned, result)
         return result
     with storage_errors(root), locked(root):
         listing = {
@@ -238,7 +250,7 @@ def _run_all(result: RunResult, executor: Executor, upload: Upload | None) -> No
     running: dict[Future[Any], Step] = {}
     first_mistake: list[MadpoError] = []
     steps = [p.step for p in result.plan]
-    waiting = [p.step for p in result.plan if not _already_done(p.step, result)]
+    waiting = [p.step for p in result.plan if not _already_done(p, result)]
     for step in steps:
         if upload is not None and step.name in result.records:
             upload.step(step.name, step.folder(result.root), result.root)
@@ -247,6 +259,8 @@ def _run_all(result: RunResult, executor: Executor, upload: Upload | None) -> No
         return
     if result.done:
         say(f"{len(result.done)} of {len(steps)} steps are done already; {len(waiting)} to run.")
+    if again := sum(p.status.startswith(AGAIN) for p in result.plan):
+        say(f"{again} of these were done before, but their files stayed behind when the run was exported.")
     total = len(steps)
 
     def collect(block: bool) -> None:
@@ -302,12 +316,12 @@ def _take(step: Step, future: Future[Any], result: RunResult, total: int, first_
     say(f"{step.name}: FAILED: {sentence}")
 
 
-def _already_done(step: Step, result: RunResult) -> bool:
-    record = finished(step, result.root)
+def _already_done(planned: Planned, result: RunResult) -> bool:
+    record = finished(planned.step, result.root) if planned.status == "done" else None
     if record is None:
         return False
-    result.records[step.name] = record
-    result.done.append(step.name)
+    result.records[planned.step.name] = record
+    result.done.append(planned.step.name)
     return True
 
 

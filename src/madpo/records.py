@@ -38,6 +38,9 @@ NAME = r"^[A-Za-z0-9_.+=-]+(/[A-Za-z0-9_.+=-]+)*$"
 """Names of steps, which are paths inside the run's folder; ".." is refused beside."""
 
 
+EXPORTED = "exported"  # of a run's ``about`` and of a record's ``provenance``: most files stayed behind
+
+
 class Record(BaseModel):
     """What a finished step leaves behind. Equal identity and threads give equal records outside ``provenance``, on
     processors with one instruction set and with equal versions of the libraries listed there."""
@@ -65,6 +68,11 @@ class Record(BaseModel):
     @field_serializer("metrics")
     def _readable(self, metrics: dict[str, Metric]) -> dict[str, Any]:
         return {k: v._asdict() if isinstance(v, Estimate) else v for k, v in metrics.items()}
+
+    @property
+    def stripped(self) -> bool:
+        """The record lies in an export, without most of the files that the step wrote."""
+        return self.provenance.get(EXPORTED) is True
 
     @property
     def seconds(self) -> float:

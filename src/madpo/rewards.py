@@ -255,7 +255,8 @@ class RewardModel:
         """
         try:
             told = json.loads((folder / "reward_model.json").read_bytes())
-            base = resolve_model(str(told["base"]))
+            beside = told.get("base_folder")  # of a step before the training, seen from here
+            base = resolve_model(str(told["base"]) if beside is None else str(folder.absolute() / str(beside)))
             pooling: Pooling = TypeAdapter(Pooling).validate_python(told.get("pooling", "last"))
         except ConfigError:
             raise

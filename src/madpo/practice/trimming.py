@@ -10,14 +10,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import Field
 from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from madpo.config import Frozen
+from madpo.corpus import IMDB
 from madpo.errors import ConfigError, MadpoError
 from madpo.memory import is_shortage
 from madpo.models import load_model, resolve_model
 from madpo.packaged import quiet_transformers
+from madpo.pipeline import Metrics
 from madpo.practice.corpus_tokens import CorpusTokens, encoded, read_corpus
 from madpo.practice.folders import building, digest
 from madpo.practice.kept_mass import Probe, TextScore, probe, score_texts
@@ -107,6 +111,29 @@ def trim_vocab(
         write_atomically(out / "README.md", model_card(report))
         write_atomically(out / "vocabulary.json", json.dumps(plain(report), indent=1, ensure_ascii=False) + "\n")
     return report
+
+
+class TrimStage(Frozen):
+    """A step of a study: the base model, with the vocabulary that the packaged IMDB reviews use."""
+
+    model: str
+    size: int = Field(ge=1)
+    """Entries to keep at most."""
+
+
+def trim_base(config: TrimStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
+    """Write ``out/model``; the metrics say what the smaller vocabulary costs on reviews that did not choose it."""
+    # A step that was stopped after its last file and before its record leaves a whole model.
+    report = trim_vocab(config.model, [IMDB], out / "model", TrimSettings(size=config.size), overwrite=True)
+    return {
+        "entries": report.entries,
+        "entries_before": report.entries_before,
+        "parameters": report.parameters,
+        "covered": report.covered,
+        "kl": report.kl,
+        "nats_per_byte": report.nats_per_byte,
+        "nats_per_byte_before": report.nats_per_byte_before,
+    }
 
 
 @contextmanager

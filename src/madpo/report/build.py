@@ -43,7 +43,7 @@ from madpo.report.sections import (
     weighting,
     weights_html,
 )
-from madpo.report.standing import empty_cells, weights_from
+from madpo.report.standing import empty_cells, trimmed_base, weights_from
 from madpo.report.tables import save_tables, study_tables
 from madpo.results import SFT, Tier, collect, planned_row
 from madpo.storage import storage_errors, write_atomically
@@ -264,7 +264,7 @@ def _of_families(report: Report, reasons: Mapping[tuple[str, str], str]) -> dict
 
 
 def _summary(report: Report, records: Mapping[str, Record], unfinished: Mapping[str, str]) -> list[str]:
-    texts = [state(records, unfinished), *headline(report.tiers)]
+    texts = [state(records, unfinished), *headline(report.tiers), *trimmed_base(records)]
     if any(c.value is not None for claim in report.claims for c in claim.comparisons):
         texts += [*weights_from(report.tiers)[1:], counts(report.claims), *ties(report.claims)]
     return [text for text in texts if text]

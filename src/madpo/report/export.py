@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from madpo.errors import DataError, StorageError
 from madpo.progress import say
-from madpo.records import RunStatus, run_status
+from madpo.records import EXPORTED, RunStatus, run_status
 from madpo.report.build import rebuild_report
 from madpo.results import RESPONSE_DIGEST, response_digest
 from madpo.storage import storage_errors
@@ -32,7 +32,6 @@ LIMIT = 16_000_000  # bytes of the folder
 FILE_LIMIT = 4_000_000  # bytes of one file in it
 FIGURES = (".png", ".svg")
 LOGGED = ("step", "loss", "eval_loss", "rewards/margins")  # what training curves are drawn from
-EXPORTED = "exported"  # entry of ``about`` in run.json
 
 
 def export_report(root: Path, target: Path) -> Path:
@@ -111,7 +110,7 @@ def _copy(root: Path, place: Path, status: RunStatus) -> None:
                 (own / "error.txt").write_text(_placeless(why.removeprefix("failed: "), root) + "\n", encoding="utf-8")
             continue
         own.mkdir(parents=True)
-        given = {key: value for key, value in record.provenance.items() if key != "argv"}
+        given = {key: value for key, value in record.provenance.items() if key != "argv"} | {EXPORTED: True}
         if host := given.get("host"):
             given["host"] = hosts.setdefault(str(host), _host(str(host), len(hosts)))
         text = record.model_copy(update={"provenance": given}).model_dump_json(indent=1)

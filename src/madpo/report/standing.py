@@ -5,12 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from madpo.records import Estimate
+from madpo.records import Estimate, Record
 from madpo.report.claims import Claim
 from madpo.results import Tier
 from madpo.summary import interval, one
 
 LITTLE = 0.6  # accuracy; below, a reward model that beats a coin does so by little
+
+
+def trimmed_base(records: Mapping[str, Record]) -> list[str]:
+    """That the base model is not the one it is named after, where its vocabulary was cut, and what that costs."""
+    if (base := records.get("base")) is None:
+        return []
+    found = base.metrics
+    entries, before, covered = (found.get(name) for name in ("entries", "entries_before", "covered"))
+    lost, then, now = (found.get(name) for name in ("kl", "nats_per_byte_before", "nats_per_byte"))
+    if not (isinstance(entries, int) and isinstance(before, int) and isinstance(covered, float)):
+        return []
+    text = (
+        f"The base model's vocabulary was cut to {entries:,} of its {before:,} entries, which cover "
+        f"{100 * covered:.1f} % of the corpus, to save time: all that follows rests on this smaller model."
+    )
+    if isinstance(lost, Estimate) and isinstance(then, Estimate) and isinstance(now, Estimate):
+        text += (
+            f" On held-out reviews the cut costs {lost.mean:.3f} nats per token in KL, and takes the model from "
+            f"{then.mean:.3f} to {now.mean:.3f} nats per byte."
+        )
+    return [text]
 
 
 def accuracies(tier: Tier) -> dict[str, Estimate]:

@@ -16,7 +16,7 @@ from pydantic import Field
 from madpo.config import Frozen
 from madpo.records import Metrics
 from madpo.rewards import RewardModel
-from madpo.training import stages
+from madpo.training import margins, stages
 
 
 class OutOfFoldStage(Frozen):
@@ -39,8 +39,8 @@ def score_out_of_fold(config: OutOfFoldStage, inputs: Mapping[str, Path], out: P
     tables, others = [], []
     for k in range(config.folds):
         model = RewardModel.load(inputs[f"fold{k}"])
-        tables.append(stages.margin_table(model, train[fold == k]))
-        others.append(stages.margin_table(model, heldout)["reward_margin"].to_numpy())
+        tables.append(margins.margin_table(model, train[fold == k]))
+        others.append(margins.margin_table(model, heldout)["reward_margin"].to_numpy())
     tables.append(pd.DataFrame({"pair_id": heldout["pair_id"].to_numpy(), "reward_margin": np.mean(others, axis=0)}))
     table = pairs[["pair_id", "split"]].merge(pd.concat(tables), on="pair_id", validate="one_to_one")
     table[["pair_id", "reward_margin"]].to_parquet(out / stages.MARGINS, index=False)
@@ -49,7 +49,7 @@ def score_out_of_fold(config: OutOfFoldStage, inputs: Mapping[str, Path], out: P
         "pairs": len(table),
         "mean_train_margin": float(own.mean()),
         "negative_share": float((own < 0).mean()),
-        **{name: value for name, value in stages.margin_metrics(own).items() if name != "heldout_pairs"},
+        **{name: value for name, value in margins.margin_metrics(own).items() if name != "heldout_pairs"},
     }
 
 
@@ -61,7 +61,7 @@ def score_sides(config: ScoreStage, inputs: Mapping[str, Path], out: Path) -> Me
     """Write ``scores.parquet``: pair_id, chosen_score, rejected_score (log-odds). Inputs: "pairs", "reward_model"."""
     pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet")
     model = RewardModel.load(inputs["reward_model"])
-    chosen, rejected = (side.astype(np.float64) for side in stages.side_scores(model, pairs))
+    chosen, rejected = (side.astype(np.float64) for side in margins.side_scores(model, pairs))
     table = pd.DataFrame({"pair_id": pairs["pair_id"], "chosen_score": chosen, "rejected_score": rejected})
     table.to_parquet(out / stages.SCORES, index=False)
     return {

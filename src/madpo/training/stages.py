@@ -6,6 +6,7 @@ SFT and reward model are TRL's trainers; the policy is :class:`PreferenceTrainer
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -35,10 +36,10 @@ from madpo.progress import bar, say
 from madpo.recipe import CHECKPOINTS, LoRA, Optimisation, Pooling
 from madpo.rewards import RewardModel, pooled
 from madpo.seeding import rng
-from madpo.statistics import fit_temperature, proportion
 from madpo.storage import write_atomically
 from madpo.training.checkpoints import newest, remove
 from madpo.training.config import PreferenceConfig
+from madpo.training.margins import margin_metrics, margin_table, token_sides
 from madpo.training.preference import ID_COLUMNS, REFERENCE_COLUMNS, PreferenceCollator, PreferenceTrainer
 from madpo.training.reference import refuse_not_finite
 from madpo.training.resume import ExactResume
@@ -152,8 +153,8 @@ class _CompletionSFT(ExactResume, SFTTrainer):  # type: ignore[misc]
 
 
 def train_sft(config: SFTStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
-    """Fine-tune with LoRA and merge; writes ``out/model``."""
-    base = resolve_model(config.model)
+    """Fine-tune with LoRA and merge; writes ``out/model``. An input ``base`` stands in place of the named model."""
+    base = inputs["base"] / "model" if "base" in inputs else resolve_model(config.model)
     tokenizer = load_tokenizer(base)
     texts = list(sft_reviews(load_corpus(config.corpus), config.reviews)["text"])
     rows = []
@@ -284,7 +285,7 @@ def train_reward_model(config: RewardModelStage, inputs: Mapping[str, Path], out
     train = pairs[pairs["split"] == "train"]
     if config.folds is not None:
         train = train[fold_of_pairs(train["pair_id"].to_numpy(), config.folds, config.seed) != config.fold]
-    steps = fit_reward_model(config, _sequences(train), _sequences(stopping), out)
+    steps = fit_reward_model(config, _sequences(train), _sequences(stopping), out, inputs.get("base"))
     reported = heldout.iloc[len(stopping) :] if len(stopping) < len(heldout) else heldout
     table = margin_table(RewardModel.load(out), reported)
     table.to_parquet(out / MARGINS, index=False)
@@ -302,20 +303,23 @@ def fold_of_pairs(pair_ids: np.ndarray, folds: int, seed: int) -> np.ndarray:
     return found
 
 
-def fit_reward_model(config: RewardModelStage, train: Dataset, stopping: Dataset, out: Path) -> int:
+def fit_reward_model(
+    config: RewardModelStage, train: Dataset, stopping: Dataset, out: Path, made: Path | None = None
+) -> int:
     """Train on ``train`` until the loss on ``stopping`` no longer falls; the best weights are kept.
 
     Writes ``adapter`` (with the head), ``reward_model.json`` and ``log.jsonl``, which :meth:`RewardModel.load` reads.
 
     Args:
         config: the base model and how it is trained; ``stopping_share`` has been applied by the caller.
+        made: the step whose ``model`` takes the place of the one that ``config`` names; it stays where it is.
         train, stopping: ``chosen_ids`` and ``rejected_ids``, each prompt and completion together, and how many tokens
             are the prompt's (``prompt_length``).
 
     Returns:
         The optimiser step whose weights were kept.
     """
-    base = resolve_model(config.model)
+    base = resolve_model(config.model) if made is None else made / "model"
     tokenizer = load_tokenizer(base)
     model = load_classifier(base, num_labels=1)
     with torch.no_grad():
@@ -345,6 +349,8 @@ def fit_reward_model(config: RewardModelStage, train: Dataset, stopping: Dataset
     best.restore()
     trainer.model.save_pretrained(out / "adapter", safe_serialization=True)
     told = {"base": config.model, "steps": best.step}
+    if made is not None:
+        told["base_folder"] = os.path.relpath(base, out)
     if config.pooling != "last":  # what a sequence classifier does unless it says otherwise
         told["pooling"] = config.pooling
     (out / "reward_model.json").write_text(json.dumps(told), encoding="utf-8")
@@ -356,40 +362,6 @@ def _sequences(pairs: pd.DataFrame) -> Dataset:
     chosen, rejected = token_sides(pairs)
     columns = {"pair_id": list(pairs["pair_id"]), "chosen_ids": chosen, "rejected_ids": rejected}
     return Dataset.from_dict(columns | {"prompt_length": pairs["prompt_ids"].map(len).tolist()})
-
-
-def token_sides(pairs: pd.DataFrame) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of prompt and completion, for both sides of every pair."""
-    chosen, rejected = (
-        [[*map(int, prompt), *map(int, side)] for prompt, side in zip(pairs["prompt_ids"], pairs[name], strict=True)]
-        for name in ("chosen_ids", "rejected_ids")
-    )
-    return chosen, rejected
-
-
-def side_scores(model: RewardModel, pairs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Rewards (float32) of the chosen and of the rejected side of every pair."""
-    lengths = pairs["prompt_ids"].map(len).tolist()
-    chosen, rejected = (model.score_ids(side, prompt_lengths=lengths) for side in token_sides(pairs))
-    return chosen, rejected
-
-
-def margin_table(model: RewardModel, pairs: pd.DataFrame) -> pd.DataFrame:
-    chosen, rejected = side_scores(model, pairs)
-    margins = np.asarray(chosen - rejected, dtype=np.float64)
-    refuse_not_finite({"reward_margin": margins}, pairs["pair_id"].to_list(), "the reward model")
-    return pd.DataFrame({"pair_id": pairs["pair_id"].to_numpy(), "reward_margin": margins})
-
-
-def margin_metrics(margins: np.ndarray) -> Metrics:
-    temperature, before, after = fit_temperature(margins)
-    return {
-        "heldout_pairs": len(margins),
-        "heldout_accuracy": proportion(int((margins > 0).sum()), len(margins)),
-        "heldout_log_loss": before,
-        "temperature": temperature,
-        "calibrated_log_loss": after,
-    }
 
 
 class MarginStage(Frozen):
