@@ -122,13 +122,7 @@ def best_responses(
     Args:
         drawn: [n][prompts], n responses to every prompt.
     """
-    lengths = [len(prompt) for prompt in prompt_ids]
-    rewards = [
-        judge.score_ids(
-            [[*prompt, *said.ids] for prompt, said in zip(prompt_ids, responses, strict=True)], prompt_lengths=lengths
-        )
-        for responses in drawn
-    ]
+    rewards = [judge.score_responses(prompt_ids, [said.ids for said in responses]) for responses in drawn]
     return [drawn[k][row] for row, k in enumerate(np.argmax(rewards, axis=0))]
 
 

@@ -6,7 +6,7 @@ Both are a :class:`RewardFn`. An oracle gives f(p) = 6 (p - 0.5) in [-3, 3], p i
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -297,18 +297,32 @@ class RewardModel:
             found[rows] = self.inner.score(state).squeeze(-1).cpu().numpy()
         return found
 
+    def score_responses(
+        self, prompt_ids: Iterable[Sequence[int]], response_ids: Iterable[Sequence[int]]
+    ) -> NDArray[np.float32]:
+        """One reward per response, given in token ids beside its prompt's.
+
+        Raises:
+            DataError: a prompt and a response that have no tokens together.
+        """
+        sequences, lengths = [], []
+        for prompt, response in zip(prompt_ids, response_ids, strict=True):
+            sequences.append([*map(int, prompt), *map(int, response)])
+            lengths.append(len(prompt))
+        return self.score_ids(sequences, prompt_lengths=lengths)
+
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> Floats:
         """The same for text; prompt and response are tokenised each for itself, as in training."""
         if len(prompts) != len(completions):
             raise DataError(f"there are {len(prompts)} prompts but {len(completions)} responses; give one of each")
-        sequences, lengths = [], []
-        for prompt, completion in zip(prompts, completions, strict=True):
+        before = []
+        for prompt in prompts:
             ids = list(self.tokenizer(prompt)["input_ids"])
             if ids and ids[-1] == self.tokenizer.eos_token_id:
                 ids.pop()  # the response goes on from here
-            sequences.append([*ids, *self.tokenizer(completion, add_special_tokens=False)["input_ids"]])
-            lengths.append(len(ids))
-        return self.score_ids(sequences, prompt_lengths=lengths).astype(np.float64)
+            before.append(ids)
+        after = [self.tokenizer(completion, add_special_tokens=False)["input_ids"] for completion in completions]
+        return self.score_responses(before, after).astype(np.float64)
 
 
 def pooled(

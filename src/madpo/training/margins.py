@@ -11,19 +11,11 @@ from madpo.statistics import fit_temperature, proportion
 from madpo.training.reference import refuse_not_finite
 
 
-def token_sides(pairs: pd.DataFrame) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of prompt and completion, for both sides of every pair."""
-    chosen, rejected = (
-        [[*map(int, prompt), *map(int, side)] for prompt, side in zip(pairs["prompt_ids"], pairs[name], strict=True)]
-        for name in ("chosen_ids", "rejected_ids")
-    )
-    return chosen, rejected
-
-
 def side_scores(model: RewardModel, pairs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """Rewards (float32) of the chosen and of the rejected side of every pair."""
-    lengths = pairs["prompt_ids"].map(len).tolist()
-    chosen, rejected = (model.score_ids(side, prompt_lengths=lengths) for side in token_sides(pairs))
+    chosen, rejected = (
+        model.score_responses(pairs["prompt_ids"], pairs[name]) for name in ("chosen_ids", "rejected_ids")
+    )
     return chosen, rejected
 
 

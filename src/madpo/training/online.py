@@ -125,9 +125,7 @@ def train_online(config: OnlineStage, inputs: Mapping[str, Path], out: Path) -> 
     reward_model = RewardModel.load(inputs["reward_model"])
 
     def reward(prompt_ids: Sequence[Sequence[int]], response_ids: Sequence[Sequence[int]]) -> Sequence[float]:
-        sequences = [[*prompt, *response] for prompt, response in zip(prompt_ids, response_ids, strict=True)]
-        lengths = [len(prompt) for prompt in prompt_ids]
-        return [float(value) for value in reward_model.score_ids(sequences, prompt_lengths=lengths)]
+        return [float(value) for value in reward_model.score_responses(prompt_ids, response_ids)]
 
     place = inputs["reference"] / "model"
     trainer = fit_online(config, load_model(place), load_tokenizer(place), prompts, reward, out)

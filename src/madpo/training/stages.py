@@ -39,7 +39,7 @@ from madpo.seeding import rng
 from madpo.storage import write_atomically
 from madpo.training.checkpoints import newest, remove
 from madpo.training.config import PreferenceConfig
-from madpo.training.margins import margin_metrics, margin_table, token_sides
+from madpo.training.margins import margin_metrics, margin_table
 from madpo.training.preference import ID_COLUMNS, REFERENCE_COLUMNS, PreferenceCollator, PreferenceTrainer
 from madpo.training.reference import refuse_not_finite
 from madpo.training.resume import ExactResume
@@ -359,7 +359,10 @@ def fit_reward_model(
 
 
 def _sequences(pairs: pd.DataFrame) -> Dataset:
-    chosen, rejected = token_sides(pairs)
+    chosen, rejected = (
+        [[*map(int, prompt), *map(int, side)] for prompt, side in zip(pairs["prompt_ids"], pairs[name], strict=True)]
+        for name in ("chosen_ids", "rejected_ids")
+    )
     columns = {"pair_id": list(pairs["pair_id"]), "chosen_ids": chosen, "rejected_ids": rejected}
     return Dataset.from_dict(columns | {"prompt_length": pairs["prompt_ids"].map(len).tolist()})
 
