@@ -191,12 +191,13 @@ def test_folds_are_equal_parts_that_depend_on_the_set_of_pairs_alone():
 
 
 class Judge:
-    """Rewards a sequence by its last token, plus what this model is off by."""
+    """Rewards a response by its last two tokens, plus what this model is off by."""
 
     def __init__(self, off=0.0):
         self.off = off
 
-    def score_ids(self, sequences, prompt_lengths=None):
+    def score_responses(self, prompt_ids, response_ids):
+        sequences = [[*prompt, *response] for prompt, response in zip(prompt_ids, response_ids, strict=True)]
         return np.array([ids[-2] * 10 + ids[-1] / 100 + self.off * (ids[-2] == 2) for ids in sequences])
 
 
@@ -230,7 +231,7 @@ def test_the_best_of_n_is_the_judges_choice_and_the_first_of_equals():
 
 
 def test_estimates_follow_from_tokens_and_rates():
-    steps = {step.name: step for step in load_config(find_experiment("laptop"), Experiment).steps()}
+    steps = {s.name: s for s in load_config(find_experiment("laptop"), Experiment, ["vocabulary=false"]).steps()}
     rates = estimates.rates_of(["train=100", "generate=1000"])
     policy = steps["policy/low/dpo/seed0"]
     assert estimates.work(policy).tokens == {"train": 400 * 2 * 68}
@@ -260,12 +261,16 @@ def test_a_slower_machine_takes_longer_by_its_products_share(monkeypatch):
 
 
 def test_a_smaller_model_takes_the_share_of_its_parameters(monkeypatch):
-    steps = {step.name: step for step in load_config(find_experiment("laptop"), Experiment).steps()}
-    policy = steps["policy/low/dpo/seed0"]
-    whole = estimates.estimate(policy, estimates.TWO_CORES)
+    def policy(*overrides):
+        steps = load_config(find_experiment("laptop"), Experiment, overrides).steps()
+        return next(step for step in steps if step.name == "policy/low/dpo/seed0")
+
+    whole = estimates.estimate(policy("vocabulary=false"), estimates.TWO_CORES)
+    trimmed = estimates.estimate(policy(), estimates.TWO_CORES)
+    assert trimmed.seconds == pytest.approx(whole.seconds * (1 - (262_144 - 32_768) * 640 / 268e6))
     half = estimates._GEMMA._replace(parameters=134e6)
     monkeypatch.setattr(estimates, "_shape", lambda step: half)
-    assert estimates.estimate(policy, estimates.TWO_CORES).seconds == pytest.approx(whole.seconds / 2)
+    assert estimates.estimate(policy(), estimates.TWO_CORES).seconds == pytest.approx(whole.seconds / 2)
 
 
 def test_a_run_begins_with_its_time_where_that_is_more_than_a_minute(tmp_path, monkeypatch):

@@ -95,7 +95,8 @@ def this_machine() -> Machine:
         return Machine(TWO_CORES, f"{MACHINE}; this machine's accelerator is not measured, give its rates by --rate")
     left, right = (torch.full((_SIDE, _SIDE), 0.5, dtype=dtype) for _ in range(2))
     threads = torch.get_num_threads()
-    # One thread's fastest of many short products: what else the machine does just now hardly touches that.
+    # The median of one thread's short products: what else the machine does just now interrupts few of them, and the
+    # fastest is a burst that no training keeps up (72 to 86 GFLOP/s where trainings ran at 50 to 60; docs/log.md).
     torch.set_num_threads(1)
     try:
         left @ right
@@ -106,7 +107,7 @@ def this_machine() -> Machine:
             times.append(time.perf_counter() - started)
     finally:
         torch.set_num_threads(threads)
-    rate = threads * 2 * _SIDE**3 / min(times) / 1e9
+    rate = threads * 2 * _SIDE**3 / statistics.median(times) / 1e9
     factor = _PRODUCTS * _PRODUCT / rate + 1 - _PRODUCTS
     kind = "bfloat16" if dtype is torch.bfloat16 else "float32"
     rates = {name: value / factor for name, value in TWO_CORES.items()}
