@@ -294,3 +294,5 @@ def test_finished_steps_correct_the_estimates_of_their_kind(tmp_path, monkeypatc
     assert found["policy/low/ipo/seed0"].seconds == pytest.approx(2 * plain)
     assert found["sft"].seconds == estimates.estimate(steps["sft"], estimates.TWO_CORES).seconds
     assert list(found) == ["policy/low/ipo/seed0", "sft"]
+    alone = estimates.estimates(plan[1:], estimates.TWO_CORES, tmp_path, [done])  # finished, and not of this selection
+    assert alone["policy/low/ipo/seed0"].seconds == pytest.approx(2 * plain)

@@ -206,15 +206,20 @@ def _oracle_seconds(config: OracleStage) -> float:
     return 3.0 + 42.0 * (1.0 if reviews is None else min(1.0, reviews / 24_000))  # 24,000 are left for it, about
 
 
-def estimates(plan: Iterable[Planned], rates: Mapping[str, float], root: Path) -> dict[str, Estimated]:
-    """Estimates of the steps that are not done. Finished ones of the same function correct the time, by the median."""
+def estimates(
+    plan: Iterable[Planned], rates: Mapping[str, float], root: Path, graph: Iterable[Step] = ()
+) -> dict[str, Estimated]:
+    """Estimates of the steps that are not done. Finished ones of the same function correct the time, by the median.
+
+    Args:
+        graph: steps beside the plan's whose finished ones count as well.
+    """
     plan = list(plan)
     ratios: dict[str, list[float]] = {}
-    for planned in plan:
-        record = finished(planned.step, root)
+    for step in {step.name: step for step in (*graph, *(planned.step for planned in plan))}.values():
+        record = finished(step, root)
         if record is not None and record.seconds > 0:
-            ratio = record.seconds / estimate(planned.step, rates).seconds
-            ratios.setdefault(planned.step.function, []).append(ratio)
+            ratios.setdefault(step.function, []).append(record.seconds / estimate(step, rates).seconds)
     found = {}
     for planned in plan:
         if planned.status != "done":
@@ -229,7 +234,7 @@ def first_words(result: RunResult) -> str | None:
     if all(planned.status == "done" for planned in result.plan):
         return None
     machine = this_machine()
-    seconds = sum(guess.seconds for guess in estimates(result.plan, machine.rates, result.root).values())
+    seconds = sum(guess.seconds for guess in estimates(result.plan, machine.rates, result.root, result.graph).values())
     if seconds < 60:
         return None
     return f"About {duration(seconds)} of work for {machine.name}; finished steps are kept when it is stopped."
@@ -238,7 +243,7 @@ def first_words(result: RunResult) -> str | None:
 def dry_run_lines(result: RunResult, machine: Machine) -> list[str]:
     """What ``--dry-run`` prints: a line for every step, then the sum."""
     rates = machine.rates
-    found = estimates(result.plan, rates, result.root)
+    found = estimates(result.plan, rates, result.root, result.graph)
     rows = []
     for step, status in result.plan:
         guess = found.get(step.name)

@@ -137,6 +137,7 @@ class RunResult:
         done: steps that were finished before; ran: steps finished now.
         failed: step -> what went wrong, one sentence; skipped: step -> the failed step it waits for.
         not_uploaded: step, or "report" -> why the store does not have it.
+        graph: every step of the graph, chosen or not.
     """
 
     root: Path
@@ -147,6 +148,7 @@ class RunResult:
     failed: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     not_uploaded: dict[str, str] = field(default_factory=dict)
+    graph: list[Step] = field(default_factory=list)
 
 
 def finished(step: Step, root: Path) -> Record | None:
@@ -223,7 +225,7 @@ def run(
     """
     everything = ordered(steps)
     chosen = ordered(_matching(everything, only)) if only else everything
-    result = RunResult(root, plan(chosen, root))
+    result = RunResult(root, plan(chosen, root), graph=everything)
     if dry_run:
         for planned in result.plan:
             _already_done(planned, result)
