@@ -96,7 +96,7 @@ def this_machine() -> Machine:
     left, right = (torch.full((_SIDE, _SIDE), 0.5, dtype=dtype) for _ in range(2))
     threads = torch.get_num_threads()
     # The median of one thread's short products: what else the machine does just now interrupts few of them, and the
-    # fastest is a burst that no training keeps up (72 to 86 GFLOP/s where trainings ran at 50 to 60; docs/log.md).
+    # fastest is a burst (86 GFLOP/s where products that went on for seconds ran at 49 to 63; docs/log.md).
     torch.set_num_threads(1)
     try:
         left @ right

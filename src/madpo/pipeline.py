@@ -186,11 +186,12 @@ def plan(steps: Iterable[Step], root: Path) -> list[Planned]:
     A step of an export has its record and little more. It is done as long as no step that is to run reads its files.
     """
     order = ordered(steps)
-    status = {step.name: _status(step, root) for step in order}
+    records = {step.name: finished(step, root) for step in order}
+    status = {step.name: "done" if records[step.name] else _status(step, root) for step in order}
     for step in reversed(order):
         if status[step.name] != "done":
             for upstream in step.inputs.values():
-                record = finished(upstream, root)
+                record = records[upstream.name]
                 if status[upstream.name] == "done" and record is not None and record.stripped:
                     status[upstream.name] = f"{AGAIN}: {step.name} reads its files, which the export left out"
     return [Planned(step, status[step.name]) for step in order]
@@ -345,8 +346,7 @@ def _answers_to(step: Step, word: str) -> bool:
 
 
 def _status(step: Step, root: Path) -> str:
-    if finished(step, root) is not None:
-        return "done"
+    """Of a step that is not finished: what has changed since one of its name was, if one was."""
     own = step.folder(root)
     others = own.parent.glob(f"{own.name[:-8]}[0-9a-f]*/record.json") if own.parent.is_dir() else []
     records = [(path.stat().st_mtime, path.parent) for path in others if path.parent != own]
