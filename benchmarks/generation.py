@@ -20,17 +20,21 @@ from workers import Worker, serve
 def work(spec: dict[str, Any]) -> None:
     import torch
     from train_step import pairs_of_reviews
+    from transformers import DynamicCache
 
-    from madpo.generation import generate
+    from madpo import generation
     from madpo.models import compute_dtype, load_model, resolve_model
 
     path = resolve_model(spec["model"])
     model = load_model(path, dtype=compute_dtype()).eval()
     prompts = [row["prompt_ids"] for row in pairs_of_reviews(path, spec["prompts"], spec["prompt"], 1)]
 
+    if spec["name"] == "copying":
+        generation.growing_cache = lambda model: DynamicCache(config=model.config)
+
     def ours(count: int, batch: int) -> float:
         start = time.perf_counter()
-        found = generate(
+        found = generation.generate(
             model,
             prompts[:count],
             keys=range(count),
@@ -62,7 +66,7 @@ def work(spec: dict[str, Any]) -> None:
             tokens += out[:, ids.shape[1] :].numel()
         return tokens / (time.perf_counter() - start)
 
-    serve({"tokens_per_second": ours if spec["name"] == "ours" else stock})
+    serve({"tokens_per_second": stock if spec["name"] == "stock" else ours})
 
 
 def main() -> None:
@@ -73,34 +77,44 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 32, 128], help="tried for model.generate")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--copying", action="store_true", help="a third contender: ours with the cache of transformers")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         return work(json.loads(options.worker))
     base = {key: getattr(options, key) for key in ("model", "prompt", "completion", "prompts")}
-    workers = {name: Worker(__file__, {**base, "name": name}) for name in ("ours", "stock")}
+    names = ("ours", "stock", *(["copying"] if options.copying else []))
+    workers = {name: Worker(__file__, {**base, "name": name}) for name in names}
     tried = {batch: workers["stock"].ask("tokens_per_second", count=batch, batch=batch) for batch in options.batches}
     best = max(tried, key=lambda batch: tried[batch])
-    found: dict[str, list[float]] = {"ours": [], "stock": []}
-    workers["ours"].ask("tokens_per_second", count=8, batch=8)  # warms up
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for name in names:
+        if name != "stock":
+            workers[name].ask("tokens_per_second", count=8, batch=8)  # warms up
     for _ in range(options.repeats):
-        found["stock"].append(workers["stock"].ask("tokens_per_second", count=options.prompts, batch=best))
-        found["ours"].append(workers["ours"].ask("tokens_per_second", count=options.prompts, batch=128))
+        for name in names:
+            batch = best if name == "stock" else 128
+            found[name].append(workers[name].ask("tokens_per_second", count=options.prompts, batch=batch))
     for worker in workers.values():
         worker.close()
-    ratio = statistics.median(a / b for a, b in zip(found["ours"], found["stock"], strict=True))
+    ratios = {
+        name: statistics.median(a / b for a, b in zip(found["ours"], found[name], strict=True)) for name in names[1:]
+    }
     print(f"{options.model}, {options.prompt} + {options.completion} tokens, {options.prompts} prompts:")
     print(f"  model.generate by batch size: { ({b: round(r) for b, r in tried.items()}) } tokens/s; best {best}")
     for name, values in found.items():
-        print(f"  {name:6} {statistics.median(values):6.0f} tokens/s ({min(values):.0f} to {max(values):.0f})")
-    print(f"  ours / model.generate {ratio:.2f} x")
+        print(f"  {name:7} {statistics.median(values):6.0f} tokens/s ({min(values):.0f} to {max(values):.0f})")
+    said = {"stock": "model.generate", "copying": "ours with the cache of transformers"}
+    for name, ratio in ratios.items():
+        print(f"  ours / {said[name]} {ratio:.2f} x")
     if options.json:
         result = {
             "options": {**base, "batches": options.batches},
             "tokens_per_second": found,
             "tried": tried,
-            "ratio": ratio,
+            "ratio": ratios["stock"],
+            "ratios": ratios,
         }
         options.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
 

@@ -40,6 +40,7 @@ LAYERS = [
         "places",
         "recipe",
         "generation",
+        "kv_cache",
         "divergence",
         "logprobs",
         "packing",

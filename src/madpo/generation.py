@@ -10,17 +10,15 @@ completion alone, in any batch, in any order, and for every method that is compa
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from madpo.errors import ConfigError, DataError
+from madpo.kv_cache import growing_cache
 from madpo.logprobs import Head, unwrapped
 from madpo.modes import evaluating
 from madpo.progress import bar
@@ -174,7 +172,7 @@ class _Batch:
         length = max(map(len, prompts))
         self.ids = torch.tensor([[0] * (length - len(p)) + [*p] for p in prompts], device=self.device)
         self.mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=self.device)
-        self.cache = _attention_cache(model)
+        self.cache = growing_cache(model)
         self.position = 0
 
     def step(self, sampling: Sampling) -> bool:
@@ -201,19 +199,3 @@ class _Batch:
         kept = self.alive.nonzero().squeeze(-1)
         self.cache.batch_select_indices(kept)
         self.rows, self.ids, self.mask, self.alive = (x[kept] for x in (self.rows, self.ids, self.mask, self.alive))
-
-
-def _attention_cache(model: nn.Module) -> DynamicCache:
-    """An empty cache, for a model that will use it.
-
-    A recurrent state cannot be padded on the left, and a model that knows no ``cache`` would take the argument without
-    a word and see one token at a time.
-    """
-    cache = DynamicCache(config=model.config)
-    takes = "cache" in inspect.signature(model.base_model.forward).parameters  # type: ignore[union-attr]
-    if not takes or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
-        raise ConfigError(
-            f"{type(model).__name__} keeps a state that is not attention over a cache, so responses cannot be sampled "
-            "from it in batches; use a transformer, with transformers 5.24 or later"
-        )
-    return cache
