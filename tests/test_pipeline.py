@@ -332,6 +332,16 @@ def test_only_takes_groups_and_patterns_within_groups(tmp_path: Path) -> None:
     assert {step.identity for step in steps[2:3]} == {Step("x", produce, Numbers(value=3)).identity}
 
 
+def test_a_choice_keeps_the_order_of_the_whole(tmp_path: Path) -> None:
+    first, second, both = graph()
+    early = Step("early", produce, Numbers(value=3))
+    steps = [first, second, early, both, Step("late", combine, Numbers(), {"a": second, "b": early})]
+    planned = run(steps, tmp_path, only=["late", "sum"], dry_run=True).plan
+    assert [p.step.name for p in planned] == ["data/first", "data/second", "early", "sum", "late"]
+    planned = run(steps, tmp_path, only=["late"], dry_run=True).plan
+    assert [p.step.name for p in planned] == ["data/second", "early", "late"]
+
+
 def test_two_different_steps_cannot_share_a_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="both called 'a'"):
         run([Step("a", produce, Numbers()), Step("a", produce, Numbers(value=3))], tmp_path)

@@ -225,7 +225,7 @@ def run(
         MadpoError: the first step that failed by a mistake in its input, if no step could be finished.
     """
     everything = ordered(steps)
-    chosen = ordered(_matching(everything, only)) if only else everything
+    chosen = _matching(everything, only) if only else everything
     result = RunResult(root, plan(chosen, root), graph=everything)
     if dry_run:
         for planned in result.plan:
@@ -329,15 +329,21 @@ def _already_done(planned: Planned, result: RunResult) -> bool:
 
 
 def _matching(steps: list[Step], only: Sequence[str]) -> list[Step]:
-    chosen: dict[str, Step] = {}
+    """The steps that ``only`` names and what they need, in the graph's order.
+
+    The order is that of a whole run: a tier's reward model, which MADPO waits for longest, begins before the methods
+    that need none, so that workers do not wait for it at the end.
+    """
+    chosen: list[Step] = []
     for word in only:
         found = [step for step in steps if _answers_to(step, word)]
         if not found:
             names = list(dict.fromkeys([*(group for step in steps for group in step.groups), *(s.name for s in steps)]))
             hint = did_you_mean(word, names) or f"; there are {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
             raise ConfigError(f"--only {word!r} matches none of the {len(steps)} steps{hint}")
-        chosen |= {step.name: step for step in found}
-    return [step for step in steps if step.name in chosen]
+        chosen += found
+    needed = {step.name for step in ordered(chosen)}
+    return [step for step in steps if step.name in needed]
 
 
 def _answers_to(step: Step, word: str) -> bool:
