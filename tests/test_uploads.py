@@ -132,6 +132,23 @@ def test_a_store_that_fails_costs_no_result_and_tells_no_secret(
     assert "not uploaded to memory://madpo/study: PermissionError: 403" in said.err + said.out
 
 
+def test_a_bucket_is_never_created(tmp_path: Path, memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # s3fs and gcsfs create the bucket of a folder that they are told to make: a mistyped name would pass unnoticed.
+    def create(self: Any, path: str, exist_ok: bool = False) -> None:
+        raise AssertionError(f"the bucket of {path} would be created")
+
+    def put(self: Any, local: str, remote: str) -> None:
+        self.pipe_file(remote, Path(local).read_bytes())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(memory), "makedirs", create)
+        patch.setattr(type(memory), "put_file", put)
+        patch.setattr(type(memory), "protocol", ("s3", "s3a"))
+        _, store = run(tmp_path / "run", "memory://bucket/study")
+        assert store.failed == {}
+    assert len(memory.find("/bucket/study")) == 6
+
+
 def test_a_url_is_checked_before_anything_runs() -> None:
     assert shown("s3://key:secret@bucket/place?x=1") == "s3://bucket/place"
     with pytest.raises(ConfigError, match="give a URL such as"):

@@ -19,6 +19,8 @@ from madpo.errors import ConfigError
 from madpo.progress import say
 
 RECORD = "record.json"
+_WITHOUT_FOLDERS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "obs", "cos"}
+"""Kinds of stores in which a path begins with a bucket and a folder is only a part of a name."""
 
 
 class Upload:
@@ -42,6 +44,8 @@ class Upload:
             self._store, self._root = fsspec.core.url_to_fs(url)
         except (ImportError, ValueError, OSError) as error:
             raise ConfigError(f"--upload {self.shown}: {self._words(error)}") from None
+        protocol = self._store.protocol
+        self._buckets = not _WITHOUT_FOLDERS.isdisjoint([protocol] if isinstance(protocol, str) else protocol)
         self.failed: dict[str, str] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="upload")
         self._pending: dict[str, Future[None]] = {}
@@ -84,7 +88,8 @@ class Upload:
 
     def _put(self, path: Path, place: str) -> None:
         remote = f"{self._root}/{place}"
-        self._store.makedirs(remote.rsplit("/", 1)[0], exist_ok=True)
+        if not self._buckets:  # where there are buckets, this would create one of a name that was mistyped
+            self._store.makedirs(remote.rsplit("/", 1)[0], exist_ok=True)
         self._store.put_file(str(path), remote)
         self._store.invalidate_cache()
         size = self._store.info(remote)["size"]
