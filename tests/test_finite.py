@@ -435,8 +435,8 @@ def test_the_studys_columns_refuse_what_is_no_number(study, tmp_path):
         refuse_not_finite({"a": np.array([1.0, np.inf])}, [11, 12])
 
     class Broken:
-        def score_responses(self, prompt_ids, response_ids):
-            return np.array([np.nan] * len(response_ids))
+        def score_pairs(self, chosen, rejected, prompt_lengths):
+            return np.array([np.nan] * len(chosen)), np.zeros(len(rejected))
 
     with pytest.raises(
         DataError, match="reward_margin of pair 100 is nan, so the reward model overflows or has diverged"

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from madpo.logprobs import completion_logps
+from madpo.logprobs import completion_logps, completion_states, hidden_states
 from madpo.packing import PROMPT, pack
 from test_logprobs import VOCAB, brute_force, build
 
@@ -88,6 +88,46 @@ def test_any_lengths_pack_to_the_numbers_of_padded_rows(pairs, side, seed, data)
 
 
 SLIDING = build("gemma3")
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("unshared", [(), (0, 3)])
+def test_states_of_completions_and_their_gradients_equal_those_of_padded_rows(model, side, unshared):
+    rows = pair_batch(PAIRS, side, unshared=unshared)
+    scored = rows["completion_mask"].bool()
+    inside = [p for n, p in model.named_parameters() if "layers.0." in n or "h.0." in n]
+    found = completion_states(model, **rows)[scored]
+    assert model._madpo_packs
+    wanted = hidden_states(model, rows["input_ids"], rows["attention_mask"])[scored]
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+    weight = torch.linspace(-2, 3, wanted.numel(), dtype=torch.float64).view_as(wanted)
+    ours = torch.autograd.grad((found * weight).sum(), inside, allow_unused=True)
+    theirs = torch.autograd.grad((wanted * weight).sum(), inside, allow_unused=True)
+    for a, b in zip(ours, theirs, strict=True):
+        if b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6 * float(b.abs().max()))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    pairs=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=5),
+    seed=st.integers(0, 99),
+)
+def test_any_lengths_pack_to_the_states_of_padded_rows(pairs, seed):
+    pairs = [(prompt, chosen or 1, rejected or 1) for prompt, chosen, rejected in pairs]
+    rows = pair_batch(pairs, "right", seed)
+    scored = rows["completion_mask"].bool()
+    wanted = hidden_states(SLIDING, rows["input_ids"], rows["attention_mask"])[scored]
+    torch.testing.assert_close(completion_states(SLIDING, **rows)[scored], wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_each_token_that_is_read_is_computed_once():
+    rows = pair_batch([(5, 6, 4), (7, 9, 2), (0, 3, 1)], "right")
+    packing = pack(*rows.values(), predict=False)
+    assert packing.input_ids.shape[1] == (5 + 6 + 4) + (7 + 9 + 2) + (3 + 1)
+    assert packing.scored.equal(rows["completion_mask"].bool())
+    assert packing.labels.equal(rows["input_ids"][packing.scored])
+    assert packing.input_ids[0, packing.predictors].equal(packing.labels)
 
 
 def test_each_needed_token_is_computed_once():

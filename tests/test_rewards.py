@@ -266,6 +266,32 @@ def test_a_mean_is_that_of_the_completions_tokens(trained, tmp_path) -> None:
 
 @pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_rewards_of_pairs_are_those_of_their_sides(trained, pooling) -> None:
+    model = RewardModel.load(trained)
+    model.pooling = pooling
+    draw = np.random.default_rng(4)
+    # Empty completions (read at the prompt's last token), empty prompts, sides of equal and of very different length.
+    sizes = [(5, 4, 9), (1, 30, 2), (12, 0, 3), (12, 3, 0), (0, 4, 6), (7, 1, 1), (3, 3, 3)]
+    prompts = [list(map(int, draw.integers(3, 300, p))) for p, _, _ in sizes]
+    chosen = [p + list(map(int, draw.integers(3, 300, c))) for p, (_, c, _) in zip(prompts, sizes, strict=True)]
+    rejected = [p + list(map(int, draw.integers(3, 300, r))) for p, (_, _, r) in zip(prompts, sizes, strict=True)]
+    rejected[0][0] = chosen[0][0] + 1  # a prompt that is not the same on both sides is not shared
+    lengths = [len(p) for p in prompts]
+    for size in (1, 4, 16):
+        found = model.score_pairs(chosen, rejected, lengths, size)
+        for side, rewards_of_side in zip((chosen, rejected), found, strict=True):
+            assert rewards_of_side.dtype == np.float32
+            expected = [model.score_ids([ids], prompt_lengths=[n])[0] for ids, n in zip(side, lengths, strict=True)]
+            np.testing.assert_allclose(rewards_of_side, expected, atol=3e-5)
+    assert model.inner._madpo_packs
+    assert np.ptp(found) > 0.1
+    assert [part.shape for part in model.score_pairs([], [], [])] == [(0,), (0,)]
+    with pytest.raises(DataError, match="text 1 has no tokens"):
+        model.score_pairs([[1], []], [[2], [3]], [0, 0])
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("pooling", ["last", "mean"])
 def test_training_and_scoring_read_the_same_reward(tmp_path, pooling) -> None:
     """The evaluation loss of the weights that were kept is that of the margins which the saved model gives."""
     base = build_tiny("llama", tmp_path / "base", seed=2)

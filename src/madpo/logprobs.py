@@ -435,6 +435,29 @@ def hidden_states(
     return states
 
 
+def completion_states(
+    model: nn.Module,
+    input_ids: Int[Tensor, "rows length"],
+    attention_mask: Int[Tensor, "rows length"],
+    completion_mask: Int[Tensor, "rows length"],
+) -> Float[Tensor, "rows length hidden"]:
+    """States of the completions' own tokens, for what reads texts and predicts nothing; any value elsewhere.
+
+    Args:
+        model: a transformers model with a backbone, without wrappers.
+        input_ids, attention_mask, completion_mask: as in :func:`completion_logps` with ``pairs``: the prompt of a pair
+            is computed once.
+    """
+    with_positions = takes_positions(model)
+    plain = functools.partial(hidden_states, model, takes_positions=with_positions)
+    rows = (input_ids, attention_mask, completion_mask)
+    if not with_positions or not packs(model, *rows, plain):
+        return plain(input_ids, attention_mask)
+    packing = pack(*rows, predict=False)
+    states = packed_states(model, packing)
+    return states.new_zeros(*input_ids.shape, states.shape[-1]).masked_scatter(packing.scored[..., None], states)
+
+
 def _logit_scale(config: Any) -> float:
     """The constant that an architecture multiplies its logits by; each family has its own name for it."""
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):

@@ -46,7 +46,8 @@ class Packing:
         slots: packed index of the j-th token of each group (0 where the group is shorter), ``groups x longest``.
         filled: whether a slot holds a token.
         places: position of each packed token in the flattened slots; None where every slot is filled.
-        predictors: packed index of the token that predicts each scored token, in row order.
+        predictors: packed index of the token that predicts each scored token, in row order; of that token itself
+            where nothing is predicted.
         fused: take the fused attention kernel even for short groups: it rounds as the kernel of padded rows does.
         windows: the sliding windows that attention asked for, None for layers without one.
     """
@@ -102,13 +103,15 @@ class Packing:
         return (flat if self.places is None else flat.index_select(0, self.places))[None]
 
 
-def pack(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> Packing:
+def pack(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor, *, predict: bool = True) -> Packing:
     """Lay the tokens of a batch of pairs end to end.
 
     Args:
         input_ids, attention_mask, completion_mask: ``rows x length``, padded on either side. The first half of the
             rows are the chosen completions, the second half the rejected ones. A prompt is shared where both rows of a
             pair have the same prompt tokens.
+        predict: the states before the scored tokens are wanted, which predict them, so that a row's last token is left
+            out; otherwise the states of the scored tokens themselves.
     """
     rows, length = input_ids.shape
     attended = attention_mask.bool()
@@ -116,10 +119,12 @@ def pack(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> 
     ids, attended = input_ids.gather(1, order), attended.gather(1, order)
     scored = completion_mask.bool().gather(1, order) & attended
     prompt = attended & (scored.cumsum(1) == 0)
-    scored[:, 0] = False
+    if predict:
+        scored[:, 0] = False
     steps = torch.arange(length, device=ids.device)
-    # The state of a row's last scored token, and of what follows it, predicts nothing.
-    needed = prompt | (attended & (steps < (scored * steps).amax(1, keepdim=True)))
+    # The state of a row's last scored token predicts nothing, and what follows it is read by none.
+    last = (scored * steps).amax(1, keepdim=True)
+    needed = prompt | (attended & (steps < last if predict else steps <= last))
     needed[:, 0] |= attended[:, 0]
     half = rows // 2
     first, second = prompt[:half], prompt[half:]
@@ -150,7 +155,8 @@ def pack(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> 
     def flat(values: Tensor) -> Tensor:
         return values[interleaved][ordered]
 
-    predicted = scored[:, 1:]
+    ahead = int(predict)
+    read = scored[:, ahead:]
     placed = torch.zeros_like(attended).scatter(1, order, scored)  # back where the caller's rows have them
     return Packing(
         input_ids=flat(ids)[None],
@@ -159,8 +165,8 @@ def pack(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> 
         slots=torch.where(filled, slots, 0),
         filled=filled,
         places=places,
-        predictors=index[:, :-1][predicted],
-        labels=ids[:, 1:][predicted],
+        predictors=index[:, : length - ahead][read],
+        labels=ids[:, ahead:][read],
         scored=placed,
     )
 
@@ -265,7 +271,7 @@ def _attention_switched(model: nn.Module) -> Iterator[None]:
 
 
 def packed_states(model: nn.Module, packing: Packing) -> Tensor:
-    """States after the last norm that predict the scored tokens, ``scored x hidden``."""
+    """States after the last norm that predict the scored tokens, or are theirs (:func:`pack`), ``scored x hidden``."""
     backbone: nn.Module = model.base_model  # type: ignore[assignment]
     with _attention_switched(model):
         states = backbone(

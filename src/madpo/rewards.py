@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Protocol
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from peft import PeftModel
 from pydantic import Field, TypeAdapter
@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from madpo.config import Frozen
 from madpo.corpus import IMDB, Corpus, load_corpus, oracle_reviews
 from madpo.errors import ConfigError, DataError
-from madpo.logprobs import hidden_states
+from madpo.logprobs import completion_states, hidden_states
 from madpo.models import load_classifier, load_tokenizer, resolve_model
 from madpo.progress import bar, say
 from madpo.recipe import Pooling
@@ -297,6 +297,38 @@ class RewardModel:
             found[rows] = self.inner.score(state).squeeze(-1).cpu().numpy()
         return found
 
+    @torch.inference_mode()
+    def score_pairs(
+        self,
+        chosen: Sequence[Sequence[int]],
+        rejected: Sequence[Sequence[int]],
+        prompt_lengths: Sequence[int],
+        batch_size: int = 16,
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Rewards of both sides of pairs; as :meth:`score_ids`, but the prompt of a pair is computed once.
+
+        Args:
+            chosen, rejected: token ids of prompt and completion.
+            prompt_lengths: tokens of both sides of a pair that are the prompt's.
+            batch_size: sequences at once, two a pair.
+
+        Raises:
+            DataError: an empty sequence.
+        """
+        sides = [chosen, rejected]
+        # By the longer side; a pair without tokens on one side has no reward to compare.
+        sizes = [max(len(c), len(r)) if len(c) and len(r) else 0 for c, r in zip(chosen, rejected, strict=True)]
+        lengths = np.asarray(prompt_lengths, dtype=np.int64)
+        found = np.zeros((2, len(sizes)), dtype=np.float32)
+        for rows in _batches(sizes, max(1, batch_size // 2), "Rewards"):
+            sequences = [side[row] for side in sides for row in rows]
+            ids, mask = _padded(sequences, self.tokenizer.pad_token_id, self.inner.device)
+            prompts = torch.as_tensor(lengths[rows], device=ids.device).repeat(2)
+            states = completion_states(self.inner, ids, mask, completion_tokens(mask, prompts))
+            state = pooled(states, mask, self.pooling, prompts)
+            found[:, rows] = self.inner.score(state).view(2, len(rows)).cpu().numpy()
+        return found[0], found[1]
+
     def score_responses(
         self, prompt_ids: Iterable[Sequence[int]], response_ids: Iterable[Sequence[int]]
     ) -> NDArray[np.float32]:
@@ -337,13 +369,20 @@ def pooled(
     completion's tokens. A base model's last state speaks of the next word; what a text is like is spread over its
     tokens, so a few hundred pairs teach a mean what they do not teach a last state (docs/log.md).
     """
-    last = mask.sum(-1) - 1
     if pooling == "last":
-        return states[torch.arange(len(states), device=states.device), last].float()
-    begin = torch.minimum(prompt_lengths.to(last), last)  # a completion without tokens is read at the last one
-    inside = mask.bool() & (torch.arange(mask.shape[-1], device=mask.device) >= begin[:, None])
+        return states[torch.arange(len(states), device=states.device), mask.sum(-1) - 1].float()
+    inside = completion_tokens(mask, prompt_lengths)
     total = states.float().masked_fill(~inside[..., None], 0.0).sum(1)
     return total / inside.sum(-1, keepdim=True)
+
+
+def completion_tokens(
+    mask: Int[Tensor, "rows length"], prompt_lengths: Int[Tensor, " rows"]
+) -> Bool[Tensor, "rows length"]:
+    """Which tokens are read; rows are padded on the right. A completion without tokens is read at the last one."""
+    last = mask.sum(-1) - 1
+    begin = torch.minimum(prompt_lengths.to(last), last)
+    return mask.bool() & (torch.arange(mask.shape[-1], device=mask.device) >= begin[:, None])
 
 
 def _placed(model: nn.Module) -> Any:
@@ -354,17 +393,26 @@ def padded_batches(
     sequences: Sequence[Sequence[int]], size: int, pad: int, device: torch.device, description: str
 ) -> Iterator[tuple[NDArray[np.int64], Tensor, Tensor]]:
     """(rows, ids, mask) with padding on the right; sequences of like length share a batch, longest first."""
-    lengths = np.array([len(sequence) for sequence in sequences])
-    if len(lengths) and lengths.min() == 0:
-        raise DataError(f"text {int(lengths.argmin())} has no tokens, so it has no reward; leave it out")
-    order = np.argsort(-lengths, kind="stable")
-    with bar(description, len(sequences)) as advance:
+    for rows in _batches([len(sequence) for sequence in sequences], size, description):
+        yield rows, *_padded([sequences[row] for row in rows], pad, device)
+
+
+def _batches(lengths: Sequence[int], size: int, description: str) -> Iterator[NDArray[np.int64]]:
+    """Numbers of the texts of each batch, longest first."""
+    if len(lengths) and min(lengths) == 0:
+        raise DataError(f"text {np.argmin(lengths)} has no tokens, so it has no reward; leave it out")
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    with bar(description, len(order)) as advance:
         for start in range(0, len(order), size):
             rows = order[start : start + size]
-            ids = torch.full((len(rows), int(lengths[rows[0]])), pad, dtype=torch.long)
-            mask = torch.zeros_like(ids)
-            for i, row in enumerate(rows):
-                ids[i, : lengths[row]] = torch.as_tensor(np.asarray(sequences[row], dtype=np.int64))
-                mask[i, : lengths[row]] = 1
-            yield rows, ids.to(device), mask.to(device)
+            yield rows
             advance(len(rows))
+
+
+def _padded(sequences: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    ids = torch.full((len(sequences), max(map(len, sequences))), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, sequence in enumerate(sequences):
+        ids[i, : len(sequence)] = torch.as_tensor(np.asarray(sequence, dtype=np.int64))
+        mask[i, : len(sequence)] = 1
+    return ids.to(device), mask.to(device)

@@ -196,11 +196,8 @@ def _measure(folder: Path, rows: Sequence[Row]) -> tuple[Estimate, MarginReport,
     """(accuracy, calibration, log loss, temperature where one was fitted); the last two over prompts."""
     sides = sequences(rows)
     model = RewardModel.load(folder)
-    chosen, rejected = (
-        model.score_ids(sides[name], prompt_lengths=sides["prompt_length"]).astype(np.float64)
-        for name in ("chosen_ids", "rejected_ids")
-    )
-    margins = chosen - rejected
+    chosen, rejected = model.score_pairs(sides["chosen_ids"], sides["rejected_ids"], sides["prompt_length"])
+    margins = chosen.astype(np.float64) - rejected
     found, prompts = inspect(margins), [prompt_key(row["prompt"]) for row in rows]
     log_loss = bootstrap_mean(np.logaddexp(0.0, -margins), clusters=prompts)
     temperature = bootstrap_temperature(margins, clusters=prompts) if found.temperature_fitted else None
@@ -248,10 +245,8 @@ class PairScorer:
         Raises:
             DataError: the chat template refuses a conversation.
         """
-        chosen, rejected, lengths = self.ids(pairs, name, unit)
-        found = self.model.score_ids([*chosen, *rejected], self.batch_size, prompt_lengths=[*lengths, *lengths])
-        found = found.astype(np.float64)
-        return found[: len(chosen)], found[len(chosen) :]
+        chosen, rejected = self.model.score_pairs(*self.ids(pairs, name, unit), self.batch_size)
+        return chosen.astype(np.float64), rejected.astype(np.float64)
 
     def ids(self, pairs: Sequence[Pair], name: str, unit: str) -> tuple[list[list[int]], list[list[int]], list[int]]:
         """Token ids of prompt and completion, for both sides, and how many are the prompt's."""

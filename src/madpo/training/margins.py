@@ -13,10 +13,16 @@ from madpo.training.reference import refuse_not_finite
 
 def side_scores(model: RewardModel, pairs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """Rewards (float32) of the chosen and of the rejected side of every pair."""
+    return model.score_pairs(*joined_sides(pairs))
+
+
+def joined_sides(pairs: pd.DataFrame) -> tuple[list[list[int]], list[list[int]], list[int]]:
+    """Token ids of prompt and chosen, and of prompt and rejected completion; tokens of both that are the prompt's."""
     chosen, rejected = (
-        model.score_responses(pairs["prompt_ids"], pairs[name]) for name in ("chosen_ids", "rejected_ids")
+        [[*map(int, prompt), *map(int, side)] for prompt, side in zip(pairs["prompt_ids"], pairs[name], strict=True)]
+        for name in ("chosen_ids", "rejected_ids")
     )
-    return chosen, rejected
+    return chosen, rejected, [len(prompt) for prompt in pairs["prompt_ids"]]
 
 
 def margin_table(model: RewardModel, pairs: pd.DataFrame) -> pd.DataFrame:

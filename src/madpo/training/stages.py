@@ -28,18 +28,18 @@ from trl.trainer.reward_trainer import DataCollatorForPreference
 from madpo import lean, processes
 from madpo.config import Frozen, added, identity_settings
 from madpo.corpus import Corpus, load_corpus, sft_reviews
-from madpo.logprobs import completion_logps, hidden_states, install_completion_head, unwrapped
+from madpo.logprobs import completion_logps, completion_states, install_completion_head, unwrapped
 from madpo.losses import Loss
 from madpo.models import load_classifier, load_model, load_tokenizer, merge_adapter, resolve_model
 from madpo.pipeline import Metrics
 from madpo.progress import bar, say
 from madpo.recipe import CHECKPOINTS, LoRA, Optimisation, Pooling
-from madpo.rewards import RewardModel, pooled
+from madpo.rewards import RewardModel, completion_tokens, pooled
 from madpo.seeding import rng
 from madpo.storage import write_atomically
 from madpo.training.checkpoints import newest, remove
 from madpo.training.config import PreferenceConfig
-from madpo.training.margins import margin_metrics, margin_table
+from madpo.training.margins import joined_sides, margin_metrics, margin_table
 from madpo.training.preference import ID_COLUMNS, REFERENCE_COLUMNS, PreferenceCollator, PreferenceTrainer
 from madpo.training.reference import refuse_not_finite
 from madpo.training.resume import ExactResume
@@ -214,10 +214,8 @@ class _Bradley(ExactResume, RewardTrainer):  # type: ignore[misc]
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        lengths = inputs.pop("prompt_lengths", None)
-        reader: Any = model
-        if self.pooling != "last":  # TRL asks its model for logits alone
-            reader = partial(_pooled_output, unwrapped(model), self.pooling, lengths)
+        # TRL asks its model for logits alone; here each prompt is computed once, and the pooling is ours.
+        reader = partial(_pair_output, unwrapped(model), self.pooling, inputs.pop("prompt_lengths"))
         return super().compute_loss(reader, inputs, return_outputs, num_items_in_batch)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -234,13 +232,13 @@ class _Bradley(ExactResume, RewardTrainer):  # type: ignore[misc]
         self.best.take_counters(values)
 
 
-def _pooled_output(
-    model: Any, pooling: Pooling, lengths: Tensor, input_ids: Tensor, attention_mask: Tensor, **ignored: Any
+def _pair_output(
+    model: Any, pooling: Pooling, prompt_lengths: Tensor, input_ids: Tensor, attention_mask: Tensor, **ignored: Any
 ) -> SequenceClassifierOutput:
-    states = hidden_states(model, input_ids, attention_mask)
+    states = completion_states(model, input_ids, attention_mask, completion_tokens(attention_mask, prompt_lengths))
     # In float32, as RewardModel reads them, whatever precision the layers are computed in.
     with torch.autocast(states.device.type, enabled=False):
-        return SequenceClassifierOutput(logits=model.score(pooled(states, attention_mask, pooling, lengths)))
+        return SequenceClassifierOutput(logits=model.score(pooled(states, attention_mask, pooling, prompt_lengths)))
 
 
 class _BestWeights(TrainerCallback):  # type: ignore[misc]
@@ -359,12 +357,9 @@ def fit_reward_model(
 
 
 def _sequences(pairs: pd.DataFrame) -> Dataset:
-    chosen, rejected = (
-        [[*map(int, prompt), *map(int, side)] for prompt, side in zip(pairs["prompt_ids"], pairs[name], strict=True)]
-        for name in ("chosen_ids", "rejected_ids")
-    )
+    chosen, rejected, lengths = joined_sides(pairs)
     columns = {"pair_id": list(pairs["pair_id"]), "chosen_ids": chosen, "rejected_ids": rejected}
-    return Dataset.from_dict(columns | {"prompt_length": pairs["prompt_ids"].map(len).tolist()})
+    return Dataset.from_dict(columns | {"prompt_length": lengths})
 
 
 class MarginStage(Frozen):
