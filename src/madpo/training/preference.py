@@ -146,7 +146,10 @@ class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
                 columns=self._needs,
             )
         if isinstance(dataset, IterableDataset):
-            raise DataError("a streamed data set has no reference columns; add ref_chosen_logps and ref_rejected_logps")
+            raise DataError(
+                "a streamed data set is not taken, since reference log-probabilities are computed once over the whole; "
+                "load it without streaming"
+            )
         if not self.loss.needs_reference or all(column in dataset.column_names for column in REFERENCE_COLUMNS):
             return dataset
         with self._reference() as (model, adapter):

@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +18,19 @@ from datasets import Dataset
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import TrainerCallback
-from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.trainer_callback import PrinterCallback
-from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
-from trl.trainer.reward_trainer import DataCollatorForPreference
+from trl import RewardConfig, SFTConfig, SFTTrainer
 
-from madpo import lean, processes
+from madpo import processes
 from madpo.config import Frozen, added, identity_settings
 from madpo.corpus import Corpus, load_corpus, sft_reviews
-from madpo.logprobs import completion_logps, completion_states, install_completion_head, unwrapped
+from madpo.logprobs import completion_logps, install_completion_head, unwrapped
 from madpo.losses import Loss
 from madpo.models import load_classifier, load_model, load_tokenizer, merge_adapter, resolve_model
 from madpo.pipeline import Metrics
 from madpo.progress import bar, say
 from madpo.recipe import CHECKPOINTS, LoRA, Optimisation, Pooling
-from madpo.rewards import RewardModel, completion_tokens, pooled
+from madpo.rewards import RewardModel
 from madpo.seeding import rng
 from madpo.storage import write_atomically
 from madpo.training.checkpoints import newest, remove
@@ -43,6 +39,7 @@ from madpo.training.margins import joined_sides, margin_metrics, margin_table
 from madpo.training.preference import ID_COLUMNS, REFERENCE_COLUMNS, PreferenceCollator, PreferenceTrainer
 from madpo.training.reference import refuse_not_finite
 from madpo.training.resume import ExactResume
+from madpo.training.reward import RewardModelTrainer
 
 MARGINS, SCORES = "margins.parquet", "scores.parquet"
 MEMORY_REMEDY = (
@@ -200,81 +197,6 @@ class RewardModelStage(Frozen):
     """Which states the head reads."""
 
 
-@dataclass
-class _WithPromptLengths(DataCollatorForPreference):  # type: ignore[misc]
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        lengths = torch.tensor([example["prompt_length"] for example in examples])
-        return {**super().torch_call(examples), "prompt_lengths": lengths.repeat(2)}
-
-
-class _Bradley(ExactResume, RewardTrainer):  # type: ignore[misc]
-    best: _BestWeights
-    pooling: Pooling = "last"
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        # TRL asks its model for logits alone; here each prompt is computed once, and the pooling is ours.
-        reader = partial(_pair_output, unwrapped(model), self.pooling, inputs.pop("prompt_lengths"))
-        return super().compute_loss(reader, inputs, return_outputs, num_items_in_batch)
-
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["chosen_ids", "rejected_ids", "prompt_length"]
-
-    def _send_telemetry(self) -> None:
-        """Nothing leaves the machine."""
-
-    def _extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return self.best.weights, self.best.counters()
-
-    def _load_extra_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        self.best.weights = {name: tensor.to(self.args.device) for name, tensor in tensors.items()}
-        self.best.take_counters(values)
-
-
-def _pair_output(
-    model: Any, pooling: Pooling, prompt_lengths: Tensor, input_ids: Tensor, attention_mask: Tensor, **ignored: Any
-) -> SequenceClassifierOutput:
-    states = completion_states(model, input_ids, attention_mask, completion_tokens(attention_mask, prompt_lengths))
-    # In float32, as RewardModel reads them, whatever precision the layers are computed in.
-    with torch.autocast(states.device.type, enabled=False):
-        return SequenceClassifierOutput(logits=model.score(pooled(states, attention_mask, pooling, prompt_lengths)))
-
-
-class _BestWeights(TrainerCallback):  # type: ignore[misc]
-    """Keeps the trainable weights of the lowest evaluation loss, and stops when it no longer falls."""
-
-    def __init__(self, model: nn.Module, patience: int) -> None:
-        self.model, self.patience = model, patience
-        self.best, self.step, self.since, self.evaluated_at = float("inf"), 0, 0, -1
-        self.weights: dict[str, Tensor] = {}
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
-        self.evaluated_at = state.global_step
-        if metrics["eval_loss"] < self.best:
-            self.best, self.step, self.since = metrics["eval_loss"], state.global_step, 0
-            self.weights = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
-        else:
-            self.since += 1
-            control.should_training_stop = self.since >= self.patience
-
-    def counters(self) -> dict[str, Any]:
-        """Everything but the weights."""
-        return {"best": self.best, "step": self.step, "since": self.since, "evaluated_at": self.evaluated_at}
-
-    def take_counters(self, values: Mapping[str, Any]) -> None:
-        """Put back what ``counters`` gave."""
-        self.best, self.step, self.since = values["best"], values["step"], values["since"]
-        self.evaluated_at = values["evaluated_at"]
-
-    def restore(self) -> None:
-        """Put the best weights back."""
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                if name in self.weights:
-                    parameter.copy_(self.weights[name])
-
-
 def train_reward_model(config: RewardModelStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Train on the tier's training pairs; writes ``out/adapter`` (with the head) and ``out/reward_model.json``."""
     pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet")
@@ -322,10 +244,9 @@ def fit_reward_model(
     model = load_classifier(base, num_labels=1)
     with torch.no_grad():
         model.score.weight.zero_()  # states are large: a random head would begin with rewards of several log-odds
-    model.config.pad_token_id = tokenizer.pad_token_id
-    trainer = _Bradley(
-        model=model,
-        args=RewardConfig(
+    trainer = RewardModelTrainer(
+        model,
+        RewardConfig(
             max_length=None,
             eval_strategy="steps",
             eval_steps=config.eval_every,
@@ -334,13 +255,11 @@ def fit_reward_model(
         train_dataset=train,
         eval_dataset=stopping,
         processing_class=tokenizer,
-        data_collator=_WithPromptLengths(pad_token_id=tokenizer.pad_token_id),
         peft_config=config.lora.peft_config("SEQ_CLS"),
+        pooling=config.pooling,
+        patience=config.patience,
     )
-    trainer.pooling = config.pooling
-    lean.install(trainer.model)
-    best = trainer.best = _BestWeights(trainer.model, config.patience)
-    trainer.add_callback(best)
+    best = trainer.best
     run_training(trainer, config, "Reward model", out)
     if best.evaluated_at != trainer.state.global_step:
         trainer.evaluate()

@@ -1,0 +1,137 @@
+"""Training steps of our reward trainer against TRL's RewardTrainer: time and memory.
+
+Each contender has its own process; they take turns, step by step. Same model, same tokens of IMDB in the same order,
+same LoRA, precision, batch and head. TRL runs without gradient checkpointing. Before anything is timed, the losses of
+two steps are compared in float32. Prints the figures and writes JSON.
+
+    python benchmarks/reward_step.py --model gemma-3-270m --prompt 20 --completion 48 --batch 8 --json out.json
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from train_step import pairs_of_reviews
+from workers import Worker, forget_peak, memory_above, ready, resident, same_losses, serve, timed_step
+
+
+def build(spec: dict[str, Any]) -> tuple[Any, float]:
+    """A trainer ready to step, and the resident memory with only its model loaded, MiB."""
+    import torch
+    from datasets import Dataset
+    from trl import RewardConfig, RewardTrainer
+
+    from madpo.models import load_classifier, load_tokenizer, resolve_model
+    from madpo.recipe import LoRA
+    from madpo.training.reward import RewardModelTrainer
+
+    path = resolve_model(spec["model"])
+    tokenizer = load_tokenizer(path)
+    rows = pairs_of_reviews(path, spec["batch"] * spec["batches"], spec["prompt"], spec["completion"])
+    data = Dataset.from_list(
+        [
+            {
+                "pair_id": i,
+                "chosen_ids": row["prompt_ids"] + row["chosen_ids"],
+                "rejected_ids": row["prompt_ids"] + row["rejected_ids"],
+                "prompt_length": spec["prompt"],
+            }
+            for i, row in enumerate(rows)
+        ]
+    )
+    model = load_classifier(path, num_labels=1, dtype=getattr(torch, spec["dtype"]))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    with torch.no_grad():
+        for weight in model.parameters():  # the file's pages count as resident only once they are read
+            weight.data = weight.data.clone()
+        # The same head in both, small enough for rewards of about one log-odds.
+        model.score.weight.copy_(1e-3 * torch.sin(torch.arange(model.score.weight.numel()))[None])
+    loaded = resident("VmRSS")
+    arguments = RewardConfig(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=spec["batch"],
+        bf16=spec["dtype"] == "bfloat16",
+        use_cpu=not torch.accelerator.is_available(),
+        activation_checkpointing=False,
+        max_length=None,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        logging_steps=1000,
+    )
+    trainer = (RewardModelTrainer if spec["name"] == "ours" else RewardTrainer)(
+        model,
+        arguments,
+        train_dataset=data,
+        processing_class=tokenizer,
+        peft_config=LoRA().peft_config("SEQ_CLS"),
+    )
+    return ready(trainer), loaded
+
+
+def work(spec: dict[str, Any]) -> None:
+    trainer, loaded = build(spec)
+    rows = list(trainer.train_dataset)
+    forget_peak()
+
+    def step(index: int = 0) -> tuple[float, float]:
+        return timed_step(trainer, rows[index * spec["batch"] : (index + 1) * spec["batch"]])
+
+    serve({"step": step, "memory": lambda: memory_above(loaded)})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="gemma-3-270m")
+    parser.add_argument("--prompt", type=int, default=20)
+    parser.add_argument("--completion", type=int, default=48)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        return work(json.loads(options.worker))
+    from madpo.models import compute_dtype
+
+    base = {key: getattr(options, key) for key in ("model", "prompt", "completion", "batch")} | {"batches": 2}
+    gap = same_losses(__file__, base)
+    dtype = str(compute_dtype()).removeprefix("torch.")
+    names = ["ours", "trl"]
+    workers = {name: Worker(__file__, {**base, "name": name, "dtype": dtype}) for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for repeat in range(options.repeats + 1):
+        for name in names if repeat % 2 else reversed(names):
+            taken = workers[name].ask("step")[1]
+            if repeat:  # the first warms up
+                seconds[name].append(taken)
+    memory = {name: workers[name].ask("memory") for name in names}
+    for worker in workers.values():
+        worker.close()
+    print(f"{options.model}, {options.prompt} + {options.completion} tokens, batch {options.batch}, {dtype}:")
+    for name, values in seconds.items():
+        spread = f"steps of {min(values):.2f} to {max(values):.2f} s"
+        print(
+            f"  {name:5} {options.batch / statistics.median(values):6.2f} pairs/s ({spread}), {memory[name]:6.0f} MiB"
+        )
+    ratio = statistics.median(t / o for t, o in zip(seconds["trl"], seconds["ours"], strict=True))
+    print(f"  ours / TRL {ratio:.2f} x, memory above the model 1 / {memory['trl'] / memory['ours']:.1f}")
+    if options.json:
+        result = {
+            "options": {key: value for key, value in vars(options).items() if key not in ("json", "worker")},
+            "machine": platform.processor() or platform.machine(),
+            "dtype": dtype,
+            "seconds": seconds,
+            "ratio": ratio,
+            "memory_mib": memory,
+            "float32_gap": gap,
+        }
+        options.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""TRL's reward trainer on our engine: Eq. 2's loss, each prompt computed once, and the best weights kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.modeling_outputs import SequenceClassifierOutput
+from trl import RewardConfig, RewardTrainer
+from trl.trainer.reward_trainer import DataCollatorForPreference
+
+from madpo import lean
+from madpo.logprobs import completion_states, unwrapped
+from madpo.recipe import Pooling
+from madpo.rewards import completion_tokens, pooled
+from madpo.training.resume import ExactResume
+
+
+@dataclass
+class _WithPromptLengths(DataCollatorForPreference):  # type: ignore[misc]
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        lengths = torch.tensor([example["prompt_length"] for example in examples])
+        return {**super().torch_call(examples), "prompt_lengths": lengths.repeat(2)}
+
+
+class RewardModelTrainer(ExactResume, RewardTrainer):  # type: ignore[misc]
+    """Minimises -log sigmoid(r(chosen) - r(rejected)), mean over pairs (Eq. 2), on token ids.
+
+    Rows have ``pair_id``, ``chosen_ids`` and ``rejected_ids`` (prompt and completion together), and
+    ``prompt_length``, the tokens of both that are the prompt's.
+
+    Args:
+        model: a sequence classifier with one output.
+        pooling: which states the head reads; see :func:`madpo.rewards.pooled`.
+        patience: evaluations without improvement before the training stops.
+
+    Attributes:
+        best: the weights of the lowest evaluation loss so far.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: RewardConfig,
+        *,
+        processing_class: Any,
+        pooling: Pooling = "last",
+        patience: int = 3,
+        **settings: Any,
+    ) -> None:
+        pad = processing_class.pad_token_id
+        model.config.pad_token_id = pad  # type: ignore[union-attr]
+        collator = _WithPromptLengths(pad_token_id=pad)
+        super().__init__(model=model, args=args, processing_class=processing_class, data_collator=collator, **settings)
+        self.pooling = pooling
+        lean.install(self.model)
+        self.best = _BestWeights(self.model, patience)
+        self.add_callback(self.best)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's loss of our rewards: it asks its model for logits alone."""
+        reader = partial(_pair_output, unwrapped(model), self.pooling, inputs.pop("prompt_lengths"))
+        return super().compute_loss(reader, inputs, return_outputs, num_items_in_batch)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["chosen_ids", "rejected_ids", "prompt_length"]
+
+    def _send_telemetry(self) -> None:
+        """Nothing leaves the machine."""
+
+    def _extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return self.best.weights, self.best.counters()
+
+    def _load_extra_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        self.best.weights = {name: tensor.to(self.args.device) for name, tensor in tensors.items()}
+        self.best.take_counters(values)
+
+
+def _pair_output(
+    model: Any, pooling: Pooling, prompt_lengths: Tensor, input_ids: Tensor, attention_mask: Tensor, **ignored: Any
+) -> SequenceClassifierOutput:
+    states = completion_states(model, input_ids, attention_mask, completion_tokens(attention_mask, prompt_lengths))
+    # In float32, as RewardModel reads them, whatever precision the layers are computed in.
+    with torch.autocast(states.device.type, enabled=False):
+        return SequenceClassifierOutput(logits=model.score(pooled(states, attention_mask, pooling, prompt_lengths)))
+
+
+class _BestWeights(TrainerCallback):  # type: ignore[misc]
+    """Keeps the trainable weights of the lowest evaluation loss, and stops when it no longer falls."""
+
+    def __init__(self, model: nn.Module, patience: int) -> None:
+        self.model, self.patience = model, patience
+        self.best, self.step, self.since, self.evaluated_at = float("inf"), 0, 0, -1
+        self.weights: dict[str, Tensor] = {}
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        self.evaluated_at = state.global_step
+        if metrics["eval_loss"] < self.best:
+            self.best, self.step, self.since = metrics["eval_loss"], state.global_step, 0
+            self.weights = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
+        else:
+            self.since += 1
+            control.should_training_stop = self.since >= self.patience
+
+    def counters(self) -> dict[str, Any]:
+        """Everything but the weights."""
+        return {"best": self.best, "step": self.step, "since": self.since, "evaluated_at": self.evaluated_at}
+
+    def take_counters(self, values: Mapping[str, Any]) -> None:
+        """Put back what ``counters`` gave."""
+        self.best, self.step, self.since = values["best"], values["step"], values["since"]
+        self.evaluated_at = values["evaluated_at"]
+
+    def restore(self) -> None:
+        """Put the best weights back."""
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if name in self.weights:
+                    parameter.copy_(self.weights[name])
