@@ -16,7 +16,7 @@ def head_seconds(model: str, rows: int = 384, repeats: int = 3) -> dict[int, flo
     """Seconds of the completion head, gradient vectors included, over the first so many entries of the vocabulary."""
     import torch
 
-    from madpo.logprobs import Head, token_logps
+    from madpo.head import Head, token_logps
     from madpo.models import compute_dtype, load_model, resolve_model
 
     whole = Head.of(load_model(resolve_model(model), dtype=compute_dtype()).requires_grad_(False))

@@ -40,6 +40,7 @@ LAYERS = [
         "places",
         "recipe",
         "generation",
+        "head",
         "kv_cache",
         "divergence",
         "logprobs",

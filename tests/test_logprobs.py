@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from madpo.divergence import completion_kl
-from madpo.logprobs import Head, completion_logps, token_logps
+from madpo.head import Head, _WideProduct, token_logps
+from madpo.logprobs import completion_logps
 
 VOCAB = 211
 SMALL = {
@@ -172,6 +173,55 @@ def test_bfloat16_is_three_times_closer_than_bfloat16_logits():
     assert (ours - exact).abs().mean() < (plain - exact).abs().mean() / 3
     assert (ours - exact).abs().max() < 0.02
     assert float(ours.max()) <= 0
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("boost", [0, 11, 14, 17])
+def test_bfloat16_gradients_and_sums_follow_the_exact_logits(boost, softcap):
+    """The likelier the label, the smaller its gradient and the larger the terms that it is the difference of."""
+    torch.manual_seed(3)
+    weight = (torch.randn(20_000, 64) * 0.2).bfloat16()
+    hidden, labels = torch.randn(200, 64) * 2, torch.arange(200)
+    hidden += boost * weight[:200].float() / weight[:200].float().norm(dim=-1, keepdim=True)
+    hidden = hidden.bfloat16().requires_grad_()
+    head = Head(weight, None, softcap, 1.0)
+    exact = hidden.detach().double().requires_grad_()
+    logits = exact @ weight.double().T
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    logp = logits.log_softmax(-1)
+    own = logp.gather(-1, labels[:, None]).squeeze(-1)
+    (wanted,) = torch.autograd.grad(own.sum(), exact)
+    found = token_logps(hidden, head, labels, log_sum_sq=True, details=True, tile=4096)
+    (ours,) = torch.autograd.grad(found.logps.sum(), hidden)
+    (plain,) = torch.autograd.grad(
+        head.logits(hidden)[0].float().log_softmax(-1).gather(-1, labels[:, None]).sum(), hidden
+    )
+
+    def error(gradient):
+        return ((gradient.double() - wanted).norm(dim=-1) / wanted.norm(dim=-1)).median()
+
+    assert error(ours) < 0.03
+    assert error(ours) < 1.1 * error(plain)
+    # A logit of 16 to 32 is rounded by up to 1 / 16.
+    torch.testing.assert_close(found.log_sum_sq.double(), torch.logsumexp(2 * logp, -1), rtol=0, atol=0.05)
+    torch.testing.assert_close(found.entropy.double(), -(logp.exp() * logp).sum(-1), rtol=0, atol=0.05)
+    assert float(found.log_sum_sq.max()) < 0.01
+    assert float(found.entropy.min()) > -0.01
+
+
+def test_the_gradient_of_a_product_that_leaves_half_precision():
+    torch.manual_seed(4)
+    x, weight = (torch.randn(7, 16).bfloat16().requires_grad_(), torch.randn(30, 16).bfloat16().requires_grad_())
+    found = _WideProduct.apply(x, weight)
+    assert found.dtype == torch.float32
+    wanted = x.float() @ weight.float().T
+    assert found.equal(wanted)
+    grad = torch.randn(7, 30)
+    ours = torch.autograd.grad(found, (x, weight), grad)
+    theirs = torch.autograd.grad(wanted, (x, weight), grad)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == torch.bfloat16
+        torch.testing.assert_close(a.float(), b.float(), rtol=0.02, atol=0.05)
 
 
 def test_no_completion_token_at_all_gives_zero_and_a_gradient():

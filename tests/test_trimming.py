@@ -15,7 +15,8 @@ from madpo.corpus import PackagedIMDB, load_corpus
 from madpo.data.texts import read_texts
 from madpo.errors import ConfigError, DataError, StorageError
 from madpo.experiment import run_experiment
-from madpo.logprobs import Head, hidden_states, takes_positions
+from madpo.head import Head
+from madpo.logprobs import hidden_states, takes_positions
 from madpo.models import load_model
 from madpo.practice import TrimSettings, trim_vocab, trimming
 from madpo.practice.kept_mass import score_texts, token_mass

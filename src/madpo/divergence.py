@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from madpo.logprobs import TILE, Head, hidden_states, takes_positions, unwrapped
+from madpo.head import TILE, Head
+from madpo.logprobs import hidden_states, takes_positions, unwrapped
 
 
 @torch.no_grad()

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from madpo.errors import ConfigError, DataError
+from madpo.head import Head
 from madpo.kv_cache import growing_cache
-from madpo.logprobs import Head, unwrapped
+from madpo.logprobs import unwrapped
 from madpo.modes import evaluating
 from madpo.progress import bar
 from madpo.seeding import derived_seed

@@ -9,6 +9,8 @@ of them an approximation:
 3. Where the head is frozen (LoRA), d logp / d hidden = W[y] - sum_v p_v W[v] is computed while the tile is at hand
    and kept: one vector per token. Backward then scales it: two matrix products instead of three, and no logits.
 
+(2 and 3 are :mod:`madpo.head`.)
+
 ``install_completion_head`` teaches a model's ``forward`` to answer with these numbers, so that wrappers that must
 see the call (PEFT, DDP, FSDP) do. The functions below it are what training, reference columns and evaluation share.
 """
@@ -18,23 +20,15 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from madpo import lean
+from madpo.head import Head, token_logps
 from madpo.packing import pack, packed_states, packs
-
-TILE = 8_192
-"""Vocabulary entries per tile: small enough for a processor's cache at a few hundred tokens."""
-TOKENS = 512
-"""Tokens per pass over the vocabulary: bounds the memory of one tile (4 Mi entries)."""
 
 
 class CompletionScores(NamedTuple):
@@ -55,249 +49,6 @@ class CompletionScores(NamedTuple):
     entropy: Tensor | None = None
     mean_logit: Tensor | None = None
     top1: Tensor | None = None
-
-
-class TokenScores(NamedTuple):
-    """One value per token, as in :class:`CompletionScores`; what was not asked for is None."""
-
-    logps: Tensor
-    log_sum_sq: Tensor | None = None
-    entropy: Tensor | None = None
-    mean_logit: Tensor | None = None
-    top1: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Head:
-    """An output head: logits = softcap * tanh(scale * (W h + b) / softcap), the cap left out where there is none."""
-
-    weight: Float[Tensor, "vocab hidden"]
-    bias: Float[Tensor, " vocab"] | None
-    softcap: float | None
-    scale: float
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Head:
-        """The head of a transformers causal language model, with the conventions of its architecture."""
-        config = model.config.get_text_config()  # type: ignore[operator, union-attr]
-        head = model.get_output_embeddings()  # type: ignore[operator]
-        weight, bias = head.weight, getattr(head, "bias", None)
-        if hasattr(weight, "full_tensor"):  # FSDP2 shards parameters as DTensors; the tiles need the whole
-            weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
-        return cls(weight, bias, getattr(config, "final_logit_softcapping", None), _logit_scale(config))
-
-    @property
-    def trains(self) -> bool:
-        """Whether a gradient must reach the head itself."""
-        return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
-
-    def logits(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor | None]:
-        """Logits of a tile of the vocabulary, and d logits / d (W h + b) where that is not constant."""
-        weight = self.weight[start:stop].to(hidden.dtype)
-        if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
-            raw = torch.mm(hidden, weight.T, out_dtype=torch.float32)
-        else:
-            raw = hidden @ weight.T
-        if self.bias is not None:
-            raw = raw + self.bias[start:stop].to(raw.dtype)
-        if self.scale != 1.0:
-            raw = raw * self.scale
-        if self.softcap is None:
-            return raw, None
-        squashed = torch.tanh(raw / self.softcap)
-        return squashed * self.softcap, 1 - squashed.square()
-
-    def logits_of(self, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The logit of one vocabulary entry per row, and its derivative, in float32 or wider."""
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        raw = (hidden.to(wide) * self.weight[ids].to(wide)).sum(-1)
-        if self.bias is not None:
-            raw = raw + self.bias[ids].to(wide)
-        raw = raw * self.scale
-        if self.softcap is None:
-            return raw, None
-        squashed = torch.tanh(raw / self.softcap)
-        return squashed * self.softcap, 1 - squashed.square()
-
-
-def token_logps(
-    hidden: Float[Tensor, "tokens hidden"],
-    head: Head,
-    labels: Int[Tensor, " tokens"],
-    *,
-    log_sum_sq: bool = False,
-    details: bool = False,
-    tile: int = TILE,
-) -> TokenScores:
-    """log p(label | hidden) of each token, nats, without the logits of the whole vocabulary.
-
-    Args:
-        hidden: states after the last norm, one row per scored token.
-        head: the output head. If it trains, tokens are taken in blocks whose logits are recomputed in backward.
-        labels: the token that each row predicts.
-        log_sum_sq: also return log sum_v p_v^2.
-        details: also return entropy, mean logit and whether the label was the most likely token.
-        tile: vocabulary entries per tile.
-    """
-    half = torch.is_autocast_enabled(hidden.device.type)
-    dtype = torch.get_autocast_dtype(hidden.device.type) if half else head.weight.dtype
-    hidden = hidden.to(dtype)
-    with torch.autocast(hidden.device.type, enabled=False):
-        if head.trains and torch.is_grad_enabled():
-            parts = [
-                checkpoint(_block_scores, head, rows, ids, use_reentrant=False, preserve_rng_state=False)
-                for rows, ids in _blocks(hidden, labels, 256)
-            ]
-        else:
-            parts = [
-                _FrozenHeadLogps.apply(rows, head, ids, tile, log_sum_sq, details)  # type: ignore[no-untyped-call]
-                for rows, ids in _blocks(hidden, labels, TOKENS)
-            ]
-    logps, squares, *rest = (torch.cat(column) for column in zip(*parts, strict=True))
-    return TokenScores(logps, squares if log_sum_sq else None, *(rest if details else ()))
-
-
-def _blocks(hidden: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(torch.split(hidden, size), torch.split(labels, size), strict=True)
-
-
-def _block_scores(head: Head, hidden: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-    """Plain scores of a block of tokens; checkpointed, so that its logits live only while they are used."""
-    z = head.logits(hidden)[0]
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
-    logp = F.log_softmax(z, dim=-1)
-    with torch.no_grad():
-        entropy = -(logp.exp() * logp).sum(-1)
-        top1 = (z.argmax(-1) == labels).to(z.dtype)
-        extras = (torch.logsumexp(2 * logp, dim=-1), entropy, z.mean(-1), top1)
-    return logp.gather(-1, labels[:, None]).squeeze(-1), *extras
-
-
-class _FrozenHeadLogps(torch.autograd.Function):
-    """Running softmax over vocabulary tiles that keeps d logp / d hidden, one vector per token."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, head: Head, labels: Tensor, tile: int, log_sum_sq: bool, details: bool
-    ) -> tuple[Tensor, ...]:
-        sums = _Softmax.of(hidden, stash=ctx.needs_input_grad[0])
-        for start in range(0, head.weight.shape[0], tile):
-            sums.add_tile(head, hidden, labels, start, tile, log_sum_sq=log_sum_sq, details=details)
-        label_logit, label_slope = head.logits_of(hidden, labels)
-        if sums.rounds:
-            sums.exchange(labels, label_logit, head.logits_of(hidden, sums.arg)[0])
-        logps = label_logit - (sums.top + sums.total.log())
-        if sums.stash is not None:
-            own = head.weight[labels].to(sums.stash.dtype)
-            own = own if label_slope is None else own * label_slope[:, None]
-            ctx.save_for_backward((own - sums.stash / sums.total[:, None]).mul_(head.scale).to(hidden.dtype))
-        extras = (
-            sums.total_sq.log() - 2 * sums.total.log(),
-            sums.total.log() - sums.weighted / sums.total,
-            sums.plain / head.weight.shape[0],
-            (sums.own == sums.top).to(logps.dtype),
-        )
-        ctx.mark_non_differentiable(*extras)
-        return logps, *extras
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (stash,) = ctx.saved_tensors
-        return (grads[0][:, None] * stash).to(stash.dtype), None, None, None, None, None
-
-
-@dataclass
-class _Softmax:
-    """Sums over the vocabulary tiles seen so far, one row per token.
-
-    Attributes:
-        top, arg: the largest logit, and its entry (followed only where products are rounded).
-        own: the label's logit as the tile's product gave it.
-        total, total_sq, weighted: sums of e, e^2 and e (z - top), where e = exp(z - top).
-        plain: sum of z.
-        stash: sum of e W[v], less the label's own row d logp / d hidden once divided by ``total``.
-        rounds: whether a product of half-precision matrices comes back in half precision.
-    """
-
-    top: Tensor
-    arg: Tensor
-    own: Tensor
-    total: Tensor
-    total_sq: Tensor
-    weighted: Tensor
-    plain: Tensor
-    stash: Tensor | None
-    rounds: bool
-
-    @classmethod
-    def of(cls, hidden: Tensor, *, stash: bool) -> _Softmax:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        own, total, total_sq, weighted, plain = (hidden.new_zeros(len(hidden), dtype=wide) for _ in range(5))
-        return cls(
-            top=torch.full_like(own, -torch.inf),
-            arg=torch.zeros_like(own, dtype=torch.long),
-            own=own,
-            total=total,
-            total_sq=total_sq,
-            weighted=weighted,
-            plain=plain,
-            stash=hidden.new_zeros(hidden.shape, dtype=wide) if stash else None,
-            rounds=hidden.dtype in (torch.bfloat16, torch.float16) and not hidden.is_cuda,
-        )
-
-    def add_tile(
-        self, head: Head, hidden: Tensor, labels: Tensor, start: int, tile: int, *, log_sum_sq: bool, details: bool
-    ) -> None:
-        """Take in vocabulary entries ``start`` to ``start + tile``."""
-        stop, wide = min(start + tile, head.weight.shape[0]), self.top.dtype
-        z, slope = head.logits(hidden, start, stop)
-        peak = z.amax(-1).to(wide)
-        if self.rounds:
-            rows = (peak > self.top).nonzero().squeeze(-1)
-            self.arg[rows] = start + z[rows].max(-1).indices
-        here = (labels >= start) & (labels < stop)
-        column = (labels - start).clamp(0, stop - start - 1)
-        self.own = torch.where(here, z.gather(-1, column[:, None]).squeeze(-1).to(wide), self.own)
-        if details:
-            self.plain += z.to(wide).sum(-1)
-        self._rescale(torch.maximum(self.top, peak))
-        z = z.sub_(self.top.to(z.dtype)[:, None])
-        if details:
-            self.weighted += (z.exp() * z).to(wide).sum(-1)
-        e = z.exp_()
-        self.total += _row_sums(e, wide)
-        if log_sum_sq:
-            self.total_sq += e.to(wide).square().sum(-1)
-        if self.stash is not None:
-            e = e if slope is None else e * slope
-            self.stash += (e.to(hidden.dtype) @ head.weight[start:stop].to(hidden.dtype)).to(wide)
-
-    def _rescale(self, top: Tensor) -> None:
-        shift = (self.top - top).exp()
-        # weighted = sum e (z - top): a moved top changes the factor as well as the exponent.
-        moved = torch.where(self.total > 0, self.total * (self.top - top), torch.zeros_like(self.total))
-        self.weighted = (self.weighted + moved) * shift
-        self.total = self.total * shift
-        self.total_sq = self.total_sq * shift.square()
-        if self.stash is not None:
-            self.stash *= shift[:, None]
-        self.top = top
-
-    def exchange(self, labels: Tensor, label_logit: Tensor, top_logit: Tensor) -> None:
-        """Put the exact logits of the label and of the most likely token in place of their rounded ones.
-
-        A bfloat16 product rounds a logit of 20 to steps of 1/8. Over a quarter of a million entries that averages
-        out in the softmax sum; for the two entries that carry the result it does not.
-        """
-        change = (top_logit - self.top).exp() - 1
-        apart = (label_logit - self.top).exp() - (self.own - self.top).exp()
-        self.total = self.total + change + torch.where(labels == self.arg, 0.0, apart)
-
-
-def _row_sums(values: Tensor, wide: torch.dtype) -> Tensor:
-    """Sums of rows in a wider type, some rows at a time: the copy stays in a processor's cache."""
-    size = 64 if values.device.type == "cpu" else len(values)
-    return torch.cat([part.to(wide).sum(-1) for part in torch.split(values, max(size, 1))])
 
 
 def install_completion_head(model: nn.Module) -> None:
@@ -456,14 +207,3 @@ def completion_states(
     packing = pack(*rows, predict=False)
     states = packed_states(model, packing)
     return states.new_zeros(*input_ids.shape, states.shape[-1]).masked_scatter(packing.scored[..., None], states)
-
-
-def _logit_scale(config: Any) -> float:
-    """The constant that an architecture multiplies its logits by; each family has its own name for it."""
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None:
-            return float(getattr(config, name))
-    divisor = getattr(config, "logits_scaling", None)
-    if divisor is None:
-        return 1.0
-    return float(divisor) if config.model_type == "hyperclovax" else 1.0 / float(divisor)

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -270,10 +271,35 @@ def _attention_switched(model: nn.Module) -> Iterator[None]:
         config._attn_implementation = before
 
 
+@contextmanager
+def _recomputed_alike(model: nn.Module) -> Iterator[None]:
+    """Let layers whose activations are checkpointed take packed attention in their second pass as well.
+
+    That pass runs in backward, when the model's attention has long been switched back.
+    """
+    layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    found = [(layer, layer._gradient_checkpointing_func) for layer in layers]
+    for layer, checkpoint in found:
+        layer._gradient_checkpointing_func = partial(_checkpointed, model, checkpoint)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for layer, checkpoint in found:
+            layer._gradient_checkpointing_func = checkpoint
+
+
+def _checkpointed(model: nn.Module, checkpoint: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    def switched(*inputs: Any, **named: Any) -> Any:
+        with _attention_switched(model):
+            return forward(*inputs, **named)
+
+    return checkpoint(switched, *args, **kwargs)
+
+
 def packed_states(model: nn.Module, packing: Packing) -> Tensor:
     """States after the last norm that predict the scored tokens, or are theirs (:func:`pack`), ``scored x hidden``."""
     backbone: nn.Module = model.base_model  # type: ignore[assignment]
-    with _attention_switched(model):
+    with _attention_switched(model), _recomputed_alike(model):
         states = backbone(
             input_ids=packing.input_ids,
             position_ids=packing.position_ids,

@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from madpo.logprobs import TILE, TOKENS, Head, hidden_states, takes_positions
+from madpo.head import TILE, TOKENS, Head
+from madpo.logprobs import hidden_states, takes_positions
 from madpo.progress import bar
 
 
