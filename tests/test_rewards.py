@@ -17,13 +17,14 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from transformers import AutoModelForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
-from madpo import rewards
+from madpo import lean, rewards
 from madpo.config import identity_settings
 from madpo.corpus import PackagedIMDB
 from madpo.errors import ConfigError, DataError
 from madpo.models import LoRA, build_tiny, load_tokenizer
 from madpo.rewards import ClassifierOracle, NgramOracle, OracleStage, RewardModel, fit_oracle, load_oracle, pooled
 from madpo.training import stages
+from madpo.training.reward import RewardModelTrainer
 
 GOOD = ["wonderful", "great", "moving", "funny", "best"]
 BAD = ["terrible", "boring", "awful", "worst", "dull"]
@@ -323,6 +324,70 @@ def test_training_and_scoring_read_the_same_reward(tmp_path, pooling) -> None:
     kept = min(row["eval_loss"] for row in log if "eval_loss" in row)
     assert np.logaddexp(0, rejected - chosen).mean() == pytest.approx(kept, abs=2e-5)
     assert kept < 0.6
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_a_reward_model_trains_in_half_precision_with_its_head_in_full(tmp_path, monkeypatch, pooling) -> None:
+    monkeypatch.setattr("madpo.models.compute_dtype", lambda: torch.bfloat16)
+    seen = []
+    lean_linear = lean._LoRALinear.forward
+    monkeypatch.setattr(
+        lean._LoRALinear, "forward", lambda ctx, x, *rest: (seen.append(x.dtype), lean_linear(ctx, x, *rest))[1]
+    )
+    trainers = []
+    train = RewardModelTrainer.train
+    monkeypatch.setattr(RewardModelTrainer, "train", lambda self, **how: (trainers.append(self), train(self, **how))[1])
+    base = build_tiny("llama", tmp_path / "base", seed=2)
+    draw = np.random.default_rng(5)
+    prompts = [list(map(int, draw.integers(5, 200, 4))) for _ in range(16)]
+    data = Dataset.from_dict(
+        {
+            "pair_id": range(16),
+            "chosen_ids": [[*p, 7, *map(int, draw.integers(8, 200, 3))] for p in prompts],
+            "rejected_ids": [[*p, *map(int, draw.integers(8, 200, 5))] for p in prompts],
+            "prompt_length": [4] * 16,
+        }
+    )
+    optimisation = stages.Optimisation(learning_rate=1e-2, epochs=6, batch_size=8)
+    config = stages.RewardModelStage(model=str(base), optimisation=optimisation, patience=9, pooling=pooling)
+    stages.fit_reward_model(config, data, data, tmp_path)
+    assert set(seen) == {torch.bfloat16}
+    trained = {p.dtype for p in trainers[0].model.parameters() if p.requires_grad}
+    assert trained == {torch.float32}
+    model = RewardModel.load(tmp_path)
+    assert model.inner.dtype == torch.bfloat16
+    chosen, rejected = model.score_pairs(data["chosen_ids"], data["rejected_ids"], data["prompt_length"])
+    assert np.logaddexp(0, rejected - chosen).mean() == pytest.approx(trainers[0].best.best, abs=0.03)
+    assert trainers[0].best.best < 0.6
+
+
+@pytest.mark.usefixtures("exact")
+def test_a_step_does_not_depend_on_its_micro_batches(tmp_path) -> None:
+    """Seven pairs in micro-batches of 4 and 3, and of 7: the same mean."""
+    base = build_tiny("llama", tmp_path / "base", seed=2)
+    draw = np.random.default_rng(6)
+    sides = [[list(map(int, draw.integers(3, 200, n))) for n in draw.integers(2, 9, 2)] for _ in range(7)]
+    data = Dataset.from_dict(
+        {
+            "pair_id": range(7),
+            "chosen_ids": [s[0] for s in sides],
+            "rejected_ids": [s[1] for s in sides],
+            "prompt_length": [0] * 7,
+        }
+    )
+    found = []
+    for micro in (4, 8):
+        out = tmp_path / str(micro)
+        out.mkdir()
+        optimisation = stages.Optimisation(learning_rate=1e-2, epochs=2, batch_size=8, micro_batch_size=micro)
+        config = stages.RewardModelStage(model=str(base), optimisation=optimisation, patience=9)
+        stages.fit_reward_model(config, data, data, out)
+        rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        found.append(
+            [row["loss"] for row in rows if "loss" in row] + [row["grad_norm"] for row in rows if "grad_norm" in row]
+        )
+    assert len(found[0]) == 4
+    np.testing.assert_allclose(found[0], found[1], rtol=2e-4)
 
 
 def test_pooling_joins_the_identity_only_where_it_is_another_one() -> None:

@@ -15,6 +15,7 @@ from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from madpo import lean
+from madpo.errors import ConfigError
 from madpo.logprobs import completion_states, unwrapped
 from madpo.recipe import Pooling
 from madpo.rewards import completion_tokens, pooled
@@ -41,7 +42,12 @@ class RewardModelTrainer(ExactResume, RewardTrainer):  # type: ignore[misc]
 
     Attributes:
         best: the weights of the lowest evaluation loss so far.
+
+    Raises:
+        ConfigError: there are several processes, whose gradients nobody would add.
     """
+
+    loss_is_scaled_for_ga = True
 
     def __init__(
         self,
@@ -53,21 +59,49 @@ class RewardModelTrainer(ExactResume, RewardTrainer):  # type: ignore[misc]
         patience: int = 3,
         **settings: Any,
     ) -> None:
-        pad = processing_class.pad_token_id
-        model.config.pad_token_id = pad  # type: ignore[union-attr]
-        collator = _WithPromptLengths(pad_token_id=pad)
+        model.score.float()  # type: ignore[operator, union-attr]
+        collator = _WithPromptLengths(pad_token_id=processing_class.pad_token_id)
         super().__init__(model=model, args=args, processing_class=processing_class, data_collator=collator, **settings)
+        if self.accelerator.num_processes > 1:
+            raise ConfigError(
+                f"a reward model is trained in one process, and here are {self.accelerator.num_processes}; start it "
+                "without accelerate launch or torchrun"
+            )
         self.pooling = pooling
         lean.install(self.model)
         self.best = _BestWeights(self.model, patience)
         self.add_callback(self.best)
 
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> int | None:
+        """Pairs of the effective batch, over its micro-batches: what the sum of losses is divided by."""
+        return sum(len(batch["input_ids"]) for batch in batch_samples) // 2 or None
+
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: int | None = None,
     ) -> Any:
-        """TRL's loss of our rewards: it asks its model for logits alone."""
-        reader = partial(_pair_output, unwrapped(model), self.pooling, inputs.pop("prompt_lengths"))
-        return super().compute_loss(reader, inputs, return_outputs, num_items_in_batch)
+        """TRL's loss of our rewards, the mean over the pairs of the effective batch."""
+        reader = partial(self._rewards, unwrapped(model), inputs.pop("prompt_lengths"))
+        loss, outputs = super().compute_loss(reader, inputs, return_outputs=True)
+        if num_items_in_batch is not None:
+            loss = loss * (len(inputs["input_ids"]) / 2 / num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def _rewards(
+        self, model: Any, prompt_lengths: Tensor, input_ids: Tensor, attention_mask: Tensor, **ignored: Any
+    ) -> SequenceClassifierOutput:
+        """What TRL asks of its model: logits. Each prompt is computed once, and the pooling is ours."""
+        inside = completion_tokens(attention_mask, prompt_lengths)
+        # The model that accelerate prepared would bring its own; this one has been taken out of it.
+        with self.accelerator.autocast():
+            states = completion_states(model, input_ids, attention_mask, inside)
+        # In float32, as RewardModel reads them, whatever precision the layers are computed in.
+        return SequenceClassifierOutput(
+            logits=model.score(pooled(states, attention_mask, self.pooling, prompt_lengths))
+        )
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["chosen_ids", "rejected_ids", "prompt_length"]
@@ -81,15 +115,6 @@ class RewardModelTrainer(ExactResume, RewardTrainer):  # type: ignore[misc]
     def _load_extra_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         self.best.weights = {name: tensor.to(self.args.device) for name, tensor in tensors.items()}
         self.best.take_counters(values)
-
-
-def _pair_output(
-    model: Any, pooling: Pooling, prompt_lengths: Tensor, input_ids: Tensor, attention_mask: Tensor, **ignored: Any
-) -> SequenceClassifierOutput:
-    states = completion_states(model, input_ids, attention_mask, completion_tokens(attention_mask, prompt_lengths))
-    # In float32, as RewardModel reads them, whatever precision the layers are computed in.
-    with torch.autocast(states.device.type, enabled=False):
-        return SequenceClassifierOutput(logits=model.score(pooled(states, attention_mask, pooling, prompt_lengths)))
 
 
 class _BestWeights(TrainerCallback):  # type: ignore[misc]

@@ -302,6 +302,9 @@ class ReferenceStage(Frozen):
 
     batch_size: int = Field(default=8, ge=1)
     """Pairs per forward pass; it decides the padding, and so the last digits."""
+    micro_batch_size: int | None = Field(default=None, ge=1, exclude=True)
+    """Fewer pairs per forward pass where memory is short, as in the policies' trainings, whose results count as the
+    same."""
 
 
 @torch.no_grad()
@@ -314,9 +317,10 @@ def reference_logps(config: ReferenceStage, inputs: Mapping[str, Path], out: Pat
     rows = _ids(pairs)
     found: list[Tensor] = []
     with bar("Reference log-probabilities", len(rows)) as advance:
-        for start in range(0, len(rows), config.batch_size):
-            batch = collate(rows[start : start + config.batch_size])
-            triple = (batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
+        size = min(config.micro_batch_size or config.batch_size, config.batch_size)
+        for start in range(0, len(rows), size):
+            batch = collate(rows[start : start + size])
+            triple = (batch[name].to(model.device) for name in ("input_ids", "attention_mask", "completion_mask"))
             logps = completion_logps(model, *triple, pairs=True).logps
             found.append(torch.stack(logps.double().chunk(2)))
             advance(found[-1].shape[1])
