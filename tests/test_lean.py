@@ -56,6 +56,25 @@ def test_values_and_gradients_are_those_of_the_plain_modules(family, dtype, boun
         torch.testing.assert_close(a, b, rtol=bound, atol=bound * float(b.abs().max()))
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_layers_give_the_same_gradients(reentrant):
+    model, rows = adapted("gemma3", torch.float32), pair_batch(PAIRS, "right")
+    weight = torch.linspace(-1, 2, 2 * len(PAIRS))
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        (completion_logps(model, **rows, pairs=True).logps * weight).sum().backward()
+        return {name: parameter.grad.clone() for name, parameter in trained.items()}
+
+    wanted = gradients()
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    for name, found in gradients().items():
+        torch.testing.assert_close(found, wanted[name], rtol=1e-4, atol=1e-4 * float(wanted[name].abs().max()))
+
+
 def test_under_autocast_the_plain_modules_are_met_within_their_rounding():
     """bfloat16 layers, float32 adapters: both are compared with float64."""
     exact = adapted("gemma3")
