@@ -113,19 +113,19 @@ class Study:
         (folder / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def make_study(root: Path, tiers: tuple[str, ...] = TIERS, seeds: int = 2) -> Study:
-    """The whole study, finished; call ``write`` on it."""
+def make_study(root: Path, tiers: tuple[str, ...] = TIERS, seeds: int = 2, frontier_seeds: int | None = None) -> Study:
+    """The whole study, finished, its frontier with fewer seeds if so given; call ``write`` on it."""
     study = Study(root)
     study.add("sft", {"loss": 3.0})
     for seed in range(seeds):
         study.evaluate(f"evaluation/sft/seed{seed}", "SFT", 0.0, 0.0, seed)
     for tier in tiers:
         for seed in range(seeds):
-            _tier(study, tier, seed)
+            _tier(study, tier, seed, frontier=frontier_seeds is None or seed < frontier_seeds)
     return study
 
 
-def _tier(study: Study, tier: str, seed: int) -> None:
+def _tier(study: Study, tier: str, seed: int, *, frontier: bool) -> None:
     place = f"{tier}/seed{seed}"
     h = rng(seed, "margins", tier).normal(1.0, 2.0, size=70)
     ids = pa.array(range(70))
@@ -144,6 +144,8 @@ def _tier(study: Study, tier: str, seed: int) -> None:
     margins = study.add(f"margins/{place}", {"pairs": 70}, inputs={"pairs": study.records[f"pairs/{place}"].identity})
     pq.write_table(pa.table({"pair_id": ids, "reward_margin": h}), margins / "margins.parquet")
     for number, method in enumerate(methods()):
+        if method["group"] == "frontier" and not frontier:
+            continue
         key, kl = f"method{number}", 0.5 / method["loss"]["beta"] + 1.0 * (method["loss"]["kind"] == "madpo")
         policy = study.add(f"policy/{tier}/{key}/seed{seed}", {}, {"method": method["name"], "loss": method["loss"]})
         curve = [{"step": s, "loss": 0.7 / s, "rewards/margins": 0.1 * s} for s in range(1, 31)]

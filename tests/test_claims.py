@@ -41,10 +41,11 @@ from madpo.report.plots import save_charts
 from madpo.report.sections import claims_html, doubts, main_table
 from madpo.report.standing import doubtful, weights_from
 from madpo.report.tables import study_tables, tex
-from madpo.results import Row, Tier
+from madpo.results import Row, Tier, collect
 from madpo.seeding import rng
 from madpo.selection import selecting_half
 from madpo.statistics import bootstrap_mean, bootstrap_statistic
+from report_cases import make_study, methods
 
 N = 200
 PROMPT = rng(0, "prompts").normal(size=N)  # what makes a prompt easy, common to all methods
@@ -62,6 +63,7 @@ def row(name: str, level: float, *, kl: float = 5.0, noise: float = 0.2, seeds: 
         per_seed[f"seed{seed}"] = dict(enumerate(map(float, values)))
     rewards = {i: float(np.mean([values[i] for values in per_seed.values()])) for i in range(N)}
     kls = {i: kl + 0.1 * float(PROMPT[i]) for i in range(N)}
+    seed_kls = dict.fromkeys(per_seed, kls)
     return Row(
         key=re.sub(r"[^a-z0-9]+", "-", name.lower()),
         name=name,
@@ -77,7 +79,23 @@ def row(name: str, level: float, *, kl: float = 5.0, noise: float = 0.2, seeds: 
         rewards=rewards,
         kls=kls,
         seed_rewards=per_seed,
+        seed_kls=seed_kls,
         **given,
+    )
+
+
+def in_second_seed(given: Row, reward: float = 0.0, kl: float = 0.0) -> Row:
+    """The row with rewards and KLs that are larger in its second seed by so much."""
+    rewards = {**given.seed_rewards, "seed1": {i: v + reward for i, v in given.seed_rewards["seed1"].items()}}
+    kls = {**given.seed_kls, "seed1": {i: v + kl for i, v in given.seed_kls["seed1"].items()}}
+    means = {i: (rewards["seed0"][i] + rewards["seed1"][i]) / 2 for i in range(N)}
+    return replace(
+        given,
+        seed_rewards=rewards,
+        seed_kls=kls,
+        rewards=means,
+        kls={i: (kls["seed0"][i] + kls["seed1"][i]) / 2 for i in range(N)},
+        oracle_reward=bootstrap_mean(list(means.values())),
     )
 
 
@@ -341,6 +359,67 @@ def test_equal_kl_interpolates_dpos_curve() -> None:
     assert [r.name for r in lines["DPO"]] == ["DPO β=0.03", "DPO", "DPO β=0.3"]
     assert base_beta([outside]) == 0.1
     assert [r.name for r in settings_of(outside, "DPO", 0.1)] == ["DPO"]
+
+
+def test_equal_kl_compares_over_the_seeds_that_all_rows_have() -> None:
+    """The core has two seeds, the frontier one: the second seed's rewards and KLs, larger by far, say nothing."""
+    frontier = [
+        row("DPO β=0.3", 1.0, kl=2.0, kind="dpo", seeds=1, **{"beta": 0.3}),
+        row("DPO β=0.03", 2.2, kl=10.0, kind="dpo", seeds=1, **{"beta": 0.03}),
+    ]
+    dpo = in_second_seed(row("DPO", 2.0, kl=6.0, kind="dpo"), reward=-3.0, kl=20.0)
+    ours = in_second_seed(madpo(7.0, 4.0, 2.5, kl=4.0), reward=5.0, kl=2.0)
+    tier = Tier("high", [dpo, ours, *frontier])
+    found = equal_kl(tier, choose("MADPO", tier, [ours]), "x")
+    assert found.value is not None
+    assert found.value.mean == pytest.approx(2.5 - 1.5, abs=1e-6)
+    assert (found.seeds, found.per_seed) == (1, {})
+
+
+def test_a_frontier_of_one_seed_is_compared_as_in_a_study_of_one_seed(tmp_path: Path) -> None:
+    tiers = []
+    for name, seeds in (("two", 2), ("one", 1)):
+        study = make_study(tmp_path / name, ("high",), seeds, frontier_seeds=1)
+        tiers += collect(study.root, study.records, methods())
+    two, one = (equal_kl(tier, choose("MADPO", tier, settings_of(tier, "MADPO", 0.1)[:1]), "x") for tier in tiers)
+    core = next(row for row in tiers[0].rows if row.name == "DPO")
+    assert core.seed_kls.keys() == core.seed_rewards.keys() == {"seed0", "seed1"}
+    assert core.kls[3] == pytest.approx(np.mean([values[3] for values in core.seed_kls.values()]))
+    assert two.value is not None
+    assert (two.value, two.seeds) == (one.value, 1)
+
+
+def test_equal_kl_tells_what_each_seed_says() -> None:
+    curve = [
+        row("DPO β=0.3", 1.0, kl=2.0, kind="dpo", **{"beta": 0.3}),
+        row("DPO β=0.03", 2.2, kl=10.0, kind="dpo", **{"beta": 0.03}),
+    ]
+    ours = in_second_seed(madpo(7.0, 4.0, 2.5, kl=4.0), reward=-2.0, kl=4.0)
+    tier = Tier("high", [*curve, ours])
+    found = equal_kl(tier, choose("MADPO", tier, [ours]), "x")
+    assert found.value is not None
+    assert found.value.mean == pytest.approx(1.5 - 1.6, abs=1e-6)
+    assert found.per_seed == pytest.approx({"seed0": 2.5 - 1.3, "seed1": 0.5 - 1.9}, abs=1e-6)
+    assert found.seeds == 2
+    assert not found.below, "the seeds disagree"
+    far = in_second_seed(madpo(7.0, 4.0, 2.5, kl=4.0), kl=7.0)
+    missing = equal_kl(tier, choose("MADPO", tier, [far]), "x").missing
+    assert missing == "MADPO's KL in seed1 is 11.0 nats, and DPO's curve spans 2.0 to 10.0"
+
+
+def test_a_setting_is_chosen_over_the_seeds_that_all_settings_have() -> None:
+    """One setting's second seed is easier by 5, and has it above one that is better on the seed that both have."""
+    lucky, better = in_second_seed(madpo(2.0, 2.0, 1.0), reward=5.0), madpo(7.0, 4.0, 2.0, seeds=1)
+    tier = Tier("high", [lucky, better])
+    found = choose("MADPO", tier, tier.rows)
+    assert found is not None
+    assert (found.row.name, found.best.name) == (better.name, better.name)
+    report = sorted(tier.reporting)
+    own = lucky.seed_rewards["seed0"]
+    assert found.candidates[lucky.key].reporting.mean == pytest.approx(np.mean([own[i] for i in report]))
+    alone = choose("MADPO", tier, [lucky])
+    assert alone is not None
+    assert alone.value == lucky.oracle_reward, "where nothing is compared, all seeds count"
 
 
 def test_a_statistic_of_means_has_the_interval_of_its_mean() -> None:

@@ -8,18 +8,24 @@ import signal
 import subprocess
 import sys
 import time
+from typing import get_args
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from pydantic import ValidationError
+from transformers import get_scheduler
 
-from madpo import margin_weight
+from madpo import graph, margin_weight
 from madpo.cli import main
 from madpo.config import find_experiment, load_config, packaged_experiments
 from madpo.errors import ConfigError
 from madpo.experiment import Experiment
+from madpo.practice.settings import RewardOptimisation
+from madpo.recipe import Optimisation, Schedule
 from madpo.records import Estimate, Record
+from madpo.rewards import fit_oracle
 
 
 def load(name, *overrides):
@@ -78,6 +84,36 @@ def test_a_smaller_vocabulary_is_the_base_of_all_that_is_trained_from_the_named_
     assert other["sft"].identity != small["sft"].identity
 
 
+def test_memory_bears_on_no_identity():
+    """What a training that ran out of memory is told to change leaves every finished step where it is."""
+    found = [load("smoke", f"policy.optimisation.micro_batch_size={micro}").steps() for micro in (2, 8)]
+    first, second, plain = ({step.name: step.identity for step in steps} for steps in (*found, load("smoke").steps()))
+    assert first == second == plain
+    stages = [{step.name: step.config for step in steps}["reference/low/seed0"] for steps in found]
+    assert [(stage.batch_size, stage.micro_batch_size) for stage in stages] == [(8, 2), (8, 8)]
+
+
+def test_only_what_a_measurement_needs_is_trained():
+    """A study of DPO alone trains no reward model, and a row of one tier none of the others'."""
+    plain = {"name": "DPO", "loss": {"kind": "dpo"}}
+    steps = load_config(find_experiment("smoke"), Experiment, {"method": [plain], "selection": []}).steps()
+    kinds = {step.name.split("/")[0] for step in steps}
+    assert kinds == {"oracle", "sft", "responses", "pairs", "reference", "policy", "evaluation"}
+    margin = {"name": "MADPO", "loss": {"kind": "madpo"}, "seeds": [0, 1, 2], "tiers": ["low"]}
+    given = {"method": [plain, margin], "selection": [], "pairs.tiers": ["low", "high"]}
+    steps = load_config(find_experiment("smoke"), Experiment, given).steps()
+    names = [step.name for step in steps]
+    assert [name for name in names if name.startswith("reward_model")] == [
+        f"reward_model/low/seed{k}" for k in range(3)
+    ]
+    assert "pairs/high/seed0" in names
+    assert "pairs/high/seed1" not in names
+    seen = set()
+    for step in steps:
+        assert {upstream.name for upstream in step.inputs.values()} <= seen
+        seen.add(step.name)
+
+
 # The laptop study runs for hours. These may change only with a sentence in the log saying why; a field that joins a
 # configuration must be made by `madpo.config.added`.
 LAPTOP = {
@@ -126,6 +162,11 @@ def test_more_or_fewer_seeds_and_tiers_leave_finished_steps_where_they_are(chang
         ("method.1.loss.kind=mdpo", "did you mean 'madpo'"),
         ("policy.optimisation.learning_rat=1", "did you mean 'learning_rate'"),
         ("policy.optimisation.learning_rate=-1", "learning_rate = -1"),
+        ("policy.optimisation.micro_batch_size=3", "batch_size 8 is no multiple of micro_batch_size 3; give a divisor"),
+        ("policy.optimisation.schedule=cosin", "did you mean 'cosine'"),
+        ("policy.optimisation.betas=[0.9, 1.0]", "policy.optimisation.betas.1 = 1.0: must be less than 1"),
+        ("method.9.online.generations=3", "method 'RLOO': batch_size 8 is no multiple of generations 3"),
+        ("responses.temperature=0", "pairs of the tier 'high' would have equal sides; give a temperature above 0"),
         ("pairs.tiers=['hihg']", "did you mean 'high'"),
         ("seeds=[1, 1]", "seeds must hold one seed or more"),
         ("vocabulary.size=0", "vocabulary.size = 0"),
@@ -136,6 +177,36 @@ def test_mistakes_are_one_sentence_with_the_key(override, words):
     with pytest.raises(ConfigError, match=re.escape(words)) as caught:
         load("smoke", override)
     assert "\n" not in str(caught.value)
+
+
+def test_every_schedule_needs_no_more_than_steps():
+    """Other schedules of transformers ask for options of their own, hours after the start."""
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])
+    for name in get_args(Schedule):
+        assert get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=4).get_last_lr()
+
+
+def test_a_batch_is_whole_micro_batches_everywhere():
+    for kind in (Optimisation, RewardOptimisation):
+        with pytest.raises(ValidationError, match="batch_size 8 is no multiple of micro_batch_size 3; give a divisor"):
+            kind(learning_rate=1, epochs=1, batch_size=8, micro_batch_size=3)
+        assert kind(learning_rate=1, epochs=1, batch_size=8, micro_batch_size=16).per_pass == 8
+
+
+def test_greedy_responses_make_pairs_of_the_low_tier_alone():
+    low = ("responses.temperature=0", "pairs.tiers=['low']")
+    with pytest.raises(ConfigError, match="method 'RLOO' learns from how responses to a prompt differ"):
+        load("smoke", *low)
+    rows = [{"name": "DPO", "loss": {"kind": "dpo"}}]
+    given = {"responses.temperature": 0, "pairs.tiers": ["low"], "method": rows, "selection": []}
+    assert load_config(find_experiment("smoke"), Experiment, given).steps()
+
+
+def test_a_step_can_have_a_version():
+    trunk = graph._Trunk(load("smoke"))
+    first, second = (trunk.add(f"x{v}", fit_oracle, trunk.oracle.config, says="", version=v) for v in (1, 2))
+    assert (first.version, second.version, trunk.oracle.version) == (1, 2, 1)
+    assert first.identity == trunk.oracle.identity != second.identity
 
 
 def test_a_smaller_vocabulary_is_for_the_packaged_corpus():

@@ -402,7 +402,10 @@ def test_custom_loss_from_a_file(tmp_path: Path) -> None:
 
 
 def test_custom_loss_from_a_module_and_its_errors(tmp_path: Path) -> None:
-    loss = Custom(target="madpo.losses.direct:IPO", parameters={"reduction": "mean"})
+    loss = Custom(target="madpo.losses.direct:IPO", parameters={"reduction": "mean", "beta": 0.1})
+    assert loss.beta == 0.1
+    assert torch.equal(loss.implicit_margin(batch("A")), IPO(reduction="mean").implicit_margin(batch("A")))
+    assert getattr(Custom(target="madpo.losses.base:LossConfig"), "beta", 1.0) == 1.0
     assert torch.equal(loss(batch("A")).per_pair, IPO(reduction="mean")(batch("A")).per_pair)
     stateful = Custom(target="madpo.losses:BetaDPO")
     assert stateful.stateful

@@ -14,6 +14,7 @@ from madpo.corpus import PackagedIMDB
 from madpo.errors import ConfigError
 from madpo.models import build_tiny, load_tokenizer
 from madpo.preferences import PAIRS, RESPONSES, PairStage, ResponseStage, cut_prompts, label_pairs, sample_responses
+from madpo.training.stages import ReferenceStage, reference_logps
 
 WORDS = ["the", "film", "was", "good", "bad", "story", "and", "it", "is", "what", "I like", "to see", "in a cinema"]
 
@@ -203,3 +204,23 @@ def test_metrics_of_the_labels(tmp_path) -> None:
 def test_some_pairs_must_be_held_out(tmp_path) -> None:
     with pytest.raises(ConfigError, match="train is 40, but there are 40 pairs"):
         label(tmp_path, responses(tmp_path / "r", 40))
+
+
+def test_reference_values_are_those_of_any_micro_batch(sft, tmp_path) -> None:
+    """Up to the last digits, which padding decides; more than the batch is the batch."""
+    _, pairs = label(tmp_path, responses(tmp_path / "r", 60), train=20)
+    (folder,) = [path.parent for path in tmp_path.glob("*/pairs.parquet")]
+    found = []
+    for micro in (None, 2, 3, 100):
+        out = tmp_path / f"reference{micro}"
+        out.mkdir()
+        config = ReferenceStage(batch_size=8, micro_batch_size=micro)
+        assert reference_logps(config, {"pairs": folder, "reference": sft}, out)["pairs"] == 20
+        found.append(pd.read_parquet(out / "reference.parquet"))
+    whole = found[0]
+    assert list(whole["pair_id"]) == list(pairs["pair_id"][pairs["split"] == "train"])
+    for other in found[1:]:
+        assert list(other["pair_id"]) == list(whole["pair_id"])
+        for column in ("ref_chosen_logps", "ref_rejected_logps"):
+            assert other[column].to_numpy() == pytest.approx(whole[column].to_numpy(), abs=1e-4)
+    assert found[3].equals(whole)

@@ -5,18 +5,21 @@ import math
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, TrainerCallback
+from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 import trainer_settings
 from madpo import DPO, MADPO, PreferenceConfig, PreferenceTrainer
 from madpo.errors import ConfigError, DataError
 from madpo.logprobs import completion_logps
-from madpo.losses import IPO, BetaDPO, SimPO
+from madpo.losses import IPO, BetaDPO, Custom, SimPO
 from madpo.models import build_tiny, load_tokenizer
 from madpo.training.preference import PreferenceCollator
+from madpo.training.reference import weights_digest
+from madpo.tuning.heldout import implicit_margins
 
 QUIET = {
     **trainer_settings.QUIET,
@@ -215,9 +218,34 @@ def test_reference_columns_are_reused_and_only_where_they_must_be(llama, tmp_pat
     assert len(calls) == 4, "other weights do"
 
 
-def test_a_damaged_reference_cache_is_refused(llama, tmp_path):
-    from safetensors.numpy import load_file, save_file
+def test_the_check_of_a_reference_cache_allows_what_narrow_weights_round(llama, tmp_path):
+    data = pairs(12)
 
+    def build_narrow():
+        build(llama, tmp_path, data, model=AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16))
+
+    build_narrow()
+    (path,) = (tmp_path / "cache" / "columns").glob("reference-*.safetensors")
+    columns = load_file(path)
+    save_file({name: values + 0.1 for name, values in columns.items()}, path)
+    build_narrow()
+    save_file({name: values + 1 for name, values in columns.items()}, path)
+    with pytest.raises(DataError, match="disagrees with the model"):
+        build_narrow()
+
+
+def test_weights_that_deepspeed_keeps_in_parts_have_no_digest(llama):
+    model = load(llama)
+    weight = model.get_input_embeddings().weight
+    whole = weights_digest(model)
+    weight.ds_id, weight.ds_numel = 0, weight.numel()  # small parameters stay whole
+    assert weights_digest(model) == whole
+    weight.data = torch.empty(0)
+    with pytest.raises(ConfigError, match="ZeRO stage 3 keeps the weights in parts"):
+        weights_digest(model)
+
+
+def test_a_damaged_reference_cache_is_refused(llama, tmp_path):
     data = pairs(12)
     run_ours(llama, tmp_path, DPO(), data, max_steps=1)
     (path,) = (tmp_path / "cache" / "columns").glob("reference-*.safetensors")
@@ -289,6 +317,115 @@ def test_evaluation_and_a_late_evaluation_set(llama, tmp_path):
     assert {"eval_rewards/margins", "eval_logps/chosen"} <= set(metrics)
 
 
+def build(folder, out, data, *, reference=None, model=None, loss=None, peft=False, **changes):
+    return PreferenceTrainer(
+        load(folder) if model is None else model,
+        reference,
+        args=PreferenceConfig(output_dir=str(out), **{**QUIET, "learning_rate": 1e-2, "max_steps": 2, **changes}),
+        loss=loss,
+        train_dataset=data,
+        processing_class=load_tokenizer(folder),
+        peft_config=lora() if peft else None,
+    )
+
+
+@pytest.mark.parametrize("peft", [True, False])
+def test_a_late_set_is_compared_with_the_reference_that_was_given(llama, tmp_path, peft):
+    given = load(build_tiny("llama", tmp_path / "other", seed=2))
+    trainer = build(llama, tmp_path, pairs(12), reference=given, loss=DPO(beta=0.5), peft=peft)
+    trainer.train()
+    late = pairs(6, seed=3)
+    found = trainer.evaluate(late)["eval_loss"]
+    batch = PreferenceCollator(pad_token_id=0)(list(late))
+    rows = [batch[name] for name in ("input_ids", "attention_mask", "completion_mask")]
+
+    @torch.no_grad()
+    def loss(reference):
+        ratios = [completion_logps(model.eval(), *rows).logps for model in (trainer.model, reference)]
+        chosen, rejected = (ratios[0] - ratios[1]).chunk(2)
+        return float(-torch.nn.functional.logsigmoid(0.5 * (chosen - rejected)).mean())
+
+    assert found == pytest.approx(loss(given), rel=1e-5)
+    assert abs(loss(given) - loss(load(llama))) > 1e-3
+    assert trainer.evaluate({"a": late})["eval_a_loss"] == pytest.approx(found, rel=1e-6)
+
+
+def test_a_late_set_without_its_reference_is_refused_in_true_words(llama, tmp_path, monkeypatch):
+    late = pairs(6, seed=3)
+    trainer = build(llama, tmp_path, pairs(12))
+    trainer.train()
+    with pytest.raises(DataError, match=r"eval lacks ref_chosen_logps .* before its training, is gone"):
+        trainer.evaluate(late)
+    scored = pairs(6, seed=3, ref_chosen_logps=[-9.0] * 6, ref_rejected_logps=[-9.0] * 6)
+    assert math.isfinite(trainer.evaluate(scored)["eval_loss"])
+
+    monkeypatch.setattr(PreferenceTrainer, "sharded", True)
+    trainer = build(llama, tmp_path, pairs(12), reference=load(llama))
+    with pytest.raises(DataError, match="ref_model is not kept"):
+        trainer.evaluate(late)
+
+
+def test_streams_pass_where_no_reference_is_to_be_computed(llama, tmp_path):
+    reference = {"ref_chosen_logps": [-9.0] * 8, "ref_rejected_logps": [-8.0] * 8}
+    for loss, columns in ((DPO(), reference), (SimPO(), {})):
+        whole = pairs(8, **columns)
+        expected = trajectory(build(llama, tmp_path, whole, loss=loss))
+        rows = list(whole)
+        for stream in (whole.to_iterable_dataset(), IterableDataset.from_generator(lambda rows=rows: iter(rows))):
+            found = trajectory(build(llama, tmp_path, stream, loss=loss))
+            assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in expected], rel=1e-5)
+    with pytest.raises(DataError, match="train is streamed and lacks ref_chosen_logps and ref_rejected_logps"):
+        build(llama, tmp_path, pairs(8).to_iterable_dataset())
+
+
+def test_a_mixture_of_experts_is_trained_without_its_load_balancing_loss_and_says_so(llama, tmp_path, capsys):
+    def experts():
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 600, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}
+        return MixtralForCausalLM(MixtralConfig(**sizes, **heads))
+
+    data = pairs(8)
+    with pytest.raises(ConfigError, match=r"router_aux_loss_coef=0\.01 has no effect"):
+        build(llama, tmp_path, data, model=experts(), router_aux_loss_coef=0.01)
+    build(llama, tmp_path, data, model=experts())
+    found = trajectory(build(llama, tmp_path, data, model=experts(), max_grad_norm=1e9))
+    assert capsys.readouterr().err.count("load-balancing loss (router_aux_loss_coef 0.001") == 1
+    stock = IdsAsGiven(
+        experts(),
+        args=DPOConfig(
+            output_dir=str(tmp_path),
+            router_aux_loss_coef=0.0,
+            precompute_ref_log_probs=True,
+            **{**QUIET, "learning_rate": 1e-2, "max_steps": 2, "max_grad_norm": 1e9},
+        ),
+        train_dataset=data,
+        processing_class=load_tokenizer(llama),
+    )
+    for ours, theirs in zip(found, trajectory(stock), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+    capsys.readouterr()
+    build(llama, tmp_path, data, model=experts(), router_aux_loss_coef=0.0)
+    assert "load-balancing" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [IPO(beta=0.5, reduction="mean"), Custom(target="madpo.losses:SimPO", parameters={"beta": 3.0})],
+    ids=lambda loss: loss.kind,
+)
+def test_logged_margins_are_those_that_a_search_measures(llama, tmp_path, loss):
+    trainer = build(llama, tmp_path, pairs(8), loss=loss, peft=True)
+    trainer.train()
+    late = pairs(6, seed=3, ref_chosen_logps=[-20.0 - i for i in range(6)], ref_rejected_logps=[-24.0] * 6)
+    expected = implicit_margins(trainer, list(late))
+    trainer.evaluate(late)
+    found = next(row for row in reversed(trainer.state.log_history) if "eval_loss" in row)
+    assert found["eval_rewards/margins"] == pytest.approx(expected.mean(), rel=1e-5)
+    assert found["eval_rewards/accuracies"] == pytest.approx((expected > 0).mean())
+
+
 def test_evaluation_leaves_running_statistics_alone(llama, tmp_path):
     trainer, _ = run_ours(llama, tmp_path, BetaDPO(), pairs(16), max_steps=3)
     before = {name: value.clone() for name, value in trainer.loss_state.tensors.items()}
@@ -345,19 +482,10 @@ def test_options_of_trls_loss_are_refused(llama, tmp_path, option, value, remedy
 
 
 def test_missing_columns_are_refused_by_name(llama, tmp_path):
-    def build(data, loss):
-        PreferenceTrainer(
-            load(llama),
-            args=PreferenceConfig(output_dir=str(tmp_path), **QUIET),
-            loss=loss,
-            train_dataset=data,
-            processing_class=load_tokenizer(llama),
-        )
-
     with pytest.raises(DataError, match=r"train_dataset has no column 'reward_margin'.*madpo score"):
-        build(pairs(4), MADPO(tau=7, c_max=4))
+        build(llama, tmp_path, pairs(4), loss=MADPO(tau=7, c_max=4))
     with pytest.raises(DataError, match="rename it to 'reward_margin'"):
-        build(pairs(4, margin=[1.0] * 4), DPO())
+        build(llama, tmp_path, pairs(4, margin=[1.0] * 4))
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_pairs(llama, tmp_path):

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from madpo.cli import main
 from madpo.errors import ConfigError, DataError, StorageError
 from madpo.losses import DPO, IPO, AlphaDPO, LossInputs, OmniDPO, SimPO
-from madpo.models import load_tokenizer
+from madpo.models import load_model, load_tokenizer
 from madpo.practice import TrainSettings, train
 from madpo.statistics import fit_temperature
 from madpo.training import PreferenceTrainer, reference
@@ -216,6 +217,25 @@ def test_a_missing_column_is_told_before_anything_is_trained(llama, tmp_path):
     with pytest.raises(DataError, match=r"reward_margin.*madpo score"):
         tune(bare, tmp_path / "T", settings_for(llama))
     assert not (tmp_path / "T").exists()
+
+
+def test_pairs_that_no_policy_scores_are_left_out_of_every_fold(llama, tmp_path):
+    """Without a token that begins every text, nothing predicts the end token of an empty answer to an empty prompt."""
+    model = shutil.copytree(llama, tmp_path / "model")
+    place = model / "tokenizer.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"post_processor": None}))
+    rows = [row | {"reward_margin": float(i)} for i, row in enumerate(text_pairs(12))]
+    rows[3] |= {"prompt": "", "rejected": ""}
+    found = heldout.prepare(write(tmp_path / "d.jsonl", rows), settings_for(model), tmp_path)
+    assert [row["reward_margin"] for row in found.rows] == [0, 1, 2, *range(4, 12)]
+    assert len(found.fold) == len(found.prompts) == 11
+    reference = load_model(model, dtype=torch.float32)
+    for row in (found.rows[0], found.rows[-1]):
+        ids = torch.tensor([[*row["prompt_ids"], *row["chosen_ids"]]])
+        start = len(row["prompt_ids"]) - 1
+        with torch.no_grad():
+            logps = reference(ids).logits[0, start:-1].log_softmax(-1).gather(1, ids[0, start + 1 :, None])
+        assert row["ref_chosen_logps"] == pytest.approx(float(logps.sum()), abs=1e-3)
 
 
 def test_spaces():

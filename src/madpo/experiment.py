@@ -145,12 +145,34 @@ class Experiment(Frozen):
                 "vocabulary is for the corpus that comes as a package; trim the model by `madpo trim-vocab`, and give "
                 "that folder as model"
             )
+        sampled = [tier for tier in self.pairs.tiers if tier != "low"]
+        if self.responses.temperature == 0 and sampled:
+            raise ValueError(
+                f"responses.temperature = 0 samples the same response twice, so pairs of the tier {sampled[0]!r} would "
+                "have equal sides; give a temperature above 0, or pairs.tiers = ['low']"
+            )
         for row in self.rows():
             if row.margins == "out_of_fold" and self.reward_model.folds is None:
                 raise ValueError(f"method {row.name!r} reads out_of_fold margins, so reward_model.folds must be set")
+            if row.trainer in ("rloo", "grpo"):
+                self._check_online(row)
         for selection in self.selection:
             selection.candidates([row.name for row in self.rows()])
         return self
+
+    def _check_online(self, row: Method) -> None:
+        batch = (row.settings.optimisation or self.policy.optimisation).batch_size
+        if batch % row.settings.generations:
+            raise ValueError(
+                f"method {row.name!r}: batch_size {batch} is no multiple of generations {row.settings.generations}, "
+                "and an update takes whole groups of responses; give online.generations that divide it, or an "
+                "online.optimisation with a batch_size of its own"
+            )
+        if self.responses.temperature == 0:
+            raise ValueError(
+                f"method {row.name!r} learns from how responses to a prompt differ, and responses.temperature = 0 "
+                "samples the same one each time; give a temperature above 0, or remove the method"
+            )
 
     @field_validator("vocabulary", mode="before")
     @classmethod

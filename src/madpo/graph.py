@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from madpo.config import Frozen
 from madpo.evaluation import EvaluationStage, evaluate_policy
 from madpo.methods import Method
-from madpo.pipeline import StageFn, Step
+from madpo.pipeline import StageFn, Step, ordered
 from madpo.practice.trimming import TrimStage, trim_base
 from madpo.preferences import PairStage, ResponseStage, Tier, label_pairs, sample_responses
 from madpo.relabelling import AgreeingStage, RedrawnStage, keep_agreeing, redraw_labels
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 def build(experiment: Experiment) -> list[Step]:
-    """Every step, upstream steps first."""
+    """Every step that a measurement needs, upstream steps first."""
     trunk = _Trunk(experiment)
     rows = experiment.rows()
     extra = [seed for row in rows for seed in row.seeds or () if seed not in experiment.seeds]
@@ -59,7 +59,10 @@ def build(experiment: Experiment) -> list[Step]:
             for row in rows:
                 if seed in (row.seeds or experiment.seeds) and tier in (row.tiers or experiment.pairs.tiers):
                     bench.row(row)
-    return list(trunk.steps.values())
+    # A bench has all that a row may read: reward models whose margins no row reads are not worth their training.
+    measured = ordered(step for step in trunk.steps.values() if step.fn is evaluate_policy)
+    needed = {step.name for step in measured}
+    return [step for name, step in trunk.steps.items() if name in needed]
 
 
 class _Trunk:
@@ -106,11 +109,12 @@ class _Trunk:
         *,
         says: str,
         groups: tuple[str, ...] = (),
+        version: int = 1,
     ) -> Step:
-        """The step of this name, built once."""
+        """The step of this name, built once; ``version`` is that of what ``fn`` means."""
         if name not in self.steps:
             light = fn in (fit_oracle, label_pairs, keep_agreeing, redraw_labels)
-            self.steps[name] = Step(name, fn, config, inputs or {}, says=says, groups=groups, light=light)
+            self.steps[name] = Step(name, fn, config, inputs or {}, version, says=says, groups=groups, light=light)
         return self.steps[name]
 
 
@@ -141,11 +145,11 @@ class _Bench:
             {"pairs": self.pairs, "reward_model": self.reward_model},
             "how strongly the reward model prefers each pair",
         )
-        batch = e.policy.optimisation.micro_batch_size or e.policy.optimisation.batch_size
+        optimisation = e.policy.optimisation
         self.logps = self._add(
             "reference",
             reference_logps,
-            ReferenceStage(batch_size=batch),
+            ReferenceStage(batch_size=optimisation.batch_size, micro_batch_size=optimisation.micro_batch_size),
             {"pairs": self.pairs, "reference": trunk.sft},
             "reference log-probabilities, once for all methods",
         )

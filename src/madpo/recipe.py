@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from madpo.config import Frozen
 
@@ -16,6 +16,13 @@ CHECKPOINTS = "checkpoints"
 
 Pooling = Literal["last", "mean"]
 """Where a reward model reads its reward: the state of the last token, or the mean of the completion's states."""
+
+Schedule = Literal[
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"
+]
+"""Those of transformers that need no options of their own."""
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class LoRA(Frozen):
@@ -54,12 +61,26 @@ class Optimisation(Frozen):
     """Examples per forward pass; None is the whole batch. The result does not depend on it."""
     warmup: float = Field(default=0.03, ge=0, lt=1)
     """Share of the steps over which the learning rate rises."""
-    schedule: str = "cosine"
-    betas: tuple[float, float] = (0.9, 0.95)
+    schedule: Schedule = "cosine"
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     weight_decay: float = Field(default=0.01, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     checkpoint_every: int = Field(default=25, ge=0, exclude=True)
     """Optimiser steps between two checkpoints, from which a killed training continues; 0 is none."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> Optimisation:
+        if self.batch_size % self.per_pass:
+            raise ValueError(
+                f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}; give a "
+                "divisor of batch_size"
+            )
+        return self
+
+    @property
+    def per_pass(self) -> int:
+        """Examples of one forward pass."""
+        return min(self.micro_batch_size or self.batch_size, self.batch_size)
 
     def arguments(self, out: Path, seed: int) -> dict[str, Any]:
         """The same as keyword arguments of any transformers training configuration."""
@@ -67,16 +88,13 @@ class Optimisation(Frozen):
 
         from madpo.models import compute_dtype
 
-        micro = min(self.micro_batch_size or self.batch_size, self.batch_size)
-        if self.batch_size % micro:
-            raise ValueError(f"batch_size {self.batch_size} is no multiple of micro_batch_size {micro}")
         return {
             "output_dir": str(out / CHECKPOINTS),
             "learning_rate": self.learning_rate,
             "num_train_epochs": self.epochs,
-            "per_device_train_batch_size": micro,
-            "per_device_eval_batch_size": micro,
-            "gradient_accumulation_steps": self.batch_size // micro,
+            "per_device_train_batch_size": self.per_pass,
+            "per_device_eval_batch_size": self.per_pass,
+            "gradient_accumulation_steps": self.batch_size // self.per_pass,
             "warmup_steps": self.warmup,
             "lr_scheduler_type": self.schedule,
             "adam_beta1": self.betas[0],

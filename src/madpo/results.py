@@ -53,7 +53,7 @@ class Row:
             settings.
         samples: per seed, prompt_id -> the prompt's first sample.
         rewards, kls: prompt_id -> mean over samples and seeds; only prompts that every seed answered.
-        seed_rewards: the rewards of each seed alone.
+        seed_rewards, seed_kls: the same of each seed alone.
     """
 
     key: str
@@ -79,6 +79,7 @@ class Row:
     rewards: dict[int, float] = field(default_factory=dict, repr=False, compare=False)
     kls: dict[int, float] = field(default_factory=dict, repr=False, compare=False)
     seed_rewards: dict[str, dict[int, float]] = field(default_factory=dict, repr=False, compare=False)
+    seed_kls: dict[str, dict[int, float]] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -250,6 +251,7 @@ def _row(
         rewards=per_prompt["oracle_reward"],
         kls=per_prompt["kl"],
         seed_rewards=rewards,
+        seed_kls=per_seed["kl"],
     )
 
 
@@ -282,16 +284,17 @@ def _repeated(answers: Iterable[dict[int, list[dict[str, Any]]]]) -> float | Non
     return float(np.mean(shares)) if shares else None
 
 
-def over_shared_seeds(rows: Sequence[Row]) -> list[dict[int, float]]:
-    """Prompt id -> reward of every row, as the mean over the training seeds that all of them have.
+def over_shared_seeds(rows: Sequence[Row], *, kls: bool = False) -> list[dict[int, float]]:
+    """Prompt id -> reward (or KL) of every row, as the mean over the training seeds that all of them have.
 
     A row of two seeds less one of the first seed alone would mix the seeds' difference into the methods'. Where no
     seed is common, or samples are not kept by seed, it is each row's own mean.
     """
     shared = shared_seeds(rows)
     if not shared or all(set(row.seed_rewards) == set(shared) for row in rows):
-        return [row.rewards for row in rows]
-    return [_mean_over_seeds([row.seed_rewards[seed] for seed in shared]) for row in rows]
+        return [row.kls if kls else row.rewards for row in rows]
+    per_seed = [row.seed_kls if kls else row.seed_rewards for row in rows]
+    return [_mean_over_seeds([values[seed] for seed in shared]) for values in per_seed]
 
 
 def shared_seeds(rows: Sequence[Row]) -> list[str]:

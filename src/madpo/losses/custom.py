@@ -78,6 +78,12 @@ class Custom(LossConfig):
         """As the class says."""
         return self.loss.stateful
 
+    @property
+    def beta(self) -> float:
+        """As the class says; what asks for it takes 1 where there is none."""
+        found: float = self.loss.beta  # type: ignore[attr-defined]
+        return found
+
     def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
         return self.loss(inputs, state)
 

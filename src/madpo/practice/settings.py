@@ -18,12 +18,6 @@ class RewardOptimisation(Optimisation):
     epochs: float = Field(default=1.0, gt=0)
     batch_size: int = Field(default=16, ge=1)
 
-    @model_validator(mode="after")
-    def _divides(self) -> RewardOptimisation:
-        if self.micro_batch_size and self.batch_size % min(self.micro_batch_size, self.batch_size):
-            raise ValueError(f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}")
-        return self
-
 
 class RewardSettings(Frozen):
     """How a reward model is trained."""

@@ -71,7 +71,8 @@ class Choice:
 
     Attributes:
         name: of the method; tier: its name; row: the chosen setting.
-        value: mean reward of the chosen setting on the reporting half, on all prompts where nothing was chosen.
+        value: mean reward of the chosen setting on the reporting half, over the seeds that all settings have; where
+            nothing was chosen, its own on all prompts.
         reporting: prompts that may be reported.
         best: the setting with the highest mean on all prompts, as the paper chooses.
         candidates: what every setting has on either half, by the row's key; empty where there are no samples.
@@ -93,14 +94,16 @@ class Choice:
 
 
 def choose(name: str, tier: Tier, rows: Sequence[Row]) -> Choice | None:
-    """The best of ``rows`` on the choosing half; None if there are none."""
+    """The best of ``rows`` on the choosing half, over the training seeds that all have; None if there are none."""
     if not rows:
         return None
-    best = max(rows, key=lambda row: _level(row.oracle_reward))
-    shared = set.intersection(*(set(row.rewards) for row in rows))
+    # A setting of two seeds would differ from one of the first seed alone by what the seeds differ in.
+    rewards = {row.key: values for row, values in zip(rows, over_shared_seeds(rows), strict=True)}
+    best = max(rows, key=lambda row: _level(row.oracle_reward, rewards[row.key]))
+    shared = set.intersection(*(set(values) for values in rewards.values()))
     if not shared & tier.reporting or not shared - tier.reporting:
         return Choice(name, tier.name, best, len(rows), best.oracle_reward, best, tier.reporting)
-    found = select({row.key: row.rewards for row in rows}, tier.reporting)
+    found = select(rewards, tier.reporting)
     row = next(row for row in rows if row.key == found.best)
     value = found.candidates[found.best].reporting if len(rows) > 1 else best.oracle_reward
     return Choice(name, tier.name, row, len(rows), value, best, tier.reporting, found.candidates)
@@ -232,6 +235,9 @@ def more_on(one: Sequence[Choice | None], other: Sequence[Choice | None], what: 
     return Comparison(what, value, per_seed if len(per_seed) > 1 else {}, seeds=max(1, len(seeds)), **how)
 
 
-def _level(value: Estimate | float | None) -> float:
+def _level(value: Estimate | float | None, rewards: Mapping[int, float]) -> float:
+    """The mean of the rewards by prompt, of the metric where no samples are kept."""
+    if rewards:
+        return float(np.mean([*rewards.values()]))
     level = value.mean if isinstance(value, Estimate) else value
     return float("-inf") if level is None or not np.isfinite(level) else float(level)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from madpo.report.families import Choice, Comparison, family_of, settings_of
-from madpo.results import SFT, Row, Tier
+from madpo.results import SFT, Row, Tier, over_shared_seeds, shared_seeds
 from madpo.selection import BOOTSTRAP_SEED
 from madpo.statistics import bootstrap_statistic
 
@@ -34,25 +34,35 @@ def equal_kl(tier: Tier, method: Choice | None, what: str) -> Comparison:
     """A method's reward less what plain DPO, over its betas, earns at the same KL.
 
     DPO's curve is drawn straight between neighbouring betas, in order of KL; prompts are resampled for all rows alike.
-    Beyond the ends of the curve there is nothing to compare with.
+    Rewards and KLs are means over the training seeds that all rows have, and every such seed has a curve of its own.
+    Beyond the ends of a curve there is nothing to compare with.
     """
     rows = settings_of(tier, "DPO", None)
     if method is None or len(rows) < 2:
         return Comparison(what, missing="not run: it needs MADPO, and DPO at two or more β")
     everything = [method.row, *rows]
-    shared = set.intersection(*(row.rewards.keys() & row.kls.keys() for row in everything))
+    sides = [*over_shared_seeds(everything), *over_shared_seeds(everything, kls=True)]
+    shared = set.intersection(*(set(side) for side in sides))
     if method.chosen:
         shared &= method.reporting
     if len(shared) < 2:
         return Comparison(what, missing="there are no samples of all on the same prompts")
     ids = sorted(shared)
-    columns = [[row.rewards[i] for i in ids] for row in everything] + [[row.kls[i] for i in ids] for row in everything]
-    values = np.array(columns).T
-    kls = values.mean(axis=0)[len(everything) :]
-    if not min(kls[1:]) <= kls[0] <= max(kls[1:]):
-        span = f"{min(kls[1:]):.1f} to {max(kls[1:]):.1f}"
-        return Comparison(what, missing=f"MADPO's KL is {kls[0]:.1f} nats, and DPO's curve spans {span}")
-    return Comparison(what, bootstrap_statistic(values, _above_curve, seed=BOOTSTRAP_SEED))
+    values = np.array([[side[i] for i in ids] for side in sides]).T
+    seeds, means = shared_seeds(everything), {"": values.mean(axis=0)}
+    if len(seeds) > 1:
+        for seed in seeds:
+            of_seed = [*(row.seed_rewards[seed] for row in everything), *(row.seed_kls[seed] for row in everything)]
+            means[seed] = np.array([np.mean([side[i] for i in ids]) for side in of_seed])
+    for seed, mean in means.items():
+        kl, *curve = mean[len(everything) :]
+        if not min(curve) <= kl <= max(curve):
+            span = f"{min(curve):.1f} to {max(curve):.1f}"
+            place = f" in {seed}" if seed else ""
+            return Comparison(what, missing=f"MADPO's KL{place} is {kl:.1f} nats, and DPO's curve spans {span}")
+    per_seed = {seed: float(_above_curve(mean[None])[0]) for seed, mean in means.items() if seed}
+    value = bootstrap_statistic(values, _above_curve, seed=BOOTSTRAP_SEED)
+    return Comparison(what, value, per_seed, seeds=max(1, len(seeds)))
 
 
 def _above_curve(means: NDArray[np.float64]) -> NDArray[np.float64]:

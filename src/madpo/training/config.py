@@ -69,6 +69,11 @@ def refuse_replaced_options(args: DPOConfig) -> None:
     Raises:
         ConfigError: an option differs from its default; the sentence names the field to use instead.
     """
+    if args.router_aux_loss_coef:
+        raise ConfigError(
+            f"router_aux_loss_coef={args.router_aux_loss_coef!r} has no effect here, since the load-balancing loss of "
+            "a mixture of experts is not computed; remove it or set it to 0"
+        )
     for option in dataclasses.fields(args):
         if option.name not in _REPLACED:
             continue

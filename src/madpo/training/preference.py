@@ -8,9 +8,10 @@ effective batch: all micro-batches of a step, on all processes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,12 +20,15 @@ from peft.helpers import disable_input_dtype_casting
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from trl import DPOConfig, DPOTrainer
+from trl.data_utils import get_dataset_column_names
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import disable_dropout_in_model, use_adapter
 
 from madpo.errors import ConfigError, DataError
 from madpo.logprobs import CompletionScores, completion_logps, install_completion_head, unwrapped
 from madpo.losses import DPO, LossConfig, LossInputs, LossOutput, LossState
+from madpo.progress import say
+from madpo.training.columns import ID_COLUMNS, PAIR_COLUMNS, REFERENCE_COLUMNS, PreferenceCollator, check_columns
 from madpo.training.config import PreferenceConfig, refuse_replaced_options
 from madpo.training.finite import drop_unscored
 from madpo.training.reference import cached_reference_logps
@@ -32,44 +36,7 @@ from madpo.training.repeats import REPEATED, each_marked, marked, observed, refu
 from madpo.training.resume import ExactResume
 from madpo.untrusted import check_model
 
-ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
-PAIR_COLUMNS = ("reward_margin", "chosen_score", "rejected_score", "weight")
-
-
-@dataclass
-class PreferenceCollator(DataCollatorForPreference):  # type: ignore[misc]
-    """TRL's collator, with the columns that the loss reads.
-
-    Attributes:
-        columns: numeric columns that every example must have.
-        optional: numeric columns that are passed on where they are present.
-    """
-
-    columns: tuple[str, ...] = ()
-    optional: tuple[str, ...] = ("weight",)
-
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Pad a batch: chosen rows, then rejected rows; one value per pair of each column."""
-        batch: dict[str, Any] = super().torch_call(examples)
-        present = [name for name in self.optional if name in examples[0] and name not in self.columns]
-        for name in (*self.columns, *present):
-            values = [example.get(name) for example in examples]
-            if any(value is None for value in values):
-                row = examples[values.index(None)].get("pair_id", values.index(None))
-                raise DataError(f"the column {name!r} is empty for pair {row}: fill it or drop the pair")
-            # float64 keeps what the data has; the loss computes in float32 or wider.
-            batch[name] = torch.tensor(values, dtype=torch.float64).float()
-            if not bool(torch.isfinite(batch[name]).all()):
-                place = int((~torch.isfinite(batch[name])).nonzero()[0])
-                row = examples[place].get("pair_id", f"{place} of the batch")
-                raise DataError(
-                    f"the column {name!r} is {values[place]} for pair {row}, which is no finite float32; score the "
-                    "pair again or drop it"
-                )
-        if "pair_id" in examples[0]:
-            batch["pair_id"] = torch.tensor([example["pair_id"] for example in examples])
-        return batch
+__all__ = ["ID_COLUMNS", "PAIR_COLUMNS", "REFERENCE_COLUMNS", "PreferenceCollator", "PreferenceTrainer"]
 
 
 class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
@@ -83,7 +50,8 @@ class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
     The data may hold token ids (``prompt_ids``, ``chosen_ids``, ``rejected_ids``), which are taken as they are, and the
     columns that the loss names in ``needs`` (``reward_margin`` for MADPO). A ``weight`` column multiplies any loss.
     ``ref_chosen_logps`` and ``ref_rejected_logps`` are computed once before step 0 where they are missing, from
-    ``ref_model`` or from the model as passed, and reused by every later run on the same weights and tokens.
+    ``ref_model`` or from the model as passed, and reused by every later run on the same weights and tokens. A
+    ``ref_model`` then waits in the computer's own memory for data sets that come later (``evaluate(data)``).
 
     Raises:
         ConfigError: an option that the loss replaces.
@@ -91,6 +59,7 @@ class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
     """
 
     data_collator: Any
+    _reference_dropped = False
     # The loss is divided by the pairs of the effective batch, so the trainer must not divide once more.
     loss_is_scaled_for_ga = True
 
@@ -111,12 +80,20 @@ class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
         self._observed: _ObservedStep | None = None
         refuse_replaced_options(args)
         for name in ("train_dataset", "eval_dataset"):
-            _check_columns(kwargs.get(name), name, self.loss.needs)
+            check_columns(kwargs.get(name), name, self.loss.needs)
         self._needs = tuple(sorted(set(self.loss.needs) & set(PAIR_COLUMNS)))
         # TRL then asks `_precompute_ref_logps` for the columns instead of loading a second model.
         args.precompute_ref_log_probs = True
         super().__init__(model, ref_model, args, **kwargs)
-        self.ref_model = None
+        if self.sharded:  # parts of a model cannot wait elsewhere, and would take the accelerator's memory
+            self.ref_model, self._reference_dropped = None, ref_model is not None
+        self._set_reference_aside()
+        if self.aux_loss_enabled:
+            _say_once(
+                f"The model is a mixture of experts, and its load-balancing loss (router_aux_loss_coef "
+                f"{self.router_aux_loss_coef:g} in its configuration) is no part of this training; "
+                "router_aux_loss_coef=0 says that this is meant."
+            )
         even = getattr(args.accelerator_config, "even_batches", True)
         refuse_uneven(self.accelerator, even_batches=even, drop_last=args.dataloader_drop_last)
         if not args.disable_dropout:
@@ -127,7 +104,7 @@ class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
         """Nothing leaves the machine."""
 
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: Any, dataset_name: str) -> Dataset:
-        if not all(name in (dataset.column_names or ()) for name in ID_COLUMNS):
+        if not set(ID_COLUMNS) <= set(get_dataset_column_names(dataset)):
             dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         return drop_unscored(dataset, args, dataset_name)
 
@@ -145,33 +122,75 @@ class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
                 pad_to_multiple_of=collator.pad_to_multiple_of,
                 columns=self._needs,
             )
+        if not self.loss.needs_reference or set(REFERENCE_COLUMNS) <= set(get_dataset_column_names(dataset)):
+            return dataset
         if isinstance(dataset, IterableDataset):
             raise DataError(
-                "a streamed data set is not taken, since reference log-probabilities are computed once over the whole; "
-                "load it without streaming"
+                f"{name} is streamed and lacks {' and '.join(REFERENCE_COLUMNS)}, which are computed once over a whole "
+                "data set; add these columns, or load it without streaming"
             )
-        if not self.loss.needs_reference or all(column in dataset.column_names for column in REFERENCE_COLUMNS):
-            return dataset
-        with self._reference() as (model, adapter):
+        with self._reference(name) as (model, adapter):
             columns = cached_reference_logps(
                 model, adapter, dataset, collator, self.accelerator, batch_size, description=name
             )
+        self._set_reference_aside()
         for column in REFERENCE_COLUMNS:
             dataset = dataset.add_column(column, columns[column])
         return dataset
 
     @contextmanager
-    def _reference(self) -> Iterator[tuple[nn.Module, str | None]]:
+    def _reference(self, name: str) -> Iterator[tuple[nn.Module, str | None]]:
         """The reference and its adapter: the model as passed, less the adapter that is about to be trained."""
         inner = self.accelerator.unwrap_model(self.model)
         if self.ref_model is not None:
             yield self.ref_model, None
+        elif self._reference_dropped:
+            raise DataError(
+                f"{name} lacks {' and '.join(REFERENCE_COLUMNS)}, and ref_model is not kept where DeepSpeed or FSDP "
+                "splits it; add these columns, or give the data as eval_dataset when the trainer is made"
+            )
         elif getattr(inner, "peft_config", None) is None:
+            if self.state.global_step > 0:
+                raise DataError(
+                    f"{name} lacks {' and '.join(REFERENCE_COLUMNS)}, and their reference, the model before its "
+                    "training, is gone; add these columns, or make the trainer with ref_model or with the data as "
+                    "eval_dataset"
+                )
             yield self.model, None
         else:  # TRL keeps a frozen copy, "ref", of an adapter that the model came with
             adapter = "ref" if "ref" in inner.peft_config else None
             with use_adapter(inner, adapter_name=adapter):
                 yield self.model, adapter
+
+    def _set_reference_aside(self) -> None:
+        """Free the accelerator of a reference that only later data sets would ask."""
+        reference = self.ref_model
+        if reference is None or self.sharded:
+            return
+        if getattr(reference, "is_quantized", False) or getattr(reference, "hf_device_map", None):
+            return  # bound to where it was loaded
+        reference.to("cpu")
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As TRL's, which prepares a data set that is passed here.
+
+        TRL refuses one after full training without a ``ref_model``, even with the columns or a loss that needs none.
+        """
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            check_columns(eval_dataset, "eval_dataset", self.loss.needs)
+            if isinstance(eval_dataset, dict):
+                eval_dataset = {name: self._prepared_late(rows, name) for name, rows in eval_dataset.items()}
+            else:
+                eval_dataset = self._prepared_late(eval_dataset, "eval")
+        metrics: dict[str, float] = super(DPOTrainer, self).evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        return metrics
+
+    def _prepared_late(self, rows: Any, name: str) -> Any:
+        rows = self._prepare_dataset(rows, self.processing_class, self.args, name)
+        batch_size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
+        return self._precompute_ref_logps(rows, name, batch_size)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor | None:
         """Pairs of the effective batch, over micro-batches and processes: what the sum of losses is divided by."""
@@ -340,12 +359,13 @@ class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
         """Keep sums and counts on the device; ``log`` reduces them, so that a step waits for nothing."""
         real = ~inputs[REPEATED] if REPEATED in inputs else torch.ones_like(pairs.chosen_lengths, dtype=torch.bool)
         beta = getattr(self.loss, "beta", 1.0)
-        chosen, rejected = beta * pairs.chosen_log_ratio, beta * pairs.rejected_log_ratio
+        # Not the difference of the two rewards where the loss reads a policy per token, or without the reference.
+        margin = self.loss.implicit_margin(pairs)
         values = {
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
-            "rewards/accuracies": (chosen > rejected).float(),
-            "rewards/margins": chosen - rejected,
+            "rewards/chosen": beta * pairs.chosen_log_ratio,
+            "rewards/rejected": beta * pairs.rejected_log_ratio,
+            "rewards/accuracies": (margin > 0).float(),
+            "rewards/margins": margin,
             "logps/chosen": pairs.policy_chosen_logps,
             "logps/rejected": pairs.policy_rejected_logps,
             **output.metrics,
@@ -384,6 +404,12 @@ class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
         if not bool(torch.isfinite(reference).all()):
             cause = "the reference log-probabilities are not finite; compute the columns again, in bfloat16 or float32"
         return self.not_finite(f"the loss is {value}", where, cause)
+
+
+@cache
+def _say_once(text: str) -> None:
+    """A search makes many trainers of one model."""
+    say(text)
 
 
 def _safe_init(model: str, args: DPOConfig) -> dict[str, Any]:
@@ -434,22 +460,3 @@ def _disable_own_dropout(model: nn.Module) -> None:
     disable_dropout_in_model(model)
     for dropout in dropouts:
         dropout.p = kept[id(dropout)]  # type: ignore[assignment]
-
-
-def _check_columns(dataset: Any, name: str, needs: Iterable[str]) -> None:
-    for part, rows in dataset.items() if isinstance(dataset, dict) else ((name, dataset),):
-        columns = getattr(rows, "column_names", None)
-        if columns is None:
-            continue
-        if "margin" in columns and "reward_margin" not in columns:
-            raise DataError(
-                f"{part} has a column 'margin'; rename it to 'reward_margin' (TRL's reward trainer subtracts a column "
-                "of the name 'margin' from its own margins)"
-            )
-        for column in sorted(set(needs) & set(PAIR_COLUMNS)):
-            if column not in columns:
-                raise DataError(
-                    f"{part} has no column {column!r}, which the loss reads; "
-                    + ("add it with `madpo score`" if column == "reward_margin" else "add it to the data")
-                    + f" (columns found: {', '.join(columns)})"
-                )

@@ -29,6 +29,7 @@ from madpo.records import Estimate
 from madpo.statistics import bootstrap_mean, bootstrap_share, fit_temperature, proportion
 from madpo.storage import write_atomically
 from madpo.training import PreferenceTrainer
+from madpo.training.finite import drop_unscored
 from madpo.training.preference import REFERENCE_COLUMNS
 from madpo.training.stages import run_training
 from madpo.tuning.reward import RewardCurve, reward_curve
@@ -97,6 +98,9 @@ def prepare(data: str | Path, settings: TuneSettings, folder: Path) -> Prepared:
     how: dict[str, Any] = {"max_length": length, "truncation": settings.truncation, "too_long": too_long}
     rows, _ = load_split(data, tokenizer, eval_data=None, eval_share=0.0, seed=0, **how)
     require_columns(rows, settings.loss, str(data))
+    # As the trainer will: an empty prompt, without a token that begins every text, leaves an end token unpredicted.
+    scored = set(drop_unscored(as_dataset(rows), args, str(data))["pair_id"])
+    rows = [row for row in rows if row["pair_id"] in scored]
     keys = [prompt_key(row["prompt"]) for row in rows]
     fold = np.array(folds_by_prompt(keys, settings.folds, settings.search_seed, str(data)))
     trainer = build_trainer(training, args, base, tokenizer, rows, [])
