@@ -201,6 +201,18 @@ def test_metrics_of_the_labels(tmp_path) -> None:
     assert metrics["mean_absolute_oracle_margin"] == pytest.approx(0.8)
 
 
+def test_pairs_with_equal_sides_are_counted_where_there_are_some(tmp_path) -> None:
+    inputs = responses(tmp_path / "r", 60)
+    assert "identical_sides" not in label(tmp_path, inputs)[0]
+    path = inputs["responses"] / "responses.parquet"
+    rows = pq.read_table(path).to_pylist()
+    for row in rows[:7]:
+        row["response_ids_1"] = row["response_ids_0"]
+    pq.write_table(pa.Table.from_pylist(rows, schema=RESPONSES), path)
+    assert label(tmp_path, inputs, seed=1)[0]["identical_sides"] == 7
+    assert "identical_sides" not in label(tmp_path, inputs, tier="low")[0]
+
+
 def test_some_pairs_must_be_held_out(tmp_path) -> None:
     with pytest.raises(ConfigError, match="train is 40, but there are 40 pairs"):
         label(tmp_path, responses(tmp_path / "r", 40))

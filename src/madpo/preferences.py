@@ -232,12 +232,15 @@ def label_pairs(config: PairStage, inputs: Mapping[str, Path], out: Path) -> Met
     table = pa.Table.from_pylist(rows, schema=PAIRS)
     _write(table, out / "pairs.parquet")
     margins = table["chosen_oracle_reward"].to_numpy() - table["rejected_oracle_reward"].to_numpy()
+    # Such a pair teaches nothing. Records without one stay as they were before it was counted.
+    same = sum(bool(np.array_equal(row["chosen_ids"], row["rejected_ids"])) for row in rows)
     return {
         "pairs": len(margins),
         "train": config.train,
         "mean_oracle_margin": bootstrap_mean(margins, seed=config.seed),
         "mean_absolute_oracle_margin": float(np.abs(margins).mean()),
         "flipped_share": proportion(int((margins < 0).sum()), len(margins)),
+        **({"identical_sides": same} if same else {}),
     }
 
 
