@@ -59,7 +59,7 @@ class RewardModelTrainer(ExactResume, RewardTrainer):  # type: ignore[misc]
         patience: int = 3,
         **settings: Any,
     ) -> None:
-        model.score.float()  # type: ignore[operator, union-attr]
+        model.score.float()
         collator = _WithPromptLengths(pad_token_id=processing_class.pad_token_id)
         super().__init__(model=model, args=args, processing_class=processing_class, data_collator=collator, **settings)
         if self.accelerator.num_processes > 1:
