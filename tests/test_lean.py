@@ -88,10 +88,15 @@ def test_under_autocast_the_plain_modules_are_met_within_their_rounding():
     truth = both_ways(exact, **rows)[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         plain, fast = both_ways(half, **rows)
-    for wanted, a, b in zip(truth, plain, fast, strict=True):
-        scale = float(wanted.norm())
-        error, ours = float((a.double() - wanted).norm()), float((b.double() - wanted).norm())
-        assert ours <= 1.5 * error + 1e-3 * scale
+    errors = [
+        [float((found.double() - wanted).norm() / wanted.norm()) for found in both]
+        for wanted, *both in zip(truth, plain, fast, strict=True)
+    ]
+    # Rounding falls otherwise in either, so one tensor tells little; over all they are alike.
+    for error, ours in errors:
+        assert ours <= 3 * error + 1e-3
+    error, ours = (sum(column) for column in zip(*errors, strict=True))
+    assert ours <= 1.2 * error
 
 
 def counted(model: nn.Module, **rows) -> int:
