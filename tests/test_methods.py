@@ -50,8 +50,12 @@ def test_a_swept_row_is_the_row_written_out():
     assert swept == written
     (four,) = Method(name="Best of", trainer="best_of_n", sweep={"n": (4,)}).rows()
     assert four == Method(name="Best of n=4", trainer="best_of_n", n=4)
-    (online,) = Method(name="RLOO", trainer="rloo", sweep={"beta": (0.5,)}).rows()
+    optimisation = {"learning_rate": 1e-4, "epochs": 1, "batch_size": 8, "micro_batch_size": 2, "checkpoint_every": 7}
+    (online,) = Method(
+        name="RLOO", trainer="rloo", online={"optimisation": optimisation}, sweep={"beta": (0.5,)}
+    ).rows()
     assert online.settings.beta == 0.5
+    assert (online.settings.optimisation.micro_batch_size, online.settings.optimisation.checkpoint_every) == (2, 7)
 
 
 @pytest.mark.parametrize(

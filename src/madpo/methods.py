@@ -103,7 +103,8 @@ class Method(Frozen):
             fields, parts = {"n": self.n}, dict(values)
             changes |= parts
         elif self.loss is None:
-            fields = self.settings.model_dump()
+            # As objects: a dump would lose fields that stay outside identities.
+            fields = {name: getattr(self.settings, name) for name in type(self.settings).model_fields}
             changes["online"] = {**fields, **values}
         elif isinstance(self.loss, Custom):
             fields = type(self.loss.loss).model_fields
