@@ -7,16 +7,26 @@ two steps are compared in float32. Prints the figures and writes JSON.
     python benchmarks/reward_step.py --model gemma-3-270m --prompt 20 --completion 48 --batch 8 --json out.json
 """
 
-import argparse
 import json
-import platform
-import statistics
 import tempfile
-from pathlib import Path
 from typing import Any
 
 from train_step import pairs_of_reviews
-from workers import Worker, forget_peak, memory_above, ready, resident, same_losses, serve, timed_step
+from workers import (
+    Worker,
+    forget_peak,
+    memory_above,
+    ready,
+    resident,
+    same_losses,
+    serve,
+    show_ratio,
+    show_steps,
+    step_options,
+    step_spec,
+    timed_step,
+    write_steps,
+)
 
 
 def build(spec: dict[str, Any]) -> tuple[Any, float]:
@@ -85,20 +95,12 @@ def work(spec: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="gemma-3-270m")
-    parser.add_argument("--prompt", type=int, default=20)
-    parser.add_argument("--completion", type=int, default=48)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = step_options(__doc__).parse_args()
     if options.worker:
         return work(json.loads(options.worker))
     from madpo.models import compute_dtype
 
-    base = {key: getattr(options, key) for key in ("model", "prompt", "completion", "batch")} | {"batches": 2}
+    base = step_spec(options)
     gap = same_losses(__file__, base)
     dtype = str(compute_dtype()).removeprefix("torch.")
     names = ["ours", "trl"]
@@ -113,24 +115,9 @@ def main() -> None:
     for worker in workers.values():
         worker.close()
     print(f"{options.model}, {options.prompt} + {options.completion} tokens, batch {options.batch}, {dtype}:")
-    for name, values in seconds.items():
-        spread = f"steps of {min(values):.2f} to {max(values):.2f} s"
-        print(
-            f"  {name:5} {options.batch / statistics.median(values):6.2f} pairs/s ({spread}), {memory[name]:6.0f} MiB"
-        )
-    ratio = statistics.median(t / o for t, o in zip(seconds["trl"], seconds["ours"], strict=True))
-    print(f"  ours / TRL {ratio:.2f} x, memory above the model 1 / {memory['trl'] / memory['ours']:.1f}")
-    if options.json:
-        result = {
-            "options": {key: value for key, value in vars(options).items() if key not in ("json", "worker")},
-            "machine": platform.processor() or platform.machine(),
-            "dtype": dtype,
-            "seconds": seconds,
-            "ratio": ratio,
-            "memory_mib": memory,
-            "float32_gap": gap,
-        }
-        options.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    show_steps(seconds, memory, options.batch)
+    ratio = show_ratio(seconds, memory)
+    write_steps(options, dtype=dtype, seconds=seconds, ratio=ratio, memory_mib=memory, float32_gap=gap)
 
 
 if __name__ == "__main__":

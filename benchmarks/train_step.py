@@ -8,16 +8,27 @@ is timed, the losses of two steps are compared in float32. Prints the figures an
     python benchmarks/train_step.py --model gemma-3-270m --prompt 20 --completion 48 --batch 8 --json out.json
 """
 
-import argparse
 import json
-import platform
 import statistics
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
-from workers import Worker, forget_peak, memory_above, ready, resident, same_losses, serve, timed_step
+from workers import (
+    Worker,
+    forget_peak,
+    memory_above,
+    ready,
+    resident,
+    same_losses,
+    serve,
+    show_ratio,
+    show_steps,
+    step_options,
+    step_spec,
+    timed_step,
+    write_steps,
+)
 
 
 def pairs_of_reviews(path: Any, count: int, prompt: int, completion: int) -> list[dict[str, Any]]:
@@ -153,26 +164,19 @@ def median_interval(ratios: list[float]) -> tuple[float, float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="gemma-3-270m")
-    parser.add_argument("--prompt", type=int, default=20)
-    parser.add_argument("--completion", type=int, default=48)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser = step_options(__doc__)
     parser.add_argument(
         "--weight-repeats", type=int, default=0, help="interleaved DPO and MADPO steps (40 for the claim)"
     )
     parser.add_argument("--default", action="store_true", help="also time TRL's defaults")
     parser.add_argument("--ours-model", help="another model for ours alone: a copy with a trimmed vocabulary")
     parser.add_argument("--unchecked", action="store_true", help="skip the float32 comparison")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         return work(json.loads(options.worker))
     from madpo.models import compute_dtype
 
-    base = {key: getattr(options, key) for key in ("model", "prompt", "completion", "batch")} | {"batches": 2}
+    base = step_spec(options)
     # A trimmed copy has other tokens: its losses are not TRL's, which its exactness tests speak of.
     gap = None if options.unchecked or options.ours_model else same_losses(__file__, base, loss="dpo")
     dtype = str(compute_dtype()).removeprefix("torch.")
@@ -208,13 +212,9 @@ def main() -> None:
     print(f"{options.model}, {options.prompt} + {options.completion} tokens, batch {options.batch}, {dtype}:")
     if options.ours_model:
         print(f"  ours on {options.ours_model}, with as many of its own tokens")
-    for name, values in seconds.items():
-        rate = options.batch / statistics.median(values)
-        spread = f"steps of {min(values):.2f} to {max(values):.2f} s"
-        print(f"  {name:12} {rate:6.2f} pairs/s ({spread}), {memory[name]:6.0f} MiB")
-    ratio = statistics.median(t / o for t, o in zip(seconds["trl"], seconds["ours"], strict=True))
+    show_steps(seconds, memory, options.batch)
+    ratio = show_ratio(seconds, memory)
     share = operations / statistics.median(seconds["ours"]) / statistics.median(peaks)
-    print(f"  ours / TRL {ratio:.2f} x, memory above the model 1 / {memory['trl'] / memory['ours']:.1f}")
     peak = statistics.median(peaks) / 1e9
     print(f"  {operations / 1e9:.0f} GFLOP per step: {share:.0%} of a {peak:.0f} GFLOP/s product")
     if weight:
@@ -222,21 +222,18 @@ def main() -> None:
         print(f"  MADPO step / DPO step {mean:.3f} x ({low:.3f} to {high:.3f}), {len(weight)} pairs of steps")
         middle, low, high = median_interval(weight)
         print(f"    its median {middle:.3f} x ({low:.3f} to {high:.3f})")
-    if options.json:
-        result = {
-            "options": {key: value for key, value in vars(options).items() if key not in ("json", "worker")},
-            "machine": platform.processor() or platform.machine(),
-            "dtype": dtype,
-            "seconds": seconds,
-            "ratio": ratio,
-            "memory_mib": memory,
-            "operations": operations,
-            "peaks": peaks,
-            "share_of_peak": share,
-            "madpo_over_dpo": weight,
-            "float32_gap": gap,
-        }
-        options.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    write_steps(
+        options,
+        dtype=dtype,
+        seconds=seconds,
+        ratio=ratio,
+        memory_mib=memory,
+        operations=operations,
+        peaks=peaks,
+        share_of_peak=share,
+        madpo_over_dpo=weight,
+        float32_gap=gap,
+    )
 
 
 if __name__ == "__main__":

@@ -5,8 +5,11 @@ A worker answers one JSON line per request. The parent asks one worker at a time
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -125,6 +128,46 @@ def same_losses(script: str, base: dict[str, Any], **arguments: Any) -> float:
     if gap > TOLERANCE:
         raise SystemExit("the losses differ: nothing is timed")
     return gap
+
+
+def step_options(description: str | None) -> argparse.ArgumentParser:
+    """What every benchmark of training steps asks: model, tokens, batch, repeats, and where its JSON goes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="gemma-3-270m")
+    parser.add_argument("--prompt", type=int, default=20)
+    parser.add_argument("--completion", type=int, default=48)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser
+
+
+def step_spec(options: argparse.Namespace) -> dict[str, Any]:
+    """What a worker of either contender is told."""
+    return {key: getattr(options, key) for key in ("model", "prompt", "completion", "batch")} | {"batches": 2}
+
+
+def show_steps(seconds: dict[str, list[float]], memory: dict[str, float], batch: int) -> None:
+    """A line for every contender."""
+    for name, values in seconds.items():
+        spread = f"steps of {min(values):.2f} to {max(values):.2f} s"
+        print(f"  {name:12} {batch / statistics.median(values):6.2f} pairs/s ({spread}), {memory[name]:6.0f} MiB")
+
+
+def show_ratio(seconds: dict[str, list[float]], memory: dict[str, float]) -> float:
+    """Median of the ratios of steps that were taken in one turn, TRL's over ours."""
+    ratio = statistics.median(t / o for t, o in zip(seconds["trl"], seconds["ours"], strict=True))
+    print(f"  ours / TRL {ratio:.2f} x, memory above the model 1 / {memory['trl'] / memory['ours']:.1f}")
+    return ratio
+
+
+def write_steps(options: argparse.Namespace, **result: Any) -> None:
+    """The run's JSON, where one was asked for."""
+    if options.json:
+        told = {key: value for key, value in vars(options).items() if key not in ("json", "worker")}
+        whole = {"options": told, "machine": platform.processor() or platform.machine(), **result}
+        options.json.write_text(json.dumps(whole, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -333,7 +333,7 @@ def test_pairs_that_truncation_empties_are_left_out_and_told(llama, tmp_path, ca
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
 @pytest.mark.parametrize("limit", [None, 1, 2, 4, 6])
 def test_what_is_left_out_is_what_the_collator_leaves_without_a_token(llama, mode, limit):
-    from madpo.training.preference import PreferenceCollator
+    from madpo.training.columns import PreferenceCollator
 
     rows = [
         {"prompt_ids": [7] * p, "chosen_ids": [8] * c, "rejected_ids": [9] * r}

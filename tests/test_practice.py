@@ -30,10 +30,11 @@ from madpo.practice import (
     train,
 )
 from madpo.practice import reward_model as reward_module
-from madpo.practice.pairs import load_split, sequences
+from madpo.practice.pairs import load_split
 from madpo.rewards import RewardModel
 from madpo.statistics import fit_temperature
 from madpo.training import PreferenceTrainer
+from madpo.training.margins import sequences
 from practice_cases import FORMATS, ids_of, read, run, text_pairs, write
 
 BATCH = 8

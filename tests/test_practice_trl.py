@@ -12,7 +12,7 @@ from trl import DPOConfig, DPOTrainer, RewardTrainer
 
 from madpo.data import load_preferences
 from madpo.models import load_tokenizer
-from madpo.practice.pairs import sequences
+from madpo.training.margins import sequences
 from practice_cases import FORMATS, read, run, text_pairs, write
 
 pytestmark = pytest.mark.usefixtures("module_cache")

@@ -17,7 +17,7 @@ from madpo.errors import ConfigError, DataError
 from madpo.logprobs import completion_logps
 from madpo.losses import IPO, BetaDPO, Custom, SimPO
 from madpo.models import build_tiny, load_tokenizer
-from madpo.training.preference import PreferenceCollator
+from madpo.training.columns import PreferenceCollator
 from madpo.training.reference import weights_digest
 from madpo.tuning.heldout import implicit_margins
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from madpo.config import Frozen
 from madpo.evaluation import EvaluationStage, evaluate_policy
 from madpo.methods import Method
-from madpo.pipeline import StageFn, Step, ordered
+from madpo.pipeline import StageFn, Step, needed_by
 from madpo.practice.trimming import TrimStage, trim_base
 from madpo.preferences import PairStage, ResponseStage, Tier, label_pairs, sample_responses
 from madpo.relabelling import AgreeingStage, RedrawnStage, keep_agreeing, redraw_labels
@@ -60,9 +60,8 @@ def build(experiment: Experiment) -> list[Step]:
                 if seed in (row.seeds or experiment.seeds) and tier in (row.tiers or experiment.pairs.tiers):
                     bench.row(row)
     # A bench has all that a row may read: reward models whose margins no row reads are not worth their training.
-    measured = ordered(step for step in trunk.steps.values() if step.fn is evaluate_policy)
-    needed = {step.name for step in measured}
-    return [step for name, step in trunk.steps.items() if name in needed]
+    measured = (step for step in trunk.steps.values() if step.fn is evaluate_policy)
+    return needed_by(measured, trunk.steps.values())
 
 
 class _Trunk:
@@ -149,7 +148,7 @@ class _Bench:
         self.logps = self._add(
             "reference",
             reference_logps,
-            ReferenceStage(batch_size=optimisation.batch_size, micro_batch_size=optimisation.micro_batch_size),
+            ReferenceStage(batch_size=optimisation.batch_size, micro_batch_size=optimisation.per_pass),
             {"pairs": self.pairs, "reference": trunk.sft},
             "reference log-probabilities, once for all methods",
         )

@@ -158,7 +158,7 @@ def _block_scores(head: Head, hidden: Tensor, labels: Tensor, log_sum_sq: bool, 
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     logp = F.log_softmax(z, dim=-1)
     own = logp.gather(-1, labels[:, None]).squeeze(-1)
-    none = torch.zeros_like(own, requires_grad=False)
+    none = torch.zeros_like(own)
     with torch.no_grad():
         squares = torch.logsumexp(2 * logp, dim=-1) if log_sum_sq else none
         if not details:

@@ -180,6 +180,12 @@ def ordered(steps: Iterable[Step]) -> list[Step]:
     return list(order.values())
 
 
+def needed_by(chosen: Iterable[Step], steps: Iterable[Step]) -> list[Step]:
+    """Of ``steps``, those that are chosen and their upstreams, in the order that they have there."""
+    names = {step.name for step in ordered(chosen)}
+    return [step for step in steps if step.name in names]
+
+
 def plan(steps: Iterable[Step], root: Path) -> list[Planned]:
     """What a run would do with every step. Writes nothing.
 
@@ -342,8 +348,7 @@ def _matching(steps: list[Step], only: Sequence[str]) -> list[Step]:
             hint = did_you_mean(word, names) or f"; there are {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
             raise ConfigError(f"--only {word!r} matches none of the {len(steps)} steps{hint}")
         chosen += found
-    needed = {step.name for step in ordered(chosen)}
-    return [step for step in steps if step.name in needed]
+    return needed_by(chosen, steps)
 
 
 def _answers_to(step: Step, word: str) -> bool:

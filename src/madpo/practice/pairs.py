@@ -210,12 +210,3 @@ def folds_by_prompt(prompts: Iterable[str], folds: int, seed: int, name: str) ->
     order = rng(seed, "folds").permutation(len(distinct))
     fold = {distinct[prompt]: place % folds for place, prompt in enumerate(order)}
     return [fold[key] for key in keys]
-
-
-def sequences(rows: Sequence[Row]) -> dict[str, list[Any]]:
-    """Prompt and completion as one sequence each, the columns of TRL's reward trainer; the pair's name, its prompt's
-    length.
-    """
-    sides = {side: [[*row["prompt_ids"], *row[side]] for row in rows] for side in ("chosen_ids", "rejected_ids")}
-    lengths = [len(row["prompt_ids"]) for row in rows]
-    return {"pair_id": [row["pair_id"] for row in rows], **sides, "prompt_length": lengths}

@@ -32,7 +32,7 @@ from madpo.practice.train_settings import TrainSettings
 from madpo.recipe import CHECKPOINTS
 from madpo.storage import write_atomically
 from madpo.training import PreferenceConfig, PreferenceTrainer
-from madpo.training.preference import ID_COLUMNS, PAIR_COLUMNS, REFERENCE_COLUMNS
+from madpo.training.columns import ID_COLUMNS, PAIR_COLUMNS, REFERENCE_COLUMNS
 from madpo.training.resume import BATCH, decisive_arguments
 from madpo.training.stages import forget_checkpoints, run_training
 

@@ -23,13 +23,14 @@ from madpo.errors import ConfigError, DataError
 from madpo.models import load_classifier, load_tokenizer, resolve_model
 from madpo.practice.folders import building, digest, training_state
 from madpo.practice.pages import write_reward_page
-from madpo.practice.pairs import Row, adapted, load_training, loading, prompt_key, sequences, split_by_prompt
+from madpo.practice.pairs import Row, adapted, load_training, loading, prompt_key, split_by_prompt
 from madpo.practice.settings import RewardSettings
 from madpo.progress import say
 from madpo.records import Estimate
 from madpo.rewards import RewardModel
 from madpo.statistics import bootstrap_mean, bootstrap_temperature, proportion
 from madpo.storage import write_atomically
+from madpo.training.margins import sequences
 from madpo.training.stages import RewardModelStage, fit_reward_model
 from madpo.untrusted import check_model
 

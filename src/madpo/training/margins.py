@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
@@ -13,16 +16,24 @@ from madpo.training.reference import refuse_not_finite
 
 def side_scores(model: RewardModel, pairs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """Rewards (float32) of the chosen and of the rejected side of every pair."""
-    return model.score_pairs(*joined_sides(pairs))
+    sides = sequences(pairs.to_dict("records"))
+    return model.score_pairs(sides["chosen_ids"], sides["rejected_ids"], sides["prompt_length"])
 
 
-def joined_sides(pairs: pd.DataFrame) -> tuple[list[list[int]], list[list[int]], list[int]]:
-    """Token ids of prompt and chosen, and of prompt and rejected completion; tokens of both that are the prompt's."""
-    chosen, rejected = (
-        [[*map(int, prompt), *map(int, side)] for prompt, side in zip(pairs["prompt_ids"], pairs[name], strict=True)]
-        for name in ("chosen_ids", "rejected_ids")
-    )
-    return chosen, rejected, [len(prompt) for prompt in pairs["prompt_ids"]]
+def sequences(rows: Iterable[Mapping[Any, Any]]) -> dict[str, list[Any]]:
+    """Prompt and completion as one sequence each, the columns of TRL's reward trainer; the pair's name, its prompt's
+    length.
+
+    Args:
+        rows: with ``pair_id``, ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``.
+    """
+    found: dict[str, list[Any]] = {"pair_id": [], "chosen_ids": [], "rejected_ids": [], "prompt_length": []}
+    for row in rows:
+        found["pair_id"].append(row["pair_id"])
+        for side in ("chosen_ids", "rejected_ids"):
+            found[side].append([*map(int, row["prompt_ids"]), *map(int, row[side])])
+        found["prompt_length"].append(len(row["prompt_ids"]))
+    return found
 
 
 def margin_table(model: RewardModel, pairs: pd.DataFrame) -> pd.DataFrame:

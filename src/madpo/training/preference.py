@@ -36,8 +36,6 @@ from madpo.training.repeats import REPEATED, each_marked, marked, observed, refu
 from madpo.training.resume import ExactResume
 from madpo.untrusted import check_model
 
-__all__ = ["ID_COLUMNS", "PAIR_COLUMNS", "REFERENCE_COLUMNS", "PreferenceCollator", "PreferenceTrainer"]
-
 
 class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
     """TRL's ``DPOTrainer`` with ``loss=...``.

@@ -30,8 +30,8 @@ from madpo.modes import evaluating
 from madpo.processes import everyone, first
 from madpo.progress import bar
 from madpo.storage import storage_errors, write_atomically
+from madpo.training.columns import REFERENCE_COLUMNS
 
-COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 VERSION = 3
 """Bumped when the engine's numbers change."""
 
@@ -182,7 +182,7 @@ def _compute(
         gathered = accelerator.gather(found[None].to(accelerator.device)).cpu()
         found = gathered.permute(1, 2, 0, 3)  # process 0's batch of a round, then that of process 1, ...
     table = found.reshape(2, -1)[:, : len(rows)].contiguous().numpy()
-    return dict(zip(COLUMNS, table, strict=True))
+    return dict(zip(REFERENCE_COLUMNS, table, strict=True))
 
 
 def _everywhere(columns: dict[str, np.ndarray], rows: int, accelerator: Any) -> dict[str, np.ndarray]:
@@ -191,9 +191,9 @@ def _everywhere(columns: dict[str, np.ndarray], rows: int, accelerator: Any) -> 
         return columns
     table = torch.zeros(2, rows, dtype=torch.float64)
     if accelerator.is_main_process:
-        table = torch.from_numpy(np.stack([columns[name] for name in COLUMNS]))
+        table = torch.from_numpy(np.stack([columns[name] for name in REFERENCE_COLUMNS]))
     shared: Tensor = broadcast(table.to(accelerator.device))
-    return dict(zip(COLUMNS, shared.cpu().numpy(), strict=True))
+    return dict(zip(REFERENCE_COLUMNS, shared.cpu().numpy(), strict=True))
 
 
 def _present(dataset: Dataset) -> list[str]:
@@ -211,17 +211,21 @@ def _verify(
     path: Path,
 ) -> None:
     """Recompute one batch: a damaged file, or an engine that changed, must not pass."""
-    if columns.keys() != set(COLUMNS):
-        raise DataError(f"{path} holds {', '.join(sorted(columns)) or 'nothing'}, expected {COLUMNS}; delete the file")
-    if len(columns[COLUMNS[0]]) != len(dataset):
-        raise DataError(f"{path} holds {len(columns[COLUMNS[0]])} rows, expected {len(dataset)}; delete the file")
+    if columns.keys() != set(REFERENCE_COLUMNS):
+        raise DataError(
+            f"{path} holds {', '.join(sorted(columns)) or 'nothing'}, expected {REFERENCE_COLUMNS}; delete the file"
+        )
+    if len(columns[REFERENCE_COLUMNS[0]]) != len(dataset):
+        raise DataError(
+            f"{path} holds {len(columns[REFERENCE_COLUMNS[0]])} rows, expected {len(dataset)}; delete the file"
+        )
     batches = (len(dataset) + batch_size - 1) // batch_size
     start = (int(hashlib.sha256(path.name.encode()).hexdigest(), 16) % batches) * batch_size
     rows = dataset.select_columns(_present(dataset)).select(range(start, min(start + batch_size, len(dataset))))
     model.to(accelerator.device)
     found = _batch_logps(model, collator(list(rows)), accelerator)
     tolerance = 0.5 if accelerator.mixed_precision != "no" or _narrow(model) else 1e-3
-    for name, values in zip(COLUMNS, found, strict=True):
+    for name, values in zip(REFERENCE_COLUMNS, found, strict=True):
         stored = torch.from_numpy(columns[name][start : start + batch_size])
         gap = float((values.cpu() - stored).abs().max())
         if not gap <= tolerance:

@@ -34,9 +34,10 @@ from madpo.rewards import RewardModel
 from madpo.seeding import rng
 from madpo.storage import write_atomically
 from madpo.training.checkpoints import newest, remove
+from madpo.training.columns import ID_COLUMNS, REFERENCE_COLUMNS, PreferenceCollator
 from madpo.training.config import PreferenceConfig
-from madpo.training.margins import joined_sides, margin_metrics, margin_table
-from madpo.training.preference import ID_COLUMNS, REFERENCE_COLUMNS, PreferenceCollator, PreferenceTrainer
+from madpo.training.margins import margin_metrics, margin_table, sequences
+from madpo.training.preference import PreferenceTrainer
 from madpo.training.reference import refuse_not_finite
 from madpo.training.resume import ExactResume
 from madpo.training.reward import RewardModelTrainer
@@ -276,9 +277,7 @@ def fit_reward_model(
 
 
 def _sequences(pairs: pd.DataFrame) -> Dataset:
-    chosen, rejected, lengths = joined_sides(pairs)
-    columns = {"pair_id": list(pairs["pair_id"]), "chosen_ids": chosen, "rejected_ids": rejected}
-    return Dataset.from_dict(columns | {"prompt_length": lengths})
+    return Dataset.from_dict(sequences(pairs.to_dict("records")))
 
 
 class MarginStage(Frozen):
@@ -317,7 +316,7 @@ def reference_logps(config: ReferenceStage, inputs: Mapping[str, Path], out: Pat
     rows = _ids(pairs)
     found: list[Tensor] = []
     with bar("Reference log-probabilities", len(rows)) as advance:
-        size = min(config.micro_batch_size or config.batch_size, config.batch_size)
+        size = config.micro_batch_size or config.batch_size
         for start in range(0, len(rows), size):
             batch = collate(rows[start : start + size])
             triple = (batch[name].to(model.device) for name in ("input_ids", "attention_mask", "completion_mask"))

@@ -29,8 +29,8 @@ from madpo.records import Estimate
 from madpo.statistics import bootstrap_mean, bootstrap_share, fit_temperature, proportion
 from madpo.storage import write_atomically
 from madpo.training import PreferenceTrainer
+from madpo.training.columns import REFERENCE_COLUMNS
 from madpo.training.finite import drop_unscored
-from madpo.training.preference import REFERENCE_COLUMNS
 from madpo.training.stages import run_training
 from madpo.tuning.reward import RewardCurve, reward_curve
 from madpo.tuning.settings import TuneSettings
