@@ -302,7 +302,7 @@ def reliability(h: NDArray[np.float64], most: int = BINS) -> tuple[tuple[Reliabi
                 high=float(size[inside].max()),
                 pairs=n,
                 predicted=predicted,
-                observed=proportion(int(right[inside].sum()), n),
+                observed=proportion(float(right[inside].sum()), n),
             )
         )
     return tuple(bins), gap / len(h)

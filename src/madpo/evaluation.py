@@ -106,7 +106,7 @@ def evaluate_policy(config: EvaluationStage, inputs: Mapping[str, Path], out: Pa
     if config.best_of is not None:
         kl += math.log(config.best_of) - (config.best_of - 1) / config.best_of
     samples["kl"] = kl
-    logps = reference_logps(reference, prompt_ids, written, **how)
+    logps = response_logps(reference, prompt_ids, written, **how)
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in samples.to_dict("records"))
     write_atomically(out / "samples.jsonl", "".join(lines))
     metrics = _metrics(samples, config.seed)
@@ -147,7 +147,7 @@ def _heldout_prompts(folder: Path, count: int | None) -> pd.DataFrame:
 
 
 @torch.no_grad()
-def reference_logps(
+def response_logps(
     reference: nn.Module,
     prompt_ids: Sequence[Sequence[int]],
     responses: Sequence[Sequence[int]],

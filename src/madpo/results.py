@@ -113,6 +113,16 @@ class Tier:
         return self.name.replace("_", " ").capitalize()
 
     @property
+    def seeds(self) -> tuple[str, ...]:
+        """Training seeds that some policy of the tier has."""
+        return tuple(sorted({seed for row in self.rows if row.name != SFT for seed in row.seeds}))
+
+    @property
+    def uneven(self) -> bool:
+        """Whether policies of the tier have unlike seeds, so that the means of two need not compare."""
+        return any(set(row.seeds) != set(self.seeds) for row in self.rows if row.name != SFT)
+
+    @property
     def baseline(self) -> Row | None:
         """Plain DPO, which differences refer to."""
         plain = [row for row in self.rows if row.loss.get("kind", row.key) == "dpo" and row.pairs == "all"]
@@ -295,6 +305,32 @@ def over_shared_seeds(rows: Sequence[Row], *, kls: bool = False) -> list[dict[in
         return [row.kls if kls else row.rewards for row in rows]
     per_seed = [row.seed_kls if kls else row.seed_rewards for row in rows]
     return [_mean_over_seeds([values[seed] for seed in shared]) for values in per_seed]
+
+
+def at_shared_seeds(rows: Sequence[Row]) -> list[Row]:
+    """The rows with reward and KL over the training seeds that all of them have, so that their levels compare.
+
+    Means over unlike seeds differ by what the seeds differ in. Where all rows have the same seeds, or none in common,
+    they stay as they are.
+    """
+    shared = shared_seeds(rows)
+    if not shared or all(set(row.seed_rewards) == set(shared) for row in rows):
+        return list(rows)
+    rewards, kls = over_shared_seeds(rows), over_shared_seeds(rows, kls=True)
+    return [
+        replace(
+            row,
+            seeds=tuple(shared),
+            per_seed={seed: row.per_seed[seed] for seed in shared},
+            oracle_reward=_estimate(own) or row.oracle_reward,
+            kl=_estimate(far) or row.kl,
+            rewards=own,
+            kls=far,
+            seed_rewards={seed: row.seed_rewards[seed] for seed in shared},
+            seed_kls={seed: row.seed_kls[seed] for seed in shared},
+        )
+        for row, own, far in zip(rows, rewards, kls, strict=True)
+    ]
 
 
 def shared_seeds(rows: Sequence[Row]) -> list[str]:

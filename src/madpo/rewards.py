@@ -217,7 +217,7 @@ class _Classifier:
                 f"positive_label is {config.positive_label!r}, but {config.name} has the labels {', '.join(labels)}"
             )
         self.column = int(labels[config.positive_label.lower()])
-        self.model = _placed(model)
+        self.model = placed(model)
         # RoBERTa counts positions from 2, and some tokenizers do not know their model's limit.
         self.limit = min(self.tokenizer.model_max_length, model.config.max_position_embeddings - 2)
 
@@ -267,7 +267,7 @@ class RewardModel:
         if not (folder / "adapter" / "adapter_config.json").exists():
             raise DataError(f"{folder} has no adapter/adapter_config.json; delete the folder and train again")
         model = load_classifier(base, num_labels=1, adapter=folder / "adapter")
-        return cls(_placed(model), load_tokenizer(base), pooling)
+        return cls(placed(model), load_tokenizer(base), pooling)
 
     @torch.inference_mode()
     def score_ids(
@@ -385,7 +385,8 @@ def completion_tokens(
     return mask.bool() & (torch.arange(mask.shape[-1], device=mask.device) >= begin[:, None])
 
 
-def _placed(model: nn.Module) -> Any:
+def placed(model: nn.Module) -> Any:
+    """The model ready to score: on the GPU where there is one, dropout off."""
     return (model.to("cuda") if torch.cuda.is_available() else model).eval()
 
 

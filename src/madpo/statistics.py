@@ -96,8 +96,10 @@ def bootstrap_statistic(
     return Estimate(centre, min(centre, float(low)), max(centre, float(high)), n)
 
 
-def proportion(successes: int, n: int, *, level: float = 0.95) -> Estimate:
+def proportion(successes: float, n: int, *, level: float = 0.95) -> Estimate:
     """A share with its Wilson interval, which stays inside [0, 1] and has width at 0 and 1 too.
+
+    A tie may count as half a success.
 
     Raises:
         DataError: n < 1, or successes outside 0..n.

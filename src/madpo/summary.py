@@ -15,6 +15,10 @@ from madpo.results import SFT, Row, Tier, Value
 
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
 
+UNEVEN = (
+    "Rows have unlike training seeds. A difference is over the seeds that a row shares with DPO, so it need not be the "
+    "difference of the two means; means of unlike seeds differ by what the seeds differ in."
+)
 NOUGHT = 1e-9  # what rounding leaves of a difference that is none
 NAMED = 6  # methods that the opening lists; of more, those of the core
 
@@ -42,10 +46,14 @@ def headline(tiers: Sequence[Tier]) -> list[str]:
     prompts = max((row.oracle_reward.n for row in policies if isinstance(row.oracle_reward, Estimate)), default=0)
     core = sorted({row.name for row in policies if row.group == "core"})
     named = _listed(methods) if len(methods) <= NAMED or not core else f"at the core {_listed(core)}"
+    noun = "method" if len(methods) <= NAMED else "setting"
+    sizes = [len([row for row in tier.rows if row.name != SFT]) for tier in judged]
+    unlike = "" if len(set(sizes)) == 1 else f" ({_by_size(judged, sizes)})"
+    fewer = sum(n < max(seeds) for n in seeds)
     opening = (
-        f"{_count(len(methods), 'method').capitalize()} of preference training ({named}) "
-        f"on {labels} pairs, {_count(max(seeds), 'training seed')} each"
-        f"{'' if min(seeds) == max(seeds) else ' at most'}"
+        f"{_count(len(methods), noun).capitalize()} of preference training ({named}) "
+        f"on {labels} pairs{unlike}, {_count(max(seeds), 'training seed')} each"
+        f"{f' ({fewer} of {len(seeds)} trainings have fewer)' if fewer else ''}"
         f"{f', judged on {prompts} held-out prompts' if prompts else ''}."
     )
     texts = [opening, *(_verdict(tier) for tier in judged)]
@@ -56,16 +64,42 @@ def headline(tiers: Sequence[Tier]) -> list[str]:
             f"{alone} cannot show how much the order changes from training to training; the intervals speak of the "
             "prompts alone."
         )
-    if len(methods) > 2:
+    ranked = [len(_ranked(tier)) for tier in judged]
+    if max(ranked) > 2:
+        most = f"{min(ranked)}" if min(ranked) == max(ranked) else f"{min(ranked)} to {max(ranked)}"
         cautions.append(
-            f"The best of {len(methods)} methods is picked on the same prompts that it is reported on, which "
-            "flatters it a little."
+            f"The best of {most} {noun}s is picked on the same prompts that it is reported on, which flatters it a "
+            "little."
         )
     return [*texts, " ".join(cautions)] if cautions else texts
 
 
-def _verdict(tier: Tier) -> str:
+def _by_size(tiers: Sequence[Tier], sizes: Sequence[int]) -> str:
+    """ "4 on High and Medium, 20 on Low": how many settings each tier has."""
+    places: dict[int, list[str]] = {}
+    for tier, size in zip(tiers, sizes, strict=True):
+        places.setdefault(size, []).append(tier.label)
+    return ", ".join(f"{size} on {_listed(labels)}" for size, labels in places.items())
+
+
+def _ranked(tier: Tier) -> list[Row]:
+    """Policies with all seeds of the baseline: the mean of fewer seeds would be ranked by what the seeds differ in."""
     rows = [row for row in tier.rows if row.name != SFT]
+    wanted = set(tier.baseline.seeds if tier.baseline is not None else ())
+    return [row for row in rows if wanted <= set(row.seeds)]
+
+
+def _verdict(tier: Tier) -> str:
+    rows = _ranked(tier)
+    left = len([row for row in tier.rows if row.name != SFT]) - len(rows)
+    text = _best(tier, rows)
+    if left:
+        verb = "is" if left == 1 else "are"
+        text += f" {_count(left, 'setting').capitalize()} of fewer seeds {verb} not ranked here."
+    return text
+
+
+def _best(tier: Tier, rows: Sequence[Row]) -> str:
     best = max(rows, key=lambda row: _mean(row.oracle_reward))
     baseline = tier.baseline
     sft = next((row for row in tier.rows if row.name == SFT), None)
@@ -88,7 +122,7 @@ def _verdict(tier: Tier) -> str:
     next_best = max(others, key=lambda row: _mean(row.oracle_reward))
     gap = next_best.difference
     assert gap is not None
-    clear = "which excludes 0" if gap.high < 0 else "which includes 0, so this run does not tell the two apart"
+    clear = "which excludes 0" if _excludes(gap) else "which includes 0, so this run does not tell the two apart"
     return f"{text} The next, {next_best.name}, differs from it by {write(gap, 'signed')} on the same prompts, {clear}."
 
 
@@ -98,7 +132,7 @@ def _against(best: Row, baseline: Row) -> str:
         return f" {baseline.name} has {write(baseline.oracle_reward)}; there are no paired samples to compare them on."
     clear = (
         "an interval that excludes 0"
-        if gap.low > 0
+        if _excludes(gap)
         else "an interval that includes 0, so this run does not tell the two apart"
     )
     text = f" Its paired difference to {baseline.name} on the same prompts is {write(gap, 'signed')}, {clear}."
@@ -109,6 +143,10 @@ def _against(best: Row, baseline: Row) -> str:
             "raise the reward."
         )
     return text
+
+
+def _excludes(gap: Estimate) -> bool:
+    return gap.low > 0 or gap.high < 0
 
 
 def write(value: Value, how: str = "number", digits: int = 2) -> str:
@@ -140,16 +178,16 @@ def one(value: float, how: str = "number", digits: int = 2) -> str:
 
 
 def report_markdown_table(tier: Tier) -> str:
-    """The tier's table in Markdown."""
+    """The tier's table in Markdown; with a column of seeds where they are unlike."""
     columns = shown_columns(tier)
-    lines = [
-        f"| method | {' | '.join(COLUMNS[c][0] for c in columns)} |",
-        f"| --- |{' --- |' * len(columns)}",
-    ]
+    uneven = tier.uneven
+    head = ["method", *(["seeds"] if uneven else []), *(COLUMNS[c][0] for c in columns)]
+    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     for row in tier.rows:
+        seeds = [markdown_cell(", ".join(row.seeds))] if uneven else []
         cells = [_markdown(getattr(row, c), COLUMNS[c][1]) for c in columns]
-        lines.append(f"| {markdown_cell(row.name)} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append(f"| {' | '.join([markdown_cell(row.name), *seeds, *cells])} |")
+    return "\n".join([*lines, *(["", UNEVEN] if uneven else [])]) + "\n"
 
 
 def shown_columns(tier: Tier) -> list[str]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 from pydantic import BaseModel
@@ -27,7 +26,7 @@ from madpo.practice.pairs import Row, adapted, load_training, loading, prompt_ke
 from madpo.practice.settings import RewardSettings
 from madpo.progress import say
 from madpo.records import Estimate
-from madpo.rewards import RewardModel
+from madpo.rewards import RewardModel, placed
 from madpo.statistics import bootstrap_mean, bootstrap_temperature, proportion
 from madpo.storage import write_atomically
 from madpo.training.margins import sequences
@@ -298,8 +297,7 @@ def load_scorer(place: str | Path, *, batch_size: int = 16) -> PairScorer:
             f"{place} does not read its score at the last token ({type(model).__name__}); score the pairs with its own "
             "code and give the columns with --score_columns"
         )
-    model = (model.to("cuda") if torch.cuda.is_available() else model).eval()
-    return PairScorer(RewardModel(model, tokenizer), own=False, batch_size=batch_size)
+    return PairScorer(RewardModel(placed(model), tokenizer), own=False, batch_size=batch_size)
 
 
 def reward_model_digest(place: str) -> str | None:

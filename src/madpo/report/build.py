@@ -43,7 +43,7 @@ from madpo.report.sections import (
     weighting,
     weights_html,
 )
-from madpo.report.standing import empty_cells, trimmed_base, weights_from
+from madpo.report.standing import empty_cells, idle_parts, trimmed_base, weights_from
 from madpo.report.tables import save_tables, study_tables
 from madpo.results import SFT, Tier, collect, planned_row
 from madpo.storage import storage_errors, write_atomically
@@ -237,7 +237,8 @@ def _html(
         results="".join(tier_results(tier, reasons) for tier in tiers if tier.rows)
         or nothing("No evaluation is finished yet."),
         sensitivity=chart_or(charts["sensitivity"], "Not run: no tier has MADPO at two values of τ or of c."),
-        ablation=chart_or(charts["ablation"], "Not run: no tier has Amp-Only or Reg-Only."),
+        ablation="".join(f'<div class="caution"><p>{escape(text)}</p></div>' for text in idle_parts(tiers))
+        + chart_or(charts["ablation"], "Not run: no tier has Amp-Only or Reg-Only."),
         frontier=chart_or(charts["frontier"], "Not run: no tier has two methods with a reward and a KL."),
         weights="".join(map(weights_html, with_margins)) or nothing("There are no margins."),
         reward_models=reward_models_html(tiers)
@@ -266,7 +267,8 @@ def _of_families(report: Report, reasons: Mapping[tuple[str, str], str]) -> dict
 def _summary(report: Report, records: Mapping[str, Record], unfinished: Mapping[str, str]) -> list[str]:
     texts = [state(records, unfinished), *headline(report.tiers), *trimmed_base(records)]
     if any(c.value is not None for claim in report.claims for c in claim.comparisons):
-        texts += [*weights_from(report.tiers)[1:], counts(report.claims), *ties(report.claims)]
+        texts += [*weights_from(report.tiers)[1:], *idle_parts(report.tiers), counts(report.claims)]
+        texts += ties(report.claims)
     return [text for text in texts if text]
 
 
@@ -278,12 +280,14 @@ def _claim_json(claim: Claim) -> dict[str, Any]:
         "reading": claim.reading,
         "paper": claim.paper,
         "verdict": claim.verdict,
+        "shown": claim.shown,
         "partly": claim.partly,
         "comparisons": [
             {
                 "what": c.what,
                 "difference": c.value._asdict() if c.value else None,
                 "per_seed": dict(c.per_seed),
+                "same": c.same,
                 "must_exceed": c.bound,
                 "missing": c.missing,
             }

@@ -14,7 +14,7 @@ from madpo.report import published
 from madpo.report.claims import is_setting
 from madpo.report.families import Choice, chosen, family_of, settings_of
 from madpo.report.frontier import frontiers, spread_of
-from madpo.results import SFT, Row, Tier, Value
+from madpo.results import SFT, Row, Tier, Value, at_shared_seeds, shared_seeds
 
 REWARD = "mean oracle reward"
 COLOURS = {"DPO": 0, "IPO": 1, "MADPO": 2, "β-DPO": 3, "Amp-Only": 4, "Reg-Only": 5, SFT: 7}
@@ -111,12 +111,14 @@ def sensitivity_chart(tiers: Sequence[Tier], beta: float) -> Chart | None:
     for name, values, paper in (("τ", "tau", published.OVER_TAU), ("c", "c_max", published.OVER_C)):
         series = []
         for tier in tiers:
-            rows = _along(settings_of(tier, "MADPO", beta), values)
-            if not rows:
+            line = _along(settings_of(tier, "MADPO", beta), values)
+            if not line:
                 continue
+            even = at_shared_seeds([row for _, row in line])
+            rows = [(x, row) for (x, _), row in zip(line, even, strict=True)]
             marks = [_mark(float(r.loss[values]), r.oracle_reward, f"{tier.label}, {name} = {x:g}") for x, r in rows]
             colour = _tier_colour(tier.name)
-            series.append(Series(tier.label, tuple(m for m in marks if m), colour))
+            series.append(Series(tier.label + _alone(tier, even), tuple(m for m in marks if m), colour))
             theirs = paper.get(tier.name, {})
             points = tuple(Mark(x, y, says=f"the paper, {tier.label}: {y:.2f}") for x, y in theirs.items())
             series += [Series(f"{tier.label}, the paper", points, colour, published=True)] if points else []
@@ -139,32 +141,53 @@ def _along(rows: Iterable[Row], name: str) -> list[tuple[float, Row]]:
 
 
 def ablation_chart(tiers: Sequence[Tier], beta: float) -> Chart | None:
-    """Figure 3: DPO, Amp-Only, Reg-Only and MADPO per tier, at both settings."""
+    """Figure 3: DPO, Amp-Only, Reg-Only and MADPO at the paper's settings and others, in tiers that have the parts."""
     panels = []
-    for c, paper in published.ABLATION.items():
+    for tau, c in _ablated(tiers, beta):
+        paper = published.ABLATION.get(c, {}) if tau == published.FIXED_TAU else {}
         series, shown = [], []
-        rows = {
-            (tier.name, name): row
-            for tier in tiers
-            for name in published.PARTS
-            for row in settings_of(tier, name, beta)
-            if name == "DPO" or is_setting(row.loss, published.FIXED_TAU, c)
-        }
-        if not any(name in ("Amp-Only", "Reg-Only") for _, name in rows):
-            continue
-        shown = [tier for tier in tiers if any(place == tier.name for place, _ in rows)]
+        rows: dict[tuple[str, str], Row] = {}
+        for tier in tiers:
+            named = [
+                (name, row)
+                for name in published.PARTS
+                for row in settings_of(tier, name, beta)
+                if name == "DPO" or is_setting(row.loss, tau, c)
+            ]
+            if not any(name in _ALONE for name, _ in named):
+                continue
+            even = at_shared_seeds([row for _, row in named])
+            rows |= {(tier.name, name): row for (name, _), row in zip(named, even, strict=True)}
+            shown.append((tier, tier.label + _alone(tier, even)))
         for name in published.PARTS:
             marks = [
                 _mark(k, rows[tier.name, name].oracle_reward, f"{name}, {tier.label}")
-                for k, tier in enumerate(shown)
+                for k, (tier, _) in enumerate(shown)
                 if (tier.name, name) in rows
             ]
             series.append(Series(name, tuple(m for m in marks if m), COLOURS[name]))
-        series += [_published(name, [paper[name].get(tier.name) for tier in shown]) for name in published.PARTS]
-        title = f"c = {c:g}, τ = {published.FIXED_TAU:g}"
-        panels.append(Panel(title, "", REWARD, tuple(series), tuple(tier.label for tier in shown)))
+        series += [_published(name, [of.get(tier.name) for tier, _ in shown]) for name, of in paper.items()]
+        panels.append(Panel(f"c = {c:g}, τ = {tau:g}", "", REWARD, tuple(series), tuple(label for _, label in shown)))
     caption = "Figure 3 of the paper: what amplification alone and dampening alone do; the paper's values as dashes."
     return Chart("figure3_ablation", "Ablation", caption, tuple(panels)) if panels else None
+
+
+_ALONE = ("Amp-Only", "Reg-Only")
+
+
+def _ablated(tiers: Sequence[Tier], beta: float) -> list[tuple[float, float]]:
+    """(tau, c) at which a part of MADPO was run, the paper's first."""
+    paper = [(published.FIXED_TAU, c) for c in published.ABLATION]
+    losses = [row.loss for tier in tiers for name in _ALONE for row in settings_of(tier, name, beta)]
+    run = sorted({(float(x["tau"]), float(x["c_max"])) for x in losses if {"tau", "c_max"} <= x.keys()})
+    run = [place for place in run if any(is_setting(loss, *place) for loss in losses)]
+    return [*(place for place in paper if place in run), *(place for place in run if place not in paper)]
+
+
+def _alone(tier: Tier, rows: Sequence[Row]) -> str:
+    """ ", seed0 alone" where rows that are shown together share fewer seeds than their tier has."""
+    shared = shared_seeds(rows)
+    return f", {' and '.join(shared)} alone" if shared and len(shared) < len(tier.seeds) else ""
 
 
 def frontier_chart(tiers: Sequence[Tier], beta: float) -> Chart | None:
@@ -172,8 +195,8 @@ def frontier_chart(tiers: Sequence[Tier], beta: float) -> Chart | None:
     panels = []
     families = list(dict.fromkeys(family_of(row) for tier in tiers for row in tier.rows))
     for tier in tiers:
-        series = []
-        for family, rows in frontiers(tier, beta).items():
+        series, lines = [], frontiers(tier, beta)
+        for family, rows in lines.items():
             marks = []
             for row in rows:
                 if isinstance(row.kl, Estimate) and isinstance(row.oracle_reward, Estimate):
@@ -184,6 +207,8 @@ def frontier_chart(tiers: Sequence[Tier], beta: float) -> Chart | None:
             shape = families.index(family)  # the same in every panel, whatever the panel lacks
             series += [Series(name, tuple(marks), _colour(family, families), shape=shape)] if marks else []
         sft = next((row for row in tier.rows if row.name == SFT), None)
+        if sft is not None and series:
+            sft = at_shared_seeds([sft, *(row for rows in lines.values() for row in rows)])[0]
         if sft is not None and isinstance(sft.oracle_reward, Estimate) and series:
             r = sft.oracle_reward
             series.append(
@@ -195,10 +220,12 @@ def frontier_chart(tiers: Sequence[Tier], beta: float) -> Chart | None:
                 )
             )
         if len(series) > 1:
-            panels.append(Panel(tier.label, "KL to the reference, nats", REWARD, tuple(series)))
+            title = tier.label + _alone(tier, [row for rows in lines.values() for row in rows])
+            panels.append(Panel(title, "KL to the reference, nats", REWARD, tuple(series)))
     caption = (
         "Reward against distance. A method that moves further from the reference usually earns more, so methods are "
-        "compared at the same distance: to the left and above is better. A line joins one method's settings of β."
+        "compared at the same distance: to the left and above is better. A line joins one method's settings of β; of "
+        "its other settings the one with the most β is shown. All points of a panel are over the same training seeds."
     )
     return Chart("frontier", "Reward against KL to the reference", caption, tuple(panels)) if panels else None
 

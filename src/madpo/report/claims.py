@@ -53,6 +53,7 @@ class Claim:
     Attributes:
         key: stable name for programs; section: where it belongs; text: the claim.
         reading: how it is tested; paper: the paper's own numbers for it, "" where it gives none.
+        only: labels of the tiers that it was tested on, where it leaves others out.
     """
 
     key: str
@@ -61,6 +62,7 @@ class Claim:
     reading: str
     paper: str
     comparisons: tuple[Comparison, ...]
+    only: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> str:
@@ -75,6 +77,20 @@ class Claim:
         if any(c.value is None for c in needed):
             return NOT_RUN
         return HELD if all(c.above for c in needed) else OPEN
+
+    @property
+    def shown(self) -> str:
+        """The verdict with what it stands on: "held, on Low alone, with one training of each"."""
+        words = [self.verdict]
+        if self.only:
+            words.append(f"on {' and '.join(self.only)} alone")
+        if self.seeds == 1 and self.verdict not in (OPEN, NOT_RUN):
+            words.append("with one training of each")
+        if self.partly:
+            missing = sum(c.value is None for c in self.comparisons)
+            words.append(f"{missing} of {len(self.comparisons)} comparisons are missing")
+            words[0] = "not run in full" if self.verdict == NOT_RUN else words[0]
+        return ", ".join(words)
 
     @property
     def partly(self) -> bool:
@@ -351,8 +367,8 @@ def _ablation(study: _Study) -> list[Claim]:
             "reg-only-above-dpo",
             ABLATION,
             "Reg-Only, properly tuned, improves on DPO on every tier.",
-            "Its better setting, chosen on one half of the prompts, lies above DPO on the other half. At c = 2 and "
-            "τ = 7 it changes no weight by more than half a percent while margins stay below 7.",
+            "Its better setting, chosen on one half of the prompts, lies above DPO on the other half. It changes "
+            "weights of margins beyond τ = 7 alone, and at c = 2 those by half a percent at most.",
             "; ".join(f"c = {c:g}: {_values(part['Reg-Only'])}" for c, part in published.ABLATION.items()),
             tuple(_between(study, tier, "Reg-Only", "DPO") for tier in published.TIERS),
         ),
@@ -405,9 +421,11 @@ def _beyond(study: _Study) -> list[Claim]:
             "madpo-at-equal-kl",
             BEYOND,
             "MADPO earns more than DPO at the same distance from the reference.",
-            "MADPO's reward less what DPO's curve of reward against KL, drawn over β, has at MADPO's KL.",
+            "MADPO's reward less what DPO's curve of reward against KL, drawn over β, has at MADPO's KL, on each tier "
+            "that was run.",
             "",
             _run_ones(comparisons) or (Comparison("MADPO less DPO at MADPO's KL", missing="not run"),),
+            _only(study, comparisons),
         )
     )
     return found
@@ -416,6 +434,13 @@ def _beyond(study: _Study) -> list[Claim]:
 def _run_ones(comparisons: Sequence[Comparison]) -> tuple[Comparison, ...]:
     """Those of tiers that both sides were run on; all if there is none."""
     return tuple(c for c in comparisons if not c.missing.startswith(NOT_RUN)) or tuple(comparisons)
+
+
+def _only(study: _Study, comparisons: Sequence[Comparison]) -> tuple[str, ...]:
+    """Labels of the tiers with a value, one comparison a tier; none where all have one, or no one."""
+    labels = [study.label(name) for name in study.tiers]
+    made = [label for label, c in zip(labels, comparisons, strict=True) if c.value is not None]
+    return tuple(made) if len(made) < len(labels) else ()
 
 
 def _tuned(study: _Study, tier: str) -> Choice | None:
@@ -435,6 +460,7 @@ def _rival(study: _Study, name: str, key: str, of: Callable[[str], Choice | None
         f"MADPO lies above {name} on each tier that was run.",
         "",
         _run_ones(comparisons) or (Comparison(f"MADPO less {name}", missing="not run"),),
+        _only(study, comparisons),
     )
 
 

@@ -208,7 +208,7 @@ def _readme(place: Path) -> str:
         lines += ["![Mean oracle reward of every method in every tier](figures/figure1_main.png)", ""]
     lines += [(place / "results.md").read_text(encoding="utf-8")]
     lines += ["## Claims", "", "| section | claim | verdict |", "| --- | --- | --- |"]
-    columns = ("section", "text", "verdict")
+    columns = ("section", "text", "shown")
     lines += ["| " + " | ".join(markdown_cell(claim[key]) for key in columns) + " |" for claim in data["claims"]]
     lines += [
         "",

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from madpo.records import Estimate
-from madpo.results import SFT, Row, Tier, over_shared_seeds, shared_seeds
+from madpo.results import SFT, Row, Tier, at_shared_seeds, over_shared_seeds, shared_seeds
 from madpo.selection import BOOTSTRAP_SEED, Candidate, select
 from madpo.statistics import paired_difference
 
@@ -74,7 +74,8 @@ class Choice:
         value: mean reward of the chosen setting on the reporting half, over the seeds that all settings have; where
             nothing was chosen, its own on all prompts.
         reporting: prompts that may be reported.
-        best: the setting with the highest mean on all prompts, as the paper chooses.
+        best: the setting with the highest mean on all prompts, as the paper chooses; best_value: that mean.
+        seeds: training seeds that all settings have, which the choice and the values are over.
         candidates: what every setting has on either half, by the row's key; empty where there are no samples.
     """
 
@@ -84,6 +85,8 @@ class Choice:
     settings: int
     value: Estimate | float | None
     best: Row
+    best_value: Estimate | float | None
+    seeds: tuple[str, ...]
     reporting: frozenset[int] = frozenset()
     candidates: Mapping[str, Candidate] = field(default_factory=dict)
 
@@ -100,13 +103,15 @@ def choose(name: str, tier: Tier, rows: Sequence[Row]) -> Choice | None:
     # A setting of two seeds would differ from one of the first seed alone by what the seeds differ in.
     rewards = {row.key: values for row, values in zip(rows, over_shared_seeds(rows), strict=True)}
     best = max(rows, key=lambda row: _level(row.oracle_reward, rewards[row.key]))
+    top = at_shared_seeds(rows)[rows.index(best)].oracle_reward
+    seeds = tuple(shared_seeds(rows)) or best.seeds
     shared = set.intersection(*(set(values) for values in rewards.values()))
     if not shared & tier.reporting or not shared - tier.reporting:
-        return Choice(name, tier.name, best, len(rows), best.oracle_reward, best, tier.reporting)
+        return Choice(name, tier.name, best, len(rows), top, best, top, seeds, tier.reporting)
     found = select(rewards, tier.reporting)
     row = next(row for row in rows if row.key == found.best)
     value = found.candidates[found.best].reporting if len(rows) > 1 else best.oracle_reward
-    return Choice(name, tier.name, row, len(rows), value, best, tier.reporting, found.candidates)
+    return Choice(name, tier.name, row, len(rows), value, best, top, seeds, tier.reporting, found.candidates)
 
 
 def chosen(tier: Tier, family: str, beta: float | None) -> Choice | None:
@@ -136,7 +141,8 @@ def selection_json(
         seed: which half selects.
 
     Returns:
-        seed, and tiers: tier -> name of the choice -> best, candidates (selecting, reporting), missing; rows by key.
+        seed, and tiers: tier -> name of the choice -> best, candidates (selecting, reporting), missing (rows by key),
+        seeds that the numbers are over.
     """
     tiers: dict[str, Any] = {}
     for name, choices in found.items():
@@ -150,6 +156,7 @@ def selection_json(
                         for key, c in choice.candidates.items()
                     },
                     "missing": [key for key in keys if key not in choice.candidates],
+                    "seeds": list(choice.seeds),
                 }
     return {"seed": seed, "tiers": tiers}
 
@@ -162,6 +169,8 @@ class Comparison:
         what: in words; value: its estimate over prompts; per_seed: the same difference of each training seed.
         bound: what it must lie above; required: whether the claim needs it, or only must not be contradicted by it.
         missing: why there is no value; seeds: training seeds that it is the mean over.
+        same: whether both sides got the same reward on every prompt, as two trainings with the same weights do: then
+            there is nothing to compare.
     """
 
     what: str
@@ -171,6 +180,7 @@ class Comparison:
     required: bool = True
     missing: str = ""
     seeds: int = 1
+    same: bool = False
 
     @property
     def above(self) -> bool:
@@ -183,7 +193,7 @@ class Comparison:
         return self._clear(-1)
 
     def _clear(self, sign: int) -> bool:
-        if self.value is None or self.value.n < FEWEST:
+        if self.value is None or self.value.n < FEWEST or self.same:
             return False
         edge = self.value.low if sign > 0 else self.value.high
         return sign * (edge - self.bound) > 0 and all(sign * (v - self.bound) > 0 for v in self.per_seed.values())
@@ -205,7 +215,8 @@ def less(a: Choice | None, b: Choice | None, what: str, **how: Any) -> Compariso
     for seed in seeds:
         own, base = a.row.seed_rewards[seed], b.row.seed_rewards[seed]
         per_seed[seed] = float(np.mean([own[i] - base[i] for i in ids if i in own and i in base]))
-    return Comparison(what, value, per_seed if len(per_seed) > 1 else {}, seeds=max(1, len(seeds)), **how)
+    same = a.tier == b.tier and all(one[i] == other[i] for i in ids)
+    return Comparison(what, value, per_seed, seeds=max(1, len(seeds)), same=same, **how)
 
 
 def more_on(one: Sequence[Choice | None], other: Sequence[Choice | None], what: str, **how: Any) -> Comparison:
@@ -232,7 +243,7 @@ def more_on(one: Sequence[Choice | None], other: Sequence[Choice | None], what: 
                 [w[i] - x[i] - y[i] + z[i] for w, x, y, z in [of_seed] for i in ids if all(i in v for v in of_seed)]
             )
         )
-    return Comparison(what, value, per_seed if len(per_seed) > 1 else {}, seeds=max(1, len(seeds)), **how)
+    return Comparison(what, value, per_seed, seeds=max(1, len(seeds)), **how)
 
 
 def _level(value: Estimate | float | None, rewards: Mapping[int, float]) -> float:

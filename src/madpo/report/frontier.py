@@ -8,13 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from madpo.report.families import Choice, Comparison, family_of, settings_of
-from madpo.results import SFT, Row, Tier, over_shared_seeds, shared_seeds
+from madpo.results import SFT, Row, Tier, at_shared_seeds, over_shared_seeds, shared_seeds
 from madpo.selection import BOOTSTRAP_SEED
 from madpo.statistics import bootstrap_statistic
 
 
 def frontiers(tier: Tier, beta: float) -> dict[str, list[Row]]:
-    """Per family, the rows of one setting over beta, by beta.
+    """Per family, the rows of one setting over beta, by beta, all of them over the same training seeds.
 
     Of several settings the one with the most betas stands for the family; at a tie a core one, then the first.
     """
@@ -27,7 +27,8 @@ def frontiers(tier: Tier, beta: float) -> dict[str, list[Row]]:
     for family, by_setting in lines.items():
         best = max(by_setting.values(), key=lambda rows: (len(rows), any(r.group in ("", "core") for r in rows)))
         found[family] = sorted(best, key=lambda row: (float(row.loss.get("beta", beta)), row.loss.get("n", 0)))
-    return found
+    even = iter(at_shared_seeds([row for line in found.values() for row in line]))
+    return {family: [next(even) for _ in line] for family, line in found.items()}
 
 
 def equal_kl(tier: Tier, method: Choice | None, what: str) -> Comparison:
@@ -62,7 +63,7 @@ def equal_kl(tier: Tier, method: Choice | None, what: str) -> Comparison:
             return Comparison(what, missing=f"MADPO's KL{place} is {kl:.1f} nats, and DPO's curve spans {span}")
     per_seed = {seed: float(_above_curve(mean[None])[0]) for seed, mean in means.items() if seed}
     value = bootstrap_statistic(values, _above_curve, seed=BOOTSTRAP_SEED)
-    return Comparison(what, value, per_seed, seeds=max(1, len(seeds)))
+    return Comparison(what, value, per_seed or dict.fromkeys(seeds, value.mean), seeds=max(1, len(seeds)))
 
 
 def _above_curve(means: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -81,6 +81,8 @@ def _bars(axes: Any, panel: Panel) -> None:
     width = 0.8 / max(1, len(own))
     for i, series in enumerate(own):
         shift = -0.4 + width * (i + 0.5)
+        if not series.marks:
+            continue  # its place stays, so that a method has one place in all panels
         x, y = _xy(series)
         axes.bar(x + shift, y, width * 0.92, color=PALETTE[series.colour], label=series.name)
         for mark in series.marks:

@@ -25,9 +25,11 @@ def state(records: Mapping[str, Record], unfinished: Mapping[str, str]) -> str:
         return ""
     failed = sum(why.startswith("failed") for why in unfinished.values())
     waiting = len(unfinished) - failed
-    parts = [f"{failed} failed"] * bool(failed) + [f"{waiting} are still to run"] * bool(waiting)
+    parts = [f"{failed} failed"] * bool(failed)
+    parts += [f"{waiting} {'is' if waiting == 1 else 'are'} still to run"] * bool(waiting)
+    n = len(records)
     return (
-        f"This run is not complete: of {len(records) + len(unfinished)} steps {len(records)} are done, "
+        f"This run is not complete: of {n + len(unfinished)} steps {n} {'is' if n == 1 else 'are'} done, "
         f"{' and '.join(parts)}. What follows speaks of the finished ones."
     )
 

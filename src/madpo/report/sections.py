@@ -12,14 +12,14 @@ from madpo.figures import WeightParameters, count_weights, weight_figure
 from madpo.records import Estimate
 from madpo.report import published
 from madpo.report.charts import Chart
-from madpo.report.claims import NOT_RUN, OPEN, Claim, tested
+from madpo.report.claims import NOT_RUN, Claim, tested
 from madpo.report.drawing import chart_html
 from madpo.report.families import Choice, Comparison
 from madpo.report.markup import MARGINS_SHOWN, details, note, nothing, table
 from madpo.report.standing import accuracies, doubtful, in_words, near_chance, weights_from
 from madpo.report.tables import settings_words
 from madpo.results import SFT, Row, Tier
-from madpo.summary import COLUMNS, DASH, interval, one, shown_columns, write
+from madpo.summary import COLUMNS, DASH, UNEVEN, interval, one, shown_columns, write
 
 SPOKEN = 4  # differences that a claim spells out; its table has all
 
@@ -57,6 +57,9 @@ def claims_html(found: Sequence[Claim], seeds: int, tiers: Sequence[Tier] = ()) 
             if seeds == 1
             else "Two training seeds alone claim no significance: a verdict asks that both agree, and no more."
         )
+        single = sum(c.value is not None and c.seeds == 1 for claim in found for c in claim.comparisons)
+        if seeds == 2 and single:
+            cautions += f" {single} of the comparisons have one seed alone, and nothing to agree with."
     box = f'<div class="caution">{caution[0]}</div>' if caution[0] else ""
     return box + note(cautions) + "".join(parts)
 
@@ -72,15 +75,9 @@ def _absent(claim: Claim) -> str:
 
 def _claim(claim: Claim, doubted: Sequence[str]) -> str:
     run = [c for c in claim.comparisons if c.value is not None]
-    verdict = claim.verdict
-    if claim.partly:
-        missing = len(claim.comparisons) - len(run)
-        verdict = f"not run in full: {missing} of {len(claim.comparisons)} comparisons are missing"
-        if claim.verdict != NOT_RUN:
-            verdict = f"{claim.verdict}; {missing} of {len(claim.comparisons)} comparisons are missing"
-    elif claim.seeds == 1 and claim.verdict != OPEN:
-        verdict += ", with one training of each"
     remarks = ["Some of it stands on too few prompts to be judged."] if claim.too_few else []
+    if same := sum(c.same for c in run):
+        remarks.append(f"{same} of {len(run)} comparisons are of policies that answer alike, and test nothing.")
     if doubted:
         remarks.append(f"The reward model on {', '.join(doubted)} cannot be told from a coin.")
     doubts = f'<p class="doubt">{escape(" ".join(remarks))}</p>' if remarks else ""
@@ -92,7 +89,7 @@ def _claim(claim: Claim, doubted: Sequence[str]) -> str:
     numbers = table(head, rows, f"Numbers for: {claim.text}", plain=True)
     return (
         f'<article class="claim {_KINDS[claim.verdict]}"><h4>{escape(claim.text)}</h4>'
-        f'<p class="verdict">{escape(verdict)}</p>{doubts}<p>{escape(claim.reading)}</p>'
+        f'<p class="verdict">{escape(claim.shown)}</p>{doubts}<p>{escape(claim.reading)}</p>'
         f"<p><b>This run:</b> {escape(words)}{more}.</p>{paper}"
         f"{details('The numbers, seed by seed', numbers)}</article>"
     )
@@ -102,7 +99,7 @@ def _difference(c: Comparison) -> str:
     if c.value is None:
         return f"<small>{escape(c.missing)}</small>"
     beyond = f", to lie above {one(c.bound, 'signed')}" if c.bound else ""
-    mark = "above" if c.above else "below" if c.below else "not separated"
+    mark = "the same answers" if c.same else "above" if c.above else "below" if c.below else "not separated"
     return (
         f"<b>{one(c.value.mean, 'signed')}</b><small>{interval(c.value, 'signed')} over {c.value.n} prompts: "
         f"{mark}{beyond}</small>"
@@ -111,7 +108,7 @@ def _difference(c: Comparison) -> str:
 
 def _seeds(c: Comparison) -> str:
     alone = "one seed" if c.value is not None else DASH
-    return escape(", ".join(one(value, "signed") for value in c.per_seed.values()) or alone)
+    return escape(", ".join(f"{seed} {one(value, 'signed')}".strip() for seed, value in c.per_seed.items()) or alone)
 
 
 # Results
@@ -146,8 +143,10 @@ def main_table(
         rows.append([escape(name), *cells])
     if any(accuracies(tier) for tier in shown):
         rows.append(["reward model, right on held-out pairs", *map(_accuracy_cell, shown)])
-    settings = sorted({(name, c.settings) for (_, name), c in choices.items()})
-    counts = ", ".join(f"{name} {n}" for name, n in settings)
+    numbers: dict[str, set[int]] = {}
+    for (_, name), choice in sorted(choices.items()):
+        numbers.setdefault(name, set()).add(choice.settings)
+    counts = ", ".join(f"{name} {' or '.join(map(str, sorted(n)))}" for name, n in numbers.items())
     text = (
         f"Settings per method, at β = {beta:g}: {counts}. Of several settings one is chosen on one half of the "
         "held-out prompts and reported on the other half, since the best of several is flattered on the prompts that "
@@ -172,11 +171,12 @@ def _main_cell(choice: Choice | None, paper: tuple[float, float] | None, reason:
     own = f"<b>{one(value.mean)}</b><small>{interval(value)}</small>" if isinstance(value, Estimate) else _cell(value)
     if choice.chosen:
         own += f"<small>{escape(choice.row.name)}, of {choice.settings}</small>"
-        own += f"<small>the paper's way: {write_short(choice.best.oracle_reward)}</small>"
-    if len(choice.row.per_seed) > 1:
-        own += f"<small>seeds {', '.join(map(one, choice.row.per_seed.values()))}</small>"
-    if len(choice.row.seeds) < seeds:
-        own += f"<small>{len(choice.row.seeds)} of {seeds} seeds</small>"
+        own += f"<small>the paper's way: {write_short(choice.best_value)}</small>"
+    per_seed = [value for seed, value in choice.row.per_seed.items() if seed in choice.seeds]
+    if len(per_seed) > 1:
+        own += f"<small>seeds {', '.join(map(one, per_seed))}</small>"
+    if len(choice.seeds) < seeds:
+        own += f"<small>{len(choice.seeds)} of {seeds} seeds</small>"
     return own + theirs
 
 
@@ -196,7 +196,11 @@ def selections_html(tiers: Sequence[Tier], found: Mapping[str, Sequence[Choice]]
 def _selection_cell(choice: Choice | None) -> str:
     if choice is None:
         return f"<b>{DASH}</b><small>not run</small>"
-    return f"{_cell(choice.value)}<small>{escape(choice.row.name)}, of {choice.settings}</small>"
+    prompts = f", {choice.value.n} prompts" if isinstance(choice.value, Estimate) else ""
+    return (
+        f"{_cell(choice.value)}<small>{escape(choice.row.name)}, of {choice.settings}</small>"
+        f"<small>{escape(', '.join(choice.seeds))}{prompts}</small>"
+    )
 
 
 def write_short(value: Estimate | float | None) -> str:
@@ -213,6 +217,7 @@ def tier_results(tier: Tier, reasons: Mapping[tuple[str, str], str] | None = Non
         cells = [_cell(getattr(row, c), COLUMNS[c][1], limit) for c in columns]
         rows.append([f"{escape(row.name)}{_settings(row)}", *cells])
     head = ("method", *(COLUMNS[c][0] for c in columns))
+    uneven = note(UNEVEN) if tier.uneven else ""
     missing = ""
     if tier.missing:
         names = "".join(
@@ -222,7 +227,7 @@ def tier_results(tier: Tier, reasons: Mapping[tuple[str, str], str] | None = Non
         missing = details(f"{len(tier.missing)} methods not evaluated here yet", f"<ul>{names}</ul>")
     return (
         f'<h3 dir="auto">{escape(tier.label)}</h3>{table(head, rows, f"Results, {tier.label}", sortable=True)}'
-        f"{_per_seed(tier)}{missing}"
+        f"{uneven}{_per_seed(tier)}{missing}"
     )
 
 
@@ -249,8 +254,8 @@ def _whisker(value: Estimate, limit: float) -> str:
 
 
 def _per_seed(tier: Tier) -> str:
-    rows = [row for row in tier.rows if len(row.seeds) > 1]
-    if not rows:
+    rows = [row for row in tier.rows if row.per_seed]
+    if all(len(row.seeds) < 2 for row in rows):
         return ""
     lines = "".join(
         f"<li><bdi>{escape(row.name)}</bdi>: "
@@ -292,10 +297,11 @@ def weights_html(tier: Tier) -> str:
     counts = count_weights(margins, parameters)
     figure = weight_figure(margins, parameters, label=f"Weight curve and margins, {tier.label}")
     n = len(margins)
+    first = " (of the first training seed)" if len(tier.reward_models) > 1 else ""
     settings = f"τ = {parameters.tau:g}, c_max = {parameters.c_max:g}, λ = {parameters.lam:g}"
     few = f" The figure shows {MARGINS_SHOWN} evenly spaced quantiles of them." if n > MARGINS_SHOWN else ""
     text = (
-        f"With {settings}, of {n} training pairs {counts.amplified} are amplified, {counts.dampened} dampened, "
+        f"With {settings}, of {n} training pairs{first} {counts.amplified} are amplified, {counts.dampened} dampened, "
         f"{counts.turned_down} turned down since the reward model contradicts their label, and {counts.unchanged} left "
         f"as they are; mean weight {counts.mean:.3f}, effective sample size {counts.effective:.0f}.{few}"
     )

@@ -76,6 +76,25 @@ def weights_from(tiers: Sequence[Tier]) -> list[str]:
     return texts
 
 
+def idle_parts(tiers: Sequence[Tier]) -> list[str]:
+    """Where MADPO's parts are no methods of their own, since no margin reaches tau: a sentence per tier."""
+    texts = []
+    for tier in tiers:
+        parts = [row.loss for row in tier.rows if row.loss.get("part") in ("amplify", "dampen")]
+        losses = [loss for loss in parts if loss.get("tau")]
+        if not losses or not len(tier.margins):
+            continue
+        largest = float(tier.margins.max())
+        idle = [x for x in losses if largest < float(x["tau"]) * float(x.get("margin_temperature", 1.0))]
+        if idle:
+            taus = " and ".join(f"{tau:g}" for tau in sorted({float(loss["tau"]) for loss in idle}))
+            texts.append(
+                f"On {tier.label} no margin of the training pairs (first seed) reaches τ = {taus}, the largest is "
+                f"{largest:.2f}: there Reg-Only changes no weight and is DPO, and Amp-Only is MADPO."
+            )
+    return texts
+
+
 def doubtful(claim: Claim, tiers: Sequence[Tier]) -> list[str]:
     """Labels of the tiers whose reward model is near chance and whose margins the claim rests on."""
     if not claim.reads_margins:
@@ -87,18 +106,17 @@ def doubtful(claim: Claim, tiers: Sequence[Tier]) -> list[str]:
 def empty_cells(
     tiers: Sequence[Tier], rows: Iterable[Mapping[str, Any]], unfinished: Mapping[str, str]
 ) -> dict[tuple[str, str], str]:
-    """(tier, row's name) -> why a planned row has no evaluation there: "failed", "waits for ..." or "not run"."""
+    """(tier, row's name) -> why a planned row has no evaluation there: "failed", "not run: ... failed" or "not run"."""
+    rows = list(rows)
     keys = {str(row["name"]): str(row.get("key", "")) for row in rows}
+    # Agreeing or re-drawn pairs and margins out of fold are made by steps that are called so.
+    own_kinds = {str(row["name"]): (row.get("pairs"), row.get("margins")) for row in rows}
     found = {}
     for tier in tiers:
         for name in tier.missing:
             own = [f"policy/{tier.name}/{keys.get(name)}/", f"evaluation/{tier.name}/{keys.get(name)}/"]
-            shared = [
-                "oracle",
-                "sft",
-                "responses",
-                *(f"{k}/{tier.name}/" for k in ("pairs", "reward_model", "margins")),
-            ]
+            kinds = ("pairs", "reward_model", "margins", "reference", *own_kinds.get(name, ()))
+            shared = ["oracle", "base", "sft", "responses", *(f"{kind}/{tier.name}/" for kind in kinds)]
             states = {step: why for step, why in unfinished.items() if step.startswith(tuple(own))}
             above = [s for s, why in unfinished.items() if why.startswith("failed") and s.startswith(tuple(shared))]
             if any(why.startswith("failed") for why in states.values()):

@@ -147,9 +147,15 @@ def _main(tiers: Sequence[Tier], choices: Mapping[tuple[str, str], Choice]) -> T
             mean, error = published.TABLE_1[name].get(tier.name, (None, None))
             value, best = choice.value, choice.best
             rows.append(
-                (tier.label, name, choice.row.name, choice.settings, value, best.name, best.oracle_reward, mean, error)
+                (
+                    *(tier.label, name, choice.row.name, choice.settings, ", ".join(choice.seeds), value),
+                    *(best.name, choice.best_value, mean, error),
+                )
             )
-    columns = ("tier", "method", "setting", "settings", "reward", "best_on_all", "its_reward", "paper", "paper_se")
+    columns = (
+        *("tier", "method", "setting", "settings", "seeds", "reward"),
+        *("best_on_all", "its_reward", "paper", "paper_se"),
+    )
     caption = (
         "Mean oracle reward with 95 % intervals over prompts. Of several settings one is chosen on one half of the "
         "prompts and reported on the other; best_on_all is the setting with the highest mean on all prompts, as the "
@@ -160,19 +166,19 @@ def _main(tiers: Sequence[Tier], choices: Mapping[tuple[str, str], Choice]) -> T
 
 def _selections(found: Mapping[str, Sequence[Choice]]) -> Table:
     rows: list[tuple[Cell, ...]] = [
-        (choice.tier.capitalize(), name, choice.row.name, choice.settings, choice.value)
+        (choice.tier.capitalize(), name, choice.row.name, choice.settings, ", ".join(choice.seeds), choice.value)
         for name, choices in found.items()
         for choice in choices
     ]
     caption = "The experiment's choices, made on one half of the held-out prompts and reported on the other."
-    return Table("selections", caption, ("tier", "choice", "setting", "settings", "reward"), tuple(rows))
+    return Table("selections", caption, ("tier", "choice", "setting", "settings", "seeds", "reward"), tuple(rows))
 
 
 def _methods(tiers: Sequence[Tier]) -> Table:
     names = ["oracle_reward", "difference", "win_rate", "kl", "length", "distinct_1", "distinct_2", "repeated"]
     names += ["ended", "perplexity"]
     rows = [
-        (tier.label, row.name, row.group, len(row.seeds), *(getattr(row, name) for name in names))
+        (tier.label, row.name, row.group, ", ".join(row.seeds), *(getattr(row, name) for name in names))
         for tier in tiers
         for row in tier.rows
     ]
@@ -182,23 +188,28 @@ def _methods(tiers: Sequence[Tier]) -> Table:
 
 def _frontier(tiers: Sequence[Tier], beta: float) -> Table:
     rows = [
-        (tier.label, family, row.name, _number(row.loss.get("beta")), row.kl, row.oracle_reward)
+        (tier.label, family, row.name, _number(row.loss.get("beta")), ", ".join(row.seeds), row.kl, row.oracle_reward)
         for tier in tiers
         for family, line in frontiers(tier, beta).items()
         for row in line
         if family_of(row) != SFT
     ]
-    columns = ("tier", "method", "setting", "beta", "kl", "reward")
-    return Table("frontier", "Reward against KL to the reference, nats, over beta.", columns, tuple(rows))
+    columns = ("tier", "method", "setting", "beta", "seeds", "kl", "reward")
+    caption = "Reward against KL to the reference, nats, over beta, in each tier over the seeds that its rows share."
+    return Table("frontier", caption, columns, tuple(rows))
 
 
 def _claims(found: Sequence[Claim]) -> Table:
     rows: list[tuple[Cell, ...]] = []
     for claim in found:
         for c in claim.comparisons:
-            seeds = ", ".join(one(value, "signed") for value in c.per_seed.values())
-            rows.append((claim.key, claim.text, claim.verdict, c.what, c.value, c.bound, seeds or c.missing))
-    columns = ("claim", "text", "verdict", "comparison", "difference", "must_exceed", "per_seed_or_why_not")
+            seeds = ", ".join(f"{seed} {one(value, 'signed')}".strip() for seed, value in c.per_seed.items())
+            words = (claim.key, claim.text, claim.verdict, claim.shown)
+            rows.append((*words, c.what, c.value, c.bound, seeds or c.missing))
+    columns = (
+        *("claim", "text", "verdict", "stands_on", "comparison"),
+        *("difference", "must_exceed", "per_seed_or_why_not"),
+    )
     caption = "The paper's claims, the comparisons that each is read as, and this run's differences."
     return Table("claims", caption, columns, tuple(rows))
 

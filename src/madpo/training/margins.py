@@ -45,7 +45,10 @@ def margin_table(model: RewardModel, pairs: pd.DataFrame) -> pd.DataFrame:
 
 
 def margin_metrics(margins: np.ndarray) -> Metrics:
-    """Accuracy and log loss (nats per pair) on pairs that trained nothing; the latter with a fitted temperature too."""
+    """Accuracy and log loss (nats per pair) on pairs that trained nothing; the loss also at a fitted temperature.
+
+    A margin of 0 counts as wrong, as in TRL's reward trainer.
+    """
     temperature, before, after = fit_temperature(margins)
     return {
         "heldout_pairs": len(margins),
