@@ -119,3 +119,15 @@ def test_a_check_with_a_tokenizer_loads_no_pytorch(folder: Path, tmp_path: Path)
     assert done.returncode == 0, done.stderr
     whole = check(data, tokenizer=AutoTokenizer.from_pretrained(place), max_length=64)
     assert done.stdout.strip() == whole.text().strip()
+
+
+def test_a_model_is_named_so_that_it_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a" / "model").mkdir(parents=True)
+    (tmp_path / "a" / "gemma-3-270m").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    assert places.lasting("model") == places.lasting("./model") == str(tmp_path / "a" / "model")
+    assert places.lasting("../a/model") == str(tmp_path / "a" / "model")
+    # A packaged model is not a folder of its name, nor is what lies on the hub.
+    assert [places.lasting(name) for name in ("gemma-3-270m", "tiny-llama", "org/name")] == [
+        *("gemma-3-270m", "tiny-llama", "org/name")
+    ]

@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from madpo.errors import ConfigError
 from madpo.head import TILE, Head
-from madpo.logprobs import hidden_states, takes_positions, unwrapped
+from madpo.logprobs import check_reading, hidden_states, takes_positions, unwrapped
 
 
 @torch.no_grad()
@@ -28,15 +29,25 @@ def completion_kl(
 
     Returns:
         (logps, kl), one per row, both summed, float32 or wider. A model has KL 0 to itself, exactly.
+
+    Raises:
+        ConfigError: the models have unlike numbers of vocabulary entries.
     """
     mask = (completion_mask[:, 1:] * attention_mask[:, 1:]).bool()
     labels = input_ids[:, 1:][mask]
     heads, states = [], []
     for model in (policy, reference):
         inner = unwrapped(model)
+        check_reading(inner)
         heads.append(Head.of(inner))
         hidden = hidden_states(inner, input_ids, attention_mask, takes_positions=takes_positions(inner))
         states.append(hidden[:, :-1][mask])
+    entries = [head.weight.shape[0] for head in heads]
+    if entries[0] != entries[1]:
+        raise ConfigError(
+            f"the policy has {entries[0]} vocabulary entries and its reference {entries[1]}, so there is no KL between "
+            "them; resize one of them (model.resize_token_embeddings) and save it"
+        )
     logps, kls = [], []
     for start in range(0, len(labels), block):
         rows = slice(start, start + block)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from madpo.errors import ConfigError, DataError
 from madpo.head import Head
 from madpo.kv_cache import growing_cache
-from madpo.logprobs import unwrapped
+from madpo.logprobs import check_positions, check_reading, unwrapped
 from madpo.modes import evaluating
 from madpo.progress import bar
 from madpo.seeding import derived_seed
@@ -140,6 +140,9 @@ def generate(
     if any(not len(ids) for ids in prompt_ids):
         raise ConfigError("a prompt has no token: give every prompt at least the beginning-of-text token")
     sampling = Sampling(temperature, top_p, top_k)
+    check_reading(unwrapped(model))
+    longest = max((len(ids) for ids in prompt_ids), default=0) + max_new_tokens
+    check_positions(unwrapped(model), longest, "lower max_new_tokens, or leave out the longest prompts")
     order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
     completions: list[list[int]] = [[] for _ in prompt_ids]
     with evaluating(model), bar(description, len(order) * max_new_tokens) as advance:

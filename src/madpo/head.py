@@ -12,10 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from madpo.errors import ConfigError
 
 TILE = 8_192
 """Vocabulary entries per tile: small enough for a processor's cache at a few hundred tokens."""
@@ -47,10 +50,16 @@ class Head:
         """The head of a transformers causal language model, with the conventions of its architecture."""
         config = model.config.get_text_config()  # type: ignore[operator, union-attr]
         head = model.get_output_embeddings()  # type: ignore[operator]
+        if isinstance(head, BaseTunerLayer):  # whose weight is that of the base
+            raise ConfigError(
+                f"the adapter changes the output head ({type(head).__name__}); merge it into its base model and give "
+                "the merged folder, or train one that leaves the head alone"
+            )
         weight, bias = head.weight, getattr(head, "bias", None)
         if hasattr(weight, "full_tensor"):  # FSDP2 shards parameters as DTensors; the tiles need the whole
             weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
-        return cls(weight, bias, getattr(config, "final_logit_softcapping", None), _logit_scale(config))
+        caps = (getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))
+        return cls(weight, bias, next((cap for cap in caps if cap is not None), None), _logit_scale(config))
 
     @property
     def trains(self) -> bool:

@@ -23,11 +23,14 @@ import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from madpo import lean
+from madpo.errors import ConfigError
 from madpo.head import Head, token_logps
+from madpo.modes import evaluating
 from madpo.packing import pack, packed_states, packs
 
 
@@ -59,6 +62,7 @@ def install_completion_head(model: nn.Module) -> None:
     """
     if getattr(model, "_madpo_completion_head", False):
         return
+    check_reading(model)
     plain: Callable[..., Any] = model.forward
     with_positions = takes_positions(model)
 
@@ -71,6 +75,65 @@ def install_completion_head(model: nn.Module) -> None:
     model.forward = types.MethodType(forward, model)
     model._madpo_completion_head = True  # type: ignore[assignment]
     lean.install(model)
+
+
+@torch.no_grad()
+def check_reading(model: nn.Module) -> None:
+    """Compare the logits that are read off a model's states and head with its own, once a model, on a few tokens.
+
+    Some architectures have layers between the backbone and the head, or cap their logits in a way of their own, and
+    encoders look ahead: their log-probabilities would be wrong without a word.
+
+    Raises:
+        ConfigError: they differ, or a state depends on a later token.
+    """
+    if getattr(model, "_madpo_reading", False):
+        return
+    name = type(model).__name__
+    if model.base_model is model:
+        raise ConfigError(f"{name} has no backbone apart from its output head, so it is not supported")
+    if not any(p.is_meta or hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in model.parameters()):
+        head = Head.of(model)
+        ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=head.weight.device) % head.weight.shape[0]
+        with evaluating(model):
+            states = hidden_states(model, ids, torch.ones_like(ids), takes_positions=takes_positions(model))
+            theirs = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
+        found = head.logits(states.to(head.weight.dtype).flatten(0, 1))[0].float().view_as(theirs)
+        half = head.weight.dtype in (torch.bfloat16, torch.float16)
+        bound = (0.05 if half else 1e-3) * (1 + float(theirs.abs().max()))
+        if float((found - theirs).abs().max()) > bound:  # not with weights that are not numbers: others tell
+            raise ConfigError(f"{name} makes its logits otherwise than by one linear head, so it is not supported")
+        if float((theirs[0, :-1] - theirs[1, :-1]).abs().max()) > bound:
+            raise ConfigError(
+                f"{name} looks at later tokens, so it is no causal language model; give a decoder (for BERT and its "
+                "like: is_decoder in its config.json)"
+            )
+    model._madpo_reading = True  # type: ignore[assignment]
+
+
+def position_limit(model: nn.Module) -> int | None:
+    """Tokens that a model with learned positions (GPT-2, OPT, BERT) can read; None where positions are computed."""
+    if not hasattr(model, "_madpo_positions"):
+        tables = ("wpe", "embed_positions", "position_embeddings")
+        found = (m for name, m in model.named_modules() if name.rpartition(".")[2] in tables)
+        table = next((m for m in found if isinstance(m, nn.Embedding)), None)
+        config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+        limit = getattr(config, "max_position_embeddings", None) if table is not None else None
+        if limit is not None and table is not None and table.padding_idx is not None:
+            limit -= table.padding_idx + 1  # RoBERTa counts from behind the padding's
+        model._madpo_positions = limit  # type: ignore[assignment]
+    return model._madpo_positions  # type: ignore[return-value]
+
+
+def check_positions(model: nn.Module, length: int, remedy: str) -> None:
+    """Refuse texts of more tokens than the model has positions for.
+
+    Raises:
+        ConfigError: with the model's positions, and ``remedy``.
+    """
+    limit = position_limit(model)
+    if limit is not None and length > limit:
+        raise ConfigError(f"{type(model).__name__} has {limit} positions, but a text takes {length}; {remedy}")
 
 
 def takes_positions(model: nn.Module) -> bool:
@@ -136,6 +199,7 @@ def _score(
     details: bool = False,
     **kwargs: Any,
 ) -> CompletionScores:
+    _check_length(model, attention_mask)
     plain = functools.partial(hidden_states, model, takes_positions=with_positions)
     rows = (input_ids, attention_mask, completion_mask)
     # A prompt-learning adapter hands over states of its own, which belong to rows.
@@ -158,6 +222,12 @@ def _score(
     return CompletionScores(per_row(tokens.logps), lengths, *means)
 
 
+def _check_length(model: nn.Module, attention_mask: Tensor) -> None:
+    limit = position_limit(model)
+    if limit is not None and attention_mask.shape[1] > limit:
+        check_positions(model, int(attention_mask.sum(-1).max()), "lower max_length, or drop the longest pairs")
+
+
 def _given(kwargs: dict[str, Any]) -> bool:
     """Whether a wrapper set anything: PEFT passes every argument on, most of them None."""
     return any(value is not None for value in kwargs.values())
@@ -176,6 +246,7 @@ def hidden_states(
     Without padding in front, a causal model needs no mask: no real token looks at the padding behind it. Attention
     is faster that way, and the states of real tokens are the same.
     """
+    _check_length(model, attention_mask)
     mask: Tensor | None = attention_mask
     if bool(attention_mask[:, 0].all()):
         mask = None
@@ -199,6 +270,7 @@ def completion_states(
         input_ids, attention_mask, completion_mask: as in :func:`completion_logps` with ``pairs``: the prompt of a pair
             is computed once.
     """
+    _check_length(model, attention_mask)
     with_positions = takes_positions(model)
     plain = functools.partial(hidden_states, model, takes_positions=with_positions)
     rows = (input_ids, attention_mask, completion_mask)

@@ -67,6 +67,8 @@ def load_model(
     """
     check_model(path)
     with quiet_transformers():
+        if AutoConfig.from_pretrained(path, trust_remote_code=False).is_encoder_decoder:
+            raise ConfigError(f"{path} is an encoder-decoder, whose decoder alone is no model of text; give a decoder")
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype or compute_dtype(), use_safetensors=True, trust_remote_code=False
         )
@@ -95,7 +97,13 @@ def load_classifier(
 
 def _with_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
     check_adapter(adapter)
-    return PeftModel.from_pretrained(model, adapter)
+    adapted = PeftModel.from_pretrained(model, adapter)
+    if adapted.active_peft_config.is_prompt_learning:
+        raise ConfigError(
+            f"{adapter} is an adapter of virtual tokens ({adapted.active_peft_config.peft_type.value}), which sampling "
+            "and scoring would leave out; give one that changes weights, such as LoRA"
+        )
+    return adapted
 
 
 def load_quantised(path: Path | str) -> PreTrainedModel:

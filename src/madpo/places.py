@@ -39,6 +39,14 @@ _BPE_OPTIONS = (
 )
 
 
+def lasting(name_or_path: str) -> str:
+    """The model's name as it is found from any other folder: the place of a folder in full, other names as they are."""
+    path = Path(name_or_path).expanduser()
+    if name_or_path in PACKAGED or name_or_path.startswith("tiny-") or not path.is_dir():
+        return name_or_path
+    return str(path.resolve())
+
+
 def resolve_model(name_or_path: str) -> Path | str:
     """A packaged model's folder, a tiny model's folder, a folder as given, or a hub id as given.
 

@@ -24,10 +24,12 @@ from trl import RewardConfig, SFTConfig, SFTTrainer
 from madpo import processes
 from madpo.config import Frozen, added, identity_settings
 from madpo.corpus import Corpus, load_corpus, sft_reviews
+from madpo.errors import ConfigError
 from madpo.logprobs import completion_logps, install_completion_head, unwrapped
 from madpo.losses import Loss
 from madpo.models import load_classifier, load_model, load_tokenizer, merge_adapter, resolve_model
 from madpo.pipeline import Metrics
+from madpo.places import lasting
 from madpo.progress import bar, say
 from madpo.recipe import CHECKPOINTS, LoRA, Optimisation, Pooling
 from madpo.rewards import RewardModel
@@ -243,6 +245,11 @@ def fit_reward_model(
     base = resolve_model(config.model) if made is None else made / "model"
     tokenizer = load_tokenizer(base)
     model = load_classifier(base, num_labels=1)
+    if not isinstance(getattr(model, "score", None), torch.nn.Linear):
+        raise ConfigError(
+            f"{config.model} ({type(model).__name__}) does not read its score off a token's state by one linear layer; "
+            "give a causal language model"
+        )
     with torch.no_grad():
         model.score.weight.zero_()  # states are large: a random head would begin with rewards of several log-odds
     trainer = RewardModelTrainer(
@@ -266,7 +273,7 @@ def fit_reward_model(
         trainer.evaluate()
     best.restore()
     trainer.model.save_pretrained(out / "adapter", safe_serialization=True)
-    told = {"base": config.model, "steps": best.step}
+    told = {"base": lasting(config.model), "steps": best.step}
     if made is not None:
         told["base_folder"] = os.path.relpath(base, out)
     if config.pooling != "last":  # what a sequence classifier does unless it says otherwise

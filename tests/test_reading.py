@@ -1,0 +1,131 @@
+"""Models that the engine would read wrongly are refused, with what is wrong and what to do."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from madpo.divergence import completion_kl
+from madpo.errors import ConfigError
+from madpo.generation import generate
+from madpo.logprobs import completion_logps, install_completion_head, position_limit
+from madpo.models import build_tiny, load_model
+
+SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50}
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def tiny(kind: str, **more: Any) -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SHAPE, **SPECIAL, **more}))
+    for parameter in model.parameters():  # the usual start is so small that mistakes would not show
+        parameter.data.normal_(std=0.3)
+    return model.eval()
+
+
+def llama(**more: Any) -> Any:
+    return tiny("llama", num_key_value_heads=2, **more)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "message"),
+    [
+        ("modernbert-decoder", {"cls_token_id": 1, "sep_token_id": 2}, "otherwise than by one linear head"),
+        ("roberta", {"is_decoder": True}, "otherwise than by one linear head"),
+        ("bert", {}, "otherwise than by one linear head"),
+        ("llama4_text", {"intermediate_size_mlp": 32, "num_local_experts": 1, "head_dim": 8}, "no backbone apart"),
+    ],
+)
+def test_architectures_whose_logits_are_made_otherwise_are_refused(
+    kind: str, more: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        install_completion_head(tiny(kind, **more))
+
+
+def test_a_model_that_looks_ahead_is_refused() -> None:
+    model = llama()
+    model.model.forward = _seeing_all(model.model.forward)
+    with pytest.raises(ConfigError, match="looks at later tokens"):
+        install_completion_head(model)
+
+
+def _seeing_all(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def everyone(input_ids: torch.Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
+        n, length = input_ids.shape
+        return forward(input_ids=input_ids, attention_mask=torch.zeros(n, 1, length, length), **kwargs)
+
+    return everyone
+
+
+def test_reading_a_model_changes_nothing_in_it() -> None:
+    model: nn.Module = llama().train()
+    model.model.layers[0].eval()  # type: ignore[union-attr, index]
+    modes = [module.training for module in model.modules()]
+    state = torch.random.get_rng_state()
+    install_completion_head(model)
+    assert modes == [module.training for module in model.modules()]
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_cap_of_recurrent_gemma_has_another_name() -> None:
+    model = tiny("recurrent_gemma", num_key_value_heads=1, head_dim=8, lru_width=16, logits_soft_cap=2.0)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    scores = completion_logps(model, ids, torch.ones_like(ids), torch.tensor([[0, 0, 1, 1]]))
+    logps = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
+    assert scores.logps.item() == pytest.approx(float(logps[0, 1, 7] + logps[0, 2, 8]), abs=1e-5)
+
+
+def test_learned_positions_are_a_limit() -> None:
+    model = tiny("gpt2", n_positions=8)
+    assert position_limit(model) == 8
+    assert position_limit(llama()) is None
+    ids = torch.full((1, 9), 5)
+    with pytest.raises(ConfigError, match="GPT2LMHeadModel has 8 positions, but a text takes 9; lower max_length"):
+        completion_logps(model, ids, torch.ones_like(ids), torch.ones_like(ids))
+    padded = torch.ones_like(ids)
+    padded[0, 0] = 0  # padding takes no position
+    assert completion_logps(model, ids, padded, padded).logps.isfinite().all()
+    how = {"keys": [0], "draw": 0, "seed": 0, "eos_token_ids": []}
+    with pytest.raises(ConfigError, match="a text takes 10; lower max_new_tokens"):
+        generate(model, [[3, 4]], max_new_tokens=8, **how)
+    assert len(generate(model, [[3, 4]], max_new_tokens=6, **how)[0]) == 6
+    roberta = AutoConfig.for_model("roberta", **SHAPE, max_position_embeddings=10, pad_token_id=1)
+    assert position_limit(AutoModelForSequenceClassification.from_config(roberta)) == 8
+
+
+def test_models_of_unlike_vocabularies_have_no_kl() -> None:
+    policy, reference = llama(), llama(vocab_size=64)
+    ids = torch.tensor([[5, 6, 7]])
+    for pair in ((policy, reference), (reference, policy)):
+        with pytest.raises(ConfigError, match="resize one of them"):
+            completion_kl(*pair, ids, torch.ones_like(ids), torch.ones_like(ids))
+
+
+def test_an_adapter_of_the_head_is_refused() -> None:
+    adapted = get_peft_model(llama(), LoraConfig(target_modules=["lm_head"]))
+    ids = torch.tensor([[5, 6, 7]])
+    with pytest.raises(ConfigError, match="changes the output head"):
+        completion_logps(adapted, ids, torch.ones_like(ids), torch.ones_like(ids))
+
+
+def test_virtual_tokens_are_refused_where_they_would_be_left_out(tmp_path: Path) -> None:
+    base = build_tiny("llama", tmp_path / "base")
+    config = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    get_peft_model(load_model(base), config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ConfigError, match=r"virtual tokens \(PROMPT_TUNING\)"):
+        load_model(base, adapter=tmp_path / "adapter")
+
+
+def test_encoder_decoders_are_refused(tmp_path: Path) -> None:
+    AutoConfig.for_model("bart", d_model=16, encoder_layers=1, decoder_layers=1, vocab_size=50).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(ConfigError, match="is an encoder-decoder"):
+        load_model(tmp_path)
