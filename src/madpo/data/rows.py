@@ -39,7 +39,13 @@ RANKED = (
     ("completions",),
     *((texts, scores) for texts in ("responses", "generations") for scores in ("scores", "ratings", "rating")),
 )
-WANTED = (*{alias for names in (*ALIASES.values(), *RANKED) for alias in names}, "margin")
+# What chat templates read besides role and content of a message, and beside the messages.
+UNREAD_KEYS = (
+    *("tool_calls", "tool_call_id", "function_call", "function_calls", "functions", "name"),
+    *("reasoning_content", "reasoning", "thinking"),
+)
+UNREAD_COLUMNS = ("tools", "chat_template_kwargs")
+WANTED = (*{alias for names in (*ALIASES.values(), *RANKED) for alias in names}, *UNREAD_COLUMNS, "margin")
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _RENAME = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
@@ -154,6 +160,8 @@ class Reader:
                 f"{place}: has the field {unexpected[0]!r}, which the first row lacks; give it in every row or in none"
             )
         pair = self._split(values, number, index, place)
+        if isinstance(pair.prompt, list):
+            refuse_unread_columns(raw, place)
         for ours in self.columns.numbers:
             theirs = self.columns.read_as.get(ours, ours)
             pair.numbers[ours] = as_number(values[ours], theirs, place, from_text=self.from_text)
@@ -252,6 +260,7 @@ def _text(value: Any, name: str, place: str) -> Text:
 def _message(value: Any, name: str, place: str) -> Message:
     if not isinstance(value, dict):
         raise DataError(f"{place}: {name} is {described(value)}, not a message; give an object with role and content")
+    refuse_unread_keys(value, name, place)
     if "role" not in value or "content" not in value:
         hint = "rename 'from' to 'role' and 'value' to 'content'" if "from" in value else "give both role and content"
         keys = ", ".join(repr(str(key)[:40]) for key in list(value)[:6]) or "nothing"
@@ -270,6 +279,43 @@ def _message(value: Any, name: str, place: str) -> Message:
     if not isinstance(content, str):
         raise DataError(f"{place}: {name}.content is {described(content)}, not text; fill it in or drop the row")
     return {"role": role, "content": encodable(content, f"{name}.content", place)}
+
+
+def refuse_unread_keys(message: Mapping[str, Any], name: str, place: str) -> None:
+    """Refuse what a chat template would show of a message and nothing here passes on: the two sides may differ in it.
+
+    Raises:
+        DataError: with the key and its value.
+    """
+    key = next((key for key in UNREAD_KEYS if not _is_blank(message.get(key))), None)
+    if key is not None:
+        raise DataError(
+            f"{place}: {name}.{key} is {described(message[key])}, but only role and content of a message are read; "
+            f"render the conversations to text with the model's chat template, or remove {key!r} if the model need "
+            "not see it"
+        )
+
+
+def refuse_unread_columns(raw: Mapping[str, Any], place: str) -> None:
+    """Refuse what a chat template would be given beside the messages of a row and nothing here passes on.
+
+    Raises:
+        DataError: with the column and its value.
+    """
+    column = next((column for column in UNREAD_COLUMNS if not _is_blank(raw.get(column))), None)
+    if column is not None:
+        raise DataError(
+            f"{place}: {column} is {described(raw[column])}, but the chat template is given the messages alone; "
+            "render the conversations to text with the model's chat template, or remove the column if the model need "
+            "not see it"
+        )
+
+
+def _is_blank(value: Any) -> bool:
+    """Whether a value says nothing: tables give every row all columns and every object all keys."""
+    if isinstance(value, dict | list | tuple):
+        return all(entry is None for entry in (value.values() if isinstance(value, dict) else value))
+    return value is None or (isinstance(value, str) and value.strip() in ("", "null", "[]", "{}"))
 
 
 def encodable(text: str, name: str, place: str) -> str:

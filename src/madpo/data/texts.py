@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from madpo.data.load import PairStream
-from madpo.data.rows import ALIASES, RANKED, Text, encodable
+from madpo.data.rows import ALIASES, RANKED, Text, encodable, refuse_unread_columns, refuse_unread_keys
 from madpo.data.sources import described, open_source
 from madpo.errors import DataError
 
@@ -34,7 +34,11 @@ def read_texts(data: str | Path) -> Iterator[tuple[str, Text]]:
             names = names or set(raw)
             if _are_pairs(names):
                 break
-            yield source.at(number), _text(raw, source.at(number))
+            place = source.at(number)
+            text = _text(raw, place)
+            if isinstance(text, list):
+                refuse_unread_columns(raw, place)
+            yield place, text
         else:
             if not names:
                 raise DataError(f"{source.name}: has no rows; give at least one text")
@@ -75,10 +79,14 @@ def _joined(prompt: Text, completion: Text, place: str) -> Text:
 def _checked(value: Any, name: str, place: str) -> Text:
     if isinstance(value, str):
         return encodable(value, name, place)
-    if isinstance(value, list) and value and all(_is_message(m) for m in value):
-        return [{"role": m["role"], "content": encodable(m["content"], f"{name}.content", place)} for m in value]
+    if isinstance(value, list) and value and all(isinstance(m, dict) for m in value):
+        for i, message in enumerate(value):
+            refuse_unread_keys(message, f"{name}[{i}]", place)
+        if all(_is_message(m) for m in value):
+            keys = ("role", "content")
+            return [{key: encodable(m[key], f"{name}[{i}].{key}", place) for key in keys} for i, m in enumerate(value)]
     raise DataError(f"{place}: {name} is {described(value)}; give text or messages with role and content")
 
 
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
+def _is_message(value: dict[str, Any]) -> bool:
+    return isinstance(value.get("role"), str) and isinstance(value.get("content"), str)

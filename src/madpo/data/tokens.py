@@ -103,7 +103,9 @@ class Encoder:
                 ids = self._ids([self._render(probe)], special=False)[0]
             except _refusals():
                 ids = []
-            special = set(self.tokenizer.all_special_ids)
+            # Not all_special_ids alone, which lacks what only tokenizer.json calls special, as Gemma's <end_of_turn>.
+            added = self.tokenizer.added_tokens_decoder
+            special = {*self.tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
             # Only white space may follow the end token in the template.
             tail = next((t for t in reversed(ids) if self.tokenizer.decode([t]).strip()), self.eos)
             self._turn_end = tail if tail in special else self.eos

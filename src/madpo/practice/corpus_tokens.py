@@ -74,7 +74,8 @@ def read_corpus(
     if eval_data is not None:
         for text in _rendered(str(eval_data), tokenizer):
             apart.add(sample.offer(text))
-    counts = np.zeros(len(tokenizer), dtype=np.int64)
+    # Ids may have holes, so the highest can be above the number of entries.
+    counts = np.zeros(max(tokenizer.get_vocab().values()) + 1, dtype=np.int64)
     texts = 0
     with bar("Reading the corpus", None) as advance:
         for data in corpus:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -48,6 +49,8 @@ MEMORY_REMEDY = "give a smaller --batch_size, and run the same command again: pa
 _TEXTS = ("pair_id", "prompt", "chosen", "rejected")
 
 Raw = dict[str, Any]
+Placed = tuple[str, Raw]
+"""A row, and its place for messages."""
 
 
 class ScoreReport(Frozen):
@@ -121,6 +124,7 @@ def score(data: str | Path, output_dir: str | Path, settings: ScoreSettings, *, 
             say(f"{output_dir} is complete; nothing to do.")
             return _again(report, output_dir)
         try:
+            processes.first(lambda: _rehearse(data, len(pairs), settings, output_dir))
             chosen, rejected = columns or _scores(data, pairs, settings, output_dir)
         except MadpoError:
             # Kept if there is something that a second run could continue from.
@@ -135,8 +139,12 @@ def _begin(output_dir: Path, state: Raw, held: ExitStack, *, overwrite: bool) ->
     """Make the folder ours (``held`` takes the lock); the report if it is complete already."""
     with storage_errors(output_dir):
         held.enter_context(locked(output_dir))
-        claim(output_dir, state, overwrite=overwrite)
-        done = output_dir / "report.json"
+        done, made_for = output_dir / "report.json", output_dir / "settings.json"
+        wanted = state
+        if not overwrite and made_for.is_file() and not done.exists():
+            # Until the rows are written their format is open: one that cannot hold them must not cost the scores.
+            wanted = {**state, "format": read_own(made_for).get("format")}
+        claim(output_dir, wanted, overwrite=overwrite)
         if done.exists():
             return read_own(done)
         write_atomically(output_dir / "settings.json", json.dumps(state, indent=1) + "\n")
@@ -249,7 +257,8 @@ def _out_of_fold(
         if not folder.exists():
             folder.parent.mkdir(exist_ok=True)
             say(f"Fold {k + 1} of {settings.folds}: a reward model on {int((fold != k).sum())} pairs.")
-            made_of = {"data": digest(data) or str(data), "fold": k, "settings": settings.model_dump(mode="json")}
+            made_by = settings.model_dump(mode="json", exclude={"format"})
+            made_of = {"data": digest(data) or str(data), "fold": k, "settings": made_by}
             with building(folder, made_of) as out:
                 _train_fold(data, [pairs[int(i)] for i in np.flatnonzero(fold != k)], settings.reward, out)
         rows = np.flatnonzero(fold == k)
@@ -300,7 +309,14 @@ def _report(
     scale = fitted.margin_temperature if settings.score_columns is not None else 1.0
     margins = difference / scale
     path = output_dir / f"scored.{settings.format}"
-    _write(path, data, margins, chosen, rejected)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        _write(temporary, settings.format, data, margins, chosen, rejected)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    for other in {"jsonl", "parquet"} - {settings.format}:  # where a run was interrupted between rows and report
+        (output_dir / f"scored.{other}").unlink(missing_ok=True)
     return ScoreReport(
         file=path.name,
         pairs=len(margins),
@@ -315,45 +331,129 @@ def _report(
     )
 
 
-def _write(path: Path, data: str | Path, margins: NDArray[Any], chosen: NDArray[Any], rejected: NDArray[Any]) -> None:
-    """The rows with their scores, through a temporary file; a row at a time, or a group of rows for Parquet."""
+def _rehearse(data: str | Path, pairs: int, settings: ScoreSettings, output_dir: Path) -> None:
+    """Write the rows with zeros for scores, and remove them: what the format cannot hold must show before scoring."""
+    zeros = np.zeros(pairs)
+    path = output_dir / ".rehearsal.tmp"
+    with storage_errors(output_dir):
+        try:
+            _write(path, settings.format, data, zeros, zeros, zeros)
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _write(
+    path: Path, form: str, data: str | Path, margins: NDArray[Any], chosen: NDArray[Any], rejected: NDArray[Any]
+) -> None:
+    """The rows with their scores; a row at a time, or a group of rows for Parquet."""
     stream = PairStream(data)
     read = list(stream)
     drop = {theirs for ours, theirs in (stream.columns.read_as if stream.columns else {}).items() if ours in _TEXTS}
+    at = stream.source.at
     rows = (
-        {k: v for k, v in raw.items() if k not in drop}
-        | pair.row()
-        | {"reward_margin": float(margins[i]), "chosen_score": float(chosen[i]), "rejected_score": float(rejected[i])}
+        (
+            at(pair.number),
+            {k: v for k, v in raw.items() if k not in drop}
+            | pair.row()
+            | {
+                "reward_margin": float(margins[i]),
+                "chosen_score": float(chosen[i]),
+                "rejected_score": float(rejected[i]),
+            },
+        )
         for i, (pair, raw) in enumerate(_beside(data, read))
     )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        if path.suffix == ".parquet":
-            _write_parquet(temporary, rows)
-        else:
-            with temporary.open("w", encoding="utf-8") as file:
-                for row in rows:
-                    file.write(json.dumps(row, ensure_ascii=False, default=_json) + "\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    if form == "parquet":
+        _write_parquet(path, rows)
+    else:
+        with path.open("wb") as file:
+            file.writelines(_json_line(place, row) for place, row in rows)
 
 
-def _write_parquet(path: Path, rows: Iterator[Raw]) -> None:
+def _write_parquet(path: Path, rows: Iterator[Placed]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     writer = None
     try:
         while group := list(islice(rows, 8 * PART)):
-            table = pa.Table.from_pylist(group, schema=None if writer is None else writer.schema)
-            writer = writer or pq.ParquetWriter(path, table.schema)
+            if writer is None:
+                names = dict.fromkeys(name for _, row in group for name in row)
+                table = pa.table({name: _column(group, name) for name in names})
+                writer = pq.ParquetWriter(path, table.schema)
+            else:
+                _refuse_late(group, writer.schema.names)
+                columns = [_column(group, field.name, field.type) for field in writer.schema]
+                table = pa.table(columns, schema=writer.schema)
             writer.write_table(table)
-    except pa.ArrowException as error:
-        raise DataError(f"a column cannot be written as Parquet ({str(error)[:120]}); use --format jsonl") from None
+    except (pa.ArrowException, UnicodeEncodeError) as error:
+        raise DataError(f"a column cannot be written as Parquet ({_reason(error)}); use --format jsonl") from None
     finally:
         if writer is not None:
             writer.close()
+
+
+def _column(group: Sequence[Placed], name: str, kind: Any = None) -> Any:
+    """A column of some rows as Arrow holds it, null where a row lacks it."""
+    import pyarrow as pa
+
+    try:
+        return pa.array([row.get(name) for _, row in group], type=kind)
+    except (pa.ArrowException, ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise DataError(
+            f"{group[0][0]}, or after it: the column {name!r} cannot be written as Parquet ({_reason(error)}); use "
+            "--format jsonl, or drop the column"
+        ) from None
+
+
+def _refuse_late(group: Sequence[Placed], names: Sequence[str]) -> None:
+    """Refuse a column that the rows before lack: a Parquet file knows its columns from the beginning."""
+    known = set(names)
+    for place, row in group:
+        if late := [name for name in row if name not in known]:
+            raise DataError(
+                f"{place}: has the column {late[0]!r}, which none of the rows before has, and Parquet cannot add it; "
+                "use --format jsonl, or give it in the first row"
+            )
+
+
+def _json_line(place: str, row: Raw) -> bytes:
+    """A row as a line of JSON, which has no word for a number that is not finite: null."""
+    try:
+        try:
+            line = _dumped(row)
+        except ValueError:
+            line = _dumped(_finite(row))
+    except (TypeError, ValueError, RecursionError):
+        for name, value in row.items():
+            _refuse_unwritten(place, name, value)
+        raise
+    try:
+        return line.encode() + b"\n"
+    except UnicodeEncodeError:  # half of a surrogate pair in a column that nothing reads: as it came, escaped
+        return json.dumps(json.loads(line)).encode() + b"\n"
+
+
+def _refuse_unwritten(place: str, name: str, value: Any) -> None:
+    try:
+        _dumped(_finite(value))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"{place}: the column {name!r} cannot be written as JSON ({_reason(error)}); use --format parquet, or drop "
+            "the column"
+        ) from None
+
+
+def _dumped(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=_json, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float | np.floating) and not math.isfinite(value) else value
 
 
 def _json(value: object) -> Any:
@@ -361,4 +461,8 @@ def _json(value: object) -> Any:
         return value.isoformat()
     if isinstance(value, np.generic):
         return value.item()
-    raise ConfigError(f"a column holds a {type(value).__name__}, which JSON cannot; use --format parquet")
+    raise TypeError(f"it holds a value of type {type(value).__name__}")
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
