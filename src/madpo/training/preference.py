@@ -77,6 +77,8 @@ class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
         self.loss_state = self.loss.init_state(args.seed)
         self._observed: _ObservedStep | None = None
         refuse_replaced_options(args)
+        if kwargs.get("compute_metrics") is not None:
+            raise ConfigError("compute_metrics takes logits, which this trainer never builds; use the logged metrics")
         for name in ("train_dataset", "eval_dataset"):
             check_columns(kwargs.get(name), name, self.loss.needs)
         self._needs = tuple(sorted(set(self.loss.needs) & set(PAIR_COLUMNS)))
@@ -244,7 +246,7 @@ class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
         """Loss alone: the head never builds the logits that ``compute_metrics`` would take."""
-        if not prediction_loss_only:
+        if not prediction_loss_only:  # set after the trainer was made
             raise ConfigError("compute_metrics takes logits, which this trainer never builds; use the logged metrics")
         inputs = marked(inputs, self.accelerator, drop_last=self.args.dataloader_drop_last)
         inputs = self._prepare_inputs(inputs)
