@@ -10,8 +10,10 @@ from madpo.records import Estimate
 from madpo.report.charts import Panel, ablation_chart, frontier_chart
 from madpo.report.claims import BEYOND, OPEN, Claim, claims
 from madpo.report.families import choose, less
-from madpo.report.frontier import frontiers
+from madpo.report.frontier import frontiers, less_dpo
+from madpo.report.sections import equal_kl_html
 from madpo.report.standing import empty_cells, idle_parts
+from madpo.report.tables import study_tables
 from madpo.results import Row, Tier
 from madpo.summary import headline, report_markdown_table
 
@@ -52,6 +54,23 @@ def test_levels_that_stand_together_are_over_the_same_seeds() -> None:
     assert "unlike training seeds" in report_markdown_table(tier)
     even = Tier("low", tier.rows[:2])
     assert "seeds" not in report_markdown_table(even).splitlines()[0]
+
+
+def test_every_setting_is_laid_beside_dpos_curve_at_its_own_distance() -> None:
+    tier = uneven_tier()
+    found = {row.name: less_dpo(tier, row) for line in frontiers(tier, 0.1).values() for row in line}
+    ours = found["MADPO τ=7 c=4"].value
+    assert ours is not None
+    # In the first seed DPO earns 2.0 at 8 nats and 1.8 at 14, so 1.967 at MADPO's 9.
+    assert ours.mean == pytest.approx(2.1 - (2.0 - 0.2 / 6), abs=0.01)
+    assert found["DPO"].value is None
+    (table,) = [t for t in study_tables([tier], {}, [], 0.1, {}) if t.name == "frontier"]
+    assert [line[-1] for line in table.rows if line[1] == "MADPO"] == [ours]
+    html = equal_kl_html([tier], 0.1)
+    assert "Low: MADPO τ=7 c=4" in html
+    assert "seed0 +0.13" in html
+    assert "Low: DPO" not in html
+    assert equal_kl_html([Tier("low", tier.rows[:2])], 0.1) == ""
 
 
 def test_other_settings_of_the_parts_have_a_panel_without_the_papers_numbers() -> None:

@@ -35,6 +35,7 @@ from madpo.report.sections import (
     chart_or,
     claims_html,
     degeneration_html,
+    equal_kl_html,
     main_table,
     reward_models_html,
     selections_html,
@@ -239,7 +240,8 @@ def _html(
         sensitivity=chart_or(charts["sensitivity"], "Not run: no tier has MADPO at two values of τ or of c."),
         ablation="".join(f'<div class="caution"><p>{escape(text)}</p></div>' for text in idle_parts(tiers))
         + chart_or(charts["ablation"], "Not run: no tier has Amp-Only or Reg-Only."),
-        frontier=chart_or(charts["frontier"], "Not run: no tier has two methods with a reward and a KL."),
+        frontier=chart_or(charts["frontier"], "Not run: no tier has two methods with a reward and a KL.")
+        + equal_kl_html(tiers, report.beta),
         weights="".join(map(weights_html, with_margins)) or nothing("There are no margins."),
         reward_models=reward_models_html(tiers)
         + chart_or(charts["calibration"], "There are no held-out margins to draw a calibration of.")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from madpo.report.families import Choice, Comparison, family_of, settings_of
+from madpo.report.families import Choice, Comparison, choose, family_of, settings_of
 from madpo.results import SFT, Row, Tier, at_shared_seeds, over_shared_seeds, shared_seeds
 from madpo.selection import BOOTSTRAP_SEED
 from madpo.statistics import bootstrap_statistic
@@ -40,7 +40,7 @@ def equal_kl(tier: Tier, method: Choice | None, what: str) -> Comparison:
     """
     rows = settings_of(tier, "DPO", None)
     if method is None or len(rows) < 2:
-        return Comparison(what, missing="not run: it needs MADPO, and DPO at two or more β")
+        return Comparison(what, missing="not run: it needs the method, and DPO at two or more β")
     everything = [method.row, *rows]
     sides = [*over_shared_seeds(everything), *over_shared_seeds(everything, kls=True)]
     shared = set.intersection(*(set(side) for side in sides))
@@ -60,10 +60,19 @@ def equal_kl(tier: Tier, method: Choice | None, what: str) -> Comparison:
         if not min(curve) <= kl <= max(curve):
             span = f"{min(curve):.1f} to {max(curve):.1f}"
             place = f" in {seed}" if seed else ""
-            return Comparison(what, missing=f"MADPO's KL{place} is {kl:.1f} nats, and DPO's curve spans {span}")
+            whose = f"{method.name}'s KL{place}"
+            return Comparison(what, missing=f"{whose} is {kl:.1f} nats, and DPO's curve spans {span}")
     per_seed = {seed: float(_above_curve(mean[None])[0]) for seed, mean in means.items() if seed}
     value = bootstrap_statistic(values, _above_curve, seed=BOOTSTRAP_SEED)
     return Comparison(what, value, per_seed or dict.fromkeys(seeds, value.mean), seeds=max(1, len(seeds)))
+
+
+def less_dpo(tier: Tier, row: Row) -> Comparison:
+    """Any row's reward less that of DPO's curve at the row's KL; none for DPO itself."""
+    what = f"{row.name} less DPO at its KL, {tier.label}"
+    if family_of(row) == "DPO":
+        return Comparison(what, missing="DPO is what others are compared with")
+    return equal_kl(tier, choose(row.name, tier, [row]), what)
 
 
 def _above_curve(means: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -15,6 +15,7 @@ from madpo.report.charts import Chart
 from madpo.report.claims import NOT_RUN, Claim, tested
 from madpo.report.drawing import chart_html
 from madpo.report.families import Choice, Comparison
+from madpo.report.frontier import frontiers, less_dpo
 from madpo.report.markup import MARGINS_SHOWN, details, note, nothing, table
 from madpo.report.standing import accuracies, doubtful, in_words, near_chance, weights_from
 from madpo.report.tables import settings_words
@@ -268,6 +269,22 @@ def _per_seed(tier: Tier) -> str:
 def chart_or(chart: Chart | None, otherwise: str) -> str:
     """The chart, or why there is none."""
     return chart_html(chart) if chart is not None else nothing(otherwise)
+
+
+def equal_kl_html(tiers: Sequence[Tier], beta: float) -> str:
+    """What every setting earns more than DPO at the setting's own distance, in the tiers where DPO has a curve."""
+    rows = []
+    for tier in tiers:
+        for row in (row for line in frontiers(tier, beta).values() for row in line):
+            found = less_dpo(tier, row)
+            if found.value is not None:
+                where = escape(f"{tier.label}: {row.name}")
+                rows.append([where, _cell(row.kl), _cell(row.oracle_reward), _difference(found), _seeds(found)])
+    if not rows:
+        return ""
+    head = ("setting", "KL, nats", "reward", "less DPO's curve at this KL", "each seed")
+    text = "DPO's curve is drawn straight between its settings of β; beyond its ends there is nothing to compare with."
+    return f"<h3>At the same distance</h3>{table(head, rows, 'Reward less DPO at equal KL')}{note(text)}"
 
 
 # Margins and weights

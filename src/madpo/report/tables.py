@@ -15,7 +15,7 @@ from madpo.records import Estimate
 from madpo.report import published
 from madpo.report.claims import Claim
 from madpo.report.families import Choice, family_of
-from madpo.report.frontier import frontiers
+from madpo.report.frontier import frontiers, less_dpo
 from madpo.results import SFT, Row, Tier
 from madpo.storage import write_atomically
 from madpo.summary import no_formula, one
@@ -188,14 +188,20 @@ def _methods(tiers: Sequence[Tier]) -> Table:
 
 def _frontier(tiers: Sequence[Tier], beta: float) -> Table:
     rows = [
-        (tier.label, family, row.name, _number(row.loss.get("beta")), ", ".join(row.seeds), row.kl, row.oracle_reward)
+        (
+            *(tier.label, family, row.name, _number(row.loss.get("beta")), ", ".join(row.seeds)),
+            *(row.kl, row.oracle_reward, less_dpo(tier, row).value),
+        )
         for tier in tiers
         for family, line in frontiers(tier, beta).items()
         for row in line
         if family_of(row) != SFT
     ]
-    columns = ("tier", "method", "setting", "beta", "seeds", "kl", "reward")
-    caption = "Reward against KL to the reference, nats, over beta, in each tier over the seeds that its rows share."
+    columns = ("tier", "method", "setting", "beta", "seeds", "kl", "reward", "less_dpo_at_equal_kl")
+    caption = (
+        "Reward against KL to the reference, nats, over beta, in each tier over the seeds that its rows share; and the "
+        "reward less that of DPO's curve at the same KL."
+    )
     return Table("frontier", caption, columns, tuple(rows))
 
 
