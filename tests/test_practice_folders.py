@@ -1,6 +1,7 @@
 """What the practitioner's functions share: folders that are whole or absent, TOML, splits that no prompt crosses."""
 
 import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -112,7 +113,7 @@ def test_what_is_there_is_refused_and_what_is_not_ours_is_never_overwritten(tmp_
     out = tmp_path / "result"
     out.mkdir()
     with building(out, {}) as partial:  # an empty folder is free
-        (partial / "config.toml").write_text("")
+        (partial / "config.toml").write_text('# madpo train "pairs.jsonl"\n')
     with pytest.raises(StorageError, match=r"is there and not empty.*--overwrite"), building(out, {}):
         pass
     with building(out, {}, overwrite=True) as partial:
@@ -198,3 +199,22 @@ def test_folds():
 def test_prompts_are_the_same_by_what_they_say():
     one, other = [{"role": "user", "content": "a"}], [{"content": "a", "role": "user"}]
     assert prompt_key(one) == prompt_key(other) != prompt_key("a")
+
+
+def test_a_file_of_a_common_name_does_not_make_a_folder_ours(tmp_path: Path) -> None:
+    """``--overwrite`` removes the whole folder, so a user's own config.toml beside the data must not invite it."""
+    for name, text in (("config.toml", "model = 'x'\n"), ("settings.json", '{"theme": "dark"}')):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_text(text)
+        (folder / "pairs.jsonl").write_text("{}\n")
+        with pytest.raises(StorageError, match="holds no result of madpo"), building(folder, {}, overwrite=True):
+            pass
+        assert sorted(p.name for p in folder.iterdir()) == sorted([name, "pairs.jsonl"])
+
+
+def test_a_mount_point_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: str(path) == str(tmp_path / "out"))
+    with pytest.raises(StorageError, match="is a mount point; give a folder inside it"), building(tmp_path / "out", {}):
+        pass

@@ -18,6 +18,10 @@ class DataError(MadpoError):
     """A data set that cannot be used: a missing column, a row with a bad value, a corrupted file."""
 
 
+class DivergedError(DataError):
+    """A training whose numbers stopped being finite: other settings may not."""
+
+
 class StorageError(MadpoError):
     """A folder that cannot be written, a full disk, or a folder that another run holds."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -19,6 +20,7 @@ from madpo.storage import LOCK, locked, storage_errors, write_atomically
 
 _CHUNK = 1 << 20
 _STATE = ".state.json"
+CONFIG_HEADING = "# madpo train "
 MARKERS = ("reward_model.json", "settings.json", "config.toml", "evaluation.json", "vocabulary.json")
 
 
@@ -131,6 +133,8 @@ def refuse_occupied(output_dir: Path, *, overwrite: bool = False) -> None:
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise StorageError(f"{output_dir} is a file, not a folder; choose another output_dir")
+    if os.path.ismount(output_dir):  # a finished folder takes its place by a rename, which a mount point does not allow
+        raise StorageError(f"{output_dir} is a mount point; give a folder inside it, such as {output_dir / 'result'}")
     if not output_dir.is_dir() or not any(output_dir.iterdir()):
         return
     if not overwrite:
@@ -145,11 +149,31 @@ def refuse_foreign(output_dir: Path) -> None:
         StorageError: it may be somebody's work.
     """
     if any(entry.name != LOCK for entry in output_dir.iterdir()) and not any(
-        (output_dir / name).is_file() for name in MARKERS
+        _is_ours(output_dir / name) for name in MARKERS
     ):
         raise StorageError(
             f"{output_dir} holds no result of madpo, so it is not overwritten; choose another output_dir"
         )
+
+
+def _is_ours(marker: Path) -> bool:
+    """Whether a marker is there and is no file of somebody's that has a common name by chance."""
+    if not marker.is_file():
+        return False
+    if marker.name == "config.toml":
+        return marker.read_text(encoding="utf-8", errors="replace").startswith(CONFIG_HEADING)
+    if marker.name == "settings.json":
+        content = marker.read_bytes()
+        return b'"data_digest"' in content or not _is_json(content)  # what is damaged may be overwritten
+    return True
+
+
+def _is_json(content: bytes) -> bool:
+    try:
+        json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def empty(folder: Path) -> None:

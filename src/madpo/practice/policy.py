@@ -16,6 +16,7 @@ from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
 )
+from transformers.pytorch_utils import Conv1D
 
 from madpo import processes
 from madpo.config import Frozen, did_you_mean
@@ -26,7 +27,7 @@ from madpo.models import load_model, load_quantised, merge_adapter, resolve_mode
 from madpo.packaged import quiet_transformers
 from madpo.practice.card import model_card
 from madpo.practice.claims import read_own
-from madpo.practice.folders import building, digest, toml, training_state
+from madpo.practice.folders import CONFIG_HEADING, building, digest, toml, training_state
 from madpo.practice.pairs import Row, adapted, load_training, loading
 from madpo.practice.train_settings import TrainSettings
 from madpo.recipe import CHECKPOINTS
@@ -246,6 +247,8 @@ def build_trainer(
     """The trainer of ``settings``: the model, its adapter, and the rows with token ids."""
     with loading(settings.model):
         model = load_quantised(base) if settings.qlora else load_model(base, dtype=_dtype(settings))
+    if not settings.full:
+        _refuse_head(model, settings)
     torch.manual_seed(args.seed)  # the adapter starts at random
     with quiet_transformers(), adapted(settings.model, settings.lora):
         return PreferenceTrainer(
@@ -257,6 +260,26 @@ def build_trainer(
             processing_class=tokenizer,
             peft_config=None if settings.full else settings.lora.peft_config("CAUSAL_LM"),
         )
+
+
+def _refuse_head(model: nn.Module, settings: TrainSettings) -> None:
+    """Refuse an adapter on the output head, whose weight the log-probabilities read directly.
+
+    Raises:
+        ConfigError: naming the linear layers that can be adapted.
+    """
+    targets = settings.lora.targets
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    names = {name: module for name, module in model.named_modules() if name}
+    heads = [name for name, module in names.items() if module is head]
+    if isinstance(targets, str) or not any(f".{name}".endswith(f".{target}") for name in heads for target in targets):
+        return
+    linear = (name for name, module in names.items() if isinstance(module, nn.Linear | Conv1D) and module is not head)
+    possible = sorted({name.rsplit(".", 1)[-1] for name in linear})
+    raise ConfigError(
+        f"lora.targets = {targets!r}: the output head {heads[0]} is never a target; name some of "
+        f"{', '.join(possible)}, or take all-linear"
+    )
 
 
 def _dtype(settings: TrainSettings) -> torch.dtype | None:
@@ -310,4 +333,4 @@ def resolved(data: str | Path, settings: TrainSettings) -> str:
     if settings.full:
         resolved.pop("lora")
     resolved["args"] = {**_DEFAULTS, **settings.args}
-    return f"# madpo train {json.dumps(str(data))} --config config.toml --output_dir DIR\n{toml(resolved)}"
+    return f"{CONFIG_HEADING}{json.dumps(str(data))} --config config.toml --output_dir DIR\n{toml(resolved)}"

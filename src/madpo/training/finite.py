@@ -19,7 +19,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import Trainer
 
-from madpo.errors import DataError
+from madpo.errors import DataError, DivergedError
 from madpo.progress import say
 from madpo.training.checkpoints import folders
 
@@ -95,12 +95,18 @@ class FiniteTraining(Trainer):  # type: ignore[misc]
             pairs: where in the data, as :meth:`pairs_of` writes it.
             cause: where the caller knows it.
             finished: whether the step has been counted already.
+
+        Returns:
+            A DivergedError, but where the cause lies in what the training was given: a damaged base model or reference.
         """
         step = self.state.global_step
         when = f"at step {step if finished else step + 1}" if self.model.training else f"in the look after step {step}"
         kept = folders(Path(self.args.output_dir))
         last = f"; the last checkpoint, {kept[0].name}, is good and stays" if kept else ""
-        return DataError(f"{what} {when} for {pairs}: {cause or self._cause()}{last}")
+        frozen = {name: p for name, p in self.model.named_parameters() if not p.requires_grad}
+        diverged = finished or (cause is None and _first_bad(frozen) is None)
+        text = f"{what} {when} for {pairs}: {cause or self._cause()}{last}"
+        return DivergedError(text) if diverged else DataError(text)
 
     def _cause(self) -> str:
         frozen = {name: p for name, p in self.model.named_parameters() if not p.requires_grad}

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from madpo.config import Frozen
 from madpo.data.load import TooLong
+from madpo.errors import DivergedError
 from madpo.logprobs import completion_logps
 from madpo.models import load_model, load_tokenizer, resolve_model
 from madpo.practice.pairs import Row, folds_by_prompt, load_split, loading, prompt_key
@@ -164,6 +165,11 @@ def _fold(
     trainer = build_trainer(training, args, prepared.base, prepared.tokenizer, train, [])
     run_training(trainer, training, f"{training.loss.kind}, fold {k + 1} of {settings.folds}", out)
     found: dict[str, NDArray[Any]] = {"margins": implicit_margins(trainer, heldout)}
+    if bad := int((~np.isfinite(found["margins"])).sum()):
+        raise DivergedError(
+            f"the margins of {bad} of {len(heldout)} held-out pairs are not finite after the training of fold {k + 1}: "
+            "the last step was too large; lower the learning rate or max_grad_norm"
+        )
     if settings.reward is not None:
         assert prepared.reference is not None
         assert prepared.scorer is not None

@@ -37,13 +37,13 @@ def write_table(folder: Path, report: TuneReport) -> None:
 
 
 def trials_csv(report: TuneReport) -> str:
-    """One row per trial, the baseline first: number, its settings, each criterion with its interval."""
+    """One row per trial, the baseline first and those that diverged last: number, settings, criteria with intervals."""
     names = list(report.settings.searched)
     measures = [name for name in CRITERIA if any(_estimate(trial, name) for trial in _all(report))]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     ends = [f"{name}{end}" for name in measures for end in ("", "_low", "_high")]
-    writer.writerow(["trial", *names, *ends, "temperature", "mean_margin", "chosen"])
+    writer.writerow(["trial", *names, *ends, "temperature", "mean_margin", "chosen", "diverged"])
     for trial in _all(report):
         numbers: list[Any] = []
         for name in measures:
@@ -52,7 +52,11 @@ def trials_csv(report: TuneReport) -> str:
         label = "dpo" if trial.number < 0 else trial.number
         settings = [trial.values.get(name, "") for name in names]
         h = trial.heldout
-        writer.writerow([label, *settings, *numbers, h.temperature, h.mean_margin, int(trial.number == report.chosen)])
+        chosen = int(trial.number == report.chosen)
+        writer.writerow([label, *settings, *numbers, h.temperature, h.mean_margin, chosen, ""])
+    for lost in report.diverged:
+        settings = [lost.values.get(name, "") for name in names]
+        writer.writerow([lost.number, *settings, *([""] * len(ends)), "", "", 0, lost.reason])
     return text.getvalue()
 
 
@@ -71,6 +75,7 @@ def tune_page(report: TuneReport) -> str:
             f"On the same held-out pairs it is better than plain DPO by {a.mean:.4f} (95 % interval {a.low:.4f} to "
             f"{a.high:.4f}). The best of {len(report.trials)} flatters itself: measure it on pairs that took no part."
         )
+    lines += [f"Trial {lost.number} diverged: {lost.reason}." for lost in report.diverged]
     return sections_page(
         "search",
         f"Search for {report.settings.loss.kind}",
@@ -115,6 +120,10 @@ def _table(report: TuneReport) -> str:
         cells += [cell(_shown(trial.values[name]) if name in trial.values else DASH) for name in names]
         cells += [cell(_estimate(trial, name) or "not reached") for name in measures]
         rows.append(cells)
+    for lost in report.diverged:
+        cells = [cell(str(lost.number), small="diverged")]
+        cells += [cell(_shown(lost.values[name]) if name in lost.values else DASH) for name in names]
+        rows.append([*cells, *(cell(DASH) for _ in measures)])
     return table(["trial", *names, *(CRITERIA[measure] for measure in measures)], rows, "Trials")
 
 

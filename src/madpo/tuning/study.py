@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from madpo.config import Frozen
-from madpo.errors import ConfigError, MadpoError
+from madpo.errors import ConfigError, DivergedError, MadpoError
 from madpo.memory import memory_errors
 from madpo.practice.claims import claim
 from madpo.practice.folders import digest
@@ -23,7 +24,7 @@ from madpo.seeding import derived_seed
 from madpo.statistics import bootstrap_mean
 from madpo.storage import LOCK, locked, storage_errors, write_atomically
 from madpo.summary import DASH
-from madpo.tuning.heldout import Heldout, Measured, Prepared, measure, prepare
+from madpo.tuning.heldout import Heldout, Measured, Prepared, identity, measure, prepare
 from madpo.tuning.page import write_table
 from madpo.tuning.settings import Criterion, TuneSettings
 from madpo.tuning.space import Value, grid_size, with_values
@@ -40,6 +41,14 @@ class Trial(Frozen):
     number: int
     values: dict[str, Value]
     heldout: Heldout
+
+
+class Diverged(Frozen):
+    """A setting whose training did not stay finite: nothing is measured of it, and it is never chosen."""
+
+    number: int
+    values: dict[str, Value]
+    reason: str
 
 
 class TuneReport(Frozen):
@@ -59,6 +68,8 @@ class TuneReport(Frozen):
     """How much better the chosen trial is than the baseline on the same held-out pairs (or prompts), in the
     criterion's unit; above 0 is better. It flatters: the chosen one is the best of several."""
     settings: TuneSettings
+    diverged: tuple[Diverged, ...] = ()
+    """Trials without a measurement."""
 
     def best(self) -> Trial:
         """The chosen trial."""
@@ -80,7 +91,8 @@ class TuneReport(Frozen):
             lines.append(
                 f"{name:>8}  {shown}  {h.accuracy.mean:8.1%}  {h.log_loss.mean:8.4f}  {h.raw_log_loss.mean:12.4f}{mark}"
             )
-        lines.append(f"chosen: {', '.join(f'{k} = {shown_value(v)}' for k, v in best.values.items())}")
+        lines += [f"trial {lost.number} diverged ({told(lost.values)}): {lost.reason}" for lost in self.diverged]
+        lines.append(f"chosen: {told(best.values)}")
         if self.advantage is not None:
             a = self.advantage
             lines.append(
@@ -94,6 +106,11 @@ class TuneReport(Frozen):
 def shown_value(value: Value | None) -> str:
     """A setting's value for a table."""
     return DASH if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def told(values: Mapping[str, Value]) -> str:
+    """A trial's settings in one line."""
+    return ", ".join(f"{key} = {shown_value(value)}" for key, value in values.items())
 
 
 def tune(data: str | Path, output_dir: str | Path, settings: TuneSettings, *, overwrite: bool = False) -> TuneReport:
@@ -146,20 +163,55 @@ def _search(data_digest: str | None, output_dir: Path, settings: TuneSettings, p
     found: dict[int, tuple[Trial, Measured]] = {}
     for trial in _trials(study, settings):
         values = {key: dimension.suggested(key, trial) for key, dimension in space.items()}
-        say(f"Trial {trial.number}: {', '.join(f'{k} = {shown_value(v)}' for k, v in values.items())}")
-        measured = measure(prepared, settings, with_values(settings.training, values), folder)
+        say(f"Trial {trial.number}: {told(values)}")
+        training = with_values(settings.training, values)
+        try:
+            measured = measure(prepared, settings, training, folder)
+        except DivergedError as error:
+            _give_up(study, trial, str(error), folder / identity(training))
+            continue
         value = _value(measured, settings.criterion)
         _tell(study, trial, value, measured.heldout)
         found[trial.number] = (Trial(number=trial.number, values=values, heldout=measured.heldout), measured)
-        write_table(output_dir, _report(data_digest, output_dir, settings, prepared, found, baseline))
+        if any(_value(one, settings.criterion) is not None for _, one in found.values()):
+            lost = _diverged(study, settings)
+            write_table(output_dir, _report(data_digest, output_dir, settings, prepared, found, lost, baseline))
     for trial in study.trials:  # those of a run before this one
-        if trial.number not in found and trial.state.is_finished():
+        if trial.number not in found and trial.state.name in ("COMPLETE", "PRUNED"):
             measured = measure(prepared, settings, with_values(settings.training, trial.params), folder)
             values = {key: trial.params[key] for key in space}
             found[trial.number] = (Trial(number=trial.number, values=values, heldout=measured.heldout), measured)
-    report = _report(data_digest, output_dir, settings, prepared, found, baseline)
+    lost = _diverged(study, settings)
+    report = _report(data_digest, output_dir, settings, prepared, found, lost, baseline)
     write_table(output_dir, report)
     return report
+
+
+def _give_up(study: optuna.Study, trial: optuna.Trial, reason: str, folder: Path) -> None:
+    """End a trial that diverged, for good: a run after this one does not try it again."""
+    from optuna import samplers
+    from optuna.trial import TrialState
+
+    gc.collect()
+    for training in folder.glob("training-*"):  # its checkpoints lead nowhere
+        shutil.rmtree(training, ignore_errors=True)
+    reason = reason.split("; the last checkpoint, ")[0]
+    say(f"Trial {trial.number} diverged: {reason}")
+    trial.set_user_attr("diverged", reason)
+    study.sampler = samplers.RandomSampler(seed=0)  # as in _tell
+    study.tell(trial, state=TrialState.FAIL)
+
+
+def _diverged(study: optuna.Study, settings: TuneSettings) -> tuple[Diverged, ...]:
+    return tuple(
+        Diverged(
+            number=trial.number,
+            values={key: trial.params[key] for key in settings.searched if key in trial.params},
+            reason=trial.user_attrs.get("diverged", "it failed"),
+        )
+        for trial in study.trials
+        if trial.state.name == "FAIL"
+    )
 
 
 def open_study(path: Path, settings: TuneSettings) -> optuna.Study:
@@ -246,11 +298,17 @@ def _report(
     settings: TuneSettings,
     prepared: Prepared,
     found: Mapping[int, tuple[Trial, Measured]],
+    diverged: tuple[Diverged, ...],
     baseline: Measured | None,
 ) -> TuneReport:
     sign = -1 if settings.criterion == "log_loss" else 1
     ranked = {n: _value(measured, settings.criterion) for n, (_, measured) in found.items()}
     reached = {n: sign * value for n, value in ranked.items() if value is not None}
+    if diverged and not found:
+        raise DivergedError(
+            f"all {len(diverged)} trials diverged, the first since {diverged[0].reason}; search smaller learning rates "
+            "or a weaker loss, in another output_dir or with --overwrite"
+        )
     if not reached:
         raise ConfigError(
             f"no policy reached a KL of {settings.reward.kl if settings.reward else 0:g} nats; lower reward.kl, raise "
@@ -269,6 +327,7 @@ def _report(
         chosen=chosen,
         advantage=None if baseline is None else _advantage(found[chosen][1], baseline, prepared, settings),
         settings=settings,
+        diverged=diverged,
     )
 
 

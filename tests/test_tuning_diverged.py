@@ -1,0 +1,86 @@
+"""A trial that diverges costs itself alone, and the output head is no target of an adapter."""
+
+import csv
+
+import pytest
+
+from madpo.cli import main
+from madpo.errors import ConfigError, DataError, DivergedError
+from madpo.practice import TrainSettings, train
+from madpo.training import PreferenceTrainer
+from madpo.tuning import TuneSettings, study, tune
+from practice_cases import text_pairs, write
+
+pytestmark = pytest.mark.usefixtures("module_cache")
+ARGS = {"max_steps": 2, "per_device_train_batch_size": 4, "bf16": False}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    rows = [row | {"reward_margin": 1.0 + i % 3} for i, row in enumerate(text_pairs(10))]
+    return write(tmp_path_factory.mktemp("data") / "scored.jsonl", rows)
+
+
+def settings_for(llama, rates, **changes):
+    shared = {"model": str(llama), "args": ARGS, "dtype": "float32", "lora": {"rank": 2}, "folds": 2}
+    search = {"sampler": "grid", "baseline": False, "space": {"args.learning_rate": {"values": rates}}}
+    return TuneSettings.model_validate({**shared, **search, **changes})
+
+
+def test_a_diverged_trial_is_listed_and_the_others_are_chosen_from(llama, data, tmp_path, monkeypatch):
+    settings = settings_for(llama, [1e-4, 3e37])
+    give_up = study._give_up
+
+    def dies_first(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "_give_up", dies_first)
+    with pytest.raises(KeyboardInterrupt):
+        tune(data, tmp_path / "T", settings)
+    monkeypatch.setattr(study, "_give_up", give_up)
+    report = tune(data, tmp_path / "T", settings)
+    (lost,) = report.diverged
+    assert lost.values == {"args.learning_rate": 3e37}
+    assert [trial.values["args.learning_rate"] for trial in report.trials] == [1e-4]
+    assert report.chosen == report.trials[0].number != lost.number
+    assert f"trial {lost.number} diverged (args.learning_rate = 3e+37): the loss is nan at step 2" in report.text()
+    rows = {row["trial"]: row for row in csv.DictReader((tmp_path / "T" / "trials.csv").read_text().splitlines())}
+    assert rows[str(lost.number)]["diverged"] == lost.reason
+    assert rows[str(lost.number)]["accuracy"] == ""
+    assert rows[str(report.chosen)]["diverged"] == ""
+    assert f"Trial {lost.number} diverged: the loss is nan" in (tmp_path / "T" / "tune.html").read_text()
+    assert not list((tmp_path / "T").rglob("training-*"))
+
+    def trains(*_, **__):
+        raise AssertionError("nothing is trained again")
+
+    monkeypatch.setattr(PreferenceTrainer, "training_step", trains)
+    assert tune(data, tmp_path / "T", settings) == report
+
+
+def test_where_all_diverge_one_sentence_says_so_each_time(llama, data, tmp_path, monkeypatch):
+    args = ARGS | {"max_steps": 1}  # the loss of the only step is good, what it leaves is not
+    settings = settings_for(llama, [3e37], args=args)
+    for _ in range(2):
+        with pytest.raises(DivergedError, match=r"all 1 trials diverged, the first since the margins of 5 of 5 held-"):
+            tune(data, tmp_path / "T", settings)
+
+
+def test_other_errors_of_the_data_end_the_search(llama, data, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise DataError("the data are broken")
+
+    monkeypatch.setattr(study, "measure", broken)
+    with pytest.raises(DataError, match="the data are broken"):
+        tune(data, tmp_path / "T", settings_for(llama, [1e-4]))
+
+
+def test_the_output_head_is_no_target(llama, data, tmp_path, capsys):
+    settings = TrainSettings(model=str(llama), args=ARGS, dtype="float32", lora={"targets": ["q_proj", "lm_head"]})
+    possible = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj, or take all-linear"
+    with pytest.raises(ConfigError, match=rf"output head lm_head is never a target; name some of {possible}"):
+        train(data, tmp_path / "P", settings)
+    words = ["--args.bf16", "false", "--lora.targets", '["lm_head"]', "--output_dir", str(tmp_path / "P")]
+    assert main(["train", str(data), "--model_name_or_path", str(llama), *words]) == 2
+    assert "lora.targets = ('lm_head',): the output head lm_head is never a target" in capsys.readouterr().err
+    assert not (tmp_path / "P").exists()
