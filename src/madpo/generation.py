@@ -140,16 +140,17 @@ def generate(
     if any(not len(ids) for ids in prompt_ids):
         raise ConfigError("a prompt has no token: give every prompt at least the beginning-of-text token")
     sampling = Sampling(temperature, top_p, top_k)
-    check_reading(unwrapped(model))
+    inner = unwrapped(model)
+    check_reading(inner)
     longest = max((len(ids) for ids in prompt_ids), default=0) + max_new_tokens
-    check_positions(unwrapped(model), longest, "lower max_new_tokens, or leave out the longest prompts")
+    check_positions(inner, longest, "lower max_new_tokens, or leave out the longest prompts")
     order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
     completions: list[list[int]] = [[] for _ in prompt_ids]
     with evaluating(model), bar(description, len(order) * max_new_tokens) as advance:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             numbers = np.stack([uniforms(seed, keys[i], draw, max_new_tokens) for i in rows])
-            batch = _Batch(unwrapped(model), [prompt_ids[i] for i in rows], numbers, eos_token_ids)
+            batch = _Batch(inner, [prompt_ids[i] for i in rows], numbers, eos_token_ids)
             for _ in range(max_new_tokens):
                 if not batch.step(sampling):
                     break

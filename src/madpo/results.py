@@ -113,14 +113,19 @@ class Tier:
         return self.name.replace("_", " ").capitalize()
 
     @property
+    def policies(self) -> list[Row]:
+        """The rows but for SFT."""
+        return [row for row in self.rows if row.name != SFT]
+
+    @property
     def seeds(self) -> tuple[str, ...]:
         """Training seeds that some policy of the tier has."""
-        return tuple(sorted({seed for row in self.rows if row.name != SFT for seed in row.seeds}))
+        return tuple(sorted({seed for row in self.policies for seed in row.seeds}))
 
     @property
     def uneven(self) -> bool:
         """Whether policies of the tier have unlike seeds, so that the means of two need not compare."""
-        return any(set(row.seeds) != set(self.seeds) for row in self.rows if row.name != SFT)
+        return any(set(row.seeds) != set(self.seeds) for row in self.policies)
 
     @property
     def baseline(self) -> Row | None:

@@ -36,18 +36,18 @@ COLUMNS = {
 
 def headline(tiers: Sequence[Tier]) -> list[str]:
     """What was done and what came of it, one plain paragraph per entry."""
-    judged = [tier for tier in tiers if any(row.name != SFT for row in tier.rows)]
+    judged = [tier for tier in tiers if tier.policies]
     if not judged:
         return ["No trained policy has been evaluated yet; what is finished so far is shown below."]
-    policies = [row for tier in judged for row in tier.rows if row.name != SFT]
+    policies = [row for tier in judged for row in tier.policies]
     methods = sorted({row.name for row in policies})
-    labels = _listed([tier.label for tier in judged])
+    labels = listed([tier.label for tier in judged])
     seeds = [len(row.seeds) for row in policies]
     prompts = max((row.oracle_reward.n for row in policies if isinstance(row.oracle_reward, Estimate)), default=0)
     core = sorted({row.name for row in policies if row.group == "core"})
-    named = _listed(methods) if len(methods) <= NAMED or not core else f"at the core {_listed(core)}"
+    named = listed(methods) if len(methods) <= NAMED or not core else f"at the core {listed(core)}"
     noun = "method" if len(methods) <= NAMED else "setting"
-    sizes = [len([row for row in tier.rows if row.name != SFT]) for tier in judged]
+    sizes = [len(tier.policies) for tier in judged]
     unlike = "" if len(set(sizes)) == 1 else f" ({_by_size(judged, sizes)})"
     fewer = sum(n < max(seeds) for n in seeds)
     opening = (
@@ -79,19 +79,18 @@ def _by_size(tiers: Sequence[Tier], sizes: Sequence[int]) -> str:
     places: dict[int, list[str]] = {}
     for tier, size in zip(tiers, sizes, strict=True):
         places.setdefault(size, []).append(tier.label)
-    return ", ".join(f"{size} on {_listed(labels)}" for size, labels in places.items())
+    return ", ".join(f"{size} on {listed(labels)}" for size, labels in places.items())
 
 
 def _ranked(tier: Tier) -> list[Row]:
     """Policies with all seeds of the baseline: the mean of fewer seeds would be ranked by what the seeds differ in."""
-    rows = [row for row in tier.rows if row.name != SFT]
     wanted = set(tier.baseline.seeds if tier.baseline is not None else ())
-    return [row for row in rows if wanted <= set(row.seeds)]
+    return [row for row in tier.policies if wanted <= set(row.seeds)]
 
 
 def _verdict(tier: Tier) -> str:
     rows = _ranked(tier)
-    left = len([row for row in tier.rows if row.name != SFT]) - len(rows)
+    left = len(tier.policies) - len(rows)
     text = _best(tier, rows)
     if left:
         verb = "is" if left == 1 else "are"
@@ -277,5 +276,6 @@ def _count(n: int, noun: str) -> str:
     return f"{words[n] if n < len(words) else n} {noun}{'' if n == 1 else 's'}"
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """ "High, Medium and Low"."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

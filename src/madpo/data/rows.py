@@ -287,7 +287,7 @@ def refuse_unread_keys(message: Mapping[str, Any], name: str, place: str) -> Non
     Raises:
         DataError: with the key and its value.
     """
-    key = next((key for key in UNREAD_KEYS if not _is_blank(message.get(key))), None)
+    key = _first_given(message, UNREAD_KEYS)
     if key is not None:
         raise DataError(
             f"{place}: {name}.{key} is {described(message[key])}, but only role and content of a message are read; "
@@ -302,13 +302,17 @@ def refuse_unread_columns(raw: Mapping[str, Any], place: str) -> None:
     Raises:
         DataError: with the column and its value.
     """
-    column = next((column for column in UNREAD_COLUMNS if not _is_blank(raw.get(column))), None)
+    column = _first_given(raw, UNREAD_COLUMNS)
     if column is not None:
         raise DataError(
             f"{place}: {column} is {described(raw[column])}, but the chat template is given the messages alone; "
             "render the conversations to text with the model's chat template, or remove the column if the model need "
             "not see it"
         )
+
+
+def _first_given(values: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    return next((name for name in names if not _is_blank(values.get(name))), None)
 
 
 def _is_blank(value: Any) -> bool:

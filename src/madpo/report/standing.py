@@ -8,7 +8,7 @@ from typing import Any
 from madpo.records import Estimate, Record
 from madpo.report.claims import Claim
 from madpo.results import Tier
-from madpo.summary import interval, one
+from madpo.summary import interval, listed, one
 
 LITTLE = 0.6  # accuracy; below, a reward model that beats a coin does so by little
 
@@ -68,11 +68,11 @@ def weights_from(tiers: Sequence[Tier]) -> list[str]:
     ]
     if chance:
         texts.append(
-            f"On {_listed(chance)} a reward model cannot be told from a coin: there MADPO's weights may be noise, and "
+            f"On {listed(chance)} a reward model cannot be told from a coin: there MADPO's weights may be noise, and "
             "verdicts on MADPO say little about MADPO with a reward model that has learned something."
         )
     if little:
-        texts.append(f"On {_listed(little)} a reward model is only a little better than a coin: read MADPO with care.")
+        texts.append(f"On {listed(little)} a reward model is only a little better than a coin: read MADPO with care.")
     return texts
 
 
@@ -128,7 +128,3 @@ def empty_cells(
             else:
                 found[tier.name, name] = "not run"
     return found
-
-
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -36,6 +36,8 @@ from madpo.training.repeats import REPEATED, each_marked, marked, observed, refu
 from madpo.training.resume import ExactResume
 from madpo.untrusted import check_model
 
+_NO_METRICS = "compute_metrics takes logits, which this trainer never builds; use the logged metrics"
+
 
 class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
     """TRL's ``DPOTrainer`` with ``loss=...``.
@@ -78,7 +80,7 @@ class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
         self._observed: _ObservedStep | None = None
         refuse_replaced_options(args)
         if kwargs.get("compute_metrics") is not None:
-            raise ConfigError("compute_metrics takes logits, which this trainer never builds; use the logged metrics")
+            raise ConfigError(_NO_METRICS)
         for name in ("train_dataset", "eval_dataset"):
             check_columns(kwargs.get(name), name, self.loss.needs)
         self._needs = tuple(sorted(set(self.loss.needs) & set(PAIR_COLUMNS)))
@@ -247,7 +249,7 @@ class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
     ) -> tuple[Tensor, None, None]:
         """Loss alone: the head never builds the logits that ``compute_metrics`` would take."""
         if not prediction_loss_only:  # set after the trainer was made
-            raise ConfigError("compute_metrics takes logits, which this trainer never builds; use the logged metrics")
+            raise ConfigError(_NO_METRICS)
         inputs = marked(inputs, self.accelerator, drop_last=self.args.dataloader_drop_last)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
