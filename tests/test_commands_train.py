@@ -188,6 +188,36 @@ def test_the_arguments_of_the_trainer_are_those_of_its_class():
     assert {name: kinds(kind) for name, kind in TYPES.items()} == expected
 
 
+def test_none_is_none_where_no_other_text_may_stand(tmp_path):
+    from madpo.config import load_config
+    from madpo.practice import TrainSettings
+    from madpo.practice.policy import resolved
+
+    given = {"max_length": "none", "gradient_checkpointing": "none", "report_to": "none", "optim": "adamw_torch"}
+    base = {"model": "m", "loss": {"kind": "dpo"}}
+    settings = TrainSettings.model_validate({**base, "args": given})
+    assert settings.args == {**given, "max_length": None, "gradient_checkpointing": None}
+    path = tmp_path / "config.toml"
+    path.write_text(resolved("d", settings))
+    again = load_config(path, TrainSettings)
+    assert {name: again.args[name] for name in given} == settings.args
+    path.write_text("")
+    said = load_config(path, TrainSettings, ["model=m", "loss.kind=dpo", "args.max_length=none"])
+    assert said.args == {"max_length": None}
+    with pytest.raises(ValueError, match=r"args.learning_rate = 'none': must be a valid number"):
+        TrainSettings.model_validate({**base, "args": {"learning_rate": "none"}})
+
+
+def test_a_resolved_configuration_finds_its_model_from_elsewhere(llama, tmp_path, monkeypatch):
+    from madpo.practice import TrainSettings
+    from madpo.practice.policy import resolved
+
+    monkeypatch.chdir(llama.parent)
+    for given, kept in ((llama.name, str(llama.resolve())), ("owner/name", "owner/name"), ("tiny-llama", "tiny-llama")):
+        settings = TrainSettings.model_validate({"model": given, "loss": {"kind": "dpo"}})
+        assert f'model = "{kept}"' in resolved("d", settings)
+
+
 def test_every_option_may_stand_in_a_file(tmp_path):
     from madpo.options import asked
     from madpo.practice import EvaluateSettings, TrainSettings

@@ -44,6 +44,7 @@ def test_the_quickstarts_graph():
     steps = {step.name: step for step in load("quickstart").steps()}
     assert list(steps) == [
         "oracle",
+        "base",
         "sft",
         "responses",
         "pairs/low/seed0",
@@ -82,6 +83,9 @@ def test_a_smaller_vocabulary_is_the_base_of_all_that_is_trained_from_the_named_
     } - {"base"}
     other = {step.name: step for step in load("smoke", "vocabulary.size=301").steps()}
     assert other["sft"].identity != small["sft"].identity
+    measured = {n: load("smoke", "vocabulary.size=300", f"vocabulary.eval_texts={n}").steps() for n in (128, 9)}
+    assert [step.identity for step in measured[128]] == [step.identity for step in small.values()]
+    assert next(step for step in measured[9] if step.name == "base").config.eval_texts == 9
 
 
 def test_memory_bears_on_no_identity():

@@ -25,7 +25,8 @@ from madpo.packaged import PACKAGED, PackagedModel, packaged
 from madpo.pipeline import ordered
 from madpo.practice import EvaluateSettings, RewardSettings, ScoreSettings, TrainSettings
 from madpo.practice.claims import claim, read_own
-from madpo.practice.measuring import find_policy, read_prompts
+from madpo.practice.measuring import find_policy
+from madpo.practice.prompts import read_prompts
 from madpo.records import Record, load_record, run_status
 from madpo.report import rebuild_report
 from madpo.rewards import load_oracle

@@ -30,6 +30,7 @@ from madpo.practice import (
     train,
 )
 from madpo.practice import reward_model as reward_module
+from madpo.practice.overwriting import refuse_to_replace, strangers
 from madpo.practice.pairs import load_split
 from madpo.rewards import RewardModel
 from madpo.statistics import fit_temperature
@@ -96,6 +97,14 @@ def test_the_reward_models_report(chain, llama):
     assert f"{report['accuracy']['mean']:.1%}" in page
     assert sum(b["pairs"] for b in report["reliability"]) == len(reported)
     assert len(report["reliability"]) <= 10
+
+
+def test_what_the_commands_write_may_be_overwritten(chain):
+    for name in "RSPE":
+        refuse_to_replace(chain / name)
+        (chain / name / "notes.txt").write_text("")
+        assert strangers(chain / name) == ["notes.txt"]
+        (chain / name / "notes.txt").unlink()
 
 
 def test_scored_rows_hold_the_reward_models_margins(chain, llama):
@@ -227,6 +236,7 @@ def test_scoring_goes_on_where_it_was_killed(chain, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         score(chain / "pairs.jsonl", tmp_path / "S", settings)
     assert not (tmp_path / "S" / "scored.jsonl").exists()
+    refuse_to_replace(tmp_path / "S")
     score(chain / "pairs.jsonl", tmp_path / "S", settings)
     assert calls == [0, 16, 32, 32, 48], "finished parts are not scored again"
     assert (tmp_path / "S" / "scored.jsonl").read_bytes() == (tmp_path / "whole" / "scored.jsonl").read_bytes()
@@ -259,6 +269,7 @@ def test_out_of_fold_margins_come_from_models_that_did_not_see_the_prompt(llama,
     monkeypatch.setattr(scoring, "fit", recorded)
     options = ("--folds", 2, "--model_name_or_path", llama, "--learning_rate", "1e-2", "--format", "parquet")
     run("score", data, *options, "--output_dir", tmp_path / "S")
+    refuse_to_replace(tmp_path / "S")
     table = pd.read_parquet(tmp_path / "S" / "scored.parquet")
     assert list(table["note"]) == [row["note"] for row in text_pairs(40)]
     everything = set(table["prompt"])
@@ -371,6 +382,7 @@ def test_full_training_writes_a_model(llama, tmp_path, capsys):
         "model",
         "report.json",
     ]
+    refuse_to_replace(tmp_path / "P")
     assert "Nothing: no pairs were held out" in (tmp_path / "P" / "README.md").read_text()
     assert main(["train", str(data), "--model_name_or_path", str(llama), "--output_dir", str(tmp_path / "P")]) == 2
     assert "add --overwrite" in capsys.readouterr().err
@@ -384,6 +396,7 @@ def test_pairs_that_are_too_long_are_dropped_cut_or_refused(llama, tmp_path):
     dropped = train(data, tmp_path / "drop", TrainSettings(**shared))
     assert (dropped.pairs, dropped.dropped, dropped.cut) == (8, 1, 0)
     tokens = len(ids_of(load_tokenizer(llama), rows[4]["prompt"], rows[4]["chosen"]))
+    refuse_to_replace(tmp_path / "drop")
     assert read(tmp_path / "drop" / "dropped.jsonl") == [{"pair_id": 4, "line": 5, "tokens": tokens}]
     assert "1 pairs left out" in (tmp_path / "drop" / "README.md").read_text()
     assert "1 pairs dropped (dropped.jsonl)" in dropped.text()

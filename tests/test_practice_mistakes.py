@@ -65,7 +65,7 @@ MISTAKES = {
     f"{TRAIN} scored.jsonl": "is a file; give the folder of a model",
     f"{TRAIN} endless": "the tokenizer has no end token, so completions would never end; set eos_token",
     "train chat.jsonl --loss dpo --output_dir out --model_name_or_path plain": "the data holds messages but the "
-    "tokenizer has no chat template; take an instruction-tuned model's",
+    "tokenizer of plain has no chat template; take an instruction-tuned model's",
     f"{TRAIN} model --loss.tau 0": "loss: tau is 0.0, but must be above 0",
     f"{TRAIN} model --loss.tau -7": "loss: tau is -7.0, but must be above 0",
     f"{TRAIN} model --loss.c_max 1": "for plain DPO use",
@@ -81,7 +81,7 @@ MISTAKES = {
     f"{TRAIN} model --output_dir policy": "is there and not empty; choose another output_dir, or add --overwrite",
     f"{TRAIN} model --output_dir model --overwrite": "holds no result of madpo, so it is not overwritten",
     f"{TRAIN} model --output_dir pairs.jsonl": "is a file, not a folder",
-    "check chat.jsonl --model_name_or_path plain": "the tokenizer has no chat template",
+    "check chat.jsonl --model_name_or_path plain": "the tokenizer of plain has no chat template",
     "check pairs.jsonl --model_name_or_path endless": "the tokenizer has no end token",
     "check pairs.jsonl --max_length 64": "max_length counts tokens, so it needs a tokenizer",
     "inspect pairs.jsonl": "has no column 'reward_margin' and no scores; score the pairs",

@@ -20,6 +20,7 @@ from madpo.logprobs import hidden_states, takes_positions
 from madpo.models import load_model
 from madpo.practice import TrimSettings, trim_vocab, trimming
 from madpo.practice.kept_mass import score_texts, token_mass
+from madpo.practice.overwriting import refuse_to_replace
 from madpo.rewards import RewardModel
 from practice_cases import text_pairs, write
 from vocabulary_cases import LINES, RESERVED, SPECIAL, write_model
@@ -101,6 +102,7 @@ def test_weights_settings_and_templates_follow(pair):
     assert tokenizers[1].all_special_tokens == tokenizers[0].all_special_tokens
     assert len(tokenizers[1]) == report.entries
     assert not (small / "tokenizer.model").exists()
+    refuse_to_replace(small)
 
 
 def test_every_other_weight_is_as_it_was(pair):

@@ -18,6 +18,7 @@ from madpo.errors import ConfigError, DataError, StorageError
 from madpo.losses import DPO, IPO, AlphaDPO, LossInputs, OmniDPO, SimPO
 from madpo.models import load_model, load_tokenizer
 from madpo.practice import TrainSettings, train
+from madpo.practice.overwriting import refuse_to_replace
 from madpo.statistics import fit_temperature
 from madpo.training import PreferenceTrainer, reference
 from madpo.tuning import Dimension, RewardCriterion, TuneSettings, heldout, study, tune
@@ -161,6 +162,7 @@ def test_a_search_that_was_cut_off_ends_in_the_same_table(tuned, llama, data, tm
     monkeypatch.setattr(PreferenceTrainer, "training_step", dies_once)
     with pytest.raises(KeyboardInterrupt):
         tune(data, tmp_path / "T", settings_for(llama))
+    refuse_to_replace(tmp_path / "T")
     journal = tmp_path / "T" / study.JOURNAL
     if journal.exists():  # what a kill in the middle of a write leaves
         journal.write_bytes(journal.read_bytes() + b'{"op_code":5,"worker')
@@ -338,6 +340,7 @@ def test_rewards_need_their_settings():
 
 def test_the_settings_say_what_the_study_is(tuned, data):
     out, _, _, _ = tuned
+    refuse_to_replace(out)
     state = json.loads((out / "settings.json").read_text())
     assert state["data"] == str(data)
     assert "trials" not in state

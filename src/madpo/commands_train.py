@@ -20,8 +20,8 @@ TUNE = "choose a loss's parameters by cross-validation on preference pairs"
 EVALUATE = "compare what a policy and its reference write"
 
 
-def _common(parser: argparse.ArgumentParser) -> None:
-    option(parser, "output_dir", "output_dir", "folder of the result; it appears when all is done", metavar="DIR")
+def _common(parser: argparse.ArgumentParser, appears: str = "it appears when all is done") -> None:
+    option(parser, "output_dir", "output_dir", f"folder of the result; {appears}", metavar="DIR")
     option(parser, "overwrite", "overwrite", "replace what is in it", action="store_true")
     from_file(parser)
 
@@ -92,7 +92,7 @@ def reward_command(arguments: argparse.Namespace) -> int:
 def score_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``madpo score``."""
     parser.add_argument("data", metavar="DATA", help=DATA)
-    _common(parser)
+    _common(parser, "report.json in it is the last file")
     option(parser, "reward_model", "reward_model", "folder of madpo reward, or a sequence classifier", metavar="R")
     option(parser, "score_columns", "score_columns", "or columns with scores", nargs=2, metavar=("CHOSEN", "REJECTED"))
     option(parser, "folds", "folds", "or this many reward models, each for the part it did not see", type=int)
@@ -189,7 +189,7 @@ def train_command(arguments: argparse.Namespace) -> int:
 def tune_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``madpo tune``."""
     parser.add_argument("data", metavar="DATA", help=DATA)
-    _common(parser)
+    _common(parser, "report.json in it is the last file")
     _policy_options(parser)
     option(parser, "folds", "folds", "parts of the pairs, each held out once (default: 3)", type=int)
     option(parser, "trials", "trials", "settings to try (default: 20)", type=int)

@@ -147,8 +147,8 @@ def rates_of(options: Iterable[str]) -> dict[str, float]:
 def work(step: Step) -> Work:
     """What a step has to do, from its configuration and those of its upstream steps."""
     config, length, pairs = step.config, _length(step), _pairs(step)
-    if isinstance(config, TrimStage):  # reading 25,000 reviews, then both models on 128 of them
-        return Work({"score": 100_000}, 2)
+    if isinstance(config, TrimStage):  # reading 25,000 reviews, then both models on some of them
+        return Work({"score": 12_000 + 690 * config.eval_texts}, 2)
     if isinstance(config, SFTStage):
         seen = config.reviews * config.optimisation.epochs
         return Work({"sft": seen * config.max_tokens}, 1, _batch(config.optimisation) * config.max_tokens)

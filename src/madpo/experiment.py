@@ -31,6 +31,8 @@ class VocabularySettings(Frozen):
 
     size: int = Field(ge=1)
     """Entries to keep at most."""
+    eval_texts: int = Field(default=128, ge=1)
+    """Held-out texts to measure the cost on at most: most of the time that cutting takes."""
 
 
 class SFTSettings(Frozen):

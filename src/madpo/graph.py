@@ -75,7 +75,7 @@ class _Trunk:
         self.oracle = self.add("oracle", fit_oracle, oracle, says="the oracle, which judges every response")
         self.base: dict[str, Step] = {}
         if e.vocabulary is not None:
-            trim = TrimStage(model=e.model, size=e.vocabulary.size)
+            trim = TrimStage(model=e.model, **e.vocabulary.model_dump())
             says = "the base model, with the vocabulary that the corpus uses"
             self.base["base"] = self.add("base", trim_base, trim, says=says)
         sft = SFTStage(

@@ -98,6 +98,7 @@ def asked(arguments: argparse.Namespace, model: type[T], **beside: Any) -> tuple
 
     Raises:
         ConfigError: one sentence with the file (or "the command line"), the key, the value and the remedy.
+        StorageError: ``overwrite`` would remove the file of ``--config``.
     """
     from pydantic import create_model
 
@@ -121,4 +122,8 @@ def asked(arguments: argparse.Namespace, model: type[T], **beside: Any) -> tuple
             text = text.replace(f"the key '{key}' is missing; add it", f"the key '{key}' is missing; add --{word}")
         raise ConfigError(text) from None
     taken = {name: getattr(found, name) for name in beside}
+    if taken.get("overwrite") and arguments.config is not None:
+        from madpo.practice.overwriting import refuse_inputs_inside
+
+        refuse_inputs_inside(Path(taken["output_dir"]), [("configuration", arguments.config)])
     return taken, model.model_validate({name: getattr(found, name) for name in model.model_fields})

@@ -5,18 +5,21 @@ A check of a million rows needs a tokenizer and nothing else, in less memory tha
 
 from __future__ import annotations
 
+import errno
 import shutil
 import socket
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from madpo.config import did_you_mean
-from madpo.errors import ConfigError
+from madpo.errors import ConfigError, MadpoError
 from madpo.memory import give_back
 from madpo.packaged import PACKAGED, cache_dir, packaged, quiet_transformers
+from madpo.storage import storage_errors
 from madpo.untrusted import check_model, read_object
 
 if TYPE_CHECKING:
@@ -33,6 +36,7 @@ _KNOWN = {
     "GemmaTokenizer": _GEMMA_TYPES,
     "GemmaTokenizerFast": _GEMMA_TYPES,
 }
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE)
 _BPE_OPTIONS = (
     *("unk_token", "fuse_unk", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout"),
     "ignore_merges",
@@ -101,6 +105,56 @@ def no_such_model(name: str, reason: str) -> ConfigError:
         f"there is no folder {name!r}, and no model of that name could be had from the hub ({reason})"
         + (did_you_mean(name, [*PACKAGED, *around]) or "; check the path or the hub id")
     )
+
+
+def cannot_load(name: str, error: BaseException, what: str = "model") -> MadpoError:
+    """The error for a model (or tokenizer) that a library could not load, with the remedy that fits the cause.
+
+    A full disk is a StorageError, everything else a ConfigError.
+    """
+    said = str(error)
+    reason = (said.splitlines() or [type(error).__name__])[0][:200]
+    causes = _chain(error)
+    names = {type(cause).__name__ for cause in causes}
+    for cause in causes:
+        if isinstance(cause, OSError) and cause.errno in _DISK:
+            return _of_the_disk(cause, Path(name))
+    if "GatedRepoError" in names or "gated repo" in said:
+        return ConfigError(
+            f"the {what} {name!r} is gated: ask for access on its page of the hub, log in on this machine with "
+            "hf auth login, and run the same command again"
+        )
+    if "trust_remote_code" in said:
+        return ConfigError(
+            f"the {what} {name!r} needs Python code that comes with it, which is never run here; give a model whose "
+            "architecture transformers has itself"
+        )
+    if "does not recognize this architecture" in said or "Unrecognized model in" in said:
+        return ConfigError(
+            f"the {what} {name!r} has an architecture that transformers {version('transformers')} does not know "
+            f"({reason}); install a newer transformers, or give another model"
+        )
+    if not Path(name).expanduser().exists():
+        return no_such_model(name, reason)
+    return ConfigError(f"the {what} {name!r} cannot be loaded ({reason}); give a folder with safetensors or a hub id")
+
+
+def _of_the_disk(error: OSError, place: Path) -> MadpoError:
+    try:
+        with storage_errors(place):
+            raise error
+    except MadpoError as told:
+        return told
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An error, and those that it was raised from."""
+    found: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in found:
+        found.append(following)
+        following = following.__cause__ or following.__context__
+    return found
 
 
 def refuse_unreachable(name: str) -> None:

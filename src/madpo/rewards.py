@@ -231,6 +231,26 @@ class _Classifier:
         return found
 
 
+def reward_base(folder: Path) -> tuple[Path | str, Pooling]:
+    """Where the base of a trained reward model lies, and which states its head reads.
+
+    Raises:
+        DataError: ``folder`` holds none.
+    """
+    try:
+        told = json.loads((folder / "reward_model.json").read_bytes())
+        beside = told.get("base_folder")  # of a step before the training, seen from here
+        base = resolve_model(str(told["base"]) if beside is None else str(folder.absolute() / str(beside)))
+        pooling: Pooling = TypeAdapter(Pooling).validate_python(told.get("pooling", "last"))
+    except ConfigError:
+        raise
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise DataError(f"{folder} holds no reward model ({error}); train one, or delete it and run again") from error
+    if not (folder / "adapter" / "adapter_config.json").exists():
+        raise DataError(f"{folder} has no adapter/adapter_config.json; delete the folder and train again")
+    return base, pooling
+
+
 class RewardModel:
     """A trained Bradley-Terry reward model: differences of its rewards are log-odds.
 
@@ -253,19 +273,7 @@ class RewardModel:
         Raises:
             DataError: ``folder`` holds none.
         """
-        try:
-            told = json.loads((folder / "reward_model.json").read_bytes())
-            beside = told.get("base_folder")  # of a step before the training, seen from here
-            base = resolve_model(str(told["base"]) if beside is None else str(folder.absolute() / str(beside)))
-            pooling: Pooling = TypeAdapter(Pooling).validate_python(told.get("pooling", "last"))
-        except ConfigError:
-            raise
-        except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-            raise DataError(
-                f"{folder} holds no reward model ({error}); train one, or delete it and run again"
-            ) from error
-        if not (folder / "adapter" / "adapter_config.json").exists():
-            raise DataError(f"{folder} has no adapter/adapter_config.json; delete the folder and train again")
+        base, pooling = reward_base(folder)
         model = load_classifier(base, num_labels=1, adapter=folder / "adapter")
         return cls(placed(model), load_tokenizer(base), pooling)
 

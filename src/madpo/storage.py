@@ -27,6 +27,8 @@ _REMEDY = {
     errno.EISDIR: "there is a folder where a file is needed; move it away or choose another folder",
     errno.ENAMETOOLONG: "the name is too long for this file system; choose a shorter one",
     errno.EIO: "the disk reports an error; check it, and run the same command again, finished steps are kept",
+    errno.EBUSY: "it is in use, as a mount point is, or a file that another process has open; choose another folder",
+    errno.EXDEV: "it cannot be renamed across file systems, or out of a container's image; choose another folder",
     errno.ESTALE: "the network file system lost the folder; mount it again and run the same command again",
 }
 _VANISHED = (

@@ -180,8 +180,8 @@ class Reader:
         return raw[theirs]
 
     def _split(self, values: Mapping[str, Any], number: int, index: int, place: str) -> Pair:
-        chosen, rejected = (_text(values[name], name, place) for name in ("chosen", "rejected"))
-        prompt = _text(values["prompt"], "prompt", place) if "prompt" in values else None
+        chosen, rejected = (as_text(values[name], name, place) for name in ("chosen", "rejected"))
+        prompt = as_text(values["prompt"], "prompt", place) if "prompt" in values else None
         if isinstance(chosen, list) != isinstance(rejected, list):
             raise DataError(f"{place}: chosen and rejected must both be text or both be messages; write them alike")
         conversational = isinstance(chosen, list) or isinstance(prompt, list)
@@ -246,7 +246,12 @@ def _said(role: str, text: str) -> list[Message]:
     return [{"role": role, "content": text}]
 
 
-def _text(value: Any, name: str, place: str) -> Text:
+def as_text(value: Any, name: str, place: str) -> Text:
+    """A field of a row: text, or messages with role and content alone (text parts of a message joined).
+
+    Raises:
+        DataError: anything else.
+    """
     if isinstance(value, str):
         return encodable(value, name, place)
     if not isinstance(value, list | tuple):

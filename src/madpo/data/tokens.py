@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from madpo.data.rows import Message, Pair, Text, shared_prefix
-from madpo.errors import ConfigError, DataError
+from madpo.errors import ConfigError, DataError, MadpoError
 
 Truncation = Literal["drop", "cut", "refuse"]
 TRUNCATIONS: tuple[Truncation, ...] = ("drop", "cut", "refuse")
@@ -38,11 +38,11 @@ def as_tokenizer(tokenizer: Any) -> Any:
     """A tokenizer as it is, or loaded from a name or folder.
 
     Raises:
-        ConfigError: it cannot be loaded.
+        ConfigError, StorageError: it cannot be loaded.
     """
     if not isinstance(tokenizer, str) and not hasattr(tokenizer, "__fspath__"):
         return tokenizer
-    from madpo.places import light_tokenizer, refuse_unreachable, resolve_model
+    from madpo.places import cannot_load, light_tokenizer, refuse_unreachable, resolve_model
 
     try:
         # A folder may hold a tokenizer and no model.
@@ -51,13 +51,10 @@ def as_tokenizer(tokenizer: Any) -> Any:
         if isinstance(place, str):
             refuse_unreachable(place)
         return light_tokenizer(place)
+    except MadpoError:
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError | DataError):
-            raise
-        reason = str(error).splitlines()[0][:160]
-        raise ConfigError(
-            f"the tokenizer {str(tokenizer)!r} cannot be loaded ({reason}); give a model name or folder"
-        ) from None
+        raise cannot_load(str(tokenizer), error, "tokenizer") from None
 
 
 class Encoder:
@@ -83,17 +80,28 @@ class Encoder:
             try:
                 texts.extend(self._texts(pair))
             except _refusals() as error:
-                reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
-                refused[i] = DataError(
-                    f"{name}, {unit} {pair.number}: the chat template refuses the conversation ({reason}); "
-                    "correct the roles or use another template"
-                )
+                refused[i] = _refused(f"{name}, {unit} {pair.number}", error)
         conversational = bool(pairs) and isinstance(pairs[0].prompt, list)
         ids = iter(self._ids(texts, special=not conversational))
         return [
             refused[i] if i in refused else self._pair(pair, next(ids), next(ids), next(ids))
             for i, pair in enumerate(pairs)
         ]
+
+    def prompt_ids(self, prompt: Text, place: str) -> list[int]:
+        """Token ids of a prompt alone, as a response to it is generated.
+
+        Raises:
+            DataError: the chat template refuses it, at ``place``.
+        """
+        if isinstance(prompt, str):
+            ids = self._ids([prompt], special=True)[0]
+            return ids[:-1] if self.closes_texts and ids[-1:] == [self.eos] else ids
+        try:
+            text = self._render(prompt, add_generation_prompt=True)
+        except _refusals() as error:
+            raise _refused(place, error) from None
+        return self._ids([text], special=False)[0]
 
     def end_id(self) -> int:
         """The token that ends an assistant's turn in the chat template; the end token where it writes none."""
@@ -125,8 +133,8 @@ class Encoder:
     def _render(self, messages: list[Message], **options: bool) -> str:
         if not self.tokenizer.chat_template:
             raise ConfigError(
-                "the data holds messages but the tokenizer has no chat template; take an instruction-tuned model's "
-                "tokenizer or set its chat_template (chat_template.jinja beside the model)"
+                f"the data holds messages but the tokenizer{_of(self.tokenizer)} has no chat template; take an "
+                "instruction-tuned model's tokenizer or set its chat_template (chat_template.jinja beside the model)"
             )
         text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
         return text
@@ -204,6 +212,18 @@ def check_options(tokenizer: object, max_length: int | None, truncation: str) ->
         raise ConfigError(
             f"max_length is {max_length}, but must be at least 2 (one token each of prompt and completion)"
         )
+
+
+def _of(tokenizer: Any) -> str:
+    name = getattr(tokenizer, "name_or_path", "")
+    return f" of {name}" if name else ""
+
+
+def _refused(place: str, error: Exception) -> DataError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+    return DataError(
+        f"{place}: the chat template refuses the conversation ({reason}); correct the roles or use another template"
+    )
 
 
 def _refusals() -> tuple[type[Exception], ...]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from types import NoneType
+from typing import Any, Literal, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
 from madpo.config import did_you_mean
 
+_NONE = "none"
 _OURS = {
     "output_dir": "is the command's own; use --output_dir",
     "trust_remote_code": "would run code that comes with a model; convert the model with tools that you trust",
@@ -92,6 +94,8 @@ _SMALLEST: dict[str, tuple[float, str]] = {
 def checked_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of ``PreferenceConfig``, each of a type that its field takes.
 
+    The text ``none`` is None where the field takes that and no other text: TOML and a command line have no word for it.
+
     Raises:
         ValueError: an unknown name (with the nearest one), a wrong type, or an argument that the command sets.
     """
@@ -101,6 +105,8 @@ def checked_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"args.{name} {_OURS[name]}")
         if name not in TYPES:
             raise ValueError(f"args.{name} is no argument of the trainer{did_you_mean(name, list(TYPES))}")
+        if value == _NONE and _reads_none(name):
+            value = None
         try:
             taken = TypeAdapter(TYPES[name]).validate_python(value)
         except ValidationError as error:
@@ -113,3 +119,14 @@ def checked_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"args.{name} (--epochs) = {value!r}: must be greater than 0")
         found[name] = taken if isinstance(value, str) and isinstance(taken, int | float) else value
     return found
+
+
+def written_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments as a file holds them, so that :func:`checked_arguments` reads the same."""
+    return {name: _NONE if value is None and _reads_none(name) else value for name, value in values.items()}
+
+
+def _reads_none(name: str) -> bool:
+    """Whether the text ``none`` is None here; where any text may stand it is itself."""
+    kinds = get_args(TYPES[name])
+    return NoneType in kinds and str not in kinds

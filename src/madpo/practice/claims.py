@@ -9,24 +9,26 @@ from typing import Any
 
 from madpo.config import first_difference
 from madpo.errors import StorageError
-from madpo.practice.folders import empty, refuse_foreign, told
+from madpo.practice.folders import told
+from madpo.practice.overwriting import Inputs, empty, refuse_to_replace
 from madpo.storage import LOCK
 
 
-def claim(output_dir: Path, state: Mapping[str, Any], *, overwrite: bool) -> None:
+def claim(output_dir: Path, state: Mapping[str, Any], *, overwrite: bool, inputs: Inputs = ()) -> None:
     """Make a folder ours, or refuse it; ``settings.json`` in it says what it is for, and the caller writes that.
 
     The caller holds the folder's lock: otherwise ``overwrite`` would empty a folder that another run fills.
 
     Args:
         state: what decides the result: data, digests, settings.
-        overwrite: discard results of ours that are in it.
+        overwrite: discard results of ours that are in it; see :func:`refuse_to_replace`.
+        inputs: what the command reads, which must not be discarded with them.
 
     Raises:
         StorageError: it holds something else, or was made with another state; names the first difference.
     """
     if overwrite:
-        refuse_foreign(output_dir)
+        refuse_to_replace(output_dir, inputs)
         empty(output_dir)
     path = output_dir / "settings.json"
     if path.is_file():

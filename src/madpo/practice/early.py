@@ -12,7 +12,7 @@ from madpo.config import read_toml
 from madpo.data.sources import look_at
 from madpo.packaged import PACKAGED
 from madpo.places import refuse_unreachable, resolve_model
-from madpo.practice.folders import refuse_occupied
+from madpo.practice.overwriting import refuse_occupied
 
 
 def refuse_missing_files(data: str | Path | None, config: Path | None) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -15,13 +14,12 @@ from madpo import processes
 from madpo.config import first_difference
 from madpo.errors import ConfigError, MadpoError, StorageError
 from madpo.memory import memory_errors
+from madpo.practice.overwriting import FINISHED, STATE, Inputs, empty, refuse_inputs_inside, refuse_occupied
 from madpo.progress import say
-from madpo.storage import LOCK, locked, storage_errors, write_atomically
+from madpo.recipe import CHECKPOINTS
+from madpo.storage import LOCK, locked, storage_errors, sync_folder, write_atomically
 
 _CHUNK = 1 << 20
-_STATE = ".state.json"
-CONFIG_HEADING = "# madpo train "
-MARKERS = ("reward_model.json", "settings.json", "config.toml", "evaluation.json", "vocabulary.json")
 
 
 @contextmanager
@@ -30,6 +28,7 @@ def building(
     state: Mapping[str, Any],
     *,
     overwrite: bool = False,
+    inputs: Inputs = (),
     memory: str = "use a smaller batch size",
 ) -> Iterator[Path]:
     """A folder beside ``output_dir`` to work in, which takes its place when the work is done.
@@ -37,22 +36,26 @@ def building(
     When the work fails the folder is removed, unless it holds a checkpoint: hours of training outlive a full disk, a
     diverged step and a lack of memory. When it is interrupted or killed it stays as well, and the next call with the
     same ``state`` (what decides the result) works on in it. A call with another state begins anew, but not where that
-    would discard a checkpoint: this takes ``overwrite``. All processes of a launch get the same folder; the leading one
-    makes it, and the others wait for it at both ends.
+    would discard a checkpoint: this takes ``overwrite``. Checkpoints are removed with the step that puts the result in
+    its place; a call that finds a result which was finished, but not in its place, puts it there. All processes of a
+    launch get the same folder; the leading one makes it, and the others wait for it at both ends.
 
     Args:
+        overwrite: replace a result of madpo in ``output_dir``; see :func:`refuse_to_replace`.
+        inputs: what the work reads, which must not be removed with the old result.
         memory: what to do when the memory is used up, for the sentence.
 
     Raises:
         StorageError: ``output_dir`` is there and not empty, or holds a checkpoint of another state (both without
-            ``overwrite``; the sentence names the first difference), or another run is writing it.
+            ``overwrite``; the sentence names the first difference), must not be replaced, was finished by a run before
+            this one, or another run is writing it.
         MemoryShortage: the work needs more memory than there is.
     """
     output_dir = output_dir.resolve()
-    partial = output_dir.with_name(f".{output_dir.name}.partial")
+    partial = _partial(output_dir)
     text = json.dumps(state, sort_keys=True, default=str)
     with storage_errors(output_dir), ExitStack() as held:
-        processes.first(lambda: _open(output_dir, partial, text, held, overwrite=overwrite))
+        processes.first(lambda: _open(output_dir, partial, text, held, inputs, overwrite=overwrite))
         try:
             with storage_errors(partial), memory_errors(memory):
                 yield partial
@@ -61,19 +64,41 @@ def building(
             if processes.leads() and (processes.count() == 1 or isinstance(error, MadpoError)):
                 _clear(output_dir, partial)
             raise
-        processes.first(lambda: _finish(output_dir, partial))
+        processes.first(lambda: _finish(output_dir, partial, overwrite=overwrite))
 
 
-def _open(output_dir: Path, partial: Path, state: str, held: ExitStack, *, overwrite: bool) -> None:
+def in_place(output_dir: Path) -> bool:
+    """Whether a result is there; one that an earlier run had finished, and did not come to put there, is put there.
+
+    Raises:
+        StorageError: another run is writing it.
+    """
+    partial = _partial(output_dir)
+    if not output_dir.exists() and (partial / FINISHED).is_file():
+        with storage_errors(partial), locked(partial, output_dir):
+            _put_in_place(output_dir, partial)
+    return output_dir.exists()
+
+
+def _partial(output_dir: Path) -> Path:
+    return output_dir.with_name(f".{output_dir.name}.partial")
+
+
+def _open(output_dir: Path, partial: Path, state: str, held: ExitStack, inputs: Inputs, *, overwrite: bool) -> None:
     """Make the folder ours; ``held`` takes the lock."""
-    refuse_occupied(output_dir, overwrite=overwrite)
+    refuse_occupied(output_dir, overwrite=overwrite, inputs=inputs)
     with storage_errors(output_dir):
         held.enter_context(locked(partial, output_dir))
-        refuse_occupied(output_dir, overwrite=overwrite)  # the run that held the lock until now may have filled it
-        made_for = partial / _STATE
+        # The run that held the lock until now may have filled it.
+        refuse_occupied(output_dir, overwrite=overwrite, inputs=inputs)
+        if (partial / FINISHED).is_file():
+            _deliver(output_dir, partial, overwrite=overwrite)
+            held.enter_context(locked(partial, output_dir))  # the first lock went with the folder
+        made_for = partial / STATE
         if not made_for.is_file() or made_for.read_bytes() != state.encode():
             if not overwrite:
                 _refuse_to_lose(output_dir, partial, state)
+            refuse_inputs_inside(partial, inputs)
             empty(partial)
             write_atomically(made_for, state)
 
@@ -84,7 +109,7 @@ def _refuse_to_lose(output_dir: Path, partial: Path, state: str) -> None:
     if not kept:
         return
     try:
-        before = json.loads((partial / _STATE).read_bytes())
+        before = json.loads((partial / STATE).read_bytes())
     except (OSError, ValueError, RecursionError):
         before = None
     changed = first_difference(before, json.loads(state))
@@ -95,17 +120,50 @@ def _refuse_to_lose(output_dir: Path, partial: Path, state: str) -> None:
     )
 
 
-def _finish(output_dir: Path, partial: Path) -> None:
-    """Put the folder in its place."""
+def _finish(output_dir: Path, partial: Path, *, overwrite: bool) -> None:
+    """Put the folder in its place. A kill in here leaves it there, or marked as finished for the next call."""
     with storage_errors(partial):
-        (partial / LOCK).unlink()
-        (partial / _STATE).unlink()
-        old = output_dir.with_name(f".{output_dir.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if output_dir.exists():
-            output_dir.rename(old)
-        partial.rename(output_dir)
-        shutil.rmtree(old, ignore_errors=True)
+        (partial / STATE).rename(partial / FINISHED)
+        sync_folder(partial)
+        try:  # hours may have passed since it was looked at
+            refuse_occupied(output_dir, overwrite=overwrite)
+        except StorageError as error:
+            raise StorageError(
+                f"{str(error).partition(';')[0]}; the new result is finished and waits in {partial}: move away what is "
+                "in its place, and run the same command again"
+            ) from error
+        _put_in_place(output_dir, partial)
+
+
+def _deliver(output_dir: Path, partial: Path, *, overwrite: bool) -> None:
+    """Put in its place what an earlier run had finished; where hours may be in it, nothing else in the same call.
+
+    Raises:
+        StorageError: it is in its place now, and without ``overwrite``, or after a training, that was all.
+    """
+    kept = _checkpoints(partial)
+    _put_in_place(output_dir, partial)
+    if kept or not overwrite:
+        raise StorageError(
+            f"{output_dir} is complete: an earlier run had finished it and was stopped before it was in its place, "
+            "which it is now; choose another output_dir, or add --overwrite to begin anew"
+        )
+
+
+def _put_in_place(output_dir: Path, partial: Path) -> None:
+    """Take the mark off last: killed before, the next call begins this again."""
+    old = output_dir.with_name(f".{output_dir.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    old.mkdir()
+    if output_dir.exists():
+        output_dir.rename(old / "result")
+    # Renamed, since removing gigabytes takes its time, and no result should be missing for so long.
+    if (partial / CHECKPOINTS).exists():
+        (partial / CHECKPOINTS).rename(old / CHECKPOINTS)
+    partial.rename(output_dir)
+    for name in (FINISHED, LOCK):
+        (output_dir / name).unlink(missing_ok=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _clear(output_dir: Path, partial: Path) -> None:
@@ -125,77 +183,19 @@ def _checkpoints(partial: Path) -> list[Path]:
     return sorted(partial.rglob("checkpoint-*/manifest.json"), key=lambda path: path.stat().st_mtime)
 
 
-def refuse_occupied(output_dir: Path, *, overwrite: bool = False) -> None:
-    """Refuse to write where something is.
-
-    Raises:
-        StorageError: it is a file, or a folder that is not empty.
-    """
-    if output_dir.exists() and not output_dir.is_dir():
-        raise StorageError(f"{output_dir} is a file, not a folder; choose another output_dir")
-    if os.path.ismount(output_dir):  # a finished folder takes its place by a rename, which a mount point does not allow
-        raise StorageError(f"{output_dir} is a mount point; give a folder inside it, such as {output_dir / 'result'}")
-    if not output_dir.is_dir() or not any(output_dir.iterdir()):
-        return
-    if not overwrite:
-        raise StorageError(f"{output_dir} is there and not empty; choose another output_dir, or add --overwrite")
-    refuse_foreign(output_dir)
-
-
-def refuse_foreign(output_dir: Path) -> None:
-    """Refuse to overwrite a folder that holds files, none of which says that it is a result of ours.
-
-    Raises:
-        StorageError: it may be somebody's work.
-    """
-    if any(entry.name != LOCK for entry in output_dir.iterdir()) and not any(
-        _is_ours(output_dir / name) for name in MARKERS
-    ):
-        raise StorageError(
-            f"{output_dir} holds no result of madpo, so it is not overwritten; choose another output_dir"
-        )
-
-
-def _is_ours(marker: Path) -> bool:
-    """Whether a marker is there and is no file of somebody's that has a common name by chance."""
-    if not marker.is_file():
-        return False
-    if marker.name == "config.toml":
-        return marker.read_text(encoding="utf-8", errors="replace").startswith(CONFIG_HEADING)
-    if marker.name == "settings.json":
-        content = marker.read_bytes()
-        return b'"data_digest"' in content or not _is_json(content)  # what is damaged may be overwritten
-    return True
-
-
-def _is_json(content: bytes) -> bool:
-    try:
-        json.loads(content)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def empty(folder: Path) -> None:
-    """Remove everything in a folder that this process holds, but for the lock."""
-    for entry in folder.iterdir():
-        if entry.name == LOCK:
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
-
-
 def digest(place: str | Path) -> str | None:
-    """SHA-256 of a file, or of a folder's files by name; None where it is neither (a name on the hub)."""
+    """SHA-256 of a file, or of a folder's files by name; None where it is neither (a name on the hub).
+
+    What a kill just after the folder took its place leaves in it, and a lock, count for nothing.
+    """
     path = Path(place).expanduser()
     if path.is_file():
         return _file_digest(path)
     if not path.is_dir():
         return None
     parts = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+    passing = (path / FINISHED, path / LOCK)
+    for file in sorted(p for p in path.rglob("*") if p.is_file() and p not in passing):
         parts.update(f"{file.relative_to(path).as_posix()}:{_file_digest(file)}\n".encode())
     return parts.hexdigest()
 

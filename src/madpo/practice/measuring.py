@@ -5,26 +5,24 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
 from madpo.config import Frozen
-from madpo.data.rows import ALIASES, Pair, Text
-from madpo.data.sources import described, open_source
+from madpo.data.rows import Pair, Text
 from madpo.data.tokens import Encoder
-from madpo.errors import ConfigError, DataError
+from madpo.errors import ConfigError
 from madpo.evaluation import distinct
 from madpo.models import load_model, load_tokenizer, resolve_model
 from madpo.packaged import PACKAGED
 from madpo.practice.folders import building, digest
 from madpo.practice.pages import write_samples_page
-from madpo.practice.pairs import loading, prompt_key
-from madpo.practice.reward_model import load_scorer, plain, reward_model_digest
+from madpo.practice.pairs import loading
+from madpo.practice.prompts import Prompt, read_prompts
+from madpo.practice.reward_model import load_pair_encoder, load_scorer, plain, reward_model_digest
 from madpo.practice.settings import EvaluateSettings
 from madpo.records import Estimate
 from madpo.responses import divergence, end_tokens, respond
@@ -109,11 +107,16 @@ def evaluate(
         DataError, ConfigError, StorageError: one sentence; nothing is left behind.
     """
     place = find_policy(policy, settings.reference)
-    rows = read_prompts(prompts, settings.prompts)
+    asked = read_prompts(prompts, settings.prompts)
     prompts_digest = digest(prompts)
     state = {"policy": str(policy), "prompts": prompts_digest, "settings": settings.model_dump(mode="json")}
-    with building(Path(output_dir), state, overwrite=overwrite, memory="give a smaller --batch_size") as out:
-        samples = _responses(place, rows, settings)
+    inputs = [
+        *[("policy", policy), ("base model", place.base), ("reference", place.reference)],
+        *[("prompts", prompts), ("reward model", settings.reward_model)],
+    ]
+    remedy = "give a smaller --batch_size"
+    with building(Path(output_dir), state, overwrite=overwrite, inputs=inputs, memory=remedy) as out:
+        samples = _responses(place, asked, settings)
         chosen, rejected = load_scorer(settings.reward_model, batch_size=settings.score_batch_size).score_pairs(
             [Pair(i, i, s.prompt, s.said[0], s.said[1], {}) for i, s in enumerate(samples)], "prompt", "row"
         )
@@ -172,46 +175,6 @@ def _started_from(made: Path) -> str | None:
     return model
 
 
-def read_prompts(data: str | Path, count: int | None = None) -> list[tuple[int, Text]]:
-    """(index of the row, prompt), each prompt once.
-
-    Raises:
-        DataError: a row without a prompt, or fewer prompts than asked for.
-    """
-    source = open_source(data)
-    found: dict[str, tuple[int, Text]] = {}
-    with closing(source.rows):
-        for index, (number, raw) in enumerate(source.rows):
-            if isinstance(raw, DataError):
-                raise raw
-            name = next((alias for alias in ALIASES["prompt"] if alias in raw), None)
-            if name is None:
-                found_names = ", ".join(map(repr, list(raw)[:12]))
-                raise DataError(
-                    f"{source.at(number)}: has no 'prompt' (found {found_names}); rename the column that holds it"
-                )
-            prompt = raw[name]
-            messages = isinstance(prompt, list) and prompt and all(_is_message(m) for m in prompt)
-            if not (isinstance(prompt, str) and prompt) and not messages:
-                raise DataError(
-                    f"{source.at(number)}: {name} is {described(prompt)}; give text or messages with role and content"
-                )
-            if found and isinstance(prompt, str) != isinstance(next(iter(found.values()))[1], str):
-                raise DataError(f"{source.at(number)}: text and messages are mixed; use one form in the whole file")
-            found.setdefault(prompt_key(prompt), (index, prompt))
-            if count is not None and len(found) == count:
-                break
-    if not found:
-        raise DataError(f"{source.name}: has no rows; give at least one prompt")
-    if count is not None and len(found) < count:
-        raise DataError(f"{source.name}: has only {len(found)} different prompts, but {count} are asked for")
-    return list(found.values())
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
-
-
 class Sample(NamedTuple):
     """Two responses to a prompt, drawn with the same random numbers: the policy's and the reference's."""
 
@@ -232,19 +195,23 @@ class Sample(NamedTuple):
         return first, second
 
 
-def _responses(place: Place, rows: Sequence[tuple[int, Text]], settings: EvaluateSettings) -> list[Sample]:
+def _responses(place: Place, prompts: Sequence[Prompt], settings: EvaluateSettings) -> list[Sample]:
     with loading(place.reference):
         source = resolve_model(place.reference)
-        tokenizer, reference = load_tokenizer(source), load_model(source)
+        tokenizer = load_tokenizer(source)
     with loading(place.name):
         base = resolve_model(place.base)
-        policy = load_model(base, adapter=place.adapter)
         if load_tokenizer(base).get_vocab() != tokenizer.get_vocab():
             raise ConfigError(f"{place.name} and {place.reference} have different tokenizers, so there is no KL")
     encoder = Encoder(tokenizer)
-    prompt_ids = [_prompt_ids(encoder, tokenizer, prompt) for _, prompt in rows]
+    prompt_ids = [encoder.prompt_ids(prompt.content, prompt.place) for prompt in prompts]
+    _refuse_unscored(prompts, settings)
+    with loading(place.reference):
+        reference = load_model(source)
+    with loading(place.name):
+        policy = load_model(base, adapter=place.adapter)
     ends = {*end_tokens(reference, tokenizer), *end_tokens(policy, tokenizer)}
-    if any(isinstance(prompt, list) for _, prompt in rows):
+    if any(isinstance(prompt.content, list) for prompt in prompts):
         ends.add(encoder.end_id())
     samples = []
     for draw in range(settings.samples_per_prompt):
@@ -254,7 +221,7 @@ def _responses(place: Place, rows: Sequence[tuple[int, Text]], settings: Evaluat
                 tokenizer,
                 prompt_ids,
                 settings,
-                keys=[prompt_id for prompt_id, _ in rows],
+                keys=[prompt.prompt_id for prompt in prompts],
                 draw=draw,
                 ends=ends,
                 description=f"{who}: responses",
@@ -265,27 +232,29 @@ def _responses(place: Place, rows: Sequence[tuple[int, Text]], settings: Evaluat
         kl = divergence(policy, reference, prompt_ids, written, pad=tokenizer.pad_token_id, batch_size=size)[1]
         samples += [
             Sample(
-                prompt_id,
+                prompt.prompt_id,
                 draw,
-                prompt,
+                prompt.content,
                 (a.text, b.text),
                 (len(a.ids), len(b.ids)),
                 (a.ended, b.ended),
                 float(apart),
             )
-            for (prompt_id, prompt), a, b, apart in zip(rows, mine, theirs, kl, strict=True)
+            for prompt, a, b, apart in zip(prompts, mine, theirs, kl, strict=True)
         ]
     return samples
 
 
-def _prompt_ids(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, prompt: Text) -> list[int]:
-    if isinstance(prompt, str):
-        ids = list(tokenizer(prompt)["input_ids"])
-        return ids[:-1] if encoder.closes_texts and ids[-1:] == [encoder.eos] else ids
-    if not tokenizer.chat_template:
-        raise ConfigError("the prompts hold messages but the tokenizer has no chat template; give prompts as text")
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+def _refuse_unscored(prompts: Sequence[Prompt], settings: EvaluateSettings) -> None:
+    """Refuse what the reward model cannot score, before anything is generated for it.
+
+    Raises:
+        ConfigError, DataError: it is no reward model, or has no chat template, or that refuses a conversation.
+    """
+    encoder = load_pair_encoder(settings.reward_model)
+    for prompt in prompts:
+        answer: Text = "a" if isinstance(prompt.content, str) else [{"role": "assistant", "content": "a"}]
+        encoder.ids([Pair(prompt.prompt_id, 0, prompt.content, answer, answer, {})], prompt.place, "answer")
 
 
 def _report(

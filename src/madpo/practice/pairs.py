@@ -15,7 +15,7 @@ from madpo.data.load import TooLong
 from madpo.data.rows import Pair, Text
 from madpo.data.tokens import Encoder, Truncation, truncated
 from madpo.errors import ConfigError, DataError, MadpoError
-from madpo.places import load_tokenizer, no_such_model, resolve_model
+from madpo.places import cannot_load, load_tokenizer, resolve_model
 from madpo.recipe import LoRA
 from madpo.seeding import rng
 
@@ -28,19 +28,14 @@ def loading(name: str | Path) -> Iterator[None]:
     """Tell in one sentence that a model cannot be loaded.
 
     Raises:
-        ConfigError: in place of the library's error.
+        ConfigError, StorageError: in place of the library's error.
     """
     try:
         yield
     except MadpoError:
         raise
     except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        if not Path(name).expanduser().exists():
-            raise no_such_model(str(name), reason) from error
-        raise ConfigError(
-            f"the model {str(name)!r} cannot be loaded ({reason}); give a folder with safetensors or a hub id"
-        ) from error
+        raise cannot_load(str(name), error) from error
 
 
 @contextmanager

@@ -25,9 +25,12 @@ from madpo.logprobs import unwrapped
 from madpo.losses import LossConfig
 from madpo.models import load_model, load_quantised, merge_adapter, resolve_model
 from madpo.packaged import quiet_transformers
+from madpo.places import lasting
+from madpo.practice.arguments import written_arguments
 from madpo.practice.card import model_card
 from madpo.practice.claims import read_own
-from madpo.practice.folders import CONFIG_HEADING, building, digest, toml, training_state
+from madpo.practice.folders import building, digest, toml, training_state
+from madpo.practice.overwriting import CONFIG_HEADING
 from madpo.practice.pairs import Row, adapted, load_training, loading
 from madpo.practice.train_settings import TrainSettings
 from madpo.recipe import CHECKPOINTS
@@ -35,7 +38,7 @@ from madpo.storage import write_atomically
 from madpo.training import PreferenceConfig, PreferenceTrainer
 from madpo.training.columns import ID_COLUMNS, PAIR_COLUMNS, REFERENCE_COLUMNS
 from madpo.training.resume import BATCH, decisive_arguments
-from madpo.training.stages import forget_checkpoints, run_training
+from madpo.training.stages import run_training
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _DEFAULTS: dict[str, Any] = {
@@ -108,7 +111,8 @@ def train(
     output_dir = Path(output_dir)
     data_digest = digest(data)
     state = training_state(data, data_digest, eval_data, decisive(settings))
-    with building(output_dir, state, overwrite=overwrite, memory=MEMORY_REMEDY) as out:
+    inputs = [("data", data), ("eval_data", eval_data), ("model", settings.model)]
+    with building(output_dir, state, overwrite=overwrite, inputs=inputs, memory=MEMORY_REMEDY) as out:
         args = trainer_arguments(settings, out, evaluated=eval_data is not None or settings.eval_share > 0)
         args.precompute_ref_batch_size = _reference_batch(args, out)
         base, tokenizer, rows, heldout, too_long = load_training(
@@ -149,7 +153,6 @@ def train(
         write_atomically(out / "README.md", card)
         write_atomically(out / "report.json", report.model_dump_json(indent=1) + "\n")
         write_atomically(out / "config.toml", resolved(data, settings))
-        forget_checkpoints(out)
     return report
 
 
@@ -332,5 +335,6 @@ def resolved(data: str | Path, settings: TrainSettings) -> str:
     resolved = settings.model_dump(mode="json")
     if settings.full:
         resolved.pop("lora")
-    resolved["args"] = {**_DEFAULTS, **settings.args}
+    resolved["model"] = lasting(settings.model)
+    resolved["args"] = written_arguments({**_DEFAULTS, **settings.args})
     return f"{CONFIG_HEADING}{json.dumps(str(data))} --config config.toml --output_dir DIR\n{toml(resolved)}"

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 from pydantic import BaseModel
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from madpo.config import Frozen
 from madpo.data.rows import Pair
@@ -26,7 +27,7 @@ from madpo.practice.pairs import Row, adapted, load_training, loading, prompt_ke
 from madpo.practice.settings import RewardSettings
 from madpo.progress import say
 from madpo.records import Estimate
-from madpo.rewards import RewardModel, placed
+from madpo.rewards import RewardModel, placed, reward_base
 from madpo.statistics import bootstrap_mean, bootstrap_temperature, proportion
 from madpo.storage import write_atomically
 from madpo.training.margins import sequences
@@ -124,7 +125,8 @@ def reward(
     output_dir = Path(output_dir)
     data_digest = digest(data)
     state = training_state(data, data_digest, eval_data, settings.model_dump(mode="json"))
-    with building(output_dir, state, overwrite=overwrite, memory=MEMORY_REMEDY) as out:
+    inputs = [("data", data), ("eval_data", eval_data), ("model", settings.model)]
+    with building(output_dir, state, overwrite=overwrite, inputs=inputs, memory=MEMORY_REMEDY) as out:
         base, _, train, heldout, too_long = load_training(
             settings, data, eval_data, seed=settings.seed, max_length=settings.max_length
         )
@@ -225,31 +227,25 @@ class Scorer(Protocol):
     def score_pairs(self, pairs: Sequence[Pair], name: str, unit: str) -> tuple[NDArray[Any], NDArray[Any]]: ...
 
 
-class PairScorer:
-    """A reward model that scores pairs of text or messages, tokenised as it was trained.
+class PairEncoder:
+    """Tokenises pairs of text or messages as a reward model was trained.
 
     Args:
-        model: scores token ids.
         own: trained by :func:`reward`: then a completion ends with its end token and nothing after it. Other models
             see the chat template's text as it is, as TRL's reward trainer tokenises it.
-        batch_size: sequences per forward pass; it decides the padding, and so the last digits.
     """
 
-    def __init__(self, model: RewardModel, *, own: bool, batch_size: int = 16) -> None:
-        self.model, self.own, self.batch_size = model, own, batch_size
-        self.encoder = Encoder(model.tokenizer)
-
-    def score_pairs(self, pairs: Sequence[Pair], name: str, unit: str) -> tuple[NDArray[Any], NDArray[Any]]:
-        """(rewards of the chosen, rewards of the rejected), float64, in the reward model's unit.
-
-        Raises:
-            DataError: the chat template refuses a conversation.
-        """
-        chosen, rejected = self.model.score_pairs(*self.ids(pairs, name, unit), self.batch_size)
-        return chosen.astype(np.float64), rejected.astype(np.float64)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, own: bool) -> None:
+        self.tokenizer, self.own = tokenizer, own
+        self.encoder = Encoder(tokenizer)
 
     def ids(self, pairs: Sequence[Pair], name: str, unit: str) -> tuple[list[list[int]], list[list[int]], list[int]]:
-        """Token ids of prompt and completion, for both sides, and how many are the prompt's."""
+        """Token ids of prompt and completion, for both sides, and how many are the prompt's.
+
+        Raises:
+            ConfigError: the pairs are messages, and the reward model has no chat template.
+            DataError: its chat template refuses a conversation.
+        """
         encoded = self.encoder.encode(pairs, name, unit)
         for result in encoded:
             if isinstance(result, DataError):
@@ -262,9 +258,32 @@ class PairScorer:
         return chosen, rejected, [len(e.prompt_ids) for e in good]
 
     def _rendered(self, pairs: Sequence[Pair], side: str) -> list[list[int]]:
-        tokenizer = self.model.tokenizer
+        tokenizer = self.tokenizer
         texts = [tokenizer.apply_chat_template([*pair.prompt, *getattr(pair, side)], tokenize=False) for pair in pairs]
         return [list(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+
+class PairScorer:
+    """A reward model that scores pairs of text or messages.
+
+    Args:
+        model: scores token ids.
+        own: as for :class:`PairEncoder`.
+        batch_size: sequences per forward pass; it decides the padding, and so the last digits.
+    """
+
+    def __init__(self, model: RewardModel, *, own: bool, batch_size: int = 16) -> None:
+        self.model, self.batch_size = model, batch_size
+        self.encoder = PairEncoder(model.tokenizer, own=own)
+
+    def score_pairs(self, pairs: Sequence[Pair], name: str, unit: str) -> tuple[NDArray[Any], NDArray[Any]]:
+        """(rewards of the chosen, rewards of the rejected), float64, in the reward model's unit.
+
+        Raises:
+            ConfigError, DataError: as :meth:`PairEncoder.ids`.
+        """
+        chosen, rejected = self.model.score_pairs(*self.encoder.ids(pairs, name, unit), self.batch_size)
+        return chosen.astype(np.float64), rejected.astype(np.float64)
 
 
 def load_scorer(place: str | Path, *, batch_size: int = 16) -> PairScorer:
@@ -276,28 +295,61 @@ def load_scorer(place: str | Path, *, batch_size: int = 16) -> PairScorer:
     Raises:
         ConfigError: it is no reward model, or cannot be loaded.
     """
+    if (folder := _own_folder(place)) is not None:
+        return PairScorer(RewardModel.load(folder), own=True, batch_size=batch_size)
+    with loading(place):
+        base = _classifier(place)
+        model, tokenizer = load_classifier(base), load_tokenizer(base)
+    return PairScorer(RewardModel(placed(model), tokenizer), own=False, batch_size=batch_size)
+
+
+def load_pair_encoder(place: str | Path) -> PairEncoder:
+    """How a reward model reads pairs, without its weights: what is no reward model is refused before hours of work.
+
+    Args:
+        place: as for :func:`load_scorer`.
+
+    Raises:
+        ConfigError, DataError: as :func:`load_scorer`.
+    """
+    if (folder := _own_folder(place)) is not None:
+        return PairEncoder(load_tokenizer(reward_base(folder)[0]), own=True)
+    with loading(place):
+        return PairEncoder(load_tokenizer(_classifier(place)), own=False)
+
+
+def _own_folder(place: str | Path) -> Path | None:
+    """The folder of a reward model that :func:`reward` wrote; None for any other."""
     folder = Path(place).expanduser()
     if (folder / "reward_model.json").is_file():
-        return PairScorer(RewardModel.load(folder), own=True, batch_size=batch_size)
+        return folder
     if (folder.parent / "reward_model.json").is_file():
         raise ConfigError(f"{place} is a part of a reward model; give the folder {folder.parent}")
-    with loading(place):
-        base = resolve_model(str(place))
-        check_model(base)
-        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-        if config.num_labels != 1 or not any("SequenceClassification" in a for a in config.architectures or ()):
-            raise ConfigError(
-                f"{place} is no reward model: it has the architecture {', '.join(config.architectures or ['unknown'])} "
-                f"with {config.num_labels} outputs, where a sequence classifier with one output is needed"
-            )
-        model = load_classifier(base)
-        tokenizer = load_tokenizer(base)
+    return None
+
+
+def _classifier(place: str | Path) -> Path | str:
+    """Where a sequence classifier with one output lies.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    base = resolve_model(str(place))
+    check_model(base)
+    config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    if config.num_labels != 1 or not any("SequenceClassification" in a for a in config.architectures or ()):
+        raise ConfigError(
+            f"{place} is no reward model: it has the architecture {', '.join(config.architectures or ['unknown'])} "
+            f"with {config.num_labels} outputs, where a sequence classifier with one output is needed"
+        )
+    with torch.device("meta"):  # its parts alone, without weights
+        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     if not hasattr(model, "score"):
         raise ConfigError(
             f"{place} does not read its score at the last token ({type(model).__name__}); score the pairs with its own "
             "code and give the columns with --score_columns"
         )
-    return PairScorer(RewardModel(placed(model), tokenizer), own=False, batch_size=batch_size)
+    return base
 
 
 def reward_model_digest(place: str) -> str | None:

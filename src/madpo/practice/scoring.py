@@ -34,7 +34,8 @@ from madpo.errors import ConfigError, DataError, MadpoError, StorageError
 from madpo.memory import memory_errors
 from madpo.models import load_tokenizer, resolve_model
 from madpo.practice.claims import claim, read_own
-from madpo.practice.folders import building, digest
+from madpo.practice.folders import building, digest, in_place
+from madpo.practice.overwriting import Inputs, discard
 from madpo.practice.pairs import encoded_rows, folds_by_prompt, loading, prompt_key, split_by_prompt
 from madpo.practice.reward_model import PairScorer, fit, load_scorer, plain, reward_model_digest
 from madpo.practice.settings import RewardSettings, ScoreSettings
@@ -118,8 +119,10 @@ def score(data: str | Path, output_dir: str | Path, settings: ScoreSettings, *, 
             "folds trains its reward models in one process; start it without accelerate launch (with --reward_model, "
             "scoring runs on several)"
         )
+    model = settings.reward.model if settings.reward else None
+    inputs = [("data", data), ("reward model", settings.reward_model), ("model", model)]
     with storage_errors(output_dir), memory_errors(MEMORY_REMEDY), ExitStack() as held:
-        report = processes.first(lambda: _begin(output_dir, state, held, overwrite=overwrite))
+        report = processes.first(lambda: _begin(output_dir, state, held, inputs, overwrite=overwrite))
         if report is not None:
             say(f"{output_dir} is complete; nothing to do.")
             return _again(report, output_dir)
@@ -129,13 +132,13 @@ def score(data: str | Path, output_dir: str | Path, settings: ScoreSettings, *, 
         except MadpoError:
             # Kept if there is something that a second run could continue from.
             if processes.leads() and not any(output_dir.rglob("*.safetensors")):
-                shutil.rmtree(output_dir)
+                discard(output_dir)
             raise
         report = processes.first(lambda: _finish(data, chosen, rejected, settings, output_dir))
     return ScoreReport.model_validate(_unnamed(report))
 
 
-def _begin(output_dir: Path, state: Raw, held: ExitStack, *, overwrite: bool) -> Raw | None:
+def _begin(output_dir: Path, state: Raw, held: ExitStack, inputs: Inputs, *, overwrite: bool) -> Raw | None:
     """Make the folder ours (``held`` takes the lock); the report if it is complete already."""
     with storage_errors(output_dir):
         held.enter_context(locked(output_dir))
@@ -144,7 +147,7 @@ def _begin(output_dir: Path, state: Raw, held: ExitStack, *, overwrite: bool) ->
         if not overwrite and made_for.is_file() and not done.exists():
             # Until the rows are written their format is open: one that cannot hold them must not cost the scores.
             wanted = {**state, "format": read_own(made_for).get("format")}
-        claim(output_dir, wanted, overwrite=overwrite)
+        claim(output_dir, wanted, overwrite=overwrite, inputs=inputs)
         if done.exists():
             return read_own(done)
         write_atomically(output_dir / "settings.json", json.dumps(state, indent=1) + "\n")
@@ -254,7 +257,7 @@ def _out_of_fold(
     chosen, rejected = np.zeros(len(pairs)), np.zeros(len(pairs))
     for k in range(settings.folds):
         folder = output_dir / "folds" / f"fold-{k}"
-        if not folder.exists():
+        if not in_place(folder):
             folder.parent.mkdir(exist_ok=True)
             say(f"Fold {k + 1} of {settings.folds}: a reward model on {int((fold != k).sum())} pairs.")
             made_by = settings.model_dump(mode="json", exclude={"format"})

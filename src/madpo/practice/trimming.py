@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from madpo.config import Frozen
+from madpo.config import Frozen, added
 from madpo.corpus import IMDB
 from madpo.errors import ConfigError, MadpoError
 from madpo.memory import is_shortage
@@ -80,7 +80,10 @@ def trim_vocab(
         "eval_data": None if eval_data is None else digest(eval_data) or str(eval_data),
         "settings": settings.model_dump(mode="json"),
     }
-    with building(Path(output_dir), state, overwrite=overwrite, memory="give a smaller --batch_size") as out:
+    files = [("corpus", data) for data in names if data != IMDB]
+    inputs = [("model", model), *files, ("eval_data", eval_data)]
+    remedy = "give a smaller --batch_size"
+    with building(Path(output_dir), state, overwrite=overwrite, inputs=inputs, memory=remedy) as out:
         whole = _Whole.load(base, str(model))
         counted = read_corpus(names, whole.tokenizer, settings, eval_data)
         named = sorted(named_ids(whole.settings, whole.rows))
@@ -119,12 +122,15 @@ class TrimStage(Frozen):
     model: str
     size: int = Field(ge=1)
     """Entries to keep at most."""
+    eval_texts: int = added(128, ge=1)
+    """Held-out texts to measure on at most."""
 
 
 def trim_base(config: TrimStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Write ``out/model``; the metrics say what the smaller vocabulary costs on reviews that did not choose it."""
     # A step that was stopped after its last file and before its record leaves a whole model.
-    report = trim_vocab(config.model, [IMDB], out / "model", TrimSettings(size=config.size), overwrite=True)
+    settings = TrimSettings(size=config.size, eval_texts=config.eval_texts)
+    report = trim_vocab(config.model, [IMDB], out / "model", settings, overwrite=True)
     return {
         "entries": report.entries,
         "entries_before": report.entries_before,

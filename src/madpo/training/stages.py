@@ -212,6 +212,7 @@ def train_reward_model(config: RewardModelStage, inputs: Mapping[str, Path], out
     reported = heldout.iloc[len(stopping) :] if len(stopping) < len(heldout) else heldout
     table = margin_table(RewardModel.load(out), reported)
     table.to_parquet(out / MARGINS, index=False)
+    forget_checkpoints(out)
     return {"steps": steps, **margin_metrics(table["reward_margin"].to_numpy())}
 
 
@@ -232,6 +233,7 @@ def fit_reward_model(
     """Train on ``train`` until the loss on ``stopping`` no longer falls; the best weights are kept.
 
     Writes ``adapter`` (with the head), ``reward_model.json`` and ``log.jsonl``, which :meth:`RewardModel.load` reads.
+    The checkpoints stay until :func:`forget_checkpoints`.
 
     Args:
         config: the base model and how it is trained; ``stopping_share`` has been applied by the caller.
@@ -279,7 +281,6 @@ def fit_reward_model(
     if config.pooling != "last":  # what a sequence classifier does unless it says otherwise
         told["pooling"] = config.pooling
     (out / "reward_model.json").write_text(json.dumps(told), encoding="utf-8")
-    forget_checkpoints(out)
     return best.step
 
 

@@ -16,6 +16,7 @@ from madpo.errors import ConfigError, DivergedError, MadpoError
 from madpo.memory import memory_errors
 from madpo.practice.claims import claim
 from madpo.practice.folders import digest
+from madpo.practice.overwriting import discard
 from madpo.practice.policy import MEMORY_REMEDY, resolved
 from madpo.practice.reward_model import plain
 from madpo.progress import say
@@ -135,15 +136,17 @@ def tune(data: str | Path, output_dir: str | Path, settings: TuneSettings, *, ov
     output_dir = Path(output_dir)
     data_digest = digest(data)
     state = {"data": str(data), "data_digest": data_digest, **settings.model_dump(mode="json", exclude={"trials"})}
+    rewards = settings.reward.reward_model if settings.reward else None
+    inputs = [("data", data), ("model", settings.model), ("reward model", rewards)]
     with storage_errors(output_dir), memory_errors(MEMORY_REMEDY), locked(output_dir):
-        claim(output_dir, state, overwrite=overwrite)
+        claim(output_dir, state, overwrite=overwrite, inputs=inputs)
         known = {entry.name for entry in output_dir.iterdir()} - {LOCK}
         write_atomically(output_dir / "settings.json", json.dumps(state, indent=1) + "\n")
         try:
             prepared = prepare(data, settings, output_dir)
         except MadpoError:
             if not known:  # nothing that a second run could continue from
-                shutil.rmtree(output_dir)
+                discard(output_dir)
             raise
         report = _search(data_digest, output_dir, settings, prepared)
         write_atomically(
