@@ -102,9 +102,15 @@ def test_an_earlier_export_is_replaced_as_a_whole_and_nothing_else_is(tmp_path: 
     study.write("one")
     target = tmp_path / "out"
     assert main(["report", str(study.root), "--export", str(target)]) == 0
-    (target / "left.txt").write_text("over")
+    for left in (target / "tables" / "left.csv", tmp_path / ".out.tmp" / "killed", tmp_path / ".out.old" / "killed"):
+        left.parent.mkdir(exist_ok=True)
+        left.write_text("over")
     assert main(["report", str(study.root), "--export", str(target)]) == 0
-    assert not (target / "left.txt").exists()
+    assert not (target / "tables" / "left.csv").exists()
+    (target / "notes.md").write_text("mine")
+    with pytest.raises(StorageError, match=r"out holds notes.md beside an earlier export.*move it away"):
+        export_report(study.root, target)
+    assert (target / "notes.md").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
     other = tmp_path / "mine"
     other.mkdir()

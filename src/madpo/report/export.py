@@ -31,6 +31,11 @@ TEXTS = 12  # prompts whose samples keep their texts
 LIMIT = 16_000_000  # bytes of the folder
 FILE_LIMIT = 4_000_000  # bytes of one file in it
 FIGURES = (".png", ".svg")
+OWN = (
+    *("run.json", "README.md", "report.html", "results.json", "results.csv", "results.md", "selection.json"),
+    *("tables", "figures"),
+)
+"""What an export holds beside the folders of its steps."""
 LOGGED = ("step", "loss", "eval_loss", "rewards/margins")  # what training curves are drawn from
 
 
@@ -71,18 +76,26 @@ def _refuse(root: Path, target: Path) -> None:
         raise StorageError(f"{target} is a file, not a folder; choose another folder")
     if target.is_dir() and any(target.iterdir()):
         try:
-            exported = json.loads((target / "run.json").read_bytes())["about"][EXPORTED]
-        except (OSError, ValueError, KeyError, TypeError):
+            earlier = json.loads((target / "run.json").read_bytes())
+            exported, folders = earlier["about"][EXPORTED], [step["folder"] for step in earlier["steps"].values()]
+            known = {*OWN, *(Path(folder).parts[0] for folder in folders)}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
             exported = None
         if exported is None:
             raise StorageError(f"{target} is not empty and holds no earlier export; choose another folder")
+        if others := sorted(entry.name for entry in target.iterdir() if entry.name not in known):
+            raise StorageError(
+                f"{target} holds {others[0]} beside an earlier export, which is replaced as a whole; move it away, or "
+                "choose another folder"
+            )
 
 
 @contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
     """A new folder beside ``target``, which takes its place if all goes well."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    place, old = (target.with_name(f".{target.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
+    # The same names each time: what a killed export left is removed by the next.
+    place, old = (target.with_name(f".{target.name}.{kind}") for kind in ("tmp", "old"))
     for path in (place, old):
         shutil.rmtree(path, ignore_errors=True)
     place.mkdir()
