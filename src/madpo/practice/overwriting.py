@@ -22,13 +22,15 @@ Inputs = Sequence[tuple[str, str | Path | None]]
 STATE = ".state.json"
 FINISHED = ".finished.json"
 CONFIG_HEADING = "# madpo train "
+TRACKED = "runs"
+"""Where transformers lets TensorBoard write, seen from the folder of the checkpoints."""
 MARKERS = ("reward_model.json", "settings.json", "config.toml", "evaluation.json", "vocabulary.json")
 
 _HIDDEN = (LOCK, STATE, FINISHED, f".{CHECKPOINTS}.old", ".rehearsal.tmp", ".*.[0-9]*.tmp")
 WRITTEN = (
     *_HIDDEN,
     *("README.md", "report.json", "log.jsonl", "dropped.jsonl", "check.json", CHECKPOINTS),
-    *("config.toml", "adapter", "model", "merged"),
+    *("config.toml", "adapter", "model", "merged", TRACKED),
     *("reward_model.json", "report.html"),
     *("evaluation.json", "samples.jsonl", "samples.html"),
     *("settings.json", "scored.jsonl", "scored.parquet", "parts", "folds"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from madpo.practice.arguments import written_arguments
 from madpo.practice.card import model_card
 from madpo.practice.claims import read_own
 from madpo.practice.folders import building, digest, toml, training_state
-from madpo.practice.overwriting import CONFIG_HEADING
+from madpo.practice.overwriting import CONFIG_HEADING, TRACKED
 from madpo.practice.pairs import Row, adapted, load_training, loading
 from madpo.practice.train_settings import TrainSettings
 from madpo.recipe import CHECKPOINTS
@@ -95,9 +96,10 @@ def train(
     """Train a policy on preference pairs with the loss of ``settings``.
 
     Writes ``adapter`` (or ``model`` in full training; with ``merge`` also ``merged``), ``README.md``, ``report.json``,
-    ``log.jsonl``, ``config.toml`` and, where pairs were too long, ``dropped.jsonl``. The folder
-    appears when all is done. An interrupted training is continued by the same call, from the newest checkpoint
-    (``args.save_steps`` says how often there is one); checkpoints are no part of the result.
+    ``log.jsonl``, ``config.toml`` and, where pairs were too long, ``dropped.jsonl``; TensorBoard's files, where it is
+    asked for, are in ``runs``. The folder appears when all is done. An interrupted training is continued by the same
+    call, from the newest checkpoint (``args.save_steps`` says how often there is one); checkpoints are no part of the
+    result.
 
     Args:
         data: as in :func:`madpo.data.load_preferences`, with the columns that the loss reads.
@@ -147,6 +149,8 @@ def train(
         _save(trainer, settings, tokenizer, out)
         if not processes.leads():
             return report
+        if (tracked := out / CHECKPOINTS / TRACKED).is_dir():  # checkpoints are no part of the result, and these are
+            shutil.copytree(tracked, out / TRACKED, dirs_exist_ok=True)
         if too_long.dropped:
             write_atomically(out / "dropped.jsonl", too_long.lines())
         card = model_card(data=str(data), eval_data=eval_data, settings=settings, report=report)
