@@ -348,10 +348,18 @@ def test_what_is_left_out_is_what_the_collator_leaves_without_a_token(llama, mod
     expected = [row for row, keep in zip(rows, (chosen > 0) & (rejected > 0), strict=True) if keep]
     arguments = PreferenceConfig(output_dir="unused", max_length=limit, truncation_mode=mode, report_to="none")
     if not expected:
-        with pytest.raises(DataError, match="no pair keeps a token"):
+        with pytest.raises(DataError, match=f"no pair keeps a token of both completions within max_length {limit}"):
             drop_unscored(Dataset.from_list(rows), arguments, "train")
     else:
         assert drop_unscored(Dataset.from_list(rows), arguments, "train").to_list() == expected
+
+
+@pytest.mark.parametrize("limit", [None, 4])
+def test_a_first_token_has_nothing_that_predicts_it_whatever_the_length(limit):
+    rows = [{"prompt_ids": [], "chosen_ids": [8], "rejected_ids": [9, 9]}]
+    arguments = PreferenceConfig(output_dir="unused", max_length=limit, report_to="none")
+    with pytest.raises(DataError, match="no pair can be scored, since a first token has nothing before it"):
+        drop_unscored(Dataset.from_list(rows), arguments, "train")
 
 
 # ---- The commands and the study ----

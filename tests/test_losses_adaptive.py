@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from losses_cases import EVERY_LOSS, batch, f64, with_columns
-from madpo.errors import DataError
+from madpo.errors import DivergedError
 from madpo.losses import AlphaDPO, BetaDPO, LossConfig, LossInputs, LossState, SimPO
 from madpo.losses.adaptive import gumbel_top_k
 
@@ -343,7 +343,7 @@ def test_a_diverged_policy_is_refused_before_it_enters_the_averages(name: str) -
     loss = STATEFUL[name]
     logps = f64(-1, math.nan, -1)
     reference = f64(-1, -1, -1)
-    with pytest.raises(DataError, match=r"row 1 of the batch is nan: the training has diverged"):
+    with pytest.raises(DivergedError, match=r"row 1 of the batch is nan: the training has diverged"):
         loss(with_columns(logps, reference, reference, reference))
 
 

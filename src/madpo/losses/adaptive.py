@@ -18,7 +18,7 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from madpo.errors import ConfigError, DataError
+from madpo.errors import ConfigError, DivergedError
 from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState
 from madpo.seeding import derived_seed, rng
 
@@ -266,7 +266,7 @@ def batch_values(statistic: Tensor) -> Float[Tensor, " batch"]:
     bad = (~torch.isfinite(values)).nonzero()
     if len(bad):
         row = int(bad[0])
-        raise DataError(
+        raise DivergedError(
             f"the policy's margin in row {row} of the batch is {float(values[row])}: the training has diverged, or a "
             "reference log-prob is not a number; check the reference columns or lower the learning rate"
         )

@@ -199,18 +199,24 @@ def drop_unscored(dataset: Any, args: Any, name: str) -> Any:
     if not isinstance(dataset, Dataset) or not len(dataset):
         return dataset
     keep = np.ones(len(dataset), dtype=bool)
-    start = 0
+    start, longest = 0, 0
     for table in dataset.select_columns(["prompt_ids", *_SIDES]).with_format("arrow").iter(batch_size=1000):
         prompt, *sides = (np.asarray(pc.list_value_length(table[c].combine_chunks())) for c in ("prompt_ids", *_SIDES))
         stop = start + len(prompt)
         keep[start:stop] = np.minimum(*(_scored_tokens(prompt, side, args) for side in sides)) > 0
+        longest = max(longest, int((prompt + np.maximum(*sides)).max()))
         start = stop
     if keep.all():
         return dataset
     limit = "" if args.max_length is None else f" within max_length {args.max_length}"
     if not keep.any():
+        if args.max_length is not None and longest > args.max_length:
+            raise DataError(
+                f"{name}: no pair keeps a token of both completions{limit}; raise max_length or shorten prompts"
+            )
         raise DataError(
-            f"{name}: no pair keeps a token of both completions{limit}; raise max_length or shorten prompts"
+            f"{name}: no pair can be scored, since a first token has nothing before it to be predicted from; give "
+            "prompts, longer completions, or a tokenizer with a beginning token"
         )
     if args.process_index == 0:
         say(
