@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from madpo import cli
 from madpo.cli import main
 from madpo.errors import ConfigError, DataError, StorageError
 from madpo.records import Estimate
@@ -95,6 +96,27 @@ def test_a_smaller_vocabulary_is_said(tmp_path: Path) -> None:
         "from 0.816 to 0.861 nats per byte",
     ):
         assert part in said
+
+
+def test_the_command_prints_what_the_report_says_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = make_study(tmp_path / "run", tiers=("low",), seeds=1)
+    study.write("one")
+    assert main(["report", str(study.root)]) == 0
+    *said, last = capsys.readouterr().out.splitlines()
+    summary = json.loads((study.root / "results.json").read_text(encoding="utf-8"))["summary"]
+    assert len(summary) > 1
+    assert said == ["".join(c if c.isprintable() else repr(c)[1:-1] for c in text) for text in summary]
+    assert last == f"Report: {(study.root / 'report.html').as_uri()}"
+
+
+def test_a_name_moves_no_cursor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = make_study(tmp_path / "run", tiers=("low",), seeds=1)
+    page = rebuild_report(study.write("one"), figures=False)
+    results = study.root / "results.json"
+    told = json.loads(results.read_text(encoding="utf-8")) | {"summary": ["a\x1b[2Jb\u202ec\nd"]}
+    results.write_text(json.dumps(told), encoding="utf-8")
+    cli._tell_results(page)
+    assert capsys.readouterr().out.splitlines()[0] == r"a\x1b[2Jb\u202ec\nd"
 
 
 def test_an_earlier_export_is_replaced_as_a_whole_and_nothing_else_is(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ arguments, and one line in ``COMMANDS``. Exit status: 0 done, 1 something failed
 """
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -192,10 +193,17 @@ def _tell(result: "RunResult") -> int:
         )
     page = result.root / "report.html"
     if page.exists():
-        print(f"Report: {page.resolve().as_uri()}")
+        _tell_results(page)
     else:
         print(f"Results: {result.root.resolve()}")
     return 1 if result.failed or result.not_uploaded else 0
+
+
+def _tell_results(page: Path) -> None:
+    """What the report says first, and where it is."""
+    for sentences in json.loads((page.parent / "results.json").read_bytes())["summary"]:
+        print("".join(c if c.isprintable() else repr(c)[1:-1] for c in sentences))  # names are the user's
+    print(f"Report: {page.resolve().as_uri()}")
 
 
 # status and report
@@ -260,7 +268,7 @@ def _report(arguments: argparse.Namespace) -> int:
     from madpo.report import export_report, rebuild_report
 
     page = export_report(arguments.folder, arguments.export) if arguments.export else rebuild_report(arguments.folder)
-    print(f"Report: {page.resolve().as_uri()}")
+    _tell_results(page)
     return 0
 
 

@@ -487,6 +487,8 @@ def counts(found: Sequence[Claim]) -> str:
     """How the paper's claims fared, in one sentence."""
     own = [claim for claim in found if claim.section != BEYOND]
     n = {verdict: sum(claim.verdict == verdict for claim in own) for verdict in (HELD, BROKEN, OPEN, NOT_RUN)}
+    if n[NOT_RUN] == len(own):
+        return f"None of the {len(own)} claims of the paper's Section 5 was put to the test by this run."
     return (
         f"Of {len(own)} claims of the paper's Section 5, {n[HELD]} held, {n[BROKEN]} did not hold, {n[OPEN]} were not "
         f"separated by this run, and {n[NOT_RUN]} were not run."
