@@ -37,6 +37,12 @@ class GatedRepoError(OSError):
             StorageError,
             "/cache/blob: the disk is full",
         ),
+        (
+            raised_from(PermissionError(errno.EACCES, "Permission denied", "/models/m/config.json")),
+            ConfigError,
+            "cannot be loaded: make /models/m/config.json readable for you",
+        ),
+        (raised_from(PermissionError(errno.EPERM, "not permitted")), ConfigError, "no model of that name could be had"),
         (OSError("nothing of that name"), ConfigError, "there is no folder 'a/b', and no model of that name"),
     ],
 )

@@ -43,7 +43,7 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 def test_a_users_file_in_a_result_is_refused_before_anything_is_removed(tmp_path: Path) -> None:
     out = ours(tmp_path / "P", report_json="{}", notes_txt="weeks", zzz="")
     before = tree(tmp_path)
-    says = r"P holds notes\.txt, which no command of madpo wrote and --overwrite would remove; move it away, or choose"
+    says = r"P holds notes\.txt, which is no part of such a result and which --overwrite would remove; move it away, or"
     with pytest.raises(StorageError, match=says), building(out, {}, overwrite=True):
         pass
     with pytest.raises(StorageError, match=says):
@@ -63,7 +63,7 @@ def test_score_refuses_a_users_file_among_its_own(tmp_path: Path, capsys: pytest
     (tmp_path / "S" / "corrected.jsonl").write_text("by hand")
     before = tree(tmp_path)
     assert main([*words, "--overwrite", "--format", "parquet"]) == 2
-    assert "S holds corrected.jsonl, which no command of madpo wrote" in capsys.readouterr().err
+    assert "S holds corrected.jsonl, which is no part of such a result" in capsys.readouterr().err
     assert tree(tmp_path) == before
     (tmp_path / "S" / "corrected.jsonl").unlink()
     assert main([*words, "--overwrite", "--format", "parquet"]) == 0
@@ -76,7 +76,7 @@ def test_score_refuses_a_users_file_among_its_own(tmp_path: Path, capsys: pytest
 def test_names_that_resemble_ours_are_a_users(tmp_path: Path, name: str) -> None:
     out = ours(tmp_path / "P")
     (out / name).mkdir()
-    with pytest.raises(StorageError, match="which no command of madpo wrote"):
+    with pytest.raises(StorageError, match="which is no part of such a result"):
         refuse_to_replace(out)
 
 
@@ -345,7 +345,7 @@ def test_what_came_into_the_folder_during_the_work_is_not_replaced(tmp_path: Pat
         (
             "Q",
             True,
-            r"Q holds notes\.txt, which no command of madpo wrote and --overwrite would remove; the new result",
+            r"Q holds notes\.txt, which is no part of such a result and which --overwrite would remove; the new result",
         ),
     ):
         out = tmp_path / name / name
@@ -468,3 +468,57 @@ def test_a_lock_and_a_mark_do_not_change_a_digest(tmp_path: Path) -> None:
 def test_a_rename_that_the_system_refuses_is_told(tmp_path: Path, code: int, says: str) -> None:
     with pytest.raises(StorageError, match=f"^{tmp_path / 'P'}: {says} folder$"), storage_errors(tmp_path):
         raise OSError(code, os.strerror(code), str(tmp_path / "P"))
+
+
+def test_a_result_that_cannot_be_put_in_its_place_is_told_where_it_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, renamed = ours(tmp_path / "P", report_json="old"), Path.rename
+
+    def refused(self: Path, target: Path) -> Path:
+        if self.name == ".P.partial":
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return renamed(self, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    says = (
+        r"P cannot be put in its place \(Invalid cross-device link\); the new result is finished and waits in .*\.P\."
+    )
+
+    def replaced() -> None:
+        with building(out, {}, overwrite=True) as partial:
+            (partial / "report.json").write_text("new")
+            (partial / "vocabulary.json").write_text("{}")
+
+    with pytest.raises(StorageError, match=says):
+        replaced()
+    assert (out / "report.json").read_text() == "old"
+    assert (tmp_path / ".P.partial" / "report.json").read_text() == "new"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".P.partial", "P"]
+    monkeypatch.undo()
+    with building(out, {}, overwrite=True):
+        assert (out / "report.json").read_text() == "new", "the next call puts it there first"
+
+
+def test_the_base_that_a_reward_model_alone_names_is_an_input(tmp_path: Path) -> None:
+    out = ours(tmp_path / "policy")
+    (out / "merged").mkdir()
+    reward_model = tmp_path / "rm"
+    (reward_model / "adapter").mkdir(parents=True)
+    (reward_model / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": null}')
+    (reward_model / "reward_model.json").write_text(json.dumps({"base": str(out / "merged")}))
+    with pytest.raises(StorageError, match=r"merged of the reward model .*rm lies in"):
+        refuse_to_replace(out, [("reward model", reward_model)])
+
+
+def test_a_result_may_be_made_again_from_its_own_configuration(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], own_cache: None
+) -> None:
+    data, out = write(tmp_path / "pairs.jsonl", text_pairs(8)), tmp_path / "P"
+    few = ["--loss", "dpo", "--args.max_steps", "1", "--model_name_or_path", str(llama)]
+    assert main(["train", str(data), *few, "--output_dir", str(out)]) == 0
+    weights = (out / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert (
+        main(["train", str(data), "--config", str(out / "config.toml"), "--output_dir", str(out), "--overwrite"]) == 0
+    )
+    assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == weights

@@ -162,3 +162,25 @@ def test_how_pairs_are_read_is_the_same_with_and_without_weights(rewarding, tmp_
     pairs = [Pair(0, 0, said("Q"), said("A", "assistant"), said("B", "assistant"), {})]
     assert load_pair_encoder(rewarding).ids(pairs, "x", "row") == load_scorer(rewarding).encoder.ids(pairs, "x", "row")
     assert json.loads((rewarding / "config.json").read_text())["architectures"] == ["LlamaForSequenceClassification"]
+
+
+def test_a_base_of_a_reward_model_that_is_out_of_reach_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "reward_model.json").write_text(json.dumps({"base": "nobody/none"}))
+    for opened in (load_pair_encoder, load_scorer):
+        with pytest.raises(ConfigError, match="'nobody/none'"):
+            opened(tmp_path)
+
+
+def test_a_base_that_was_moved_is_looked_for_and_named(llama, tmp_path):
+    policy = tmp_path / "policy"
+    (policy / "adapter").mkdir(parents=True)
+    (policy / "config.toml").write_text(f'# madpo train "d"\nmodel = "{tmp_path / "gone"}"\n')
+    adapter = policy / "adapter" / "adapter_config.json"
+    adapter.write_text(json.dumps({"base_model_name_or_path": str(llama)}))
+    assert measuring.find_policy(policy, None).base == str(llama)
+    adapter.write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "gone too")}))
+    with pytest.raises(ConfigError, match=r"config.toml: model is '.*gone', which is there no more; write where it is"):
+        measuring.find_policy(policy, str(llama))

@@ -1,7 +1,9 @@
 """A run as a small folder: what goes along, what stays, and that the report can be made again from it."""
 
+import io
 import json
 import re
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -117,6 +119,35 @@ def test_a_name_moves_no_cursor(tmp_path: Path, capsys: pytest.CaptureFixture[st
     results.write_text(json.dumps(told), encoding="utf-8")
     cli._tell_results(page)
     assert capsys.readouterr().out.splitlines()[0] == r"a\x1b[2Jb\u202ec\nd"
+
+
+def test_a_page_without_results_and_a_terminal_of_few_letters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli._tell_results(tmp_path / "report.html")
+    assert capsys.readouterr().out == f"Report: {(tmp_path / 'report.html').as_uri()}\n"
+    (tmp_path / "results.json").write_text(json.dumps({"summary": ["MADPO τ=7"]}), encoding="utf-8")
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", narrow)
+    cli._tell_results(tmp_path / "report.html")
+    narrow.seek(0)
+    assert narrow.read().startswith(r"MADPO \u03c4=7")
+
+
+def test_what_a_kill_between_two_renames_left_is_the_earlier_export(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "run", tiers=("low",), seeds=1)
+    study.write("one")
+    (tmp_path / ".out.old").mkdir()
+    (tmp_path / ".out.old" / "run.json").write_text("{}")
+
+    def fails() -> None:
+        with export._replacing(tmp_path / "out"):
+            raise DataError("too large")
+
+    with pytest.raises(DataError):
+        fails()
+    assert (tmp_path / "out" / "run.json").read_text() == "{}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
 
 
 def test_an_earlier_export_is_replaced_as_a_whole_and_nothing_else_is(tmp_path: Path) -> None:

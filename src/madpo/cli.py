@@ -201,8 +201,11 @@ def _tell(result: "RunResult") -> int:
 
 def _tell_results(page: Path) -> None:
     """What the report says first, and where it is."""
-    for sentences in json.loads((page.parent / "results.json").read_bytes())["summary"]:
-        print("".join(c if c.isprintable() else repr(c)[1:-1] for c in sentences))  # names are the user's
+    results = page.parent / "results.json"  # an older page may stand without it
+    for sentences in json.loads(results.read_bytes()).get("summary", ()) if results.exists() else ():
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in sentences)  # names are the user's
+        coding = sys.stdout.encoding or "utf-8"
+        print(text.encode(coding, "backslashreplace").decode(coding))
     print(f"Report: {page.resolve().as_uri()}")
 
 

@@ -36,7 +36,7 @@ _KNOWN = {
     "GemmaTokenizer": _GEMMA_TYPES,
     "GemmaTokenizerFast": _GEMMA_TYPES,
 }
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE)
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 _BPE_OPTIONS = (
     *("unk_token", "fuse_unk", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout"),
     "ignore_merges",
@@ -110,7 +110,7 @@ def no_such_model(name: str, reason: str) -> ConfigError:
 def cannot_load(name: str, error: BaseException, what: str = "model") -> MadpoError:
     """The error for a model (or tokenizer) that a library could not load, with the remedy that fits the cause.
 
-    A full disk is a StorageError, everything else a ConfigError.
+    What the disk refuses is a StorageError, everything else a ConfigError.
     """
     said = str(error)
     reason = (said.splitlines() or [type(error).__name__])[0][:200]
@@ -119,6 +119,8 @@ def cannot_load(name: str, error: BaseException, what: str = "model") -> MadpoEr
     for cause in causes:
         if isinstance(cause, OSError) and cause.errno in _DISK:
             return _of_the_disk(cause, Path(name))
+        if isinstance(cause, PermissionError) and cause.filename:
+            return ConfigError(f"the {what} {name!r} cannot be loaded: make {cause.filename} readable for you")
     if "GatedRepoError" in names or "gated repo" in said:
         return ConfigError(
             f"the {what} {name!r} is gated: ask for access on its page of the hub, log in on this machine with "

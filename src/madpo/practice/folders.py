@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -128,11 +128,15 @@ def _finish(output_dir: Path, partial: Path, *, overwrite: bool) -> None:
         try:  # hours may have passed since it was looked at
             refuse_occupied(output_dir, overwrite=overwrite)
         except StorageError as error:
-            raise StorageError(
-                f"{str(error).partition(';')[0]}; the new result is finished and waits in {partial}: move away what is "
-                "in its place, and run the same command again"
-            ) from error
+            raise _waiting(str(error).partition(";")[0], partial) from error
         _put_in_place(output_dir, partial)
+
+
+def _waiting(why: str, partial: Path) -> StorageError:
+    return StorageError(
+        f"{why}; the new result is finished and waits in {partial}: move away what is in its place, and run the same "
+        "command again, or move it yourself"
+    )
 
 
 def _deliver(output_dir: Path, partial: Path, *, overwrite: bool) -> None:
@@ -144,23 +148,35 @@ def _deliver(output_dir: Path, partial: Path, *, overwrite: bool) -> None:
     kept = _checkpoints(partial)
     _put_in_place(output_dir, partial)
     if kept or not overwrite:
+        anew = "run the same command again" if overwrite else "add --overwrite"
         raise StorageError(
             f"{output_dir} is complete: an earlier run had finished it and was stopped before it was in its place, "
-            "which it is now; choose another output_dir, or add --overwrite to begin anew"
+            f"which it is now; choose another output_dir, or {anew} to begin anew"
         )
 
 
 def _put_in_place(output_dir: Path, partial: Path) -> None:
-    """Take the mark off last: killed before, the next call begins this again."""
+    """Take the mark off last: killed before, the next call begins this again.
+
+    Raises:
+        StorageError: the system does not let it be moved; the sentence says where it waits.
+    """
     old = output_dir.with_name(f".{output_dir.name}.old")
     shutil.rmtree(old, ignore_errors=True)
-    old.mkdir()
-    if output_dir.exists():
-        output_dir.rename(old / "result")
-    # Renamed, since removing gigabytes takes its time, and no result should be missing for so long.
-    if (partial / CHECKPOINTS).exists():
-        (partial / CHECKPOINTS).rename(old / CHECKPOINTS)
-    partial.rename(output_dir)
+    try:
+        old.mkdir()
+        if output_dir.exists():
+            output_dir.rename(old / "result")
+        # Renamed, since removing gigabytes takes its time, and no result should be missing for so long.
+        if (partial / CHECKPOINTS).exists():
+            (partial / CHECKPOINTS).rename(old / CHECKPOINTS)
+        partial.rename(output_dir)
+    except OSError as error:
+        if (old / "result").exists() and not output_dir.exists():
+            (old / "result").rename(output_dir)
+        with suppress(OSError):
+            old.rmdir()  # where nothing is in it
+        raise _waiting(f"{output_dir} cannot be put in its place ({error.strerror or error})", partial) from error
     for name in (FINISHED, LOCK):
         (output_dir / name).unlink(missing_ok=True)
     shutil.rmtree(old, ignore_errors=True)

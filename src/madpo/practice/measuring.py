@@ -151,6 +151,10 @@ def find_policy(policy: str | Path, reference: str | None) -> Place:
     started = _started_from(made) if made.is_file() else None
     adapter = next((f for f in (folder / "adapter", folder) if (f / "adapter_config.json").is_file()), None)
     if adapter is not None:
+        if started is not None and _moved(started):
+            said, started = started, adapter_base(adapter)
+            if _moved(started):
+                raise ConfigError(f"{made}: model is {said!r}, which is there no more; write where it is now")
         started = started or adapter_base(adapter)
         base = started
     else:
@@ -162,6 +166,12 @@ def find_policy(policy: str | Path, reference: str | None) -> Place:
             )
         raise ConfigError(f"{policy} does not say which model it started from; give it with --reference")
     return Place(str(policy), str(base), adapter, str(reference))
+
+
+def _moved(model: str) -> bool:
+    """Whether a model was a folder and is there no more."""
+    path = Path(model).expanduser()
+    return path.is_absolute() and not path.exists()
 
 
 def _started_from(made: Path) -> str | None:

@@ -1,11 +1,14 @@
-"""What ``--overwrite`` may remove: results of our commands, never a user's own files nor what the command reads."""
+"""What ``--overwrite`` may remove: results of our commands, never what a user laid beside them nor what it reads.
+
+Names are looked at directly in a folder; inside ``adapter``, ``model`` and the like everything goes with the result.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -26,7 +29,10 @@ TRACKED = "runs"
 """Where transformers lets TensorBoard write, seen from the folder of the checkpoints."""
 MARKERS = ("reward_model.json", "settings.json", "config.toml", "evaluation.json", "vocabulary.json")
 
-_HIDDEN = (LOCK, STATE, FINISHED, f".{CHECKPOINTS}.old", ".rehearsal.tmp", ".*.[0-9]*.tmp")
+_HIDDEN = (
+    *(LOCK, STATE, FINISHED, f".{CHECKPOINTS}.old", ".rehearsal.tmp", ".*.[0-9]*.tmp"),
+    *(".DS_Store", ".ipynb_checkpoints"),  # what file managers and notebooks leave in every folder
+)
 WRITTEN = (
     *_HIDDEN,
     *("README.md", "report.json", "log.jsonl", "dropped.jsonl", "check.json", CHECKPOINTS),
@@ -75,8 +81,8 @@ def refuse_to_replace(output_dir: Path, inputs: Inputs = ()) -> None:
     refuse_inputs_inside(output_dir, inputs)
     if others := strangers(output_dir):
         raise StorageError(
-            f"{output_dir} holds {others[0]}, which no command of madpo wrote and --overwrite would remove; move it "
-            "away, or choose another output_dir"
+            f"{output_dir} holds {others[0]}, which is no part of such a result and which --overwrite would "
+            "remove; move it away, or choose another output_dir"
         )
 
 
@@ -106,9 +112,13 @@ def _read_from(name: str, given: str | Path | None) -> Iterator[tuple[str, Path]
     if given is None or not (place := _place(given)):
         return
     yield f"the {name} {given}", place
-    for folder in (place, place / "adapter"):
+    for file, key in (
+        ("adapter_config.json", "base_model_name_or_path"),
+        ("adapter/adapter_config.json", "base_model_name_or_path"),
+        ("reward_model.json", "base"),
+    ):
         with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # whoever loads it tells that better
-            base = json.loads((folder / "adapter_config.json").read_bytes())["base_model_name_or_path"]
+            base = json.loads((place / file).read_bytes())[key]
             if found := _place(base):
                 yield f"the base model {base} of the {name} {given}", found
 
@@ -147,23 +157,20 @@ def _is_json(content: bytes) -> bool:
 
 def empty(folder: Path) -> None:
     """Remove everything in a folder that this process holds, but for the lock."""
-    # Killed in between, what is left is still known as a result of ours.
-    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name in MARKERS):
-        if entry.name != LOCK:
-            _remove(entry)
+    _remove_all(entry for entry in folder.iterdir() if entry.name != LOCK)
 
 
 def discard(folder: Path) -> None:
     """Remove what the commands wrote into a folder, and the folder itself if nothing else is in it."""
-    for entry in folder.iterdir():
-        if _matches(entry.name, WRITTEN):
-            _remove(entry)
+    _remove_all(entry for entry in folder.iterdir() if _matches(entry.name, WRITTEN))
     with suppress(OSError):
         folder.rmdir()
 
 
-def _remove(entry: Path) -> None:
-    if entry.is_dir() and not entry.is_symlink():
-        shutil.rmtree(entry)
-    else:
-        entry.unlink()
+def _remove_all(entries: Iterable[Path]) -> None:
+    # Killed in between, what is left is still known as a result of ours; nobody else takes it before the lock is gone.
+    for entry in sorted(entries, key=lambda entry: (entry.name == LOCK, entry.name in MARKERS)):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()

@@ -296,7 +296,8 @@ def load_scorer(place: str | Path, *, batch_size: int = 16) -> PairScorer:
         ConfigError: it is no reward model, or cannot be loaded.
     """
     if (folder := _own_folder(place)) is not None:
-        return PairScorer(RewardModel.load(folder), own=True, batch_size=batch_size)
+        with loading(reward_base(folder)[0]):
+            return PairScorer(RewardModel.load(folder), own=True, batch_size=batch_size)
     with loading(place):
         base = _classifier(place)
         model, tokenizer = load_classifier(base), load_tokenizer(base)
@@ -313,7 +314,9 @@ def load_pair_encoder(place: str | Path) -> PairEncoder:
         ConfigError, DataError: as :func:`load_scorer`.
     """
     if (folder := _own_folder(place)) is not None:
-        return PairEncoder(load_tokenizer(reward_base(folder)[0]), own=True)
+        base, _ = reward_base(folder)
+        with loading(base):
+            return PairEncoder(load_tokenizer(base), own=True)
     with loading(place):
         return PairEncoder(load_tokenizer(_classifier(place)), own=False)
 

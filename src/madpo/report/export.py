@@ -96,6 +96,8 @@ def _replacing(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     # The same names each time: what a killed export left is removed by the next.
     place, old = (target.with_name(f".{target.name}.{kind}") for kind in ("tmp", "old"))
+    if old.exists() and not target.exists():  # killed between the two renames below
+        os.replace(old, target)
     for path in (place, old):
         shutil.rmtree(path, ignore_errors=True)
     place.mkdir()
@@ -105,6 +107,8 @@ def _replacing(target: Path) -> Iterator[Path]:
             os.replace(target, old)
         os.replace(place, target)
     finally:
+        if old.exists() and not target.exists():
+            os.replace(old, target)
         for path in (place, old):
             shutil.rmtree(path, ignore_errors=True)
 
