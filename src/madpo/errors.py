@@ -28,3 +28,8 @@ class StorageError(MadpoError):
 
 class MemoryShortage(MadpoError):
     """Work that needs more memory than there is; the sentence says which setting makes it smaller."""
+
+
+def first_line(error: BaseException, length: int | None = None) -> str:
+    """What an error says first, at most ``length`` characters of it; its type where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:length]

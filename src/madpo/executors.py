@@ -16,7 +16,7 @@ from multiprocessing.synchronize import Event
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
-from madpo.errors import ConfigError
+from madpo.errors import ConfigError, first_line
 
 R = TypeVar("R")
 
@@ -152,7 +152,7 @@ class Cluster:
                 **({} if self.address else own),
             )
         except (ConnectionError, ValueError, RuntimeError) as error:
-            first = (str(error).splitlines() or [type(error).__name__])[0]
+            first = first_line(error)
             raise ConfigError(f"no Ray cluster can be used at {self.address or 'this machine'} ({first})") from error
         self._ray = ray
         return self

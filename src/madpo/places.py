@@ -16,10 +16,10 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from madpo.config import did_you_mean
-from madpo.errors import ConfigError, MadpoError
+from madpo.errors import ConfigError, MadpoError, first_line
 from madpo.memory import give_back
 from madpo.packaged import PACKAGED, cache_dir, packaged, quiet_transformers
-from madpo.storage import storage_errors
+from madpo.storage import disk_error
 from madpo.untrusted import check_model, read_object
 
 if TYPE_CHECKING:
@@ -112,13 +112,12 @@ def cannot_load(name: str, error: BaseException, what: str = "model") -> MadpoEr
 
     What the disk refuses is a StorageError, everything else a ConfigError.
     """
-    said = str(error)
-    reason = (said.splitlines() or [type(error).__name__])[0][:200]
+    said, reason = str(error), first_line(error, 200)
     causes = _chain(error)
     names = {type(cause).__name__ for cause in causes}
     for cause in causes:
-        if isinstance(cause, OSError) and cause.errno in _DISK:
-            return _of_the_disk(cause, Path(name))
+        if isinstance(cause, OSError) and cause.errno in _DISK and (told := disk_error(cause, name)) is not None:
+            return told
         if isinstance(cause, PermissionError) and cause.filename:
             return ConfigError(f"the {what} {name!r} cannot be loaded: make {cause.filename} readable for you")
     if "GatedRepoError" in names or "gated repo" in said:
@@ -139,14 +138,6 @@ def cannot_load(name: str, error: BaseException, what: str = "model") -> MadpoEr
     if not Path(name).expanduser().exists():
         return no_such_model(name, reason)
     return ConfigError(f"the {what} {name!r} cannot be loaded ({reason}); give a folder with safetensors or a hub id")
-
-
-def _of_the_disk(error: OSError, place: Path) -> MadpoError:
-    try:
-        with storage_errors(place):
-            raise error
-    except MadpoError as told:
-        return told
 
 
 def _chain(error: BaseException) -> list[BaseException]:

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from madpo.config import Frozen
 from madpo.corpus import IMDB, Corpus, load_corpus, oracle_reviews
-from madpo.errors import ConfigError, DataError
+from madpo.errors import ConfigError, DataError, first_line
 from madpo.logprobs import completion_states, hidden_states
 from madpo.models import load_classifier, load_tokenizer, resolve_model
 from madpo.progress import bar, say
@@ -144,7 +144,7 @@ def load_oracle(folder: Path) -> RewardFn:
     except ConfigError:
         raise
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        reason = first_line(error, 160)
         raise DataError(f"{folder} holds no oracle that can be read ({reason}); delete it and run again") from error
     return _OracleReward(positive, config.scores)
 

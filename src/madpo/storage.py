@@ -48,9 +48,8 @@ def storage_errors(place: Path) -> Iterator[None]:
     except MadpoError:
         raise
     except OSError as error:
-        remedy = _REMEDY.get(error.errno or 0)
-        if remedy is not None:
-            raise StorageError(f"{error.filename or place}: {remedy}") from error
+        if (told := disk_error(error, place)) is not None:
+            raise told from error
         if error.errno == errno.ENOENT and _lost(place, error.filename):
             raise StorageError(f"{place}: {_VANISHED}") from error
         raise
@@ -63,6 +62,12 @@ def storage_errors(place: Path) -> Iterator[None]:
         if os.strerror(errno.ENOENT) in said and not place.exists():
             raise StorageError(f"{place}: {_VANISHED}") from error
         raise
+
+
+def disk_error(error: OSError, place: object) -> StorageError | None:
+    """The sentence with the remedy for an error of the disk, about its file or else ``place``; None for any other."""
+    remedy = _REMEDY.get(error.errno or 0)
+    return None if remedy is None else StorageError(f"{error.filename or place}: {remedy}")
 
 
 def _lost(place: Path, file: object) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from madpo.errors import ConfigError
+from madpo.errors import ConfigError, first_line
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
 _NEVER_WEIGHTS = ("training_args.bin",)
@@ -155,7 +155,7 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        reason = first_line(error, 120)
         raise ConfigError(f"{path} cannot be read ({reason}); copy the folder again") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{path} holds no JSON object; copy the folder again")

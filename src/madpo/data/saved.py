@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from madpo.errors import DataError
+from madpo.errors import DataError, first_line
 
 
 def refuse_files_outside(name: str, folder: Path) -> None:
@@ -63,7 +63,7 @@ def _object(name: str, path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        reason = first_line(error, 120)
         raise DataError(f"{name}: {path.name} cannot be read ({reason}); save the data set again") from None
     if not isinstance(found, dict):
         raise DataError(f"{name}: {path.name} holds no JSON object; save the data set again")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from madpo.data.rows import Message, Pair, Text, shared_prefix
-from madpo.errors import ConfigError, DataError, MadpoError
+from madpo.errors import ConfigError, DataError, MadpoError, first_line
 
 Truncation = Literal["drop", "cut", "refuse"]
 TRUNCATIONS: tuple[Truncation, ...] = ("drop", "cut", "refuse")
@@ -79,7 +79,7 @@ class Encoder:
         for i, pair in enumerate(pairs):
             try:
                 texts.extend(self._texts(pair))
-            except _refusals() as error:
+            except template_refusals() as error:
                 refused[i] = _refused(f"{name}, {unit} {pair.number}", error)
         conversational = bool(pairs) and isinstance(pairs[0].prompt, list)
         ids = iter(self._ids(texts, special=not conversational))
@@ -99,7 +99,7 @@ class Encoder:
             return ids[:-1] if self.closes_texts and ids[-1:] == [self.eos] else ids
         try:
             text = self._render(prompt, add_generation_prompt=True)
-        except _refusals() as error:
+        except template_refusals() as error:
             raise _refused(place, error) from None
         return self._ids([text], special=False)[0]
 
@@ -109,7 +109,7 @@ class Encoder:
             probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
             try:
                 ids = self._ids([self._render(probe)], special=False)[0]
-            except _refusals():
+            except template_refusals():
                 ids = []
             # Not all_special_ids alone, which lacks what only tokenizer.json calls special, as Gemma's <end_of_turn>.
             added = self.tokenizer.added_tokens_decoder
@@ -220,13 +220,14 @@ def _of(tokenizer: Any) -> str:
 
 
 def _refused(place: str, error: Exception) -> DataError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+    reason = first_line(error, 160)
     return DataError(
         f"{place}: the chat template refuses the conversation ({reason}); correct the roles or use another template"
     )
 
 
-def _refusals() -> tuple[type[Exception], ...]:
+def template_refusals() -> tuple[type[Exception], ...]:
+    """What a chat template raises for a conversation that it does not take."""
     from jinja2 import TemplateError
 
     return (TemplateError, TypeError, KeyError)

@@ -12,7 +12,8 @@ import numpy as np
 from madpo.corpus import IMDB, PackagedIMDB, load_corpus
 from madpo.data.rows import contents
 from madpo.data.texts import read_texts
-from madpo.errors import DataError
+from madpo.data.tokens import template_refusals
+from madpo.errors import DataError, first_line
 from madpo.progress import bar
 
 _TOGETHER = 256
@@ -115,8 +116,6 @@ def encoded(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 
 def _rendered(data: str, tokenizer: Any) -> Iterator[str]:
-    from jinja2 import TemplateError
-
     if data == "imdb" and not Path(data).exists():
         reviews = load_corpus(PackagedIMDB())
         yield from reviews.loc[reviews["source"] == IMDB, "text"]
@@ -129,8 +128,8 @@ def _rendered(data: str, tokenizer: Any) -> Iterator[str]:
         else:
             try:
                 yield tokenizer.apply_chat_template(text, tokenize=False)
-            except (TemplateError, TypeError, KeyError) as error:
-                reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+            except template_refusals() as error:
+                reason = first_line(error, 160)
                 raise DataError(
                     f"{place}: the chat template refuses the conversation ({reason}); correct it"
                 ) from error

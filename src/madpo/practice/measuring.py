@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from madpo.config import Frozen
 from madpo.data.rows import Pair, Text
 from madpo.data.tokens import Encoder
-from madpo.errors import ConfigError
+from madpo.errors import ConfigError, first_line
 from madpo.evaluation import distinct
 from madpo.models import load_model, load_tokenizer, resolve_model
 from madpo.packaged import PACKAGED
@@ -178,7 +178,7 @@ def _started_from(made: Path) -> str | None:
     try:
         model = tomllib.loads(made.read_text(encoding="utf-8")).get("model")
     except (OSError, ValueError, RecursionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        reason = first_line(error, 120)
         raise ConfigError(f"{made} cannot be read ({reason}); copy the folder again, or delete the file") from error
     if model is not None and not isinstance(model, str):
         raise ConfigError(f"{made}: model is {model!r}, not text; copy the folder again, or delete the file")

@@ -30,7 +30,7 @@ from madpo.data.numbers import as_number
 from madpo.data.rows import Pair
 from madpo.data.sources import open_source
 from madpo.diagnostics import inspect
-from madpo.errors import ConfigError, DataError, MadpoError, StorageError
+from madpo.errors import ConfigError, DataError, MadpoError, StorageError, first_line
 from madpo.memory import memory_errors
 from madpo.models import load_tokenizer, resolve_model
 from madpo.practice.claims import claim, read_own
@@ -166,7 +166,7 @@ def _again(report: Raw, output_dir: Path) -> ScoreReport:
     try:
         return ScoreReport.model_validate(_unnamed(report))
     except (ValueError, TypeError, KeyError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        reason = first_line(error, 160)
         place = output_dir / "report.json"
         raise StorageError(f"{place} is damaged ({reason}); add --overwrite to begin anew") from error
 
@@ -390,7 +390,9 @@ def _write_parquet(path: Path, rows: Iterator[Placed]) -> None:
                 table = pa.table(columns, schema=writer.schema)
             writer.write_table(table)
     except (pa.ArrowException, UnicodeEncodeError) as error:
-        raise DataError(f"a column cannot be written as Parquet ({_reason(error)}); use --format jsonl") from None
+        raise DataError(
+            f"a column cannot be written as Parquet ({first_line(error, 120)}); use --format jsonl"
+        ) from None
     finally:
         if writer is not None:
             writer.close()
@@ -404,8 +406,8 @@ def _column(group: Sequence[Placed], name: str, kind: Any = None) -> Any:
         return pa.array([row.get(name) for _, row in group], type=kind)
     except (pa.ArrowException, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise DataError(
-            f"{group[0][0]}, or after it: the column {name!r} cannot be written as Parquet ({_reason(error)}); use "
-            "--format jsonl, or drop the column"
+            f"{group[0][0]}, or after it: the column {name!r} cannot be written as Parquet "
+            f"({first_line(error, 120)}); use --format jsonl, or drop the column"
         ) from None
 
 
@@ -442,8 +444,8 @@ def _refuse_unwritten(place: str, name: str, value: Any) -> None:
         _dumped(_finite(value))
     except (TypeError, ValueError, RecursionError) as error:
         raise DataError(
-            f"{place}: the column {name!r} cannot be written as JSON ({_reason(error)}); use --format parquet, or drop "
-            "the column"
+            f"{place}: the column {name!r} cannot be written as JSON ({first_line(error, 120)}); use --format "
+            "parquet, or drop the column"
         ) from None
 
 
@@ -465,7 +467,3 @@ def _json(value: object) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     raise TypeError(f"it holds a value of type {type(value).__name__}")
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]

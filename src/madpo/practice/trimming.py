@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from madpo.config import Frozen, added
 from madpo.corpus import IMDB
-from madpo.errors import ConfigError, MadpoError
+from madpo.errors import ConfigError, MadpoError, first_line
 from madpo.memory import is_shortage
 from madpo.models import load_model, resolve_model
 from madpo.packaged import quiet_transformers
@@ -153,7 +153,7 @@ def _reading(name: str) -> Iterator[None]:
     except Exception as error:
         if is_shortage(error):
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error, 200)
         raise ConfigError(f"the model {name!r} cannot be loaded ({reason}); copy the folder again") from error
 
 
