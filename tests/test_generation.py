@@ -7,7 +7,8 @@ from scipy import stats
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from madpo.errors import ConfigError, DataError
-from madpo.generation import Sampling, generate, sample, uniforms
+from madpo.generation import Sampling, generate, sample, sample_by_tiles, uniforms
+from madpo.head import Head
 from madpo.models import build_tiny
 
 
@@ -96,10 +97,62 @@ def test_half_precision_logits_of_a_large_vocabulary_are_drawn_as_wide_ones():
     assert sample(logits, uniform).equal(sample(logits.double(), uniform))
 
 
+def head_of(vocabulary, hidden, *, bias=False, softcap=None, scale=1.0, dtype=torch.float64):
+    draw = torch.Generator().manual_seed(vocabulary)
+    weight = torch.randn(vocabulary, hidden, generator=draw, dtype=torch.float64) * 0.7
+    offset = torch.randn(vocabulary, generator=draw, dtype=torch.float64) if bias else None
+    return Head(weight.to(dtype), offset if offset is None else offset.to(dtype), softcap, scale)
+
+
+@pytest.mark.parametrize("vocabulary", [5, 512, 513, 4096, 4097, 9000])
+@pytest.mark.parametrize("form", [{}, {"bias": True, "scale": 0.3}, {"softcap": 4.0}])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_a_walk_over_tiles_draws_the_tokens_of_whole_logits(vocabulary, form, temperature):
+    head = head_of(vocabulary, 16, **form)
+    draw = torch.Generator().manual_seed(1)
+    states = torch.randn(60, 16, generator=draw, dtype=torch.float64) * torch.linspace(0.1, 4, 60)[:, None]
+    uniform = torch.rand(60, generator=draw, dtype=torch.float64)
+    whole = sample(head.logits(states)[0] / temperature, uniform)
+    assert sample_by_tiles(head, states, uniform, temperature).equal(whole)
+    assert Sampling(temperature).draw_from(head, states, uniform).equal(whole)
+    alone = [sample_by_tiles(head, states[i : i + 1], uniform[i : i + 1], temperature) for i in range(60)]
+    assert torch.cat(alone).equal(whole)
+
+
+def test_a_walk_over_tiles_reaches_both_ends_and_skips_entries_without_probability():
+    head = head_of(9000, 4, bias=True)
+    head.bias[:4200] = head.bias[8000:] = -torch.inf  # whole tiles and parts of some
+    uniform = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
+    states = torch.zeros(3, 4, dtype=torch.float64)
+    found = sample_by_tiles(head, states, uniform)
+    assert found.tolist() == sample(head.bias.expand(3, -1), uniform).tolist()
+    assert found[[0, -1]].tolist() == [4200, 7999]
+
+
+def test_half_precision_states_are_drawn_with_exact_probabilities_inside_a_block():
+    head = head_of(1500, 64, dtype=torch.bfloat16)
+    state = torch.randn(1, 64, generator=torch.Generator().manual_seed(4)).mul(1.5).bfloat16()
+    count = 6000
+    uniform = (torch.arange(count, dtype=torch.float64) + 0.5) / count  # even: shares are the law, without noise
+    tokens = torch.cat([sample_by_tiles(head, state.expand(len(part), -1), part) for part in uniform.split(1000)])
+    shares = torch.bincount(tokens, minlength=1500).double() / count
+    rounded = head.logits(state)[0][0].double().softmax(-1)
+    exact = (state.double() @ head.weight.double().T)[0].softmax(-1)
+    for drawn, known, law in zip(shares.split(512), rounded.split(512), exact.split(512), strict=True):
+        assert float(drawn.sum()) == pytest.approx(float(known.sum()), abs=2e-3)
+        wanted = drawn.sum() * law / law.sum()
+        assert float((drawn - wanted).abs().max()) < 1.1 / count
+    assert float((rounded - exact).abs().max()) > 5 / count, "the two laws should be told apart"
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_diverged_model_is_an_error_not_a_token(value):
     with pytest.raises(DataError, match="diverged"):
         sample(torch.tensor([[0.0, value, 1.0]]), torch.tensor([0.5]))
+    head = head_of(700, 4, bias=True)
+    head.bias[3] = value
+    with pytest.raises(DataError, match="diverged"):
+        sample_by_tiles(head, torch.zeros(2, 4, dtype=torch.float64), torch.tensor([0.5, 0.1], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("family", ["mamba", "rwkv"])

@@ -20,10 +20,12 @@ from torch.utils.checkpoint import checkpoint
 
 from madpo.errors import ConfigError
 
-TILE = 8_192
+TILE = 4_096
 """Vocabulary entries per tile: small enough for a processor's cache at a few hundred tokens."""
-TOKENS = 512
+TOKENS = 1_024
 """Tokens per pass over the vocabulary: bounds the memory of one tile (4 Mi entries)."""
+FEW = 128
+"""Rows up to which a half-precision product is taken with the vocabulary's entries as its rows, on a processor."""
 
 
 class TokenScores(NamedTuple):
@@ -69,10 +71,13 @@ class Head:
     def logits(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor | None]:
         """Logits of a tile of the vocabulary, and d logits / d (W h + b) where that is not constant."""
         weight = self.weight[start:stop].to(hidden.dtype)
-        if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
+        half = hidden.dtype in (torch.bfloat16, torch.float16)
+        if half and hidden.is_cuda:
             raw = _WideProduct.apply(hidden, weight)  # type: ignore[no-untyped-call]
-        else:
+        elif hidden.is_cuda or (self.trains and torch.is_grad_enabled()) or (half and len(hidden) > FEW):
             raw = hidden @ weight.T
+        else:  # a processor's library lays the second factor out anew at each call: the states are the smaller one
+            raw = (weight @ hidden.T).T
         if self.bias is not None:
             raw = raw + self.bias[start:stop].to(raw.dtype)
         if self.scale != 1.0:
@@ -326,6 +331,8 @@ class _Softmax:
 
 def _row_sums(values: Tensor, wide: torch.dtype) -> Tensor:
     """Sums of rows in a wider type, some rows at a time: the copy stays in a processor's cache."""
+    if values.dtype == wide:
+        return values.sum(-1)
     size = 64 if values.device.type == "cpu" else len(values)
     return torch.cat([part.to(wide).sum(-1) for part in torch.split(values, max(size, 1))])
 
