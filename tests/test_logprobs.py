@@ -224,6 +224,27 @@ def test_the_gradient_of_a_product_that_leaves_half_precision():
         torch.testing.assert_close(a.float(), b.float(), rtol=0.02, atol=0.05)
 
 
+@pytest.mark.parametrize("rows", [0, 1, 2, 7, 128, 129, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("form", ["plain", "bias and scale", "softcap"])
+def test_the_logits_of_a_tile_are_its_product_in_every_layout(rows, dtype, form):
+    draw = torch.Generator().manual_seed(rows)
+    weight, hidden = (torch.randn(count, 24, generator=draw).to(dtype) for count in (77, rows))
+    bias = torch.randn(77, generator=draw).to(dtype) if form == "bias and scale" else None
+    head = Head(weight, bias, 3.0 if form == "softcap" else None, 0.5 if form == "bias and scale" else 1.0)
+    wide = hidden.double() @ weight.double().T
+    if bias is not None:
+        wide = (wide + bias.double()) * 0.5
+    wanted = 3 * torch.tanh(wide / 3) if form == "softcap" else wide
+    bound = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 0.1}[dtype]
+    turned = hidden.T.contiguous().T  # the same numbers, column by column
+    with torch.no_grad():
+        for states in (hidden, turned):
+            found = torch.cat([head.logits(states, start, start + 30)[0] for start in range(0, 77, 30)], dim=-1)
+            assert found.dtype == dtype
+            torch.testing.assert_close(found.double(), wanted, rtol=bound, atol=bound)
+
+
 def test_no_completion_token_at_all_gives_zero_and_a_gradient():
     model = build("llama")
     rows = batch([(4, 0), (3, 0)], "right")
