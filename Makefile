@@ -41,7 +41,7 @@ bench: $(STAMP) ## side-by-side measurements against TRL; JSON in /tmp/madpo-ben
 	$(BIN)/python benchmarks/train_step.py --model smollm2-135m-instruct --prompt 384 --completion 64 --json $(BENCH)/long.json
 	$(BIN)/python benchmarks/reward_step.py --json $(BENCH)/reward.json
 	$(BIN)/python benchmarks/reward_step.py --model smollm2-135m-instruct --prompt 384 --completion 64 --batch 4 --json $(BENCH)/reward_long.json
-	$(BIN)/python benchmarks/generation.py --prompts 48 --batches 8 48 --json $(BENCH)/generation.json
+	$(BIN)/python benchmarks/generation.py --prompts 128 --batches 48 128 --json $(BENCH)/generation.json
 	$(BIN)/python benchmarks/growth.py --json $(BENCH)/growth.json
 
 soak: $(STAMP) ## kill trainings and the study at random points, continue, and write the counts to docs/reliability.md
