@@ -324,7 +324,7 @@ def reference_logps(config: ReferenceStage, inputs: Mapping[str, Path], out: Pat
     rows = _ids(pairs)
     found: list[Tensor] = []
     with bar("Reference log-probabilities", len(rows)) as advance:
-        size = config.micro_batch_size or config.batch_size
+        size = min(config.micro_batch_size or config.batch_size, config.batch_size)
         for start in range(0, len(rows), size):
             batch = collate(rows[start : start + size])
             triple = (batch[name].to(model.device) for name in ("input_ids", "attention_mask", "completion_mask"))
