@@ -23,7 +23,6 @@ from madpo.pipeline import Planned, RunResult, Step, finished
 from madpo.practice.trimming import TrimStage
 from madpo.preferences import ResponseStage
 from madpo.progress import duration
-from madpo.recipe import Optimisation
 from madpo.rewards import OracleStage
 from madpo.training.folds import OutOfFoldStage, ScoreStage
 from madpo.training.online import OnlineStage
@@ -151,26 +150,26 @@ def work(step: Step) -> Work:
         return Work({"score": 12_000 + 690 * config.eval_texts}, 2)
     if isinstance(config, SFTStage):
         seen = config.reviews * config.optimisation.epochs
-        return Work({"sft": seen * config.max_tokens}, 1, _batch(config.optimisation) * config.max_tokens)
+        return Work({"sft": seen * config.max_tokens}, 1, config.optimisation.per_pass * config.max_tokens)
     if isinstance(config, ResponseStage):
         rows = min(config.batch_size, config.prompts)
         return Work({"generate": 2 * config.prompts * config.max_new_tokens}, 1, 0, rows * length)
     if isinstance(config, RewardModelStage):
         share = 1 - 1 / config.folds if config.folds else 1
         seen = 2 * pairs.train * share * config.optimisation.epochs
-        return Work({"reward": seen * length}, 1, 2 * _batch(config.optimisation) * length)
+        return Work({"reward": seen * length}, 1, 2 * config.optimisation.per_pass * length)
     if isinstance(config, MarginStage | OutOfFoldStage | ScoreStage):
         return Work({"judge": 2 * pairs.all * length})
     if isinstance(config, ReferenceStage):
         return Work({"score": 2 * pairs.train * length})
     if isinstance(config, PolicyStage):
         seen = 2 * pairs.train * config.optimisation.epochs
-        return Work({"train": seen * length}, 1, 2 * _batch(config.optimisation) * length)
+        return Work({"train": seen * length}, 1, 2 * config.optimisation.per_pass * length)
     if isinstance(config, OnlineStage):
         seen = pairs.train * config.settings.generations * config.optimisation.epochs
         tokens = {"generate": seen * config.max_new_tokens, "train": seen * length, "score": 2 * seen * length}
         tokens["judge"] = seen * length
-        return Work(tokens, 2, _batch(config.optimisation) * length, config.optimisation.batch_size * length)
+        return Work(tokens, 2, config.optimisation.per_pass * length, config.optimisation.batch_size * length)
     if isinstance(config, EvaluationStage):
         count = (config.prompts or pairs.all - pairs.train) * config.samples_per_prompt
         models = 2 if "policy" in step.inputs or config.best_of else 1
@@ -284,10 +283,6 @@ def _pairs(step: Step) -> _Pairs:
     train = next((s.config.train for s in _upstream(step) if hasattr(s.config, "train")), 0)
     whole = next((s.config.prompts for s in _upstream(step) if isinstance(s.config, ResponseStage)), train)
     return _Pairs(train, whole)
-
-
-def _batch(optimisation: Optimisation) -> int:
-    return optimisation.micro_batch_size or optimisation.batch_size
 
 
 def _shape(step: Step) -> Shape | None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from madpo.errors import ConfigError, DataError
-from madpo.head import Head
+from madpo.head import TILE, Head
 from madpo.kv_cache import growing_cache
 from madpo.logprobs import check_positions, check_reading, unwrapped
 from madpo.modes import evaluating
@@ -28,11 +28,9 @@ from madpo.progress import bar
 from madpo.seeding import derived_seed
 
 BLOCK = 512
-"""Vocabulary entries per block of the first level; about the root of a large vocabulary."""
+"""Vocabulary entries per block of the first level; about the root of a large vocabulary, and a divisor of TILE."""
 IN_CACHE = 1 << 19
 """Logits that are drawn from at once on a processor: their weights stay in its cache, several times as fast."""
-TILE = 8 * BLOCK
-"""Vocabulary entries per tile of a walk over it."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ def _two_levels(logits: Tensor, uniform: Tensor) -> Tensor:
     # A block is summed in the weights' own precision (1e-7 of the probability at worst), sums of blocks in float64.
     block, share = _search(blocks.sum(-1).double(), uniform)
     position, _ = _search(blocks[torch.arange(rows, device=logits.device), block].double(), share)
-    return (block * BLOCK + position).clamp(max=vocabulary - 1)
+    return block * BLOCK + position
 
 
 def sample_by_tiles(head: Head, states: Tensor, uniform: Tensor, temperature: float = 1.0) -> Tensor:

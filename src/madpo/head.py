@@ -74,7 +74,7 @@ class Head:
         half = hidden.dtype in (torch.bfloat16, torch.float16)
         if half and hidden.is_cuda:
             raw = _WideProduct.apply(hidden, weight)  # type: ignore[no-untyped-call]
-        elif hidden.is_cuda or (self.trains and torch.is_grad_enabled()) or (half and len(hidden) > FEW):
+        elif hidden.device.type != "cpu" or (self.trains and torch.is_grad_enabled()) or (half and len(hidden) > FEW):
             raw = hidden @ weight.T
         else:
             raw = _entries_first(hidden, weight)

@@ -96,10 +96,7 @@ def _replacing(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     # The same names each time: what a killed export left is removed by the next.
     place, old = (target.with_name(f".{target.name}.{kind}") for kind in ("tmp", "old"))
-    if old.exists() and not target.exists():  # killed between the two renames below
-        os.replace(old, target)
-    for path in (place, old):
-        shutil.rmtree(path, ignore_errors=True)
+    _clear(target, place, old)
     place.mkdir()
     try:
         yield place
@@ -107,10 +104,15 @@ def _replacing(target: Path) -> Iterator[Path]:
             os.replace(target, old)
         os.replace(place, target)
     finally:
-        if old.exists() and not target.exists():
-            os.replace(old, target)
-        for path in (place, old):
-            shutil.rmtree(path, ignore_errors=True)
+        _clear(target, place, old)
+
+
+def _clear(target: Path, place: Path, old: Path) -> None:
+    """Remove what an export leaves beside its target, which gets back what it was if it stopped between two renames."""
+    if old.exists() and not target.exists():
+        os.replace(old, target)
+    for path in (place, old):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _copy(root: Path, place: Path, status: RunStatus) -> None:
