@@ -141,16 +141,13 @@ def test_each_known_module_is_replaced_and_state_is_not():
     assert {m._madpo_offset for m in llama.modules() if hasattr(m, "_madpo_offset")} == {0.0}
 
 
-CASES = [((2, 3, 4), 1.0, False), ((7, 4), 0.0, False), ((1, 5, 2, 4), 1.0, True)]
-
-
-@pytest.mark.parametrize("piece", [lean.PIECE, 10])
 @pytest.mark.parametrize(
     ("shape", "offset", "swapped"), [((2, 3, 4), 1.0, False), ((7, 4), 0.0, False), ((1, 5, 2, 4), 1.0, True)]
 )
-def test_norm_value_and_gradient(shape, offset, swapped, piece, monkeypatch):
-    """In one piece and in several, of rows that lie together and of heads that do not."""
-    monkeypatch.setattr(lean, "PIECE", piece)
+@pytest.mark.parametrize("gradients", [lean._layer_norm_gradients, lean._norm_gradients])
+def test_norm_value_and_gradient(shape, offset, swapped, gradients, monkeypatch):
+    """Of rows that lie together and of heads that do not, by the kernel of a processor and by the formula."""
+    monkeypatch.setattr(lean, "_layer_norm_gradients", gradients)
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
     factors = torch.randn(4, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -162,6 +159,27 @@ def test_norm_value_and_gradient(shape, offset, swapped, piece, monkeypatch):
     wanted = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * (offset + factors)
     torch.testing.assert_close(normed(states, factors), wanted, rtol=1e-12, atol=1e-12)
     assert torch.autograd.gradcheck(normed, (states, factors))
+
+
+@pytest.mark.parametrize("layout", ["rows", "heads", "cut"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_gradient_in_every_layout(dtype, layout):
+    """At widths that fill a processor's registers and at one that does not; against float64."""
+    for width in (64, 37):
+        generator = torch.Generator().manual_seed(width)
+        whole, grad = torch.randn(2, 2, 9, 3, 2 * width, generator=generator).to(dtype)
+        weight = torch.randn(width, generator=generator).to(dtype)
+        cut, grad = whole[..., :width], grad[..., :width]
+        x = {"rows": cut.contiguous(), "heads": cut.contiguous().transpose(1, 2), "cut": cut}[layout]
+        grad = grad.transpose(1, 2) if layout == "heads" else grad
+        leaf, leaf_weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        lean._RMSNorm.apply(leaf, leaf_weight, 1e-6, 1.0).backward(grad)
+        exact, exact_weight = x.double().requires_grad_(), weight.double().requires_grad_()
+        value = exact * (exact.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * (1 + exact_weight)
+        value.backward(grad.double())
+        bound = 1e-6 if dtype is torch.float32 else 4e-3
+        for found, wanted in ((leaf.grad, exact.grad), (leaf_weight.grad, exact_weight.grad)):
+            assert float((found.double() - wanted).norm() / wanted.norm()) < bound
 
 
 def ways_out() -> dict[str, nn.Module]:

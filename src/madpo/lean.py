@@ -17,7 +17,7 @@ adapters, hooks, parameters that are sharded), the module's own ``forward`` answ
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,8 +28,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 _HALF = (torch.bfloat16, torch.float16)
-PIECE = 131_072
-"""Elements that a norm takes at a time on a processor: half a mebibyte in float32."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +59,13 @@ class _Projection:
         dx = grad @ self.weight if dx is None else dx.addmm_(grad, self.weight)
         if inner is None or a is None or b is None:
             return dx, None, None
-        through = grad @ b
-        d_a = (through.T @ x).mul_(self.scale)
-        d_b = (grad.T @ inner).mul_(self.scale)
+        through, d_a, d_b = self.of_adapter(grad, x, inner, b)
         return dx.addmm_(through, a, alpha=self.scale), d_a, d_b
+
+    def of_adapter(self, grad: Tensor, x: Tensor, inner: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradient behind B, d A and d B. The long factor stands first, which a processor multiplies faster."""
+        through = grad @ b
+        return through, (x.T @ through).mul_(self.scale).T, (grad.T @ inner).mul_(self.scale)
 
 
 def _as(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -92,9 +93,7 @@ class _LoRALinear(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 dx, d_a, d_b = ctx.projection.backward(grad, x, inner, a, b, None)
             else:  # the first layer's input
-                through = grad @ b
-                scale = ctx.projection.scale
-                dx, d_a, d_b = None, (through.T @ x).mul_(scale), (grad.T @ inner).mul_(scale)
+                dx, (_, d_a, d_b) = None, ctx.projection.of_adapter(grad, x, inner, b)
         return dx, None, d_a.to(ctx.dtypes[0]), d_b.to(ctx.dtypes[1])
 
 
@@ -160,56 +159,58 @@ class _GatedMLP(torch.autograd.Function):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """x / rms(x) * (offset + weight), computed in float32 or wider, some rows at a time."""
+    """x / rms(x) * (offset + weight), computed in float32 or wider."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
-        scale = weight.to(wide) + offset
-        y = torch.empty_like(x)
-        factors = x.new_empty((*x.shape[:-1], 1), dtype=wide)
-        for rows, out, factor in _pieces(x, y, factors):
-            states = rows.to(wide, copy=True)
-            mean = torch.linalg.vector_norm(states, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-            factor.copy_(mean.add_(eps).rsqrt_())
-            out.copy_(states.mul_(factor).mul_(scale))
+        mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_().div_(x.shape[-1])
+        factor = mean.add_(eps).rsqrt_()
         ctx.offset = offset
-        ctx.save_for_backward(x, weight, factors)
-        return y
+        ctx.save_for_backward(x, weight, factor)
+        return torch.mul(x.to(wide), factor).mul_(weight.to(wide) + offset).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, factors = ctx.saved_tensors
-        wide = factors.dtype
-        scale = weight.to(wide) + ctx.offset
-        dx = torch.empty_like(x)
-        d_weight = torch.zeros_like(scale) if ctx.needs_input_grad[1] else None
-        for rows, g, factor, out in _pieces(x, grad, factors, dx):
-            normed = rows.to(wide, copy=True).mul_(factor)
-            if d_weight is not None:
-                d_weight += (g.to(wide) * normed).flatten(0, -2).sum(0)
-            # With n = x / rms and h = grad * (offset + weight): d x = (h - n mean(h n)) / rms.
-            inner = g.to(wide, copy=True).mul_(scale)
-            along = (inner * normed).sum(-1, keepdim=True).div_(x.shape[-1])
-            out.copy_(inner.sub_(normed.mul_(along)).mul_(factor))
-        return dx, None if d_weight is None else d_weight.to(weight.dtype), None, None
+        x, weight, factor = ctx.saved_tensors
+        of_norm = _layer_norm_gradients if x.device.type == "cpu" else _norm_gradients
+        scale, wanted = weight.to(factor.dtype) + ctx.offset, ctx.needs_input_grad[1]
+        swapped = x.dim() == 4 and not x.is_contiguous()  # heads before tokens, in a layout of tokens before heads
+        if swapped:
+            x, grad, factor = (t.transpose(1, 2) for t in (x, grad, factor))
+        dx, d_weight = of_norm(grad.to(factor.dtype), x.to(factor.dtype), factor, scale, wanted)
+        dx = dx.to(x.dtype)
+        return (
+            dx.transpose(1, 2) if swapped else dx,
+            None if d_weight is None else d_weight.to(weight.dtype),
+            None,
+            None,
+        )
 
 
-def _pieces(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    """The same rows of each: as many as a processor's cache holds in float32, all of them elsewhere.
+def _norm_gradients(
+    grad: Tensor, x: Tensor, factor: Tensor, scale: Tensor, weight_too: bool
+) -> tuple[Tensor, Tensor | None]:
+    """d x and d scale of n scale, n = x factor, factor = 1 / rms(x); d x = factor (h - n mean(h n)), h = grad scale."""
+    normed, inner = x * factor, grad * scale
+    along = (inner * normed).mean(-1, keepdim=True)
+    d_scale = (grad * normed).flatten(0, -2).sum(0) if weight_too else None
+    return inner.sub_(normed.mul_(along)).mul_(factor), d_scale
 
-    Small copies are also small holes between what is kept for the backward pass.
+
+def _layer_norm_gradients(
+    grad: Tensor, x: Tensor, factor: Tensor, scale: Tensor, weight_too: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The same by torch's kernel for layer norms, which walks once over its inputs on a processor.
+
+    Told that the mean is 0, it differs by the derivative through that mean alone, - factor mean(grad scale).
     """
-    width, rows = tensors[0].shape[-1], tensors[0].numel() // max(tensors[0].shape[-1], 1)
-    if tensors[0].device.type != "cpu" or tensors[0].dim() < 2 or rows * width <= PIECE:
-        return (tensors,)
-    if all(t.is_contiguous() for t in tensors):
-        tensors = tuple(t.view(rows, t.shape[-1]) for t in tensors)
-    else:
-        rows = tensors[0].shape[-2]
-    count = -(-tensors[0].numel() // PIECE)
-    return zip(*(torch.tensor_split(t, min(count, rows), dim=-2) for t in tensors), strict=True)
+    factor = factor.contiguous()  # the kernel reads it as it lies
+    dx, d_scale, _ = torch.ops.aten.native_layer_norm_backward(
+        grad, x, x.shape[-1:], torch.zeros_like(factor), factor, scale, None, [True, weight_too, False]
+    )
+    return dx.add_((grad @ scale)[..., None].div_(x.shape[-1]).mul_(factor)), d_scale if weight_too else None
 
 
 def install(model: nn.Module) -> None:

@@ -248,10 +248,9 @@ class _ShortAttention(torch.autograd.Function):
             grad, weights = _folded(grad.to(v.dtype), heads), _folded(weights, heads)
             d_v = weights.transpose(1, 2) @ grad
             d_weights = (grad @ _folded(v, heads).transpose(1, 2)).to(_wide(q))
-            # d scores = weights * (d weights - sum of weights * d weights), the softmax's own gradient.
             wide = weights.to(d_weights.dtype)
-            along = (d_weights * wide).sum(-1, keepdim=True)
-            d_scores = d_weights.sub_(along).mul_(wide).mul_(ctx.scale).to(q.dtype)
+            d_scores = torch.ops.aten._softmax_backward_data(d_weights, wide, -1, wide.dtype)
+            d_scores = d_scores.mul_(ctx.scale).to(q.dtype)
             d_q = d_scores @ _folded(k, heads)
             d_k = d_scores.transpose(1, 2) @ _folded(q, heads)
         return d_q.view(q.shape), d_k.view(k.shape), d_v.view(v.shape), None, None
