@@ -1,5 +1,6 @@
 """Rows and their sweeps, and the pairs and margins that rows may ask for."""
 
+import math
 import re
 
 import numpy as np
@@ -249,7 +250,13 @@ def test_estimates_follow_from_tokens_and_rates():
     best = steps["evaluation/low/best-of-n=16/seed0"]
     assert estimates.work(best).tokens == {"generate": 16 * 160 * 48, "score": 160 * 68, "judge": 16 * 160 * 68}
     fold = steps["reward_model/low/seed0/fold1"]
-    assert estimates.work(fold).tokens["reward"] == pytest.approx(2 * 400 * 2 / 3 * 2 * 68)
+    config, seen = fold.config, 400 * 2 / 3 * 2
+    looks = math.ceil(seen / config.optimisation.batch_size / config.eval_every)
+    stopping = 200 * config.stopping_share
+    assert 0 < stopping < 200
+    judged = looks * stopping + 200 - stopping
+    assert estimates.work(fold).tokens == pytest.approx({"reward": 2 * seen * 68, "judge": 2 * judged * 68})
+    assert estimates.work(steps["margins/low/seed0"]).tokens == pytest.approx({"judge": 2 * (400 + stopping) * 68})
     assert 1.5e9 < estimates.estimate(policy, rates).memory < 5e9
     for option, words in [
         ("trian=1", "did you mean 'train'"),
@@ -270,16 +277,21 @@ def test_a_slower_machine_takes_longer_by_its_products_share(monkeypatch):
 
 
 def test_a_smaller_model_takes_the_share_of_its_parameters(monkeypatch):
-    def policy(*overrides):
+    def seconds(kind, *overrides):
+        monkeypatch.setattr(estimates, "work", lambda step: estimates.Work({kind: 1e9}))  # loading is nothing to it
         steps = load_config(find_experiment("laptop"), Experiment, overrides).steps()
-        return next(step for step in steps if step.name == "policy/low/dpo/seed0")
+        policy = next(step for step in steps if step.name == "policy/low/dpo/seed0")
+        return estimates.estimate(policy, estimates.TWO_CORES).seconds
 
-    whole = estimates.estimate(policy("vocabulary=false"), estimates.TWO_CORES)
-    trimmed = estimates.estimate(policy(), estimates.TWO_CORES)
-    assert trimmed.seconds == pytest.approx(whole.seconds * (1 - (262_144 - 32_768) * 640 / 268e6))
-    half = estimates._GEMMA._replace(parameters=134e6)
+    # Of a trimmed model the head's rows are fewer: those that a kind of work reads, as far as it reads them.
+    gone, head = (262_144 - 32_768) * 640, 262_144 * 640
+    for kind, weight in {"sft": 1.0, "train": 0.6, "score": 0.6, "generate": 0.6, "reward": 0.0, "judge": 0.0}.items():
+        share = 1 - weight * gone / (268e6 - (1 - weight) * head)
+        assert seconds(kind) == pytest.approx(share * seconds(kind, "vocabulary=false"), rel=1e-4)
+    whole = seconds("judge")
+    half = estimates._GEMMA._replace(parameters=head + (268e6 - head) / 2)
     monkeypatch.setattr(estimates, "_shape", lambda step: half)
-    assert estimates.estimate(policy(), estimates.TWO_CORES).seconds == pytest.approx(whole.seconds / 2)
+    assert seconds("judge") == pytest.approx(whole / 2, rel=1e-4)
 
 
 def test_a_run_begins_with_its_time_where_that_is_more_than_a_minute(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ the same kind of step. Memory follows from the model's shape. Both are orders of
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Iterable, Mapping
@@ -31,8 +32,12 @@ from madpo.training.stages import MarginStage, PolicyStage, ReferenceStage, Rewa
 # Tokens a second of Gemma-3-270M with LoRA on two cores with AVX-512 BF16. "sft" scores every token, "train" (a
 # preference loss) completion tokens alone, "reward" no token's word; "score" and "judge" are the passes of a language
 # model and of a reward model without gradients.
-TWO_CORES = {"sft": 120.0, "train": 250.0, "reward": 350.0, "score": 600.0, "judge": 1000.0, "generate": 240.0}
+TWO_CORES = {"sft": 120.0, "train": 250.0, "reward": 420.0, "score": 600.0, "judge": 1000.0, "generate": 240.0}
 MACHINE = "two cores with AVX-512 BF16"
+# Weight of a parameter of the output head beside one of the layers. A reward model has no such head; the head is the
+# faster product, and most kinds of work give it completions alone (docs/log.md, the quickstart without BF16).
+_HEAD = {"sft": 1.0, "reward": 0.0, "judge": 0.0}
+_HEAD_ELSEWHERE = 0.6
 _PRODUCT = 400.0  # their rate at a large product in bfloat16, GFLOP/s
 # Share of a training step's time there that its products would take at that rate (docs/performance.md).
 _PRODUCTS = 0.52
@@ -50,6 +55,11 @@ class Shape(NamedTuple):
     inner: int
     cached: int  # numbers a layer keeps per token: keys and values
     words: int
+
+    def weight(self, kind: str) -> float:
+        """Parameters that a token of this kind of work passes through."""
+        head = self.words * self.hidden
+        return self.parameters - head + _HEAD.get(kind, _HEAD_ELSEWHERE) * head
 
 
 _GEMMA = Shape(268e6, 18, 640, 2048, 2 * 256, 262_144)
@@ -156,9 +166,16 @@ def work(step: Step) -> Work:
         return Work({"generate": 2 * config.prompts * config.max_new_tokens}, 1, 0, rows * length)
     if isinstance(config, RewardModelStage):
         share = 1 - 1 / config.folds if config.folds else 1
-        seen = 2 * pairs.train * share * config.optimisation.epochs
-        return Work({"reward": seen * length}, 1, 2 * config.optimisation.per_pass * length)
-    if isinstance(config, MarginStage | OutOfFoldStage | ScoreStage):
+        seen = pairs.train * share * config.optimisation.epochs
+        stopping, reported = _held_out(config, pairs)
+        looks = math.ceil(seen / config.optimisation.batch_size / config.eval_every)
+        tokens = {"reward": 2 * seen * length, "judge": 2 * (looks * stopping + reported) * length}
+        return Work(tokens, 1, 2 * config.optimisation.per_pass * length)
+    if isinstance(config, MarginStage):  # the pairs that measured the reward model were scored there
+        trained = next((s.config for s in _upstream(step) if isinstance(s.config, RewardModelStage)), None)
+        known = _held_out(trained, pairs)[1] if trained is not None else 0
+        return Work({"judge": 2 * (pairs.all - known) * length})
+    if isinstance(config, OutOfFoldStage | ScoreStage):
         return Work({"judge": 2 * pairs.all * length})
     if isinstance(config, ReferenceStage):
         return Work({"score": 2 * pairs.train * length})
@@ -189,8 +206,11 @@ def estimate(step: Step, rates: Mapping[str, float]) -> Estimated:
     if not needed.tokens:
         return Estimated(_oracle_seconds(step.config) if isinstance(step.config, OracleStage) else 1.0, None)
     shape = _shape(step)
+    seconds = sum(
+        count / rates[kind] * (1.0 if shape is None else shape.weight(kind) / _GEMMA.weight(kind))
+        for kind, count in needed.tokens.items()
+    )
     size = 1.0 if shape is None else shape.parameters / _GEMMA.parameters
-    seconds = size * sum(count / rates[kind] for kind, count in needed.tokens.items())
     seconds += needed.models * _LOADING * min(1.0, max(0.02, size))
     if shape is None:
         return Estimated(seconds, None)
@@ -265,6 +285,13 @@ def dry_run_lines(result: RunResult, machine: Machine) -> list[str]:
 class _Pairs(NamedTuple):
     train: int
     all: int
+
+
+def _held_out(config: RewardModelStage, pairs: _Pairs) -> tuple[float, float]:
+    """Held-out pairs that decide when a reward model's training stops, and those that measure it."""
+    count = pairs.all - pairs.train
+    stopping = count * config.stopping_share
+    return stopping, count - stopping or count
 
 
 def _upstream(step: Step) -> Iterable[Step]:
