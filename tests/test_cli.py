@@ -154,7 +154,7 @@ def test_dry_run_prints_the_plan(toml: Path, experiment: Any, tmp_path: Path, ca
     assert main(["run", str(toml), "--dry-run", "--rate", "train=9000"]) == 0
     _, total, rates = capsys.readouterr().out.splitlines()
     assert total.endswith("on the rates given")
-    assert "sft 120, train 9000, reward 350" in rates
+    assert "sft 120, train 9000, reward 420" in rates
 
 
 def test_failed_steps_are_status_1(toml: Path, experiment: Any, tmp_path: Path, capsys: Any) -> None:
