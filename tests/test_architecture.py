@@ -57,7 +57,7 @@ LAYERS = [
     {"pipeline", "untrusted"},
     {"executors", "records"},
     {"storage", "uploads"},
-    {"config", "progress", "seeding", "processes", "memory"},
+    {"config", "progress", "seeding", "processes", "memory", "operation"},
     {"errors"},
 ]
 LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}

@@ -206,13 +206,6 @@ def test_greedy_responses_make_pairs_of_the_low_tier_alone():
     assert load_config(find_experiment("smoke"), Experiment, given).steps()
 
 
-def test_a_step_can_have_a_version():
-    trunk = graph._Trunk(load("smoke"))
-    first, second = (trunk.add(f"x{v}", fit_oracle, trunk.oracle.config, says="", version=v) for v in (1, 2))
-    assert (first.version, second.version, trunk.oracle.version) == (1, 2, 1)
-    assert first.identity == trunk.oracle.identity != second.identity
-
-
 def test_a_smaller_vocabulary_is_for_the_packaged_corpus():
     with pytest.raises(ConfigError, match="trim the model by `madpo trim-vocab`"):
         load_config(find_experiment("smoke"), Experiment, {"vocabulary.size": 300, "corpus": {"kind": "imdb-hub"}})
@@ -439,7 +432,7 @@ def test_several_values_of_a_setting_share_a_folder(tmp_path, capsys):
             name = step.name.split("/")
             if name[0] in ("policy", "evaluation") and name[1] in ("sft", "high") and name[-1] == "seed0":
                 record = Record(
-                    name=step.name, identity=step.identity, function=step.function, version=step.version,
+                    name=step.name, identity=step.identity, operation=step.operation,
                     config=step.settings, inputs={role: up.identity for role, up in step.inputs.items()},
                     metrics={"oracle_reward": Estimate(reward, reward - 0.5, reward + 0.5, 9), "kl": 4.5},
                     libraries={}, threads=1, provenance={},

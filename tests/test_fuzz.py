@@ -95,8 +95,7 @@ def run_folder(root):
         record = Record(
             name=name,
             identity=identity,
-            function="madpo.f",
-            version=1,
+            operation="f/1",
             config=config,
             inputs={},
             metrics={"oracle_reward": {"mean": 1.0, "low": 0.5, "high": 1.5, "n": 3}, "distinct_2": 0.5, "steps": 3},

@@ -38,7 +38,7 @@ def make_run(root: Path, *, seeds: int = 1, title: str = HOSTILE) -> dict[str, R
         identity = f"{len(records):064x}"[::-1]
         provenance = {"seconds": 12.5, "host": HOSTILE, "started": "2026-01-01T00:00:00Z", "madpo": "0", "argv": []}
         record = Record(
-            name=name, identity=identity, function="f", version=1, config=config or {}, inputs=inputs or {},
+            name=name, identity=identity, operation="f/1", config=config or {}, inputs=inputs or {},
             metrics=metrics, libraries={"torch": "2.13.0"}, threads=2, provenance=provenance,
         )  # fmt: skip
         records[name] = record

@@ -266,7 +266,7 @@ def test_a_custom_loss_lies_beside_its_toml_or_where_the_user_is(tmp_path, monke
     assert load_config(toml, TrainSettings, typed).loss.kind == "custom"
 
 
-RECORD = {"name": "policy/high", "identity": "a" * 64, "function": "f", "version": 1, "threads": 1}
+RECORD = {"name": "policy/high", "identity": "a" * 64, "operation": "f/1", "threads": 1}
 RECORD |= {name: {} for name in ("config", "inputs", "metrics", "libraries", "provenance")}
 
 

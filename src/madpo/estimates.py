@@ -238,12 +238,12 @@ def estimates(
     for step in {step.name: step for step in (*graph, *(planned.step for planned in plan))}.values():
         record = finished(step, root)
         if record is not None and record.seconds > 0:
-            ratios.setdefault(step.function, []).append(record.seconds / estimate(step, rates).seconds)
+            ratios.setdefault(step.operation, []).append(record.seconds / estimate(step, rates).seconds)
     found = {}
     for planned in plan:
         if planned.status != "done":
             seconds, memory = estimate(planned.step, rates)
-            factor = statistics.median(ratios.get(planned.step.function, [1.0]))
+            factor = statistics.median(ratios.get(planned.step.operation, [1.0]))
             found[planned.step.name] = Estimated(seconds * factor, memory)
     return found
 

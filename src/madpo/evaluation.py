@@ -20,6 +20,7 @@ from madpo.errors import ConfigError
 from madpo.logprobs import completion_logps
 from madpo.models import load_model, load_tokenizer
 from madpo.preferences import Tier
+from madpo.operation import operation
 from madpo.records import Metrics
 from madpo.responses import Response, completion_batches, divergence, end_tokens, respond
 from madpo.rewards import RewardModel, load_oracle
@@ -51,6 +52,7 @@ class EvaluationStage(Frozen):
     """Of so many responses the one that the reward model likes best counts; None is one response."""
 
 
+@operation("evaluate_policy/1")
 def evaluate_policy(config: EvaluationStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Sample responses to held-out prompts and measure them; writes ``samples.jsonl``.
 

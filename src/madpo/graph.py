@@ -108,12 +108,11 @@ class _Trunk:
         *,
         says: str,
         groups: tuple[str, ...] = (),
-        version: int = 1,
     ) -> Step:
-        """The step of this name, built once; ``version`` is that of what ``fn`` means."""
+        """The step of this name, built once."""
         if name not in self.steps:
             light = fn in (fit_oracle, label_pairs, keep_agreeing, redraw_labels)
-            self.steps[name] = Step(name, fn, config, inputs or {}, version, says=says, groups=groups, light=light)
+            self.steps[name] = Step(name, fn, config, inputs or {}, says=says, groups=groups, light=light)
         return self.steps[name]
 
 

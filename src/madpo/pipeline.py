@@ -1,9 +1,9 @@
 """Steps, their identity, and running them: nothing twice, nothing stale, nothing half-done.
 
 A step is a plain function with a configuration and upstream steps; building one runs nothing. Its identity is
-what bears on the result (function, version, resolved configuration, inputs, library versions), never where or
-how it runs. Each identity has its own folder, and ``record.json``, written last and atomically, is what makes
-a result exist. This file knows nothing of machine learning.
+what bears on the result (operation, resolved configuration, inputs, library versions), never where or how it
+runs. Each identity has its own folder, and ``record.json``, written last and atomically, is what makes a result
+exist. This file knows nothing of machine learning.
 """
 
 import contextlib
@@ -31,6 +31,7 @@ from madpo.config import did_you_mean, identity_settings
 from madpo.errors import ConfigError, MadpoError, StorageError
 from madpo.executors import Executor, Inline
 from madpo.memory import memory_errors
+from madpo.operation import operation_name
 from madpo.progress import duration, say
 from madpo.records import Estimate, Metric, Metrics, Record, conditions, libraries, load_record, plain_metrics
 from madpo.storage import locked, now, storage_errors, write_atomically
@@ -66,10 +67,10 @@ class Step:
 
     Attributes:
         name: readable and unique, the path of its folder ("policy/high/madpo/seed0").
-        fn: a module-level function; it reads ``config`` and its inputs' folders and writes only into ``out``.
+        fn: a module-level function decorated with :func:`madpo.operation.operation`; it reads ``config`` and its
+            inputs' folders and writes only into ``out``.
         config: every literal that bears on the result, the seed included.
         inputs: role -> upstream step.
-        version: bumped by hand when the meaning of ``fn`` changes.
         says: plain words for the person who watches; outside the identity.
         groups: names that ``only`` can choose the step by; outside the identity.
         light: it needs a core and no accelerator; outside the identity.
@@ -79,7 +80,6 @@ class Step:
     fn: StageFn
     config: BaseModel
     inputs: Mapping[str, "Step"] = field(default_factory=dict)
-    version: int = 1
     says: str = ""
     groups: tuple[str, ...] = ()
     light: bool = False
@@ -89,11 +89,12 @@ class Step:
             raise ValueError(f"step name {self.name!r}: letters, digits and _.+=- between slashes only")
         if "<" in self.fn.__qualname__:
             raise ValueError(f"step {self.name}: {self.fn.__qualname__} must be a function at module level")
+        operation_name(self.fn)
 
     @property
-    def function(self) -> str:
-        """The function's full name."""
-        return f"{self.fn.__module__}.{self.fn.__qualname__}"
+    def operation(self) -> str:
+        """The stable name of the function, with its version: "train_policy/1"."""
+        return operation_name(self.fn)
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -105,8 +106,7 @@ class Step:
     def identity(self) -> str:
         """SHA-256 (hex) of everything that bears on the result."""
         parts = {
-            "function": self.function,
-            "version": self.version,
+            "operation": self.operation,
             "config": self.settings,
             "inputs": {role: step.identity for role, step in self.inputs.items()},
             "libraries": libraries(),
@@ -369,8 +369,8 @@ def _status(step: Step, root: Path) -> str:
 
 
 def _what_changed(old: Record, step: Step) -> str:
-    if (old.function, old.version) != (step.function, step.version):
-        return f"{step.function} version {step.version} was {old.function} version {old.version}"
+    if old.operation != step.operation:
+        return f"the operation is {step.operation}, was {old.operation}"
     key = _first_difference(old.config, step.settings)
     if key is not None:
         return key
@@ -425,8 +425,7 @@ def _job(step: Step, root: Path) -> _Job:
     record = {
         "name": step.name,
         "identity": step.identity,
-        "function": step.function,
-        "version": step.version,
+        "operation": step.operation,
         "config": step.settings,
         "inputs": {role: upstream.identity for role, upstream in step.inputs.items()},
         "libraries": libraries(),

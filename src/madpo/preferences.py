@@ -20,6 +20,7 @@ from madpo.corpus import Corpus, load_corpus, prompt_reviews
 from madpo.errors import ConfigError
 from madpo.models import load_model, load_tokenizer
 from madpo.progress import bar
+from madpo.operation import operation
 from madpo.records import Metrics
 from madpo.responses import decode, end_tokens, respond
 from madpo.rewards import RewardFn, load_oracle
@@ -82,6 +83,7 @@ class ResponseStage(Frozen):
     """Prompts generated for at once, and kept when the run is interrupted."""
 
 
+@operation("sample_responses/1")
 def sample_responses(config: ResponseStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Write ``responses.parquet``. What an interrupted run had sampled is kept and continued from.
 
@@ -200,6 +202,7 @@ class PairStage(Frozen):
     """Which prompts are held out: the same for every tier and every ``seed``."""
 
 
+@operation("label_pairs/1")
 def label_pairs(config: PairStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Write ``pairs.parquet``; a pair has the id of its prompt. Inputs: "responses".
 

@@ -49,8 +49,7 @@ class Record(BaseModel):
 
     name: str = Field(pattern=NAME)
     identity: str = Field(pattern="^[0-9a-f]{64}$")
-    function: str
-    version: int
+    operation: str
     config: dict[str, Any]
     inputs: dict[str, str]
     metrics: dict[str, Metric]

@@ -20,6 +20,7 @@ from scipy.special import expit
 from madpo.config import Frozen
 from madpo.errors import ConfigError
 from madpo.preferences import PAIRS
+from madpo.operation import operation
 from madpo.records import Metrics
 from madpo.seeding import rng
 from madpo.statistics import proportion
@@ -41,6 +42,7 @@ class AgreeingStage(Frozen):
     """Margin (log-odds) that a training pair must exceed."""
 
 
+@operation("keep_agreeing/1")
 def keep_agreeing(config: AgreeingStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Write ``pairs.parquet`` with fewer training pairs. Inputs: "pairs", "margins".
 
@@ -65,6 +67,7 @@ class RedrawnStage(Frozen):
     seed: int = 0
 
 
+@operation("redraw_labels/1")
 def redraw_labels(config: RedrawnStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Write ``pairs.parquet`` and, turned with it, margins, reference log-probabilities and scores.
 

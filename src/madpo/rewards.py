@@ -32,6 +32,7 @@ from madpo.logprobs import completion_states, hidden_states
 from madpo.models import load_classifier, load_tokenizer, resolve_model
 from madpo.progress import bar, say
 from madpo.recipe import Pooling
+from madpo.operation import operation
 from madpo.records import Metrics
 from madpo.seeding import rng
 from madpo.statistics import proportion
@@ -100,6 +101,7 @@ class OracleStage(Frozen):
     seed: int = 0
 
 
+@operation("fit_oracle/1")
 def fit_oracle(config: OracleStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Fit the oracle (or check that it is there) and measure its accuracy on reviews it has not seen.
 

@@ -28,6 +28,7 @@ from madpo.practice.kept_mass import Probe, TextScore, probe, score_texts
 from madpo.practice.pairs import loading
 from madpo.practice.reward_model import plain
 from madpo.practice.trim_report import TrimReport, TrimSettings, model_card
+from madpo.operation import operation
 from madpo.records import Estimate
 from madpo.statistics import bootstrap_statistic
 from madpo.storage import write_atomically
@@ -126,6 +127,7 @@ class TrimStage(Frozen):
     """Held-out texts to measure on at most."""
 
 
+@operation("trim_base/1")
 def trim_base(config: TrimStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Write ``out/model``; the metrics say what the smaller vocabulary costs on reviews that did not choose it."""
     # A step that was stopped after its last file and before its record leaves a whole model.

@@ -14,6 +14,7 @@ import pandas as pd
 from pydantic import Field
 
 from madpo.config import Frozen
+from madpo.operation import operation
 from madpo.records import Metrics
 from madpo.rewards import RewardModel
 from madpo.training import margins, stages
@@ -27,6 +28,7 @@ class OutOfFoldStage(Frozen):
     """That of the reward models, which decides who is in which fold."""
 
 
+@operation("score_out_of_fold/1")
 def score_out_of_fold(config: OutOfFoldStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Write ``margins.parquet`` as the in-sample step does; a held-out pair has the mean over the folds' models.
 
@@ -57,6 +59,7 @@ class ScoreStage(Frozen):
     """Rewards of both sides of every pair, for losses that read scores and not their difference."""
 
 
+@operation("score_sides/1")
 def score_sides(config: ScoreStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Write ``scores.parquet``: pair_id, chosen_score, rejected_score (log-odds). Inputs: "pairs", "reward_model"."""
     pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet")

@@ -23,6 +23,7 @@ from madpo.errors import ConfigError
 from madpo.generation import generate
 from madpo.models import load_model, load_tokenizer
 from madpo.recipe import LoRA, Optimisation
+from madpo.operation import operation
 from madpo.records import Metrics
 from madpo.rewards import RewardModel
 from madpo.seeding import derived_seed
@@ -117,6 +118,7 @@ class _GRPO(_OwnSampling, GRPOTrainer):  # type: ignore[misc]
         return self._sampled(prompt_ids), None
 
 
+@operation("train_online/1")
 def train_online(config: OnlineStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Train on the tier's training prompts; writes ``out/adapter``. Inputs: "pairs", "reference", "reward_model"."""
     pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet", columns=["pair_id", "split", "prompt_ids"])

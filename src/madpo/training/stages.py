@@ -22,6 +22,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import RewardConfig, SFTConfig, SFTTrainer
 
 from madpo import processes
+from madpo.operation import operation
 from madpo.config import Frozen, added, identity_settings
 from madpo.corpus import Corpus, load_corpus, sft_reviews
 from madpo.errors import ConfigError
@@ -152,6 +153,7 @@ class _CompletionSFT(ExactResume, SFTTrainer):  # type: ignore[misc]
         return (loss, scores) if return_outputs else loss
 
 
+@operation("train_sft/1")
 def train_sft(config: SFTStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Fine-tune with LoRA and merge; writes ``out/model``. An input ``base`` stands in place of the named model."""
     base = inputs["base"] / "model" if "base" in inputs else resolve_model(config.model)
@@ -200,6 +202,7 @@ class RewardModelStage(Frozen):
     """Which states the head reads."""
 
 
+@operation("train_reward_model/1")
 def train_reward_model(config: RewardModelStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Train on the tier's training pairs; writes ``out/adapter`` (with the head) and ``out/reward_model.json``."""
     pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet")
@@ -292,6 +295,7 @@ class MarginStage(Frozen):
     """Margins of every pair under the trained reward model."""
 
 
+@operation("score_margins/1")
 def score_margins(config: MarginStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Write ``margins.parquet``: pair_id, reward_margin (log-odds)."""
     pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet")
@@ -315,6 +319,7 @@ class ReferenceStage(Frozen):
 
 
 @torch.no_grad()
+@operation("reference_logps/1")
 def reference_logps(config: ReferenceStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Write ``reference.parquet``: pair_id, ref_chosen_logps, ref_rejected_logps (nats, summed)."""
     pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet")
@@ -360,6 +365,7 @@ class PolicyStage(Frozen):
     seed: int = 0
 
 
+@operation("train_policy/1")
 def train_policy(config: PolicyStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Train on the tier's training pairs from the reference; writes ``out/adapter``."""
     pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet")
