@@ -165,7 +165,7 @@ def test_public_signatures_are_pinned() -> None:
         "load_config": ["source", "model", "overrides"],
         "run": ["steps", "root", "executor", "only", "dry_run", "about", "upload"],
         "build_report": ["root", "records", "title", "experiment", "unfinished", "figures"],
-        "Step": ["name", "fn", "config", "inputs", "version", "says", "groups", "light"],
+        "Step": ["name", "fn", "config", "inputs", "says", "groups", "light"],
     }
     assert Estimate._fields == ("mean", "low", "high", "n")
     weight = list(inspect.signature(madpo.margin_weight).parameters)

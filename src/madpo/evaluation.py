@@ -19,8 +19,8 @@ from madpo.config import Frozen, added
 from madpo.errors import ConfigError
 from madpo.logprobs import completion_logps
 from madpo.models import load_model, load_tokenizer
-from madpo.preferences import Tier
 from madpo.operation import operation
+from madpo.preferences import Tier
 from madpo.records import Metrics
 from madpo.responses import Response, completion_batches, divergence, end_tokens, respond
 from madpo.rewards import RewardModel, load_oracle

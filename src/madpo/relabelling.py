@@ -19,8 +19,8 @@ from scipy.special import expit
 
 from madpo.config import Frozen
 from madpo.errors import ConfigError
-from madpo.preferences import PAIRS
 from madpo.operation import operation
+from madpo.preferences import PAIRS
 from madpo.records import Metrics
 from madpo.seeding import rng
 from madpo.statistics import proportion

@@ -30,9 +30,9 @@ from madpo.corpus import IMDB, Corpus, load_corpus, oracle_reviews
 from madpo.errors import ConfigError, DataError, first_line
 from madpo.logprobs import completion_states, hidden_states
 from madpo.models import load_classifier, load_tokenizer, resolve_model
+from madpo.operation import operation
 from madpo.progress import bar, say
 from madpo.recipe import Pooling
-from madpo.operation import operation
 from madpo.records import Metrics
 from madpo.seeding import rng
 from madpo.statistics import proportion

@@ -20,6 +20,7 @@ from madpo.corpus import IMDB
 from madpo.errors import ConfigError, MadpoError, first_line
 from madpo.memory import is_shortage
 from madpo.models import load_model, resolve_model
+from madpo.operation import operation
 from madpo.packaged import quiet_transformers
 from madpo.pipeline import Metrics
 from madpo.practice.corpus_tokens import CorpusTokens, encoded, read_corpus
@@ -28,7 +29,6 @@ from madpo.practice.kept_mass import Probe, TextScore, probe, score_texts
 from madpo.practice.pairs import loading
 from madpo.practice.reward_model import plain
 from madpo.practice.trim_report import TrimReport, TrimSettings, model_card
-from madpo.operation import operation
 from madpo.records import Estimate
 from madpo.statistics import bootstrap_statistic
 from madpo.storage import write_atomically

@@ -22,8 +22,8 @@ from madpo.config import Frozen
 from madpo.errors import ConfigError
 from madpo.generation import generate
 from madpo.models import load_model, load_tokenizer
-from madpo.recipe import LoRA, Optimisation
 from madpo.operation import operation
+from madpo.recipe import LoRA, Optimisation
 from madpo.records import Metrics
 from madpo.rewards import RewardModel
 from madpo.seeding import derived_seed

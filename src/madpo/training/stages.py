@@ -22,13 +22,13 @@ from transformers.trainer_callback import PrinterCallback
 from trl import RewardConfig, SFTConfig, SFTTrainer
 
 from madpo import processes
-from madpo.operation import operation
 from madpo.config import Frozen, added, identity_settings
 from madpo.corpus import Corpus, load_corpus, sft_reviews
 from madpo.errors import ConfigError
 from madpo.logprobs import completion_logps, install_completion_head, unwrapped
 from madpo.losses import Loss
 from madpo.models import load_classifier, load_model, load_tokenizer, merge_adapter, resolve_model
+from madpo.operation import operation
 from madpo.pipeline import Metrics
 from madpo.places import lasting
 from madpo.progress import bar, say
