@@ -19,7 +19,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 TORCH_FREE = [
     *("errors", "seeding", "config", "progress", "storage", "records", "pipeline", "executors", "statistics", "cli"),
-    *("processes", "memory", "vocabulary", "uploads"),
+    *("processes", "memory", "locks", "vocabulary", "uploads"),
     *("results", "summary", "figures", "svg", "report", "corpus", "data", "diagnostics", "packaged", "places"),
     *("recipe", "practice", "practice.early", "practice.settings", "practice.arguments", "practice.folders"),
 ]
@@ -56,6 +56,7 @@ LAYERS = [
     },
     {"pipeline", "untrusted"},
     {"executors", "records"},
+    {"locks"},
     {"storage", "uploads"},
     {"config", "progress", "seeding", "processes", "memory", "operation"},
     {"errors"},

@@ -15,8 +15,8 @@ from madpo.cli import main
 from madpo.config import Frozen, find_experiment, packaged_experiments
 from madpo.errors import ConfigError, DataError
 from madpo.executors import Processes
+from madpo.locks import locked
 from madpo.pipeline import RunResult, Step, run
-from madpo.storage import locked
 
 
 class Nothing(Frozen):

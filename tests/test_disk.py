@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import os
 import resource
 import shutil
@@ -18,8 +17,9 @@ from transformers import TrainerCallback
 import soak
 from madpo.cli import main
 from madpo.errors import MemoryShortage, StorageError
+from madpo.locks import LOCK, holder, locked
 from madpo.memory import is_shortage, memory_errors
-from madpo.storage import LOCK, holder, locked, storage_errors, write_atomically
+from madpo.storage import storage_errors, write_atomically
 from madpo.training import PreferenceTrainer, preference
 from madpo.training import checkpoints as disk
 from practice_cases import text_pairs, write
@@ -251,7 +251,7 @@ def test_what_is_missing_elsewhere_is_no_vanished_folder(tmp_path):
 HELD = """
 import sys, time
 from pathlib import Path
-from madpo.storage import locked
+from madpo.locks import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -303,54 +303,6 @@ def test_a_trainer_lets_go_of_its_folder_and_leaves_no_lock(llama, tmp_path):
     assert not (tmp_path / "run" / LOCK).exists()
     assert holder(tmp_path / "run") is None
     build(llama, tmp_path / "none", max_steps=1, save_strategy="no").train()
-
-
-def test_a_lock_is_its_folders_and_survives_a_rename(tmp_path):
-    with locked(tmp_path / "a"):
-        (tmp_path / "a").rename(tmp_path / "b")
-        with locked(tmp_path / "a"):  # another folder of that name: another lock
-            held = (tmp_path / "a" / LOCK).stat().st_ino
-        assert not (tmp_path / "a" / LOCK).exists()
-        assert (tmp_path / "b" / LOCK).stat().st_ino != held
-
-
-RACE = """
-import sys, time
-from pathlib import Path
-from madpo.errors import StorageError
-from madpo.storage import locked
-root, mine = Path(sys.argv[1]), Path(sys.argv[1]) / "inside"
-entered = 0
-for _ in range(400):
-    try:
-        with locked(root):
-            mine.touch(exist_ok=False)
-            time.sleep(0.0005)
-            mine.unlink()
-            entered += 1
-    except StorageError:
-        time.sleep(0.0003)
-print(entered)
-"""
-
-
-def test_the_lock_excludes_although_its_file_comes_and_goes(tmp_path):
-    children = [
-        subprocess.Popen([sys.executable, "-c", RACE, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
-    entered = [int(child.communicate(timeout=100)[0]) for child in children]
-    assert [child.returncode for child in children] == [0, 0, 0], "nobody met another inside"
-    assert all(count > 20 for count in entered)
-
-
-@pytest.mark.parametrize("content", ["", "{", "null", "3", '{"pid": 7}'])
-def test_whoever_holds_it_is_told_as_far_as_it_is_known(tmp_path, content):
-    with (tmp_path / LOCK).open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.write(content)
-        file.flush()
-        assert holder(tmp_path).startswith("process 7 on ?" if "7" in content else "process ? on ?")
 
 
 # ---- Memory ----

@@ -15,12 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import soak
 from madpo.cli import main
 from madpo.errors import DataError, StorageError
+from madpo.locks import LOCK
 from madpo.practice import RewardSettings, ScoreSettings, folders, reward, score, scoring
 from madpo.practice import reward_model as reward_module
 from madpo.practice.claims import claim
 from madpo.practice.folders import building, digest, in_place
 from madpo.practice.overwriting import FINISHED, MARKERS, empty, refuse_inputs_inside, refuse_to_replace, strangers
-from madpo.storage import LOCK, storage_errors
+from madpo.storage import storage_errors
 from madpo.training import stages
 from madpo.training.checkpoints import newest
 from madpo.training.reward import RewardModelTrainer

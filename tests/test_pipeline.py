@@ -20,9 +20,10 @@ import madpo.records
 from madpo.config import Frozen
 from madpo.errors import ConfigError, DataError, StorageError
 from madpo.executors import Inline, Processes
+from madpo.locks import holder, locked
 from madpo.operation import operation
 from madpo.pipeline import Estimate, Metrics, Record, Step, load_record, plan, run
-from madpo.storage import holder, locked, write_atomically
+from madpo.storage import write_atomically
 
 
 class Numbers(Frozen):

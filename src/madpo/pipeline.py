@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import re
-import resource
 import socket
 import sys
 import time
@@ -30,11 +29,12 @@ from pydantic import BaseModel
 from madpo.config import did_you_mean, identity_settings
 from madpo.errors import ConfigError, MadpoError, StorageError
 from madpo.executors import Executor, Inline
+from madpo.locks import locked
 from madpo.memory import memory_errors
 from madpo.operation import operation_name
 from madpo.progress import duration, say
 from madpo.records import Estimate, Metric, Metrics, Record, conditions, libraries, load_record, plain_metrics
-from madpo.storage import locked, now, storage_errors, write_atomically
+from madpo.storage import now, storage_errors, write_atomically
 from madpo.uploads import Upload
 
 __all__ = [
@@ -474,8 +474,12 @@ def _keep_traceback(out: Path) -> None:
         (out / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
 
 
-def _peak_memory() -> int:
-    """Bytes that this process has held at most so far, earlier steps in it included."""
+def _peak_memory() -> int | None:
+    """Bytes that this process has held at most so far, earlier steps in it included; None on Windows."""
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

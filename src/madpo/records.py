@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
 
 from madpo.errors import ConfigError
+from madpo.locks import holder
 from madpo.progress import say
-from madpo.storage import holder
 
 LIBRARIES = ("torch", "transformers", "trl", "peft")
 ALSO_INSTALLED = ("accelerate", "datasets", "numpy", "pandas", "safetensors", "scikit-learn", "scipy", "tokenizers")

@@ -2,19 +2,13 @@
 
 import contextlib
 import errno
-import fcntl
-import json
 import os
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
 
 from madpo.errors import MadpoError, StorageError
-
-LOCK = ".lock"
 
 _REMEDY = {
     errno.ENOSPC: "the disk is full; free some space and run the same command again, finished steps are kept",
@@ -100,87 +94,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable."""
+    if os.name == "nt":  # Windows opens no folder, and has no such call
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
         # Some network file systems cannot sync a folder; the file itself is safe by then.
-        if error.errno != errno.EINVAL:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
     finally:
         os.close(handle)
-
-
-@contextmanager
-def locked(root: Path, name: Path | None = None) -> Iterator[None]:
-    """Hold ``root`` for this process; the system lets go of it when the process ends, however it ends.
-
-    Args:
-        name: what the sentence calls it; ``root`` when left out.
-
-    Raises:
-        StorageError: another run holds it, with its process id and host.
-    """
-    root.mkdir(parents=True, exist_ok=True)
-    path = root / LOCK
-    with _own(path, name or root) as file:
-        file.truncate(0)
-        json.dump({"pid": os.getpid(), "host": socket.gethostname(), "started": now()}, file)
-        file.flush()
-        try:
-            yield
-        finally:
-            file.truncate(0)
-            # Only while it is ours: the folder may have been renamed, and another run may hold a new one here.
-            if _is(file, path):
-                path.unlink()
-
-
-def _own(path: Path, name: Path) -> TextIO:
-    """The lock's file, locked. The one before us may have removed the file that we waited for; then once more."""
-    while True:
-        file = path.open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise StorageError(
-                f"{name} is in use by another run ({holder(path.parent)}); wait for it, stop it, or choose another "
-                "folder"
-            ) from None
-        if _is(file, path):
-            return file
-        file.close()
-
-
-def _is(file: TextIO, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-
-
-def holder(root: Path) -> str | None:
-    """Who holds the lock, as "process 12 on host a, since ..."; None if nobody does."""
-    try:
-        with (root / LOCK).open("r", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                text = file.read()
-                # The holder writes its line just after it has taken the lock.
-                who = _holder(text)
-                return f"process {who.get('pid', '?')} on {who.get('host', '?')}, since {who.get('started', '?')}"
-    except FileNotFoundError:
-        return None
-    return None
-
-
-def _holder(text: str) -> dict[str, Any]:
-    with contextlib.suppress(ValueError):  # half written: who holds it has just begun
-        who = json.loads(text)
-        return who if isinstance(who, dict) else {}
-    return {}
 
 
 def now() -> str:

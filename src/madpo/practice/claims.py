@@ -9,9 +9,9 @@ from typing import Any
 
 from madpo.config import first_difference
 from madpo.errors import StorageError
+from madpo.locks import LOCKS
 from madpo.practice.folders import told
 from madpo.practice.overwriting import Inputs, empty, refuse_to_replace
-from madpo.storage import LOCK
 
 
 def claim(output_dir: Path, state: Mapping[str, Any], *, overwrite: bool, inputs: Inputs = ()) -> None:
@@ -38,7 +38,7 @@ def claim(output_dir: Path, state: Mapping[str, Any], *, overwrite: bool, inputs
             raise StorageError(
                 f"{output_dir} was made with {told(changed)}; choose another output_dir, or add --overwrite"
             )
-    elif any(entry.name != LOCK for entry in output_dir.iterdir()):
+    elif any(entry.name not in LOCKS for entry in output_dir.iterdir()):
         raise StorageError(f"{output_dir} is there and not empty; choose another output_dir, or add --overwrite")
 
 

@@ -13,11 +13,12 @@ from typing import Any
 from madpo import processes
 from madpo.config import first_difference
 from madpo.errors import ConfigError, MadpoError, StorageError
+from madpo.locks import LOCKS, locked
 from madpo.memory import memory_errors
 from madpo.practice.overwriting import FINISHED, STATE, Inputs, empty, refuse_inputs_inside, refuse_occupied
 from madpo.progress import say
 from madpo.recipe import CHECKPOINTS
-from madpo.storage import LOCK, locked, storage_errors, sync_folder, write_atomically
+from madpo.storage import storage_errors, sync_folder, write_atomically
 
 _CHUNK = 1 << 20
 
@@ -177,7 +178,7 @@ def _put_in_place(output_dir: Path, partial: Path) -> None:
         with suppress(OSError):
             old.rmdir()  # where nothing is in it
         raise _waiting(f"{output_dir} cannot be put in its place ({error.strerror or error})", partial) from error
-    for name in (FINISHED, LOCK):
+    for name in (FINISHED, *LOCKS):
         (output_dir / name).unlink(missing_ok=True)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -210,7 +211,7 @@ def digest(place: str | Path) -> str | None:
     if not path.is_dir():
         return None
     parts = hashlib.sha256()
-    passing = (path / FINISHED, path / LOCK)
+    passing = [path / name for name in (FINISHED, *LOCKS)]
     for file in sorted(p for p in path.rglob("*") if p.is_file() and p not in passing):
         parts.update(f"{file.relative_to(path).as_posix()}:{_file_digest(file)}\n".encode())
     return parts.hexdigest()

@@ -14,10 +14,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from madpo.errors import StorageError
+from madpo.locks import LOCKS
 from madpo.packaged import PACKAGED
 from madpo.places import TINY_FAMILIES
 from madpo.recipe import CHECKPOINTS
-from madpo.storage import LOCK
 
 Inputs = Sequence[tuple[str, str | Path | None]]
 """What a command reads: (its name for a person, the file, folder or other name that was given)."""
@@ -30,7 +30,7 @@ TRACKED = "runs"
 MARKERS = ("reward_model.json", "settings.json", "config.toml", "evaluation.json", "vocabulary.json")
 
 _HIDDEN = (
-    *(LOCK, STATE, FINISHED, f".{CHECKPOINTS}.old", ".rehearsal.tmp", ".*.[0-9]*.tmp"),
+    *(*LOCKS, STATE, FINISHED, f".{CHECKPOINTS}.old", ".rehearsal.tmp", ".*.[0-9]*.tmp"),
     *(".DS_Store", ".ipynb_checkpoints"),  # what file managers and notebooks leave in every folder
 )
 WRITTEN = (
@@ -156,8 +156,8 @@ def _is_json(content: bytes) -> bool:
 
 
 def empty(folder: Path) -> None:
-    """Remove everything in a folder that this process holds, but for the lock."""
-    _remove_all(entry for entry in folder.iterdir() if entry.name != LOCK)
+    """Remove everything in a folder that this process holds, but for its lock."""
+    _remove_all(entry for entry in folder.iterdir() if entry.name not in LOCKS)
 
 
 def discard(folder: Path) -> None:
@@ -169,7 +169,7 @@ def discard(folder: Path) -> None:
 
 def _remove_all(entries: Iterable[Path]) -> None:
     # Killed in between, what is left is still known as a result of ours; nobody else takes it before the lock is gone.
-    for entry in sorted(entries, key=lambda entry: (entry.name == LOCK, entry.name in MARKERS)):
+    for entry in sorted(entries, key=lambda entry: (entry.name in LOCKS, entry.name in MARKERS)):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:

@@ -31,6 +31,7 @@ from madpo.data.rows import Pair
 from madpo.data.sources import open_source
 from madpo.diagnostics import inspect
 from madpo.errors import ConfigError, DataError, MadpoError, StorageError, first_line
+from madpo.locks import locked
 from madpo.memory import memory_errors
 from madpo.models import load_tokenizer, resolve_model
 from madpo.practice.claims import claim, read_own
@@ -42,7 +43,7 @@ from madpo.practice.settings import RewardSettings, ScoreSettings
 from madpo.progress import bar, say
 from madpo.records import Estimate
 from madpo.statistics import proportion
-from madpo.storage import locked, storage_errors, write_atomically
+from madpo.storage import storage_errors, write_atomically
 
 PART = 512
 """Pairs per part: what an interruption can cost."""

@@ -22,11 +22,12 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerState
 
 from madpo.errors import ConfigError, DataError, StorageError
+from madpo.locks import locked
 from madpo.memory import memory_errors
 from madpo.processes import everyone
 from madpo.progress import say
 from madpo.records import libraries
-from madpo.storage import locked, storage_errors
+from madpo.storage import storage_errors
 from madpo.training import checkpoints as disk
 from madpo.training.finite import FiniteTraining
 from madpo.untrusted import refuse_pickles

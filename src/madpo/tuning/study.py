@@ -13,6 +13,7 @@ import numpy as np
 
 from madpo.config import Frozen
 from madpo.errors import ConfigError, DivergedError, MadpoError
+from madpo.locks import LOCKS, locked
 from madpo.memory import memory_errors
 from madpo.practice.claims import claim
 from madpo.practice.folders import digest
@@ -23,7 +24,7 @@ from madpo.progress import say
 from madpo.records import Estimate
 from madpo.seeding import derived_seed
 from madpo.statistics import bootstrap_mean
-from madpo.storage import LOCK, locked, storage_errors, write_atomically
+from madpo.storage import storage_errors, write_atomically
 from madpo.summary import DASH
 from madpo.tuning.heldout import Heldout, Measured, Prepared, identity, measure, prepare
 from madpo.tuning.page import write_table
@@ -140,7 +141,7 @@ def tune(data: str | Path, output_dir: str | Path, settings: TuneSettings, *, ov
     inputs = [("data", data), ("model", settings.model), ("reward model", rewards)]
     with storage_errors(output_dir), memory_errors(MEMORY_REMEDY), locked(output_dir):
         claim(output_dir, state, overwrite=overwrite, inputs=inputs)
-        known = {entry.name for entry in output_dir.iterdir()} - {LOCK}
+        known = {entry.name for entry in output_dir.iterdir()} - set(LOCKS)
         write_atomically(output_dir / "settings.json", json.dumps(state, indent=1) + "\n")
         try:
             prepared = prepare(data, settings, output_dir)
