@@ -58,7 +58,9 @@ class CheckReport(Frozen):
     roles: dict[str, int]
     """For messages, "system, user > assistant" (prompt > chosen) -> how many pairs; the most frequent ones."""
     read_as: dict[str, str]
-    """Our name -> the data set's."""
+    """Our name -> the data set's, of all columns but the prompt's."""
+    prompt_columns: tuple[str, ...] = ()
+    """The columns that the prompt is made of, in its order."""
     ignored: tuple[str, ...]
     """Columns that nothing reads."""
     unit: str
@@ -79,6 +81,8 @@ class CheckReport(Frozen):
         evaluated = "" if self.eval_pairs is None else f", and {self.eval_pairs} evaluation pairs"
         lines = [f"{self.source}: {self.pairs} pairs of {self.form}, {self.prompts} different prompts{evaluated}"]
         renamed = [f"{theirs!r} as {ours}" for ours, theirs in self.read_as.items() if ours != theirs]
+        if self.prompt_columns not in ((), ("prompt",)):
+            renamed.insert(0, f"{' and '.join(map(repr, self.prompt_columns))} as prompt")
         if renamed:
             lines.append(f"read {', '.join(renamed)}")
         if self.ignored:
@@ -268,6 +272,7 @@ class _Pass:
             form=self.form,
             roles=dict(self.roles.most_common(ROLES_SHOWN)),
             read_as=dict(stream.columns.read_as),
+            prompt_columns=stream.columns.prompt.joined,
             ignored=stream.ignored,
             unit="characters" if self.encoder is None else "tokens",
             lengths={side: _lengths(values) for side, values in self.lengths.items()},

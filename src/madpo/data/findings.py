@@ -17,6 +17,10 @@ KINDS: dict[str, tuple[str, str]] = {
         "keep the order you believe, or both if annotators disagree",
     ),
     "empty_completion": ("a completion is empty", "drop the pair, unless silence is an answer you want to teach"),
+    "system_prompts": (
+        "chosen and rejected were written under different system prompts, which are left out",
+        "choose responses with the same system prompt, or accept that the model sees none",
+    ),
     "empty_prompt": ("the prompt is empty", "fill in the prompt or drop the pair"),
     "repeats_prompt": (
         "the completions begin with the prompt, which would be trained on",

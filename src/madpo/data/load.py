@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from madpo.data.messages import is_blank
 from madpo.data.rows import WANTED, Columns, Pair, Reader
 from madpo.data.sources import Source, open_source
 from madpo.data.tokens import Encoded, Encoder, Truncation, as_tokenizer, check_options, text_length, truncated
@@ -30,6 +31,7 @@ class PairStream:
     """
 
     def __init__(self, data: str | Path) -> None:
+        self._data = data
         self.source: Source = open_source(data, wanted=WANTED)
         self.columns: Columns | None = None
         self.ignored: tuple[str, ...] = ()
@@ -41,7 +43,8 @@ class PairStream:
     def _use(self, names: Sequence[str], place: str) -> Reader:
         self.columns = Columns.found_in(names, place)
         self.ignored = self.columns.ignored(names)
-        self._reader = Reader(self.columns, self.source.name, from_text=self._from_text)
+        turns = _any_turns(self._data, self.columns.prompt.history)
+        self._reader = Reader(self.columns, self.source.name, from_text=self._from_text, turns=turns)
         return self._reader
 
     def __iter__(self) -> Iterator[Pair]:
@@ -74,6 +77,15 @@ class PairStream:
         raise_first(mistakes, wrong, self.source)
         if index < 0:
             raise DataError(f"{self.source.name}: has no rows; give at least one pair")
+
+
+def _any_turns(data: str | Path, column: str | None) -> bool:
+    """Whether a row has turns before its prompt, which decides how all rows are read."""
+    if column is None:
+        return False
+    source = open_source(data, wanted=(column,))
+    with closing(source.rows):
+        return any(isinstance(raw, dict) and not is_blank(raw.get(column)) for _, raw in source.rows)
 
 
 def raise_first(mistakes: Sequence[DataError], wrong: Sequence[int], source: Source) -> None:

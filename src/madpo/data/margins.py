@@ -8,8 +8,8 @@ from pathlib import Path
 
 from madpo.config import Frozen
 from madpo.data.load import PairStream
+from madpo.data.messages import Text, contents
 from madpo.data.numbers import as_number
-from madpo.data.rows import Text, contents
 from madpo.data.sources import Source, open_source
 from madpo.errors import DataError
 from madpo.progress import track

@@ -10,11 +10,14 @@ from madpo.data.sources import described
 from madpo.errors import DataError
 
 _TEXTS = ("response", "completion", "text", "content")
+_SYSTEM = ("custom_system_prompt", "system_prompt", "system")
 _SCORES = ("overall_score", "score", "rating", "fine-grained_score")
 
 
 def best_and_worst_of(columns: Mapping[str, Any], place: str) -> dict[str, Any] | None:
-    """chosen, rejected and their scores; None where no two scores differ. Of equal scores the first counts.
+    """chosen, rejected, their scores, and the system prompts of both; None where no two scores differ.
+
+    Of equal scores the first counts.
 
     Args:
         columns: ``completions`` as a list of objects or an object of lists, or a list of responses and, after it, one
@@ -24,13 +27,14 @@ def best_and_worst_of(columns: Mapping[str, Any], place: str) -> dict[str, Any] 
         DataError: the columns do not fit together, or a response has no score.
     """
     scored = list(_side_by_side(columns, place) if len(columns) == 2 else _objects(columns, place))
-    if len({score for score, _ in scored}) < 2:
+    if len({score for score, *_ in scored}) < 2:
         return None
-    (best, chosen), (worst, rejected) = max(scored, key=lambda s: s[0]), min(scored, key=lambda s: s[0])
-    return {"chosen": chosen, "rejected": rejected, "chosen_score": best, "rejected_score": worst}
+    best, worst = max(scored, key=lambda s: s[0]), min(scored, key=lambda s: s[0])
+    scores = {"chosen_score": best[0], "rejected_score": worst[0]}
+    return {"chosen": best[1], "rejected": worst[1], "system": (best[2], worst[2]), **scores}
 
 
-def _side_by_side(columns: Mapping[str, Any], place: str) -> Iterator[tuple[float, Any]]:
+def _side_by_side(columns: Mapping[str, Any], place: str) -> Iterator[tuple[float, Any, str]]:
     (texts, responses), (name, scores) = columns.items()
     for column, value in columns.items():
         if not isinstance(value, list | tuple):
@@ -40,10 +44,10 @@ def _side_by_side(columns: Mapping[str, Any], place: str) -> Iterator[tuple[floa
             f"{place}: {texts} holds {len(responses)} entries and {name} {len(scores)}; give a score for each response"
         )
     for i, (response, score) in enumerate(zip(responses, scores, strict=True)):
-        yield as_number(score, f"{name}[{i}]", place), response
+        yield as_number(score, f"{name}[{i}]", place), response, ""
 
 
-def _objects(columns: Mapping[str, Any], place: str) -> Iterator[tuple[float, Any]]:
+def _objects(columns: Mapping[str, Any], place: str) -> Iterator[tuple[float, Any, str]]:
     ((column, value),) = columns.items()
     if isinstance(value, dict):  # one object of lists, as some writers turn a list of objects around
         lengths = {len(entry) for entry in value.values() if isinstance(entry, list | tuple)}
@@ -60,7 +64,7 @@ def _objects(columns: Mapping[str, Any], place: str) -> Iterator[tuple[float, An
         score = None if text is None else _score(entry, name, place)
         if text is None or score is None:
             raise DataError(f"{place}: {name} lacks response or overall_score; give both or add chosen and rejected")
-        yield score, entry[text]
+        yield score, entry[text], next((entry[key] for key in _SYSTEM if isinstance(entry.get(key), str)), "")
 
 
 def _score(entry: Mapping[str, Any], name: str, place: str) -> float | None:

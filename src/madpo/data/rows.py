@@ -9,19 +9,27 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+from madpo.data.messages import (
+    SYSTEM_ROLES,
+    UNREAD_COLUMNS,
+    Message,
+    Text,
+    as_text,
+    contents,
+    refuse_unread_columns,
+    said,
+)
 from madpo.data.numbers import as_number
+from madpo.data.prompts import KNOWN, Prompt, PromptColumns, read_prompt, refuse_lost_context
 from madpo.data.ranked import best_and_worst_of
 from madpo.data.sources import described
 from madpo.errors import DataError
 
-Message = dict[str, str]
-Text = str | list[Message]
-
 NUMBERS = ("chosen_score", "rejected_score", "reward_margin", "weight", "ref_chosen_logps", "ref_rejected_logps")
-# Our name first, then what known data sets call it; the report says which name was read.
+# Our name first, then what known data sets call it; the report says which name was read. Those of the prompt are in
+# madpo.data.prompts.
 ALIASES: dict[str, tuple[str, ...]] = {
     "pair_id": ("pair_id",),
-    "prompt": ("prompt", "instruction", "question"),
     "chosen": ("chosen", "chosen_response"),
     "rejected": ("rejected", "rejected_response"),
     **{
@@ -39,15 +47,7 @@ RANKED = (
     ("completions",),
     *((texts, scores) for texts in ("responses", "generations") for scores in ("scores", "ratings", "rating")),
 )
-# What chat templates read besides role and content of a message, and beside the messages.
-UNREAD_KEYS = (
-    *("tool_calls", "tool_call_id", "function_call", "function_calls", "functions", "name"),
-    *("reasoning_content", "reasoning", "thinking"),
-)
-UNREAD_COLUMNS = ("tools", "chat_template_kwargs")
-WANTED = (*{alias for names in (*ALIASES.values(), *RANKED) for alias in names}, *UNREAD_COLUMNS, "margin")
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-_RENAME = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
+WANTED = (*{alias for names in (*ALIASES.values(), *RANKED) for alias in names}, *KNOWN, *UNREAD_COLUMNS, "margin")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 LONG = 1_000_000  # characters
 
@@ -83,6 +83,7 @@ class Columns:
     """Which of the data set's names is read as what."""
 
     read_as: Mapping[str, str]
+    prompt: PromptColumns
     ranked: tuple[str, ...] = ()
     """Columns with several scored responses, of which the best and the worst make the pair; empty where pairs are."""
 
@@ -104,9 +105,10 @@ class Columns:
             theirs = next((alias for alias in aliases if alias in names), None)
             if theirs is not None:
                 read_as[ours] = theirs
+        prompt = PromptColumns.found_in(names)
         ranked = next((columns for columns in RANKED if set(columns) <= set(names)), ())
-        if ranked and "chosen" not in read_as and "prompt" in read_as:
-            return cls({"prompt": read_as["prompt"]}, ranked)
+        if ranked and "chosen" not in read_as and prompt.question:
+            return cls({}, prompt, ranked)
         for ours in ("chosen", "rejected"):
             if ours not in read_as:
                 near = difflib.get_close_matches(ours, names, n=1, cutoff=0.6)
@@ -116,7 +118,7 @@ class Columns:
         for one, other in (("chosen_score", "rejected_score"), ("rejected_score", "chosen_score")):
             if one in read_as and other not in read_as:
                 raise DataError(f"{name}: has {read_as[one]!r} but no {other!r}; give both scores or neither")
-        return cls(read_as)
+        return cls(read_as, prompt)
 
     @property
     def numbers(self) -> tuple[str, ...]:
@@ -125,19 +127,22 @@ class Columns:
 
     def ignored(self, names: Sequence[str]) -> tuple[str, ...]:
         """Columns that nothing reads."""
-        used = {*self.read_as.values(), *self.ranked}
+        used = {*self.read_as.values(), *self.prompt.joined, *self.ranked}
         return tuple(name for name in names if name not in used)
 
 
 class Reader:
     """Turns raw rows into pairs; what the first good row looks like, all must."""
 
-    def __init__(self, columns: Columns, name: str, *, from_text: bool = False) -> None:
-        """``from_text``: numbers come as text (CSV), not as numbers."""
+    def __init__(self, columns: Columns, name: str, *, from_text: bool = False, turns: bool = False) -> None:
+        """``from_text``: numbers come as text (CSV), not as numbers. ``turns``: some row has turns before its prompt,
+        so that text is read as messages."""
         self.columns = columns
         self.name = name
         self.from_text = from_text
+        self.turns = turns
         self.conversational: bool | None = None
+        self._prompts: dict[tuple[str, ...], PromptColumns] = {}
 
     def pair(self, raw: Mapping[str, Any], number: int, index: int, place: str) -> Pair | None:
         """The pair in a row; None for a ranked row without two different scores.
@@ -155,11 +160,11 @@ class Reader:
             if best_and_worst is None:
                 return None
             values |= best_and_worst
-        elif unexpected := [n for n in (*NUMBERS, "prompt", "pair_id") if n in raw and n not in self.columns.read_as]:
+        elif unexpected := [n for n in (*NUMBERS, "pair_id") if n in raw and n not in self.columns.read_as]:
             raise DataError(
                 f"{place}: has the field {unexpected[0]!r}, which the first row lacks; give it in every row or in none"
             )
-        pair = self._split(values, number, index, place)
+        pair = self._split(raw, values, number, index, place)
         if isinstance(pair.prompt, list):
             refuse_unread_columns(raw, place)
         for ours in self.columns.numbers:
@@ -179,12 +184,24 @@ class Reader:
             raise DataError(f"{place}: {theirs} is null; fill it in or drop the row")
         return raw[theirs]
 
-    def _split(self, values: Mapping[str, Any], number: int, index: int, place: str) -> Pair:
+    def _split(self, raw: Mapping[str, Any], values: Mapping[str, Any], number: int, index: int, place: str) -> Pair:
         chosen, rejected = (as_text(values[name], name, place) for name in ("chosen", "rejected"))
-        prompt = as_text(values["prompt"], "prompt", place) if "prompt" in values else None
         if isinstance(chosen, list) != isinstance(rejected, list):
             raise DataError(f"{place}: chosen and rejected must both be text or both be messages; write them alike")
-        conversational = isinstance(chosen, list) or isinstance(prompt, list)
+        flags: list[tuple[str, str]] = []
+        columns = self._prompt_columns(raw, place)
+        found = read_prompt(raw, columns, place, completion=chosen)
+        if self.columns.ranked:
+            found = _written_under(found, values["system"], flags)
+        text = found.text
+        if (self.turns or found.history) and isinstance(chosen, str):
+            if text is None:
+                raise DataError(
+                    f"{place}: some rows have turns in {columns.history!r}, and there is no column prompt that follows "
+                    "them; add one, or give chosen and rejected as messages"
+                )
+            text = said("user", text) if isinstance(text, str) else text
+        conversational = isinstance(chosen, list) or isinstance(text, list)
         if self.conversational is None:
             self.conversational = conversational
         elif self.conversational != conversational:
@@ -194,21 +211,42 @@ class Reader:
                 "use one form in the whole file"
             )
         pair_id = _pair_id(values.get("pair_id", index), place)
-        flags: list[tuple[str, str]] = []
         if isinstance(chosen, str) and isinstance(rejected, str):
-            parts = _split_text(prompt, chosen, rejected, flags)
+            prompt, chosen, rejected = _split_text(text, chosen, rejected, flags)
         else:
             assert isinstance(chosen, list)
             assert isinstance(rejected, list)
-            parts = _split_messages(prompt, chosen, rejected, flags)
-        return Pair(pair_id, number, *parts, {}, flags)
+            prompt, chosen, rejected = _split_messages(text, chosen, rejected, flags)
+        if not "".join(contents(prompt)).strip() and ("no_shared_prompt", "") not in flags:
+            flags.append(("empty_prompt", ""))
+        prompt = found.joined(prompt, place)
+        refuse_lost_context(raw, found.context, (prompt, chosen, rejected), place)
+        return Pair(pair_id, number, prompt, chosen, rejected, {}, flags)
+
+    def _prompt_columns(self, raw: Mapping[str, Any], place: str) -> PromptColumns:
+        names = tuple(raw)
+        if names not in self._prompts:
+            if len(self._prompts) > 1000:  # rows of random keys would fill the memory
+                self._prompts.clear()
+            found = PromptColumns.found_in(map(str, names))
+            self.columns.prompt.refuse_another(found, place)
+            self._prompts[names] = found
+        return self._prompts[names]
+
+
+def _written_under(found: Prompt, systems: tuple[str, str], flags: list[tuple[str, str]]) -> Prompt:
+    """With the system prompt under which both of two ranked completions were written, if it was the same."""
+    if systems[0] == systems[1]:
+        return found._replace(system=systems[0]) if systems[0].strip() and not found.system else found
+    flags.append(("system_prompts", ""))
+    return found
 
 
 def _split_text(
     prompt: Text | None, chosen: str, rejected: str, flags: list[tuple[str, str]]
 ) -> tuple[Text, Text, Text]:
     if isinstance(prompt, list):  # a conversation with its two answers given as text
-        return prompt, _said("assistant", chosen), _said("assistant", rejected)
+        return prompt, said("assistant", chosen), said("assistant", rejected)
     if prompt is not None:
         if prompt and chosen.startswith(prompt) and rejected.startswith(prompt):
             flags.append(("repeats_prompt", ""))
@@ -232,7 +270,7 @@ def _split_messages(
             flags.append(("repeats_prompt", ""))
         return prompt, chosen, rejected
     if isinstance(prompt, str) and chosen[0]["role"] == rejected[0]["role"] == "assistant":
-        return _said("user", prompt), chosen, rejected
+        return said("user", prompt), chosen, rejected
     # At least one message stays with each side, so that equal conversations keep their answer.
     shared = min(shared_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
     if not shared:
@@ -240,104 +278,6 @@ def _split_messages(
     elif isinstance(prompt, str) and not any(m["content"].strip() == prompt.strip() for m in chosen[:shared]):
         flags.append(("prompt_mismatch", ""))
     return chosen[:shared], chosen[shared:], rejected[shared:]
-
-
-def _said(role: str, text: str) -> list[Message]:
-    return [{"role": role, "content": text}]
-
-
-def as_text(value: Any, name: str, place: str) -> Text:
-    """A field of a row: text, or messages with role and content alone (text parts of a message joined).
-
-    Raises:
-        DataError: anything else.
-    """
-    if isinstance(value, str):
-        return encodable(value, name, place)
-    if not isinstance(value, list | tuple):
-        hint = "; put the message in a list" if isinstance(value, dict) else "; give text or a list of messages"
-        raise DataError(f"{place}: {name} is {described(value)}, not text{hint}")
-    if not value:
-        raise DataError(f"{place}: {name} is a list without messages; fill it in or drop the row")
-    return [_message(m, f"{name}[{i}]", place) for i, m in enumerate(value)]
-
-
-def _message(value: Any, name: str, place: str) -> Message:
-    if not isinstance(value, dict):
-        raise DataError(f"{place}: {name} is {described(value)}, not a message; give an object with role and content")
-    refuse_unread_keys(value, name, place)
-    if "role" not in value or "content" not in value:
-        hint = "rename 'from' to 'role' and 'value' to 'content'" if "from" in value else "give both role and content"
-        keys = ", ".join(repr(str(key)[:40]) for key in list(value)[:6]) or "nothing"
-        raise DataError(f"{place}: {name} has {keys}, not role and content; {hint}")
-    role, content = value["role"], value["content"]
-    if role not in ROLES:
-        known = _RENAME.get(role.lower()) if isinstance(role, str) else None
-        hint = f"rename it to {known!r}" if known else f"use one of {', '.join(ROLES)}"
-        raise DataError(f"{place}: {name}.role is {described(role)}; {hint}")
-    if isinstance(content, list):  # parts, as multimodal templates write them
-        if any(
-            not isinstance(p, dict) or p.get("type") != "text" or not isinstance(p.get("text"), str) for p in content
-        ):
-            raise DataError(f"{place}: {name}.content holds parts that are not text; only text can be trained on here")
-        content = "".join(part["text"] for part in content)
-    if not isinstance(content, str):
-        raise DataError(f"{place}: {name}.content is {described(content)}, not text; fill it in or drop the row")
-    return {"role": role, "content": encodable(content, f"{name}.content", place)}
-
-
-def refuse_unread_keys(message: Mapping[str, Any], name: str, place: str) -> None:
-    """Refuse what a chat template would show of a message and nothing here passes on: the two sides may differ in it.
-
-    Raises:
-        DataError: with the key and its value.
-    """
-    key = _first_given(message, UNREAD_KEYS)
-    if key is not None:
-        raise DataError(
-            f"{place}: {name}.{key} is {described(message[key])}, but only role and content of a message are read; "
-            f"render the conversations to text with the model's chat template, or remove {key!r} if the model need "
-            "not see it"
-        )
-
-
-def refuse_unread_columns(raw: Mapping[str, Any], place: str) -> None:
-    """Refuse what a chat template would be given beside the messages of a row and nothing here passes on.
-
-    Raises:
-        DataError: with the column and its value.
-    """
-    column = _first_given(raw, UNREAD_COLUMNS)
-    if column is not None:
-        raise DataError(
-            f"{place}: {column} is {described(raw[column])}, but the chat template is given the messages alone; "
-            "render the conversations to text with the model's chat template, or remove the column if the model need "
-            "not see it"
-        )
-
-
-def _first_given(values: Mapping[str, Any], names: Sequence[str]) -> str | None:
-    return next((name for name in names if not _is_blank(values.get(name))), None)
-
-
-def _is_blank(value: Any) -> bool:
-    """Whether a value says nothing: tables give every row all columns and every object all keys."""
-    if isinstance(value, dict | list | tuple):
-        return all(entry is None for entry in (value.values() if isinstance(value, dict) else value))
-    return value is None or (isinstance(value, str) and value.strip() in ("", "null", "[]", "{}"))
-
-
-def encodable(text: str, name: str, place: str) -> str:
-    """The text, unless it holds half of a surrogate pair, which no tokenizer and no file can take."""
-    if not text.isascii():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"{place}: {name} holds half of a surrogate pair (\\u{ord(text[error.start]):04x}); the text was cut "
-                "inside an emoji, repair it or drop the row"
-            ) from None
-    return text
 
 
 def _pair_id(value: Any, place: str) -> int:
@@ -358,8 +298,6 @@ def _flag(pair: Pair) -> None:
     for side in ("chosen", "rejected"):
         if not "".join(contents(getattr(pair, side))).strip() and ("identical", "") not in flags:
             flags.append(("empty_completion", side))
-    if not "".join(contents(pair.prompt)).strip() and ("no_shared_prompt", "") not in flags:
-        flags.append(("empty_prompt", ""))
     for name in ("prompt", "chosen", "rejected"):
         for text in contents(getattr(pair, name)):
             if match := _CONTROL.search(text):
@@ -391,18 +329,13 @@ def shared_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
     return low
 
 
-def contents(text: Text) -> list[str]:
-    """The texts of a plain or conversational part."""
-    return [text] if isinstance(text, str) else [message["content"] for message in text]
-
-
 def _role_problems(pair: Pair) -> list[str]:
     assert isinstance(pair.prompt, list)
     roles = [m["role"] for m in pair.prompt]
     problems = []
-    if any(role in ("system", "developer") for role in roles[1:]):
+    if any(role in SYSTEM_ROLES for role in roles[1:]):
         problems.append("system after the first message")
-    turns = [role for role in roles if role not in ("system", "developer")]
+    turns = [role for role in roles if role not in SYSTEM_ROLES]
     if turns and turns[0] != "user":
         problems.append(f"the prompt begins with {turns[0]}")
     if any(a == b == "user" or a == b == "assistant" for a, b in pairwise(turns)):

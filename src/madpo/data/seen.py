@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from madpo.data.findings import EXAMPLES, Findings
-from madpo.data.rows import Pair, Text
+from madpo.data.messages import Text
+from madpo.data.rows import Pair
 
 Keys = npt.NDArray[np.uint64]
 

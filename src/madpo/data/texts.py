@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from madpo.data.load import PairStream
-from madpo.data.rows import ALIASES, RANKED, Text, encodable, refuse_unread_columns, refuse_unread_keys
+from madpo.data.messages import Text, encodable, refuse_unread_columns, refuse_unread_keys
+from madpo.data.prompts import PromptColumns, read_prompt, whole_prompt
+from madpo.data.rows import ALIASES, RANKED
 from madpo.data.sources import described, open_source
 from madpo.errors import DataError
 
 _WHOLE = ("text", "messages", "conversations")
-_COMPLETIONS = ("completion", "response")
+_COMPLETIONS = ("completion", "response", "output")
 
 
 def read_texts(data: str | Path) -> Iterator[tuple[str, Text]]:
@@ -50,18 +53,24 @@ def read_texts(data: str | Path) -> Iterator[tuple[str, Text]]:
 
 
 def _are_pairs(names: set[str]) -> bool:
+    if names.intersection(ALIASES["chosen"]) and names.intersection(ALIASES["rejected"]):
+        return True  # a column messages next to them is a copy of one side
     if names.intersection(_WHOLE):
         return False
     return bool(names.intersection(ALIASES["chosen"])) or any(names.issuperset(columns) for columns in RANKED)
 
 
 def _text(raw: dict[str, Any], place: str) -> Text:
-    for name in _WHOLE:
-        if name in raw:
-            return _checked(raw[name], name, place)
-    prompt = next((name for name in ALIASES["prompt"] if name in raw), None)
+    if "text" in raw:
+        return _checked(raw["text"], "text", place)
+    if whole := next((name for name in _WHOLE if name in raw), None):
+        front = replace(PromptColumns.found_in(raw), question=())
+        return read_prompt(raw, front, place).joined(_checked(raw[whole], whole, place), place)
     completion = next((name for name in _COMPLETIONS if name in raw), None)
-    parts = [_checked(raw[name], name, place) for name in (prompt, completion) if name is not None]
+    prompt = whole_prompt(raw, raw, place)
+    parts = [prompt] if prompt is not None else []
+    if completion is not None:
+        parts.append(_checked(raw[completion], completion, place))
     if not parts:
         listed = ", ".join(map(repr, list(raw)[:12])) or "none"
         raise DataError(f"{place}: has no 'text', 'messages', 'prompt' or 'chosen' and 'rejected' (found {listed})")

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from madpo.data.rows import Message, Pair, Text, shared_prefix
+from madpo.data.messages import Message, Text
+from madpo.data.rows import Pair, shared_prefix
 from madpo.errors import ConfigError, DataError, MadpoError, first_line
 
 Truncation = Literal["drop", "cut", "refuse"]

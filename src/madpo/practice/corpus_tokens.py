@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from madpo.corpus import IMDB, PackagedIMDB, load_corpus
-from madpo.data.rows import contents
+from madpo.data.messages import contents
 from madpo.data.texts import read_texts
 from madpo.data.tokens import template_refusals
 from madpo.errors import DataError, first_line

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from madpo.config import Frozen
-from madpo.data.rows import Pair, Text
+from madpo.data.messages import Text
+from madpo.data.rows import Pair
 from madpo.data.tokens import Encoder
 from madpo.errors import ConfigError, first_line
 from madpo.evaluation import distinct

@@ -12,7 +12,8 @@ from peft.utils.error import NoMatchingPeftModuleError
 
 from madpo.data import load_preferences
 from madpo.data.load import TooLong
-from madpo.data.rows import Pair, Text
+from madpo.data.messages import Text
+from madpo.data.rows import Pair
 from madpo.data.tokens import Encoder, Truncation, truncated
 from madpo.errors import ConfigError, DataError, MadpoError
 from madpo.places import cannot_load, load_tokenizer, resolve_model

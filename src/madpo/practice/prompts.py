@@ -6,7 +6,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-from madpo.data.rows import ALIASES, Text, as_text, refuse_unread_columns
+from madpo.data.messages import Text, refuse_unread_columns
+from madpo.data.prompts import PromptColumns, whole_prompt
 from madpo.data.sources import described, open_source
 from madpo.errors import DataError
 from madpo.practice.pairs import prompt_key
@@ -35,13 +36,13 @@ def read_prompts(data: str | Path, count: int | None = None) -> list[Prompt]:
             if isinstance(raw, DataError):
                 raise raw
             place = source.at(number)
-            name = next((alias for alias in ALIASES["prompt"] if alias in raw), None)
-            if name is None:
+            names = PromptColumns.found_in(raw).question
+            if not names:
                 listed = ", ".join(map(repr, list(raw)[:12]))
                 raise DataError(f"{place}: has no 'prompt' (found {listed}); rename the column that holds it")
-            if raw[name] in (None, ""):
-                raise DataError(f"{place}: {name} is {described(raw[name])}; fill it in or drop the row")
-            content = as_text(raw[name], name, place)
+            content = whole_prompt(raw, raw, place)
+            if not content:
+                raise DataError(f"{place}: {names[0]} is {described(raw[names[0]])}; fill it in or drop the row")
             if isinstance(content, list):
                 refuse_unread_columns(raw, place)
             first = next(iter(found.values()), None)

@@ -352,7 +352,10 @@ def _write(
     """The rows with their scores; a row at a time, or a group of rows for Parquet."""
     stream = PairStream(data)
     read = list(stream)
-    drop = {theirs for ours, theirs in (stream.columns.read_as if stream.columns else {}).items() if ours in _TEXTS}
+    assert stream.columns is not None
+    drop = {theirs for ours, theirs in stream.columns.read_as.items() if ours in _TEXTS} | {
+        *stream.columns.prompt.joined
+    }
     at = stream.source.at
     rows = (
         (
