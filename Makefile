@@ -19,14 +19,16 @@ $(STAMP): constraints.txt pyproject.toml
 	touch $@
 
 # One thread per process: two test processes that each take every core slow each other down.
-test: $(STAMP) ## the whole test suite, offline
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-check: $(STAMP) ## formatting, lint, types, tests
+test: $(STAMP) ## the tests, offline, without those that are marked slow
+	$(PYTEST) -m "not slow"
+
+check: $(STAMP) ## formatting, lint, types, all tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(MAKE) --no-print-directory test
+	$(PYTEST)
 
 quickstart: $(STAMP) ## train the quickstart's models and write its report
 	$(BIN)/madpo run quickstart --output_dir runs/quickstart
@@ -45,9 +47,9 @@ bench: $(STAMP) ## side-by-side measurements against TRL; JSON in /tmp/madpo-ben
 	$(BIN)/python benchmarks/growth.py --json $(BENCH)/growth.json
 
 soak: $(STAMP) ## kill trainings and the study at random points, continue, and write the counts to docs/reliability.md
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --page docs/reliability.md
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --model real --page docs/reliability.md
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/chaos.py --page docs/reliability.md
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/cases/soak.py --page docs/reliability.md
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/cases/soak.py --model real --page docs/reliability.md
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/cases/chaos.py --page docs/reliability.md
 
 fuzz: $(STAMP) ## feed thousands of broken files to every reader, and write the counts to docs/reliability.md
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 MADPO_FUZZ=400 MADPO_FUZZ_PAGE=docs/reliability.md \

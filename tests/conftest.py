@@ -1,5 +1,8 @@
 """What many test modules start from: a tiny model, a cache of one's own, a browser."""
 
+import os
+from pathlib import Path
+
 import pytest
 
 from madpo.models import build_tiny
@@ -38,3 +41,36 @@ def window(browser, page):
     """The browser at the module's own ``page``."""
     browser.get(page.resolve().as_uri())
     return browser
+
+
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory):
+    """``forked(function, *arguments, folder=, cache=, NAME=value)``: a :class:`Program`, in an empty folder by default.
+
+    Those that a failed test has left behind are ended.
+    """
+    from forked import Program
+
+    started = []
+
+    def start(work, *arguments, folder=None, cache=None, **env):
+        place = tmp_path_factory.mktemp("program")
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **env}
+        if cache is not None:
+            environment["MADPO_CACHE"] = str(cache)
+        program = Program(work, arguments, place, Path(folder or place), environment)
+        started.append(program)
+        return program
+
+    yield start
+    for program in started:
+        if program.running():
+            program.kill()
+
+
+@pytest.fixture(scope="session")
+def command(forked):
+    """``command("run", "smoke", ..., folder=, cache=, NAME=value)``: the command line in a process of its own."""
+    from forked import command_line
+
+    return lambda *words, **settings: forked(command_line, *map(str, words), **settings)

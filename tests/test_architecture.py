@@ -12,8 +12,8 @@ import pytest
 import madpo
 from madpo.config import find_experiment, load_config, packaged_experiments
 from madpo.pipeline import ordered
+from repository import ROOT, TESTS
 
-ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "madpo"
 FILES = sorted(SOURCE.rglob("*.py"))
 
@@ -231,6 +231,7 @@ def test_every_promise_names_tests_that_exist(heading: str) -> None:
         named = re.findall(r"`(\w+\.py)::(\w+)`", row.split(" | ")[1])
         assert named, f"no test keeps the promise {row[:90]!r}"
         for file, name in named:
-            tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
+            (path,) = TESTS.rglob(file)
+            tree = ast.parse(path.read_text(encoding="utf-8"))
             tests = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
             assert name in tests, f"docs/reliability.md names {file}::{name}, which is not there"

@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +15,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, Trainer
 from trl import DPOTrainer, RewardTrainer, SFTTrainer
 
+import soak
 from losses_cases import EVERY_LOSS
 from madpo import DPO, MADPO, PreferenceConfig, PreferenceTrainer
 from madpo.errors import ConfigError, DataError, StorageError
@@ -434,54 +433,40 @@ def test_the_seam_with_transformers_is_where_we_expect_it():
 # ---- The stages, killed ----
 
 
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory):
-    """Every stage undisturbed; and killed by SIGKILL in the middle, then started again."""
-    root = tmp_path_factory.mktemp("killed")
-    program = f"""
-import os, sys
-from pathlib import Path
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-import soak
-root = Path({str(root)!r})
-soak.warm_up()
-assert soak.wait(soak.fork(lambda: soak.prepare(root))) == 0
-SHORT = {{'epochs': 2}}
-def dying(kind, out, step):
+SHORT = {"epochs": 2}
+
+
+def dying(kind, root, out, step):
     soak.die_at_step(step)
     soak.train(kind, root, out, SHORT)
-for kind in soak.KINDS:
-    whole, out = root / "whole" / kind, root / "again" / kind
-    assert soak.wait(soak.fork(lambda: soak.train(kind, root, whole, SHORT))) == 0
-    assert soak.wait(soak.fork(lambda: dying(kind, out, 6))) == -{int(signal.SIGKILL)}
-    os.rename(out / "log.jsonl", out / "first_log.jsonl"); os.link(out / "first_log.jsonl", out / "log.jsonl")
-    there = sorted(str(p.relative_to(out)) for p in (out / "checkpoints").rglob("[!.]*") if p.is_file())
-    print(kind, *there, flush=True)
-    assert soak.wait(soak.fork(lambda: soak.train(kind, root, out, SHORT))) == 0
-"""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MADPO_CACHE": str(root / "cache")}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=280, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines() if "checkpoint-" in line]
-    return root, {row[0]: row[1:] for row in rows}, done.stderr
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("kind", ["sft", "reward_model", "dpo", "beta_dpo"])
-def test_a_killed_stage_started_again_leaves_the_same_bytes(killed, kind):
-    root, files, said = killed
-    assert f"checkpoints/checkpoint-4/{disk.MANIFEST}" in files[kind], "there was something to continue from"
-    assert all(name.endswith((".safetensors", ".json")) for name in files[kind])
-    whole, again = root / "whole" / kind, root / "again" / kind
-    (again / "first_log.jsonl").unlink()
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    """What the stages of ``soak`` read."""
+    root = tmp_path_factory.mktemp("stages")
+    soak.prepare(root)
+    return root
+
+
+@pytest.mark.parametrize("kind", soak.KINDS)
+def test_a_killed_stage_started_again_leaves_the_same_bytes(forked, stages, tmp_path, kind):
+    """Every stage undisturbed; and killed by SIGKILL in the middle, then started again."""
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    undisturbed = forked(soak.train, kind, stages, whole, SHORT).end()
+    assert undisturbed.status == 0, undisturbed.err
+    assert forked(dying, kind, stages, again, 6).end().status == -signal.SIGKILL
+    left = files_of(again / "checkpoints")
+    assert f"checkpoint-4/{disk.MANIFEST}" in left, "there was something to continue from"
+    assert all(name.endswith((".safetensors", ".json")) for name in left if not name.startswith("."))
+    ended = forked(soak.train, kind, stages, again, SHORT).end()
+    assert ended.status == 0, ended.err
     assert files_of(whole) == files_of(again)
     for name in files_of(whole):
         assert (whole / name).read_bytes() == (again / name).read_bytes(), name
     assert not (again / "checkpoints").exists()
     name = {"sft": "SFT", "reward_model": "Reward model"}.get(kind, kind)
-    assert f"{name}: continues after step 4 of" in said
+    assert f"{name}: continues after step 4 of" in ended.err
     rows = [json.loads(line) for line in (again / "log.jsonl").read_text().splitlines()]
     assert not [key for row in rows for key in row if key.endswith(("_runtime", "_per_second"))]
 

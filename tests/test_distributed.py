@@ -1,11 +1,7 @@
 """Two processes against one: the same trajectory, columns and scores, and one sentence when something is wrong."""
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import typing
 from pathlib import Path
 
@@ -25,8 +21,7 @@ from madpo.losses import Loss
 from madpo.models import load_tokenizer
 from madpo.practice import scoring
 from practice_cases import read, text_pairs, write
-
-pytestmark = pytest.mark.timeout(900)  # half a minute of one core; beside other work two processes wait for each other
+from repository import ROOT
 
 
 def prepare(root, llama):
@@ -86,29 +81,15 @@ class Driven(typing.NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def driven(root, llama):
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "MADPO_CACHE": str(root / "two" / "cache"),
-    }
-    command = [sys.executable, launch_cases.__file__, str(llama), str(root)]
-    driver = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        stdout, stderr = driver.communicate(timeout=800)
-    except BaseException:
-        os.killpg(driver.pid, signal.SIGKILL)  # its launches with it
-        raise
+def driven(forked, root, llama):
+    ended = forked(launch_cases.drive, llama, root, cache=root / "two" / "cache").end()
     ends = {}
-    for line in stdout.splitlines():
+    for line in ended.out.splitlines():
         if line.startswith("["):
             name, *end = json.loads(line)
             ends.setdefault(name, []).append(end)
-    assert driver.returncode == 0, stderr[-4000:]
-    return Driven(stdout, stderr, ends)
+    assert ended.status == 0, ended.err[-4000:]
+    return Driven(ended.out, ended.err, ends)
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +211,7 @@ def test_fsdp2_trains_all_weights(root, llama, driven, tmp_path):
         np.testing.assert_allclose(saved[name], weight, rtol=0, atol=3e-5, err_msg=name)
 
 
-CONFIGURATIONS = sorted((Path(__file__).parents[1] / "examples" / "distributed").glob("*.yaml"))
+CONFIGURATIONS = sorted((ROOT / "examples" / "distributed").glob("*.yaml"))
 
 
 def launch_words(path, *more):

@@ -1,13 +1,9 @@
 """Experiments: what their files may say, the graph they stand for, and the smoke experiment end to end."""
 
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from typing import get_args
 
 import numpy as np
@@ -210,29 +206,18 @@ def test_a_smaller_vocabulary_is_for_the_packaged_corpus():
         load_config(find_experiment("smoke"), Experiment, {"vocabulary.size": 300, "corpus": {"kind": "imdb-hub"}})
 
 
-def madpo(*arguments, cache, **settings):
-    environment = {**os.environ, "MADPO_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "madpo.cli", *map(str, arguments)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **settings,
-    )
-
-
-SMALL = ["--set", "pairs.tiers=['high','low']"]
+TIERS = ["--set", "pairs.tiers=['high','low']"]
+SMALL = ["--set", "pairs.tiers=['low']", "pairs.prompts=20", "pairs.train=16", "evaluation.prompts=4"]
+CORE = ["--only", "core/*/low/*"]
 
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    """The smoke experiment, run to the end by the command line."""
-    folder = tmp_path_factory.mktemp("smoke")
-    process = madpo("run", "smoke", "--output_dir", folder / "run", *SMALL, cache=folder / "cache")
-    out, err = process.communicate(timeout=280)
-    assert process.returncode == 0, err
-    return folder, out, err
+def small(command, tmp_path_factory):
+    """The core of one tier with few pairs, run to the end by the command line: a chain of every kind of step."""
+    folder = tmp_path_factory.mktemp("small")
+    ended = command("run", "smoke", "--output_dir", folder / "run", *SMALL, *CORE, cache=folder / "cache").end()
+    assert ended.status == 0, ended.err
+    return folder
 
 
 def records(root):
@@ -245,11 +230,12 @@ def folder_of(root, name):
     return path
 
 
-@pytest.mark.timeout(300)
-def test_smoke_end_to_end(smoke):
-    folder, out, _ = smoke
-    root = folder / "run"
-    assert "report.html" in out
+@pytest.mark.slow
+def test_smoke_end_to_end(command, tmp_path):
+    root = tmp_path / "run"
+    ended = command("run", "smoke", "--output_dir", root, *TIERS, cache=tmp_path / "cache").end()
+    assert ended.status == 0, ended.err
+    assert "report.html" in ended.out
     done = records(root)
     assert set(done) == {step.name for step in load("smoke", "pairs.tiers=['high','low']").steps()}
 
@@ -284,53 +270,48 @@ def test_smoke_end_to_end(smoke):
     assert not re.search(r"""(src|href)=["']https?:""", page)
 
 
-@pytest.mark.timeout(300)
-def test_a_second_run_does_nothing_and_says_so(smoke):
-    folder, _, _ = smoke
-    before = {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("record.json")}
-    process = madpo("run", "smoke", "--output_dir", folder / "run", *SMALL, cache=folder / "cache")
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0
-    assert "nothing to run" in err
-    assert before == {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("record.json")}
+def test_a_second_run_does_nothing_and_says_so(command, small):
+    before = {path: path.stat().st_mtime_ns for path in (small / "run").rglob("record.json")}
+    ended = command("run", "smoke", "--output_dir", small / "run", *SMALL, *CORE, cache=small / "cache").end()
+    assert ended.status == 0
+    assert "nothing to run" in ended.err
+    assert before == {path: path.stat().st_mtime_ns for path in (small / "run").rglob("record.json")}
 
 
-@pytest.mark.timeout(300)
-def test_killed_and_started_again_ends_in_the_same_bytes(smoke, tmp_path):
-    """SIGKILL in the middle of a training; finished stages are kept, and the results equal the undisturbed run's."""
-    folder, _, _ = smoke
-    root = tmp_path / "run"
-    only = ["--only", "evaluation/high/madpo/*"]
-    first = madpo("run", "smoke", "--output_dir", root, *SMALL, *only, cache=folder / "cache", start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not list(root.glob("policy/high/madpo/seed0-*/log.jsonl")) and first.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.communicate()
-    kept = set(records(root))
-    assert {"sft", "oracle", "responses", "margins/high/seed0"} <= kept
-    again = madpo("run", "smoke", "--output_dir", root, *SMALL, *only, cache=folder / "cache")
-    _, err = again.communicate(timeout=120)
-    assert again.returncode == 0, err
-    assert f"{len(kept)} of" in err
-    ours, theirs = records(root), records(folder / "run")
-    for name, record in ours.items():
-        same = {key: value for key, value in record.items() if key not in ("provenance",)}
-        assert same == {key: value for key, value in theirs[name].items() if key not in ("provenance",)}, name
+def assert_same(ours, theirs):
+    """The records of one run are among those of another, and a policy has the same bytes."""
+    found, expected = records(ours), records(theirs)
+    assert {"policy/low/madpo/seed0", "evaluation/low/madpo/seed0", "responses"} <= found.keys()
+    for name, record in found.items():
+        assert {**record, "provenance": None} == {**expected[name], "provenance": None}, name
     adapter = "adapter/adapter_model.safetensors"
-    a, b = (folder_of(r, "policy/high/madpo/seed0") / adapter for r in (root, folder / "run"))
+    a, b = (folder_of(root, "policy/low/madpo/seed0") / adapter for root in (ours, theirs))
     assert a.read_bytes() == b.read_bytes()
-    shutil.rmtree(root)
 
 
-def test_a_mistake_exits_with_status_2_and_leaves_nothing(tmp_path):
-    process = madpo("run", "smoke", "--output_dir", tmp_path / "run", "--set", "pairs.trian=3", cache=tmp_path)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 2
-    assert err.strip().count("\n") == 0
-    assert "did you mean 'train'" in err
-    assert not out
+def test_killed_and_started_again_ends_in_the_same_bytes(command, small, tmp_path):
+    """SIGKILL in the middle of a training; finished stages are kept, and the results equal the undisturbed run's."""
+    root = tmp_path / "run"
+    words = ["run", "smoke", "--output_dir", root, *SMALL, "--only", "evaluation/low/madpo/*"]
+    first = command(*words, cache=small / "cache")
+    first.until(lambda: list(root.glob("policy/low/madpo/seed0-*/log.jsonl")))
+    first.kill()
+    assert first.end().status == -signal.SIGKILL
+    kept = set(records(root))
+    assert {"sft", "oracle", "responses", "margins/low/seed0"} <= kept
+    assert "policy/low/madpo/seed0" not in kept
+    again = command(*words, cache=small / "cache").end()
+    assert again.status == 0, again.err
+    assert f"{len(kept)} of" in again.err
+    assert_same(root, small / "run")
+
+
+def test_a_mistake_exits_with_status_2_and_leaves_nothing(command, tmp_path):
+    ended = command("run", "smoke", "--output_dir", tmp_path / "run", "--set", "pairs.trian=3", cache=tmp_path).end()
+    assert ended.status == 2
+    assert ended.err.strip().count("\n") == 0
+    assert "did you mean 'train'" in ended.err
+    assert not ended.out
     assert not (tmp_path / "run").exists()
 
 
@@ -363,22 +344,16 @@ tiers = ["low"]
 """
 
 
-@pytest.mark.timeout(300)
-def test_a_loss_of_ones_own_is_a_row(smoke, tmp_path):
+def test_a_loss_of_ones_own_is_a_row(command, small, tmp_path):
     """Nothing of ours changes: a file, and five lines in a TOML."""
-    folder, _, _ = smoke
     (tmp_path / "my_losses.py").write_text(LOSS)
     (tmp_path / "mine.toml").write_text(find_experiment("smoke").read_text() + ROW)
-    shutil.copytree(folder / "run", tmp_path / "run")
-    process = madpo(
-        *("run", "mine.toml", "--output_dir", "run", *SMALL, "--only", "*/hinge*"),
-        cache=folder / "cache",
-        cwd=tmp_path,
-    )
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+    shutil.copytree(small / "run", tmp_path / "run")
+    words = ("run", "mine.toml", "--output_dir", "run", *SMALL, "--only", "*/hinge*")
+    ended = command(*words, cache=small / "cache", folder=tmp_path).end()
+    assert ended.status == 0, ended.err
     # The loss declares no needs, so neither margins nor their reward model are upstream of it.
-    assert "5 of 9 steps are done already; 4 to run" in err
+    assert "5 of 9 steps are done already; 4 to run" in ended.err
     found = records(tmp_path / "run")
     config = found["policy/low/hinge-beta=0.2/seed0"]["config"]["loss"]
     assert config["parameters"] == {"beta": 0.2}
@@ -387,7 +362,7 @@ def test_a_loss_of_ones_own_is_a_row(smoke, tmp_path):
     assert json.loads(log[0])["loss"] == pytest.approx(1, abs=0.01), "max(0, 1 - 0.1 * 0) before the first step"
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "Hinge" in page
-    assert "RLOO" in page, "the report speaks of the whole folder"
+    assert "MADPO" in page, "the report speaks of the whole folder"
 
 
 PLACES = {
@@ -396,25 +371,17 @@ PLACES = {
 }
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
-def test_records_are_the_same_wherever_steps_run(smoke, tmp_path, place):
+def test_records_are_the_same_wherever_steps_run(command, small, tmp_path, place):
     """One tier's core; `make soak` compares the whole graph."""
     if place == "ray":
         pytest.importorskip("ray", reason='ray is not installed; pip install "madpo[ray]"')
-    folder, _, _ = smoke
     root = tmp_path / "run"
-    only = ["--only", "core/*/low/*"]
-    process = madpo("run", "smoke", "--output_dir", root, *SMALL, *only, *PLACES[place], cache=folder / "cache")
-    _, err = process.communicate(timeout=280)
-    assert process.returncode == 0, err
-    ours, theirs = records(root), records(folder / "run")
-    assert {"policy/low/madpo/seed0", "evaluation/low/madpo/seed0", "responses"} <= set(ours)
-    for name, record in ours.items():
-        assert {**record, "provenance": None} == {**theirs[name], "provenance": None}, name
-    adapter = "adapter/adapter_model.safetensors"
-    a, b = (folder_of(r, "policy/low/madpo/seed0") / adapter for r in (root, folder / "run"))
-    assert a.read_bytes() == b.read_bytes()
+    words = ["run", "smoke", "--output_dir", root, *SMALL, *CORE, *PLACES[place]]
+    ended = command(*words, cache=small / "cache").end()
+    assert ended.status == 0, ended.err
+    assert_same(root, small / "run")
 
 
 def test_several_values_of_a_setting_share_a_folder(tmp_path, capsys):

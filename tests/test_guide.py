@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from madpo.cli import COMMANDS, main
 from madpo.models import build_tiny
 from practice_cases import text_pairs, write
+from repository import ROOT
 
-ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
 
 

@@ -20,6 +20,7 @@ from madpo.theory import (
     verify_theory,
     weight_maximum,
 )
+from repository import ROOT, TESTS
 
 
 @pytest.fixture(scope="module")
@@ -105,11 +106,9 @@ def test_theory_rests_on_the_losses_alone() -> None:
 
 def test_the_method_page_names_tests_and_functions_that_exist() -> None:
     import re
-    from pathlib import Path
 
-    root = Path(__file__).parent.parent
-    page = (root / "docs" / "method.md").read_text()
-    tests = "".join(path.read_text() for path in (root / "tests").glob("test_*.py"))
+    page = (ROOT / "docs" / "method.md").read_text()
+    tests = "".join(path.read_text() for path in TESTS.rglob("test_*.py"))
     named = set(re.findall(r"`(test_\w+)`", page))
     assert len(named) > 15
     assert [name for name in sorted(named) if f"def {name}(" not in tests] == []

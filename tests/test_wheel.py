@@ -11,9 +11,7 @@ from pathlib import Path
 import pytest
 
 from offline_chain import COMMANDS
-
-ROOT = Path(__file__).parents[1]
-HERE = Path(__file__).parent
+from repository import CASES, ROOT
 
 
 def command(*words, **environment):
@@ -49,7 +47,7 @@ def installed(tmp_path_factory):
 
 def run(installed, folder, *words):
     # A folder in PYTHONPATH runs no .pth file, so an editable madpo among the libraries stays away.
-    libraries = os.pathsep.join([str(HERE), sysconfig.get_path("purelib")])
+    libraries = os.pathsep.join([str(CASES), sysconfig.get_path("purelib")])
     return command(
         installed,
         *words,
@@ -67,7 +65,7 @@ def test_the_wheels_chain_opens_no_socket_and_unpickles_nothing(installed, tmp_p
     help_text = run(installed, tmp_path, installed.parent / "madpo", "--help")
     assert all(name in help_text for name in COMMANDS[:6])
     assert "verify-theory" in help_text
-    run(installed, tmp_path, HERE / "offline_chain.py", tmp_path / "found.json")
+    run(installed, tmp_path, CASES / "offline_chain.py", tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text())
     assert Path(found["madpo"]).is_relative_to(installed.parents[1])
     source = ROOT / "src"

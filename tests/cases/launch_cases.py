@@ -278,7 +278,3 @@ def drive(folder: Path, out: Path) -> None:
         run(name, resumable)
     run("fsdp", sharded, EVERY_LOSS["beta_dpo"], micro=2, accumulation=2)
     run("fsdp-full", sharded, DPO(), **FULL_SETTINGS)
-
-
-if __name__ == "__main__":
-    drive(*map(Path, sys.argv[1:]))

@@ -211,7 +211,8 @@ def write_page(rows: list[dict], path: Path, seed: int, *, real: bool = False) -
     if real:
         lines = [
             "What `make soak` does to trainings of tiny models, done to trainings of Gemma-3-270M, by",
-            "`python tests/soak.py --model real`: six steps of two short pairs (or texts), a checkpoint every 2 steps.",
+            "`python tests/cases/soak.py --model real`: six steps of two short pairs (or texts), a checkpoint every",
+            "2 steps.",
             "",
             *table,
             f"Seed {seed}; LoRA dropout 0.1; two micro-batches a step; {_conditions()}.",
