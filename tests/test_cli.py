@@ -16,6 +16,7 @@ from madpo.config import Frozen, find_experiment, packaged_experiments
 from madpo.errors import ConfigError, DataError
 from madpo.executors import Processes
 from madpo.locks import locked
+from madpo.operation import operation
 from madpo.pipeline import RunResult, Step, run
 
 
@@ -23,10 +24,12 @@ class Nothing(Frozen):
     value: int = 1
 
 
+@operation("succeed/1")
 def succeed(config: Nothing, inputs: Any, out: Path) -> Any:
     return {"value": config.value}
 
 
+@operation("fail/1")
 def fail(config: Nothing, inputs: Any, out: Path) -> Any:
     raise RuntimeError("broken")
 

@@ -137,7 +137,7 @@ LAPTOP = {
 
 
 def test_the_long_runs_identities_stand(monkeypatch):
-    monkeypatch.setattr("madpo.pipeline.libraries", lambda: {"torch": "0"})
+    monkeypatch.setattr("madpo.steps.libraries", lambda: {"torch": "0"})
     steps = {step.name: step for step in load("laptop").steps()}
     assert {name: steps[name].identity[:16] for name in LAPTOP} == LAPTOP
 

@@ -57,10 +57,13 @@ def combine(config: Numbers, inputs: Mapping[str, Path], out: Path) -> Metrics:
 
 @operation("crash/1")
 def crash(config: Numbers, inputs: Mapping[str, Path], out: Path) -> Metrics:
-    (out / "partial.txt").write_text("half")
+    partial = out / "checkpoints" / "checkpoint-1" / "manifest.json"
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    if not partial.exists():
+        partial.write_text("half")
     if os.environ.get("MADPO_TEST_CRASH"):
         raise RuntimeError("the lights went out\nsecond line")
-    return {"continued": (out / "partial.txt").read_text()}
+    return {"continued": partial.read_text()}
 
 
 @operation("refuse/1")
@@ -83,10 +86,12 @@ def diverge(config: Numbers, inputs: Mapping[str, Path], out: Path) -> Metrics:
     return {"loss": float("nan")}
 
 
+LIBRARIES = {"torch": "2.13.0", "transformers": "5.24.0", "trl": "1.16.0", "peft": "0.21.0"}
+
+
 @pytest.fixture(autouse=True)
 def _fixed_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
-    fixed = {"torch": "2.13.0", "transformers": "5.24.0", "trl": "1.16.0", "peft": "0.21.0"}
-    monkeypatch.setattr("madpo.pipeline.libraries", lambda: fixed)
+    monkeypatch.setattr("madpo.steps.libraries", lambda: LIBRARIES)
 
 
 def graph(value: int = 2, **config: Any) -> list[Step]:
@@ -123,7 +128,7 @@ def test_identity_moves_with_everything_that_bears_on_the_result(monkeypatch: py
         Step("a", produce, Numbers(), {"x": Step("u", produce, Numbers(value=9))}),
     ]
     assert len({step.identity for step in [base, *variants]}) == 7
-    monkeypatch.setattr("madpo.pipeline.libraries", lambda: {"torch": "2.14.0"})
+    monkeypatch.setattr("madpo.steps.libraries", lambda: {"torch": "2.14.0"})
     assert Step("a", produce, Numbers()).identity != base.identity
 
 
@@ -191,7 +196,8 @@ def test_runs_in_order_then_skips(tmp_path: Path, jobs: int, capsys: pytest.Capt
     assert first.config == {"value": 2, "scale": 1.0}
     assert first.threads >= 1
     conditions = {"instruction_set", "machine", "processor", "cores", "memory", "peak_memory", "device", "versions"}
-    assert {"seconds", "host", "started", "madpo", "argv", *conditions} == set(first.provenance)
+    assert {"seconds", "host", "started", "madpo", "argv", "files", *conditions} == set(first.provenance)
+    assert set(first.files or {}) == {"calls.txt", "value.txt"}
     assert "data/first: makes a number" in capsys.readouterr().err
 
     again = run(graph(), tmp_path)
@@ -318,8 +324,8 @@ def test_plan_names_what_changed(tmp_path: Path) -> None:
 
 def test_plan_names_a_changed_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(graph(), tmp_path)
-    monkeypatch.setattr("madpo.pipeline.libraries", lambda: {"torch": "2.14.0"})
-    assert plan(graph(), tmp_path)[0].status == "stale: torch is 2.14.0, was 2.13.0"
+    monkeypatch.setattr("madpo.steps.libraries", lambda: {**LIBRARIES, "torch": "2.14.0"})
+    assert plan(graph(), tmp_path)[0].status == 'stale: torch is "2.14.0", was "2.13.0"'
 
 
 def test_dry_run_writes_nothing(tmp_path: Path) -> None:
@@ -400,7 +406,7 @@ def test_a_crash_leaves_no_record_and_a_rerun_continues(tmp_path: Path, monkeypa
     monkeypatch.delenv("MADPO_TEST_CRASH")
     again = run([broken], tmp_path)
     assert again.records["broken"].metrics == {"continued": "half"}
-    assert sorted(p.name for p in folder.iterdir()) == ["partial.txt", "record.json"]
+    assert sorted(p.name for p in folder.iterdir()) == ["record.json"]
 
 
 def test_a_users_mistake_is_raised_when_nothing_else_came_of_it(tmp_path: Path) -> None:
@@ -491,11 +497,13 @@ KILLED = """
     from pathlib import Path
     from madpo.config import Frozen
     from madpo.executors import Inline, Processes
+    from madpo.operation import operation
     from madpo.pipeline import Step, run
 
     class Count(Frozen):
         upto: int = 40
 
+    @operation("count/1")
     def count(config, inputs, out):
         path = out / "count.txt"
         done = int(path.read_text()) if path.exists() else 0
@@ -522,7 +530,7 @@ def test_killed_during_a_step_then_continued(tmp_path: Path, kind: str, how: sig
     command = [sys.executable, str(script), str(root), kind]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while not [p for p in root.glob("long-*/count.txt") if p.read_text() not in ("", "0", "1")]:
+    while not [p for p in root.glob("long-*/unfinished/count.txt") if p.read_text() not in ("", "0", "1")]:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -532,9 +540,9 @@ def test_killed_during_a_step_then_continued(tmp_path: Path, kind: str, how: sig
     (folder,) = root.glob("long-*")
     assert not (folder / "record.json").exists()
     time.sleep(0.3)
-    reached = (folder / "count.txt").read_text()
+    reached = (folder / "unfinished" / "count.txt").read_text()
     time.sleep(0.3)
-    assert (folder / "count.txt").read_text() == reached  # no orphan goes on writing
+    assert (folder / "unfinished" / "count.txt").read_text() == reached  # no orphan goes on writing
 
     after = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert after.stdout.startswith("['long'] ['first']")

@@ -14,6 +14,7 @@ from madpo import pipeline
 from madpo.cli import main
 from madpo.config import Frozen
 from madpo.errors import ConfigError
+from madpo.operation import operation
 from madpo.pipeline import RunResult, Step
 from madpo.uploads import Upload, shown
 
@@ -22,6 +23,7 @@ class Config(Frozen):
     value: int = 0
 
 
+@operation("write/1")
 def write(config: Config, inputs: Any, out: Path) -> dict[str, float]:
     (out / "deep").mkdir(exist_ok=True)
     (out / "deep" / "b.bin").write_bytes(b"b" * 1000)

@@ -268,7 +268,7 @@ def dry_run_lines(result: RunResult, machine: Machine) -> list[str]:
         guess = found.get(step.name)
         memory = "" if guess is None or guess.memory is None else f"{guess.memory / 1e9:.1f} GB"
         time = "" if guess is None else duration(guess.seconds)
-        inputs = ", ".join(upstream.name for upstream in step.inputs.values())
+        inputs = ", ".join(upstream.name for upstream in step.upstream.values())
         rows.append((step.name, status, time, memory, f"from {inputs}" if inputs else ""))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -296,7 +296,7 @@ def _held_out(config: RewardModelStage, pairs: _Pairs) -> tuple[float, float]:
 
 def _upstream(step: Step) -> Iterable[Step]:
     yield step
-    for other in step.inputs.values():
+    for other in step.upstream.values():
         yield from _upstream(other)
 
 

@@ -38,6 +38,8 @@ NAME = r"^[A-Za-z0-9_.+=-]+(/[A-Za-z0-9_.+=-]+)*$"
 """Names of steps, which are paths inside the run's folder; ".." is refused beside."""
 
 
+RECORD = "record.json"
+"""The file that makes a result exist."""
 EXPORTED = "exported"  # of a run's ``about`` and of a record's ``provenance``: most files stayed behind
 
 
@@ -72,6 +74,12 @@ class Record(BaseModel):
     def stripped(self) -> bool:
         """The record lies in an export, without most of the files that the step wrote."""
         return self.provenance.get(EXPORTED) is True
+
+    @property
+    def files(self) -> dict[str, str] | None:
+        """Relative path -> SHA-256 of every file of the result; None in records of before these were listed."""
+        found = self.provenance.get("files")
+        return dict(found) if isinstance(found, dict) else None
 
     @property
     def seconds(self) -> float:
@@ -126,11 +134,11 @@ def _hardware() -> dict[str, Any]:
 def load_record(folder: Path) -> Record | None:
     """The record in ``folder``; None if there is none that can be read."""
     try:
-        return Record.model_validate_json((folder / "record.json").read_bytes())
+        return Record.model_validate_json((folder / RECORD).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValidationError, OSError):
-        say(f"{folder / 'record.json'} is damaged and counts as missing.")
+        say(f"{folder / RECORD} is damaged and counts as missing.")
         return None
 
 
@@ -210,7 +218,7 @@ def evaluations_by(root: Path, key: str) -> list[tuple[str, str, Record]]:
     Raises:
         ConfigError: no evaluation is finished, or the setting bears on none of them.
     """
-    records = [found for path in sorted(root.rglob("record.json")) if (found := load_record(path.parent)) is not None]
+    records = [found for path in sorted(root.rglob(f"*-*/{RECORD}")) if (found := load_record(path.parent)) is not None]
     by_identity = {record.identity: record for record in records}
     rows = []
     for record in records:

@@ -129,7 +129,9 @@ def _copy(root: Path, place: Path, status: RunStatus) -> None:
                 (own / "error.txt").write_text(_placeless(why.removeprefix("failed: "), root) + "\n", encoding="utf-8")
             continue
         own.mkdir(parents=True)
-        given = {key: value for key, value in record.provenance.items() if key != "argv"} | {EXPORTED: True}
+        given = {key: value for key, value in record.provenance.items() if key not in ("argv", "files")} | {
+            EXPORTED: True
+        }
         if host := given.get("host"):
             given["host"] = hosts.setdefault(str(host), _host(str(host), len(hosts)))
         text = record.model_copy(update={"provenance": given}).model_dump_json(indent=1)
