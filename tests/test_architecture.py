@@ -26,7 +26,7 @@ TORCH_FREE = [
 
 # Imports go from a higher layer to the same or a lower one. A package counts as one module.
 LAYERS = [
-    {"cli"},
+    {"__main__", "cli"},
     {"commands_data", "commands_train"},
     {"options"},
     {"experiment", "graph", "estimates", "tuning", "practice"},

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from madpo import __version__, commands_data, commands_train, processes
-from madpo.errors import ConfigError, MadpoError
+from madpo.errors import ConfigError, MadpoError, printable
 from madpo.options import spelled_out
+from madpo.progress import say, show
 
 if TYPE_CHECKING:
     from madpo.pipeline import RunResult
@@ -50,21 +51,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return COMMANDS[arguments.command].run(arguments)
     except MadpoError as error:
         if processes.first_to_tell():
-            print(f"madpo: {error}", file=sys.stderr, flush=True)
+            show(f"madpo: {error}", sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         extra = EXTRAS.get((error.name or "").split(".")[0])
         if extra is None:
             raise
-        print(f'madpo: this needs the package {error.name}; pip install ".[{extra}]" in its clone', file=sys.stderr)
+        show(f'madpo: this needs the package {error.name}; pip install ".[{extra}]" in its clone', sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        if processes.leads():
-            print(
-                "\nmadpo: interrupted; finished stages are kept, and the same command continues from here",
-                file=sys.stderr,
-            )
-        return 130
+    except KeyboardInterrupt as interrupt:
+        how, status = ("terminated", 143) if isinstance(interrupt, processes.Terminated) else ("interrupted", 130)
+        say(f"\nmadpo: {how}; finished stages are kept, and the same command continues from here")
+        return status
     except BrokenPipeError:
         # The reader (head, less) has gone; without this the interpreter complains once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -160,7 +158,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         from madpo.estimates import dry_run_lines, machine_of
 
-        print("\n".join(dry_run_lines(result, machine_of(arguments.rate))))
+        show("\n".join(dry_run_lines(result, machine_of(arguments.rate))))
         return 0
     return _tell(result)
 
@@ -182,20 +180,20 @@ def _executor(arguments: argparse.Namespace) -> Any:
 
 def _tell(result: "RunResult") -> int:
     for name, sentence in result.failed.items():
-        print(f"failed: {name}: {sentence}", file=sys.stderr)
+        show(f"failed: {name}: {sentence}", sys.stderr)
     if result.skipped:
-        print(f"not run, since they wait for those: {', '.join(result.skipped)}", file=sys.stderr)
+        show(f"not run, since they wait for those: {', '.join(result.skipped)}", sys.stderr)
     if result.not_uploaded:
-        print(
+        show(
             f"not uploaded: {', '.join(result.not_uploaded)} ({next(iter(result.not_uploaded.values()))}); nothing is "
             f"lost, it is all in {result.root}, and the same command uploads what is missing",
-            file=sys.stderr,
+            sys.stderr,
         )
     page = result.root / "report.html"
     if page.exists():
         _tell_results(page)
     else:
-        print(f"Results: {result.root.resolve()}")
+        show(f"Results: {result.root.resolve()}")
     return 1 if result.failed or result.not_uploaded else 0
 
 
@@ -203,10 +201,8 @@ def _tell_results(page: Path) -> None:
     """What the report says first, and where it is."""
     results = page.parent / "results.json"  # an older page may stand without it
     for sentences in json.loads(results.read_bytes()).get("summary", ()) if results.exists() else ():
-        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in sentences)  # names are the user's
-        coding = sys.stdout.encoding or "utf-8"
-        print(text.encode(coding, "backslashreplace").decode(coding))
-    print(f"Report: {page.resolve().as_uri()}")
+        show(printable(sentences))
+    show(f"Report: {page.resolve().as_uri()}")
 
 
 # status and report
@@ -235,7 +231,7 @@ def _values(arguments: argparse.Namespace) -> int:
             f"{key.replace('_', ' ')} {write(of if isinstance(of, Estimate | float) else None)}"
             for key, of in found.items()
         ]
-        print(f"{value or 'any':<10}  {name}  {'  '.join(words)}")
+        show(f"{value or 'any':<10}  {name}  {'  '.join(words)}")
     return 0
 
 
@@ -250,10 +246,10 @@ def _status(arguments: argparse.Namespace) -> int:
     width = max((len(name) for name in status.steps), default=0)
     for name, record in status.steps.items():
         state = f"done in {duration(record.seconds)}" if record else status.unfinished[name]
-        print(f"{name:<{width}}  {state}")
+        show(f"{name:<{width}}  {state}")
     done = sum(record is not None for record in status.steps.values())
     active = f"a run is active ({status.holder})" if status.holder else "no run is active"
-    print(f"{done} of {len(status.steps)} steps are done; {active}")
+    show(f"{done} of {len(status.steps)} steps are done; {active}")
     return 0
 
 
@@ -302,10 +298,13 @@ def _verify_theory(arguments: argparse.Namespace) -> int:
         )
         if claim.relied_on and not claim.holds:
             broken.append(claim.name)
-    Console().print(table)
-    print("* known not to hold as stated, and not relied on; docs/method.md says what holds instead")
+    console = Console(color_system=None)  # which also draws no lines that the terminal's encoding lacks
+    with console.capture() as drawn:
+        console.print(table)
+    show(drawn.get().rstrip())
+    show("* known not to hold as stated, and not relied on; docs/method.md says what holds instead")
     if broken:
-        print(f"madpo: claims that the code relies on do not hold: {', '.join(broken)}", file=sys.stderr)
+        show(f"madpo: claims that the code relies on do not hold: {', '.join(broken)}", sys.stderr)
     return 1 if broken else 0
 
 
@@ -386,4 +385,6 @@ def _amount(text: str) -> float:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    import madpo.__main__
+
+    raise SystemExit(madpo.__main__.main())

@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 
 from madpo.options import DATA, asked, example, from_file, option
+from madpo.progress import show
 
 CHECK = "look for mistakes in preference data before training with it"
 INSPECT = "show what reward margins look like and which tau and c_max suit them"
@@ -36,7 +37,7 @@ def check_command(arguments: argparse.Namespace) -> int:
     from madpo.data.check import CheckSettings
 
     where, settings = asked(arguments, CheckSettings, output_dir=(Path | None, None))
-    print(check(arguments.data, **settings.model_dump(), output=where["output_dir"]).text())
+    show(check(arguments.data, **settings.model_dump(), output=where["output_dir"]).text())
     return 0
 
 
@@ -56,9 +57,9 @@ def inspect_command(arguments: argparse.Namespace) -> int:
 
     where, settings = asked(arguments, InspectSettings, output=(Path | None, None))
     output = where["output"]
-    print(inspect_data(arguments.data, **settings.model_dump(), output=output).text())
+    show(inspect_data(arguments.data, **settings.model_dump(), output=output).text())
     if output is not None:
-        print(f"Page: {output.resolve().as_uri()}")
+        show(f"Page: {output.resolve().as_uri()}")
     return 0
 
 
@@ -94,6 +95,6 @@ def trim_command(arguments: argparse.Namespace) -> int:
         corpus=(tuple[str, ...], ...),
         eval_data=(str | None, None),
     )
-    print(trim_vocab(arguments.model, settings=settings, **beside).text())
-    print(f"written to {beside['output_dir']}")
+    show(trim_vocab(arguments.model, settings=settings, **beside).text())
+    show(f"written to {beside['output_dir']}")
     return 0

@@ -12,6 +12,7 @@ from typing import Any
 
 from madpo import processes
 from madpo.options import DATA, asked, example, from_file, option
+from madpo.progress import show
 
 REWARD = "train a reward model on preference pairs"
 SCORE = "add reward margins to preference pairs"
@@ -84,8 +85,8 @@ def reward_command(arguments: argparse.Namespace) -> int:
 
     from madpo.practice import reward
 
-    print(reward(arguments.data, settings=settings, **beside).text())
-    print(f"written to {beside['output_dir']}")
+    show(reward(arguments.data, settings=settings, **beside).text())
+    show(f"written to {beside['output_dir']}")
     return 0
 
 
@@ -122,8 +123,8 @@ def score_command(arguments: argparse.Namespace) -> int:
 
     report = score(arguments.data, settings=settings, **beside)
     if processes.leads():
-        print(report.text())
-        print(f"written to {beside['output_dir'] / report.file}")
+        show(report.text())
+        show(f"written to {beside['output_dir'] / report.file}")
     return 0
 
 
@@ -182,7 +183,7 @@ def train_command(arguments: argparse.Namespace) -> int:
 
     report = train(arguments.data, settings=settings, **beside)
     if processes.leads():
-        print(report.text())
+        show(report.text())
     return 0
 
 
@@ -221,10 +222,10 @@ def tune_command(arguments: argparse.Namespace) -> int:
 
     from madpo.tuning import tune
 
-    print(tune(arguments.data, settings=settings, **beside).text())
+    show(tune(arguments.data, settings=settings, **beside).text())
     output_dir = beside["output_dir"]
-    print(f"Page: {(output_dir / 'tune.html').resolve().as_uri()}")
-    print(f"madpo train {arguments.data} --config {output_dir / 'chosen.toml'} --output_dir DIR")
+    show(f"Page: {(output_dir / 'tune.html').resolve().as_uri()}")
+    show(f"madpo train {arguments.data} --config {output_dir / 'chosen.toml'} --output_dir DIR")
     return 0
 
 
@@ -268,6 +269,6 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
 
     from madpo.practice import evaluate
 
-    print(evaluate(arguments.policy, prompts, settings=settings, **beside).text())
-    print(f"written to {beside['output_dir']}")
+    show(evaluate(arguments.policy, prompts, settings=settings, **beside).text())
+    show(f"written to {beside['output_dir']}")
     return 0

@@ -6,8 +6,19 @@ exceptions with a traceback.
 """
 
 
+def printable(text: str) -> str:
+    """Text with everything that a terminal would obey, or could not show, as an escape (``\\x1b``).
+
+    For one line: line ends are escaped too. Text of data, file names and other libraries' messages may hold anything.
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 class MadpoError(ValueError):
     """A mistake in what the user gave us: one sentence with the place, the value and the remedy."""
+
+    def __init__(self, sentence: str = "") -> None:
+        super().__init__(printable(sentence))
 
 
 class ConfigError(MadpoError):

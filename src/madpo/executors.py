@@ -143,6 +143,7 @@ class Cluster:
 
         # Ray sets these for a task by itself where they are not said.
         kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         own: dict[str, Any] = {"num_cpus": self._own_cpus, "include_dashboard": False}
         try:
             ray.init(
@@ -154,6 +155,8 @@ class Cluster:
         except (ConnectionError, ValueError, RuntimeError) as error:
             first = first_line(error)
             raise ConfigError(f"no Ray cluster can be used at {self.address or 'this machine'} ({first})") from error
+        if threading.current_thread() is threading.main_thread():  # where Ray sets a handler of its own
+            signal.signal(signal.SIGTERM, on_sigterm)
         self._ray = ray
         return self
 

@@ -6,15 +6,37 @@ that no object is unpickled; all processes must call the same functions in the s
 
 import json
 import os
+import signal
 from collections.abc import Callable
 from contextlib import suppress
+from types import FrameType
 from typing import Any, TypeVar
 
 from madpo import errors
 from madpo.errors import MadpoError
 
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which a cluster's scheduler sends before it kills. It ends a command as Ctrl-C does."""
+
+
 T = TypeVar("T")
 _TOLD = "madpo/told"
+
+
+def end_in_order() -> None:
+    """Make SIGTERM raise :class:`Terminated` in this process, which must be outside a launch to do so.
+
+    In a launch, a process may wait inside a library for one that has ended. The launcher ends it by this signal, and
+    Python would see that only when the library returns.
+    """
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends at once
+        raise Terminated
+
+    if count() == 1:
+        signal.signal(signal.SIGTERM, terminate)
 
 
 def count() -> int:

@@ -10,12 +10,13 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TextIO, TypeVar
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 from madpo import processes
+from madpo.errors import printable
 
 T = TypeVar("T")
 
@@ -63,9 +64,24 @@ def say(text: str) -> None:
         return
     with _lock:
         if _live is not None:
-            _live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            _live.console.print(_shown(text), markup=False, highlight=False, soft_wrap=True)
         else:
-            print(text, file=sys.stderr, flush=True)
+            show(text, sys.stderr)
+
+
+def show(text: str, stream: TextIO | None = None) -> None:
+    """Print lines on standard output, or on another stream. All output to a terminal goes through here or :func:`say`.
+
+    Names, messages and texts of others may hold control characters, which a terminal obeys; they are shown as escapes,
+    and so is what the stream's encoding lacks.
+    """
+    stream = stream or sys.stdout
+    coding = getattr(stream, "encoding", None) or "utf-8"
+    print(_shown(text).encode(coding, "backslashreplace").decode(coding), file=stream, flush=True)
+
+
+def _shown(text: str) -> str:
+    return "\n".join("\t".join(map(printable, line.split("\t"))) for line in text.split("\n"))
 
 
 def duration(seconds: float) -> str:
@@ -94,7 +110,7 @@ def _live_bar(description: str, total: int | None) -> Iterator[Advance]:
             _live = _new_display()
             _live.start()
         display = _live
-        task = display.add_task(description, total=total, note="")
+        task = display.add_task(printable(description), total=total, note="")
 
     def advance(n: int = 1, **fields: object) -> None:
         display.update(task, advance=n, note=_note(fields))
@@ -158,4 +174,4 @@ def _plain_line(description: str, done: int, total: int | None, seconds: float, 
 
 
 def _note(fields: dict[str, object]) -> str:
-    return " ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in fields.items())
+    return printable(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in fields.items()))

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from madpo.data.saved import refuse_files_outside, saved_splits, unopened
-from madpo.errors import DataError
+from madpo.errors import DataError, printable
 
 MAX_LINE = 64 * 2**20  # bytes of one row: more is a file without line ends, not a preference pair
 FORMATS = {
@@ -53,7 +53,7 @@ class Source:
     """An opened data set.
 
     Attributes:
-        name: as the user wrote it; begins every message.
+        name: as the user wrote it, printable; begins every message.
         unit: "line" (text files, the first is 1, as in an editor) or "row" (tables, the first is 0, as in an index).
         columns: names of a table's columns; None where every row brings its own keys.
         rows: (number in ``unit``, the row or what is wrong with it).
@@ -79,8 +79,8 @@ def open_source(data: str | Path, *, wanted: Sequence[str] | None = None) -> Sou
     Raises:
         DataError: there is no such file, it cannot be read, or it is not what its name says.
     """
-    name = str(data)
-    if not name or "\0" in name:
+    name = printable(str(data))
+    if not str(data) or "\0" in str(data):
         raise DataError(
             f"{name!r} is no path; give a .jsonl, .parquet or .csv file or a hub data set such as owner/name"
         )
@@ -110,7 +110,7 @@ def look_at(data: str | Path) -> None:
     """
     path = Path(data).expanduser()
     if os.path.isdir(path):
-        _refuse_other_folders(str(data), path)
+        _refuse_other_folders(printable(str(data)), path)
     elif not _is_hub_name(data):
         open_source(data).rows.close()
 

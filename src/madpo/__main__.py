@@ -1,0 +1,25 @@
+"""``madpo`` as a program: what the process does with signals, around the command line."""
+
+import signal
+
+from madpo import processes
+
+
+def main() -> int:
+    """Run the command line as the whole work of this process, and return its exit status."""
+    try:
+        processes.end_in_order()
+        from madpo.cli import main as command
+
+        return command()
+    except KeyboardInterrupt as interrupt:  # while the command line itself was being loaded
+        return 143 if isinstance(interrupt, processes.Terminated) else 130
+    finally:
+        # All has been said: what still comes in, while libraries are taken down, ends the process without a traceback.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,172 @@
+"""What reaches a terminal, and what signals do: nothing that a terminal obeys, one sentence, the right status."""
+
+import ast
+import io
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import madpo.__main__
+from madpo import errors, processes, progress
+from madpo.cli import main
+from madpo.errors import DataError, MadpoError, printable
+from madpo.progress import show
+
+SOURCE = Path(errors.__file__).parent
+EVIL = "\x1b]0;TITLE\x07\x1b[2J\x9b31m\u202eevil\r\udcff"
+
+
+@given(st.text() | st.text(alphabet="\x1b\x9b\u202e\ud800\r\n\t\\x1b "))
+def test_what_is_printable_is_left_alone_and_all_else_is_escaped(text):
+    shown = printable(text)
+    assert shown.isprintable()
+    assert printable(shown) == shown
+    assert shown == text or not text.isprintable()
+    shown.encode("utf-8")
+
+
+def test_every_sentence_is_printable():
+    for kind in (MadpoError, *MadpoError.__subclasses__()):
+        error = kind(f"{EVIL}\n{EVIL}")
+        assert str(error).isprintable()
+        assert str(pickle.loads(pickle.dumps(error))) == str(error)
+    assert "\\x1b]0;TITLE\\x07" in str(DataError(EVIL))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii"])
+def test_lines_and_tabs_stay_and_the_rest_is_escaped(encoding):
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding=encoding)
+    show(f"a\tb\nc {EVIL} β", stream)
+    text = raw.getvalue().decode(encoding)
+    assert text.count("\n") == 2
+    assert text.startswith("a\tb\nc \\x1b]0;TITLE")
+    assert ("β" if encoding == "utf-8" else "\\u03b2") in text
+    assert all(line.replace("\t", "").isprintable() for line in text.splitlines())
+
+
+def test_a_live_bar_shows_no_control_character(monkeypatch):
+    drawn = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", drawn)
+    monkeypatch.setattr(progress, "_on_terminal", lambda: True)
+    monkeypatch.setattr(progress, "SHOW_AFTER", 0.0)
+    with progress.bar(EVIL, 2) as advance:
+        advance(1, note=EVIL)
+        progress.say(EVIL)
+    assert "\\x1b]0;TITLE" in drawn.getvalue()
+    assert "\x1b]0" not in drawn.getvalue()
+    assert "\x07" not in drawn.getvalue()
+
+
+def test_only_progress_prints():
+    """Text that does not go through ``show`` or ``say`` could hold what a terminal obeys."""
+    for path in SOURCE.rglob("*.py"):
+        calls = [node.func for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)]
+        printed = [call for call in calls if isinstance(call, ast.Name) and call.id == "print"]
+        written = [
+            call
+            for call in calls
+            if isinstance(call, ast.Attribute) and ast.unparse(call) in ("sys.stdout.write", "sys.stderr.write")
+        ]
+        assert path.name == "progress.py" or not printed + written, path
+
+
+def test_status_shows_what_a_stranger_wrote_as_escapes(tmp_path, capsys):
+    folder = tmp_path / "bad-00000000"
+    folder.mkdir()
+    (folder / "error.txt").write_bytes(b"Traceback\nValueError: \x1b]0;PWNED\x07\x1b[2J\xff")
+    listing = {"bad": {"folder": folder.name, "identity": "0" * 64}}
+    (tmp_path / "run.json").write_text(json.dumps({"about": {}, "steps": listing}))
+    (tmp_path / ".lock.owner").write_text(json.dumps({"pid": 1, "host": "\x1b[2J", "started": "\x07"}))
+    assert main(["status", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "failed: ValueError: \\x1b]0;PWNED\\x07\\x1b[2J" in out
+    assert "process 1 on \\x1b[2J, since \\x07" in out
+    assert out.replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize("name", ["\x1b[2J.jsonl", "a\nb.jsonl", os.fsdecode(b"\xff\xfe.jsonl"), "\u202e.jsonl"])
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_any_file_name_on_any_terminal(name, encoding, tmp_path):
+    (tmp_path / name).write_text('{"prompt": "π", "chosen": "c\\u001b[2J", "rejected": "r", "\\u001b[2Jx": 1}\n' * 2)
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "madpo", "check", name, "--output_dir", "checked"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    text = done.stdout.decode(encoding)
+    assert "2 pairs" in text
+    assert text.replace("\n", "").isprintable()
+    assert json.loads((tmp_path / "checked" / "check.json").read_bytes())["pairs"] == 2
+
+
+# ---- Signals ----
+
+WORKING = """
+import os, sys, time
+from pathlib import Path
+from madpo import __main__, cli
+from madpo.practice.folders import building
+from madpo.progress import show
+
+def work(arguments):
+    with building(Path(os.environ["PLACE"]), {"seed": 1}) as folder:
+        if not (folder / "half").exists():
+            (folder / "half").write_text("what is done so far")
+            show("working")
+            time.sleep(60)
+        return 0
+
+cli.COMMANDS["verify-theory"] = cli.COMMANDS["verify-theory"]._replace(run=work)
+sys.argv = ["madpo", "verify-theory"]
+raise SystemExit(__main__.main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
+)
+def test_a_signal_ends_a_command_in_one_sentence_and_it_continues(number, status, word, tmp_path):
+    environment = {**os.environ, "PLACE": str(tmp_path / "out"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", "import signal; signal.signal(2, signal.default_int_handler)\n" + WORKING]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    process = subprocess.Popen(command, **pipes)
+    assert process.stdout.readline() == "working\n"
+    process.send_signal(number)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == status
+    assert said.strip() == f"madpo: {word}; finished stages are kept, and the same command continues from here"
+    assert sorted(os.listdir(tmp_path / ".out.partial")) == [".state.json", "half"], "nobody holds it any more"
+    again = subprocess.run(command, env=environment, capture_output=True, timeout=60)
+    assert again.returncode == 0, again.stderr
+    assert os.listdir(tmp_path / "out") == ["half"]
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, 130), (processes.Terminated, 143)])
+def test_an_interrupt_while_the_command_line_loads_is_no_traceback(error, status, monkeypatch):
+    class Interrupted:
+        def find_spec(self, name, *_):
+            if name == "madpo.cli":
+                raise error
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.delitem(sys.modules, "madpo.cli")
+    monkeypatch.delattr(madpo, "cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    try:
+        assert madpo.__main__.main() == status
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
