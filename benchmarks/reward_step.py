@@ -53,7 +53,7 @@ def build(spec: dict[str, Any]) -> tuple[Any, float]:
             for i, row in enumerate(rows)
         ]
     )
-    model = load_classifier(path, num_labels=1, dtype=getattr(torch, spec["dtype"]))
+    model = load_classifier(path, num_labels=1, new_head=True, dtype=getattr(torch, spec["dtype"]))
     model.config.pad_token_id = tokenizer.pad_token_id
     with torch.no_grad():
         for weight in model.parameters():  # the file's pages count as resident only once they are read

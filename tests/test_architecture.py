@@ -19,7 +19,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 TORCH_FREE = [
     *("errors", "seeding", "config", "progress", "storage", "records", "pipeline", "executors", "statistics", "cli"),
-    *("processes", "memory", "locks", "vocabulary", "uploads"),
+    *("processes", "memory", "locks", "vocabulary", "uploads", "loading"),
     *("results", "summary", "figures", "svg", "report", "corpus", "data", "diagnostics", "packaged", "places"),
     *("recipe", "practice", "practice.early", "practice.settings", "practice.arguments", "practice.folders"),
 ]
@@ -38,6 +38,8 @@ LAYERS = [
         "models",
         "packaged",
         "places",
+        "loading",
+        "weights",
         "recipe",
         "generation",
         "head",

@@ -8,8 +8,7 @@ import transformers
 from transformers import AutoConfig
 
 from madpo.errors import ConfigError, StorageError
-from madpo.places import cannot_load
-from madpo.practice.pairs import loading
+from madpo.loading import cannot_load, loading
 
 
 def raised_from(cause: BaseException, said: str = "could not load") -> OSError:

@@ -63,7 +63,7 @@ MISTAKES = {
     "score pairs.jsonl --output_dir out --reward_model a..b": "no model of that name could be had",
     f"{TRAIN} a/b/c": "a/b/c is no folder",
     f"{TRAIN} scored.jsonl": "is a file; give the folder of a model",
-    f"{TRAIN} endless": "the tokenizer has no end token, so completions would never end; set eos_token",
+    f"{TRAIN} endless": "the tokenizer 'endless' has neither a padding token nor an end token",
     "train chat.jsonl --loss dpo --output_dir out --model_name_or_path plain": "the data holds messages but the "
     "tokenizer of plain has no chat template; take an instruction-tuned model's",
     f"{TRAIN} model --loss.tau 0": "loss: tau is 0.0, but must be above 0",
@@ -82,7 +82,7 @@ MISTAKES = {
     f"{TRAIN} model --output_dir model --overwrite": "holds no result of madpo, so it is not overwritten",
     f"{TRAIN} model --output_dir pairs.jsonl": "is a file, not a folder",
     "check chat.jsonl --model_name_or_path plain": "the tokenizer of plain has no chat template",
-    "check pairs.jsonl --model_name_or_path endless": "the tokenizer has no end token",
+    "check pairs.jsonl --model_name_or_path endless": "set eos_token in its tokenizer_config.json",
     "check pairs.jsonl --max_length 64": "max_length counts tokens, so it needs a tokenizer",
     "inspect pairs.jsonl": "has no column 'reward_margin' and no scores; score the pairs",
     "inspect folder": "give the file in it, folder/scored.jsonl",

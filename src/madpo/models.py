@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -17,16 +17,19 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
 from madpo.errors import ConfigError
+from madpo.loading import loading
 from madpo.packaged import cache_dir, packaged, quiet_transformers
 from madpo.places import TINY_FAMILIES, load_tokenizer, resolve_model
 from madpo.recipe import LoRA
-from madpo.untrusted import check_adapter, check_model
+from madpo.untrusted import check_model
+from madpo.weights import pretrained
 
 __all__ = [
     "TINY_FAMILIES",
@@ -35,6 +38,7 @@ __all__ = [
     "cache_dir",
     "compute_dtype",
     "load_classifier",
+    "load_config",
     "load_model",
     "load_quantised",
     "load_tokenizer",
@@ -55,55 +59,64 @@ def compute_dtype(device: str | None = None) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def load_config(path: Path | str) -> PreTrainedConfig:
+    """The configuration of a model: a folder or a hub id.
+
+    Raises:
+        ConfigError, StorageError: as :func:`madpo.loading.loading`.
+    """
+    check_model(path)
+    with loading(path), quiet_transformers():
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    return config
+
+
 def load_model(
-    path: Path | str, *, dtype: torch.dtype | None = None, adapter: Path | None = None
+    path: Path | str, *, dtype: torch.dtype | Literal["auto"] | None = None, adapter: Path | None = None
 ) -> PreTrainedModel | PeftModel:
     """A causal language model from safetensors, with an adapter on top where one is given.
 
     Args:
         path: folder or hub id.
-        dtype: of the weights; None is :func:`compute_dtype`. Adapters stay in float32.
+        dtype: of the weights; None is :func:`compute_dtype`, "auto" is as stored. Adapters stay in float32.
         adapter: folder of a PEFT adapter.
+
+    Raises:
+        ConfigError, StorageError, MemoryShortage: as :func:`madpo.weights.pretrained`.
     """
-    check_model(path)
-    with quiet_transformers():
-        if AutoConfig.from_pretrained(path, trust_remote_code=False).is_encoder_decoder:
-            raise ConfigError(f"{path} is an encoder-decoder, whose decoder alone is no model of text; give a decoder")
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype or compute_dtype(), use_safetensors=True, trust_remote_code=False
-        )
-        if adapter is not None:
-            model = _with_adapter(model, adapter)
+    if load_config(path).is_encoder_decoder:
+        raise ConfigError(f"{path} is an encoder-decoder model; give a decoder-only model")
+    model = pretrained(AutoModelForCausalLM, path, dtype=dtype or compute_dtype(), adapter=adapter)
     if torch.cuda.is_available():
         model = model.to("cuda")
     return model.eval()
 
 
 def load_classifier(
-    path: Path | str, *, dtype: torch.dtype | None = None, adapter: Path | None = None, **settings: Any
+    path: Path | str,
+    *,
+    dtype: torch.dtype | None = None,
+    adapter: Path | None = None,
+    new_head: bool = False,
+    **settings: Any,
 ) -> PreTrainedModel | PeftModel:
     """A sequence classifier from safetensors; ``settings`` such as ``num_labels`` go to its configuration.
 
     Args:
         path, dtype, adapter: as in :func:`load_model`.
+        new_head: the caller initialises the head itself, so ``path`` may be a language model.
+
+    Raises:
+        ConfigError, StorageError, MemoryShortage: as :func:`madpo.weights.pretrained`.
     """
-    check_model(path)
-    with quiet_transformers():  # it would report a head that is new on purpose
-        model = AutoModelForSequenceClassification.from_pretrained(
-            path, dtype=dtype or compute_dtype(), use_safetensors=True, trust_remote_code=False, **settings
-        )
-        return model if adapter is None else _with_adapter(model, adapter)
-
-
-def _with_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
-    check_adapter(adapter)
-    adapted = PeftModel.from_pretrained(model, adapter)
-    if adapted.active_peft_config.is_prompt_learning:
-        raise ConfigError(
-            f"{adapter} is an adapter of virtual tokens ({adapted.active_peft_config.peft_type.value}), which sampling "
-            "and scoring would leave out; give one that changes weights, such as LoRA"
-        )
-    return adapted
+    return pretrained(
+        AutoModelForSequenceClassification,
+        path,
+        dtype=dtype or compute_dtype(),
+        adapter=adapter,
+        new_head=new_head,
+        **settings,
+    )
 
 
 def load_quantised(path: Path | str) -> PreTrainedModel:
@@ -127,16 +140,13 @@ def load_quantised(path: Path | str) -> PreTrainedModel:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype(),
     )
-    check_model(path)
-    with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            quantization_config=how,
-            dtype=compute_dtype(),
-            device_map={"": torch.cuda.current_device()},
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
+    model = pretrained(
+        AutoModelForCausalLM,
+        path,
+        quantization_config=how,
+        dtype=compute_dtype(),
+        device_map={"": torch.cuda.current_device()},
+    )
     prepared: PreTrainedModel = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return prepared
 

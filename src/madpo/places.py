@@ -5,21 +5,18 @@ A check of a million rows needs a tokenizer and nothing else, in less memory tha
 
 from __future__ import annotations
 
-import errno
 import shutil
 import socket
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from madpo.config import did_you_mean
-from madpo.errors import ConfigError, MadpoError, first_line
+from madpo.errors import ConfigError
+from madpo.loading import loading, no_such_model
 from madpo.memory import give_back
 from madpo.packaged import PACKAGED, cache_dir, packaged, quiet_transformers
-from madpo.storage import disk_error
 from madpo.untrusted import check_model, read_object
 
 if TYPE_CHECKING:
@@ -36,7 +33,6 @@ _KNOWN = {
     "GemmaTokenizer": _GEMMA_TYPES,
     "GemmaTokenizerFast": _GEMMA_TYPES,
 }
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 _BPE_OPTIONS = (
     *("unk_token", "fuse_unk", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout"),
     "ignore_merges",
@@ -57,6 +53,11 @@ def resolve_model(name_or_path: str) -> Path | str:
     Raises:
         ConfigError: a path without a model, or with one that could run code.
     """
+    with loading(name_or_path):  # a name that is too long for a path, a folder that may not be read
+        return _resolved(name_or_path)
+
+
+def _resolved(name_or_path: str) -> Path | str:
     if name_or_path in PACKAGED:
         return packaged(name_or_path)
     if name_or_path.startswith("tiny-"):
@@ -94,62 +95,6 @@ def _instead(folder: Path) -> str:
     return f"give a model folder, a hub id, or {', '.join(PACKAGED)}"
 
 
-def no_such_model(name: str, reason: str) -> ConfigError:
-    """The error for a name that is neither a folder nor a model of the hub, with what may have been meant."""
-    around = [
-        entry.parent.as_posix()
-        for file in ("config.json", "reward_model.json")
-        for entry in Path(name).parent.glob(f"*/{file}")
-    ]
-    return ConfigError(
-        f"there is no folder {name!r}, and no model of that name could be had from the hub ({reason})"
-        + (did_you_mean(name, [*PACKAGED, *around]) or "; check the path or the hub id")
-    )
-
-
-def cannot_load(name: str, error: BaseException, what: str = "model") -> MadpoError:
-    """The error for a model (or tokenizer) that a library could not load, with the remedy that fits the cause.
-
-    What the disk refuses is a StorageError, everything else a ConfigError.
-    """
-    said, reason = str(error), first_line(error, 200)
-    causes = _chain(error)
-    names = {type(cause).__name__ for cause in causes}
-    for cause in causes:
-        if isinstance(cause, OSError) and cause.errno in _DISK and (told := disk_error(cause, name)) is not None:
-            return told
-        if isinstance(cause, PermissionError) and cause.filename:
-            return ConfigError(f"the {what} {name!r} cannot be loaded: make {cause.filename} readable for you")
-    if "GatedRepoError" in names or "gated repo" in said:
-        return ConfigError(
-            f"the {what} {name!r} is gated: ask for access on its page of the hub, log in on this machine with "
-            "hf auth login, and run the same command again"
-        )
-    if "trust_remote_code" in said:
-        return ConfigError(
-            f"the {what} {name!r} needs Python code that comes with it, which is never run here; give a model whose "
-            "architecture transformers has itself"
-        )
-    if "does not recognize this architecture" in said or "Unrecognized model in" in said:
-        return ConfigError(
-            f"the {what} {name!r} has an architecture that transformers {version('transformers')} does not know "
-            f"({reason}); install a newer transformers, or give another model"
-        )
-    if not Path(name).expanduser().exists():
-        return no_such_model(name, reason)
-    return ConfigError(f"the {what} {name!r} cannot be loaded ({reason}); give a folder with safetensors or a hub id")
-
-
-def _chain(error: BaseException) -> list[BaseException]:
-    """An error, and those that it was raised from."""
-    found: list[BaseException] = []
-    following: BaseException | None = error
-    while following is not None and following not in found:
-        found.append(following)
-        following = following.__cause__ or following.__context__
-    return found
-
-
 def refuse_unreachable(name: str) -> None:
     """Refuse a hub id that is neither here nor to be had, before libraries try for a minute.
 
@@ -176,15 +121,26 @@ def refuse_unreachable(name: str) -> None:
         raise no_such_model(name, f"{host} cannot be reached") from None
 
 
-def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, with a padding token (its end token where it has none)."""
+def read_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model as it is.
+
+    Raises:
+        ConfigError, StorageError: as :func:`madpo.loading.loading`.
+    """
     from transformers import AutoTokenizer
 
-    with quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    with loading(path, "tokenizer"), quiet_transformers():
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     return tokenizer
+
+
+def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, with a padding token (its end token where it has none).
+
+    Raises:
+        ConfigError, StorageError: as :func:`read_tokenizer`, or it has neither of these tokens.
+    """
+    return _padding(read_tokenizer(path), path)
 
 
 def light_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
@@ -193,29 +149,40 @@ def light_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
     For 262,144 words the peak is 400 MB in place of 750, and 190 MB stay. What is not known to be the same (a hub id,
     another class of tokenizer, a vocabulary that is no BPE) is left to :func:`load_tokenizer`.
     """
-    folder = Path(path)
+    with loading(path, "tokenizer"), quiet_transformers():
+        tokenizer = _light(Path(path))
+    if tokenizer is None:
+        return load_tokenizer(path)
+    give_back()
+    return _padding(tokenizer, path)
+
+
+def _padding(tokenizer: PreTrainedTokenizerBase, path: Path | str) -> PreTrainedTokenizerBase:
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise ConfigError(
+            f"the tokenizer {str(path)!r} has neither a padding token nor an end token in its vocabulary; set "
+            "eos_token in its tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def _light(folder: Path) -> Any:
     needed = [folder / name for name in ("config.json", "tokenizer_config.json", "tokenizer.json")]
     if not all(file.is_file() for file in needed):
-        return load_tokenizer(path)
+        return None
     config, settings = read_object(needed[0]), read_object(needed[1])
     named = settings.get("tokenizer_class")
     # Repositories with code of their own, or with several templates in a folder, are for AutoTokenizer to sort out.
     plain = "auto_map" not in settings and "auto_map" not in config and not any(f.is_dir() for f in folder.iterdir())
     if not plain or not isinstance(named, str) or config.get("model_type") not in _KNOWN.get(named, ()):
-        return load_tokenizer(path)
-    with quiet_transformers():
-        if named.startswith("Gemma"):
-            tokenizer = _swapped(folder, settings)
-        else:
-            from transformers.tokenization_utils_tokenizers import TokenizersBackend
+        return None
+    if named.startswith("Gemma"):
+        return _swapped(folder, settings)
+    from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
-            tokenizer = TokenizersBackend.from_pretrained(folder, trust_remote_code=False)
-    if tokenizer is None:
-        return load_tokenizer(path)
-    give_back()
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return TokenizersBackend.from_pretrained(folder, trust_remote_code=False)
 
 
 def _swapped(folder: Path, settings: dict[str, Any]) -> Any:

@@ -10,7 +10,12 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
+<<<<<<< HEAD
 from typing import TYPE_CHECKING, Protocol, TextIO, TypeVar
+=======
+from functools import cache
+from typing import TYPE_CHECKING, Protocol, TypeVar
+>>>>>>> 946f2c3 (Every load of weights goes through one place, which refuses by name what the files lack)
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -82,6 +87,12 @@ def show(text: str, stream: TextIO | None = None) -> None:
 
 def _shown(text: str) -> str:
     return "\n".join("\t".join(map(printable, line.split("\t"))) for line in text.split("\n"))
+
+
+@cache
+def say_once(text: str) -> None:
+    """:func:`say`, but an equal line only once in a process: a search loads one model many times."""
+    say(text)
 
 
 def duration(seconds: float) -> str:

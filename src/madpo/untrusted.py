@@ -14,6 +14,13 @@ from typing import Any
 
 from madpo.errors import ConfigError, first_line
 
+MODEL_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+"""What transformers reads a model's weights from, in this order."""
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+"""What PEFT reads an adapter's weights from."""
+_EXPLICIT = "transformers_weights"  # a field of config.json that names another file
+# Adapters whose configuration makes PEFT load more models, and the field that names them.
+_NAMES_OTHERS = {"XLORA": "adapters", "SHADOW": "shadow_model"}
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz")
 _NEVER_WEIGHTS = ("training_args.bin",)
 # Implementations that transformers has within itself; any other name is looked up on the hub and imported.
@@ -21,11 +28,12 @@ _INSIDE = (None, "eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")
 _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 
 
-def check_model(place: Path | str) -> None:
+def check_model(place: Path | str, revision: str | None = None) -> None:
     """Refuse a model folder, or a model of the hub, that could run code when it is loaded.
 
     Args:
         place: a folder, or a hub id. What cannot be reached passes: loading it fails in the same way.
+        revision: commit or branch of the hub.
 
     Raises:
         ConfigError: one sentence with the file, the field and the remedy.
@@ -33,7 +41,7 @@ def check_model(place: Path | str) -> None:
     if isinstance(place, Path) or Path(place).is_dir():
         _check_folder(Path(place))
     else:
-        _check_hub(place)
+        _check_hub(place, revision)
 
 
 def _check_folder(folder: Path) -> None:
@@ -42,23 +50,48 @@ def _check_folder(folder: Path) -> None:
             f"{folder} holds an adapter, which names a base model of its own; give the folder of a whole model "
             "(merge the adapter into its base first)"
         )
+    config = {}
     if (folder / "config.json").exists():
-        check_config(read_object(folder / "config.json"), folder / "config.json")
-    _check_weights(folder, "model")
-    for index in sorted(folder.glob("*.safetensors.index.json")):
-        shards = read_object(index).get("weight_map")
-        for name in shards.values() if isinstance(shards, dict) else ():
-            if not isinstance(name, str) or PurePosixPath(name).name != name:
-                raise ConfigError(f"{index} names the file {name!r}, which lies outside the folder; do not use it")
+        config = read_object(folder / "config.json")
+        check_config(config, folder / "config.json")
+    # What transformers opens: the file that config.json names, or else the first of the usual names.
+    opened = next((name for name in _names(config) if (folder / name).is_file()), None)
+    if opened is None:
+        refuse_pickles(folder)
+    elif opened.endswith(".index.json"):
+        _check_index(folder / opened, folder / opened)
 
 
-def _check_hub(name: str) -> None:
+def _names(config: dict[str, Any]) -> tuple[str, ...]:
+    """The names under which transformers looks for weights, of which the first that is there counts."""
+    explicit = config.get(_EXPLICIT)
+    return (explicit,) if isinstance(explicit, str) else MODEL_WEIGHTS
+
+
+def _check_index(index: Path, place: Path | str) -> None:
+    shards = read_object(index).get("weight_map")
+    for name in shards.values() if isinstance(shards, dict) else ():
+        if not isinstance(name, str) or PurePosixPath(name).name != name:
+            raise ConfigError(f"{place} names the file {name!r}, which is outside the folder; do not use it")
+        if not name.endswith(".safetensors"):
+            raise ConfigError(
+                f"{place} names the file {name!r}, which is no safetensors file and would be read as a pickle, which "
+                "can run code; convert the weights to safetensors where you trust them (model.save_pretrained)"
+            )
+
+
+def _check_hub(name: str, revision: str | None) -> None:
     from transformers import PreTrainedConfig
     from transformers.utils import cached_file
 
+    def file(path: str) -> str | None:
+        found: str | None = cached_file(name, path, revision=revision, _raise_exceptions_for_missing_entries=False)
+        return found
+
     try:
-        config, _ = PreTrainedConfig.get_config_dict(name)
-        adapter = cached_file(name, "adapter_config.json", _raise_exceptions_for_missing_entries=False)
+        config, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+        adapter = file("adapter_config.json")
+        index = next((place for path in _names(config) if path.endswith(".index.json") and (place := file(path))), None)
     except OSError:
         return
     if adapter is not None:
@@ -67,16 +100,26 @@ def _check_hub(name: str) -> None:
             "whole model"
         )
     check_config(config, name)
+    if index is not None:
+        _check_index(Path(index), f"the index of {name}")
 
 
 def check_config(config: dict[str, Any], place: Path | str) -> None:
-    """Refuse the fields of a model's configuration that fetch code.
+    """Refuse the fields of a model's configuration that fetch code, or name weights that are no safetensors.
 
     ``auto_map`` passes: with ``trust_remote_code`` off it is not followed.
 
     Raises:
         ConfigError: with the field, its value and the remedy.
     """
+    named = config.get(_EXPLICIT)
+    if named is not None and not (
+        isinstance(named, str) and named.endswith((".safetensors", ".safetensors.index.json"))
+    ):
+        raise ConfigError(
+            f"{place}: {_EXPLICIT} is {named!r}, which is no safetensors file and would be read as a pickle, which can "
+            "run code; remove the field"
+        )
     for key, value in _fields(config):
         if key.strip("_").removesuffix("_internal") not in _IMPLEMENTATIONS:
             continue
@@ -111,7 +154,15 @@ def check_adapter(folder: Path) -> None:
     for key, value in _fields(settings):
         if key == "trust_remote_code" and value:
             raise ConfigError(f"{path}: {key} is {value!r}, which runs code of the hub; remove the field")
-    _check_weights(folder, "adapter_model")
+    kind = settings.get("peft_type")
+    if kind in _NAMES_OTHERS:
+        raise ConfigError(
+            f"{path}: peft_type is {kind!r}, an adapter that loads other models or adapters by names of its choice "
+            f"({_NAMES_OTHERS[kind]}); merge it into its base where you trust it, and give the merged model"
+        )
+    if not (folder / ADAPTER_WEIGHTS).is_file():  # then PEFT looks for adapter_model.bin, and unpickles it
+        refuse_pickles(folder)
+        raise ConfigError(f"{folder} has no {ADAPTER_WEIGHTS}; copy the folder again")
 
 
 def adapter_base(folder: Path) -> str:
@@ -124,12 +175,6 @@ def adapter_base(folder: Path) -> str:
     if not isinstance(base, str) or not base:
         raise ConfigError(f"{folder / 'adapter_config.json'} does not say its base model (base_model_name_or_path)")
     return base
-
-
-def _check_weights(folder: Path, stem: str) -> None:
-    """Refuse pickles where there are no safetensors; beside safetensors nobody reads them."""
-    if not any(path.name.startswith(stem) for path in folder.glob("*.safetensors*")):
-        refuse_pickles(folder)
 
 
 def refuse_pickles(folder: Path) -> None:

@@ -7,9 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+<<<<<<< HEAD
 from madpo.data.messages import Message, Text
 from madpo.data.rows import Pair, shared_prefix
 from madpo.errors import ConfigError, DataError, MadpoError, first_line
+=======
+from madpo.data.rows import Message, Pair, Text, shared_prefix
+from madpo.errors import ConfigError, DataError, first_line
+>>>>>>> 946f2c3 (Every load of weights goes through one place, which refuses by name what the files lack)
 
 Truncation = Literal["drop", "cut", "refuse"]
 TRUNCATIONS: tuple[Truncation, ...] = ("drop", "cut", "refuse")
@@ -43,19 +48,14 @@ def as_tokenizer(tokenizer: Any) -> Any:
     """
     if not isinstance(tokenizer, str) and not hasattr(tokenizer, "__fspath__"):
         return tokenizer
-    from madpo.places import cannot_load, light_tokenizer, refuse_unreachable, resolve_model
+    from madpo.places import light_tokenizer, refuse_unreachable, resolve_model
 
-    try:
-        # A folder may hold a tokenizer and no model.
-        alone = (Path(tokenizer).expanduser() / "tokenizer_config.json").is_file()
-        place = Path(tokenizer).expanduser() if alone else resolve_model(str(tokenizer))
-        if isinstance(place, str):
-            refuse_unreachable(place)
-        return light_tokenizer(place)
-    except MadpoError:
-        raise
-    except (OSError, ValueError) as error:
-        raise cannot_load(str(tokenizer), error, "tokenizer") from None
+    # A folder may hold a tokenizer and no model.
+    alone = (Path(tokenizer).expanduser() / "tokenizer_config.json").is_file()
+    place = Path(tokenizer).expanduser() if alone else resolve_model(str(tokenizer))
+    if isinstance(place, str):
+        refuse_unreachable(place)
+    return light_tokenizer(place)
 
 
 class Encoder:

@@ -21,7 +21,6 @@ from madpo.models import load_model, load_tokenizer, resolve_model
 from madpo.packaged import PACKAGED
 from madpo.practice.folders import building, digest
 from madpo.practice.pages import write_samples_page
-from madpo.practice.pairs import loading
 from madpo.practice.prompts import Prompt, read_prompts
 from madpo.practice.reward_model import load_pair_encoder, load_scorer, plain, reward_model_digest
 from madpo.practice.settings import EvaluateSettings
@@ -207,20 +206,14 @@ class Sample(NamedTuple):
 
 
 def _responses(place: Place, prompts: Sequence[Prompt], settings: EvaluateSettings) -> list[Sample]:
-    with loading(place.reference):
-        source = resolve_model(place.reference)
-        tokenizer = load_tokenizer(source)
-    with loading(place.name):
-        base = resolve_model(place.base)
-        if load_tokenizer(base).get_vocab() != tokenizer.get_vocab():
-            raise ConfigError(f"{place.name} and {place.reference} have different tokenizers, so there is no KL")
+    source, base = resolve_model(place.reference), resolve_model(place.base)
+    tokenizer = load_tokenizer(source)
+    if load_tokenizer(base).get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(f"{place.name} and {place.reference} have different tokenizers, so there is no KL")
     encoder = Encoder(tokenizer)
     prompt_ids = [encoder.prompt_ids(prompt.content, prompt.place) for prompt in prompts]
     _refuse_unscored(prompts, settings)
-    with loading(place.reference):
-        reference = load_model(source)
-    with loading(place.name):
-        policy = load_model(base, adapter=place.adapter)
+    reference, policy = load_model(source), load_model(base, adapter=place.adapter)
     ends = {*end_tokens(reference, tokenizer), *end_tokens(policy, tokenizer)}
     if any(isinstance(prompt.content, list) for prompt in prompts):
         ends.add(encoder.end_id())

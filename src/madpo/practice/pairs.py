@@ -15,28 +15,13 @@ from madpo.data.load import TooLong
 from madpo.data.messages import Text
 from madpo.data.rows import Pair
 from madpo.data.tokens import Encoder, Truncation, truncated
-from madpo.errors import ConfigError, DataError, MadpoError
-from madpo.places import cannot_load, load_tokenizer, resolve_model
+from madpo.errors import ConfigError, DataError
+from madpo.places import load_tokenizer, resolve_model
 from madpo.recipe import LoRA
 from madpo.seeding import rng
 
 Row = dict[str, Any]
 _TOGETHER = 64  # conversations rendered and tokenised at once
-
-
-@contextmanager
-def loading(name: str | Path) -> Iterator[None]:
-    """Tell in one sentence that a model cannot be loaded.
-
-    Raises:
-        ConfigError, StorageError: in place of the library's error.
-    """
-    try:
-        yield
-    except MadpoError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        raise cannot_load(str(name), error) from error
 
 
 @contextmanager
@@ -126,9 +111,8 @@ def load_training(
         ConfigError: the model cannot be loaded.
         DataError: as :func:`load_split`.
     """
-    with loading(settings.model):
-        base = resolve_model(settings.model)
-        tokenizer = load_tokenizer(base)
+    base = resolve_model(settings.model)
+    tokenizer = load_tokenizer(base)
     too_long = TooLong()
     train, heldout = load_split(
         data,

@@ -32,7 +32,7 @@ from madpo.practice.card import model_card
 from madpo.practice.claims import read_own
 from madpo.practice.folders import building, digest, toml, training_state
 from madpo.practice.overwriting import CONFIG_HEADING, TRACKED
-from madpo.practice.pairs import Row, adapted, load_training, loading
+from madpo.practice.pairs import Row, adapted, load_training
 from madpo.practice.train_settings import TrainSettings
 from madpo.recipe import CHECKPOINTS
 from madpo.storage import write_atomically
@@ -252,8 +252,7 @@ def build_trainer(
     heldout: Sequence[Row],
 ) -> PreferenceTrainer:
     """The trainer of ``settings``: the model, its adapter, and the rows with token ids."""
-    with loading(settings.model):
-        model = load_quantised(base) if settings.qlora else load_model(base, dtype=_dtype(settings))
+    model = load_quantised(base) if settings.qlora else load_model(base, dtype=_dtype(settings))
     if not settings.full:
         _refuse_head(model, settings)
     torch.manual_seed(args.seed)  # the adapter starts at random

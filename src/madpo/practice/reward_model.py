@@ -13,17 +13,18 @@ import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 from pydantic import BaseModel
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from madpo.config import Frozen
 from madpo.data.rows import Pair
 from madpo.data.tokens import Encoded, Encoder
 from madpo.diagnostics import MarginReport, Reliability, inspect
 from madpo.errors import ConfigError, DataError
-from madpo.models import load_classifier, load_tokenizer, resolve_model
+from madpo.loading import loading
+from madpo.models import load_classifier, load_config, load_tokenizer, resolve_model
 from madpo.practice.folders import building, digest, training_state
 from madpo.practice.pages import write_reward_page
-from madpo.practice.pairs import Row, adapted, load_training, loading, prompt_key, split_by_prompt
+from madpo.practice.pairs import Row, adapted, load_training, prompt_key, split_by_prompt
 from madpo.practice.settings import RewardSettings
 from madpo.progress import say
 from madpo.records import Estimate
@@ -32,7 +33,6 @@ from madpo.statistics import bootstrap_mean, bootstrap_temperature, proportion
 from madpo.storage import write_atomically
 from madpo.training.margins import sequences
 from madpo.training.stages import RewardModelStage, fit_reward_model
-from madpo.untrusted import check_model
 
 EVALUATIONS = 10
 """Looks at the held-out pairs during the training, where ``eval_every`` does not say otherwise."""
@@ -187,9 +187,6 @@ def fit(settings: RewardSettings, train: Sequence[Row], stopping: Sequence[Row],
         pooling=settings.pooling,
         seed=settings.seed,
     )
-    with loading(settings.model):
-        resolve_model(settings.model)
-        AutoConfig.from_pretrained(resolve_model(settings.model), trust_remote_code=False)
     with adapted(settings.model, settings.lora):
         return fit_reward_model(stage, Dataset.from_dict(sequences(train)), Dataset.from_dict(sequences(stopping)), out)
 
@@ -296,11 +293,9 @@ def load_scorer(place: str | Path, *, batch_size: int = 16) -> PairScorer:
         ConfigError: it is no reward model, or cannot be loaded.
     """
     if (folder := _own_folder(place)) is not None:
-        with loading(reward_base(folder)[0]):
-            return PairScorer(RewardModel.load(folder), own=True, batch_size=batch_size)
-    with loading(place):
-        base = _classifier(place)
-        model, tokenizer = load_classifier(base), load_tokenizer(base)
+        return PairScorer(RewardModel.load(folder), own=True, batch_size=batch_size)
+    base = _classifier(place)
+    model, tokenizer = load_classifier(base), load_tokenizer(base)
     return PairScorer(RewardModel(placed(model), tokenizer), own=False, batch_size=batch_size)
 
 
@@ -314,11 +309,8 @@ def load_pair_encoder(place: str | Path) -> PairEncoder:
         ConfigError, DataError: as :func:`load_scorer`.
     """
     if (folder := _own_folder(place)) is not None:
-        base, _ = reward_base(folder)
-        with loading(base):
-            return PairEncoder(load_tokenizer(base), own=True)
-    with loading(place):
-        return PairEncoder(load_tokenizer(_classifier(place)), own=False)
+        return PairEncoder(load_tokenizer(reward_base(folder)[0]), own=True)
+    return PairEncoder(load_tokenizer(_classifier(place)), own=False)
 
 
 def _own_folder(place: str | Path) -> Path | None:
@@ -338,14 +330,13 @@ def _classifier(place: str | Path) -> Path | str:
         ConfigError: it is something else.
     """
     base = resolve_model(str(place))
-    check_model(base)
-    config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    config = load_config(base)
     if config.num_labels != 1 or not any("SequenceClassification" in a for a in config.architectures or ()):
         raise ConfigError(
             f"{place} is no reward model: it has the architecture {', '.join(config.architectures or ['unknown'])} "
             f"with {config.num_labels} outputs, where a sequence classifier with one output is needed"
         )
-    with torch.device("meta"):  # its parts alone, without weights
+    with loading(place), torch.device("meta"):  # its parts without their weights
         model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     if not hasattr(model, "score"):
         raise ConfigError(

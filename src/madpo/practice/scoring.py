@@ -37,7 +37,7 @@ from madpo.models import load_tokenizer, resolve_model
 from madpo.practice.claims import claim, read_own
 from madpo.practice.folders import building, digest, in_place
 from madpo.practice.overwriting import Inputs, discard
-from madpo.practice.pairs import encoded_rows, folds_by_prompt, loading, prompt_key, split_by_prompt
+from madpo.practice.pairs import encoded_rows, folds_by_prompt, prompt_key, split_by_prompt
 from madpo.practice.reward_model import PairScorer, fit, load_scorer, plain, reward_model_digest
 from madpo.practice.settings import RewardSettings, ScoreSettings
 from madpo.progress import bar, say
@@ -272,8 +272,7 @@ def _out_of_fold(
 
 
 def _train_fold(data: str | Path, pairs: Sequence[Pair], settings: RewardSettings, out: Path) -> None:
-    with loading(settings.model):
-        tokenizer = load_tokenizer(resolve_model(settings.model))
+    tokenizer = load_tokenizer(resolve_model(settings.model))
     rows = encoded_rows(pairs, tokenizer, str(data), settings.max_length, settings.truncation)
     train, stopping = split_by_prompt(rows, settings.eval_share, settings.seed, str(data))
     fit(settings, train, stopping, out)

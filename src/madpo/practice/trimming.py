@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,27 +12,26 @@ import torch
 from pydantic import Field
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from madpo.config import Frozen, added
 from madpo.corpus import IMDB
-from madpo.errors import ConfigError, MadpoError, first_line
-from madpo.memory import is_shortage
-from madpo.models import load_model, resolve_model
+from madpo.errors import ConfigError
+from madpo.models import load_config, load_model, resolve_model
 from madpo.operation import operation
 from madpo.packaged import quiet_transformers
 from madpo.pipeline import Metrics
+from madpo.places import read_tokenizer
 from madpo.practice.corpus_tokens import CorpusTokens, encoded, read_corpus
 from madpo.practice.folders import building, digest
 from madpo.practice.kept_mass import Probe, TextScore, probe, score_texts
-from madpo.practice.pairs import loading
 from madpo.practice.reward_model import plain
 from madpo.practice.trim_report import TrimReport, TrimSettings, model_card
 from madpo.records import Estimate
 from madpo.statistics import bootstrap_statistic
 from madpo.storage import write_atomically
-from madpo.untrusted import check_model
 from madpo.vocabulary import Vocabulary, named_ids, refuse_untranslated, renumbered
+from madpo.weights import pretrained
 
 PROBES, PROBE_TOKENS = 4, 64
 
@@ -69,11 +67,8 @@ def trim_vocab(
     names = sorted(map(str, corpus))
     if not names:
         raise ConfigError("there is no corpus; give at least one file with --corpus")
-    with _reading(str(model)):
-        base = resolve_model(str(model))
-        check_model(base)
-        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-        _refuse(config, str(model))
+    base = resolve_model(str(model))
+    _refuse(load_config(base), str(model))
     digests = tuple(digest(data) for data in names)
     state = {
         "model": digest(base) or str(model),
@@ -144,21 +139,6 @@ def trim_base(config: TrimStage, inputs: Mapping[str, Path], out: Path) -> Metri
     }
 
 
-@contextmanager
-def _reading(name: str) -> Iterator[None]:
-    """:func:`loading`, also where a library raises what it should not (tokenizers: plain Exceptions)."""
-    try:
-        with loading(name):
-            yield
-    except MadpoError:
-        raise
-    except Exception as error:
-        if is_shortage(error):
-            raise
-        reason = first_line(error, 200)
-        raise ConfigError(f"the model {name!r} cannot be loaded ({reason}); copy the folder again") from error
-
-
 def _refuse(config: Any, name: str) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise ConfigError(f"{name} is an encoder and decoder; only causal language models can be trimmed")
@@ -179,11 +159,7 @@ class _Whole(NamedTuple):
 
     @classmethod
     def load(cls, base: Path | str, name: str) -> _Whole:
-        with _reading(name), quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_pretrained(
-                base, dtype="auto", use_safetensors=True, trust_remote_code=False
-            )
+        tokenizer, model = read_tokenizer(base), pretrained(AutoModelForCausalLM, base, dtype="auto")
         if getattr(tokenizer, "backend_tokenizer", None) is None:
             raise ConfigError(
                 f"{name} has a tokenizer without tokenizer.json; convert it first (tokenizer.save_pretrained)"
@@ -211,7 +187,7 @@ def _write(whole: _Whole, new: Mapping[int, int], out: Path) -> tuple[int, int]:
         whole.tokenizer._tokenizer = Tokenizer.from_str(json.dumps(whole.vocabulary.trimmed(new)))
         whole.tokenizer.save_pretrained(out)
         expected = {token: new[i] for token, i in whole.vocabulary.ids.items() if i in new}
-        if AutoTokenizer.from_pretrained(out, trust_remote_code=False).get_vocab() != expected:
+        if read_tokenizer(out).get_vocab() != expected:
             raise ConfigError(f"{name}: its trimmed tokenizer is numbered otherwise when it is loaded again")
         before = whole.model.num_parameters()
         rows = [old for old in new if old < whole.rows]
@@ -248,15 +224,13 @@ def _measure(
     before = [[old_start, *ids] for ids in counted.held_out_ids]
     after = [[start, *ids] for ids in encoded(tokenizer, counted.held_out)]
     probes = [[old_start, *_kept_run(ids[1:], new)] for ids in before[:PROBES]]
-    with loading(str(base)):
-        original = load_model(base)
+    original = load_model(base)
     kept = torch.zeros(whole.rows, dtype=torch.bool, device=original.device)
     kept[rows] = True
     scores = [score_texts(original, before, kept, batch_size=batch_size, description="The original")]
     wanted = [probe(original, ids, rows) for ids in probes]
     del original
-    with loading(str(out)):
-        trimmed = load_model(out)
+    trimmed = load_model(out)
     gap = _gap(wanted, [probe(trimmed, [new[i] for i in ids]) for ids in probes], whole.vocabulary.name)
     scores.append(score_texts(trimmed, after, batch_size=batch_size, description="The trimmed model"))
     kept_tokens = sum(i in new for ids in before for i in ids[1:])

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -19,15 +18,17 @@ from datasets import Dataset, IterableDataset
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers import AutoProcessor
 from trl import DPOConfig, DPOTrainer
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import disable_dropout_in_model, use_adapter
 
 from madpo.errors import ConfigError, DataError
+from madpo.loading import loading
 from madpo.logprobs import CompletionScores, completion_logps, install_completion_head, unwrapped
 from madpo.losses import DPO, LossConfig, LossInputs, LossOutput, LossState
-from madpo.progress import say
+from madpo.progress import say_once
 from madpo.training.columns import ID_COLUMNS, PAIR_COLUMNS, REFERENCE_COLUMNS, PreferenceCollator, check_columns
 from madpo.training.config import PreferenceConfig, refuse_replaced_options
 from madpo.training.finite import drop_unscored
@@ -35,6 +36,7 @@ from madpo.training.reference import cached_reference_logps
 from madpo.training.repeats import REPEATED, each_marked, marked, observed, refuse_uneven
 from madpo.training.resume import ExactResume
 from madpo.untrusted import check_model
+from madpo.weights import NamedArchitecture
 
 _NO_METRICS = "compute_metrics takes logits, which this trainer never builds; use the logged metrics"
 
@@ -74,8 +76,11 @@ class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
     ) -> None:
         self.loss = loss if loss is not None else DPO()
         args = PreferenceConfig() if args is None else args
+        init_kwargs = args.model_init_kwargs
         if isinstance(model, str):
             args.model_init_kwargs = _safe_init(model, args)
+            if kwargs.get("processing_class") is None:
+                kwargs["processing_class"] = _processor(model, args)
         self.loss_state = self.loss.init_state(args.seed)
         self._observed: _ObservedStep | None = None
         refuse_replaced_options(args)
@@ -86,12 +91,15 @@ class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
         self._needs = tuple(sorted(set(self.loss.needs) & set(PAIR_COLUMNS)))
         # TRL then asks `_precompute_ref_logps` for the columns instead of loading a second model.
         args.precompute_ref_log_probs = True
-        super().__init__(model, ref_model, args, **kwargs)
+        try:
+            super().__init__(model, ref_model, args, **kwargs)
+        finally:
+            args.model_init_kwargs = init_kwargs
         if self.sharded:  # parts of a model cannot wait elsewhere, and would take the accelerator's memory
             self.ref_model, self._reference_dropped = None, ref_model is not None
         self._set_reference_aside()
         if self.aux_loss_enabled:
-            _say_once(
+            say_once(
                 f"The model is a mixture of experts, and its load-balancing loss (router_aux_loss_coef "
                 f"{self.router_aux_loss_coef:g} in its configuration) is no part of this training; "
                 "router_aux_loss_coef=0 says that this is meant."
@@ -408,18 +416,22 @@ class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
         return self.not_finite(f"the loss is {value}", where, cause)
 
 
-@cache
-def _say_once(text: str) -> None:
-    """A search makes many trainers of one model."""
-    say(text)
-
-
 def _safe_init(model: str, args: DPOConfig) -> dict[str, Any]:
-    """How TRL loads a model that is given by name: without pickles and code, unless the user asked for them."""
+    """How TRL loads a model that is given by name: with all of its weights, and without pickles and code.
+
+    The user may ask for these by ``model_init_kwargs``.
+    """
     given = dict(args.model_init_kwargs or {})
     if not args.trust_remote_code and given.get("use_safetensors", True) and not given.get("trust_remote_code"):
-        check_model(model)
-    return {"use_safetensors": True, **given}
+        check_model(model, given.get("revision"))
+    return {**given, "architecture": NamedArchitecture(given.get("architecture"))}
+
+
+def _processor(model: str, args: DPOConfig) -> Any:
+    """The tokenizer (or processor) that TRL takes where none is given."""
+    revision = (args.model_init_kwargs or {}).get("revision")
+    with loading(model, "tokenizer"):
+        return AutoProcessor.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
 
 
 @dataclass

@@ -249,7 +249,7 @@ def fit_reward_model(
     """
     base = resolve_model(config.model) if made is None else made / "model"
     tokenizer = load_tokenizer(base)
-    model = load_classifier(base, num_labels=1)
+    model = load_classifier(base, num_labels=1, new_head=True)
     if not isinstance(getattr(model, "score", None), torch.nn.Linear):
         raise ConfigError(
             f"{config.model} ({type(model).__name__}) does not read its score off a token's state by one linear layer; "

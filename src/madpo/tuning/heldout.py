@@ -22,7 +22,7 @@ from madpo.data.load import TooLong
 from madpo.errors import DivergedError
 from madpo.logprobs import completion_logps
 from madpo.models import load_model, load_tokenizer, resolve_model
-from madpo.practice.pairs import Row, folds_by_prompt, load_split, loading, prompt_key
+from madpo.practice.pairs import Row, folds_by_prompt, load_split, prompt_key
 from madpo.practice.policy import as_dataset, build_trainer, require_columns, trainer_arguments
 from madpo.practice.reward_model import PairScorer, load_scorer
 from madpo.practice.train_settings import TrainSettings
@@ -91,9 +91,8 @@ def prepare(data: str | Path, settings: TuneSettings, folder: Path) -> Prepared:
         DataError, ConfigError: a column that the loss reads is missing, fewer prompts than folds.
     """
     training = settings.training
-    with loading(settings.model):
-        base = resolve_model(settings.model)
-        tokenizer = load_tokenizer(base)
+    base = resolve_model(settings.model)
+    tokenizer = load_tokenizer(base)
     args = trainer_arguments(training, folder / "reference", evaluated=False)
     too_long, length = TooLong(), args.max_length
     how: dict[str, Any] = {"max_length": length, "truncation": settings.truncation, "too_long": too_long}
