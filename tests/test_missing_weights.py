@@ -254,7 +254,10 @@ PART = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
     [
         (without(PART), rf"the adapter lacks 1 weights \({PART}\)"),
         (renamed("x."), r"the adapter lacks 28 weights \(base_model"),
-        (lambda t: t | {PART.replace("layers.1", "layers.5"): t[PART].clone()}, r"has no place in this model for 1 weights"),
+        (
+            lambda t: t | {PART.replace("layers.1", "layers.5"): t[PART].clone()},
+            r"has no place in this model for 1 weights",
+        ),
         (lambda t: t | {PART: torch.ones(32, 3)}, rf"{PART} has the shape \(32, 3\), .* ask for \(32, 2\)"),
     ],
 )

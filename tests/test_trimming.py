@@ -342,7 +342,13 @@ def test_damaged_folders_are_told_in_one_sentence(small_model, tmp_path, file, c
     path = folder / file
     found = change if change in ([], None) else json.loads(path.read_text()) | change
     path.write_text("{" if found is None else json.dumps(found))
-    refused(r"cannot be loaded|config\.json asks for \(99, 32\)", folder, [write(tmp_path / "corpus.jsonl", CORPUS)], tmp_path / "out", HALF)
+    refused(
+        r"cannot be loaded|config\.json asks for \(99, 32\)",
+        folder,
+        [write(tmp_path / "corpus.jsonl", CORPUS)],
+        tmp_path / "out",
+        HALF,
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus.jsonl", "model"]
 
 

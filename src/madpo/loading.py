@@ -114,13 +114,13 @@ def no_such_model(name: str, reason: str) -> ConfigError:
 
 
 def _reason(error: BaseException, length: int = 200) -> str:
-    """What an error says, in one line without control characters."""
+    """What an error says, in one line."""
     said = first_line(error)
     if said.rstrip().endswith(":"):  # a headline, such as "Validation error for field 'hidden_size':"
         said = " ".join(str(error).split())
     if isinstance(error, _TERSE):
         said = f"{type(error).__name__}: {said}"
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in said)[:length].strip(" .;")
+    return said[:length].strip(" .;")
 
 
 def _chain(error: BaseException) -> list[BaseException]:

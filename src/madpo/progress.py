@@ -10,12 +10,8 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
-<<<<<<< HEAD
-from typing import TYPE_CHECKING, Protocol, TextIO, TypeVar
-=======
 from functools import cache
-from typing import TYPE_CHECKING, Protocol, TypeVar
->>>>>>> 946f2c3 (Every load of weights goes through one place, which refuses by name what the files lack)
+from typing import TYPE_CHECKING, Protocol, TextIO, TypeVar
 
 if TYPE_CHECKING:
     from rich.progress import Progress

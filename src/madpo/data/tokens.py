@@ -7,14 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-<<<<<<< HEAD
 from madpo.data.messages import Message, Text
 from madpo.data.rows import Pair, shared_prefix
-from madpo.errors import ConfigError, DataError, MadpoError, first_line
-=======
-from madpo.data.rows import Message, Pair, Text, shared_prefix
 from madpo.errors import ConfigError, DataError, first_line
->>>>>>> 946f2c3 (Every load of weights goes through one place, which refuses by name what the files lack)
 
 Truncation = Literal["drop", "cut", "refuse"]
 TRUNCATIONS: tuple[Truncation, ...] = ("drop", "cut", "refuse")
