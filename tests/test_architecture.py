@@ -20,7 +20,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 TORCH_FREE = [
     *("errors", "seeding", "config", "progress", "storage", "records", "pipeline", "executors", "statistics", "cli"),
     *("processes", "memory", "locks", "vocabulary", "uploads", "loading"),
-    *("results", "summary", "figures", "svg", "report", "corpus", "data", "diagnostics", "packaged", "places"),
+    *("figures", "svg", "report", "corpus", "data", "diagnostics", "packaged", "places"),
     *("recipe", "practice", "practice.early", "practice.settings", "practice.arguments", "practice.folders"),
 ]
 
@@ -32,7 +32,7 @@ LAYERS = [
     {"experiment", "graph", "estimates", "tuning", "practice"},
     {"methods"},
     {"training", "preferences", "relabelling", "evaluation", "diagnostics", "report", "margin_page", "pages", "theory"},
-    {"results", "summary", "figures", "responses", "selection"},
+    {"figures", "responses"},
     {"svg"},
     {
         "models",

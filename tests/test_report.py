@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from madpo.records import Estimate, Record
 from madpo.report import build_report, page_part, rebuild_report, report_markdown_table
 from madpo.report.charts import Mark, Panel, Series
 from madpo.report.drawing import panel_svg
-from madpo.results import Tier, collect, folder_of
-from madpo.summary import headline, one
+from madpo.report.numbers import one
+from madpo.report.results import collect
+from madpo.report.sources import folder_of
+from madpo.report.summary import headline
 
 HOSTILE = "</script><script>alert(1)</script><!-- & \u2028 \u202e 'quoted\" <img src=x onerror=alert(2)>"
 ARABIC = "\u0645\u0631\u062d\u0628\u0627 \u0628\u0627\u0644\u0639\u0627\u0644\u0645"
@@ -146,20 +149,19 @@ def test_numbers_are_the_runs_own(run_folder: tuple[Path, dict[str, Record], str
     assert [row.key for row in high.rows] == ["sft", "dpo", "madpo", "near"]
     by_key = {row.key: row for row in high.rows}
     for key, level in REWARDS.items():
-        reward = by_key[key].oracle_reward
+        reward = by_key[key]["oracle_reward"]
         assert isinstance(reward, Estimate)
         assert reward.mean == pytest.approx(level, abs=1e-12)
         assert reward.n == N
         assert reward.low < level < reward.high
-        assert isinstance(by_key[key].kl, Estimate)
-        assert by_key[key].kl.mean == pytest.approx(10 * level)  # type: ignore[union-attr]
-    assert by_key["sft"].difference is None
-    assert by_key["dpo"].difference is None
-    gap = by_key["madpo"].difference
+        assert by_key[key].mean("kl") == pytest.approx(10 * level)
+    assert by_key["sft"]["difference"] is None
+    assert by_key["dpo"]["difference"] is None
+    gap = by_key["madpo"]["difference"]
     assert gap is not None
     assert gap.mean == pytest.approx(0.5)
     assert 0.4 < gap.low < gap.high < 0.6  # pairing removes the prompts' own spread
-    assert by_key["madpo"].win_rate.mean == 1.0  # type: ignore[union-attr]
+    assert by_key["madpo"].mean("win_rate") == 1.0
     assert by_key["madpo"].per_seed == pytest.approx({"seed0": 1.5, "seed1": 1.5})
     assert sorted(high.margins) == [-9.0, -1.0, 0.0, 1.0, 3.0]  # training pairs only, joined on pair_id
     for shown in ("0.45", "81 %", "1.21", "75 % to 86 %", "+0.50"):
@@ -169,8 +171,8 @@ def test_numbers_are_the_runs_own(run_folder: tuple[Path, dict[str, Record], str
 def test_the_headline_claims_what_the_numbers_carry(run_folder: tuple[Path, dict[str, Record], str]) -> None:
     root, records, _ = run_folder
     words = " ".join(headline(collect(root, records)))
-    assert "High: MADPO has the highest mean oracle reward, 1.50" in words
-    assert "an interval that excludes 0" in words
+    assert "High: MADPO has the highest mean reward, 1.50" in words
+    assert ": separated from 0" in words
     assert "KL 15.0 against 10.0 nats" in words
     assert "Two training seeds cannot show" in words
     assert f"judged on {N} held-out prompts" in words
@@ -179,22 +181,18 @@ def test_the_headline_claims_what_the_numbers_carry(run_folder: tuple[Path, dict
 def test_the_headline_does_not_overclaim(tmp_path: Path) -> None:
     records = make_run(tmp_path)
     few = {name: record for name, record in records.items() if "madpo" not in name}
-    tiers = collect(tmp_path, few)
-    assert "includes 0, so this run does not tell the two apart" in " ".join(headline(tiers)) or (
-        tiers[0].rows[-1].difference is not None and tiers[0].rows[-1].difference.low > 0
-    )
+    near = collect(tmp_path, few)[0].rows[-1]["difference"]
+    assert isinstance(near, Estimate)
+    words = " ".join(headline(collect(tmp_path, few)))
+    assert ("not separated from 0" in words) == (near.low <= 0 <= near.high)
     only_dpo = {name: record for name, record in few.items() if "near" not in name}
     words = " ".join(headline(collect(tmp_path, only_dpo)))
-    assert "excludes 0" not in words
+    assert "separated" not in words
     assert "One training seed" in words
-    flipped = [
-        Tier(tier.name, [r for r in tier.rows if r.key != "sft"] + [next(r for r in tier.rows if r.key == "sft")])
-        for tier in collect(tmp_path, records)
-    ]
-    worse = [
-        Tier(t.name, [type(r)(**{**r.__dict__, "oracle_reward": 9.0}) if r.key == "sft" else r for r in t.rows])
-        for t in flipped
-    ]
+    worse = []
+    for tier in collect(tmp_path, records):
+        rows = [replace(r, values={**r.values, "oracle_reward": 9.0}) if r.key == "sft" else r for r in tier.rows]
+        worse.append(replace(tier, rows=rows))
     assert "no method has a mean reward above that of the SFT model" in " ".join(headline(worse))
     assert headline([]) == ["No trained policy has been evaluated yet; what is finished so far is shown below."]
 
@@ -252,9 +250,10 @@ def test_tables_beside_the_page(run_folder: tuple[Path, dict[str, Record], str])
     assert methods["madpo"]["oracle_reward"]["mean"] == pytest.approx(1.5)
     assert methods["madpo"]["difference"]["n"] == N
     assert data["tiers"]["high"]["reward_models"]["seed"]["heldout_accuracy"]["mean"] == 0.8125
-    rows = list(csv.DictReader((root / "results.csv").read_text().splitlines()))
-    (row,) = [r for r in rows if (r["tier"], r["method"], r["quantity"]) == ("high", "MADPO", "oracle_reward")]
-    assert float(row["mean"]) == pytest.approx(1.5)
+    rows = list(csv.DictReader((root / "tables" / "methods.csv").read_text().splitlines()))
+    (row,) = [r for r in rows if (r["tier"], r["method"]) == ("High", "MADPO")]
+    assert float(row["oracle_reward"]) == pytest.approx(1.5)
+    assert row["oracle_reward_n"] == str(N)
     table = report_markdown_table(collect(root, records)[0])
     assert "| MADPO | 1.50 (" in table
     assert len({line.count(" | ") for line in table.splitlines()}) == 1

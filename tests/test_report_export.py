@@ -14,7 +14,7 @@ from madpo.cli import main
 from madpo.errors import ConfigError, DataError, StorageError
 from madpo.records import Estimate
 from madpo.report import build_report, export, export_report, rebuild_report
-from madpo.results import collect
+from madpo.report.results import collect
 from report_cases import HOSTILE, PROMPTS, make_study
 
 
@@ -44,7 +44,7 @@ def test_what_goes_along(exported: tuple[Path, Path]) -> None:
     kinds = {Path(name).name for name in files if not name.startswith(("figures/", "tables/"))}
     assert kinds == {
         *("run.json", "record.json", "samples.jsonl", "log.jsonl", "margins.parquet", "pairs.parquet", "error.txt"),
-        *("report.html", "results.csv", "results.json", "results.md", "README.md"),
+        *("report.html", "results.json", "results.md", "README.md"),
     }
     assert {Path(name).suffix for name in files if name.startswith("figures/")} == {".png", ".svg"}
     assert sum(map(len, files.values())) < export.LIMIT
@@ -62,7 +62,7 @@ def test_what_goes_along(exported: tuple[Path, Path]) -> None:
 def test_the_numbers_are_those_of_the_run(exported: tuple[Path, Path]) -> None:
     root, target = exported
     rebuild_report(root, figures=False)
-    for name in ("results.csv", "results.md", "tables/claims.csv", "tables/methods.csv", "results.json"):
+    for name in ("results.md", "tables/claims.csv", "tables/methods.csv", "results.json"):
         assert (root / name).read_bytes() == (target / name).read_bytes(), name
     rows = [json.loads(line) for line in next(target.glob("evaluation/*/*/*/samples.jsonl")).open(encoding="utf-8")]
     assert len(rows) == PROMPTS
@@ -202,5 +202,5 @@ def test_repeated_texts_are_counted_without_texts(tmp_path: Path) -> None:
     for path in study.root.glob("evaluation/low/method0/*/samples.jsonl"):
         export._samples(path, path)
     row = next(row for row in collect(study.root, study.records)[0].rows if row.key == "method0")
-    assert row.repeated == 1.0
+    assert row["repeated"] == 1.0
     assert build_report(study.root, study.records, HOSTILE, {}, figures=False).exists()

@@ -190,5 +190,5 @@ def test_the_command_uploads_a_run_and_says_so_where_it_could_not(
         assert "the same command uploads what is missing" in err
     else:
         assert status == 0
-        for name in ("run.json", "report.html", "results.csv"):
+        for name in ("run.json", "report.html", "results.md"):
             assert (tmp_path / "store" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()

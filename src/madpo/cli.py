@@ -223,7 +223,7 @@ def _status_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _values(arguments: argparse.Namespace) -> int:
     from madpo.records import Estimate, evaluations_by
-    from madpo.summary import write
+    from madpo.report.numbers import write
 
     for value, name, record in evaluations_by(arguments.folder, arguments.values):
         found = {key: record.metrics.get(key) for key in ("oracle_reward", "kl")}

@@ -22,7 +22,7 @@ import numpy as np
 from sections import put_section
 from soak import fork, wait, warm_up
 
-TABLES = ("results.csv", "results.md", "selection.json")
+TABLES = ("results.md", "selection.json")
 # File -> its key that says where and when. PEFT writes sets of names as lists, in any order.
 ELSEWHERE = {"record.json": "provenance", "adapter_config.json": "base_model_name_or_path"}
 

@@ -1,68 +1,80 @@
-"""Rows of made-up studies whose means are known exactly."""
+"""Rows of made-up studies whose means are known exactly, as the long table of their samples."""
 
 import re
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from madpo.report.claims import Claim
-from madpo.results import Row
+from madpo.report.methods import SFT, method_of
+from madpo.report.results import Row, Tier, measured
 from madpo.seeding import rng
-from madpo.statistics import bootstrap_mean
 
 N = 200
 PROMPT = rng(0, "prompts").normal(size=N)  # what makes a prompt easy, common to all methods
 
 
-def row(name: str, level: float, *, kl: float = 5.0, noise: float = 0.2, seeds: int = 2, **settings: Any) -> Row:
+class Made(NamedTuple):
+    """A row and its samples."""
+
+    row: Row
+    samples: pd.DataFrame
+
+
+def row(name: str, level: float, *, kl: float = 5.0, noise: float = 0.2, seeds: int = 2, **settings: Any) -> Made:
     """A row whose mean reward is exactly ``level`` in every seed, and whose noise of its own is small."""
     places = {"group": "core", "pairs": "all", "margins": "in_sample", "trainer": "offline"}
-    given = {name: settings.pop(name, default) for name, default in places.items()}
-    per_seed: dict[str, dict[int, float]] = {}
+    given = {place: settings.pop(place, default) for place, default in places.items()}
+    key, loss = re.sub(r"[^a-z0-9]+", "-", name.lower()), {"beta": 0.1, **settings}
+    frames = []
     for seed in range(seeds):
         own = rng(seed, "noise", name, str(level)).normal(size=N) * noise
-        values = level + (PROMPT - PROMPT.mean()) + own - own.mean()
-        per_seed[f"seed{seed}"] = dict(enumerate(map(float, values)))
-    rewards = {i: float(np.mean([values[i] for values in per_seed.values()])) for i in range(N)}
-    kls = {i: kl + 0.1 * float(PROMPT[i]) for i in range(N)}
-    seed_kls = dict.fromkeys(per_seed, kls)
-    return Row(
-        key=re.sub(r"[^a-z0-9]+", "-", name.lower()),
-        name=name,
-        loss={"beta": 0.1, **settings},
-        seeds=tuple(per_seed),
-        per_seed=dict.fromkeys(per_seed, level),
-        oracle_reward=bootstrap_mean(list(rewards.values())),
-        kl=bootstrap_mean(list(kls.values())),
-        length=40.0,
-        distinct_2=0.8,
-        ended=0.1,
-        win_rate=None,
-        rewards=rewards,
-        kls=kls,
-        seed_rewards=per_seed,
-        seed_kls=seed_kls,
-        **given,
+        rewards = level + (PROMPT - PROMPT.mean()) + own - own.mean()
+        frames.append(samples(key, f"seed{seed}", rewards, kl + 0.1 * PROMPT))
+    method = SFT if name == SFT else method_of(key, name, loss, given["pairs"], given["margins"], given["trainer"])
+    names = tuple(f"seed{seed}" for seed in range(seeds))
+    values = {"distinct_2": 0.8, "ended": 0.1, "perplexity": 10.0}
+    per_seed = dict.fromkeys(names, level)
+    return Made(Row(key, name, method, loss, **given, seeds=names, per_seed=per_seed, values=values), pd.concat(frames))
+
+
+def samples(key: str, seed: str, rewards: np.ndarray, kls: np.ndarray, sample: int = 0) -> pd.DataFrame:
+    """Lines of the long table: one response to each prompt, all of different texts."""
+    n = np.arange(len(rewards))
+    columns = {"key": key, "seed": seed, "prompt_id": n, "sample": sample, "reward": rewards, "kl": kls}
+    return pd.DataFrame(
+        columns | {"tokens": 40.0, "text": pd.Series(n, dtype="Int64"), "prompt": None, "response": None}
     )
 
 
-def in_second_seed(given: Row, reward: float = 0.0, kl: float = 0.0) -> Row:
+def in_second_seed(given: Made, reward: float = 0.0, kl: float = 0.0) -> Made:
     """The row with rewards and KLs that are larger in its second seed by so much."""
-    rewards = {**given.seed_rewards, "seed1": {i: v + reward for i, v in given.seed_rewards["seed1"].items()}}
-    kls = {**given.seed_kls, "seed1": {i: v + kl for i, v in given.seed_kls["seed1"].items()}}
-    means = {i: (rewards["seed0"][i] + rewards["seed1"][i]) / 2 for i in range(N)}
-    return replace(
-        given,
-        seed_rewards=rewards,
-        seed_kls=kls,
-        rewards=means,
-        kls={i: (kls["seed0"][i] + kls["seed1"][i]) / 2 for i in range(N)},
-        oracle_reward=bootstrap_mean(list(means.values())),
-    )
+    second = given.samples["seed"] == "seed1"
+    return given._replace(samples=given.samples.assign(
+        reward=given.samples["reward"] + second * reward, kl=given.samples["kl"] + second * kl
+    ))  # fmt: skip
 
 
-def madpo(tau: float, c: float, level: float, part: str = "full", **more: Any) -> Row:
+def like(given: Made, other: Made) -> Made:
+    """The row with the samples of another one, of the seeds that it has."""
+    own = other.samples[other.samples["seed"].isin(given.row.seeds)]
+    return given._replace(samples=own.assign(key=given.row.key))
+
+
+def tier_of(name: str, made: list[Made], **more: Any) -> Tier:
+    """A tier of such rows, measured as one that was read from a run."""
+    table = pd.concat([one.samples for one in made]) if made else row("none", 0.0).samples.iloc[:0]
+    return measured(Tier(name, [one.row for one in made], table, curves=pd.DataFrame({"name": []}), **more))
+
+
+def without(tier: Tier, *names: str) -> Tier:
+    """The tier without some of its rows."""
+    return replace(tier, rows=[row for row in tier.rows if row.name not in names])
+
+
+def madpo(tau: float, c: float, level: float, part: str = "full", **more: Any) -> Made:
     name = f"{ {'full': 'MADPO', 'amplify': 'Amp-Only', 'dampen': 'Reg-Only'}[part] } τ={tau:g} c={c:g}"
     return row(name, level, kind="madpo", tau=tau, c_max=c, c_min=None, lam=1.0, part=part, **more)
 

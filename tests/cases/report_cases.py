@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from madpo.records import Estimate, Record
 from madpo.report import published
-from madpo.results import folder_of
+from madpo.report.sources import folder_of
 from madpo.seeding import rng
 
 HOSTILE = "</script><script>document.title='owned'</script><!-- & \u2028 \u202e 'quoted\" <img src=x onerror=alert(2)>"

@@ -12,7 +12,7 @@ what figures show, ``drawing`` and ``plots``: how; ``tables``, ``sections``, ``s
 from madpo.report.build import build_report, rebuild_report
 from madpo.report.export import export_report
 from madpo.report.markup import MARGINS_SHOWN, page, page_part, table
-from madpo.summary import report_markdown_table
+from madpo.report.tables import report_markdown_table
 
 __all__ = [
     "MARGINS_SHOWN",

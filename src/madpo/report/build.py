@@ -9,9 +9,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from madpo import selection
 from madpo.errors import DataError, MadpoError
 from madpo.records import Record, run_status
+from madpo.report.caveats import empty_cells, idle_parts, trimmed_base, weights_from
 from madpo.report.charts import (
     Chart,
     WeightPanel,
@@ -24,12 +24,13 @@ from madpo.report.charts import (
     sensitivity_chart,
     training_chart,
 )
-from madpo.report.claims import NOT_RUN, Claim, claims, counts, ties
+from madpo.report.claims import Claim, claims, counts, ties
+from madpo.report.compare import NOT_RUN, Choice, base_beta, selection_json, selections
 from madpo.report.drawing import chart_html
-from madpo.report.families import Choice, base_beta, family_of, selection_json, selections
 from madpo.report.markup import details, nothing, page
 from madpo.report.plots import save_charts
 from madpo.report.provenance import differences_html, provenance_html, state
+from madpo.report.results import Tier, collect, planned_row
 from madpo.report.samples import sample_data, static_samples
 from madpo.report.sections import (
     chart_or,
@@ -44,11 +45,16 @@ from madpo.report.sections import (
     weighting,
     weights_html,
 )
-from madpo.report.standing import empty_cells, idle_parts, trimmed_base, weights_from
-from madpo.report.tables import save_tables, study_tables
-from madpo.results import SFT, Tier, collect, planned_row
+from madpo.report.selection import FILE
+from madpo.report.summary import headline
+from madpo.report.tables import (
+    claim_json,
+    report_markdown_table,
+    results_json,
+    save_tables,
+    study_tables,
+)
 from madpo.storage import storage_errors, write_atomically
-from madpo.summary import headline, report_markdown_table, results_csv, results_json
 
 # Logged column -> (stem of the file, what it is).
 CURVES = {
@@ -90,7 +96,7 @@ class Report:
     @property
     def seeds(self) -> int:
         """Training seeds of the method that has the most."""
-        return max((len(row.seeds) for tier in self.tiers for row in tier.rows if row.name != SFT), default=0)
+        return max((len(row.seeds) for tier in self.tiers for row in tier.policies), default=0)
 
 
 def build_report(
@@ -102,7 +108,7 @@ def build_report(
     *,
     figures: bool = True,
 ) -> Path:
-    """Write ``report.html``, ``results.{json,csv,md}``, ``selection.json``, ``tables/`` and ``figures/`` into ``root``.
+    """Write ``report.html``, ``results.{json,md}``, ``selection.json``, ``tables/`` and ``figures/`` into ``root``.
 
     Args:
         root: the folder of the run; the records' samples, margins and logs are read from their steps' folders.
@@ -124,19 +130,17 @@ def build_report(
     charts, folded = _charts(report)
     summary = _summary(report, records, unfinished or {})
     data = {
-        **results_json(report.tiers, title, experiment),
-        "summary": summary,
-        "claims": [_claim_json(c) for c in report.claims],
+        **results_json(report.tiers, title, summary, experiment),
+        "claims": [claim_json(c) for c in report.claims],
     }
     tables = "\n".join(f"## {tier.label}\n\n{report_markdown_table(tier)}" for tier in report.tiers if tier.rows)
     text = _html(root, records, report, charts, folded, title, summary, experiment, unfinished or {})
     with storage_errors(root):
         root.mkdir(parents=True, exist_ok=True)
         write_atomically(root / "results.json", json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
-        write_atomically(root / "results.csv", results_csv(report.tiers))
         write_atomically(root / "results.md", tables)
         if experiment.get("selection"):
-            write_atomically(root / selection.FILE, json.dumps(report.selection, indent=1) + "\n")
+            write_atomically(root / FILE, json.dumps(report.selection, indent=1) + "\n")
         save_tables(
             study_tables(report.tiers, report.choices, report.claims, report.beta, report.selections), root / "tables"
         )
@@ -258,7 +262,7 @@ def _html(
 def _of_families(report: Report, reasons: Mapping[tuple[str, str], str]) -> dict[tuple[str, str], str]:
     """Why a cell of Table 1 is empty: the reason of the method's first planned row that says more than "not run"."""
     found: dict[tuple[str, str], str] = {}
-    rows = {str(row["name"]): family_of(planned_row(row)) for row in report.planned}
+    rows = {str(row["name"]): planned_row(row).method for row in report.planned}
     for (tier, name), why in reasons.items():
         family = rows.get(name, name)
         if found.get((tier, family), NOT_RUN) == NOT_RUN:
@@ -272,27 +276,3 @@ def _summary(report: Report, records: Mapping[str, Record], unfinished: Mapping[
         texts += [*weights_from(report.tiers)[1:], *idle_parts(report.tiers), counts(report.claims)]
         texts += ties(report.claims)
     return [text for text in texts if text]
-
-
-def _claim_json(claim: Claim) -> dict[str, Any]:
-    return {
-        "key": claim.key,
-        "section": claim.section,
-        "text": claim.text,
-        "reading": claim.reading,
-        "paper": claim.paper,
-        "verdict": claim.verdict,
-        "shown": claim.shown,
-        "partly": claim.partly,
-        "comparisons": [
-            {
-                "what": c.what,
-                "difference": c.value._asdict() if c.value else None,
-                "per_seed": dict(c.per_seed),
-                "same": c.same,
-                "must_exceed": c.bound,
-                "missing": c.missing,
-            }
-            for c in claim.comparisons
-        ],
-    }

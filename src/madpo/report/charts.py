@@ -6,15 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import pandas as pd
 
 from madpo.diagnostics import reliability
 from madpo.figures import WeightParameters
 from madpo.records import Estimate
 from madpo.report import published
-from madpo.report.claims import is_setting
-from madpo.report.families import Choice, chosen, family_of, settings_of
-from madpo.report.frontier import frontiers, spread_of
-from madpo.results import SFT, Row, Tier, Value, at_shared_seeds, shared_seeds
+from madpo.report.compare import Choice, chosen, frontiers, settings_of
+from madpo.report.methods import SFT, is_setting
+from madpo.report.results import Row, Tier, Value, shared_seeds
 
 REWARD = "mean oracle reward"
 COLOURS = {"DPO": 0, "IPO": 1, "MADPO": 2, "β-DPO": 3, "Amp-Only": 4, "Reg-Only": 5, SFT: 7}
@@ -114,9 +114,9 @@ def sensitivity_chart(tiers: Sequence[Tier], beta: float) -> Chart | None:
             line = _along(settings_of(tier, "MADPO", beta), values)
             if not line:
                 continue
-            even = at_shared_seeds([row for _, row in line])
+            even = tier.even([row for _, row in line])
             rows = [(x, row) for (x, _), row in zip(line, even, strict=True)]
-            marks = [_mark(float(r.loss[values]), r.oracle_reward, f"{tier.label}, {name} = {x:g}") for x, r in rows]
+            marks = [_mark(float(r.loss[values]), r["oracle_reward"], f"{tier.label}, {name} = {x:g}") for x, r in rows]
             colour = _tier_colour(tier.name)
             series.append(Series(tier.label + _alone(tier, even), tuple(m for m in marks if m), colour))
             theirs = paper.get(tier.name, {})
@@ -156,12 +156,12 @@ def ablation_chart(tiers: Sequence[Tier], beta: float) -> Chart | None:
             ]
             if not any(name in _ALONE for name, _ in named):
                 continue
-            even = at_shared_seeds([row for _, row in named])
+            even = tier.even([row for _, row in named])
             rows |= {(tier.name, name): row for (name, _), row in zip(named, even, strict=True)}
             shown.append((tier, tier.label + _alone(tier, even)))
         for name in published.PARTS:
             marks = [
-                _mark(k, rows[tier.name, name].oracle_reward, f"{name}, {tier.label}")
+                _mark(k, rows[tier.name, name]["oracle_reward"], f"{name}, {tier.label}")
                 for k, (tier, _) in enumerate(shown)
                 if (tier.name, name) in rows
             ]
@@ -193,24 +193,22 @@ def _alone(tier: Tier, rows: Sequence[Row]) -> str:
 def frontier_chart(tiers: Sequence[Tier], beta: float) -> Chart | None:
     """Reward against KL, a line over beta for every method; a method with one beta is a point."""
     panels = []
-    families = list(dict.fromkeys(family_of(row) for tier in tiers for row in tier.rows))
+    families = list(dict.fromkeys(row.method for tier in tiers for row in tier.rows))
     for tier in tiers:
         series, lines = [], frontiers(tier, beta)
         for family, rows in lines.items():
             marks = []
             for row in rows:
-                if isinstance(row.kl, Estimate) and isinstance(row.oracle_reward, Estimate):
-                    k, r = row.kl, row.oracle_reward
+                if isinstance(k := row["kl"], Estimate) and isinstance(r := row["oracle_reward"], Estimate):
                     says = f"{row.name}: reward {r.mean:.2f} ({r.low:.2f} to {r.high:.2f}), KL {k.mean:.1f}"
                     marks.append(Mark(k.mean, r.mean, r.low, r.high, k.low, k.high, says))
-            name = " ".join(filter(None, (family, spread_of(rows))))
+            name = " ".join(filter(None, (family, _spread(rows))))
             shape = families.index(family)  # the same in every panel, whatever the panel lacks
             series += [Series(name, tuple(marks), _colour(family, families), shape=shape)] if marks else []
-        sft = next((row for row in tier.rows if row.name == SFT), None)
+        sft = tier.sft
         if sft is not None and series:
-            sft = at_shared_seeds([sft, *(row for rows in lines.values() for row in rows)])[0]
-        if sft is not None and isinstance(sft.oracle_reward, Estimate) and series:
-            r = sft.oracle_reward
+            sft = tier.even([sft, *(row for rows in lines.values() for row in rows)])[0]
+        if sft is not None and isinstance(r := sft["oracle_reward"], Estimate) and series:
             series.append(
                 Series(
                     SFT,
@@ -234,11 +232,11 @@ def training_chart(tiers: Sequence[Tier], column: str, name: str, title: str, gr
     """One logged quantity over the steps, a line per method of some groups."""
     wanted, panels = set(groups), []
     for tier in tiers:
-        rows = [row for row in tier.rows if row.group in wanted and row.name in tier.curves]
-        families = [family_of(row) for row in rows]
+        rows = [row for row in tier.rows if row.group in wanted and row.name in set(tier.curves["name"])]
+        families = [row.method for row in rows]
         series = []
         for k, row in enumerate(rows):
-            points = [(entry["step"], entry[column]) for entry in tier.curves[row.name] if column in entry]
+            points = _points(tier.curves[tier.curves["name"] == row.name], column)
             alone = families.count(families[k]) == 1 and all(name in COLOURS for name in families)
             series += _curve(row.name, points, COLOURS[families[k]] if alone else k % SHADES)
         if series:
@@ -253,7 +251,7 @@ def reward_model_chart(tiers: Sequence[Tier]) -> Chart | None:
     for tier in tiers:
         series = []
         for colour, (column, name) in enumerate((("loss", "training pairs"), ("eval_loss", "held-out pairs"))):
-            series += _curve(name, [(row["step"], row[column]) for row in tier.reward_curve if column in row], colour)
+            series += _curve(name, _points(tier.reward_curve, column), colour)
         if series:
             panels.append(Panel(tier.label, "step", "loss, nats", tuple(series)))
     caption = (
@@ -262,8 +260,15 @@ def reward_model_chart(tiers: Sequence[Tier]) -> Chart | None:
     return Chart("reward_model_training", "Training of the reward models", caption, tuple(panels)) if panels else None
 
 
+def _points(log: pd.DataFrame, column: str) -> list[tuple[float, float]]:
+    """(step, value) of a logged column, where it is finite."""
+    if column not in log:
+        return []
+    found = log[["step", column]].replace([np.inf, -np.inf], np.nan).dropna()
+    return list(found.itertuples(index=False, name=None))
+
+
 def _curve(name: str, points: list[tuple[float, float]], colour: int) -> list[Series]:
-    points = [(x, y) for x, y in points if np.isfinite(x) and np.isfinite(y)]
     if len(points) > CURVE_POINTS:
         points = [points[i] for i in np.linspace(0, len(points) - 1, CURVE_POINTS).round().astype(int)]
     return [Series(name, tuple(Mark(x, y) for x, y in points), colour, dots=len(points) == 1)] if points else []
@@ -307,6 +312,12 @@ def _mark(x: float, value: Value, what: str) -> Mark | None:
 def _published(name: str, values: Sequence[float | None]) -> Series:
     marks = (Mark(k, v, says=f"{name}, the paper: {v:.2f}") for k, v in enumerate(values) if v is not None)
     return Series(f"{name}, the paper", tuple(marks), COLOURS[name], published=True)
+
+
+def _spread(rows: Sequence[Row]) -> str:
+    """ "β 0.03 to 0.3" for a line, for its legend."""
+    betas = {row.beta for row in rows if row.beta is not None}
+    return f"β {min(betas):g} to {max(betas):g}" if len(betas) > 1 else ""
 
 
 def _tier_colour(name: str) -> int:

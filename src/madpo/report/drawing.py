@@ -11,7 +11,7 @@ from madpo import svg
 from madpo.figures import weight_figure
 from madpo.report.charts import Chart, Mark, Panel, Series, WeightPanel
 from madpo.report.markup import details, table
-from madpo.summary import one
+from madpo.report.numbers import one
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 300, 46, 12, 26, 44
 HOVER_FROM = 12  # points of a line from which the page's script reads values under the pointer

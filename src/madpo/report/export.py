@@ -23,16 +23,16 @@ from madpo.errors import DataError, StorageError
 from madpo.progress import say
 from madpo.records import EXPORTED, RunStatus, run_status
 from madpo.report.build import rebuild_report
-from madpo.results import RESPONSE_DIGEST, response_digest
+from madpo.report.sources import RESPONSE_DIGEST, response_digest
+from madpo.report.tables import markdown_cell
 from madpo.storage import storage_errors
-from madpo.summary import markdown_cell
 
 TEXTS = 12  # prompts whose samples keep their texts
 LIMIT = 16_000_000  # bytes of the folder
 FILE_LIMIT = 4_000_000  # bytes of one file in it
 FIGURES = (".png", ".svg")
 OWN = (
-    *("run.json", "README.md", "report.html", "results.json", "results.csv", "results.md", "selection.json"),
+    *("run.json", "README.md", "report.html", "results.json", "results.md", "selection.json"),
     *("tables", "figures"),
 )
 """What an export holds beside the folders of its steps."""

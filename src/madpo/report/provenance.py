@@ -14,7 +14,7 @@ from typing import Any
 from madpo.progress import duration
 from madpo.records import Record
 from madpo.report.markup import details, note, nothing, table
-from madpo.results import folder_of
+from madpo.report.sources import folder_of
 
 _TIMES = 40  # failures spelled out
 

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from madpo.report.families import family_of
 from madpo.report.markup import nothing
-from madpo.results import Row, Tier
-from madpo.summary import one
+from madpo.report.numbers import one
+from madpo.report.results import Row, Tier
 
 SHOWN = 200  # prompts per tier at most; all are in the steps' samples.jsonl
 CHARACTERS = 4_000_000  # of responses on a page; with many methods fewer prompts are shown
@@ -18,39 +17,44 @@ STATIC = 3
 
 def sample_data(tiers: Sequence[Tier]) -> dict[str, Any]:
     """Tier -> what its browser needs."""
-    given = [tier for tier in tiers if any(row.samples for row in tier.rows)]
+    given = [tier for tier in tiers if len(tier.samples)]
     return {tier.label: tier_samples(tier, CHARACTERS // len(given)) for tier in given}
 
 
 def tier_samples(tier: Tier, characters: int = CHARACTERS) -> dict[str, Any]:
-    """Per prompt the first seed's first response of every method."""
-    methods = [row for row in tier.rows if row.samples and row.samples[0]]
-    shared = sorted(set.intersection(*(set(row.samples[0]) for row in methods))) if methods else []
+    """Per prompt the first seed's first response of every method, in the order of the prompts."""
+    first = {row.key: row.seeds[0] for row in tier.rows if row.seeds}
+    of_first = tier.samples[tier.samples["seed"] == tier.samples["key"].map(first)]
+    of_first = of_first.drop_duplicates(["key", "prompt_id"])
+    answered = set(of_first["key"])
+    methods = [row for row in tier.rows if row.key in answered]
+    of = of_first.groupby("prompt_id")["key"].nunique().eq(len(methods))
+    texts = of_first.dropna(subset=["response"]).pivot(index="prompt_id", columns="key")
     prompts: list[dict[str, Any]] = []
-    with_text = [i for i in shared if all("response" in row.samples[0][i] for row in methods)]
-    for i in with_text[:SHOWN]:
-        of_prompt = [row.samples[0][i] for row in methods]
-        responses = [str(sample.get("response", "")) for sample in of_prompt]
+    keys = [row.key for row in methods]
+    shown = texts.dropna(subset=[("response", key) for key in keys]) if len(texts) else texts
+    for number, line in shown.iloc[:SHOWN].iterrows():
+        responses = [str(line["response", key]) for key in keys]
         characters -= sum(map(len, responses))
         if characters < 0 and len(prompts) >= STATIC:
             break
-        rewards = [round(float(sample["oracle_reward"]), 3) for sample in of_prompt]
-        prompt = str(of_prompt[0].get("prompt", ""))
-        prompts.append({"id": i, "prompt": prompt, "responses": responses, "rewards": rewards})
+        rewards = [round(float(line["reward", key]), 3) for key in keys]
+        prompt = str(line["prompt", keys[0]] or "")
+        prompts.append({"id": number, "prompt": prompt, "responses": responses, "rewards": rewards})
     return {
         "methods": [row.name for row in methods],
         "baseline": _position(methods),
         "prompts": prompts,
-        "of": len(shared),
+        "of": int(of.sum()),
     }
 
 
 def _position(methods: Sequence[Row]) -> list[int]:
     """Which two methods face each other at first: MADPO and DPO where both are there."""
-    families = [family_of(row) for row in methods]
-    last = len(families) - 1
-    first = families.index("MADPO") if "MADPO" in families else last
-    second = families.index("DPO") if "DPO" in families else 0
+    names = [row.method for row in methods]
+    last = len(names) - 1
+    first = names.index("MADPO") if "MADPO" in names else last
+    second = names.index("DPO") if "DPO" in names else 0
     return [first, second if second != first else (0 if first else last)]
 
 

@@ -11,16 +11,16 @@ import numpy as np
 from madpo.figures import WeightParameters, count_weights, weight_figure
 from madpo.records import Estimate
 from madpo.report import published
+from madpo.report.caveats import accuracies, doubtful, in_words, near_chance, weights_from
 from madpo.report.charts import Chart
-from madpo.report.claims import NOT_RUN, Claim, tested
+from madpo.report.claims import Claim, tested
+from madpo.report.compare import NOT_RUN, Choice, Comparison, frontiers, less_dpo
 from madpo.report.drawing import chart_html
-from madpo.report.families import Choice, Comparison
-from madpo.report.frontier import frontiers, less_dpo
 from madpo.report.markup import MARGINS_SHOWN, details, note, nothing, table
-from madpo.report.standing import accuracies, doubtful, in_words, near_chance, weights_from
-from madpo.report.tables import settings_words
-from madpo.results import SFT, Row, Tier
-from madpo.summary import COLUMNS, DASH, UNEVEN, interval, one, shown_columns, write
+from madpo.report.methods import SFT, settings_words
+from madpo.report.numbers import DASH, interval, one, write
+from madpo.report.results import Row, Tier
+from madpo.report.tables import COLUMNS, UNEVEN, shown_columns
 
 SPOKEN = 4  # differences that a claim spells out; its table has all
 
@@ -80,7 +80,7 @@ def _claim(claim: Claim, doubted: Sequence[str]) -> str:
     if same := sum(c.same for c in run):
         remarks.append(f"{same} of {len(run)} comparisons are of policies that answer alike, and test nothing.")
     if doubted:
-        remarks.append(f"The reward model on {', '.join(doubted)} cannot be told from a coin.")
+        remarks.append(f"The reward model on {', '.join(doubted)} cannot be distinguished from chance.")
     doubts = f'<p class="doubt">{escape(" ".join(remarks))}</p>' if remarks else ""
     paper = f"<p><b>In the paper:</b> {escape(claim.paper)}.</p>" if claim.paper else ""
     words = "; ".join(f"{c.what} {write(c.value, 'signed')}" for c in run[:SPOKEN])
@@ -160,7 +160,7 @@ def _accuracy_cell(tier: Tier) -> str:
     found = accuracies(tier)
     if not found:
         return f"<b>{DASH}</b>"
-    chance = "<small>not told from a coin</small>" if near_chance(tier) else ""
+    chance = "<small>not distinguished from chance</small>" if near_chance(tier) else ""
     return "".join(f"<small>{escape(in_words({seed: v}))}</small>" for seed, v in found.items()) + chance
 
 
@@ -185,7 +185,7 @@ def selections_html(tiers: Sequence[Tier], found: Mapping[str, Sequence[Choice]]
     """The experiment's own choices: what was chosen in each tier, among how many, and what it is worth."""
     rows = []
     for name, choices in found.items():
-        by_tier = {choice.tier: choice for choice in choices}
+        by_tier = {choice.tier.name: choice for choice in choices}
         rows.append([escape(name), *(_selection_cell(by_tier.get(tier.name)) for tier in tiers)])
     if not rows:
         return ""
@@ -212,10 +212,12 @@ def write_short(value: Estimate | float | None) -> str:
 def tier_results(tier: Tier, reasons: Mapping[tuple[str, str], str] | None = None) -> str:
     """Every method of a tier, with what is missing and why."""
     columns = shown_columns(tier)
-    limit = max((max(abs(r.difference.low), abs(r.difference.high)) for r in tier.rows if r.difference), default=1.0)
+    limit = max(
+        (max(abs(d.low), abs(d.high)) for r in tier.rows if isinstance(d := r["difference"], Estimate)), default=1.0
+    )
     rows = []
     for row in tier.rows:
-        cells = [_cell(getattr(row, c), COLUMNS[c][1], limit) for c in columns]
+        cells = [_cell(row[c], COLUMNS[c][1], limit) for c in columns]
         rows.append([f"{escape(row.name)}{_settings(row)}", *cells])
     head = ("method", *(COLUMNS[c][0] for c in columns))
     uneven = note(UNEVEN) if tier.uneven else ""
@@ -233,7 +235,7 @@ def tier_results(tier: Tier, reasons: Mapping[tuple[str, str], str] | None = Non
 
 
 def _settings(row: Row) -> str:
-    words = ", ".join(filter(None, (row.group, settings_words(row))))
+    words = ", ".join(filter(None, (row.group, settings_words(row.loss))))
     return f"<small>{escape(words)}</small>" if words else ""
 
 
@@ -279,7 +281,7 @@ def equal_kl_html(tiers: Sequence[Tier], beta: float) -> str:
             found = less_dpo(tier, row)
             if found.value is not None:
                 where = escape(f"{tier.label}: {row.name}")
-                rows.append([where, _cell(row.kl), _cell(row.oracle_reward), _difference(found), _seeds(found)])
+                rows.append([where, _cell(row["kl"]), _cell(row["oracle_reward"]), _difference(found), _seeds(found)])
     if not rows:
         return ""
     head = ("setting", "KL, nats", "reward", "less DPO's curve at this KL", "each seed")
@@ -377,13 +379,13 @@ def degeneration_html(tiers: Sequence[Tier]) -> str:
     """Whether texts fell apart while the reward rose, beside the SFT model."""
     parts = []
     for tier in tiers:
-        shown = [key for key in DEGENERATION if any(getattr(row, key) is not None for row in tier.rows)]
+        shown = [key for key in DEGENERATION if any(row[key] is not None for row in tier.rows)]
         if not shown or not any(row.name != SFT for row in tier.rows):
             continue
         sft = next((row for row in tier.rows if row.name == SFT), None)
         rows = []
         for row in tier.rows:
-            cells = [_cell(getattr(row, key), DEGENERATION[key][1]) for key in shown]
+            cells = [_cell(row[key], DEGENERATION[key][1]) for key in shown]
             rows.append([escape(row.name), *cells, escape("; ".join(doubts(row, sft)) or DASH)])
         head = ("method", *(DEGENERATION[key][0] for key in shown), "signs")
         label = f"Degeneration, {tier.label}"
@@ -406,7 +408,7 @@ def doubts(row: Row, sft: Row | None) -> list[str]:
         return []
     signs = []
     for name, (words, broken) in SIGNS.items():
-        own, base = (v.mean if isinstance(v := getattr(of, name), Estimate) else v for of in (row, sft))
+        own, base = (v.mean if isinstance(v := of[name], Estimate) else v for of in (row, sft))
         if own is not None and base is not None and broken(own, base):
             signs.append(words)
     return signs

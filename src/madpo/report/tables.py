@@ -1,9 +1,7 @@
-"""Tables for programs, spreadsheets and papers: CSV, JSON and LaTeX from one description."""
+"""Tables for programs, spreadsheets and papers: CSV, JSON, LaTeX and Markdown from one description."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,117 +9,114 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from madpo.records import Estimate
 from madpo.report import published
 from madpo.report.claims import Claim
-from madpo.report.families import Choice, family_of
-from madpo.report.frontier import frontiers, less_dpo
-from madpo.results import SFT, Row, Tier
+from madpo.report.compare import Choice, frontiers, less_dpo
+from madpo.report.numbers import one, short
+from madpo.report.results import Tier
 from madpo.storage import write_atomically
-from madpo.summary import no_formula, one
 
-Cell = str | int | float | Estimate | None
-
-_LATEX = {
+# Column of the table of a tier -> (heading, how it is written).
+COLUMNS = {
+    "oracle_reward": ("oracle reward", "number"),
+    "difference": ("difference to DPO", "signed"),
+    "win_rate": ("wins against SFT", "share"),
+    "kl": ("KL to reference, nats", "number"),
+    "length": ("length, tokens", "number"),
+    "distinct_2": ("distinct-2", "number"),
+    "ended": ("ended by itself", "share"),
+}
+UNEVEN = (
+    "Rows have different training seeds. A difference is over the seeds that a row shares with DPO, so it need not be "
+    "the difference of the two means; means of different seeds differ by what the seeds differ in."
+)
+_TEX = str.maketrans({
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
     "β": r"$\beta$", "τ": r"$\tau$", "λ": r"$\lambda$", "\N{GREEK SMALL LETTER ALPHA}": r"$\alpha$",
     "\N{MINUS SIGN}": "$-$", "\N{EN DASH}": "--", "≥": r"$\geq$",
-}  # fmt: skip
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Table:
-    """Named columns and their rows; ``name`` is the stem of its files."""
+    """Named columns and their rows; cells are text, numbers, estimates or None. ``name`` is the stem of its files."""
 
     name: str
     caption: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
+    rows: list[dict[str, Any]]
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """The rows, every estimate in four columns: itself, its interval, and how many units it is over."""
+        wide = [name for name in self.rows[0] if any(isinstance(row[name], Estimate) for row in self.rows)]
+        ends = ("", "_low", "_high", "_n")
+        flat = []
+        for row in self.rows:
+            cells: dict[str, Any] = {}
+            for name, cell in row.items():
+                values = cell if isinstance(cell, Estimate) else (cell, None, None, None)
+                cells |= (
+                    {f"{name}{end}": v for end, v in zip(ends, values, strict=True)} if name in wide else {name: cell}
+                )
+            flat.append(cells)
+        return pd.DataFrame(flat, dtype=object)
 
     def csv(self) -> str:
-        """An estimate takes four columns: itself, its interval, and how many units it is over."""
-        wide = [any(isinstance(row[k], Estimate) for row in self.rows) for k in range(len(self.columns))]
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        head = []
-        for name, is_estimate in zip(self.columns, wide, strict=True):
-            head += [name, f"{name}_low", f"{name}_high", f"{name}_n"] if is_estimate else [name]
-        writer.writerow(head)
-        for row in self.rows:
-            cells: list[Any] = []
-            for cell, is_estimate in zip(row, wide, strict=True):
-                if isinstance(cell, Estimate):
-                    cells += cell
-                else:
-                    value = no_formula(cell) if isinstance(cell, str) else cell
-                    cells += [value, "", "", ""] if is_estimate else [value]
-            writer.writerow(cells)
-        return out.getvalue()
+        """Names that a spreadsheet would run as a formula begin with an apostrophe."""
+        return self.frame.map(no_formula).to_csv(index=False, lineterminator="\n")
 
     def json(self) -> str:
         """One object per row."""
-        rows = [dict(zip(self.columns, map(_plain, row), strict=True)) for row in self.rows]
+        rows = [{name: plain(cell) for name, cell in row.items()} for row in self.rows]
         return json.dumps({"caption": self.caption, "rows": rows}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     def latex(self) -> str:
-        """A ``table`` environment that needs no package; names in other scripts need a Unicode engine."""
-        kinds = "".join("l" if all(isinstance(row[k], str | None) for row in self.rows) else "r" for k in self._span)
-        lines = [
-            r"\begin{table}",
-            r"\centering",
-            rf"\caption{{{tex(self.caption)}}}",
-            rf"\begin{{tabular}}{{{kinds}}}",
-            r"\hline",
-            f"{' & '.join(tex(name.replace('_', ' ')) for name in self.columns)} \\\\",
-            r"\hline",
-            *(f"{' & '.join(_tex_cell(cell) for cell in row)} \\\\" for row in self.rows),
-            r"\hline",
-            r"\end{tabular}",
-            r"\end{table}",
-        ]
-        return "\n".join(lines) + "\n"
-
-    @property
-    def _span(self) -> range:
-        return range(len(self.columns))
+        """A ``table`` environment that needs the package booktabs; names in other scripts need a Unicode engine."""
+        text = [all(isinstance(row[name], str | None) for row in self.rows) for name in self.rows[0]]
+        cells = pd.DataFrame([{tex(n.replace("_", " ")): _tex_cell(c) for n, c in row.items()} for row in self.rows])
+        kinds = "".join("l" if is_text else "r" for is_text in text)
+        return cells.to_latex(index=False, escape=False, column_format=kinds, caption=tex(self.caption))
 
 
 def tex(text: str) -> str:
     """Text in which LaTeX finds nothing to obey."""
-    return "".join(_LATEX.get(character, character) for character in " ".join(text.split()))
+    return " ".join(text.split()).translate(_TEX)
 
 
-def _tex_cell(cell: Cell) -> str:
+def _tex_cell(cell: Any) -> str:
     if isinstance(cell, Estimate):
         return tex(f"{one(cell.mean)} [{one(cell.low)}, {one(cell.high)}]")
-    if isinstance(cell, float):
-        return tex(one(cell))
-    return "" if cell is None else tex(str(cell))
+    return tex(one(cell)) if isinstance(cell, float) else "" if cell is None else tex(str(cell))
 
 
-def _plain(cell: Cell) -> Any:
+def no_formula(cell: Any) -> Any:
+    """A spreadsheet would run a name that begins like a formula."""
+    return f"'{cell}" if isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@", "\t", "\r") else cell
+
+
+def plain(cell: Any) -> Any:
+    """The cell for JSON, which has no infinities."""
     if isinstance(cell, Estimate):
         return cell._asdict()
     return None if isinstance(cell, float) and not math.isfinite(cell) else cell
 
 
-def save_tables(tables: Iterable[Table], folder: Path) -> list[Path]:
+def save_tables(tables: Iterable[Table], folder: Path) -> None:
     """Write every table as CSV, JSON and LaTeX into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
     for table in tables:
         for kind, content in (("csv", table.csv()), ("json", table.json()), ("tex", table.latex())):
-            path = folder / f"{table.name}.{kind}"
-            write_atomically(path, content)
-            written.append(path)
-    return written
+            write_atomically(folder / f"{table.name}.{kind}", content)
 
 
 def study_tables(
     tiers: Sequence[Tier],
     choices: Mapping[tuple[str, str], Choice],
-    found: Sequence[Claim],
+    claims: Sequence[Claim],
     beta: float,
     selections: Mapping[str, Sequence[Choice]],
 ) -> list[Table]:
@@ -131,120 +126,171 @@ def study_tables(
         _selections(selections),
         _methods(tiers),
         _frontier(tiers, beta),
-        _claims(found),
+        _claims(claims),
         _reward_models(tiers),
     ]
     return [table for table in tables if table.rows]
 
 
 def _main(tiers: Sequence[Tier], choices: Mapping[tuple[str, str], Choice]) -> Table:
-    rows: list[tuple[Cell, ...]] = []
+    rows = []
     for tier in tiers:
         for name in published.METHODS:
-            choice = choices.get((tier.name, name))
-            if choice is None:
-                continue
-            mean, error = published.TABLE_1[name].get(tier.name, (None, None))
-            value, best = choice.value, choice.best
-            rows.append(
-                (
-                    *(tier.label, name, choice.row.name, choice.settings, ", ".join(choice.seeds), value),
-                    *(best.name, choice.best_value, mean, error),
+            if (choice := choices.get((tier.name, name))) is not None:
+                mean, error = published.TABLE_1[name].get(tier.name, (None, None))
+                best = {"best_on_all": choice.best.name, "its_reward": choice.best_value}
+                rows.append(
+                    {"tier": tier.label, "method": name, **_chosen(choice), **best, "paper": mean, "paper_se": error}
                 )
-            )
-    columns = (
-        *("tier", "method", "setting", "settings", "seeds", "reward"),
-        *("best_on_all", "its_reward", "paper", "paper_se"),
-    )
     caption = (
         "Mean oracle reward with 95 % intervals over prompts. Of several settings one is chosen on one half of the "
         "prompts and reported on the other; best_on_all is the setting with the highest mean on all prompts, as the "
         "paper chooses."
     )
-    return Table("table1", caption, columns, tuple(rows))
+    return Table("table1", caption, rows)
 
 
 def _selections(found: Mapping[str, Sequence[Choice]]) -> Table:
-    rows: list[tuple[Cell, ...]] = [
-        (choice.tier.capitalize(), name, choice.row.name, choice.settings, ", ".join(choice.seeds), choice.value)
+    rows = [
+        {"tier": choice.tier.label, "choice": name, **_chosen(choice)}
         for name, choices in found.items()
         for choice in choices
     ]
     caption = "The experiment's choices, made on one half of the held-out prompts and reported on the other."
-    return Table("selections", caption, ("tier", "choice", "setting", "settings", "seeds", "reward"), tuple(rows))
+    return Table("selections", caption, rows)
+
+
+def _chosen(choice: Choice) -> dict[str, Any]:
+    seeds = ", ".join(choice.seeds)
+    return {"setting": choice.row.name, "settings": choice.settings, "seeds": seeds, "reward": choice.value}
 
 
 def _methods(tiers: Sequence[Tier]) -> Table:
     names = ["oracle_reward", "difference", "win_rate", "kl", "length", "distinct_1", "distinct_2", "repeated"]
     names += ["ended", "perplexity"]
     rows = [
-        (tier.label, row.name, row.group, ", ".join(row.seeds), *(getattr(row, name) for name in names))
+        {"tier": tier.label, "method": row.name, "group": row.group, "seeds": ", ".join(row.seeds)}
+        | {name: row[name] for name in names}
         for tier in tiers
         for row in tier.rows
     ]
-    caption = "Every method of the run: means over held-out prompts with 95 % intervals."
-    return Table("methods", caption, ("tier", "method", "group", "seeds", *names), tuple(rows))
+    return Table("methods", "Every method of the run: means over held-out prompts with 95 % intervals.", rows)
 
 
 def _frontier(tiers: Sequence[Tier], beta: float) -> Table:
     rows = [
-        (
-            *(tier.label, family, row.name, _number(row.loss.get("beta")), ", ".join(row.seeds)),
-            *(row.kl, row.oracle_reward, less_dpo(tier, row).value),
-        )
+        {
+            **{"tier": tier.label, "method": method, "setting": row.name, "beta": row.beta},
+            **{"seeds": ", ".join(row.seeds), "kl": row["kl"], "reward": row["oracle_reward"]},
+            "less_dpo_at_equal_kl": less_dpo(tier, row).value,
+        }
         for tier in tiers
-        for family, line in frontiers(tier, beta).items()
+        for method, line in frontiers(tier, beta).items()
         for row in line
-        if family_of(row) != SFT
     ]
-    columns = ("tier", "method", "setting", "beta", "seeds", "kl", "reward", "less_dpo_at_equal_kl")
     caption = (
         "Reward against KL to the reference, nats, over beta, in each tier over the seeds that its rows share; and the "
         "reward less that of DPO's curve at the same KL."
     )
-    return Table("frontier", caption, columns, tuple(rows))
+    return Table("frontier", caption, rows)
 
 
 def _claims(found: Sequence[Claim]) -> Table:
-    rows: list[tuple[Cell, ...]] = []
+    rows = []
     for claim in found:
         for c in claim.comparisons:
             seeds = ", ".join(f"{seed} {one(value, 'signed')}".strip() for seed, value in c.per_seed.items())
-            words = (claim.key, claim.text, claim.verdict, claim.shown)
-            rows.append((*words, c.what, c.value, c.bound, seeds or c.missing))
-    columns = (
-        *("claim", "text", "verdict", "stands_on", "comparison"),
-        *("difference", "must_exceed", "per_seed_or_why_not"),
-    )
+            rows.append(
+                {"claim": claim.key, "text": claim.text, "verdict": claim.verdict, "stands_on": claim.shown}
+                | {"comparison": c.what, "difference": c.value, "must_exceed": c.bound}
+                | {"per_seed_or_why_not": seeds or c.missing}
+            )
     caption = "The paper's claims, the comparisons that each is read as, and this run's differences."
-    return Table("claims", caption, columns, tuple(rows))
+    return Table("claims", caption, rows)
 
 
 def _reward_models(tiers: Sequence[Tier]) -> Table:
     names = ("heldout_pairs", "heldout_accuracy", "heldout_log_loss", "temperature", "calibrated_log_loss")
-    rows: list[tuple[Cell, ...]] = [
-        (tier.label, seed, *(model.metrics.get(name) for name in names))
+    rows = [
+        {"tier": tier.label, "seed": seed, **{name: model.metrics.get(name) for name in names}}
         for tier in tiers
         for seed, model in tier.reward_models.items()
     ]
-    caption = "Reward models on pairs that they were not trained on; log-losses in nats."
-    return Table("reward_models", caption, ("tier", "seed", *names), tuple(rows))
+    return Table("reward_models", "Reward models on pairs that they were not trained on; log-losses in nats.", rows)
 
 
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
+# Tables next to the page
 
 
-# What stands at a value that changes nothing is not worth a word.
-_SILENT = {"lam": 1.0, "margin_temperature": 1.0, "label_smoothing": 0.0}
-_SPOKEN = (
-    *("beta", "tau", "c_max", "c_min", "lam", "margin_temperature", "batch_scale", "keep", "flip_rate", "alpha"),
-    *("gamma", "gamma_beta_ratio", "eta", "label_smoothing"),
-)
+def results_json(
+    tiers: Sequence[Tier], title: str, summary: Sequence[str], experiment: dict[str, Any]
+) -> dict[str, Any]:
+    """Every number of the page, for programs. Independent of times and machines."""
+    return {
+        "title": title,
+        "summary": list(summary),
+        "experiment": experiment,
+        "tiers": {
+            tier.name: {
+                "methods": [
+                    {"key": row.key, "name": row.name, "loss": row.loss, "seeds": list(row.seeds)}
+                    | {"oracle_reward_per_seed": {seed: plain(value) for seed, value in row.per_seed.items()}}
+                    | {name: plain(row[name]) for name in COLUMNS}
+                    for row in tier.rows
+                ],
+                "reward_models": {
+                    seed or "seed": {name: plain(value) for name, value in model.metrics.items()}
+                    for seed, model in tier.reward_models.items()
+                },
+                "training_margins": len(tier.margins),
+            }
+            for tier in tiers
+        },
+    }
 
 
-def settings_words(row: Row) -> str:
-    """ "beta 0.1, tau 7, c max 4": the numbers that tell a row from others of its kind."""
-    numbers = {name: value for name in _SPOKEN if isinstance(value := row.loss.get(name), int | float)}
-    shown = {name: value for name, value in numbers.items() if _SILENT.get(name) != value}
-    return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in shown.items())
+def claim_json(claim: Claim) -> dict[str, Any]:
+    """A claim with its comparisons, for programs."""
+    return {
+        "key": claim.key,
+        "section": claim.section,
+        "text": claim.text,
+        "reading": claim.reading,
+        "paper": claim.paper,
+        "verdict": claim.verdict,
+        "shown": claim.shown,
+        "partly": claim.partly,
+        "comparisons": [
+            {
+                "what": c.what,
+                "difference": plain(c.value),
+                "per_seed": dict(c.per_seed),
+                "same": c.same,
+                "must_exceed": c.bound,
+                "missing": c.missing,
+            }
+            for c in claim.comparisons
+        ],
+    }
+
+
+def shown_columns(tier: Tier) -> list[str]:
+    """Columns that some row has a value in."""
+    return [name for name in COLUMNS if any(row[name] is not None for row in tier.rows)]
+
+
+def report_markdown_table(tier: Tier) -> str:
+    """The tier's table in Markdown; with a column of seeds where they differ."""
+    columns = shown_columns(tier)
+    head = ["method", *(["seeds"] if tier.uneven else []), *(COLUMNS[c][0] for c in columns)]
+    lines = [head, ["---"] * len(head)]
+    for row in tier.rows:
+        seeds = [", ".join(row.seeds)] if tier.uneven else []
+        lines.append([*map(markdown_cell, [row.name, *seeds]), *(short(row[c], COLUMNS[c][1]) for c in columns)])
+    text = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return f"{text}\n{UNEVEN}\n" if tier.uneven else text
+
+
+def markdown_cell(text: str) -> str:
+    """Text on one line in which Markdown finds neither a table's bar nor a tag."""
+    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")

@@ -14,8 +14,8 @@ from madpo.pages import Section, cell, sections_page
 from madpo.practice.folders import toml
 from madpo.records import Estimate
 from madpo.report import table
+from madpo.report.numbers import DASH
 from madpo.storage import write_atomically
-from madpo.summary import DASH
 
 if TYPE_CHECKING:
     from madpo.tuning.study import Trial, TuneReport

@@ -22,10 +22,10 @@ from madpo.practice.policy import MEMORY_REMEDY, resolved
 from madpo.practice.reward_model import plain
 from madpo.progress import say
 from madpo.records import Estimate
+from madpo.report.numbers import DASH
 from madpo.seeding import derived_seed
 from madpo.statistics import bootstrap_mean
 from madpo.storage import storage_errors, write_atomically
-from madpo.summary import DASH
 from madpo.tuning.heldout import Heldout, Measured, Prepared, identity, measure, prepare
 from madpo.tuning.page import write_table
 from madpo.tuning.settings import Criterion, TuneSettings

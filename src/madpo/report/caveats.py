@@ -1,4 +1,4 @@
-"""How far a verdict can be trusted, and why a cell is empty: reward models near chance, seeds, steps that failed."""
+"""How far a verdict can be trusted, and why a cell is empty: reward models near chance, idle parts, failed steps."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 from madpo.records import Estimate, Record
 from madpo.report.claims import Claim
-from madpo.results import Tier
-from madpo.summary import interval, listed, one
+from madpo.report.numbers import listed, short
+from madpo.report.results import Tier
 
-LITTLE = 0.6  # accuracy; below, a reward model that beats a coin does so by little
+LITTLE = 0.6  # accuracy; below, a reward model above chance is only a little better
 
 
 def trimmed_base(records: Mapping[str, Record]) -> list[str]:
@@ -42,11 +42,11 @@ def accuracies(tier: Tier) -> dict[str, Estimate]:
 
 def in_words(values: Mapping[str, Estimate]) -> str:
     """ "71 % (63 % to 77 %), ...", a share per seed."""
-    return ", ".join(f"{one(v.mean, 'share')} ({interval(v, 'share')})" for v in values.values())
+    return ", ".join(short(value, "share") for value in values.values())
 
 
 def near_chance(tier: Tier) -> bool:
-    """Whether some reward model of the tier cannot be told from a coin: its interval reaches down to one half."""
+    """Whether the interval of some reward model of the tier includes chance, one half."""
     return any(value.low <= 0.5 for value in accuracies(tier).values())
 
 
@@ -58,7 +58,7 @@ def weights_from(tiers: Sequence[Tier]) -> list[str]:
         return []
     texts = [
         "MADPO's weights come from reward models that order held-out pairs as labelled, with 95 % intervals, in: "
-        f"{'; '.join(parts)}; a coin does in 50 %."
+        f"{'; '.join(parts)}; chance is 50 %."
     ]
     chance = [tier.label for tier in tiers if near_chance(tier)]
     little = [
@@ -68,11 +68,13 @@ def weights_from(tiers: Sequence[Tier]) -> list[str]:
     ]
     if chance:
         texts.append(
-            f"On {listed(chance)} a reward model cannot be told from a coin: there MADPO's weights may be noise, and "
-            "verdicts on MADPO say little about MADPO with a reward model that has learned something."
+            f"On {listed(chance)} a reward model cannot be distinguished from chance: there MADPO's weights may be "
+            "noise, and verdicts on MADPO say little about MADPO with a reward model that has learned something."
         )
     if little:
-        texts.append(f"On {listed(little)} a reward model is only a little better than a coin: read MADPO with care.")
+        texts.append(
+            f"On {listed(little)} a reward model is only a little better than chance: read its results with care."
+        )
     return texts
 
 

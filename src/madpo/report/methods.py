@@ -1,0 +1,64 @@
+"""Names of methods: which method a loss, its pairs and its trainer make, and the settings that tell rows apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+SFT = "SFT"
+AGREEING, REDRAWN = "DPO on agreeing pairs", "DPO on re-drawn labels"
+RIVALS = (AGREEING, REDRAWN, "rDPO", "Soft labels", "Soft MADPO", "cDPO", "RLOO", "GRPO", "Best of n")
+
+_ONLINE = {"rloo": "RLOO", "grpo": "GRPO", "best_of_n": "Best of n"}
+_PARTS = {"full": "MADPO", "amplify": "Amp-Only", "dampen": "Reg-Only"}
+# Kinds of losses that are not called as they are spelled; any other is, with "DPO" in capitals.
+_KINDS = {"beta_dpo": "β-DPO", "rdpo": "rDPO", "soft_dpo": "Soft labels", "soft_madpo": "Soft MADPO", "simpo": "SimPO"}
+
+
+def method_of(key: str, name: str, loss: Mapping[str, Any], pairs: str, margins: str, trainer: str) -> str:
+    """The method that a row is a setting of; a row that none is known for is a method of its own.
+
+    Args:
+        key: of the row in the steps; name: as it is shown.
+        loss: its settings, with ``kind``.
+        pairs, margins, trainer: as in an experiment's rows.
+    """
+    kind = loss.get("kind", key)
+    if trainer != "offline":
+        return _ONLINE.get(trainer, name)
+    if pairs != "all":
+        return {"agreeing": AGREEING, "redrawn": REDRAWN}.get(pairs, name) if kind == "dpo" else name
+    if kind == "dpo":
+        return "cDPO" if loss.get("label_smoothing") else "DPO"
+    if kind == "ipo":
+        return "IPO" if loss.get("reduction", "sum") == "sum" else "IPO, mean per token"
+    if kind == "madpo":
+        words = [_PARTS.get(loss.get("part", "full"), name)]
+        words += ["calibrated margins"] * (float(loss.get("margin_temperature", 1.0)) != 1.0)
+        return ", ".join([*words, *["out-of-fold margins"] * (margins == "out_of_fold")])
+    if "kind" not in loss or kind == "custom":
+        return name
+    spelled = "-".join("DPO" if word == "dpo" else word for word in str(kind).split("_"))
+    return _KINDS.get(str(kind), spelled if "-" in spelled else spelled.upper())
+
+
+# A setting at a value that changes nothing is not worth a word.
+_SILENT = {"lam": 1.0, "margin_temperature": 1.0, "label_smoothing": 0.0}
+_SPOKEN = (
+    *("beta", "tau", "c_max", "c_min", "lam", "margin_temperature", "batch_scale", "keep", "flip_rate", "alpha"),
+    *("gamma", "gamma_beta_ratio", "eta", "label_smoothing"),
+)
+
+
+def settings_words(loss: Mapping[str, Any]) -> str:
+    """ "beta 0.1, tau 7, c max 4": the numbers that tell a row from others of its kind."""
+    numbers = {name: value for name in _SPOKEN if isinstance(value := loss.get(name), int | float)}
+    shown = {name: value for name, value in numbers.items() if _SILENT.get(name) != value}
+    return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in shown.items())
+
+
+def is_setting(loss: Mapping[str, Any], tau: float, c: float) -> bool:
+    """Whether a loss is MADPO's at tau and c with c_min = 1/c and lam = 1, as everywhere in the paper."""
+    low = loss.get("c_min")
+    at = (loss.get("tau"), loss.get("c_max")) == (tau, c)
+    return at and low in (None, 1 / c) and loss.get("lam") in (None, 1.0)

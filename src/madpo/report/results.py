@@ -1,0 +1,395 @@
+"""The evaluations of a run as one long table of samples, and per tier the methods that it compares.
+
+A line of the table is one response: tier, key of the method, training seed, prompt, number of the sample, its reward,
+its KL and its length. Prompts are the independent units: a prompt's value is the mean over its samples, then over
+training seeds, and intervals are over prompts. All methods answer the same prompts, so differences are paired.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+
+from madpo.records import Estimate, Metric, Record
+from madpo.report.methods import SFT, method_of
+from madpo.report.selection import BOOTSTRAP_SEED, selecting_half
+from madpo.report.sources import Sources
+from madpo.statistics import bootstrap_mean, paired_difference
+
+TIERS = ("high", "medium", "low")  # the paper's order; other tiers follow in the order of the records
+_EVALUATION = re.compile(r"evaluation/(?!sft/)(?P<tier>[^/]+)/(?P<method>[^/]+)/(?P<seed>[^/]+)")
+# With several seeds these steps carry the seed's name, with one they do without.
+_PER_SEED = r"{}/{}(?:/(?P<seed>[^/]+))?"
+
+# Value of a row -> (column of the samples, metric of the evaluation that takes its place where no samples are kept).
+MEASURED = {"oracle_reward": ("reward", "oracle_reward"), "kl": ("kl", "kl"), "length": ("tokens", "length")}
+METRICS = {
+    "distinct_1": "distinct_1",
+    "distinct_2": "distinct_2",
+    "ended": "ended_share",
+    "perplexity": "reference_perplexity",
+}
+
+Value = Estimate | float | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method of a tier at one setting.
+
+    Attributes:
+        key: its name in the steps ("madpo_t7"); name: how it is shown; method: what it is a setting of ("MADPO").
+        loss: the loss's settings, empty for SFT; where no loss trained it, the trainer's settings.
+        group: the part of the study that the row belongs to, "" where the run names none.
+        pairs, margins, trainer: what it was trained on ("all", "agreeing", "redrawn"; margins "in_sample" or
+            "out_of_fold") and how ("offline", "rloo", ...).
+        seeds: names of the training seeds; per_seed: seed -> mean oracle reward.
+        values: ``oracle_reward`` in the oracle's unit; ``kl`` to the reference, summed nats per response; ``length``,
+            tokens; ``distinct_1``, ``distinct_2``, share of different words and word pairs; ``ended``, share of
+            responses with an end token; ``perplexity`` under the reference; ``repeated``, share of responses that
+            another prompt got too; ``win_rate``, share of prompts with a higher reward than SFT, ties count half;
+            ``difference``, paired difference of the reward to DPO, None for SFT and DPO.
+    """
+
+    key: str
+    name: str
+    method: str
+    loss: dict[str, Any]
+    group: str = ""
+    pairs: str = "all"
+    margins: str = "in_sample"
+    trainer: str = "offline"
+    seeds: tuple[str, ...] = ()
+    per_seed: dict[str, float] = field(default_factory=dict)
+    values: dict[str, Value] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Value:
+        return self.values.get(name)
+
+    def mean(self, name: str) -> float:
+        """The value without its interval; -inf where there is none."""
+        return mean_of(self[name])
+
+    @property
+    def beta(self) -> float | None:
+        """The loss's beta, where it has one."""
+        beta = self.loss.get("beta")
+        return float(beta) if isinstance(beta, int | float) else None
+
+
+@dataclass(frozen=True, eq=False)
+class Tier:
+    """A tier's methods, SFT first, and what its reward models say.
+
+    Attributes:
+        samples: the long table of this tier's rows and of SFT, as of :meth:`madpo.report.sources.Sources.samples`, with
+            ``key`` and ``seed``.
+        reward_models: by seed ("" where there is one).
+        margins: of the training pairs; heldout_margins: those that measured the reward model; reward_curve: its log.
+            All of the first seed.
+        curves: logs of the policies of the first seed, one line per logged step, with the row's ``name``.
+        missing: names of the experiment's methods that have no evaluation here.
+        selection_seed: which half of the held-out prompts chooses among settings.
+    """
+
+    name: str
+    rows: list[Row]
+    samples: pd.DataFrame
+    reward_models: dict[str, Record] = field(default_factory=dict)
+    margins: np.ndarray = field(default_factory=lambda: np.empty(0))
+    heldout_margins: np.ndarray = field(default_factory=lambda: np.empty(0))
+    curves: pd.DataFrame = field(default_factory=pd.DataFrame)
+    reward_curve: pd.DataFrame = field(default_factory=pd.DataFrame)
+    missing: tuple[str, ...] = ()
+    selection_seed: int = 0
+
+    @property
+    def label(self) -> str:
+        """For people: "high" -> "High"."""
+        return self.name.replace("_", " ").capitalize()
+
+    @property
+    def policies(self) -> list[Row]:
+        """The rows except SFT."""
+        return [row for row in self.rows if row.name != SFT]
+
+    @property
+    def sft(self) -> Row | None:
+        """The row of the SFT model, which is the reference of all policies."""
+        return next((row for row in self.rows if row.name == SFT), None)
+
+    @property
+    def seeds(self) -> tuple[str, ...]:
+        """Training seeds that some policy of the tier has."""
+        return tuple(sorted({seed for row in self.policies for seed in row.seeds}))
+
+    @property
+    def uneven(self) -> bool:
+        """Whether policies of the tier have different seeds, so that their means need not compare."""
+        return any(set(row.seeds) != set(self.seeds) for row in self.policies)
+
+    @property
+    def baseline(self) -> Row | None:
+        """Plain DPO, which differences refer to."""
+        plain = [row for row in self.rows if row.loss.get("kind", row.key) == "dpo" and row.pairs == "all"]
+        first = [row for row in plain if row.group in ("", "core")]
+        return next((row for row in plain if row.key == "dpo"), next(iter([*first, *plain]), None))
+
+    @cached_property
+    def _means(self) -> dict[str, pd.DataFrame]:
+        """Key of a row -> mean over a prompt's samples, by prompt and seed."""
+        columns = [column for column, _ in MEASURED.values()]
+        return {
+            str(key): own.pivot_table(index="prompt_id", columns="seed", values=columns, aggfunc="mean")
+            for key, own in self.samples.groupby("key")
+        }
+
+    def cells(self, row: Row, column: str = "reward") -> pd.DataFrame:
+        """Prompts by training seeds: the mean over a prompt's samples, NaN where a seed did not answer."""
+        means = self._means.get(row.key)
+        if means is None or column not in means:
+            return pd.DataFrame(columns=list(row.seeds), dtype=float)
+        return cast(pd.DataFrame, means.xs(column, axis=1, level=0)).reindex(columns=list(row.seeds))
+
+    @cached_property
+    def reporting(self) -> frozenset[int]:
+        """The half of the held-out prompts that is reported where the other half has chosen among settings."""
+        answered = self.samples.loc[self.samples["reward"].notna(), "prompt_id"]
+        prompts = {int(i) for i in answered.unique()}
+        return frozenset(prompts - selecting_half(prompts, self.selection_seed))
+
+    def even(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows with reward and KL over the training seeds that all of them have, so that their levels compare.
+
+        Means over different seeds differ by what the seeds differ in. Where all rows have the same seeds, or none in
+        common, they stay as they are.
+        """
+        seeds = shared_seeds(rows)
+        if not seeds or all(set(row.seeds) == set(seeds) for row in rows):
+            return list(rows)
+        return [
+            replace(
+                row,
+                seeds=tuple(seeds),
+                per_seed={seed: row.per_seed[seed] for seed in seeds if seed in row.per_seed},
+                values={
+                    **row.values,
+                    **{name: self.estimate(row, name, seeds) or row[name] for name in ("oracle_reward", "kl")},
+                },
+            )
+            for row in rows
+        ]
+
+    def estimate(self, row: Row, name: str, seeds: Sequence[str] | None = None) -> Estimate | None:
+        """A value with its interval over prompts, over the given training seeds or all; None without samples."""
+        cells = self.cells(row, MEASURED[name][0])
+        return _estimate(cells if seeds is None else cells[list(seeds)])
+
+
+def over_shared_seeds(cells: Sequence[pd.DataFrame]) -> tuple[pd.DataFrame, list[str]]:
+    """Prompts by sides: every side's mean over the training seeds that all sides have, and those seeds.
+
+    A side of two seeds less one of the first seed would mix the seeds' difference into the methods'. Where no seed is
+    common, every side has its own mean. Only prompts that all sides (and all their seeds) answered.
+
+    Args:
+        cells: prompts by training seeds, one table per side, as of :meth:`Tier.cells`.
+    """
+    seeds = sorted(set.intersection(*(set(side.columns) for side in cells))) if cells else []
+    means = [(side[seeds] if seeds else side).mean(axis=1, skipna=False) for side in cells]
+    return pd.concat(means, axis=1, keys=range(len(cells))).dropna().sort_index(), seeds
+
+
+def shared_seeds(rows: Sequence[Row]) -> list[str]:
+    """Training seeds that all rows have."""
+    return sorted(set.intersection(*(set(row.seeds) for row in rows))) if rows else []
+
+
+def mean_of(value: Value) -> float:
+    """The value without its interval; -inf where there is none."""
+    mean = value.mean if isinstance(value, Estimate) else value
+    return float(mean) if mean is not None and np.isfinite(mean) else float("-inf")
+
+
+def collect(
+    root: Path,
+    records: Mapping[str, Record],
+    rows: Iterable[Mapping[str, Any]] = (),
+    selection_seed: int = 0,
+    tiers: Iterable[str] = (),
+) -> list[Tier]:
+    """Everything that the report shows, per tier. Tiers without an evaluated policy still show their margins.
+
+    Args:
+        root: the folder of the run.
+        records: finished records by step name.
+        rows: the experiment's methods with their groups, those that are not run yet among them.
+        selection_seed: which half of the held-out prompts chooses.
+        tiers: the experiment's tiers, those of which nothing is finished among them.
+
+    Raises:
+        DataError: a damaged file of a step, with its row.
+    """
+    planned = {str(row["name"]): row for row in rows}
+    evaluations = {record.name: record for record in records.values() if record.name.startswith("evaluation/")}
+    sources = Sources(root)
+    samples = sources.samples(evaluations.values())
+    names = [m["tier"] for name in evaluations if (m := _EVALUATION.fullmatch(name))]
+    names += [name.split("/")[1] for name in records if name.startswith(("margins/", "reward_model/"))]
+    names += tiers if records else ()
+    order = sorted(dict.fromkeys(names), key=lambda name: TIERS.index(name) if name in TIERS else len(TIERS))
+    return [_tier(name, sources, records, samples, planned, selection_seed) for name in order]
+
+
+def _by_seed(records: Mapping[str, Record], kind: str, name: str) -> dict[str, Record]:
+    pattern = re.compile(_PER_SEED.format(kind, re.escape(name)))
+    return {m["seed"] or "": record for key, record in records.items() if (m := pattern.fullmatch(key))}
+
+
+def _tier(
+    name: str,
+    sources: Sources,
+    records: Mapping[str, Record],
+    samples: pd.DataFrame,
+    planned: Mapping[str, Mapping[str, Any]],
+    selection_seed: int,
+) -> Tier:
+    groups: dict[str, dict[str, Record]] = {}
+    if sft := _by_seed(records, "evaluation", "sft"):
+        groups[SFT.lower()] = sft
+    for record in records.values():
+        match = _EVALUATION.fullmatch(record.name)
+        if match and match["tier"] == name:
+            groups.setdefault(match["method"], {})[match["seed"]] = record
+    rows, curves = [], []
+    for key, by_seed in groups.items():
+        policy = next((p for seed in by_seed if (p := records.get(f"policy/{name}/{key}/{seed}"))), None)
+        row = _described(key, policy, by_seed, planned)
+        rows.append(replace(row, values=_metrics(row, by_seed)))
+        if policy is not None:
+            curves.append(sources.log(policy).assign(name=row.name))
+    places = {shown: position for position, shown in enumerate(planned)}
+    rows.sort(key=lambda row: places.get(row.name, -1 if row.name == SFT else len(places)))  # as in the experiment
+    steps = {record.name: (key, seed) for key, by_seed in groups.items() for seed, record in by_seed.items()}
+    own = samples[samples["step"].isin(list(steps))]
+    own = own.assign(**{n: own["step"].map({s: place[i] for s, place in steps.items()}) for i, n in enumerate(_PLACE)})
+    models = _by_seed(records, "reward_model", name)
+    first = next(iter(models.values()), None)
+    margins = next(iter(_by_seed(records, "margins", name).values()), None)
+    shown = {row.name for row in rows}
+    return measured(
+        Tier(
+            name,
+            rows,
+            own,
+            models,
+            margins=sources.margins(margins, records) if margins else np.empty(0),
+            heldout_margins=sources.margins(first) if first else np.empty(0),
+            curves=pd.concat(curves) if curves else pd.DataFrame({"name": []}),
+            reward_curve=sources.log(first) if first else pd.DataFrame(),
+            missing=tuple(n for n, m in planned.items() if n not in shown and name in (m.get("tiers") or (name,))),
+            selection_seed=selection_seed,
+        )
+    )
+
+
+_PLACE = ("key", "seed")
+
+
+def _described(
+    key: str, policy: Record | None, by_seed: Mapping[str, Record], planned: Mapping[str, Mapping[str, Any]]
+) -> Row:
+    """The row's names and settings, by the records and the experiment."""
+    if key == SFT.lower():
+        return Row(key, SFT, SFT, {}, seeds=tuple(by_seed), per_seed=_rewards(by_seed))
+    given = [r for r in (policy, *by_seed.values()) if r is not None]
+    name = next((str(r.config["method"]) for r in given if r.config.get("method")), key)
+    row = planned_row({**planned.get(name, {}), "name": name, "key": key})
+    if policy is not None and (loss := policy.config.get("loss")):
+        row = replace(row, loss=loss, method=method_of(key, name, loss, row.pairs, row.margins, row.trainer))
+    return replace(row, seeds=tuple(by_seed), per_seed=_rewards(by_seed))
+
+
+def planned_row(method: Mapping[str, Any]) -> Row:
+    """A method of an experiment as a row without results."""
+    online = method.get("online") or {}
+    trained = {"kind": method.get("trainer"), "beta": online.get("beta"), "n": method.get("n")}
+    loss = dict(method.get("loss") or {name: value for name, value in trained.items() if value is not None})
+    key, name = str(method.get("key", "")), str(method["name"])
+    texts = ("pairs", "all"), ("margins", "in_sample"), ("trainer", "offline")
+    pairs, margins, trainer = (str(method.get(what, default)) for what, default in texts)
+    shown = method_of(key, name, loss, pairs, margins, trainer)
+    return Row(key, name, shown, loss, str(method.get("group", "")), pairs, margins, trainer)
+
+
+def _rewards(by_seed: Mapping[str, Record]) -> dict[str, float]:
+    return {seed: _plain(record.metrics.get("oracle_reward")) for seed, record in by_seed.items()}
+
+
+def _metrics(row: Row, by_seed: Mapping[str, Record]) -> dict[str, Value]:
+    """What the evaluations' records say, as the mean over seeds."""
+    wanted = METRICS | {name: metric for name, (_, metric) in MEASURED.items()}
+    found: dict[str, Value] = {}
+    for name, metric in wanted.items():
+        values = [record.metrics[metric] for record in by_seed.values() if metric in record.metrics]
+        if len(values) == 1 and isinstance(values[0], Estimate):
+            found[name] = values[0]
+        elif values:
+            found[name] = float(np.mean([_plain(value) for value in values]))
+    return found
+
+
+def measured(tier: Tier) -> Tier:
+    """The tier with what its samples say in the values of its rows."""
+    rows = []
+    for row in tier.rows:
+        values = dict(row.values)
+        for name in MEASURED:
+            values[name] = tier.estimate(row, name) or values.get(name)
+        own = tier.samples[(tier.samples["key"] == row.key) & tier.samples["text"].notna()]
+        if len(own):
+            prompts = own.groupby(["seed", "text"])["prompt_id"].transform("nunique")
+            values["repeated"] = float((prompts > 1).groupby(own["seed"]).mean().mean())
+        if row.name != SFT:
+            values["win_rate"] = _win_rate(tier, row)
+            values["difference"] = _difference(tier, row)
+        rows.append(replace(row, values=values))
+    return replace(tier, rows=rows)
+
+
+def _win_rate(tier: Tier, row: Row) -> Estimate | None:
+    if tier.sft is None:
+        return None
+    # Against the SFT model's answers of the same seed, where it has them: they share the random numbers.
+    cells, sft = tier.cells(row), tier.cells(tier.sft)
+    mean = sft.mean(axis=1, skipna=False)
+    base = pd.DataFrame({seed: sft[seed] if seed in sft.columns else mean for seed in cells.columns})
+    ahead = (cells - base.reindex(cells.index)).apply(np.sign)
+    return _estimate(ahead / 2 + 0.5)
+
+
+def _difference(tier: Tier, row: Row) -> Estimate | None:
+    baseline = tier.baseline
+    if baseline is None or row.key == baseline.key:
+        return None
+    values, _ = over_shared_seeds([tier.cells(row), tier.cells(baseline)])
+    if len(values) < 2:
+        return None
+    return paired_difference(values[0].to_numpy(), values[1].to_numpy(), seed=BOOTSTRAP_SEED)
+
+
+def _estimate(cells: pd.DataFrame) -> Estimate | None:
+    # A prompt counts only where every seed answered it: otherwise seeds would weigh differently per prompt.
+    values = cells.mean(axis=1, skipna=False).dropna().sort_index().to_numpy(dtype=float)
+    return bootstrap_mean(values, seed=BOOTSTRAP_SEED) if len(values) > 1 else None
+
+
+def _plain(value: Metric | None) -> float:
+    return float("nan") if value is None else float(value.mean if isinstance(value, Estimate) else value)

@@ -1,0 +1,165 @@
+"""What the steps of a run left behind, as tables: samples, logs and margins.
+
+They are read from the steps' folders, or from the tables of an export (``samples.parquet`` and so on), in which the
+column ``folder`` names the step's folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from madpo.errors import DataError
+from madpo.records import Record
+
+SAMPLES = ("prompt_id", "sample", "reward", "kl", "tokens", "text", "prompt", "response")
+TEXTS = 200  # prompts of an evaluation whose first responses are kept as text
+RESPONSE_DIGEST = "response_sha256"  # in the samples of an older export whose texts were left out
+AGAIN = "delete the step's folder and run again"
+
+
+def folder_of(root: Path, record: Record) -> Path:
+    """Where a record's step worked."""
+    return root / f"{record.name}-{record.identity[:8]}"
+
+
+class Sources:
+    """The files of a run's steps.
+
+    Every method raises DataError for a damaged file, with its row.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._table = cache(self._read_table)
+
+    def samples(self, records: Iterable[Record]) -> pd.DataFrame:
+        """One line per response: the step's name as ``step``, and the columns ``SAMPLES``.
+
+        ``reward`` is the oracle's; ``kl`` is summed nats; ``text`` numbers the different texts of one evaluation, NA
+        where the text is not known; ``prompt`` and ``response`` are kept of the first samples of some prompts.
+        """
+        frames = []
+        for record in records:
+            path = folder_of(self.root, record) / "samples.jsonl"
+            frame = _evaluation(path) if path.exists() else self._kept("samples", record)
+            if frame is not None:
+                frames.append(frame.assign(step=record.name))
+        columns = {"step": object} | {name: object if name in ("prompt", "response") else float for name in SAMPLES}
+        empty = pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in columns.items()})
+        return pd.concat(frames, ignore_index=True) if frames else empty
+
+    def log(self, record: Record) -> pd.DataFrame:
+        """The numbers that a training logged, one line per entry; without columns where there is no log."""
+        path = folder_of(self.root, record) / "log.jsonl"
+        if not path.exists():
+            kept = self._kept("curves", record)
+            return pd.DataFrame() if kept is None else kept.reset_index(drop=True)
+        rows = json_lines(path, "step")
+        return pd.DataFrame([{k: float(v) for k, v in row.items() if isinstance(v, int | float)} for row in rows])
+
+    def margins(self, record: Record, records: Mapping[str, Record] | None = None) -> np.ndarray:
+        """The finite reward margins that a step wrote, chosen less rejected.
+
+        Args:
+            record: of the step.
+            records: all finished records; with them, only the margins of training pairs, where the split is known.
+        """
+        path = folder_of(self.root, record) / "margins.parquet"
+        table = _parquet(path) if path.exists() else self._kept("margins", record)
+        if table is None:
+            return np.empty(0)
+        margins = table["reward_margin"].to_numpy(dtype=float)
+        if records is not None and (train := self.training_pairs(record, records)) is not None:
+            margins = margins[table["pair_id"].isin(train)]
+        return np.asarray(margins[np.isfinite(margins)])
+
+    def training_pairs(self, record: Record, records: Mapping[str, Record]) -> list[int] | None:
+        """Ids of the training pairs among those that a step read; None where its inputs do not say."""
+        for upstream in records.values():
+            if upstream.identity in record.inputs.values():
+                path = folder_of(self.root, upstream) / "pairs.parquet"
+                pairs = _parquet(path, ["pair_id", "split"]) if path.exists() else self._kept("pairs", upstream)
+                if pairs is not None:
+                    return list(pairs.loc[pairs["split"] == "train", "pair_id"])
+        return None
+
+    def _kept(self, name: str, record: Record) -> pd.DataFrame | None:
+        """The step's part of an export's table."""
+        table = self._table(name)
+        if table is None:
+            return None
+        own = table[table["folder"] == str(folder_of(Path(), record))]
+        return own.drop(columns="folder").dropna(axis=1, how="all") if len(own) else None
+
+    def _read_table(self, name: str) -> pd.DataFrame | None:
+        path = self.root / f"{name}.parquet"
+        return _parquet(path) if path.exists() else None
+
+
+def _parquet(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
+    try:
+        table: pd.DataFrame = pq.read_table(path, columns=columns).to_pandas()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is damaged ({str(error).splitlines()[0][:120]}); {AGAIN}") from error
+    return table
+
+
+def _evaluation(path: Path) -> pd.DataFrame:
+    """The samples of one evaluation, by prompt and number of the sample."""
+    rows = json_lines(path, "prompt_id", "oracle_reward")
+    numbers = {"prompt_id": "prompt_id", "sample": "sample", "reward": "oracle_reward", "kl": "kl", "tokens": "tokens"}
+    frame = pd.DataFrame({name: [row.get(column) for row in rows] for name, column in numbers.items()})
+    frame["sample"] = frame["sample"].fillna(0)
+    for name in numbers:
+        values = pd.to_numeric(frame[name], errors="coerce").astype(float)
+        wrong = frame[name].notna() & ~np.isfinite(values)
+        if wrong.any():
+            row = int(np.flatnonzero(wrong)[0])
+            raise DataError(f"{path} row {row + 1}: {numbers[name]} is {frame[name][row]!r}, not a number; {AGAIN}")
+        frame[name] = values
+    frame = frame.astype({"prompt_id": np.int64, "sample": np.int64})
+    codes, _ = pd.factorize(np.array([response_digest(row) or None for row in rows], dtype=object))
+    frame["text"] = pd.Series(codes, dtype="Int64").mask(codes < 0)
+    for name in ("prompt", "response"):
+        frame[name] = pd.Series([row.get(name) for row in rows], dtype=object)
+    frame = frame.sort_values(["prompt_id", "sample"], kind="stable", ignore_index=True)
+    first = frame[frame["response"].notna()].drop_duplicates("prompt_id").index[:TEXTS]
+    frame.loc[~frame.index.isin(first), ["prompt", "response"]] = None
+    return frame
+
+
+def response_digest(row: Mapping[str, Any]) -> str:
+    """Tells a sample's response from others: of its text, or written in the place of it; "" where neither is."""
+    if "response" in row:
+        return hashlib.sha256(str(row["response"]).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return str(row.get(RESPONSE_DIGEST, ""))
+
+
+def json_lines(path: Path, *needed: str) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file.
+
+    Raises:
+        DataError: a row that is no object or lacks a needed key, with its number.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or any(name not in row for name in needed):
+                raise ValueError(f"{', '.join(needed)} must be there")
+        except ValueError as error:
+            raise DataError(f"{path} row {number}: {error}; {AGAIN}") from None
+        rows.append(row)
+    return rows

@@ -1,0 +1,314 @@
+"""Choices among settings, paired differences and rewards at equal KL, on samples whose answers are known."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from claim_cases import PROMPT, N, in_second_seed, like, madpo, row, samples, tier_of
+from madpo.records import Estimate
+from madpo.report.charts import Panel, ablation_chart, frontier_chart
+from madpo.report.compare import (
+    base_beta,
+    choose,
+    equal_kl,
+    frontiers,
+    less,
+    less_dpo,
+    selection_json,
+    selections,
+    settings_of,
+)
+from madpo.report.results import Row, Tier, collect, measured
+from madpo.report.selection import selecting_half
+from madpo.report.summary import headline
+from madpo.report.tables import report_markdown_table, study_tables
+from madpo.seeding import rng
+from madpo.statistics import bootstrap_mean, bootstrap_statistic
+from report_cases import make_study, methods
+
+
+def mean_of(row: Row) -> float:
+    assert isinstance(row["oracle_reward"], Estimate)
+    return row["oracle_reward"].mean
+
+
+# The long table
+
+
+def test_a_prompts_value_is_the_mean_of_its_samples_and_prompts_are_the_units() -> None:
+    """Three samples a prompt, very different ones: the interval is that of the prompts' means."""
+    spread = np.array([-3.0, 0.0, 3.0])
+    one, other = row("DPO", 1.0, kind="dpo", seeds=1), madpo(7.0, 4.0, 1.5, seeds=1)
+    tables = []
+    for made in (one, other):
+        given = made.samples
+        tables += [
+            samples(made.row.key, "seed0", given["reward"].to_numpy() + s, given["kl"].to_numpy() + s, k)
+            for k, s in enumerate(spread)
+        ]
+    many = measured(Tier("high", [one.row, other.row], pd.concat(tables)))
+    single = tier_of("high", [one, other])
+    for before, after in zip(single.rows, many.rows, strict=True):
+        for name in ("oracle_reward", "kl", "difference"):
+            assert np.array(after[name]) == pytest.approx(np.array(before[name])) or after[name] is before[name] is None
+    assert many.rows[0]["oracle_reward"].n == N  # type: ignore[union-attr]
+
+
+def test_a_prompt_that_a_seed_did_not_answer_does_not_count() -> None:
+    made = row("DPO", 1.0, kind="dpo")
+    table = made.samples[(made.samples["seed"] == "seed0") | (made.samples["prompt_id"] >= 50)]
+    tier = tier_of("high", [made._replace(samples=table)])
+    assert tier.rows[0]["oracle_reward"].n == N - 50  # type: ignore[union-attr]
+    kept = made.samples[made.samples["prompt_id"] >= 50]["reward"].mean()
+    assert mean_of(tier.rows[0]) == pytest.approx(kept)
+
+
+def test_a_seed_without_samples_leaves_the_records_number() -> None:
+    made = row("DPO", 1.0, kind="dpo")
+    made.row.values["oracle_reward"] = 7.0
+    tier = tier_of("high", [made._replace(samples=made.samples[made.samples["seed"] == "seed0"])])
+    assert tier.rows[0]["oracle_reward"] == 7.0
+
+
+def test_a_text_is_repeated_where_another_prompt_got_it_too() -> None:
+    made = row("DPO", 1.0, kind="dpo", seeds=1)
+    own, again = made.samples, made.samples.assign(sample=1)
+    assert tier_of("high", [made._replace(samples=pd.concat([own, again]))]).rows[0]["repeated"] == 0.0
+    same = own.assign(text=own["text"].where(own["prompt_id"] >= 50, -1))
+    assert tier_of("high", [made._replace(samples=same)]).rows[0]["repeated"] == pytest.approx(50 / N)
+
+
+def test_wins_are_against_the_sft_models_answers_of_the_same_seed() -> None:
+    sft, dpo = in_second_seed(row("SFT", 0.0, noise=0.0), reward=9.0), row("DPO", 1.0, kind="dpo", noise=0.0)
+    tier = tier_of("high", [sft, dpo])
+    assert tier.rows[1]["win_rate"].mean == 0.5  # type: ignore[union-attr]  # all of seed0, none of seed1
+    first = sft._replace(row=replace(sft.row, seeds=("seed0",)), samples=sft.samples[sft.samples["seed"] == "seed0"])
+    assert tier_of("high", [first, dpo]).rows[1]["win_rate"].mean == 1.0  # type: ignore[union-attr]
+
+
+# Seeds
+
+
+def test_only_seeds_that_both_sides_have_are_compared() -> None:
+    """The second seed of one side is easier by 5, which is no difference between the methods."""
+    two, one = in_second_seed(row("DPO", 1.0, kind="dpo"), reward=5.0), madpo(7.0, 4.0, 2.0, seeds=1)
+    tier = tier_of("high", [two, one])
+    dpo, ours = (choose(row.name, tier, [row]) for row in tier.rows)
+    found = less("x", [ours, dpo])
+    assert found.value is not None
+    assert found.value.mean == pytest.approx(1.0)
+    assert (found.seeds, found.per_seed) == (1, {"seed0": pytest.approx(1.0)})
+    assert less("x", [ours, dpo, dpo, dpo]).value == found.value
+    assert tier.rows[1]["difference"] == found.value
+
+
+def uneven_tier() -> Tier:
+    """DPO and MADPO with two seeds, the second lower by 1 and half as far; the other rows have only the first seed."""
+    dpo = in_second_seed(row("DPO", 2.0, kl=8.0, kind="dpo"), reward=-1.0, kl=-4.0)
+    ours = in_second_seed(madpo(7.0, 4.0, 2.1, kl=9.0), reward=-1.0, kl=-4.0)
+    dampen = like(madpo(7.0, 4.0, 2.0, "dampen", seeds=1, group="ablation"), dpo)
+    far = row("DPO β=0.03", 1.8, kl=14.0, kind="dpo", seeds=1, group="frontier", **{"beta": 0.03})
+    near = row("DPO β=0.3", 1.5, kl=3.0, kind="dpo", seeds=1, group="frontier", **{"beta": 0.3})
+    return tier_of("low", [dpo, ours, dampen, far, near], margins=np.array([-2.0, 0.5, 4.59]))
+
+
+def test_levels_that_are_shown_together_are_over_the_same_seeds() -> None:
+    tier = uneven_tier()
+    assert mean_of(tier.rows[0]) == pytest.approx(1.5)  # over both seeds, and 2.0 in the first
+    line = frontiers(tier, 0.1)["DPO"]
+    assert [mean_of(r) for r in line] == pytest.approx([1.8, 2.0, 1.5])
+    assert [r.mean("kl") for r in line] == pytest.approx([14.0, 8.0, 3.0], abs=0.1)
+    assert {r.seeds for r in line} == {("seed0",)}
+    frontier, ablation = frontier_chart([tier], 0.1), ablation_chart([tier], 0.1)
+    assert frontier is not None
+    assert ablation is not None
+    assert "seed0" in frontier.panels[0].title
+    (panel,) = ablation.panels
+    assert isinstance(panel, Panel)
+    bars = {s.name: [m.y for m in s.marks] for s in panel.series if not s.published}
+    assert bars["DPO"] == pytest.approx([2.0])
+    assert bars["Reg-Only"] == pytest.approx([2.0])
+    words = " ".join(headline([tier]))
+    assert "Low: MADPO τ=7 c=4 has the highest mean reward, 1.60" in words
+    assert "Three settings of fewer seeds are not ranked here." in words
+    assert "(3 of 5 trainings have fewer)" in words
+    assert "| DPO β=0.3 | seed0 | 1.50" in report_markdown_table(tier)
+    assert "different training seeds" in report_markdown_table(tier)
+    even = replace(tier, rows=tier.rows[:2])
+    assert "seeds" not in report_markdown_table(even).splitlines()[0]
+
+
+def test_a_setting_is_chosen_over_the_seeds_that_all_settings_have() -> None:
+    """One setting's second seed is easier by 5, and has it above one that is better on the seed that both have."""
+    lucky, better = in_second_seed(madpo(2.0, 2.0, 1.0), reward=5.0), madpo(7.0, 4.0, 2.0, seeds=1)
+    tier = tier_of("high", [lucky, better])
+    found = choose("MADPO", tier, tier.rows)
+    assert found is not None
+    assert (found.row.name, found.best.name) == (better.row.name, better.row.name)
+    own = tier.cells(tier.rows[0])["seed0"]
+    report = own[own.index.isin(tier.reporting)]
+    assert found.candidates[lucky.row.key].reporting.mean == pytest.approx(report.mean())
+    alone = choose("MADPO", tier, tier.rows[:1])
+    assert alone is not None
+    assert alone.value == tier.rows[0]["oracle_reward"], "where nothing is compared, all seeds count"
+
+
+# Choices
+
+
+def test_choosing_does_not_look_at_what_is_reported() -> None:
+    """Settings that differ only in noise: the best of 30 on all prompts is flattered, the chosen one is not."""
+    flattered, honest = [], []
+    base = madpo(2.0, 2.0, 1.0, noise=0.0, seeds=1).row
+    for trial in range(15):
+        rows = [replace(base, name=str(k), key=str(k)) for k in range(30)]
+        values = [1.0 + PROMPT - PROMPT.mean() + rng(trial, "noise", k).normal(size=N) for k in range(30)]
+        table = pd.concat([samples(str(k), "seed0", v, v * 0) for k, v in enumerate(values)])
+        tier = Tier("high", rows, table)
+        choice = choose("MADPO", tier, rows)
+        assert choice is not None
+        assert isinstance(choice.value, Estimate)
+        best = tier.cells(choice.best)["seed0"]
+        flattered.append(best.mean() - 1.0)
+        report = sorted(tier.reporting)
+        assert choice.value.n == len(report)
+        assert choice.value.mean == pytest.approx(np.mean(values[int(choice.row.key)][report]))
+        honest.append(choice.value.mean - 1.0 - np.mean([PROMPT[i] - PROMPT.mean() for i in report]))
+    assert np.mean(flattered) > 0.1
+    assert abs(np.mean(honest)) < 3 * 0.1 / np.sqrt(15)  # each has a standard error of 1/sqrt(100)
+
+
+def test_the_half_is_that_of_the_runs_own_choices() -> None:
+    rows = [row("DPO", 1.0, kind="dpo"), madpo(7.0, 4.0, 2.0), madpo(7.0, 2.0, 2.5)]
+    tier = tier_of("high", rows, selection_seed=3)
+    assert tier.reporting == set(range(N)) - selecting_half(range(N), 3)
+    assert len(tier.reporting) == N // 2
+    assert tier.reporting != tier_of("high", rows).reporting
+    (choice,) = selections([tier], {"best": ["MADPO*"], "none": ["x"]})["best"]
+    assert (choice.row.name, choice.settings) == ("MADPO τ=7 c=2", 2)
+    first, second = tier.rows[1:]
+    keys = {first.name: first.key, second.name: second.key, "MADPO τ=2 c=2": "later"}
+    written = selection_json({"best": [choice]}, {"best": ["MADPO*"]}, keys, 3)
+    of_tier = written["tiers"]["high"]["best"]
+    assert (written["seed"], of_tier["best"], of_tier["missing"]) == (3, second.key, ["later"])
+    own, half = of_tier["candidates"][second.key], tier.cells(second).mean(axis=1)
+    selecting = half.index.isin(list(selecting_half(range(N), 3)))
+    assert own["selecting"] == pytest.approx(half[selecting].mean())
+    assert own["reporting"]["mean"] == pytest.approx(half[~selecting].mean())
+    assert own["reporting"] == choice.value._asdict()  # type: ignore[union-attr]
+
+
+def test_a_comparison_uses_the_reporting_half_only_where_something_was_chosen() -> None:
+    tier = tier_of("high", [row("DPO", 1.0, kind="dpo"), madpo(7.0, 4.0, 2.0), madpo(7.0, 2.0, 1.5)])
+    dpo = choose("DPO", tier, tier.rows[:1])
+    one = less("x", [choose("MADPO", tier, tier.rows[1:2]), dpo])
+    several = less("x", [choose("MADPO", tier, tier.rows[1:]), dpo])
+    assert one.value is not None
+    assert several.value is not None
+    assert (one.value.n, one.value.mean) == (N, pytest.approx(1.0))
+    assert several.value.n == len(tier.reporting)
+    assert less("x", [None, dpo]).missing == "not run"
+
+
+# Equal KL
+
+CURVE = [
+    row("DPO β=0.3", 1.0, kl=2.0, kind="dpo", **{"beta": 0.3}),
+    row("DPO", 2.0, kl=6.0, kind="dpo"),
+    row("DPO β=0.03", 2.2, kl=10.0, kind="dpo", **{"beta": 0.03}),
+]
+
+
+@pytest.mark.parametrize(("kl", "expected"), [(4.0, 1.5), (8.0, 2.1), (6.0, 2.0)])
+def test_equal_kl_interpolates_dpos_curve(kl: float, expected: float) -> None:
+    tier = tier_of("high", [*CURVE, madpo(7.0, 4.0, 2.5, kl=kl)])
+    value = equal_kl("x", tier, choose("MADPO", tier, tier.rows[3:])).value
+    assert value is not None
+    assert value.mean == pytest.approx(2.5 - expected, abs=1e-6)
+    assert value.low < value.mean < value.high
+
+
+def test_the_root_of_kl_interpolates_from_the_sft_model_on() -> None:
+    ours = [madpo(7.0, c, 2.5, kl=kl) for c, kl in ((2.0, 0.5), (4.0, 4.0))]
+    tier = tier_of("high", [row("SFT", 0.2, kl=0.0), *CURVE, *ours])
+    kls = [0.0, *(made.mean("kl") for made in tier.rows[1:4])]
+    for made in tier.rows[4:]:
+        found = equal_kl("x", tier, choose("MADPO", tier, [made]), interpolation="sqrt").value
+        assert found is not None
+        expected = np.interp(np.sqrt(made.mean("kl")), np.sqrt(kls), [0.2, 1.0, 2.0, 2.2])
+        assert found.mean == pytest.approx(2.5 - expected, abs=1e-9)
+    near = choose("MADPO", tier, [tier.rows[4]])
+    assert "0.5 nats, and DPO's curve spans 2.0 to 10.0" in equal_kl("x", tier, near, interpolation="linear").missing
+
+
+def test_beyond_its_ends_a_curve_says_nothing() -> None:
+    tier = tier_of("high", [*CURVE, madpo(7.0, 4.0, 2.5, kl=30.0)])
+    choice = choose("MADPO", tier, tier.rows[3:])
+    assert "MADPO's KL is 30.0 nats, and DPO's curve spans 2.0 to 10.0" in equal_kl("x", tier, choice).missing
+    assert equal_kl("x", tier_of("high", CURVE[:1]), None).value is None
+    assert [r.name for r in frontiers(tier, 0.1)["DPO"]] == ["DPO β=0.03", "DPO", "DPO β=0.3"]
+    assert base_beta([tier]) == 0.1
+    assert [r.name for r in settings_of(tier, "DPO", 0.1)] == ["DPO"]
+
+
+def test_equal_kl_compares_over_the_seeds_that_all_rows_have() -> None:
+    """The core has two seeds, the frontier one: the second seed's rewards and KLs, larger by far, say nothing."""
+    ends = [
+        row("DPO β=0.3", 1.0, kl=2.0, kind="dpo", seeds=1, **{"beta": 0.3}),
+        row("DPO β=0.03", 2.2, kl=10.0, kind="dpo", seeds=1, **{"beta": 0.03}),
+    ]
+    dpo = in_second_seed(row("DPO", 2.0, kl=6.0, kind="dpo"), reward=-3.0, kl=20.0)
+    ours = in_second_seed(madpo(7.0, 4.0, 2.5, kl=4.0), reward=5.0, kl=2.0)
+    tier = tier_of("high", [dpo, ours, *ends])
+    found = equal_kl("x", tier, choose("MADPO", tier, tier.rows[1:2]))
+    assert found.value is not None
+    assert found.value.mean == pytest.approx(2.5 - 1.5, abs=1e-6)
+    assert (found.seeds, found.per_seed) == (1, {"seed0": pytest.approx(1.0)})
+
+
+def test_a_frontier_of_one_seed_is_compared_as_in_a_study_of_one_seed(tmp_path: Path) -> None:
+    tiers = []
+    for name, seeds in (("two", 2), ("one", 1)):
+        study = make_study(tmp_path / name, ("high",), seeds, frontier_seeds=1)
+        tiers += collect(study.root, study.records, methods())
+    two, one = (equal_kl("x", t, choose("MADPO", t, settings_of(t, "MADPO", 0.1)[:1])) for t in tiers)
+    assert two.value is not None
+    assert (two.value, two.seeds) == (one.value, 1)
+
+
+def test_equal_kl_reports_what_each_seed_says() -> None:
+    ours = in_second_seed(madpo(7.0, 4.0, 2.5, kl=4.0), reward=-2.0, kl=4.0)
+    tier = tier_of("high", [CURVE[0], CURVE[2], ours])
+    found = equal_kl("x", tier, choose("MADPO", tier, tier.rows[2:]))
+    assert found.value is not None
+    assert found.value.mean == pytest.approx(1.5 - 1.6, abs=1e-6)
+    assert found.per_seed == pytest.approx({"seed0": 2.5 - 1.3, "seed1": 0.5 - 1.9}, abs=1e-6)
+    assert found.seeds == 2
+    assert not found.below, "the seeds disagree"
+    far = tier_of("high", [CURVE[0], CURVE[2], in_second_seed(madpo(7.0, 4.0, 2.5, kl=4.0), kl=7.0)])
+    missing = equal_kl("x", far, choose("MADPO", far, far.rows[2:])).missing
+    assert missing == "MADPO's KL in seed1 is 11.0 nats, and DPO's curve spans 2.0 to 10.0"
+
+
+def test_every_setting_is_compared_with_dpos_curve_at_its_own_distance() -> None:
+    tier = uneven_tier()
+    found = {row.name: less_dpo(tier, row) for line in frontiers(tier, 0.1).values() for row in line}
+    ours = found["MADPO τ=7 c=4"].value
+    assert ours is not None
+    # In the first seed DPO earns 2.0 at 8 nats and 1.8 at 14, so 1.967 at MADPO's 9.
+    assert ours.mean == pytest.approx(2.1 - (2.0 - 0.2 / 6), abs=0.01)
+    assert found["DPO"].value is None
+    (table,) = [t for t in study_tables([tier], {}, [], 0.1, {}) if t.name == "frontier"]
+    assert [line["less_dpo_at_equal_kl"] for line in table.rows if line["method"] == "MADPO"] == [ours]
+
+
+def test_a_statistic_of_means_has_the_interval_of_its_mean() -> None:
+    values = rng(1, "x").normal(size=(400, 2))
+    both = bootstrap_statistic(values, lambda means: means[:, 0] - means[:, 1], seed=3)
+    plain = bootstrap_mean(values[:, 0] - values[:, 1], seed=3)
+    assert both.mean == pytest.approx(plain.mean)
+    assert both.low == pytest.approx(plain.low, abs=0.01)
+    assert both.high == pytest.approx(plain.high, abs=0.01)
