@@ -17,7 +17,6 @@ from transformers import AutoModelForSequenceClassification
 
 import launch_cases
 from madpo import DPO
-from madpo.losses import Loss
 from madpo.models import load_tokenizer
 from madpo.practice import scoring
 from practice_cases import read, text_pairs, write
@@ -67,7 +66,7 @@ def one(root, llama):
         patch.setattr(scoring, "PART", launch_cases.PART)
         patch.chdir(root / "one")
         found = {"columns": launch_cases.columns(llama, Path())}
-        found["trajectories"] = launch_cases.trajectories(llama, Path(), 1)
+        found["trajectories"] = launch_cases.trajectories(llama, Path(), 1, launch_cases.CLASSES)
         assert launch_cases.score(Path(), "scored") == 0
     return found
 
@@ -98,17 +97,29 @@ def two(root, driven):
     return [json.loads((root / "two" / f"{rank}.json").read_text()) for rank in range(2)]
 
 
-def test_every_loss_of_the_union_is_among_the_cases():
-    members = typing.get_args(typing.get_args(Loss)[0])
-    kinds = {typing.get_args(member.model_fields["kind"].annotation)[0] for member in members}
-    assert {loss.kind for loss, _ in launch_cases.cases().values()} == kinds
-    assert len(kinds) == 14
+@pytest.fixture(scope="module")
+def others(forked, llama, tmp_path_factory):
+    """The trajectories of one process and of each of two, for the losses that nothing else here trains with."""
+    root = tmp_path_factory.mktemp("others")
+    ended = forked(launch_cases.drive_others, llama, root).end()
+    assert ended.status == 0, ended.err[-4000:]
+    alone = launch_cases.trajectories(llama, root / "one", 1, launch_cases.OTHERS)
+    return alone, *(json.loads((root / f"{rank}.json").read_text()) for rank in range(2))
 
 
-@pytest.mark.parametrize("name", launch_cases.cases())
+@pytest.mark.parametrize("name", launch_cases.CLASSES)
 def test_two_processes_follow_one_step_for_step(one, two, name):
+    assert_same_course(*(found["trajectories"][name] for found in (one, *two)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", launch_cases.OTHERS)
+def test_two_processes_follow_one_with_every_loss(others, name):
+    assert_same_course(*(found[name] for found in others))
+
+
+def assert_same_course(alone, first, second):
     """Losses, gradient norms, logged means, running statistics and final weights; the last step has 5 of 8 pairs."""
-    alone, first, second = (found["trajectories"][name] for found in (one, *two))
     losses = [[row["loss"] for row in run["rows"] if "loss" in row] for run in (alone, first)]
     assert len(losses[0]) == 6
     np.testing.assert_allclose(losses[1], losses[0], rtol=5e-6)

@@ -12,11 +12,13 @@ import torch
 from pydantic import ValidationError
 from scipy.special import expit
 
+from losses_cases import UNION
 from madpo import estimates
 from madpo.config import find_experiment, load_config
 from madpo.errors import ConfigError
 from madpo.evaluation import best_responses
 from madpo.experiment import Experiment
+from madpo.losses import Custom
 from madpo.methods import Method
 from madpo.pipeline import Planned, Record, run
 from madpo.preferences import PAIRS
@@ -81,17 +83,17 @@ def test_a_row_that_makes_no_sense_is_refused_with_its_name(fields, words):
 
 
 def test_every_loss_of_the_union_can_be_a_row(tmp_path):
-    kinds = ["dpo", "ipo", "rdpo", "simpo", "wpo", "madpo", "soft_madpo", "soft_dpo", "odpo", "rpo", "omni_dpo"]
-    kinds += ["beta_dpo", "alpha_dpo"]
+    kinds = {kind: cls for kind, cls in UNION.items() if cls is not Custom}
     rows = "\n".join(f'[[method]]\nname = "{kind}"\nloss = {{ kind = "{kind}" }}\n' for kind in kinds)
     toml = tmp_path / "all.toml"
     text = find_experiment("smoke").read_text()
     toml.write_text(text[: text.index("[[method]]")] + rows)
     steps = {step.name: step for step in load_config(toml, Experiment).steps()}
-    for kind in kinds:
+    for kind, cls in kinds.items():
         inputs = steps[f"policy/low/{kind.replace('_', '-')}/seed0"].inputs
-        assert ("scores" in inputs) == (kind == "omni_dpo")
-        assert ("margins" in inputs) == (kind in ("madpo", "soft_madpo", "soft_dpo", "odpo", "rpo"))
+        assert ("scores" in inputs) == ("chosen_score" in cls.needs)
+        assert ("margins" in inputs) == ("reward_margin" in cls.needs)
+    assert {"chosen_score", "reward_margin"} <= {need for cls in kinds.values() for need in cls.needs}
 
 
 # Pairs

@@ -7,6 +7,7 @@ good as a new interpreter: own environment, folder, standard streams and process
 from __future__ import annotations
 
 import functools
+import gc
 import multiprocessing
 import os
 import signal
@@ -104,6 +105,7 @@ def command_line(*words: str) -> None:
 def _enter(
     work: Callable[..., Any], arguments: tuple[Any, ...], folder: str, env: dict[str, str], out: str, err: str
 ) -> None:
+    gc.freeze()  # as conftest.py does
     os.setsid()
     os.chdir(folder)
     os.environ.clear()

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import gc
 import io
 import json
 import os
@@ -23,8 +22,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-import soak
-from losses_cases import EVERY_LOSS
+from losses_cases import EVERY_LOSS, UNION, first_of_each_class
 from madpo import DPO, PreferenceConfig, PreferenceTrainer, processes
 from madpo.cli import main
 from madpo.losses import Custom
@@ -38,10 +36,6 @@ PAIRS = 21  # two full steps and one of 5, of which the second process has one p
 HELDOUT = 5
 LIMIT = 12  # tokens; one pair has a prompt that leaves no room for completions
 PART = 8  # pairs per part of `madpo score`
-KINDS = (
-    *("dpo", "ipo-sum", "rdpo", "simpo", "wpo", "madpo", "soft_madpo", "soft_dpo", "odpo", "rpo-sq", "omni_dpo"),
-    *("beta_dpo", "beta_dpo-official", "alpha_dpo"),
-)
 
 
 def pairs(count, seed, *, positive=False):
@@ -104,11 +98,18 @@ def trainer_of(
     )
 
 
-def cases():
-    """Name -> (loss, micro-batches per step)."""
-    own = Custom(target="madpo.losses:BetaDPO", parameters={"keep": 0.5})
-    found = {name: (loss, 2) for name, loss in {**{n: EVERY_LOSS[n] for n in KINDS}, "custom": own}.items()}
-    return found | {f"{name}, one micro-batch": (EVERY_LOSS[name], 1) for name in ("dpo", "beta_dpo", "alpha_dpo")}
+OWN = Custom(target="madpo.losses:BetaDPO", parameters={"keep": 0.5})
+CLASSES = {name: (EVERY_LOSS[name], 2) for name in first_of_each_class()} | {
+    "custom": (OWN, 2),
+    "beta_dpo, one micro-batch": (EVERY_LOSS["beta_dpo"], 1),
+}
+"""Name -> (loss, micro-batches per step): a case of everything that a trainer does."""
+
+_REST = [name for name in (*UNION, "beta_dpo-official") if name in EVERY_LOSS and name not in CLASSES]
+OTHERS = {name: (EVERY_LOSS[name], 2) for name in _REST} | {
+    f"{name}, one micro-batch": (EVERY_LOSS[name], 1) for name in ("dpo", "alpha_dpo")
+}
+"""The rest of the union, whose losses differ from those by arithmetic only."""
 
 
 def columns(folder: Path, out: Path) -> dict[str, list[float]]:
@@ -129,12 +130,10 @@ def weights(trainer):
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def trajectories(folder: Path, out: Path, processes: int) -> dict:
-    """Every case: the logged rows, the evaluation, the loss's statistics and the final weights."""
+def trajectories(folder: Path, out: Path, processes: int, cases: dict) -> dict:
+    """Of every case the logged rows, the evaluation, the loss's statistics and the final weights."""
     found = {}
-    gc.collect()
-    gc.freeze()  # every trainer collects garbage, and would look through all libraries each time
-    for name, (loss, accumulation) in cases().items():
+    for name, (loss, accumulation) in cases.items():
         micro = BATCH // accumulation // processes
         trainer = trainer_of(folder, out / "trainer", loss, micro=micro, accumulation=accumulation)
         with contextlib.redirect_stdout(io.StringIO()):  # transformers prints every row
@@ -148,7 +147,6 @@ def trajectories(folder: Path, out: Path, processes: int) -> dict:
             "state": {k: float(v) for k, v in trainer.loss_state.state_dict().items()},
             "weights": {k: v.flatten().tolist() for k, v in weights(trainer).items()},
         }
-    gc.unfreeze()
     return found
 
 
@@ -156,7 +154,7 @@ def launched(folder: Path, out: Path) -> None:
     """What each process of a launch does, ending with mistakes that one of them meets."""
     os.chdir(out)
     out = Path()
-    found = {"columns": columns(folder, out), "trajectories": trajectories(folder, out, processes.count())}
+    found = {"columns": columns(folder, out), "trajectories": trajectories(folder, out, processes.count(), CLASSES)}
     (out / f"{processes.rank()}.json").write_text(json.dumps(found))
     assert score(out, "scored") == score(out, "continued") == score(out, "scored") == 0
     if processes.rank() == 1:
@@ -174,6 +172,12 @@ def launched(folder: Path, out: Path) -> None:
     settings = ("--args.bf16", "false", "--dtype", "float32", "--epochs", "1", "--batch_size", "2", "--loss", "dpo")
     place = ["--model_name_or_path", str(folder), "--output_dir", str(out / "policy")]
     raise SystemExit(main(["train", str(out / "broken.jsonl"), *place, *settings]))
+
+
+def others(folder: Path, out: Path) -> None:
+    """The trajectories that ``launched`` leaves out."""
+    out.mkdir(exist_ok=True)
+    (out / f"{processes.rank()}.json").write_text(json.dumps(trajectories(folder, out, processes.count(), OTHERS)))
 
 
 # ---- Launches from one process: for the price of a second each, instead of ten ----
@@ -259,9 +263,13 @@ def sharded(folder: Path, out: Path, loss, **settings) -> None:
         (out / "found.json").write_text(json.dumps(found))
 
 
+def drive_others(folder: Path, out: Path) -> None:
+    """The launch of the tests that are slow."""
+    raise SystemExit(bool(launch(functools.partial(others, folder, out))))
+
+
 def drive(folder: Path, out: Path) -> None:
-    """Every launch of the tests, from one process that has loaded the libraries; prints how each ended."""
-    soak.warm_up()
+    """Every other launch of the tests, from one process that has loaded the libraries; prints how each ended."""
 
     def run(name, work, *arguments, **settings):
         @functools.wraps(work)
