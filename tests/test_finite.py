@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl import RewardConfig, SFTConfig
 
 import soak
-from losses_cases import EVERY_LOSS, for_trainers
+from losses_cases import EVERY_LOSS
 from madpo import DPO, MADPO, PreferenceConfig, PreferenceTrainer
 from madpo.cli import main
 from madpo.errors import DataError
@@ -310,7 +310,7 @@ def test_equal_margins_are_dpo_times_a_weight(llama, tmp_path, value):
     assert row["weight/effective_share"] == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("name", for_trainers())
+@pytest.mark.parametrize("name", EVERY_LOSS)
 def test_completions_of_one_token(llama, tmp_path, name):
     data = pairs(tokens=(1, 2))
     assert {len(ids) for ids in data["chosen_ids"]} == {1}
