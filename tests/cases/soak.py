@@ -68,7 +68,7 @@ def train(kind: str, root: Path, out: Path, changes: dict | None = None) -> None
     """One stage of the study on the tiny model; LoRA dropout makes it depend on the random states."""
     from madpo.losses import DPO, BetaDPO
     from madpo.models import LoRA
-    from madpo.pipeline import plain_metrics
+    from madpo.records import plain_metrics
     from madpo.training import stages
 
     out.mkdir(parents=True, exist_ok=True)
