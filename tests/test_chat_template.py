@@ -91,7 +91,7 @@ def test_the_check_counts_what_a_real_template_does(tokenizer: Any, tmp_path: Pa
     implicit = {side: TURNS["prompt"] + TURNS[side] for side in ("chosen", "rejected")}
     rows = [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in (ONE, SEVERAL)]
     report = check(write(tmp_path / "d.jsonl", [*rows, implicit]), tokenizer=tokenizer)
-    assert {f.kind: f.count for f in report.findings} == {"empty_completion": 1}
+    assert {f.kind: f.count for f in report.findings} == {"empty_completion": 1, "other_turns": 1}
     assert (report.form, report.unit, report.pairs, report.prompts) == ("messages", "tokens", 3, 3)
     assert all(shown.endswith("<|im_end|>'") for shown in report.rendered)
     assert report.roles == {"user > assistant": 1, "system, user > assistant, user, assistant": 1,

@@ -278,9 +278,10 @@ def test_chat_template_ids_end_with_the_turn(tokenizer: Any, tmp_path: Path) -> 
     assert report.unit == "tokens"
     assert report.lengths["chosen"].longest == 4
     assert report.rendered[0].endswith("| 'Hi!<|end|>'")
-    # Two answers in one completion: an end token after each is no fault.
+    # Two answers in one completion: an end token after each is no fault, but the question between them is.
     longer = CHAT | {"chosen": [HI, USER, HI]}
-    assert check(write(path, longer), tokenizer=tokenizer).findings == ()
+    findings = check(write(path, longer), tokenizer=tokenizer).findings
+    assert [(finding.kind, finding.count) for finding in findings] == [("other_turns", 1)]
 
 
 def test_prompt_that_is_no_prefix_is_counted_for_every_pair(tokenizer: Any, tmp_path: Path) -> None:

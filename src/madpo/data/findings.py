@@ -11,6 +11,10 @@ EXAMPLES = 3
 # kind: (what is so, what to do). A finding is no error: training runs, but seldom as meant.
 KINDS: dict[str, tuple[str, str]] = {
     "identical": ("chosen and rejected are the same", "drop these pairs: their gradient is zero"),
+    "identical_tokens": (
+        "chosen and rejected differ, but the model sees the same tokens",
+        "drop these pairs, or use a chat template that keeps the difference",
+    ),
     "duplicate": ("the pair is there before", "keep one of each unless it is meant to count twice"),
     "contradiction": (
         "the same two completions are there in the other order",
@@ -38,9 +42,14 @@ KINDS: dict[str, tuple[str, str]] = {
         "the shared beginning of chosen and rejected ends inside a word",
         "give the prompt in a column of its own",
     ),
+    "one_prompt": ("all pairs have the same prompt", "check that the column with the question is read"),
     "role_order": (
         "the order of the roles is unusual",
         "use [system,] user, assistant, user, ...; end the prompt on user",
+    ),
+    "other_turns": (
+        "a completion holds turns of others than the assistant, which would be trained on",
+        "keep one answer on each side: put the turns before it into the prompt, the same for both sides",
     ),
     "control_characters": ("the text holds control characters", "remove them unless the model should write them"),
     "replacement_character": ("the text holds U+FFFD, left by a wrong decoding", "read the original again as UTF-8"),
@@ -51,6 +60,14 @@ KINDS: dict[str, tuple[str, str]] = {
         "keep scores and margin of one reward model, on one scale",
     ),
     "unranked": ("the completions have no two different scores; the row is left out", "nothing to do, or score them"),
+    "dropped_content": (
+        "the chat template leaves out what a message says, so that the model never sees it",
+        "use a chat template that shows it, or take it out of the data",
+    ),
+    "doubled_start": (
+        "two beginning tokens open the text",
+        "take the beginning token out of the data: tokenizer or chat template writes one",
+    ),
     "boundary": (
         "the tokens of the prompt are not the beginning of the tokens of prompt and completion",
         "use a chat template that renders the prompt the same way in both, or end the prompt where a token ends",

@@ -121,6 +121,15 @@ def contents(text: Text) -> list[str]:
     return [text] if isinstance(text, str) else [message["content"] for message in text]
 
 
+def content_of(message: Mapping[str, Any]) -> str:
+    """The text of a message as a chat template takes it: text, parts of which some are text, or nothing."""
+    content = message.get("content")
+    if isinstance(content, list | tuple):
+        parts = (part.get("text") for part in content if isinstance(part, Mapping))
+        return "".join(part for part in parts if isinstance(part, str))
+    return content if isinstance(content, str) else ""
+
+
 def said(role: str, text: str) -> list[Message]:
     """A conversation of one message."""
     return [{"role": role, "content": text}]

@@ -50,6 +50,17 @@ RANKED = (
 WANTED = (*{alias for names in (*ALIASES.values(), *RANKED) for alias in names}, *KNOWN, *UNREAD_COLUMNS, "margin")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 LONG = 1_000_000  # characters
+# Who speaks in transcripts, and how the templates of known models begin a turn of the user.
+_SPEAKERS = (
+    ("human:", "assistant:"),
+    ("user:", "assistant:"),
+    ("prompter:", "assistant:"),
+    ("instruction:", "response:"),
+)
+_MARKUP = (
+    *("<|im_start|>user", "<|start_header_id|>user", "<|user|>", "<|prompter|>", "<|User|>"),
+    *("<\uff5cUser\uff5c>", "<start_of_turn>user", "[INST]"),
+)
 
 
 @dataclass(slots=True)
@@ -306,6 +317,7 @@ def _flag(pair: Pair) -> None:
                 flags.append(("replacement_character", name))
             if len(text) > LONG:
                 flags.append(("very_long", f"{name} has {len(text)} characters"))
+    flags.extend(("other_turns", side) for side in ("chosen", "rejected") if _has_other_turns(pair, side))
     if isinstance(pair.prompt, list):
         flags.extend(("role_order", problem) for problem in _role_problems(pair))
     numbers = pair.numbers
@@ -315,6 +327,25 @@ def _flag(pair: Pair) -> None:
             flags.append(("score_order", f"{numbers['chosen_score']:g} < {numbers['rejected_score']:g}"))
         if abs(numbers.get("reward_margin", gap) - gap) > 1e-3 * max(1.0, abs(gap)):
             flags.append(("margin_mismatch", f"{numbers['reward_margin']:g} against {gap:g}"))
+
+
+def _has_other_turns(pair: Pair, side: str) -> bool:
+    """Whether somebody else than the assistant speaks in a completion."""
+    text = getattr(pair, side)
+    if ("repeats_prompt", "") in pair.flags:
+        return False
+    if isinstance(text, list):
+        return any(message["role"] != "assistant" for message in text[1:])  # the first one is role_order's
+    if any(mark in text for mark in _MARKUP):
+        return True
+    # An answer may have a line that begins with "User:"; after a transcript it is the next turn.
+    said, before = text.strip().lower(), "\n" + "".join(contents(pair.prompt)).lower()
+    return any(_speaks(said, names) and _speaks(before, names) for names in _SPEAKERS)
+
+
+def _speaks(text: str, names: Sequence[str]) -> bool:
+    """Whether a line after the first begins with one of the names."""
+    return any(name in text and re.search(rf"\n[ \t#*]*{name}", text) for name in names)
 
 
 def shared_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:

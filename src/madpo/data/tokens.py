@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from madpo.data.messages import Message, Text
+from madpo.data.messages import Text, content_of
 from madpo.data.rows import Pair, shared_prefix
-from madpo.errors import ConfigError, DataError, first_line
+from madpo.data.templates import Clock, left_out, render
+from madpo.errors import ConfigError, DataError
 
 Truncation = Literal["drop", "cut", "refuse"]
 TRUNCATIONS: tuple[Truncation, ...] = ("drop", "cut", "refuse")
@@ -54,14 +56,19 @@ def as_tokenizer(tokenizer: Any) -> Any:
 
 
 class Encoder:
-    """Tokenises pairs the way TRL's DPO does, and says where that goes wrong, for every pair."""
+    """Tokenises pairs the way TRL's DPO does, and says where that goes wrong, for every pair.
 
-    def __init__(self, tokenizer: Any) -> None:
+    Args:
+        clock: the date that the chat template prints; None is now.
+    """
+
+    def __init__(self, tokenizer: Any, clock: Clock | None = None) -> None:
         if tokenizer.eos_token_id is None:
             raise ConfigError(
                 "the tokenizer has no end token, so completions would never end; set eos_token (tokenizer_config.json)"
             )
         self.tokenizer = tokenizer
+        self.clock = clock or Clock()
         self.eos: int = tokenizer.eos_token_id
         probe = tokenizer("a")["input_ids"]
         # Some tokenizers close every text with their end token, a prompt too; that one is taken off.
@@ -69,34 +76,40 @@ class Encoder:
         self._turn_end: int | None = None
 
     def encode(self, pairs: Sequence[Pair], name: str, unit: str) -> list[Encoded | DataError]:
-        """Token ids of each pair; a DataError in place of a pair that the chat template refuses."""
+        """Token ids of each pair; a DataError in place of a pair that the chat template refuses.
+
+        Raises:
+            ConfigError: there is no chat template for messages, or one that can render none.
+        """
         texts: list[str] = []
         refused: dict[int, DataError] = {}
         for i, pair in enumerate(pairs):
             try:
-                texts.extend(self._texts(pair))
-            except template_refusals() as error:
-                refused[i] = _refused(f"{name}, {unit} {pair.number}", error)
+                texts.extend(self._texts(pair, f"{name}, {unit} {pair.number}"))
+            except DataError as error:
+                refused[i] = error
         conversational = bool(pairs) and isinstance(pairs[0].prompt, list)
-        ids = iter(self._ids(texts, special=not conversational))
-        return [
-            refused[i] if i in refused else self._pair(pair, next(ids), next(ids), next(ids))
-            for i, pair in enumerate(pairs)
-        ]
+        ids, written = iter(self._ids(texts, special=not conversational)), iter(texts)
+        found: list[Encoded | DataError] = []
+        for i, pair in enumerate(pairs):
+            if i in refused:
+                found.append(refused[i])
+                continue
+            encoded = self._pair(pair, next(ids), next(ids), next(ids))
+            encoded.flags.extend(dict.fromkeys(_left_out(pair, *islice(written, 3))))
+            found.append(encoded)
+        return found
 
     def prompt_ids(self, prompt: Text, place: str) -> list[int]:
         """Token ids of a prompt alone, as a response to it is generated.
 
         Raises:
-            DataError: the chat template refuses it, at ``place``.
+            DataError, ConfigError: the chat template refuses it, at ``place``.
         """
         if isinstance(prompt, str):
             ids = self._ids([prompt], special=True)[0]
             return ids[:-1] if self.closes_texts and ids[-1:] == [self.eos] else ids
-        try:
-            text = self._render(prompt, add_generation_prompt=True)
-        except template_refusals() as error:
-            raise _refused(place, error) from None
+        text = render(self.tokenizer, prompt, self.clock, place, add_generation_prompt=True)
         return self._ids([text], special=False)[0]
 
     def end_id(self) -> int:
@@ -104,8 +117,9 @@ class Encoder:
         if self._turn_end is None:
             probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
             try:
-                ids = self._ids([self._render(probe)], special=False)[0]
-            except template_refusals():
+                text = render(self.tokenizer, probe, self.clock, "a conversation of two messages")
+                ids = self._ids([text], special=False)[0]
+            except DataError:
                 ids = []
             # Not all_special_ids alone, which lacks what only tokenizer.json calls special, as Gemma's <end_of_turn>.
             added = self.tokenizer.added_tokens_decoder
@@ -115,25 +129,22 @@ class Encoder:
             self._turn_end = tail if tail in special else self.eos
         return self._turn_end
 
-    def _texts(self, pair: Pair) -> tuple[str, str, str]:
+    def _texts(self, pair: Pair, place: str) -> tuple[str, str, str]:
         prompt, chosen, rejected = pair.prompt, pair.chosen, pair.rejected
         if isinstance(prompt, list):
             assert isinstance(chosen, list)
             assert isinstance(rejected, list)
-            start = self._render(prompt, add_generation_prompt=True)
-            return start, self._render(prompt + chosen), self._render(prompt + rejected)
+            if not prompt:
+                raise DataError(
+                    f"{place}: chosen and rejected share no message at their beginning, so there is no prompt for the "
+                    "chat template; add a column prompt, or begin both sides with the same messages"
+                )
+            start = render(self.tokenizer, prompt, self.clock, place, add_generation_prompt=True)
+            whole = [render(self.tokenizer, prompt + side, self.clock, place) for side in (chosen, rejected)]
+            return start, whole[0], whole[1]
         assert isinstance(chosen, str)
         assert isinstance(rejected, str)
         return prompt, prompt + chosen, prompt + rejected
-
-    def _render(self, messages: list[Message], **options: bool) -> str:
-        if not self.tokenizer.chat_template:
-            raise ConfigError(
-                f"the data holds messages but the tokenizer{_of(self.tokenizer)} has no chat template; take an "
-                "instruction-tuned model's tokenizer or set its chat_template (chat_template.jinja beside the model)"
-            )
-        text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        return text
 
     def _ids(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
         if not texts:
@@ -146,6 +157,8 @@ class Encoder:
         if self.closes_texts and not conversational and prompt[-1:] == [self.eos]:
             prompt = prompt[:-1]
         flags: list[tuple[str, str]] = []
+        if [self.tokenizer.bos_token_id] * 2 in (chosen[:2], rejected[:2]):
+            flags.append(("doubled_start", ""))
         shared = min(shared_prefix(prompt, chosen), shared_prefix(prompt, rejected))
         if shared < len(prompt):
             flags.append(("boundary", f"the prompt ends in {self.tokenizer.decode(prompt[shared:])[:40]!r}"))
@@ -157,6 +170,8 @@ class Encoder:
             # A completion of several messages has an end token after each of them.
             if problem and not (problem == "inner_end" and conversational and len(getattr(pair, name)) > 1):
                 flags.append((problem, name))
+        if sides[0] == sides[1] and pair.chosen != pair.rejected:
+            flags.append(("identical_tokens", ""))
         return Encoded(prompt[:shared], sides[0], sides[1], flags)
 
     def _ended(self, ids: list[int], ends: set[int], conversational: bool) -> tuple[list[int], str]:
@@ -210,23 +225,14 @@ def check_options(tokenizer: object, max_length: int | None, truncation: str) ->
         )
 
 
-def _of(tokenizer: Any) -> str:
-    name = getattr(tokenizer, "name_or_path", "")
-    return f" of {name}" if name else ""
-
-
-def _refused(place: str, error: Exception) -> DataError:
-    reason = first_line(error, 160)
-    return DataError(
-        f"{place}: the chat template refuses the conversation ({reason}); correct the roles or use another template"
-    )
-
-
-def template_refusals() -> tuple[type[Exception], ...]:
-    """What a chat template raises for a conversation that it does not take."""
-    from jinja2 import TemplateError
-
-    return (TemplateError, TypeError, KeyError)
+def _left_out(pair: Pair, start: str, chosen: str, rejected: str) -> Iterator[tuple[str, str]]:
+    """Findings about messages that the chat template does not show."""
+    if isinstance(pair.prompt, list):
+        for name, side, text in (("chosen", pair.chosen, chosen), ("rejected", pair.rejected, rejected)):
+            assert isinstance(side, list)
+            for message in left_out([*pair.prompt, *side], text):
+                where = name if any(message is one for one in side) else "prompt"
+                yield "dropped_content", f"{message['role']} of {where}: {content_of(message)[:40]!r}"
 
 
 def text_length(text: Text) -> int:

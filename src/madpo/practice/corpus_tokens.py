@@ -11,9 +11,9 @@ import numpy as np
 
 from madpo.corpus import IMDB, PackagedIMDB, load_corpus
 from madpo.data.messages import contents
+from madpo.data.templates import Clock, render
 from madpo.data.texts import read_texts
-from madpo.data.tokens import template_refusals
-from madpo.errors import DataError, first_line
+from madpo.errors import DataError
 from madpo.progress import bar
 
 _TOGETHER = 256
@@ -120,19 +120,14 @@ def _rendered(data: str, tokenizer: Any) -> Iterator[str]:
         reviews = load_corpus(PackagedIMDB())
         yield from reviews.loc[reviews["source"] == IMDB, "text"]
         return
+    clock = Clock()
     for place, text in read_texts(data):
         if isinstance(text, str):
             yield text
         elif not tokenizer.chat_template:
             yield from contents(text)
         else:
-            try:
-                yield tokenizer.apply_chat_template(text, tokenize=False)
-            except template_refusals() as error:
-                reason = first_line(error, 160)
-                raise DataError(
-                    f"{place}: the chat template refuses the conversation ({reason}); correct it"
-                ) from error
+            yield render(tokenizer, text, clock, place)
 
 
 def _batches(texts: Iterator[str]) -> Iterator[list[str]]:

@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from madpo.config import Frozen
 from madpo.data.rows import Pair
+from madpo.data.templates import render
 from madpo.data.tokens import Encoded, Encoder
 from madpo.diagnostics import MarginReport, Reliability, inspect
 from madpo.errors import ConfigError, DataError
@@ -255,8 +256,10 @@ class PairEncoder:
         return chosen, rejected, [len(e.prompt_ids) for e in good]
 
     def _rendered(self, pairs: Sequence[Pair], side: str) -> list[list[int]]:
-        tokenizer = self.tokenizer
-        texts = [tokenizer.apply_chat_template([*pair.prompt, *getattr(pair, side)], tokenize=False) for pair in pairs]
+        tokenizer, clock = self.tokenizer, self.encoder.clock
+        texts = [
+            render(tokenizer, [*pair.prompt, *getattr(pair, side)], clock, f"pair {pair.pair_id}") for pair in pairs
+        ]
         return [list(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 

@@ -1,0 +1,179 @@
+"""Chat templates: rendered within bounds and at a fixed date, with one sentence for whatever goes wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+from madpo.data.messages import Message, content_of, encodable
+from madpo.errors import ConfigError, DataError, MadpoError, first_line
+
+_FORMAT = 1000  # characters of a date's format
+Seen = Callable[[Sequence[Mapping[str, Any]], str], None]
+"""Called with the messages of a conversation and the text that the template made of them."""
+
+
+class Clock:
+    """The date and time that a chat template prints: fixed, so that one conversation has one text.
+
+    Attributes:
+        now: local time.
+        read: whether a template has asked for it.
+    """
+
+    def __init__(self, now: datetime | None = None) -> None:
+        self.now = now or datetime.now().replace(microsecond=0)
+        self.read = False
+
+    def strftime(self, form: str) -> str:
+        """``strftime_now`` of transformers' chat templates."""
+        if len(form) > _FORMAT:
+            raise ValueError(f"a date's format has {len(form)} characters")
+        self.read = True
+        return self.now.strftime(form)
+
+
+_CLOCK: ContextVar[Clock] = ContextVar("clock")
+_SEEN: ContextVar[Seen | None] = ContextVar("seen", default=None)
+
+
+@contextmanager
+def bounded_templates(clock: Clock, seen: Seen | None = None) -> Iterator[None]:
+    """In here, whatever renders a chat template by transformers does so within bounds, and at ``clock``'s time.
+
+    Args:
+        seen: is shown every conversation that is rendered.
+    """
+    from transformers.utils import chat_template_utils as library
+
+    theirs = library._compile_jinja_template
+    tokens = _CLOCK.set(clock), _SEEN.set(seen)
+    library._compile_jinja_template = _compiled
+    try:
+        yield
+    finally:
+        library._compile_jinja_template = theirs
+        _CLOCK.reset(tokens[0])
+        _SEEN.reset(tokens[1])
+
+
+@lru_cache(maxsize=8)
+def _compiled(source: str) -> Any:
+    from transformers.utils import chat_template_utils as library
+
+    from madpo.data.bounded import BoundedEnvironment
+
+    # An empty template is compiled for its environment: compiling this one there would evaluate its constants.
+    plain = library._cached_compile_jinja_template("").environment
+    return BoundedEnvironment.like(
+        plain, seen=_show, strftime_now=lambda form: _CLOCK.get().strftime(form)
+    ).from_string(source)
+
+
+def _show(messages: Sequence[Mapping[str, Any]], text: str) -> None:
+    if (seen := _SEEN.get()) is not None:
+        seen(messages, text)
+
+
+def render(tokenizer: Any, messages: list[Message], clock: Clock, place: str, **options: bool) -> str:
+    """A conversation as its chat template writes it.
+
+    Args:
+        place: of the conversation, for messages.
+        options: of the tokenizer's ``apply_chat_template``.
+
+    Raises:
+        DataError: the template refuses the conversation.
+        ConfigError: there is no template, or it can render none.
+    """
+    _refuse_missing(tokenizer)
+    try:
+        with bounded_templates(clock):
+            text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except MadpoError:
+        raise
+    except Exception as error:  # the template's own program: anything
+        raise refusal(tokenizer, error, place) from error
+    return encodable(text, "what the chat template writes", place)
+
+
+def refusal(tokenizer: Any, error: Exception, place: str) -> MadpoError:
+    """The sentence for what a chat template raised."""
+    from jinja2 import TemplateError, TemplateSyntaxError
+
+    from madpo.data.bounded import TooMuch
+
+    reason = first_line(error, 160)
+    reason = reason if reason.isprintable() else repr(reason)
+    if not isinstance(error, TemplateError):
+        reason = f"{type(error).__name__}: {reason}"
+    # These are no matter of the row.
+    if isinstance(error, TooMuch | TemplateSyntaxError | SyntaxError | MemoryError | RecursionError):
+        return ConfigError(
+            f"{place}: the chat template{_of(tokenizer)} cannot be used ({reason}); correct it (chat_template.jinja "
+            "next to the model), or take another model's tokenizer"
+        )
+    return DataError(
+        f"{place}: the chat template{_of(tokenizer)} refuses the conversation ({reason}); correct the roles or use "
+        "another template"
+    )
+
+
+def _refuse_missing(tokenizer: Any) -> None:
+    template = tokenizer.chat_template
+    if not template:
+        raise ConfigError(
+            f"the data holds messages but the tokenizer{_of(tokenizer)} has no chat template; take an "
+            "instruction-tuned model's tokenizer or set its chat_template (chat_template.jinja beside the model)"
+        )
+    if isinstance(template, dict) and "default" not in template:
+        raise ConfigError(
+            f"the tokenizer{_of(tokenizer)} has the chat templates {', '.join(sorted(map(str, template)))} and no "
+            "default; in the model's folder, copy the one to use from additional_chat_templates/NAME.jinja to "
+            "chat_template.jinja"
+        )
+
+
+def _of(tokenizer: Any) -> str:
+    name = getattr(tokenizer, "name_or_path", "")
+    return f" of {name}" if name else ""
+
+
+def left_out(messages: Sequence[Mapping[str, Any]], text: str) -> list[Mapping[str, Any]]:
+    """The messages with content that does not occur in the text that a template made of them.
+
+    White space does not count. Every content needs a place of its own: an answer that occurs inside a question is no
+    sign that the answer is there.
+    """
+    position = 0
+    for message in messages:
+        content = content_of(message).strip()
+        at = text.find(content, position)
+        if at < 0:
+            return _left_out_of_any_order(messages, text)
+        position = at + len(content)
+    return []
+
+
+def _left_out_of_any_order(messages: Sequence[Mapping[str, Any]], text: str) -> list[Mapping[str, Any]]:
+    text = _without_space(text)
+    contents = [content_of(message) for message in messages]
+    missing = []
+    for i in sorted(range(len(messages)), key=lambda i: -len(contents[i])):
+        # Templates write what a tool said as JSON.
+        forms = [_without_space(form) for form in (contents[i], json.dumps(contents[i], ensure_ascii=False)[1:-1])]
+        there = next((form for form in forms if form in text), None)
+        if there is None:
+            missing.append(i)
+        elif there:
+            text = text.replace(there, "\0", 1)
+    return [messages[i] for i in sorted(missing)]
+
+
+def _without_space(text: str) -> str:
+    return "".join(text.split())
