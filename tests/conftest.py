@@ -36,6 +36,14 @@ def module_cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def module_float32():
+    """No half precision, for modules whose expected numbers come from other batches than the library's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.cpu.get_capabilities", dict)
+        yield
+
+
+@pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     """Headless Chromium."""
     from browser import open_browser

@@ -41,7 +41,7 @@ from practice_cases import FORMATS, ids_of, read, run, text_pairs, write
 BATCH = 8
 
 
-pytestmark = pytest.mark.usefixtures("module_cache")
+pytestmark = pytest.mark.usefixtures("module_cache", "module_float32")
 
 
 @pytest.fixture(scope="module")

@@ -129,8 +129,10 @@ def test_dpo_follows_stock_trl_step_for_step(folder, tmp_path):
     for a, b in zip(found, expected, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5, abs=1e-7)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
-        for name in ("rewards/margins", "rewards/chosen", "logps/rejected", "rewards/accuracies"):
+        for name in ("rewards/margins", "rewards/chosen", "logps/rejected"):
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-4), name
+    # Before the first step every margin is 0 but for rounding, whose sign says nothing.
+    assert [row["rewards/accuracies"] for row in found[1:]] == [row["rewards/accuracies"] for row in expected[1:]]
     for name in ("num_tokens", "entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy"):
         assert found[0][name] == pytest.approx(expected[0][name], rel=2e-2, abs=5e-3), name
     # mean residual: a dropped factor would shift every step the same way
