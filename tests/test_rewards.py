@@ -284,6 +284,7 @@ def test_rewards_of_pairs_are_those_of_their_sides(trained, pooling) -> None:
             assert rewards_of_side.dtype == np.float32
             expected = [model.score_ids([ids], prompt_lengths=[n])[0] for ids, n in zip(side, lengths, strict=True)]
             np.testing.assert_allclose(rewards_of_side, expected, atol=3e-5)
+        np.testing.assert_array_equal(*model.score_pairs(chosen, chosen, lengths, size))
     assert model.inner._madpo_packs
     assert np.ptp(found) > 0.1
     assert [part.shape for part in model.score_pairs([], [], [])] == [(0,), (0,)]

@@ -317,6 +317,8 @@ class RewardModel:
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Rewards of both sides of pairs; as :meth:`score_ids`, but the prompt of a pair is computed once.
 
+        Equal sides get equal rewards, to the last bit.
+
         Args:
             chosen, rejected: token ids of prompt and completion.
             prompt_lengths: tokens of both sides of a pair that are the prompt's.
@@ -337,6 +339,9 @@ class RewardModel:
             states = completion_states(self.inner, ids, mask, completion_tokens(mask, prompts))
             state = pooled(states, mask, self.pooling, prompts)
             found[:, rows] = self.inner.score(state).view(2, len(rows)).cpu().numpy()
+        # Rows of one product may differ in the last bits, and rounding must not decide between equal texts.
+        equal = [list(c) == list(r) for c, r in zip(chosen, rejected, strict=True)]
+        found[1, equal] = found[0, equal]
         return found[0], found[1]
 
     def score_responses(
