@@ -22,7 +22,9 @@ from madpo.errors import ConfigError, DataError, StorageError
 from madpo.losses import BetaDPO
 from madpo.models import build_tiny, load_tokenizer
 from madpo.training import checkpoints as disk
+from madpo.training.digests import rows_digest
 from madpo.training.stages import Optimisation
+from madpo.training.states import check_groups, pack, random_states, restore_random_states, unpack
 from trainer_settings import QUIET
 
 SETTINGS = {
@@ -206,31 +208,24 @@ def test_an_optimizer_survives_exactly(kind, tmp_path):
 
     layers, optimizer = build_optimizer()
     step(layers, optimizer)
-    tensors, values = disk.pack_optimizer(optimizer.state_dict())
+    tensors, values = pack(optimizer.state_dict(), "optimizer")
     disk.save_tensors(tensors, tmp_path / "o.safetensors")
     disk.save_json(values, tmp_path / "o.json")
     again, other = build_optimizer()
     again.load_state_dict(layers.state_dict())
-    loaded = disk.unpack_optimizer(
-        disk.load_file(tmp_path / "o.safetensors"), json.loads((tmp_path / "o.json").read_text()), other.param_groups
-    )
-    other.load_state_dict(loaded)
+    kept = unpack(json.loads((tmp_path / "o.json").read_text()), disk.load_file(tmp_path / "o.safetensors"))
+    check_groups(kept, other.param_groups)
+    other.load_state_dict(kept)
     assert [group.get("betas") for group in other.param_groups] == [g.get("betas") for g in optimizer.param_groups]
     for _ in range(3):
         step(layers, optimizer)
         step(again, other)
     for a, b in zip(layers.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
-    with pytest.raises(DataError, match="parameter groups"):
-        disk.unpack_optimizer(tensors, values, other.param_groups[:1])
     with pytest.raises(DataError, match="belongs to another training"):
-        disk.unpack_optimizer({}, values if kind != "sgd" else {}, other.param_groups)
-
-
-def test_what_json_cannot_hold_is_refused_by_name():
-    with pytest.raises(ConfigError, match=r"optimizer's 0\.state is a dict.*without pickle"):
-        disk.pack_optimizer({"state": {0: {"state": {1: object()}}}, "param_groups": []})
-    assert disk.plain({"a": (1, [2.5, None])}, "x") == {"a": [1, [2.5, None]]}
+        check_groups(kept, other.param_groups[:1])
+    with pytest.raises(disk.DamagedCheckpoint), disk.reading(tmp_path):
+        unpack(values, {})
 
 
 def test_random_states_are_put_back_exactly():
@@ -241,24 +236,24 @@ def test_random_states_are_put_back_exactly():
 
     random.gauss(0, 1)  # an odd number of draws leaves a cached value behind
     np.random.standard_normal()
-    states = json.loads(json.dumps(disk.random_states()))
+    states = json.loads(json.dumps(random_states()))
     first = draws()
     assert draws() != first
-    disk.restore_random_states(states)
+    restore_random_states(states)
     assert draws() == first
 
 
 def test_the_digest_of_rows_is_of_their_values():
     data = pairs(7)
-    digest = disk.rows_digest(data, data.column_names)
-    assert digest == disk.rows_digest(Dataset.from_list(list(data)), data.column_names)
-    assert digest == disk.rows_digest(data.select(range(7)).select(range(7)), reversed(data.column_names))
-    assert digest != disk.rows_digest(data.select([1, 0, *range(2, 7)]), data.column_names)
-    assert disk.rows_digest(data, ("nothing",)) is None
+    digest = rows_digest(data, data.column_names)
+    assert digest == rows_digest(Dataset.from_list(list(data)), data.column_names)
+    assert digest == rows_digest(data.select(range(7)).select(range(7)), reversed(data.column_names))
+    assert digest != rows_digest(data.select([1, 0, *range(2, 7)]), data.column_names)
+    assert rows_digest(data, ("nothing",)) is None
     shifted = Dataset.from_dict({"a": [[1], [2, 3]]}), Dataset.from_dict({"a": [[1, 2], [3]]})
-    assert disk.rows_digest(shifted[0], ["a"]) != disk.rows_digest(shifted[1], ["a"])
+    assert rows_digest(shifted[0], ["a"]) != rows_digest(shifted[1], ["a"])
     texts = Dataset.from_dict({"a": ["x", None], "b": [[{"role": "user", "content": "é"}]] * 2, "c": [1.0, None]})
-    assert disk.rows_digest(texts, "abc") != disk.rows_digest(texts, "ab")
+    assert rows_digest(texts, "abc") != rows_digest(texts, "ab")
 
 
 # ---- The trainer ----

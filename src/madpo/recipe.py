@@ -58,7 +58,8 @@ class Optimisation(Frozen):
     batch_size: int = Field(ge=1)
     """Examples (or pairs) per optimiser step."""
     micro_batch_size: int | None = Field(default=None, ge=1, exclude=True)
-    """Examples per forward pass; None is the whole batch. The result does not depend on it."""
+    """Examples per forward pass; None is the whole batch. Without dropout the result depends on it in
+    last digits only; dropout draws other masks."""
     warmup: float = Field(default=0.03, ge=0, lt=1)
     """Share of the steps over which the learning rate rises."""
     schedule: Schedule = "cosine"

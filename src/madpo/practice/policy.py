@@ -38,7 +38,7 @@ from madpo.recipe import CHECKPOINTS
 from madpo.storage import write_atomically
 from madpo.training import PreferenceConfig, PreferenceTrainer
 from madpo.training.columns import ID_COLUMNS, PAIR_COLUMNS, REFERENCE_COLUMNS
-from madpo.training.resume import BATCH, decisive_arguments
+from madpo.training.identity import BATCH, decisive_arguments
 from madpo.training.stages import run_training
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -49,8 +49,8 @@ _DEFAULTS: dict[str, Any] = {
 
 
 MEMORY_REMEDY = (
-    "halve --batch_size and double --args.gradient_accumulation_steps, which leaves the result as it is, or lower "
-    "--max_length"
+    "halve --batch_size and double --args.gradient_accumulation_steps, which leaves the result as it is unless "
+    "--lora.dropout is on, or lower --max_length"
 )
 
 

@@ -38,7 +38,10 @@ from madpo.training.stages import RewardModelStage, fit_reward_model
 EVALUATIONS = 10
 """Looks at the held-out pairs during the training, where ``eval_every`` does not say otherwise."""
 
-MEMORY_REMEDY = "give a smaller --micro_batch_size, which leaves the result as it is, or a lower --max_length"
+MEMORY_REMEDY = (
+    "give a smaller --micro_batch_size, which leaves the result as it is unless "
+    "--lora.dropout is on, or a lower --max_length"
+)
 
 
 class RewardReport(Frozen):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,22 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from madpo.config import first_difference
-from madpo.errors import ConfigError, DataError, MadpoError
+from madpo.errors import DataError, MadpoError
 from madpo.memory import is_shortage
 from madpo.progress import say
 from madpo.storage import storage_errors, sync_folder, write_atomically
 from madpo.untrusted import PICKLES
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 WEIGHTS = "trainable.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -142,8 +137,17 @@ def writing(root: Path, step: int, identity: Mapping[str, Any]) -> Iterator[Path
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors, wherever they are, as safetensors."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    """Write tensors, wherever they are, as safetensors; those that share memory are written one by one."""
+    held: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        here = tensor.detach().cpu().contiguous()
+        storage = here.untyped_storage()
+        if storage.data_ptr() in storages or storage.nbytes() != here.nbytes:
+            here = here.clone()
+        storages.add(here.untyped_storage().data_ptr())
+        held[name] = here
+    save_file(held, path)
 
 
 def save_json(value: Any, path: Path) -> None:
@@ -282,158 +286,3 @@ def check_identity(checkpoint: Checkpoint, now: Mapping[str, Any]) -> None:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-# ---- States as tensors and plain values ----
-
-
-def plain(value: Any, what: str) -> Any:
-    """The value, if JSON can hold it.
-
-    Raises:
-        ConfigError: it cannot; the sentence names ``what``.
-    """
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, list | tuple):
-        return [plain(item, what) for item in value]
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: plain(item, what) for key, item in value.items()}
-    raise ConfigError(
-        f"{what} is a {type(value).__name__}, which a checkpoint without pickle cannot hold; "
-        "use optim='adamw_torch' with one of transformers' schedules, or save_strategy='no'"
-    )
-
-
-def pack_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's ``state_dict`` as tensors ("3.exp_avg", "group.0.lr") and plain values."""
-    tensors: dict[str, Tensor] = {}
-    values: dict[str, Any] = {}
-    entries = {f"{index}.{key}": value for index, kept in state["state"].items() for key, value in kept.items()}
-    for number, group in enumerate(state["param_groups"]):
-        entries |= {f"group.{number}.{key}": value for key, value in group.items()}
-    for name, value in entries.items():
-        if isinstance(value, Tensor):
-            tensors[name] = value
-        else:
-            values[name] = plain(value, f"the optimizer's {name}")
-    return tensors, values
-
-
-def unpack_optimizer(
-    tensors: Mapping[str, Tensor], values: Mapping[str, Any], live: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """The ``state_dict`` that :func:`pack_optimizer` took apart.
-
-    Args:
-        live: the parameter groups of the optimizer that will take it: what is a tuple there becomes one.
-
-    Raises:
-        DataError: the number of groups or of their parameters differs.
-    """
-    state: dict[int, dict[str, Any]] = {}
-    groups: list[dict[str, Any]] = [{} for _ in live]
-    for name, value in {**values, **tensors}.items():
-        first, key = name.split(".", 1)
-        if first != "group":
-            state.setdefault(int(first), {})[key] = value
-            continue
-        number, key = key.split(".", 1)
-        if int(number) >= len(groups):
-            raise DataError(f"the checkpoint's optimizer has more than the {len(groups)} parameter groups of this one")
-        tuples = isinstance(live[int(number)].get(key), tuple)
-        groups[int(number)][key] = tuple(value) if tuples else value
-    sizes = [len(group.get("params", ())) for group in groups]
-    if not state or sizes != [len(group["params"]) for group in live]:
-        raise DataError(
-            f"the checkpoint's optimizer keeps a state for {len(state)} parameters in groups of {sizes}, and this one "
-            f"has groups of {[len(group['params']) for group in live]}; the checkpoint belongs to another training"
-        )
-    return {"state": state, "param_groups": groups}
-
-
-def random_states() -> dict[str, Any]:
-    """The states of the random generators of python, numpy, torch and this process's CUDA devices."""
-    version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        "python": [version, list(words), gauss],
-        "numpy": [str(kind), np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
-        "torch": _hex(torch.get_rng_state()),
-        "cuda": [_hex(torch.cuda.get_rng_state(device)) for device in _cuda_devices()],
-    }
-
-
-def restore_random_states(states: Mapping[str, Any]) -> None:
-    """Put the generators where :func:`random_states` found them."""
-    version, words, gauss = states["python"]
-    random.setstate((version, tuple(words), gauss))
-    kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(_from_hex(states["torch"]))
-    for device, state in zip(_cuda_devices(), states["cuda"], strict=False):
-        torch.cuda.set_rng_state(_from_hex(state), device)
-
-
-def _cuda_devices() -> list[int]:
-    if not torch.cuda.is_available():
-        return []
-    # One process per device: its own. One process for all (DataParallel): every one.
-    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-    return list(range(torch.cuda.device_count())) if alone else [torch.cuda.current_device()]
-
-
-def _hex(state: Tensor) -> str:
-    return bytes(state.numpy()).hex()
-
-
-def _from_hex(text: str) -> Tensor:
-    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
-
-
-# ---- Digests ----
-
-
-def rows_digest(dataset: Any, columns: Iterable[str]) -> str | None:
-    """SHA-256 over the values of columns of a data set, in its order; None if it has none of them.
-
-    Of a streamed data set only the names enter.
-    """
-    names = sorted(set(columns) & set(dataset.column_names or ()))
-    if not names:
-        return None
-    digest = hashlib.sha256(json.dumps(names).encode())
-    if not hasattr(dataset, "select_columns") or not hasattr(dataset, "__len__"):
-        return digest.hexdigest()
-    for table in dataset.select_columns(names).with_format("arrow").iter(batch_size=1000):
-        for name in names:
-            column = table[name].combine_chunks()  # how a table is cut into chunks is no property of the data
-            _hash_array(digest, column)
-    return digest.hexdigest()
-
-
-def _hash_array(digest: Any, array: pa.Array) -> None:
-    kind = array.type
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        digest.update(np.asarray(pc.list_value_length(array).fill_null(-1)).astype(np.int64).tobytes())
-        _hash_array(digest, array.flatten())
-    elif array.null_count == 0 and (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-        wide = np.int64 if pa.types.is_integer(kind) else np.float64
-        digest.update(np.asarray(array).astype(wide).tobytes())
-    else:
-        digest.update(json.dumps(array.to_pylist(), default=str).encode())
-
-
-def frozen_digest(model: nn.Module) -> str:
-    """SHA-256 over names, shapes, types and 64 values each of the weights that are not trained.
-
-    A sample tells another model from this one, and costs nothing beside a step.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name}:{parameter.dtype}:{tuple(parameter.shape)}:{parameter.requires_grad}".encode())
-        if not parameter.requires_grad and parameter.numel():
-            flat = parameter.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // 64)][:64].cpu().contiguous()
-            digest.update(sample.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

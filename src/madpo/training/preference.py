@@ -14,34 +14,33 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoProcessor
 from trl import DPOConfig, DPOTrainer
 from trl.data_utils import get_dataset_column_names
-from trl.trainer.dpo_trainer import DataCollatorForPreference
-from trl.trainer.utils import disable_dropout_in_model, use_adapter
+from trl.trainer.utils import disable_dropout_in_model
 
 from madpo.errors import ConfigError, DataError
 from madpo.loading import loading
 from madpo.logprobs import CompletionScores, completion_logps, install_completion_head, unwrapped
 from madpo.losses import DPO, LossConfig, LossInputs, LossOutput, LossState
 from madpo.progress import say_once
-from madpo.training.columns import ID_COLUMNS, PAIR_COLUMNS, REFERENCE_COLUMNS, PreferenceCollator, check_columns
+from madpo.training.columns import ID_COLUMNS, PAIR_COLUMNS, REFERENCE_COLUMNS, check_columns
 from madpo.training.config import PreferenceConfig, refuse_replaced_options
 from madpo.training.finite import drop_unscored
-from madpo.training.reference import cached_reference_logps
+from madpo.training.metrics import WindowMetrics
+from madpo.training.reference_columns import ReferenceColumns
 from madpo.training.repeats import REPEATED, each_marked, marked, observed, refuse_uneven
-from madpo.training.resume import ExactResume
 from madpo.untrusted import check_model
 from madpo.weights import NamedArchitecture
 
 _NO_METRICS = "compute_metrics takes logits, which this trainer never builds; use the logged metrics"
 
 
-class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
+class PreferenceTrainer(WindowMetrics, ReferenceColumns, DPOTrainer):  # type: ignore[misc]
     """TRL's ``DPOTrainer`` with ``loss=...``.
 
     Args:
@@ -60,8 +59,6 @@ class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
         DataError: a column that the loss needs is missing.
     """
 
-    data_collator: Any
-    _reference_dropped = False
     # The loss is divided by the pairs of the effective batch, so the trainer must not divide once more.
     loss_is_scaled_for_ga = True
 
@@ -83,6 +80,7 @@ class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
                 kwargs["processing_class"] = _processor(model, args)
         self.loss_state = self.loss.init_state(args.seed)
         self._observed: _ObservedStep | None = None
+        self._reference_sources = {}
         refuse_replaced_options(args)
         if kwargs.get("compute_metrics") is not None:
             raise ConfigError(_NO_METRICS)
@@ -120,66 +118,6 @@ class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = [*ID_COLUMNS, *REFERENCE_COLUMNS, *PAIR_COLUMNS, "pair_id"]
-
-    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        """Reference columns: as given, from the cache, or computed now."""
-        collator = self.data_collator
-        if type(collator) is DataCollatorForPreference:  # TRL's default: it would drop our columns
-            self.data_collator = collator = PreferenceCollator(
-                pad_token_id=collator.pad_token_id,
-                max_length=collator.max_length,
-                truncation_mode=collator.truncation_mode,
-                pad_to_multiple_of=collator.pad_to_multiple_of,
-                columns=self._needs,
-            )
-        if not self.loss.needs_reference or set(REFERENCE_COLUMNS) <= set(get_dataset_column_names(dataset)):
-            return dataset
-        if isinstance(dataset, IterableDataset):
-            raise DataError(
-                f"{name} is streamed and lacks {' and '.join(REFERENCE_COLUMNS)}, which are computed once over a whole "
-                "data set; add these columns, or load it without streaming"
-            )
-        with self._reference(name) as (model, adapter):
-            columns = cached_reference_logps(
-                model, adapter, dataset, collator, self.accelerator, batch_size, description=name
-            )
-        self._set_reference_aside()
-        for column in REFERENCE_COLUMNS:
-            dataset = dataset.add_column(column, columns[column])
-        return dataset
-
-    @contextmanager
-    def _reference(self, name: str) -> Iterator[tuple[nn.Module, str | None]]:
-        """The reference and its adapter: the model as passed, less the adapter that is about to be trained."""
-        inner = self.accelerator.unwrap_model(self.model)
-        if self.ref_model is not None:
-            yield self.ref_model, None
-        elif self._reference_dropped:
-            raise DataError(
-                f"{name} lacks {' and '.join(REFERENCE_COLUMNS)}, and ref_model is not kept where DeepSpeed or FSDP "
-                "splits it; add these columns, or give the data as eval_dataset when the trainer is made"
-            )
-        elif getattr(inner, "peft_config", None) is None:
-            if self.state.global_step > 0:
-                raise DataError(
-                    f"{name} lacks {' and '.join(REFERENCE_COLUMNS)}, and their reference, the model before its "
-                    "training, is gone; add these columns, or make the trainer with ref_model or with the data as "
-                    "eval_dataset"
-                )
-            yield self.model, None
-        else:  # TRL keeps a frozen copy, "ref", of an adapter that the model came with
-            adapter = "ref" if "ref" in inner.peft_config else None
-            with use_adapter(inner, adapter_name=adapter):
-                yield self.model, adapter
-
-    def _set_reference_aside(self) -> None:
-        """Free the accelerator of a reference that only later data sets would ask."""
-        reference = self.ref_model
-        if reference is None or self.sharded:
-            return
-        if getattr(reference, "is_quantized", False) or getattr(reference, "hf_device_map", None):
-            return  # bound to where it was loaded
-        reference.to("cpu")
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -265,32 +203,6 @@ class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
         assert isinstance(loss, Tensor)
         return loss.detach(), None, None
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the window's means, gathered over processes in one go, to what is logged."""
-        mode = "train" if self.model.training else "eval"
-        names = sorted(self._metrics[mode])
-        if names:
-            local = torch.stack([torch.stack(self._metrics[mode][name]).sum(0) for name in names])
-            summed = self.accelerator.reduce(local, reduction="sum")
-            means = {name: float(value) for name, value in zip(names, (summed[:, 0] / summed[:, 1]), strict=True)}
-            if "weight/square" in means:
-                square = means.pop("weight/square")
-                means["weight/effective_share"] = means["weight/mean"] ** 2 / square if square > 0 else 0.0
-            if "loss" in means:  # transformers' mean counts rows: pairs that do not count, and repeated ones, too
-                logs[next((name for name in logs if name.endswith("_loss")), "eval_loss")] = means.pop("loss")
-            logs.update({f"eval_{name}" if mode == "eval" else name: value for name, value in means.items()})
-        if mode == "train":
-            logs["num_tokens"] = float(self._total_train_tokens)
-        self._metrics[mode].clear()
-        super(DPOTrainer, self).log(logs, start_time)
-
-    def _wants_token_metrics(self, mode: str) -> bool:
-        when = getattr(self.args, "token_metrics", "always")
-        if when == "logged" and mode == "train":
-            every = self.state.logging_steps or 1
-            return bool((self.state.global_step + 1) % every == 0)
-        return bool(when != "never")
-
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor | None]:
@@ -333,11 +245,12 @@ class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
         return ready.rows(start + rank * count, start + (rank + 1) * count), total
 
     def _extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return (self.loss_state.state_dict() if self.loss.stateful else {}), {}
+        state = {f"loss.{name}": value for name, value in self.loss_state.state_dict().items()}
+        return {**state, **self._reference_tensors()}, {}
 
     def _load_extra_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        if self.loss.stateful:
-            self.loss_state = LossState.from_state_dict(tensors)
+        state = {name.removeprefix("loss."): value for name, value in tensors.items() if name.startswith("loss.")}
+        self.loss_state = LossState.from_state_dict(state)
 
     def _column_groups(self) -> dict[str, tuple[str, ...]]:
         return {"reference": REFERENCE_COLUMNS, "margins": PAIR_COLUMNS}
@@ -361,45 +274,6 @@ class PreferenceTrainer(ExactResume, DPOTrainer):  # type: ignore[misc]
             rejected_log_sum_sq=squares[1],
             **{name: inputs[name].to(chosen.dtype) for name in PAIR_COLUMNS if name in inputs},
         )
-
-    @torch.no_grad()
-    def _note(
-        self, mode: str, inputs: dict[str, Tensor], scores: CompletionScores, pairs: LossInputs, output: LossOutput
-    ) -> None:
-        """Keep sums and counts on the device; ``log`` reduces them, so that a step waits for nothing."""
-        real = ~inputs[REPEATED] if REPEATED in inputs else torch.ones_like(pairs.chosen_lengths, dtype=torch.bool)
-        beta = getattr(self.loss, "beta", 1.0)
-        # Not the difference of the two rewards where the loss reads a policy per token, or without the reference.
-        margin = self.loss.implicit_margin(pairs)
-        values = {
-            "rewards/chosen": beta * pairs.chosen_log_ratio,
-            "rewards/rejected": beta * pairs.rejected_log_ratio,
-            "rewards/accuracies": (margin > 0).float(),
-            "rewards/margins": margin,
-            "logps/chosen": pairs.policy_chosen_logps,
-            "logps/rejected": pairs.policy_rejected_logps,
-            **output.metrics,
-        }
-        for name, value in values.items():
-            flat = value.detach().float().reshape(-1)
-            count = real.sum() if value.ndim else flat.new_ones(())
-            flat = torch.where(real, flat, torch.zeros_like(flat)) if value.ndim else flat
-            self._metrics[mode][name].append(torch.stack([flat.sum(), count.to(flat.dtype)]))
-        both = torch.cat([real, real])
-        if mode == "train":
-            tokens = (inputs["attention_mask"] * both[:, None]).sum()
-            self._total_train_tokens += int(self.accelerator.reduce(tokens, reduction="sum"))
-        if scores.entropy is None or scores.mean_logit is None or scores.top1 is None:
-            return
-        lengths = (scores.lengths * both).to(scores.entropy.dtype)
-        half = len(lengths) // 2
-        for name, value, rows in (
-            ("entropy", scores.entropy, slice(None)),
-            ("logits/chosen", scores.mean_logit, slice(None, half)),
-            ("logits/rejected", scores.mean_logit, slice(half, None)),
-            ("mean_token_accuracy", scores.top1, slice(None, half)),
-        ):
-            self._metrics[mode][name].append(torch.stack([(value * lengths)[rows].sum(), lengths[rows].sum()]).float())
 
     def _loss_not_finite(self, inputs: dict[str, Tensor], pairs: LossInputs, output: LossOutput) -> DataError:
         bad = ~torch.isfinite(output.per_pair.detach())

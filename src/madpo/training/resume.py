@@ -9,16 +9,15 @@ transformers keeps as pickle (optimizer, schedule, random states, arguments).
 from __future__ import annotations
 
 import contextlib
-import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
-from transformers import TrainerCallback, TrainingArguments
+from torch import Tensor, nn
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerState
 
 from madpo.errors import ConfigError, DataError, StorageError
@@ -26,33 +25,14 @@ from madpo.locks import locked
 from madpo.memory import memory_errors
 from madpo.processes import everyone
 from madpo.progress import say
-from madpo.records import libraries
 from madpo.storage import storage_errors
 from madpo.training import checkpoints as disk
+from madpo.training.adapters import sort_sets
+from madpo.training.digests import rows_digest
 from madpo.training.finite import FiniteTraining
+from madpo.training.identity import training_identity
+from madpo.training.states import check_groups, pack, random_states, restore_random_states, unpack
 from madpo.untrusted import refuse_pickles
-
-# Arguments that change where, how often or how fast, and no result (but for last digits, see `_conditions`).
-_FREE = {
-    *("output_dir", "run_name", "project", "report_to", "disable_tqdm", "include_num_input_tokens_seen", "debug"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size", "use_cpu"),
-    *("eval_accumulation_steps", "prediction_loss_only", "load_best_model_at_end", "enable_jit_checkpoint"),
-    *("push_to_hub", "resume_from_checkpoint", "restore_callback_states_from_checkpoint", "local_rank"),
-    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataset_num_proc"),
-    *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "skip_memory_metrics"),
-    *("torch_empty_cache_steps", "do_train", "do_eval", "do_predict", "precompute_ref_batch_size"),
-    *("precompute_ref_log_probs", "token_metrics", "allow_pickle", "pad_token"),
-    *("gradient_checkpointing", "gradient_checkpointing_kwargs"),
-    *("activation_checkpointing", "activation_checkpointing_kwargs", "activation_offloading"),
-}
-_FREE_PREFIXES = ("logging_", "log_", "save_", "hub_", "trackio_", "ddp_")
-BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
-"""Free one by one; their product is not."""
-
-
-def decisive_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Training arguments less those that bear on no result; of ``BATCH``, the product is for the caller to add."""
-    return {k: v for k, v in arguments.items() if k not in _FREE and not k.startswith(_FREE_PREFIXES)}
 
 
 class ExactResume(FiniteTraining):
@@ -67,7 +47,7 @@ class ExactResume(FiniteTraining):
     stage_settings: dict[str, Any] | None = None
     memory_remedy: str = (
         "lower per_device_train_batch_size and raise gradient_accumulation_steps by the same factor, which leaves the "
-        "result as it is, or lower max_length"
+        "result as it is unless dropout is on, or lower max_length"
     )
 
     _point: disk.Checkpoint | None = None  # where this call of `train` continues
@@ -81,6 +61,8 @@ class ExactResume(FiniteTraining):
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, TrainingArguments)]
         with storage_errors(Path(given[0].output_dir if given else ".")), memory_errors(self.memory_remedy):
             super().__init__(*args, **kwargs)
+        for adapter in (getattr(self.model, "peft_config", None) or {}).values():
+            sort_sets(adapter)
 
     # ---- What a trainer adds ----
 
@@ -91,9 +73,17 @@ class ExactResume(FiniteTraining):
     def _load_extra_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Take what ``_extra_state`` gave."""
 
+    def _prepare_resume(self, tensors: dict[str, Tensor]) -> None:
+        """Take what is needed of it before the data loader exists."""
+
     def _column_groups(self) -> dict[str, tuple[str, ...]]:
         """Columns that are told apart in the identity: field -> names. All others are the field ``data``."""
         return {}
+
+    def _stops_early(self) -> bool:
+        """Whether the training has ended for good. A time limit or a preemption is no end: a resume goes on."""
+        stopping = (c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback))
+        return any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in stopping)
 
     # ---- Finding and refusing ----
 
@@ -129,8 +119,10 @@ class ExactResume(FiniteTraining):
         self._refuse_pickle(saves or bool(resume_from_checkpoint))
         self._point, self._random_due, self._seconds_before = None, False, 0.0
         where = self._where(resume_from_checkpoint)
+        if self._point is not None:
+            self._prepare_resume(self._point.tensors(disk.EXTRA))
         if not self.sharded and (saves or self._point is not None):
-            self._identity_now = self._identity()
+            self._identity_now = training_identity(self)
         totals = _Totals(self)
         self.add_callback(totals)
         try:
@@ -199,28 +191,9 @@ class ExactResume(FiniteTraining):
                 raise ValueError(f"global_step is {state.global_step} in the checkpoint of step {point.step}")
         return str(point.folder)
 
-    def _identity(self) -> dict[str, Any]:
-        """What the result of this training depends on."""
-        groups = self._column_groups()
-        apart = {name for names in groups.values() for name in names}
-        columns = set(self.train_dataset.column_names or ())
-        arguments = decisive_arguments(self.args.to_dict())
-        adapters = getattr(self.model, "peft_config", None) or {}
-        return {
-            "data": disk.rows_digest(self.train_dataset, columns - apart),
-            **{field: disk.rows_digest(self.train_dataset, names) for field, names in groups.items()},
-            "evaluation data": _every_rows_digest(self.eval_dataset),
-            "configuration": json.loads(json.dumps(arguments, default=str)),
-            "stage": self.stage_settings,
-            "loss": self.loss.model_dump(mode="json") if hasattr(self, "loss") else None,
-            "model": disk.frozen_digest(self.model),
-            "adapter": {name: _adapter_settings(adapter) for name, adapter in adapters.items()},
-            "batch": self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps,
-            "processes": self.accelerator.num_processes,
-            "device": self.accelerator.device.type,
-            "precision": str(self.accelerator.mixed_precision),
-            "libraries": libraries(),
-        }
+    def _rows_digest(self, dataset: Any, columns: Iterable[str]) -> str | None:
+        """SHA-256 of columns, for the identity."""
+        return rows_digest(dataset, columns)
 
     def _conditions(self) -> dict[str, Any]:
         """What changes last digits alone: told, not refused."""
@@ -274,7 +247,7 @@ class ExactResume(FiniteTraining):
             self._push_from_checkpoint(str(root / f"checkpoint-{step}"))
 
     def _write(self, root: Path, step: int, ranks: list[Any]) -> None:
-        identity = self._identity_now if self._identity_now is not None else self._identity()
+        identity = self._identity_now or training_identity(self)
         self.require_finite_weights()
         if self.hp_search_backend is not None:
             root.mkdir(parents=True, exist_ok=True)  # a trial has a folder of its own
@@ -283,10 +256,10 @@ class ExactResume(FiniteTraining):
                 self.save_model(str(folder), _internal_call=True)
             if not self.args.save_only_model:
                 disk.save_tensors(self._trainable(), folder / disk.WEIGHTS)
-                tensors, values = disk.pack_optimizer(self.optimizer.state_dict())
+                tensors, values = self._packed_state()
                 disk.save_tensors(tensors, folder / disk.OPTIMIZER)
                 extra = self._save_extra(folder)
-                disk.save_json(self._shared_state(values, extra, ranks), folder / disk.TRAINING)
+                disk.save_json({**values, **self._totals(extra, ranks)}, folder / disk.TRAINING)
             self.state.save_to_json(str(folder / disk.TRAINER_STATE))
         if self.export_checkpoints and self.is_world_process_zero():
             self.create_model_card(model_name=Path(self.args.hub_model_id or self.args.output_dir).name)
@@ -306,19 +279,34 @@ class ExactResume(FiniteTraining):
         lasting = self.model.state_dict().keys()
         return kept | {name: b for name, b in self.model.named_buffers() if name in lasting}
 
-    def _shared_state(self, optimizer: dict[str, Any], extra: dict[str, Any], ranks: list[Any]) -> dict[str, Any]:
+    def _packed_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Optimizer, schedule and gradient scaler as tensors and plain values.
+
+        Raises:
+            ConfigError: one of them holds something that only a pickle could.
+        """
         scaler = getattr(self.accelerator, "scaler", None)
+        states = {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.lr_scheduler.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        tensors: dict[str, Tensor] = {}
+        values: dict[str, Any] = {}
+        for name, state in states.items():
+            found, values[name] = pack(state, name)
+            tensors |= found
+        return tensors, values
+
+    def _totals(self, extra: dict[str, Any], ranks: list[Any]) -> dict[str, Any]:
         return {
-            "optimizer": optimizer,
-            "scheduler": disk.plain(self.lr_scheduler.state_dict(), "the schedule's state"),
-            "scaler": None if scaler is None else disk.plain(scaler.state_dict(), "the gradient scaler's state"),
-            "extra": disk.plain(extra, "the extra state"),
+            "extra": extra,
             "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
             "first_step": self._initial_global_step,
             "train_tokens": getattr(self, "_total_train_tokens", 0),
             "seconds": self._seconds_before + time.time() - self._clock,
-            "stopped": bool(self.control.should_training_stop),
+            "stopped": self._stops_early(),
             "conditions": self._conditions(),
             "processes": ranks,
         }
@@ -327,7 +315,7 @@ class ExactResume(FiniteTraining):
         """What differs from process to process."""
         window = getattr(self, "_metrics", {}).get("train", {})
         return {
-            "random": disk.random_states(),
+            "random": random_states(),
             "loss": float(self._tr_loss),
             "metrics": {name: [_metric(value) for value in values] for name, values in window.items()},
         }
@@ -341,6 +329,17 @@ class ExactResume(FiniteTraining):
         single = {name: found[0] if len(found) == 1 else found for name, found in states.items()}
         self.state.stateful_callbacks = {**self.state.stateful_callbacks, **single}
 
+    def _restore_callbacks(self) -> None:
+        """The same, put back: early stopping counts on from where it was."""
+        kept: dict[str, Any] = {}
+        for name, states in self.state.stateful_callbacks.items():
+            kept[name] = list(states) if isinstance(states, list) else [states]
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExportableState) and kept.get(type(callback).__name__):
+                attributes = kept[type(callback).__name__].pop(0)["attributes"]
+                for name in callback.state()["attributes"]:
+                    setattr(callback, name, attributes[name])
+
     def _from_every_process(self, value: Any) -> list[Any]:
         """A plain value of each process."""
         return [value] if self.accelerator.num_processes == 1 else everyone(value)
@@ -351,7 +350,7 @@ class ExactResume(FiniteTraining):
         if self._point is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        disk.check_identity(self._point, self._identity_now or self._identity())
+        disk.check_identity(self._point, self._identity_now or training_identity(self))
         saved, live = self._point.tensors(disk.WEIGHTS), self._trainable()
         for name in sorted(saved.keys() ^ live.keys()):
             where = "the checkpoint" if name in saved else "this model"
@@ -374,9 +373,10 @@ class ExactResume(FiniteTraining):
         with disk.reading(self._point.folder):
             kept = self._point.json(disk.TRAINING)
             tensors = self._point.tensors(disk.OPTIMIZER)
-            groups = self.optimizer.param_groups
-            self.optimizer.load_state_dict(disk.unpack_optimizer(tensors, kept["optimizer"], groups))
-            self.lr_scheduler.load_state_dict(kept["scheduler"])
+            optimizer = unpack(kept["optimizer"], tensors)
+            check_groups(optimizer, self.optimizer.param_groups)
+            self.optimizer.load_state_dict(optimizer)
+            self.lr_scheduler.load_state_dict(unpack(kept["scheduler"], tensors))
             self._load_extra_state(self._point.tensors(disk.EXTRA), kept["extra"])
         self._random_due = True
 
@@ -396,7 +396,7 @@ class ExactResume(FiniteTraining):
         with disk.reading(self._point.folder):
             scaler, kept = getattr(self.accelerator, "scaler", None), self._point.json(disk.TRAINING)["scaler"]
             if scaler is not None and kept is not None:
-                scaler.load_state_dict(kept)
+                scaler.load_state_dict(unpack(kept, self._point.tensors(disk.OPTIMIZER)))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if self._point is None:
@@ -405,7 +405,7 @@ class ExactResume(FiniteTraining):
             self._random_due = False
             with disk.reading(self._point.folder):
                 ranks = self._point.json(disk.TRAINING)["processes"]
-                disk.restore_random_states(ranks[self.accelerator.process_index]["random"])
+                restore_random_states(ranks[self.accelerator.process_index]["random"])
 
     def _load_best_model(self) -> None:
         # Its place stands in the trainer's state, which may come from somebody's checkpoint.
@@ -435,6 +435,7 @@ class ExactResume(FiniteTraining):
             return
         with disk.reading(self._point.folder):
             self._take_totals(self._point.json(disk.TRAINING))
+            self._restore_callbacks()
 
     def _take_totals(self, kept: dict[str, Any]) -> None:
         self._stopped = kept["stopped"]
@@ -451,7 +452,13 @@ class ExactResume(FiniteTraining):
         for name, now in self._conditions().items():
             before = kept["conditions"].get(name)
             if before != now:
-                say(f"{name} was {before} and is {now}: last digits can differ from those of an undisturbed run")
+                what = "the result differs" if self._draws(name) else "last digits can differ"
+                say(f"{name} was {before} and is {now}: {what} from that of an undisturbed run")
+
+    def _draws(self, condition: str) -> bool:
+        """Whether dropout is on, which draws other masks for micro-batches of another size."""
+        dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules())
+        return condition == "per_device_train_batch_size" and dropout
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self._stopped:
@@ -465,13 +472,18 @@ class ExactResume(FiniteTraining):
 
 
 class _Totals(TrainerCallback):  # type: ignore[misc]
-    """Tells the trainer when the first step is about to be taken."""
+    """Tells the trainer when the first step is about to be taken, and when it has been taken."""
 
     def __init__(self, trainer: ExactResume) -> None:
-        self.trainer = trainer
+        self.trainer, self.packed = trainer, False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._begin()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.packed and self.trainer._saves and not self.trainer.sharded and not args.save_only_model:
+            self.trainer._packed_state()  # what no checkpoint can hold is refused now, not at the first one
+        self.packed = True
 
 
 def _metric(value: Any) -> Any:
@@ -483,18 +495,3 @@ def _from_metric(value: Any, device: torch.device) -> Any:
     if not isinstance(value, dict):
         return value
     return torch.tensor(value["values"], dtype=torch.float32, device="cpu" if value["host"] else device)
-
-
-def _every_rows_digest(dataset: Any) -> Any:
-    if dataset is None:
-        return None
-    if isinstance(dataset, dict):
-        return {name: _every_rows_digest(part) for name, part in dataset.items()}
-    return disk.rows_digest(dataset, dataset.column_names or ())
-
-
-def _adapter_settings(adapter: Any) -> dict[str, Any]:
-    """An adapter's configuration without paths; sets in a fixed order."""
-    kept = {k: v for k, v in adapter.to_dict().items() if k not in ("base_model_name_or_path", "inference_mode")}
-    text = json.dumps(kept, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
-    return dict(json.loads(text))

@@ -112,6 +112,9 @@ class RewardModelTrainer(ExactResume, RewardTrainer):  # type: ignore[misc]
     def _extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return self.best.weights, self.best.counters()
 
+    def _stops_early(self) -> bool:
+        return self.best.stopped or super()._stops_early()
+
     def _load_extra_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         self.best.weights = {name: tensor.to(self.args.device) for name, tensor in tensors.items()}
         self.best.take_counters(values)
@@ -132,7 +135,13 @@ class _BestWeights(TrainerCallback):  # type: ignore[misc]
             self.weights = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
         else:
             self.since += 1
-            control.should_training_stop = self.since >= self.patience
+            if self.stopped:
+                control.should_training_stop = True
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the loss has not fallen for ``patience`` evaluations."""
+        return self.since >= self.patience
 
     def counters(self) -> dict[str, Any]:
         """Everything but the weights."""

@@ -47,8 +47,8 @@ from madpo.training.reward import RewardModelTrainer
 
 MARGINS, SCORES = "margins.parquet", "scores.parquet"
 MEMORY_REMEDY = (
-    "set optimisation.micro_batch_size to a smaller divisor of its batch_size, which leaves the result as it is, and "
-    "run again"
+    "set optimisation.micro_batch_size to a smaller divisor of its batch_size, which leaves the result as it is unless "
+    "lora.dropout is on, and run again"
 )
 
 

@@ -1,0 +1,87 @@
+"""What a preference training logs: means over the pairs (or tokens) of a logging window, on all processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl import DPOTrainer
+
+from madpo.logprobs import CompletionScores
+from madpo.losses import LossInputs, LossOutput
+from madpo.training.repeats import REPEATED
+from madpo.training.resume import ExactResume
+
+
+class WindowMetrics(ExactResume):
+    """Mixin: sums and counts are kept on the device, and reduced when they are logged."""
+
+    loss: Any
+    _metrics: Any
+    _total_train_tokens: int
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the window's means, gathered over processes in one go, to what is logged."""
+        mode = "train" if self.model.training else "eval"
+        names = sorted(self._metrics[mode])
+        if names:
+            local = torch.stack([torch.stack(self._metrics[mode][name]).sum(0) for name in names])
+            summed = self.accelerator.reduce(local, reduction="sum")
+            means = {name: float(value) for name, value in zip(names, (summed[:, 0] / summed[:, 1]), strict=True)}
+            if "weight/square" in means:
+                square = means.pop("weight/square")
+                means["weight/effective_share"] = means["weight/mean"] ** 2 / square if square > 0 else 0.0
+            if "loss" in means:  # transformers' mean counts rows: pairs that do not count, and repeated ones, too
+                logs[next((name for name in logs if name.endswith("_loss")), "eval_loss")] = means.pop("loss")
+            logs.update({f"eval_{name}" if mode == "eval" else name: value for name, value in means.items()})
+        if mode == "train":
+            logs["num_tokens"] = float(self._total_train_tokens)
+        self._metrics[mode].clear()
+        super(DPOTrainer, self).log(logs, start_time)
+
+    def _wants_token_metrics(self, mode: str) -> bool:
+        when = getattr(self.args, "token_metrics", "always")
+        if when == "logged" and mode == "train":
+            every = self.state.logging_steps or 1
+            return bool((self.state.global_step + 1) % every == 0)
+        return bool(when != "never")
+
+    @torch.no_grad()
+    def _note(
+        self, mode: str, inputs: dict[str, Tensor], scores: CompletionScores, pairs: LossInputs, output: LossOutput
+    ) -> None:
+        """Keep sums and counts on the device; ``log`` reduces them, so that a step waits for nothing."""
+        real = ~inputs[REPEATED] if REPEATED in inputs else torch.ones_like(pairs.chosen_lengths, dtype=torch.bool)
+        beta = getattr(self.loss, "beta", 1.0)
+        # Not the difference of the two rewards where the loss reads a policy per token, or without the reference.
+        margin = self.loss.implicit_margin(pairs)
+        values = {
+            "rewards/chosen": beta * pairs.chosen_log_ratio,
+            "rewards/rejected": beta * pairs.rejected_log_ratio,
+            "rewards/accuracies": (margin > 0).float(),
+            "rewards/margins": margin,
+            "logps/chosen": pairs.policy_chosen_logps,
+            "logps/rejected": pairs.policy_rejected_logps,
+            **output.metrics,
+        }
+        for name, value in values.items():
+            flat = value.detach().float().reshape(-1)
+            count = real.sum() if value.ndim else flat.new_ones(())
+            flat = torch.where(real, flat, torch.zeros_like(flat)) if value.ndim else flat
+            self._metrics[mode][name].append(torch.stack([flat.sum(), count.to(flat.dtype)]))
+        both = torch.cat([real, real])
+        if mode == "train":
+            tokens = (inputs["attention_mask"] * both[:, None]).sum()
+            self._total_train_tokens += int(self.accelerator.reduce(tokens, reduction="sum"))
+        if scores.entropy is None or scores.mean_logit is None or scores.top1 is None:
+            return
+        lengths = (scores.lengths * both).to(scores.entropy.dtype)
+        half = len(lengths) // 2
+        for name, value, rows in (
+            ("entropy", scores.entropy, slice(None)),
+            ("logits/chosen", scores.mean_logit, slice(None, half)),
+            ("logits/rejected", scores.mean_logit, slice(half, None)),
+            ("mean_token_accuracy", scores.top1, slice(None, half)),
+        ):
+            self._metrics[mode][name].append(torch.stack([(value * lengths)[rows].sum(), lengths[rows].sum()]).float())

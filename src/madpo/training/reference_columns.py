@@ -1,0 +1,137 @@
+"""The trainer's part that gives data sets their reference columns, and keeps those that a training began with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset
+from torch import Tensor, nn
+from trl.data_utils import get_dataset_column_names
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.utils import use_adapter
+
+from madpo.errors import DataError
+from madpo.training.columns import REFERENCE_COLUMNS, PreferenceCollator
+from madpo.training.reference import cached_reference_logps
+from madpo.training.resume import ExactResume
+
+
+class ReferenceColumns(ExactResume):
+    """Mixin: ``ref_chosen_logps`` and ``ref_rejected_logps`` of every data set that lacks them."""
+
+    loss: Any
+    ref_model: Any
+    data_collator: Any
+    _needs: tuple[str, ...]
+    _reference_dropped = False
+    _reference_sources: dict[str, str]
+    """Fingerprint of a data set -> digest of the model that its columns were computed with."""
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """Reference columns: as given, from the cache, or computed now."""
+        collator = self.data_collator
+        if type(collator) is DataCollatorForPreference:  # TRL's default: it would drop our columns
+            self.data_collator = collator = PreferenceCollator(
+                pad_token_id=collator.pad_token_id,
+                max_length=collator.max_length,
+                truncation_mode=collator.truncation_mode,
+                pad_to_multiple_of=collator.pad_to_multiple_of,
+                columns=self._needs,
+            )
+        if not self.loss.needs_reference or set(REFERENCE_COLUMNS) <= set(get_dataset_column_names(dataset)):
+            return dataset
+        if isinstance(dataset, IterableDataset):
+            raise DataError(
+                f"{name} is streamed and lacks {' and '.join(REFERENCE_COLUMNS)}, which are computed once over a whole "
+                "data set; add these columns, or load it without streaming"
+            )
+        with self._reference(name) as model:
+            columns, source = cached_reference_logps(
+                model, dataset, collator, self.accelerator, batch_size, description=name
+            )
+        self._set_reference_aside()
+        for column in REFERENCE_COLUMNS:
+            dataset = dataset.add_column(column, columns[column])
+        self._reference_sources[dataset._fingerprint] = source
+        return dataset
+
+    @contextmanager
+    def _reference(self, name: str) -> Iterator[nn.Module]:
+        """The reference: the model as passed, without the adapter that is about to be trained."""
+        inner = self.accelerator.unwrap_model(self.model)
+        if self.ref_model is not None:
+            yield self.ref_model
+        elif self._reference_dropped:
+            raise DataError(
+                f"{name} lacks {' and '.join(REFERENCE_COLUMNS)}, and ref_model is not kept where DeepSpeed or FSDP "
+                "splits it; add these columns, or give the data as eval_dataset when the trainer is made"
+            )
+        elif getattr(inner, "peft_config", None) is None:
+            if self.state.global_step > 0:
+                raise DataError(
+                    f"{name} lacks {' and '.join(REFERENCE_COLUMNS)}, and their reference, the model before its "
+                    "training, is gone; add these columns, or make the trainer with ref_model or with the data as "
+                    "eval_dataset"
+                )
+            yield self.model
+        else:  # TRL keeps a frozen copy, "ref", of an adapter that the model came with
+            with use_adapter(inner, adapter_name="ref" if "ref" in inner.peft_config else None):
+                yield self.model
+
+    def _set_reference_aside(self) -> None:
+        """Free the accelerator of a reference that only later data sets would ask."""
+        reference = self.ref_model
+        if reference is None or self.sharded:
+            return
+        if getattr(reference, "is_quantized", False) or getattr(reference, "hf_device_map", None):
+            return  # bound to where it was loaded
+        reference.to("cpu")
+
+    def _reference_tensors(self) -> dict[str, Tensor]:
+        """The computed columns, for a checkpoint."""
+        return {
+            f"reference.{name}.{column}": torch.from_numpy(_column(dataset, column))
+            for name, dataset in self._with_computed_reference().items()
+            for column in REFERENCE_COLUMNS
+        }
+
+    def _prepare_resume(self, tensors: dict[str, Tensor]) -> None:
+        """Take the reference that the training began with: computed elsewhere, its last digits would be others."""
+        for name, dataset in self._with_computed_reference().items():
+            kept = {column: tensors.get(f"reference.{name}.{column}") for column in REFERENCE_COLUMNS}
+            if any(value is None or value.shape != (len(dataset),) for value in kept.values()):
+                continue  # a set that the training began without, or another one, which the identity refuses
+            source = self._reference_sources[dataset._fingerprint]
+            for column, value in kept.items():
+                dataset = dataset.remove_columns(column).add_column(column, value.numpy())  # type: ignore[union-attr]
+            self._reference_sources[dataset._fingerprint] = source
+            if name == "train":
+                self.train_dataset = dataset
+            elif name == "eval":
+                self.eval_dataset = dataset
+            else:
+                self.eval_dataset[name.removeprefix("eval.")] = dataset
+
+    def _with_computed_reference(self) -> dict[str, Dataset]:
+        """The data sets with reference columns that this trainer computed."""
+        several = isinstance(self.eval_dataset, dict)
+        named = {f"eval.{k}": v for k, v in self.eval_dataset.items()} if several else {"eval": self.eval_dataset}
+        every = {"train": self.train_dataset, **named}
+        return {k: v for k, v in every.items() if getattr(v, "_fingerprint", None) in self._reference_sources}
+
+    def _rows_digest(self, dataset: Any, columns: Iterable[str]) -> str | None:
+        """A reference that this trainer computed is identified by its model, not by digits."""
+        names = set(columns)
+        source = self._reference_sources.get(getattr(dataset, "_fingerprint", ""))
+        if source is None or not names & set(REFERENCE_COLUMNS):
+            return super()._rows_digest(dataset, names)
+        rest = super()._rows_digest(dataset, names - set(REFERENCE_COLUMNS))
+        return f"reference {source}" if rest is None else f"{rest}, reference {source}"
+
+
+def _column(dataset: Dataset, name: str) -> Any:
+    return np.array(dataset.with_format("arrow")[name], dtype=np.float64)

@@ -1,0 +1,73 @@
+"""Trainers of policies and reward models on a tiny model, for tests of what a trainer keeps and writes."""
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM
+from trl import RewardConfig
+
+from madpo import DPO, PreferenceConfig, PreferenceTrainer
+from madpo.models import load_classifier, load_tokenizer
+from madpo.training.reward import RewardModelTrainer
+from trainer_settings import QUIET
+
+SETTINGS = {
+    **QUIET,
+    "learning_rate": 1e-2,
+    "max_steps": 6,
+    "per_device_train_batch_size": 4,
+    "save_strategy": "steps",
+    "save_steps": 100,
+    "logging_steps": 1,
+}
+
+
+def pairs(count=16, seed=0):
+    generator = np.random.default_rng(seed)
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    return Dataset.from_dict(
+        {name: [generator.integers(5, 200, generator.integers(2, 9)).tolist() for _ in range(count)] for name in names}
+    )
+
+
+def build(folder, out, callbacks=(), loss=None, **changes):
+    torch.manual_seed(0)
+    return PreferenceTrainer(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        args=PreferenceConfig(output_dir=str(out), **{**SETTINGS, **changes}),
+        loss=loss or DPO(),
+        train_dataset=pairs(),
+        eval_dataset=pairs(8, seed=1),
+        processing_class=load_tokenizer(folder),
+        peft_config=LoraConfig(r=2, lora_dropout=0.1, target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=list(callbacks),
+    )
+
+
+def reward_trainer(folder, out, callbacks=(), patience=2):
+    torch.manual_seed(0)
+    rows = pairs()
+    data = Dataset.from_dict(
+        {
+            "pair_id": list(range(16)),
+            "prompt_length": [len(ids) for ids in rows["prompt_ids"]],
+            **{
+                side: [[*p, *c] for p, c in zip(rows["prompt_ids"], rows[side], strict=True)]
+                for side in ("chosen_ids", "rejected_ids")
+            },
+        }
+    )
+    trainer = RewardModelTrainer(
+        load_classifier(folder, num_labels=1),
+        RewardConfig(output_dir=str(out), max_length=None, eval_strategy="steps", eval_steps=1, **SETTINGS),
+        train_dataset=data,
+        eval_dataset=data,
+        processing_class=load_tokenizer(folder),
+        peft_config=LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS", modules_to_save=["score"]),
+        patience=patience,
+        callbacks=list(callbacks),
+    )
+    trainer.args.save_steps = 1
+    trainer.state.save_steps = 1
+    return trainer
