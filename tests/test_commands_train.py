@@ -131,7 +131,7 @@ def test_a_mistake_is_told_before_what_trains_is_loaded(tmp_path):
         ("train d.jsonl --config bad.toml --output_dir o", "bad.toml: is not valid TOML"),
         ("reward d.jsonl --output_dir o", "the key 'model' is missing"),
         ("reward d.jsonl --model_name_or_path ./nope --output_dir o", "nope is no folder"),
-        ("reward d.jsonl --model_name_or_path m --output_dir used", "is there and not empty"),
+        ("reward d.jsonl --model_name_or_path m --output_dir used", "is not empty and holds no result"),
         ("reward d.jsonl --model_name_or_path m --output_dir o --eval_data n.csv", "n.csv: there is no such file"),
         (
             "reward d.jsonl --model_name_or_path m --output_dir o --set optimisation.lr=1",
@@ -142,7 +142,7 @@ def test_a_mistake_is_told_before_what_trains_is_loaded(tmp_path):
         ("evaluate p --prompts d.jsonl --reward r --output_dir o --top_p 2", "top_p = 2.0: must be less than"),
     ]
     without_trl = [
-        ("train d.jsonl --model_name_or_path m --output_dir used", "is there and not empty"),
+        ("train d.jsonl --model_name_or_path m --output_dir used", "is not empty and holds no result"),
         ("train d.jsonl --model_name_or_path ./nope --output_dir o", "nope is no folder"),
         ("train d.jsonl --model_name_or_path m --output_dir o --loss.tua 7", "did you mean 'tau'?"),
         ("train d.jsonl --model_name_or_path m --output_dir o --args.lerning_rate 1", "did you mean 'learning_rate'?"),

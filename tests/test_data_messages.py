@@ -273,26 +273,23 @@ def test_what_the_format_cannot_hold_shows_before_the_scoring_and_the_advice_wor
     assert asked.pairs == 2
 
 
-def test_an_interrupted_scoring_goes_on_in_the_other_format(
-    by_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_scoring_goes_on(by_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings, asked = by_model
     monkeypatch.setattr(scoring, "PART", 4)
     data, asked.fail_after = write(tmp_path / "pairs.jsonl", text_pairs(12)), 8
     with pytest.raises(KeyboardInterrupt):
-        score(data, tmp_path / "S", settings.model_copy(update={"format": "parquet"}))
+        score(data, tmp_path / "S", settings)
     asked.fail_after = None
-    with pytest.raises(StorageError, match="made with batch_size = 16, not 4"):
+    with pytest.raises(StorageError, match="batch_size is 4, was 16"):
         score(data, tmp_path / "S", settings.model_copy(update={"batch_size": 4}))
     score(data, tmp_path / "S", settings)
     assert asked.pairs == 12, "the parts that were there are not scored again"
-    assert json.loads((tmp_path / "S" / "settings.json").read_text())["format"] == "jsonl"
     left = sorted(path.name for path in (tmp_path / "S").iterdir() if path.suffix)
     assert [name for name in left if "scored" in name or name.endswith("tmp")] == ["scored.jsonl"]
     score(data, tmp_path / "whole", settings)
     assert (tmp_path / "S" / "scored.jsonl").read_bytes() == (tmp_path / "whole" / "scored.jsonl").read_bytes()
     # Finished, its format is what it is.
-    with pytest.raises(StorageError, match='made with format = "jsonl", not "parquet"'):
+    with pytest.raises(StorageError, match='format is "parquet", was "jsonl"'):
         score(data, tmp_path / "S", settings.model_copy(update={"format": "parquet"}))
 
 

@@ -115,8 +115,8 @@ def test_a_full_disk_in_the_middle_costs_one_step(small_disk, llama, tmp_path, c
     restore = disturbed(monkeypatch, 2, lambda: fill(small_disk))
     assert main(command) == 2
     assert "the disk is full; free some space and run the same command again" in one_sentence(capsys)
-    assert not (small_disk / "P").exists()
-    newest = disk.newest(small_disk / ".P.partial" / "checkpoints")
+    assert not (small_disk / "P" / "record.json").exists()
+    newest = disk.newest(small_disk / "P" / "unfinished" / "checkpoints")
     assert newest.step == 1
     restore()
     (small_disk / "ballast").unlink()
@@ -217,12 +217,11 @@ def test_a_folder_of_somebody_else(llama, tmp_path, tmp_path_factory):
 
 def test_a_folder_that_vanishes_under_a_training(llama, tmp_path, capsys, monkeypatch):
     data = write(tmp_path / "pairs.jsonl", text_pairs(24))
-    partial = tmp_path / ".P.partial"
+    partial = tmp_path / "P"
     restore = disturbed(monkeypatch, 2, lambda: shutil.move(partial, tmp_path / "moved"))
     assert main(words(data, llama, tmp_path / "P")) == 2
     assert "has vanished while it was being written; if it was moved, move it back" in one_sentence(capsys)
     assert not partial.exists()
-    assert not (tmp_path / "P").exists()
     restore()
     shutil.move(tmp_path / "moved", partial)
     assert main(words(data, llama, tmp_path / "P")) == 0
@@ -282,7 +281,7 @@ def test_a_second_run_is_refused_with_pid_and_host_everywhere(llama, tmp_path, c
             assert who in one_sentence(capsys)
         assert [p.name for p in (tmp_path / "out").iterdir()] == [LOCK]
     prompts = ["--reference", str(llama), "--prompts", str(data), "--reward", str(llama)]
-    with another_process_in(tmp_path / ".other.partial") as other:
+    with another_process_in(tmp_path / "other") as other:
         out = ["--output_dir", str(tmp_path / "other")]
         for command in (
             ["reward", str(data), *base, *out],
@@ -292,7 +291,6 @@ def test_a_second_run_is_refused_with_pid_and_host_everywhere(llama, tmp_path, c
             assert main(command) == 2
             line = one_sentence(capsys)
             assert f"other is in use by another run (process {other.pid} on" in line
-            assert ".partial" not in line
     # It was killed; the system let go of its lock.
     with locked(tmp_path / "out"):
         pass
@@ -358,8 +356,8 @@ def test_memory_that_runs_out_in_a_training(llama, tmp_path, monkeypatch, capsys
     assert "the memory is used up" in line
     assert "gradient_accumulation_steps" in line
     assert "Traceback" not in err
-    assert not (tmp_path / "P").exists()
-    assert disk.newest(tmp_path / ".P.partial" / "checkpoints").step == 2
+    assert not (tmp_path / "P" / "record.json").exists()
+    assert disk.newest(tmp_path / "P" / "unfinished" / "checkpoints").step == 2
     assert main(words(data, llama, tmp_path / "P")) == 0
     assert "continues after step 2" in capsys.readouterr().err
 

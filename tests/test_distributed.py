@@ -145,10 +145,10 @@ def test_reference_columns_have_the_bytes_of_one_process(root, one, two):
 
 
 def test_scores_have_the_bytes_of_one_process(root, one, driven):
-    for name in ("scored.jsonl", "report.json", "settings.json"):
+    for name in ("scored.jsonl", "report.json"):
         assert (root / "one" / "scored" / name).read_bytes() == (root / "two" / "scored" / name).read_bytes(), name
     left = sorted(path.name for path in (root / "two" / "scored").iterdir())
-    assert left == ["report.json", "scored.jsonl", "settings.json"]
+    assert left == ["record.json", "report.json", "scored.jsonl"]
     assert driven.stdout.count("pairs scored") == 3, "scored, continued, and the report of what is complete"
     assert driven.stderr.count("scored is complete; nothing to do") == 1
 

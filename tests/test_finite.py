@@ -404,13 +404,13 @@ def test_a_diverged_command_is_one_sentence_and_keeps_its_checkpoint(llama, tmp_
     assert main(words) == 2
     err = capsys.readouterr().err
     assert re.search(r"madpo: the gradient's norm is .* at step 3 for the pairs \[", err)
-    assert "P is not finished; its newest checkpoint stays in" in err
-    assert not (tmp_path / "P").exists()
-    assert disk.newest(tmp_path / ".P.partial" / "checkpoints").step == 2
+    assert "P is not finished; what it has is in" in err
+    assert not (tmp_path / "P" / "record.json").exists()
+    assert disk.newest(tmp_path / "P" / "unfinished" / "checkpoints").step == 2
     monkeypatch.setattr(PreferenceTrainer, "__init__", real)
     assert main(words) == 0
     assert "continues after step 2" in capsys.readouterr().err
-    assert not (tmp_path / ".P.partial").exists()
+    assert not (tmp_path / "P" / "unfinished").exists()
 
 
 @pytest.fixture(scope="module")

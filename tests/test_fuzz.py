@@ -24,11 +24,11 @@ from madpo.experiment import Experiment
 from madpo.packaged import PACKAGED, PackagedModel, packaged
 from madpo.pipeline import ordered
 from madpo.practice import EvaluateSettings, RewardSettings, ScoreSettings, TrainSettings
-from madpo.practice.claims import claim, read_own
 from madpo.practice.measuring import find_policy
 from madpo.practice.prompts import read_prompts
 from madpo.records import Record, load_record, run_status
 from madpo.report import rebuild_report
+from madpo.result_folder import prepare
 from madpo.rewards import load_oracle
 from madpo.training import checkpoints as disk
 from madpo.training.states import check_groups, pack, unpack
@@ -228,11 +228,14 @@ def as_bytes(tree):
 
 @fuzzed
 @given(content=st.binary(max_size=80) | as_bytes({"data": "d", "pairs": 3, "folds": None}))
-def test_any_settings_that_a_command_left(content, tmp_path):
-    folder = fresh(tmp_path, "folder")
-    (folder / "settings.json").write_bytes(content)
-    survives("settings.json", lambda: claim(folder, {"data": "d", "pairs": 3}, overwrite=False), tmp_path)
-    survives("settings.json", lambda: read_own(folder / "settings.json"), tmp_path)
+def test_any_notes_of_an_interrupted_command(content, tmp_path):
+    for name in ("begun.json", "record.json"):
+        folder = fresh(tmp_path, "folder")
+        (folder / "unfinished" / "checkpoints").mkdir(parents=True)
+        (folder / "unfinished" / "checkpoints" / "part").write_text("")
+        (folder / "unfinished" / "begun.json").write_bytes(b"{}")
+        (folder / "unfinished" / name).write_bytes(content)
+        survives("interrupted command", lambda folder=folder: prepare(folder, {"config": {"pairs": 3}}), tmp_path)
 
 
 @fuzzed

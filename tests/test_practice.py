@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import tomllib
 from html import escape
 from pathlib import Path
@@ -17,7 +18,7 @@ from madpo import margin_weight
 from madpo.cli import main
 from madpo.data import load_preferences
 from madpo.errors import ConfigError, DataError, StorageError
-from madpo.models import load_tokenizer
+from madpo.models import compute_dtype, load_tokenizer
 from madpo.practice import (
     EvaluateSettings,
     RewardSettings,
@@ -30,7 +31,6 @@ from madpo.practice import (
     train,
 )
 from madpo.practice import reward_model as reward_module
-from madpo.practice.overwriting import refuse_to_replace, strangers
 from madpo.practice.pairs import load_split
 from madpo.rewards import RewardModel
 from madpo.statistics import fit_temperature
@@ -39,6 +39,9 @@ from madpo.training.margins import sequences
 from practice_cases import FORMATS, ids_of, read, run, text_pairs, write
 
 BATCH = 8
+
+# Scores are computed in what the processor multiplies natively; packed rows round otherwise than single ones.
+ROUNDING = 1e-6 if compute_dtype() == torch.float32 else 5e-2
 
 
 pytestmark = pytest.mark.usefixtures("module_cache", "module_float32")
@@ -80,11 +83,11 @@ def test_the_reward_models_report(chain, llama):
     margins = (loaded.score_ids(sides["chosen_ids"]) - loaded.score_ids(sides["rejected_ids"])).astype(np.float64)
     assert report["accuracy"]["mean"] == (margins > 0).mean()
     assert report["accuracy"]["low"] < report["accuracy"]["mean"] <= report["accuracy"]["high"]
-    assert report["log_loss"] == pytest.approx(np.log1p(np.exp(-margins)).mean(), rel=1e-6)
+    assert report["log_loss"] == pytest.approx(np.log1p(np.exp(-margins)).mean(), rel=ROUNDING)
     if report["temperature_reason"].startswith("fitted"):
-        assert report["temperature"] == pytest.approx(fit_temperature(margins)[0])
+        assert report["temperature"] == pytest.approx(fit_temperature(margins)[0], rel=10 * ROUNDING)
     calibrated = np.log1p(np.exp(-margins / report["temperature"])).mean()
-    assert report["calibrated_log_loss"] == pytest.approx(calibrated, rel=1e-6)
+    assert report["calibrated_log_loss"] == pytest.approx(calibrated, rel=ROUNDING)
     for name in ("log_loss", "temperature"):
         if (interval := report[f"{name}_interval"]) is not None:
             assert interval["mean"] == pytest.approx(report[name])
@@ -99,22 +102,14 @@ def test_the_reward_models_report(chain, llama):
     assert len(report["reliability"]) <= 10
 
 
-def test_what_the_commands_write_may_be_overwritten(chain):
-    for name in "RSPE":
-        refuse_to_replace(chain / name)
-        (chain / name / "notes.txt").write_text("")
-        assert strangers(chain / name) == ["notes.txt"]
-        (chain / name / "notes.txt").unlink()
-
-
 def test_scored_rows_hold_the_reward_models_margins(chain, llama):
     rows, tokenizer, loaded = read(chain / "S" / "scored.jsonl"), load_tokenizer(llama), RewardModel.load(chain / "R")
     raw = text_pairs()
     assert [{k: row[k] for k in raw[0]} for row in rows] == raw, "the columns of the data stay"
     chosen, rejected = ([ids_of(tokenizer, row["prompt"], row[side]) for row in raw] for side in ("chosen", "rejected"))
     scores = loaded.score_ids([*chosen, *rejected])
-    np.testing.assert_allclose([row["chosen_score"] for row in rows], scores[:60], atol=1e-6)
-    np.testing.assert_allclose([row["rejected_score"] for row in rows], scores[60:], atol=1e-6)
+    np.testing.assert_allclose([row["chosen_score"] for row in rows], scores[:60], atol=ROUNDING)
+    np.testing.assert_allclose([row["rejected_score"] for row in rows], scores[60:], atol=ROUNDING)
     for row in rows:
         assert row["reward_margin"] == row["chosen_score"] - row["rejected_score"]
     assert np.ptp(scores) > 0.1
@@ -236,7 +231,6 @@ def test_scoring_goes_on_where_it_was_killed(chain, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         score(chain / "pairs.jsonl", tmp_path / "S", settings)
     assert not (tmp_path / "S" / "scored.jsonl").exists()
-    refuse_to_replace(tmp_path / "S")
     score(chain / "pairs.jsonl", tmp_path / "S", settings)
     assert calls == [0, 16, 32, 32, 48], "finished parts are not scored again"
     assert (tmp_path / "S" / "scored.jsonl").read_bytes() == (tmp_path / "whole" / "scored.jsonl").read_bytes()
@@ -248,10 +242,10 @@ def test_a_finished_folder_with_other_settings_is_refused(chain, tmp_path):
     data = write(tmp_path / "pairs.jsonl", text_pairs(8))
     settings = ScoreSettings(reward_model=str(chain / "R"))
     score(data, tmp_path / "S", settings)
-    with pytest.raises(StorageError, match=r"made with batch_size = 16, not 4.*--overwrite"):
+    with pytest.raises(StorageError, match=r"batch_size is 4, was 16.*--overwrite"):
         score(data, tmp_path / "S", settings.model_copy(update={"batch_size": 4}))
     write(data, text_pairs(9)[1:])
-    with pytest.raises(StorageError, match="made with data_digest"):
+    with pytest.raises(StorageError, match="its input data changed"):
         score(data, tmp_path / "S", settings)
     score(data, tmp_path / "S", settings, overwrite=True)
     with pytest.raises(ConfigError, match=r"has no config\.json"):
@@ -267,9 +261,15 @@ def test_out_of_fold_margins_come_from_models_that_did_not_see_the_prompt(llama,
         return fit(settings, train_rows, stopping, out)
 
     monkeypatch.setattr(scoring, "fit", recorded)
+    kept, in_parts = tmp_path / "kept", scoring._in_parts
+
+    def keeps_the_model(settings, pairs, rows, folder, model):
+        shutil.copytree(model, kept / model.name)  # reward models of folds are not part of the result
+        return in_parts(settings, pairs, rows, folder, model)
+
+    monkeypatch.setattr(scoring, "_in_parts", keeps_the_model)
     options = ("--folds", 2, "--model_name_or_path", llama, "--learning_rate", "1e-2", "--format", "parquet")
     run("score", data, *options, "--output_dir", tmp_path / "S")
-    refuse_to_replace(tmp_path / "S")
     table = pd.read_parquet(tmp_path / "S" / "scored.parquet")
     assert list(table["note"]) == [row["note"] for row in text_pairs(40)]
     everything = set(table["prompt"])
@@ -278,7 +278,7 @@ def test_out_of_fold_margins_come_from_models_that_did_not_see_the_prompt(llama,
     assert not seen[0] & seen[1], "with two folds, each model is trained on the other's part"
     for k in (0, 1):
         rows = table[~table["prompt"].isin(seen[k])]
-        found = load_scorer(tmp_path / "S" / "folds" / f"fold-{k}").model.score_ids(
+        found = load_scorer(kept / f"fold-{k}").model.score_ids(
             [ids_of(load_tokenizer(llama), p, c) for p, c in zip(rows["prompt"], rows["chosen"], strict=True)]
         )
         np.testing.assert_allclose(rows["chosen_score"], found, atol=2e-2)
@@ -380,12 +380,12 @@ def test_full_training_writes_a_model(llama, tmp_path, capsys):
         "config.toml",
         "log.jsonl",
         "model",
+        "record.json",
         "report.json",
     ]
-    refuse_to_replace(tmp_path / "P")
     assert "Nothing: no pairs were held out" in (tmp_path / "P" / "README.md").read_text()
     assert main(["train", str(data), "--model_name_or_path", str(llama), "--output_dir", str(tmp_path / "P")]) == 2
-    assert "add --overwrite" in capsys.readouterr().err
+    assert "pass --overwrite" in capsys.readouterr().err
 
 
 def test_pairs_that_are_too_long_are_dropped_cut_or_refused(llama, tmp_path):
@@ -396,7 +396,6 @@ def test_pairs_that_are_too_long_are_dropped_cut_or_refused(llama, tmp_path):
     dropped = train(data, tmp_path / "drop", TrainSettings(**shared))
     assert (dropped.pairs, dropped.dropped, dropped.cut) == (8, 1, 0)
     tokens = len(ids_of(load_tokenizer(llama), rows[4]["prompt"], rows[4]["chosen"]))
-    refuse_to_replace(tmp_path / "drop")
     assert read(tmp_path / "drop" / "dropped.jsonl") == [{"pair_id": 4, "line": 5, "tokens": tokens}]
     assert "1 pairs left out" in (tmp_path / "drop" / "README.md").read_text()
     assert "1 pairs dropped (dropped.jsonl)" in dropped.text()
@@ -433,7 +432,7 @@ def test_an_interrupted_training_ends_in_the_same_bytes(chain, llama, tmp_path, 
     monkeypatch.setattr(PreferenceTrainer, "training_step", killed_in_the_fourth_step)
     with pytest.raises(KeyboardInterrupt):
         train(data, tmp_path / "P", settings)
-    assert not (tmp_path / "P").exists()
+    assert not (tmp_path / "P" / "record.json").exists()
     report = train(data, tmp_path / "P", settings)
     assert taken == [0, 1, 2, 3, 2, 3, 4, 5]
     assert report.steps == 6

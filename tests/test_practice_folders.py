@@ -1,7 +1,6 @@
 """What the practitioner's functions share: folders that are whole or absent, TOML, splits that no prompt crosses."""
 
 import tomllib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,56 +11,10 @@ from safetensors.numpy import load_file
 from madpo import DPO, PreferenceTrainer
 from madpo.errors import ConfigError, DataError, StorageError
 from madpo.practice import TrainSettings, train
-from madpo.practice.folders import building, digest, toml
 from madpo.practice.pairs import folds_by_prompt, prompt_key, split_by_prompt
+from madpo.practice.running import digest, toml
 from madpo.training.checkpoints import verify
 from practice_cases import text_pairs, write
-
-
-def test_a_folder_appears_when_all_is_done(tmp_path):
-    out = tmp_path / "deep" / "result"
-    with building(out, {"a": 1}) as partial:
-        (partial / "file").write_text("x")
-        assert not out.exists()
-    assert [p.name for p in out.iterdir()] == ["file"]
-    assert [p.name for p in out.parent.iterdir()] == ["result"]
-
-
-def test_a_mistake_leaves_nothing(tmp_path):
-    out = tmp_path / "result"
-
-    def work():
-        with building(out, {}) as partial:
-            (partial / "file").write_text("x")
-            raise DataError("row 3 is wrong; correct it")
-
-    with pytest.raises(DataError):
-        work()
-    assert not list(tmp_path.iterdir())
-
-
-def test_an_interruption_is_continued_with_the_same_settings_alone(tmp_path):
-    out = tmp_path / "result"
-
-    found = []
-
-    def work(state, name):
-        with building(out, state) as partial:
-            found[:] = sorted(p.name for p in partial.iterdir() if not p.name.startswith("."))
-            (partial / name).write_text("x")
-            raise KeyboardInterrupt
-
-    def interrupted(state, name):
-        with pytest.raises(KeyboardInterrupt):
-            work(state, name)
-        return list(found)
-
-    assert interrupted({"seed": 1}, "one") == []
-    assert interrupted({"seed": 1}, "two") == ["one"]
-    assert interrupted({"seed": 2}, "three") == []
-    with building(out, {"seed": 2}):
-        pass
-    assert [p.name for p in out.iterdir()] == ["three"]
 
 
 def test_a_checkpoint_outlives_another_split_and_is_never_dropped(llama, own_cache, tmp_path, monkeypatch, capsys):
@@ -85,13 +38,16 @@ def test_a_checkpoint_outlives_another_split_and_is_never_dropped(llama, own_cac
     monkeypatch.setattr(PreferenceTrainer, "training_step", step)
     with pytest.raises(KeyboardInterrupt):
         train(data, tmp_path / "P", asked(8, 1))
-    kept = tmp_path / ".P.partial" / "checkpoints" / "checkpoint-2"
+    kept = tmp_path / "P" / "unfinished" / "checkpoints" / "checkpoint-2"
     for changed, words in (
-        (asked(8, 1, learning_rate=0.02), r"settings\.args\.learning_rate = 0\.01, not 0\.02"),
-        (asked(8, 2), r"settings\.batch = 8, not 16"),
-        (asked(4, 1), r"settings\.batch = 8, not 4"),
+        (asked(8, 1, learning_rate=0.02), r"args\.learning_rate is 0\.02, was 0\.01"),
+        (asked(8, 2), r"batch is 16, was 8"),
+        (asked(4, 1), r"batch is 4, was 8"),
     ):
-        with pytest.raises(StorageError, match=rf"P was begun with {words}, and its newest checkpoint is {kept};"):
+        with pytest.raises(
+            StorageError,
+            match=rf"P holds an interrupted run of other settings \({words}\), with checkpoints in {kept.parent};",
+        ):
             train(data, tmp_path / "P", changed)
         assert verify(kept).step == 2
     report = train(data, tmp_path / "P", asked(2, 4, save_steps=3))
@@ -107,30 +63,6 @@ def test_a_checkpoint_outlives_another_split_and_is_never_dropped(llama, own_cac
         train(data, tmp_path / "Q", asked(8, 1))
     steps.extend([0] * 9)
     assert train(data, tmp_path / "Q", asked(8, 1, max_steps=1), overwrite=True).steps == 1
-
-
-def test_what_is_there_is_refused_and_what_is_not_ours_is_never_overwritten(tmp_path):
-    out = tmp_path / "result"
-    out.mkdir()
-    with building(out, {}) as partial:  # an empty folder is free
-        (partial / "config.toml").write_text('# madpo train "pairs.jsonl"\n')
-    with pytest.raises(StorageError, match=r"is there and not empty.*--overwrite"), building(out, {}):
-        pass
-    with building(out, {}, overwrite=True) as partial:
-        (partial / "thesis.tex").write_text("years of work")
-    assert [p.name for p in out.iterdir()] == ["thesis.tex"]
-    with pytest.raises(StorageError, match="no result of madpo"), building(out, {}, overwrite=True):
-        pass
-    assert (out / "thesis.tex").exists()
-    (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="is a file"), building(tmp_path / "file", {}):
-        pass
-
-
-def test_two_runs_cannot_write_one_folder(tmp_path):
-    out = tmp_path / "result"
-    with building(out, {}), pytest.raises(StorageError, match="in use by another run"), building(out, {}):
-        pass
 
 
 def test_digests(tmp_path):
@@ -157,7 +89,7 @@ def test_toml_is_read_back(data):
 
 def test_toml_leaves_out_none_and_refuses_what_it_cannot_hold():
     assert tomllib.loads(toml({"a": None, "b": {"c": None, "d": 1}})) == {"b": {"d": 1}}
-    with pytest.raises(ConfigError, match="cannot be written as TOML"):
+    with pytest.raises(TypeError):
         toml({"a": object()})
 
 
@@ -199,22 +131,3 @@ def test_folds():
 def test_prompts_are_the_same_by_what_they_say():
     one, other = [{"role": "user", "content": "a"}], [{"content": "a", "role": "user"}]
     assert prompt_key(one) == prompt_key(other) != prompt_key("a")
-
-
-def test_a_file_of_a_common_name_does_not_make_a_folder_ours(tmp_path: Path) -> None:
-    """``--overwrite`` removes the whole folder, so a user's own config.toml beside the data must not invite it."""
-    for name, text in (("config.toml", "model = 'x'\n"), ("settings.json", '{"theme": "dark"}')):
-        folder = tmp_path / name.partition(".")[0]
-        folder.mkdir()
-        (folder / name).write_text(text)
-        (folder / "pairs.jsonl").write_text("{}\n")
-        with pytest.raises(StorageError, match="holds no result of madpo"), building(folder, {}, overwrite=True):
-            pass
-        assert sorted(p.name for p in folder.iterdir()) == sorted([name, "pairs.jsonl"])
-
-
-def test_a_mount_point_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "out").mkdir()
-    monkeypatch.setattr("os.path.ismount", lambda path: str(path) == str(tmp_path / "out"))
-    with pytest.raises(StorageError, match="is a mount point; give a folder inside it"), building(tmp_path / "out", {}):
-        pass

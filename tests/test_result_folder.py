@@ -141,7 +141,7 @@ def test_a_failure_leaves_nothing_unless_there_is_a_checkpoint(tmp_path: Path) -
     with pytest.raises(DataError, match="line 3"):
         make(out, fail=True, checkpoint=True)
     assert (out / "unfinished" / "checkpoints" / "checkpoint-1").is_dir()
-    with pytest.raises(StorageError, match=r"checkpoint-1.*--overwrite to begin anew"):
+    with pytest.raises(StorageError, match=r"unfinished.checkpoints.*--overwrite to begin anew"):
         make(out, text="b")
     assert not make(out, text="b", overwrite=True)
     assert tree(out) == {"model/weights": "b", "b.txt": "x"}

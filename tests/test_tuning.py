@@ -18,7 +18,7 @@ from madpo.errors import ConfigError, DataError, StorageError
 from madpo.losses import DPO, IPO, AlphaDPO, LossInputs, OmniDPO, SimPO
 from madpo.models import load_model, load_tokenizer
 from madpo.practice import TrainSettings, train
-from madpo.practice.overwriting import refuse_to_replace
+from madpo.practice.running import digest
 from madpo.statistics import fit_temperature
 from madpo.training import PreferenceTrainer, reference
 from madpo.tuning import Dimension, RewardCriterion, TuneSettings, heldout, study, tune
@@ -162,8 +162,7 @@ def test_a_search_that_was_cut_off_ends_in_the_same_table(tuned, llama, data, tm
     monkeypatch.setattr(PreferenceTrainer, "training_step", dies_once)
     with pytest.raises(KeyboardInterrupt):
         tune(data, tmp_path / "T", settings_for(llama))
-    refuse_to_replace(tmp_path / "T")
-    journal = tmp_path / "T" / study.JOURNAL
+    journal = tmp_path / "T" / "unfinished" / "checkpoints" / study.JOURNAL
     if journal.exists():  # what a kill in the middle of a write leaves
         journal.write_bytes(journal.read_bytes() + b'{"op_code":5,"worker')
         journal.with_name(f"{journal.name}.lock").write_text("")
@@ -185,7 +184,7 @@ def test_a_finished_study_goes_on_with_more_trials_and_refuses_other_settings(ll
     for trial in more.trials:
         assert 1 <= trial.values["loss.tau"] <= 9
         assert trial.values["lora.rank"] in (2, 3, 4)
-    with pytest.raises(StorageError, match="made with folds = 2, not 3"):
+    with pytest.raises(StorageError, match="folds is 3, was 2"):
         tune(data, tmp_path / "T", settings_for(llama, folds=3, **changes))
 
 
@@ -302,7 +301,7 @@ def test_the_reward_of_samples_at_equal_kl(llama, data, tmp_path):
     assert all(trial.heldout.kl.mean >= 0.001 for trial in report.trials)
     assert report.trials[0].heldout.reward.n == 10, "five prompts of each fold"
     assert report.advantage.mean == pytest.approx(max(rewards) - report.baseline.heldout.reward.mean)
-    saved = next((tmp_path / "T" / "folds").rglob("fold-0.safetensors"))
+    saved = next((tmp_path / "T" / "search" / "folds").rglob("fold-0.safetensors"))
     curve = RewardCurve.of(heldout.load_file(saved))
     assert (np.diff(curve.kl.mean(-1)) > 0).all(), "a stronger adapter is further from the reference"
     far = reward | {"kl": 1e6, "strengths": [0.5]}
@@ -340,10 +339,8 @@ def test_rewards_need_their_settings():
 
 def test_the_settings_say_what_the_study_is(tuned, data):
     out, _, _, _ = tuned
-    refuse_to_replace(out)
-    state = json.loads((out / "settings.json").read_text())
-    assert state["data"] == str(data)
-    assert "trials" not in state
+    record = json.loads((out / "record.json").read_text())
+    assert record["inputs"]["data"] == digest(data)
     assert sorted(p.name for p in Path(out).iterdir() if not p.name.startswith(".")) == [
-        *("chosen.toml", "folds", "report.json", "settings.json", "study.journal", "trials.csv", "tune.html")
+        *("chosen.toml", "record.json", "report.json", "search", "trials.csv", "tune.html")
     ]

@@ -34,7 +34,7 @@ def _result() -> dict[str, Any]:
 
 def _places(beside: dict[str, Any]) -> dict[str, Any]:
     """The same, for :func:`madpo.practice.early.refuse_missing_places`."""
-    return {**{name: beside[name] for name in ("output_dir", "overwrite")}, "data": [beside["eval_data"]]}
+    return {"output_dir": beside["output_dir"], "data": [beside["eval_data"]]}
 
 
 def _held_out(parser: argparse.ArgumentParser) -> None:
@@ -184,6 +184,7 @@ def train_command(arguments: argparse.Namespace) -> int:
     report = train(arguments.data, settings=settings, **beside)
     if processes.leads():
         show(report.text())
+        show(f"written to {beside['output_dir']}")
     return 0
 
 

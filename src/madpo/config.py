@@ -48,6 +48,10 @@ def added(default: Any, **limits: Any) -> Any:
 
 def identity_settings(config: BaseModel) -> dict[str, Any]:
     """The configuration as it enters an identity: resolved, less excluded fields and added ones at their default."""
+    own = getattr(config, "decisive", None)
+    if callable(own):  # it knows by itself which of its values bear on the result
+        decisive: dict[str, Any] = own()
+        return decisive
     # A subclass instance in a field of its base class would lose its own fields silently.
     dumped: dict[str, Any] = _without_added(config, config.model_dump(mode="json", warnings="error"))
     return dumped

@@ -122,10 +122,4 @@ def asked(arguments: argparse.Namespace, model: type[T], **beside: Any) -> tuple
             text = text.replace(f"the key '{key}' is missing; add it", f"the key '{key}' is missing; add --{word}")
         raise ConfigError(text) from None
     taken = {name: getattr(found, name) for name in beside}
-    if taken.get("overwrite") and arguments.config is not None:
-        from madpo.practice.overwriting import refuse_inputs_inside
-
-        # That of a result's own training is read by now, and written again with the new one.
-        if arguments.config.resolve() != (Path(taken["output_dir"]) / "config.toml").resolve():
-            refuse_inputs_inside(Path(taken["output_dir"]), [("configuration", arguments.config)])
     return taken, model.model_validate({name: getattr(found, name) for name in model.model_fields})

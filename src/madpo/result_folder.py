@@ -48,7 +48,7 @@ def prepare(
         StorageError: ``out`` holds something else, a result or an interrupted run of other settings, or (with
             ``overwrite``) files of the user that the new result would replace.
     """
-    _refuse_other_folders(out)
+    refuse_foreign(out)
     _complete_move(out)
     record = load_record(out)
     if record is not None and not overwrite:
@@ -58,15 +58,20 @@ def prepare(
                 _remove_work(out / UNFINISHED)  # a kill just after the record was moved left it
             return record
         raise StorageError(f"{out} holds the result of other settings ({changed}); {_REMEDY}")
-    if record is None and (entries := sorted(e.name for e in out.iterdir() if e.name not in _OURS)):
-        raise StorageError(f"{out} is not empty (it holds {entries[0]!r}); choose another --output_dir")
+    if record is None and (out / RECORD).exists():
+        raise StorageError(f"{out / RECORD} is damaged; move the folder away or choose another --output_dir")
     if record is not None:
         refuse_removal(out, record, inputs)
     _open_work(out, begun, overwrite=overwrite, inputs=inputs)
     return None
 
 
-def _refuse_other_folders(out: Path) -> None:
+def refuse_foreign(out: Path) -> None:
+    """Refuse a folder that holds something else than a result of ours; it needs no library and can be asked early.
+
+    Raises:
+        StorageError: ``out`` is a file, or holds files and no record.
+    """
     work = out / UNFINISHED
     if out.exists() and not out.is_dir():
         raise StorageError(f"{out} is a file; choose another --output_dir")
@@ -74,6 +79,12 @@ def _refuse_other_folders(out: Path) -> None:
     foreign = work.is_dir() and not (work / BEGUN).is_file() and any(not _is_note(path) for path in work.iterdir())
     if work.is_symlink() or foreign or (work.exists() and not work.is_dir()):
         raise StorageError(f"{work} was not made by madpo; move it away or choose another --output_dir")
+    if not out.is_dir() or (out / RECORD).is_file() or (work / RECORD).is_file():
+        return
+    if entries := sorted(entry.name for entry in out.iterdir() if entry.name not in _OURS):
+        raise StorageError(
+            f"{out} is not empty and holds no result (it holds {entries[0]!r}); choose another --output_dir"
+        )
 
 
 def _is_note(path: Path) -> bool:
@@ -105,7 +116,7 @@ def _open_work(out: Path, begun: Mapping[str, Any], *, overwrite: bool, inputs: 
         kept = checkpoints(work)
         if kept and not overwrite:
             raise StorageError(
-                f"{out} holds an interrupted run of other settings ({changed}), with the checkpoint {kept[-1]}; set "
+                f"{out} holds an interrupted run of other settings ({changed}), with checkpoints in {kept}; set "
                 f"that back to continue it, choose another --output_dir, or pass --overwrite to begin anew"
             )
         for path in inputs:
@@ -150,10 +161,13 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def checkpoints(work: Path) -> list[Path]:
-    """Complete checkpoints of an interrupted run, the newest last."""
-    found = (work / CHECKPOINTS).rglob("checkpoint-*/manifest.json")
-    return [path.parent for path in sorted(found, key=lambda path: path.stat().st_mtime)]
+def checkpoints(work: Path) -> Path | None:
+    """The folder with what an interrupted run can continue from; None if it holds nothing but hidden files."""
+    folder = work / CHECKPOINTS
+    for path in folder.rglob("*"):
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            return folder
+    return None
 
 
 def files_of(folder: Path) -> dict[str, str]:
@@ -230,8 +244,9 @@ def refuse_removal(out: Path, record: Record, inputs: Iterable[Path]) -> None:
     """
     names = list(_listed(out, record))
     removed = {(out / name).resolve() for name in names}
-    for path in (path.resolve() for path in inputs):
-        if path in removed or any(path in file.parents for file in removed):
+    for path in inputs:
+        whole = path.resolve()
+        if whole in removed or any(whole in file.parents for file in removed):
             raise StorageError(f"{path} is an input and would be removed with the result in {out}; move it first")
     for name in names:
         path = out / name
@@ -250,9 +265,9 @@ def clear(out: Path) -> None:
 
 
 def abandon(out: Path) -> Path | None:
-    """Remove what a failed work left, unless it holds a checkpoint; the newest checkpoint, which stays."""
+    """Remove what a failed work left, unless it holds a checkpoint; the folder of those that stay."""
     work = out / UNFINISHED
     if kept := checkpoints(work):
-        return kept[-1]
+        return kept
     _remove_work(work)
     return None

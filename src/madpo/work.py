@@ -6,6 +6,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +36,8 @@ class Job(NamedTuple):
     decisive: dict[str, Any]
     memory: str
     """What to do when the memory is used up."""
+    protected: tuple[Path, ...] = ()
+    """Read as well, and never removed."""
 
 
 def job(step: Step, out: Path, root: Path, memory: str) -> Job:
@@ -61,7 +64,7 @@ def make(job: Job, *, overwrite: bool = False) -> tuple[Record, bool]:
 
     def begin() -> dict[str, Any] | None:
         with storage_errors(job.out):
-            found = prepare(job.out, job.decisive, overwrite=overwrite, inputs=job.inputs.values())
+            found = prepare(job.out, job.decisive, overwrite=overwrite, inputs=[*job.inputs.values(), *job.protected])
         return None if found is None else found.model_dump(mode="json")
 
     if (done := processes.first(begin)) is not None:
@@ -73,7 +76,7 @@ def make(job: Job, *, overwrite: bool = False) -> tuple[Record, bool]:
         # A process that was killed breaks the others' connections; what they made so far is still good.
         ours = processes.leads() and (processes.count() == 1 or isinstance(error, MadpoError))
         if ours and (kept := abandon(job.out)) is not None:
-            say(f"{job.out} is not finished; its newest checkpoint is {kept}. The same command continues from it.")
+            say(f"{job.out} is not finished; what it has is in {kept}, and the same command continues from there.")
         raise
 
     def end() -> dict[str, Any]:
@@ -102,12 +105,15 @@ def make(job: Job, *, overwrite: bool = False) -> tuple[Record, bool]:
     return Record.model_validate(processes.first(end)), False
 
 
-def run_step(step: Step, out: Path, *, overwrite: bool = False, memory: str) -> tuple[Record, bool]:
+def run_step(
+    step: Step, out: Path, *, memory: str, overwrite: bool = False, protected: Sequence[Path] = ()
+) -> tuple[Record, bool]:
     """Make one step in a folder that the user names; see :func:`make`.
 
     Args:
         overwrite: replace an earlier result in ``out``; its files stay until the new one is finished.
         memory: what to do when the memory is used up, for the sentence.
+        protected: files and folders that the step reads besides its inputs, which must not be removed.
 
     Raises:
         StorageError: another run writes into ``out``, or it holds something else.
@@ -118,7 +124,7 @@ def run_step(step: Step, out: Path, *, overwrite: bool = False, memory: str) -> 
         with storage_errors(out):
             processes.first(lambda: held.enter_context(locked(out)))
         try:
-            return make(job(step, out, out, memory), overwrite=overwrite)
+            return make(job(step, out, out, memory)._replace(out=out, protected=tuple(protected)), overwrite=overwrite)
         finally:
             held.close()
             if processes.leads() and not there:

@@ -106,7 +106,7 @@ def _paths(tree, prefix=()):
 
 def as_toml(tree) -> bytes:
     """A tree as TOML where it can be, else as JSON (which no TOML reader takes)."""
-    from madpo.practice.folders import toml
+    from madpo.practice.running import toml
 
     try:
         text = toml(tree)

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from madpo import __version__
-from madpo.errors import ConfigError
-from madpo.untrusted import read_object
+from madpo.records import load_record
 
 if TYPE_CHECKING:
     from madpo.practice.policy import TrainReport
@@ -64,15 +63,12 @@ def _weights(settings: TrainSettings) -> str:
 
 def _reward_model(data: Path) -> str | None:
     """Where the margins of scored data came from, if `madpo score` wrote them."""
-    path = data.parent / "settings.json"
-    if not data.name.startswith("scored.") or not path.is_file():
+    record = load_record(data.parent)
+    if record is None or not record.operation.startswith("score_pairs/") or data.name not in (record.files or {}):
         return None
-    try:
-        made = read_object(path)
-    except ConfigError:
-        return None  # somebody's file of that name; the card then says nothing of the margins
+    made = record.config
     if made.get("reward_model"):
-        return f"the reward model {made['reward_model']} (SHA-256 {made.get('reward_model_digest') or 'unknown'})"
+        return f"the reward model {made['reward_model']} (SHA-256 {record.inputs.get('reward_model') or 'unknown'})"
     if made.get("score_columns"):
         return f"the columns {' and '.join(map(str, made['score_columns']))}"
     reward = made.get("reward")

@@ -12,7 +12,7 @@ from madpo.config import read_toml
 from madpo.data.sources import look_at
 from madpo.packaged import PACKAGED
 from madpo.places import refuse_unreachable, resolve_model
-from madpo.practice.overwriting import refuse_occupied
+from madpo.result_folder import refuse_foreign
 
 
 def refuse_missing_files(data: str | Path | None, config: Path | None) -> None:
@@ -33,7 +33,6 @@ def refuse_missing_places(
     models: Sequence[str | None] = (),
     rewards: Sequence[str | None] = (),
     output_dir: Path | None = None,
-    overwrite: bool = False,
 ) -> None:
     """Refuse what the settings name and is not there, and an output folder that is in use.
 
@@ -50,7 +49,7 @@ def refuse_missing_places(
         if place is not None:
             look_at(place)
     if output_dir is not None:
-        refuse_occupied(output_dir.resolve(), overwrite=overwrite)
+        refuse_foreign(output_dir.expanduser())
     own = {reward for reward in rewards if reward and _ours(Path(reward).expanduser())}
     for model in (*models, *(reward for reward in rewards if reward not in own)):
         if model is not None and model not in PACKAGED and not model.startswith("tiny-"):

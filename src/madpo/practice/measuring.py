@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,13 +18,14 @@ from madpo.data.tokens import Encoder
 from madpo.errors import ConfigError, first_line
 from madpo.evaluation import distinct
 from madpo.models import load_model, load_tokenizer, resolve_model
+from madpo.operation import operation
 from madpo.packaged import PACKAGED
-from madpo.practice.folders import building, digest
 from madpo.practice.pages import write_samples_page
 from madpo.practice.prompts import Prompt, read_prompts
 from madpo.practice.reward_model import load_pair_encoder, load_scorer, plain, reward_model_digest
+from madpo.practice.running import digest, load_report, run_in_folder
 from madpo.practice.settings import EvaluateSettings
-from madpo.records import Estimate
+from madpo.records import Estimate, Metrics
 from madpo.responses import divergence, end_tokens, respond
 from madpo.statistics import bootstrap_mean, bootstrap_share, paired_difference, proportion
 from madpo.storage import write_atomically
@@ -107,26 +108,36 @@ def evaluate(
         DataError, ConfigError, StorageError: one sentence; nothing is left behind.
     """
     place = find_policy(policy, settings.reference)
-    asked = read_prompts(prompts, settings.prompts)
-    prompts_digest = digest(prompts)
-    state = {"policy": str(policy), "prompts": prompts_digest, "settings": settings.model_dump(mode="json")}
-    inputs = [
-        *[("policy", policy), ("base model", place.base), ("reference", place.reference)],
-        *[("prompts", prompts), ("reward model", settings.reward_model)],
-    ]
-    remedy = "give a smaller --batch_size"
-    with building(Path(output_dir), state, overwrite=overwrite, inputs=inputs, memory=remedy) as out:
-        samples = _responses(place, asked, settings)
-        chosen, rejected = load_scorer(settings.reward_model, batch_size=settings.score_batch_size).score_pairs(
-            [Pair(i, i, s.prompt, s.said[0], s.said[1], {}) for i, s in enumerate(samples)], "prompt", "row"
-        )
-        report = _report(place, settings, samples, chosen, rejected, prompts_digest)
-        lines = [_line(s, a, b) for s, a, b in zip(samples, chosen, rejected, strict=True)]
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        write_atomically(out / "samples.jsonl", text)
-        write_samples_page(out / "samples.html", report, lines)
-        write_atomically(out / "evaluation.json", json.dumps(plain(report), indent=1) + "\n")
-    return report
+    given = {"policy": policy, "prompts": prompts, "reward_model": settings.reward_model}
+    out = run_in_folder(
+        evaluate_responses,
+        settings,
+        given,
+        output_dir,
+        overwrite=overwrite,
+        memory="give a smaller --batch_size",
+        protected=[place.base, place.reference],
+    )
+    return load_report(out / "evaluation.json", EvaluateReport)
+
+
+@operation("evaluate_responses/1")
+def evaluate_responses(settings: EvaluateSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
+    """The operation behind :func:`evaluate`."""
+    place = find_policy(inputs["policy"], settings.reference)
+    asked = read_prompts(inputs["prompts"], settings.prompts)
+    prompts_digest = digest(inputs["prompts"])
+    samples = _responses(place, asked, settings)
+    chosen, rejected = load_scorer(settings.reward_model, batch_size=settings.score_batch_size).score_pairs(
+        [Pair(i, i, s.prompt, s.said[0], s.said[1], {}) for i, s in enumerate(samples)], "prompt", "row"
+    )
+    report = _report(place, settings, samples, chosen, rejected, prompts_digest)
+    lines = [_line(s, a, b) for s, a, b in zip(samples, chosen, rejected, strict=True)]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_atomically(out / "samples.jsonl", text)
+    write_samples_page(out / "samples.html", report, lines)
+    write_atomically(out / "evaluation.json", json.dumps(plain(report), indent=1) + "\n")
+    return {"win_rate": report.win_rate, "reward_difference": report.reward_difference, "kl": report.kl}
 
 
 class Place(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +25,25 @@ from madpo.errors import ConfigError, DataError
 from madpo.logprobs import unwrapped
 from madpo.losses import LossConfig
 from madpo.models import load_model, load_quantised, merge_adapter, resolve_model
+from madpo.operation import operation
 from madpo.packaged import quiet_transformers
 from madpo.places import lasting
 from madpo.practice.arguments import written_arguments
 from madpo.practice.card import model_card
-from madpo.practice.claims import read_own
-from madpo.practice.folders import building, digest, toml, training_state
-from madpo.practice.overwriting import CONFIG_HEADING, TRACKED
 from madpo.practice.pairs import Row, adapted, load_training
+from madpo.practice.running import digest, load_report, run_in_folder, toml
 from madpo.practice.train_settings import TrainSettings
 from madpo.recipe import CHECKPOINTS
+from madpo.records import Metrics
 from madpo.storage import write_atomically
 from madpo.training import PreferenceConfig, PreferenceTrainer
 from madpo.training.columns import ID_COLUMNS, PAIR_COLUMNS, REFERENCE_COLUMNS
 from madpo.training.identity import BATCH, decisive_arguments
 from madpo.training.stages import run_training
 
+CONFIG_HEADING = "# madpo train "
+TRACKED = "runs"
+"""Where transformers lets TensorBoard write, seen from the folder of the checkpoints."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _DEFAULTS: dict[str, Any] = {
     **{"save_strategy": "steps", "save_steps": 100, "save_total_limit": 2},
@@ -57,7 +60,6 @@ MEMORY_REMEDY = (
 class TrainReport(Frozen):
     """What :func:`train` did. Evaluation numbers are the trainer's, by its names; empty without held-out pairs."""
 
-    output_dir: str
     pairs: int
     eval_pairs: int
     steps: int
@@ -81,7 +83,6 @@ class TrainReport(Frozen):
         if self.evaluation:
             lines.append(f"on {self.eval_pairs} held-out pairs:")
             lines += [f"    {name}  {value:.4f}" for name, value in self.evaluation.items()]
-        lines.append(f"written to {self.output_dir}")
         return "\n".join(lines)
 
 
@@ -110,54 +111,55 @@ def train(
     Raises:
         DataError, ConfigError, StorageError: one sentence; nothing is left behind.
     """
-    output_dir = Path(output_dir)
-    data_digest = digest(data)
-    state = training_state(data, data_digest, eval_data, decisive(settings))
-    inputs = [("data", data), ("eval_data", eval_data), ("model", settings.model)]
-    with building(output_dir, state, overwrite=overwrite, inputs=inputs, memory=MEMORY_REMEDY) as out:
-        args = trainer_arguments(settings, out, evaluated=eval_data is not None or settings.eval_share > 0)
-        args.precompute_ref_batch_size = _reference_batch(args, out)
-        base, tokenizer, rows, heldout, too_long = load_training(
-            settings, data, eval_data, seed=args.seed, max_length=args.max_length
+    inputs = {"data": data, "eval_data": eval_data, "model": settings.model}
+    out = run_in_folder(train_pairs, settings, inputs, output_dir, overwrite=overwrite, memory=MEMORY_REMEDY)
+    return load_report(out / "report.json", TrainReport)
+
+
+@operation("train_pairs/1")
+def train_pairs(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
+    """The operation behind :func:`train`."""
+    data, eval_data = str(inputs["data"]), inputs.get("eval_data")
+    args = trainer_arguments(settings, out, evaluated=eval_data is not None or settings.eval_share > 0)
+    args.precompute_ref_batch_size = _reference_batch(args, out)
+    base, tokenizer, rows, heldout, too_long = load_training(
+        settings, data, eval_data, seed=args.seed, max_length=args.max_length
+    )
+    require_columns(rows, settings.loss, str(data))
+    if heldout:
+        require_columns(heldout, settings.loss, str(eval_data or data))
+    trainer = build_trainer(settings, args, base, tokenizer, rows, heldout)
+    if trainer.sharded and settings.merge:
+        raise ConfigError(
+            "--merge needs the whole model in one process, and FSDP or DeepSpeed has split it; leave --merge out "
+            "and fold the adapter in afterwards with PEFT's merge_and_unload"
         )
-        require_columns(rows, settings.loss, str(data))
-        if heldout:
-            require_columns(heldout, settings.loss, str(eval_data or data))
-        trainer = build_trainer(settings, args, base, tokenizer, rows, heldout)
-        if trainer.sharded and settings.merge:
-            raise ConfigError(
-                "--merge needs the whole model in one process, and FSDP or DeepSpeed has split it; leave --merge out "
-                "and fold the adapter in afterwards with PEFT's merge_and_unload"
-            )
-        # The trainer knows by itself what of its arguments decides the result.
-        result = run_training(
-            trainer, settings.model_copy(update={"args": {}}), f"Training ({settings.loss.kind})", out
-        )
-        evaluation = _evaluation(trainer) if heldout else {}
-        report = TrainReport(
-            output_dir=str(output_dir),
-            pairs=len(trainer.train_dataset),
-            eval_pairs=len(trainer.eval_dataset) if heldout else 0,
-            steps=int(result.global_step),
-            loss=float(result.training_loss),
-            evaluation=evaluation,
-            dropped=len(too_long.dropped),
-            cut=too_long.cut,
-            data_digest=data_digest,
-            model_digest=model_digest(base, trainer.model),
-        )
-        _save(trainer, settings, tokenizer, out)
-        if not processes.leads():
-            return report
-        if (tracked := out / CHECKPOINTS / TRACKED).is_dir():  # checkpoints are no part of the result, and these are
-            shutil.copytree(tracked, out / TRACKED, dirs_exist_ok=True)
-        if too_long.dropped:
-            write_atomically(out / "dropped.jsonl", too_long.lines())
-        card = model_card(data=str(data), eval_data=eval_data, settings=settings, report=report)
-        write_atomically(out / "README.md", card)
-        write_atomically(out / "report.json", report.model_dump_json(indent=1) + "\n")
-        write_atomically(out / "config.toml", resolved(data, settings))
-    return report
+    # The trainer knows by itself what of its arguments decides the result.
+    result = run_training(trainer, settings.model_copy(update={"args": {}}), f"Training ({settings.loss.kind})", out)
+    evaluation = _evaluation(trainer) if heldout else {}
+    report = TrainReport(
+        pairs=len(trainer.train_dataset),
+        eval_pairs=len(trainer.eval_dataset) if heldout else 0,
+        steps=int(result.global_step),
+        loss=float(result.training_loss),
+        evaluation=evaluation,
+        dropped=len(too_long.dropped),
+        cut=too_long.cut,
+        data_digest=digest(data),
+        model_digest=model_digest(base, trainer.model),
+    )
+    _save(trainer, settings, tokenizer, out)
+    if not processes.leads():
+        return {}
+    if (tracked := out / CHECKPOINTS / TRACKED).is_dir():  # checkpoints are no part of the result, and these are
+        shutil.copytree(tracked, out / TRACKED, dirs_exist_ok=True)
+    if too_long.dropped:
+        write_atomically(out / "dropped.jsonl", too_long.lines())
+    card = model_card(data=data, eval_data=eval_data, settings=settings, report=report)
+    write_atomically(out / "README.md", card)
+    write_atomically(out / "report.json", report.model_dump_json(indent=1) + "\n")
+    write_atomically(out / "config.toml", resolved(data, settings))
+    return {"pairs": report.pairs, "steps": report.steps, "loss": report.loss, **evaluation}
 
 
 def require_columns(rows: Sequence[Row], loss: LossConfig, name: str) -> None:
@@ -212,11 +214,11 @@ def _reference_batch(args: PreferenceConfig, out: Path) -> int:
 
     So a training that goes on with another split of its steps keeps its reference.
     """
-    place = out / CHECKPOINTS / "begun.json"
+    place = out / CHECKPOINTS / ".reference_batch.json"
 
     def look() -> int:
         if place.is_file():
-            return int(read_own(place).get("reference_batch") or args.per_device_train_batch_size)
+            return int(json.loads(place.read_bytes())["reference_batch"])
         size = int(args.precompute_ref_batch_size or args.per_device_train_batch_size)
         place.parent.mkdir(exist_ok=True)
         write_atomically(place, json.dumps({"reference_batch": size}) + "\n")

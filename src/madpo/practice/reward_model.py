@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import ceil
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,12 +23,13 @@ from madpo.diagnostics import MarginReport, Reliability, inspect
 from madpo.errors import ConfigError, DataError
 from madpo.loading import loading
 from madpo.models import load_classifier, load_config, load_tokenizer, resolve_model
-from madpo.practice.folders import building, digest, training_state
+from madpo.operation import operation
 from madpo.practice.pages import write_reward_page
 from madpo.practice.pairs import Row, adapted, load_training, prompt_key, split_by_prompt
+from madpo.practice.running import digest, load_report, run_in_folder
 from madpo.practice.settings import RewardSettings
 from madpo.progress import say
-from madpo.records import Estimate
+from madpo.records import Estimate, Metrics
 from madpo.rewards import RewardModel, placed, reward_base
 from madpo.statistics import bootstrap_mean, bootstrap_temperature, proportion
 from madpo.storage import write_atomically
@@ -126,45 +127,49 @@ def reward(
     Raises:
         DataError, ConfigError, StorageError: one sentence; nothing is left behind.
     """
-    output_dir = Path(output_dir)
-    data_digest = digest(data)
-    state = training_state(data, data_digest, eval_data, settings.model_dump(mode="json"))
-    inputs = [("data", data), ("eval_data", eval_data), ("model", settings.model)]
-    with building(output_dir, state, overwrite=overwrite, inputs=inputs, memory=MEMORY_REMEDY) as out:
-        base, _, train, heldout, too_long = load_training(
-            settings, data, eval_data, seed=settings.seed, max_length=settings.max_length
-        )
-        stopping, reported = _halves(heldout, settings, str(eval_data or data))
-        seen = {prompt_key(row["prompt"]) for row in train}
-        if leaked := sum(prompt_key(row["prompt"]) in seen for row in reported):
-            say(f"{leaked} of {len(reported)} held-out pairs have a prompt of the training pairs, which flatters.")
-        steps = fit(settings, train, stopping, out)
-        measured = _measure(out, reported)
-        report = RewardReport(
-            data=str(data),
-            data_digest=data_digest,
-            eval_data=None if eval_data is None else str(eval_data),
-            model_digest=digest(base),
-            dropped=len(too_long.dropped),
-            train_pairs=len(train),
-            stopping_pairs=len(stopping),
-            heldout_pairs=len(reported),
-            steps=steps,
-            accuracy=measured[0],
-            log_loss=measured[1].log_loss,
-            log_loss_interval=measured[2],
-            temperature=measured[1].margin_temperature,
-            temperature_interval=measured[3],
-            temperature_reason=measured[1].temperature_reason,
-            calibrated_log_loss=measured[1].calibrated_log_loss,
-            reliability=measured[1].reliability,
-            settings=settings,
-        )
-        if too_long.dropped:
-            write_atomically(out / "dropped.jsonl", too_long.lines())
-        write_reward_page(out / "report.html", report)
-        write_atomically(out / "report.json", json.dumps(plain(report), indent=1) + "\n")
-    return report
+    inputs = {"data": data, "eval_data": eval_data, "model": settings.model}
+    out = run_in_folder(reward_pairs, settings, inputs, output_dir, overwrite=overwrite, memory=MEMORY_REMEDY)
+    return load_report(out / "report.json", RewardReport)
+
+
+@operation("reward_pairs/1")
+def reward_pairs(settings: RewardSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
+    """The operation behind :func:`reward`."""
+    data, eval_data = str(inputs["data"]), inputs.get("eval_data")
+    base, _, train, heldout, too_long = load_training(
+        settings, data, eval_data, seed=settings.seed, max_length=settings.max_length
+    )
+    stopping, reported = _halves(heldout, settings, str(eval_data or data))
+    seen = {prompt_key(row["prompt"]) for row in train}
+    if leaked := sum(prompt_key(row["prompt"]) in seen for row in reported):
+        say(f"{leaked} of {len(reported)} held-out pairs have a prompt of the training pairs, which flatters.")
+    steps = fit(settings, train, stopping, out)
+    measured = _measure(out, reported)
+    report = RewardReport(
+        data=data,
+        data_digest=digest(data),
+        eval_data=None if eval_data is None else str(eval_data),
+        model_digest=digest(base),
+        dropped=len(too_long.dropped),
+        train_pairs=len(train),
+        stopping_pairs=len(stopping),
+        heldout_pairs=len(reported),
+        steps=steps,
+        accuracy=measured[0],
+        log_loss=measured[1].log_loss,
+        log_loss_interval=measured[2],
+        temperature=measured[1].margin_temperature,
+        temperature_interval=measured[3],
+        temperature_reason=measured[1].temperature_reason,
+        calibrated_log_loss=measured[1].calibrated_log_loss,
+        reliability=measured[1].reliability,
+        settings=settings,
+    )
+    if too_long.dropped:
+        write_atomically(out / "dropped.jsonl", too_long.lines())
+    write_reward_page(out / "report.html", report)
+    write_atomically(out / "report.json", json.dumps(plain(report), indent=1) + "\n")
+    return {"accuracy": report.accuracy, "log_loss": report.log_loss_interval, "steps": steps}
 
 
 def _halves(heldout: Sequence[Row], settings: RewardSettings, name: str) -> tuple[list[Row], list[Row]]:

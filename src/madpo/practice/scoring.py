@@ -11,9 +11,8 @@ import datetime
 import json
 import math
 import os
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,20 +29,20 @@ from madpo.data.numbers import as_number
 from madpo.data.rows import Pair
 from madpo.data.sources import open_source
 from madpo.diagnostics import inspect
-from madpo.errors import ConfigError, DataError, MadpoError, StorageError, first_line
-from madpo.locks import locked
-from madpo.memory import memory_errors
+from madpo.errors import ConfigError, DataError, StorageError, first_line
 from madpo.models import load_tokenizer, resolve_model
-from madpo.practice.claims import claim, read_own
-from madpo.practice.folders import building, digest, in_place
-from madpo.practice.overwriting import Inputs, discard
+from madpo.operation import operation
 from madpo.practice.pairs import encoded_rows, folds_by_prompt, prompt_key, split_by_prompt
 from madpo.practice.reward_model import PairScorer, fit, load_scorer, plain, reward_model_digest
+from madpo.practice.running import digest, load_report, run_in_folder
 from madpo.practice.settings import RewardSettings, ScoreSettings
 from madpo.progress import bar, say
-from madpo.records import Estimate
+from madpo.recipe import CHECKPOINTS
+from madpo.records import Estimate, Metrics
 from madpo.statistics import proportion
+from madpo.steps import Source, Step
 from madpo.storage import storage_errors, write_atomically
+from madpo.work import run_step
 
 PART = 512
 """Pairs per part: what an interruption can cost."""
@@ -70,6 +69,9 @@ class ScoreReport(Frozen):
     calibrated_log_loss: float
     heldout: bool
     """True if no margin comes from a model that was trained on its pair (known for ``folds`` alone)."""
+    data_digest: str | None = None
+    reward_model_digest: str | None = None
+    """SHA-256 of what was scored, and by what; None for what is on the hub."""
     ties: int = 0
     """Margins of exactly 0: of a reward model that has learned nothing, or scores that are equal."""
 
@@ -95,7 +97,7 @@ class ScoreReport(Frozen):
 def score(data: str | Path, output_dir: str | Path, settings: ScoreSettings, *, overwrite: bool = False) -> ScoreReport:
     """Write the pairs with ``reward_margin``, ``chosen_score`` and ``rejected_score``.
 
-    ``output_dir`` gets ``scored.jsonl`` (or ``scored.parquet``), ``report.json`` and ``settings.json``. Columns that
+    ``output_dir`` gets ``scored.jsonl`` (or ``scored.parquet``), ``report.json`` and ``record.json``. Columns that
     the data have keep their place; prompt, chosen and rejected have our names. Run again after an interruption, it
     continues; run again when finished, it gives the report.
 
@@ -107,52 +109,32 @@ def score(data: str | Path, output_dir: str | Path, settings: ScoreSettings, *, 
         DataError, ConfigError: as the name says, before anything is scored.
         StorageError: ``output_dir`` holds something else, or scores made with other settings.
     """
-    output_dir = Path(output_dir)
-    pairs = _read(data)
-    state = {"data": str(data), "pairs": len(pairs), "data_digest": digest(data), **settings.model_dump(mode="json")}
-    if settings.reward_model is not None:
-        state["reward_model_digest"] = reward_model_digest(settings.reward_model)
-    columns = None
-    if settings.score_columns is not None:
-        columns = _columns(data, pairs, settings.score_columns)
+    inputs = {
+        "data": data,
+        "reward_model": settings.reward_model,
+        "model": settings.reward.model if settings.reward else None,
+    }
+    out = run_in_folder(score_pairs, settings, inputs, output_dir, overwrite=overwrite, memory=MEMORY_REMEDY)
+    return load_report(out / "report.json", ScoreReport)
+
+
+@operation("score_pairs/1")
+def score_pairs(settings: ScoreSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
+    """The operation behind :func:`score`."""
+    data = str(inputs["data"])
     if settings.folds is not None and processes.count() > 1:
         raise ConfigError(
             "folds trains its reward models in one process; start it without accelerate launch (with --reward_model, "
             "scoring runs on several)"
         )
-    model = settings.reward.model if settings.reward else None
-    inputs = [("data", data), ("reward model", settings.reward_model), ("model", model)]
-    with storage_errors(output_dir), memory_errors(MEMORY_REMEDY), ExitStack() as held:
-        report = processes.first(lambda: _begin(output_dir, state, held, inputs, overwrite=overwrite))
-        if report is not None:
-            say(f"{output_dir} is complete; nothing to do.")
-            return _again(report, output_dir)
-        try:
-            processes.first(lambda: _rehearse(data, len(pairs), settings, output_dir))
-            chosen, rejected = columns or _scores(data, pairs, settings, output_dir)
-        except MadpoError:
-            # Kept if there is something that a second run could continue from.
-            if processes.leads() and not any(output_dir.rglob("*.safetensors")):
-                discard(output_dir)
-            raise
-        report = processes.first(lambda: _finish(data, chosen, rejected, settings, output_dir))
-    return ScoreReport.model_validate(_unnamed(report))
-
-
-def _begin(output_dir: Path, state: Raw, held: ExitStack, inputs: Inputs, *, overwrite: bool) -> Raw | None:
-    """Make the folder ours (``held`` takes the lock); the report if it is complete already."""
-    with storage_errors(output_dir):
-        held.enter_context(locked(output_dir))
-        done, made_for = output_dir / "report.json", output_dir / "settings.json"
-        wanted = state
-        if not overwrite and made_for.is_file() and not done.exists():
-            # Until the rows are written their format is open: one that cannot hold them must not cost the scores.
-            wanted = {**state, "format": read_own(made_for).get("format")}
-        claim(output_dir, wanted, overwrite=overwrite, inputs=inputs)
-        if done.exists():
-            return read_own(done)
-        write_atomically(output_dir / "settings.json", json.dumps(state, indent=1) + "\n")
-    return None
+    pairs = _read(data)
+    columns = None
+    if settings.score_columns is not None:
+        columns = _columns(data, pairs, settings.score_columns)
+    processes.first(lambda: _rehearse(data, len(pairs), settings, out))
+    chosen, rejected = columns or _scores(data, pairs, settings, out)
+    report = processes.first(lambda: _finish(data, chosen, rejected, settings, out))
+    return {"pairs": report["pairs"], "accuracy": Estimate(**report["accuracy"]), "log_loss": report["log_loss"]}
 
 
 def _read(data: str | Path) -> list[Pair]:
@@ -161,19 +143,6 @@ def _read(data: str | Path) -> list[Pair]:
     if not pairs:
         raise DataError(f"{data}: no row has two different scores, so there is no pair; score the completions first")
     return pairs
-
-
-def _again(report: Raw, output_dir: Path) -> ScoreReport:
-    try:
-        return ScoreReport.model_validate(_unnamed(report))
-    except (ValueError, TypeError, KeyError) as error:
-        reason = first_line(error, 160)
-        place = output_dir / "report.json"
-        raise StorageError(f"{place} is damaged ({reason}); add --overwrite to begin anew") from error
-
-
-def _unnamed(report: dict[str, Any]) -> dict[str, Any]:
-    return {**report, "accuracy": Estimate(**report["accuracy"])}
 
 
 # Scores
@@ -198,7 +167,7 @@ def _scores(
     if settings.folds is not None:
         return _out_of_fold(data, pairs, settings, output_dir)
     assert settings.reward_model is not None
-    return _in_parts(settings, pairs, np.arange(len(pairs)), output_dir / "parts", settings.reward_model)
+    return _in_parts(settings, pairs, np.arange(len(pairs)), output_dir / CHECKPOINTS / "parts", settings.reward_model)
 
 
 def _in_parts(
@@ -257,25 +226,41 @@ def _out_of_fold(
     )
     chosen, rejected = np.zeros(len(pairs)), np.zeros(len(pairs))
     for k in range(settings.folds):
-        folder = output_dir / "folds" / f"fold-{k}"
-        if not in_place(folder):
-            folder.parent.mkdir(exist_ok=True)
-            say(f"Fold {k + 1} of {settings.folds}: a reward model on {int((fold != k).sum())} pairs.")
-            made_by = settings.model_dump(mode="json", exclude={"format"})
-            made_of = {"data": digest(data) or str(data), "fold": k, "settings": made_by}
-            with building(folder, made_of) as out:
-                _train_fold(data, [pairs[int(i)] for i in np.flatnonzero(fold != k)], settings.reward, out)
+        folder = output_dir / CHECKPOINTS / "folds" / f"fold-{k}"
+        say(f"Fold {k + 1} of {settings.folds}: a reward model on {int((fold != k).sum())} pairs.")
+        step = Step(
+            f"fold-{k}",
+            train_fold,
+            FoldSettings(reward=settings.reward, folds=settings.folds, fold=k),
+            {"data": Source(str(data), digest(data) or str(data))},
+        )
+        run_step(step, folder, memory=MEMORY_REMEDY)
         rows = np.flatnonzero(fold == k)
-        scores = _in_parts(settings, pairs, rows, output_dir / "parts" / f"fold-{k}", folder)
+        scores = _in_parts(settings, pairs, rows, output_dir / CHECKPOINTS / "parts" / f"fold-{k}", folder)
         chosen[rows], rejected[rows] = scores
     return chosen, rejected
 
 
-def _train_fold(data: str | Path, pairs: Sequence[Pair], settings: RewardSettings, out: Path) -> None:
+class FoldSettings(Frozen):
+    """A reward model on all folds of the pairs but one."""
+
+    reward: RewardSettings
+    folds: int
+    fold: int
+    """The one that it does not see."""
+
+
+@operation("train_fold/1")
+def train_fold(config: FoldSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
+    """Train a reward model that has seen neither the pairs of one fold nor their prompts."""
+    data, settings = str(inputs["data"]), config.reward
+    pairs = _read(data)
+    fold = folds_by_prompt((prompt_key(p.prompt) for p in pairs), config.folds, settings.seed, data)
+    seen = [pair for pair, own in zip(pairs, fold, strict=True) if own != config.fold]
     tokenizer = load_tokenizer(resolve_model(settings.model))
-    rows = encoded_rows(pairs, tokenizer, str(data), settings.max_length, settings.truncation)
-    train, stopping = split_by_prompt(rows, settings.eval_share, settings.seed, str(data))
-    fit(settings, train, stopping, out)
+    rows = encoded_rows(seen, tokenizer, data, settings.max_length, settings.truncation)
+    train, stopping = split_by_prompt(rows, settings.eval_share, settings.seed, data)
+    return {"steps": fit(settings, train, stopping, out)}
 
 
 # Rows
@@ -299,7 +284,6 @@ def _finish(
     """Write the rows, and last of all the report."""
     with storage_errors(output_dir):
         report = _report(data, chosen, rejected, settings, output_dir)
-        shutil.rmtree(output_dir / "parts", ignore_errors=True)
         write_atomically(output_dir / "report.json", json.dumps(plain(report), indent=1) + "\n")
     return plain(report)
 
@@ -318,8 +302,6 @@ def _report(
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    for other in {"jsonl", "parquet"} - {settings.format}:  # where a run was interrupted between rows and report
-        (output_dir / f"scored.{other}").unlink(missing_ok=True)
     return ScoreReport(
         file=path.name,
         pairs=len(margins),
@@ -331,6 +313,8 @@ def _report(
         calibrated_log_loss=fitted.calibrated_log_loss,
         heldout=settings.folds is not None,
         ties=int((margins == 0).sum()),
+        data_digest=digest(data),
+        reward_model_digest=None if settings.reward_model is None else reward_model_digest(settings.reward_model),
     )
 
 

@@ -48,6 +48,12 @@ class TrainSettings(Frozen):
             raise ValueError("weights of 4 bits cannot be trained themselves; give full or qlora, not both")
         return self
 
+    def decisive(self) -> dict[str, Any]:
+        """What bears on the result, as plain values: of the arguments those that do."""
+        from madpo.practice.policy import decisive
+
+        return decisive(self)
+
     @field_validator("args")
     @classmethod
     def _arguments(cls, value: dict[str, Any]) -> dict[str, Any]:

@@ -23,9 +23,9 @@ from madpo.packaged import quiet_transformers
 from madpo.pipeline import Metrics
 from madpo.places import read_tokenizer
 from madpo.practice.corpus_tokens import CorpusTokens, encoded, read_corpus
-from madpo.practice.folders import building, digest
 from madpo.practice.kept_mass import Probe, TextScore, probe, score_texts
 from madpo.practice.reward_model import plain
+from madpo.practice.running import digest, load_report, run_in_folder
 from madpo.practice.trim_report import TrimReport, TrimSettings, model_card
 from madpo.records import Estimate
 from madpo.statistics import bootstrap_statistic
@@ -63,53 +63,67 @@ def trim_vocab(
         ConfigError: no causal model, adapter, quantised weights, or a tokenizer that has no smaller pieces.
         DataError, StorageError: one sentence; nothing is left behind.
     """
-    settings = settings or TrimSettings()
-    names = sorted(map(str, corpus))
-    if not names:
+    if not corpus:
         raise ConfigError("there is no corpus; give at least one file with --corpus")
-    base = resolve_model(str(model))
-    _refuse(load_config(base), str(model))
+    inputs = {"model": model, "eval_data": eval_data}
+    inputs |= {f"corpus{i}": data for i, data in enumerate(sorted(map(str, corpus)))}
+    out = run_in_folder(
+        trim_model,
+        settings or TrimSettings(),
+        inputs,
+        output_dir,
+        overwrite=overwrite,
+        memory="give a smaller --batch_size",
+    )
+    return load_report(out / "vocabulary.json", TrimReport)
+
+
+@operation("trim_model/1")
+def trim_model(settings: TrimSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
+    """The operation behind :func:`trim_vocab`; the corpus's files are the inputs ``corpus0``, ``corpus1``, ..."""
+    model, eval_data = str(inputs["model"]), inputs.get("eval_data")
+    names = sorted(str(place) for role, place in inputs.items() if role.startswith("corpus"))
+    base = resolve_model(model)
+    _refuse(load_config(base), model)
     digests = tuple(digest(data) for data in names)
-    state = {
-        "model": digest(base) or str(model),
-        "corpus": [known or data for known, data in zip(digests, names, strict=True)],
-        "eval_data": None if eval_data is None else digest(eval_data) or str(eval_data),
-        "settings": settings.model_dump(mode="json"),
+    whole = _Whole.load(base, str(model))
+    counted = read_corpus(names, whole.tokenizer, settings, eval_data)
+    named = sorted(named_ids(whole.settings, whole.rows))
+    kept = whole.vocabulary.choose(
+        counted.counts, size=settings.size, named=named, drop_reserved=settings.drop_reserved
+    )
+    new = {old: i for i, old in enumerate(kept.ids)}
+    sizes = _write(whole, new, out)
+    measured = _measure(base, whole, new, counted, settings.batch_size, out)
+    report = TrimReport(
+        model=str(model),
+        model_digest=digest(base),
+        corpus=tuple(names),
+        corpus_digests=digests,
+        eval_data=None if eval_data is None else str(eval_data),
+        texts=counted.texts,
+        tokens=counted.tokens,
+        entries_before=len(whole.vocabulary.ids),
+        entries=len(new),
+        entries_always=kept.always,
+        parameters_before=sizes[0],
+        parameters=sizes[1],
+        covered=counted.share(new),
+        settings=settings,
+        **measured,
+    )
+    write_atomically(out / "kept_ids.json", json.dumps(kept.ids) + "\n")
+    write_atomically(out / "README.md", model_card(report))
+    write_atomically(out / "vocabulary.json", json.dumps(plain(report), indent=1, ensure_ascii=False) + "\n")
+    return {
+        "entries": report.entries,
+        "entries_before": report.entries_before,
+        "parameters": report.parameters,
+        "covered": report.covered,
+        "kl": report.kl,
+        "nats_per_byte": report.nats_per_byte,
+        "nats_per_byte_before": report.nats_per_byte_before,
     }
-    files = [("corpus", data) for data in names if data != IMDB]
-    inputs = [("model", model), *files, ("eval_data", eval_data)]
-    remedy = "give a smaller --batch_size"
-    with building(Path(output_dir), state, overwrite=overwrite, inputs=inputs, memory=remedy) as out:
-        whole = _Whole.load(base, str(model))
-        counted = read_corpus(names, whole.tokenizer, settings, eval_data)
-        named = sorted(named_ids(whole.settings, whole.rows))
-        kept = whole.vocabulary.choose(
-            counted.counts, size=settings.size, named=named, drop_reserved=settings.drop_reserved
-        )
-        new = {old: i for i, old in enumerate(kept.ids)}
-        sizes = _write(whole, new, out)
-        measured = _measure(base, whole, new, counted, settings.batch_size, out)
-        report = TrimReport(
-            model=str(model),
-            model_digest=digest(base),
-            corpus=tuple(names),
-            corpus_digests=digests,
-            eval_data=None if eval_data is None else str(eval_data),
-            texts=counted.texts,
-            tokens=counted.tokens,
-            entries_before=len(whole.vocabulary.ids),
-            entries=len(new),
-            entries_always=kept.always,
-            parameters_before=sizes[0],
-            parameters=sizes[1],
-            covered=counted.share(new),
-            settings=settings,
-            **measured,
-        )
-        write_atomically(out / "kept_ids.json", json.dumps(kept.ids) + "\n")
-        write_atomically(out / "README.md", model_card(report))
-        write_atomically(out / "vocabulary.json", json.dumps(plain(report), indent=1, ensure_ascii=False) + "\n")
-    return report
 
 
 class TrimStage(Frozen):
@@ -125,18 +139,10 @@ class TrimStage(Frozen):
 @operation("trim_base/1")
 def trim_base(config: TrimStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Write ``out/model``; the metrics say what the smaller vocabulary costs on reviews that did not choose it."""
-    # A step that was stopped after its last file and before its record leaves a whole model.
     settings = TrimSettings(size=config.size, eval_texts=config.eval_texts)
-    report = trim_vocab(config.model, [IMDB], out / "model", settings, overwrite=True)
-    return {
-        "entries": report.entries,
-        "entries_before": report.entries_before,
-        "parameters": report.parameters,
-        "covered": report.covered,
-        "kl": report.kl,
-        "nats_per_byte": report.nats_per_byte,
-        "nats_per_byte_before": report.nats_per_byte_before,
-    }
+    model = out / "model"
+    model.mkdir(exist_ok=True)
+    return trim_model(settings, {"model": Path(config.model), "corpus0": Path(IMDB)}, model)
 
 
 def _refuse(config: Any, name: str) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from madpo.figures import Dot, scatter_figure
 from madpo.pages import Section, cell, sections_page
-from madpo.practice.folders import toml
+from madpo.practice.running import toml
 from madpo.records import Estimate
 from madpo.report import table
 from madpo.report.numbers import DASH

@@ -10,22 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import Field
 
 from madpo.config import Frozen
-from madpo.errors import ConfigError, DivergedError, MadpoError
-from madpo.locks import LOCKS, locked
-from madpo.memory import memory_errors
-from madpo.practice.claims import claim
-from madpo.practice.folders import digest
-from madpo.practice.overwriting import discard
+from madpo.errors import ConfigError, DivergedError
+from madpo.operation import operation
 from madpo.practice.policy import MEMORY_REMEDY, resolved
 from madpo.practice.reward_model import plain
+from madpo.practice.running import digest, load_report, run_in_folder
 from madpo.progress import say
-from madpo.records import Estimate
+from madpo.recipe import CHECKPOINTS
+from madpo.records import Estimate, Metrics, load_record
 from madpo.report.numbers import DASH
 from madpo.seeding import derived_seed
 from madpo.statistics import bootstrap_mean
-from madpo.storage import storage_errors, write_atomically
+from madpo.storage import write_atomically
 from madpo.tuning.heldout import Heldout, Measured, Prepared, identity, measure, prepare
 from madpo.tuning.page import write_table
 from madpo.tuning.settings import Criterion, TuneSettings
@@ -35,6 +34,8 @@ if TYPE_CHECKING:
     import optuna
 
 JOURNAL = "study.journal"
+SEARCH = "search"
+"""Journal and measured folds of a finished search, from which a search with more trials goes on."""
 
 
 class Trial(Frozen):
@@ -56,7 +57,6 @@ class Diverged(Frozen):
 class TuneReport(Frozen):
     """What :func:`tune` found."""
 
-    output_dir: str
     data_digest: str | None
     pairs: int
     dropped: int
@@ -134,36 +134,58 @@ def tune(data: str | Path, output_dir: str | Path, settings: TuneSettings, *, ov
         DataError, ConfigError: one sentence, before anything is trained.
         StorageError: ``output_dir`` holds something else, or a study with other settings.
     """
-    output_dir = Path(output_dir)
-    data_digest = digest(data)
-    state = {"data": str(data), "data_digest": data_digest, **settings.model_dump(mode="json", exclude={"trials"})}
-    rewards = settings.reward.reward_model if settings.reward else None
-    inputs = [("data", data), ("model", settings.model), ("reward model", rewards)]
-    with storage_errors(output_dir), memory_errors(MEMORY_REMEDY), locked(output_dir):
-        claim(output_dir, state, overwrite=overwrite, inputs=inputs)
-        known = {entry.name for entry in output_dir.iterdir()} - set(LOCKS)
-        write_atomically(output_dir / "settings.json", json.dumps(state, indent=1) + "\n")
-        try:
-            prepared = prepare(data, settings, output_dir)
-        except MadpoError:
-            if not known:  # nothing that a second run could continue from
-                discard(output_dir)
-            raise
-        report = _search(data_digest, output_dir, settings, prepared)
-        write_atomically(
-            output_dir / "chosen.toml", resolved(data, with_values(settings.training, report.best().values))
-        )
-        write_atomically(output_dir / "report.json", json.dumps(plain(report), indent=1) + "\n")
-    return report
+    out = Path(output_dir).expanduser()
+    inputs = {
+        "data": data,
+        "model": settings.model,
+        "reward_model": settings.reward.reward_model if settings.reward else None,
+    }
+    record = load_record(out)
+    config = TuneConfig.model_validate(dict(settings))
+    if record is not None and record.config.get("trials") != settings.trials and not overwrite:
+        # A finished search goes on with more trials; everything else must be equal.
+        run_in_folder(tune_pairs, config.with_trials(record.config.get("trials")), inputs, out, memory=MEMORY_REMEDY)
+        config, overwrite = config.model_copy(update={"earlier": out}), True
+    run_in_folder(tune_pairs, config, inputs, out, overwrite=overwrite, memory=MEMORY_REMEDY)
+    return load_report(out / "report.json", TuneReport)
+
+
+class TuneConfig(TuneSettings):
+    """:class:`TuneSettings` as the operation takes them."""
+
+    earlier: Path | None = Field(default=None, exclude=True)
+    """A finished search whose trials are kept."""
+
+    def with_trials(self, trials: Any) -> TuneConfig:
+        """The same with another number of trials."""
+        return self.model_copy(update={"trials": trials})
+
+
+@operation("tune_pairs/1")
+def tune_pairs(settings: TuneConfig, inputs: Mapping[str, Path], out: Path) -> Metrics:
+    """The operation behind :func:`tune`."""
+    data = str(inputs["data"])
+    state = out / CHECKPOINTS
+    if settings.earlier is not None and not state.exists():
+        shutil.copytree(settings.earlier / SEARCH, state)
+    state.mkdir(exist_ok=True)
+    prepared = prepare(data, settings, state)
+    asked = TuneSettings.model_validate({name: getattr(settings, name) for name in TuneSettings.model_fields})
+    report = _search(digest(data), out, asked, prepared)
+    write_atomically(out / "chosen.toml", resolved(data, with_values(settings.training, report.best().values)))
+    write_atomically(out / "report.json", json.dumps(plain(report), indent=1) + "\n")
+    shutil.copytree(state, out / SEARCH, dirs_exist_ok=True)
+    best = report.best().heldout
+    return {"trials": len(report.trials), "log_loss": best.log_loss, "accuracy": best.accuracy}
 
 
 def _search(data_digest: str | None, output_dir: Path, settings: TuneSettings, prepared: Prepared) -> TuneReport:
-    folder = output_dir / "folds"
+    folder = output_dir / CHECKPOINTS / "folds"
     baseline = None
     if settings.baseline:
         say("Plain DPO, to compare with.")
         baseline = measure(prepared, settings, settings.baseline_training, folder)
-    study, space = open_study(output_dir / JOURNAL, settings), settings.searched
+    study, space = open_study(output_dir / CHECKPOINTS / JOURNAL, settings), settings.searched
     found: dict[int, tuple[Trial, Measured]] = {}
     for trial in _trials(study, settings):
         values = {key: dimension.suggested(key, trial) for key, dimension in space.items()}
@@ -321,7 +343,6 @@ def _report(
     # Of equal ones the first: a tie says nothing for the later trial.
     chosen = max(reached, key=lambda n: (reached[n], -n))
     return TuneReport(
-        output_dir=str(output_dir),
         data_digest=data_digest,
         pairs=len(prepared.rows),
         dropped=prepared.dropped,
