@@ -78,7 +78,7 @@ def build(spec: dict[str, Any]) -> tuple[Any, float]:
         arguments,
         train_dataset=data,
         processing_class=tokenizer,
-        peft_config=LoRA().peft_config("SEQ_CLS"),
+        peft_config=LoRA().peft_config("SEQ_CLS", model),
     )
     return ready(trainer), loaded
 

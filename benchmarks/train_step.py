@@ -106,7 +106,7 @@ def build(spec: dict[str, Any]) -> tuple[Any, float]:
         args=args_cls(**arguments),
         train_dataset=data,
         processing_class=load_tokenizer(path),
-        peft_config=LoRA().peft_config("CAUSAL_LM"),
+        peft_config=LoRA().peft_config("CAUSAL_LM", model),
         **extra,
     )
     return ready(built), loaded

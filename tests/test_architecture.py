@@ -35,6 +35,7 @@ LAYERS = [
     {"figures", "responses"},
     {"svg"},
     {
+        "adapters",
         "models",
         "packaged",
         "places",

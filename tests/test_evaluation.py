@@ -27,7 +27,7 @@ def inputs(request, tmp_path_factory):
     tokenizer = load_tokenizer(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     torch.manual_seed(0)
-    model = get_peft_model(model, LoRA(rank=4).peft_config("CAUSAL_LM"))
+    model = get_peft_model(model, LoRA(rank=4).peft_config("CAUSAL_LM", model))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
@@ -65,9 +65,8 @@ def test_the_reference_has_no_distance_to_itself(inputs, tmp_path) -> None:
     assert (samples["kl"] == 0).all()
     assert metrics["kl"] == (0, 0, 0, 8)
     # The same through the full computation: an adapter of zeros.
-    model = get_peft_model(
-        load_model(inputs["reference"] / "model", dtype=torch.float32), LoRA().peft_config("CAUSAL_LM")
-    )
+    model = load_model(inputs["reference"] / "model", dtype=torch.float32)
+    model = get_peft_model(model, LoRA().peft_config("CAUSAL_LM", model))
     model.save_pretrained(tmp_path / "zero" / "adapter")
     same, zeros = evaluate({**inputs, "policy": tmp_path / "zero"}, tmp_path / "same")
     assert (zeros["kl"].abs() < 1e-6).all()

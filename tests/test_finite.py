@@ -58,13 +58,14 @@ def pairs(count=8, *, tokens=(2, 9), **columns):
 
 def build(folder, out, loss=None, data=None, *, peft=True, dtype=torch.float32, callback=None, **changes):
     torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     return PreferenceTrainer(
-        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype),
+        model,
         args=PreferenceConfig(output_dir=str(out), **{**SETTINGS, **changes}),
         loss=loss or DPO(),
         train_dataset=pairs() if data is None else data,
         processing_class=load_tokenizer(folder),
-        peft_config=LoRA(rank=4, alpha=8).peft_config("CAUSAL_LM") if peft else None,
+        peft_config=LoRA(rank=4, alpha=8).peft_config("CAUSAL_LM", model) if peft else None,
         callbacks=[callback] if callback else None,
     )
 
@@ -228,12 +229,13 @@ def test_a_reference_that_overflows_is_not_cached(llama, tmp_path):
 def sft_trainer(llama, out, **changes):
     arguments = {**SETTINGS, "max_length": None, "activation_checkpointing": False, **changes}
     rows = [{"input_ids": row["chosen_ids"], "labels": row["chosen_ids"]} for row in pairs()]
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     return stages._CompletionSFT(
-        model=AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32),
+        model=model,
         args=SFTConfig(output_dir=str(out), **arguments),
         train_dataset=Dataset.from_list(rows),
         processing_class=load_tokenizer(llama),
-        peft_config=LoRA(rank=4, alpha=8).peft_config("CAUSAL_LM"),
+        peft_config=LoRA(rank=4, alpha=8).peft_config("CAUSAL_LM", model),
     )
 
 
@@ -251,7 +253,7 @@ def reward_trainer(llama, out, **changes):
         RewardConfig(output_dir=str(out), **arguments),
         train_dataset=sides(),
         processing_class=tokenizer,
-        peft_config=LoRA(rank=4, alpha=8).peft_config("SEQ_CLS"),
+        peft_config=LoRA(rank=4, alpha=8).peft_config("SEQ_CLS", model),
     )
 
 

@@ -117,7 +117,7 @@ def test_compute_dtype_is_native() -> None:
 def test_a_merged_adapter_is_the_sum_taken_in_float32(llama, tmp_path, dtype) -> None:
     base = load_model(llama, dtype=dtype)
     plain = {name: value.clone() for name, value in base.state_dict().items()}
-    model = get_peft_model(base, LoRA(rank=4, alpha=8).peft_config("CAUSAL_LM"))
+    model = get_peft_model(base, LoRA(rank=4, alpha=8).peft_config("CAUSAL_LM", base))
     torch.manual_seed(0)
     low_rank = {}
     with torch.no_grad():
@@ -145,7 +145,8 @@ def test_a_merged_adapter_is_the_sum_taken_in_float32(llama, tmp_path, dtype) ->
 
 
 def test_an_adapter_is_loaded_on_top(llama, tmp_path) -> None:
-    model = get_peft_model(load_model(llama, dtype=torch.float32), LoRA(targets=("q_proj",)).peft_config("CAUSAL_LM"))
+    base = load_model(llama, dtype=torch.float32)
+    model = get_peft_model(base, LoRA(targets=("q_proj",)).peft_config("CAUSAL_LM", base))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

@@ -178,7 +178,7 @@ def trained(request, tmp_path_factory):
     base = build_tiny(request.param, folder / "base", seed=2)
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32)
     torch.manual_seed(0)
-    model = get_peft_model(model, LoRA(rank=4).peft_config("SEQ_CLS"))
+    model = get_peft_model(model, LoRA(rank=4).peft_config("SEQ_CLS", model))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name or "modules_to_save" in name:

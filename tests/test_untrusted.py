@@ -91,7 +91,8 @@ def test_a_pickle_beside_safetensors_is_never_read(folder, marker):
 
 @pytest.fixture
 def adapter(llama, tmp_path):
-    model = get_peft_model(load_model(llama, dtype=torch.float32), LoRA(rank=2).peft_config("CAUSAL_LM"))
+    base = load_model(llama, dtype=torch.float32)
+    model = get_peft_model(base, LoRA(rank=2).peft_config("CAUSAL_LM", base))
     model.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
 

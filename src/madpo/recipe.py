@@ -11,6 +11,7 @@ from madpo.config import Frozen
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+    from torch import nn
 
 CHECKPOINTS = "checkpoints"
 
@@ -34,20 +35,14 @@ class LoRA(Frozen):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """0 makes the log-ratios exactly 0 before the first step."""
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Modules to adapt; the output head never is."""
+    """Modules to adapt; the output head never is. ``all-linear`` is every linear layer of the language model and the
+    weights of its experts, without routers (:mod:`madpo.adapters`)."""
 
-    def peft_config(self, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> LoraConfig:
-        """The same for PEFT; a reward model's head trains in full and is saved with the adapter."""
-        from peft import LoraConfig, TaskType
+    def peft_config(self, task: Literal["CAUSAL_LM", "SEQ_CLS"], model: nn.Module) -> LoraConfig:
+        """The same for PEFT, on ``model``; a reward model's head trains in full and is saved with the adapter."""
+        from madpo.adapters import adapter_config
 
-        return LoraConfig(
-            r=self.rank,
-            lora_alpha=self.alpha,
-            lora_dropout=self.dropout,
-            target_modules=self.targets if isinstance(self.targets, str) else list(self.targets),
-            task_type=TaskType[task],
-            modules_to_save=["score"] if task == "SEQ_CLS" else None,
-        )
+        return adapter_config(self, model, task)
 
 
 class Optimisation(Frozen):

@@ -39,6 +39,8 @@ def model_card(*, data: str, eval_data: str | Path | None, settings: TrainSettin
         lines.append(f"- held out: {report.eval_pairs} pairs, {source}")
     if (reward_model := _reward_model(Path(data))) is not None:
         lines.append(f"- margins from: {_plain(reward_model)}")
+    if report.adapter:
+        lines.append(f"- {_plain(report.adapter)}")
     lines += [
         f"- loss: `{settings.loss.kind}` with {', '.join(f'{k} = {json.dumps(v)}' for k, v in loss.items())}",
         f"- trained: {_weights(settings)}, {report.steps} steps",

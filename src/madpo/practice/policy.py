@@ -20,6 +20,7 @@ from transformers.integrations.integration_utils import (
 from transformers.pytorch_utils import Conv1D
 
 from madpo import processes
+from madpo.adapters import adapter_text
 from madpo.config import Frozen, did_you_mean
 from madpo.errors import ConfigError, DataError
 from madpo.logprobs import unwrapped
@@ -74,6 +75,8 @@ class TrainReport(Frozen):
     """SHA-256 of the data; None for a data set of the hub."""
     model_digest: str | None
     """SHA-256 of the files of the base model, or its commit on the hub."""
+    adapter: str | None = None
+    """Which weights the adapter changes, and their share of the model's parameters; None in full training."""
 
     def text(self) -> str:
         """The report for a person."""
@@ -147,6 +150,7 @@ def train_pairs(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) 
         cut=too_long.cut,
         data_digest=digest(data),
         model_digest=model_digest(base, trainer.model),
+        adapter=adapter_text(trainer.model),
     )
     _save(trainer, settings, tokenizer, out)
     if not processes.leads():
@@ -266,7 +270,7 @@ def build_trainer(
             train_dataset=as_dataset(rows),
             eval_dataset=as_dataset(heldout) if heldout else None,
             processing_class=tokenizer,
-            peft_config=None if settings.full else settings.lora.peft_config("CAUSAL_LM"),
+            peft_config=None if settings.full else settings.lora.peft_config("CAUSAL_LM", model),
         )
 
 

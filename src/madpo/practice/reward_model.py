@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
+from madpo.adapters import adapter_text
 from madpo.config import Frozen
 from madpo.data.rows import Pair
 from madpo.data.templates import render
@@ -60,6 +61,8 @@ class RewardReport(Frozen):
     heldout_pairs: int
     steps: int
     """Optimiser steps of the weights that were kept."""
+    adapter: str | None
+    """Which weights the adapter changes, and their share of the model's parameters."""
     accuracy: Estimate
     """Share of held-out pairs whose chosen side has the higher reward, with its Wilson interval."""
     log_loss: float
@@ -144,7 +147,8 @@ def reward_pairs(settings: RewardSettings, inputs: Mapping[str, Path], out: Path
     if leaked := sum(prompt_key(row["prompt"]) in seen for row in reported):
         say(f"{leaked} of {len(reported)} held-out pairs have a prompt of the training pairs, which flatters.")
     steps = fit(settings, train, stopping, out)
-    measured = _measure(out, reported)
+    model = RewardModel.load(out)
+    measured = _measure(model, reported)
     report = RewardReport(
         data=data,
         data_digest=digest(data),
@@ -155,6 +159,7 @@ def reward_pairs(settings: RewardSettings, inputs: Mapping[str, Path], out: Path
         stopping_pairs=len(stopping),
         heldout_pairs=len(reported),
         steps=steps,
+        adapter=adapter_text(model.model),
         accuracy=measured[0],
         log_loss=measured[1].log_loss,
         log_loss_interval=measured[2],
@@ -200,10 +205,9 @@ def fit(settings: RewardSettings, train: Sequence[Row], stopping: Sequence[Row],
         return fit_reward_model(stage, Dataset.from_dict(sequences(train)), Dataset.from_dict(sequences(stopping)), out)
 
 
-def _measure(folder: Path, rows: Sequence[Row]) -> tuple[Estimate, MarginReport, Estimate, Estimate | None]:
+def _measure(model: RewardModel, rows: Sequence[Row]) -> tuple[Estimate, MarginReport, Estimate, Estimate | None]:
     """(accuracy, calibration, log loss, temperature where one was fitted); the last two over prompts."""
     sides = sequences(rows)
-    model = RewardModel.load(folder)
     chosen, rejected = model.score_pairs(sides["chosen_ids"], sides["rejected_ids"], sides["prompt_length"])
     margins = chosen.astype(np.float64) - rejected
     found, prompts = inspect(margins), [prompt_key(row["prompt"]) for row in rows]

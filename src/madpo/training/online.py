@@ -189,7 +189,7 @@ def fit_online(
         "reward_funcs": reward_model,
         "train_dataset": Dataset.from_list(rows),
         "processing_class": tokenizer,
-        "peft_config": config.lora.peft_config("CAUSAL_LM"),
+        "peft_config": config.lora.peft_config("CAUSAL_LM", model),
     }
     trainer: Any
     if config.algorithm == "rloo":

@@ -23,6 +23,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import disable_dropout_in_model
 
+from madpo.adapters import announce
 from madpo.errors import ConfigError, DataError
 from madpo.loading import loading
 from madpo.logprobs import CompletionScores, completion_logps, install_completion_head, unwrapped
@@ -106,6 +107,7 @@ class PreferenceTrainer(WindowMetrics, ReferenceColumns, DPOTrainer):  # type: i
         refuse_uneven(self.accelerator, even_batches=even, drop_last=args.dataloader_drop_last)
         if not args.disable_dropout:
             _disable_own_dropout(self.model)
+        announce(self.model)
         install_completion_head(unwrapped(self.model))
 
     def _send_telemetry(self) -> None:

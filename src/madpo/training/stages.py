@@ -22,6 +22,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import RewardConfig, SFTConfig, SFTTrainer
 
 from madpo import processes
+from madpo.adapters import announce
 from madpo.config import Frozen, added, identity_settings
 from madpo.corpus import Corpus, load_corpus, sft_reviews
 from madpo.errors import ConfigError
@@ -106,6 +107,7 @@ def run_training(trainer: Any, settings: Frozen, description: str, out: Path) ->
         trainer: one with :class:`ExactResume`.
         settings: the stage's configuration, part of what a checkpoint must agree with.
     """
+    announce(trainer.model)
     watch(trainer, description, out)
     trainer.export_checkpoints = False  # the stage writes the finished adapter
     trainer.stage_settings = identity_settings(settings)
@@ -166,12 +168,13 @@ def train_sft(config: SFTStage, inputs: Mapping[str, Path], out: Path) -> Metric
         rows.append({"input_ids": ids[: config.max_tokens], "labels": ids[: config.max_tokens]})
     arguments = config.optimisation.arguments(out, config.seed)
     arguments.pop("disable_dropout")
+    model = load_model(base)
     trainer = _CompletionSFT(
-        model=load_model(base),
+        model=model,
         args=SFTConfig(max_length=None, **arguments),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        peft_config=config.lora.peft_config("CAUSAL_LM"),
+        peft_config=config.lora.peft_config("CAUSAL_LM", model),
     )
     install_completion_head(unwrapped(trainer.model))
     result = run_training(trainer, config, "SFT", out)
@@ -268,7 +271,7 @@ def fit_reward_model(
         train_dataset=train,
         eval_dataset=stopping,
         processing_class=tokenizer,
-        peft_config=config.lora.peft_config("SEQ_CLS"),
+        peft_config=config.lora.peft_config("SEQ_CLS", model),
         pooling=config.pooling,
         patience=config.patience,
     )
@@ -382,13 +385,14 @@ def train_policy(config: PolicyStage, inputs: Mapping[str, Path], out: Path) -> 
     reference = inputs["reference"] / "model"
     tokenizer = load_tokenizer(reference)
     arguments = config.optimisation.arguments(out, config.seed)
+    model = load_model(reference)
     trainer = PreferenceTrainer(
-        load_model(reference),
+        model,
         args=PreferenceConfig(max_length=None, token_metrics="never", **arguments),
         loss=config.loss,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        peft_config=config.lora.peft_config("CAUSAL_LM"),
+        peft_config=config.lora.peft_config("CAUSAL_LM", model),
     )
     result = run_training(trainer, config, config.method, out)
     trainer.model.save_pretrained(out / "adapter", safe_serialization=True)
