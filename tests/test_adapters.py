@@ -14,6 +14,7 @@ from madpo.adapters import adapter_config, adapter_summary, adapter_text
 from madpo.recipe import LoRA
 
 IDS = torch.randint(3, 50, (4, 24), generator=torch.Generator().manual_seed(0))
+TOLERANCE = 2e-3  # of logits in float32: two experts that are nearly tied may change places
 
 # Family -> last parts of the names of the weights that are adapted.
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -93,14 +94,14 @@ def test_every_adapter_learns_merges_and_loads_and_no_router_has_one(family, tmp
         assert set(adapter_summary(model).changed) == FAMILIES[family]
 
     plain = logits(base)
-    assert (found - plain).abs().max() > 1e-4
+    assert (found - plain).abs().max() > 10 * TOLERANCE
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(tiny(family), tmp_path).eval()
-    torch.testing.assert_close(logits(again), found, rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(again), found, rtol=0, atol=TOLERANCE)
     with model.disable_adapter():
-        torch.testing.assert_close(logits(model), plain, rtol=0, atol=1e-6)
+        torch.testing.assert_close(logits(model), plain, rtol=0, atol=TOLERANCE)
     merged = model.merge_and_unload()
-    torch.testing.assert_close(logits(merged), found, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(merged), found, rtol=0, atol=TOLERANCE)
     changed = {name for name, p in base.state_dict().items() if not torch.equal(p, merged.state_dict()[name])}
     assert len(changed) == len(layers), "as many weights as adapters, and no other"
 
