@@ -101,14 +101,9 @@ def refuse_unreachable(name: str) -> None:
     Raises:
         ConfigError: the hub's address is unknown to this machine, and the model is not in the local cache.
     """
-    from huggingface_hub import constants, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub import constants
 
-    try:
-        here = isinstance(try_to_load_from_cache(name, "config.json"), str)
-    except HFValidationError as error:
-        raise no_such_model(name, str(error).splitlines()[0]) from None
-    if here:
+    if _in_hub_cache(name):
         return
     if constants.HF_HUB_OFFLINE:
         raise no_such_model(name, "HF_HUB_OFFLINE is set, and it is not in the cache")
@@ -119,6 +114,34 @@ def refuse_unreachable(name: str) -> None:
         socket.getaddrinfo(host, 443)
     except OSError:
         raise no_such_model(name, f"{host} cannot be reached") from None
+
+
+def refuse_fetching(base: str | Path, named_in: Path, remedy: str = "") -> None:
+    """Refuse to fetch from the hub what the user has not named: a base model that only a folder names.
+
+    Args:
+        base: as :func:`resolve_model` gives it. A folder passes, and a model that was fetched before.
+        named_in: the folder, of an adapter, a policy or a reward model.
+        remedy: another way than fetching it first.
+
+    Raises:
+        ConfigError: naming the command that fetches it.
+    """
+    if isinstance(base, str) and not Path(base).expanduser().exists() and not _in_hub_cache(base):
+        raise ConfigError(
+            f"{named_in} names the base model {base!r}, which is not on this machine, and is fetched only where you "
+            f"name it yourself: run hf download {base}{remedy}"
+        )
+
+
+def _in_hub_cache(name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError as error:
+        raise no_such_model(name, str(error).splitlines()[0]) from None
 
 
 def read_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:

@@ -20,6 +20,7 @@ from madpo.evaluation import distinct
 from madpo.models import load_model, load_tokenizer, resolve_model
 from madpo.operation import operation
 from madpo.packaged import PACKAGED
+from madpo.places import refuse_fetching
 from madpo.practice.pages import write_samples_page
 from madpo.practice.prompts import Prompt, read_prompts
 from madpo.practice.reward_model import load_pair_encoder, load_scorer, plain, reward_model_digest
@@ -153,7 +154,7 @@ def find_policy(policy: str | Path, reference: str | None) -> Place:
     """What to load for ``policy``.
 
     Raises:
-        ConfigError: nothing says what the reference is.
+        ConfigError: nothing says what the reference is, or it is not on this machine and only a folder names it.
     """
     folder = Path(policy).expanduser()
     if (folder / "reward_model.json").is_file() or (folder.parent / "reward_model.json").is_file():
@@ -170,6 +171,8 @@ def find_policy(policy: str | Path, reference: str | None) -> Place:
         base = started
     else:
         base = str(folder / "model") if (folder / "model" / "config.json").is_file() else str(policy)
+    for name in {base, reference or started} - {reference, str(policy), None}:  # what the folder alone names
+        refuse_fetching(resolve_model(name), folder, f", or give --reference {name}")
     if (reference := reference or started) is None:
         if not folder.exists() and str(policy) not in PACKAGED:
             raise ConfigError(

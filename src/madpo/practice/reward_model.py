@@ -25,6 +25,7 @@ from madpo.errors import ConfigError, DataError
 from madpo.loading import loading
 from madpo.models import load_classifier, load_config, load_tokenizer, resolve_model
 from madpo.operation import operation
+from madpo.places import refuse_fetching
 from madpo.practice.pages import write_reward_page
 from madpo.practice.pairs import Row, adapted, load_training, prompt_key, split_by_prompt
 from madpo.practice.running import digest, load_report, run_in_folder
@@ -308,6 +309,7 @@ def load_scorer(place: str | Path, *, batch_size: int = 16) -> PairScorer:
         ConfigError: it is no reward model, or cannot be loaded.
     """
     if (folder := _own_folder(place)) is not None:
+        refuse_fetching(reward_base(folder)[0], folder)
         return PairScorer(RewardModel.load(folder), own=True, batch_size=batch_size)
     base = _classifier(place)
     model, tokenizer = load_classifier(base), load_tokenizer(base)
@@ -324,7 +326,9 @@ def load_pair_encoder(place: str | Path) -> PairEncoder:
         ConfigError, DataError: as :func:`load_scorer`.
     """
     if (folder := _own_folder(place)) is not None:
-        return PairEncoder(load_tokenizer(reward_base(folder)[0]), own=True)
+        base, _ = reward_base(folder)
+        refuse_fetching(base, folder)
+        return PairEncoder(load_tokenizer(base), own=True)
     return PairEncoder(load_tokenizer(_classifier(place)), own=False)
 
 
