@@ -152,7 +152,8 @@ def data(tmp_path):
 def policy_adapter(llama, tmp_path_factory):
     """An adapter without any training: loading it is what is tried."""
     out = tmp_path_factory.mktemp("policy") / "adapter"
-    get_peft_model(load_model(llama, dtype=torch.float32), LoRA(rank=2).peft_config("CAUSAL_LM")).save_pretrained(out)
+    model = load_model(llama, dtype=torch.float32)
+    get_peft_model(model, LoRA(rank=2).peft_config("CAUSAL_LM", model)).save_pretrained(out)
     return out
 
 
@@ -161,7 +162,7 @@ def reward_folder(llama, tmp_path_factory):
     """The folder of a reward model, as ``madpo reward`` leaves it."""
     out = tmp_path_factory.mktemp("reward")
     base = load_classifier(llama, num_labels=1, new_head=True, dtype=torch.float32)
-    get_peft_model(base, LoRA(rank=2).peft_config("SEQ_CLS")).save_pretrained(out / "adapter")
+    get_peft_model(base, LoRA(rank=2).peft_config("SEQ_CLS", base)).save_pretrained(out / "adapter")
     (out / "reward_model.json").write_text(json.dumps({"base": str(llama)}))
     return out
 

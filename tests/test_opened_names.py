@@ -36,8 +36,8 @@ def folder(llama, tmp_path):
 
 @pytest.fixture
 def adapter(llama, tmp_path):
-    model = get_peft_model(load_model(llama, dtype=torch.float32), LoRA(rank=2).peft_config("CAUSAL_LM"))
-    model.save_pretrained(tmp_path / "adapter")
+    model = load_model(llama, dtype=torch.float32)
+    get_peft_model(model, LoRA(rank=2).peft_config("CAUSAL_LM", model)).save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
 
 
