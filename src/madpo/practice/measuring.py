@@ -171,7 +171,7 @@ def find_policy(policy: str | Path, reference: str | None) -> Place:
         base = started
     else:
         base = str(folder / "model") if (folder / "model" / "config.json").is_file() else str(policy)
-    for name in {base, reference or started} - {reference, str(policy), None}:  # what the folder alone names
+    for name in {base, reference or started or base} - {reference, str(policy)}:  # what only the folder names
         refuse_fetching(resolve_model(name), folder, f", or give --reference {name}")
     if (reference := reference or started) is None:
         if not folder.exists() and str(policy) not in PACKAGED:
