@@ -19,7 +19,7 @@ $(STAMP): constraints.txt pyproject.toml
 	touch $@
 
 # One thread per process: two test processes that each take every core slow each other down.
-PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test: $(STAMP) ## the tests, offline, without those that are marked slow
 	$(PYTEST) -m "not slow"
@@ -28,7 +28,7 @@ check: $(STAMP) ## formatting, lint, types, all tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(PYTEST)
+	$(PYTEST) --hypothesis-profile many
 
 quickstart: $(STAMP) ## train the quickstart's models and write its report
 	$(BIN)/madpo run quickstart --output_dir runs/quickstart

@@ -5,8 +5,15 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from madpo.models import build_tiny
+
+# Properties are tried with the same inputs every time: few in `make test`, more in `make check`.
+SEARCH = {"derandomize": True, "deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("few", max_examples=25, **SEARCH)
+settings.register_profile("many", max_examples=300, **SEARCH)
+settings.load_profile("few")
 
 
 def pytest_collection_finish() -> None:

@@ -92,7 +92,7 @@ def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
 
 def loaded_after(code: str) -> set[str]:
     program = f"import sys\n{code}\nprint(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split())
 

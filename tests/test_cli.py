@@ -1,8 +1,8 @@
 """The command line: exit statuses, one-sentence mistakes, and speed."""
 
+import os
 import subprocess
 import sys
-import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -75,13 +75,14 @@ def test_help_is_fast_and_loads_no_torch() -> None:
     )
     times = []
     for _ in range(3):
-        began = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-        times.append(time.perf_counter() - began)
+        before = os.times()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        after = os.times()
+        # Of the processor: tests share their machine.
+        times.append(sum(after[2:4]) - sum(before[2:4]))
         assert done.returncode == 0, done.stderr
         assert "madpo run quickstart" in done.stdout
-    # The bound is 0.5 s on an idle machine; tests share theirs, so the best of three counts, doubled.
-    assert min(times) < 1.0
+    assert min(times) < 0.5
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

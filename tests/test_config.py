@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, PositiveFloat, ValidationError, field_validator
 
@@ -135,7 +135,6 @@ def test_unreadable_files(tmp_path: Path) -> None:
         load_config(tmp_path / "latin.toml", Experiment)
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(max_size=60))
 def test_any_text_as_an_override_is_a_value_or_a_clear_error(tmp_path: Path, text: str) -> None:
     path = write(tmp_path, GOOD)

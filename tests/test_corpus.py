@@ -44,7 +44,15 @@ def test_parts_are_the_papers(reviews: pd.DataFrame) -> None:
 
 
 @needs_package
-@pytest.mark.parametrize(("sft", "prompts"), [(12_000, 12_000), (384, 512), (0, 0), (12_000, 100)])
+@pytest.mark.parametrize(
+    ("sft", "prompts"),
+    [
+        (12_000, 12_000),
+        (384, 512),
+        pytest.param(0, 0, marks=pytest.mark.slow),
+        pytest.param(12_000, 100, marks=pytest.mark.slow),
+    ],
+)
 def test_parts_share_no_text(reviews: pd.DataFrame, sft: int, prompts: int) -> None:
     parts = [sft_reviews(reviews, sft), prompt_reviews(reviews, prompts)]
     parts.append(oracle_reviews(reviews, sft=sft, prompts=prompts))

@@ -1,5 +1,6 @@
 """Equal runs give equal bytes, and a step depends on neither how it is split nor how its batches are padded."""
 
+import functools
 import json
 
 import numpy as np
@@ -41,26 +42,32 @@ def course(folder, out, name, *, micro=launch_cases.BATCH, **settings):
     return rows, weights
 
 
-@pytest.fixture(scope="module", params=LOSSES)
-def whole(request, llama, tmp_path_factory):
-    """A loss, and its course in whole batches of 8, padded behind to the longest row."""
-    return request.param, *course(llama, tmp_path_factory.mktemp("whole"), request.param, collator=collator())
+@pytest.fixture(scope="module")
+def whole(llama, tmp_path_factory):
+    """A loss's course in whole batches of 8, padded behind to the longest row; computed once."""
+    return functools.cache(lambda name: course(llama, tmp_path_factory.mktemp("whole"), name, collator=collator()))
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"micro": 4},
-        {"micro": 1},
-        {"collator": collator(LeftPadded)},
-        {"collator": collator(pad_to_multiple_of=32)},
-        {"micro": 2, "collator": collator(LeftPadded, pad_to_multiple_of=16)},
-    ],
-    ids=["4 x 2", "1 x 8", "left", "longer", "2 x 4, left, longer"],
-)
-def test_a_step_depends_on_neither_its_split_nor_its_padding(whole, llama, tmp_path, settings):
-    name, rows, weights = whole
-    found, after = course(llama, tmp_path, name, **settings)
+SETTINGS = {
+    "4 x 2": {"micro": 4},
+    "1 x 8": {"micro": 1},
+    "left": {"collator": collator(LeftPadded)},
+    "longer": {"collator": collator(pad_to_multiple_of=32)},
+    "2 x 4, left, longer": {"micro": 2, "collator": collator(LeftPadded, pad_to_multiple_of=16)},
+}
+TOGETHER = "2 x 4, left, longer"
+CASES = [
+    pytest.param(name, how, marks=[] if how == TOGETHER or name == "madpo" else pytest.mark.slow)
+    for name in LOSSES
+    for how in SETTINGS
+]
+"""In ``make test`` one loss meets each setting apart, and every loss all of them together."""
+
+
+@pytest.mark.parametrize(("name", "how"), CASES)
+def test_a_step_depends_on_neither_its_split_nor_its_padding(whole, llama, tmp_path, name, how):
+    rows, weights = whole(name)
+    found, after = course(llama, tmp_path, name, **SETTINGS[how])
     assert len(found) == len(rows) == 6
     for key in ("loss", "grad_norm", "logps/chosen", "rewards/margins"):
         a, b = ([row[key] for row in run] for run in (rows, found))

@@ -60,34 +60,32 @@ def executor(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 def test_gives_results(executor: Any) -> None:
     futures = [executor.submit(add, i, 1) for i in range(5)]
-    assert [f.result(timeout=60) for f in futures] == [1, 2, 3, 4, 5]
+    assert [f.result() for f in futures] == [1, 2, 3, 4, 5]
 
 
 def test_keeps_an_exception_in_the_future(executor: Any) -> None:
-    error = executor.submit(refuse).exception(timeout=60)
+    error = executor.submit(refuse).exception()
     assert isinstance(error, DataError)
     assert str(error) == "row 3 is empty"
-    assert executor.submit(add, 1, 1).result(timeout=60) == 2
+    assert executor.submit(add, 1, 1).result() == 2
 
 
 def test_work_has_the_priority_of_the_process_that_waits_for_it(executor: Any) -> None:
-    assert executor.submit(priority).result(timeout=60) == priority()
+    assert executor.submit(priority).result() == priority()
 
 
 def test_light_work_is_work(executor: Any) -> None:
-    assert executor.submit(add, 1, 2, light=True).result(timeout=60) == 3
+    assert executor.submit(add, 1, 2, light=True).result() == 3
 
 
 def test_a_lost_workers_task_starts_again_on_a_cluster(executor: Any, tmp_path: Path) -> None:
     if not isinstance(executor, Cluster):
         pytest.skip("only a cluster starts a task again; on one machine the next run continues")
     future = executor.submit(slow, tmp_path)
-    deadline = time.monotonic() + 60
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
-        assert time.monotonic() < deadline
         time.sleep(0.05)
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
-    assert future.result(timeout=60) == "again"
+    assert future.result() == "again"
 
 
 def test_inline_lets_an_interrupt_through() -> None:
@@ -101,9 +99,9 @@ def test_inline_lets_an_interrupt_through() -> None:
 def test_a_dead_worker_is_an_error_and_the_next_task_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     with Processes(1) as pool:
-        assert pool.submit(die).exception(timeout=60) is not None
-        assert pool.submit(environment, "MADPO_PROGRESS").result(timeout=60) == "plain"
-        assert pool.submit(environment, "OMP_NUM_THREADS").result(timeout=60) == str(os.cpu_count())
+        assert pool.submit(die).exception() is not None
+        assert pool.submit(environment, "MADPO_PROGRESS").result() == "plain"
+        assert pool.submit(environment, "OMP_NUM_THREADS").result() == str(os.cpu_count())
 
 
 @needs_ray

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from losses_cases import EVERY_LOSS, batch, f64, with_columns
@@ -355,7 +355,6 @@ def test_rows_that_do_not_match_the_inputs_are_refused() -> None:
         loss(inputs, ready)
 
 
-@settings(deadline=None, max_examples=60)
 @given(
     values=st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=12),
     name=st.sampled_from(list(STATEFUL)),

@@ -299,7 +299,7 @@ import numpy
 assert record.provenance["versions"]["numpy"] == numpy.__version__
 assert record.provenance["versions"]["python"] == sys.version.split()[0]
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -529,13 +529,11 @@ def test_killed_during_a_step_then_continued(tmp_path: Path, kind: str, how: sig
     script.write_text(textwrap.dedent(KILLED))
     command = [sys.executable, str(script), str(root), kind]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
     while not [p for p in root.glob("long-*/unfinished/count.txt") if p.read_text() not in ("", "0", "1")]:
         assert process.poll() is None
-        assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(how)
-    process.communicate(timeout=30)
+    process.communicate()
     assert process.returncode != 0
     (folder,) = root.glob("long-*")
     assert not (folder / "record.json").exists()
@@ -544,7 +542,7 @@ def test_killed_during_a_step_then_continued(tmp_path: Path, kind: str, how: sig
     time.sleep(0.3)
     assert (folder / "unfinished" / "count.txt").read_text() == reached  # no orphan goes on writing
 
-    after = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    after = subprocess.run(command, capture_output=True, text=True, check=True)
     assert after.stdout.startswith("['long'] ['first']")
     assert "'done': 40" in after.stdout
     assert "'began': 0" not in after.stdout

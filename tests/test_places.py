@@ -99,6 +99,7 @@ def test_what_is_not_known_is_left_to_transformers(
 
 
 @pytest.mark.real
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(PACKAGED))
 def test_real_tokenizers_are_the_same_without_pytorch(name: str) -> None:
     place = cache_dir() / "models" / f"{name}-{PACKAGED[name].sha256[:8]}"

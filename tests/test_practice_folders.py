@@ -4,7 +4,7 @@ import tomllib
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
@@ -82,7 +82,6 @@ _VALUES = st.recursive(
 
 
 @given(st.dictionaries(st.text(), _VALUES, max_size=4))
-@settings(max_examples=150, deadline=None)
 def test_toml_is_read_back(data):
     assert tomllib.loads(toml(data)) == data
 
@@ -97,7 +96,6 @@ ROWS = st.lists(st.integers(0, 9), min_size=2, max_size=60).filter(lambda ids: l
 
 
 @given(ROWS, st.floats(0.05, 0.9), st.integers(0, 5))
-@settings(max_examples=100, deadline=None)
 def test_no_prompt_crosses_the_split(ids, share, seed):
     rows = [{"prompt": f"p{i}", "row": n} for n, i in enumerate(ids)]
     train, heldout = split_by_prompt(rows, share, seed, "data")

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from madpo.data import check, load_preferences
@@ -200,7 +200,6 @@ _VALUES = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
 @given(row=st.dictionaries(st.sampled_from(KNOWN), _VALUES, max_size=4), whole=st.booleans())
 def test_no_text_of_a_known_column_is_ever_lost(tmp_path_factory: Any, row: dict[str, Any], whole: bool) -> None:
     path = tmp_path_factory.mktemp("d") / "d.jsonl"

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import brentq
 from scipy.special import expit
@@ -104,7 +104,6 @@ def test_wilson_golden_value_and_refusals() -> None:
 
 
 @given(st.lists(st.floats(-20, 20).filter(lambda x: abs(x) > 0.01), min_size=2, max_size=30))
-@settings(max_examples=60, deadline=None)
 def test_temperature_is_the_stationary_point(margins: list[float]) -> None:
     """Inside the bounds the derivative in a = 1/t vanishes: the mean of h sigma(-a h) is 0."""
     h = np.array(margins)

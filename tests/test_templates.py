@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import trl
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -265,7 +265,6 @@ _ROLE = st.sampled_from(["user", "assistant", "tool", "system"])
 _CONTENT = st.text(alphabet="ab \n", min_size=1, max_size=5).map(lambda text: f"[{text}]")
 
 
-@settings(max_examples=200, deadline=None)
 @given(messages=st.lists(st.tuples(_ROLE, _CONTENT), max_size=6), shown=st.sets(_ROLE), order=st.randoms())
 def test_left_out_is_what_is_not_there(messages: Any, shown: set[str], order: Any) -> None:
     """Of contents that cannot hold one another, in any order and with white space changed."""

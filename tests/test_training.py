@@ -233,12 +233,10 @@ def test_weights_that_deepspeed_keeps_in_parts_have_no_digest(llama):
 @pytest.mark.parametrize(
     "loss",
     [
-        DPO(),
         MADPO(tau=2, c_max=4),
-        IPO(beta=0.5),
-        SimPO(beta=2.0, gamma=0.5),
         BetaDPO(filter=True, keep=0.5),
-        BetaDPO.preset("madpo_notebook"),
+        *(pytest.param(loss, marks=pytest.mark.slow) for loss in (DPO(), IPO(beta=0.5), SimPO(beta=2.0, gamma=0.5))),
+        pytest.param(BetaDPO.preset("madpo_notebook"), marks=pytest.mark.slow),
     ],
     ids=lambda loss: loss.kind,
 )

@@ -4,7 +4,7 @@ import json
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -104,7 +104,6 @@ def test_texts_of_the_corpus_keep_their_tokens_and_others_fall_into_pieces(trimm
     assert longer > 0
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     parts=st.lists(
         st.one_of(st.sampled_from([*WORDS, *SPECIAL, "<turn>", "<unused1>", " ", "\n", "\n\n"]), st.text(max_size=6)),
@@ -253,6 +252,7 @@ def test_configurations_get_new_ids_at_every_depth():
 
 
 @pytest.mark.real
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(PACKAGED))
 def test_the_packaged_models_tokenizers(name):
     model = PACKAGED[name]

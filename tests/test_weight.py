@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from madpo.errors import ConfigError, DataError
@@ -113,7 +113,6 @@ ordinary = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=300)
 @given(
     h=margins64,
     parameters=parameters,
@@ -144,7 +143,6 @@ def test_finite_between_0_and_2_for_every_float(
         assert torch.isfinite(gradient).all()
 
 
-@settings(deadline=None, max_examples=200)
 @given(share=st.floats(-0.999, 0.999), parameters=ordinary)
 def test_under_a_calibrated_margin_the_mean_weight_is_one(share: float, parameters: dict[str, float | None]) -> None:
     assert parameters["tau"] is not None
@@ -153,7 +151,6 @@ def test_under_a_calibrated_margin_the_mean_weight_is_one(share: float, paramete
     assert float((torch.sigmoid(m) * weight).sum()) == pytest.approx(1, abs=1e-12)
 
 
-@settings(deadline=None, max_examples=100)
 @given(parameters=ordinary, beyond=st.floats(1, 50))
 def test_fixed_points_and_the_range_of_the_coefficient(parameters: dict[str, float | None], beyond: float) -> None:
     tau = parameters["tau"]
@@ -175,7 +172,6 @@ def test_fixed_points_and_the_range_of_the_coefficient(parameters: dict[str, flo
     assert (c[outside] <= 1 + 1e-14).all()
 
 
-@settings(deadline=None, max_examples=100)
 @given(parameters=ordinary)
 def test_continuous_at_minus_tau(parameters: dict[str, float | None]) -> None:
     tau = parameters["tau"]

@@ -19,7 +19,6 @@ def command(*words, **environment):
         [str(word) for word in words],
         capture_output=True,
         text=True,
-        timeout=1200,
         check=False,
         env={**os.environ, **environment},
         cwd=environment.get("PWD"),
