@@ -51,6 +51,7 @@ LAYERS = [
         "lean",
         "vocabulary",
         "modes",
+        "batches",
         "rewards",
         "data",
         "corpus",
@@ -63,7 +64,7 @@ LAYERS = [
     {"records"},
     {"locks"},
     {"storage", "uploads"},
-    {"config", "progress", "seeding", "processes", "memory", "operation"},
+    {"config", "progress", "seeding", "processes", "memory", "operation", "metrics"},
     {"errors"},
 ]
 LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}
@@ -163,7 +164,8 @@ def test_public_names_are_pinned() -> None:
 
 
 def test_public_signatures_are_pinned() -> None:
-    from madpo.pipeline import Estimate, Step, run
+    from madpo.metrics import Estimate
+    from madpo.pipeline import Step, run
     from madpo.report import build_report
 
     found = {fn.__name__: list(inspect.signature(fn).parameters) for fn in (load_config, run, build_report, Step)}

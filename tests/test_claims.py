@@ -10,7 +10,8 @@ import pytest
 
 from claim_cases import by_key, in_second_seed, madpo, row, tier_of, without
 from madpo.figures import WeightParameters
-from madpo.records import Estimate, Record
+from madpo.metrics import Estimate
+from madpo.records import Record
 from madpo.report import published
 from madpo.report.caveats import doubtful, empty_cells, idle_parts, weights_from
 from madpo.report.charts import (

@@ -18,9 +18,10 @@ from madpo.cli import main
 from madpo.config import find_experiment, load_config, packaged_experiments
 from madpo.errors import ConfigError
 from madpo.experiment import Experiment
+from madpo.metrics import Estimate
 from madpo.practice.settings import RewardOptimisation
 from madpo.recipe import Optimisation, Schedule
-from madpo.records import Estimate, Record
+from madpo.records import Record
 
 
 def load(name, *overrides):

@@ -21,8 +21,9 @@ from madpo.config import Frozen
 from madpo.errors import ConfigError, DataError, StorageError
 from madpo.executors import Inline, Processes
 from madpo.locks import holder, locked
+from madpo.metrics import Estimate, Metrics
 from madpo.operation import operation
-from madpo.pipeline import Estimate, Metrics, Record, Step, load_record, plan, run
+from madpo.pipeline import Record, Step, load_record, plan, run
 from madpo.storage import write_atomically
 
 

@@ -17,7 +17,8 @@ import pytest
 
 from madpo.errors import ConfigError, DataError
 from madpo.figures import WeightParameters, count_weights, log_weight
-from madpo.records import Estimate, Record
+from madpo.metrics import Estimate
+from madpo.records import Record
 from madpo.report import build_report, page_part, rebuild_report, report_markdown_table
 from madpo.report.charts import Mark, Panel, Series
 from madpo.report.drawing import panel_svg

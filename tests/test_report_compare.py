@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from claim_cases import PROMPT, N, in_second_seed, like, madpo, row, samples, tier_of
-from madpo.records import Estimate
+from madpo.metrics import Estimate
 from madpo.report.charts import Panel, ablation_chart, frontier_chart
 from madpo.report.compare import (
     base_beta,

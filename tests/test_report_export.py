@@ -12,7 +12,7 @@ import pytest
 from madpo import cli
 from madpo.cli import main
 from madpo.errors import ConfigError, DataError, StorageError
-from madpo.records import Estimate
+from madpo.metrics import Estimate
 from madpo.report import build_report, export, export_report, rebuild_report
 from madpo.report.results import collect
 from report_cases import HOSTILE, PROMPTS, make_study

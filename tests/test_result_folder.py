@@ -12,8 +12,9 @@ import pytest
 from madpo.config import Frozen
 from madpo.errors import DataError, StorageError
 from madpo.locks import locked
+from madpo.metrics import Metrics
 from madpo.operation import operation
-from madpo.records import Metrics, load_record
+from madpo.records import load_record
 from madpo.steps import Source, Step
 from madpo.work import run_step
 

@@ -222,7 +222,8 @@ def _status_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _values(arguments: argparse.Namespace) -> int:
-    from madpo.records import Estimate, evaluations_by
+    from madpo.metrics import Estimate
+    from madpo.records import evaluations_by
     from madpo.report.numbers import write
 
     for value, name, record in evaluations_by(arguments.folder, arguments.values):

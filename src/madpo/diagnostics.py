@@ -17,7 +17,7 @@ from madpo.config import Frozen
 from madpo.data.margins import SUSPICIOUS, read_margins
 from madpo.errors import ConfigError, DataError
 from madpo.figures import WeightParameters, count_weights, log_weight
-from madpo.records import Estimate
+from madpo.metrics import Estimate
 from madpo.statistics import LOG_TEMPERATURES, fit_temperature, proportion
 
 SURE = math.log(0.999 / 0.001)  # logit(0.999) = 6.907, what the paper rounds to tau = 7

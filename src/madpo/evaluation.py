@@ -18,10 +18,10 @@ from torch import nn
 from madpo.config import Frozen, added
 from madpo.errors import ConfigError
 from madpo.logprobs import completion_logps
+from madpo.metrics import Metrics
 from madpo.models import load_model, load_tokenizer
 from madpo.operation import operation
 from madpo.preferences import Tier
-from madpo.records import Metrics
 from madpo.responses import Response, completion_batches, divergence, end_tokens, respond
 from madpo.rewards import RewardModel, load_oracle
 from madpo.statistics import bootstrap_mean

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from madpo import svg
-from madpo.records import Estimate
+from madpo.metrics import Estimate
 
 WIDTH, LEFT, RIGHT = 720, 46, 14
 

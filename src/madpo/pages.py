@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
-from madpo.records import Estimate
+from madpo.metrics import Estimate
 from madpo.report import page
 
 

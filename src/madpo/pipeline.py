@@ -17,7 +17,7 @@ from madpo.errors import ConfigError, MadpoError
 from madpo.executors import Executor, Inline
 from madpo.locks import locked
 from madpo.progress import duration, say
-from madpo.records import RECORD, Estimate, Metric, Metrics, Record, libraries, load_record
+from madpo.records import RECORD, Record, libraries, load_record
 from madpo.result_folder import what_changed
 from madpo.steps import StageFn, Step, needed_by, ordered
 from madpo.storage import storage_errors, write_atomically
@@ -25,9 +25,6 @@ from madpo.uploads import Upload
 from madpo.work import attempt, job
 
 __all__ = [
-    "Estimate",
-    "Metric",
-    "Metrics",
     "Planned",
     "Record",
     "RunResult",

@@ -18,10 +18,10 @@ from transformers import PreTrainedTokenizerBase
 from madpo.config import Frozen, added
 from madpo.corpus import Corpus, load_corpus, prompt_reviews
 from madpo.errors import ConfigError
+from madpo.metrics import Metrics
 from madpo.models import load_model, load_tokenizer
 from madpo.operation import operation
 from madpo.progress import bar
-from madpo.records import Metrics
 from madpo.responses import decode, end_tokens, respond
 from madpo.rewards import RewardFn, load_oracle
 from madpo.seeding import rng

@@ -1,7 +1,5 @@
 """What a finished step leaves behind: metrics, where they come from, and how to read them back."""
 
-import math
-import numbers
 import os
 import platform
 import sys
@@ -14,24 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serial
 
 from madpo.errors import ConfigError
 from madpo.locks import holder
+from madpo.metrics import Estimate, Metric
 from madpo.progress import say
 
 LIBRARIES = ("torch", "transformers", "trl", "peft")
 ALSO_INSTALLED = ("accelerate", "datasets", "numpy", "pandas", "safetensors", "scikit-learn", "scipy", "tokenizers")
 """Libraries that last digits may depend on; their versions are told and are no part of an identity."""
-
-
-class Estimate(NamedTuple):
-    """A mean with its 95 % interval over ``n`` independent units."""
-
-    mean: float
-    low: float
-    high: float
-    n: int
-
-
-Metric = float | int | str | Estimate
-Metrics = dict[str, Metric]
 
 
 NAME = r"^[A-Za-z0-9_.+=-]+(/[A-Za-z0-9_.+=-]+)*$"
@@ -140,29 +126,6 @@ def load_record(folder: Path) -> Record | None:
     except (ValidationError, OSError):
         say(f"{folder / RECORD} is damaged and counts as missing.")
         return None
-
-
-def plain_metrics(metrics: Metrics, name: str) -> Metrics:
-    """Python numbers for whatever number types the step returned; NaN and infinity are a failed step."""
-    return {key: _plain(value, f"{name}: metric {key}") for key, value in metrics.items()}
-
-
-def _plain(value: object, place: str) -> Metric:
-    if isinstance(value, Estimate):
-        return Estimate(_number(value.mean, place), _number(value.low, place), _number(value.high, place), int(value.n))
-    if isinstance(value, str):
-        return value
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    return _number(value, place)
-
-
-def _number(value: object, place: str) -> float:
-    if not isinstance(value, numbers.Real):
-        raise TypeError(f"{place} is {value!r}: a step returns numbers, text and Estimates")
-    if not math.isfinite(value):
-        raise ConfigError(f"{place} is {float(value)}, so training diverged or nothing was measured; check its inputs")
-    return float(value)
 
 
 class RunStatus(NamedTuple):

@@ -19,9 +19,9 @@ from scipy.special import expit
 
 from madpo.config import Frozen
 from madpo.errors import ConfigError
+from madpo.metrics import Metrics
 from madpo.operation import operation
 from madpo.preferences import PAIRS
-from madpo.records import Metrics
 from madpo.seeding import rng
 from madpo.statistics import proportion
 from madpo.storage import write_atomically

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from madpo.batches import padded_batches
 from madpo.divergence import completion_kl
 from madpo.generation import generate
-from madpo.rewards import padded_batches
 
 
 class Drawing(Protocol):

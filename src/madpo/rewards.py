@@ -6,7 +6,7 @@ Both are a :class:`RewardFn`. An oracle gives f(p) = 6 (p - 0.5) in [-3, 3], p i
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -25,15 +25,16 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from madpo.batches import padded, padded_batches, similar_lengths
 from madpo.config import Frozen
 from madpo.corpus import IMDB, Corpus, load_corpus, oracle_reviews
 from madpo.errors import ConfigError, DataError, first_line
 from madpo.logprobs import completion_states, hidden_states
+from madpo.metrics import Metrics
 from madpo.models import load_classifier, load_tokenizer, resolve_model
 from madpo.operation import operation
-from madpo.progress import bar, say
+from madpo.progress import say
 from madpo.recipe import Pooling
-from madpo.records import Metrics
 from madpo.seeding import rng
 from madpo.statistics import proportion
 from madpo.storage import write_atomically
@@ -332,9 +333,9 @@ class RewardModel:
         sizes = [max(len(c), len(r)) if len(c) and len(r) else 0 for c, r in zip(chosen, rejected, strict=True)]
         lengths = np.asarray(prompt_lengths, dtype=np.int64)
         found = np.zeros((2, len(sizes)), dtype=np.float32)
-        for rows in _batches(sizes, max(1, batch_size // 2), "Rewards"):
+        for rows in similar_lengths(sizes, max(1, batch_size // 2), "Rewards"):
             sequences = [side[row] for side in sides for row in rows]
-            ids, mask = _padded(sequences, self.tokenizer.pad_token_id, self.inner.device)
+            ids, mask = padded(sequences, self.tokenizer.pad_token_id, self.inner.device)
             prompts = torch.as_tensor(lengths[rows], device=ids.device).repeat(2)
             states = completion_states(self.inner, ids, mask, completion_tokens(mask, prompts))
             state = pooled(states, mask, self.pooling, prompts)
@@ -403,32 +404,3 @@ def completion_tokens(
 def placed(model: nn.Module) -> Any:
     """The model ready to score: on the GPU where there is one, dropout off."""
     return (model.to("cuda") if torch.cuda.is_available() else model).eval()
-
-
-def padded_batches(
-    sequences: Sequence[Sequence[int]], size: int, pad: int, device: torch.device, description: str
-) -> Iterator[tuple[NDArray[np.int64], Tensor, Tensor]]:
-    """(rows, ids, mask) with padding on the right; sequences of like length share a batch, longest first."""
-    for rows in _batches([len(sequence) for sequence in sequences], size, description):
-        yield rows, *_padded([sequences[row] for row in rows], pad, device)
-
-
-def _batches(lengths: Sequence[int], size: int, description: str) -> Iterator[NDArray[np.int64]]:
-    """Numbers of the texts of each batch, longest first."""
-    if len(lengths) and min(lengths) == 0:
-        raise DataError(f"text {np.argmin(lengths)} has no tokens, so it has no reward; leave it out")
-    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
-    with bar(description, len(order)) as advance:
-        for start in range(0, len(order), size):
-            rows = order[start : start + size]
-            yield rows
-            advance(len(rows))
-
-
-def _padded(sequences: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    ids = torch.full((len(sequences), max(map(len, sequences))), pad, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, sequence in enumerate(sequences):
-        ids[i, : len(sequence)] = torch.as_tensor(np.asarray(sequence, dtype=np.int64))
-        mask[i, : len(sequence)] = 1
-    return ids.to(device), mask.to(device)

@@ -10,7 +10,7 @@ from scipy.optimize import minimize_scalar
 from scipy.stats import norm, t
 
 from madpo.errors import DataError
-from madpo.records import Estimate
+from madpo.metrics import Estimate
 from madpo.seeding import rng
 
 RESAMPLES = 2000

@@ -14,8 +14,9 @@ from pydantic import BaseModel
 
 from madpo.config import identity_settings
 from madpo.errors import ConfigError
+from madpo.metrics import Metrics
 from madpo.operation import operation_name
-from madpo.records import Metrics, libraries
+from madpo.records import libraries
 
 StageFn = Callable[[Any, Mapping[str, Path], Path], Metrics]
 

@@ -17,8 +17,9 @@ from madpo import processes
 from madpo.errors import MadpoError, StorageError, first_line
 from madpo.locks import locked
 from madpo.memory import memory_errors
+from madpo.metrics import plain_metrics
 from madpo.progress import say
-from madpo.records import Record, conditions, load_record, plain_metrics
+from madpo.records import Record, conditions, load_record
 from madpo.result_folder import ERROR, UNFINISHED, abandon, clear, files_of, finish, prepare
 from madpo.steps import StageFn, Step
 from madpo.storage import now, storage_errors

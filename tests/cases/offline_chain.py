@@ -94,22 +94,22 @@ def control() -> dict[str, int]:
 
 
 def _cut_off(run, *words) -> None:
-    from madpo.training import stages
+    from madpo.training import run
 
-    real = stages._Watch.on_log
+    real = run._Watch.on_log
 
     def on_log(self, args, state, control, logs, **kwargs):
         real(self, args, state, control, logs, **kwargs)
         if state.global_step >= 3:
             raise KeyboardInterrupt
 
-    stages._Watch.on_log = on_log
+    run._Watch.on_log = on_log
     try:
         run(*words)
     except AssertionError:
         return
     finally:
-        stages._Watch.on_log = real
+        run._Watch.on_log = real
     raise SystemExit("the training was not interrupted")
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from madpo.records import Estimate, Record
+from madpo.metrics import Estimate
+from madpo.records import Record
 from madpo.report import published
 from madpo.report.sources import folder_of
 from madpo.seeding import rng

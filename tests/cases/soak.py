@@ -67,8 +67,8 @@ def prepare(root: Path, *, real: bool = False) -> None:
 def train(kind: str, root: Path, out: Path, changes: dict | None = None) -> None:
     """One stage of the study on the tiny model; LoRA dropout makes it depend on the random states."""
     from madpo.losses import DPO, BetaDPO
+    from madpo.metrics import plain_metrics
     from madpo.models import LoRA
-    from madpo.records import plain_metrics
     from madpo.training import stages
 
     out.mkdir(parents=True, exist_ok=True)
@@ -127,16 +127,16 @@ def wait(child: int) -> int:
 
 def die_at_step(step: int) -> None:
     """From now on, end this process by SIGKILL as soon as row ``step`` has been logged."""
-    from madpo.training import stages
+    from madpo.training import run
 
-    real = stages._Watch.on_log
+    real = run._Watch.on_log
 
     def on_log(self, args, state, control, logs, **kwargs):
         real(self, args, state, control, logs, **kwargs)
         if state.global_step >= step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    stages._Watch.on_log = on_log
+    run._Watch.on_log = on_log
 
 
 def warm_up() -> None:

@@ -17,6 +17,7 @@ from madpo.data.rows import Pair
 from madpo.data.tokens import Encoder
 from madpo.errors import ConfigError, first_line
 from madpo.evaluation import distinct
+from madpo.metrics import Estimate, Metrics
 from madpo.models import load_model, load_tokenizer, resolve_model
 from madpo.operation import operation
 from madpo.packaged import PACKAGED
@@ -26,7 +27,6 @@ from madpo.practice.prompts import Prompt, read_prompts
 from madpo.practice.reward_model import load_pair_encoder, load_scorer, plain, reward_model_digest
 from madpo.practice.running import digest, load_report, run_in_folder
 from madpo.practice.settings import EvaluateSettings
-from madpo.records import Estimate, Metrics
 from madpo.responses import divergence, end_tokens, respond
 from madpo.statistics import bootstrap_mean, bootstrap_share, paired_difference, proportion
 from madpo.storage import write_atomically

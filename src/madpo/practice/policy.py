@@ -25,6 +25,7 @@ from madpo.config import Frozen, did_you_mean
 from madpo.errors import ConfigError, DataError
 from madpo.logprobs import unwrapped
 from madpo.losses import LossConfig
+from madpo.metrics import Metrics
 from madpo.models import load_model, load_quantised, merge_adapter, resolve_model
 from madpo.operation import operation
 from madpo.packaged import quiet_transformers
@@ -35,12 +36,11 @@ from madpo.practice.pairs import Row, adapted, load_training
 from madpo.practice.running import digest, load_report, run_in_folder, toml
 from madpo.practice.train_settings import TrainSettings
 from madpo.recipe import CHECKPOINTS
-from madpo.records import Metrics
 from madpo.storage import write_atomically
 from madpo.training import PreferenceConfig, PreferenceTrainer
 from madpo.training.columns import ID_COLUMNS, PAIR_COLUMNS, REFERENCE_COLUMNS
 from madpo.training.identity import BATCH, decisive_arguments
-from madpo.training.stages import run_training
+from madpo.training.run import run_training
 
 CONFIG_HEADING = "# madpo train "
 TRACKED = "runs"

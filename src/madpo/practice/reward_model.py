@@ -23,6 +23,7 @@ from madpo.data.tokens import Encoded, Encoder
 from madpo.diagnostics import MarginReport, Reliability, inspect
 from madpo.errors import ConfigError, DataError
 from madpo.loading import loading
+from madpo.metrics import Estimate, Metrics
 from madpo.models import load_classifier, load_config, load_tokenizer, resolve_model
 from madpo.operation import operation
 from madpo.places import refuse_fetching
@@ -31,7 +32,6 @@ from madpo.practice.pairs import Row, adapted, load_training, prompt_key, split_
 from madpo.practice.running import digest, load_report, run_in_folder
 from madpo.practice.settings import RewardSettings
 from madpo.progress import say
-from madpo.records import Estimate, Metrics
 from madpo.rewards import RewardModel, placed, reward_base
 from madpo.statistics import bootstrap_mean, bootstrap_temperature, proportion
 from madpo.storage import write_atomically

@@ -30,6 +30,7 @@ from madpo.data.rows import Pair
 from madpo.data.sources import open_source
 from madpo.diagnostics import inspect
 from madpo.errors import ConfigError, DataError, StorageError, first_line
+from madpo.metrics import Estimate, Metrics
 from madpo.models import load_tokenizer, resolve_model
 from madpo.operation import operation
 from madpo.practice.pairs import encoded_rows, folds_by_prompt, prompt_key, split_by_prompt
@@ -38,7 +39,6 @@ from madpo.practice.running import digest, load_report, run_in_folder
 from madpo.practice.settings import RewardSettings, ScoreSettings
 from madpo.progress import bar, say
 from madpo.recipe import CHECKPOINTS
-from madpo.records import Estimate, Metrics
 from madpo.statistics import proportion
 from madpo.steps import Source, Step
 from madpo.storage import storage_errors, write_atomically

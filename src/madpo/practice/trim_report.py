@@ -9,7 +9,7 @@ from pydantic import Field
 
 from madpo import __version__
 from madpo.config import Frozen
-from madpo.records import Estimate
+from madpo.metrics import Estimate
 
 
 class TrimSettings(Frozen):

@@ -17,17 +17,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from madpo.config import Frozen, added
 from madpo.corpus import IMDB
 from madpo.errors import ConfigError
+from madpo.metrics import Estimate, Metrics
 from madpo.models import load_config, load_model, resolve_model
 from madpo.operation import operation
 from madpo.packaged import quiet_transformers
-from madpo.pipeline import Metrics
 from madpo.places import read_tokenizer
 from madpo.practice.corpus_tokens import CorpusTokens, encoded, read_corpus
 from madpo.practice.kept_mass import Probe, TextScore, probe, score_texts
 from madpo.practice.reward_model import plain
 from madpo.practice.running import digest, load_report, run_in_folder
 from madpo.practice.trim_report import TrimReport, TrimSettings, model_card
-from madpo.records import Estimate
 from madpo.statistics import bootstrap_statistic
 from madpo.storage import write_atomically
 from madpo.vocabulary import Vocabulary, named_ids, refuse_untranslated, renumbered

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from madpo.records import Estimate, Record
+from madpo.metrics import Estimate
+from madpo.records import Record
 from madpo.report.claims import Claim
 from madpo.report.numbers import listed, short
 from madpo.report.results import Tier

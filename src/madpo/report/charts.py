@@ -10,7 +10,7 @@ import pandas as pd
 
 from madpo.diagnostics import reliability
 from madpo.figures import WeightParameters
-from madpo.records import Estimate
+from madpo.metrics import Estimate
 from madpo.report import published
 from madpo.report.compare import Choice, chosen, frontiers, settings_of
 from madpo.report.methods import SFT, is_setting

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from madpo.records import Estimate
+from madpo.metrics import Estimate
 from madpo.report.methods import SFT
 from madpo.report.results import Row, Tier, Value, mean_of, over_shared_seeds
 from madpo.report.selection import BOOTSTRAP_SEED, Candidate, select

@@ -17,7 +17,8 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 
-from madpo.records import Estimate, Metric, Record
+from madpo.metrics import Estimate, Metric
+from madpo.records import Record
 from madpo.report.methods import SFT, method_of
 from madpo.report.selection import BOOTSTRAP_SEED, selecting_half
 from madpo.report.sources import Sources

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from madpo.figures import WeightParameters, count_weights, weight_figure
-from madpo.records import Estimate
+from madpo.metrics import Estimate
 from madpo.report import published
 from madpo.report.caveats import accuracies, doubtful, in_words, near_chance, weights_from
 from madpo.report.charts import Chart

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from madpo.records import Estimate
+from madpo.metrics import Estimate
 from madpo.seeding import rng
 from madpo.statistics import bootstrap_mean
 

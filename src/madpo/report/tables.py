@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from madpo.records import Estimate
+from madpo.metrics import Estimate
 from madpo.report import published
 from madpo.report.claims import Claim
 from madpo.report.compare import Choice, frontiers, less_dpo

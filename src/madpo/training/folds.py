@@ -14,8 +14,8 @@ import pandas as pd
 from pydantic import Field
 
 from madpo.config import Frozen
+from madpo.metrics import Metrics
 from madpo.operation import operation
-from madpo.records import Metrics
 from madpo.rewards import RewardModel
 from madpo.training import margins, stages
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from madpo.records import Metrics
+from madpo.metrics import Metrics
 from madpo.rewards import RewardModel
 from madpo.statistics import fit_temperature, proportion
 from madpo.training.reference import refuse_not_finite

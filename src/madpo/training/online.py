@@ -21,14 +21,14 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from madpo.config import Frozen
 from madpo.errors import ConfigError
 from madpo.generation import generate
+from madpo.metrics import Metrics
 from madpo.models import load_model, load_tokenizer
 from madpo.operation import operation
 from madpo.recipe import LoRA, Optimisation
-from madpo.records import Metrics
 from madpo.rewards import RewardModel
 from madpo.seeding import derived_seed
 from madpo.training.resume import ExactResume
-from madpo.training.stages import forget_checkpoints, run_training
+from madpo.training.run import forget_checkpoints, run_training
 
 Algorithm = Literal["rloo", "grpo"]
 Reward = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], Sequence[float]]

@@ -17,27 +17,21 @@ import torch
 from datasets import Dataset
 from pydantic import Field
 from torch import Tensor, nn
-from transformers import TrainerCallback
-from transformers.trainer_callback import PrinterCallback
 from trl import RewardConfig, SFTConfig, SFTTrainer
 
-from madpo import processes
-from madpo.adapters import announce
-from madpo.config import Frozen, added, identity_settings
+from madpo.config import Frozen, added
 from madpo.corpus import Corpus, load_corpus, sft_reviews
 from madpo.errors import ConfigError
 from madpo.logprobs import completion_logps, install_completion_head, unwrapped
 from madpo.losses import Loss
+from madpo.metrics import Metrics
 from madpo.models import load_classifier, load_model, load_tokenizer, merge_adapter, resolve_model
 from madpo.operation import operation
-from madpo.pipeline import Metrics
 from madpo.places import lasting
-from madpo.progress import bar, say
-from madpo.recipe import CHECKPOINTS, LoRA, Optimisation, Pooling
+from madpo.progress import bar
+from madpo.recipe import LoRA, Optimisation, Pooling
 from madpo.rewards import RewardModel
 from madpo.seeding import rng
-from madpo.storage import write_atomically
-from madpo.training.checkpoints import newest, remove
 from madpo.training.columns import ID_COLUMNS, REFERENCE_COLUMNS, PreferenceCollator
 from madpo.training.config import PreferenceConfig
 from madpo.training.margins import margin_metrics, margin_table, sequences
@@ -45,82 +39,9 @@ from madpo.training.preference import PreferenceTrainer
 from madpo.training.reference import refuse_not_finite
 from madpo.training.resume import ExactResume
 from madpo.training.reward import RewardModelTrainer
+from madpo.training.run import forget_checkpoints, run_training
 
 MARGINS, SCORES = "margins.parquet", "scores.parquet"
-MEMORY_REMEDY = (
-    "set optimisation.micro_batch_size to a smaller divisor of its batch_size, which leaves the result as it is unless "
-    "lora.dropout is on, and run again"
-)
-
-
-class _Watch(TrainerCallback):  # type: ignore[misc]
-    """A progress bar with the loss, and every logged row in ``log.jsonl``, without what the clock says."""
-
-    def __init__(self, description: str, out: Path) -> None:
-        self.description, self.path = description, out / "log.jsonl"
-        if processes.leads():
-            self.path.unlink(missing_ok=True)
-        self._bar: Any = None
-        self._advance: Any = None
-        self._shown = 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._bar = bar(self.description, state.max_steps)
-        self._advance = self._bar.__enter__()
-        if state.global_step:  # rows after the checkpoint are written again, so its own history is what counts
-            say(f"{self.description}: continues after step {state.global_step} of {state.max_steps}")
-            if processes.leads():
-                write_atomically(self.path, "".join(map(_log_line, state.log_history)))
-            self._shown = state.global_step
-            self._advance(self._shown)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        if processes.leads():
-            with self.path.open("a", encoding="utf-8") as log:
-                log.write(_log_line({**logs, "step": state.global_step}))
-        if "loss" in logs:
-            self._advance(state.global_step - self._shown, loss=round(float(logs["loss"]), 3))
-            self._shown = state.global_step
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._bar.__exit__(None, None, None)
-
-
-def _log_line(row: Mapping[str, Any]) -> str:
-    """A row of ``log.jsonl``: what depends on the training alone, in an order that a checkpoint does not change."""
-    kept = {k: v for k, v in sorted(row.items()) if k != "step" and not k.endswith(("_runtime", "_per_second"))}
-    return json.dumps({"step": row["step"], **kept}) + "\n"
-
-
-def watch(trainer: Any, description: str, out: Path) -> None:
-    """Show a trainer's progress our way, and write what it logs to ``out/log.jsonl``."""
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_Watch(description, out))
-
-
-def run_training(trainer: Any, settings: Frozen, description: str, out: Path) -> Any:
-    """Train, from the newest checkpoint in ``out`` if a run before this one was cut off there.
-
-    What is logged goes to ``out/log.jsonl``. The checkpoints stay until :func:`forget_checkpoints`.
-
-    Args:
-        trainer: one with :class:`ExactResume`.
-        settings: the stage's configuration, part of what a checkpoint must agree with.
-    """
-    announce(trainer.model)
-    watch(trainer, description, out)
-    trainer.export_checkpoints = False  # the stage writes the finished adapter
-    trainer.stage_settings = identity_settings(settings)
-    if hasattr(settings, "optimisation"):
-        trainer.memory_remedy = MEMORY_REMEDY
-    found = newest(out / CHECKPOINTS)
-    return trainer.train(resume_from_checkpoint=None if found is None else found.folder)
-
-
-def forget_checkpoints(out: Path) -> None:
-    """Remove what only an interrupted training needs."""
-    if processes.leads():
-        remove(out / CHECKPOINTS)
 
 
 class SFTStage(Frozen):

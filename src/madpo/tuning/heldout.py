@@ -21,18 +21,18 @@ from madpo.config import Frozen
 from madpo.data.load import TooLong
 from madpo.errors import DivergedError
 from madpo.logprobs import completion_logps
+from madpo.metrics import Estimate
 from madpo.models import load_model, load_tokenizer, resolve_model
 from madpo.practice.pairs import Row, folds_by_prompt, load_split, prompt_key
 from madpo.practice.policy import as_dataset, build_trainer, require_columns, trainer_arguments
 from madpo.practice.reward_model import PairScorer, load_scorer
 from madpo.practice.train_settings import TrainSettings
-from madpo.records import Estimate
 from madpo.statistics import bootstrap_mean, bootstrap_share, fit_temperature, proportion
 from madpo.storage import write_atomically
 from madpo.training import PreferenceTrainer
 from madpo.training.columns import REFERENCE_COLUMNS
 from madpo.training.finite import drop_unscored
-from madpo.training.stages import run_training
+from madpo.training.run import run_training
 from madpo.tuning.reward import RewardCurve, reward_curve
 from madpo.tuning.settings import TuneSettings
 

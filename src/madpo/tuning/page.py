@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from madpo.figures import Dot, scatter_figure
+from madpo.metrics import Estimate
 from madpo.pages import Section, cell, sections_page
 from madpo.practice.running import toml
-from madpo.records import Estimate
 from madpo.report import table
 from madpo.report.numbers import DASH
 from madpo.storage import write_atomically

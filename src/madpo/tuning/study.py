@@ -14,13 +14,14 @@ from pydantic import Field
 
 from madpo.config import Frozen
 from madpo.errors import ConfigError, DivergedError
+from madpo.metrics import Estimate, Metrics
 from madpo.operation import operation
 from madpo.practice.policy import MEMORY_REMEDY, resolved
 from madpo.practice.reward_model import plain
 from madpo.practice.running import digest, load_report, run_in_folder
 from madpo.progress import say
 from madpo.recipe import CHECKPOINTS
-from madpo.records import Estimate, Metrics, load_record
+from madpo.records import load_record
 from madpo.report.numbers import DASH
 from madpo.seeding import derived_seed
 from madpo.statistics import bootstrap_mean
