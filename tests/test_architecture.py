@@ -62,7 +62,7 @@ LAYERS = [
     {"work"},
     {"executors", "result_folder", "steps"},
     {"records"},
-    {"locks"},
+    {"locks", "begun"},
     {"storage", "uploads"},
     {"config", "progress", "seeding", "processes", "memory", "operation", "metrics"},
     {"errors"},

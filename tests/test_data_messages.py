@@ -236,7 +236,8 @@ def by_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     (tmp_path / "R").mkdir()
     asked = Counting()
     monkeypatch.setattr(scoring, "reward_model_digest", lambda model: "x")
-    monkeypatch.setattr(scoring, "load_scorer", lambda model, batch_size: asked)
+    monkeypatch.setattr(scoring, "load_scorer", lambda model, batch_size, clock: asked)
+    monkeypatch.setattr(scoring, "load_pair_encoder", lambda model, clock: SimpleNamespace(encoder=None))
     return ScoreSettings(reward_model=str(tmp_path / "R")), asked
 
 

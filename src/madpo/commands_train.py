@@ -27,6 +27,10 @@ def _common(parser: argparse.ArgumentParser, appears: str = "it appears when all
     from_file(parser)
 
 
+def _strict(parser: argparse.ArgumentParser) -> None:
+    option(parser, "strict", "strict", "treat what madpo check would warn of as an error", action="store_true")
+
+
 def _result() -> dict[str, Any]:
     """What ``_common`` declares, for :func:`asked`."""
     return {"output_dir": (Path, ...), "overwrite": (bool, False)}
@@ -71,6 +75,7 @@ def reward_arguments(parser: argparse.ArgumentParser) -> None:
     _common(parser)
     _held_out(parser)
     _reward_options(parser, "", batch="batch_size")
+    _strict(parser)
     example(parser, "madpo reward pairs.jsonl --model_name_or_path gemma-3-270m --output_dir rm")
 
 
@@ -102,6 +107,7 @@ def score_arguments(parser: argparse.ArgumentParser) -> None:
     option(parser, "batch_size", "batch_size", "sequences per forward pass when scoring (default: 16)", type=int)
     option(parser, "eval_share", "reward.eval_share", "with --folds: held out to stop the training", type=float)
     _reward_options(parser, "reward.", batch="train_batch_size")
+    _strict(parser)
     example(
         parser,
         "madpo score pairs.jsonl --reward_model rm --output_dir scored\n"
@@ -149,6 +155,7 @@ def _policy_options(parser: argparse.ArgumentParser) -> None:
     option(parser, "max_length", "args.max_length", "tokens of prompt and completion (default: 1024)", type=int)
     _truncation(parser, "truncation")
     option(parser, "seed", "args.seed", "of the training (default: 42)", type=int)
+    _strict(parser)
 
 
 def train_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,10 +12,10 @@ import numpy as np
 from pydantic import Field
 
 from madpo.config import Frozen
-from madpo.data.findings import Finding, Findings
+from madpo.data.findings import Finding
 from madpo.data.load import PairStream, TooLong, encoded_pairs, refuse_too_long
 from madpo.data.rows import Pair
-from madpo.data.seen import Seen
+from madpo.data.survey import Survey
 from madpo.data.tokens import Encoded, Encoder, Truncation, as_tokenizer, check_options, text_length, truncated
 from madpo.errors import DataError
 from madpo.progress import bar
@@ -71,6 +71,8 @@ class CheckReport(Frozen):
     findings: tuple[Finding, ...]
     rendered: tuple[str, ...]
     """The first pairs as the model sees them: prompt | chosen, with special tokens."""
+    date: str | None = None
+    """What the chat template took for now; None where it does not ask."""
 
     def count(self, kind: str) -> int:
         """How many findings of a kind (``madpo.data.findings.KINDS``) there are."""
@@ -98,6 +100,10 @@ class CheckReport(Frozen):
             t = self.truncation
             lines.append(f"max_length {t.max_length}: {t.too_long} pairs are longer; {t.dropped} dropped, {t.cut} cut")
         lines += [f"as the model sees it: {shown}" for shown in self.rendered]
+        if self.date is not None:
+            lines.append(
+                f"the chat template prints the date, here {self.date}; a training keeps that of its first start"
+            )
         for finding in self.findings:
             of = self.eval_pairs if finding.kind.startswith("leaked") and self.eval_pairs else self.pairs
             lines.append(f"warning: {finding.count} of {of} pairs: {finding.says}; {finding.remedy}")
@@ -148,13 +154,12 @@ def check(
     if eval_data is not None:
         evaluation = _Pass(eval_data, None, None, truncation, keep_dropped=False)
         evaluation.read()
-        evaluation.seen.leaks(pass_.seen, pass_.findings, evaluation.stream.source.at)
-        report = pass_.report(len(evaluation.seen))
+        pass_.survey.add_leaks(evaluation.survey)
+        report = pass_.report(len(evaluation.survey.seen))
     else:
         report = pass_.report(None)
-    if strict and report.findings:
-        first = report.findings[0]
-        raise DataError(f"{first.examples[0]}: {first.says} ({first.count} in all); {first.remedy}")
+    if strict:
+        pass_.survey.refuse_findings()
     if output is not None:
         _write(Path(output), report, pass_.dropped.lines())
     return report
@@ -175,8 +180,7 @@ class _Pass:
         self.stream = PairStream(data)
         self.encoder, self.max_length, self.truncation = encoder, max_length, truncation
         self.keep_dropped = keep_dropped
-        self.findings = Findings()
-        self.seen = Seen()
+        self.survey = Survey()
         self.lengths = {side: array("I") for side in SIDES}
         self.dropped = TooLong()
         self.too_long = self.dropped_pairs = 0
@@ -189,13 +193,11 @@ class _Pass:
             for pair, encoded in self._pairs():
                 self._take(pair, encoded)
                 advance()
-        for number in self.stream.unranked:
-            self.findings.add("unranked", self.stream.source.at(number))
-        if not len(self.seen):
+        if not len(self.survey.seen):
             raise DataError(
                 f"{self.stream.source.name}: no row has two different scores, so there is no pair; score them"
             )
-        self.seen.repeats(self.findings, self.stream.source.at)
+        self.survey.finish(self.stream.unranked, self.stream.source.at)
 
     def _pairs(self) -> Iterator[tuple[Pair, Encoded | None]]:
         if self.encoder is not None:
@@ -205,15 +207,10 @@ class _Pass:
                 yield pair, None
 
     def _take(self, pair: Pair, encoded: Encoded | None) -> None:
-        self.seen.add(pair)
+        self.survey.take(pair, encoded, self.stream.source, self.max_length)
         if isinstance(pair.prompt, list):
             self.form = "messages"
             self._count_roles(pair)
-        details: dict[str, list[str]] = {}  # a pair counts once for a kind, whatever is found in it
-        for kind, detail in (*pair.flags, *(encoded.flags if encoded else ())):
-            details.setdefault(kind, []).append(detail)
-        for kind, found in details.items():
-            self._note(kind, pair, ", ".join(filter(None, found)))
         for side in SIDES:
             part = getattr(pair, side) if encoded is None else getattr(encoded, f"{side}_ids")
             self.lengths[side].append(len(part) if encoded is not None else text_length(part))
@@ -234,16 +231,12 @@ class _Pass:
         if self.truncation == "refuse":
             raise refuse_too_long(pair, encoded, max_length, self.stream.source)
         self.too_long += 1
-        self._note("too_long", pair, f"{encoded.length} tokens")
         if truncated(encoded, max_length, self.truncation) is not None:
             self.dropped.cut += 1
             return
         self.dropped_pairs += 1
         if self.keep_dropped:
             self.dropped.drop(pair, encoded, self.stream.source.unit)
-
-    def _note(self, kind: str, pair: Pair, detail: str) -> None:
-        self.findings.add(kind, self.stream.source.at(pair.number) + (f": {detail}" if detail else ""))
 
     def _render(self, encoded: Encoded) -> str:
         assert self.encoder is not None
@@ -267,8 +260,8 @@ class _Pass:
             )
         return CheckReport(
             source=stream.source.name,
-            pairs=len(self.seen),
-            prompts=self.seen.distinct_prompts(),
+            pairs=len(self.survey.seen),
+            prompts=self.survey.seen.distinct_prompts(),
             form=self.form,
             roles=dict(self.roles.most_common(ROLES_SHOWN)),
             read_as=dict(stream.columns.read_as),
@@ -278,7 +271,8 @@ class _Pass:
             lengths={side: _lengths(values) for side, values in self.lengths.items()},
             truncation=truncation,
             eval_pairs=eval_pairs,
-            findings=self.findings.summary(),
+            findings=self.survey.findings.summary(),
+            date=None if self.encoder is None else self.encoder.clock.text(),
             rendered=tuple(self.rendered),
         )
 

@@ -12,6 +12,8 @@ from typing import Any
 from madpo.data.messages import is_blank
 from madpo.data.rows import WANTED, Columns, Pair, Reader
 from madpo.data.sources import Source, open_source
+from madpo.data.survey import Survey
+from madpo.data.templates import Clock
 from madpo.data.tokens import Encoded, Encoder, Truncation, as_tokenizer, check_options, text_length, truncated
 from madpo.errors import DataError
 
@@ -133,6 +135,20 @@ def encoded_pairs(stream: PairStream, encoder: Encoder) -> Iterator[tuple[Pair, 
     raise_first(mistakes, wrong, stream.source)
 
 
+def surveyed(data: str | Path, encoder: Encoder | None = None) -> Survey:
+    """What a check of the whole data set would warn of, in text and, with an encoder, in tokens.
+
+    Raises:
+        DataError: as :func:`load_preferences`.
+    """
+    stream, survey = PairStream(data), Survey()
+    pairs = ((pair, None) for pair in stream) if encoder is None else encoded_pairs(stream, encoder)
+    for pair, encoded in pairs:
+        survey.take(pair, encoded, stream.source)
+    survey.finish(stream.unranked, stream.source.at)
+    return survey
+
+
 def refuse_too_long(pair: Pair, encoded: Encoded, max_length: int, source: Source) -> DataError:
     """The sentence of ``truncation="refuse"``."""
     return DataError(
@@ -169,6 +185,8 @@ def load_preferences(
     max_length: int | None = None,
     truncation: Truncation = "drop",
     too_long: TooLong | None = None,
+    survey: Survey | None = None,
+    clock: Clock | None = None,
 ) -> list[dict[str, Any]]:
     """Rows for training: ``datasets.Dataset.from_list(load_preferences("pairs.jsonl"))`` goes to the trainer.
 
@@ -180,6 +198,8 @@ def load_preferences(
         truncation: what happens to a longer pair: "drop" it, "cut" its completions at the end (the pair is dropped
             if the prompt leaves no room), or "refuse" the data.
         too_long: gathers what truncation did.
+        survey: counts what :func:`madpo.data.check` would warn of.
+        clock: the date that the chat template prints; None is now.
 
     Returns:
         One dict per pair: pair_id, prompt, chosen, rejected (all text, or all messages), the numeric columns that the
@@ -192,10 +212,16 @@ def load_preferences(
     """
     check_options(tokenizer, max_length, truncation)
     stream = PairStream(data)
+    survey = Survey() if survey is None else survey
+    rows: list[dict[str, Any]] = []
     if tokenizer is None:
-        return [pair.row() for pair in stream]
-    rows = []
-    for pair, encoded in encoded_pairs(stream, Encoder(as_tokenizer(tokenizer))):
+        for pair in stream:
+            survey.take(pair, None, stream.source)
+            rows.append(pair.row())
+        survey.finish(stream.unranked, stream.source.at)
+        return rows
+    for pair, encoded in encoded_pairs(stream, Encoder(as_tokenizer(tokenizer), clock)):
+        survey.take(pair, encoded, stream.source, max_length)
         kept = encoded if max_length is None else truncated(encoded, max_length, truncation)
         if kept is None and truncation == "refuse":
             assert max_length is not None
@@ -207,6 +233,9 @@ def load_preferences(
         if kept is not None:
             ids = {"prompt_ids": kept.prompt_ids, "chosen_ids": kept.chosen_ids, "rejected_ids": kept.rejected_ids}
             rows.append(pair.row() | ids)
+    survey.finish(stream.unranked, stream.source.at)
+    if not rows and not len(survey.seen):
+        raise DataError(f"{stream.source.name}: no row has two different scores, so there is no pair; score them")
     if not rows:
         raise DataError(f"{stream.source.name}: no pair fits into max_length {max_length}; raise it")
     return rows

@@ -37,6 +37,10 @@ class Clock:
         self.read = True
         return self.now.strftime(form)
 
+    def text(self) -> str | None:
+        """``now`` as ISO 8601; None where no template has asked for it."""
+        return self.now.isoformat() if self.read else None
+
 
 _CLOCK: ContextVar[Clock] = ContextVar("clock")
 _SEEN: ContextVar[Seen | None] = ContextVar("seen", default=None)

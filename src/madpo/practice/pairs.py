@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from peft.utils.error import NoMatchingPeftModuleError
 
+from madpo.begun import FILE, since_first_start
 from madpo.data import load_preferences
 from madpo.data.load import TooLong
 from madpo.data.messages import Text
 from madpo.data.rows import Pair
+from madpo.data.survey import Survey
+from madpo.data.templates import Clock
 from madpo.data.tokens import Encoder, Truncation, truncated
-from madpo.errors import ConfigError, DataError
+from madpo.errors import ConfigError, DataError, StorageError
 from madpo.places import load_tokenizer, resolve_model
-from madpo.recipe import LoRA
+from madpo.progress import say
+from madpo.recipe import CHECKPOINTS, LoRA
 from madpo.seeding import rng
 
 Row = dict[str, Any]
@@ -55,13 +60,19 @@ def load_split(
     max_length: int | None = None,
     truncation: Truncation = "drop",
     too_long: TooLong | None = None,
+    clock: Clock | None = None,
+    model: str | None = None,
+    strict: bool = False,
 ) -> tuple[list[Row], list[Row]]:
-    """Rows with token ids for training and for evaluation.
+    """Rows with token ids for training and for evaluation. Says in one line what a check would warn of.
 
     Args:
         eval_data: evaluation pairs of their own; else ``eval_share`` of the prompts of ``data`` is held out.
         seed: of the split.
         too_long: gathers what truncation did to the pairs of both.
+        clock: the date that the chat template prints; None is now.
+        model: the tokenizer's, as the user names it.
+        strict: take what a check would warn of for a mistake.
 
     Raises:
         DataError: as :func:`madpo.data.load_preferences`, or too few prompts to hold one out.
@@ -71,14 +82,61 @@ def load_split(
         "max_length": max_length,
         "truncation": truncation,
         "too_long": too_long,
+        "clock": clock,
     }
-    rows = load_preferences(data, **how)
+    survey, evaluation = Survey(), Survey()
+    rows = load_preferences(data, survey=survey, **how)
     if eval_data is not None:
-        return rows, load_preferences(eval_data, **how)
+        heldout = load_preferences(eval_data, survey=evaluation, **how)
+        survey.add_leaks(evaluation)
+    tell_findings(survey, str(data), model, strict=strict)
+    if eval_data is not None:
+        tell_findings(evaluation, str(eval_data), model, strict=strict)
+        return rows, heldout
     if eval_share == 0:
         return rows, []
     train, heldout = split_by_prompt(rows, eval_share, seed, str(data))
     return train, heldout
+
+
+def tell_findings(survey: Survey, data: str, model: str | None, *, strict: bool) -> None:
+    """Say in one line what a check would warn of.
+
+    Raises:
+        DataError: with ``strict``, the first finding.
+    """
+    if strict:
+        survey.refuse_findings()
+    if (line := survey.line(data, model)) is not None:
+        say(line)
+
+
+def started_clock(folder: Path, fixed: datetime | None = None) -> Clock:
+    """The date that chat templates print in the texts of a result: that of its first start, whenever it continues.
+
+    Args:
+        folder: what the first start fixes is kept there; it must outlive a kill.
+        fixed: a date of the user's choice.
+
+    Raises:
+        StorageError: the file that holds the date of the first start is damaged.
+    """
+    if fixed is not None:
+        return Clock(fixed)
+    started = since_first_start(folder, "started", lambda: Clock().now.isoformat())
+    try:
+        return Clock(datetime.fromisoformat(started))
+    except ValueError as error:
+        raise StorageError(f"{folder / FILE} is damaged ({error}); add --overwrite to begin anew") from error
+
+
+def tell_date(clock: Clock) -> None:
+    """Say which date is in the texts, where the chat template prints one."""
+    if (date := clock.text()) is not None:
+        say(
+            f"The chat template prints the date: {date} is in all texts, whenever this is continued (another result "
+            f"has it with --set date={date})"
+        )
 
 
 class Asked(Protocol):
@@ -89,23 +147,37 @@ class Asked(Protocol):
     @property
     def eval_share(self) -> float: ...
     @property
+    def date(self) -> datetime | None: ...
+    @property
+    def strict(self) -> bool: ...
+    @property
     def truncation(self) -> Truncation: ...
 
 
 class Loaded(NamedTuple):
-    """A base model's place, its tokenizer, and the pairs of both sides with what truncation did to them."""
+    """A base model's place, its tokenizer, the pairs of both sides, what truncation did to them, and their date."""
 
     base: Path | str
     tokenizer: Any
     train: list[Row]
     heldout: list[Row]
     too_long: TooLong
+    clock: Clock
 
 
 def load_training(
-    settings: Asked, data: str | Path, eval_data: str | Path | None, *, seed: int, max_length: int | None
+    settings: Asked,
+    data: str | Path,
+    eval_data: str | Path | None,
+    out: Path,
+    *,
+    seed: int,
+    max_length: int | None,
 ) -> Loaded:
     """Find the base model and read its pairs.
+
+    Args:
+        out: the folder in which the result is made.
 
     Raises:
         ConfigError: the model cannot be loaded.
@@ -113,7 +185,7 @@ def load_training(
     """
     base = resolve_model(settings.model)
     tokenizer = load_tokenizer(base)
-    too_long = TooLong()
+    too_long, clock = TooLong(), started_clock(out / CHECKPOINTS, settings.date)
     train, heldout = load_split(
         data,
         tokenizer,
@@ -123,19 +195,28 @@ def load_training(
         max_length=max_length,
         truncation=settings.truncation,
         too_long=too_long,
+        clock=clock,
+        model=settings.model,
+        strict=settings.strict,
     )
-    return Loaded(base, tokenizer, train, heldout, too_long)
+    tell_date(clock)
+    return Loaded(base, tokenizer, train, heldout, too_long, clock)
 
 
 def encoded_rows(
-    pairs: Sequence[Pair], tokenizer: Any, name: str, max_length: int | None, truncation: Truncation
+    pairs: Sequence[Pair],
+    tokenizer: Any,
+    name: str,
+    max_length: int | None,
+    truncation: Truncation,
+    clock: Clock | None = None,
 ) -> list[Row]:
     """Rows with token ids for some pairs of a data set; what is too long is dropped, cut or refused.
 
     Raises:
         DataError: the chat template refuses a conversation, or no pair fits.
     """
-    encoder = Encoder(tokenizer)
+    encoder = Encoder(tokenizer, clock)
     rows: list[Row] = []
     for start in range(0, len(pairs), _TOGETHER):
         chunk = pairs[start : start + _TOGETHER]

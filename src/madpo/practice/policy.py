@@ -21,7 +21,9 @@ from transformers.pytorch_utils import Conv1D
 
 from madpo import processes
 from madpo.adapters import adapter_text
+from madpo.begun import since_first_start
 from madpo.config import Frozen, did_you_mean
+from madpo.data.templates import Clock
 from madpo.errors import ConfigError, DataError
 from madpo.logprobs import unwrapped
 from madpo.losses import LossConfig
@@ -125,8 +127,8 @@ def train_pairs(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) 
     data, eval_data = str(inputs["data"]), inputs.get("eval_data")
     args = trainer_arguments(settings, out, evaluated=eval_data is not None or settings.eval_share > 0)
     args.precompute_ref_batch_size = _reference_batch(args, out)
-    base, tokenizer, rows, heldout, too_long = load_training(
-        settings, data, eval_data, seed=args.seed, max_length=args.max_length
+    base, tokenizer, rows, heldout, too_long, clock = load_training(
+        settings, data, eval_data, out, seed=args.seed, max_length=args.max_length
     )
     require_columns(rows, settings.loss, str(data))
     if heldout:
@@ -162,7 +164,7 @@ def train_pairs(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) 
     card = model_card(data=data, eval_data=eval_data, settings=settings, report=report)
     write_atomically(out / "README.md", card)
     write_atomically(out / "report.json", report.model_dump_json(indent=1) + "\n")
-    write_atomically(out / "config.toml", resolved(data, settings))
+    write_atomically(out / "config.toml", resolved(data, settings, clock))
     return {"pairs": report.pairs, "steps": report.steps, "loss": report.loss, **evaluation}
 
 
@@ -218,17 +220,8 @@ def _reference_batch(args: PreferenceConfig, out: Path) -> int:
 
     So a training that goes on with another split of its steps keeps its reference.
     """
-    place = out / CHECKPOINTS / ".reference_batch.json"
-
-    def look() -> int:
-        if place.is_file():
-            return int(json.loads(place.read_bytes())["reference_batch"])
-        size = int(args.precompute_ref_batch_size or args.per_device_train_batch_size)
-        place.parent.mkdir(exist_ok=True)
-        write_atomically(place, json.dumps({"reference_batch": size}) + "\n")
-        return size
-
-    return processes.first(look)
+    asked = int(args.precompute_ref_batch_size or args.per_device_train_batch_size)
+    return since_first_start(out / CHECKPOINTS, "reference_batch", lambda: asked)
 
 
 def refuse_missing_trackers(names: str | Sequence[str] | None) -> None:
@@ -339,9 +332,15 @@ def _save(trainer: PreferenceTrainer, settings: TrainSettings, tokenizer: PreTra
             merge_adapter(model, out / "merged", tokenizer)
 
 
-def resolved(data: str | Path, settings: TrainSettings) -> str:
-    """The configuration as TOML, with every default that is ours: ``madpo train DATA --config`` repeats it."""
+def resolved(data: str | Path, settings: TrainSettings, clock: Clock | None = None) -> str:
+    """The configuration as TOML, with every default that is ours: ``madpo train DATA --config`` repeats it.
+
+    Args:
+        clock: of the training, which the configuration fixes if the chat template prints a date.
+    """
     resolved = settings.model_dump(mode="json")
+    if clock is not None and clock.read:
+        resolved["date"] = clock.text()
     if settings.full:
         resolved.pop("lora")
     resolved["model"] = lasting(settings.model)

@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from madpo.adapters import adapter_text
 from madpo.config import Frozen
 from madpo.data.rows import Pair
-from madpo.data.templates import render
+from madpo.data.templates import Clock, render
 from madpo.data.tokens import Encoded, Encoder
 from madpo.diagnostics import MarginReport, Reliability, inspect
 from madpo.errors import ConfigError, DataError
@@ -78,6 +78,8 @@ class RewardReport(Frozen):
     calibrated_log_loss: float
     reliability: tuple[Reliability, ...]
     """Up to 10 bins of equally many held-out pairs by |margin| / temperature."""
+    date: str | None
+    """What the chat template printed as now; None where it prints no date."""
     settings: RewardSettings
 
     def text(self) -> str:
@@ -140,8 +142,8 @@ def reward(
 def reward_pairs(settings: RewardSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """The operation behind :func:`reward`."""
     data, eval_data = str(inputs["data"]), inputs.get("eval_data")
-    base, _, train, heldout, too_long = load_training(
-        settings, data, eval_data, seed=settings.seed, max_length=settings.max_length
+    base, _, train, heldout, too_long, clock = load_training(
+        settings, data, eval_data, out, seed=settings.seed, max_length=settings.max_length
     )
     stopping, reported = _halves(heldout, settings, str(eval_data or data))
     seen = {prompt_key(row["prompt"]) for row in train}
@@ -169,6 +171,7 @@ def reward_pairs(settings: RewardSettings, inputs: Mapping[str, Path], out: Path
         temperature_reason=measured[1].temperature_reason,
         calibrated_log_loss=measured[1].calibrated_log_loss,
         reliability=measured[1].reliability,
+        date=clock.text(),
         settings=settings,
     )
     if too_long.dropped:
@@ -244,11 +247,12 @@ class PairEncoder:
     Args:
         own: trained by :func:`reward`: then a completion ends with its end token and nothing after it. Other models
             see the chat template's text as it is, as TRL's reward trainer tokenises it.
+        clock: the date that the chat template prints; None is now.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, own: bool) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, own: bool, clock: Clock | None = None) -> None:
         self.tokenizer, self.own = tokenizer, own
-        self.encoder = Encoder(tokenizer)
+        self.encoder = Encoder(tokenizer, clock)
 
     def ids(self, pairs: Sequence[Pair], name: str, unit: str) -> tuple[list[list[int]], list[list[int]], list[int]]:
         """Token ids of prompt and completion, for both sides, and how many are the prompt's.
@@ -283,11 +287,12 @@ class PairScorer:
         model: scores token ids.
         own: as for :class:`PairEncoder`.
         batch_size: sequences per forward pass; it decides the padding, and so the last digits.
+        clock: as for :class:`PairEncoder`.
     """
 
-    def __init__(self, model: RewardModel, *, own: bool, batch_size: int = 16) -> None:
+    def __init__(self, model: RewardModel, *, own: bool, batch_size: int = 16, clock: Clock | None = None) -> None:
         self.model, self.batch_size = model, batch_size
-        self.encoder = PairEncoder(model.tokenizer, own=own)
+        self.encoder = PairEncoder(model.tokenizer, own=own, clock=clock)
 
     def score_pairs(self, pairs: Sequence[Pair], name: str, unit: str) -> tuple[NDArray[Any], NDArray[Any]]:
         """(rewards of the chosen, rewards of the rejected), float64, in the reward model's unit.
@@ -299,7 +304,7 @@ class PairScorer:
         return chosen.astype(np.float64), rejected.astype(np.float64)
 
 
-def load_scorer(place: str | Path, *, batch_size: int = 16) -> PairScorer:
+def load_scorer(place: str | Path, *, batch_size: int = 16, clock: Clock | None = None) -> PairScorer:
     """The reward model of a folder that :func:`reward` wrote, or a sequence classifier with one output.
 
     Args:
@@ -310,13 +315,13 @@ def load_scorer(place: str | Path, *, batch_size: int = 16) -> PairScorer:
     """
     if (folder := _own_folder(place)) is not None:
         refuse_fetching(reward_base(folder)[0], folder)
-        return PairScorer(RewardModel.load(folder), own=True, batch_size=batch_size)
+        return PairScorer(RewardModel.load(folder), own=True, batch_size=batch_size, clock=clock)
     base = _classifier(place)
     model, tokenizer = load_classifier(base), load_tokenizer(base)
-    return PairScorer(RewardModel(placed(model), tokenizer), own=False, batch_size=batch_size)
+    return PairScorer(RewardModel(placed(model), tokenizer), own=False, batch_size=batch_size, clock=clock)
 
 
-def load_pair_encoder(place: str | Path) -> PairEncoder:
+def load_pair_encoder(place: str | Path, clock: Clock | None = None) -> PairEncoder:
     """How a reward model reads pairs, without its weights: what is no reward model is refused before hours of work.
 
     Args:
@@ -328,8 +333,8 @@ def load_pair_encoder(place: str | Path) -> PairEncoder:
     if (folder := _own_folder(place)) is not None:
         base, _ = reward_base(folder)
         refuse_fetching(base, folder)
-        return PairEncoder(load_tokenizer(base), own=True)
-    return PairEncoder(load_tokenizer(_classifier(place)), own=False)
+        return PairEncoder(load_tokenizer(base), own=True, clock=clock)
+    return PairEncoder(load_tokenizer(_classifier(place)), own=False, clock=clock)
 
 
 def _own_folder(place: str | Path) -> Path | None:

@@ -7,13 +7,10 @@ writes the result: the same bytes again.
 
 from __future__ import annotations
 
-import datetime
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +21,35 @@ from safetensors.numpy import load_file, save
 
 from madpo import processes
 from madpo.config import Frozen
-from madpo.data.load import PairStream
+from madpo.data.load import PairStream, surveyed
 from madpo.data.numbers import as_number
 from madpo.data.rows import Pair
 from madpo.data.sources import open_source
+from madpo.data.templates import Clock
+from madpo.data.tokens import Encoder
 from madpo.diagnostics import inspect
-from madpo.errors import ConfigError, DataError, StorageError, first_line
+from madpo.errors import ConfigError, DataError, StorageError
 from madpo.metrics import Estimate, Metrics
 from madpo.models import load_tokenizer, resolve_model
 from madpo.operation import operation
-from madpo.practice.pairs import encoded_rows, folds_by_prompt, prompt_key, split_by_prompt
-from madpo.practice.reward_model import PairScorer, fit, load_scorer, plain, reward_model_digest
+from madpo.practice.pairs import (
+    encoded_rows,
+    folds_by_prompt,
+    prompt_key,
+    split_by_prompt,
+    started_clock,
+    tell_date,
+    tell_findings,
+)
+from madpo.practice.reward_model import (
+    PairScorer,
+    fit,
+    load_pair_encoder,
+    load_scorer,
+    plain,
+    reward_model_digest,
+)
+from madpo.practice.row_files import Raw, json_line, write_parquet
 from madpo.practice.running import digest, load_report, run_in_folder
 from madpo.practice.settings import RewardSettings, ScoreSettings
 from madpo.progress import bar, say
@@ -48,10 +63,6 @@ PART = 512
 """Pairs per part: what an interruption can cost."""
 MEMORY_REMEDY = "give a smaller --batch_size, and run the same command again: parts that are scored stay"
 _TEXTS = ("pair_id", "prompt", "chosen", "rejected")
-
-Raw = dict[str, Any]
-Placed = tuple[str, Raw]
-"""A row, and its place for messages."""
 
 
 class ScoreReport(Frozen):
@@ -132,7 +143,9 @@ def score_pairs(settings: ScoreSettings, inputs: Mapping[str, Path], out: Path) 
     if settings.score_columns is not None:
         columns = _columns(data, pairs, settings.score_columns)
     processes.first(lambda: _rehearse(data, len(pairs), settings, out))
-    chosen, rejected = columns or _scores(data, pairs, settings, out)
+    clock = started_clock(out / CHECKPOINTS, settings.reward.date if settings.reward else None)
+    clock.read = processes.first(lambda: _look(data, settings, clock))
+    chosen, rejected = columns or _scores(data, pairs, settings, out, clock)
     report = processes.first(lambda: _finish(data, chosen, rejected, settings, out))
     return {"pairs": report["pairs"], "accuracy": Estimate(**report["accuracy"]), "log_loss": report["log_loss"]}
 
@@ -143,6 +156,23 @@ def _read(data: str | Path) -> list[Pair]:
     if not pairs:
         raise DataError(f"{data}: no row has two different scores, so there is no pair; score the completions first")
     return pairs
+
+
+def _look(data: str | Path, settings: ScoreSettings, clock: Clock) -> bool:
+    """Say what a check would warn of: a row that the chat template refuses must show before hours of scoring, too.
+
+    Returns:
+        Whether the chat template prints a date.
+    """
+    encoder, model = None, None
+    if settings.reward_model is not None:
+        encoder = load_pair_encoder(settings.reward_model, clock).encoder
+    elif settings.reward is not None:
+        model = settings.reward.model
+        encoder = Encoder(load_tokenizer(resolve_model(model)), clock)
+    tell_findings(surveyed(data, encoder), str(data), model, strict=settings.strict)
+    tell_date(clock)
+    return clock.read
 
 
 # Scores
@@ -162,16 +192,22 @@ def _columns(data: str | Path, pairs: Sequence[Pair], names: tuple[str, str]) ->
 
 
 def _scores(
-    data: str | Path, pairs: Sequence[Pair], settings: ScoreSettings, output_dir: Path
+    data: str | Path, pairs: Sequence[Pair], settings: ScoreSettings, output_dir: Path, clock: Clock
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     if settings.folds is not None:
-        return _out_of_fold(data, pairs, settings, output_dir)
+        return _out_of_fold(data, pairs, settings, output_dir, clock)
     assert settings.reward_model is not None
-    return _in_parts(settings, pairs, np.arange(len(pairs)), output_dir / CHECKPOINTS / "parts", settings.reward_model)
+    parts, rows = output_dir / CHECKPOINTS / "parts", np.arange(len(pairs))
+    return _in_parts(settings, pairs, rows, parts, settings.reward_model, clock)
 
 
 def _in_parts(
-    settings: ScoreSettings, pairs: Sequence[Pair], rows: NDArray[Any], folder: Path, model: str | Path
+    settings: ScoreSettings,
+    pairs: Sequence[Pair],
+    rows: NDArray[Any],
+    folder: Path,
+    model: str | Path,
+    clock: Clock,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """Scores of ``rows``, kept in files of ``PART`` pairs; a part that is there is not computed again."""
     paths = {start: folder / f"part-{start:08d}.safetensors" for start in range(0, len(rows), PART)}
@@ -187,7 +223,7 @@ def _in_parts(
         with bar("Scoring", sum(len(rows[start : start + PART]) for start in mine)) as advance:
             for start in mine:
                 chunk = [pairs[int(i)] for i in rows[start : start + PART]]
-                scorer = scorer or load_scorer(model, batch_size=settings.batch_size)
+                scorer = scorer or load_scorer(model, batch_size=settings.batch_size, clock=clock)
                 chosen, rejected = scorer.score_pairs(chunk, "pair", "row")
                 _refuse_not_finite(chosen, rejected, chunk)
                 write_atomically(paths[start], save({"chosen": chosen, "rejected": rejected}))
@@ -216,7 +252,7 @@ def _refuse_not_finite(chosen: NDArray[Any], rejected: NDArray[Any], pairs: Sequ
 
 
 def _out_of_fold(
-    data: str | Path, pairs: Sequence[Pair], settings: ScoreSettings, output_dir: Path
+    data: str | Path, pairs: Sequence[Pair], settings: ScoreSettings, output_dir: Path, clock: Clock
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """Each pair's scores by the reward model that saw neither it nor its prompt, not even to stop."""
     assert settings.folds is not None
@@ -225,18 +261,19 @@ def _out_of_fold(
         folds_by_prompt((prompt_key(p.prompt) for p in pairs), settings.folds, settings.reward.seed, str(data))
     )
     chosen, rejected = np.zeros(len(pairs)), np.zeros(len(pairs))
+    reward = settings.reward.model_copy(update={"date": clock.now if clock.read else None})
     for k in range(settings.folds):
         folder = output_dir / CHECKPOINTS / "folds" / f"fold-{k}"
         say(f"Fold {k + 1} of {settings.folds}: a reward model on {int((fold != k).sum())} pairs.")
         step = Step(
             f"fold-{k}",
             train_fold,
-            FoldSettings(reward=settings.reward, folds=settings.folds, fold=k),
+            FoldSettings(reward=reward, folds=settings.folds, fold=k),
             {"data": Source(str(data), digest(data) or str(data))},
         )
         run_step(step, folder, memory=MEMORY_REMEDY)
         rows = np.flatnonzero(fold == k)
-        scores = _in_parts(settings, pairs, rows, output_dir / CHECKPOINTS / "parts" / f"fold-{k}", folder)
+        scores = _in_parts(settings, pairs, rows, output_dir / CHECKPOINTS / "parts" / f"fold-{k}", folder, clock)
         chosen[rows], rejected[rows] = scores
     return chosen, rejected
 
@@ -258,7 +295,7 @@ def train_fold(config: FoldSettings, inputs: Mapping[str, Path], out: Path) -> M
     fold = folds_by_prompt((prompt_key(p.prompt) for p in pairs), config.folds, settings.seed, data)
     seen = [pair for pair, own in zip(pairs, fold, strict=True) if own != config.fold]
     tokenizer = load_tokenizer(resolve_model(settings.model))
-    rows = encoded_rows(seen, tokenizer, data, settings.max_length, settings.truncation)
+    rows = encoded_rows(seen, tokenizer, data, settings.max_length, settings.truncation, Clock(settings.date))
     train, stopping = split_by_prompt(rows, settings.eval_share, settings.seed, data)
     return {"steps": fit(settings, train, stopping, out)}
 
@@ -354,103 +391,7 @@ def _write(
         for i, (pair, raw) in enumerate(_beside(data, read))
     )
     if form == "parquet":
-        _write_parquet(path, rows)
+        write_parquet(path, rows, 8 * PART)
     else:
         with path.open("wb") as file:
-            file.writelines(_json_line(place, row) for place, row in rows)
-
-
-def _write_parquet(path: Path, rows: Iterator[Placed]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    writer = None
-    try:
-        while group := list(islice(rows, 8 * PART)):
-            if writer is None:
-                names = dict.fromkeys(name for _, row in group for name in row)
-                table = pa.table({name: _column(group, name) for name in names})
-                writer = pq.ParquetWriter(path, table.schema)
-            else:
-                _refuse_late(group, writer.schema.names)
-                columns = [_column(group, field.name, field.type) for field in writer.schema]
-                table = pa.table(columns, schema=writer.schema)
-            writer.write_table(table)
-    except (pa.ArrowException, UnicodeEncodeError) as error:
-        raise DataError(
-            f"a column cannot be written as Parquet ({first_line(error, 120)}); use --format jsonl"
-        ) from None
-    finally:
-        if writer is not None:
-            writer.close()
-
-
-def _column(group: Sequence[Placed], name: str, kind: Any = None) -> Any:
-    """A column of some rows as Arrow holds it, null where a row lacks it."""
-    import pyarrow as pa
-
-    try:
-        return pa.array([row.get(name) for _, row in group], type=kind)
-    except (pa.ArrowException, ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise DataError(
-            f"{group[0][0]}, or after it: the column {name!r} cannot be written as Parquet "
-            f"({first_line(error, 120)}); use --format jsonl, or drop the column"
-        ) from None
-
-
-def _refuse_late(group: Sequence[Placed], names: Sequence[str]) -> None:
-    """Refuse a column that the rows before lack: a Parquet file knows its columns from the beginning."""
-    known = set(names)
-    for place, row in group:
-        if late := [name for name in row if name not in known]:
-            raise DataError(
-                f"{place}: has the column {late[0]!r}, which none of the rows before has, and Parquet cannot add it; "
-                "use --format jsonl, or give it in the first row"
-            )
-
-
-def _json_line(place: str, row: Raw) -> bytes:
-    """A row as a line of JSON, which has no word for a number that is not finite: null."""
-    try:
-        try:
-            line = _dumped(row)
-        except ValueError:
-            line = _dumped(_finite(row))
-    except (TypeError, ValueError, RecursionError):
-        for name, value in row.items():
-            _refuse_unwritten(place, name, value)
-        raise
-    try:
-        return line.encode() + b"\n"
-    except UnicodeEncodeError:  # half of a surrogate pair in a column that nothing reads: as it came, escaped
-        return json.dumps(json.loads(line)).encode() + b"\n"
-
-
-def _refuse_unwritten(place: str, name: str, value: Any) -> None:
-    try:
-        _dumped(_finite(value))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise DataError(
-            f"{place}: the column {name!r} cannot be written as JSON ({first_line(error, 120)}); use --format "
-            "parquet, or drop the column"
-        ) from None
-
-
-def _dumped(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=_json, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple | np.ndarray):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float | np.floating) and not math.isfinite(value) else value
-
-
-def _json(value: object) -> Any:
-    if isinstance(value, datetime.date | datetime.datetime):
-        return value.isoformat()
-    if isinstance(value, np.generic):
-        return value.item()
-    raise TypeError(f"it holds a value of type {type(value).__name__}")
+            file.writelines(json_line(place, row) for place, row in rows)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from madpo.config import Frozen
+from madpo.config import Frozen, added
 from madpo.data.tokens import Truncation
 from madpo.recipe import LoRA, Optimisation, Pooling
 
@@ -40,6 +41,10 @@ class RewardSettings(Frozen):
     max_length: int | None = Field(default=None, ge=2)
     """Tokens of prompt and completion; None is no limit."""
     truncation: Truncation = "drop"
+    date: datetime | None = added(None)
+    """What a chat template that prints the date takes for now; None is the first start of the training."""
+    strict: bool = Field(default=False, exclude=True)
+    """Treat what ``madpo check`` would warn of as an error."""
     seed: int = Field(default=0, ge=0)
 
 
@@ -59,6 +64,8 @@ class ScoreSettings(Frozen):
     format: Literal["jsonl", "parquet"] = "jsonl"
     batch_size: int = Field(default=16, ge=1)
     """Sequences per forward pass; it decides the padding, and so the last digits."""
+    strict: bool = Field(default=False, exclude=True)
+    """Treat what ``madpo check`` would warn of as an error."""
 
     @model_validator(mode="after")
     def _check(self) -> ScoreSettings:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from madpo.config import Frozen
+from madpo.config import Frozen, added
 from madpo.data.tokens import Truncation
 from madpo.losses import MADPO, Loss
 from madpo.practice.arguments import checked_arguments
@@ -32,6 +33,10 @@ class TrainSettings(Frozen):
     """Share of the pairs held out (whole prompts at a time) where no evaluation data are given."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the loaded weights; auto is float32 in full training, else what the processor multiplies natively."""
+    date: datetime | None = added(None)
+    """What a chat template that prints the date takes for now; None is the first start of the training."""
+    strict: bool = Field(default=False, exclude=True)
+    """Treat what ``madpo check`` would warn of as an error."""
     truncation: Truncation = "drop"
     """What happens to a pair of more than ``args.max_length`` tokens: drop it, cut its completions, or refuse it."""
 

@@ -19,11 +19,12 @@ from transformers import PreTrainedTokenizerBase
 
 from madpo.config import Frozen
 from madpo.data.load import TooLong
+from madpo.data.templates import Clock
 from madpo.errors import DivergedError
 from madpo.logprobs import completion_logps
 from madpo.metrics import Estimate
 from madpo.models import load_model, load_tokenizer, resolve_model
-from madpo.practice.pairs import Row, folds_by_prompt, load_split, prompt_key
+from madpo.practice.pairs import Row, folds_by_prompt, load_split, prompt_key, started_clock, tell_date
 from madpo.practice.policy import as_dataset, build_trainer, require_columns, trainer_arguments
 from madpo.practice.reward_model import PairScorer, load_scorer
 from madpo.practice.train_settings import TrainSettings
@@ -53,6 +54,7 @@ class Prepared(NamedTuple):
     """For the reward at equal KL alone."""
     scorer: PairScorer | None
     dropped: int
+    clock: Clock
 
 
 class Heldout(Frozen):
@@ -87,6 +89,9 @@ def prepare(data: str | Path, settings: TuneSettings, folder: Path) -> Prepared:
 
     The reference's columns come from the cache that ``madpo train`` uses, and go there.
 
+    Args:
+        folder: of the study; what an interruption must leave.
+
     Raises:
         DataError, ConfigError: a column that the loss reads is missing, fewer prompts than folds.
     """
@@ -94,9 +99,11 @@ def prepare(data: str | Path, settings: TuneSettings, folder: Path) -> Prepared:
     base = resolve_model(settings.model)
     tokenizer = load_tokenizer(base)
     args = trainer_arguments(training, folder / "reference", evaluated=False)
-    too_long, length = TooLong(), args.max_length
+    too_long, length, clock = TooLong(), args.max_length, started_clock(folder, settings.date)
     how: dict[str, Any] = {"max_length": length, "truncation": settings.truncation, "too_long": too_long}
+    how |= {"clock": clock, "model": settings.model, "strict": settings.strict}
     rows, _ = load_split(data, tokenizer, eval_data=None, eval_share=0.0, seed=0, **how)
+    tell_date(clock)
     require_columns(rows, settings.loss, str(data))
     # As the trainer will: an empty prompt, without a token that begins every text, leaves an end token unpredicted.
     scored = set(drop_unscored(as_dataset(rows), args, str(data))["pair_id"])
@@ -119,8 +126,11 @@ def prepare(data: str | Path, settings: TuneSettings, folder: Path) -> Prepared:
         tokenizer=tokenizer,
         base=base,
         reference=None if reward is None else load_model(base),
-        scorer=None if reward is None else load_scorer(reward.reward_model, batch_size=reward.score_batch_size),
+        scorer=None
+        if reward is None
+        else load_scorer(reward.reward_model, batch_size=reward.score_batch_size, clock=clock),
         dropped=len(too_long.dropped),
+        clock=clock,
     )
 
 

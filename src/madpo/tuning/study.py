@@ -173,7 +173,8 @@ def tune_pairs(settings: TuneConfig, inputs: Mapping[str, Path], out: Path) -> M
     prepared = prepare(data, settings, state)
     asked = TuneSettings.model_validate({name: getattr(settings, name) for name in TuneSettings.model_fields})
     report = _search(digest(data), out, asked, prepared)
-    write_atomically(out / "chosen.toml", resolved(data, with_values(settings.training, report.best().values)))
+    chosen = with_values(settings.training, report.best().values)
+    write_atomically(out / "chosen.toml", resolved(data, chosen, prepared.clock))
     write_atomically(out / "report.json", json.dumps(plain(report), indent=1) + "\n")
     shutil.copytree(state, out / SEARCH, dirs_exist_ok=True)
     best = report.best().heldout
