@@ -1,0 +1,222 @@
+"""What a check finds, every training says at its start; the date that a chat template prints stays the first one."""
+
+import json
+import re
+import tomllib
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from madpo.cli import main
+from madpo.config import load_config
+from madpo.data import check, load_preferences
+from madpo.data import templates as templates_of
+from madpo.data.survey import Survey
+from madpo.errors import ConfigError, StorageError
+from madpo.practice import ScoreSettings, TrainSettings, score
+from madpo.practice.pairs import started_clock
+from practice_cases import conversation, text_pairs, write
+
+CLOCK = (
+    "{{ bos_token }}Today: {{ strftime_now('%Y-%m-%d') }}\n{% for m in messages %}{{ '<' + m.role + '>' + m.content }}"
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+TRAIN = ["--loss", "dpo", "--epochs", "1", "--batch_size", "4", "--dtype", "float32", "--args.bf16", "false"]
+REWARD = ["--epochs", "1", "--batch_size", "4", "--eval_share", "0.3"]
+TUNE = [*TRAIN, "--folds", "2", "--trials", "1", "--space.loss.beta", "[0.1]"]
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: Any) -> Path:
+    """Pairs with a repeated pair, an answer that has an end token inside, and turns of others."""
+    rows = text_pairs(24)
+    rows[3] = rows[1]
+    rows[5] = rows[5] | {"chosen": " A</s> B"}
+    return write(tmp_path_factory.mktemp("odd") / "odd.jsonl", rows)
+
+
+def commands(data: Path, model: Path, out: Path) -> dict[str, list[str]]:
+    base, where = ["--model_name_or_path", str(model)], ["--output_dir", str(out)]
+    return {
+        "train": ["train", str(data), *base, *where, *TRAIN],
+        "reward": ["reward", str(data), *base, *where, *REWARD],
+        "tune": ["tune", str(data), *base, *where, *TUNE],
+        "folds": ["score", str(data), *base, *where, "--folds", "2", "--epochs", "1", "--eval_share", "0.3"],
+    }
+
+
+@pytest.mark.parametrize("name", ["train", "reward", "tune", "folds"])
+def test_strict_refuses_at_the_start_what_a_check_would_warn_of(
+    name: str, odd: Path, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], own_cache: None
+) -> None:
+    report = check(odd, tokenizer=llama)
+    assert {finding.kind: finding.count for finding in report.findings} == {"duplicate": 1, "inner_end": 1}
+    assert main([*commands(odd, llama, tmp_path / "o")[name], "--strict"]) == 2
+    said = capsys.readouterr().err
+    assert f"madpo: {odd}, line 4, first in 2: the pair is there before (1 in all)" in said
+    assert not (tmp_path / "o" / "record.json").exists()
+
+
+def test_a_training_says_in_one_line_what_a_check_would_warn_of(
+    odd: Path, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], own_cache: None
+) -> None:
+    assert main(commands(odd, llama, tmp_path / "o")["train"]) == 0
+    said = capsys.readouterr().err
+    line = (
+        f"Found in 24 pairs of {odd}: 1 duplicate, 1 inner end (what and where: madpo check {odd} --model_name_or_path"
+    )
+    assert said.count("Found in") == 1
+    assert line in said
+    # What is without findings says nothing.
+    clean = write(tmp_path / "clean.jsonl", text_pairs(12)[:9])
+    assert check(clean, tokenizer=llama).findings == ()
+    assert main(commands(clean, llama, tmp_path / "c")["train"]) == 0
+    assert "Found in" not in capsys.readouterr().err
+
+
+def test_scoring_says_it_too_and_refuses_late_rows_before_it_scores(
+    odd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.loads(line) | {"a": 2.0, "b": 1.0} for line in odd.read_text().splitlines()]
+    data = write(tmp_path / "d.jsonl", rows)
+    how = {"score_columns": ("a", "b"), "margin_temperature": 1.0}
+    score(data, tmp_path / "S", ScoreSettings(**how))
+    assert f"Found in 24 pairs of {data}: 1 duplicate (what" in capsys.readouterr().err
+    with pytest.raises(Exception, match="line 4, first in 2"):
+        score(data, tmp_path / "T", ScoreSettings(**how, strict=True))
+
+
+def test_pairs_of_the_evaluation_are_looked_for_in_the_training(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], own_cache: None
+) -> None:
+    rows = text_pairs(12)
+    data, other = write(tmp_path / "d.jsonl", rows[:8]), write(tmp_path / "e.jsonl", [*rows[7:]])
+    command = [*commands(data, llama, tmp_path / "o")["train"], "--eval_data", str(other), "--strict"]
+    assert main(command) == 2
+    assert f"{other}, line 1: the pair of the evaluation data is in the training data" in capsys.readouterr().err
+
+
+def test_one_prompt_for_all_rows_is_found(tmp_path: Path) -> None:
+    rows = [row | {"prompt": "Answer."} for row in text_pairs(5)]
+    found = check(write(tmp_path / "d.jsonl", rows))
+    assert (found.count("one_prompt"), found.prompts) == (5, 1)
+    assert check(write(tmp_path / "e.jsonl", rows[:2])).count("one_prompt") == 0
+    survey = Survey()
+    load_preferences(tmp_path / "d.jsonl", survey=survey)
+    assert survey.findings.summary() == found.findings
+
+
+# The date
+
+
+@pytest.fixture(scope="module")
+def dated(llama: Path, tmp_path_factory: Any) -> Path:
+    """A model whose chat template prints the date."""
+    folder = tmp_path_factory.mktemp("dated") / "model"
+    folder.mkdir()
+    for file in llama.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = CLOCK
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+class Day:
+    """What ``datetime`` is for the clock of chat templates, on a day of the test's choice."""
+
+    today = datetime(2026, 3, 1, 12)
+
+    @classmethod
+    def now(cls) -> datetime:
+        return cls.today
+
+
+@pytest.fixture
+def day(monkeypatch: pytest.MonkeyPatch) -> type[Day]:
+    monkeypatch.setattr(templates_of, "datetime", Day)
+    monkeypatch.setattr(Day, "today", Day.today)
+    return Day
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    return write(tmp_path / "chats.jsonl", [conversation(row) for row in text_pairs(24)])
+
+
+def test_the_check_says_that_the_template_prints_the_date(chats: Path, dated: Path, llama: Path, day: Any) -> None:
+    report = check(chats, tokenizer=dated)
+    assert report.date == "2026-03-01T12:00:00"
+    assert "prints the date, here 2026-03-01" in report.text()
+    assert "Today: 2026-03-01" in report.rendered[0]
+    assert report.findings == (), "it is no mistake"
+    assert check(chats, tokenizer=llama).date is None
+
+
+class Killed(BaseException):
+    """A kill, as far as a process can see one."""
+
+
+@pytest.mark.parametrize("name", ["train", "reward", "tune"])
+def test_what_is_continued_on_another_day_keeps_its_date_and_ends_in_the_same_bytes(
+    name: str, chats: Path, dated: Path, tmp_path: Path, day: Any, monkeypatch: Any, own_cache: None
+) -> None:
+    from madpo.training.resume import ExactResume
+
+    def run(out: Path) -> int:
+        save = ["--args.save_steps", "2"] if name in ("train", "tune") else []
+        return main([*commands(chats, dated, out)[name], *save])
+
+    assert run(tmp_path / "whole") == 0
+    train, ended = ExactResume._train, []
+
+    def killed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        raise Killed
+
+    # Killed when the texts are made and the training is about to begin, and started again the next day.
+    monkeypatch.setattr(ExactResume, "_train", killed)
+    with pytest.raises(Killed):
+        run(tmp_path / "cut")
+    monkeypatch.setattr(ExactResume, "_train", lambda self, *a, **k: (ended.append(1), train(self, *a, **k))[1])
+    day.today = datetime(2026, 3, 2, 9)
+    assert run(tmp_path / "cut") == 0
+    assert ended
+    weights = sorted(path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*.safetensors"))
+    assert weights
+    for path in weights:
+        assert (tmp_path / "cut" / path).read_bytes() == (tmp_path / "whole" / path).read_bytes(), path
+    # Another day gives other texts.
+    assert run(tmp_path / "later") == 0
+    assert any((tmp_path / "later" / p).read_bytes() != (tmp_path / "whole" / p).read_bytes() for p in weights)
+    if name != "reward":
+        configuration = {"train": "config.toml", "tune": "chosen.toml"}[name]
+        assert tomllib.loads((tmp_path / "cut" / configuration).read_text())["date"] == "2026-03-01T12:00:00"
+
+
+def test_a_configuration_repeats_the_date(chats: Path, dated: Path, tmp_path: Path, day: Any, own_cache: None) -> None:
+    assert main(commands(chats, dated, tmp_path / "o")["train"]) == 0
+    day.today = datetime(2026, 5, 5)
+    again = ["train", str(chats), "--config", str(tmp_path / "o" / "config.toml"), "--output_dir", str(tmp_path / "p")]
+    assert main(again) == 0
+    one, other = ((tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in "op")
+    assert one == other
+
+
+def test_a_damaged_start_is_one_sentence(tmp_path: Path, day: Any) -> None:
+    assert started_clock(tmp_path).now == Day.today
+    day.today = datetime(2027, 1, 1)
+    assert started_clock(tmp_path).now == datetime(2026, 3, 1, 12)
+    for content in ("{", "[]", '{"started": "soon"}'):
+        (file,) = tmp_path.iterdir()
+        file.write_text(content)
+        with pytest.raises(StorageError, match=rf"{re.escape(str(file))} is damaged"):
+            started_clock(tmp_path)
+
+
+def test_what_is_no_date_is_refused() -> None:
+    with pytest.raises(ConfigError, match="date"):
+        load_config(Path("/dev/null"), TrainSettings, ["model=m", "date=soon"])
