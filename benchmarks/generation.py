@@ -1,4 +1,4 @@
-"""Sampling completions with madpo.generation against ``model.generate``, in turns, each in its own process.
+"""Sampling completions with madpo.models.engine.sampling against ``model.generate``, in turns, each in its own process.
 
 Same model, precision and prompts (the beginnings of IMDB reviews), temperature 1, no truncation of the law, all
 completions of full length in both. ``model.generate`` runs at its best batch size of those given. Prints tokens per
@@ -22,8 +22,8 @@ def work(spec: dict[str, Any]) -> None:
     from train_step import pairs_of_reviews
     from transformers import DynamicCache
 
-    from madpo import generation
-    from madpo.models import compute_dtype, load_model, resolve_model
+    from madpo.models.engine import sampling as generation
+    from madpo.models.load import compute_dtype, load_model, resolve_model
 
     path = resolve_model(spec["model"])
     model = load_model(path, dtype=compute_dtype()).eval()

@@ -16,8 +16,8 @@ def head_seconds(model: str, rows: int = 384, repeats: int = 3) -> dict[int, flo
     """Seconds of the completion head, gradient vectors included, over the first so many entries of the vocabulary."""
     import torch
 
-    from madpo.head import Head, token_logps
-    from madpo.models import compute_dtype, load_model, resolve_model
+    from madpo.models.engine.head import Head, token_logps
+    from madpo.models.load import compute_dtype, load_model, resolve_model
 
     whole = Head.of(load_model(resolve_model(model), dtype=compute_dtype()).requires_grad_(False))
     vocabulary, width = whole.weight.shape
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    from madpo.models import compute_dtype
+    from madpo.models.load import compute_dtype
 
     dtype = str(compute_dtype()).removeprefix("torch.")
     base = {"model": options.model, "name": "ours", "dtype": dtype, "prompt": 20, "batches": 1}

@@ -17,7 +17,7 @@ case "$folder/" in "$repository"/*) echo "guide.sh: $folder lies inside the repo
 cd "$folder"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)} HF_HUB_OFFLINE=1
 
-"$python" -m madpo.cli run "${EXPERIMENT:-quickstart}" --output_dir study --only 'pairs/*' \
+"$python" -m madpo.commands.cli run "${EXPERIMENT:-quickstart}" --output_dir study --only 'pairs/*' \
     --set "pairs.prompts=$prompts" "pairs.train=$((prompts * 3 / 4))" evaluation.prompts=1
 "$python" - <<'PYTHON'
 import json
@@ -42,7 +42,7 @@ touch done.txt
 sed -n '/^```console$/,/^```$/p' "$repository/docs/guide.md" | sed -n 's/^\$ madpo //p' | while IFS= read -r command; do
     if grep -qxF "$command" done.txt; then continue; fi
     began=$SECONDS
-    { echo "\$ madpo $command"; bash -c "\"$python\" -m madpo.cli $command" 2>&1 </dev/null; } | tee -a transcript.txt
+    { echo "\$ madpo $command"; bash -c "\"$python\" -m madpo.commands.cli $command" 2>&1 </dev/null; } | tee -a transcript.txt
     echo "# $((SECONDS - began)) s" | tee -a transcript.txt
     echo "$command" >> done.txt
 done

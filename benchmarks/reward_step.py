@@ -35,8 +35,8 @@ def build(spec: dict[str, Any]) -> tuple[Any, float]:
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
-    from madpo.models import load_classifier, load_tokenizer, resolve_model
-    from madpo.recipe import LoRA
+    from madpo.models.hyperparameters import LoRA
+    from madpo.models.load import load_classifier, load_tokenizer, resolve_model
     from madpo.training.reward import RewardModelTrainer
 
     path = resolve_model(spec["model"])
@@ -98,7 +98,7 @@ def main() -> None:
     options = step_options(__doc__).parse_args()
     if options.worker:
         return work(json.loads(options.worker))
-    from madpo.models import compute_dtype
+    from madpo.models.load import compute_dtype
 
     base = step_spec(options)
     gap = same_losses(__file__, base)

@@ -33,8 +33,8 @@ from workers import (
 
 def pairs_of_reviews(path: Any, count: int, prompt: int, completion: int) -> list[dict[str, Any]]:
     """A review's beginning, its own continuation, and the continuation of another review; all of full length."""
-    from madpo.corpus import PackagedIMDB, load_corpus
-    from madpo.models import load_tokenizer
+    from madpo.data.corpus import PackagedIMDB, load_corpus
+    from madpo.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(path)
     rows: list[list[int]] = []
@@ -62,7 +62,7 @@ def build(spec: dict[str, Any]) -> tuple[Any, float]:
     from trl import DPOConfig, DPOTrainer
 
     from madpo.losses import MADPO
-    from madpo.models import LoRA, load_model, load_tokenizer, resolve_model
+    from madpo.models.load import LoRA, load_model, load_tokenizer, resolve_model
     from madpo.training import PreferenceConfig, PreferenceTrainer
 
     class TakesIds(DPOTrainer):
@@ -174,7 +174,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.worker:
         return work(json.loads(options.worker))
-    from madpo.models import compute_dtype
+    from madpo.models.load import compute_dtype
 
     base = step_spec(options)
     # A trimmed copy has other tokens: its losses are not TRL's, which its exactness tests speak of.

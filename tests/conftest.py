@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from madpo.models import build_tiny
+from madpo.models.load import build_tiny
 
 # Properties are tried with the same inputs every time: few in `make test`, more in `make check`.
 SEARCH = {"derandomize": True, "deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from families import tiny
-from madpo.adapters import adapter_config, adapter_summary, adapter_text
-from madpo.recipe import LoRA
+from madpo.models.adapters import adapter_config, adapter_summary, adapter_text
+from madpo.models.hyperparameters import LoRA
 
 IDS = torch.randint(3, 50, (4, 24), generator=torch.Generator().manual_seed(0))
 TOLERANCE = 2e-3  # of logits in float32: two experts that are nearly tied may change places

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from madpo.packaged import PACKAGED, cache_dir
+from madpo.models.packaged import PACKAGED, cache_dir
 from practice_cases import read, run, text_pairs, with_turns, write
 
 PLACE = cache_dir() / "models" / f"smollm2-135m-instruct-{PACKAGED['smollm2-135m-instruct'].sha256[:8]}"

@@ -12,8 +12,8 @@ import pytest
 from datasets import Dataset
 
 from madpo.data import check, load_preferences
-from madpo.packaged import PACKAGED, cache_dir
-from madpo.places import load_tokenizer
+from madpo.models.locate import load_tokenizer
+from madpo.models.packaged import PACKAGED, cache_dir
 from practice_cases import write
 
 PACKAGE, FILE = PACKAGED["smollm2-135m-instruct"].parts[0]

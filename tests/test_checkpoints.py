@@ -18,12 +18,12 @@ from trl import DPOTrainer, RewardTrainer, SFTTrainer
 import soak
 from losses_cases import EVERY_LOSS, for_trainers
 from madpo import DPO, MADPO, PreferenceConfig, PreferenceTrainer
-from madpo.errors import ConfigError, DataError, StorageError
+from madpo.core.errors import ConfigError, DataError, StorageError
 from madpo.losses import BetaDPO
-from madpo.models import build_tiny, load_tokenizer
+from madpo.models.load import build_tiny, load_tokenizer
+from madpo.operations.study_training import Optimisation
 from madpo.training import checkpoints as disk
 from madpo.training.digests import rows_digest
-from madpo.training.stages import Optimisation
 from madpo.training.states import check_groups, pack, random_states, restore_random_states, unpack
 from trainer_settings import QUIET
 

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import pytest
 
 import madpo
-from madpo.cli import main
-from madpo.config import Frozen, find_experiment, packaged_experiments
-from madpo.errors import ConfigError, DataError
-from madpo.executors import Processes
-from madpo.locks import locked
-from madpo.operation import operation
-from madpo.pipeline import RunResult, Step, run
+from madpo.commands.cli import main
+from madpo.core.config import Frozen, find_experiment, packaged_experiments
+from madpo.core.errors import ConfigError, DataError
+from madpo.core.locks import locked
+from madpo.runner.executors import Processes
+from madpo.runner.operation import operation
+from madpo.runner.run import RunResult, Step, run
 
 
 class Nothing(Frozen):
@@ -45,7 +45,7 @@ class Claim(NamedTuple):
 
 @pytest.fixture
 def experiment(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[Any]]:
-    """Put a function in the place of madpo.experiment.run_experiment; gives the list of its calls."""
+    """Put a function in the place of madpo.study.experiment.run_experiment; gives the list of its calls."""
 
     def install(action: Callable[..., Any]) -> list[Any]:
         calls: list[Any] = []
@@ -54,9 +54,9 @@ def experiment(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[Any]]:
             calls.append((args, kwargs))
             return action()
 
-        stand_in = types.ModuleType("madpo.experiment")
+        stand_in = types.ModuleType("madpo.study.experiment")
         stand_in.run_experiment = run_experiment  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "madpo.experiment", stand_in)
+        monkeypatch.setitem(sys.modules, "madpo.study.experiment", stand_in)
         return calls
 
     return install
@@ -71,7 +71,8 @@ def toml(tmp_path: Path) -> Path:
 
 def test_help_is_fast_and_loads_no_torch() -> None:
     code = (
-        "import sys, madpo.cli\ntry:\n    madpo.cli.main(['--help'])\nfinally:\n    assert 'torch' not in sys.modules"
+        "import sys\nfrom madpo.commands.cli import main\ntry:\n    main(['--help'])\n"
+        "finally:\n    assert 'torch' not in sys.modules"
     )
     times = []
     for _ in range(3):
@@ -215,10 +216,10 @@ def test_a_missing_extra_names_its_install_command(toml: Path, experiment: Any, 
 
 @pytest.mark.parametrize(("holds", "relied_on", "status"), [(True, True, 0), (False, True, 1), (False, False, 0)])
 def test_verify_theory(monkeypatch: pytest.MonkeyPatch, capsys: Any, holds: bool, relied_on: bool, status: int) -> None:
-    stand_in = types.ModuleType("madpo.theory")
+    stand_in = types.ModuleType("madpo.losses.theory")
     claims = [Claim("Prop. 4.1", "u* = c h [inside]", 2e-7, 1e-6, holds, relied_on)]
     stand_in.verify_theory = lambda: claims  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "madpo.theory", stand_in)
+    monkeypatch.setitem(sys.modules, "madpo.losses.theory", stand_in)
     assert main(["verify-theory"]) == status
     captured = capsys.readouterr()
     assert "[inside]" in captured.out

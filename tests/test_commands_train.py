@@ -10,9 +10,9 @@ import typing
 
 import pytest
 
-from madpo import commands_train
-from madpo.cli import main
-from madpo.options import spelled_out
+from madpo.commands import train as commands_train
+from madpo.commands.cli import main
+from madpo.commands.options import spelled_out
 from practice_cases import text_pairs, write
 
 
@@ -153,7 +153,7 @@ def test_a_mistake_is_told_before_what_trains_is_loaded(tmp_path):
         ),
     ]
     code = (
-        "import shlex, sys\nfrom madpo.cli import main\n"
+        "import shlex, sys\nfrom madpo.commands.cli import main\n"
         f"for cases, absent in (({without_torch!r}, 'torch'), ({without_trl!r}, 'trl')):\n"
         "    for line, words in cases:\n"
         "        print(line, '->', words, file=sys.stderr, flush=True)\n"
@@ -170,7 +170,7 @@ def test_a_mistake_is_told_before_what_trains_is_loaded(tmp_path):
 
 
 def test_the_arguments_of_the_trainer_are_those_of_its_class():
-    from madpo.practice.arguments import TYPES
+    from madpo.operations.arguments import TYPES
     from madpo.training import PreferenceConfig
 
     def kinds(hint):
@@ -189,9 +189,9 @@ def test_the_arguments_of_the_trainer_are_those_of_its_class():
 
 
 def test_none_is_none_where_no_other_text_may_stand(tmp_path):
-    from madpo.config import load_config
-    from madpo.practice import TrainSettings
-    from madpo.practice.policy import resolved
+    from madpo.core.config import load_config
+    from madpo.operations import TrainSettings
+    from madpo.operations.policy import resolved
 
     given = {"max_length": "none", "gradient_checkpointing": "none", "report_to": "none", "optim": "adamw_torch"}
     base = {"model": "m", "loss": {"kind": "dpo"}}
@@ -209,8 +209,8 @@ def test_none_is_none_where_no_other_text_may_stand(tmp_path):
 
 
 def test_a_resolved_configuration_finds_its_model_from_elsewhere(llama, tmp_path, monkeypatch):
-    from madpo.practice import TrainSettings
-    from madpo.practice.policy import resolved
+    from madpo.operations import TrainSettings
+    from madpo.operations.policy import resolved
 
     monkeypatch.chdir(llama.parent)
     for given, kept in ((llama.name, str(llama.resolve())), ("owner/name", "owner/name"), ("tiny-llama", "tiny-llama")):
@@ -219,9 +219,9 @@ def test_a_resolved_configuration_finds_its_model_from_elsewhere(llama, tmp_path
 
 
 def test_every_option_may_stand_in_a_file(tmp_path):
-    from madpo.options import asked
-    from madpo.practice import EvaluateSettings, TrainSettings
-    from madpo.tuning import TuneSettings
+    from madpo.commands.options import asked
+    from madpo.operations import EvaluateSettings, TrainSettings
+    from madpo.operations.tuning import TuneSettings
 
     given = tmp_path / "given.toml"
     given.write_text(
@@ -258,8 +258,8 @@ def test_every_option_may_stand_in_a_file(tmp_path):
 @pytest.mark.parametrize("name", ["reward", "score", "train", "tune", "evaluate"])
 def test_every_declared_option_is_a_key_of_the_configuration(name):
     """What an option stands for exists, so that a file can hold it too."""
-    from madpo.practice import EvaluateSettings, RewardSettings, ScoreSettings, TrainSettings
-    from madpo.tuning import TuneSettings
+    from madpo.operations import EvaluateSettings, RewardSettings, ScoreSettings, TrainSettings
+    from madpo.operations.tuning import TuneSettings
 
     beside = {"output_dir", "overwrite", "eval_data", "prompts_data"}
     model = {"reward": RewardSettings, "score": ScoreSettings, "train": TrainSettings, "tune": TuneSettings}.get(

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, PositiveFloat, ValidationError, field_validator
 
-from madpo.config import Frozen, added, identity_settings, load_config
-from madpo.errors import ConfigError
+from madpo.core.config import Frozen, added, identity_settings, load_config
+from madpo.core.errors import ConfigError
 
 
 class Plain(Frozen):

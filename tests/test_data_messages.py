@@ -16,12 +16,12 @@ from datasets import Dataset
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from madpo.core.errors import DataError, StorageError
 from madpo.data import check, load_preferences
 from madpo.data.texts import read_texts
 from madpo.data.tokens import Encoder
-from madpo.errors import DataError, StorageError
-from madpo.practice import ScoreSettings, TrimSettings, score, scoring
-from madpo.practice.corpus_tokens import encoded, read_corpus
+from madpo.operations import ScoreSettings, TrimSettings, score, scoring
+from madpo.operations.trimming.corpus_tokens import encoded, read_corpus
 from practice_cases import read, text_pairs, write
 from vocabulary_cases import LINES, write_model
 

@@ -8,7 +8,7 @@ import pytest
 
 import launch_cases
 from losses_cases import EVERY_LOSS
-from madpo.practice import TrainSettings, train
+from madpo.operations import TrainSettings, train
 from madpo.training.columns import PreferenceCollator
 from practice_cases import text_pairs, write
 

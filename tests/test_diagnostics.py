@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from scipy.special import expit
 
 import madpo
-from madpo.cli import main
+from madpo.commands.cli import main
+from madpo.core.errors import ConfigError, DataError
+from madpo.core.seeding import rng
 from madpo.data.margins import read_margins
-from madpo.diagnostics import ENOUGH, PAPER_SETTINGS, SURE, inspect, inspect_data
-from madpo.errors import ConfigError, DataError
-from madpo.figures import WeightParameters, log_weight
-from madpo.seeding import rng
+from madpo.operations.inspection import inspect_data
+from madpo.rewards.margins import ENOUGH, PAPER_SETTINGS, SURE, inspect
+from madpo.rewards.weight_counts import WeightParameters, log_weight
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u2028&amp;{{data}}"
 

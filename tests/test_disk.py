@@ -15,11 +15,11 @@ import torch
 from transformers import TrainerCallback
 
 import soak
-from madpo.cli import main
-from madpo.errors import MemoryShortage, StorageError
-from madpo.locks import LOCK, holder, locked
-from madpo.memory import is_shortage, memory_errors
-from madpo.storage import storage_errors, write_atomically
+from madpo.commands.cli import main
+from madpo.core.errors import MemoryShortage, StorageError
+from madpo.core.locks import LOCK, holder, locked
+from madpo.core.memory import is_shortage, memory_errors
+from madpo.core.storage import storage_errors, write_atomically
 from madpo.training import PreferenceTrainer, preference
 from madpo.training import checkpoints as disk
 from practice_cases import text_pairs, write
@@ -250,7 +250,7 @@ def test_what_is_missing_elsewhere_is_no_vanished_folder(tmp_path):
 HELD = """
 import sys, time
 from pathlib import Path
-from madpo.locks import locked
+from madpo.core.locks import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

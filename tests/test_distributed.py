@@ -17,8 +17,8 @@ from transformers import AutoModelForSequenceClassification
 
 import launch_cases
 from madpo import DPO
-from madpo.models import load_tokenizer
-from madpo.practice import scoring
+from madpo.models.load import load_tokenizer
+from madpo.operations import scoring
 from practice_cases import read, text_pairs, write
 from repository import ROOT
 
@@ -226,7 +226,7 @@ CONFIGURATIONS = sorted((ROOT / "examples" / "distributed").glob("*.yaml"))
 
 
 def launch_words(path, *more):
-    return ["--config_file", str(path), *more, "-m", "madpo.cli", "train", "pairs.jsonl"]
+    return ["--config_file", str(path), *more, "-m", "madpo.commands.cli", "train", "pairs.jsonl"]
 
 
 @pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)

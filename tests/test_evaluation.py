@@ -12,11 +12,12 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
-from madpo import evaluation, responses
-from madpo.errors import ConfigError
-from madpo.evaluation import EvaluationStage, distinct, evaluate_policy
-from madpo.models import LoRA, build_tiny, load_model, load_tokenizer
-from madpo.preferences import PAIRS
+from madpo.core.errors import ConfigError
+from madpo.models.engine import responses
+from madpo.models.load import LoRA, build_tiny, load_model, load_tokenizer
+from madpo.operations import study_evaluation as evaluation
+from madpo.operations.study_evaluation import EvaluationStage, distinct, evaluate_policy
+from madpo.operations.study_pairs import PAIRS
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3"])

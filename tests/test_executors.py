@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from madpo.errors import ConfigError, DataError
-from madpo.executors import Cluster, Inline, Processes
+from madpo.core.errors import ConfigError, DataError
+from madpo.runner.executors import Cluster, Inline, Processes
 
 
 def add(a: int, b: int) -> int:

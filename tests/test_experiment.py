@@ -14,14 +14,14 @@ from pydantic import ValidationError
 from transformers import get_scheduler
 
 from madpo import margin_weight
-from madpo.cli import main
-from madpo.config import find_experiment, load_config, packaged_experiments
-from madpo.errors import ConfigError
-from madpo.experiment import Experiment
-from madpo.metrics import Estimate
-from madpo.practice.settings import RewardOptimisation
-from madpo.recipe import Optimisation, Schedule
-from madpo.records import Record
+from madpo.commands.cli import main
+from madpo.core.config import find_experiment, load_config, packaged_experiments
+from madpo.core.errors import ConfigError
+from madpo.core.metrics import Estimate
+from madpo.models.hyperparameters import Optimisation, Schedule
+from madpo.operations.settings import RewardOptimisation
+from madpo.runner.record import Record
+from madpo.study.experiment import Experiment
 
 
 def load(name, *overrides):
@@ -115,7 +115,7 @@ def test_only_what_a_measurement_needs_is_trained():
 
 
 # The laptop study runs for hours. These may change only with a sentence in the log saying why; a field that joins a
-# configuration must be made by `madpo.config.added`.
+# configuration must be made by `madpo.core.config.added`.
 LAPTOP = {
     "oracle": "e827b90f04ef08b3",
     "base": "4e69974a9baf3c51",
@@ -138,7 +138,7 @@ LAPTOP = {
 
 
 def test_the_long_runs_identities_stand(monkeypatch):
-    monkeypatch.setattr("madpo.steps.libraries", lambda: {"torch": "0"})
+    monkeypatch.setattr("madpo.runner.step.libraries", lambda: {"torch": "0"})
     steps = {step.name: step for step in load("laptop").steps()}
     assert {name: steps[name].identity[:16] for name in LAPTOP} == LAPTOP
 

@@ -15,13 +15,14 @@ from trl import RewardConfig, SFTConfig
 import soak
 from losses_cases import EVERY_LOSS
 from madpo import DPO, MADPO, PreferenceConfig, PreferenceTrainer
-from madpo.cli import main
-from madpo.errors import DataError
+from madpo.commands.cli import main
+from madpo.core.errors import DataError
 from madpo.losses import LossConfig, LossOutput, SoftDPO
-from madpo.models import LoRA, load_tokenizer
+from madpo.models.load import LoRA, load_tokenizer
+from madpo.operations import study_training as stages
 from madpo.training import checkpoints as disk
-from madpo.training import margins, stages
-from madpo.training.finite import SKIPPED, drop_unscored
+from madpo.training import margins
+from madpo.training.nan_guard import SKIPPED, drop_unscored
 from madpo.training.reward import RewardModelTrainer
 from practice_cases import text_pairs, write
 from trainer_settings import QUIET

@@ -16,23 +16,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fuzz_cases import as_toml, damaged, everything, fresh, fuzzed, mutated, survives, values, write_page
-from madpo import packaged as packages
-from madpo.config import find_experiment, load_config
+from madpo.core.config import find_experiment, load_config
 from madpo.data import check, load_preferences
 from madpo.data.margins import read_margins
-from madpo.experiment import Experiment
-from madpo.packaged import PACKAGED, PackagedModel, packaged
-from madpo.pipeline import ordered
-from madpo.practice import EvaluateSettings, RewardSettings, ScoreSettings, TrainSettings
-from madpo.practice.measuring import find_policy
-from madpo.practice.prompts import read_prompts
-from madpo.records import Record, load_record, run_status
+from madpo.models import packaged as packages
+from madpo.models.packaged import PACKAGED, PackagedModel, packaged
+from madpo.models.untrusted import check_adapter, check_model
+from madpo.operations import EvaluateSettings, RewardSettings, ScoreSettings, TrainSettings
+from madpo.operations.evaluation import find_policy
+from madpo.operations.prompts import read_prompts
 from madpo.report import rebuild_report
-from madpo.result_folder import prepare
-from madpo.rewards import load_oracle
+from madpo.rewards.oracles import load_oracle
+from madpo.runner.folder import prepare
+from madpo.runner.record import Record, load_record, run_status
+from madpo.runner.run import ordered
+from madpo.study.experiment import Experiment
 from madpo.training import checkpoints as disk
 from madpo.training.states import check_groups, pack, unpack
-from madpo.untrusted import check_adapter, check_model
 
 EXPERIMENT = tomllib.loads(find_experiment("smoke").read_text(encoding="utf-8"))
 COMMANDS = {

@@ -6,10 +6,10 @@ import torch
 from scipy import stats
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from madpo.errors import ConfigError, DataError
-from madpo.generation import Sampling, generate, sample, sample_by_tiles, uniforms
-from madpo.head import Head
-from madpo.models import build_tiny
+from madpo.core.errors import ConfigError, DataError
+from madpo.models.engine.head import Head
+from madpo.models.engine.sampling import Sampling, generate, sample, sample_by_tiles, uniforms
+from madpo.models.load import build_tiny
 
 
 @pytest.fixture(scope="module", params=["gemma3", "llama", "qwen3"])

@@ -8,8 +8,8 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from madpo.cli import COMMANDS, main
-from madpo.models import build_tiny
+from madpo.commands.cli import COMMANDS, main
+from madpo.models.load import build_tiny
 from practice_cases import text_pairs, write
 from repository import ROOT
 
@@ -67,7 +67,7 @@ def test_help_has_an_example_that_parses(name: str, capsys: pytest.CaptureFixtur
     example = text.split("example:\n")[1].replace("\\\n", " ")
     lines = [line.strip() for line in example.splitlines() if line.strip()]
     assert lines
-    from madpo.options import spelled_out
+    from madpo.commands.options import spelled_out
 
     for line in lines:
         program, command, *rest = shlex.split(line)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from madpo import kv_cache
-from madpo.kv_cache import growing_cache
+from madpo.models.engine import kv_cache
+from madpo.models.engine.kv_cache import growing_cache
 
 
 @functools.cache

@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from madpo import lean
-from madpo.logprobs import completion_logps
+from madpo.models.engine import memory_efficient as lean
+from madpo.models.engine.logprobs import completion_logps
 from test_logprobs import build
 from test_packing import PAIRS, pair_batch
 

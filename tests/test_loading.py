@@ -7,8 +7,8 @@ import pytest
 import transformers
 from transformers import AutoConfig
 
-from madpo.errors import ConfigError, StorageError
-from madpo.loading import cannot_load, loading
+from madpo.core.errors import ConfigError, StorageError
+from madpo.models.loading import cannot_load, loading
 
 
 def raised_from(cause: BaseException, said: str = "could not load") -> OSError:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from madpo import locks
-from madpo.cli import main
-from madpo.errors import StorageError
-from madpo.locks import LOCK, OWNER, holder, locked
+from madpo.commands.cli import main
+from madpo.core import locks
+from madpo.core.errors import StorageError
+from madpo.core.locks import LOCK, OWNER, holder, locked
 
 ERRORS = [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL]
 NO_FLOCK = """
@@ -28,7 +28,7 @@ fcntl.flock = refuse
 HOLD = """
 import sys, time
 from pathlib import Path
-from madpo.locks import locked
+from madpo.core.locks import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -101,8 +101,8 @@ def test_a_lock_is_its_folders_and_survives_a_rename(system, tmp_path):
 RACE = """
 import sys, time
 from pathlib import Path
-from madpo.errors import StorageError
-from madpo.locks import locked
+from madpo.core.errors import StorageError
+from madpo.core.locks import locked
 root, mine = Path(sys.argv[1]), Path(sys.argv[1]) / "inside"
 entered = 0
 until = time.monotonic() + 60
@@ -121,8 +121,8 @@ print(entered)
 KILLED = """
 import os, sys, time
 from pathlib import Path
-from madpo.errors import StorageError
-from madpo.locks import locked
+from madpo.core.errors import StorageError
+from madpo.core.locks import locked
 root, mine = Path(sys.argv[1]), Path(sys.argv[1]) / "inside"
 entered = 0
 until = time.monotonic() + 60
@@ -302,7 +302,7 @@ def test_a_command_runs_without_what_windows_lacks(tmp_path):
     rows = [{"prompt": f"p{i}", "chosen": "c", "rejected": "r", "a": float(i), "b": 1.0} for i in range(8)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ["score", str(data), "--score_columns", "a", "b", "--output_dir", str(tmp_path / "out")]
-    program = f"{WITHOUT}\nfrom madpo.cli import main\nraise SystemExit(main({arguments!r}))"
+    program = f"{WITHOUT}\nfrom madpo.commands.cli import main\nraise SystemExit(main({arguments!r}))"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "has no file locks" in done.stderr

@@ -20,9 +20,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from madpo.divergence import completion_kl
-from madpo.head import Head, _WideProduct, token_logps
-from madpo.logprobs import completion_logps
+from madpo.models.engine.head import Head, _WideProduct, token_logps
+from madpo.models.engine.kl import completion_kl
+from madpo.models.engine.logprobs import completion_logps
 
 VOCAB = 211
 SMALL = {

@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from losses_cases import CASES, EVERY_LOSS, batch, f64, with_columns
-from madpo.errors import ConfigError, DataError
+from madpo.core.errors import ConfigError, DataError
 from madpo.losses import (
     DPO,
     IPO,

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from losses_cases import EVERY_LOSS, batch, f64, with_columns
-from madpo.errors import DivergedError
+from madpo.core.errors import DivergedError
 from madpo.losses import AlphaDPO, BetaDPO, LossConfig, LossInputs, LossState, SimPO
 from madpo.losses.adaptive import gumbel_top_k
 

@@ -13,8 +13,8 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
 import madpo
-from madpo.diagnostics import inspect_data
-from madpo.seeding import rng
+from madpo.core.seeding import rng
+from madpo.operations.inspection import inspect_data
 
 HOSTILE = [
     "</script><script>document.title='owned'</script>",

@@ -13,20 +13,20 @@ from pydantic import ValidationError
 from scipy.special import expit
 
 from losses_cases import UNION
-from madpo import estimates
-from madpo.config import find_experiment, load_config
-from madpo.errors import ConfigError
-from madpo.evaluation import best_responses
-from madpo.experiment import Experiment
+from madpo.core.config import find_experiment, load_config
+from madpo.core.errors import ConfigError
+from madpo.core.progress import duration
 from madpo.losses import Custom
-from madpo.methods import Method
-from madpo.pipeline import Planned, Record, run
-from madpo.preferences import PAIRS
-from madpo.progress import duration
-from madpo.relabelling import AgreeingStage, RedrawnStage, keep_agreeing, redraw_labels
-from madpo.responses import Response
-from madpo.training import folds
-from madpo.training.stages import fold_of_pairs
+from madpo.models.engine.responses import Response
+from madpo.operations import study_folds as folds
+from madpo.operations.relabelling import AgreeingStage, RedrawnStage, keep_agreeing, redraw_labels
+from madpo.operations.study_evaluation import best_responses
+from madpo.operations.study_pairs import PAIRS
+from madpo.operations.study_training import fold_of_pairs
+from madpo.runner.run import Planned, Record, run
+from madpo.study import estimates
+from madpo.study.experiment import Experiment
+from madpo.study.methods import Method
 
 MADPO = {"kind": "madpo", "c_max": 4}
 

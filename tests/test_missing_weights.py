@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from madpo import DPO, PreferenceConfig, PreferenceTrainer
-from madpo.cli import main
-from madpo.errors import ConfigError
-from madpo.models import LoRA, load_classifier, load_model
-from madpo.practice import load_scorer
-from madpo.rewards import ClassifierOracle, RewardModel, _Classifier
+from madpo.commands.cli import main
+from madpo.core.errors import ConfigError
+from madpo.models.load import LoRA, load_classifier, load_model
+from madpo.operations import load_scorer
+from madpo.rewards.oracles import ClassifierOracle, RewardModel, _Classifier
 from practice_cases import text_pairs, write
 
 pytestmark = pytest.mark.usefixtures("own_cache")

@@ -9,9 +9,8 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from madpo import packaged as packages
-from madpo.errors import ConfigError, DataError, StorageError
-from madpo.models import (
+from madpo.core.errors import ConfigError, DataError, StorageError
+from madpo.models.load import (
     TINY_FAMILIES,
     LoRA,
     build_tiny,
@@ -22,7 +21,8 @@ from madpo.models import (
     packaged,
     resolve_model,
 )
-from madpo.packaged import PACKAGED, PackagedModel
+from madpo.models import packaged as packages
+from madpo.models.packaged import PACKAGED, PackagedModel
 
 IDS = torch.tensor([[1, 17, 80, 33, 5]])
 
@@ -255,7 +255,7 @@ def test_gemma_is_the_paper_model_and_its_weights_are_the_files(tmp_path) -> Non
     """The weights equal the file's, dequantised by the format's own library, to the rounding of bfloat16."""
     from gguf import GGUFReader, dequantize
 
-    from madpo.packaged import _assemble, _locate
+    from madpo.models.packaged import _assemble, _locate
 
     model = load_model(packaged("gemma-3-270m"), dtype=torch.float32)
     config = model.config

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from madpo.errors import ConfigError
-from madpo.models import LoRA, build_tiny, load_tokenizer
+from madpo.core.errors import ConfigError
+from madpo.models.load import LoRA, build_tiny, load_tokenizer
+from madpo.operations.study_training import Optimisation
 from madpo.training import online
 from madpo.training.online import OnlineSettings, OnlineStage, fit_online
-from madpo.training.stages import Optimisation
 
 REFERENCE = np.array([0.5, 0.3, 0.2])
 REWARD = np.array([1.0, 2.0, 0.0])

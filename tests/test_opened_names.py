@@ -11,13 +11,13 @@ from huggingface_hub import constants
 from peft import PeftType, get_peft_model
 from safetensors.torch import load_file
 
-from madpo.cli import main
-from madpo.errors import ConfigError
-from madpo.models import LoRA, load_model
-from madpo.practice import load_scorer
-from madpo.practice.measuring import find_policy
-from madpo.practice.reward_model import load_pair_encoder
-from madpo.untrusted import ADAPTER_WEIGHTS, MODEL_WEIGHTS, check_model
+from madpo.commands.cli import main
+from madpo.core.errors import ConfigError
+from madpo.models.load import LoRA, load_model
+from madpo.models.untrusted import ADAPTER_WEIGHTS, MODEL_WEIGHTS, check_model
+from madpo.operations import load_scorer
+from madpo.operations.evaluation import find_policy
+from madpo.operations.reward_model import load_pair_encoder
 from practice_cases import text_pairs, write
 
 pytestmark = pytest.mark.usefixtures("own_cache")

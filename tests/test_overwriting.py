@@ -6,17 +6,17 @@ from pathlib import Path
 import pytest
 
 import soak
-from madpo.cli import main
-from madpo.config import Frozen
-from madpo.operation import operation
-from madpo.practice import RewardSettings, reward
-from madpo.practice import reward_model as reward_module
-from madpo.practice.running import digest
-from madpo.steps import Source, Step
-from madpo.training import stages
+from madpo.commands.cli import main
+from madpo.core.config import Frozen
+from madpo.operations import RewardSettings, reward
+from madpo.operations import reward_model as reward_module
+from madpo.operations import study_training as stages
+from madpo.operations.running import digest
+from madpo.runner.operation import operation
+from madpo.runner.step import Source, Step
+from madpo.runner.work import run_step
 from madpo.training.checkpoints import newest
 from madpo.training.reward import RewardModelTrainer
-from madpo.work import run_step
 from practice_cases import text_pairs, write
 
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from madpo.logprobs import completion_logps, completion_states, hidden_states
-from madpo.packing import PROMPT, pack
+from madpo.models.engine.logprobs import completion_logps, completion_states, hidden_states
+from madpo.models.engine.packing import PROMPT, pack
 from test_logprobs import VOCAB, brute_force, build
 
 FAMILIES = ["gemma3", "llama", "qwen3", "mistral", "gpt2"]

@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 from pydantic import Field
 
-import madpo.records
-from madpo.config import Frozen
-from madpo.errors import ConfigError, DataError, StorageError
-from madpo.executors import Inline, Processes
-from madpo.locks import holder, locked
-from madpo.metrics import Estimate, Metrics
-from madpo.operation import operation
-from madpo.pipeline import Record, Step, load_record, plan, run
-from madpo.storage import write_atomically
+import madpo.runner.record
+from madpo.core.config import Frozen
+from madpo.core.errors import ConfigError, DataError, StorageError
+from madpo.core.locks import holder, locked
+from madpo.core.metrics import Estimate, Metrics
+from madpo.core.storage import write_atomically
+from madpo.runner.executors import Inline, Processes
+from madpo.runner.operation import operation
+from madpo.runner.run import Record, Step, load_record, plan, run
 
 
 class Numbers(Frozen):
@@ -92,7 +92,7 @@ LIBRARIES = {"torch": "2.13.0", "transformers": "5.24.0", "trl": "1.16.0", "peft
 
 @pytest.fixture(autouse=True)
 def _fixed_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("madpo.steps.libraries", lambda: LIBRARIES)
+    monkeypatch.setattr("madpo.runner.step.libraries", lambda: LIBRARIES)
 
 
 def graph(value: int = 2, **config: Any) -> list[Step]:
@@ -129,7 +129,7 @@ def test_identity_moves_with_everything_that_bears_on_the_result(monkeypatch: py
         Step("a", produce, Numbers(), {"x": Step("u", produce, Numbers(value=9))}),
     ]
     assert len({step.identity for step in [base, *variants]}) == 7
-    monkeypatch.setattr("madpo.steps.libraries", lambda: {"torch": "2.14.0"})
+    monkeypatch.setattr("madpo.runner.step.libraries", lambda: {"torch": "2.14.0"})
     assert Step("a", produce, Numbers()).identity != base.identity
 
 
@@ -150,12 +150,12 @@ def test_a_path_cannot_enter_the_identity() -> None:
 
 
 def test_library_versions_leave_out_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
-    madpo.records.libraries.cache_clear()
-    monkeypatch.setattr("madpo.records.version", lambda name: "2.13.0+cpu")
+    madpo.runner.record.libraries.cache_clear()
+    monkeypatch.setattr("madpo.runner.record.version", lambda name: "2.13.0+cpu")
     try:
-        assert set(madpo.records.libraries().values()) == {"2.13.0"}
+        assert set(madpo.runner.record.libraries().values()) == {"2.13.0"}
     finally:
-        madpo.records.libraries.cache_clear()
+        madpo.runner.record.libraries.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["../escape", "a/../b", "/root", "a b", ""])
@@ -286,7 +286,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_pipeline import graph
-from madpo.pipeline import run
+from madpo.runner.run import run
 without = run(graph(), Path({str(tmp_path / "without")!r})).records["sum"]
 assert "torch" not in sys.modules
 import torch
@@ -325,7 +325,7 @@ def test_plan_names_what_changed(tmp_path: Path) -> None:
 
 def test_plan_names_a_changed_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(graph(), tmp_path)
-    monkeypatch.setattr("madpo.steps.libraries", lambda: {**LIBRARIES, "torch": "2.14.0"})
+    monkeypatch.setattr("madpo.runner.step.libraries", lambda: {**LIBRARIES, "torch": "2.14.0"})
     assert plan(graph(), tmp_path)[0].status == 'stale: torch is "2.14.0", was "2.13.0"'
 
 
@@ -431,7 +431,7 @@ def test_a_full_disk_while_the_record_is_written(tmp_path: Path, monkeypatch: py
     step = Step("a", produce, Numbers())
     step.folder(tmp_path).mkdir()
     write_atomically(tmp_path / "run.json", "{}")
-    monkeypatch.setattr("madpo.storage.os.fsync", full)
+    monkeypatch.setattr("madpo.core.storage.os.fsync", full)
     with pytest.raises(StorageError, match="disk is full"):
         run([step], tmp_path)
     assert load_record(step.folder(tmp_path)) is None
@@ -496,10 +496,10 @@ KILLED = """
     # A background job of a shell inherits an ignored SIGINT, and python then installs no handler of its own.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     from pathlib import Path
-    from madpo.config import Frozen
-    from madpo.executors import Inline, Processes
-    from madpo.operation import operation
-    from madpo.pipeline import Step, run
+    from madpo.core.config import Frozen
+    from madpo.runner.executors import Inline, Processes
+    from madpo.runner.operation import operation
+    from madpo.runner.run import Step, run
 
     class Count(Frozen):
         upto: int = 40

@@ -9,9 +9,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
-from madpo import places
 from madpo.data import check
-from madpo.packaged import PACKAGED, cache_dir
+from madpo.models import locate as places
+from madpo.models.packaged import PACKAGED, cache_dir
 from practice_cases import text_pairs, write
 
 TEXTS = [
@@ -112,7 +112,7 @@ def test_a_check_with_a_tokenizer_loads_no_pytorch(folder: Path, tmp_path: Path)
     place = named(folder, tmp_path / "model", "GemmaTokenizer", "gemma3_text")
     data = write(tmp_path / "pairs.jsonl", text_pairs(20))
     code = (
-        "import sys; from madpo.cli import main; assert main(['check', *sys.argv[1:]]) == 0;"
+        "import sys; from madpo.commands.cli import main; assert main(['check', *sys.argv[1:]]) == 0;"
         "assert not {'torch', 'trl', 'peft'} & set(sys.modules)"
     )
     words = [str(data), "--model_name_or_path", str(place), "--max_length", "64"]

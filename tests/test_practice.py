@@ -15,11 +15,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from madpo import margin_weight
-from madpo.cli import main
+from madpo.commands.cli import main
+from madpo.core.errors import ConfigError, DataError, StorageError
+from madpo.core.statistics import fit_temperature
 from madpo.data import load_preferences
-from madpo.errors import ConfigError, DataError, StorageError
-from madpo.models import compute_dtype, load_tokenizer
-from madpo.practice import (
+from madpo.models.load import compute_dtype, load_tokenizer
+from madpo.operations import (
     EvaluateSettings,
     RewardSettings,
     ScoreSettings,
@@ -30,10 +31,9 @@ from madpo.practice import (
     scoring,
     train,
 )
-from madpo.practice import reward_model as reward_module
-from madpo.practice.pairs import load_split
-from madpo.rewards import RewardModel
-from madpo.statistics import fit_temperature
+from madpo.operations import reward_model as reward_module
+from madpo.operations.inputs import load_split
+from madpo.rewards.oracles import RewardModel
 from madpo.training import PreferenceTrainer
 from madpo.training.margins import sequences
 from practice_cases import FORMATS, ids_of, read, run, text_pairs, write
@@ -309,7 +309,7 @@ def test_columns_of_scores_are_brought_to_log_odds(tmp_path):
 
 
 def test_any_reward_model_with_one_output(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("madpo.models.compute_dtype", lambda: torch.float32)
+    monkeypatch.setattr("madpo.models.load.compute_dtype", lambda: torch.float32)
     torch.manual_seed(0)
     foreign = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=1, dtype=torch.float32).eval()
     torch.nn.init.normal_(foreign.score.weight)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from madpo.cli import main
-from madpo.errors import ConfigError
-from madpo.places import refuse_unreachable
+from madpo.commands.cli import main
+from madpo.core.errors import ConfigError
+from madpo.models.locate import refuse_unreachable
 from practice_cases import conversation, run, text_pairs, write
 
 
@@ -145,7 +145,7 @@ def test_a_name_is_refused_at_once_where_the_hub_cannot_be_reached(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("madpo.places.socket.getaddrinfo", unknown)
+    monkeypatch.setattr("madpo.models.locate.socket.getaddrinfo", unknown)
     with pytest.raises(ConfigError, match=r"there is no folder 'owner/name'.*cannot be reached"):
         refuse_unreachable("owner/name")
     kept = tmp_path / "hub" / "models--owner--name"

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer, RewardTrainer
 
 from madpo.data import load_preferences
-from madpo.models import load_tokenizer
+from madpo.models.load import load_tokenizer
 from madpo.training.margins import sequences
 from practice_cases import FORMATS, read, run, text_pairs, write
 

@@ -8,13 +8,21 @@ import pytest
 from scipy.special import expit
 from scipy.stats import binom
 
-from madpo import preferences
-from madpo import responses as sampled
-from madpo.corpus import PackagedIMDB
-from madpo.errors import ConfigError
-from madpo.models import build_tiny, load_tokenizer
-from madpo.preferences import PAIRS, RESPONSES, PairStage, ResponseStage, cut_prompts, label_pairs, sample_responses
-from madpo.training.stages import ReferenceStage, reference_logps
+from madpo.core.errors import ConfigError
+from madpo.data.corpus import PackagedIMDB
+from madpo.models.engine import responses as sampled
+from madpo.models.load import build_tiny, load_tokenizer
+from madpo.operations import study_pairs as preferences
+from madpo.operations.study_pairs import (
+    PAIRS,
+    RESPONSES,
+    PairStage,
+    ResponseStage,
+    cut_prompts,
+    label_pairs,
+    sample_responses,
+)
+from madpo.operations.study_training import ReferenceStage, reference_logps
 
 WORDS = ["the", "film", "was", "good", "bad", "story", "and", "it", "is", "what", "I like", "to see", "in a cinema"]
 

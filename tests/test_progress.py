@@ -7,14 +7,14 @@ import sys
 
 import pytest
 
-from madpo import progress
+from madpo.core import progress
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """A clock that the test sets; the first plain line is due."""
     now = [1000.0]
-    monkeypatch.setattr("madpo.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("madpo.core.progress.time.monotonic", lambda: now[0])
     monkeypatch.setattr(progress, "_last_line", float("-inf"))
     return now
 

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from madpo.core.errors import DataError
 from madpo.data import check, load_preferences
 from madpo.data.messages import contents
 from madpo.data.prompts import KNOWN
 from madpo.data.texts import read_texts
-from madpo.errors import DataError
-from madpo.practice import ScoreSettings, score
-from madpo.practice.prompts import read_prompts
+from madpo.operations import ScoreSettings, score
+from madpo.operations.prompts import read_prompts
 from practice_cases import read, write
 
 

@@ -5,13 +5,13 @@ import json
 import pytest
 from transformers import AutoModelForSequenceClassification
 
-import madpo.practice.measuring as measuring
+import madpo.operations.evaluation as measuring
+from madpo.core.errors import ConfigError, DataError
 from madpo.data.tokens import Encoder
-from madpo.errors import ConfigError, DataError
-from madpo.models import load_tokenizer
-from madpo.practice import EvaluateSettings, evaluate
-from madpo.practice.prompts import read_prompts
-from madpo.practice.reward_model import load_pair_encoder, load_scorer
+from madpo.models.load import load_tokenizer
+from madpo.operations import EvaluateSettings, evaluate
+from madpo.operations.prompts import read_prompts
+from madpo.operations.reward_model import load_pair_encoder, load_scorer
 from practice_cases import write
 
 USERS_FIRST = (

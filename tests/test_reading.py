@@ -10,11 +10,11 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from madpo.divergence import completion_kl
-from madpo.errors import ConfigError
-from madpo.generation import generate
-from madpo.logprobs import completion_logps, install_completion_head, position_limit
-from madpo.models import build_tiny, load_model
+from madpo.core.errors import ConfigError
+from madpo.models.engine.kl import completion_kl
+from madpo.models.engine.logprobs import completion_logps, install_completion_head, position_limit
+from madpo.models.engine.sampling import generate
+from madpo.models.load import build_tiny, load_model
 
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50}
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from madpo import DPO, PreferenceConfig, PreferenceTrainer
-from madpo.models import load_tokenizer
+from madpo.models.load import load_tokenizer
 from madpo.training import reference
 from madpo.training.digests import model_settings, reference_digest
 from trainer_settings import QUIET
@@ -201,7 +201,7 @@ def test_a_model_that_does_not_repeat_its_bits_keeps_its_columns(llama, tmp_path
 
 
 def test_a_checkpoint_of_another_configuration_is_refused_by_the_field(llama, tmp_path):
-    from madpo.errors import DataError
+    from madpo.core.errors import DataError
 
     def trainer(model):
         built = build(llama, tmp_path, model, given)

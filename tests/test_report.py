@@ -15,10 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from madpo.errors import ConfigError, DataError
-from madpo.figures import WeightParameters, count_weights, log_weight
-from madpo.metrics import Estimate
-from madpo.records import Record
+from madpo.core.errors import ConfigError, DataError
+from madpo.core.metrics import Estimate
 from madpo.report import build_report, page_part, rebuild_report, report_markdown_table
 from madpo.report.charts import Mark, Panel, Series
 from madpo.report.drawing import panel_svg
@@ -26,6 +24,8 @@ from madpo.report.numbers import one
 from madpo.report.results import collect
 from madpo.report.sources import folder_of
 from madpo.report.summary import headline
+from madpo.rewards.weight_counts import WeightParameters, count_weights, log_weight
+from madpo.runner.record import Record
 
 HOSTILE = "</script><script>alert(1)</script><!-- & \u2028 \u202e 'quoted\" <img src=x onerror=alert(2)>"
 ARABIC = "\u0645\u0631\u062d\u0628\u0627 \u0628\u0627\u0644\u0639\u0627\u0644\u0645"

@@ -8,7 +8,9 @@ import pandas as pd
 import pytest
 
 from claim_cases import PROMPT, N, in_second_seed, like, madpo, row, samples, tier_of
-from madpo.metrics import Estimate
+from madpo.core.metrics import Estimate
+from madpo.core.seeding import rng
+from madpo.core.statistics import bootstrap_mean, bootstrap_statistic
 from madpo.report.charts import Panel, ablation_chart, frontier_chart
 from madpo.report.compare import (
     base_beta,
@@ -25,8 +27,6 @@ from madpo.report.results import Row, Tier, collect, measured
 from madpo.report.selection import selecting_half
 from madpo.report.summary import headline
 from madpo.report.tables import report_markdown_table, study_tables
-from madpo.seeding import rng
-from madpo.statistics import bootstrap_mean, bootstrap_statistic
 from report_cases import make_study, methods
 
 

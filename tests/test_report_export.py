@@ -9,10 +9,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from madpo import cli
-from madpo.cli import main
-from madpo.errors import ConfigError, DataError, StorageError
-from madpo.metrics import Estimate
+from madpo.commands import cli
+from madpo.commands.cli import main
+from madpo.core.errors import ConfigError, DataError, StorageError
+from madpo.core.metrics import Estimate
 from madpo.report import build_report, export, export_report, rebuild_report
 from madpo.report.results import collect
 from report_cases import HOSTILE, PROMPTS, make_study

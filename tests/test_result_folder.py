@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from madpo.config import Frozen
-from madpo.errors import DataError, StorageError
-from madpo.locks import locked
-from madpo.metrics import Metrics
-from madpo.operation import operation
-from madpo.records import load_record
-from madpo.steps import Source, Step
-from madpo.work import run_step
+from madpo.core.config import Frozen
+from madpo.core.errors import DataError, StorageError
+from madpo.core.locks import locked
+from madpo.core.metrics import Metrics
+from madpo.runner.operation import operation
+from madpo.runner.record import load_record
+from madpo.runner.step import Source, Step
+from madpo.runner.work import run_step
 
 
 class Text(Frozen):

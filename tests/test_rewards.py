@@ -17,13 +17,22 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from transformers import AutoModelForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
-from madpo import lean, rewards
-from madpo.config import identity_settings
-from madpo.corpus import PackagedIMDB
-from madpo.errors import ConfigError, DataError
-from madpo.models import LoRA, build_tiny, load_tokenizer
-from madpo.rewards import ClassifierOracle, NgramOracle, OracleStage, RewardModel, fit_oracle, load_oracle, pooled
-from madpo.training import stages
+from madpo.core.config import identity_settings
+from madpo.core.errors import ConfigError, DataError
+from madpo.data.corpus import PackagedIMDB
+from madpo.models.engine import memory_efficient as lean
+from madpo.models.load import LoRA, build_tiny, load_tokenizer
+from madpo.operations import study_training as stages
+from madpo.rewards.oracles import (
+    ClassifierOracle,
+    NgramOracle,
+    OracleStage,
+    RewardModel,
+    fit_oracle,
+    load_oracle,
+    pooled,
+)
+from madpo.rewards import oracles as rewards
 from madpo.training.reward import RewardModelTrainer
 
 GOOD = ["wonderful", "great", "moving", "funny", "best"]
@@ -190,7 +199,7 @@ def trained(request, tmp_path_factory):
 
 @pytest.fixture
 def exact(monkeypatch):
-    monkeypatch.setattr("madpo.models.compute_dtype", lambda: torch.float32)
+    monkeypatch.setattr("madpo.models.load.compute_dtype", lambda: torch.float32)
 
 
 @pytest.mark.usefixtures("exact")
@@ -329,7 +338,7 @@ def test_training_and_scoring_read_the_same_reward(tmp_path, pooling) -> None:
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 def test_a_reward_model_trains_in_half_precision_with_its_head_in_full(tmp_path, monkeypatch, pooling) -> None:
-    monkeypatch.setattr("madpo.models.compute_dtype", lambda: torch.bfloat16)
+    monkeypatch.setattr("madpo.models.load.compute_dtype", lambda: torch.bfloat16)
     seen = []
     lean_linear = lean._LoRALinear.forward
     monkeypatch.setattr(

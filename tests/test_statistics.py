@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 from scipy.special import expit
 
-from madpo.errors import DataError
-from madpo.statistics import (
+from madpo.core.errors import DataError
+from madpo.core.statistics import (
     bootstrap_mean,
     bootstrap_share,
     bootstrap_temperature,

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from madpo.core.errors import ConfigError, DataError, MadpoError
 from madpo.data import check, load_preferences
 from madpo.data.messages import said
 from madpo.data.templates import Clock, left_out, render
-from madpo.errors import ConfigError, DataError, MadpoError
 from practice_cases import write
 
 USER = {"role": "user", "content": "Say <hi>."}

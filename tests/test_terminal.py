@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import madpo.__main__
-from madpo import errors, processes, progress
-from madpo.cli import main
-from madpo.errors import DataError, MadpoError, printable
-from madpo.progress import show
+from madpo.commands.cli import main
+from madpo.core import errors, processes, progress
+from madpo.core.errors import DataError, MadpoError, printable
+from madpo.core.progress import show
 
 SOURCE = Path(errors.__file__).parent
 EVIL = "\x1b]0;TITLE\x07\x1b[2J\x9b31m\u202eevil\r\udcff"
@@ -117,8 +117,8 @@ WORKING = """
 import os, sys, time
 from pathlib import Path
 from madpo import __main__, cli
-from madpo.practice.folders import building
-from madpo.progress import show
+from madpo.operations.folders import building
+from madpo.core.progress import show
 
 def work(arguments):
     with building(Path(os.environ["PLACE"]), {"seed": 1}) as folder:
@@ -157,11 +157,11 @@ def test_a_signal_ends_a_command_in_one_sentence_and_it_continues(number, status
 def test_an_interrupt_while_the_command_line_loads_is_no_traceback(error, status, monkeypatch):
     class Interrupted:
         def find_spec(self, name, *_):
-            if name == "madpo.cli":
+            if name == "madpo.commands.cli":
                 raise error
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    monkeypatch.delitem(sys.modules, "madpo.cli")
+    monkeypatch.delitem(sys.modules, "madpo.commands.cli")
     monkeypatch.delattr(madpo, "cli")
     monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
     try:

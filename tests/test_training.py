@@ -12,13 +12,13 @@ from trl import DPOConfig, DPOTrainer
 
 import trainer_settings
 from madpo import DPO, MADPO, PreferenceConfig, PreferenceTrainer
-from madpo.errors import ConfigError, DataError
-from madpo.logprobs import completion_logps
+from madpo.core.errors import ConfigError, DataError
 from madpo.losses import IPO, BetaDPO, Custom, SimPO
-from madpo.models import build_tiny, load_tokenizer
+from madpo.models.engine.logprobs import completion_logps
+from madpo.models.load import build_tiny, load_tokenizer
+from madpo.operations.tuning.heldout import implicit_margins
 from madpo.training.columns import PreferenceCollator
 from madpo.training.digests import weights_digest
-from madpo.tuning.heldout import implicit_margins
 
 QUIET = {
     **trainer_settings.QUIET,

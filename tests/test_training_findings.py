@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from madpo.cli import main
-from madpo.config import load_config
+from madpo.commands.cli import main
+from madpo.core.config import load_config
+from madpo.core.errors import ConfigError, StorageError
 from madpo.data import check, load_preferences
 from madpo.data import templates as templates_of
 from madpo.data.survey import Survey
-from madpo.errors import ConfigError, StorageError
-from madpo.practice import ScoreSettings, TrainSettings, score
-from madpo.practice.pairs import started_clock
+from madpo.operations import ScoreSettings, TrainSettings, score
+from madpo.operations.inputs import started_clock
 from practice_cases import conversation, text_pairs, write
 
 CLOCK = (

@@ -10,17 +10,18 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from madpo.cli import main
-from madpo.corpus import PackagedIMDB, load_corpus
+from madpo.commands.cli import main
+from madpo.core.errors import ConfigError, DataError, StorageError
+from madpo.data.corpus import PackagedIMDB, load_corpus
 from madpo.data.texts import read_texts
-from madpo.errors import ConfigError, DataError, StorageError
-from madpo.experiment import run_experiment
-from madpo.head import Head
-from madpo.logprobs import hidden_states, takes_positions
-from madpo.models import load_model
-from madpo.practice import TrimSettings, trim_vocab, trimming
-from madpo.practice.kept_mass import score_texts, token_mass
-from madpo.rewards import RewardModel
+from madpo.models.engine.head import Head
+from madpo.models.engine.logprobs import hidden_states, takes_positions
+from madpo.models.load import load_model
+from madpo.operations import TrimSettings, trim_vocab
+from madpo.operations.trimming import trim as trimming
+from madpo.operations.trimming.kept_mass import score_texts, token_mass
+from madpo.rewards.oracles import RewardModel
+from madpo.study.experiment import run_experiment
 from practice_cases import text_pairs, write
 from vocabulary_cases import LINES, RESERVED, SPECIAL, write_model
 
@@ -409,7 +410,7 @@ def test_an_experiment_trims_its_base_model(tmp_path, module_cache, monkeypatch)
     model = write_model(tmp_path / "model", "gemma3", "gpt2")
     words = AutoConfig.from_pretrained(model).vocab_size
     whole = load_corpus(PackagedIMDB())
-    monkeypatch.setattr("madpo.practice.corpus_tokens.load_corpus", lambda _: whole.iloc[:300])
+    monkeypatch.setattr("madpo.operations.trimming.corpus_tokens.load_corpus", lambda _: whole.iloc[:300])
     result = run_experiment(
         "smoke",
         tmp_path / "run",

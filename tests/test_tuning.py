@@ -13,17 +13,18 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from madpo.cli import main
-from madpo.errors import ConfigError, DataError, StorageError
+from madpo.commands.cli import main
+from madpo.core.errors import ConfigError, DataError, StorageError
+from madpo.core.statistics import fit_temperature
 from madpo.losses import DPO, IPO, AlphaDPO, LossInputs, OmniDPO, SimPO
-from madpo.models import load_model, load_tokenizer
-from madpo.practice import TrainSettings, train
-from madpo.practice.running import digest
-from madpo.statistics import fit_temperature
+from madpo.models.load import load_model, load_tokenizer
+from madpo.operations import TrainSettings, train
+from madpo.operations.running import digest
+from madpo.operations.tuning import Dimension, RewardCriterion, TuneSettings, heldout, tune
+from madpo.operations.tuning import search as study
+from madpo.operations.tuning.reward import RewardCurve, strengthened
+from madpo.operations.tuning.space import grid_size, with_values
 from madpo.training import PreferenceTrainer, reference
-from madpo.tuning import Dimension, RewardCriterion, TuneSettings, heldout, study, tune
-from madpo.tuning.reward import RewardCurve, strengthened
-from madpo.tuning.space import grid_size, with_values
 from practice_cases import ids_of, read, run, text_pairs, write
 
 ARGS = {"learning_rate": 1e-2, "max_steps": 3, "per_device_train_batch_size": 8, "bf16": False}

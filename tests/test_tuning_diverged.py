@@ -4,11 +4,12 @@ import csv
 
 import pytest
 
-from madpo.cli import main
-from madpo.errors import ConfigError, DataError, DivergedError
-from madpo.practice import TrainSettings, train
+from madpo.commands.cli import main
+from madpo.core.errors import ConfigError, DataError, DivergedError
+from madpo.operations import TrainSettings, train
+from madpo.operations.tuning import TuneSettings, tune
+from madpo.operations.tuning import search as study
 from madpo.training import PreferenceTrainer
-from madpo.tuning import TuneSettings, study, tune
 from practice_cases import text_pairs, write
 
 pytestmark = pytest.mark.usefixtures("module_cache")

@@ -17,17 +17,17 @@ from transformers import PreTrainedConfig
 
 import madpo
 from madpo import PreferenceConfig, PreferenceTrainer
-from madpo.cli import main
-from madpo.config import load_config
+from madpo.commands.cli import main
+from madpo.core.config import load_config
+from madpo.core.errors import ConfigError, DataError
 from madpo.data import load_preferences
-from madpo.errors import ConfigError, DataError
-from madpo.models import LoRA, load_classifier, load_model, load_tokenizer, resolve_model
-from madpo.practice import TrainSettings, load_scorer
-from madpo.records import load_record, run_status
-from madpo.rewards import RewardModel
+from madpo.models.load import LoRA, load_classifier, load_model, load_tokenizer, resolve_model
+from madpo.models.untrusted import check_config, check_model
+from madpo.models.weights import pretrained
+from madpo.operations import TrainSettings, load_scorer
+from madpo.rewards.oracles import RewardModel
+from madpo.runner.record import load_record, run_status
 from madpo.training import checkpoints as disk
-from madpo.untrusted import check_config, check_model
-from madpo.weights import pretrained
 from practice_cases import text_pairs, write
 from test_finite import build
 

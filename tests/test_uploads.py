@@ -10,13 +10,13 @@ from typing import Any
 import fsspec
 import pytest
 
-from madpo import pipeline
-from madpo.cli import main
-from madpo.config import Frozen
-from madpo.errors import ConfigError
-from madpo.operation import operation
-from madpo.pipeline import RunResult, Step
-from madpo.uploads import Upload, shown
+from madpo.commands.cli import main
+from madpo.core.config import Frozen
+from madpo.core.errors import ConfigError
+from madpo.runner import run as pipeline
+from madpo.runner.operation import operation
+from madpo.runner.run import RunResult, Step
+from madpo.runner.uploads import Upload, shown
 
 
 class Config(Frozen):
@@ -86,7 +86,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from fsspec.implementations.local import LocalFileSystem
-from madpo.uploads import Upload
+from madpo.runner.uploads import Upload
 put = LocalFileSystem.put_file
 def dies(self, local, remote, **how):
     if remote.endswith("b.bin"):
@@ -164,7 +164,7 @@ def test_a_url_is_checked_before_anything_runs() -> None:
 def test_the_command_uploads_a_run_and_says_so_where_it_could_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], broken: bool
 ) -> None:
-    from madpo import experiment
+    from madpo.study import experiment
 
     class Small:
         title, seed = "small", 0

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from madpo.errors import ConfigError
-from madpo.packaged import PACKAGED, cache_dir
-from madpo.vocabulary import Vocabulary, named_ids, refuse_untranslated, renumbered
+from madpo.core.errors import ConfigError
+from madpo.models.packaged import PACKAGED, cache_dir
+from madpo.models.vocabulary import Vocabulary, named_ids, refuse_untranslated, renumbered
 from vocabulary_cases import LINES, RESERVED, SPECIAL, TEXT, TOKENIZERS
 
 WORDS = sorted({word for line in LINES for word in line.split()})

@@ -10,7 +10,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from madpo.errors import ConfigError, DataError
+from madpo.core.errors import ConfigError, DataError
 from madpo.losses import log_margin_weight, margin_coefficient, margin_weight
 
 SETTINGS = [(4, 0.25, 7), (2, 0.5, 7), (2, 0.5, 2), (2, 0, 2)]

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from madpo.errors import MadpoError
+    from madpo.core.errors import MadpoError
     from madpo.losses import (
         DPO,
         MADPO,
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "madpo.errors": ("MadpoError",),
+    "madpo.core.errors": ("MadpoError",),
     "madpo.losses": (
         "DPO",
         "MADPO",

@@ -2,14 +2,14 @@
 
 import signal
 
-from madpo import processes
+from madpo.core import processes
 
 
 def main() -> int:
     """Run the command line as the whole work of this process, and return its exit status."""
     try:
         processes.end_in_order()
-        from madpo.cli import main as command
+        from madpo.commands.cli import main as command
 
         return command()
     except KeyboardInterrupt as interrupt:  # while the command line itself was being loaded

@@ -29,7 +29,7 @@ ELSEWHERE = {"record.json": "provenance", "adapter_config.json": "base_model_nam
 
 def study(root: Path) -> None:
     """The smoke study, in this process."""
-    from madpo.experiment import run_experiment
+    from madpo.study.experiment import run_experiment
 
     if run_experiment("smoke", root).failed:
         raise SystemExit(1)
@@ -82,7 +82,7 @@ def killed_again_and_again(root: Path, kills: int, seconds: float, generator: np
 def command(root: Path, *options: str) -> subprocess.Popen[bytes]:
     """The study on the command line, with its words in ``<root>.log``."""
     with root.with_suffix(".log").open("wb") as log:
-        arguments = [sys.executable, "-m", "madpo.cli", "run", "smoke", "--output_dir", str(root), *options]
+        arguments = [sys.executable, "-m", "madpo.commands.cli", "run", "smoke", "--output_dir", str(root), *options]
         return subprocess.Popen(arguments, stdout=log, stderr=log)
 
 
@@ -120,7 +120,7 @@ def main() -> None:
         root = Path(name)
         os.environ |= {"MADPO_CACHE": str(root / "cache"), "MADPO_PROGRESS": "plain"}
         warm_up()
-        import madpo.experiment  # noqa: F401
+        import madpo.study.experiment  # noqa: F401
 
         assert wait(fork(lambda: study(root / "first"))) == 0  # builds the tiny model, which is not to be measured
         began = time.monotonic()

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from madpo.core.seeding import rng
 from madpo.report.claims import Claim
 from madpo.report.methods import SFT, method_of
 from madpo.report.results import Row, Tier, measured
-from madpo.seeding import rng
 
 N = 200
 PROMPT = rng(0, "prompts").normal(size=N)  # what makes a prompt easy, common to all methods

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from madpo.cli import main
+from madpo.commands.cli import main
 
 LIMIT = 60
 """Units of :func:`unit` that a program may take. Its purpose is that a program that hangs fails its test."""

@@ -15,7 +15,7 @@ import hypothesis
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from madpo.errors import MadpoError
+from madpo.core.errors import MadpoError
 from sections import put_section
 
 EXECUTIONS: Counter[str] = Counter()
@@ -106,7 +106,7 @@ def _paths(tree, prefix=()):
 
 def as_toml(tree) -> bytes:
     """A tree as TOML where it can be, else as JSON (which no TOML reader takes)."""
-    from madpo.practice.running import toml
+    from madpo.operations.running import toml
 
     try:
         text = toml(tree)

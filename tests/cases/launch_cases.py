@@ -23,11 +23,12 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from losses_cases import EVERY_LOSS, UNION, first_of_each_class
-from madpo import DPO, PreferenceConfig, PreferenceTrainer, processes
-from madpo.cli import main
+from madpo import DPO, PreferenceConfig, PreferenceTrainer
+from madpo.commands.cli import main
+from madpo.core import processes
 from madpo.losses import Custom
-from madpo.models import load_tokenizer
-from madpo.practice import scoring
+from madpo.models.load import load_tokenizer
+from madpo.operations import scoring
 from madpo.training import checkpoints as disk
 from trainer_settings import QUIET
 

@@ -48,8 +48,8 @@ def import_everything() -> list[str]:
 def chain(root: Path) -> list[str]:
     """Check, reward, score, inspect, train (cut off, continued), evaluate; SFT and a policy of the study."""
     import soak
-    from madpo.cli import main
-    from madpo.models import build_tiny
+    from madpo.commands.cli import main
+    from madpo.models.load import build_tiny
     from practice_cases import text_pairs, write
 
     done = []

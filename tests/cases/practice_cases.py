@@ -1,10 +1,10 @@
-"""Small preference data in every form, and the command line, for the tests of ``madpo.practice``."""
+"""Small preference data in every form, and the command line, for the tests of ``madpo.operations``."""
 
 import json
 
 import numpy as np
 
-from madpo.cli import main
+from madpo.commands.cli import main
 
 GOOD = [" is a joy.", " is wonderful.", " is funny and warm.", " has a great cast."]
 BAD = [" is boring.", " is awful.", " is a waste of time.", " is simply dull."]

@@ -7,11 +7,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from madpo.metrics import Estimate
-from madpo.records import Record
+from madpo.core.metrics import Estimate
+from madpo.core.seeding import rng
 from madpo.report import published
 from madpo.report.sources import folder_of
-from madpo.seeding import rng
+from madpo.runner.record import Record
 
 HOSTILE = "</script><script>document.title='owned'</script><!-- & \u2028 \u202e 'quoted\" <img src=x onerror=alert(2)>"
 ARABIC = "\u0645\u0631\u062d\u0628\u0627 \u0628\u0627\u0644\u0639\u0627\u0644\u0645"

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from trl import RewardConfig
 
 from madpo import DPO, PreferenceConfig, PreferenceTrainer
-from madpo.models import load_classifier, load_tokenizer
+from madpo.models.load import load_classifier, load_tokenizer
 from madpo.training.reward import RewardModelTrainer
 from trainer_settings import QUIET
 

@@ -31,7 +31,7 @@ def prepare(root: Path, *, real: bool = False) -> None:
     """A model, a corpus' stand-in and labelled pairs with reference log-probabilities."""
     import pandas as pd
 
-    from madpo.models import build_tiny, resolve_model
+    from madpo.models.load import build_tiny, resolve_model
 
     pairs, heldout, texts = (12, 4, 12) if real else (44, 12, 40)
     if real:
@@ -66,10 +66,10 @@ def prepare(root: Path, *, real: bool = False) -> None:
 
 def train(kind: str, root: Path, out: Path, changes: dict | None = None) -> None:
     """One stage of the study on the tiny model; LoRA dropout makes it depend on the random states."""
+    from madpo.core.metrics import plain_metrics
     from madpo.losses import DPO, BetaDPO
-    from madpo.metrics import plain_metrics
-    from madpo.models import LoRA
-    from madpo.training import stages
+    from madpo.models.load import LoRA
+    from madpo.operations import study_training as stages
 
     out.mkdir(parents=True, exist_ok=True)
     settings = json.loads((root / "settings.json").read_text())
@@ -143,7 +143,7 @@ def warm_up() -> None:
     """Load what every run needs, and start no thread that a fork would lose."""
     import torch
 
-    import madpo.training.stages  # noqa: F401
+    import madpo.operations.study_training  # noqa: F401
 
     torch.set_num_threads(1)
 
@@ -237,7 +237,7 @@ def write_page(rows: list[dict], path: Path, seed: int, *, real: bool = False) -
 def _conditions() -> str:
     import torch
 
-    from madpo.models import compute_dtype
+    from madpo.models.load import compute_dtype
 
     precision = "bfloat16" if compute_dtype() is torch.bfloat16 else "float32"
     return f"CPU, one thread, {precision}; torch {torch.__version__}, Python {platform.python_version()}"

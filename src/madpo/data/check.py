@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from madpo.config import Frozen
+from madpo.core.config import Frozen
+from madpo.core.errors import DataError
+from madpo.core.progress import bar
+from madpo.core.storage import storage_errors, write_atomically
 from madpo.data.findings import Finding
 from madpo.data.load import PairStream, TooLong, encoded_pairs, refuse_too_long
 from madpo.data.rows import Pair
 from madpo.data.survey import Survey
 from madpo.data.tokens import Encoded, Encoder, Truncation, as_tokenizer, check_options, text_length, truncated
-from madpo.errors import DataError
-from madpo.progress import bar
-from madpo.storage import storage_errors, write_atomically
 
 SIDES = ("prompt", "chosen", "rejected")
 ORDERS = 1000  # of roles that are counted each for itself

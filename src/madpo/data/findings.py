@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from madpo.config import Frozen
+from madpo.core.config import Frozen
 
 EXAMPLES = 3
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from madpo.core.errors import DataError
 from madpo.data.messages import is_blank
 from madpo.data.rows import WANTED, Columns, Pair, Reader
 from madpo.data.sources import Source, open_source
 from madpo.data.survey import Survey
 from madpo.data.templates import Clock
 from madpo.data.tokens import Encoded, Encoder, Truncation, as_tokenizer, check_options, text_length, truncated
-from madpo.errors import DataError
 
 BATCH_ROWS = 64
 BATCH_CHARACTERS = 500_000  # few long rows fill a batch as well

@@ -6,14 +6,14 @@ import heapq
 from array import array
 from pathlib import Path
 
-from madpo.config import Frozen
+from madpo.core.config import Frozen
+from madpo.core.errors import DataError
+from madpo.core.progress import track
+from madpo.core.seeding import rng
 from madpo.data.load import PairStream
 from madpo.data.messages import Text, contents
 from madpo.data.numbers import as_number
 from madpo.data.sources import Source, open_source
-from madpo.errors import DataError
-from madpo.progress import track
-from madpo.seeding import rng
 
 SUSPICIOUS = 20
 

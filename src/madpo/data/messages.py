@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from madpo.core.errors import DataError
 from madpo.data.sources import described
-from madpo.errors import DataError
 
 Message = dict[str, str]
 Text = str | list[Message]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from madpo.core.errors import DataError
 from madpo.data.sources import described
-from madpo.errors import DataError
 
 
 def as_number(value: Any, name: str, place: str, *, from_text: bool = False) -> float:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from madpo.core.errors import DataError
 from madpo.data.messages import (
     SYSTEM_ROLES,
     Message,
@@ -22,7 +23,6 @@ from madpo.data.messages import (
     texts_within,
 )
 from madpo.data.sources import described
-from madpo.errors import DataError
 
 # The column with the prompt (text or a conversation), and the columns whose texts go below it: "instruction" and
 # "input" are Alpaca's, "context" is Dolly's. The first entry of which a data set has the first column counts.

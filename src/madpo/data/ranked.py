@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from madpo.core.errors import DataError
 from madpo.data.numbers import as_number
 from madpo.data.sources import described
-from madpo.errors import DataError
 
 _TEXTS = ("response", "completion", "text", "content")
 _SYSTEM = ("custom_system_prompt", "system_prompt", "system")

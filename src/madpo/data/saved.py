@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from madpo.errors import DataError, first_line
+from madpo.core.errors import DataError, first_line
 
 
 def refuse_files_outside(name: str, folder: Path) -> None:

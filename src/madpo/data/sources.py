@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from madpo.core.errors import DataError, printable
 from madpo.data.saved import refuse_files_outside, saved_splits, unopened
-from madpo.errors import DataError, printable
 
 MAX_LINE = 64 * 2**20  # bytes of one row: more is a file without line ends, not a preference pair
 FORMATS = {

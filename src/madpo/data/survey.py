@@ -5,12 +5,12 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterable
 
+from madpo.core.errors import DataError
+from madpo.data.duplicates import Seen
 from madpo.data.findings import EXAMPLES, Finding, Findings
 from madpo.data.rows import Pair
-from madpo.data.seen import Seen
 from madpo.data.sources import Source
 from madpo.data.tokens import Encoded
-from madpo.errors import DataError
 
 FEW = 3  # pairs of one prompt that may be a coincidence
 

@@ -10,8 +10,8 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
+from madpo.core.errors import ConfigError, DataError, MadpoError, first_line
 from madpo.data.messages import Message, content_of, encodable
-from madpo.errors import ConfigError, DataError, MadpoError, first_line
 
 _FORMAT = 1000  # characters of a date's format
 Seen = Callable[[Sequence[Mapping[str, Any]], str], None]

@@ -8,10 +8,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from madpo.core.errors import ConfigError, DataError
 from madpo.data.messages import Text, content_of
 from madpo.data.rows import Pair, shared_prefix
 from madpo.data.templates import Clock, left_out, render
-from madpo.errors import ConfigError, DataError
 
 Truncation = Literal["drop", "cut", "refuse"]
 TRUNCATIONS: tuple[Truncation, ...] = ("drop", "cut", "refuse")
@@ -45,7 +45,7 @@ def as_tokenizer(tokenizer: Any) -> Any:
     """
     if not isinstance(tokenizer, str) and not hasattr(tokenizer, "__fspath__"):
         return tokenizer
-    from madpo.places import light_tokenizer, refuse_unreachable, resolve_model
+    from madpo.models.locate import light_tokenizer, refuse_unreachable, resolve_model
 
     # A folder may hold a tokenizer and no model.
     alone = (Path(tokenizer).expanduser() / "tokenizer_config.json").is_file()

@@ -18,9 +18,9 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from madpo.errors import ConfigError, DivergedError
+from madpo.core.errors import ConfigError, DivergedError
+from madpo.core.seeding import derived_seed, rng
 from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState
-from madpo.seeding import derived_seed, rng
 
 
 class RunningLoss(LossConfig):

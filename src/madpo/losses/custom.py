@@ -16,8 +16,8 @@ from jaxtyping import Float
 from pydantic import Field, JsonValue, ValidationInfo, model_validator
 from torch import Tensor
 
-from madpo.config import FOLDERS
-from madpo.errors import ConfigError
+from madpo.core.config import FOLDERS
+from madpo.core.errors import ConfigError
 from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from madpo.errors import ConfigError
+from madpo.core.errors import ConfigError
 from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState, per_token
 
 

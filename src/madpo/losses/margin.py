@@ -10,7 +10,7 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from madpo.errors import DataError
+from madpo.core.errors import DataError
 from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState, per_token
 from madpo.losses.weight import (
     Part,

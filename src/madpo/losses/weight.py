@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from madpo.errors import ConfigError, DataError
+from madpo.core.errors import ConfigError, DataError
 from madpo.losses.base import widen
 
 Part = Literal["full", "amplify", "dampen"]

@@ -9,8 +9,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from madpo.errors import DataError, MadpoError
-from madpo.records import Record, run_status
+from madpo.core.errors import DataError, MadpoError
+from madpo.core.storage import storage_errors, write_atomically
 from madpo.report.caveats import empty_cells, idle_parts, trimmed_base, weights_from
 from madpo.report.charts import (
     Chart,
@@ -54,7 +54,7 @@ from madpo.report.tables import (
     save_tables,
     study_tables,
 )
-from madpo.storage import storage_errors, write_atomically
+from madpo.runner.record import Record, run_status
 
 # Logged column -> (stem of the file, what it is).
 CURVES = {

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from madpo.metrics import Estimate
-from madpo.records import Record
+from madpo.core.metrics import Estimate
 from madpo.report.claims import Claim
 from madpo.report.numbers import listed, short
 from madpo.report.results import Tier
+from madpo.runner.record import Record
 
 LITTLE = 0.6  # accuracy; below, a reward model above chance is only a little better
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from madpo.diagnostics import reliability
-from madpo.figures import WeightParameters
-from madpo.metrics import Estimate
+from madpo.core.metrics import Estimate
 from madpo.report import published
 from madpo.report.compare import Choice, chosen, frontiers, settings_of
 from madpo.report.methods import SFT, is_setting
 from madpo.report.results import Row, Tier, Value, shared_seeds
+from madpo.rewards.margins import reliability
+from madpo.rewards.weight_counts import WeightParameters
 
 REWARD = "mean oracle reward"
 COLOURS = {"DPO": 0, "IPO": 1, "MADPO": 2, "β-DPO": 3, "Amp-Only": 4, "Reg-Only": 5, SFT: 7}

@@ -16,11 +16,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from madpo.metrics import Estimate
+from madpo.core.metrics import Estimate
+from madpo.core.statistics import bootstrap_mean, bootstrap_statistic
 from madpo.report.methods import SFT
 from madpo.report.results import Row, Tier, Value, mean_of, over_shared_seeds
 from madpo.report.selection import BOOTSTRAP_SEED, Candidate, select
-from madpo.statistics import bootstrap_mean, bootstrap_statistic
 
 FEWEST = 10  # prompts; below, an interval says nothing
 PAPER_BETA = 0.1

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from madpo import svg
-from madpo.figures import weight_figure
+from madpo.report import svg
 from madpo.report.charts import Chart, Mark, Panel, Series, WeightPanel
+from madpo.report.figures import weight_figure
 from madpo.report.markup import details, table
 from madpo.report.numbers import one
 

@@ -19,13 +19,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from madpo.errors import DataError, StorageError
-from madpo.progress import say
-from madpo.records import EXPORTED, RunStatus, run_status
+from madpo.core.errors import DataError, StorageError
+from madpo.core.progress import say
+from madpo.core.storage import storage_errors
 from madpo.report.build import rebuild_report
 from madpo.report.sources import RESPONSE_DIGEST, response_digest
 from madpo.report.tables import markdown_cell
-from madpo.storage import storage_errors
+from madpo.runner.record import EXPORTED, RunStatus, run_status
 
 TEXTS = 12  # prompts whose samples keep their texts
 LIMIT = 16_000_000  # bytes of the folder

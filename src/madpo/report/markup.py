@@ -18,7 +18,7 @@ MARGINS_SHOWN = 50_000  # margins on a page; above, evenly spaced quantiles stan
 
 def page_part(name: str) -> str:
     """A packaged part of a page: ``head.html``, ``page.css``, ``weight.js``, ``page.js``, ``report.html``."""
-    return (files("madpo") / "page" / name).read_text(encoding="utf-8")
+    return (files("madpo.report") / "page" / name).read_text(encoding="utf-8")
 
 
 def page(template: str, scripts: Sequence[str], data: object, **parts: str) -> str:

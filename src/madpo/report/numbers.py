@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from madpo.metrics import Estimate
+from madpo.core.metrics import Estimate
 
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
 _ROUNDING = 1e-9  # what rounding leaves of a difference that is none

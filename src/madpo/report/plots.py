@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from madpo.figures import log_weight
+from madpo.core.storage import write_atomically
 from madpo.report.charts import Chart, Panel, Series, WeightPanel
-from madpo.storage import write_atomically
+from madpo.rewards.weight_counts import log_weight
 
 FORMATS = ("png", "svg", "pdf")
 # The page's colours on light ground (page.css, s0 to s7).

@@ -11,10 +11,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from madpo.progress import duration
-from madpo.records import Record
+from madpo.core.progress import duration
 from madpo.report.markup import details, note, nothing, table
 from madpo.report.sources import folder_of
+from madpo.runner.record import Record
 
 _TIMES = 40  # failures spelled out
 
@@ -106,7 +106,7 @@ def _missing(unfinished: Mapping[str, str]) -> str:
 
 def differences_html(experiment: Mapping[str, Any]) -> str:
     """Settings of the run that are not those of the packaged experiment ``paper``."""
-    text = (files("madpo") / "experiments" / "paper.toml").read_text(encoding="utf-8")
+    text = (files("madpo.study") / "experiments" / "paper.toml").read_text(encoding="utf-8")
     theirs = _flat({k: v for k, v in tomllib.loads(text).items() if k not in ("title", "method")})
     own = _flat(experiment)
     rows = [

@@ -17,12 +17,12 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 
-from madpo.metrics import Estimate, Metric
-from madpo.records import Record
+from madpo.core.metrics import Estimate, Metric
+from madpo.core.statistics import bootstrap_mean, paired_difference
 from madpo.report.methods import SFT, method_of
 from madpo.report.selection import BOOTSTRAP_SEED, selecting_half
 from madpo.report.sources import Sources
-from madpo.statistics import bootstrap_mean, paired_difference
+from madpo.runner.record import Record
 
 TIERS = ("high", "medium", "low")  # the paper's order; other tiers follow in the order of the records
 _EVALUATION = re.compile(r"evaluation/(?!sft/)(?P<tier>[^/]+)/(?P<method>[^/]+)/(?P<seed>[^/]+)")

@@ -8,19 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from madpo.figures import WeightParameters, count_weights, weight_figure
-from madpo.metrics import Estimate
+from madpo.core.metrics import Estimate
 from madpo.report import published
 from madpo.report.caveats import accuracies, doubtful, in_words, near_chance, weights_from
 from madpo.report.charts import Chart
 from madpo.report.claims import Claim, tested
 from madpo.report.compare import NOT_RUN, Choice, Comparison, frontiers, less_dpo
 from madpo.report.drawing import chart_html
+from madpo.report.figures import weight_figure
 from madpo.report.markup import MARGINS_SHOWN, details, note, nothing, table
 from madpo.report.methods import SFT, settings_words
 from madpo.report.numbers import DASH, interval, one, write
 from madpo.report.results import Row, Tier
 from madpo.report.tables import COLUMNS, UNEVEN, shown_columns
+from madpo.rewards.weight_counts import WeightParameters, count_weights
 
 SPOKEN = 4  # differences that a claim spells out; its table has all
 

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from madpo.metrics import Estimate
-from madpo.seeding import rng
-from madpo.statistics import bootstrap_mean
+from madpo.core.metrics import Estimate
+from madpo.core.seeding import rng
+from madpo.core.statistics import bootstrap_mean
 
 FILE = "selection.json"
 BOOTSTRAP_SEED = 0  # of every interval that a run reports: the same records give the same numbers

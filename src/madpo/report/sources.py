@@ -18,8 +18,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from madpo.errors import DataError
-from madpo.records import Record
+from madpo.core.errors import DataError
+from madpo.runner.record import Record
 
 SAMPLES = ("prompt_id", "sample", "reward", "kl", "tokens", "text", "prompt", "response")
 TEXTS = 200  # prompts of an evaluation whose first responses are kept as text

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from madpo.metrics import Estimate
+from madpo.core.metrics import Estimate
 from madpo.report.numbers import count, listed, one, short
 from madpo.report.results import Row, Tier
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import pandas as pd
 
-from madpo.metrics import Estimate
+from madpo.core.metrics import Estimate
+from madpo.core.storage import write_atomically
 from madpo.report import published
 from madpo.report.claims import Claim
 from madpo.report.compare import Choice, frontiers, less_dpo
 from madpo.report.numbers import one, short
 from madpo.report.results import Tier
-from madpo.storage import write_atomically
 
 # Column of the table of a tier -> (heading, how it is written).
 COLUMNS = {

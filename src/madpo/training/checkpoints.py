@@ -23,12 +23,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from madpo.config import first_difference
-from madpo.errors import DataError, MadpoError
-from madpo.memory import is_shortage
-from madpo.progress import say
-from madpo.storage import storage_errors, sync_folder, write_atomically
-from madpo.untrusted import PICKLES
+from madpo.core.config import first_difference
+from madpo.core.errors import DataError, MadpoError
+from madpo.core.memory import is_shortage
+from madpo.core.progress import say
+from madpo.core.storage import storage_errors, sync_folder, write_atomically
+from madpo.models.untrusted import PICKLES
 
 FORMAT = 2
 MANIFEST = "manifest.json"

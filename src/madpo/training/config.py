@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from trl import DPOConfig
 
-from madpo.errors import ConfigError
-from madpo.models import compute_dtype
+from madpo.core.errors import ConfigError
+from madpo.models.load import compute_dtype
 
 # TRL's option -> where the same choice is made here.
 _REPLACED = {

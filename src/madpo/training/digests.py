@@ -19,8 +19,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from madpo.errors import ConfigError
-from madpo.logprobs import unwrapped
+from madpo.core.errors import ConfigError
+from madpo.models.engine.logprobs import unwrapped
 
 # Fields of a configuration that change no number of a forward pass. The weights carry their own dtypes.
 _NO_NUMBERS = {

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from madpo.records import libraries
+from madpo.runner.record import libraries
 from madpo.training import digests
 
 # Arguments that change where, how often or how fast, and no result (but for last digits, see `_conditions`).

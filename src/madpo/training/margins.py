@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from madpo.metrics import Metrics
-from madpo.rewards import RewardModel
-from madpo.statistics import fit_temperature, proportion
+from madpo.core.metrics import Metrics
+from madpo.core.statistics import fit_temperature, proportion
+from madpo.rewards.oracles import RewardModel
 from madpo.training.reference import refuse_not_finite
 
 

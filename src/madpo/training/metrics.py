@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from trl import DPOTrainer
 
-from madpo.logprobs import CompletionScores
 from madpo.losses import LossInputs, LossOutput
-from madpo.training.repeats import REPEATED
+from madpo.models.engine.logprobs import CompletionScores
+from madpo.training.padding_pairs import REPEATED
 from madpo.training.resume import ExactResume
 
 

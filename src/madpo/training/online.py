@@ -18,15 +18,15 @@ from pydantic import Field
 from torch import nn
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from madpo.config import Frozen
-from madpo.errors import ConfigError
-from madpo.generation import generate
-from madpo.metrics import Metrics
-from madpo.models import load_model, load_tokenizer
-from madpo.operation import operation
-from madpo.recipe import LoRA, Optimisation
-from madpo.rewards import RewardModel
-from madpo.seeding import derived_seed
+from madpo.core.config import Frozen
+from madpo.core.errors import ConfigError
+from madpo.core.metrics import Metrics
+from madpo.core.seeding import derived_seed
+from madpo.models.engine.sampling import generate
+from madpo.models.hyperparameters import LoRA, Optimisation
+from madpo.models.load import load_model, load_tokenizer
+from madpo.rewards.oracles import RewardModel
+from madpo.runner.operation import operation
 from madpo.training.resume import ExactResume
 from madpo.training.run import forget_checkpoints, run_training
 
@@ -68,7 +68,7 @@ class OnlineStage(Frozen):
 
 
 class _OwnSampling(ExactResume):
-    """Mixin for TRL's trainers: prompts as token ids, and responses from :func:`madpo.generation.generate`."""
+    """Mixin for TRL's trainers: prompts as token ids, and responses from our own sampling."""
 
     _rows: list[dict[str, Any]]
 

@@ -23,20 +23,20 @@ from trl import DPOConfig, DPOTrainer
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import disable_dropout_in_model
 
-from madpo.adapters import announce
-from madpo.errors import ConfigError, DataError
-from madpo.loading import loading
-from madpo.logprobs import CompletionScores, completion_logps, install_completion_head, unwrapped
+from madpo.core.errors import ConfigError, DataError
+from madpo.core.progress import say_once
 from madpo.losses import DPO, LossConfig, LossInputs, LossOutput, LossState
-from madpo.progress import say_once
+from madpo.models.adapters import announce
+from madpo.models.engine.logprobs import CompletionScores, completion_logps, install_completion_head, unwrapped
+from madpo.models.loading import loading
+from madpo.models.untrusted import check_model
+from madpo.models.weights import NamedArchitecture
 from madpo.training.columns import ID_COLUMNS, PAIR_COLUMNS, REFERENCE_COLUMNS, check_columns
 from madpo.training.config import PreferenceConfig, refuse_replaced_options
-from madpo.training.finite import drop_unscored
 from madpo.training.metrics import WindowMetrics
+from madpo.training.nan_guard import drop_unscored
+from madpo.training.padding_pairs import REPEATED, each_marked, marked, observed, refuse_uneven
 from madpo.training.reference_columns import ReferenceColumns
-from madpo.training.repeats import REPEATED, each_marked, marked, observed, refuse_uneven
-from madpo.untrusted import check_model
-from madpo.weights import NamedArchitecture
 
 _NO_METRICS = "compute_metrics takes logits, which this trainer never builds; use the logged metrics"
 

@@ -25,14 +25,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor, nn
 
-from madpo.errors import ConfigError, DataError
-from madpo.logprobs import completion_logps
-from madpo.models import cache_dir
-from madpo.modes import evaluating
-from madpo.processes import everyone, first
-from madpo.progress import bar, say
-from madpo.records import conditions, libraries
-from madpo.storage import storage_errors, write_atomically
+from madpo.core.errors import ConfigError, DataError
+from madpo.core.processes import everyone, first
+from madpo.core.progress import bar, say
+from madpo.core.storage import storage_errors, write_atomically
+from madpo.models.engine.logprobs import completion_logps
+from madpo.models.load import cache_dir
+from madpo.models.modes import evaluating
+from madpo.runner.record import conditions, libraries
 from madpo.training.columns import REFERENCE_COLUMNS
 from madpo.training.digests import reference_digest
 

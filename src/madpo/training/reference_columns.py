@@ -14,7 +14,7 @@ from trl.data_utils import get_dataset_column_names
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import use_adapter
 
-from madpo.errors import DataError
+from madpo.core.errors import DataError
 from madpo.training.columns import REFERENCE_COLUMNS, PreferenceCollator
 from madpo.training.reference import cached_reference_logps
 from madpo.training.resume import ExactResume

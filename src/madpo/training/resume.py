@@ -20,19 +20,19 @@ from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState, TrainerState
 
-from madpo.errors import ConfigError, DataError, StorageError
-from madpo.locks import locked
-from madpo.memory import memory_errors
-from madpo.processes import everyone
-from madpo.progress import say
-from madpo.storage import storage_errors
+from madpo.core.errors import ConfigError, DataError, StorageError
+from madpo.core.locks import locked
+from madpo.core.memory import memory_errors
+from madpo.core.processes import everyone
+from madpo.core.progress import say
+from madpo.core.storage import storage_errors
+from madpo.models.untrusted import refuse_pickles
 from madpo.training import checkpoints as disk
 from madpo.training.adapters import sort_sets
 from madpo.training.digests import rows_digest
-from madpo.training.finite import FiniteTraining
 from madpo.training.identity import training_identity
+from madpo.training.nan_guard import FiniteTraining
 from madpo.training.states import check_groups, pack, random_states, restore_random_states, unpack
-from madpo.untrusted import refuse_pickles
 
 
 class ExactResume(FiniteTraining):

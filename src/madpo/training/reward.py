@@ -14,11 +14,11 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
-from madpo import lean
-from madpo.errors import ConfigError
-from madpo.logprobs import completion_states, unwrapped
-from madpo.recipe import Pooling
-from madpo.rewards import completion_tokens, pooled
+from madpo.core.errors import ConfigError
+from madpo.models.engine import memory_efficient as lean
+from madpo.models.engine.logprobs import completion_states, unwrapped
+from madpo.models.hyperparameters import Pooling
+from madpo.rewards.oracles import completion_tokens, pooled
 from madpo.training.resume import ExactResume
 
 
@@ -37,7 +37,7 @@ class RewardModelTrainer(ExactResume, RewardTrainer):  # type: ignore[misc]
 
     Args:
         model: a sequence classifier with one output.
-        pooling: which states the head reads; see :func:`madpo.rewards.pooled`.
+        pooling: which states the head reads; see :func:`madpo.rewards.oracles.pooled`.
         patience: evaluations without improvement before the training stops.
 
     Attributes:

@@ -10,12 +10,12 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from madpo import processes
-from madpo.adapters import announce
-from madpo.config import Frozen, identity_settings
-from madpo.progress import bar, say
-from madpo.recipe import CHECKPOINTS
-from madpo.storage import write_atomically
+from madpo.core import processes
+from madpo.core.config import Frozen, identity_settings
+from madpo.core.progress import bar, say
+from madpo.core.storage import write_atomically
+from madpo.models.adapters import announce
+from madpo.models.hyperparameters import CHECKPOINTS
 from madpo.training.checkpoints import newest, remove
 
 MEMORY_REMEDY = (

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from madpo.errors import ConfigError, DataError
+from madpo.core.errors import ConfigError, DataError
 
 
 def pack(state: Any, what: str) -> tuple[dict[str, Tensor], Any]:

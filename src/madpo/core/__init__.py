@@ -1,0 +1,1 @@
+"""What every room may use: configuration, errors, files, locks, randomness, statistics, progress."""

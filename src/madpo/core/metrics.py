@@ -1,0 +1,43 @@
+"""What an operation measures: numbers, words, and estimates with their intervals."""
+
+import math
+import numbers
+from typing import NamedTuple
+
+from madpo.core.errors import ConfigError
+
+
+class Estimate(NamedTuple):
+    """A mean with its 95 % interval over ``n`` independent units."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+Metric = float | int | str | Estimate
+Metrics = dict[str, Metric]
+
+
+def plain_metrics(metrics: Metrics, name: str) -> Metrics:
+    """Python numbers for whatever number types the step returned; NaN and infinity are a failed step."""
+    return {key: _plain(value, f"{name}: metric {key}") for key, value in metrics.items()}
+
+
+def _plain(value: object, place: str) -> Metric:
+    if isinstance(value, Estimate):
+        return Estimate(_number(value.mean, place), _number(value.low, place), _number(value.high, place), int(value.n))
+    if isinstance(value, str):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return _number(value, place)
+
+
+def _number(value: object, place: str) -> float:
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{place} is {value!r}: a step returns numbers, text and Estimates")
+    if not math.isfinite(value):
+        raise ConfigError(f"{place} is {float(value)}, so training diverged or nothing was measured; check its inputs")
+    return float(value)

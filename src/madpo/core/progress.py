@@ -1,0 +1,184 @@
+"""What a person sees while work is done: bars with the time left, and lines of plain words.
+
+On a terminal a live bar; elsewhere (a log file, a job queue) a plain line at most every 15 seconds. Work that
+ends within two seconds shows nothing. Everything goes to standard error, so that standard output stays data.
+"""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Protocol, TextIO, TypeVar
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+from madpo.core import processes
+from madpo.core.errors import printable
+
+T = TypeVar("T")
+
+SHOW_AFTER = 2.0  # seconds of work before anything is shown
+LINE_EVERY = 15.0  # seconds between two plain lines, over all bars together
+
+_lock = threading.RLock()
+_live: "Progress | None" = None
+_last_line = float("-inf")
+
+
+class Advance(Protocol):
+    """Called after every finished part: ``advance(8, loss=0.61)``."""
+
+    def __call__(self, n: int = 1, **fields: object) -> None: ...
+
+
+def track(iterable: Iterable[T], *, description: str, total: int | None = None) -> Iterator[T]:
+    """Go through ``iterable`` with a bar. ``total`` is needed only where it has no length."""
+    if total is None and isinstance(iterable, Sized):
+        total = len(iterable)
+    with bar(description, total) as advance:
+        for item in iterable:
+            yield item
+            advance()
+
+
+@contextmanager
+def bar(description: str, total: int | None) -> Iterator[Advance]:
+    """A bar over ``total`` parts (None: unknown). Yields the function that advances it."""
+    if not processes.leads():
+        yield _nothing
+        return
+    with _live_bar(description, total) if _on_terminal() else _plain_bar(description, total) as advance:
+        yield advance
+
+
+def _nothing(n: int = 1, **fields: object) -> None:
+    """Of several processes the first one shows its part."""
+
+
+def say(text: str) -> None:
+    """One line of plain words, above a live bar if there is one; of several processes the first one speaks."""
+    if not processes.leads():
+        return
+    with _lock:
+        if _live is not None:
+            _live.console.print(_shown(text), markup=False, highlight=False, soft_wrap=True)
+        else:
+            show(text, sys.stderr)
+
+
+def show(text: str, stream: TextIO | None = None) -> None:
+    """Print lines on standard output, or on another stream. All output to a terminal goes through here or :func:`say`.
+
+    Names, messages and texts of others may hold control characters, which a terminal obeys; they are shown as escapes,
+    and so is what the stream's encoding lacks.
+    """
+    stream = stream or sys.stdout
+    coding = getattr(stream, "encoding", None) or "utf-8"
+    print(_shown(text).encode(coding, "backslashreplace").decode(coding), file=stream, flush=True)
+
+
+def _shown(text: str) -> str:
+    return "\n".join("\t".join(map(printable, line.split("\t"))) for line in text.split("\n"))
+
+
+@cache
+def say_once(text: str) -> None:
+    """:func:`say`, but an equal line only once in a process: a search loads one model many times."""
+    say(text)
+
+
+def duration(seconds: float) -> str:
+    """``0.4 s``, ``41 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _on_terminal() -> bool:
+    # Worker processes share the terminal with their parent: two live displays would overwrite each other.
+    return sys.stderr.isatty() and os.environ.get("MADPO_PROGRESS") != "plain" and os.environ.get("TERM") != "dumb"
+
+
+@contextmanager
+def _live_bar(description: str, total: int | None) -> Iterator[Advance]:
+    global _live
+    with _lock:
+        outermost = _live is None
+        if _live is None:
+            _live = _new_display()
+            _live.start()
+        display = _live
+        task = display.add_task(printable(description), total=total, note="")
+
+    def advance(n: int = 1, **fields: object) -> None:
+        display.update(task, advance=n, note=_note(fields))
+
+    try:
+        yield advance
+    finally:
+        with _lock:
+            display.remove_task(task)
+            if outermost:
+                display.stop()
+                _live = None
+
+
+def _new_display() -> "Progress":
+    # Imported here: rich costs a tenth of a second, and most processes never show a bar.
+    from rich.console import Console, RenderableType
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    class Display(Progress):
+        def get_renderables(self) -> Iterable[RenderableType]:
+            yield self.make_tasks_table([t for t in self.tasks if (t.elapsed or 0.0) >= SHOW_AFTER])
+
+    return Display(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[note]}", markup=False),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
+@contextmanager
+def _plain_bar(description: str, total: int | None) -> Iterator[Advance]:
+    started = time.monotonic()
+    done = 0
+
+    def advance(n: int = 1, **fields: object) -> None:
+        nonlocal done
+        done += n
+        _plain_line(description, done, total, time.monotonic() - started, fields)
+
+    yield advance
+
+
+def _plain_line(description: str, done: int, total: int | None, seconds: float, fields: dict[str, object]) -> None:
+    global _last_line
+    with _lock:
+        now = time.monotonic()
+        if seconds < SHOW_AFTER or now - _last_line < LINE_EVERY:
+            return
+        _last_line = now
+    parts = [f"{done}/{total}" if total else f"{done}"]
+    if total and 0 < done < total:
+        parts.append(f"about {duration(seconds * (total - done) / done)} left")
+    if fields:
+        parts.append(_note(fields))
+    say(f"  {description}: {', '.join(parts)}")
+
+
+def _note(fields: dict[str, object]) -> str:
+    return printable(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in fields.items()))

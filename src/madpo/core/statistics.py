@@ -1,0 +1,201 @@
+"""Estimates with their uncertainty: bootstrap means, paired differences, proportions, calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import minimize_scalar
+from scipy.stats import norm, t
+
+from madpo.core.errors import DataError
+from madpo.core.metrics import Estimate
+from madpo.core.seeding import rng
+
+RESAMPLES = 2000
+TEMPERATURE_RESAMPLES = 200
+_BLOCK = 2_000_000  # resampled values held at once
+LOG_TEMPERATURES = (-6.0, 6.0)  # natural log: where a calibration is looked for
+
+
+def bootstrap_mean(
+    values: ArrayLike, *, seed: int = 0, clusters: ArrayLike | None = None, level: float = 0.95
+) -> Estimate:
+    """The mean of ``values`` with a percentile-bootstrap interval.
+
+    Args:
+        values: numbers, one per observation.
+        seed: of the resampling.
+        clusters: one label per observation; observations of one label (several responses to one prompt) are drawn
+            together, and ``n`` of the result counts labels. None: every observation is its own unit.
+        level: coverage of the interval.
+
+    The percentile interval of a mean is too short by sqrt((n - 1)/n) and by the normal in place of Student's t, so
+    its half-widths are stretched by both factors; skewness stays as the resamples show it. One unit gives an interval
+    of no width, as nothing is known of its spread.
+
+    Raises:
+        DataError: no values, or a value that is not finite.
+    """
+    x = _finite(values)
+    sums, counts = _units(x, clusters)
+    n = len(sums)
+    mean = float(x.mean())
+    if n == 1 or (np.ptp(sums) == 0 and np.ptp(counts) == 0):
+        return Estimate(mean, mean, mean, n)
+    draws = _resampled_means(sums, counts, seed)
+    tail = (1 - level) / 2
+    low, high = np.quantile(draws, [tail, 1 - tail])
+    stretch = float(np.sqrt(n / (n - 1)) * t.isf(tail, n - 1) / norm.isf(tail))
+    return Estimate(mean, mean - stretch * float(mean - low), mean + stretch * float(high - mean), n)
+
+
+def bootstrap_share(values: ArrayLike, *, seed: int = 0, clusters: ArrayLike | None = None) -> Estimate:
+    """:func:`bootstrap_mean` of numbers between 0 and 1, with an interval that stays there."""
+    found = bootstrap_mean(values, seed=seed, clusters=clusters)
+    return found._replace(low=max(0.0, found.low), high=min(1.0, found.high))
+
+
+def paired_difference(a: ArrayLike, b: ArrayLike, *, seed: int = 0) -> Estimate:
+    """Mean of ``a - b`` over units measured under both (the same prompts), with its bootstrap interval.
+
+    Raises:
+        DataError: the two differ in length.
+    """
+    x, y = _finite(a), _finite(b)
+    if len(x) != len(y):
+        raise DataError(f"a paired difference needs the same units on both sides, but there are {len(x)} and {len(y)}")
+    return bootstrap_mean(x - y, seed=seed)
+
+
+def bootstrap_statistic(
+    values: ArrayLike, statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]], *, seed: int = 0
+) -> Estimate:
+    """A function of several means over the same units, with its 95 % percentile-bootstrap interval.
+
+    Args:
+        values: one row per unit (prompt), one column per mean.
+        statistic: means of shape (draws, columns) -> values of shape (draws,).
+        seed: of the resampling.
+
+    Raises:
+        DataError: no units, or a value that is not finite.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    _finite(x)
+    n = len(x)
+    generator = rng(seed, "bootstrap")
+    rows = max(1, _BLOCK // x.size)
+    draws = []
+    for start in range(0, RESAMPLES, rows):
+        drawn = generator.integers(0, n, size=(min(rows, RESAMPLES - start), n))
+        draws.append(statistic(x[drawn].mean(axis=1)))
+    low, high = np.quantile(np.concatenate(draws), [0.025, 0.975])
+    centre = float(statistic(x.mean(axis=0, keepdims=True))[0])
+    return Estimate(centre, min(centre, float(low)), max(centre, float(high)), n)
+
+
+def proportion(successes: float, n: int, *, level: float = 0.95) -> Estimate:
+    """A share with its Wilson interval, which stays inside [0, 1] and has width at 0 and 1 too.
+
+    A tie may count as half a success.
+
+    Raises:
+        DataError: n < 1, or successes outside 0..n.
+    """
+    if n < 1 or not 0 <= successes <= n:
+        raise DataError(f"a proportion needs 0 <= successes <= n with n >= 1, but got {successes} of {n}")
+    share = successes / n
+    z2 = float(norm.isf((1 - level) / 2)) ** 2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = float(np.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n)))) / (1 + z2 / n)
+    # At 0 and n the bound is exactly 0 and 1; rounding must not push it past the share itself.
+    return Estimate(share, max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half)), n)
+
+
+def fit_temperature(margins: ArrayLike) -> tuple[float, float, float]:
+    """The temperature that calibrates the margins of observed preferences to log-odds.
+
+    Minimises over t the mean of -log sigma(h / t), h the margin of chosen over rejected on pairs the reward model was
+    not trained on. It is looked for in [exp(-6), exp(6)], so it exists also where all margins have one sign (then
+    it ends at a bound); for margins that are all 0, where no temperature matters, it is 1.
+
+    Args:
+        margins: log-odds, one per held-out pair.
+
+    Returns:
+        (temperature, log loss at temperature 1, log loss at the fitted one), losses in nats per pair.
+    """
+    h = _finite(margins)
+    before = _log_loss(h, 0.0)
+    if not h.any():
+        return 1.0, before, before
+    if (h >= 0).all() or (h <= 0).all():
+        # The loss is monotone, and so flat near the bound that only its sign tells which one.
+        s = LOG_TEMPERATURES[0] if h.max() > 0 else LOG_TEMPERATURES[1]
+        return float(np.exp(s)), before, _log_loss(h, s)
+    # The loss is convex in 1/t, hence has one minimum in log t.
+    found = minimize_scalar(
+        lambda s: _log_loss(h, s), bounds=LOG_TEMPERATURES, method="bounded", options={"xatol": 1e-9}
+    )
+    best = min((float(found.x), *LOG_TEMPERATURES, 0.0), key=lambda s: _log_loss(h, s))
+    return float(np.exp(best)), before, _log_loss(h, best)
+
+
+def bootstrap_temperature(
+    margins: ArrayLike, *, seed: int = 0, clusters: ArrayLike | None = None, level: float = 0.95
+) -> Estimate:
+    """:func:`fit_temperature` with its percentile-bootstrap interval; arguments as in :func:`bootstrap_mean`.
+
+    Raises:
+        DataError: as :func:`fit_temperature`.
+    """
+    h = _finite(margins)
+    labels = np.arange(len(h)) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
+    members = [np.flatnonzero(labels == unit) for unit in range(int(labels.max()) + 1)]
+    generator = rng(seed, "bootstrap", "temperature")
+    draws = [
+        fit_temperature(h[np.concatenate([members[i] for i in generator.integers(0, len(members), len(members))])])[0]
+        for _ in range(TEMPERATURE_RESAMPLES)
+    ]
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    found = fit_temperature(h)[0]
+    return Estimate(found, min(found, float(low)), max(found, float(high)), len(members))
+
+
+def _log_loss(margins: NDArray[np.float64], log_temperature: float) -> float:
+    return float(np.logaddexp(0.0, -margins * np.exp(-log_temperature)).mean())
+
+
+def _finite(values: ArrayLike) -> NDArray[np.float64]:
+    x = np.asarray(values, dtype=np.float64).ravel()
+    if not len(x):
+        raise DataError("there are no values to summarise: the upstream step selected nothing")
+    if not np.isfinite(x).all():
+        row = int(np.flatnonzero(~np.isfinite(x))[0])
+        raise DataError(f"value {row} is {x[row]}, so no mean can be taken; the step that computed it diverged")
+    return x
+
+
+def _units(x: NDArray[np.float64], clusters: ArrayLike | None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Sum and count per independent unit."""
+    if clusters is None:
+        return x, np.ones_like(x)
+    labels = np.asarray(clusters).ravel()
+    if len(labels) != len(x):
+        raise DataError(f"there are {len(x)} values but {len(labels)} cluster labels; give one label per value")
+    _, index = np.unique(labels, return_inverse=True)
+    sums = np.bincount(index, weights=x).astype(np.float64)
+    return sums, np.bincount(index).astype(np.float64)
+
+
+def _resampled_means(sums: NDArray[np.float64], counts: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+    generator = rng(seed, "bootstrap")
+    n = len(sums)
+    rows = max(1, _BLOCK // n)
+    means = []
+    for start in range(0, RESAMPLES, rows):
+        drawn = generator.integers(0, n, size=(min(rows, RESAMPLES - start), n))
+        means.append(sums[drawn].sum(-1) / counts[drawn].sum(-1))
+    return np.concatenate(means)

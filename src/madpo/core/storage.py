@@ -1,0 +1,112 @@
+"""Writing to disk so that a reader sees the old file or the new one, and mistakes of the disk told plainly."""
+
+import contextlib
+import errno
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from madpo.core.errors import MadpoError, StorageError
+
+_REMEDY = {
+    errno.ENOSPC: "the disk is full; free some space and run the same command again, finished steps are kept",
+    errno.EDQUOT: "your disk quota is used up; free some space and run the same command again, finished steps are kept",
+    errno.EACCES: "permission denied; make it writable for you or choose another folder",
+    errno.EPERM: "the operation is not permitted; make it writable for you or choose another folder",
+    errno.EROFS: "the file system is read-only; choose another folder",
+    errno.ENOTDIR: "a part of this path is a file, not a folder; choose another folder",
+    errno.EEXIST: "there is a file where a folder is needed; move it away or choose another folder",
+    errno.EISDIR: "there is a folder where a file is needed; move it away or choose another folder",
+    errno.ENAMETOOLONG: "the name is too long for this file system; choose a shorter one",
+    errno.EIO: "the disk reports an error; check it, and run the same command again, finished steps are kept",
+    errno.EBUSY: "it is in use, as a mount point is, or a file that another process has open; choose another folder",
+    errno.EXDEV: "it cannot be renamed across file systems, or out of a container's image; choose another folder",
+    errno.ESTALE: "the network file system lost the folder; mount it again and run the same command again",
+}
+_VANISHED = (
+    "the folder has vanished while it was being written; if it was moved, move it back, and run the same command again"
+)
+
+
+@contextmanager
+def storage_errors(place: Path) -> Iterator[None]:
+    """Turn a full disk, missing rights, a vanished folder and the like into a StorageError; other errors pass through.
+
+    Args:
+        place: the folder (or file) that is written, for the sentence; ``place`` that exists no more has vanished.
+    """
+    try:
+        yield
+    except MadpoError:
+        raise
+    except OSError as error:
+        if (told := disk_error(error, place)) is not None:
+            raise told from error
+        if error.errno == errno.ENOENT and _lost(place, error.filename):
+            raise StorageError(f"{place}: {_VANISHED}") from error
+        raise
+    except Exception as error:
+        # Writers in Rust and C++ (safetensors, torch, Arrow) tell of the disk in an error type of their own.
+        said = str(error)
+        for code, remedy in _REMEDY.items():
+            if f"os error {code})" in said or (code == errno.ENOSPC and os.strerror(code) in said):
+                raise StorageError(f"{place}: {remedy}") from error
+        if os.strerror(errno.ENOENT) in said and not place.exists():
+            raise StorageError(f"{place}: {_VANISHED}") from error
+        raise
+
+
+def disk_error(error: OSError, place: object) -> StorageError | None:
+    """The sentence with the remedy for an error of the disk, about its file or else ``place``; None for any other."""
+    remedy = _REMEDY.get(error.errno or 0)
+    return None if remedy is None else StorageError(f"{error.filename or place}: {remedy}")
+
+
+def _lost(place: Path, file: object) -> bool:
+    """Whether what could not be found is ``place`` itself, or something in it, and ``place`` is gone."""
+    if place.exists() or not isinstance(file, str | bytes | os.PathLike):
+        return False
+    found = Path(os.fsdecode(file)).absolute()
+    return found == place.absolute() or place.absolute() in found.parents
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file through a temporary one beside it, and make it durable before this returns.
+
+    A crash leaves the old file or the new one, never a part.
+    """
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the first error is the one to tell
+            temporary.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    if os.name == "nt":  # Windows opens no folder, and has no such call
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Some network file systems cannot sync a folder; the file itself is safe by then.
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+    finally:
+        os.close(handle)
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,0 +1,1 @@
+"""Loading models, and computing with them."""

@@ -1,0 +1,1 @@
+"""Log-probabilities, KL and sampling: the fast, exact engine."""

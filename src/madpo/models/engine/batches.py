@@ -1,0 +1,41 @@
+"""Sequences of token ids in padded batches of about equal lengths."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from madpo.core.errors import DataError
+from madpo.core.progress import bar
+
+
+def padded_batches(
+    sequences: Sequence[Sequence[int]], size: int, pad: int, device: torch.device, description: str
+) -> Iterator[tuple[NDArray[np.int64], Tensor, Tensor]]:
+    """(rows, ids, mask) with padding on the right; sequences of like length share a batch, longest first."""
+    for rows in similar_lengths([len(sequence) for sequence in sequences], size, description):
+        yield rows, *padded([sequences[row] for row in rows], pad, device)
+
+
+def similar_lengths(lengths: Sequence[int], size: int, description: str) -> Iterator[NDArray[np.int64]]:
+    """Numbers of the texts of each batch, longest first."""
+    if len(lengths) and min(lengths) == 0:
+        raise DataError(f"text {np.argmin(lengths)} has no tokens, so it has no reward; leave it out")
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    with bar(description, len(order)) as advance:
+        for start in range(0, len(order), size):
+            rows = order[start : start + size]
+            yield rows
+            advance(len(rows))
+
+
+def padded(sequences: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(ids, mask): shape [sequences, longest], padding on the right."""
+    ids = torch.full((len(sequences), max(map(len, sequences))), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, sequence in enumerate(sequences):
+        ids[i, : len(sequence)] = torch.as_tensor(np.asarray(sequence, dtype=np.int64))
+        mask[i, : len(sequence)] = 1
+    return ids.to(device), mask.to(device)

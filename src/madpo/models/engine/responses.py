@@ -1,0 +1,123 @@
+"""What a model writes to prompts: token ids beside their text, and how far they are from the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from madpo.models.engine.batches import padded_batches
+from madpo.models.engine.kl import completion_kl
+from madpo.models.engine.sampling import generate
+
+
+class Drawing(Protocol):
+    """How responses are drawn: what every configuration that samples has."""
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def max_new_tokens(self) -> int: ...
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def top_p(self) -> float: ...
+    @property
+    def batch_size(self) -> int: ...
+
+
+class Response(NamedTuple):
+    """One sampled response: its tokens (the end token included), their text, and whether it ended by itself."""
+
+    ids: list[int]
+    text: str
+    ended: bool
+
+
+def respond(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[Sequence[int]],
+    config: Drawing,
+    *,
+    keys: Sequence[int],
+    draw: int,
+    ends: Collection[int],
+    description: str,
+) -> list[Response]:
+    """One response per prompt, in their order.
+
+    Args:
+        keys, draw: name the prompt and which of its responses this is, for the random numbers.
+        ends: token ids that end a response (:func:`end_tokens`).
+    """
+    found = generate(
+        model,
+        prompt_ids,
+        keys=keys,
+        draw=draw,
+        seed=config.seed,
+        max_new_tokens=config.max_new_tokens,
+        eos_token_ids=ends,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        batch_size=config.batch_size,
+        description=description,
+    )
+    return [Response(ids, decode(tokenizer, ids), ids[-1] in ends) for ids in found]
+
+
+def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end a text: the tokenizer's, and those that the model's generation settings name."""
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = named if isinstance(named, list | tuple) else [named]
+    return {int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None}
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of ``ids`` without special tokens, white space as it is."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+@torch.no_grad()
+def divergence(
+    policy: nn.Module,
+    reference: nn.Module,
+    prompt_ids: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    *,
+    pad: int,
+    batch_size: int,
+    description: str = "KL",
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(log-probability under the policy, KL(policy || reference)) of each response, nats, summed over its tokens."""
+    logps, kl = np.zeros(len(responses)), np.zeros(len(responses))
+    batches = completion_batches(prompt_ids, responses, reference, pad, batch_size, description)
+    for rows, ids, mask, completion in batches:
+        logps[rows], kl[rows] = (
+            part.double().cpu().numpy() for part in completion_kl(policy, reference, ids, mask, completion)
+        )
+    return logps, kl
+
+
+def completion_batches(
+    prompt_ids: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    model: nn.Module,
+    pad: int,
+    batch_size: int,
+    description: str,
+) -> Iterator[tuple[NDArray[np.int64], Tensor, Tensor, Tensor]]:
+    """(rows, ids, attention mask, completion mask) on the model's device, as :func:`padded_batches` orders them."""
+    whole = [[*prompt, *response] for prompt, response in zip(prompt_ids, responses, strict=True)]
+    device = next(model.parameters()).device
+    for rows, ids, mask in padded_batches(whole, batch_size, pad, device, description):
+        completion = mask.clone()
+        for i, row in enumerate(rows):
+            completion[i, : len(prompt_ids[row])] = 0
+        yield rows, ids, mask, completion

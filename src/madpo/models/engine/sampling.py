@@ -1,0 +1,260 @@
+"""Sampling completions: batched, exact, and the same whatever the batch.
+
+``model.generate`` spends more on drawing from a quarter of a million words than on the output head's product: a
+softmax, then a multinomial over all of it. Here a draw is inverse-transform sampling in two levels: sums of blocks
+of the unnormalised probabilities, a search among the blocks, then a search inside one. It is the same law. Where
+nothing cuts its tail, a walk over tiles of the vocabulary leaves the sums alone, and the logits of the chosen block are
+computed again.
+
+The uniform numbers belong to (seed, prompt, draw, position) and to nothing else, so that a prompt gets the same
+completion alone, in any batch, in any order, and for every method that is compared on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from madpo.core.errors import ConfigError, DataError
+from madpo.core.progress import bar
+from madpo.core.seeding import derived_seed
+from madpo.models.engine.head import TILE, Head
+from madpo.models.engine.kv_cache import growing_cache
+from madpo.models.engine.logprobs import check_positions, check_reading, unwrapped
+from madpo.models.modes import evaluating
+
+BLOCK = 512
+"""Vocabulary entries per block of the first level; about the root of a large vocabulary, and a divisor of TILE."""
+IN_CACHE = 1 << 19
+"""Logits that are drawn from at once on a processor: their weights stay in its cache, several times as fast."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. Temperature 0 takes the most likely one."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ConfigError(f"temperature is {self.temperature}, but must be 0 or above")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p is {self.top_p}, but must be in (0, 1]")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"top_k is {self.top_k}, but must be 1 or above")
+
+    @property
+    def cuts(self) -> bool:
+        """Whether a token's probability depends on the order of the others."""
+        return self.temperature == 0 or self.top_k is not None or self.top_p < 1
+
+    def draw(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """One token per row from its uniform number in [0, 1)."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        z = logits if self.temperature == 1 else _wide(logits) / self.temperature
+        if self.top_k is not None and self.top_k < z.shape[-1]:
+            z = z.masked_fill(z < z.topk(self.top_k).values[:, -1:], -torch.inf)
+        if self.top_p < 1:
+            z = _nucleus(z, self.top_p)
+        return sample(z, uniform)
+
+    def draw_from(self, head: Head, states: Tensor, uniform: Tensor) -> Tensor:
+        """One token per row of last states, by the same law as :meth:`draw` from their logits."""
+        if states.device.type == "cpu" and not self.cuts:  # a GPU would wait for the few kernels of each tile
+            return sample_by_tiles(head, states, uniform, self.temperature)
+        return self.draw(head.logits(states)[0].contiguous(), uniform)
+
+
+def sample(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Inverse-transform sampling from softmax(logits), one row per uniform number in [0, 1), in two levels.
+
+    Raises:
+        DataError: a row has no finite sum of probabilities; the model has diverged.
+    """
+    size = len(logits) if logits.is_cuda else max(1, IN_CACHE // logits.shape[-1])
+    starts = range(0, len(logits), size)
+    return torch.cat([_two_levels(logits[i : i + size], uniform[i : i + size]) for i in starts])
+
+
+def _two_levels(logits: Tensor, uniform: Tensor) -> Tensor:
+    rows, vocabulary = logits.shape
+    weights = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+    weights.sub_(logits.amax(-1, keepdim=True)).exp_()
+    if vocabulary % BLOCK:
+        weights = nn.functional.pad(weights, (0, BLOCK - vocabulary % BLOCK))
+    blocks = weights.view(rows, -1, BLOCK)
+    # A block is summed in the weights' own precision (1e-7 of the probability at worst), sums of blocks in float64.
+    block, share = _search(blocks.sum(-1).double(), uniform)
+    position, _ = _search(blocks[torch.arange(rows, device=logits.device), block].double(), share)
+    return block * BLOCK + position
+
+
+def sample_by_tiles(head: Head, states: Tensor, uniform: Tensor, temperature: float = 1.0) -> Tensor:
+    """:func:`sample` from the logits of ``states`` [rows, hidden] over a temperature > 0, which are never all there.
+
+    Raises:
+        DataError: as there.
+    """
+    wide = torch.promote_types(states.dtype, torch.float32)
+    top = states.new_full((len(states),), torch.finfo(wide).min, dtype=wide)
+    sums: list[Tensor] = []
+    tops: list[Tensor] = []
+    for start in range(0, head.weight.shape[0], TILE):
+        z = _wide(head.logits(states, start, start + TILE)[0].T)  # entries by rows
+        if temperature != 1:
+            z.div_(temperature)
+        top = torch.maximum(top, z.amax(0))
+        z.sub_(top).exp_()
+        if len(z) % BLOCK:
+            z = nn.functional.pad(z, (0, 0, 0, -len(z) % BLOCK))
+        sums.append(z.view(-1, BLOCK, len(top)).sum(1))
+        tops.append(top.expand_as(sums[-1]))
+    weights = torch.cat(sums).double() * (torch.cat(tops) - top).double().exp()
+    block, share = _search(weights.T.contiguous(), uniform)
+    parts = [
+        head.logits(row[None], first, first + BLOCK)[0][0] / temperature
+        for row, first in zip(states.to(wide), (block * BLOCK).tolist(), strict=True)
+    ]
+    inside = nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=-torch.inf)
+    position, _ = _search(torch.softmax(inside.double(), -1), share)
+    return block * BLOCK + position
+
+
+def _search(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """The column of each row that its number in [0, 1) falls into, and where inside it, again in [0, 1).
+
+    Raises:
+        DataError: a row's weights have no finite sum.
+    """
+    sums = weights.cumsum(-1)
+    if not bool(sums[:, -1].isfinite().all()):
+        raise DataError("the model's logits are not finite, so nothing can be drawn; its training has diverged")
+    target = uniform.to(torch.float64)[:, None] * sums[:, -1:]
+    # Rounding can point past the last column with weight: take that one.
+    last = torch.searchsorted(sums, sums[:, -1:].clone())
+    column = torch.minimum(torch.searchsorted(sums, target, right=True), last)
+    width = weights.gather(-1, column)
+    share = (target - (sums.gather(-1, column) - width)) / width
+    return column.squeeze(-1), share.squeeze(-1).clamp(0, 1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _nucleus(z: Tensor, top_p: float) -> Tensor:
+    """Keep the smallest set of most likely tokens whose probability reaches top_p."""
+    ordered, order = _wide(z).sort(dim=-1, descending=True)
+    mass = ordered.softmax(-1)
+    outside = (mass.cumsum(-1) - mass) >= top_p
+    return torch.empty_like(ordered).scatter_(-1, order, ordered.masked_fill(outside, -torch.inf))
+
+
+def uniforms(seed: int, key: int, draw: int, count: int) -> np.ndarray:
+    """The uniform numbers of one completion, from a counter-based generator of its own."""
+    return np.random.Generator(np.random.Philox(key=derived_seed(seed, "generate", key, draw))).random(count)
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    prompt_ids: Sequence[Sequence[int]],
+    *,
+    keys: Sequence[int],
+    draw: int,
+    seed: int,
+    max_new_tokens: int,
+    eos_token_ids: Collection[int],
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int | None = None,
+    batch_size: int = 128,
+    description: str = "Generating",
+) -> list[list[int]]:
+    """Sample one completion per prompt.
+
+    Args:
+        model: a causal language model, or a PEFT wrapper of one.
+        prompt_ids: token ids of the prompts, not empty.
+        keys: one number per prompt that names it for the random numbers (its id in the corpus).
+        draw: which of several completions of the same prompt this is.
+        eos_token_ids: end tokens; the one that was sampled is kept at the end of the completion.
+        batch_size: prompts at once; it changes the speed alone (up to rounding in half precision).
+
+    Returns:
+        Completion ids in the order of the prompts, at most ``max_new_tokens`` each.
+    """
+    if any(not len(ids) for ids in prompt_ids):
+        raise ConfigError("a prompt has no token: give every prompt at least the beginning-of-text token")
+    sampling = Sampling(temperature, top_p, top_k)
+    inner = unwrapped(model)
+    check_reading(inner)
+    longest = max((len(ids) for ids in prompt_ids), default=0) + max_new_tokens
+    check_positions(inner, longest, "lower max_new_tokens, or leave out the longest prompts")
+    order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
+    completions: list[list[int]] = [[] for _ in prompt_ids]
+    with evaluating(model), bar(description, len(order) * max_new_tokens) as advance:
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            numbers = np.stack([uniforms(seed, keys[i], draw, max_new_tokens) for i in rows])
+            batch = _Batch(inner, [prompt_ids[i] for i in rows], numbers, eos_token_ids)
+            for _ in range(max_new_tokens):
+                if not batch.step(sampling):
+                    break
+                advance(len(rows))
+            advance(len(rows) * (max_new_tokens - batch.position))
+            for i, ids in zip(rows, batch.completions, strict=True):
+                completions[i] = ids
+    return completions
+
+
+class _Batch:
+    """Rows that are being continued. A row that has ended leaves the batch with the next clearing out."""
+
+    def __init__(
+        self, model: nn.Module, prompts: list[Sequence[int]], numbers: np.ndarray, eos_token_ids: Collection[int]
+    ) -> None:
+        self.model, self.head = model, Head.of(model)
+        self.device = self.head.weight.device
+        self.numbers = torch.from_numpy(numbers).to(self.device)
+        self.ends = torch.tensor(sorted(eos_token_ids), device=self.device)
+        self.completions: list[list[int]] = [[] for _ in prompts]
+        self.alive = torch.ones(len(prompts), dtype=torch.bool, device=self.device)
+        self.rows = torch.arange(len(prompts), device=self.device)
+        length = max(map(len, prompts))
+        self.ids = torch.tensor([[0] * (length - len(p)) + [*p] for p in prompts], device=self.device)
+        self.mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        self.cache = growing_cache(model)
+        self.position = 0
+
+    def step(self, sampling: Sampling) -> bool:
+        """Sample the next token of every row; False when all have ended."""
+        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -self.ids.shape[1] :]
+        states = self.model.base_model(  # type: ignore[operator]
+            input_ids=self.ids, attention_mask=self.mask, position_ids=positions, cache=self.cache, use_cache=True
+        ).last_hidden_state[:, -1]
+        states = states.to(self.head.weight.dtype)
+        tokens = sampling.draw_from(self.head, states, self.numbers[self.rows, self.position])
+        self.position += 1
+        for row, token, alive in zip(self.rows.tolist(), tokens.tolist(), self.alive.tolist(), strict=True):
+            if alive:
+                self.completions[row].append(token)
+        self.alive &= ~torch.isin(tokens, self.ends)
+        self.ids = tokens[:, None]
+        self.mask = torch.cat([self.mask, torch.ones_like(self.ids)], dim=-1)
+        count = int(self.alive.sum())
+        if count and count <= 0.75 * len(self.alive):  # moving the cache costs about a step
+            self._clear_out()
+        return count > 0
+
+    def _clear_out(self) -> None:
+        kept = self.alive.nonzero().squeeze(-1)
+        self.cache.batch_select_indices(kept)
+        self.rows, self.ids, self.mask, self.alive = (x[kept] for x in (self.rows, self.ids, self.mask, self.alive))

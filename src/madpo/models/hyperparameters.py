@@ -1,0 +1,113 @@
+"""What a training is told: the size of its adapter, AdamW and its schedule. No torch until one begins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from madpo.core.config import Frozen
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from torch import nn
+
+CHECKPOINTS = "checkpoints"
+
+Pooling = Literal["last", "mean"]
+"""Where a reward model reads its reward: the state of the last token, or the mean of the completion's states."""
+
+Schedule = Literal[
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"
+]
+"""Those of transformers that need no options of their own."""
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class LoRA(Frozen):
+    """A low-rank adapter."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32, gt=0)
+    """The update is scaled by alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """0 makes the log-ratios exactly 0 before the first step."""
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Modules to adapt; the output head never is. ``all-linear`` is every linear layer of the language model and the
+    weights of its experts, without routers (:mod:`madpo.models.adapters`)."""
+
+    def peft_config(self, task: Literal["CAUSAL_LM", "SEQ_CLS"], model: nn.Module) -> LoraConfig:
+        """The same for PEFT, on ``model``; a reward model's head trains in full and is saved with the adapter."""
+        from madpo.models.adapters import adapter_config
+
+        return adapter_config(self, model, task)
+
+
+class Optimisation(Frozen):
+    """AdamW and its schedule, the same for every training of the study."""
+
+    learning_rate: float = Field(gt=0)
+    epochs: float = Field(gt=0)
+    batch_size: int = Field(ge=1)
+    """Examples (or pairs) per optimiser step."""
+    micro_batch_size: int | None = Field(default=None, ge=1, exclude=True)
+    """Examples per forward pass; None is the whole batch. Without dropout the result depends on it in
+    last digits only; dropout draws other masks."""
+    warmup: float = Field(default=0.03, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises."""
+    schedule: Schedule = "cosine"
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
+    weight_decay: float = Field(default=0.01, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    checkpoint_every: int = Field(default=25, ge=0, exclude=True)
+    """Optimiser steps between two checkpoints, from which a killed training continues; 0 is none."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> Optimisation:
+        if self.batch_size % self.per_pass:
+            raise ValueError(
+                f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}; give a "
+                "divisor of batch_size"
+            )
+        return self
+
+    @property
+    def per_pass(self) -> int:
+        """Examples of one forward pass."""
+        return min(self.micro_batch_size or self.batch_size, self.batch_size)
+
+    def arguments(self, out: Path, seed: int) -> dict[str, Any]:
+        """The same as keyword arguments of any transformers training configuration."""
+        import torch
+
+        from madpo.models.load import compute_dtype
+
+        return {
+            "output_dir": str(out / CHECKPOINTS),
+            "learning_rate": self.learning_rate,
+            "num_train_epochs": self.epochs,
+            "per_device_train_batch_size": self.per_pass,
+            "per_device_eval_batch_size": self.per_pass,
+            "gradient_accumulation_steps": self.batch_size // self.per_pass,
+            "warmup_steps": self.warmup,
+            "lr_scheduler_type": self.schedule,
+            "adam_beta1": self.betas[0],
+            "adam_beta2": self.betas[1],
+            "weight_decay": self.weight_decay,
+            "max_grad_norm": self.max_grad_norm,
+            "seed": seed,
+            "data_seed": seed,
+            "logging_steps": 1,
+            "save_strategy": "steps" if self.checkpoint_every else "no",
+            "save_steps": self.checkpoint_every or 1,
+            "save_total_limit": 2,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+            "activation_checkpointing": False,
+            "use_cpu": not torch.accelerator.is_available(),
+            "bf16": compute_dtype() is torch.bfloat16,
+            "disable_dropout": False,
+        }

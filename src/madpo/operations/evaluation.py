@@ -1,0 +1,339 @@
+"""``madpo evaluate``: what a policy writes to a user's prompts, against its reference, by any reward model."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from madpo.core.config import Frozen
+from madpo.core.errors import ConfigError, first_line
+from madpo.core.metrics import Estimate, Metrics
+from madpo.core.statistics import bootstrap_mean, bootstrap_share, paired_difference, proportion
+from madpo.core.storage import write_atomically
+from madpo.data.messages import Text
+from madpo.data.rows import Pair
+from madpo.data.tokens import Encoder
+from madpo.models.engine.responses import divergence, end_tokens, respond
+from madpo.models.load import load_model, load_tokenizer, resolve_model
+from madpo.models.locate import refuse_fetching
+from madpo.models.packaged import PACKAGED
+from madpo.models.untrusted import adapter_base
+from madpo.operations.pages import write_samples_page
+from madpo.operations.prompts import Prompt, read_prompts
+from madpo.operations.reward_model import load_pair_encoder, load_scorer, plain, reward_model_digest
+from madpo.operations.running import digest, load_report, run_in_folder
+from madpo.operations.settings import EvaluateSettings
+from madpo.operations.study_evaluation import distinct
+from madpo.runner.operation import operation
+
+
+class Side(Frozen):
+    """One model's responses."""
+
+    reward: Estimate
+    length: Estimate
+    """Tokens, the end token included."""
+    distinct_1: float
+    distinct_2: float
+    ended_share: float
+    """Responses that ended before max_new_tokens."""
+
+
+class EvaluateReport(Frozen):
+    """What :func:`evaluate` measured; intervals are over prompts."""
+
+    policy: str
+    reference: str
+    prompts: int
+    samples_per_prompt: int
+    prompts_digest: str | None
+    policy_digest: str | None
+    reference_digest: str | None
+    reward_model_digest: str | None
+    """SHA-256 of what was measured, and with what; None for what lies on the hub."""
+    win_rate: Estimate
+    """Share of responses with a higher reward than the reference's to the same prompt; ties count half."""
+    reward_difference: Estimate
+    kl: Estimate
+    """KL(policy || reference) per response, nats, summed over its tokens."""
+    policy_side: Side
+    reference_side: Side
+    settings: EvaluateSettings
+
+    def text(self) -> str:
+        """A table for a person."""
+        w, d = self.win_rate, self.reward_difference
+        lines = [
+            f"{self.prompts} prompts, {self.samples_per_prompt} response{'s' * (self.samples_per_prompt > 1)} each",
+            f"win rate {w.mean:.1%} (95 % interval {w.low:.1%} to {w.high:.1%}), reward difference {_interval(d)}",
+            f"{'':12}{'policy':>28}{'reference':>28}",
+        ]
+        for name in ("reward", "length"):
+            sides = [_interval(getattr(side, name)) for side in (self.policy_side, self.reference_side)]
+            lines.append(f"{name:12}{sides[0]:>28}{sides[1]:>28}")
+        lines.append(f"{'KL (nats)':12}{_interval(self.kl):>28}{'0':>28}")
+        for name in ("distinct_1", "distinct_2", "ended_share"):
+            numbers = [getattr(side, name) for side in (self.policy_side, self.reference_side)]
+            lines.append(f"{name:12}{numbers[0]:>28.3f}{numbers[1]:>28.3f}")
+        return "\n".join(lines)
+
+
+def _interval(e: Estimate) -> str:
+    return f"{e.mean:.3f} ({e.low:.3f} to {e.high:.3f})"
+
+
+def evaluate(
+    policy: str | Path,
+    prompts: str | Path,
+    output_dir: str | Path,
+    settings: EvaluateSettings,
+    *,
+    overwrite: bool = False,
+) -> EvaluateReport:
+    """Sample from policy and reference with common random numbers, and compare.
+
+    Writes ``evaluation.json``, ``samples.jsonl`` and ``samples.html`` (side by side).
+
+    Args:
+        policy: a folder of ``madpo train``, a PEFT adapter's folder, a model's folder, or a hub id.
+        prompts: rows with ``prompt`` (text or messages); of equal prompts the first counts.
+        output_dir: must not exist, or be empty.
+
+    Raises:
+        DataError, ConfigError, StorageError: one sentence; nothing is left behind.
+    """
+    place = find_policy(policy, settings.reference)
+    given = {"policy": policy, "prompts": prompts, "reward_model": settings.reward_model}
+    out = run_in_folder(
+        evaluate_responses,
+        settings,
+        given,
+        output_dir,
+        overwrite=overwrite,
+        memory="give a smaller --batch_size",
+        protected=[place.base, place.reference],
+    )
+    return load_report(out / "evaluation.json", EvaluateReport)
+
+
+@operation("evaluate_responses/1")
+def evaluate_responses(settings: EvaluateSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
+    """The operation behind :func:`evaluate`."""
+    place = find_policy(inputs["policy"], settings.reference)
+    asked = read_prompts(inputs["prompts"], settings.prompts)
+    prompts_digest = digest(inputs["prompts"])
+    samples = _responses(place, asked, settings)
+    chosen, rejected = load_scorer(settings.reward_model, batch_size=settings.score_batch_size).score_pairs(
+        [Pair(i, i, s.prompt, s.said[0], s.said[1], {}) for i, s in enumerate(samples)], "prompt", "row"
+    )
+    report = _report(place, settings, samples, chosen, rejected, prompts_digest)
+    lines = [_line(s, a, b) for s, a, b in zip(samples, chosen, rejected, strict=True)]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_atomically(out / "samples.jsonl", text)
+    write_samples_page(out / "samples.html", report, lines)
+    write_atomically(out / "evaluation.json", json.dumps(plain(report), indent=1) + "\n")
+    return {"win_rate": report.win_rate, "reward_difference": report.reward_difference, "kl": report.kl}
+
+
+class Place(NamedTuple):
+    """Where a policy and its reference are loaded from."""
+
+    name: str
+    base: str
+    adapter: Path | None
+    reference: str
+
+
+def find_policy(policy: str | Path, reference: str | None) -> Place:
+    """What to load for ``policy``.
+
+    Raises:
+        ConfigError: nothing says what the reference is, or it is not on this machine and only a folder names it.
+    """
+    folder = Path(policy).expanduser()
+    if (folder / "reward_model.json").is_file() or (folder.parent / "reward_model.json").is_file():
+        raise ConfigError(f"{policy} is a reward model, which rewards and cannot write; give a folder of madpo train")
+    made = folder / "config.toml"
+    started = _started_from(made) if made.is_file() else None
+    adapter = next((f for f in (folder / "adapter", folder) if (f / "adapter_config.json").is_file()), None)
+    if adapter is not None:
+        if started is not None and _moved(started):
+            said, started = started, adapter_base(adapter)
+            if _moved(started):
+                raise ConfigError(f"{made}: model is {said!r}, which is there no more; write where it is now")
+        started = started or adapter_base(adapter)
+        base = started
+    else:
+        base = str(folder / "model") if (folder / "model" / "config.json").is_file() else str(policy)
+    for name in {base, reference or started or base} - {reference, str(policy)}:  # what only the folder names
+        refuse_fetching(resolve_model(name), folder, f", or give --reference {name}")
+    if (reference := reference or started) is None:
+        if not folder.exists() and str(policy) not in PACKAGED:
+            raise ConfigError(
+                f"there is no folder {str(policy)!r}; give a folder of madpo train, or a hub id with --reference"
+            )
+        raise ConfigError(f"{policy} does not say which model it started from; give it with --reference")
+    return Place(str(policy), str(base), adapter, str(reference))
+
+
+def _moved(model: str) -> bool:
+    """Whether a model was a folder and is there no more."""
+    path = Path(model).expanduser()
+    return path.is_absolute() and not path.exists()
+
+
+def _started_from(made: Path) -> str | None:
+    try:
+        model = tomllib.loads(made.read_text(encoding="utf-8")).get("model")
+    except (OSError, ValueError, RecursionError) as error:
+        reason = first_line(error, 120)
+        raise ConfigError(f"{made} cannot be read ({reason}); copy the folder again, or delete the file") from error
+    if model is not None and not isinstance(model, str):
+        raise ConfigError(f"{made}: model is {model!r}, not text; copy the folder again, or delete the file")
+    return model
+
+
+class Sample(NamedTuple):
+    """Two responses to a prompt, drawn with the same random numbers: the policy's and the reference's."""
+
+    prompt_id: int
+    sample: int
+    prompt: Text
+    texts: tuple[str, str]
+    tokens: tuple[int, int]
+    ended: tuple[bool, bool]
+    kl: float
+
+    @property
+    def said(self) -> tuple[Text, Text]:
+        """The responses in the form of the prompt."""
+        if isinstance(self.prompt, str):
+            return self.texts
+        first, second = ([{"role": "assistant", "content": text}] for text in self.texts)
+        return first, second
+
+
+def _responses(place: Place, prompts: Sequence[Prompt], settings: EvaluateSettings) -> list[Sample]:
+    source, base = resolve_model(place.reference), resolve_model(place.base)
+    tokenizer = load_tokenizer(source)
+    if load_tokenizer(base).get_vocab() != tokenizer.get_vocab():
+        raise ConfigError(f"{place.name} and {place.reference} have different tokenizers, so there is no KL")
+    encoder = Encoder(tokenizer)
+    prompt_ids = [encoder.prompt_ids(prompt.content, prompt.place) for prompt in prompts]
+    _refuse_unscored(prompts, settings)
+    reference, policy = load_model(source), load_model(base, adapter=place.adapter)
+    ends = {*end_tokens(reference, tokenizer), *end_tokens(policy, tokenizer)}
+    if any(isinstance(prompt.content, list) for prompt in prompts):
+        ends.add(encoder.end_id())
+    samples = []
+    for draw in range(settings.samples_per_prompt):
+        mine, theirs = (
+            respond(
+                model,
+                tokenizer,
+                prompt_ids,
+                settings,
+                keys=[prompt.prompt_id for prompt in prompts],
+                draw=draw,
+                ends=ends,
+                description=f"{who}: responses",
+            )
+            for model, who in ((policy, "Policy"), (reference, "Reference"))
+        )
+        written, size = [response.ids for response in mine], settings.score_batch_size
+        kl = divergence(policy, reference, prompt_ids, written, pad=tokenizer.pad_token_id, batch_size=size)[1]
+        samples += [
+            Sample(
+                prompt.prompt_id,
+                draw,
+                prompt.content,
+                (a.text, b.text),
+                (len(a.ids), len(b.ids)),
+                (a.ended, b.ended),
+                float(apart),
+            )
+            for prompt, a, b, apart in zip(prompts, mine, theirs, kl, strict=True)
+        ]
+    return samples
+
+
+def _refuse_unscored(prompts: Sequence[Prompt], settings: EvaluateSettings) -> None:
+    """Refuse what the reward model cannot score, before anything is generated for it.
+
+    Raises:
+        ConfigError, DataError: it is no reward model, or has no chat template, or that refuses a conversation.
+    """
+    encoder = load_pair_encoder(settings.reward_model)
+    for prompt in prompts:
+        answer: Text = "a" if isinstance(prompt.content, str) else [{"role": "assistant", "content": "a"}]
+        encoder.ids([Pair(prompt.prompt_id, 0, prompt.content, answer, answer, {})], prompt.place, "answer")
+
+
+def _report(
+    place: Place,
+    settings: EvaluateSettings,
+    samples: Sequence[Sample],
+    chosen: NDArray[Any],
+    rejected: NDArray[Any],
+    prompts_digest: str | None,
+) -> EvaluateReport:
+    clusters = np.array([s.prompt_id for s in samples])
+
+    def side(k: int, rewards: NDArray[Any]) -> Side:
+        texts = [s.texts[k] for s in samples]
+        return Side(
+            reward=bootstrap_mean(rewards, seed=settings.seed, clusters=clusters),
+            length=bootstrap_mean([s.tokens[k] for s in samples], seed=settings.seed, clusters=clusters),
+            distinct_1=distinct(texts, 1),
+            distinct_2=distinct(texts, 2),
+            ended_share=float(np.mean([s.ended[k] for s in samples])),
+        )
+
+    wins = np.where(chosen > rejected, 1.0, np.where(chosen < rejected, 0.0, 0.5))
+    single = settings.samples_per_prompt == 1
+    whole = single and not (wins == 0.5).any()
+    difference = chosen - rejected
+    return EvaluateReport(
+        policy=place.name,
+        reference=place.reference,
+        prompts=len(np.unique(clusters)),
+        samples_per_prompt=settings.samples_per_prompt,
+        prompts_digest=prompts_digest,
+        policy_digest=digest(place.name) or digest(resolve_model(place.base)),
+        reference_digest=digest(resolve_model(place.reference)),
+        reward_model_digest=reward_model_digest(settings.reward_model),
+        # Wilson's interval keeps its width where one side wins everything.
+        win_rate=proportion(int(wins.sum()), len(wins))
+        if whole
+        else bootstrap_share(wins, seed=settings.seed, clusters=clusters),
+        reward_difference=paired_difference(chosen, rejected, seed=settings.seed)
+        if single
+        else bootstrap_mean(difference, seed=settings.seed, clusters=clusters),
+        kl=bootstrap_mean([s.kl for s in samples], seed=settings.seed, clusters=clusters),
+        policy_side=side(0, chosen),
+        reference_side=side(1, rejected),
+        settings=settings,
+    )
+
+
+def _line(sample: Sample, mine: float, theirs: float) -> dict[str, Any]:
+    return {
+        "prompt_id": sample.prompt_id,
+        "sample": sample.sample,
+        "prompt": sample.prompt,
+        "response": sample.texts[0],
+        "reference_response": sample.texts[1],
+        "reward": float(mine),
+        "reference_reward": float(theirs),
+        "kl": sample.kl,
+        "tokens": sample.tokens[0],
+        "reference_tokens": sample.tokens[1],
+        "ended": sample.ended[0],
+        "reference_ended": sample.ended[1],
+    }

@@ -1,0 +1,273 @@
+"""A user's pairs for reward model and policy: token ids, and a split that no prompt crosses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from peft.utils.error import NoMatchingPeftModuleError
+
+from madpo.core.errors import ConfigError, DataError, StorageError
+from madpo.core.progress import say
+from madpo.core.seeding import rng
+from madpo.data import load_preferences
+from madpo.data.load import TooLong
+from madpo.data.messages import Text
+from madpo.data.rows import Pair
+from madpo.data.survey import Survey
+from madpo.data.templates import Clock
+from madpo.data.tokens import Encoder, Truncation, truncated
+from madpo.models.hyperparameters import CHECKPOINTS, LoRA
+from madpo.models.locate import load_tokenizer, resolve_model
+from madpo.runner.first_start import FILE, since_first_start
+
+Row = dict[str, Any]
+_TOGETHER = 64  # conversations rendered and tokenised at once
+
+
+@contextmanager
+def adapted(model: str, lora: LoRA) -> Iterator[None]:
+    """Tell in one sentence that an adapter finds no place in a model.
+
+    Raises:
+        ConfigError: in place of PEFT's error.
+    """
+    try:
+        yield
+    except NoMatchingPeftModuleError as error:
+        raise ConfigError(
+            f"lora.targets = {lora.targets!r}: the model {model!r} has no such modules; name linear layers of it, such "
+            "as q_proj, or take all-linear"
+        ) from error
+
+
+def prompt_key(prompt: Text) -> str:
+    """What makes two prompts the same."""
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, ensure_ascii=False)
+
+
+def load_split(
+    data: str | Path,
+    tokenizer: Any,
+    *,
+    eval_data: str | Path | None,
+    eval_share: float,
+    seed: int,
+    max_length: int | None = None,
+    truncation: Truncation = "drop",
+    too_long: TooLong | None = None,
+    clock: Clock | None = None,
+    model: str | None = None,
+    strict: bool = False,
+) -> tuple[list[Row], list[Row]]:
+    """Rows with token ids for training and for evaluation. Says in one line what a check would warn of.
+
+    Args:
+        eval_data: evaluation pairs of their own; else ``eval_share`` of the prompts of ``data`` is held out.
+        seed: of the split.
+        too_long: gathers what truncation did to the pairs of both.
+        clock: the date that the chat template prints; None is now.
+        model: the tokenizer's, as the user names it.
+        strict: take what a check would warn of for a mistake.
+
+    Raises:
+        DataError: as :func:`madpo.data.load_preferences`, or too few prompts to hold one out.
+    """
+    how: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "max_length": max_length,
+        "truncation": truncation,
+        "too_long": too_long,
+        "clock": clock,
+    }
+    survey, evaluation = Survey(), Survey()
+    rows = load_preferences(data, survey=survey, **how)
+    if eval_data is not None:
+        heldout = load_preferences(eval_data, survey=evaluation, **how)
+        survey.add_leaks(evaluation)
+    tell_findings(survey, str(data), model, strict=strict)
+    if eval_data is not None:
+        tell_findings(evaluation, str(eval_data), model, strict=strict)
+        return rows, heldout
+    if eval_share == 0:
+        return rows, []
+    train, heldout = split_by_prompt(rows, eval_share, seed, str(data))
+    return train, heldout
+
+
+def tell_findings(survey: Survey, data: str, model: str | None, *, strict: bool) -> None:
+    """Say in one line what a check would warn of.
+
+    Raises:
+        DataError: with ``strict``, the first finding.
+    """
+    if strict:
+        survey.refuse_findings()
+    if (line := survey.line(data, model)) is not None:
+        say(line)
+
+
+def started_clock(folder: Path, fixed: datetime | None = None) -> Clock:
+    """The date that chat templates print in the texts of a result: that of its first start, whenever it continues.
+
+    Args:
+        folder: what the first start fixes is kept there; it must outlive a kill.
+        fixed: a date of the user's choice.
+
+    Raises:
+        StorageError: the file that holds the date of the first start is damaged.
+    """
+    if fixed is not None:
+        return Clock(fixed)
+    started = since_first_start(folder, "started", lambda: Clock().now.isoformat())
+    try:
+        return Clock(datetime.fromisoformat(started))
+    except ValueError as error:
+        raise StorageError(f"{folder / FILE} is damaged ({error}); add --overwrite to begin anew") from error
+
+
+def tell_date(clock: Clock) -> None:
+    """Say which date is in the texts, where the chat template prints one."""
+    if (date := clock.text()) is not None:
+        say(
+            f"The chat template prints the date: {date} is in all texts, whenever this is continued (another result "
+            f"has it with --set date={date})"
+        )
+
+
+class Asked(Protocol):
+    """What the settings of every training say about model and data."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def eval_share(self) -> float: ...
+    @property
+    def date(self) -> datetime | None: ...
+    @property
+    def strict(self) -> bool: ...
+    @property
+    def truncation(self) -> Truncation: ...
+
+
+class Loaded(NamedTuple):
+    """A base model's place, its tokenizer, the pairs of both sides, what truncation did to them, and their date."""
+
+    base: Path | str
+    tokenizer: Any
+    train: list[Row]
+    heldout: list[Row]
+    too_long: TooLong
+    clock: Clock
+
+
+def load_training(
+    settings: Asked,
+    data: str | Path,
+    eval_data: str | Path | None,
+    out: Path,
+    *,
+    seed: int,
+    max_length: int | None,
+) -> Loaded:
+    """Find the base model and read its pairs.
+
+    Args:
+        out: the folder in which the result is made.
+
+    Raises:
+        ConfigError: the model cannot be loaded.
+        DataError: as :func:`load_split`.
+    """
+    base = resolve_model(settings.model)
+    tokenizer = load_tokenizer(base)
+    too_long, clock = TooLong(), started_clock(out / CHECKPOINTS, settings.date)
+    train, heldout = load_split(
+        data,
+        tokenizer,
+        eval_data=eval_data,
+        eval_share=settings.eval_share,
+        seed=seed,
+        max_length=max_length,
+        truncation=settings.truncation,
+        too_long=too_long,
+        clock=clock,
+        model=settings.model,
+        strict=settings.strict,
+    )
+    tell_date(clock)
+    return Loaded(base, tokenizer, train, heldout, too_long, clock)
+
+
+def encoded_rows(
+    pairs: Sequence[Pair],
+    tokenizer: Any,
+    name: str,
+    max_length: int | None,
+    truncation: Truncation,
+    clock: Clock | None = None,
+) -> list[Row]:
+    """Rows with token ids for some pairs of a data set; what is too long is dropped, cut or refused.
+
+    Raises:
+        DataError: the chat template refuses a conversation, or no pair fits.
+    """
+    encoder = Encoder(tokenizer, clock)
+    rows: list[Row] = []
+    for start in range(0, len(pairs), _TOGETHER):
+        chunk = pairs[start : start + _TOGETHER]
+        for pair, encoded in zip(chunk, encoder.encode(chunk, name, "row"), strict=True):
+            if isinstance(encoded, DataError):
+                raise encoded
+            kept = encoded if max_length is None else truncated(encoded, max_length, truncation)
+            if kept is None and truncation == "refuse":
+                raise DataError(f"{name}, pair {pair.pair_id}: has more than max_length {max_length} tokens; raise it")
+            if kept is not None:
+                ids = {column: getattr(kept, column) for column in ("prompt_ids", "chosen_ids", "rejected_ids")}
+                rows.append({"pair_id": pair.pair_id, "prompt": pair.prompt, **ids})
+    if not rows:
+        raise DataError(f"{name}: no pair fits into max_length {max_length}; raise it")
+    return rows
+
+
+def split_by_prompt(rows: Sequence[Row], share: float, seed: int, name: str) -> tuple[list[Row], list[Row]]:
+    """Hold out about ``share`` of the rows, whole prompts at a time: (the others, held out), each in its order.
+
+    Raises:
+        DataError: all rows have one prompt.
+    """
+    keys = [prompt_key(row["prompt"]) for row in rows]
+    prompts = sorted(set(keys))
+    if len(prompts) < 2:
+        raise DataError(f"{name}: all pairs have one prompt, so none can be held out; give eval_data")
+    counts = dict.fromkeys(prompts, 0)
+    for key in keys:
+        counts[key] += 1
+    aside: set[str] = set()
+    taken = 0
+    for i in rng(seed, "split").permutation(len(prompts)):
+        if aside and (taken >= share * len(rows) or len(aside) == len(prompts) - 1):
+            break
+        aside.add(prompts[i])
+        taken += counts[prompts[i]]
+    kept = [row for row, key in zip(rows, keys, strict=True) if key not in aside]
+    return kept, [row for row, key in zip(rows, keys, strict=True) if key in aside]
+
+
+def folds_by_prompt(prompts: Iterable[str], folds: int, seed: int, name: str) -> list[int]:
+    """A fold from 0 for every row, the same for the same prompt, of about equal sizes.
+
+    Raises:
+        ConfigError: there are fewer prompts than folds.
+    """
+    keys = list(prompts)
+    distinct = sorted(set(keys))
+    if len(distinct) < folds:
+        raise ConfigError(f"folds is {folds}, but {name} has only {len(distinct)} different prompts; use fewer folds")
+    order = rng(seed, "folds").permutation(len(distinct))
+    fold = {distinct[prompt]: place % folds for place, prompt in enumerate(order)}
+    return [fold[key] for key in keys]

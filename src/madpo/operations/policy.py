@@ -1,0 +1,348 @@
+"""``madpo train``: a policy from a user's pairs with any preference loss, as an adapter, merged, or in full."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
+from transformers.pytorch_utils import Conv1D
+
+from madpo.core import processes
+from madpo.core.config import Frozen, did_you_mean
+from madpo.core.errors import ConfigError, DataError
+from madpo.core.metrics import Metrics
+from madpo.core.storage import write_atomically
+from madpo.data.templates import Clock
+from madpo.losses import LossConfig
+from madpo.models.adapters import adapter_text
+from madpo.models.engine.logprobs import unwrapped
+from madpo.models.hyperparameters import CHECKPOINTS
+from madpo.models.load import load_model, load_quantised, merge_adapter, resolve_model
+from madpo.models.locate import lasting
+from madpo.models.packaged import quiet_transformers
+from madpo.operations.arguments import written_arguments
+from madpo.operations.card import model_card
+from madpo.operations.inputs import Row, adapted, load_training
+from madpo.operations.running import digest, load_report, run_in_folder, toml
+from madpo.operations.train_settings import TrainSettings
+from madpo.runner.first_start import since_first_start
+from madpo.runner.operation import operation
+from madpo.training import PreferenceConfig, PreferenceTrainer
+from madpo.training.columns import ID_COLUMNS, PAIR_COLUMNS, REFERENCE_COLUMNS
+from madpo.training.identity import BATCH, decisive_arguments
+from madpo.training.run import run_training
+
+CONFIG_HEADING = "# madpo train "
+TRACKED = "runs"
+"""Where transformers lets TensorBoard write, seen from the folder of the checkpoints."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DEFAULTS: dict[str, Any] = {
+    **{"save_strategy": "steps", "save_steps": 100, "save_total_limit": 2},
+    **{"report_to": "none", "disable_tqdm": True},
+}
+
+
+MEMORY_REMEDY = (
+    "halve --batch_size and double --args.gradient_accumulation_steps, which leaves the result as it is unless "
+    "--lora.dropout is on, or lower --max_length"
+)
+
+
+class TrainReport(Frozen):
+    """What :func:`train` did. Evaluation numbers are the trainer's, by its names; empty without held-out pairs."""
+
+    pairs: int
+    eval_pairs: int
+    steps: int
+    loss: float
+    """Mean over the training."""
+    evaluation: dict[str, float]
+    dropped: int
+    """Pairs of more than max_length tokens that were left out; ``dropped.jsonl`` names them."""
+    cut: int
+    """Pairs whose completions were cut to max_length."""
+    data_digest: str | None
+    """SHA-256 of the data; None for a data set of the hub."""
+    model_digest: str | None
+    """SHA-256 of the files of the base model, or its commit on the hub."""
+    adapter: str | None = None
+    """Which weights the adapter changes, and their share of the model's parameters; None in full training."""
+
+    def text(self) -> str:
+        """The report for a person."""
+        lines = [f"{self.pairs} pairs, {self.steps} steps, mean loss {self.loss:.4f}"]
+        if self.dropped or self.cut:
+            lines.append(f"longer than max_length: {self.dropped} pairs dropped (dropped.jsonl), {self.cut} cut")
+        if self.evaluation:
+            lines.append(f"on {self.eval_pairs} held-out pairs:")
+            lines += [f"    {name}  {value:.4f}" for name, value in self.evaluation.items()]
+        return "\n".join(lines)
+
+
+def train(
+    data: str | Path,
+    output_dir: str | Path,
+    settings: TrainSettings,
+    *,
+    eval_data: str | Path | None = None,
+    overwrite: bool = False,
+) -> TrainReport:
+    """Train a policy on preference pairs with the loss of ``settings``.
+
+    Writes ``adapter`` (or ``model`` in full training; with ``merge`` also ``merged``), ``README.md``, ``report.json``,
+    ``log.jsonl``, ``config.toml`` and, where pairs were too long, ``dropped.jsonl``; TensorBoard's files, where it is
+    asked for, are in ``runs``. The folder appears when all is done. An interrupted training is continued by the same
+    call, from the newest checkpoint (``args.save_steps`` says how often there is one); checkpoints are no part of the
+    result.
+
+    Args:
+        data: as in :func:`madpo.data.load_preferences`, with the columns that the loss reads.
+        output_dir: must not exist, or be empty.
+        eval_data: held-out pairs; without it ``settings.eval_share`` of the pairs is held out.
+        overwrite: replace what is in ``output_dir``.
+
+    Raises:
+        DataError, ConfigError, StorageError: one sentence; nothing is left behind.
+    """
+    inputs = {"data": data, "eval_data": eval_data, "model": settings.model}
+    out = run_in_folder(train_pairs, settings, inputs, output_dir, overwrite=overwrite, memory=MEMORY_REMEDY)
+    return load_report(out / "report.json", TrainReport)
+
+
+@operation("train_pairs/1")
+def train_pairs(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
+    """The operation behind :func:`train`."""
+    data, eval_data = str(inputs["data"]), inputs.get("eval_data")
+    args = trainer_arguments(settings, out, evaluated=eval_data is not None or settings.eval_share > 0)
+    args.precompute_ref_batch_size = _reference_batch(args, out)
+    base, tokenizer, rows, heldout, too_long, clock = load_training(
+        settings, data, eval_data, out, seed=args.seed, max_length=args.max_length
+    )
+    require_columns(rows, settings.loss, str(data))
+    if heldout:
+        require_columns(heldout, settings.loss, str(eval_data or data))
+    trainer = build_trainer(settings, args, base, tokenizer, rows, heldout)
+    if trainer.sharded and settings.merge:
+        raise ConfigError(
+            "--merge needs the whole model in one process, and FSDP or DeepSpeed has split it; leave --merge out "
+            "and fold the adapter in afterwards with PEFT's merge_and_unload"
+        )
+    # The trainer knows by itself what of its arguments decides the result.
+    result = run_training(trainer, settings.model_copy(update={"args": {}}), f"Training ({settings.loss.kind})", out)
+    evaluation = _evaluation(trainer) if heldout else {}
+    report = TrainReport(
+        pairs=len(trainer.train_dataset),
+        eval_pairs=len(trainer.eval_dataset) if heldout else 0,
+        steps=int(result.global_step),
+        loss=float(result.training_loss),
+        evaluation=evaluation,
+        dropped=len(too_long.dropped),
+        cut=too_long.cut,
+        data_digest=digest(data),
+        model_digest=model_digest(base, trainer.model),
+        adapter=adapter_text(trainer.model),
+    )
+    _save(trainer, settings, tokenizer, out)
+    if not processes.leads():
+        return {}
+    if (tracked := out / CHECKPOINTS / TRACKED).is_dir():  # checkpoints are no part of the result, and these are
+        shutil.copytree(tracked, out / TRACKED, dirs_exist_ok=True)
+    if too_long.dropped:
+        write_atomically(out / "dropped.jsonl", too_long.lines())
+    card = model_card(data=data, eval_data=eval_data, settings=settings, report=report)
+    write_atomically(out / "README.md", card)
+    write_atomically(out / "report.json", report.model_dump_json(indent=1) + "\n")
+    write_atomically(out / "config.toml", resolved(data, settings, clock))
+    return {"pairs": report.pairs, "steps": report.steps, "loss": report.loss, **evaluation}
+
+
+def require_columns(rows: Sequence[Row], loss: LossConfig, name: str) -> None:
+    """Refuse pairs that lack a column which the loss reads.
+
+    Raises:
+        DataError: naming the command that adds it.
+    """
+    kind = getattr(loss, "kind", type(loss).__name__)
+    for column in sorted(set(loss.needs) & set(PAIR_COLUMNS)):
+        if column in rows[0]:
+            continue
+        remedy = f"add it: madpo score {name} --reward_model DIR --output_dir DIR"
+        if column == "reward_margin" and "chosen_score" in rows[0]:
+            remedy += ", or with the scores that are there: --score_columns chosen_score rejected_score"
+        elif column == "weight":
+            remedy = "add it to the data"
+        raise DataError(f"{name}: has no column {column!r}, which the loss {kind} reads; {remedy}")
+
+
+def trainer_arguments(settings: TrainSettings, out: Path, *, evaluated: bool) -> PreferenceConfig:
+    """The trainer's arguments; checkpoints go into ``out``.
+
+    Raises:
+        ConfigError: values that do not fit together, in one sentence.
+    """
+    given = {**_DEFAULTS, **settings.args}
+    if given.get("eval_strategy", "no") != "no" and not evaluated:
+        raise ConfigError(f"args.eval_strategy = {given['eval_strategy']!r} needs eval_data or eval_share")
+    refuse_missing_trackers(given["report_to"])
+    if not torch.cuda.is_available():
+        given.setdefault("dataloader_pin_memory", False)
+    try:
+        return PreferenceConfig(output_dir=str(out / CHECKPOINTS), **given)
+    except (ValueError, TypeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"args: {(str(error).splitlines() or ['?'])[0]}; change the arguments") from error
+
+
+def decisive(settings: TrainSettings) -> dict[str, Any]:
+    """What of the settings decides the result: of the two that split a step into micro-batches, their product alone."""
+    values = {**_DEFAULTS, **settings.args}
+    defaults = {field.name: field.default for field in dataclasses.fields(PreferenceConfig)}
+    pairs, micro_batches = (int(values.get(name, defaults[name])) for name in BATCH)
+    found = settings.model_dump(mode="json")
+    return {**found, "args": decisive_arguments(values), "batch": pairs * micro_batches * processes.count()}
+
+
+def _reference_batch(args: PreferenceConfig, out: Path) -> int:
+    """Pairs per batch in which the reference is computed: as at the training's first start, since it decides digits.
+
+    So a training that goes on with another split of its steps keeps its reference.
+    """
+    asked = int(args.precompute_ref_batch_size or args.per_device_train_batch_size)
+    return since_first_start(out / CHECKPOINTS, "reference_batch", lambda: asked)
+
+
+def refuse_missing_trackers(names: str | Sequence[str] | None) -> None:
+    """Refuse trackers that transformers does not know, or whose package is absent.
+
+    Raises:
+        ConfigError: naming those that are there.
+    """
+    installed = get_available_reporting_integrations()
+    for name in [names] if isinstance(names, str) else names or ():
+        if name in ("all", "none", *installed):
+            continue
+        known = name in INTEGRATION_TO_CALLBACK
+        remedy = f"pip install {name}" if known else (did_you_mean(name, list(INTEGRATION_TO_CALLBACK)) or "")
+        there = f"; installed are {', '.join(installed)}" if installed else ""
+        raise ConfigError(
+            f"report_to names {name!r}, {'which is not installed; ' if known else 'which is no tracker'}{remedy}{there}"
+        )
+
+
+def build_trainer(
+    settings: TrainSettings,
+    args: PreferenceConfig,
+    base: Path | str,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    heldout: Sequence[Row],
+) -> PreferenceTrainer:
+    """The trainer of ``settings``: the model, its adapter, and the rows with token ids."""
+    model = load_quantised(base) if settings.qlora else load_model(base, dtype=_dtype(settings))
+    if not settings.full:
+        _refuse_head(model, settings)
+    torch.manual_seed(args.seed)  # the adapter starts at random
+    with quiet_transformers(), adapted(settings.model, settings.lora):
+        return PreferenceTrainer(
+            model,
+            args=args,
+            loss=settings.loss,
+            train_dataset=as_dataset(rows),
+            eval_dataset=as_dataset(heldout) if heldout else None,
+            processing_class=tokenizer,
+            peft_config=None if settings.full else settings.lora.peft_config("CAUSAL_LM", model),
+        )
+
+
+def _refuse_head(model: nn.Module, settings: TrainSettings) -> None:
+    """Refuse an adapter on the output head, whose weight the log-probabilities read directly.
+
+    Raises:
+        ConfigError: naming the linear layers that can be adapted.
+    """
+    targets = settings.lora.targets
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    names = {name: module for name, module in model.named_modules() if name}
+    heads = [name for name, module in names.items() if module is head]
+    if isinstance(targets, str) or not any(f".{name}".endswith(f".{target}") for name in heads for target in targets):
+        return
+    linear = (name for name, module in names.items() if isinstance(module, nn.Linear | Conv1D) and module is not head)
+    possible = sorted({name.rsplit(".", 1)[-1] for name in linear})
+    raise ConfigError(
+        f"lora.targets = {targets!r}: the output head {heads[0]} is never a target; name some of "
+        f"{', '.join(possible)}, or take all-linear"
+    )
+
+
+def _dtype(settings: TrainSettings) -> torch.dtype | None:
+    return DTYPES.get(settings.dtype, torch.float32 if settings.full else None)
+
+
+def model_digest(base: Path | str, model: nn.Module) -> str | None:
+    """What the base model was: SHA-256 of its folder's files, or its commit on the hub."""
+    commit = getattr(getattr(unwrapped(model), "config", None), "_commit_hash", None)
+    return digest(base) or commit
+
+
+def as_dataset(rows: Sequence[Row]) -> Dataset:
+    """The columns that the trainer reads."""
+    columns = [name for name in ("pair_id", *ID_COLUMNS, *PAIR_COLUMNS, *REFERENCE_COLUMNS) if name in rows[0]]
+    return Dataset.from_dict({name: [row[name] for row in rows] for name in columns})
+
+
+def _evaluation(trainer: PreferenceTrainer) -> dict[str, float]:
+    timing = ("runtime", "per_second", "epoch", "num_tokens")
+    found = trainer.evaluate()
+    logged = {**next((row for row in reversed(trainer.state.log_history) if "eval_loss" in row), {}), **found}
+    return {k: float(v) for k, v in logged.items() if k.startswith("eval_") and not k.endswith(timing)}
+
+
+def _save(trainer: PreferenceTrainer, settings: TrainSettings, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+    with quiet_transformers():
+        if trainer.sharded:  # every process gives its part
+            trainer.save_model(str(out / ("model" if settings.full else "adapter")))
+            return
+        if not processes.leads():
+            return
+        if settings.full:
+            model: nn.Module = unwrapped(trainer.model)
+            vars(model).pop("forward", None)  # an installed completion head belongs to the object, not to the weights
+            model.save_pretrained(out / "model")  # type: ignore[operator]
+            tokenizer.save_pretrained(out / "model")
+            return
+        trainer.model.save_pretrained(out / "adapter", safe_serialization=True)
+        tokenizer.save_pretrained(out / "adapter")
+        if settings.merge:
+            model = trainer.model
+            if settings.qlora:  # the sum is taken with the weights as they were before they had 4 bits
+                model = load_model(resolve_model(settings.model), dtype=_dtype(settings), adapter=out / "adapter")
+            merge_adapter(model, out / "merged", tokenizer)
+
+
+def resolved(data: str | Path, settings: TrainSettings, clock: Clock | None = None) -> str:
+    """The configuration as TOML, with every default that is ours: ``madpo train DATA --config`` repeats it.
+
+    Args:
+        clock: of the training, which the configuration fixes if the chat template prints a date.
+    """
+    resolved = settings.model_dump(mode="json")
+    if clock is not None and clock.read:
+        resolved["date"] = clock.text()
+    if settings.full:
+        resolved.pop("lora")
+    resolved["model"] = lasting(settings.model)
+    resolved["args"] = written_arguments({**_DEFAULTS, **settings.args})
+    return f"{CONFIG_HEADING}{json.dumps(str(data))} --config config.toml --output_dir DIR\n{toml(resolved)}"

@@ -1,0 +1,58 @@
+"""A user's prompts: rows of any source with text or messages, each prompt once."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+from madpo.core.errors import DataError
+from madpo.data.messages import Text, refuse_unread_columns
+from madpo.data.prompts import PromptColumns, whole_prompt
+from madpo.data.sources import described, open_source
+from madpo.operations.inputs import prompt_key
+
+
+class Prompt(NamedTuple):
+    """A prompt, and where it stands."""
+
+    prompt_id: int
+    """Index of its row, from 0."""
+    content: Text
+    place: str
+    """For messages, such as ``prompts.jsonl, line 7``."""
+
+
+def read_prompts(data: str | Path, count: int | None = None) -> list[Prompt]:
+    """The prompts of a data set, or its first ``count``; of equal ones the first.
+
+    Raises:
+        DataError: a row without a prompt, or fewer prompts than asked for.
+    """
+    source = open_source(data)
+    found: dict[str, Prompt] = {}
+    with closing(source.rows):
+        for index, (number, raw) in enumerate(source.rows):
+            if isinstance(raw, DataError):
+                raise raw
+            place = source.at(number)
+            names = PromptColumns.found_in(raw).question
+            if not names:
+                listed = ", ".join(map(repr, list(raw)[:12]))
+                raise DataError(f"{place}: has no 'prompt' (found {listed}); rename the column that holds it")
+            content = whole_prompt(raw, raw, place)
+            if not content:
+                raise DataError(f"{place}: {names[0]} is {described(raw[names[0]])}; fill it in or drop the row")
+            if isinstance(content, list):
+                refuse_unread_columns(raw, place)
+            first = next(iter(found.values()), None)
+            if first is not None and isinstance(content, str) != isinstance(first.content, str):
+                raise DataError(f"{place}: text and messages are mixed; use one form in the whole file")
+            found.setdefault(prompt_key(content), Prompt(index, content, place))
+            if count is not None and len(found) == count:
+                break
+    if not found:
+        raise DataError(f"{source.name}: has no rows; give at least one prompt")
+    if count is not None and len(found) < count:
+        raise DataError(f"{source.name}: has only {len(found)} different prompts, but {count} are asked for")
+    return list(found.values())

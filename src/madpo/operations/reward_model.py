@@ -1,0 +1,377 @@
+"""``madpo reward``: a Bradley-Terry reward model from a user's pairs; and any reward model, ready to score pairs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from math import ceil
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from datasets import Dataset
+from numpy.typing import NDArray
+from pydantic import BaseModel
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from madpo.core.config import Frozen
+from madpo.core.errors import ConfigError, DataError
+from madpo.core.metrics import Estimate, Metrics
+from madpo.core.progress import say
+from madpo.core.statistics import bootstrap_mean, bootstrap_temperature, proportion
+from madpo.core.storage import write_atomically
+from madpo.data.rows import Pair
+from madpo.data.templates import Clock, render
+from madpo.data.tokens import Encoded, Encoder
+from madpo.models.adapters import adapter_text
+from madpo.models.load import load_classifier, load_config, load_tokenizer, resolve_model
+from madpo.models.loading import loading
+from madpo.models.locate import refuse_fetching
+from madpo.operations.inputs import Row, adapted, load_training, prompt_key, split_by_prompt
+from madpo.operations.pages import write_reward_page
+from madpo.operations.running import digest, load_report, run_in_folder
+from madpo.operations.settings import RewardSettings
+from madpo.rewards.margins import MarginReport, Reliability, inspect
+from madpo.rewards.oracles import RewardModel, placed, reward_base
+from madpo.runner.operation import operation
+from madpo.training.margins import sequences
+from madpo.training.reward_fit import RewardModelStage, fit_reward_model
+
+EVALUATIONS = 10
+"""Looks at the held-out pairs during the training, where ``eval_every`` does not say otherwise."""
+
+MEMORY_REMEDY = (
+    "give a smaller --micro_batch_size, which leaves the result as it is unless "
+    "--lora.dropout is on, or a lower --max_length"
+)
+
+
+class RewardReport(Frozen):
+    """What :func:`reward` measured on held-out pairs that neither the weights nor the stopping saw."""
+
+    data: str
+    data_digest: str | None
+    eval_data: str | None
+    model_digest: str | None
+    """SHA-256 of the files of the base model; None for one of the hub."""
+    dropped: int
+    """Pairs of more than max_length tokens that were left out; ``dropped.jsonl`` names them."""
+    train_pairs: int
+    stopping_pairs: int
+    heldout_pairs: int
+    steps: int
+    """Optimiser steps of the weights that were kept."""
+    adapter: str | None
+    """Which weights the adapter changes, and their share of the model's parameters."""
+    accuracy: Estimate
+    """Share of held-out pairs whose chosen side has the higher reward, with its Wilson interval."""
+    log_loss: float
+    """Nats per pair; a coin's is 0.693."""
+    log_loss_interval: Estimate
+    """The same with its interval over prompts."""
+    temperature: float
+    """Divides margins to make them log-odds: ``margin_temperature`` of the losses."""
+    temperature_interval: Estimate | None
+    """The same with its interval; None where it was not fitted."""
+    temperature_reason: str
+    calibrated_log_loss: float
+    reliability: tuple[Reliability, ...]
+    """Up to 10 bins of equally many held-out pairs by |margin| / temperature."""
+    date: str | None
+    """What the chat template printed as now; None where it prints no date."""
+    settings: RewardSettings
+
+    def text(self) -> str:
+        """The report for a person."""
+        a = self.accuracy
+        lines = [
+            f"reward model: {self.train_pairs} training pairs, {self.steps} steps kept; "
+            f"{self.stopping_pairs} held-out pairs decided when to stop",
+            f"accuracy {a.mean:.1%} (95 % interval {a.low:.1%} to {a.high:.1%}) on {self.heldout_pairs} other "
+            "held-out pairs",
+            f"log loss {self.log_loss:.3f} ({_range(self.log_loss_interval)}), {self.calibrated_log_loss:.3f} at "
+            f"temperature {self.temperature:.3g}"
+            + (f" ({_range(self.temperature_interval)})" if self.temperature_interval else "")
+            + " (a coin: 0.693)",
+            f"    the temperature was {self.temperature_reason}",
+            "pairs  predicted  observed",
+        ]
+        lines += [
+            f"{b.pairs:5d}  {b.predicted:9.1%}  {b.observed.mean:8.1%} ({b.observed.low:.1%} to {b.observed.high:.1%})"
+            for b in self.reliability
+        ]
+        if self.dropped:
+            lines.append(f"longer than max_length: {self.dropped} pairs dropped (dropped.jsonl)")
+        return "\n".join(lines)
+
+
+def _range(e: Estimate) -> str:
+    return f"{e.low:.3g} to {e.high:.3g}"
+
+
+def reward(
+    data: str | Path,
+    output_dir: str | Path,
+    settings: RewardSettings,
+    *,
+    eval_data: str | Path | None = None,
+    overwrite: bool = False,
+) -> RewardReport:
+    """Train a reward model on preference pairs.
+
+    Writes ``adapter`` (with the head) and ``reward_model.json``, which ``RewardModel.load`` reads,
+    ``log.jsonl``, ``report.json`` and ``report.html`` (the reliability curve). The folder appears when all is done; the
+    same call continues an interrupted one.
+
+    Args:
+        data: as in :func:`madpo.data.load_preferences`, text or messages.
+        output_dir: must not exist, or be empty.
+        eval_data: held-out pairs; without it ``settings.eval_share`` of the pairs is held out.
+        overwrite: replace what is in ``output_dir``.
+
+    Raises:
+        DataError, ConfigError, StorageError: one sentence; nothing is left behind.
+    """
+    inputs = {"data": data, "eval_data": eval_data, "model": settings.model}
+    out = run_in_folder(reward_pairs, settings, inputs, output_dir, overwrite=overwrite, memory=MEMORY_REMEDY)
+    return load_report(out / "report.json", RewardReport)
+
+
+@operation("reward_pairs/1")
+def reward_pairs(settings: RewardSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
+    """The operation behind :func:`reward`."""
+    data, eval_data = str(inputs["data"]), inputs.get("eval_data")
+    base, _, train, heldout, too_long, clock = load_training(
+        settings, data, eval_data, out, seed=settings.seed, max_length=settings.max_length
+    )
+    stopping, reported = _halves(heldout, settings, str(eval_data or data))
+    seen = {prompt_key(row["prompt"]) for row in train}
+    if leaked := sum(prompt_key(row["prompt"]) in seen for row in reported):
+        say(f"{leaked} of {len(reported)} held-out pairs have a prompt of the training pairs, which flatters.")
+    steps = fit(settings, train, stopping, out)
+    model = RewardModel.load(out)
+    measured = _measure(model, reported)
+    report = RewardReport(
+        data=data,
+        data_digest=digest(data),
+        eval_data=None if eval_data is None else str(eval_data),
+        model_digest=digest(base),
+        dropped=len(too_long.dropped),
+        train_pairs=len(train),
+        stopping_pairs=len(stopping),
+        heldout_pairs=len(reported),
+        steps=steps,
+        adapter=adapter_text(model.model),
+        accuracy=measured[0],
+        log_loss=measured[1].log_loss,
+        log_loss_interval=measured[2],
+        temperature=measured[1].margin_temperature,
+        temperature_interval=measured[3],
+        temperature_reason=measured[1].temperature_reason,
+        calibrated_log_loss=measured[1].calibrated_log_loss,
+        reliability=measured[1].reliability,
+        date=clock.text(),
+        settings=settings,
+    )
+    if too_long.dropped:
+        write_atomically(out / "dropped.jsonl", too_long.lines())
+    write_reward_page(out / "report.html", report)
+    write_atomically(out / "report.json", json.dumps(plain(report), indent=1) + "\n")
+    return {"accuracy": report.accuracy, "log_loss": report.log_loss_interval, "steps": steps}
+
+
+def _halves(heldout: Sequence[Row], settings: RewardSettings, name: str) -> tuple[list[Row], list[Row]]:
+    """(decides when to stop, gives the report); no prompt is in both."""
+    try:
+        reported, stopping = split_by_prompt(heldout, settings.stopping_share, settings.seed + 1, name)
+    except DataError:
+        raise DataError(
+            f"{name}: the held-out pairs have one prompt, but two are needed (one decides when to stop, the other "
+            "measures); raise eval_share or give eval_data with more prompts"
+        ) from None
+    return stopping, reported
+
+
+def fit(settings: RewardSettings, train: Sequence[Row], stopping: Sequence[Row], out: Path) -> int:
+    """Train on rows with token ids; returns the step whose weights were kept."""
+    planned = ceil(len(train) * settings.optimisation.epochs / settings.optimisation.batch_size)
+    stage = RewardModelStage(
+        model=settings.model,
+        optimisation=settings.optimisation,
+        lora=settings.lora,
+        eval_every=settings.eval_every or ceil(planned / EVALUATIONS),
+        patience=settings.patience,
+        pooling=settings.pooling,
+        seed=settings.seed,
+    )
+    with adapted(settings.model, settings.lora):
+        return fit_reward_model(stage, Dataset.from_dict(sequences(train)), Dataset.from_dict(sequences(stopping)), out)
+
+
+def _measure(model: RewardModel, rows: Sequence[Row]) -> tuple[Estimate, MarginReport, Estimate, Estimate | None]:
+    """(accuracy, calibration, log loss, temperature where one was fitted); the last two over prompts."""
+    sides = sequences(rows)
+    chosen, rejected = model.score_pairs(sides["chosen_ids"], sides["rejected_ids"], sides["prompt_length"])
+    margins = chosen.astype(np.float64) - rejected
+    found, prompts = inspect(margins), [prompt_key(row["prompt"]) for row in rows]
+    log_loss = bootstrap_mean(np.logaddexp(0.0, -margins), clusters=prompts)
+    temperature = bootstrap_temperature(margins, clusters=prompts) if found.temperature_fitted else None
+    return proportion(int((margins > 0).sum()), len(margins)), found, log_loss, temperature
+
+
+def plain(report: BaseModel) -> dict[str, Any]:
+    """A report as JSON, with its estimates by name."""
+    return {name: _named(getattr(report, name)) for name in type(report).model_fields}
+
+
+def _named(value: Any) -> Any:
+    if isinstance(value, Estimate):
+        return value._asdict()
+    if isinstance(value, BaseModel):
+        return plain(value)
+    if isinstance(value, dict):
+        return {key: _named(entry) for key, entry in value.items()}
+    return [_named(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+class Scorer(Protocol):
+    """Rewards of pairs: what scoring and evaluation ask of a reward model."""
+
+    def score_pairs(self, pairs: Sequence[Pair], name: str, unit: str) -> tuple[NDArray[Any], NDArray[Any]]: ...
+
+
+class PairEncoder:
+    """Tokenises pairs of text or messages as a reward model was trained.
+
+    Args:
+        own: trained by :func:`reward`: then a completion ends with its end token and nothing after it. Other models
+            see the chat template's text as it is, as TRL's reward trainer tokenises it.
+        clock: the date that the chat template prints; None is now.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, own: bool, clock: Clock | None = None) -> None:
+        self.tokenizer, self.own = tokenizer, own
+        self.encoder = Encoder(tokenizer, clock)
+
+    def ids(self, pairs: Sequence[Pair], name: str, unit: str) -> tuple[list[list[int]], list[list[int]], list[int]]:
+        """Token ids of prompt and completion, for both sides, and how many are the prompt's.
+
+        Raises:
+            ConfigError: the pairs are messages, and the reward model has no chat template.
+            DataError: its chat template refuses a conversation.
+        """
+        encoded = self.encoder.encode(pairs, name, unit)
+        for result in encoded:
+            if isinstance(result, DataError):
+                raise result
+        good = [result for result in encoded if isinstance(result, Encoded)]
+        if not self.own and pairs and isinstance(pairs[0].prompt, list):
+            chosen, rejected = self._rendered(pairs, "chosen"), self._rendered(pairs, "rejected")
+        else:
+            chosen, rejected = ([[*e.prompt_ids, *getattr(e, s)] for e in good] for s in ("chosen_ids", "rejected_ids"))
+        return chosen, rejected, [len(e.prompt_ids) for e in good]
+
+    def _rendered(self, pairs: Sequence[Pair], side: str) -> list[list[int]]:
+        tokenizer, clock = self.tokenizer, self.encoder.clock
+        texts = [
+            render(tokenizer, [*pair.prompt, *getattr(pair, side)], clock, f"pair {pair.pair_id}") for pair in pairs
+        ]
+        return [list(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+
+class PairScorer:
+    """A reward model that scores pairs of text or messages.
+
+    Args:
+        model: scores token ids.
+        own: as for :class:`PairEncoder`.
+        batch_size: sequences per forward pass; it decides the padding, and so the last digits.
+        clock: as for :class:`PairEncoder`.
+    """
+
+    def __init__(self, model: RewardModel, *, own: bool, batch_size: int = 16, clock: Clock | None = None) -> None:
+        self.model, self.batch_size = model, batch_size
+        self.encoder = PairEncoder(model.tokenizer, own=own, clock=clock)
+
+    def score_pairs(self, pairs: Sequence[Pair], name: str, unit: str) -> tuple[NDArray[Any], NDArray[Any]]:
+        """(rewards of the chosen, rewards of the rejected), float64, in the reward model's unit.
+
+        Raises:
+            ConfigError, DataError: as :meth:`PairEncoder.ids`.
+        """
+        chosen, rejected = self.model.score_pairs(*self.encoder.ids(pairs, name, unit), self.batch_size)
+        return chosen.astype(np.float64), rejected.astype(np.float64)
+
+
+def load_scorer(place: str | Path, *, batch_size: int = 16, clock: Clock | None = None) -> PairScorer:
+    """The reward model of a folder that :func:`reward` wrote, or a sequence classifier with one output.
+
+    Args:
+        place: that folder, another model folder, or a hub id.
+
+    Raises:
+        ConfigError: it is no reward model, or cannot be loaded.
+    """
+    if (folder := _own_folder(place)) is not None:
+        refuse_fetching(reward_base(folder)[0], folder)
+        return PairScorer(RewardModel.load(folder), own=True, batch_size=batch_size, clock=clock)
+    base = _classifier(place)
+    model, tokenizer = load_classifier(base), load_tokenizer(base)
+    return PairScorer(RewardModel(placed(model), tokenizer), own=False, batch_size=batch_size, clock=clock)
+
+
+def load_pair_encoder(place: str | Path, clock: Clock | None = None) -> PairEncoder:
+    """How a reward model reads pairs, without its weights: what is no reward model is refused before hours of work.
+
+    Args:
+        place: as for :func:`load_scorer`.
+
+    Raises:
+        ConfigError, DataError: as :func:`load_scorer`.
+    """
+    if (folder := _own_folder(place)) is not None:
+        base, _ = reward_base(folder)
+        refuse_fetching(base, folder)
+        return PairEncoder(load_tokenizer(base), own=True, clock=clock)
+    return PairEncoder(load_tokenizer(_classifier(place)), own=False, clock=clock)
+
+
+def _own_folder(place: str | Path) -> Path | None:
+    """The folder of a reward model that :func:`reward` wrote; None for any other."""
+    folder = Path(place).expanduser()
+    if (folder / "reward_model.json").is_file():
+        return folder
+    if (folder.parent / "reward_model.json").is_file():
+        raise ConfigError(f"{place} is a part of a reward model; give the folder {folder.parent}")
+    return None
+
+
+def _classifier(place: str | Path) -> Path | str:
+    """Where a sequence classifier with one output lies.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    base = resolve_model(str(place))
+    config = load_config(base)
+    if config.num_labels != 1 or not any("SequenceClassification" in a for a in config.architectures or ()):
+        raise ConfigError(
+            f"{place} is no reward model: it has the architecture {', '.join(config.architectures or ['unknown'])} "
+            f"with {config.num_labels} outputs, where a sequence classifier with one output is needed"
+        )
+    with loading(place), torch.device("meta"):  # its parts without their weights
+        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+    if not hasattr(model, "score"):
+        raise ConfigError(
+            f"{place} does not read its score at the last token ({type(model).__name__}); score the pairs with its own "
+            "code and give the columns with --score_columns"
+        )
+    return base
+
+
+def reward_model_digest(place: str) -> str | None:
+    """SHA-256 of a reward model's files (of one of ours, its adapter's); None for one of the hub."""
+    folder = Path(place).expanduser()
+    own = (folder / "reward_model.json").is_file()
+    return digest(folder / "adapter") if own else digest(folder)

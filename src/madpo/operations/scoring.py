@@ -1,0 +1,397 @@
+"""``madpo score``: reward margins as columns, from a reward model, out of fold, or from scores that are there already.
+
+Scores are kept in parts as they are made, so that an interrupted run goes on where it stopped and ends with the same
+bytes; the rows are put together at the end. The processes of a launch share the parts among them, and the leading one
+writes the result: the same bytes again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from madpo.core import processes
+from madpo.core.config import Frozen
+from madpo.core.errors import ConfigError, DataError, StorageError
+from madpo.core.metrics import Estimate, Metrics
+from madpo.core.progress import bar, say
+from madpo.core.statistics import proportion
+from madpo.core.storage import storage_errors, write_atomically
+from madpo.data.load import PairStream, surveyed
+from madpo.data.numbers import as_number
+from madpo.data.rows import Pair
+from madpo.data.sources import open_source
+from madpo.data.templates import Clock
+from madpo.data.tokens import Encoder
+from madpo.models.hyperparameters import CHECKPOINTS
+from madpo.models.load import load_tokenizer, resolve_model
+from madpo.operations.inputs import (
+    encoded_rows,
+    folds_by_prompt,
+    prompt_key,
+    split_by_prompt,
+    started_clock,
+    tell_date,
+    tell_findings,
+)
+from madpo.operations.reward_model import (
+    PairScorer,
+    fit,
+    load_pair_encoder,
+    load_scorer,
+    plain,
+    reward_model_digest,
+)
+from madpo.operations.row_files import Raw, json_line, write_parquet
+from madpo.operations.running import digest, load_report, run_in_folder
+from madpo.operations.settings import RewardSettings, ScoreSettings
+from madpo.rewards.margins import inspect
+from madpo.runner.operation import operation
+from madpo.runner.step import Source, Step
+from madpo.runner.work import run_step
+
+PART = 512
+"""Pairs per part: what an interruption can cost."""
+MEMORY_REMEDY = "give a smaller --batch_size, and run the same command again: parts that are scored stay"
+_TEXTS = ("pair_id", "prompt", "chosen", "rejected")
+
+
+class ScoreReport(Frozen):
+    """What :func:`score` did."""
+
+    file: str
+    pairs: int
+    accuracy: Estimate
+    """Share of pairs with a margin above 0."""
+    mean_margin: float
+    log_loss: float
+    temperature: float
+    """With score_columns, what the margins were divided by; else what would make them log-odds on these labels."""
+    temperature_reason: str
+    calibrated_log_loss: float
+    heldout: bool
+    """True if no margin comes from a model that was trained on its pair (known for ``folds`` alone)."""
+    data_digest: str | None = None
+    reward_model_digest: str | None = None
+    """SHA-256 of what was scored, and by what; None for what is on the hub."""
+    ties: int = 0
+    """Margins of exactly 0: of a reward model that has learned nothing, or scores that are equal."""
+
+    def text(self) -> str:
+        """The report for a person."""
+        a = self.accuracy
+        lines = [
+            f"{self.pairs} pairs scored: mean margin {self.mean_margin:.3f}, above 0 for {a.mean:.1%} "
+            f"(95 % interval {a.low:.1%} to {a.high:.1%})",
+            f"log loss {self.log_loss:.3f}, {self.calibrated_log_loss:.3f} at temperature {self.temperature:.3g} "
+            f"(a coin: 0.693); the temperature was {self.temperature_reason}",
+        ]
+        if self.ties:
+            lines.append(
+                f"{self.ties} margins are exactly 0: equal scores, or a reward model that has learned nothing (no look "
+                "at its held-out pairs was better than a coin; give more pairs, more epochs or a larger patience)"
+            )
+        if not self.heldout:
+            lines.append("if the reward model was trained on these pairs, all of this flatters it; --folds does not")
+        return "\n".join(lines)
+
+
+def score(data: str | Path, output_dir: str | Path, settings: ScoreSettings, *, overwrite: bool = False) -> ScoreReport:
+    """Write the pairs with ``reward_margin``, ``chosen_score`` and ``rejected_score``.
+
+    ``output_dir`` gets ``scored.jsonl`` (or ``scored.parquet``), ``report.json`` and ``record.json``. Columns that
+    the data have keep their place; prompt, chosen and rejected have our names. Run again after an interruption, it
+    continues; run again when finished, it gives the report.
+
+    Args:
+        data: as in :func:`madpo.data.load_preferences`.
+        overwrite: discard what is in ``output_dir``.
+
+    Raises:
+        DataError, ConfigError: as the name says, before anything is scored.
+        StorageError: ``output_dir`` holds something else, or scores made with other settings.
+    """
+    inputs = {
+        "data": data,
+        "reward_model": settings.reward_model,
+        "model": settings.reward.model if settings.reward else None,
+    }
+    out = run_in_folder(score_pairs, settings, inputs, output_dir, overwrite=overwrite, memory=MEMORY_REMEDY)
+    return load_report(out / "report.json", ScoreReport)
+
+
+@operation("score_pairs/1")
+def score_pairs(settings: ScoreSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
+    """The operation behind :func:`score`."""
+    data = str(inputs["data"])
+    if settings.folds is not None and processes.count() > 1:
+        raise ConfigError(
+            "folds trains its reward models in one process; start it without accelerate launch (with --reward_model, "
+            "scoring runs on several)"
+        )
+    pairs = _read(data)
+    columns = None
+    if settings.score_columns is not None:
+        columns = _columns(data, pairs, settings.score_columns)
+    processes.first(lambda: _rehearse(data, len(pairs), settings, out))
+    clock = started_clock(out / CHECKPOINTS, settings.reward.date if settings.reward else None)
+    clock.read = processes.first(lambda: _look(data, settings, clock))
+    chosen, rejected = columns or _scores(data, pairs, settings, out, clock)
+    report = processes.first(lambda: _finish(data, chosen, rejected, settings, out))
+    return {"pairs": report["pairs"], "accuracy": Estimate(**report["accuracy"]), "log_loss": report["log_loss"]}
+
+
+def _read(data: str | Path) -> list[Pair]:
+    """All pairs; a mistake in the last row must show before hours of scoring."""
+    pairs = list(PairStream(data))
+    if not pairs:
+        raise DataError(f"{data}: no row has two different scores, so there is no pair; score the completions first")
+    return pairs
+
+
+def _look(data: str | Path, settings: ScoreSettings, clock: Clock) -> bool:
+    """Say what a check would warn of: a row that the chat template refuses must show before hours of scoring, too.
+
+    Returns:
+        Whether the chat template prints a date.
+    """
+    encoder, model = None, None
+    if settings.reward_model is not None:
+        encoder = load_pair_encoder(settings.reward_model, clock).encoder
+    elif settings.reward is not None:
+        model = settings.reward.model
+        encoder = Encoder(load_tokenizer(resolve_model(model)), clock)
+    tell_findings(surveyed(data, encoder), str(data), model, strict=settings.strict)
+    tell_date(clock)
+    return clock.read
+
+
+# Scores
+
+
+def _columns(data: str | Path, pairs: Sequence[Pair], names: tuple[str, str]) -> tuple[NDArray[Any], NDArray[Any]]:
+    sides: tuple[list[float], list[float]] = ([], [])
+    source = open_source(data)
+    for pair, raw in _beside(data, pairs):
+        place = source.at(pair.number)
+        for name, found in zip(names, sides, strict=True):
+            if name not in raw:
+                raise DataError(f"{place}: has no column {name!r} (found {', '.join(map(repr, list(raw)[:12]))})")
+            found.append(as_number(raw[name], name, place, from_text=source.columns is not None))
+    source.rows.close()
+    return np.array(sides[0]), np.array(sides[1])
+
+
+def _scores(
+    data: str | Path, pairs: Sequence[Pair], settings: ScoreSettings, output_dir: Path, clock: Clock
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    if settings.folds is not None:
+        return _out_of_fold(data, pairs, settings, output_dir, clock)
+    assert settings.reward_model is not None
+    parts, rows = output_dir / CHECKPOINTS / "parts", np.arange(len(pairs))
+    return _in_parts(settings, pairs, rows, parts, settings.reward_model, clock)
+
+
+def _in_parts(
+    settings: ScoreSettings,
+    pairs: Sequence[Pair],
+    rows: NDArray[Any],
+    folder: Path,
+    model: str | Path,
+    clock: Clock,
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Scores of ``rows``, kept in files of ``PART`` pairs; a part that is there is not computed again."""
+    paths = {start: folder / f"part-{start:08d}.safetensors" for start in range(0, len(rows), PART)}
+
+    def missing() -> list[int]:
+        folder.mkdir(parents=True, exist_ok=True)
+        return [start for start, path in paths.items() if not path.exists()]
+
+    mine = processes.first(missing)[processes.rank() :: processes.count()]
+
+    def compute() -> None:
+        scorer: PairScorer | None = None
+        with bar("Scoring", sum(len(rows[start : start + PART]) for start in mine)) as advance:
+            for start in mine:
+                chunk = [pairs[int(i)] for i in rows[start : start + PART]]
+                scorer = scorer or load_scorer(model, batch_size=settings.batch_size, clock=clock)
+                chosen, rejected = scorer.score_pairs(chunk, "pair", "row")
+                _refuse_not_finite(chosen, rejected, chunk)
+                write_atomically(paths[start], save({"chosen": chosen, "rejected": rejected}))
+                advance(len(chunk))
+
+    processes.together(compute)
+    parts = [_part(path) for path in paths.values()]
+    return np.concatenate([p["chosen"] for p in parts]), np.concatenate([p["rejected"] for p in parts])
+
+
+def _part(path: Path) -> dict[str, NDArray[Any]]:
+    try:
+        part = load_file(path)
+        return {name: part[name] for name in ("chosen", "rejected")}
+    except (SafetensorError, KeyError) as error:
+        raise StorageError(f"{path} is damaged ({error}); delete the file and run the same command again") from error
+
+
+def _refuse_not_finite(chosen: NDArray[Any], rejected: NDArray[Any], pairs: Sequence[Pair]) -> None:
+    bad = np.flatnonzero(~(np.isfinite(chosen) & np.isfinite(rejected)))
+    if len(bad):
+        raise DataError(
+            f"the reward of pair {pairs[int(bad[0])].pair_id} is not finite; the reward model has diverged, train it "
+            "with a lower learning rate"
+        )
+
+
+def _out_of_fold(
+    data: str | Path, pairs: Sequence[Pair], settings: ScoreSettings, output_dir: Path, clock: Clock
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Each pair's scores by the reward model that saw neither it nor its prompt, not even to stop."""
+    assert settings.folds is not None
+    assert settings.reward is not None
+    fold = np.array(
+        folds_by_prompt((prompt_key(p.prompt) for p in pairs), settings.folds, settings.reward.seed, str(data))
+    )
+    chosen, rejected = np.zeros(len(pairs)), np.zeros(len(pairs))
+    reward = settings.reward.model_copy(update={"date": clock.now if clock.read else None})
+    for k in range(settings.folds):
+        folder = output_dir / CHECKPOINTS / "folds" / f"fold-{k}"
+        say(f"Fold {k + 1} of {settings.folds}: a reward model on {int((fold != k).sum())} pairs.")
+        step = Step(
+            f"fold-{k}",
+            train_fold,
+            FoldSettings(reward=reward, folds=settings.folds, fold=k),
+            {"data": Source(str(data), digest(data) or str(data))},
+        )
+        run_step(step, folder, memory=MEMORY_REMEDY)
+        rows = np.flatnonzero(fold == k)
+        scores = _in_parts(settings, pairs, rows, output_dir / CHECKPOINTS / "parts" / f"fold-{k}", folder, clock)
+        chosen[rows], rejected[rows] = scores
+    return chosen, rejected
+
+
+class FoldSettings(Frozen):
+    """A reward model on all folds of the pairs but one."""
+
+    reward: RewardSettings
+    folds: int
+    fold: int
+    """The one that it does not see."""
+
+
+@operation("train_fold/1")
+def train_fold(config: FoldSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
+    """Train a reward model that has seen neither the pairs of one fold nor their prompts."""
+    data, settings = str(inputs["data"]), config.reward
+    pairs = _read(data)
+    fold = folds_by_prompt((prompt_key(p.prompt) for p in pairs), config.folds, settings.seed, data)
+    seen = [pair for pair, own in zip(pairs, fold, strict=True) if own != config.fold]
+    tokenizer = load_tokenizer(resolve_model(settings.model))
+    rows = encoded_rows(seen, tokenizer, data, settings.max_length, settings.truncation, Clock(settings.date))
+    train, stopping = split_by_prompt(rows, settings.eval_share, settings.seed, data)
+    return {"steps": fit(settings, train, stopping, out)}
+
+
+# Rows
+
+
+def _beside(data: str | Path, pairs: Sequence[Pair]) -> Iterator[tuple[Pair, Raw]]:
+    """Every pair with all columns of its row."""
+    source = open_source(data)
+    with closing(source.rows):
+        for pair in pairs:
+            number, raw = next(source.rows)
+            while number != pair.number:  # rows without a pair
+                number, raw = next(source.rows)
+            assert isinstance(raw, dict)
+            yield pair, raw
+
+
+def _finish(
+    data: str | Path, chosen: NDArray[Any], rejected: NDArray[Any], settings: ScoreSettings, output_dir: Path
+) -> Raw:
+    """Write the rows, and last of all the report."""
+    with storage_errors(output_dir):
+        report = _report(data, chosen, rejected, settings, output_dir)
+        write_atomically(output_dir / "report.json", json.dumps(plain(report), indent=1) + "\n")
+    return plain(report)
+
+
+def _report(
+    data: str | Path, chosen: NDArray[Any], rejected: NDArray[Any], settings: ScoreSettings, output_dir: Path
+) -> ScoreReport:
+    difference = chosen - rejected
+    fitted = inspect(difference, margin_temperature=settings.margin_temperature)
+    scale = fitted.margin_temperature if settings.score_columns is not None else 1.0
+    margins = difference / scale
+    path = output_dir / f"scored.{settings.format}"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        _write(temporary, settings.format, data, margins, chosen, rejected)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return ScoreReport(
+        file=path.name,
+        pairs=len(margins),
+        accuracy=proportion(int((margins > 0).sum()), len(margins)),
+        mean_margin=float(margins.mean()),
+        log_loss=fitted.log_loss,
+        temperature=fitted.margin_temperature,
+        temperature_reason=fitted.temperature_reason,
+        calibrated_log_loss=fitted.calibrated_log_loss,
+        heldout=settings.folds is not None,
+        ties=int((margins == 0).sum()),
+        data_digest=digest(data),
+        reward_model_digest=None if settings.reward_model is None else reward_model_digest(settings.reward_model),
+    )
+
+
+def _rehearse(data: str | Path, pairs: int, settings: ScoreSettings, output_dir: Path) -> None:
+    """Write the rows with zeros for scores, and remove them: what the format cannot hold must show before scoring."""
+    zeros = np.zeros(pairs)
+    path = output_dir / ".rehearsal.tmp"
+    with storage_errors(output_dir):
+        try:
+            _write(path, settings.format, data, zeros, zeros, zeros)
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _write(
+    path: Path, form: str, data: str | Path, margins: NDArray[Any], chosen: NDArray[Any], rejected: NDArray[Any]
+) -> None:
+    """The rows with their scores; a row at a time, or a group of rows for Parquet."""
+    stream = PairStream(data)
+    read = list(stream)
+    assert stream.columns is not None
+    drop = {theirs for ours, theirs in stream.columns.read_as.items() if ours in _TEXTS} | {
+        *stream.columns.prompt.joined
+    }
+    at = stream.source.at
+    rows = (
+        (
+            at(pair.number),
+            {k: v for k, v in raw.items() if k not in drop}
+            | pair.row()
+            | {
+                "reward_margin": float(margins[i]),
+                "chosen_score": float(chosen[i]),
+                "rejected_score": float(rejected[i]),
+            },
+        )
+        for i, (pair, raw) in enumerate(_beside(data, read))
+    )
+    if form == "parquet":
+        write_parquet(path, rows, 8 * PART)
+    else:
+        with path.open("wb") as file:
+            file.writelines(json_line(place, row) for place, row in rows)

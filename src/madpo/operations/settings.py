@@ -1,0 +1,100 @@
+"""What ``madpo reward``, ``score`` and ``evaluate`` are told. No torch: a mistake in it is told at once."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from madpo.core.config import Frozen, added
+from madpo.data.tokens import Truncation
+from madpo.models.hyperparameters import LoRA, Optimisation, Pooling
+
+
+class RewardOptimisation(Optimisation):
+    """AdamW and its schedule for a reward model."""
+
+    learning_rate: float = Field(default=1e-4, gt=0)
+    epochs: float = Field(default=1.0, gt=0)
+    batch_size: int = Field(default=16, ge=1)
+
+
+class RewardSettings(Frozen):
+    """How a reward model is trained."""
+
+    model: str
+    """Packaged name, folder or hub id of the base model."""
+    optimisation: RewardOptimisation = RewardOptimisation()
+    lora: LoRA = LoRA()
+    eval_share: float = Field(default=0.1, gt=0, lt=1)
+    """Share of the pairs held out (whole prompts at a time) where no evaluation data are given."""
+    stopping_share: float = Field(default=0.5, gt=0, lt=1)
+    """Share of the held-out pairs that decides when to stop; the others alone give the report."""
+    eval_every: int | None = Field(default=None, ge=1)
+    """Optimiser steps between two looks at them; None looks 10 times at most."""
+    patience: int = Field(default=3, ge=1)
+    """Looks without improvement before the training stops."""
+    pooling: Pooling = "last"
+    """Where the reward is read: at the last token, as sequence classifiers of the hub do, or as the mean over the
+    completion, which learns from fewer pairs."""
+    max_length: int | None = Field(default=None, ge=2)
+    """Tokens of prompt and completion; None is no limit."""
+    truncation: Truncation = "drop"
+    date: datetime | None = added(None)
+    """What a chat template that prints the date takes for now; None is the first start of the training."""
+    strict: bool = Field(default=False, exclude=True)
+    """Treat what ``madpo check`` would warn of as an error."""
+    seed: int = Field(default=0, ge=0)
+
+
+class ScoreSettings(Frozen):
+    """Where the scores come from: exactly one of ``reward_model``, ``score_columns`` and ``folds``."""
+
+    reward_model: str | None = None
+    """A folder that ``madpo reward`` wrote, or a sequence classifier with one output (folder or hub id)."""
+    score_columns: tuple[str, str] | None = None
+    """Columns with the scores of chosen and rejected."""
+    folds: int | None = Field(default=None, ge=2)
+    """Reward models to train, each of which scores the part of the pairs that it did not see."""
+    reward: RewardSettings | None = None
+    """How those are trained."""
+    margin_temperature: float | None = Field(default=None, gt=0)
+    """For ``score_columns``: what the difference is divided by; None fits it to the labels."""
+    format: Literal["jsonl", "parquet"] = "jsonl"
+    batch_size: int = Field(default=16, ge=1)
+    """Sequences per forward pass; it decides the padding, and so the last digits."""
+    strict: bool = Field(default=False, exclude=True)
+    """Treat what ``madpo check`` would warn of as an error."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ScoreSettings:
+        given = [self.reward_model, self.score_columns, self.folds]
+        if sum(source is not None for source in given) != 1:
+            raise ValueError("give one of reward_model, score_columns and folds")
+        if (self.folds is None) != (self.reward is None):
+            raise ValueError("folds trains reward models, so it needs the base model (--model_name_or_path)")
+        if self.margin_temperature is not None and self.score_columns is None:
+            raise ValueError("margin_temperature goes with score_columns; the losses take it for other margins")
+        return self
+
+
+class EvaluateSettings(Frozen):
+    """How policy and reference are compared."""
+
+    reward_model: str
+    """A folder that ``madpo reward`` wrote, or a sequence classifier with one output (folder or hub id)."""
+    reference: str | None = None
+    """Model to compare with; None is the one that the policy started from, where its folder says so."""
+    prompts: int | None = Field(default=None, ge=1)
+    """The first so many different prompts; None is all of them."""
+    samples_per_prompt: int = Field(default=1, ge=1)
+    max_new_tokens: int = Field(default=256, ge=1)
+    temperature: float = Field(default=1.0, ge=0)
+    """At 1 (and top_p 1) the KL is that of the policy; elsewhere it is taken along another text than its own."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    seed: int = Field(default=0, ge=0)
+    batch_size: int = Field(default=32, ge=1)
+    """Prompts generated for at once."""
+    score_batch_size: int = Field(default=16, ge=1)
+    """Sequences per forward pass for rewards and KL."""

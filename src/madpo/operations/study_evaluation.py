@@ -1,0 +1,182 @@
+"""What a policy writes: its reward, how far it went from the reference for it, and whether its text fell apart."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import nn
+
+from madpo.core.config import Frozen, added
+from madpo.core.errors import ConfigError
+from madpo.core.metrics import Metrics
+from madpo.core.statistics import bootstrap_mean
+from madpo.core.storage import write_atomically
+from madpo.models.engine.logprobs import completion_logps
+from madpo.models.engine.responses import Response, completion_batches, divergence, end_tokens, respond
+from madpo.models.load import load_model, load_tokenizer
+from madpo.operations.study_pairs import Tier
+from madpo.rewards.oracles import RewardModel, load_oracle
+from madpo.runner.operation import operation
+
+FIRST_DRAW = 2  # draws 0 and 1 of a prompt made the pairs
+
+
+class EvaluationStage(Frozen):
+    """How responses are drawn to measure a policy; the same for every method that is compared."""
+
+    method: str
+    """Name in tables and figures."""
+    tier: Tier
+    prompts: int | None = Field(default=None, ge=1)
+    """The first so many held-out prompts; None is all of them."""
+    samples_per_prompt: int = Field(default=1, ge=1)
+    max_new_tokens: int = Field(default=48, ge=1)
+    temperature: float = Field(default=1.0, ge=0)
+    """At 1 (and top_p 1) the KL is that of the policy; elsewhere it is taken along another text than its own."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    seed: int = 0
+    batch_size: int = Field(default=128, ge=1, exclude=True)
+    """Prompts generated for at once."""
+    score_batch_size: int = Field(default=16, ge=1, exclude=True)
+    """Responses per forward pass for the KL."""
+    best_of: int | None = added(None, ge=2)
+    """Of so many responses the one that the reward model likes best counts; None is one response."""
+
+
+@operation("evaluate_policy/1")
+def evaluate_policy(config: EvaluationStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
+    """Sample responses to held-out prompts and measure them; writes ``samples.jsonl``.
+
+    Inputs: "reference" (a folder with ``model``), "oracle", "pairs", and "policy" (a folder with ``adapter``); without
+    it the reference itself is measured; "reward_model" for ``best_of``. The random numbers depend on the seed, the
+    prompt and the sample alone, so methods are compared on common ones.
+
+    The KL of the best of n is not measured: its upper bound log n - (n - 1)/n (arXiv 2401.01879) stands in its place,
+    and the metric ``kl_is_a_bound`` is there.
+
+    Raises:
+        ConfigError: more prompts are asked for than are held out.
+    """
+    prompts = _heldout_prompts(inputs["pairs"], config.prompts)
+    place = inputs["reference"] / "model"
+    tokenizer, reference = load_tokenizer(place), load_model(place)
+    policy = load_model(place, adapter=inputs["policy"] / "adapter") if "policy" in inputs else reference
+    ends = end_tokens(reference, tokenizer)
+    rows: list[dict[str, Any]] = []
+    prompt_ids = prompts["prompt_ids"].tolist()
+    written: list[list[int]] = []
+    judge = None if config.best_of is None else RewardModel.load(inputs["reward_model"])
+    for sample in range(config.samples_per_prompt):
+        drawn = [
+            respond(
+                policy,
+                tokenizer,
+                prompt_ids,
+                config,
+                keys=prompts["pair_id"].tolist(),
+                draw=FIRST_DRAW + sample + k * config.samples_per_prompt,
+                ends=ends,
+                description=f"{config.method}: responses",
+            )
+            for k in range(config.best_of or 1)
+        ]
+        responses = drawn[0] if judge is None else best_responses(judge, prompt_ids, drawn)
+        written += [response.ids for response in responses]
+        for prompt_id, prompt, said in zip(prompts["pair_id"], prompts["prompt"], responses, strict=True):
+            row = {"prompt_id": int(prompt_id), "sample": sample, "prompt": prompt, "response": said.text}
+            rows.append({**row, "tokens": len(said.ids), "ended": said.ended})
+    samples = pd.DataFrame(rows)
+    samples["oracle_reward"] = load_oracle(inputs["oracle"])(list(samples["prompt"]), list(samples["response"]))
+    prompt_ids = prompt_ids * config.samples_per_prompt
+    kl = np.zeros(len(written))
+    how: dict[str, Any] = {
+        "pad": tokenizer.pad_token_id,
+        "batch_size": config.score_batch_size,
+        "description": f"{config.method}: KL",
+    }
+    if policy is not reference:
+        kl = divergence(policy, reference, prompt_ids, written, **how)[1]
+    if config.best_of is not None:
+        kl += math.log(config.best_of) - (config.best_of - 1) / config.best_of
+    samples["kl"] = kl
+    logps = response_logps(reference, prompt_ids, written, **how)
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in samples.to_dict("records"))
+    write_atomically(out / "samples.jsonl", "".join(lines))
+    metrics = _metrics(samples, config.seed)
+    metrics["reference_perplexity"] = math.exp(-logps.sum() / samples["tokens"].sum())
+    return metrics if config.best_of is None else {**metrics, "kl_is_a_bound": 1}
+
+
+def best_responses(
+    judge: RewardModel, prompt_ids: Sequence[Sequence[int]], drawn: Sequence[Sequence[Response]]
+) -> list[Response]:
+    """Per prompt, of its responses the one with the highest reward; of equal ones the first.
+
+    Args:
+        drawn: [n][prompts], n responses to every prompt.
+    """
+    rewards = [judge.score_responses(prompt_ids, [said.ids for said in responses]) for responses in drawn]
+    return [drawn[k][row] for row, k in enumerate(np.argmax(rewards, axis=0))]
+
+
+def distinct(texts: Sequence[str], n: int) -> float:
+    """Share of different n-grams among all n-grams of words in ``texts``; 0 where there is none.
+
+    It falls with the number of texts, so it compares only equal numbers of them.
+    """
+    words = [text.lower().split() for text in texts]
+    grams = [tuple(row[i : i + n]) for row in words for i in range(len(row) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _heldout_prompts(folder: Path, count: int | None) -> pd.DataFrame:
+    pairs = pd.read_parquet(folder / "pairs.parquet", columns=["pair_id", "split", "prompt", "prompt_ids"])
+    heldout = pairs[pairs["split"] == "heldout"]
+    if count is not None and count > len(heldout):
+        raise ConfigError(f"prompts is {count}, but only {len(heldout)} pairs are held out; ask for fewer")
+    heldout = heldout.iloc[:count]
+    lists = [[int(i) for i in ids] for ids in heldout["prompt_ids"]]
+    return heldout.assign(prompt_ids=pd.Series(lists, index=heldout.index, dtype=object))
+
+
+@torch.no_grad()
+def response_logps(
+    reference: nn.Module,
+    prompt_ids: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    *,
+    pad: int,
+    batch_size: int,
+    description: str,
+) -> NDArray[np.float64]:
+    """Log-probability of each response under the reference, nats, summed over its tokens."""
+    found = np.zeros(len(responses))
+    for rows, ids, mask, completion in completion_batches(
+        prompt_ids, responses, reference, pad, batch_size, description
+    ):
+        found[rows] = completion_logps(reference, ids, mask, completion).logps.double().cpu().numpy()
+    return found
+
+
+def _metrics(samples: pd.DataFrame, seed: int) -> Metrics:
+    metrics: Metrics = {
+        name: bootstrap_mean(samples[column], seed=seed, clusters=samples["prompt_id"])
+        for name, column in (("oracle_reward", "oracle_reward"), ("kl", "kl"), ("length", "tokens"))
+    }
+    responses = list(samples["response"])
+    return {
+        **metrics,
+        "prompts": int(samples["prompt_id"].nunique()),
+        "distinct_1": distinct(responses, 1),
+        "distinct_2": distinct(responses, 2),
+        "ended_share": float(samples["ended"].mean()),
+    }

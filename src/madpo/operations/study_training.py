@@ -1,0 +1,226 @@
+"""The study's trainings as stages: ``fn(config, inputs, out) -> metrics``.
+
+SFT and reward model are TRL's trainers; the policy is :class:`PreferenceTrainer`. All three train LoRA adapters.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from datasets import Dataset
+from pydantic import Field
+from torch import Tensor
+
+from madpo.core.config import Frozen
+from madpo.core.metrics import Metrics
+from madpo.core.progress import bar
+from madpo.core.seeding import rng
+from madpo.data.corpus import Corpus, load_corpus, sft_reviews
+from madpo.losses import Loss
+from madpo.models.engine.logprobs import completion_logps, install_completion_head, unwrapped
+from madpo.models.hyperparameters import LoRA, Optimisation
+from madpo.models.load import load_model, load_tokenizer, merge_adapter, resolve_model
+from madpo.rewards.oracles import RewardModel
+from madpo.runner.operation import operation
+from madpo.training.columns import ID_COLUMNS, REFERENCE_COLUMNS, PreferenceCollator
+from madpo.training.config import PreferenceConfig
+from madpo.training.margins import margin_metrics, margin_table, sequences
+from madpo.training.preference import PreferenceTrainer
+from madpo.training.reference import refuse_not_finite
+from madpo.training.reward_fit import RewardModelStage, fit_reward_model
+from madpo.training.run import forget_checkpoints, run_training
+from madpo.training.sft import CompletionSFT, SFTConfig
+
+MARGINS, SCORES = "margins.parquet", "scores.parquet"
+
+
+class SFTStage(Frozen):
+    """Supervised fine-tuning on the corpus's last positive reviews; the merged model starts every policy."""
+
+    model: str
+    corpus: Corpus
+    reviews: int = Field(ge=1)
+    max_tokens: int = Field(ge=2)
+    """Texts are cut to this many tokens, the first token included; an end token only at a review's real end."""
+    optimisation: Optimisation
+    lora: LoRA = LoRA()
+    seed: int = 0
+
+
+@operation("train_sft/1")
+def train_sft(config: SFTStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
+    """Fine-tune with LoRA and merge; writes ``out/model``. An input ``base`` stands in place of the named model."""
+    base = inputs["base"] / "model" if "base" in inputs else resolve_model(config.model)
+    tokenizer = load_tokenizer(base)
+    texts = list(sft_reviews(load_corpus(config.corpus), config.reviews)["text"])
+    rows = []
+    for text in texts:
+        ids = [*tokenizer(text)["input_ids"]]
+        ids = ids if ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+        rows.append({"input_ids": ids[: config.max_tokens], "labels": ids[: config.max_tokens]})
+    arguments = config.optimisation.arguments(out, config.seed)
+    arguments.pop("disable_dropout")
+    model = load_model(base)
+    trainer = CompletionSFT(
+        model=model,
+        args=SFTConfig(max_length=None, **arguments),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=config.lora.peft_config("CAUSAL_LM", model),
+    )
+    install_completion_head(unwrapped(trainer.model))
+    result = run_training(trainer, config, "SFT", out)
+    merge_adapter(trainer.model, out / "model", tokenizer)
+    forget_checkpoints(out)
+    return {"reviews": len(rows), "loss": float(result.training_loss)}
+
+
+@operation("train_reward_model/1")
+def train_reward_model(config: RewardModelStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
+    """Train on the tier's training pairs; writes ``out/adapter`` (with the head) and ``out/reward_model.json``."""
+    pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet")
+    heldout = pairs[pairs["split"] == "heldout"]
+    stopping = heldout.iloc[: max(1, round(len(heldout) * config.stopping_share))]
+    train = pairs[pairs["split"] == "train"]
+    if config.folds is not None:
+        train = train[fold_of_pairs(train["pair_id"].to_numpy(), config.folds, config.seed) != config.fold]
+    steps = fit_reward_model(config, _sequences(train), _sequences(stopping), out, inputs.get("base"))
+    reported = heldout.iloc[len(stopping) :] if len(stopping) < len(heldout) else heldout
+    table = margin_table(RewardModel.load(out), reported)
+    table.to_parquet(out / MARGINS, index=False)
+    forget_checkpoints(out)
+    return {"steps": steps, **margin_metrics(table["reward_margin"].to_numpy())}
+
+
+def fold_of_pairs(pair_ids: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """The fold of every training pair, 0 to folds - 1: parts of equal size (within one), by (seed, set of ids) alone.
+
+    Args:
+        pair_ids: [pairs], in any order.
+    """
+    found = np.empty(len(pair_ids), dtype=np.int64)
+    found[np.argsort(pair_ids)[rng(seed, "folds").permutation(len(pair_ids))]] = np.arange(len(pair_ids)) % folds
+    return found
+
+
+def _sequences(pairs: pd.DataFrame) -> Dataset:
+    return Dataset.from_dict(sequences(pairs.to_dict("records")))
+
+
+class MarginStage(Frozen):
+    """Margins of every pair under the trained reward model."""
+
+
+@operation("score_margins/1")
+def score_margins(config: MarginStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
+    """Write ``margins.parquet``: pair_id, reward_margin (log-odds)."""
+    pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet")
+    known = pd.read_parquet(inputs["reward_model"] / MARGINS)  # of the held-out pairs that measured the reward model
+    others = pairs[~pairs["pair_id"].isin(known["pair_id"])]
+    table = pd.concat([known, margin_table(RewardModel.load(inputs["reward_model"]), others)])
+    table = pairs[["pair_id", "split"]].merge(table, on="pair_id", validate="one_to_one")
+    table[["pair_id", "reward_margin"]].to_parquet(out / MARGINS, index=False)
+    train = table.loc[table["split"] == "train", "reward_margin"]
+    return {"pairs": len(pairs), "mean_train_margin": float(train.mean()), "negative_share": float((train < 0).mean())}
+
+
+class ReferenceStage(Frozen):
+    """Reference log-probabilities of every training pair."""
+
+    batch_size: int = Field(default=8, ge=1)
+    """Pairs per forward pass; it decides the padding, and so the last digits."""
+    micro_batch_size: int | None = Field(default=None, ge=1, exclude=True)
+    """Fewer pairs per forward pass where memory is short, as in the policies' trainings, whose results count as the
+    same."""
+
+
+@torch.no_grad()
+@operation("reference_logps/1")
+def reference_logps(config: ReferenceStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
+    """Write ``reference.parquet``: pair_id, ref_chosen_logps, ref_rejected_logps (nats, summed)."""
+    pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet")
+    pairs = pairs[pairs["split"] == "train"]
+    model = load_model(inputs["reference"] / "model").eval()
+    collate = PreferenceCollator(pad_token_id=load_tokenizer(inputs["reference"] / "model").pad_token_id)
+    rows = _ids(pairs)
+    found: list[Tensor] = []
+    with bar("Reference log-probabilities", len(rows)) as advance:
+        size = min(config.micro_batch_size or config.batch_size, config.batch_size)
+        for start in range(0, len(rows), size):
+            batch = collate(rows[start : start + size])
+            triple = (batch[name].to(model.device) for name in ("input_ids", "attention_mask", "completion_mask"))
+            logps = completion_logps(model, *triple, pairs=True).logps
+            found.append(torch.stack(logps.double().chunk(2)))
+            advance(found[-1].shape[1])
+    chosen, rejected = torch.cat(found, dim=1).cpu().numpy()
+    refuse_not_finite(dict(zip(REFERENCE_COLUMNS, (chosen, rejected), strict=True)), pairs["pair_id"].to_list())
+    table = pd.DataFrame({"pair_id": pairs["pair_id"], REFERENCE_COLUMNS[0]: chosen, REFERENCE_COLUMNS[1]: rejected})
+    table.to_parquet(out / "reference.parquet", index=False)
+    return {
+        "pairs": len(rows),
+        "mean_chosen_logps": float(chosen.mean()),
+        "mean_rejected_logps": float(rejected.mean()),
+    }
+
+
+def _ids(pairs: pd.DataFrame) -> list[dict[str, Any]]:
+    return [
+        {"pair_id": p.pair_id, **{name: [int(i) for i in getattr(p, name)] for name in ID_COLUMNS}}
+        for p in pairs.itertuples()
+    ]
+
+
+class PolicyStage(Frozen):
+    """A policy: a LoRA adapter on the SFT model, trained with one preference loss."""
+
+    method: str
+    """Name in tables and figures."""
+    loss: Loss
+    optimisation: Optimisation
+    lora: LoRA = LoRA()
+    seed: int = 0
+
+
+@operation("train_policy/1")
+def train_policy(config: PolicyStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
+    """Train on the tier's training pairs from the reference; writes ``out/adapter``."""
+    pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet")
+    pairs = pairs[pairs["split"] == "train"].merge(
+        pd.read_parquet(inputs["logps"] / "reference.parquet"), on="pair_id", validate="one_to_one"
+    )
+    columns = [*REFERENCE_COLUMNS]
+    for role, file in (("margins", MARGINS), ("scores", SCORES)):
+        if role in inputs:
+            table = pd.read_parquet(inputs[role] / file)
+            pairs = pairs.merge(table, on="pair_id", validate="one_to_one")
+            columns += [str(name) for name in table if name != "pair_id"]
+    rows = [{**ids, **{name: float(pairs[name].iloc[i]) for name in columns}} for i, ids in enumerate(_ids(pairs))]
+    reference = inputs["reference"] / "model"
+    tokenizer = load_tokenizer(reference)
+    arguments = config.optimisation.arguments(out, config.seed)
+    model = load_model(reference)
+    trainer = PreferenceTrainer(
+        model,
+        args=PreferenceConfig(max_length=None, token_metrics="never", **arguments),
+        loss=config.loss,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=config.lora.peft_config("CAUSAL_LM", model),
+    )
+    result = run_training(trainer, config, config.method, out)
+    trainer.model.save_pretrained(out / "adapter", safe_serialization=True)
+    forget_checkpoints(out)
+    last = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    margins = [row["rewards/margins"] for row in last if "rewards/margins" in row]
+    return {
+        "pairs": len(rows),
+        "steps": int(result.global_step),
+        "loss": float(result.training_loss),
+        "final_reward_margin": float(np.mean(margins[-max(1, len(margins) // 10) :])),
+    }

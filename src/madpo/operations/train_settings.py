@@ -1,0 +1,65 @@
+"""What ``madpo train`` is told. The losses need torch, and nothing here loads what trains with them."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from madpo.core.config import Frozen, added
+from madpo.data.tokens import Truncation
+from madpo.losses import MADPO, Loss
+from madpo.models.hyperparameters import LoRA
+from madpo.operations.arguments import checked_arguments
+
+
+class TrainSettings(Frozen):
+    """How a policy is trained."""
+
+    model: str
+    """Packaged name, folder or hub id: where the policy starts, and its reference."""
+    loss: Loss = MADPO()
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of TRL's ``DPOConfig`` (and our ``PreferenceConfig``) by name."""
+    lora: LoRA = LoRA()
+    full: bool = False
+    """Train all weights instead of an adapter."""
+    qlora: bool = False
+    """Hold the frozen weights in 4 bits (NF4) under the adapter. Needs a GPU and bitsandbytes; untested on one."""
+    merge: bool = False
+    """Also write the model with the adapter folded in."""
+    eval_share: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the pairs held out (whole prompts at a time) where no evaluation data are given."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the loaded weights; auto is float32 in full training, else what the processor multiplies natively."""
+    date: datetime | None = added(None)
+    """What a chat template that prints the date takes for now; None is the first start of the training."""
+    strict: bool = Field(default=False, exclude=True)
+    """Treat what ``madpo check`` would warn of as an error."""
+    truncation: Truncation = "drop"
+    """What happens to a pair of more than ``args.max_length`` tokens: drop it, cut its completions, or refuse it."""
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _madpo_unless_said(cls, value: Any) -> Any:
+        return {"kind": "madpo", **value} if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _fits(self) -> TrainSettings:
+        if self.full and self.merge:
+            raise ValueError("full training has no adapter to merge: out/model is the whole model; leave --merge out")
+        if self.full and self.qlora:
+            raise ValueError("weights of 4 bits cannot be trained themselves; give full or qlora, not both")
+        return self
+
+    def decisive(self) -> dict[str, Any]:
+        """What bears on the result, as plain values: of the arguments those that do."""
+        from madpo.operations.policy import decisive
+
+        return decisive(self)
+
+    @field_validator("args")
+    @classmethod
+    def _arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return checked_arguments(value)

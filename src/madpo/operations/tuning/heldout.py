@@ -1,0 +1,240 @@
+"""One trial: a policy for every fold, and what it makes of the pairs that it did not see."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from madpo.core.config import Frozen
+from madpo.core.errors import DivergedError
+from madpo.core.metrics import Estimate
+from madpo.core.statistics import bootstrap_mean, bootstrap_share, fit_temperature, proportion
+from madpo.core.storage import write_atomically
+from madpo.data.load import TooLong
+from madpo.data.templates import Clock
+from madpo.models.engine.logprobs import completion_logps
+from madpo.models.load import load_model, load_tokenizer, resolve_model
+from madpo.operations.inputs import Row, folds_by_prompt, load_split, prompt_key, started_clock, tell_date
+from madpo.operations.policy import as_dataset, build_trainer, require_columns, trainer_arguments
+from madpo.operations.reward_model import PairScorer, load_scorer
+from madpo.operations.train_settings import TrainSettings
+from madpo.operations.tuning.reward import RewardCurve, reward_curve
+from madpo.operations.tuning.settings import TuneSettings
+from madpo.training import PreferenceTrainer
+from madpo.training.columns import REFERENCE_COLUMNS
+from madpo.training.nan_guard import drop_unscored
+from madpo.training.run import run_training
+
+Floats = NDArray[np.float64]
+
+
+class Prepared(NamedTuple):
+    """The pairs of a study, with everything that all trials share."""
+
+    rows: list[Row]
+    """Token ids, margins, and the reference's log-probs, computed once."""
+    fold: NDArray[np.int64]
+    prompts: NDArray[np.int64]
+    """Which prompt a row has: the unit of every interval."""
+    tokenizer: PreTrainedTokenizerBase
+    base: Path | str
+    reference: nn.Module | None
+    """For the reward at equal KL alone."""
+    scorer: PairScorer | None
+    dropped: int
+    clock: Clock
+
+
+class Heldout(Frozen):
+    """What a setting's policies make of the pairs that they did not see; intervals are over prompts."""
+
+    accuracy: Estimate
+    """Share of pairs whose chosen side has the higher implicit reward; a margin of 0 is half right."""
+    log_loss: Estimate
+    """Mean of -log sigma(margin / temperature), nats, at the one temperature that fits all held-out pairs."""
+    temperature: float
+    raw_log_loss: Estimate
+    """The same at temperature 1. Never selected on: it is lowest for plain DPO by construction."""
+    mean_margin: float
+    """Mean implicit margin, log-odds."""
+    reward: Estimate | None = None
+    """Of samples at the KL that all are compared at; None where it was not asked for, or no strength reached it."""
+    kl: Estimate | None = None
+    """KL(policy || reference) per response of the strongest adapter that was sampled, nats."""
+
+
+class Measured(NamedTuple):
+    """:class:`Heldout` with what stands behind it, for comparisons pair by pair (or prompt by prompt)."""
+
+    heldout: Heldout
+    log_loss: Floats
+    right: Floats
+    rewards: Floats | None
+
+
+def prepare(data: str | Path, settings: TuneSettings, folder: Path) -> Prepared:
+    """Read the pairs, deal them to folds, and let the reference score them once.
+
+    The reference's columns come from the cache that ``madpo train`` uses, and go there.
+
+    Args:
+        folder: of the study; what an interruption must leave.
+
+    Raises:
+        DataError, ConfigError: a column that the loss reads is missing, fewer prompts than folds.
+    """
+    training = settings.training
+    base = resolve_model(settings.model)
+    tokenizer = load_tokenizer(base)
+    args = trainer_arguments(training, folder / "reference", evaluated=False)
+    too_long, length, clock = TooLong(), args.max_length, started_clock(folder, settings.date)
+    how: dict[str, Any] = {"max_length": length, "truncation": settings.truncation, "too_long": too_long}
+    how |= {"clock": clock, "model": settings.model, "strict": settings.strict}
+    rows, _ = load_split(data, tokenizer, eval_data=None, eval_share=0.0, seed=0, **how)
+    tell_date(clock)
+    require_columns(rows, settings.loss, str(data))
+    # As the trainer will: an empty prompt, without a token that begins every text, leaves an end token unpredicted.
+    scored = set(drop_unscored(as_dataset(rows), args, str(data))["pair_id"])
+    rows = [row for row in rows if row["pair_id"] in scored]
+    keys = [prompt_key(row["prompt"]) for row in rows]
+    fold = np.array(folds_by_prompt(keys, settings.folds, settings.search_seed, str(data)))
+    trainer = build_trainer(training, args, base, tokenizer, rows, [])
+    found = trainer.train_dataset
+    if REFERENCE_COLUMNS[0] in found.column_names:
+        for name in REFERENCE_COLUMNS:
+            rows = [{**row, name: value} for row, value in zip(rows, found[name], strict=True)]
+    _free(trainer)
+    shutil.rmtree(folder / "reference", ignore_errors=True)
+    place = {key: i for i, key in enumerate(sorted(set(keys)))}
+    reward = settings.reward
+    return Prepared(
+        rows=rows,
+        fold=fold,
+        prompts=np.array([place[key] for key in keys]),
+        tokenizer=tokenizer,
+        base=base,
+        reference=None if reward is None else load_model(base),
+        scorer=None
+        if reward is None
+        else load_scorer(reward.reward_model, batch_size=reward.score_batch_size, clock=clock),
+        dropped=len(too_long.dropped),
+        clock=clock,
+    )
+
+
+def measure(prepared: Prepared, settings: TuneSettings, training: TrainSettings, folder: Path) -> Measured:
+    """Train on all folds but one, for each, and look at the one; a fold that is there is not trained again.
+
+    Args:
+        folder: of all trials; each setting has its own in it, so that an equal one is not measured twice.
+    """
+    place = folder / identity(training)
+    margins = np.zeros(len(prepared.rows))
+    curves = []
+    for k in range(settings.folds):
+        path = place / f"fold-{k}.safetensors"
+        if not path.exists():
+            place.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, save(_fold(prepared, settings, training, k, place / f"training-{k}")))
+            shutil.rmtree(place / f"training-{k}", ignore_errors=True)
+        found = load_file(path)
+        margins[prepared.fold == k] = found["margins"]
+        if settings.reward is not None:
+            curves.append(RewardCurve.of(found))
+    return summarised(margins, prepared.prompts, curves, settings)
+
+
+def identity(training: TrainSettings) -> str:
+    """A name for a setting: equal settings have the same."""
+    text = json.dumps(training.model_dump(mode="json"), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _fold(
+    prepared: Prepared, settings: TuneSettings, training: TrainSettings, k: int, out: Path
+) -> dict[str, NDArray[Any]]:
+    out.mkdir(parents=True, exist_ok=True)
+    args = trainer_arguments(training, out, evaluated=False)
+    sides: tuple[list[Row], list[Row]] = ([], [])
+    for row, fold in zip(prepared.rows, prepared.fold, strict=True):
+        sides[int(fold == k)].append(row)
+    train, heldout = sides
+    trainer = build_trainer(training, args, prepared.base, prepared.tokenizer, train, [])
+    run_training(trainer, training, f"{training.loss.kind}, fold {k + 1} of {settings.folds}", out)
+    found: dict[str, NDArray[Any]] = {"margins": implicit_margins(trainer, heldout)}
+    if bad := int((~np.isfinite(found["margins"])).sum()):
+        raise DivergedError(
+            f"the margins of {bad} of {len(heldout)} held-out pairs are not finite after the training of fold {k + 1}: "
+            "the last step was too large; lower the learning rate or max_grad_norm"
+        )
+    if settings.reward is not None:
+        assert prepared.reference is not None
+        assert prepared.scorer is not None
+        how = (prepared.reference, prepared.tokenizer, prepared.scorer, heldout, settings.reward)
+        found |= reward_curve(trainer.model, *how).tensors()
+    _free(trainer)
+    return found
+
+
+@torch.no_grad()
+def implicit_margins(trainer: PreferenceTrainer, rows: Sequence[Row]) -> Floats:
+    """The loss's implicit margin of every row, in order: log-odds, above 0 where the policy agrees with the label."""
+    found = []
+    trainer.model.eval()
+    for batch in trainer.get_test_dataloader(as_dataset(rows)):
+        inputs = trainer._prepare_inputs(batch)
+        with trainer.compute_loss_context_manager():
+            masks = (inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"])
+            scores = completion_logps(trainer.model, *masks, pairs=True)
+        found.append(trainer.loss.implicit_margin(trainer._loss_inputs(scores, inputs)).double().cpu().numpy())
+    margins: Floats = np.concatenate(found)
+    return margins
+
+
+def summarised(
+    margins: Floats, prompts: NDArray[np.int64], curves: Sequence[RewardCurve], settings: TuneSettings
+) -> Measured:
+    """The criteria, from the held-out margins (and reward curves) of all folds together."""
+    seed = settings.search_seed
+    temperature = fit_temperature(margins)[0]
+    right = np.where(margins > 0, 1.0, np.where(margins < 0, 0.0, 0.5))
+    calibrated = np.logaddexp(0.0, -margins / temperature)
+    single = len(np.unique(prompts)) == len(prompts) and not (right == 0.5).any()
+    rewards = kl = None
+    if curves:
+        assert settings.reward is not None
+        found = [curve.at(settings.reward.kl) for curve in curves]
+        reached = [values for values in found if values is not None]
+        rewards = np.concatenate(reached) if len(reached) == len(found) else None
+        kl = bootstrap_mean(np.concatenate([curve.kl[-1] for curve in curves]), seed=seed)
+    heldout = Heldout(
+        # Wilson's interval keeps its width where all are right; further pairs of a prompt are no further evidence.
+        accuracy=proportion(int(right.sum()), len(right))
+        if single
+        else bootstrap_share(right, seed=seed, clusters=prompts),
+        log_loss=bootstrap_mean(calibrated, seed=seed, clusters=prompts),
+        temperature=temperature,
+        raw_log_loss=bootstrap_mean(np.logaddexp(0.0, -margins), seed=seed, clusters=prompts),
+        mean_margin=float(margins.mean()),
+        reward=None if rewards is None else bootstrap_mean(rewards, seed=seed),
+        kl=kl,
+    )
+    return Measured(heldout, calibrated, right, rewards)
+
+
+def _free(trainer: Any) -> None:
+    """Let go of a model before the next is loaded."""
+    trainer.model = trainer.model_wrapped = trainer.optimizer = None
+    gc.collect()

@@ -1,0 +1,127 @@
+"""What ``madpo tune`` is told: everything that ``madpo train`` takes, the search space, and what is selected on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from madpo.core.config import Frozen
+from madpo.operations.train_settings import TrainSettings
+from madpo.operations.tuning.space import Space, default_space, flat, with_values
+
+Criterion = Literal["log_loss", "accuracy", "reward"]
+SEARCHED = ("loss", "args", "lora")
+
+
+class RewardCriterion(Frozen):
+    """How the reward of samples at equal KL is measured.
+
+    Policies that went different ways from the reference cannot be compared by reward alone: more KL buys more reward.
+    So each policy is measured at several strengths of its adapter (0 is the reference, 1 the policy as trained), and
+    the reward is read off between the two strengths whose KL lies around ``kl``.
+    """
+
+    reward_model: str
+    """A folder of ``madpo reward``, or a sequence classifier; best one that took no part in making the margins."""
+    kl: float = Field(gt=0)
+    """KL(policy || reference) per response, nats, at which rewards are compared."""
+    strengths: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
+    """Of the adapter, rising; sampled up to the first whose KL reaches ``kl``."""
+    prompts: int = Field(default=64, ge=1)
+    """Held-out prompts of each fold, at most."""
+    max_new_tokens: int = Field(default=64, ge=1)
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    seed: int = Field(default=0, ge=0)
+    batch_size: int = Field(default=32, ge=1)
+    """Prompts generated for at once."""
+    score_batch_size: int = Field(default=16, ge=1)
+    """Sequences per forward pass for rewards and KL."""
+
+    @field_validator("strengths")
+    @classmethod
+    def _rise(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not value or value[0] <= 0 or any(b <= a for a, b in pairwise(value)):
+            raise ValueError("strengths must be above 0 and rising, such as [0.5, 1.0, 1.5]")
+        return value
+
+
+class TuneSettings(TrainSettings):
+    """How the parameters of a training are chosen. The fields of ``TrainSettings`` are what every trial shares."""
+
+    space: Space = Field(default_factory=dict)
+    """Dotted settings (``loss.tau``, ``args.learning_rate``, ``lora.rank``) and what is tried of each; empty is the
+    loss's own: the values of the paper's searches for MADPO and beta-DPO, beta for the others."""
+    folds: int = Field(default=3, ge=2)
+    """Parts of the pairs, whole prompts at a time; each is held out from one training of every trial."""
+    trials: int = Field(default=20, ge=1)
+    """Settings to try; a grid ends when it is through."""
+    sampler: Literal["auto", "tpe", "grid", "random"] = "auto"
+    """How Optuna searches; auto is a grid where the space is finite and fits into ``trials``, else TPE."""
+    criterion: Criterion = "log_loss"
+    """What the choice is made on: held-out "log_loss" after one fitted temperature, held-out "accuracy", or "reward"
+    of samples at equal KL. Raw log loss is shown and cannot be chosen."""
+    reward: RewardCriterion | None = None
+    """For "reward"."""
+    baseline: bool = True
+    """Also measure plain DPO with the same arguments: shown, compared with, never chosen."""
+    search_seed: int = Field(default=0, ge=0)
+    """Of folds and search; ``args.seed`` is that of each training, the same in all."""
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _flat(cls, value: Any) -> Any:
+        return flat(value) if isinstance(value, Mapping) else value
+
+    @field_validator("criterion", mode="before")
+    @classmethod
+    def _not_the_raw_log_loss(cls, value: Any) -> Any:
+        if value in ("raw_log_loss", "loss", "eval_loss"):
+            raise ValueError(
+                "the raw log loss is lowest for plain DPO by construction (its target is the margin itself, "
+                "another loss's is not), so it is shown and never selected on; take log_loss, accuracy or reward"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _searches(self) -> TuneSettings:
+        if (self.criterion == "reward") != (self.reward is not None):
+            raise ValueError('criterion "reward" and the table reward go together; give both or neither')
+        if self.reward is not None and self.full:
+            raise ValueError("the reward at equal KL weakens and strengthens an adapter, which full training has not")
+        if not self.searched:
+            raise ValueError(f"the loss {self.loss.kind} has no search space of its own; give one in [space]")
+        for key, dimension in self.searched.items():
+            if key.split(".")[0] not in SEARCHED or "." not in key:
+                raise ValueError(f"space has the key {key!r}, but only loss.*, args.* and lora.* are searched")
+            for corner in dimension.corners:
+                self._try(key, corner)
+        if self.sampler == "grid" and any(dimension.values is None for dimension in self.searched.values()):
+            raise ValueError('sampler "grid" needs values for every key of the space; give values, or take "tpe"')
+        return self
+
+    def _try(self, key: str, value: Any) -> None:
+        try:
+            with_values(self.training, {key: value})
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+            raise ValueError(f"space.{key}: {value!r} cannot be: {reason}") from None
+
+    @property
+    def searched(self) -> Space:
+        """The search space: as given, or the loss's own."""
+        return self.space or default_space(self.loss.kind, "beta" in type(self.loss).model_fields) or {}
+
+    @property
+    def training(self) -> TrainSettings:
+        """What ``madpo train`` would take, before any trial's values."""
+        return TrainSettings.model_validate({name: getattr(self, name) for name in TrainSettings.model_fields})
+
+    @property
+    def baseline_training(self) -> TrainSettings:
+        """Plain DPO with the same arguments, at the loss's beta where that means the same."""
+        beta = getattr(self.loss, "beta", 0.1) if self.loss.kind in ("madpo", "soft_madpo", "beta_dpo") else 0.1
+        return TrainSettings.model_validate({**self.training.model_dump(), "loss": {"kind": "dpo", "beta": beta}})

@@ -1,0 +1,1 @@
+"""Oracles, reward models and what their margins look like."""

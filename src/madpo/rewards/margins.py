@@ -1,0 +1,327 @@
+"""What a column of reward margins looks like, what MADPO's weight would do with it, and which tau and c_max to take.
+
+No torch: the weight here is ``figures.log_weight``, which a test holds equal to ``madpo.margin_weight``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from madpo.core.config import Frozen
+from madpo.core.errors import ConfigError, DataError
+from madpo.core.metrics import Estimate
+from madpo.core.statistics import LOG_TEMPERATURES, fit_temperature, proportion
+from madpo.data.margins import SUSPICIOUS
+from madpo.rewards.weight_counts import WeightParameters, count_weights, log_weight
+
+SURE = math.log(0.999 / 0.001)  # logit(0.999) = 6.907, what the paper rounds to tau = 7
+PAPER_SETTINGS = ((7.0, 2.0), (7.0, 3.0), (7.0, 4.0), (2.0, 2.0), (4.0, 2.0), (10.0, 2.0))  # (tau, c_max), its search
+ENOUGH = 0.7  # share of the pairs that the effective sample size must keep
+BINS = 10
+COIN = math.log(2)  # log loss of a coin, nats
+
+
+class Setting(Frozen):
+    """What the weight at one setting does to the margins; shares of all pairs, margins divided by the temperature."""
+
+    tau: float
+    c_max: float
+    mean_weight: float
+    effective_share: float
+    """(sum w)^2 / (n sum w^2): 1 if all weights are equal."""
+    amplified: float
+    dampened: float
+    turned_down: float
+
+
+class Reliability(Frozen):
+    """Pairs with |margin| in a range: how sure the reward model is, and how often it is right."""
+
+    low: float
+    high: float
+    pairs: int
+    predicted: float
+    """Mean of sigma(|margin|)."""
+    observed: Estimate
+    """Share of pairs where the sign of the margin agrees with the label."""
+
+
+class Suspect(Frozen):
+    """A pair whose label the reward model contradicts strongly."""
+
+    pair_id: int
+    reward_margin: float
+    """As given."""
+    probability: float
+    """Of the label, under the reward model after the temperature."""
+    weight: float
+    """At the recommended setting; 1 where the margin is at or below -tau."""
+    prompt: str = ""
+    chosen: str = ""
+    rejected: str = ""
+
+
+class MarginReport(Frozen):
+    """What :func:`inspect` found."""
+
+    pairs: int
+    mean: float
+    median: float
+    deviation: float
+    smallest: float
+    largest: float
+    counts: tuple[int, ...]
+    """Histogram of the margins as given."""
+    edges: tuple[float, ...]
+    contradicted: Estimate
+    """Share of pairs with a margin below 0, with its 95 % interval."""
+    margin_temperature: float
+    temperature_reason: str
+    temperature_fitted: bool
+    log_loss: float
+    """Of the margins as given, nats per pair; a coin's is 0.693."""
+    calibrated_log_loss: float
+    calibration_error: float
+    """Mean over pairs of |observed - predicted| by bin, after the temperature."""
+    reliability: tuple[Reliability, ...]
+    settings: tuple[Setting, ...]
+    """The paper's, then the recommended one."""
+    tau: float
+    c_max: float
+    reasons: tuple[str, ...]
+    warnings: tuple[str, ...]
+    suspects: tuple[Suspect, ...]
+
+    def text(self) -> str:
+        """The report for a person."""
+        c = self.contradicted
+        lines = [
+            f"{self.pairs} margins: median {self.median:.2f}, mean {self.mean:.2f}, standard deviation "
+            f"{self.deviation:.2f}, from {self.smallest:.2f} to {self.largest:.2f}",
+            f"the reward model contradicts {c.mean:.1%} of the labels (95 % interval {c.low:.1%} to {c.high:.1%})",
+            f"margin temperature {self.margin_temperature:.3g}: {self.temperature_reason}",
+            f"log loss {self.log_loss:.3f}, {self.calibrated_log_loss:.3f} after the temperature (a coin: 0.693); "
+            f"calibration error {self.calibration_error:.1%}",
+            "   tau  c_max  mean weight  effective  amplified  dampened  turned down",
+        ]
+        for i, s in enumerate(self.settings):
+            lines.append(
+                f"{s.tau:6.2f}  {s.c_max:5.2f}  {s.mean_weight:11.3f}  {s.effective_share:9.1%}  {s.amplified:9.1%}  "
+                f"{s.dampened:8.1%}  {s.turned_down:11.1%}{'  recommended' * (i == len(self.settings) - 1)}"
+            )
+        lines.append(
+            f"recommended: tau = {self.tau:.3g}, c_max = {self.c_max:g}, "
+            f"margin_temperature = {self.margin_temperature:.3g}"
+        )
+        lines += [f"    {reason}" for reason in self.reasons]
+        lines += [f"warning: {warning}" for warning in self.warnings]
+        if self.suspects:
+            lines.append("most suspicious pairs:")
+        for suspect in self.suspects:
+            texts = (suspect.prompt[-40:], suspect.chosen[:30], suspect.rejected[:30])
+            shown = "  {!r} -> {!r} over {!r}".format(*texts) if suspect.chosen else ""
+            lines.append(
+                f"    pair {suspect.pair_id}: margin {suspect.reward_margin:.2f}, weight {suspect.weight:.2f}{shown}"
+            )
+        return "\n".join(lines)
+
+
+def inspect(
+    margins: ArrayLike,
+    *,
+    pair_ids: Sequence[int] | None = None,
+    margin_temperature: float | None = None,
+    texts: Mapping[int, Mapping[str, str]] | None = None,
+) -> MarginReport:
+    """Look at reward margins before training with them.
+
+    Args:
+        margins: r(chosen) - r(rejected), one per pair, in the reward model's own unit.
+        pair_ids: names of the pairs; their positions when left out.
+        margin_temperature: what the margins are divided by to be log-odds. None fits it to these pairs, which is
+            right only if the reward model was not trained on them.
+        texts: prompt, chosen and rejected by position, for the suspicious pairs that have them.
+
+    The recommendation: tau = logit(0.999) of the calibrated margins, capped at the 99th percentile of their size (a
+    tau beyond all margins would only amplify); c_max the largest of 2, 3, 4 that keeps an effective sample size of
+    0.7 n at that tau.
+
+    Raises:
+        DataError: no margins, or one that is not finite, with its position.
+        ConfigError: a temperature that is not above 0.
+    """
+    h = _margins(margins)
+    ids = list(range(len(h))) if pair_ids is None else [int(i) for i in pair_ids]
+    if len(ids) != len(h):
+        raise DataError(f"there are {len(h)} margins but {len(ids)} pair ids; give one for each")
+    temperature, reason, fitted = _temperature(h, margin_temperature)
+    calibrated = h / temperature
+    tau, c_max, reasons, warnings = _recommend(calibrated)
+    bins, error = reliability(calibrated)
+    warnings += _doubts(h, calibrated, temperature, fitted=fitted)
+    counts, edges = np.histogram(h, bins=40)
+    contradicted = np.flatnonzero(h < 0)
+    worst = contradicted[np.argsort(h[contradicted], kind="stable")[:SUSPICIOUS]]
+    weights = np.exp(log_weight(calibrated[worst], WeightParameters(tau=tau, c_max=c_max)))
+    settings = [_setting(calibrated, *setting) for setting in (*PAPER_SETTINGS, (tau, c_max))]
+    return MarginReport(
+        pairs=len(h),
+        mean=float(h.mean()),
+        median=float(np.median(h)),
+        deviation=float(h.std()),
+        smallest=float(h.min()),
+        largest=float(h.max()),
+        counts=tuple(int(count) for count in counts),
+        edges=tuple(float(edge) for edge in edges),
+        contradicted=proportion(len(contradicted), len(h)),
+        margin_temperature=temperature,
+        temperature_reason=reason,
+        temperature_fitted=fitted,
+        log_loss=_log_loss(h),
+        calibrated_log_loss=_log_loss(calibrated),
+        calibration_error=error,
+        reliability=bins,
+        settings=tuple(settings),
+        tau=tau,
+        c_max=c_max,
+        reasons=tuple(reasons),
+        warnings=tuple(warnings),
+        suspects=tuple(
+            Suspect(
+                pair_id=ids[i],
+                reward_margin=float(h[i]),
+                probability=float(np.exp(-np.logaddexp(0, -calibrated[i]))),
+                weight=float(weight),
+                **(texts or {}).get(int(i), {}),
+            )
+            for i, weight in zip(worst, weights, strict=True)
+        ),
+    )
+
+
+def _margins(values: ArrayLike) -> NDArray[np.float64]:
+    h = np.asarray(values, dtype=np.float64).ravel()
+    if not len(h):
+        raise DataError("there are no margins to inspect; score the pairs first")
+    if not np.isfinite(h).all():
+        row = int(np.flatnonzero(~np.isfinite(h))[0])
+        raise DataError(f"reward_margin in row {row} is {h[row]}, but must be finite; score the pair again or drop it")
+    # Differences of numbers near the largest float overflow, and no reward model gives such a margin.
+    if np.abs(h).max() > 1e100:
+        row = int(np.abs(h).argmax())
+        raise DataError(f"reward_margin in row {row} is {h[row]}: no log-odds are that large; score the pair again")
+    return h
+
+
+def _temperature(h: NDArray[np.float64], given: float | None) -> tuple[float, str, bool]:
+    if given is not None:
+        if not (math.isfinite(given) and given > 0):
+            raise ConfigError(f"margin_temperature is {given}, but must be finite and above 0")
+        return float(given), "as given", False
+    if not h.any():
+        return 1.0, "left at 1, since all margins are 0", False
+    if (h >= 0).all():
+        # Pairs in the order of their scores: no label can disagree, so any temperature near 0 looks best.
+        return 1.0, "left at 1, since no margin is negative: pairs ordered by their scores show no calibration", False
+    fitted = fit_temperature(h)[0]
+    if fitted >= math.exp(LOG_TEMPERATURES[1]) * 0.999:
+        return 1.0, "left at 1, since no temperature makes these margins better than a coin", False
+    return (
+        fitted,
+        "fitted to these pairs, so that sigma(margin / temperature) is the share of labels it gets right",
+        True,
+    )
+
+
+def _setting(h: NDArray[np.float64], tau: float, c_max: float) -> Setting:
+    n = len(h)
+    counts = count_weights(h, WeightParameters(tau=tau, c_max=c_max))
+    return Setting(
+        tau=tau,
+        c_max=c_max,
+        mean_weight=counts.mean,
+        effective_share=counts.effective / n,
+        amplified=counts.amplified / n,
+        dampened=counts.dampened / n,
+        turned_down=counts.turned_down / n,
+    )
+
+
+def _recommend(h: NDArray[np.float64]) -> tuple[float, float, list[str], list[str]]:
+    """(tau, c_max, reasons, warnings) for calibrated margins."""
+    warnings: list[str] = []
+    ceiling = float(np.percentile(np.abs(h), 99))
+    if ceiling == 0:
+        tau, why = SURE, f"tau = {SURE:.3g}: logit(0.999); the margins are 0, so nothing depends on it"
+    elif ceiling < SURE:
+        tau = ceiling
+        why = f"tau = {tau:.3g}: the 99th percentile of |margin|, which is below logit(0.999) = {SURE:.3g}"
+    else:
+        tau = SURE
+        why = f"tau = {tau:.3g}: logit(0.999), from where the reward model is as good as sure"
+    kept = {c: _setting(h, tau, c).effective_share for c in (4.0, 3.0, 2.0)}
+    c_max = next((c for c, share in kept.items() if share >= ENOUGH), 2.0)
+    reason = f"c_max = {c_max:g}: the largest of 2, 3, 4 that keeps an effective sample size of {ENOUGH:g} n"
+    if kept[c_max] < ENOUGH:
+        reason = f"c_max = {c_max:g}: the smallest of 2, 3, 4"
+        warnings.append(
+            f"even c_max = 2 leaves an effective sample size of {kept[c_max]:.2f} n: too many pairs are turned down; "
+            "train a better reward model, or take DPO"
+        )
+    return tau, c_max, [why, f"{reason} (it is {kept[c_max]:.2f} n)"], warnings
+
+
+def reliability(h: NDArray[np.float64], most: int = BINS) -> tuple[tuple[Reliability, ...], float]:
+    """Bins of equally many pairs by |margin| (log-odds, chosen less rejected), and the mean gap; ties share a bin.
+
+    At most ``most`` bins.
+    """
+    size = np.abs(h)
+    edges = np.unique(np.quantile(size, np.linspace(0, 1, most + 1)))
+    place = np.clip(np.searchsorted(edges, size, side="right") - 1, 0, max(0, len(edges) - 2))
+    # A margin of exactly 0 takes no side: half right.
+    right = np.where(h > 0, 1.0, np.where(h < 0, 0.0, 0.5))
+    bins = []
+    gap = 0.0
+    for k in range(max(1, len(edges) - 1)):
+        inside = place == k
+        n = int(inside.sum())
+        if not n:
+            continue
+        predicted = float(np.exp(-np.logaddexp(0, -size[inside])).mean())
+        gap += abs(float(right[inside].sum()) - n * predicted)
+        bins.append(
+            Reliability(
+                low=float(size[inside].min()),
+                high=float(size[inside].max()),
+                pairs=n,
+                predicted=predicted,
+                observed=proportion(float(right[inside].sum()), n),
+            )
+        )
+    return tuple(bins), gap / len(h)
+
+
+def _doubts(h: NDArray[np.float64], calibrated: NDArray[np.float64], temperature: float, *, fitted: bool) -> list[str]:
+    doubts = []
+    if not 0.5 <= temperature <= 2:
+        doubts.append(f"the margins are not log-odds; train with margin_temperature = {temperature:.3g}")
+    if np.ptp(h) == 0:
+        doubts.append("all margins are the same, so every pair gets the same weight; MADPO is DPO here")
+    if (h < 0).mean() >= 0.45:
+        doubts.append("the reward model agrees with hardly more labels than a coin; its margins carry no signal")
+    elif _log_loss(calibrated) > COIN - 0.005 and h.any():
+        doubts.append("the log loss is that of a coin; the margins say little about the labels")
+    if (h >= 0).all() and h.any():
+        doubts.append("no margin is negative: were these pairs ordered by the reward model that scored them?")
+    if fitted and len(h) < 200:
+        doubts.append(f"{len(h)} pairs are too few to fit a temperature to; measure it on more held-out pairs")
+    return doubts
+
+
+def _log_loss(h: NDArray[np.float64]) -> float:
+    return float(np.logaddexp(0.0, -h).mean())

@@ -1,0 +1,1 @@
+"""Operations, their results as folders with a record, and running graphs of them. Knows no machine learning."""

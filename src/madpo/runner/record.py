@@ -1,0 +1,235 @@
+"""What a finished step leaves behind: metrics, where they come from, and how to read them back."""
+
+import os
+import platform
+import sys
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
+
+from madpo.core.errors import ConfigError
+from madpo.core.locks import holder
+from madpo.core.metrics import Estimate, Metric
+from madpo.core.progress import say
+
+LIBRARIES = ("torch", "transformers", "trl", "peft")
+ALSO_INSTALLED = ("accelerate", "datasets", "numpy", "pandas", "safetensors", "scikit-learn", "scipy", "tokenizers")
+"""Libraries that last digits may depend on; their versions are told and are no part of an identity."""
+
+
+NAME = r"^[A-Za-z0-9_.+=-]+(/[A-Za-z0-9_.+=-]+)*$"
+"""Names of steps, which are paths inside the run's folder; ".." is refused beside."""
+
+
+RECORD = "record.json"
+"""The file that makes a result exist."""
+EXPORTED = "exported"  # of a run's ``about`` and of a record's ``provenance``: most files stayed behind
+
+
+class Record(BaseModel):
+    """What a finished step leaves behind. Equal identity and threads give equal records outside ``provenance``, on
+    processors with one instruction set and with equal versions of the libraries listed there."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=NAME)
+    identity: str = Field(pattern="^[0-9a-f]{64}$")
+    operation: str
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    metrics: dict[str, Metric]
+    libraries: dict[str, str]
+    threads: int
+    provenance: dict[str, Any]
+
+    @field_validator("name")
+    @classmethod
+    def _inside(cls, name: str) -> str:
+        if {".", ".."} & set(name.split("/")):
+            raise ValueError("the name of a step lies inside its run's folder")
+        return name
+
+    @field_serializer("metrics")
+    def _readable(self, metrics: dict[str, Metric]) -> dict[str, Any]:
+        return {k: v._asdict() if isinstance(v, Estimate) else v for k, v in metrics.items()}
+
+    @property
+    def stripped(self) -> bool:
+        """The record lies in an export, without most of the files that the step wrote."""
+        return self.provenance.get(EXPORTED) is True
+
+    @property
+    def files(self) -> dict[str, str] | None:
+        """Relative path -> SHA-256 of every file of the result; None in records of before these were listed."""
+        found = self.provenance.get("files")
+        return dict(found) if isinstance(found, dict) else None
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the step's function."""
+        seconds = self.provenance.get("seconds")
+        return float(seconds) if isinstance(seconds, int | float) else 0.0
+
+
+@cache
+def libraries() -> dict[str, str]:
+    """Versions that enter the identity. The build after "+" (cpu, cu128) is a matter of where it runs."""
+    return {name: (_version(name) or "absent").split("+")[0] for name in LIBRARIES}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def conditions() -> dict[str, Any]:
+    """What the bytes of a result depend on beside its identity and the threads; for ``provenance``.
+
+    ``instruction_set`` is what torch's kernels use ("AVX512"), and None where nothing has loaded torch.
+    """
+    torch = sys.modules.get("torch")
+    device = torch.cuda.get_device_name() if torch is not None and torch.cuda.is_initialized() else None
+    return {
+        "instruction_set": None if torch is None else torch.backends.cpu.get_cpu_capability(),
+        "machine": platform.machine(),
+        **_hardware(),
+        "device": device or "cpu",
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in ALSO_INSTALLED}},
+    }
+
+
+@cache
+def _hardware() -> dict[str, Any]:
+    """Processor, its cores, and memory in bytes; None for what the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
+    except OSError:
+        name = None
+    names = getattr(os, "sysconf_names", {})
+    known = "SC_PHYS_PAGES" in names and "SC_PAGE_SIZE" in names
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else None
+    return {"processor": name or platform.processor() or None, "cores": os.cpu_count(), "memory": memory}
+
+
+def load_record(folder: Path) -> Record | None:
+    """The record in ``folder``; None if there is none that can be read."""
+    try:
+        return Record.model_validate_json((folder / RECORD).read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValidationError, OSError):
+        say(f"{folder / RECORD} is damaged and counts as missing.")
+        return None
+
+
+class RunStatus(NamedTuple):
+    """Where a run stands.
+
+    Attributes:
+        about: what the run was started with (title, experiment).
+        steps: every step of the run with its record, None while it has none.
+        unfinished: step without a record -> "to run", "begun" or "failed: ...".
+        holder: the process that holds the folder, if one does.
+    """
+
+    about: dict[str, Any]
+    steps: dict[str, Record | None]
+    unfinished: dict[str, str]
+    holder: str | None
+
+
+def run_status(root: Path) -> RunStatus:
+    """Read a run's folder without its experiment.
+
+    Raises:
+        ConfigError: the folder holds no run.
+    """
+    try:
+        listing = _Listing.model_validate_json((root / "run.json").read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"{root} holds no run (no run.json); give the --output_dir of a madpo run") from None
+    except (OSError, ValueError):
+        raise ConfigError(f"{root / 'run.json'} is damaged; the same madpo run command writes it again") from None
+    steps: dict[str, Record | None] = {}
+    unfinished = {}
+    for name, entry in listing.steps.items():
+        folder = root / entry.folder
+        record = load_record(folder)
+        steps[name] = record if record is not None and record.identity == entry.identity else None
+        if steps[name] is None:
+            unfinished[name] = _unfinished(folder)
+    return RunStatus(listing.about, steps, unfinished, holder(root))
+
+
+def evaluations_by(root: Path, key: str) -> list[tuple[str, str, Record]]:
+    """Finished evaluations in a run's folder, of whichever settings, with the value that ``key`` had in each.
+
+    One folder holds the results of several values of a setting, although ``run.json`` lists the last alone.
+
+    Args:
+        key: as in ``--set``; its first part names the kind of step ("policy.optimisation.learning_rate").
+
+    Returns:
+        (value, or "" where the setting does not bear on the evaluation; name of the step; record), by value and name.
+
+    Raises:
+        ConfigError: no evaluation is finished, or the setting bears on none of them.
+    """
+    records = [found for path in sorted(root.rglob(f"*-*/{RECORD}")) if (found := load_record(path.parent)) is not None]
+    by_identity = {record.identity: record for record in records}
+    rows = []
+    for record in records:
+        if record.name.startswith("evaluation/"):
+            rows.append((_setting(record, key, by_identity), record.name, record))
+    if not any(value is not None for value, _, _ in rows):
+        why = f"{key} bears on none of its {len(rows)} finished evaluations" if rows else "no evaluation is finished"
+        raise ConfigError(f"{root}: {why}; a key is that of --set, such as policy.optimisation.learning_rate")
+    rows.sort(key=lambda row: (row[0] is not None, row[0] if isinstance(row[0], int | float) else 0, str(row[:2])))
+    return [("" if value is None else str(value), name, record) for value, name, record in rows]
+
+
+def _setting(record: Record, key: str, by_identity: dict[str, Record]) -> Any:
+    """The setting in the record or in what it was made from; None where it is in neither."""
+    kind, _, rest = key.partition(".")
+    if record.name.split("/")[0] == kind:
+        value: Any = record.config
+        for part in rest.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is not None:
+            return value
+    for identity in record.inputs.values():
+        upstream = by_identity.get(identity)
+        if upstream is not None and (found := _setting(upstream, key, by_identity)) is not None:
+            return found
+    return None
+
+
+class _Entry(BaseModel):
+    folder: str = Field(pattern=NAME)
+    identity: str
+
+    @field_validator("folder")
+    @classmethod
+    def _inside(cls, folder: str) -> str:
+        return Record._inside(folder)
+
+
+class _Listing(BaseModel):
+    """``run.json``: what a run is, and its steps' folders, which lie inside its own."""
+
+    about: dict[str, Any]
+    steps: dict[str, _Entry]
+
+
+def _unfinished(folder: Path) -> str:
+    try:
+        lines = (folder / "error.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    except (FileNotFoundError, NotADirectoryError):
+        return "begun" if folder.is_dir() else "to run"
+    return f"failed: {lines[-1] if lines else 'no message'}"

@@ -1,0 +1,273 @@
+"""Running a graph of steps: nothing twice, nothing stale, nothing half-done.
+
+Each identity has its own folder, and ``record.json`` in it, moved there last, is what makes a result exist. This file
+knows nothing of machine learning.
+"""
+
+import fnmatch
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from madpo.core.config import did_you_mean
+from madpo.core.errors import ConfigError, MadpoError
+from madpo.core.locks import locked
+from madpo.core.progress import duration, say
+from madpo.core.storage import storage_errors, write_atomically
+from madpo.runner.executors import Executor, Inline
+from madpo.runner.folder import what_changed
+from madpo.runner.record import RECORD, Record, libraries, load_record
+from madpo.runner.step import StageFn, Step, needed_by, ordered
+from madpo.runner.uploads import Upload
+from madpo.runner.work import attempt, job
+
+__all__ = [
+    "Planned",
+    "Record",
+    "RunResult",
+    "StageFn",
+    "Step",
+    "finished",
+    "libraries",
+    "load_record",
+    "needed_by",
+    "ordered",
+    "plan",
+    "run",
+]
+
+_LESS_MEMORY = "use a smaller batch size, or run fewer steps at once (--jobs), and run the same command again"
+AGAIN = "to run again"
+
+
+class Planned(NamedTuple):
+    """A step and what a run would do with it: "done", "to run", "to run again: <why>" or "stale: <what changed>"."""
+
+    step: Step
+    status: str
+
+
+@dataclass
+class RunResult:
+    """What a run did.
+
+    Attributes:
+        root: the folder of the run.
+        plan: every step of the graph with its status before the run.
+        records: finished records by step name.
+        done: steps that were finished before; ran: steps finished now.
+        failed: step -> what went wrong, one sentence; skipped: step -> the failed step it waits for.
+        not_uploaded: step, or "report" -> why the store does not have it.
+        graph: every step of the graph, chosen or not.
+    """
+
+    root: Path
+    plan: list[Planned]
+    records: dict[str, Record] = field(default_factory=dict)
+    done: list[str] = field(default_factory=list)
+    ran: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    not_uploaded: dict[str, str] = field(default_factory=dict)
+    graph: list[Step] = field(default_factory=list)
+
+
+def finished(step: Step, root: Path) -> Record | None:
+    """The step's record, if it is finished."""
+    record = load_record(step.folder(root))
+    return record if record is not None and record.identity == step.identity else None
+
+
+def plan(steps: Iterable[Step], root: Path) -> list[Planned]:
+    """What a run would do with every step. Writes nothing.
+
+    A step of an export has its record and little more. It is done as long as no step that is to run reads its files.
+    """
+    order = ordered(steps)
+    records = {step.name: finished(step, root) for step in order}
+    status = {step.name: "done" if records[step.name] else _status(step, root) for step in order}
+    for step in reversed(order):
+        if status[step.name] != "done":
+            for upstream in step.upstream.values():
+                record = records[upstream.name]
+                if status[upstream.name] == "done" and record is not None and record.stripped:
+                    status[upstream.name] = f"{AGAIN}: {step.name} reads its files, which the export left out"
+    return [Planned(step, status[step.name]) for step in order]
+
+
+def run(
+    steps: Iterable[Step],
+    root: Path,
+    executor: Executor | None = None,
+    *,
+    only: Sequence[str] = (),
+    dry_run: bool = False,
+    about: Mapping[str, Any] | None = None,
+    upload: Upload | None = None,
+) -> RunResult:
+    """Bring every step to a finished record; what is finished already is left alone.
+
+    Args:
+        steps: the graph's steps; upstream steps come along by themselves.
+        root: the folder of the run.
+        executor: where steps run; Inline by default.
+        only: groups ("core"), patterns on step names ("policy/high/*") or on both ("ablation/policy/low/*"); their
+            upstream steps are included. Empty is everything.
+        dry_run: say what would run, and write nothing.
+        about: what the run is (title, experiment), kept in ``run.json`` beside the list of its steps.
+        upload: where finished steps are copied to as well, those that were finished before among them.
+
+    Raises:
+        ConfigError: ``only`` matches no step, or two steps share a name.
+        StorageError: the folder cannot be written, or another run holds it.
+        MadpoError: the first step that failed by a mistake in its input, if no step could be finished.
+    """
+    everything = ordered(steps)
+    chosen = _matching(everything, only) if only else everything
+    result = RunResult(root, plan(chosen, root), graph=everything)
+    if dry_run:
+        for planned in result.plan:
+            _already_done(planned, result)
+        return result
+    with storage_errors(root), locked(root):
+        listing = {
+            s.name: {
+                "folder": str(s.folder(root).relative_to(root)),
+                "identity": s.identity,
+                "groups": list(s.groups),
+            }
+            for s in everything
+        }
+        write_atomically(root / "run.json", json.dumps({"about": dict(about or {}), "steps": listing}, indent=1))
+        # The plan was made before the lock; another run may have finished steps since.
+        result.plan = plan(chosen, root)
+        _run_all(result, executor or Inline(), upload)
+    # In the graph's order, whichever step happened to finish first.
+    result.records = {p.step.name: result.records[p.step.name] for p in result.plan if p.step.name in result.records}
+    return result
+
+
+def _run_all(result: RunResult, executor: Executor, upload: Upload | None) -> None:
+    running: dict[Future[Any], Step] = {}
+    first_mistake: list[MadpoError] = []
+    steps = [p.step for p in result.plan]
+    waiting = [p.step for p in result.plan if not _already_done(p, result)]
+    for step in steps:
+        if upload is not None and step.name in result.records:
+            upload.step(step.name, step.folder(result.root), result.root)
+    if not waiting:
+        say(f"All {len(steps)} steps are done already in {result.root}; nothing to run.")
+        return
+    if result.done:
+        say(f"{len(result.done)} of {len(steps)} steps are done already; {len(waiting)} to run.")
+    if again := sum(p.status.startswith(AGAIN) for p in result.plan):
+        say(f"{again} of these were done before, but their files stayed behind when the run was exported.")
+    total = len(steps)
+
+    def collect(block: bool) -> None:
+        finished_now = wait(running, timeout=None if block else 0, return_when=FIRST_COMPLETED).done
+        for future in finished_now:
+            step = running.pop(future)
+            _take(step, future, result, total, first_mistake)
+            if upload is not None and step.name in result.records:
+                upload.step(step.name, step.folder(result.root), result.root)
+
+    def has_room() -> bool:
+        # No step is queued behind busy workers: whoever is free takes the first of the graph's order that is ready, so
+        # one seed is whole before the next, and a step is not said to start before it does.
+        return executor.slots is None or len(running) < executor.slots
+
+    try:
+        while waiting or running:
+            for step in list(waiting):
+                blocker = next(
+                    (u.name for u in step.upstream.values() if u.name in result.failed | result.skipped), None
+                )
+                if blocker is not None:
+                    result.skipped[step.name] = result.skipped.get(blocker, blocker)
+                    waiting.remove(step)
+                elif has_room() and all(u.name in result.records for u in step.upstream.values()):
+                    say(f"{step.name}: {step.says or 'starts'}")
+                    running[
+                        executor.submit(
+                            attempt,
+                            job(step, step.folder(result.root), result.root, _LESS_MEMORY),
+                            result.root.absolute(),
+                            light=step.light,
+                        )
+                    ] = step
+                    waiting.remove(step)
+                    collect(block=False)
+            if running:
+                collect(block=True)
+    except BaseException:
+        for future in running:
+            future.cancel()
+        raise
+    if first_mistake and not result.ran:
+        raise first_mistake[0]
+
+
+def _take(step: Step, future: Future[Any], result: RunResult, total: int, first_mistake: list[MadpoError]) -> None:
+    error = future.exception()
+    if error is None:
+        outcome = future.result()
+        if isinstance(outcome, Record):
+            result.records[step.name] = outcome
+            result.ran.append(step.name)
+            say(f"{step.name}: done in {duration(outcome.seconds)} ({len(result.records)} of {total})")
+            return
+        sentence, mistake = outcome
+        if mistake is not None:
+            first_mistake.append(mistake)
+    else:
+        sentence = f"the worker process died ({error or type(error).__name__}); it may have run out of memory"
+    result.failed[step.name] = sentence
+    say(f"{step.name}: FAILED: {sentence}")
+
+
+def _already_done(planned: Planned, result: RunResult) -> bool:
+    record = finished(planned.step, result.root) if planned.status == "done" else None
+    if record is None:
+        return False
+    result.records[planned.step.name] = record
+    result.done.append(planned.step.name)
+    return True
+
+
+def _matching(steps: list[Step], only: Sequence[str]) -> list[Step]:
+    """The steps that ``only`` names and what they need, in the graph's order.
+
+    The order is that of a whole run: a tier's reward model, which MADPO waits for longest, begins before the methods
+    that need none, so that workers do not wait for it at the end.
+    """
+    chosen: list[Step] = []
+    for word in only:
+        found = [step for step in steps if _answers_to(step, word)]
+        if not found:
+            names = list(dict.fromkeys([*(group for step in steps for group in step.groups), *(s.name for s in steps)]))
+            hint = did_you_mean(word, names) or f"; there are {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
+            raise ConfigError(f"--only {word!r} matches none of the {len(steps)} steps{hint}")
+        chosen += found
+    return needed_by(chosen, steps)
+
+
+def _answers_to(step: Step, word: str) -> bool:
+    names = [step.name, *step.groups, *(f"{group}/{step.name}" for group in step.groups)]
+    return any(fnmatch.fnmatchcase(name, word) for name in names)
+
+
+def _status(step: Step, root: Path) -> str:
+    """Of a step that is not finished: what has changed since one of its name was, if one was."""
+    own = step.folder(root)
+    others = own.parent.glob(f"{own.name[:-8]}[0-9a-f]*/{RECORD}") if own.parent.is_dir() else []
+    records = [(path.stat().st_mtime, path.parent) for path in others if path.parent != own]
+    for _, folder in sorted(records, reverse=True):
+        old = load_record(folder)
+        if old is not None and old.name == step.name and old.identity != step.identity:
+            names = {role: upstream.name for role, upstream in step.upstream.items()}
+            return f"stale: {what_changed(old.model_dump(), step.decisive, names) or 'its identity changed'}"
+    return "to run"

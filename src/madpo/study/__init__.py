@@ -1,0 +1,1 @@
+"""An experiment: its file, its graph of operations, and running it."""

@@ -1,0 +1,337 @@
+"""How long a step takes and how much memory it needs, before it runs: for ``madpo run`` and its ``--dry-run``.
+
+Time is counted in tokens over a machine's rates. They were measured on two cores with AVX-512 BF16 (docs/log.md, the
+quickstart), and are carried over to another machine without a GPU by the rate of its matrix products, and to another
+model by its parameters; or they are given as options. Steps that are finished in the folder correct the estimate of
+the same kind of step. Memory follows from the model's shape. Both are orders of magnitude.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from madpo.core.config import did_you_mean
+from madpo.core.errors import ConfigError
+from madpo.core.progress import duration
+from madpo.models.load import cache_dir
+from madpo.operations.study_evaluation import EvaluationStage
+from madpo.operations.study_folds import OutOfFoldStage, ScoreStage
+from madpo.operations.study_pairs import ResponseStage
+from madpo.operations.study_training import MarginStage, PolicyStage, ReferenceStage, SFTStage
+from madpo.operations.trimming.trim import TrimStage
+from madpo.rewards.oracles import OracleStage
+from madpo.runner.run import Planned, RunResult, Step, finished
+from madpo.training.online import OnlineStage
+from madpo.training.reward_fit import RewardModelStage
+
+# Tokens a second of Gemma-3-270M with LoRA on two cores with AVX-512 BF16. "sft" scores every token, "train" (a
+# preference loss) completion tokens alone, "reward" no token's word; "score" and "judge" are the passes of a language
+# model and of a reward model without gradients.
+TWO_CORES = {"sft": 120.0, "train": 250.0, "reward": 420.0, "score": 600.0, "judge": 1000.0, "generate": 240.0}
+MACHINE = "two cores with AVX-512 BF16"
+# Weight of a parameter of the output head beside one of the layers. A reward model has no such head; the head is the
+# faster product, and most kinds of work give it completions alone (docs/log.md, the quickstart without BF16).
+_HEAD = {"sft": 1.0, "reward": 0.0, "judge": 0.0}
+_HEAD_ELSEWHERE = 0.6
+_PRODUCT = 400.0  # their rate at a large product in bfloat16, GFLOP/s
+# Share of a training step's time there that its products would take at that rate (docs/performance.md).
+_PRODUCTS = 0.52
+_SIDE = 512  # of the matrices that are multiplied to know a machine
+_LOADING = 8.0  # seconds for a model and its libraries
+_LIBRARIES = 0.6e9  # bytes of a process that has loaded them
+
+
+class Shape(NamedTuple):
+    """What memory depends on."""
+
+    parameters: float
+    layers: int
+    hidden: int
+    inner: int
+    cached: int  # numbers a layer keeps per token: keys and values
+    words: int
+
+    def weight(self, kind: str) -> float:
+        """Parameters that a token of this kind of work passes through."""
+        head = self.words * self.hidden
+        return self.parameters - head + _HEAD.get(kind, _HEAD_ELSEWHERE) * head
+
+
+_GEMMA = Shape(268e6, 18, 640, 2048, 2 * 256, 262_144)
+_TINY = Shape(2e5, 2, 64, 128, 2 * 32, 512)
+
+
+class Work(NamedTuple):
+    """Tokens by kind of work, models held at once, and tokens in memory at once."""
+
+    tokens: dict[str, float]
+    models: int = 1
+    trained_at_once: float = 0
+    cached_at_once: float = 0
+
+
+class Estimated(NamedTuple):
+    """A step's estimate: seconds, and bytes (None where the model's shape is not known)."""
+
+    seconds: float
+    memory: float | None
+
+
+class Machine(NamedTuple):
+    """Tokens a second of Gemma-3-270M by kind of work, and whose they are."""
+
+    rates: Mapping[str, float]
+    name: str
+
+
+def this_machine() -> Machine:
+    """The rates of the processor that this runs on, from a third of a second of matrix products.
+
+    Of a step's time, the products' share follows their rate here, and the rest is taken to be what it was there. A GPU
+    is not measured: small models leave it waiting, and its products say little.
+    """
+    import torch
+
+    from madpo.models.load import compute_dtype
+
+    dtype = compute_dtype()
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        return Machine(TWO_CORES, f"{MACHINE}; this machine's accelerator is not measured, give its rates by --rate")
+    left, right = (torch.full((_SIDE, _SIDE), 0.5, dtype=dtype) for _ in range(2))
+    threads = torch.get_num_threads()
+    # The median of one thread's short products: what else the machine does just now interrupts few of them, and the
+    # fastest is a burst (86 GFLOP/s where products that went on for seconds ran at 49 to 63; docs/log.md).
+    torch.set_num_threads(1)
+    try:
+        left @ right
+        times: list[float] = []
+        while len(times) < 10 or (sum(times) < 0.3 and len(times) < 200):
+            started = time.perf_counter()
+            left @ right
+            times.append(time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(threads)
+    rate = threads * 2 * _SIDE**3 / statistics.median(times) / 1e9
+    factor = _PRODUCTS * _PRODUCT / rate + 1 - _PRODUCTS
+    kind = "bfloat16" if dtype is torch.bfloat16 else "float32"
+    rates = {name: value / factor for name, value in TWO_CORES.items()}
+    return Machine(rates, f"this machine, whose matrix products run at {rate:.0f} GFLOP/s in {kind}")
+
+
+def machine_of(options: Iterable[str]) -> Machine:
+    """This machine; or the one of which ``options`` ("train=9000") gives rates, the two cores' for the others.
+
+    Raises:
+        ConfigError: an option is no rate.
+    """
+    options = list(options)
+    return Machine(rates_of(options), "the rates given") if options else this_machine()
+
+
+def rates_of(options: Iterable[str]) -> dict[str, float]:
+    """The default rates with those of ``options`` ("train=9000") in their place.
+
+    Raises:
+        ConfigError: an option is no rate.
+    """
+    rates = dict(TWO_CORES)
+    for option in options:
+        name, _, value = option.partition("=")
+        if name not in rates:
+            raise ConfigError(f"--rate {option!r}: {name!r} is no kind of work{did_you_mean(name, list(rates))}")
+        try:
+            rates[name] = float(value)
+        except ValueError:
+            rates[name] = 0.0
+        if not 0 < rates[name] < float("inf"):
+            raise ConfigError(f"--rate {option!r}: write tokens a second, as in --rate {name}=5000")
+    return rates
+
+
+def work(step: Step) -> Work:
+    """What a step has to do, from its configuration and those of its upstream steps."""
+    config, length, pairs = step.config, _length(step), _pairs(step)
+    if isinstance(config, TrimStage):  # reading 25,000 reviews, then both models on some of them
+        return Work({"score": 12_000 + 690 * config.eval_texts}, 2)
+    if isinstance(config, SFTStage):
+        seen = config.reviews * config.optimisation.epochs
+        return Work({"sft": seen * config.max_tokens}, 1, config.optimisation.per_pass * config.max_tokens)
+    if isinstance(config, ResponseStage):
+        rows = min(config.batch_size, config.prompts)
+        return Work({"generate": 2 * config.prompts * config.max_new_tokens}, 1, 0, rows * length)
+    if isinstance(config, RewardModelStage):
+        share = 1 - 1 / config.folds if config.folds else 1
+        seen = pairs.train * share * config.optimisation.epochs
+        stopping, reported = _held_out(config, pairs)
+        looks = math.ceil(seen / config.optimisation.batch_size / config.eval_every)
+        tokens = {"reward": 2 * seen * length, "judge": 2 * (looks * stopping + reported) * length}
+        return Work(tokens, 1, 2 * config.optimisation.per_pass * length)
+    if isinstance(config, MarginStage):  # the pairs that measured the reward model were scored there
+        trained = next((s.config for s in _upstream(step) if isinstance(s.config, RewardModelStage)), None)
+        known = _held_out(trained, pairs)[1] if trained is not None else 0
+        return Work({"judge": 2 * (pairs.all - known) * length})
+    if isinstance(config, OutOfFoldStage | ScoreStage):
+        return Work({"judge": 2 * pairs.all * length})
+    if isinstance(config, ReferenceStage):
+        return Work({"score": 2 * pairs.train * length})
+    if isinstance(config, PolicyStage):
+        seen = 2 * pairs.train * config.optimisation.epochs
+        return Work({"train": seen * length}, 1, 2 * config.optimisation.per_pass * length)
+    if isinstance(config, OnlineStage):
+        seen = pairs.train * config.settings.generations * config.optimisation.epochs
+        tokens = {"generate": seen * config.max_new_tokens, "train": seen * length, "score": 2 * seen * length}
+        tokens["judge"] = seen * length
+        return Work(tokens, 2, config.optimisation.per_pass * length, config.optimisation.batch_size * length)
+    if isinstance(config, EvaluationStage):
+        count = (config.prompts or pairs.all - pairs.train) * config.samples_per_prompt
+        models = 2 if "policy" in step.inputs or config.best_of else 1
+        passes = 3 if "policy" in step.inputs else 1
+        tokens = {
+            "generate": count * config.max_new_tokens * (config.best_of or 1),
+            "score": passes * count * length,
+            "judge": count * length * (config.best_of or 0),
+        }
+        return Work(tokens, models, 0, min(config.batch_size, count) * length)
+    return Work({})
+
+
+def estimate(step: Step, rates: Mapping[str, float]) -> Estimated:
+    """Seconds and bytes of one step."""
+    needed = work(step)
+    if not needed.tokens:
+        return Estimated(_oracle_seconds(step.config) if isinstance(step.config, OracleStage) else 1.0, None)
+    shape = _shape(step)
+    seconds = sum(
+        count / rates[kind] * (1.0 if shape is None else shape.weight(kind) / _GEMMA.weight(kind))
+        for kind, count in needed.tokens.items()
+    )
+    size = 1.0 if shape is None else shape.parameters / _GEMMA.parameters
+    seconds += needed.models * _LOADING * min(1.0, max(0.02, size))
+    if shape is None:
+        return Estimated(seconds, None)
+    # bfloat16 weights; of a trained token, what the backward pass reads again in every layer; a cache of two bytes.
+    kept = shape.layers * (24 * shape.hidden + 8 * shape.inner) * 2 * needed.trained_at_once
+    cache = shape.layers * shape.cached * 2 * needed.cached_at_once
+    return Estimated(seconds, _LIBRARIES + needed.models * 2 * shape.parameters + kept + cache)
+
+
+def _oracle_seconds(config: OracleStage) -> float:
+    reviews = getattr(config.oracle, "reviews", None)
+    return 3.0 + 42.0 * (1.0 if reviews is None else min(1.0, reviews / 24_000))  # 24,000 are left for it, about
+
+
+def estimates(
+    plan: Iterable[Planned], rates: Mapping[str, float], root: Path, graph: Iterable[Step] = ()
+) -> dict[str, Estimated]:
+    """Estimates of the steps that are not done. Finished ones of the same function correct the time, by the median.
+
+    Args:
+        graph: steps beside the plan's whose finished ones count as well.
+    """
+    plan = list(plan)
+    ratios: dict[str, list[float]] = {}
+    for step in {step.name: step for step in (*graph, *(planned.step for planned in plan))}.values():
+        record = finished(step, root)
+        if record is not None and record.seconds > 0:
+            ratios.setdefault(step.operation, []).append(record.seconds / estimate(step, rates).seconds)
+    found = {}
+    for planned in plan:
+        if planned.status != "done":
+            seconds, memory = estimate(planned.step, rates)
+            factor = statistics.median(ratios.get(planned.step.operation, [1.0]))
+            found[planned.step.name] = Estimated(seconds * factor, memory)
+    return found
+
+
+def first_words(result: RunResult) -> str | None:
+    """How long a run will take on this machine, from its plan; None where it is a matter of a minute."""
+    if all(planned.status == "done" for planned in result.plan):
+        return None
+    machine = this_machine()
+    seconds = sum(guess.seconds for guess in estimates(result.plan, machine.rates, result.root, result.graph).values())
+    if seconds < 60:
+        return None
+    return f"About {duration(seconds)} of work for {machine.name}; finished steps are kept when it is stopped."
+
+
+def dry_run_lines(result: RunResult, machine: Machine) -> list[str]:
+    """What ``--dry-run`` prints: a line for every step, then the sum."""
+    rates = machine.rates
+    found = estimates(result.plan, rates, result.root, result.graph)
+    rows = []
+    for step, status in result.plan:
+        guess = found.get(step.name)
+        memory = "" if guess is None or guess.memory is None else f"{guess.memory / 1e9:.1f} GB"
+        time = "" if guess is None else duration(guess.seconds)
+        inputs = ", ".join(upstream.name for upstream in step.upstream.values())
+        rows.append((step.name, status, time, memory, f"from {inputs}" if inputs else ""))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    total = sum(guess.seconds for guess in found.values())
+    said = ", ".join(f"{kind} {rate:.0f}" for kind, rate in rates.items())
+    counts = f"{len(found)} of {len(result.plan)} steps to run"
+    lines.append(f"{counts}: about {duration(total)} one after another, on {machine.name}")
+    lines.append(f"(tokens a second of Gemma-3-270M: {said})")
+    if len(found) < len(result.plan):
+        lines.append("Times are corrected by those of the finished steps of the same kind.")
+    return lines
+
+
+class _Pairs(NamedTuple):
+    train: int
+    all: int
+
+
+def _held_out(config: RewardModelStage, pairs: _Pairs) -> tuple[float, float]:
+    """Held-out pairs that decide when a reward model's training stops, and those that measure it."""
+    count = pairs.all - pairs.train
+    stopping = count * config.stopping_share
+    return stopping, count - stopping or count
+
+
+def _upstream(step: Step) -> Iterable[Step]:
+    yield step
+    for other in step.upstream.values():
+        yield from _upstream(other)
+
+
+def _length(step: Step) -> int:
+    """Tokens of prompt and response."""
+    config = next((s.config for s in _upstream(step) if isinstance(s.config, ResponseStage)), None)
+    return config.prompt_tokens + config.max_new_tokens if config is not None else 0
+
+
+def _pairs(step: Step) -> _Pairs:
+    train = next((s.config.train for s in _upstream(step) if hasattr(s.config, "train")), 0)
+    whole = next((s.config.prompts for s in _upstream(step) if isinstance(s.config, ResponseStage)), train)
+    return _Pairs(train, whole)
+
+
+def _shape(step: Step) -> Shape | None:
+    model = next((s.config.model for s in _upstream(step) if isinstance(s.config, SFTStage | TrimStage)), "")
+    trimmed = next((s.config.size for s in _upstream(step) if isinstance(s.config, TrimStage)), None)
+    shape = _shape_of(model)
+    if shape is None or trimmed is None or isinstance(step.config, TrimStage):
+        return shape
+    return shape._replace(parameters=shape.parameters - max(0, shape.words - trimmed) * shape.hidden, words=trimmed)
+
+
+def _shape_of(model: str) -> Shape | None:
+    if model in ("gemma-3-270m", "google/gemma-3-270m") and not Path(model).is_dir():
+        return _GEMMA
+    folder = cache_dir() / "models" / f"{model}-v1" if model.startswith("tiny-") else Path(model)
+    try:
+        raw = json.loads((folder / "config.json").read_bytes())
+        layers, hidden, inner = (int(raw[k]) for k in ("num_hidden_layers", "hidden_size", "intermediate_size"))
+        cached = 2 * int(raw["num_key_value_heads"]) * int(raw.get("head_dim") or hidden // raw["num_attention_heads"])
+        words = int(raw["vocab_size"])
+    except (OSError, ValueError, KeyError):
+        return _TINY if model.startswith("tiny-") else None  # which is made when it is first needed
+    parameters = words * hidden + layers * (4 * hidden + 3 * inner) * hidden
+    return Shape(parameters, layers, hidden, inner, cached, words)

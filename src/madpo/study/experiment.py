@@ -1,0 +1,245 @@
+"""An experiment: its configuration, and running it. :mod:`madpo.study.graph` builds the steps that it stands for."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+from pydantic import Field, field_validator, model_validator
+
+from madpo.core.config import Frozen, find_experiment, load_config
+from madpo.core.progress import say
+from madpo.data.corpus import Corpus, PackagedIMDB
+from madpo.models.hyperparameters import LoRA, Optimisation, Pooling
+from madpo.operations.study_pairs import Tier
+from madpo.report import rebuild_report
+from madpo.rewards.oracles import NgramOracle, Oracle
+from madpo.runner.executors import Executor, Inline
+from madpo.runner.run import RunResult, Step, finished, run
+from madpo.runner.uploads import Upload
+from madpo.study import graph
+from madpo.study.estimates import first_words
+from madpo.study.methods import Method, Selection
+
+
+class VocabularySettings(Frozen):
+    """The base model with a vocabulary cut to the corpus, as ``madpo trim-vocab`` does. The whole study then uses it:
+    faster, and no longer the paper's model."""
+
+    size: int = Field(ge=1)
+    """Entries to keep at most."""
+    eval_texts: int = Field(default=128, ge=1)
+    """Held-out texts to measure the cost on at most: most of the time that cutting takes."""
+
+
+class SFTSettings(Frozen):
+    """Supervised fine-tuning on the corpus's last positive reviews."""
+
+    reviews: int = Field(ge=1)
+    optimisation: Optimisation
+    lora: LoRA = LoRA()
+
+
+class ResponseSettings(Frozen):
+    """Prompts from negative reviews, and how responses are sampled, for the pairs and for every evaluation."""
+
+    prompt_tokens: int = Field(default=20, ge=1)
+    max_new_tokens: int = Field(default=48, ge=1)
+    temperature: float = Field(default=1.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    batch_size: int = Field(default=128, ge=1)
+    """Prompts at once; changes the speed alone."""
+
+
+class PairSettings(Frozen):
+    """How many pairs, of which tiers, labelled how."""
+
+    tiers: tuple[Tier, ...] = ("high", "medium", "low")
+    prompts: int = Field(ge=2)
+    """Negative reviews that prompts are cut from: one pair each, in every tier."""
+    skip: int = Field(default=0, ge=0)
+    """Negative reviews before those, which are left alone: a pilot's prompts are then used nowhere else."""
+    train: int = Field(ge=1)
+    """Pairs for training; the others are held out."""
+    label_noise: float = Field(default=1.0, ge=0)
+    """Scale of the Gumbel noise on the oracle's rewards; 1 is Bradley-Terry in the oracle's unit."""
+
+    @model_validator(mode="after")
+    def _check(self) -> PairSettings:
+        if self.train >= self.prompts:
+            raise ValueError(f"train = {self.train} must be below prompts = {self.prompts}: some pairs are held out")
+        if len(set(self.tiers)) != len(self.tiers) or not self.tiers:
+            raise ValueError("tiers must name one tier or more, each once")
+        return self
+
+
+class RewardModelSettings(Frozen):
+    """Bradley-Terry reward models, one per tier."""
+
+    optimisation: Optimisation
+    lora: LoRA = LoRA()
+    eval_every: int = Field(default=20, ge=1)
+    patience: int = Field(default=3, ge=1)
+    stopping_share: float = Field(default=1.0, gt=0, le=1)
+    pooling: Pooling = "last"
+    """Where the reward is read: at the last token, or as the mean over the response, which learns from fewer pairs."""
+    folds: int | None = Field(default=None, ge=2, le=1000)
+    """Reward models per tier for out-of-fold margins, where a method asks for them; each leaves out one part."""
+
+
+class PolicySettings(Frozen):
+    """What every method's training shares: the comparison differs in the loss alone."""
+
+    optimisation: Optimisation
+    lora: LoRA = LoRA()
+
+
+class EvaluationSettings(Frozen):
+    """Sampling for the measurement of policies."""
+
+    prompts: int | None = Field(default=None, ge=1)
+    """The first so many held-out prompts; all of them when left out."""
+    samples_per_prompt: int = Field(default=1, ge=1)
+
+
+class Experiment(Frozen):
+    """The whole of an experiment, as a TOML file spells it out."""
+
+    title: str
+    model: str = "gemma-3-270m"
+    """Packaged name, folder or hub id of the base model."""
+    vocabulary: VocabularySettings | None = None
+    """None, or false in TOML, which has no word for nothing, is the whole model."""
+    corpus: Corpus = PackagedIMDB()
+    oracle: Oracle = NgramOracle()
+    seed: int = Field(default=0, ge=0)
+    """Decides SFT, responses and the permutation, which all runs share."""
+    seeds: tuple[int, ...] = (0,)
+    """One run each of labels, reward model, policies and evaluation draws."""
+    sft: SFTSettings
+    responses: ResponseSettings = ResponseSettings()
+    pairs: PairSettings
+    reward_model: RewardModelSettings
+    policy: PolicySettings
+    method: tuple[Method, ...] = Field(min_length=1)
+    selection: tuple[Selection, ...] = ()
+    """Choices among rows of one method, per tier."""
+    selection_seed: int = Field(default=0, ge=0)
+    """Which half of the held-out prompts selects; the other half reports."""
+    evaluation: EvaluationSettings = EvaluationSettings()
+
+    @model_validator(mode="after")
+    def _check(self) -> Experiment:
+        keys = [method.key for method in self.rows()]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        if twice:
+            raise ValueError(f"two methods are called {twice[0]!r}; give each a name of its own")
+        heldout = self.pairs.prompts - self.pairs.train
+        if self.evaluation.prompts is not None and self.evaluation.prompts > heldout:
+            raise ValueError(f"evaluation.prompts = {self.evaluation.prompts}, but only {heldout} pairs are held out")
+        if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
+            raise ValueError("seeds must hold one seed or more, each once")
+        if self.vocabulary is not None and not isinstance(self.corpus, PackagedIMDB):
+            raise ValueError(
+                "vocabulary is for the corpus that comes as a package; trim the model by `madpo trim-vocab`, and give "
+                "that folder as model"
+            )
+        sampled = [tier for tier in self.pairs.tiers if tier != "low"]
+        if self.responses.temperature == 0 and sampled:
+            raise ValueError(
+                f"responses.temperature = 0 samples the same response twice, so pairs of the tier {sampled[0]!r} would "
+                "have equal sides; give a temperature above 0, or pairs.tiers = ['low']"
+            )
+        for row in self.rows():
+            if row.margins == "out_of_fold" and self.reward_model.folds is None:
+                raise ValueError(f"method {row.name!r} reads out_of_fold margins, so reward_model.folds must be set")
+            if row.trainer in ("rloo", "grpo"):
+                self._check_online(row)
+        for selection in self.selection:
+            selection.candidates([row.name for row in self.rows()])
+        return self
+
+    def _check_online(self, row: Method) -> None:
+        batch = (row.settings.optimisation or self.policy.optimisation).batch_size
+        if batch % row.settings.generations:
+            raise ValueError(
+                f"method {row.name!r}: batch_size {batch} is no multiple of generations {row.settings.generations}, "
+                "and an update takes whole groups of responses; give online.generations that divide it, or an "
+                "online.optimisation with a batch_size of its own"
+            )
+        if self.responses.temperature == 0:
+            raise ValueError(
+                f"method {row.name!r} learns from how responses to a prompt differ, and responses.temperature = 0 "
+                "samples the same one each time; give a temperature above 0, or remove the method"
+            )
+
+    @field_validator("vocabulary", mode="before")
+    @classmethod
+    def _whole(cls, value: object) -> object:
+        return None if value is False else value
+
+    def rows(self) -> tuple[Method, ...]:
+        """The methods with their sweeps spelled out."""
+        return tuple(row for method in self.method for row in method.rows())
+
+    def steps(self) -> list[Step]:
+        """The graph, upstream steps first. Building it runs nothing."""
+        return graph.build(self)
+
+
+def run_experiment(
+    name_or_path: str,
+    output_dir: Path,
+    *,
+    overrides: Sequence[str] = (),
+    only: Sequence[str] = (),
+    dry_run: bool = False,
+    executor: AbstractContextManager[Executor] | None = None,
+    upload: str | None = None,
+) -> RunResult:
+    """Run a packaged experiment or a TOML file, or continue it, and write its report.
+
+    The report and ``selection.json`` speak of everything that is finished in the folder, whatever ``only`` says.
+
+    Args:
+        name_or_path: "quickstart", "smoke", or the path of a TOML file.
+        output_dir: the folder of the run; finished steps in it are kept.
+        overrides: settings to change, such as ``"policy.optimisation.learning_rate=1e-4"``.
+        only: groups of methods, or patterns on step names; their upstream steps are included. Empty is everything.
+        dry_run: say what would run, and write nothing.
+        executor: where steps run, entered and left here; in this process, one after another, when left out.
+        upload: URL of an object store that finished steps, and in the end the report, are copied to; see
+            :mod:`madpo.runner.uploads`. What it did not take stands in the result's ``not_uploaded``.
+
+    Raises:
+        ConfigError: a mistake in the experiment or in the URL, before any model loads.
+    """
+    # Notices from one library about another's names say nothing to the person who runs an experiment.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl)\.")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # the same for worker processes
+    experiment = load_config(find_experiment(name_or_path), Experiment, overrides)
+    about = {
+        "title": experiment.title,
+        "experiment": experiment.model_dump(mode="json"),
+        "rows": [{"key": row.key, **row.model_dump(mode="json")} for row in experiment.rows()],
+    }
+    steps = experiment.steps()
+    if dry_run:
+        return run(steps, output_dir, only=only, dry_run=True)
+    store = Upload(upload) if upload else None
+    if executor is None and (words := first_words(run(steps, output_dir, only=only, dry_run=True))):
+        say(words)
+    with store or nullcontext():
+        with executor or Inline() as place:
+            result = run(steps, output_dir, place, only=only, about=about, upload=store)
+        if any(finished(step, output_dir) is not None for step in steps):
+            rebuild_report(output_dir)  # of the whole run, whichever part of it this call worked on
+        if store is not None:
+            parts = [*output_dir.glob("*"), *output_dir.glob("tables/*"), *output_dir.glob("figures/*")]
+            store.files("report", [path for path in parts if path.is_file() and path.name[0] != "."], output_dir)
+    if store is not None:
+        result.not_uploaded = store.failed
+    return result

@@ -1,0 +1,279 @@
+"""The graph of steps that an experiment stands for: the one place where it is built.
+
+(base, where the vocabulary is cut, comes before sft and every reward model)
+
+oracle -----+--------------------------------------------------------------------------------+
+            v                                                                                |
+sft -> responses -> pairs/<tier>/seed<n> -> reward_model/... -> margins/... --+              |
+ |                    |                        |                              v              v
+ |                    |                        +-> fold<k> -> out_of_fold   agreeing, redrawn
+ +--------------------+--> reference/... --> policy/<tier>/<row>/seed<n> --> evaluation/<tier>/<row>/seed<n>
+
+Names carry tier and seed always, and identities know nothing of the other rows, tiers and seeds: adding some to an
+experiment leaves every finished step valid and where it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from madpo.core.config import Frozen
+from madpo.operations.relabelling import AgreeingStage, RedrawnStage, keep_agreeing, redraw_labels
+from madpo.operations.study_evaluation import EvaluationStage, evaluate_policy
+from madpo.operations.study_folds import OutOfFoldStage, ScoreStage, score_out_of_fold, score_sides
+from madpo.operations.study_pairs import PairStage, ResponseStage, Tier, label_pairs, sample_responses
+from madpo.operations.study_training import (
+    MarginStage,
+    PolicyStage,
+    ReferenceStage,
+    SFTStage,
+    reference_logps,
+    score_margins,
+    train_policy,
+    train_reward_model,
+    train_sft,
+)
+from madpo.operations.trimming.trim import TrimStage, trim_base
+from madpo.rewards.oracles import OracleStage, fit_oracle
+from madpo.runner.run import StageFn, Step, needed_by
+from madpo.study.methods import Method
+from madpo.training.online import OnlineStage, train_online
+from madpo.training.reward_fit import RewardModelStage
+
+if TYPE_CHECKING:
+    from madpo.study.experiment import Experiment
+
+
+def build(experiment: Experiment) -> list[Step]:
+    """Every step that a measurement needs, upstream steps first."""
+    trunk = _Trunk(experiment)
+    rows = experiment.rows()
+    extra = [seed for row in rows for seed in row.seeds or () if seed not in experiment.seeds]
+    for seed in (*experiment.seeds, *dict.fromkeys(extra)):
+        for tier in experiment.pairs.tiers:
+            bench = _Bench(trunk, tier, seed)
+            if tier == experiment.pairs.tiers[0]:  # the held-out prompts are the same in every tier
+                groups = tuple(dict.fromkeys(row.group for row in rows))
+                bench.evaluation("SFT", f"evaluation/sft/seed{seed}", {}, groups)
+            for row in rows:
+                if seed in (row.seeds or experiment.seeds) and tier in (row.tiers or experiment.pairs.tiers):
+                    bench.row(row)
+    # A bench has all that a row may read: reward models whose margins no row reads are not worth their training.
+    measured = (step for step in trunk.steps.values() if step.fn is evaluate_policy)
+    return needed_by(measured, trunk.steps.values())
+
+
+class _Trunk:
+    """What every tier and seed shares: the oracle, the SFT model and its responses."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment = e = experiment
+        self.steps: dict[str, Step] = {}
+        used = e.pairs.skip + e.pairs.prompts
+        oracle = OracleStage(oracle=e.oracle, corpus=e.corpus, sft=e.sft.reviews, prompts=used, seed=e.seed)
+        self.oracle = self.add("oracle", fit_oracle, oracle, says="the oracle, which judges every response")
+        self.base: dict[str, Step] = {}
+        if e.vocabulary is not None:
+            trim = TrimStage(model=e.model, **e.vocabulary.model_dump())
+            says = "the base model, with the vocabulary that the corpus uses"
+            self.base["base"] = self.add("base", trim_base, trim, says=says)
+        sft = SFTStage(
+            model=e.model,
+            corpus=e.corpus,
+            reviews=e.sft.reviews,
+            max_tokens=e.responses.prompt_tokens + e.responses.max_new_tokens,
+            optimisation=e.sft.optimisation,
+            lora=e.sft.lora,
+            seed=e.seed,
+        )
+        self.sft = self.add("sft", train_sft, sft, self.base, says="fine-tuning the base model on positive reviews")
+        responses = ResponseStage(
+            corpus=e.corpus, prompts=e.pairs.prompts, skip=e.pairs.skip, seed=e.seed, **e.responses.model_dump()
+        )
+        self.responses = self.add(
+            "responses",
+            sample_responses,
+            responses,
+            {"sft": self.sft, "oracle": self.oracle},
+            says="two responses to the beginning of every negative review",
+        )
+
+    def add(
+        self,
+        name: str,
+        fn: StageFn,
+        config: Frozen,
+        inputs: Mapping[str, Step] | None = None,
+        *,
+        says: str,
+        groups: tuple[str, ...] = (),
+    ) -> Step:
+        """The step of this name, built once."""
+        if name not in self.steps:
+            light = fn in (fit_oracle, label_pairs, keep_agreeing, redraw_labels)
+            self.steps[name] = Step(name, fn, config, inputs or {}, says=says, groups=groups, light=light)
+        return self.steps[name]
+
+
+class _Bench:
+    """One tier with one seed: its pairs, its reward model, and the rows that are trained on them."""
+
+    def __init__(self, trunk: _Trunk, tier: Tier, seed: int) -> None:
+        self.trunk, self.experiment, self.tier, self.seed = trunk, trunk.experiment, tier, seed
+        self.place = f"{tier}/seed{seed}"
+        e = self.experiment
+        labels = PairStage(
+            tier=tier, train=e.pairs.train, label_noise=e.pairs.label_noise, seed=seed, seed_permutation=e.seed
+        )
+        self.pairs = self._add(
+            "pairs", label_pairs, labels, {"responses": trunk.responses}, f"pairs of the {tier} tier, labelled"
+        )
+        self.reward_model = self._add(
+            "reward_model",
+            train_reward_model,
+            self._reward_model_stage(),
+            {"pairs": self.pairs, **trunk.base},
+            f"a reward model on the {tier} pairs",
+        )
+        self.margins = self._add(
+            "margins",
+            score_margins,
+            MarginStage(),
+            {"pairs": self.pairs, "reward_model": self.reward_model},
+            "how strongly the reward model prefers each pair",
+        )
+        optimisation = e.policy.optimisation
+        self.logps = self._add(
+            "reference",
+            reference_logps,
+            ReferenceStage(batch_size=optimisation.batch_size, micro_batch_size=optimisation.per_pass),
+            {"pairs": self.pairs, "reference": trunk.sft},
+            "reference log-probabilities, once for all methods",
+        )
+
+    def _add(self, kind: str, fn: StageFn, config: Frozen, inputs: Mapping[str, Step], says: str) -> Step:
+        return self.trunk.add(f"{kind}/{self.place}", fn, config, inputs, says=says)
+
+    def _reward_model_stage(self, **fold: int) -> RewardModelStage:
+        settings = fields(self.experiment.reward_model)
+        settings.pop("folds")
+        return RewardModelStage(model=self.experiment.model, seed=self.seed, **settings, **fold)
+
+    def row(self, method: Method) -> None:
+        """A row's training and its evaluation."""
+        name = f"{self.tier}/{method.key}/seed{self.seed}"
+        if method.trainer == "best_of_n":
+            inputs = {"reward_model": self.reward_model}
+            self.evaluation(method.name, f"evaluation/{name}", inputs, (method.group,), best_of=method.n)
+            return
+        fn, config, inputs = self._offline(method) if method.trainer == "offline" else self._online(method)
+        policy = self.trunk.add(
+            f"policy/{name}",
+            fn,
+            config,
+            inputs,
+            says=f"{method.name} on the {self.tier} pairs",
+            groups=(method.group,),
+        )
+        self.evaluation(method.name, f"evaluation/{name}", {"policy": policy}, policy.groups)
+
+    def _offline(self, method: Method) -> tuple[StageFn, Frozen, dict[str, Step]]:
+        e = self.experiment
+        assert method.loss is not None
+        inputs = {"pairs": self.pairs, "reference": self.trunk.sft, "logps": self.logps}
+        margins = self.margins if method.margins == "in_sample" else self._out_of_fold()
+        if "reward_margin" in method.reads:
+            inputs["margins"] = margins
+        if method.reads & {"chosen_score", "rejected_score"}:
+            inputs["scores"] = self._scores()
+        if method.pairs == "agreeing":
+            inputs["pairs"] = self._relabelled(method, margins, keep_agreeing, AgreeingStage(), {})
+        elif method.pairs == "redrawn":
+            sides = {"logps": self.logps, "scores": self._scores() if "scores" in inputs else None}
+            given = {role: step for role, step in sides.items() if step is not None}
+            turned = self._relabelled(method, margins, redraw_labels, RedrawnStage(seed=self.seed), given)
+            inputs |= {role: turned for role in inputs if role != "reference"}
+        config = PolicyStage(method=method.name, loss=method.loss, seed=self.seed, **fields(e.policy))
+        return train_policy, config, inputs
+
+    def _online(self, method: Method) -> tuple[StageFn, Frozen, dict[str, Step]]:
+        e, settings = self.experiment, method.settings
+        config = OnlineStage(
+            method=method.name,
+            algorithm="rloo" if method.trainer == "rloo" else "grpo",
+            settings=settings.model_copy(update={"optimisation": None}),
+            optimisation=settings.optimisation or e.policy.optimisation,
+            lora=e.policy.lora,
+            max_new_tokens=e.responses.max_new_tokens,
+            temperature=e.responses.temperature,
+            top_p=e.responses.top_p,
+            seed=self.seed,
+        )
+        return (
+            train_online,
+            config,
+            {"pairs": self.pairs, "reference": self.trunk.sft, "reward_model": self.reward_model},
+        )
+
+    def _scores(self) -> Step:
+        inputs = {"pairs": self.pairs, "reward_model": self.reward_model}
+        return self._add("scores", score_sides, ScoreStage(), inputs, "the reward model's score of either side")
+
+    def _out_of_fold(self) -> Step:
+        folds = self.experiment.reward_model.folds
+        assert folds is not None
+        models = {
+            f"fold{k}": self.trunk.add(
+                f"reward_model/{self.place}/fold{k}",
+                train_reward_model,
+                self._reward_model_stage(folds=folds, fold=k),
+                {"pairs": self.pairs, **self.trunk.base},
+                says=f"a reward model on the {self.tier} pairs, less part {k + 1} of {folds}",
+            )
+            for k in range(folds)
+        }
+        return self._add(
+            "out_of_fold",
+            score_out_of_fold,
+            OutOfFoldStage(folds=folds, seed=self.seed),
+            {"pairs": self.pairs, **models},
+            "margins from reward models that have not seen the pair",
+        )
+
+    def _relabelled(
+        self, method: Method, margins: Step, fn: StageFn, config: Frozen, inputs: Mapping[str, Step]
+    ) -> Step:
+        kind = method.pairs if method.margins == "in_sample" else f"{method.pairs}_{method.margins}"
+        kind = f"{kind}_scores" if "scores" in inputs else kind
+        says = f"the {self.tier} pairs that the reward model agrees with"
+        if method.pairs == "redrawn":
+            says = f"the {self.tier} pairs with labels from the reward model"
+        return self._add(kind, fn, config, {"pairs": self.pairs, "margins": margins, **inputs}, says)
+
+    def evaluation(
+        self,
+        method: str,
+        name: str,
+        inputs: Mapping[str, Step],
+        groups: tuple[str, ...],
+        best_of: int | None = None,
+    ) -> Step:
+        """Samples and measures of one policy on the held-out prompts."""
+        e = self.experiment
+        config = EvaluationStage(
+            method=method,
+            tier=self.tier,
+            seed=self.seed,
+            best_of=best_of,
+            **e.evaluation.model_dump(),
+            **e.responses.model_dump(exclude={"prompt_tokens"}),
+        )
+        common = {"reference": self.trunk.sft, "oracle": self.trunk.oracle, "pairs": self.pairs}
+        says = f"measuring {method} on held-out prompts"
+        return self.trunk.add(name, evaluate_policy, config, {**common, **inputs}, says=says, groups=groups)
+
+
+def fields(settings: Frozen) -> dict[str, Any]:
+    """The fields as objects (a dump would lose fields that stay outside identities)."""
+    return {name: getattr(settings, name) for name in type(settings).model_fields}

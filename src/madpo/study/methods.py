@@ -1,0 +1,148 @@
+"""The rows of a study: which method, on which pairs, in which group, and the sweeps that stand for many rows."""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import Field, JsonValue, ValidationError, model_validator
+
+from madpo.core.config import Frozen, did_you_mean
+from madpo.losses import Custom, Loss, LossAdapter
+from madpo.operations.study_pairs import Tier
+from madpo.training.online import OnlineSettings
+
+Group = Literal["core", "sensitivity", "ablation", "frontier", "rivals"]
+_SIGNS = {"beta": "β", "tau": "τ", "lam": "λ", "c_max": "c", "batch_scale": "m", "keep": "p"}
+
+
+class Method(Frozen):
+    """A row of the tables, or with ``sweep`` one row per combination of values."""
+
+    name: str = Field(min_length=1)
+    group: Group = "core"
+    """Part of the study that the row belongs to; ``--only`` chooses by it."""
+    trainer: Literal["offline", "rloo", "grpo", "best_of_n"] = "offline"
+    """"offline": a preference loss on the pairs. "rloo", "grpo": policy optimisation against the reward model with a
+    KL penalty. "best_of_n": no training; of n responses the one that the reward model likes best."""
+    loss: Loss | None = None
+    """Of the trainer "offline" alone."""
+    pairs: Literal["all", "agreeing", "redrawn"] = "all"
+    """"agreeing": the training pairs whose label the reward model agrees with. "redrawn": all, with labels drawn anew
+    from the reward model's probabilities."""
+    margins: Literal["in_sample", "out_of_fold"] = "in_sample"
+    """Which reward model's margins the loss and ``pairs`` read: the tier's own, which has been trained on the same
+    pairs, or that of the fold that has not (``reward_model.folds``)."""
+    online: OnlineSettings | None = None
+    """Of the trainers "rloo" and "grpo"."""
+    n: int | None = Field(default=None, ge=2)
+    """Responses per prompt, of the trainer "best_of_n"."""
+    sweep: dict[str, tuple[JsonValue, ...]] = Field(default_factory=dict)
+    """Field -> values: one row for every combination. Fields are those of the loss (of ``online`` for "rloo" and
+    "grpo"; ``n`` for "best_of_n")."""
+    seeds: tuple[int, ...] | None = None
+    """Seeds of this row; None is the experiment's."""
+    tiers: tuple[Tier, ...] | None = None
+    """Tiers of this row; None is the experiment's."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Method:
+        if (self.loss is not None) != (self.trainer == "offline"):
+            raise ValueError(
+                f"method {self.name!r}: the trainer {self.trainer!r} "
+                + ("needs a loss" if self.loss is None else "takes no loss; remove it")
+            )
+        if self.trainer == "best_of_n" and self.n is None and "n" not in self.sweep:
+            raise ValueError(f"method {self.name!r}: best_of_n needs n, or values of n in sweep")
+        if self.trainer != "best_of_n" and self.n is not None:
+            raise ValueError(f"method {self.name!r}: n belongs to the trainer best_of_n; remove it")
+        if self.trainer not in ("rloo", "grpo") and self.online is not None:
+            raise ValueError(f"method {self.name!r}: online belongs to the trainers rloo and grpo; remove it")
+        if self.trainer != "offline" and (self.pairs != "all" or self.margins != "in_sample"):
+            raise ValueError(f"method {self.name!r}: {self.trainer} learns from no pairs; remove pairs and margins")
+        _ = self.rows()  # so that a bad value in a sweep fails with the configuration
+        return self
+
+    @property
+    def key(self) -> str:
+        """The name as part of a path: "β-DPO (0.6)" -> "beta-dpo-0.6"."""
+        plain = self.name.lower()
+        for name, sign in _SIGNS.items():
+            plain = plain.replace(sign, name) if len(sign) == 1 and not sign.isascii() else plain
+        return re.sub(r"[^a-z0-9.+=]+", "-", plain).strip("-.") or "method"
+
+    @property
+    def settings(self) -> OnlineSettings:
+        """Those of "rloo" and "grpo", defaults where nothing is said."""
+        return self.online or OnlineSettings()
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """What the training reads of a reward model: "reward_margin", "chosen_score", "rejected_score"."""
+        columns = {"reward_margin", "chosen_score", "rejected_score"}
+        return frozenset() if self.loss is None else frozenset(self.loss.needs & columns)
+
+    def rows(self) -> tuple[Method, ...]:
+        """This row, or those that its sweep stands for; none of them has a sweep."""
+        if not self.sweep:
+            return (self,)
+        for name, values in self.sweep.items():
+            if not values:
+                raise ValueError(f"method {self.name!r}: sweep.{name} has no values")
+        combinations = itertools.product(*self.sweep.values())
+        return tuple(self._row(dict(zip(self.sweep, values, strict=True))) for values in combinations)
+
+    def _row(self, values: Mapping[str, JsonValue]) -> Method:
+        words = " ".join(f"{_SIGNS.get(name, name)}={value}" for name, value in values.items())
+        changes: dict[str, Any] = {"name": f"{self.name} {words}", "sweep": {}}
+        fields: Any
+        if self.trainer == "best_of_n":
+            fields, parts = {"n": self.n}, dict(values)
+            changes |= parts
+        elif self.loss is None:
+            # As objects: a dump would lose fields that stay outside identities.
+            fields = {name: getattr(self.settings, name) for name in type(self.settings).model_fields}
+            changes["online"] = {**fields, **values}
+        elif isinstance(self.loss, Custom):
+            fields = type(self.loss.loss).model_fields
+            changes["loss"] = self.loss.model_copy(update={"parameters": {**self.loss.parameters, **values}})
+        else:
+            fields = type(self.loss).model_fields
+            changes["loss"] = _loss(self, {**self.loss.model_dump(), **values}, fields)
+        for name in values:
+            if name not in fields:
+                known = did_you_mean(name, list(fields)) or f"; there are {', '.join(fields)}"
+                raise ValueError(f"method {self.name!r}: sweep.{name} is no field to vary{known}")
+        return Method.model_validate({**{name: getattr(self, name) for name in Method.model_fields}, **changes})
+
+
+def _loss(method: Method, values: Mapping[str, Any], fields: Mapping[str, Any]) -> Any:
+    try:
+        return LossAdapter.validate_python({name: value for name, value in values.items() if name in fields})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"][1:])
+        raise ValueError(f"method {method.name!r}: sweep.{where} = {first['input']!r}: {first['msg']}") from None
+
+
+class Selection(Frozen):
+    """A choice among rows, made on one half of the held-out prompts and reported on the other."""
+
+    name: str = Field(min_length=1)
+    """How the chosen row is shown: "MADPO, best of 6"."""
+    among: tuple[str, ...] = Field(min_length=1)
+    """Names of rows, or patterns on them ("MADPO τ=*")."""
+
+    def candidates(self, names: Sequence[str]) -> list[str]:
+        """The rows that ``among`` names, in the given order.
+
+        Raises:
+            ValueError: an entry names none.
+        """
+        for word in self.among:
+            if not any(fnmatch.fnmatchcase(name, word) for name in names):
+                raise ValueError(f"selection {self.name!r}: {word!r} names no row{did_you_mean(word, list(names))}")
+        return [name for name in names if any(fnmatch.fnmatchcase(name, word) for word in self.among)]
