@@ -10,6 +10,7 @@ import torch
 from peft import get_peft_model
 
 from madpo.core.errors import ConfigError, DataError, StorageError
+from madpo.models import packaged as packages
 from madpo.models.load import (
     TINY_FAMILIES,
     LoRA,
@@ -21,7 +22,6 @@ from madpo.models.load import (
     packaged,
     resolve_model,
 )
-from madpo.models import packaged as packages
 from madpo.models.packaged import PACKAGED, PackagedModel
 
 IDS = torch.tensor([[1, 17, 80, 33, 5]])

@@ -23,6 +23,7 @@ from madpo.data.corpus import PackagedIMDB
 from madpo.models.engine import memory_efficient as lean
 from madpo.models.load import LoRA, build_tiny, load_tokenizer
 from madpo.operations import study_training as stages
+from madpo.rewards import oracles as rewards
 from madpo.rewards.oracles import (
     ClassifierOracle,
     NgramOracle,
@@ -32,7 +33,6 @@ from madpo.rewards.oracles import (
     load_oracle,
     pooled,
 )
-from madpo.rewards import oracles as rewards
 from madpo.training.reward import RewardModelTrainer
 
 GOOD = ["wonderful", "great", "moving", "funny", "best"]
