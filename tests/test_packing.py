@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from madpo.models.engine.logprobs import completion_logps, completion_states, hidden_states
 from madpo.models.engine.packing import PROMPT, pack
@@ -177,28 +176,3 @@ def test_a_completion_sees_neither_its_sibling_nor_another_pair():
     rows["input_ids"][rejected] = (rows["input_ids"][rejected] + 17) % VOCAB
     after = completion_logps(SLIDING, **rows, pairs=True).logps
     assert after[: len(PAIRS)].equal(before)
-
-
-def test_an_architecture_with_its_own_attention_keeps_padded_rows_and_says_so_once():
-    model = build("gemma2")  # replaced below by attention that looks at everything
-    for layer in model.model.layers:
-        attention = layer.self_attn
-        original = attention.forward
-        attention.forward = lambda *args, _original=original, attention_mask=None, **kw: _blind(
-            _original, attention_mask, *args, **kw
-        )
-    rows = pair_batch(PAIRS[:3], "right")
-    with pytest.warns(UserWarning, match="cannot share prompts"):
-        packed = completion_logps(model, **rows, pairs=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        again = completion_logps(model, **rows, pairs=True)
-    assert packed.logps.equal(again.logps)
-    torch.testing.assert_close(packed.logps, completion_logps(model, **rows).logps)
-
-
-def _blind(original, attention_mask, *args, packing=None, **kw) -> Tensor:
-    """Attention that forgets who may look at whom when the mask does not tell."""
-    if packing is not None:
-        packing._allowed = {w: torch.ones_like(m) for w in (None, 4) for m in [packing.allowed(w)]}
-    return original(*args, attention_mask=attention_mask, packing=packing, **kw)

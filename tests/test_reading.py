@@ -38,7 +38,6 @@ def llama(**more: Any) -> Any:
         ("modernbert-decoder", {"cls_token_id": 1, "sep_token_id": 2}, "otherwise than by one linear head"),
         ("roberta", {"is_decoder": True}, "otherwise than by one linear head"),
         ("bert", {}, "otherwise than by one linear head"),
-        ("llama4_text", {"intermediate_size_mlp": 32, "num_local_experts": 1, "head_dim": 8}, "no backbone apart"),
     ],
 )
 def test_architectures_whose_logits_are_made_otherwise_are_refused(

@@ -15,7 +15,7 @@ from madpo.core.errors import ConfigError, DataError, StorageError
 from madpo.data.corpus import PackagedIMDB, load_corpus
 from madpo.data.texts import read_texts
 from madpo.models.engine.head import Head
-from madpo.models.engine.logprobs import hidden_states, takes_positions
+from madpo.models.engine.logprobs import hidden_states
 from madpo.models.load import load_model
 from madpo.operations import TrimSettings, trim_vocab
 from madpo.operations.trimming import trim as trimming
@@ -68,7 +68,7 @@ def test_kept_texts_have_the_same_states_and_renormalised_probabilities(pair):
         states = []
         for model, ids in zip(models, (before, after), strict=True):
             row = torch.tensor([ids])
-            states.append(hidden_states(model, row, torch.ones_like(row), takes_positions=takes_positions(model))[0])
+            states.append(hidden_states(model, row, torch.ones_like(row))[0])
         assert torch.equal(*states), "to the last bit"
         wide, narrow = (Head.of(model).logits(x)[0] for model, x in zip(models, states, strict=True))
         torch.testing.assert_close(narrow.log_softmax(-1), wide[:, kept].log_softmax(-1), rtol=0, atol=1e-10)

@@ -109,5 +109,5 @@ class Optimisation(Frozen):
             "activation_checkpointing": False,
             "use_cpu": not torch.accelerator.is_available(),
             "bf16": compute_dtype() is torch.bfloat16,
-            "disable_dropout": False,
+            "disable_dropout": None,  # off in the model, as configured in its adapter
         }

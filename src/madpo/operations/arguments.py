@@ -25,7 +25,7 @@ _BY_TYPE: dict[Any, str] = {
     bool: (
         "activation_offloading allow_pickle auto_find_batch_size average_tokens_across_devices "
         "batch_eval_metrics bf16_full_eval dataloader_drop_last dataloader_in_order "
-        "dataloader_persistent_workers dataloader_pin_memory disable_dropout do_eval do_predict do_train "
+        "dataloader_persistent_workers dataloader_pin_memory do_eval do_predict do_train "
         "enable_jit_checkpoint eval_do_concat_batches eval_on_start eval_use_gather_object fp16 "
         "fp16_full_eval full_determinism hub_always_push ignore_data_skip load_best_model_at_end "
         "log_on_each_node logging_first_step logging_nan_inf_filter padding_free precompute_ref_log_probs "
@@ -35,7 +35,7 @@ _BY_TYPE: dict[Any, str] = {
     ),
     bool | None: (
         "activation_checkpointing bf16 ddp_broadcast_buffers ddp_find_unused_parameters ddp_static_graph "
-        "disable_tqdm gradient_checkpointing greater_is_better hub_private_repo tf32"
+        "disable_dropout disable_tqdm gradient_checkpointing greater_is_better hub_private_repo tf32"
     ),
     bool | str: "include_num_input_tokens_seen",
     int: (

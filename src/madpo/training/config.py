@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import TrainingArguments
 from trl import DPOConfig
 
 from madpo.core.errors import ConfigError
+from madpo.models.engine.logprobs import unwrapped
 from madpo.models.load import compute_dtype
+from madpo.models.modes import without_own_noise
 
 # TRL's option -> where the same choice is made here.
 _REPLACED = {
@@ -30,10 +35,12 @@ class PreferenceConfig(DPOConfig):  # type: ignore[misc]
     """TRL's ``DPOConfig`` with defaults that run everywhere.
 
     The CPU is used where there is no accelerator, bfloat16 only where the processor has it, gradient checkpointing is
-    off, and LoRA dropout is what the user wrote (TRL's ``disable_dropout`` would turn it off; the model's own dropout
-    is off all the same).
+    off, and dropout is off in the model but not in its adapter.
 
     Attributes:
+        disable_dropout: None switches off the model's own dropout (and layerdrop, router jitter and the like), so that
+            training begins at the reference; LoRA dropout is what the user wrote. True switches off both (TRL's
+            default), False neither.
         token_metrics: when to compute entropy, mean logits and token accuracy, which cost about a tenth of the head:
             "logged" at steps that are logged, "always" (as TRL does) or "never".
         allow_pickle: load checkpoints of transformers' own formats, and write them where DeepSpeed or FSDP splits the
@@ -43,7 +50,9 @@ class PreferenceConfig(DPOConfig):  # type: ignore[misc]
     gradient_checkpointing: bool | None = field(
         default=None, metadata={"help": "Recompute activations in backward; off by default (TRL: on)."}
     )
-    disable_dropout: bool = field(default=False, metadata={"help": "Also switch off the adapter's own dropout."})
+    disable_dropout: bool | None = field(
+        default=None, metadata={"help": "Switch off dropout; None is off in the model and as written in the adapter."}
+    )
     bf16: bool | None = field(default=None, metadata={"help": "bfloat16; None is where the processor has it."})
     token_metrics: str = field(
         default="logged", metadata={"help": "When to compute entropy and mean logits: logged, always or never."}
@@ -61,6 +70,11 @@ class PreferenceConfig(DPOConfig):  # type: ignore[misc]
         if self.bf16 is None:
             self.bf16 = not self.fp16 and compute_dtype() is torch.bfloat16
         super().__post_init__()
+
+
+def own_noise(model: nn.Module, args: TrainingArguments) -> AbstractContextManager[None]:
+    """What a forward pass of ``model`` runs in: without its own dropout, unless ``args.disable_dropout`` is False."""
+    return nullcontext() if args.disable_dropout is False else without_own_noise(unwrapped(model))
 
 
 def refuse_replaced_options(args: DPOConfig) -> None:

@@ -16,12 +16,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft.helpers import disable_input_dtype_casting
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoProcessor
 from trl import DPOConfig, DPOTrainer
 from trl.data_utils import get_dataset_column_names
-from trl.trainer.utils import disable_dropout_in_model
 
 from madpo.core.errors import ConfigError, DataError
 from madpo.core.progress import say_once
@@ -32,7 +30,7 @@ from madpo.models.loading import loading
 from madpo.models.untrusted import check_model
 from madpo.models.weights import NamedArchitecture
 from madpo.training.columns import ID_COLUMNS, PAIR_COLUMNS, REFERENCE_COLUMNS, check_columns
-from madpo.training.config import PreferenceConfig, refuse_replaced_options
+from madpo.training.config import PreferenceConfig, own_noise, refuse_replaced_options
 from madpo.training.metrics import WindowMetrics
 from madpo.training.nan_guard import drop_unscored
 from madpo.training.padding_pairs import REPEATED, each_marked, marked, observed, refuse_uneven
@@ -105,8 +103,6 @@ class PreferenceTrainer(WindowMetrics, ReferenceColumns, DPOTrainer):  # type: i
             )
         even = getattr(args.accelerator_config, "even_batches", True)
         refuse_uneven(self.accelerator, even_batches=even, drop_last=args.dataloader_drop_last)
-        if not args.disable_dropout:
-            _disable_own_dropout(self.model)
         announce(self.model)
         install_completion_head(unwrapped(self.model))
 
@@ -159,7 +155,7 @@ class PreferenceTrainer(WindowMetrics, ReferenceColumns, DPOTrainer):  # type: i
     ) -> Tensor | tuple[Tensor, CompletionScores]:
         """The mean of the loss over the pairs of the effective batch (this process's share of it)."""
         mode = "train" if self.model.training else "eval"
-        with _inputs_as_they_are(model):
+        with _inputs_as_they_are(model), own_noise(model, self.args):
             scores = completion_logps(
                 model,
                 inputs["input_ids"],
@@ -222,7 +218,7 @@ class PreferenceTrainer(WindowMetrics, ReferenceColumns, DPOTrainer):  # type: i
         self.model_wrapped.train()  # as the step itself will: the first of a resumed run is no first step
         statistics, counted = [], []
         for batch in map(self._prepare_inputs, batches):
-            with self.compute_loss_context_manager():
+            with self.compute_loss_context_manager(), own_noise(self.model_wrapped, self.args):
                 rows = (batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
                 scores = completion_logps(self.model_wrapped, *rows, pairs=True)
             statistics.append(self.accelerator.gather(self.loss.statistic(self._loss_inputs(scores, batch))))
@@ -341,12 +337,3 @@ def _inputs_as_they_are(model: nn.Module) -> Iterator[None]:
         return
     with disable_input_dtype_casting(inner):
         yield
-
-
-def _disable_own_dropout(model: nn.Module) -> None:
-    adapters = [m.lora_dropout for m in model.modules() if isinstance(m, BaseTunerLayer) and hasattr(m, "lora_dropout")]
-    kept = {id(d): d.p for holder in adapters for d in holder.modules() if isinstance(d, nn.Dropout)}
-    dropouts = [m for m in model.modules() if id(m) in kept]
-    disable_dropout_in_model(model)
-    for dropout in dropouts:
-        dropout.p = kept[id(dropout)]  # type: ignore[assignment]

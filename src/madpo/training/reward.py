@@ -19,6 +19,7 @@ from madpo.models.engine import memory_efficient as lean
 from madpo.models.engine.logprobs import completion_states, unwrapped
 from madpo.models.hyperparameters import Pooling
 from madpo.rewards.oracles import completion_tokens, pooled
+from madpo.training.config import own_noise
 from madpo.training.resume import ExactResume
 
 
@@ -96,7 +97,7 @@ class RewardModelTrainer(ExactResume, RewardTrainer):  # type: ignore[misc]
         """What TRL asks of its model: logits. Each prompt is computed once, and the pooling is ours."""
         inside = completion_tokens(attention_mask, prompt_lengths)
         # The model that accelerate prepared would bring its own; this one has been taken out of it.
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), own_noise(model, self.args):
             states = completion_states(model, input_ids, attention_mask, inside)
         # In float32, as RewardModel reads them, whatever precision the layers are computed in.
         return SequenceClassifierOutput(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from madpo.core.errors import ConfigError
 
@@ -36,6 +37,15 @@ class TokenScores(NamedTuple):
     entropy: Tensor | None = None
     mean_logit: Tensor | None = None
     top1: Tensor | None = None
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The part of a transformers model that computes states: all but its head; the model itself where there is none."""
+    found: nn.Module = model.base_model  # type: ignore[assignment]
+    if found is model:  # Llama 4's text model has its backbone under a name that its class does not say
+        parts = [part for part in model.children() if isinstance(part, PreTrainedModel)]
+        found = parts[0] if len(parts) == 1 else model
+    return found
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,11 @@ class Head:
         weight, bias = head.weight, getattr(head, "bias", None)
         if hasattr(weight, "full_tensor"):  # FSDP2 shards parameters as DTensors; the tiles need the whole
             weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
-        caps = (getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap"))
+        names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+        caps = (getattr(config, name, None) for name in names)
+        entries = getattr(config, "unpadded_vocab_size", None)
+        if entries is not None:
+            weight, bias = weight[:entries], None if bias is None else bias[:entries]
         return cls(weight, bias, next((cap for cap in caps if cap is not None), None), _logit_scale(config))
 
     @property
@@ -354,7 +368,8 @@ def _logit_scale(config: Any) -> float:
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         if getattr(config, name, None) is not None:
             return float(getattr(config, name))
-    divisor = getattr(config, "logits_scaling", None)
-    if divisor is None:
-        return 1.0
-    return float(divisor) if config.model_type == "hyperclovax" else 1.0 / float(divisor)
+    for name in ("logits_scaling", "logits_mup_width_multiplier"):
+        divisor = getattr(config, name, None)
+        if divisor is not None:
+            return float(divisor) if config.model_type == "hyperclovax" else 1.0 / float(divisor)
+    return 1.0

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from madpo.core.errors import ConfigError
 from madpo.models.engine.head import TILE, Head
-from madpo.models.engine.logprobs import check_reading, hidden_states, takes_positions, unwrapped
+from madpo.models.engine.logprobs import check_reading, hidden_states, unwrapped
 
 
 @torch.no_grad()
@@ -40,7 +40,7 @@ def completion_kl(
         inner = unwrapped(model)
         check_reading(inner)
         heads.append(Head.of(inner))
-        hidden = hidden_states(inner, input_ids, attention_mask, takes_positions=takes_positions(inner))
+        hidden = hidden_states(inner, input_ids, attention_mask)
         states.append(hidden[:, :-1][mask])
     entries = [head.weight.shape[0] for head in heads]
     if entries[0] != entries[1]:

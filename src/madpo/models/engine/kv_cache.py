@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from madpo.core.errors import ConfigError
+from madpo.models.engine.head import backbone
 
 ROOM = 64
 """Tokens for which a layer makes room at least, ahead of their coming."""
@@ -80,7 +81,7 @@ def growing_cache(model: nn.Module) -> DynamicCache:
             knows no ``cache`` would take the argument without a word and see one token at a time.
     """
     cache = DynamicCache(config=model.config)
-    takes = "cache" in inspect.signature(model.base_model.forward).parameters  # type: ignore[union-attr]
+    takes = "cache" in inspect.signature(backbone(model).forward).parameters
     kinds = {type(layer) for layer in cache.layers}
     if not takes or kinds - {DynamicLayer, DynamicSlidingWindowLayer}:
         raise ConfigError(

@@ -29,8 +29,11 @@ from torch import Tensor, nn
 
 from madpo.core.errors import ConfigError
 from madpo.models.engine import memory_efficient as lean
-from madpo.models.engine.head import Head, token_logps
-from madpo.models.engine.packing import pack, packed_states, packs
+from madpo.models.engine.dependence import depends, sharded
+from madpo.models.engine.head import Head, backbone, token_logps
+from madpo.models.engine.packable import packs
+from madpo.models.engine.packed_attention import packed_states
+from madpo.models.engine.packing import pack
 from madpo.models.modes import evaluating
 
 
@@ -64,19 +67,19 @@ def install_completion_head(model: nn.Module) -> None:
         return
     check_reading(model)
     plain: Callable[..., Any] = model.forward
-    with_positions = takes_positions(model)
 
     @functools.wraps(type(model).forward)  # `generate` checks its arguments against the signature
     def forward(self: nn.Module, *args: Any, completion_mask: Tensor | None = None, **kwargs: Any) -> Any:
         if completion_mask is None:
             return plain(*args, **kwargs)
-        return _score(self, completion_mask, with_positions, **kwargs)
+        return _score(self, completion_mask, **kwargs)
 
     model.forward = types.MethodType(forward, model)
     model._madpo_completion_head = True  # type: ignore[assignment]
     lean.install(model)
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def check_reading(model: nn.Module) -> None:
     """Compare the logits that are read off a model's states and head with its own, once a model, on a few tokens.
@@ -85,25 +88,39 @@ def check_reading(model: nn.Module) -> None:
     encoders look ahead: their log-probabilities would be wrong without a word.
 
     Raises:
-        ConfigError: they differ, or a state depends on a later token.
+        ConfigError: they differ, a state depends on a later token, or the model cannot read four tokens.
     """
     if getattr(model, "_madpo_reading", False):
         return
     name = type(model).__name__
-    if model.base_model is model:
+    if backbone(model) is model:
         raise ConfigError(f"{name} has no backbone apart from its output head, so it is not supported")
-    if not any(p.is_meta or hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in model.parameters()):
+    if not sharded(model):
         head = Head.of(model)
         ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=head.weight.device) % head.weight.shape[0]
-        with evaluating(model):
-            states = hidden_states(model, ids, torch.ones_like(ids), takes_positions=takes_positions(model))
-            theirs = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
-        found = head.logits(states.to(head.weight.dtype).flatten(0, 1))[0].float().view_as(theirs)
+        ones, last = torch.ones_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+        last[:, -1] = True
+        plain = functools.partial(hidden_states, model, ids, ones)
         half = head.weight.dtype in (torch.bfloat16, torch.float16)
-        bound = (0.05 if half else 1e-3) * (1 + float(theirs.abs().max()))
-        if float((found - theirs).abs().max()) > bound:  # not with weights that are not numbers: others tell
+        with evaluating(model):
+            try:
+                states = plain()
+                theirs = model(input_ids=ids, attention_mask=ones, use_cache=False).logits.float()
+                found = head.logits(states.to(head.weight.dtype).flatten(0, 1))[0].float().view_as(theirs)
+                bound = (0.05 if half else 1e-3) * (1 + float(theirs.abs().max()))
+                apart = float((found - theirs).abs().max())
+                ahead = float((theirs[0, :-1] - theirs[1, :-1]).abs().max()) > bound
+                ahead = ahead or bool(depends(model, plain, [(~last, last)]))
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError) as error:
+                reason = str(error).strip().partition("\n")[0]
+                raise ConfigError(
+                    f"{name} cannot read a text of four tokens ({reason}), so it is not supported"
+                ) from error
+        if apart > bound:  # not with weights that are not numbers: others tell
             raise ConfigError(f"{name} makes its logits otherwise than by one linear head, so it is not supported")
-        if float((theirs[0, :-1] - theirs[1, :-1]).abs().max()) > bound:
+        if ahead:
             raise ConfigError(
                 f"{name} looks at later tokens, so it is no causal language model; give a decoder (for BERT and its "
                 "like: is_decoder in its config.json)"
@@ -134,11 +151,6 @@ def check_positions(model: nn.Module, length: int, remedy: str) -> None:
     limit = position_limit(model)
     if limit is not None and length > limit:
         raise ConfigError(f"{type(model).__name__} has {limit} positions, but a text takes {length}; {remedy}")
-
-
-def takes_positions(model: nn.Module) -> bool:
-    """Whether the model's forward has ``position_ids``."""
-    return "position_ids" in inspect.signature(type(model).forward).parameters
 
 
 def completion_logps(
@@ -187,31 +199,38 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return inner() if inner is not None else model
 
 
+def shares_prompts(model: nn.Module) -> bool:
+    """Whether the prompt of a pair is computed once; decided at the first call for a model, which warns if not."""
+    takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
+    return takes_positions and packs(model, functools.partial(hidden_states, model))
+
+
 def _score(
     model: nn.Module,
     completion_mask: Tensor,
-    with_positions: bool,
     *,
-    input_ids: Tensor,
+    input_ids: Tensor | None = None,
     attention_mask: Tensor,
     pairs: bool = False,
     log_sum_sq: bool = False,
     details: bool = False,
-    **kwargs: Any,
+    **others: Any,
 ) -> CompletionScores:
+    given = sorted(name for name, value in others.items() if value is not None)  # PEFT passes every argument on
+    if input_ids is None or given:
+        raise ConfigError(
+            f"an adapter replaces the tokens of {type(model).__name__} by {', '.join(given) or 'states'}, so it is not "
+            "supported; use LoRA or another adapter that changes layers"
+        )
     _check_length(model, attention_mask)
-    plain = functools.partial(hidden_states, model, takes_positions=with_positions)
-    rows = (input_ids, attention_mask, completion_mask)
-    # A prompt-learning adapter hands over states of its own, which belong to rows.
-    if pairs and with_positions and not _given(kwargs) and packs(model, *rows, plain):
-        packing = pack(*rows)
+    if pairs and shares_prompts(model):
+        packing = pack(input_ids, attention_mask, completion_mask)
         mask, labels = packing.scored[:, 1:], packing.labels
         selected = packed_states(model, packing)
     else:
         mask = (completion_mask[:, 1:] * attention_mask[:, 1:]).bool()
         labels = input_ids[:, 1:][mask]
-        # Prompt-learning adapters put virtual tokens in front: keep the positions of the real ones.
-        selected = plain(input_ids, attention_mask, **kwargs)[:, -input_ids.shape[1] :][:, :-1][mask]
+        selected = hidden_states(model, input_ids, attention_mask)[:, :-1][mask]
     tokens = token_logps(selected, Head.of(model), labels, log_sum_sq=log_sum_sq, details=details)
     lengths = mask.sum(-1)
 
@@ -228,33 +247,24 @@ def _check_length(model: nn.Module, attention_mask: Tensor) -> None:
         check_positions(model, int(attention_mask.sum(-1).max()), "lower max_length, or drop the longest pairs")
 
 
-def _given(kwargs: dict[str, Any]) -> bool:
-    """Whether a wrapper set anything: PEFT passes every argument on, most of them None."""
-    return any(value is not None for value in kwargs.values())
-
-
-def hidden_states(
-    model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    *,
-    takes_positions: bool = True,
-    **kwargs: Any,
-) -> Float[Tensor, "rows length hidden"]:
+def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Float[Tensor, "rows length hidden"]:
     """States after the last norm of a transformers causal language model, for either padding side.
 
-    Without padding in front, a causal model needs no mask: no real token looks at the padding behind it. Attention
-    is faster that way, and the states of real tokens are the same.
+    A causal model needs no mask: no real token looks at the padding behind it. Rows with padding in front, or with more
+    padding than the model has positions for, are moved to the left and cut for the time of the call: positions and
+    recurrent states of some architectures would count the padding.
     """
     _check_length(model, attention_mask)
-    mask: Tensor | None = attention_mask
-    if bool(attention_mask[:, 0].all()):
-        mask = None
-    elif takes_positions:
-        kwargs.setdefault("position_ids", (attention_mask.cumsum(-1) - 1).clamp(min=0))
-    backbone: nn.Module = model.base_model  # type: ignore[assignment]
-    states: Tensor = backbone(input_ids=input_ids, attention_mask=mask, use_cache=False, **kwargs).last_hidden_state
-    return states
+    run = functools.partial(backbone(model), attention_mask=None, use_cache=False)
+    length, limit = input_ids.shape[1], position_limit(model)
+    if bool(attention_mask[:, 0].all()) and not (limit is not None and length > limit):
+        states: Tensor = run(input_ids=input_ids).last_hidden_state
+        return states
+    longest = max(int(attention_mask.sum(-1).max()), 1)
+    order = (attention_mask == 0).to(torch.int8).argsort(dim=1, stable=True)[:, :longest]
+    states = run(input_ids=input_ids.gather(1, order)).last_hidden_state
+    places = order[..., None].expand_as(states)
+    return states.new_zeros(len(states), length, states.shape[-1]).scatter(1, places, states)
 
 
 def completion_states(
@@ -271,11 +281,9 @@ def completion_states(
             is computed once.
     """
     _check_length(model, attention_mask)
-    with_positions = takes_positions(model)
-    plain = functools.partial(hidden_states, model, takes_positions=with_positions)
     rows = (input_ids, attention_mask, completion_mask)
-    if not with_positions or not packs(model, *rows, plain):
-        return plain(input_ids, attention_mask)
+    if not shares_prompts(model):
+        return hidden_states(model, input_ids, attention_mask)
     packing = pack(*rows, predict=False)
     states = packed_states(model, packing)
     return states.new_zeros(*input_ids.shape, states.shape[-1]).masked_scatter(packing.scored[..., None], states)

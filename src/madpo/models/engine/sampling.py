@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from madpo.core.errors import ConfigError, DataError
 from madpo.core.progress import bar
 from madpo.core.seeding import derived_seed
-from madpo.models.engine.head import TILE, Head
+from madpo.models.engine.head import TILE, Head, backbone
 from madpo.models.engine.kv_cache import growing_cache
 from madpo.models.engine.logprobs import check_positions, check_reading, unwrapped
 from madpo.models.modes import evaluating
@@ -237,7 +237,7 @@ class _Batch:
     def step(self, sampling: Sampling) -> bool:
         """Sample the next token of every row; False when all have ended."""
         positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -self.ids.shape[1] :]
-        states = self.model.base_model(  # type: ignore[operator]
+        states = backbone(self.model)(
             input_ids=self.ids, attention_mask=self.mask, position_ids=positions, cache=self.cache, use_cache=True
         ).last_hidden_state[:, -1]
         states = states.to(self.head.weight.dtype)

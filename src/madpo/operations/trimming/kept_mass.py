@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from madpo.core.progress import bar
 from madpo.models.engine.head import TILE, TOKENS, Head
-from madpo.models.engine.logprobs import hidden_states, takes_positions
+from madpo.models.engine.logprobs import hidden_states
 
 
 class TextScore(NamedTuple):
@@ -46,7 +46,7 @@ def score_texts(
             rows = [torch.tensor(sequences[i]) for i in batch]
             ids = pad_sequence(rows, batch_first=True).to(model.device)  # type: ignore[arg-type]
             mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(ids.device)
-            states = hidden_states(model, ids, mask, takes_positions=takes_positions(model))[:, :-1]
+            states = hidden_states(model, ids, mask)[:, :-1]
             scored = mask[:, 1:].bool()
             logps, inside = token_mass(Head.of(model), states[scored], ids[:, 1:][scored], kept)
             lengths = [len(row) - 1 for row in rows]
@@ -90,7 +90,7 @@ class Probe(NamedTuple):
 def probe(model: nn.Module, ids: Sequence[int], kept: Sequence[int] | None = None) -> Probe:
     """The states of a sequence, and the log-probabilities over the kept entries, which sum to 1 there."""
     row = torch.tensor([list(ids)], device=model.device)  # type: ignore[arg-type]
-    hidden = hidden_states(model, row, torch.ones_like(row), takes_positions=takes_positions(model))[0]
+    hidden = hidden_states(model, row, torch.ones_like(row))[0]
     wide = torch.promote_types(hidden.dtype, torch.float32)
     head = Head.of(model)
     tiles = []

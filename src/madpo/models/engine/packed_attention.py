@@ -1,0 +1,267 @@
+"""Attention of one packed row, and the masks it uses.
+
+transformers lets a model's attention be replaced by name, together with the function that makes its masks
+(``AttentionInterface``, ``AttentionMaskInterface``). Under the name :data:`NAME` a model asks for its masks as usual:
+causal, sliding, chunked, each as a predicate of two positions. :func:`packed_mask` evaluates that predicate on the
+positions of the tokens in their own rows, and :func:`packed_attention` applies the result, group by group. So the model
+itself says which token may look at which, and a window longer than any text seen so far is right as well.
+
+Whatever a model asks for beyond that raises ``NotImplementedError``: its rows are then padded.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from madpo.models.engine.head import backbone
+from madpo.models.engine.packing import PROMPT, Packing
+from madpo.models.modes import around_checkpoints
+
+NAME = "madpo_packed"
+SHORT = 192
+"""Longest group for which two matrix products and a softmax beat the fused attention kernel on a processor."""
+_HARMLESS = {
+    *("is_causal", "sliding_window"),  # the mask says both
+    *("position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "layer_idx"),
+}
+"""Arguments of attention functions that change nothing here; any other one that is not None is refused."""
+
+_row: ContextVar[Packing | None] = ContextVar("packed row", default=None)
+
+
+class PackedMask:
+    """Which tokens of a packed row may look at which, for layers of one kind.
+
+    Not a tensor: a model that computes with its masks must fail and not compute something else.
+
+    Attributes:
+        packing: the row.
+        allowed: ``groups x 1 x longest x longest``.
+    """
+
+    def __init__(self, packing: Packing, function: Callable[..., Tensor]) -> None:
+        position, branch = packing.position_ids[0][packing.slots], packing.branch[packing.slots]
+        query, key = position[:, :, None], position[:, None, :]
+        zero = position.new_zeros(1, 1, 1)
+        asked = function(zero, zero, query, key).expand(-1, *query.shape[1:2], -1)
+        seen = (branch[:, None, :] == PROMPT) | (branch[:, :, None] == branch[:, None, :])
+        seen &= packing.filled[:, None, :]
+        if packing.probes and bool((asked & seen & (key > query)).any()):
+            raise NotImplementedError("its attention looks at later tokens")
+        seen &= asked & (key <= query)
+        # An empty slot looks at itself: a row without any key would be not a number.
+        itself = torch.eye(seen.shape[-1], dtype=torch.bool, device=seen.device)
+        self.packing = packing
+        self.allowed: Bool[Tensor, "groups 1 longest longest"] = (seen | itself)[:, None]
+        self._bias: dict[torch.dtype, Tensor] = {}
+
+    def bias(self, dtype: torch.dtype) -> Tensor:
+        """The same, as what is added to attention scores."""
+        if dtype not in self._bias:
+            self._bias[dtype] = torch.zeros(self.allowed.shape, dtype=dtype, device=self.allowed.device).masked_fill_(
+                ~self.allowed, torch.finfo(dtype).min
+            )
+        return self._bias[dtype]
+
+
+def packed_mask(
+    *, batch_size: int, q_length: int, kv_length: int, mask_function: Callable[..., Tensor], **rest: Any
+) -> PackedMask:
+    """Masks of the row that :func:`packed_row` announced. Registered with transformers."""
+    packing = _row.get()
+    if packing is None or (batch_size, q_length, kv_length) != (1, *2 * packing.input_ids.shape[1:]):
+        raise NotImplementedError("packed masks are those of one packed row")
+    if rest.get("use_vmap"):
+        raise NotImplementedError("its attention mask depends on more than positions")
+    return PackedMask(packing, mask_function)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **rest: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one packed row, group by group. Registered with transformers.
+
+    Args:
+        attention_mask: a :class:`PackedMask`.
+        s_aux: attention sinks, one logit per head that takes part in the softmax and has no value.
+
+    Raises:
+        NotImplementedError: the model asks for something else.
+    """
+    unknown = sorted(name for name, given in rest.items() if given is not None and name not in _HARMLESS)
+    if unknown:
+        raise NotImplementedError(f"its attention takes {', '.join(unknown)}")
+    if not isinstance(attention_mask, PackedMask):
+        raise NotImplementedError("its attention does not use the masks of transformers")
+    if (
+        "arange" in inspect.unwrap(type(module).forward).__code__.co_names
+    ):  # Llama 4 scales queries, from token 8,192 on
+        raise NotImplementedError("its attention counts tokens by their index")
+    mask, packing = attention_mask, attention_mask.packing
+    packing.attended += 1
+    q, k, v = (packing.split(states) for states in (query, key, value))
+    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+    longest, groups = q.shape[2], q.shape[1] // k.shape[1]
+    if softcap is None and (q.device.type != "cpu" or longest > SHORT or packing.probes):
+        allowed = mask.allowed
+        if s_aux is not None:
+            q, k, v, allowed = _with_sinks(q, k, v, allowed, s_aux, scale)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=allowed, dropout_p=dropout, scale=scale, enable_gqa=groups > 1
+        )
+        return packing.join(out.transpose(1, 2)), None
+    if softcap is None and s_aux is None and not dropout:
+        out = _ShortAttention.apply(q, k, v, mask.bias(_wide(q)), scale)  # type: ignore[no-untyped-call]
+        return packing.join(out.transpose(1, 2)), None
+    scores = _scores(q, k, scale)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.view(*q.shape[:3], longest) + mask.bias(scores.dtype)
+    if s_aux is not None:
+        sinks = s_aux.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+    weights = F.dropout(scores.softmax(-1)[..., :longest].to(v.dtype), dropout, training=dropout > 0)
+    out = _folded(weights, k.shape[1]) @ _folded(v, k.shape[1])
+    return packing.join(out.view(*q.shape[:3], -1).transpose(1, 2)), None
+
+
+def _with_sinks(
+    q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, sinks: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One more key without a value, at which every token looks: its score is the sink of the query's head.
+
+    Queries carry sink / scale in one more dimension, in which that key is 1 and every other one 0. So fused kernels
+    compute sinks and their gradients; seven empty dimensions keep the alignment that those kernels need.
+    """
+    own = (sinks.to(_wide(q)) / scale).to(q.dtype).view(1, -1, 1, 1).expand(*q.shape[:3], 1)
+    extra = k.new_zeros(*k.shape[:2], 1, k.shape[-1] + 8)
+    extra[..., k.shape[-1]] = 1
+    q = torch.cat([q, own, q.new_zeros(*q.shape[:3], 7)], dim=-1)
+    return q, torch.cat([F.pad(k, (0, 8)), extra], dim=2), F.pad(v, (0, 0, 0, 1)), F.pad(allowed, (0, 1), value=True)
+
+
+def _wide(states: Tensor) -> torch.dtype:
+    return torch.promote_types(states.dtype, torch.float32)
+
+
+def _folded(states: Tensor, key_heads: int) -> Tensor:
+    """Query heads that share a key head, laid under one another: one product per group and key head."""
+    groups, _, _, width = states.shape
+    return states.reshape(groups * key_heads, -1, width)
+
+
+def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Attention scores in float32: rounded to bfloat16 they would be 2 % off where they matter."""
+    with torch.autocast(q.device.type, enabled=False):
+        wide, heads = _wide(q), k.shape[1]
+        return (_folded(q, heads).to(wide) @ _folded(k, heads).to(wide).transpose(1, 2)).mul_(scale)
+
+
+class _ShortAttention(torch.autograd.Function):
+    """softmax(scale q k^T + bias) v that keeps its inputs and the weights in their own precision."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+        with torch.autocast(q.device.type, enabled=False):
+            scores = _scores(q, k, scale).view(*q.shape[:3], -1).add_(bias)
+            weights = scores.softmax(-1).to(v.dtype)
+            out = _folded(weights, k.shape[1]) @ _folded(v, k.shape[1])
+        ctx.scale = scale
+        ctx.save_for_backward(q, k, v, weights)
+        return out.view(*q.shape[:3], v.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, weights = ctx.saved_tensors
+        heads = k.shape[1]
+        with torch.autocast(q.device.type, enabled=False):
+            grad, weights = _folded(grad.to(v.dtype), heads), _folded(weights, heads)
+            d_v = weights.transpose(1, 2) @ grad
+            d_weights = (grad @ _folded(v, heads).transpose(1, 2)).to(_wide(q))
+            wide = weights.to(d_weights.dtype)
+            d_scores = torch.ops.aten._softmax_backward_data(d_weights, wide, -1, wide.dtype)
+            d_scores = d_scores.mul_(ctx.scale).to(q.dtype)
+            d_q = d_scores @ _folded(k, heads)
+            d_k = d_scores.transpose(1, 2) @ _folded(q, heads)
+        return d_q.view(q.shape), d_k.view(k.shape), d_v.view(v.shape), None, None
+
+
+AttentionInterface.register(NAME, packed_attention)
+AttentionMaskInterface.register(NAME, packed_mask)
+
+
+@contextmanager
+def packed_row(model: nn.Module, packing: Packing) -> Iterator[None]:
+    """Switch the model's attention and masks to those of one packed row.
+
+    Layers whose activations are checkpointed run again in backward, when this context is over: they enter it anew.
+    """
+    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+
+    @contextmanager
+    def switched(_: nn.Module) -> Iterator[None]:
+        before = config._attn_implementation
+        config._attn_implementation = NAME
+        token = _row.set(packing)
+        try:
+            yield
+        finally:
+            _row.reset(token)
+            config._attn_implementation = before
+
+    with switched(model), around_checkpoints(model, switched):
+        yield
+
+
+@contextmanager
+def _noise_of_rows(model: nn.Module, packing: Packing) -> Iterator[None]:
+    """Let NEFTune draw noise of the size that padded rows get: alpha / sqrt(length x hidden), by the rows' length."""
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    alpha = getattr(embedding, "neftune_noise_alpha", None)
+    if alpha is None:
+        yield
+        return
+    embedding.neftune_noise_alpha = alpha * (packing.input_ids.shape[1] / packing.scored.shape[1]) ** 0.5
+    try:
+        yield
+    finally:
+        embedding.neftune_noise_alpha = alpha
+
+
+def row_states(model: nn.Module, packing: Packing) -> Tensor:
+    """States after the last norm of all tokens of a packed row, ``1 x tokens x hidden``."""
+    with packed_row(model, packing), _noise_of_rows(model, packing):
+        # A mask of ones: without any, transformers looks for packed rows in jumps of the positions.
+        states: Tensor = backbone(model)(
+            input_ids=packing.input_ids,
+            position_ids=packing.position_ids,
+            attention_mask=torch.ones_like(packing.input_ids),
+            use_cache=False,
+        ).last_hidden_state
+    return states
+
+
+def packed_states(model: nn.Module, packing: Packing) -> Tensor:
+    """States that predict the scored tokens, or are theirs, ``scored x hidden``."""
+    return row_states(model, packing)[0].index_select(0, packing.predictors)
