@@ -11,16 +11,27 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+)
+from transformers.utils import (
+    AUDIO_TOKENIZER_NAME,
+    FEATURE_EXTRACTOR_NAME,
+    IMAGE_PROCESSOR_NAME,
+    LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
+    PROCESSOR_NAME,
+    VIDEO_PROCESSOR_NAME,
+    cached_file,
 )
 
 from madpo.core.errors import ConfigError
@@ -45,7 +56,14 @@ __all__ = [
     "merge_adapter",
     "packaged",
     "resolve_model",
+    "save_model",
 ]
+
+
+_PROCESSORS = sorted(
+    {PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME, VIDEO_PROCESSOR_NAME, AUDIO_TOKENIZER_NAME}
+    | {LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE}
+)
 
 
 def compute_dtype(device: str | None = None) -> torch.dtype:
@@ -76,6 +94,8 @@ def load_model(
 ) -> PreTrainedModel | PeftModel:
     """A causal language model from safetensors, with an adapter on top where one is given.
 
+    A model that reads images or sound as well is loaded whole, by the class that its configuration names.
+
     Args:
         path: folder or hub id.
         dtype: of the weights; None is :func:`compute_dtype`, "auto" is as stored. Adapters stay in float32.
@@ -84,12 +104,27 @@ def load_model(
     Raises:
         ConfigError, StorageError, MemoryShortage: as :func:`madpo.models.weights.pretrained`.
     """
-    if load_config(path).is_encoder_decoder:
-        raise ConfigError(f"{path} is an encoder-decoder model; give a decoder-only model")
-    model = pretrained(AutoModelForCausalLM, path, dtype=dtype or compute_dtype(), adapter=adapter)
+    model = pretrained(_language_class(path), path, dtype=dtype or compute_dtype(), adapter=adapter)
     if torch.cuda.is_available():
         model = model.to("cuda")
     return model.eval()
+
+
+def _language_class(path: Path | str) -> Any:
+    """The class to load a model with that writes text.
+
+    Raises:
+        ConfigError: an encoder-decoder.
+    """
+    config = load_config(path)
+    if config.is_encoder_decoder:
+        raise ConfigError(f"{path} is an encoder-decoder model; give a decoder-only model")
+    named = (config.architectures or [None])[0]
+    text, multimodal = AutoModelForCausalLM._model_mapping, AutoModelForMultimodalLM._model_mapping
+    # Some configurations have both: Qwen3.5's text model is a part of what its checkpoints hold.
+    if type(config) in multimodal and (type(config) not in text or multimodal[type(config)].__name__ == named):
+        return AutoModelForMultimodalLM
+    return AutoModelForCausalLM
 
 
 def load_classifier(
@@ -109,6 +144,12 @@ def load_classifier(
     Raises:
         ConfigError, StorageError, MemoryShortage: as :func:`madpo.models.weights.pretrained`.
     """
+    config = load_config(path)
+    if type(config) not in AutoModelForSequenceClassification._model_mapping:
+        raise ConfigError(
+            f"{path} cannot be a reward model: transformers has no sequence classifier for {config.model_type}; give a "
+            "model of text"
+        )
     return pretrained(
         AutoModelForSequenceClassification,
         path,
@@ -141,7 +182,7 @@ def load_quantised(path: Path | str) -> PreTrainedModel:
         bnb_4bit_compute_dtype=compute_dtype(),
     )
     model = pretrained(
-        AutoModelForCausalLM,
+        _language_class(path),
         path,
         quantization_config=how,
         dtype=compute_dtype(),
@@ -152,15 +193,37 @@ def load_quantised(path: Path | str) -> PreTrainedModel:
 
 
 def merge_adapter(model: nn.Module, out: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Fold a PEFT adapter into the weights and save the plain model; the sum is taken in float32."""
-    dtype = next(p for n, p in model.named_parameters() if "lora_" not in n).dtype
-    merged = model.float().merge_and_unload()  # type: ignore[operator]
-    merged = merged.to(dtype)
-    merged.config.dtype = dtype
-    vars(merged).pop("forward", None)  # an installed completion head belongs to the object, not to the weights
+    """Fold a PEFT adapter into the weights and save the plain model; the sum is taken in float32 or wider.
+
+    Weights without an adapter keep their bits.
+    """
+    for layer in model.modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        weights = [(p, p.dtype) for p in layer.get_base_layer().parameters(recurse=False)]
+        for weight, dtype in weights:
+            weight.data = weight.data.to(torch.promote_types(dtype, torch.float32))
+        layer.merge()
+        for weight, dtype in weights:
+            weight.data = weight.data.to(dtype)
+    save_model(model.unload(), out, tokenizer)  # type: ignore[operator]
+
+
+def save_model(model: PreTrainedModel, out: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Save a whole model with its tokenizer, and the processors of images and sound that its base has."""
+    vars(model).pop("forward", None)  # an installed completion head belongs to the object, not to the weights
     with quiet_transformers():
-        merged.save_pretrained(out)
+        model.save_pretrained(out)
         tokenizer.save_pretrained(out)
+        for name in _PROCESSORS:
+            source = cached_file(
+                model.name_or_path,
+                name,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+            if source is not None and not (out / name).exists():
+                shutil.copyfile(source, out / name)
 
 
 _TEXT = """The film begins slowly, but the story grows on you. A good cast, a bad script, and a wonderful ending.

@@ -29,7 +29,7 @@ from madpo.losses import LossConfig
 from madpo.models.adapters import adapter_text
 from madpo.models.engine.logprobs import unwrapped
 from madpo.models.hyperparameters import CHECKPOINTS
-from madpo.models.load import load_model, load_quantised, merge_adapter, resolve_model
+from madpo.models.load import load_model, load_quantised, merge_adapter, resolve_model, save_model
 from madpo.models.locate import lasting
 from madpo.models.packaged import quiet_transformers
 from madpo.operations.arguments import written_arguments
@@ -318,15 +318,12 @@ def _save(trainer: PreferenceTrainer, settings: TrainSettings, tokenizer: PreTra
         if not processes.leads():
             return
         if settings.full:
-            model: nn.Module = unwrapped(trainer.model)
-            vars(model).pop("forward", None)  # an installed completion head belongs to the object, not to the weights
-            model.save_pretrained(out / "model")  # type: ignore[operator]
-            tokenizer.save_pretrained(out / "model")
+            save_model(unwrapped(trainer.model), out / "model", tokenizer)
             return
         trainer.model.save_pretrained(out / "adapter", safe_serialization=True)
         tokenizer.save_pretrained(out / "adapter")
         if settings.merge:
-            model = trainer.model
+            model: nn.Module = trainer.model
             if settings.qlora:  # the sum is taken with the weights as they were before they had 4 bits
                 model = load_model(resolve_model(settings.model), dtype=_dtype(settings), adapter=out / "adapter")
             merge_adapter(model, out / "merged", tokenizer)
