@@ -269,14 +269,7 @@ def _last_rows(module: nn.Module) -> int:
 
 
 def announce(model: nn.Module) -> None:
-    """Say what the adapter of a model that is about to be trained changes, once a process.
-
-    Also sorts the names in its configuration, which PEFT would write in the order of the process's hash seed.
-    """
-    for config in (getattr(model, "peft_config", None) or {}).values():
-        for name in ("target_modules", "target_parameters", "exclude_modules"):
-            if isinstance(value := getattr(config, name, None), set):
-                setattr(config, name, sorted(value))
+    """Say what the adapter of a model that is about to be trained changes, once a process."""
     if (text := adapter_text(model)) is not None:
         say_once(text)
 
