@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 import madpo
-from madpo.core.config import find_experiment, load_config, packaged_experiments
-from madpo.runner.run import ordered
+from madpo.core.config import load_config, packaged_experiments
 from repository import ROOT, TESTS
 
 SOURCE = ROOT / "src" / "madpo"
@@ -119,14 +118,16 @@ def test_only_training_imports_trl() -> None:
     assert users <= {"training"}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
-def test_files_and_functions_are_small(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 500
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            first = node.body[1] if ast.get_docstring(node) and len(node.body) > 1 else node.body[0]
-            assert (node.end_lineno or 0) - first.lineno <= 60, f"{node.name} has more than 60 lines"
+def test_files_and_functions_are_small() -> None:
+    long = []
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        long += [path.name] * (len(text.splitlines()) > 500)
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                first = node.body[1] if ast.get_docstring(node) and len(node.body) > 1 else node.body[0]
+                long += [f"{path.name}: {node.name}"] * ((node.end_lineno or 0) - first.lineno > 60)
+    assert not long, "files of more than 500 lines, functions of more than 60"
 
 
 def test_public_names_are_pinned() -> None:
@@ -157,19 +158,6 @@ def test_public_signatures_are_pinned() -> None:
     assert weight == ["reward_margin", "tau", "c_max", "c_min", "lam", "part"]
 
 
-@pytest.mark.parametrize("name", packaged_experiments())
-def test_every_packaged_experiment_parses(name: str) -> None:
-    from madpo.study.experiment import Experiment
-
-    steps = ordered(load_config(find_experiment(name), Experiment).steps())
-    names = [step.name for step in steps]
-    assert len(set(names)) == len(names)
-    assert {"sft", "responses"} <= set(names)
-    # Every input comes before the step that reads it: the graph has no cycle.
-    for position, step in enumerate(steps):
-        assert {upstream.name for upstream in step.inputs.values()} <= set(names[:position])
-
-
 def test_there_are_packaged_experiments() -> None:
     assert {"quickstart", "smoke"} <= set(packaged_experiments())
 
@@ -188,15 +176,13 @@ FORBIDDEN = [
 ]
 
 
-@pytest.mark.parametrize("pattern", FORBIDDEN)
-def test_forbidden_words(pattern: str) -> None:
+def test_forbidden_words() -> None:
     # Tests may pickle a loss in memory, as a worker process does; what is shipped reads no pickle.
-    places = [*FILES, *sorted((ROOT / "benchmarks").rglob("*.py"))]
     found = [
-        f"{path.relative_to(ROOT)}:{number}"
-        for path in places
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in [*FILES, *sorted((ROOT / "benchmarks").rglob("*.py"))]
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
-        if re.search(pattern, line)
+        if re.search("|".join(FORBIDDEN), line)
     ]
     assert not found
 

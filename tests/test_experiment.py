@@ -31,9 +31,13 @@ def load(name, *overrides):
 @pytest.mark.parametrize("name", packaged_experiments())
 def test_every_packaged_experiment_parses_and_builds_a_graph_without_cycles(name):
     seen = set()
-    for step in load(name).steps():
+    steps = load(name).steps()
+    for step in steps:
         assert {id(upstream) for upstream in step.inputs.values()} <= seen, f"{step.name} comes before its inputs"
         seen.add(id(step))
+    names = [step.name for step in steps]
+    assert len(set(names)) == len(names)
+    assert {"sft", "responses"} <= set(names)
 
 
 def test_the_quickstarts_graph():
