@@ -113,6 +113,7 @@ def _enter(
     work: Callable[..., Any], arguments: tuple[Any, ...], folder: str, env: dict[str, str], out: str, err: str
 ) -> None:
     gc.freeze()  # as conftest.py does
+    gc.enable()
     os.setsid()
     os.chdir(folder)
     os.environ.clear()
