@@ -2,6 +2,7 @@
 
 import functools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,6 +94,8 @@ def test_two_trainings_by_one_command_are_the_same_bytes(llama, tmp_path, monkey
         for name in ("one", "two")
     ]
     assert files[0].keys() == files[1].keys()
+    records = [json.loads(found.pop(Path("record.json"))) | {"provenance": None} for found in files]
     different = [str(name) for name in files[0] if files[0][name].replace(b"/one", b"/two") != files[1][name]]
     assert not different
+    assert records[0] == records[1]
     assert len([json.loads(line) for line in (tmp_path / "one" / "log.jsonl").open()]) > 8

@@ -17,8 +17,10 @@ from transformers import AutoModelForSequenceClassification
 
 import launch_cases
 from madpo import DPO
+from madpo.models.hyperparameters import CHECKPOINTS
 from madpo.models.load import load_tokenizer
 from madpo.operations import scoring
+from madpo.runner.folder import UNFINISHED
 from practice_cases import read, text_pairs, write
 from repository import ROOT
 
@@ -50,7 +52,7 @@ def root(llama, tmp_path_factory):
         patch.chdir(two)
         with pytest.raises(pytest.fail.Exception):
             launch_cases.score(Path(), "continued")
-    for path in (two / "continued" / "parts").iterdir():
+    for path in (two / "continued" / UNFINISHED / CHECKPOINTS / "parts").iterdir():
         if path.name.endswith("08.safetensors"):  # kept, with values that only it can have
             save_file({side: values + 100 for side, values in load_file(path).items()}, path)
         else:
@@ -170,7 +172,7 @@ def test_a_mistake_that_one_process_meets_ends_all_with_one_sentence(root, drive
         "madpo: the reward of pair 8 is not finite; the reward model has diverged, train it with a lower learning rate"
     )
     assert re.fullmatch(r"madpo: the loss is .* for the pairs \[5\]: .*", trained)
-    assert not (root / "two" / "policy").exists()
+    assert not (root / "two" / "policy" / "record.json").exists()
 
 
 def test_what_a_kill_of_one_process_interrupts_ends_in_the_same_bytes(root, driven):

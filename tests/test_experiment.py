@@ -13,6 +13,8 @@ import torch
 from pydantic import ValidationError
 from transformers import get_scheduler
 
+import soak
+from forked import command_line
 from madpo import margin_weight
 from madpo.commands.cli import main
 from madpo.core.config import find_experiment, load_config, packaged_experiments
@@ -294,14 +296,16 @@ def assert_same(ours, theirs):
     assert a.read_bytes() == b.read_bytes()
 
 
-def test_killed_and_started_again_ends_in_the_same_bytes(command, small, tmp_path):
+def dying(*words):
+    soak.die_at_step(1, "policy/low/madpo")
+    command_line(*words)
+
+
+def test_killed_and_started_again_ends_in_the_same_bytes(forked, command, small, tmp_path):
     """SIGKILL in the middle of a training; finished stages are kept, and the results equal the undisturbed run's."""
     root = tmp_path / "run"
-    words = ["run", "smoke", "--output_dir", root, *SMALL, "--only", "evaluation/low/madpo/*"]
-    first = command(*words, cache=small / "cache")
-    first.until(lambda: list(root.glob("policy/low/madpo/seed0-*/log.jsonl")))
-    first.kill()
-    assert first.end().status == -signal.SIGKILL
+    words = ["run", "smoke", "--output_dir", str(root), *SMALL, "--only", "evaluation/low/madpo/*"]
+    assert forked(dying, *words, cache=small / "cache").end().status == -signal.SIGKILL
     kept = set(records(root))
     assert {"sft", "oracle", "responses", "margins/low/seed0"} <= kept
     assert "policy/low/madpo/seed0" not in kept

@@ -116,19 +116,29 @@ def test_any_file_name_on_any_terminal(name, encoding, tmp_path):
 WORKING = """
 import os, sys, time
 from pathlib import Path
-from madpo import __main__, cli
-from madpo.operations.folders import building
+from madpo import __main__
+from madpo.commands import cli
+from madpo.core.config import Frozen
 from madpo.core.progress import show
+from madpo.operations.running import run_in_folder
+from madpo.runner.operation import operation
 
-def work(arguments):
-    with building(Path(os.environ["PLACE"]), {"seed": 1}) as folder:
-        if not (folder / "half").exists():
-            (folder / "half").write_text("what is done so far")
-            show("working")
-            time.sleep(60)
-        return 0
+class Nothing(Frozen):
+    pass
 
-cli.COMMANDS["verify-theory"] = cli.COMMANDS["verify-theory"]._replace(run=work)
+@operation("work/1")
+def work(config, inputs, out):
+    if not (out / "half").exists():
+        (out / "half").write_text("what is done so far")
+        show("working")
+        time.sleep(600)
+    return {}
+
+def command(arguments):
+    run_in_folder(work, Nothing(), {}, os.environ["PLACE"], memory="")
+    return 0
+
+cli.COMMANDS["verify-theory"] = cli.COMMANDS["verify-theory"]._replace(run=command)
 sys.argv = ["madpo", "verify-theory"]
 raise SystemExit(__main__.main())
 """
@@ -147,10 +157,11 @@ def test_a_signal_ends_a_command_in_one_sentence_and_it_continues(number, status
     _, said = process.communicate()
     assert process.returncode == status
     assert said.strip() == f"madpo: {word}; finished stages are kept, and the same command continues from here"
-    assert sorted(os.listdir(tmp_path / ".out.partial")) == [".state.json", "half"], "nobody holds it any more"
+    assert os.listdir(tmp_path / "out") == ["unfinished"], "nobody holds it any more"
+    assert sorted(os.listdir(tmp_path / "out" / "unfinished")) == ["begun.json", "half"]
     again = subprocess.run(command, env=environment, capture_output=True)
     assert again.returncode == 0, again.stderr
-    assert os.listdir(tmp_path / "out") == ["half"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["half", "record.json"]
 
 
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, 130), (processes.Terminated, 143)])

@@ -94,14 +94,6 @@ class Program:
         out, err = (path.read_text() if path.exists() else "" for path in (self._out, self._err))
         return Ended(self._process.exitcode, out, err)
 
-    def until(self, reached: Callable[[], object]) -> None:
-        """Wait until ``reached()``, which must come before the program's end."""
-        deadline = time.monotonic() + self._limit
-        while not reached():
-            assert self.running(), self.end().err[-4000:]
-            assert time.monotonic() < deadline, self.err[-4000:]
-            time.sleep(0.01)
-
 
 def command_line(*words: str) -> None:
     """``madpo WORD ...``, as its script does it."""

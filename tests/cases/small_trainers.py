@@ -59,7 +59,7 @@ def reward_trainer(folder, out, callbacks=(), patience=2):
         }
     )
     trainer = RewardModelTrainer(
-        load_classifier(folder, num_labels=1),
+        load_classifier(folder, num_labels=1, new_head=True),
         RewardConfig(output_dir=str(out), max_length=None, eval_strategy="steps", eval_steps=1, **SETTINGS),
         train_dataset=data,
         eval_dataset=data,

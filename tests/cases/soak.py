@@ -125,15 +125,15 @@ def wait(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def die_at_step(step: int) -> None:
-    """From now on, end this process by SIGKILL as soon as row ``step`` has been logged."""
+def die_at_step(step: int, name: str = "") -> None:
+    """From now on, end this process by SIGKILL when row ``step`` of a training with ``name`` in its path is logged."""
     from madpo.training import run
 
     real = run._Watch.on_log
 
     def on_log(self, args, state, control, logs, **kwargs):
         real(self, args, state, control, logs, **kwargs)
-        if state.global_step >= step:
+        if state.global_step >= step and name in str(self.path):
             os.kill(os.getpid(), signal.SIGKILL)
 
     run._Watch.on_log = on_log
