@@ -3,6 +3,7 @@
 import csv
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
@@ -12,23 +13,13 @@ from claim_cases import by_key, in_second_seed, madpo, row, tier_of, without
 from madpo.core.metrics import Estimate
 from madpo.report import published
 from madpo.report.caveats import doubtful, empty_cells, idle_parts, weights_from
-from madpo.report.charts import (
-    Chart,
-    Mark,
-    Panel,
-    Series,
-    WeightPanel,
-    ablation_chart,
-    choices_of,
-    frontier_chart,
-    main_chart,
-    sensitivity_chart,
-)
+from madpo.report.charts import Chart, Level, Levels, Mark, Panel, Series, WeightPanel
 from madpo.report.claims import BEYOND, BROKEN, HELD, OPEN, Claim, claims, counts, ties
 from madpo.report.compare import NOT_RUN, Comparison, choose, less
-from madpo.report.plots import save_charts
+from madpo.report.drawing import save_charts
 from madpo.report.results import Tier
-from madpo.report.sections import claims_html, doubts, main_table
+from madpo.report.study_charts import ablation_chart, choices_of, frontier_chart, main_chart, sensitivity_chart
+from madpo.report.study_sections import claims_view, doubts
 from madpo.report.summary import verdict
 from madpo.report.tables import study_tables, tex
 from madpo.rewards.weight_counts import WeightParameters
@@ -85,10 +76,11 @@ def test_the_opposite_is_said_too(paper: list[Tier]) -> None:
     assert found["ipo-weakest"].verdict == BROKEN
     assert found["madpo-first-low"].verdict == BROKEN
     assert found["c-grows-low"].verdict == HELD
-    html = claims_html(list(found.values()), 2)
-    assert "did not hold" in html
-    assert "Two training seeds alone claim no significance" in html
-    assert "+" in html
+    view = claims_view(list(found.values()), turned, 2)
+    (weakest,) = [v for v in view.sections["Main result"] if v.claim.key == "ipo-weakest"]
+    assert weakest.kind == "broken"
+    assert weakest.closest.bar.high < 0  # type: ignore[union-attr]  # the least favourable difference
+    assert "Two training seeds" in view.cautions[-1]
 
 
 def test_what_is_not_there_is_not_run_and_what_is_partly_there_says_so() -> None:
@@ -100,15 +92,14 @@ def test_what_is_not_there_is_not_run_and_what_is_partly_there_says_so() -> None
     assert found["madpo-first-low"].verdict == NOT_RUN
     assert found["madpo-not-sensitive"].verdict == NOT_RUN  # one setting shows no sensitivity
     assert found["madpo-above-rdpo"].verdict == NOT_RUN
-    html = claims_html(list(found.values()), 1)
-    assert "not run in full, 2 of 3 comparisons are missing" in html
+    assert found["madpo-first-high"].shown == "not run in full, 2 of 3 comparisons are missing"
+    view = claims_view(list(found.values()), [core], 1)
     worse = tier_of("high", [row("DPO", 3.0, kind="dpo"), madpo(7.0, 4.0, 2.0)])
     broken = by_key(claims([worse]))["madpo-first-high"]
     assert broken.verdict == BROKEN  # one rival above it is enough, whatever the others do
-    assert "did not hold, 2 of 3 comparisons are missing" in claims_html([broken], 1)
-    assert "claims not run" in html
-    assert "One training seed" in html
-    assert "not run" in main_table([core], choices_of([core], 0.1), 0.1)
+    assert broken.shown == "did not hold, 2 of 3 comparisons are missing"
+    assert any("MADPO beats rDPO." in text for text in view.absent)
+    assert "One training seed" in view.cautions[-1]
 
 
 def test_a_tie_with_a_rival_is_said() -> None:
@@ -167,10 +158,11 @@ def test_reward_models_near_chance_are_said_where_verdicts_are() -> None:
     assert doubtful(found["madpo-first-high"], tiers) == ["High"]
     assert doubtful(found["madpo-first-low"], tiers) == []
     assert doubtful(found["beta-dpo-above-dpo"], tiers) == []  # no weights in it
-    html = claims_html(list(found.values()), 2, tiers)
-    assert html.index("distinguished from chance") < html.index("<article")
-    assert "The reward model on High cannot be distinguished from chance." in html
-    assert "not distinguished from chance" in main_table(tiers, choices_of(tiers, 0.1), 0.1)
+    view = claims_view(list(found.values()), tiers, 2)
+    assert "High 72 %" in view.cautions[0]
+    remarks = {v.claim.key: v.remarks for views in view.sections.values() for v in views}
+    assert "The reward model on High cannot be distinguished from chance." in remarks["madpo-first-high"]
+    assert remarks["madpo-first-low"] == []
     little = [tier_of("low", rows, reward_models=model(Estimate(0.57, 0.51, 0.62, 400)))]
     assert weights_from(little)[1].startswith("On Low a reward model is only a little better than chance")
     assert weights_from([tier_of("low", rows)]) == []
@@ -192,24 +184,24 @@ def test_seeds_that_disagree_separate_nothing() -> None:
 def test_figures_show_the_papers_and_the_runs_numbers(paper: list[Tier]) -> None:
     main = main_chart(paper, choices_of(paper, 0.1))
     assert main is not None
-    (panel,) = main.panels
-    series = {s.name: [m.y for m in s.marks] for s in panel.series}  # type: ignore[union-attr]
-    assert series["DPO"] == pytest.approx([1.62, 1.71, 1.48])
-    assert series["DPO, the paper"] == [1.62, 1.71, 1.48]
-    assert series["MADPO, the paper"] == [2.23, 2.23, 1.95]
+    for panel, tier in zip(main.panels, published.TIERS, strict=True):
+        assert isinstance(panel, Levels)
+        lines = {line.name: (line.mean, line.published) for line in panel.lines}
+        assert lines["DPO"] == (pytest.approx(published.TABLE_1["DPO"][tier][0]), published.TABLE_1["DPO"][tier][0])
+        assert [theirs for _, theirs in lines.values()] == [published.TABLE_1[name][tier][0] for name in lines]
     sensitivity = sensitivity_chart(paper, 0.1)
     assert sensitivity is not None
     over_tau, over_c = sensitivity.panels
-    lines = {s.name: [(m.x, m.y) for m in s.marks] for s in over_tau.series}  # type: ignore[union-attr]
-    assert lines["High"] == [pytest.approx(p) for p in published.OVER_TAU["high"].items()]
-    assert [(m.x, m.y) for m in over_c.series[0].marks] == [  # type: ignore[union-attr]
-        pytest.approx(p) for p in published.OVER_C["high"].items()
-    ]
+    for panel, theirs in ((over_tau, published.OVER_TAU), (over_c, published.OVER_C)):
+        assert isinstance(panel, Panel)
+        drawn = {s.name: [(m.x, m.y) for m in s.marks] for s in panel.series}
+        assert drawn["High"] == [pytest.approx(p) for p in theirs["high"].items()]
+        assert drawn["High, the paper"] == [*theirs["high"].items()]
     ablation = ablation_chart(paper, 0.1)
     assert ablation is not None
-    assert [p.title for p in ablation.panels] == ["c = 2, τ = 7", "c = 4, τ = 7"]
-    bars = {s.name: [m.y for m in s.marks] for s in ablation.panels[1].series}  # type: ignore[union-attr]
-    assert bars["Amp-Only"] == pytest.approx([2.20, 2.23, 2.00])
+    assert [p.title for p in ablation.panels[2:4]] == ["Low, c = 2, τ = 7", "High, c = 4, τ = 7"]
+    parts = {line.name: line.mean for line in ablation.panels[3].lines}  # type: ignore[union-attr]
+    assert parts["Amp-Only"] == pytest.approx(2.20)
     assert sensitivity_chart([tier_of("high", [row("DPO", 1.0, kind="dpo")])], 0.1) is None
     assert frontier_chart(paper, 0.1) is not None
 
@@ -243,20 +235,24 @@ def test_degeneration_is_noticed() -> None:
 
 
 def test_figures_as_files(tmp_path: Path) -> None:
-    hostile = "$x_{$ </script> \N{ARABIC LETTER MEEM} _hidden"
+    hostile = "$x_{$ </script> \N{ARABIC LETTER MEEM} \ud800 _hidden"
     marks = (Mark(0.0, 1.0, 0.5, 1.5, -0.2, 0.2), Mark(1.0, -2.0))
-    bars = Panel("bars", "", "y", (Series("DPO", marks, 0), Series("DPO, the paper", marks, 0, True)), ("a", hostile))
-    lines = Panel(hostile, "x", "y", (Series(hostile, marks, 2), Series("β", marks[:1], 3)))
+    levels = Levels("levels", "y", (Level("DPO", 0, 1.0, 0.5, 1.5, 1.2), Level(hostile, 2, -1.0)), ("SFT", 0.0))
+    lines = Panel(hostile, "x", "y", (Series(hostile, marks, 2), Series("β", marks[:1], 3)), reference=("r", 0.5))
+    decades = Panel("log", "x", "y", (Series("a", (Mark(1e-5, 1.0), Mark(1e-3, 2.0)), 1, raw=True),), log=True)
     weights = WeightPanel("High", np.array([-3.0, 0.5, 9.0]), WeightParameters())
-    chart = Chart("name", "title", "caption", (bars, lines, weights))
-    written = save_charts([chart], tmp_path / "a")
-    assert [path.name for path in written] == ["name.png", "name.svg", "name.pdf"]
-    contents = [path.read_bytes() for path in written]
-    assert contents[0].startswith(b"\x89PNG")
-    assert b"<svg" in contents[1]
-    assert contents[2].startswith(b"%PDF")
-    again = [path.read_bytes() for path in save_charts([chart], tmp_path / "b")]
-    assert again == contents
+    charts = [Chart("first", "title", "caption", [levels, lines, decades]), Chart("second", hostile, "", [weights])]
+    save_charts(charts, tmp_path / "a")
+    save_charts(charts, tmp_path / "b")
+    for name in ("first.svg", "second.svg"):
+        content = (tmp_path / "a" / name).read_bytes()
+        assert content == (tmp_path / "b" / name).read_bytes()
+        root = ElementTree.fromstring(content)
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        assert b"var(" not in content  # the palette is resolved
+        assert b"<script" not in content
+    words = " ".join(ElementTree.fromstring((tmp_path / "a" / "first.svg").read_bytes()).itertext())
+    assert "</script> \N{ARABIC LETTER MEEM} \N{REPLACEMENT CHARACTER}" in words
 
 
 def test_other_settings_of_the_parts_have_a_panel_without_the_papers_numbers() -> None:
@@ -265,12 +261,13 @@ def test_other_settings_of_the_parts_have_a_panel_without_the_papers_numbers() -
     tier = tier_of("low", [dpo, *parts, madpo(7.0, 4.0, 1.4, "amplify")])
     chart = ablation_chart([tier, tier_of("high", [dpo])], 0.1)
     assert chart is not None
-    assert [p.title for p in chart.panels] == ["c = 4, τ = 7", "c = 2, τ = 2"]
-    other = chart.panels[1]
-    assert isinstance(other, Panel)
-    assert other.categories == ("Low",)  # High has no part
-    assert not [s for s in other.series if s.published]
-    assert {s.name: [m.y for m in s.marks] for s in other.series}["Reg-Only"] == pytest.approx([1.2])
+    assert [p.title for p in chart.panels] == ["Low, c = 4, τ = 7", "Low, c = 2, τ = 2"]  # High has no part
+    own, other = chart.panels
+    assert isinstance(own, Levels)
+    assert isinstance(other, Levels)
+    assert any(line.published for line in own.lines)
+    assert not any(line.published for line in other.lines)
+    assert {line.name: line.mean for line in other.lines}["Reg-Only"] == pytest.approx(1.2)
 
 
 def test_policies_that_answer_alike_show_nothing() -> None:
@@ -303,7 +300,7 @@ def test_no_interval_that_excludes_0_is_said_to_include_it() -> None:
     dpo = row("DPO", 2.0, kind="dpo", seeds=1)
     other = in_second_seed(row("IPO", 1.9, kind="ipo", noise=0.01), reward=1.0)
     found = verdict(tier_of("low", [dpo, other]))
-    assert found.text.startswith("IPO has the highest mean reward, 2.40")
+    assert found.level.startswith("IPO has the highest mean reward, 2.40")
     assert found.kind == "below"
     assert "not separated" not in found.text
 

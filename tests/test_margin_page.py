@@ -22,7 +22,7 @@ HOSTILE = [
     "\u2028{{data}} <!-- &amp; '\" \u202eabc",
     "<iframe src='javascript:document.title=1'></iframe><style>body{display:none}</style>",
 ]
-TOP, CURVE, BARS = 14, 170, 120  # of the figure, in its own units: weight 2 is at the top, 0 at the bottom of the curve
+TOP, CURVE, BARS = 20, 170, 120  # of the figure, in its own units: weight 2 is at the top, 0 at the bottom of the curve
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +148,7 @@ def test_affected_pairs_follow_the_sliders(window: Chrome, margins: np.ndarray) 
 
 def test_text_of_the_data_is_shown_as_text(window: Chrome, page: Path, margins: np.ndarray) -> None:
     given = {json.loads(line)["pair_id"]: json.loads(line) for line in (page.parent / "pairs.jsonl").open()}
+    window.execute_script("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
     for place in ("#affected .card", "#suspects .card"):
         cards = window.find_elements(By.CSS_SELECTOR, place)
         assert cards

@@ -17,13 +17,15 @@ import pytest
 
 from madpo.core.errors import ConfigError, DataError
 from madpo.core.metrics import Estimate
-from madpo.report import build_report, page_part, rebuild_report, report_markdown_table
-from madpo.report.charts import Mark, Panel, Series
-from madpo.report.drawing import panel_svg
+from madpo.report import build_report, rebuild_report
+from madpo.report.charts import Chart, Mark, Panel, Series
+from madpo.report.drawing import draw
 from madpo.report.numbers import one
+from madpo.report.pages import STYLES, part
 from madpo.report.results import collect
 from madpo.report.sources import folder_of
-from madpo.report.summary import headline
+from madpo.report.summary import cautions, headline
+from madpo.report.tables import report_markdown_table
 from madpo.rewards.weight_counts import WeightParameters, count_weights, log_weight
 from madpo.runner.record import Record
 
@@ -171,9 +173,10 @@ def test_numbers_are_the_runs_own(run_folder: tuple[Path, dict[str, Record], str
 
 def test_the_headline_claims_what_the_numbers_carry(run_folder: tuple[Path, dict[str, Record], str]) -> None:
     root, records, _ = run_folder
-    words = " ".join(headline(collect(root, records)))
+    tiers = collect(root, records)
+    words = " ".join([*headline(tiers), cautions(tiers)])
     assert "High: MADPO has the highest mean reward, 1.50" in words
-    assert ": separated from 0" in words
+    assert "above 0" in words
     assert "KL 15.0 against 10.0 nats" in words
     assert "Two training seeds cannot show" in words
     assert f"judged on {N} held-out prompts" in words
@@ -187,7 +190,8 @@ def test_the_headline_does_not_overclaim(tmp_path: Path) -> None:
     words = " ".join(headline(collect(tmp_path, few)))
     assert ("not separated from 0" in words) == (near.low <= 0 <= near.high)
     only_dpo = {name: record for name, record in few.items() if "near" not in name}
-    words = " ".join(headline(collect(tmp_path, only_dpo)))
+    tiers = collect(tmp_path, only_dpo)
+    words = " ".join([*headline(tiers), cautions(tiers)])
     assert "separated" not in words
     assert "One training seed" in words
     worse = []
@@ -227,7 +231,7 @@ def test_the_page_stands_alone(run_folder: tuple[Path, dict[str, Record], str]) 
     assert policy is not None
     assert policy.startswith("default-src 'none'")
     assert "unsafe" not in policy
-    assert page.styles[0] == page_part("page.css")
+    assert page.styles[0] == "".join(part(name) for name in STYLES)
     assert "{{" not in re.sub(r"<script.*?</script>", "", text, flags=re.S)
 
 
@@ -348,8 +352,8 @@ def node(code: str, given: object) -> Any:
     path = shutil.which("node")
     if path is None:
         pytest.skip("node is not on the PATH, so the page's script cannot be run")
-    program = f"{page_part('weight.js')}\nconst given = JSON.parse(require('fs').readFileSync(0));\n{code}"
-    done = subprocess.run([path, "-e", program], input=json.dumps(given), capture_output=True, text=True)
+    program = f"{part('weight.js')}\nconst given = JSON.parse(require('fs').readFileSync(0));\n{code}"
+    done = subprocess.run([path, "-e", program], input=json.dumps(given), capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -406,7 +410,8 @@ def test_counts_of_known_margins() -> None:
 @pytest.mark.parametrize("categories", [(), ("a", HOSTILE, "c")])
 def test_figures_of_odd_ranges_are_finite(values: list[float], categories: tuple[str, ...]) -> None:
     marks = tuple(Mark(x, y, says=HOSTILE) for x, y in enumerate(values))
-    svg = panel_svg(Panel(HOSTILE, HOSTILE, "y", (Series(HOSTILE, marks, 0),), categories))
+    panel = Panel(HOSTILE, HOSTILE, "y", (Series(HOSTILE, marks, 0),), categories)
+    (svg,) = draw(Chart("name", "title", "", [panel])).panels
     assert "nan" not in svg
     assert "inf" not in svg
     assert "<script" not in svg

@@ -11,7 +11,7 @@ from claim_cases import PROMPT, N, in_second_seed, like, madpo, row, samples, ti
 from madpo.core.metrics import Estimate
 from madpo.core.seeding import rng
 from madpo.core.statistics import bootstrap_mean, bootstrap_statistic
-from madpo.report.charts import Panel, ablation_chart, frontier_chart
+from madpo.report.charts import Levels
 from madpo.report.compare import (
     base_beta,
     choose,
@@ -25,6 +25,7 @@ from madpo.report.compare import (
 )
 from madpo.report.results import Row, Tier, collect, measured
 from madpo.report.selection import selecting_half
+from madpo.report.study_charts import ablation_chart, frontier_chart
 from madpo.report.summary import headline
 from madpo.report.tables import report_markdown_table, study_tables
 from report_cases import make_study, methods
@@ -127,10 +128,8 @@ def test_levels_that_are_shown_together_are_over_the_same_seeds() -> None:
     assert ablation is not None
     assert "seed0" in frontier.panels[0].title
     (panel,) = ablation.panels
-    assert isinstance(panel, Panel)
-    bars = {s.name: [m.y for m in s.marks] for s in panel.series if not s.published}
-    assert bars["DPO"] == pytest.approx([2.0])
-    assert bars["Reg-Only"] == pytest.approx([2.0])
+    assert isinstance(panel, Levels)
+    assert {line.name: line.mean for line in panel.lines} == pytest.approx({"DPO": 2.0, "Reg-Only": 2.0, "MADPO": 2.1})
     words = " ".join(headline([tier]))
     assert "Low: MADPO τ=7 c=4 has the highest mean reward, 1.60" in words
     assert "Three settings of fewer seeds are not ranked here." in words

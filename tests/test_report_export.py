@@ -46,7 +46,7 @@ def test_what_goes_along(exported: tuple[Path, Path]) -> None:
         *("run.json", "record.json", "samples.jsonl", "log.jsonl", "margins.parquet", "pairs.parquet", "error.txt"),
         *("report.html", "results.json", "results.md", "README.md"),
     }
-    assert {Path(name).suffix for name in files if name.startswith("figures/")} == {".png", ".svg"}
+    assert {Path(name).suffix for name in files if name.startswith("figures/")} == {".svg"}
     assert sum(map(len, files.values())) < export.LIMIT
     everything = b"".join(files.values())
     for place in (str(root), str(Path.home())):

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import shutil
 import tomllib
 from pathlib import Path
@@ -133,11 +134,10 @@ def test_the_table_and_the_page_show_every_trial(tuned):
                 estimate.high,
             ]
     page = (out / "tune.html").read_text()
-    assert page.count("<circle") == 2
+    assert page.count("<title>trial ") == 2
     assert "never selected on" in page
     assert f"{report.best().heldout.log_loss.mean:.4f}" in page
-    assert "http:" not in page
-    assert "https:" not in page
+    assert set(re.findall(r"https?://[\w./]+", page)) <= {"http://www.w3.org/2000/svg"}  # a name, which loads nothing
 
 
 def test_the_chosen_settings_are_what_madpo_train_takes(tuned, data, tmp_path):

@@ -24,12 +24,13 @@ from madpo.models.load import load_model, load_tokenizer, resolve_model
 from madpo.models.locate import refuse_fetching
 from madpo.models.packaged import PACKAGED
 from madpo.models.untrusted import adapter_base
-from madpo.operations.pages import write_samples_page
 from madpo.operations.prompts import Prompt, read_prompts
 from madpo.operations.reward_model import load_pair_encoder, load_scorer, plain, reward_model_digest
 from madpo.operations.running import digest, load_report, run_in_folder
 from madpo.operations.settings import EvaluateSettings
 from madpo.operations.study_evaluation import distinct
+from madpo.report.command_pages import write_samples_page
+from madpo.report.pages import cell
 from madpo.runner.operation import operation
 
 
@@ -136,7 +137,24 @@ def evaluate_responses(settings: EvaluateSettings, inputs: Mapping[str, Path], o
     lines = [_line(s, a, b) for s, a, b in zip(samples, chosen, rejected, strict=True)]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     write_atomically(out / "samples.jsonl", text)
-    write_samples_page(out / "samples.html", report, lines)
+    sides = report.policy_side, report.reference_side
+    write_samples_page(
+        out / "samples.html",
+        title=f"{Path(report.policy).name} against {Path(report.reference).name}",
+        says=report.text().splitlines()[:2],
+        tiles={
+            "win rate": cell(report.win_rate, "share"),
+            "reward difference": cell(report.reward_difference, "signed"),
+            "KL to the reference, nats": cell(report.kl),
+            "prompts": cell(f"{report.prompts:,}"),
+        },
+        measured={
+            name.replace("_", " "): (getattr(sides[0], name), getattr(sides[1], name))
+            for name in ("reward", "length", "distinct_1", "distinct_2", "ended_share")
+        },
+        samples=lines,
+        settings={"policy": report.policy, "reference": report.reference, **settings.model_dump(mode="json")},
+    )
     write_atomically(out / "evaluation.json", json.dumps(plain(report), indent=1) + "\n")
     return {"win_rate": report.win_rate, "reward_difference": report.reward_difference, "kl": report.kl}
 

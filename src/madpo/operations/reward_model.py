@@ -29,9 +29,9 @@ from madpo.models.load import load_classifier, load_config, load_tokenizer, reso
 from madpo.models.loading import loading
 from madpo.models.locate import refuse_fetching
 from madpo.operations.inputs import Row, adapted, load_training, prompt_key, split_by_prompt
-from madpo.operations.pages import write_reward_page
 from madpo.operations.running import digest, load_report, run_in_folder
 from madpo.operations.settings import RewardSettings
+from madpo.report.command_pages import write_reward_page
 from madpo.rewards.margins import MarginReport, Reliability, inspect
 from madpo.rewards.oracles import RewardModel, placed, reward_base
 from madpo.runner.operation import operation
@@ -176,7 +176,22 @@ def reward_pairs(settings: RewardSettings, inputs: Mapping[str, Path], out: Path
     )
     if too_long.dropped:
         write_atomically(out / "dropped.jsonl", too_long.lines())
-    write_reward_page(out / "report.html", report)
+    write_reward_page(
+        out / "report.html",
+        model=settings.model,
+        says=report.text().splitlines()[:4],
+        tiles={
+            "accuracy": report.accuracy,
+            "log loss": report.log_loss_interval,
+            "log loss after the temperature": report.calibrated_log_loss,
+            "temperature": report.temperature_interval or report.temperature,
+            "training pairs": f"{report.train_pairs:,}",
+            "held-out pairs": f"{report.heldout_pairs:,}",
+        },
+        bins=report.reliability,
+        log=out / "log.jsonl",
+        settings={"data": report.data, "eval_data": report.eval_data, **settings.model_dump(mode="json")},
+    )
     write_atomically(out / "report.json", json.dumps(plain(report), indent=1) + "\n")
     return {"accuracy": report.accuracy, "log_loss": report.log_loss_interval, "steps": steps}
 

@@ -1,26 +1,27 @@
-"""A run's report: one page that opens from disk, with its tables and figures beside it as files.
+"""Reports: the page of a study with its tables and figures, and the pages of commands. Imports no torch.
 
-The page loads nothing from anywhere: styles, scripts and data stand inside, a content security policy allows those
-and nothing else, and all text that comes from data is escaped. It says what it has to say without scripts too. A
-part of a study gives a report of that part, which says what is missing.
+A page loads nothing from anywhere: styles, scripts and data are inside, a content security policy allows those and
+nothing else, and templates escape all text. It says what it has to say without scripts, too. A part of a study gives a
+report of that part, which says what is missing.
 
-``published``: the paper's numbers; ``families``: which rows are settings of one method, the choice among them and
-paired differences; ``frontier``: reward at equal KL; ``claims``: the paper's claims and their verdicts; ``charts``:
-what figures show, ``drawing`` and ``plots``: how; ``tables``, ``sections``, ``samples``, ``provenance``: the rest.
+``sources`` reads what steps left behind; ``results`` is the long table of samples, and a tier's methods; ``compare``,
+``claims``, ``caveats`` and ``summary`` say what follows from it; ``charts`` are what figures show, ``drawing`` and
+``svg`` how; ``pages`` renders templates; ``study`` puts a study together, and ``build`` writes its report.
 """
 
-from madpo.report.build import build_report, rebuild_report
-from madpo.report.export import export_report
-from madpo.report.markup import MARGINS_SHOWN, page, page_part, table
-from madpo.report.tables import report_markdown_table
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "MARGINS_SHOWN",
-    "build_report",
-    "export_report",
-    "page",
-    "page_part",
-    "rebuild_report",
-    "report_markdown_table",
-    "table",
-]
+if TYPE_CHECKING:
+    from madpo.report.build import build_report, rebuild_report
+    from madpo.report.export import export_report
+
+__all__ = ["build_report", "export_report", "rebuild_report"]
+
+
+def __getattr__(name: str) -> Any:
+    # A command that draws a small page need not import what a study's report needs.
+    if name in __all__:
+        from importlib import import_module
+
+        return getattr(import_module(f"madpo.report.{'export' if name == 'export_report' else 'build'}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -35,6 +35,21 @@ def trimmed_base(records: Mapping[str, Record]) -> list[str]:
     return [text]
 
 
+def unfinished_run(records: Mapping[str, Record], unfinished: Mapping[str, str]) -> str:
+    """How far the run is, in one sentence; empty where it is complete."""
+    if not unfinished:
+        return ""
+    failed = sum(why.startswith("failed") for why in unfinished.values())
+    waiting = len(unfinished) - failed
+    parts = [f"{failed} failed"] * bool(failed)
+    parts += [f"{waiting} {'is' if waiting == 1 else 'are'} still to run"] * bool(waiting)
+    n = len(records)
+    return (
+        f"This run is not complete: of {n + len(unfinished)} steps {n} {'is' if n == 1 else 'are'} done, "
+        f"{' and '.join(parts)}. What follows is about the finished ones."
+    )
+
+
 def accuracies(tier: Tier) -> dict[str, Estimate]:
     """Seed -> the reward model's accuracy on held-out pairs."""
     found = {seed: model.metrics.get("heldout_accuracy") for seed, model in tier.reward_models.items()}

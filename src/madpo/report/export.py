@@ -30,7 +30,6 @@ from madpo.runner.record import EXPORTED, RunStatus, run_status
 TEXTS = 12  # prompts whose samples keep their texts
 LIMIT = 16_000_000  # bytes of the folder
 FILE_LIMIT = 4_000_000  # bytes of one file in it
-FIGURES = (".png", ".svg")
 OWN = (
     *("run.json", "README.md", "report.html", "results.json", "results.md", "selection.json"),
     *("tables", "figures"),
@@ -60,9 +59,6 @@ def export_report(root: Path, target: Path) -> Path:
     with storage_errors(target), _replacing(target) as place:
         _copy(root, place, status)
         rebuild_report(place)
-        for path in (place / "figures").glob("*"):
-            if path.suffix not in FIGURES:
-                path.unlink()
         (place / "README.md").write_text(_readme(place), encoding="utf-8")
         size = _check_size(place)
     say(f"{target}: {size / 1e6:.1f} MB in all; the texts of at most {TEXTS} prompts a tier, and no weights.")
@@ -225,8 +221,8 @@ def _readme(place: Path) -> str:
     lines = [f"# {markdown_cell(data['title'])}", ""]
     for text in data["summary"]:
         lines += [markdown_cell(text), ""]
-    if (place / "figures" / "figure1_main.png").exists():
-        lines += ["![Mean oracle reward of every method in every tier](figures/figure1_main.png)", ""]
+    if (place / "figures" / "figure1_main.svg").exists():
+        lines += ["![Mean oracle reward of every method in every tier](figures/figure1_main.svg)", ""]
     lines += [(place / "results.md").read_text(encoding="utf-8")]
     lines += ["## Claims", "", "| section | claim | verdict |", "| --- | --- | --- |"]
     columns = ("section", "text", "shown")

@@ -1,13 +1,10 @@
-"""The samples of a run for the page's browser, joined on the prompt, and three of them for who has no scripts."""
+"""The samples of a run for the page's browser, joined on the prompt; three of them are shown without scripts, too."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from madpo.report.markup import nothing
-from madpo.report.numbers import one
 from madpo.report.results import Row, Tier
 
 SHOWN = 200  # prompts per tier at most; all are in the steps' samples.jsonl
@@ -58,20 +55,17 @@ def _position(methods: Sequence[Row]) -> list[int]:
     return [first, second if second != first else (0 if first else last)]
 
 
-def static_samples(tiers: Sequence[Tier]) -> str:
-    """A few cards of the first tier, which the browser replaces."""
+def static_samples(tiers: Sequence[Tier]) -> list[dict[str, Any]]:
+    """A few prompts of the first tier, each with its responses, which the browser of the page replaces."""
     for tier in tiers[:1]:
         data = tier_samples(tier)
-        cards = [_card(data["methods"], prompt) for prompt in data["prompts"][:STATIC]]
-        if cards:
-            return "".join(cards)
-    return nothing("There are no samples.")
+        return static(data["methods"], data["prompts"])
+    return []
 
 
-def _card(methods: Sequence[str], prompt: dict[str, Any]) -> str:
-    answers = "".join(
-        f'<div class="answer"><h4 dir="auto">{escape(name)} <span>{one(reward)}</span></h4>'
-        f'<p dir="auto">{escape(response)}</p></div>'
-        for name, response, reward in zip(methods, prompt["responses"], prompt["rewards"], strict=True)
-    )
-    return f'<article class="card"><p class="prompt" dir="auto">{escape(prompt["prompt"])}</p>{answers}</article>'
+def static(methods: Sequence[str], prompts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The first prompts, each with (method, reward, response)."""
+    return [
+        {"prompt": p["prompt"], "answers": list(zip(methods, p["rewards"], p["responses"], strict=True))}
+        for p in prompts[:STATIC]
+    ]

@@ -14,24 +14,31 @@ from madpo.report.numbers import count, listed, one, short
 from madpo.report.results import Row, Tier
 
 NAMED = 6  # methods that the opening lists; of more, those of the core
+SIDES = {"above": "above 0", "below": "below 0", "open": "not separated from 0"}
 FAR = 1.1  # times the baseline's KL, from which a distance is worth a word
 
 
 class Verdict(NamedTuple):
-    """A tier's result in one or two sentences; ``kind``: "above", "below" or "open", against plain DPO."""
+    """A tier's result: who is first and at what level, then how far from plain DPO.
+
+    ``kind``: "above", "below" or "open", where that difference lies; ``left``: settings that are not ranked.
+    """
 
     tier: str
-    text: str
+    level: str
+    gap: str = ""
     kind: str = "open"
+    left: str = ""
+
+    @property
+    def text(self) -> str:
+        """All of it in sentences."""
+        return f"{self.tier}: {' '.join(filter(None, (self.level, self.gap, self.left)))}"
 
 
 def headline(tiers: Sequence[Tier]) -> list[str]:
     """What was done and what came of it, one paragraph per entry."""
-    judged = [tier for tier in tiers if tier.policies]
-    if not judged:
-        return [opening(tiers)]
-    verdicts = [f"{found.tier}: {found.text}" for found in map(verdict, judged)]
-    return [opening(tiers), *verdicts, *([words] if (words := cautions(judged)) else [])]
+    return [opening(tiers), *(verdict(tier).text for tier in tiers if tier.policies)]
 
 
 def opening(tiers: Sequence[Tier]) -> str:
@@ -65,8 +72,7 @@ def verdict(tier: Tier) -> Verdict:
     found = _best(tier, rows)
     if left := len(tier.policies) - len(rows):
         verb = "is" if left == 1 else "are"
-        text = f"{found.text} {count(left, 'setting').capitalize()} of fewer seeds {verb} not ranked here."
-        found = found._replace(text=text)
+        found = found._replace(left=f"{count(left, 'setting').capitalize()} of fewer seeds {verb} not ranked here.")
     return found
 
 
@@ -99,30 +105,29 @@ def _best(tier: Tier, rows: Sequence[Row]) -> Verdict:
     baseline, sft = tier.baseline, tier.sft
     reward = short(best["oracle_reward"])
     if sft is not None and best.mean("oracle_reward") <= sft.mean("oracle_reward"):
-        text = f"no method has a mean reward above that of the SFT model, {short(sft['oracle_reward'])}"
-        return Verdict(tier.label, f"{text}; the best, {best.name}, has {reward}.", "below")
+        level = f"no method has a mean reward above that of the SFT model, {short(sft['oracle_reward'])}"
+        return Verdict(tier.label, f"{level}; the best, {best.name}, has {reward}.", kind="below")
     start = f"; the SFT model has {short(sft['oracle_reward'])}" if sft is not None else ""
-    text = f"{best.name} has the highest mean reward, {reward}{start}."
+    level = f"{best.name} has the highest mean reward, {reward}{start}."
     if baseline is None:
-        return Verdict(tier.label, f"{text} There is no plain DPO to compare with.")
+        return Verdict(tier.label, level, "There is no plain DPO to compare with.")
     other = best
     if best is baseline:
         others = [row for row in rows if row["difference"] is not None]
         if not others:
-            return Verdict(tier.label, text)
+            return Verdict(tier.label, level)
         other = max(others, key=lambda row: row.mean("oracle_reward"))
     gap = other["difference"]
     if not isinstance(gap, Estimate):
-        reward = short(baseline["oracle_reward"])
-        return Verdict(tier.label, f"{text} {baseline.name} has {reward}; no paired samples compare the two.")
+        gap_words = f"{baseline.name} has {short(baseline['oracle_reward'])}; no paired samples compare the two."
+        return Verdict(tier.label, level, gap_words)
     kind = "above" if gap.low > 0 else "below" if gap.high < 0 else "open"
-    clear = "separated from 0" if kind != "open" else "not separated from 0"
-    who = f"The next, {other.name}, differs from it" if best is baseline else f"It differs from {baseline.name}"
-    text += f" {who} on the same prompts by {short(gap, 'signed')}: {clear}."
+    who = other.name if best is not baseline else f"{best.name} is first. The next, {other.name},"
+    words = f"{who} less {baseline.name} on the same prompts: {short(gap, 'signed')}, {SIDES[kind]}."
     near, far = baseline.mean("kl"), best.mean("kl")
     if kind == "above" and far > FAR * near:
-        text += (
+        words += (
             f" It also moved further from the reference (KL {one(far, digits=1)} against {one(near, digits=1)} nats), "
             "and distance by itself can raise the reward."
         )
-    return Verdict(tier.label, text, kind)
+    return Verdict(tier.label, level, words, kind)

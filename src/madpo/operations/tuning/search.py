@@ -24,10 +24,11 @@ from madpo.operations.policy import MEMORY_REMEDY, resolved
 from madpo.operations.reward_model import plain
 from madpo.operations.running import digest, load_report, run_in_folder
 from madpo.operations.tuning.heldout import Heldout, Measured, Prepared, identity, measure, prepare
-from madpo.operations.tuning.page import write_table
 from madpo.operations.tuning.settings import Criterion, TuneSettings
 from madpo.operations.tuning.space import Value, grid_size, with_values
+from madpo.report import tune_page
 from madpo.report.numbers import DASH
+from madpo.report.tune_page import CRITERIA, Search, write_search
 from madpo.runner.operation import operation
 from madpo.runner.record import load_record
 
@@ -203,7 +204,7 @@ def _search(data_digest: str | None, output_dir: Path, settings: TuneSettings, p
         found[trial.number] = (Trial(number=trial.number, values=values, heldout=measured.heldout), measured)
         if any(_value(one, settings.criterion) is not None for _, one in found.values()):
             lost = _diverged(study, settings)
-            write_table(output_dir, _report(data_digest, output_dir, settings, prepared, found, lost, baseline))
+            write_search(output_dir, _page(_report(data_digest, output_dir, settings, prepared, found, lost, baseline)))
     for trial in study.trials:  # those of a run before this one
         if trial.number not in found and trial.state.name in ("COMPLETE", "PRUNED"):
             measured = measure(prepared, settings, with_values(settings.training, trial.params), folder)
@@ -211,8 +212,36 @@ def _search(data_digest: str | None, output_dir: Path, settings: TuneSettings, p
             found[trial.number] = (Trial(number=trial.number, values=values, heldout=measured.heldout), measured)
     lost = _diverged(study, settings)
     report = _report(data_digest, output_dir, settings, prepared, found, lost, baseline)
-    write_table(output_dir, report)
+    write_search(output_dir, _page(report))
     return report
+
+
+def _page(report: TuneReport) -> Search:
+    """What the page and the table of trials show."""
+    measured = [*([report.baseline] if report.baseline else []), *report.trials]
+    trials = [
+        tune_page.Trial(
+            trial.number,
+            trial.values,
+            {name: getattr(trial.heldout, name) for name in CRITERIA},
+            trial.heldout.temperature,
+            trial.heldout.mean_margin,
+        )
+        for trial in measured
+    ]
+    lost = [tune_page.Trial(one.number, one.values, diverged=one.reason) for one in report.diverged]
+    settings = report.settings
+    return Search(
+        loss=settings.loss.kind,
+        pairs=report.pairs,
+        folds=settings.folds,
+        criterion=report.criterion,
+        dimensions={name: (dimension.values, dimension.log) for name, dimension in settings.searched.items()},
+        trials=[*trials, *lost],
+        chosen=report.chosen,
+        advantage=report.advantage,
+        settings=settings.model_dump(mode="json"),
+    )
 
 
 def _give_up(study: optuna.Study, trial: optuna.Trial, reason: str, folder: Path) -> None:

@@ -71,12 +71,17 @@ const MadpoWeight = (() => {
     return log > 1e-12 ? "amplified" : log < -1e-12 ? (h > 0 ? "dampened" : "turned-down") : "unchanged";
   };
 
-  const W = 720, LEFT = 46, RIGHT = 14, TOP = 14, CURVE = 170, GAP = 48, BARS = 120, BOTTOM = 40;
+  const LEFT = 50, RIGHT = 14, TOP = 20, CURVE = 170, GAP = 52, BARS = 120, BOTTOM = 44;
   const H = TOP + CURVE + GAP + BARS + BOTTOM;
+  /* A narrow window has a narrow figure, so that its labels stay readable. */
+  const width = () => (window.innerWidth < 640 ? 400 : 720);
 
   const draw = (svg, margins, p, range) => {
     svg.replaceChildren();
     const [lo, hi] = range;
+    const W = width();
+    svg.setAttribute("viewBox", `0 0 ${W} ${H}`);
+    svg.setAttribute("class", `figure w${W}`);
     const x = (h) => LEFT + ((h - lo) / (hi - lo)) * (W - LEFT - RIGHT);
     const y = (w) => TOP + CURVE - (Math.min(w, 2) / 2) * CURVE;
     const base = TOP + CURVE + GAP + BARS;
@@ -84,7 +89,7 @@ const MadpoWeight = (() => {
       svg.append(make("line", { x1: LEFT, x2: W - RIGHT, y1: y(w), y2: y(w), class: w === 1 ? "axis strong" : "axis" }));
       svg.append(make("text", { x: LEFT - 8, y: y(w) + 4, class: "tick end" }, String(w)));
     }
-    const step = nice((hi - lo) / 8);
+    const step = nice((hi - lo) / (W / 90));
     for (let h = Math.ceil(lo / step) * step; h <= hi + 1e-9; h += step) {
       const label = String(Math.round(h * 1e6) / 1e6).replace("-", "−");
       svg.append(make("line", { x1: x(h), x2: x(h), y1: base, y2: base + 5, class: "axis strong" }));
@@ -124,9 +129,13 @@ const MadpoWeight = (() => {
       path += `${i ? "L" : "M"}${x(h).toFixed(1)} ${y(weight(h, p)).toFixed(2)}`;
     }
     svg.append(make("path", { d: path, class: "curve" }));
-    svg.append(make("text", { x: LEFT, y: H - 4, class: "tick" }, "reward margin h of the pair (log-odds)"));
-    svg.append(make("text", { x: LEFT + 4, y: TOP - 3, class: "tick" }, "weight w(h)"));
-    svg.append(make("text", { x: LEFT + 4, y: base - BARS - 4, class: "tick" }, `pairs (pale) and their weight (solid), up to ${Math.round(most * 10) / 10}`));
+    const top = nice(most / 3);
+    for (let value = 0; value <= most; value += top) {
+      svg.append(make("text", { x: LEFT - 8, y: base - (value / most) * BARS + 4, class: "tick end" }, String(Math.round(value * 100) / 100)));
+    }
+    svg.append(make("text", { x: W - RIGHT, y: H - 6, class: "tick end" }, "reward margin h of the pair, log-odds"));
+    svg.append(make("text", { x: 0, y: 12, class: "tick" }, "weight w(h)"));
+    svg.append(make("text", { x: 0, y: base - BARS - 8, class: "tick halo" }, "pairs: pale by number, solid by their weights’ sum"));
   };
 
   const spread = (margins, tau) => {
@@ -144,7 +153,7 @@ const MadpoWeight = (() => {
   const mount = (place, margins, defaults) => {
     const p = { tau: 7, c_max: 2, c_min: null, lam: 1, ...defaults };
     const id = place.id || "weight";
-    const svg = make("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", class: "figure" });
+    const svg = make("svg", { role: "img" });
     const controls = html("div", "controls");
     const counts = html("dl", "counts");
     counts.setAttribute("aria-live", "polite");
@@ -160,8 +169,8 @@ const MadpoWeight = (() => {
       counts.replaceChildren();
       const entries = [
         ["amplified", "amplified, w > 1", `${s.amplified} (${percent(s.amplified, s.n)})`],
-        ["dampened", "dampened, h > 0 and w < 1", `${s.dampened} (${percent(s.dampened, s.n)})`],
-        ["turned-down", "turned down, h < 0 and w < 1", `${s.turned_down} (${percent(s.turned_down, s.n)})`],
+        ["dampened", "dampened, w < 1", `${s.dampened} (${percent(s.dampened, s.n)})`],
+        ["turned-down", "turned down, h < 0", `${s.turned_down} (${percent(s.turned_down, s.n)})`],
         ["unchanged", "unchanged, w = 1", `${s.unchanged} (${percent(s.unchanged, s.n)})`],
         ["", "mean weight", s.mean.toFixed(3)],
         ["", "effective sample size", `${s.effective.toFixed(0)} of ${s.n}`],
@@ -208,17 +217,19 @@ const MadpoWeight = (() => {
       controls.append(own, low.label, again);
     };
 
+    window.addEventListener("resize", () => redraw());
     svg.addEventListener("pointermove", (event) => {
-      const box = svg.getBoundingClientRect();
-      const at = ((event.clientX - box.left) / box.width) * W;
-      const h = range[0] + ((at - LEFT) / (W - LEFT - RIGHT)) * (range[1] - range[0]);
+      const at = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse()).x;
+      const h = range[0] + ((at - LEFT) / (width() - LEFT - RIGHT)) * (range[1] - range[0]);
       if (h < range[0] || h > range[1]) return;
       readout.textContent = `At h = ${h.toFixed(2)} the coefficient is ${coefficient(h, p).toFixed(3)} and the weight is ${weight(h, p).toFixed(3)}.`;
     });
 
     reset();
     redraw();
-    place.replaceChildren(svg, readout, controls, counts);
+    const side = html("div", "side");
+    side.append(controls, counts);
+    place.replaceChildren(svg, readout, side);
   };
 
   return { logWeight, weight, coefficient, summary, draw, mount };

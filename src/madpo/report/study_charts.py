@@ -1,0 +1,285 @@
+"""The figures of a study: rewards, sensitivity, ablation, reward against KL, training, calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from madpo.core.metrics import Estimate
+from madpo.report import published
+from madpo.report.charts import Chart, Level, Levels, Mark, Panel, Series
+from madpo.report.compare import Choice, chosen, frontiers, settings_of
+from madpo.report.methods import SFT, is_setting
+from madpo.report.results import Row, Tier, Value, shared_seeds
+from madpo.rewards.margins import Reliability, reliability
+
+REWARD = "mean oracle reward"
+COLOURS = {"DPO": 0, "IPO": 1, "MADPO": 2, "β-DPO": 3, "Amp-Only": 4, "Reg-Only": 5, SFT: 7}
+TIER_COLOURS = {"high": 3, "medium": 1, "low": 2}
+SHADES = 8
+CURVE_POINTS = 400  # of a training curve
+SMOOTH = 15  # a running mean of a curve is over one part in so many
+PAIRS_PER_BIN = 20  # of a calibration, at least
+PARTS_ONLY = ("Amp-Only", "Reg-Only")
+
+
+def main_chart(tiers: Sequence[Tier], choices: Mapping[tuple[str, str], Choice]) -> Chart | None:
+    """Figure 1: the reward of every method in every tier, with the paper's value."""
+    panels = []
+    for tier in tiers:
+        found = [(name, choices[tier.name, name]) for name in published.METHODS if (tier.name, name) in choices]
+        lines = [_level(name, name, choice.value, published.TABLE_1[name].get(tier.name)) for name, choice in found]
+        sft = [_level(SFT, SFT, tier.sft["oracle_reward"], None)] if tier.sft is not None else []
+        shown = [line for line in (*sft, *lines) if line is not None]
+        if any(lines):
+            reference = (SFT, shown[0].mean) if sft and sft[0] else None
+            panels.append(Levels(f"{tier.label} pairs", REWARD, tuple(shown), reference))
+    caption = (
+        "Figure 1 of the paper with this run's numbers: mean oracle reward with 95 % intervals over prompts; hollow "
+        "marks are the paper's values, the dashed line is the SFT model. A method with several settings is chosen on "
+        "one half of the prompts and shown on the other half."
+    )
+    return Chart("figure1_main", "Mean oracle reward by tier", caption, panels) if panels else None
+
+
+def _level(name: str, method: str, value: Value, paper: tuple[float, float] | float | None) -> Level | None:
+    theirs = paper[0] if isinstance(paper, tuple) else paper
+    colour = COLOURS.get(method, 6)
+    if isinstance(value, Estimate):
+        return Level(name, colour, value.mean, value.low, value.high, theirs)
+    return Level(name, colour, value, published=theirs) if value is not None and np.isfinite(value) else None
+
+
+def sensitivity_chart(tiers: Sequence[Tier], beta: float) -> Chart | None:
+    """Figure 2: reward against tau at c = 2, and against c at tau = 7."""
+    panels = []
+    for name, field, paper in (("τ", "tau", published.OVER_TAU), ("c", "c_max", published.OVER_C)):
+        series = []
+        for tier in tiers:
+            rows = tier.even(_along(settings_of(tier, "MADPO", beta), field))
+            if not rows:
+                continue
+            marks = [
+                _mark(float(r.loss[field]), r["oracle_reward"], f"{tier.label}, {name} = {r.loss[field]:g}")
+                for r in rows
+            ]
+            colour = _tier_colour(tier.name)
+            series.append(Series(tier.label + _seeds_only(tier, rows), tuple(m for m in marks if m), colour))
+            theirs = paper.get(tier.name, {})
+            points = tuple(Mark(x, y, says=f"the paper, {tier.label}: {y:.2f}") for x, y in theirs.items())
+            series += [Series(f"{tier.label}, the paper", points, colour, published=True)] if points else []
+        if any(len(s.marks) > 1 and not s.published for s in series):
+            fixed = f"c = {published.FIXED_C:g}" if name == "τ" else f"τ = {published.FIXED_TAU:g}"
+            panels.append(Panel(f"MADPO over {name}, at {fixed}", name, REWARD, tuple(series)))
+    caption = "Figure 2 of the paper: MADPO's reward over τ and over c, a line per tier, the paper's values dashed."
+    return Chart("figure2_sensitivity", "Sensitivity to τ and c", caption, panels) if panels else None
+
+
+def _along(rows: Iterable[Row], field: str) -> list[Row]:
+    """The rows over tau at the paper's c, or over c at its tau."""
+    line = []
+    for row in rows:
+        x = row.loss.get(field)
+        at = (x, published.FIXED_C) if field == "tau" else (published.FIXED_TAU, x)
+        if x is not None and is_setting(row.loss, *at):
+            line.append(row)
+    return sorted(line, key=lambda row: float(row.loss[field]))
+
+
+def ablation_chart(tiers: Sequence[Tier], beta: float) -> Chart | None:
+    """Figure 3: DPO, Amp-Only, Reg-Only and MADPO at the paper's settings and others, in tiers that have the parts."""
+    panels = []
+    for tau, c in _ablated(tiers, beta):
+        paper = published.ABLATION.get(c, {}) if tau == published.FIXED_TAU else {}
+        for tier in tiers:
+            rows = [
+                row
+                for name in published.PARTS
+                for row in settings_of(tier, name, beta)
+                if name == "DPO" or is_setting(row.loss, tau, c)
+            ]
+            if not any(row.method in PARTS_ONLY for row in rows):
+                continue
+            even = tier.even(rows)
+            lines = [
+                _level(r.method, r.method, r["oracle_reward"], paper.get(r.method, {}).get(tier.name)) for r in even
+            ]
+            title = f"{tier.label}, c = {c:g}, τ = {tau:g}{_seeds_only(tier, even)}"
+            panels.append(Levels(title, REWARD, tuple(line for line in lines if line)))
+    caption = "Figure 3 of the paper: amplification only and dampening only; hollow marks are the paper's values."
+    return Chart("figure3_ablation", "Ablation", caption, panels) if panels else None
+
+
+def _ablated(tiers: Sequence[Tier], beta: float) -> list[tuple[float, float]]:
+    """(tau, c) at which a part of MADPO was run, the paper's first."""
+    paper = [(published.FIXED_TAU, c) for c in published.ABLATION]
+    losses = [row.loss for tier in tiers for name in PARTS_ONLY for row in settings_of(tier, name, beta)]
+    run = sorted({(float(x["tau"]), float(x["c_max"])) for x in losses if {"tau", "c_max"} <= x.keys()})
+    run = [place for place in run if any(is_setting(loss, *place) for loss in losses)]
+    return [*(place for place in paper if place in run), *(place for place in run if place not in paper)]
+
+
+def _seeds_only(tier: Tier, rows: Sequence[Row]) -> str:
+    """ ", seed0 only" where rows that are shown together share fewer seeds than their tier has."""
+    shared = shared_seeds(rows)
+    return f", {' and '.join(shared)} only" if shared and len(shared) < len(tier.seeds) else ""
+
+
+def frontier_chart(tiers: Sequence[Tier], beta: float) -> Chart | None:
+    """Reward against KL, a line over beta for every method; a method with one beta is a point."""
+    panels = []
+    methods = list(dict.fromkeys(row.method for tier in tiers for row in tier.rows))
+    for tier in tiers:
+        lines = frontiers(tier, beta)
+        rows = [row for line in lines.values() for row in line]
+        series = [_against_kl(method, line, methods) for method, line in lines.items()]
+        series = [one for one in series if one.marks]
+        if tier.sft is not None and series:
+            reward = tier.even([tier.sft, *rows])[0]["oracle_reward"]
+            if (mark := _mark(0.0, reward, SFT)) is not None:
+                series.append(Series(SFT, (mark,), COLOURS[SFT], shape=methods.index(SFT)))
+        if len(series) > 1:
+            title = tier.label + _seeds_only(tier, rows)
+            panels.append(Panel(title, "KL to the reference, nats", REWARD, tuple(series)))
+    caption = (
+        "Reward against distance. A method that moves further from the reference usually earns more, so methods are "
+        "compared at the same distance: to the left and above is better. A line joins one method's settings of β; of "
+        "its other settings the one with the most β is shown. All points of a panel are over the same training seeds."
+    )
+    return Chart("frontier", "Reward against KL to the reference", caption, panels) if panels else None
+
+
+def _against_kl(method: str, rows: Sequence[Row], methods: Sequence[str]) -> Series:
+    marks = []
+    for row in rows:
+        kl, reward = row["kl"], row["oracle_reward"]
+        if isinstance(kl, Estimate) and isinstance(reward, Estimate):
+            says = f"{row.name}: reward {reward.mean:.2f} ({reward.low:.2f} to {reward.high:.2f}), KL {kl.mean:.1f}"
+            marks.append(Mark(kl.mean, reward.mean, reward.low, reward.high, kl.low, kl.high, says))
+    # The same shape in every panel, whatever the panel lacks.
+    return Series(method, tuple(marks), _colour(method, methods), shape=methods.index(method))
+
+
+def loss_chart(tiers: Sequence[Tier], name: str, title: str, groups: Iterable[str]) -> Chart | None:
+    """The training loss over the steps, a panel per method, since losses of different methods have different units."""
+    panels = []
+    of_tier = {tier.name: {row.name for row in tier.rows if row.group in set(groups)} for tier in tiers}
+    for shown in dict.fromkeys(row.name for tier in tiers for row in tier.rows if row.name in of_tier[tier.name]):
+        series = [
+            line
+            for tier in tiers
+            if shown in of_tier[tier.name]
+            for line in curves(tier.label, tier.curves[tier.curves["name"] == shown], "loss", _tier_colour(tier.name))
+        ]
+        panels += [Panel(shown, "step", "loss", tuple(series))] if series else []
+    caption = "The training loss of the first training seed, a panel per method: a pale line, and its running mean."
+    return Chart(name, title, caption, panels) if panels else None
+
+
+def margin_chart(tiers: Sequence[Tier], name: str, title: str, groups: Iterable[str]) -> Chart | None:
+    """The implicit reward margin over the steps, a panel per tier."""
+    panels, wanted = [], set(groups)
+    for tier in tiers:
+        rows = [row for row in tier.rows if row.group in wanted]
+        methods = [row.method for row in rows]
+        own = len(set(methods)) == len(methods) and all(method in COLOURS for method in methods)
+        series = [
+            line
+            for k, row in enumerate(rows)
+            for line in curves(
+                row.name,
+                tier.curves[tier.curves["name"] == row.name],
+                "rewards/margins",
+                COLOURS[row.method] if own else k % SHADES,
+            )
+            if not line.raw
+        ]
+        panels += [Panel(tier.label, "step", "implicit margin β·h, nats", tuple(series))] if series else []
+    caption = "The implicit reward margin β·h of the training pairs, running means of the first training seed."
+    return Chart(name, title, caption, panels) if panels else None
+
+
+def reward_model_chart(tiers: Sequence[Tier]) -> Chart | None:
+    """The reward models' training and held-out losses."""
+    panels = []
+    for tier in tiers:
+        series = reward_curves(tier.reward_curve)
+        if series:
+            panels.append(Panel(tier.label, "step", "loss, nats", series, reference=("chance", float(np.log(2)))))
+    caption = "Loss of the reward models, first seed. Training stops where the held-out loss is lowest."
+    return Chart("reward_model_training", "Training of the reward models", caption, panels) if panels else None
+
+
+def reward_curves(log: pd.DataFrame) -> tuple[Series, ...]:
+    """Training and held-out loss of a reward model."""
+    return (*curves("training pairs", log, "loss", 0), *curves("held-out pairs", log, "eval_loss", 1))
+
+
+def curves(name: str, log: pd.DataFrame, column: str, colour: int) -> list[Series]:
+    """A logged column over the steps: a pale line and its running mean, or as it is where it has few points."""
+    if column not in log:
+        return []
+    found = log[["step", column]].replace([np.inf, -np.inf], np.nan).dropna()
+    if len(found) < SMOOTH:
+        return [_line(name, found, colour)] if len(found) else []
+    smooth = found.assign(
+        **{column: found[column].rolling(len(found) // SMOOTH + 1, center=True, min_periods=1).mean()}
+    )
+    raw = _line(name, found, colour)
+    return [Series(name, raw.marks, colour, dots=False, raw=True), _line(name, smooth, colour)]
+
+
+def _line(name: str, points: pd.DataFrame, colour: int) -> Series:
+    if len(points) > CURVE_POINTS:
+        points = points.iloc[np.linspace(0, len(points) - 1, CURVE_POINTS).round().astype(int)]
+    marks = tuple(Mark(float(x), float(y)) for x, y in points.itertuples(index=False))
+    return Series(name, marks, colour, dots=len(marks) == 1)
+
+
+def calibration_chart(tiers: Sequence[Tier]) -> Chart | None:
+    """How sure the reward model is against how often the labels agree, per tier, on pairs it was not trained on."""
+    panels = []
+    for tier in tiers:
+        if n := len(tier.heldout_margins):
+            bins, _ = reliability(tier.heldout_margins, most=max(2, min(10, n // PAIRS_PER_BIN)))
+            panels.append(calibration_panel(f"{tier.label}, {n} pairs", bins, _tier_colour(tier.name)))
+    caption = (
+        "Calibration of the reward models, first seed: pairs in bins of equal size by |margin|, 95 % intervals. On "
+        "the diagonal the reward model is as sure as it is right; below it, it is too sure."
+    )
+    return Chart("calibration", "Calibration of the reward models", caption, panels) if panels else None
+
+
+def calibration_panel(title: str, bins: Iterable[Reliability], colour: int) -> Panel:
+    """Bins of pairs: how sure the reward model is, and how often it is right."""
+    marks = tuple(
+        Mark(b.predicted, b.observed.mean, b.observed.low, b.observed.high, says=f"{b.pairs} pairs") for b in bins
+    )
+    series = Series("held-out pairs", marks, colour, line=False)
+    return Panel(title, "how sure the reward model is", "share of labels that agree", (series,), diagonal=True)
+
+
+def choices_of(tiers: Sequence[Tier], beta: float) -> dict[tuple[str, str], Choice]:
+    """(tier, method of Table 1) -> its chosen setting, where it was run."""
+    found = {(tier.name, name): chosen(tier, name, beta) for tier in tiers for name in published.METHODS}
+    return {key: choice for key, choice in found.items() if choice is not None}
+
+
+def _mark(x: float, value: Value, what: str) -> Mark | None:
+    if isinstance(value, Estimate):
+        says = f"{what}: {value.mean:.2f} ({value.low:.2f} to {value.high:.2f})"
+        return Mark(x, value.mean, value.low, value.high, says=says)
+    return Mark(x, value, says=f"{what}: {value:.2f}") if value is not None and np.isfinite(value) else None
+
+
+def _tier_colour(name: str) -> int:
+    return TIER_COLOURS.get(name, 0)
+
+
+def _colour(method: str, methods: Sequence[str]) -> int:
+    if method in COLOURS:
+        return COLOURS[method]
+    others = [name for name in methods if name not in COLOURS]
+    return (6, 7, 4, 5)[others.index(method) % 4]

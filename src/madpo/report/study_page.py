@@ -1,0 +1,200 @@
+"""What the page of a study shows: the answer first, and everything else in sections that open."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from markupsafe import Markup
+
+from madpo.core.metrics import Estimate
+from madpo.report import published
+from madpo.report.caveats import accuracies, empty_cells, idle_parts, near_chance, weights_from
+from madpo.report.charts import WeightPanel
+from madpo.report.compare import NOT_RUN, Choice
+from madpo.report.drawing import Drawn, draw
+from madpo.report.methods import SFT
+from madpo.report.numbers import DASH, count, one, short
+from madpo.report.pages import Cell, Table, cell, render
+from madpo.report.provenance import differences, provenance
+from madpo.report.results import Tier, planned_row
+from madpo.report.samples import sample_data, static_samples
+from madpo.report.study import Study
+from madpo.report.study_sections import (
+    claims_view,
+    degeneration_table,
+    equal_kl_table,
+    reward_models_table,
+    sided,
+    tier_results,
+    weight_data,
+    weights_view,
+)
+from madpo.report.summary import opening, verdict
+from madpo.runner.record import Record
+
+QUESTION = "Does MADPO earn more reward than DPO when the preference pairs differ in quality?"
+SCRIPTS = ("weight.js", "samples.js", "page.js")
+
+
+def study_page(
+    root: Path, study: Study, records: Mapping[str, Record], unfinished: Mapping[str, str], title: str, notes: list[str]
+) -> str:
+    """The page as HTML; ``notes`` are the sentences of the summary that no verdict holds."""
+    tiers = study.tiers
+    charts = {c.name: draw(c) for c in study.charts if not any(isinstance(p, WeightPanel) for p in c.panels)}
+    reasons = empty_cells(tiers, study.planned, unfinished)
+    weighted = [tier for tier in tiers if len(tier.margins)]
+    data = {
+        "weights": {f"weight-{tier.name}": weight_data(tier) for tier in weighted},
+        "samples": sample_data(tiers),
+    }
+    return render(
+        "report",
+        title,
+        SCRIPTS,
+        data,
+        question=QUESTION,
+        opening=opening(tiers),
+        progress=progress(records, unfinished),
+        notes=notes,
+        verdicts=tier_verdicts(study, charts.get("figure1_main")),
+        main=main_table(study, reasons),
+        chosen=chosen_table(study),
+        selections=selections_table(study),
+        charts=charts,
+        choosing=any(choice.chosen for choice in study.choices.values()),
+        claims=claims_view(study.claims, tiers, study.seeds),
+        equal_kl=equal_kl_table(tiers, study.beta),
+        results=[tier_results(tier, reasons) for tier in tiers if tier.rows],
+        idle=idle_parts(tiers),
+        weights=[weights_view(tier) for tier in weighted],
+        reward_models=reward_models_table(tiers),
+        reward_model_notes=weights_from(tiers)[1:],
+        degeneration=[table for tier in tiers if (table := degeneration_table(tier))],
+        samples=static_samples(tiers),
+        differences=differences(study.experiment),
+        provenance=provenance(root, records, unfinished),
+        experiment=json.dumps(study.experiment, indent=2, ensure_ascii=False, default=str),
+    )
+
+
+def progress(records: Mapping[str, Record], unfinished: Mapping[str, str]) -> tuple[str, str]:
+    """How far the run is: its state ("done", "open", "failed") and the words for it."""
+    total, failed = len(records) + len(unfinished), sum(why.startswith("failed") for why in unfinished.values())
+    if not unfinished:
+        return "done", f"all {len(records)} steps done"
+    return ("failed" if failed else "open"), f"{len(records)} of {total} steps done" + f", {failed} failed" * bool(
+        failed
+    )
+
+
+# The first screen
+
+
+class TierVerdict(NamedTuple):
+    """A tier on the first screen: its figure, its result in words, and what to doubt."""
+
+    label: str
+    figure: Markup | None
+    text: str
+    kind: str
+    equal_kl: str
+    doubt: str
+
+
+def tier_verdicts(study: Study, main: Drawn | None) -> list[TierVerdict]:
+    """A figure and a sentence per tier."""
+    drawn = zip(main.chart.panels, main.panels, strict=True) if main else ()
+    figures = {panel.title.removesuffix(" pairs"): figure for panel, figure in drawn}
+    same_distance = next((c for c in study.claims if c.key == "madpo-at-equal-kl"), None)
+    found = []
+    for tier in study.tiers:
+        if not tier.policies:
+            continue
+        said = verdict(tier)
+        at = [c for c in (same_distance.made if same_distance else []) if c.what.endswith(f", {tier.label}")]
+        words = "".join(f"At the same KL, MADPO less DPO is {short(c.value, 'signed')}: {sided(c)}." for c in at)
+        doubt = "The reward model is near chance." if near_chance(tier) else ""
+        text = said.gap or said.level
+        found.append(TierVerdict(tier.label, figures.get(tier.label), text, said.kind, words, doubt))
+    return found
+
+
+def main_table(study: Study, reasons: Mapping[tuple[str, str], str]) -> Table | None:
+    """Table 1: methods by tiers, with the paper's values; and how often the reward models are right."""
+    if not study.choices:
+        return None
+    why = _of_methods(study, reasons)
+    rows = [[Cell(SFT), *(cell(tier.sft["oracle_reward"] if tier.sft else None) for tier in study.tiers)]]
+    for name in published.METHODS:
+        cells = [_main_cell(study, tier, name, why.get((tier.name, name), NOT_RUN)) for tier in study.tiers]
+        rows.append([Cell(name), *cells])
+    if any(tier.reward_models for tier in study.tiers):
+        right = [
+            cell(", ".join(one(v.mean, "share") for v in accuracies(tier).values()) or DASH) for tier in study.tiers
+        ]
+        rows.append([Cell("reward model is right", plain=True), *right])
+    return Table("Table 1", ["mean oracle reward", *(tier.label for tier in study.tiers)], rows)
+
+
+def _main_cell(study: Study, tier: Tier, name: str, reason: str) -> Cell:
+    choice, paper = study.choices.get((tier.name, name)), published.TABLE_1[name].get(tier.name)
+    theirs = f"paper {paper[0]:.2f}" if paper else ""
+    if choice is None:
+        return Cell(DASH, tuple(filter(None, (reason, theirs))))
+    own = cell(choice.value)
+    setting = f"{choice.row.name}, of {choice.settings}" if choice.chosen else ""
+    few = f"{len(choice.seeds)} of {study.seeds} seeds" if len(choice.seeds) < study.seeds else ""
+    return own._replace(small=tuple(filter(None, (*own.small, theirs, ", ".join(filter(None, (setting, few)))))))
+
+
+def chosen_table(study: Study) -> Table | None:
+    """How each value of Table 1 came about: setting, seeds, and the mean of the paper's own way of choosing."""
+    rows = []
+    for tier in study.tiers:
+        for name in published.METHODS:
+            if (choice := study.choices.get((tier.name, name))) is not None:
+                seeds = [f"{seed} {one(v)}" for seed, v in choice.row.per_seed.items() if seed in choice.seeds]
+                settings = f"{choice.row.name}, of {count(choice.settings, 'setting')}"
+                rows.append(
+                    [
+                        Cell(f"{tier.label}: {name}"),
+                        cell(settings),
+                        cell(", ".join(seeds) or DASH),
+                        cell(choice.best_value),
+                    ]
+                )
+    head = ["method", "setting", "each seed, all prompts", "the paper's way: the best on all prompts"]
+    return Table("How Table 1 was made", head, rows, plain=True) if rows else None
+
+
+def selections_table(study: Study) -> Table | None:
+    """The experiment's own choices: what was chosen in each tier, among how many, and what it is worth."""
+    rows = []
+    for name, choices in study.selections.items():
+        by_tier = {choice.tier.name: choice for choice in choices}
+        rows.append([Cell(name), *(_selection_cell(by_tier.get(tier.name)) for tier in study.tiers)])
+    return Table("Other choices", ["choice", *(tier.label for tier in study.tiers)], rows) if rows else None
+
+
+def _selection_cell(choice: Choice | None) -> Cell:
+    if choice is None:
+        return Cell(DASH, (NOT_RUN,))
+    prompts = f", {choice.value.n} prompts" if isinstance(choice.value, Estimate) else ""
+    own = cell(choice.value)
+    said = f"{choice.row.name}, of {choice.settings}", f"{', '.join(choice.seeds)}{prompts}"
+    return own._replace(small=(*own.small, *said))
+
+
+def _of_methods(study: Study, reasons: Mapping[tuple[str, str], str]) -> dict[tuple[str, str], str]:
+    """Why a cell of Table 1 is empty: the reason of the method's first planned row that says more than "not run"."""
+    found: dict[tuple[str, str], str] = {}
+    methods = {str(row["name"]): planned_row(row).method for row in study.planned}
+    for (tier, name), why in reasons.items():
+        method = methods.get(name, name)
+        if found.get((tier, method), NOT_RUN) == NOT_RUN:
+            found[tier, method] = why
+    return found

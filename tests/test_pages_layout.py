@@ -1,0 +1,230 @@
+"""Every kind of page in headless Chromium: the answer on the first screen, no cut label, no scrolling sideways."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from selenium.webdriver import Chrome
+from selenium.webdriver.common.by import By
+
+from madpo.core.metrics import Estimate
+from madpo.core.seeding import rng
+from madpo.operations.inspection import inspect_data
+from madpo.report import rebuild_report
+from madpo.report.command_pages import write_reward_page, write_samples_page
+from madpo.report.pages import cell
+from madpo.report.tune_page import BASELINE, Search, Trial, write_search
+from madpo.rewards.margins import inspect
+from report_cases import HOSTILE, LONG, make_study
+
+PAGES = ("report", "margins", "reward", "samples", "tune")
+FIRST_SCREEN = 900  # pixels
+
+# Text of a figure that reaches beyond it: [text, by how much].
+CUT = """
+return [...document.querySelectorAll('svg.figure text')].filter((t) => t.getClientRects().length).map((t) => {
+  const view = t.ownerSVGElement.viewBox.baseVal, box = t.getBBox();
+  const over = [-box.x, box.x + box.width - view.width, -box.y, box.y + box.height - view.height];
+  return [t.textContent, Math.max(...over)];
+}).filter((found) => found[1] > 1);
+"""
+# What is wider than its own place, or than the window.
+SIDEWAYS = """
+const places = [...document.querySelectorAll('.scroll')].filter((e) => e.clientWidth);
+const wide = places.filter((e) => e.scrollWidth > e.clientWidth + 1);
+return [...wide.map((e) => e.getAttribute('aria-label')),
+        ...(document.documentElement.scrollWidth > window.innerWidth ? ['the page'] : [])];
+"""
+OPEN = "document.querySelectorAll('details').forEach((one) => { one.open = true; })"
+
+
+def margins_page(folder: Path) -> Path:
+    h = rng(1, "margins").normal(1.0, 2.5, 300)
+    rows = [
+        {"pair_id": i, "prompt": f"p{i}", "chosen": "yes " * 30, "rejected": HOSTILE, "reward_margin": float(v)}
+        for i, v in enumerate(h)
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    inspect_data(folder / "pairs.jsonl", output=folder / "margins.html")
+    return folder / "margins.html"
+
+
+def reward_page(folder: Path) -> Path:
+    log = [{"step": s, "loss": 0.7 - 0.002 * s} for s in range(1, 80)] + [
+        {"step": s, "eval_loss": 0.6} for s in (20, 60)
+    ]
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    bins = inspect(rng(1, "margins").normal(1.0, 2.0, 300)).reliability
+    tiles = {"accuracy": Estimate(0.67, 0.59, 0.74, 160), "log loss": 0.63, "training pairs": "400"}
+    path = folder / "reward.html"
+    settings = {"model": HOSTILE}
+    write_reward_page(
+        path, model=HOSTILE, says=["so and so"], tiles=tiles, bins=bins, log=folder / "log.jsonl", settings=settings
+    )
+    return path
+
+
+def samples_page(folder: Path) -> Path:
+    samples = [
+        {
+            **{"prompt_id": i, "prompt": [{"role": "user", "content": f"q{i} {LONG}"}] if i % 2 else HOSTILE},
+            **{"response": f"The film was a wonderful {i} surprise and good.", "reference_response": HOSTILE},
+            **{"reward": 1.0 + i, "reference_reward": 0.5, "ended": i > 0, "reference_ended": True},
+        }
+        for i in range(12)
+    ]
+    samples[3]["reference_response"] = "The film was a dreadful 3 surprise and good."
+    estimate = Estimate(1.1, 0.9, 1.3, 12)
+    write_samples_page(
+        folder / "samples.html",
+        title="policy against reference",
+        says=["12 prompts"],
+        tiles={"win rate": cell(Estimate(0.7, 0.5, 0.8, 12), "share")},
+        measured={"reward": (estimate, estimate), "distinct 1": (0.4, 0.5)},
+        samples=samples,
+        settings={},
+    )
+    return folder / "samples.html"
+
+
+def tune_page(folder: Path) -> Path:
+    def measured(value: float) -> dict[str, Estimate | None]:
+        return {"log_loss": Estimate(value, value - 2e-5, value + 2e-5, 150), "reward": None}
+
+    values = ({"loss.tau": tau, "optimisation.learning_rate": rate} for tau, rate in ((2.0, 1e-5), (7.0, 1e-3)))
+    trials = [Trial(i, one, measured(0.69316 - 1e-5 * i), 1.1, 0.2) for i, one in enumerate(values)]
+    search = Search(
+        **{"loss": "madpo", "pairs": 150, "folds": 3, "criterion": "log_loss", "chosen": 1, "settings": {}},
+        dimensions={"loss.tau": (None, False), "optimisation.learning_rate": (None, True)},
+        trials=[Trial(BASELINE, {}, measured(0.6932)), *trials, Trial(2, {"loss.tau": 1.0}, diverged=HOSTILE)],
+        advantage=Estimate(0.001, -0.001, 0.003, 150),
+    )
+    write_search(folder, search)
+    return folder / "tune.html"
+
+
+def study_page(folder: Path) -> Path:
+    study = make_study(folder / "study", frontier_seeds=1)
+    study.unfinished("policy/low/late/seed0", "MadpoError: full")
+    return rebuild_report(study.write("A study of pairs"), figures=False)
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    makers = (study_page, margins_page, reward_page, samples_page, tune_page)
+    return {name: make(tmp_path_factory.mktemp(name)) for name, make in zip(PAGES, makers, strict=True)}
+
+
+def show(browser: Chrome, page: Path, width: int, height: int, scheme: str = "light") -> None:
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    browser.get(page.as_uri())
+
+
+@pytest.fixture
+def screen(browser: Chrome) -> Iterator[Chrome]:
+    """The browser, as it was afterwards."""
+    yield browser
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def bottom(screen: Chrome, selector: str) -> float:
+    box = screen.find_element(By.CSS_SELECTOR, selector).rect
+    assert box["height"] > 0
+    return float(box["y"] + box["height"])
+
+
+def test_the_answer_is_on_the_first_screen(screen: Chrome, pages: dict[str, Path]) -> None:
+    show(screen, pages["report"], 1280, FIRST_SCREEN)
+    shown = screen.execute_script("return document.documentElement.scrollHeight")
+    for selector in ("h1", ".question", "#figure1_main", ".tier:last-child .verdict", "#main table"):
+        assert bottom(screen, selector) <= FIRST_SCREEN, selector
+    assert len(screen.find_elements(By.CSS_SELECTOR, ".tier .verdict")) == 3
+    assert shown < 6000, "the page as it opens"
+
+
+@pytest.mark.parametrize(
+    ("name", "selector"),
+    [
+        ("margins", "#weight svg"),
+        ("reward", "#reward_model"),
+        ("samples", "[aria-label=Measured]"),
+        ("tune", "#trials"),
+    ],
+)
+def test_a_commands_page_answers_on_the_first_screen(
+    screen: Chrome, pages: dict[str, Path], name: str, selector: str
+) -> None:
+    show(screen, pages[name], 1280, FIRST_SCREEN)
+    assert bottom(screen, ".tiles") <= FIRST_SCREEN
+    assert bottom(screen, selector) <= FIRST_SCREEN
+
+
+@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("width", [1280, 390])
+def test_nothing_is_cut_and_nothing_scrolls_sideways(
+    screen: Chrome, pages: dict[str, Path], name: str, width: int
+) -> None:
+    show(screen, pages[name], width, 844)
+    screen.execute_script(OPEN)
+    assert screen.execute_script(CUT) == []
+    assert screen.execute_script(SIDEWAYS) == []
+    heights = screen.execute_script(
+        "return [...document.querySelectorAll('svg.figure text')].map((t) => t.getBoundingClientRect().height)"
+    )
+    assert min(size for size in heights if size) > 10, "pixels: readable"
+    loud = [entry for entry in screen.get_log("browser") if entry["level"] in ("WARNING", "SEVERE")]
+    assert not loud
+    assert screen.title != "owned"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_dark_and_light_differ_and_are_readable(screen: Chrome, pages: dict[str, Path], name: str) -> None:
+    def colour(selector: str, kind: str) -> np.ndarray:
+        code = "return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]"
+        text = screen.execute_script(code, selector, kind)
+        return np.array([float(v) for v in text.removeprefix("rgb(").rstrip(")").split(",")]) / 255
+
+    grounds = []
+    for scheme in ("light", "dark"):
+        show(screen, pages[name], 1280, 900, scheme)
+        ground = colour("body", "backgroundColor")
+        grounds.append(tuple(ground))
+        places = (("body", "color"), ("svg.figure .tick", "fill"), (".tile dt, .question", "color"))
+        for selector, kind in places:
+            assert contrast(colour(selector, kind), ground) > 4.5, (scheme, selector)
+    assert len(set(grounds)) == 2
+
+
+def contrast(a: np.ndarray, b: np.ndarray) -> float:
+    """The contrast ratio of WCAG 2.1."""
+
+    def luminance(rgb: np.ndarray) -> float:
+        linear = np.where(rgb <= 0.03928, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+        return float(linear @ [0.2126, 0.7152, 0.0722])
+
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_samples_are_in_the_datas_order_and_their_differences_are_marked(
+    screen: Chrome, pages: dict[str, Path]
+) -> None:
+    show(screen, pages["samples"], 1280, 900)
+    cards = screen.find_elements(By.CSS_SELECTOR, "#sample-browser .card")
+    sides: list[Any] = [card.find_elements(By.CSS_SELECTOR, ".answer") for card in cards]
+    firsts = [side[0].find_element(By.TAG_NAME, "p").text for side in sides]
+    assert firsts == [f"The film was a wonderful {i} surprise and good." for i in range(8)]
+    marks = [[m.text for m in side.find_elements(By.TAG_NAME, "mark")] for side in sides[3]]
+    assert marks == [["wonderful"], ["dreadful"]]
+    assert not cards[0].find_elements(By.TAG_NAME, "mark")  # nothing in common, so nothing worth a mark
+    assert "cut at the limit" in sides[0][0].text
+    assert "cut at the limit" not in sides[1][0].text
+    assert sides[0][0].rect["y"] == sides[0][1].rect["y"], "two columns"
+    assert sides[0][1].rect["x"] > sides[0][0].rect["x"] + sides[0][0].rect["width"]
