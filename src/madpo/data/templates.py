@@ -84,7 +84,7 @@ def _show(messages: Sequence[Mapping[str, Any]], text: str) -> None:
         seen(messages, text)
 
 
-def render(tokenizer: Any, messages: list[Message], clock: Clock, place: str, **options: bool) -> str:
+def render(tokenizer: Any, messages: list[Message], clock: Clock, place: str, **options: Any) -> str:
     """A conversation as its chat template writes it.
 
     Args:

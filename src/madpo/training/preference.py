@@ -35,6 +35,7 @@ from madpo.training.metrics import WindowMetrics
 from madpo.training.nan_guard import drop_unscored
 from madpo.training.padding_pairs import REPEATED, each_marked, marked, observed, refuse_uneven
 from madpo.training.reference_columns import ReferenceColumns
+from madpo.training.rendering import rendering
 
 _NO_METRICS = "compute_metrics takes logits, which this trainer never builds; use the logged metrics"
 
@@ -111,7 +112,9 @@ class PreferenceTrainer(WindowMetrics, ReferenceColumns, DPOTrainer):  # type: i
 
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: Any, dataset_name: str) -> Dataset:
         if not set(ID_COLUMNS) <= set(get_dataset_column_names(dataset)):
-            dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+            with rendering(dataset, processing_class, args, dataset_name) as findings:
+                dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+            findings.say(dataset, processing_class, dataset_name)
         return drop_unscored(dataset, args, dataset_name)
 
     def _set_signature_columns_if_needed(self) -> None:

@@ -1,0 +1,121 @@
+"""Conversations that a trainer renders itself: within bounds, at the date of its first start, and with a line on what
+the chat template did to them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+from numpy.typing import NDArray
+from trl.data_utils import extract_prompt, is_conversational
+
+from madpo import processes
+from madpo.begun import fixed_before, since_first_start
+from madpo.data.messages import content_of
+from madpo.data.templates import Clock, bounded_templates, left_out, render
+from madpo.errors import DataError, MadpoError
+from madpo.progress import say
+from madpo.training.columns import ID_COLUMNS
+
+_STARTED = "started"
+
+
+class TextFindings:
+    """What the chat template and the tokenizer did to the texts of a data set."""
+
+    def __init__(self) -> None:
+        self.conversations = self.dropped = 0
+
+    def see(self, messages: Sequence[Mapping[str, Any]], text: str) -> None:
+        """Count a conversation whose messages do not all occur in the text that the template made of it."""
+        if messages and messages[-1].get("role") == "assistant" and any(map(content_of, messages)):
+            self.conversations += 1
+            self.dropped += bool(left_out(messages, text))
+
+    def say(self, dataset: Any, tokenizer: Any, name: str) -> None:
+        """Say in one line what was found, if there was anything."""
+        found = []
+        if self.dropped:
+            found.append(f"the chat template leaves out text in {self.dropped} of {self.conversations} conversations")
+        if isinstance(dataset, Dataset) and set(ID_COLUMNS) <= set(dataset.column_names):
+            same, doubled = _in_tokens(dataset, getattr(tokenizer, "bos_token_id", None))
+            if same:
+                found.append(f"both sides of {same} pairs have the same tokens")
+            if doubled:
+                found.append(f"{doubled} pairs begin with two beginning tokens")
+        if found:
+            say(f"{name}, {len(dataset) if isinstance(dataset, Dataset) else 'streamed'} pairs: {'; '.join(found)}.")
+
+
+def _in_tokens(dataset: Dataset, start: int | None) -> tuple[int, int]:
+    """Pairs with equal sides, and pairs with two beginning tokens."""
+    same = doubled = 0
+    for table in dataset.select_columns(list(ID_COLUMNS)).with_format("arrow").iter(batch_size=1000):
+        for prompt, chosen, rejected in zip(*(_rows(table[name].combine_chunks()) for name in ID_COLUMNS), strict=True):
+            same += np.array_equal(chosen, rejected)
+            first = (*prompt[:2], *chosen[:2])[:2]
+            doubled += start is not None and first == (start, start)
+    return same, doubled
+
+
+def _rows(column: pa.ListArray) -> Iterator[NDArray[np.integer[Any]]]:
+    """The lists of a column, without making Python numbers of their entries."""
+    values = np.asarray(column.values)
+    return (values[start:stop] for start, stop in pairwise(np.asarray(column.offsets)))
+
+
+@contextmanager
+def rendering(dataset: Any, tokenizer: Any, args: Any, name: str) -> Iterator[TextFindings]:
+    """In here a trainer renders ``dataset`` within bounds, at the date of the first start of its ``output_dir``.
+
+    Raises:
+        DataError, ConfigError: in place of whatever a chat template raised, with the row.
+    """
+    folder = Path(args.output_dir)
+    started = fixed_before(folder, _STARTED) or processes.first(lambda: Clock().now.isoformat())
+    clock, findings = Clock(datetime.fromisoformat(str(started))), TextFindings()
+    try:
+        with bounded_templates(clock, findings.see):
+            yield findings
+    except MadpoError:
+        raise
+    except Exception as error:
+        refused = _first_refused(dataset, tokenizer, clock, name)
+        if refused is None:
+            raise
+        raise refused from error
+    if clock.read:  # other trainers leave no file behind
+        since_first_start(folder, _STARTED, clock.now.isoformat)
+        say(f"The chat template prints the date; the texts of {folder} have that of its first start, {clock.text()}.")
+
+
+def _first_refused(dataset: Any, tokenizer: Any, clock: Clock, name: str) -> MadpoError | None:
+    """The sentence for the first row that the chat template does not render; None if it renders all."""
+    for row, example in enumerate(dataset if isinstance(dataset, Dataset) else ()):
+        if not {"chosen", "rejected"} <= example.keys() or not is_conversational(example):
+            continue
+        parts = example if "prompt" in example else extract_prompt(example)
+        tools = example.get("tools")
+        options = {"tools": json.loads(tools) if isinstance(tools, str) else tools}
+        options |= example.get("chat_template_kwargs") or {}
+        place = f"{name} data set, row {row}"
+        if not parts["prompt"]:
+            return DataError(
+                f"{place}: chosen and rejected share no message at their beginning, so there is no prompt for the chat "
+                "template; add a column prompt, or begin both sides with the same messages"
+            )
+        try:
+            render(tokenizer, parts["prompt"], clock, place, add_generation_prompt=True, **options)
+            for side in ("chosen", "rejected"):
+                render(tokenizer, parts["prompt"] + parts[side], clock, place, **options)
+        except MadpoError as error:
+            return error
+    return None
