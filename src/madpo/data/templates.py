@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -74,9 +75,11 @@ def _compiled(source: str) -> Any:
 
     # An empty template is compiled for its environment: compiling this one there would evaluate its constants.
     plain = library._cached_compile_jinja_template("").environment
-    return BoundedEnvironment.like(
-        plain, seen=_show, strftime_now=lambda form: _CLOCK.get().strftime(form)
-    ).from_string(source)
+    with warnings.catch_warnings():  # Python's compiler on what Jinja makes of it
+        warnings.simplefilter("ignore", SyntaxWarning)
+        return BoundedEnvironment.like(
+            plain, seen=_show, strftime_now=lambda form: _CLOCK.get().strftime(form)
+        ).from_string(source)
 
 
 def _show(messages: Sequence[Mapping[str, Any]], text: str) -> None:
