@@ -10,8 +10,8 @@ import pytest
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from madpo.core.errors import ConfigError, DataError
 from madpo.data import templates
-from madpo.errors import ConfigError, DataError
 from madpo.training import PreferenceConfig, PreferenceTrainer
 from practice_cases import conversation, text_pairs
 

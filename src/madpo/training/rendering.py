@@ -17,12 +17,12 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from trl.data_utils import extract_prompt, is_conversational
 
-from madpo import processes
-from madpo.begun import fixed_before, since_first_start
+from madpo.core import processes
+from madpo.core.errors import DataError, MadpoError
+from madpo.core.progress import say
 from madpo.data.messages import content_of
 from madpo.data.templates import Clock, bounded_templates, left_out, render
-from madpo.errors import DataError, MadpoError
-from madpo.progress import say
+from madpo.runner.first_start import fixed_before, since_first_start
 from madpo.training.columns import ID_COLUMNS
 
 _STARTED = "started"
