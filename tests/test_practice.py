@@ -266,9 +266,9 @@ def test_out_of_fold_margins_come_from_models_that_did_not_see_the_prompt(llama,
     monkeypatch.setattr(scoring, "fit", recorded)
     kept, in_parts = tmp_path / "kept", scoring._in_parts
 
-    def keeps_the_model(settings, pairs, rows, folder, model, clock):
+    def keeps_the_model(settings, name, pairs, rows, folder, model, clock):
         shutil.copytree(model, kept / model.name)  # reward models of folds are not part of the result
-        return in_parts(settings, pairs, rows, folder, model, clock)
+        return in_parts(settings, name, pairs, rows, folder, model, clock)
 
     monkeypatch.setattr(scoring, "_in_parts", keeps_the_model)
     options = ("--folds", 2, "--model_name_or_path", llama, "--learning_rate", "1e-2", "--format", "parquet")

@@ -12,6 +12,7 @@ from madpo.core.errors import ConfigError, DataError
 from madpo.data.messages import Text, content_of
 from madpo.data.rows import Pair, shared_prefix
 from madpo.data.templates import Clock, left_out, render
+from madpo.models.loading import loading
 
 Truncation = Literal["drop", "cut", "refuse"]
 TRUNCATIONS: tuple[Truncation, ...] = ("drop", "cut", "refuse")
@@ -55,8 +56,33 @@ def as_tokenizer(tokenizer: Any) -> Any:
     return light_tokenizer(place)
 
 
+def refuse_unknown(ids: Sequence[int], rows: int, place: str, tokenizer: Any = None) -> None:
+    """Refuse token ids that a model's embedding has no row for; on a GPU one would end the process.
+
+    Args:
+        rows: of the embedding.
+        place: of the text, for the sentence.
+        tokenizer: to show the token.
+
+    Raises:
+        DataError: naming the largest (or a negative) one.
+    """
+    worst = max(ids, default=0) if min(ids, default=0) >= 0 else min(ids)
+    if 0 <= worst < rows:
+        return
+    token = None if tokenizer is None or worst < 0 else tokenizer.convert_ids_to_tokens(worst)
+    raise DataError(
+        f"{place}: the token id {worst}{'' if token is None else f' ({token!r})'} is not in the model's embedding, "
+        f"which has {rows} rows; use the tokenizer of this model, or give it the rows (model.resize_token_embeddings("
+        "len(tokenizer))) and save it"
+    )
+
+
 class Encoder:
     """Tokenises pairs the way TRL's DPO does, and says where that goes wrong, for every pair.
+
+    Token ids that the model has no row for are refused where the tokenizer was loaded with its model
+    (:func:`madpo.models.load.load_tokenizer`).
 
     Args:
         clock: the date that the chat template prints; None is now.
@@ -70,7 +96,8 @@ class Encoder:
         self.tokenizer = tokenizer
         self.clock = clock or Clock()
         self.eos: int = tokenizer.eos_token_id
-        probe = tokenizer("a")["input_ids"]
+        self.rows: int | None = getattr(tokenizer, "embedding_rows", None)
+        (probe,) = self._ids(["a"], special=True)
         # Some tokenizers close every text with their end token, a prompt too; that one is taken off.
         self.closes_texts = probe[-1:] == [self.eos] and len(probe) > 1
         self._turn_end: int | None = None
@@ -96,6 +123,13 @@ class Encoder:
                 found.append(refused[i])
                 continue
             encoded = self._pair(pair, next(ids), next(ids), next(ids))
+            try:
+                self._refuse_unknown(
+                    [*encoded.prompt_ids, *encoded.chosen_ids, *encoded.rejected_ids], f"{name}, {unit} {pair.number}"
+                )
+            except DataError as error:
+                found.append(error)
+                continue
             encoded.flags.extend(dict.fromkeys(_left_out(pair, *islice(written, 3))))
             found.append(encoded)
         return found
@@ -108,9 +142,12 @@ class Encoder:
         """
         if isinstance(prompt, str):
             ids = self._ids([prompt], special=True)[0]
-            return ids[:-1] if self.closes_texts and ids[-1:] == [self.eos] else ids
-        text = render(self.tokenizer, prompt, self.clock, place, add_generation_prompt=True)
-        return self._ids([text], special=False)[0]
+            ids = ids[:-1] if self.closes_texts and ids[-1:] == [self.eos] else ids
+        else:
+            text = render(self.tokenizer, prompt, self.clock, place, add_generation_prompt=True)
+            ids = self._ids([text], special=False)[0]
+        self._refuse_unknown(ids, place)
+        return ids
 
     def end_id(self) -> int:
         """The token that ends an assistant's turn in the chat template; the end token where it writes none."""
@@ -149,8 +186,13 @@ class Encoder:
     def _ids(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
         if not texts:
             return []
-        ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
+        with loading(getattr(self.tokenizer, "name_or_path", ""), "tokenizer"):
+            ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
         return ids
+
+    def _refuse_unknown(self, ids: Sequence[int], place: str) -> None:
+        if self.rows is not None:
+            refuse_unknown(ids, self.rows, place, self.tokenizer)
 
     def _pair(self, pair: Pair, prompt: list[int], chosen: list[int], rejected: list[int]) -> Encoded:
         conversational = isinstance(pair.prompt, list)

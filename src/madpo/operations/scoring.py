@@ -198,11 +198,12 @@ def _scores(
         return _out_of_fold(data, pairs, settings, output_dir, clock)
     assert settings.reward_model is not None
     parts, rows = output_dir / CHECKPOINTS / "parts", np.arange(len(pairs))
-    return _in_parts(settings, pairs, rows, parts, settings.reward_model, clock)
+    return _in_parts(settings, str(data), pairs, rows, parts, settings.reward_model, clock)
 
 
 def _in_parts(
     settings: ScoreSettings,
+    name: str,
     pairs: Sequence[Pair],
     rows: NDArray[Any],
     folder: Path,
@@ -224,7 +225,7 @@ def _in_parts(
             for start in mine:
                 chunk = [pairs[int(i)] for i in rows[start : start + PART]]
                 scorer = scorer or load_scorer(model, batch_size=settings.batch_size, clock=clock)
-                chosen, rejected = scorer.score_pairs(chunk, "pair", "row")
+                chosen, rejected = scorer.score_pairs(chunk, name, "row")
                 _refuse_not_finite(chosen, rejected, chunk)
                 write_atomically(paths[start], save({"chosen": chosen, "rejected": rejected}))
                 advance(len(chunk))
@@ -273,7 +274,9 @@ def _out_of_fold(
         )
         run_step(step, folder, memory=MEMORY_REMEDY)
         rows = np.flatnonzero(fold == k)
-        scores = _in_parts(settings, pairs, rows, output_dir / CHECKPOINTS / "parts" / f"fold-{k}", folder, clock)
+        scores = _in_parts(
+            settings, str(data), pairs, rows, output_dir / CHECKPOINTS / "parts" / f"fold-{k}", folder, clock
+        )
         chosen[rows], rejected[rows] = scores
     return chosen, rejected
 

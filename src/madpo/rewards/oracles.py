@@ -228,7 +228,7 @@ class _Classifier:
     def __call__(self, texts: Sequence[str]) -> Floats:
         sequences = [self.tokenizer(text, truncation=True, max_length=self.limit)["input_ids"] for text in texts]
         found = np.zeros(len(texts))
-        for rows, ids, mask in padded_batches(sequences, 32, self.tokenizer.pad_token_id, self.model.device, "Oracle"):
+        for rows, ids, mask in padded_batches(sequences, 32, self.tokenizer.pad_token_id, self.model, "Oracle"):
             logits = self.model(input_ids=ids, attention_mask=mask).logits
             found[rows] = logits.double().softmax(-1)[:, self.column].cpu().numpy()
         return found
@@ -302,7 +302,7 @@ class RewardModel:
         lengths = np.zeros(len(sequences), dtype=np.int64) if prompt_lengths is None else np.asarray(prompt_lengths)
         found = np.zeros(len(sequences), dtype=np.float32)
         pad = self.tokenizer.pad_token_id
-        for rows, ids, mask in padded_batches(sequences, batch_size, pad, self.inner.device, "Rewards"):
+        for rows, ids, mask in padded_batches(sequences, batch_size, pad, self.inner, "Rewards"):
             states = hidden_states(self.inner, ids, mask)
             state = pooled(states, mask, self.pooling, torch.as_tensor(lengths[rows], device=states.device))
             found[rows] = self.inner.score(state).squeeze(-1).cpu().numpy()
@@ -335,7 +335,7 @@ class RewardModel:
         found = np.zeros((2, len(sizes)), dtype=np.float32)
         for rows in similar_lengths(sizes, max(1, batch_size // 2), "Rewards"):
             sequences = [side[row] for side in sides for row in rows]
-            ids, mask = padded(sequences, self.tokenizer.pad_token_id, self.inner.device)
+            ids, mask = padded(sequences, self.tokenizer.pad_token_id, self.inner)
             prompts = torch.as_tensor(lengths[rows], device=ids.device).repeat(2)
             states = completion_states(self.inner, ids, mask, completion_tokens(mask, prompts))
             state = pooled(states, mask, self.pooling, prompts)

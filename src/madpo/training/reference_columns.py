@@ -15,7 +15,8 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import use_adapter
 
 from madpo.core.errors import DataError
-from madpo.training.columns import REFERENCE_COLUMNS, PreferenceCollator
+from madpo.models.engine.logprobs import embedding_rows, unwrapped
+from madpo.training.columns import REFERENCE_COLUMNS, PreferenceCollator, check_tokens
 from madpo.training.reference import cached_reference_logps
 from madpo.training.resume import ExactResume
 
@@ -41,7 +42,10 @@ class ReferenceColumns(ExactResume):
                 truncation_mode=collator.truncation_mode,
                 pad_to_multiple_of=collator.pad_to_multiple_of,
                 columns=self._needs,
+                embedding_rows=embedding_rows(unwrapped(self.model)),
             )
+        if getattr(collator, "embedding_rows", None) is not None:
+            check_tokens(dataset, name, collator.embedding_rows)
         if not self.loss.needs_reference or set(REFERENCE_COLUMNS) <= set(get_dataset_column_names(dataset)):
             return dataset
         if isinstance(dataset, IterableDataset):

@@ -5,18 +5,28 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from madpo.core.errors import DataError
 from madpo.core.progress import bar
+from madpo.data.tokens import refuse_unknown
+from madpo.models.engine.logprobs import embedding_rows
 
 
 def padded_batches(
-    sequences: Sequence[Sequence[int]], size: int, pad: int, device: torch.device, description: str
+    sequences: Sequence[Sequence[int]], size: int, pad: int, model: nn.Module, description: str
 ) -> Iterator[tuple[NDArray[np.int64], Tensor, Tensor]]:
-    """(rows, ids, mask) with padding on the right; sequences of like length share a batch, longest first."""
+    """(rows, ids, mask) with padding on the right; sequences of like length share a batch, longest first.
+
+    Args:
+        size: sequences in a batch.
+        model: on whose device the batches are put.
+
+    Raises:
+        DataError: an empty sequence, or a token id that the model has no embedding for.
+    """
     for rows in similar_lengths([len(sequence) for sequence in sequences], size, description):
-        yield rows, *padded([sequences[row] for row in rows], pad, device)
+        yield rows, *padded([sequences[row] for row in rows], pad, model)
 
 
 def similar_lengths(lengths: Sequence[int], size: int, description: str) -> Iterator[NDArray[np.int64]]:
@@ -31,11 +41,18 @@ def similar_lengths(lengths: Sequence[int], size: int, description: str) -> Iter
             advance(len(rows))
 
 
-def padded(sequences: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(ids, mask): shape [sequences, longest], padding on the right."""
+def padded(sequences: Sequence[Sequence[int]], pad: int, model: nn.Module) -> tuple[Tensor, Tensor]:
+    """(ids, mask): shape [sequences, longest], padding on the right.
+
+    Raises:
+        DataError: a token id that the model has no embedding for.
+    """
     ids = torch.full((len(sequences), max(map(len, sequences))), pad, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for i, sequence in enumerate(sequences):
         ids[i, : len(sequence)] = torch.as_tensor(np.asarray(sequence, dtype=np.int64))
         mask[i, : len(sequence)] = 1
+    if (known := embedding_rows(model)) is not None:
+        refuse_unknown([int(ids.min()), int(ids.max())], known, f"a text for {type(model).__name__}")
+    device = next(model.parameters()).device
     return ids.to(device), mask.to(device)

@@ -191,6 +191,13 @@ def completion_logps(
     return scores
 
 
+def embedding_rows(model: Any) -> int | None:
+    """How many token ids a model has an embedding for, however its weights are split; None where it does not say."""
+    embedding = model.get_input_embeddings()
+    rows: int | None = getattr(getattr(embedding, "base_layer", embedding), "num_embeddings", None)
+    return rows
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The transformers model inside PEFT and data-parallel wrappers."""
     while hasattr(model, "module") and isinstance(model.module, nn.Module):

@@ -115,8 +115,7 @@ def completion_batches(
 ) -> Iterator[tuple[NDArray[np.int64], Tensor, Tensor, Tensor]]:
     """(rows, ids, attention mask, completion mask) on the model's device, as :func:`padded_batches` orders them."""
     whole = [[*prompt, *response] for prompt, response in zip(prompt_ids, responses, strict=True)]
-    device = next(model.parameters()).device
-    for rows, ids, mask in padded_batches(whole, batch_size, pad, device, description):
+    for rows, ids, mask in padded_batches(whole, batch_size, pad, model, description):
         completion = mask.clone()
         for i, row in enumerate(rows):
             completion[i, : len(prompt_ids[row])] = 0
