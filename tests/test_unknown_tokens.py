@@ -16,10 +16,9 @@ from madpo import DPO, PreferenceConfig, PreferenceTrainer
 from madpo.commands.cli import main
 from madpo.core.errors import DataError
 from madpo.data import check, load_preferences
-from madpo.data.tokens import refuse_unknown
 from madpo.losses import SimPO
 from madpo.models.load import LoRA, load_classifier, load_model, load_tokenizer
-from madpo.models.locate import embedding_rows
+from madpo.models.token_ids import configured_rows, refuse_unknown
 from madpo.rewards.oracles import RewardModel
 from practice_cases import text_pairs, write
 
@@ -41,7 +40,7 @@ def large(llama, tmp_path):
     tokenizer.add_tokens(tokens, special_tokens=True)
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(folder)
-    assert len(tokenizer) == embedding_rows(folder) + 2 == 402
+    assert len(tokenizer) == configured_rows(folder) + 2 == 402
     return folder
 
 
@@ -102,14 +101,16 @@ def test_one_row_with_such_a_token_is_named(large, tmp_path):
 
 def test_the_number_of_rows_is_that_of_the_embedding(llama, large, tmp_path):
     for folder in (llama, large):
-        assert embedding_rows(folder) == len(AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().weight)
+        assert configured_rows(folder) == len(
+            AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().weight
+        )
     config = json.loads((llama / "config.json").read_text())
     for nested in ("text_config", "llm_config"):
         (tmp_path / "config.json").write_text(json.dumps({"vision_config": {"vocab_size": 3}, nested: config}))
-        assert embedding_rows(tmp_path) == 400
+        assert configured_rows(tmp_path) == 400
     (tmp_path / "config.json").write_text("{}")
-    assert embedding_rows(tmp_path) is None
-    assert embedding_rows(tmp_path / "nowhere") is None
+    assert configured_rows(tmp_path) is None
+    assert configured_rows(tmp_path / "nowhere") is None
 
 
 def test_a_padding_token_without_an_embedding_is_not_used(large):

@@ -13,6 +13,7 @@ from madpo.data.messages import Text, content_of
 from madpo.data.rows import Pair, shared_prefix
 from madpo.data.templates import Clock, left_out, render
 from madpo.models.loading import loading
+from madpo.models.token_ids import refuse_unknown
 
 Truncation = Literal["drop", "cut", "refuse"]
 TRUNCATIONS: tuple[Truncation, ...] = ("drop", "cut", "refuse")
@@ -54,28 +55,6 @@ def as_tokenizer(tokenizer: Any) -> Any:
     if isinstance(place, str):
         refuse_unreachable(place)
     return light_tokenizer(place)
-
-
-def refuse_unknown(ids: Sequence[int], rows: int, place: str, tokenizer: Any = None) -> None:
-    """Refuse token ids that a model's embedding has no row for; on a GPU one would end the process.
-
-    Args:
-        rows: of the embedding.
-        place: of the text, for the sentence.
-        tokenizer: to show the token.
-
-    Raises:
-        DataError: naming the largest (or a negative) one.
-    """
-    worst = max(ids, default=0) if min(ids, default=0) >= 0 else min(ids)
-    if 0 <= worst < rows:
-        return
-    token = None if tokenizer is None or worst < 0 else tokenizer.convert_ids_to_tokens(worst)
-    raise DataError(
-        f"{place}: the token id {worst}{'' if token is None else f' ({token!r})'} is not in the model's embedding, "
-        f"which has {rows} rows; use the tokenizer of this model, or give it the rows (model.resize_token_embeddings("
-        "len(tokenizer))) and save it"
-    )
 
 
 class Encoder:

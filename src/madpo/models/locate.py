@@ -17,6 +17,7 @@ from madpo.core.errors import ConfigError
 from madpo.core.memory import give_back
 from madpo.models.loading import loading, no_such_model
 from madpo.models.packaged import PACKAGED, cache_dir, packaged, quiet_transformers
+from madpo.models.token_ids import configured_rows
 from madpo.models.untrusted import check_model, read_object
 
 if TYPE_CHECKING:
@@ -180,29 +181,9 @@ def light_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
     return _fitted(tokenizer, path)
 
 
-def embedding_rows(path: Path | str) -> int | None:
-    """Rows of a model's embedding, by its configuration; None where that does not say.
-
-    Args:
-        path: folder or hub id.
-    """
-    file: Path | str | None = Path(path) / "config.json"
-    if isinstance(path, str) and not Path(path).is_dir():
-        from transformers.utils import cached_file
-
-        with loading(path):
-            file = cached_file(path, "config.json", _raise_exceptions_for_missing_entries=False)
-    if file is None or not Path(file).is_file():  # the folder of a tokenizer
-        return None
-    config = read_object(Path(file))
-    parts = [config, *(config.get(name) for name in ("text_config", "language_config", "llm_config", "decoder"))]
-    found = [part["vocab_size"] for part in parts if isinstance(part, dict) and isinstance(part.get("vocab_size"), int)]
-    return found[0] if found else None
-
-
 def _fitted(tokenizer: PreTrainedTokenizerBase, path: Path | str) -> PreTrainedTokenizerBase:
     """The tokenizer with what is known of its model: a padding token that has an embedding, and how many have one."""
-    rows = embedding_rows(path)
+    rows = configured_rows(path)
     tokenizer.embedding_rows = rows
     if tokenizer.pad_token is None or (rows is not None and (tokenizer.pad_token_id or 0) >= rows):
         tokenizer.pad_token = tokenizer.eos_token

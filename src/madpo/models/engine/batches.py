@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from madpo.core.errors import DataError
 from madpo.core.progress import bar
-from madpo.data.tokens import refuse_unknown
 from madpo.models.engine.logprobs import embedding_rows
+from madpo.models.token_ids import refuse_unknown
 
 
 def padded_batches(
