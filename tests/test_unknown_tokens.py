@@ -18,7 +18,7 @@ from madpo.core.errors import DataError
 from madpo.data import check, load_preferences
 from madpo.losses import SimPO
 from madpo.models.load import LoRA, load_classifier, load_model, load_tokenizer
-from madpo.models.token_ids import configured_rows, refuse_unknown
+from madpo.models.vocabulary import configured_rows, refuse_unknown
 from madpo.rewards.oracles import RewardModel
 from practice_cases import text_pairs, write
 

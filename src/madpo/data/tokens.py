@@ -13,7 +13,7 @@ from madpo.data.messages import Text, content_of
 from madpo.data.rows import Pair, shared_prefix
 from madpo.data.templates import Clock, left_out, render
 from madpo.models.loading import loading
-from madpo.models.token_ids import refuse_unknown
+from madpo.models.vocabulary import refuse_unknown
 
 Truncation = Literal["drop", "cut", "refuse"]
 TRUNCATIONS: tuple[Truncation, ...] = ("drop", "cut", "refuse")

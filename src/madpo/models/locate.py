@@ -17,8 +17,8 @@ from madpo.core.errors import ConfigError
 from madpo.core.memory import give_back
 from madpo.models.loading import loading, no_such_model
 from madpo.models.packaged import PACKAGED, cache_dir, packaged, quiet_transformers
-from madpo.models.token_ids import configured_rows
 from madpo.models.untrusted import check_model, read_object
+from madpo.models.vocabulary import configured_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -4,7 +4,9 @@ A kept entry must still be reached. BPE builds an entry by a chain of merges, an
 every text where it appears: no merge crosses its ends. So a set that holds, with each entry, all entries of its
 chain tokenises every text whose tokens are all kept as before, and other texts into smaller kept pieces. Unigram
 takes the best path among its pieces, which stays the best where others are taken away. Bytes or characters are always
-kept, so no unknown token appears that was not there. No torch.
+kept, so no unknown token appears that was not there.
+
+Also the refusal of token ids that a model has no embedding for. No torch.
 """
 
 from __future__ import annotations
@@ -13,9 +15,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from madpo.core.errors import ConfigError
+from madpo.core.errors import ConfigError, DataError
+from madpo.models.loading import loading
+from madpo.models.untrusted import read_object
 
 Spec = dict[str, Any]
 """What ``tokenizer.json`` holds."""
@@ -295,3 +300,45 @@ def _mapped(value: Any, new: Mapping[int, int]) -> Any:
     if isinstance(value, dict):
         return {key: _mapped(inner, new) for key, inner in value.items()}
     return [_mapped(inner, new) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def configured_rows(path: Path | str) -> int | None:
+    """Rows of a model's embedding, by its configuration; None where that does not say.
+
+    Args:
+        path: folder or hub id.
+    """
+    file: Path | str | None = Path(path) / "config.json"
+    if isinstance(path, str) and not Path(path).is_dir():
+        from transformers.utils import cached_file
+
+        with loading(path):
+            file = cached_file(path, "config.json", _raise_exceptions_for_missing_entries=False)
+    if file is None or not Path(file).is_file():  # the folder of a tokenizer
+        return None
+    config = read_object(Path(file))
+    parts = [config, *(config.get(name) for name in ("text_config", "language_config", "llm_config", "decoder"))]
+    found = [part["vocab_size"] for part in parts if isinstance(part, dict) and isinstance(part.get("vocab_size"), int)]
+    return found[0] if found else None
+
+
+def refuse_unknown(ids: Sequence[int], rows: int, place: str, tokenizer: Any = None) -> None:
+    """Refuse token ids that a model's embedding has no row for; on a GPU one would end the process.
+
+    Args:
+        rows: of the embedding.
+        place: of the text, for the sentence.
+        tokenizer: to show the token.
+
+    Raises:
+        DataError: naming the largest (or a negative) one.
+    """
+    worst = max(ids, default=0) if min(ids, default=0) >= 0 else min(ids)
+    if 0 <= worst < rows:
+        return
+    token = None if tokenizer is None or worst < 0 else tokenizer.convert_ids_to_tokens(worst)
+    raise DataError(
+        f"{place}: the token id {worst}{'' if token is None else f' ({token!r})'} is not in the model's embedding, "
+        f"which has {rows} rows; use the tokenizer of this model, or give it the rows (model.resize_token_embeddings("
+        "len(tokenizer))) and save it"
+    )

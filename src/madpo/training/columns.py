@@ -13,7 +13,7 @@ from datasets import Dataset
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from madpo.core.errors import DataError
-from madpo.models.token_ids import refuse_unknown
+from madpo.models.vocabulary import refuse_unknown
 
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")

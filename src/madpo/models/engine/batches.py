@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from madpo.core.errors import DataError
 from madpo.core.progress import bar
 from madpo.models.engine.logprobs import embedding_rows
-from madpo.models.token_ids import refuse_unknown
+from madpo.models.vocabulary import refuse_unknown
 
 
 def padded_batches(
