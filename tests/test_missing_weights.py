@@ -17,7 +17,8 @@ from madpo.commands.cli import main
 from madpo.core.errors import ConfigError
 from madpo.models.load import LoRA, load_classifier, load_model
 from madpo.operations import load_scorer
-from madpo.rewards.oracles import ClassifierOracle, RewardModel, _Classifier
+from madpo.rewards.oracles import ClassifierOracle, _Classifier
+from madpo.rewards.reward_model import RewardModel
 from practice_cases import text_pairs, write
 
 pytestmark = pytest.mark.usefixtures("own_cache")

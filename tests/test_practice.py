@@ -33,7 +33,7 @@ from madpo.operations import (
 )
 from madpo.operations import reward_model as reward_module
 from madpo.operations.inputs import load_split
-from madpo.rewards.oracles import RewardModel
+from madpo.rewards.reward_model import RewardModel
 from madpo.training import PreferenceTrainer
 from madpo.training.margins import sequences
 from practice_cases import FORMATS, ids_of, read, run, text_pairs, write

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -12,12 +13,13 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import get_peft_model
+from pydantic import TypeAdapter
 from scipy.special import expit
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from transformers import AutoModelForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
 
-from madpo.core.config import identity_settings
+from madpo.core.config import find_experiment, identity_settings, load_config
 from madpo.core.errors import ConfigError, DataError
 from madpo.data.corpus import PackagedIMDB
 from madpo.models.engine import memory_efficient as lean
@@ -26,13 +28,15 @@ from madpo.operations import study_training as stages
 from madpo.rewards import oracles as rewards
 from madpo.rewards.oracles import (
     ClassifierOracle,
+    CustomOracle,
     NgramOracle,
+    Oracle,
     OracleStage,
-    RewardModel,
     fit_oracle,
     load_oracle,
-    pooled,
 )
+from madpo.rewards.reward_model import RewardModel, pooled
+from madpo.study.experiment import Experiment
 from madpo.training.reward import RewardModelTrainer
 
 GOOD = ["wonderful", "great", "moving", "funny", "best"]
@@ -103,7 +107,7 @@ def test_read_back_equals_the_fitted_pipeline(tmp_path, monkeypatch) -> None:
 def test_the_same_seed_gives_the_same_bytes_and_held_out_reviews_are_not_fitted_on(tmp_path, monkeypatch) -> None:
     seen = []
     original = rewards._fit_ngrams
-    monkeypatch.setattr(rewards, "_fit_ngrams", lambda c, r, s, o: (seen.append(r), original(c, r, s, o))[1])
+    monkeypatch.setattr(rewards, "_fit_ngrams", lambda c, r, *rest: (seen.append(r), original(c, r, *rest))[1])
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         fit_oracle(stage(NgramOracle(min_count=1, heldout=0.25), seed=3), {}, tmp_path / name)
@@ -428,3 +432,46 @@ def test_accuracy_on_the_real_reviews(tmp_path) -> None:
     assert metrics["snippet_accuracy"].mean > 0.68
     low, high = load_oracle(tmp_path)(["", ""], ["a dull, terrible waste of time", "a wonderful, moving film"])
     assert low < -1.5 < 1.5 < high
+
+
+LENGTH = """
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from madpo.rewards.oracles import OracleConfig
+
+
+class LengthOracle(OracleConfig):
+    kind: Literal["length"] = "length"
+    words: int = 20
+
+    def load(self, folder: Path):
+        def reward(prompts, completions):
+            return np.array([min(len(c.split()), self.words) / self.words * 6 - 3 for c in completions])
+
+        return reward
+"""
+
+
+@pytest.mark.usefixtures("toy")
+def test_an_oracle_of_ones_own_is_one_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CONTRIBUTING's recipe: fitting, measuring, loading and a study's graph work with nothing else changed."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(LENGTH)
+    given = {"kind": "custom", "target": "mine.py:LengthOracle", "parameters": {"words": 10}}
+    oracle = TypeAdapter(Oracle).validate_python(given)
+    assert isinstance(oracle, CustomOracle)
+    config = stage(oracle)
+    metrics = fit_oracle(config, {}, tmp_path)
+    assert 0 <= metrics["accuracy"].mean <= 1
+    score = load_oracle(tmp_path)
+    np.testing.assert_allclose(score(["", "", ""], ["", "one two three four five", "a " * 30]), [-3, 0, 3])
+    experiment = load_config(find_experiment("smoke"), Experiment, {"oracle": given})
+    assert {step.name for step in experiment.steps()} >= {"oracle", "sft"}
+    before = identity_settings(config)
+    (tmp_path / "mine.py").write_text(LENGTH.replace("* 6", "* 5"))
+    changed = stage(TypeAdapter(Oracle).validate_python(given))
+    assert identity_settings(changed) != before
+    with pytest.raises(DataError, match=r"source of .* has changed"):
+        load_oracle(tmp_path)

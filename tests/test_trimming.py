@@ -20,7 +20,7 @@ from madpo.models.load import load_model
 from madpo.operations import TrimSettings, trim_vocab
 from madpo.operations.trimming import trim as trimming
 from madpo.operations.trimming.kept_mass import score_texts, token_mass
-from madpo.rewards.oracles import RewardModel
+from madpo.rewards.reward_model import RewardModel
 from madpo.study.experiment import run_experiment
 from practice_cases import text_pairs, write
 from vocabulary_cases import LINES, RESERVED, SPECIAL, write_model

@@ -25,7 +25,7 @@ from madpo.models.load import LoRA, load_classifier, load_model, load_tokenizer,
 from madpo.models.untrusted import check_config, check_model
 from madpo.models.weights import pretrained
 from madpo.operations import TrainSettings, load_scorer
-from madpo.rewards.oracles import RewardModel
+from madpo.rewards.reward_model import RewardModel
 from madpo.runner.record import load_record, run_status
 from madpo.training import checkpoints as disk
 from practice_cases import text_pairs, write

@@ -298,3 +298,8 @@ def _tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", chat_template=_CHAT
     )
+
+
+def placed(model: nn.Module) -> Any:
+    """The model ready to score: on the GPU where there is one, dropout off."""
+    return (model.to("cuda") if torch.cuda.is_available() else model).eval()

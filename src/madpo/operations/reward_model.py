@@ -25,7 +25,7 @@ from madpo.data.rows import Pair
 from madpo.data.templates import Clock, render
 from madpo.data.tokens import Encoded, Encoder
 from madpo.models.adapters import adapter_text
-from madpo.models.load import load_classifier, load_config, load_tokenizer, resolve_model
+from madpo.models.load import load_classifier, load_config, load_tokenizer, placed, resolve_model
 from madpo.models.loading import loading
 from madpo.models.locate import refuse_fetching
 from madpo.operations.inputs import Row, adapted, load_training, prompt_key, split_by_prompt
@@ -33,7 +33,7 @@ from madpo.operations.running import digest, load_report, run_in_folder
 from madpo.operations.settings import RewardSettings
 from madpo.report.command_pages import write_reward_page
 from madpo.rewards.margins import MarginReport, Reliability, inspect
-from madpo.rewards.oracles import RewardModel, placed, reward_base
+from madpo.rewards.reward_model import RewardModel, reward_base
 from madpo.runner.operation import operation
 from madpo.training.margins import sequences
 from madpo.training.reward_fit import RewardModelStage, fit_reward_model

@@ -24,7 +24,8 @@ from madpo.models.engine.logprobs import completion_logps
 from madpo.models.engine.responses import Response, completion_batches, divergence, end_tokens, respond
 from madpo.models.load import load_model, load_tokenizer
 from madpo.operations.study_pairs import Tier
-from madpo.rewards.oracles import RewardModel, load_oracle
+from madpo.rewards.oracles import load_oracle
+from madpo.rewards.reward_model import RewardModel
 from madpo.runner.operation import operation
 
 FIRST_DRAW = 2  # draws 0 and 1 of a prompt made the pairs

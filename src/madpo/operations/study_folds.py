@@ -16,7 +16,7 @@ from pydantic import Field
 from madpo.core.config import Frozen
 from madpo.core.metrics import Metrics
 from madpo.operations import study_training as stages
-from madpo.rewards.oracles import RewardModel
+from madpo.rewards.reward_model import RewardModel
 from madpo.runner.operation import operation
 from madpo.training import margins
 

@@ -26,7 +26,7 @@ from madpo.losses import Loss
 from madpo.models.engine.logprobs import completion_logps, install_completion_head, unwrapped
 from madpo.models.hyperparameters import LoRA, Optimisation
 from madpo.models.load import load_model, load_tokenizer, merge_adapter, resolve_model
-from madpo.rewards.oracles import RewardModel
+from madpo.rewards.reward_model import RewardModel
 from madpo.runner.operation import operation
 from madpo.training.columns import ID_COLUMNS, REFERENCE_COLUMNS, PreferenceCollator
 from madpo.training.config import PreferenceConfig

@@ -1,31 +1,28 @@
-"""Rewards of responses: an oracle, which training never sees, and the trained reward model.
+"""Oracles: rewards of responses that training never sees.
 
-Both are a :class:`RewardFn`. An oracle gives f(p) = 6 (p - 0.5) in [-3, 3], p its probability of a positive text.
+An oracle gives f(p) = 6 (p - 0.5) in [-3, 3], p its probability of a positive text.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
-from peft import PeftModel
-from pydantic import Field, TypeAdapter
+from pydantic import Field, JsonValue, TypeAdapter, ValidationError, ValidationInfo, model_validator
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from scipy.special import expit
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from madpo.core.config import Frozen
+from madpo.core.custom import named_class, with_digest
 from madpo.core.errors import ConfigError, DataError, first_line
 from madpo.core.metrics import Metrics
 from madpo.core.progress import say
@@ -33,10 +30,8 @@ from madpo.core.seeding import rng
 from madpo.core.statistics import proportion
 from madpo.core.storage import write_atomically
 from madpo.data.corpus import IMDB, Corpus, load_corpus, oracle_reviews
-from madpo.models.engine.batches import padded, padded_batches, similar_lengths
-from madpo.models.engine.logprobs import completion_states, hidden_states
-from madpo.models.hyperparameters import Pooling
-from madpo.models.load import load_classifier, load_tokenizer, resolve_model
+from madpo.models.engine.batches import padded_batches
+from madpo.models.load import load_classifier, load_tokenizer, placed, resolve_model
 from madpo.runner.operation import operation
 
 Floats = NDArray[np.float64]
@@ -50,7 +45,34 @@ class RewardFn(Protocol):
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> Floats: ...
 
 
-class NgramOracle(Frozen):
+class OracleConfig(Frozen):
+    """An oracle is its configuration, with two verbs.
+
+    :meth:`fit` prepares it from labelled reviews and leaves what it needs in a folder; :meth:`load` gives the
+    :class:`RewardFn`. A subclass has a ``kind`` of its own and overrides what it needs.
+    """
+
+    snippet_words: int = Field(default=45, ge=5)
+    """Length of the snippets of reviews that its accuracy is also measured on, since responses are short."""
+
+    def fit(self, reviews: pd.DataFrame, short: pd.DataFrame, seed: int, out: Path) -> pd.DataFrame:
+        """Prepare the oracle; what ``load`` needs goes into ``out``.
+
+        Args:
+            reviews: columns ``text`` and ``positive``, in random order; nothing else of the study uses them.
+            short: short labelled texts, same columns.
+
+        Returns:
+            The reviews that it was not fitted on, which measure its accuracy.
+        """
+        return reviews.iloc[:200]
+
+    def load(self, folder: Path) -> RewardFn:
+        """The reward function, from what :meth:`fit` left in ``folder``."""
+        raise NotImplementedError
+
+
+class NgramOracle(OracleConfig):
     """Logistic regression on TF-IDF of single words and word pairs, fitted on reviews that nothing else uses."""
 
     kind: Literal["ngram"] = "ngram"
@@ -58,8 +80,6 @@ class NgramOracle(Frozen):
     """What is scored: the response alone, or prompt and response as one text."""
     reviews: int | None = Field(default=None, ge=10)
     """At most this many reviews are used, drawn at random; None is all that are left."""
-    snippet_words: int = Field(default=45, ge=5)
-    """Length of the snippets of reviews that are fitted on beside whole reviews, since responses are short."""
     features: int = Field(default=150_000, ge=100)
     """The most frequent words and word pairs are kept."""
     min_count: int = Field(default=3, ge=1)
@@ -69,8 +89,30 @@ class NgramOracle(Frozen):
     heldout: float = Field(default=0.1, gt=0, lt=1)
     """Share of the reviews kept aside to measure the accuracy."""
 
+    def fit(self, reviews: pd.DataFrame, short: pd.DataFrame, seed: int, out: Path) -> pd.DataFrame:
+        """Fit on whole reviews, a snippet of each, and short reviews.
 
-class ClassifierOracle(Frozen):
+        Writes ``vocabulary.json`` and ``oracle.safetensors``.
+
+        Raises:
+            ConfigError: too few reviews are left.
+        """
+        reviews = reviews.iloc[: self.reviews]
+        aside = max(1, round(len(reviews) * self.heldout))
+        fitted = reviews.iloc[aside:]
+        if fitted["positive"].nunique() < 2:
+            raise ConfigError(
+                f"only {len(fitted)} reviews are left to fit the oracle on; use fewer for the other parts"
+            )
+        _fit_ngrams(self, fitted, short, seed, out)
+        return reviews.iloc[:aside]
+
+    def load(self, folder: Path) -> RewardFn:
+        """The fitted regression."""
+        return _OracleReward(_ngram_reader(folder), self.scores)
+
+
+class ClassifierOracle(OracleConfig):
     """A sentiment classifier of the hub (or a folder); the paper's oracle."""
 
     kind: Literal["text-classification"] = "text-classification"
@@ -81,13 +123,55 @@ class ClassifierOracle(Frozen):
     """Commit or branch of the hub; None is its main branch."""
     positive_label: str = "positive"
     """p is the probability of this label."""
-    snippet_words: int = Field(default=45, ge=5)
-    """Length of the snippets that its accuracy is also measured on."""
     heldout: int = Field(default=200, ge=1)
     """Reviews that its accuracy is measured on."""
 
+    def fit(self, reviews: pd.DataFrame, short: pd.DataFrame, seed: int, out: Path) -> pd.DataFrame:
+        """It is trained already: only its accuracy is measured."""
+        return reviews.iloc[: self.heldout]
 
-Oracle = Annotated[NgramOracle | ClassifierOracle, Field(discriminator="kind")]
+    def load(self, folder: Path) -> RewardFn:
+        """The classifier, from the hub or a folder."""
+        return _OracleReward(_Classifier(self), self.scores)
+
+
+class CustomOracle(OracleConfig):
+    """An :class:`OracleConfig` subclass outside this package, with its parameters; see :mod:`madpo.core.custom`."""
+
+    kind: Literal["custom"] = "custom"
+    target: str
+    """"package.module:Class" or "path/to/file.py:Class"; a relative path starts at the working directory."""
+    parameters: dict[str, JsonValue] = Field(default_factory=dict)
+    """Fields of the class."""
+    source_digest: str = ""
+    """SHA-256 of the source file, filled in; a given one must match, so an old record is not rerun on new code."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_digest(cls, data: Any, info: ValidationInfo) -> Any:
+        return with_digest(data, info)
+
+    @model_validator(mode="after")
+    def _build(self) -> CustomOracle:
+        _ = self.oracle  # so that bad parameters fail with the configuration
+        return self
+
+    @property
+    def oracle(self) -> OracleConfig:
+        """The oracle itself."""
+        own: OracleConfig = named_class(self.target, self.source_digest, OracleConfig).model_validate(self.parameters)
+        return own
+
+    def fit(self, reviews: pd.DataFrame, short: pd.DataFrame, seed: int, out: Path) -> pd.DataFrame:
+        """As the class does."""
+        return self.oracle.fit(reviews, short, seed, out)
+
+    def load(self, folder: Path) -> RewardFn:
+        """As the class does."""
+        return self.oracle.load(folder)
+
+
+Oracle = Annotated[NgramOracle | ClassifierOracle | CustomOracle, Field(discriminator="kind")]
 
 
 class OracleStage(Frozen):
@@ -111,17 +195,7 @@ def fit_oracle(config: OracleStage, inputs: Mapping[str, Path], out: Path) -> Me
     reviews = oracle_reviews(load_corpus(config.corpus), sft=config.sft, prompts=config.prompts)
     whole = reviews[reviews["source"] == IMDB]
     order = rng(config.seed, "oracle", "split").permutation(len(whole))
-    cap = config.oracle.reviews if isinstance(config.oracle, NgramOracle) else config.oracle.heldout
-    whole = whole.iloc[order[:cap]]
-    heldout = whole
-    if isinstance(config.oracle, NgramOracle):
-        aside = max(1, round(len(whole) * config.oracle.heldout))
-        heldout, fitted = whole.iloc[:aside], whole.iloc[aside:]
-        if fitted["positive"].nunique() < 2:
-            raise ConfigError(
-                f"only {len(fitted)} reviews are left to fit the oracle on; use fewer for the other parts"
-            )
-        _fit_ngrams(config, fitted, reviews[reviews["source"] != IMDB], out)
+    heldout = config.oracle.fit(whole.iloc[order], reviews[reviews["source"] != IMDB], config.seed, out)
     write_atomically(out / "oracle.json", json.dumps(config.oracle.model_dump(mode="json"), indent=1))
     score = load_oracle(out)
     snippets = [_snippet(text, config.oracle.snippet_words, config.seed, i) for i, text in heldout["text"].items()]
@@ -140,16 +214,16 @@ def load_oracle(folder: Path) -> RewardFn:
         DataError: a file of it is missing or damaged.
     """
     try:
-        config: NgramOracle | ClassifierOracle = TypeAdapter(Oracle).validate_json(
-            (folder / "oracle.json").read_bytes()
-        )
-        positive = _ngram_reader(folder) if isinstance(config, NgramOracle) else _Classifier(config)
+        config: OracleConfig = TypeAdapter(Oracle).validate_json((folder / "oracle.json").read_bytes())
+        return config.load(folder)
     except ConfigError:
         raise
+    except ValidationError as error:
+        reason = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+        raise DataError(f"{folder / 'oracle.json'} is no oracle that can be loaded: {reason}") from error
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = first_line(error, 160)
         raise DataError(f"{folder} holds no oracle that can be read ({reason}); delete it and run again") from error
-    return _OracleReward(positive, config.scores)
 
 
 class _OracleReward:
@@ -172,11 +246,9 @@ def _vectoriser(**settings: Any) -> TfidfVectorizer:
     return TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=_TOKEN, dtype=np.float64, **settings)
 
 
-def _fit_ngrams(config: OracleStage, reviews: pd.DataFrame, short: pd.DataFrame, out: Path) -> None:
-    oracle = config.oracle
-    assert isinstance(oracle, NgramOracle)
+def _fit_ngrams(oracle: NgramOracle, reviews: pd.DataFrame, short: pd.DataFrame, seed: int, out: Path) -> None:
     say(f"Fitting the oracle on {len(reviews)} reviews, a snippet of each, and {len(short)} short reviews.")
-    snippets = [_snippet(text, oracle.snippet_words, config.seed, i) for i, text in reviews["text"].items()]
+    snippets = [_snippet(text, oracle.snippet_words, seed, i) for i, text in reviews["text"].items()]
     texts = [*reviews["text"], *snippets, *short["text"]]
     labels = np.concatenate([reviews["positive"], reviews["positive"], short["positive"]]).astype(bool)
     vectoriser = _vectoriser(min_df=oracle.min_count, max_features=oracle.features)
@@ -232,175 +304,3 @@ class _Classifier:
             logits = self.model(input_ids=ids, attention_mask=mask).logits
             found[rows] = logits.double().softmax(-1)[:, self.column].cpu().numpy()
         return found
-
-
-def reward_base(folder: Path) -> tuple[Path | str, Pooling]:
-    """Where the base of a trained reward model lies, and which states its head reads.
-
-    Raises:
-        DataError: ``folder`` holds none.
-    """
-    try:
-        told = json.loads((folder / "reward_model.json").read_bytes())
-        beside = told.get("base_folder")  # of a step before the training, seen from here
-        base = resolve_model(str(told["base"]) if beside is None else str(folder.absolute() / str(beside)))
-        pooling: Pooling = TypeAdapter(Pooling).validate_python(told.get("pooling", "last"))
-    except ConfigError:
-        raise
-    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise DataError(f"{folder} holds no reward model ({error}); train one, or delete it and run again") from error
-    if not (folder / "adapter" / "adapter_config.json").exists():
-        raise DataError(f"{folder} has no adapter/adapter_config.json; delete the folder and train again")
-    return base, pooling
-
-
-class RewardModel:
-    """A trained Bradley-Terry reward model: differences of its rewards are log-odds.
-
-    Args:
-        model: a sequence classifier with one output, with or without a PEFT adapter.
-        tokenizer: for text; ids are scored as they are.
-        pooling: which states the head reads; see :func:`pooled`.
-    """
-
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, pooling: Pooling = "last") -> None:
-        self.model, self.pooling = model, pooling
-        self.inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        self.tokenizer = tokenizer
-        self.inner.score.float()
-
-    @classmethod
-    def load(cls, folder: Path) -> RewardModel:
-        """From ``reward_model.json`` (the base model's name, the pooling) and ``adapter`` (with the head).
-
-        Raises:
-            DataError: ``folder`` holds none.
-        """
-        base, pooling = reward_base(folder)
-        model = load_classifier(base, num_labels=1, adapter=folder / "adapter")
-        return cls(placed(model), load_tokenizer(base), pooling)
-
-    @torch.inference_mode()
-    def score_ids(
-        self,
-        sequences: Sequence[Sequence[int]],
-        batch_size: int = 16,
-        *,
-        prompt_lengths: Sequence[int] | None = None,
-    ) -> NDArray[np.float32]:
-        """One reward per token sequence (prompt and response), in the order given.
-
-        Real tokens are found by the attention mask: a padding token that doubles as end token, as many tokenizers have
-        it, moves nothing.
-
-        Args:
-            prompt_lengths: tokens of each sequence that are its prompt's; without it a mean is over all tokens.
-
-        Raises:
-            DataError: an empty sequence.
-        """
-        lengths = np.zeros(len(sequences), dtype=np.int64) if prompt_lengths is None else np.asarray(prompt_lengths)
-        found = np.zeros(len(sequences), dtype=np.float32)
-        pad = self.tokenizer.pad_token_id
-        for rows, ids, mask in padded_batches(sequences, batch_size, pad, self.inner, "Rewards"):
-            states = hidden_states(self.inner, ids, mask)
-            state = pooled(states, mask, self.pooling, torch.as_tensor(lengths[rows], device=states.device))
-            found[rows] = self.inner.score(state).squeeze(-1).cpu().numpy()
-        return found
-
-    @torch.inference_mode()
-    def score_pairs(
-        self,
-        chosen: Sequence[Sequence[int]],
-        rejected: Sequence[Sequence[int]],
-        prompt_lengths: Sequence[int],
-        batch_size: int = 16,
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Rewards of both sides of pairs; as :meth:`score_ids`, but the prompt of a pair is computed once.
-
-        Equal sides get equal rewards, to the last bit.
-
-        Args:
-            chosen, rejected: token ids of prompt and completion.
-            prompt_lengths: tokens of both sides of a pair that are the prompt's.
-            batch_size: sequences at once, two a pair.
-
-        Raises:
-            DataError: an empty sequence.
-        """
-        sides = [chosen, rejected]
-        # By the longer side; a pair without tokens on one side has no reward to compare.
-        sizes = [max(len(c), len(r)) if len(c) and len(r) else 0 for c, r in zip(chosen, rejected, strict=True)]
-        lengths = np.asarray(prompt_lengths, dtype=np.int64)
-        found = np.zeros((2, len(sizes)), dtype=np.float32)
-        for rows in similar_lengths(sizes, max(1, batch_size // 2), "Rewards"):
-            sequences = [side[row] for side in sides for row in rows]
-            ids, mask = padded(sequences, self.tokenizer.pad_token_id, self.inner)
-            prompts = torch.as_tensor(lengths[rows], device=ids.device).repeat(2)
-            states = completion_states(self.inner, ids, mask, completion_tokens(mask, prompts))
-            state = pooled(states, mask, self.pooling, prompts)
-            found[:, rows] = self.inner.score(state).view(2, len(rows)).cpu().numpy()
-        # Rows of one product may differ in the last bits, and rounding must not decide between equal texts.
-        equal = [list(c) == list(r) for c, r in zip(chosen, rejected, strict=True)]
-        found[1, equal] = found[0, equal]
-        return found[0], found[1]
-
-    def score_responses(
-        self, prompt_ids: Iterable[Sequence[int]], response_ids: Iterable[Sequence[int]]
-    ) -> NDArray[np.float32]:
-        """One reward per response, given in token ids beside its prompt's.
-
-        Raises:
-            DataError: a prompt and a response that have no tokens together.
-        """
-        sequences, lengths = [], []
-        for prompt, response in zip(prompt_ids, response_ids, strict=True):
-            sequences.append([*map(int, prompt), *map(int, response)])
-            lengths.append(len(prompt))
-        return self.score_ids(sequences, prompt_lengths=lengths)
-
-    def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> Floats:
-        """The same for text; prompt and response are tokenised each for itself, as in training."""
-        if len(prompts) != len(completions):
-            raise DataError(f"there are {len(prompts)} prompts but {len(completions)} responses; give one of each")
-        before = []
-        for prompt in prompts:
-            ids = list(self.tokenizer(prompt)["input_ids"])
-            if ids and ids[-1] == self.tokenizer.eos_token_id:
-                ids.pop()  # the response goes on from here
-            before.append(ids)
-        after = [self.tokenizer(completion, add_special_tokens=False)["input_ids"] for completion in completions]
-        return self.score_responses(before, after).astype(np.float64)
-
-
-def pooled(
-    states: Float[Tensor, "rows length hidden"],
-    mask: Int[Tensor, "rows length"],
-    pooling: Pooling,
-    prompt_lengths: Int[Tensor, " rows"],
-) -> Float[Tensor, "rows hidden"]:
-    """The state that a reward is read from, in float32; rows are padded on the right.
-
-    ``last`` is the state of the last real token, the convention of sequence classifiers. ``mean`` is the mean over the
-    completion's tokens. A base model's last state speaks of the next word; what a text is like is spread over its
-    tokens, so a few hundred pairs teach a mean what they do not teach a last state (docs/log.md).
-    """
-    if pooling == "last":
-        return states[torch.arange(len(states), device=states.device), mask.sum(-1) - 1].float()
-    inside = completion_tokens(mask, prompt_lengths)
-    total = states.float().masked_fill(~inside[..., None], 0.0).sum(1)
-    return total / inside.sum(-1, keepdim=True)
-
-
-def completion_tokens(
-    mask: Int[Tensor, "rows length"], prompt_lengths: Int[Tensor, " rows"]
-) -> Bool[Tensor, "rows length"]:
-    """Which tokens are read; rows are padded on the right. A completion without tokens is read at the last one."""
-    last = mask.sum(-1) - 1
-    begin = torch.minimum(prompt_lengths.to(last), last)
-    return mask.bool() & (torch.arange(mask.shape[-1], device=mask.device) >= begin[:, None])
-
-
-def placed(model: nn.Module) -> Any:
-    """The model ready to score: on the GPU where there is one, dropout off."""
-    return (model.to("cuda") if torch.cuda.is_available() else model).eval()

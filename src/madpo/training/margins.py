@@ -10,7 +10,7 @@ import pandas as pd
 
 from madpo.core.metrics import Metrics
 from madpo.core.statistics import fit_temperature, proportion
-from madpo.rewards.oracles import RewardModel
+from madpo.rewards.reward_model import RewardModel
 from madpo.training.reference import refuse_not_finite
 
 

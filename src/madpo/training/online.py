@@ -25,7 +25,7 @@ from madpo.core.seeding import derived_seed
 from madpo.models.engine.sampling import generate
 from madpo.models.hyperparameters import LoRA, Optimisation
 from madpo.models.load import load_model, load_tokenizer
-from madpo.rewards.oracles import RewardModel
+from madpo.rewards.reward_model import RewardModel
 from madpo.runner.operation import operation
 from madpo.training.resume import ExactResume
 from madpo.training.run import forget_checkpoints, run_training

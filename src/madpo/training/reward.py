@@ -18,7 +18,7 @@ from madpo.core.errors import ConfigError
 from madpo.models.engine import memory_efficient as lean
 from madpo.models.engine.logprobs import completion_states, unwrapped
 from madpo.models.hyperparameters import Pooling
-from madpo.rewards.oracles import completion_tokens, pooled
+from madpo.rewards.reward_model import completion_tokens, pooled
 from madpo.training.config import own_noise
 from madpo.training.resume import ExactResume
 

@@ -1,0 +1,114 @@
+"""Classes of the user, named by where they are: "package.module:Class" or "path/to/file.py:Class".
+
+The file that defines the class enters a configuration by its SHA-256, so that a changed class is another experiment.
+The named code is imported and run when the configuration is made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+from pydantic import ValidationInfo
+
+from madpo.core.config import FOLDERS
+from madpo.core.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def with_digest(data: Any, info: ValidationInfo) -> Any:
+    """Values of a configuration with ``target``, and ``source_digest`` filled in.
+
+    Raises:
+        ConfigError: the target is outside the folders that the configuration may name, it is not there, or a digest
+            is given and the file has another.
+    """
+    if not isinstance(data, Mapping) or not isinstance(data.get("target"), str):
+        return data
+    target, given = data["target"], data.get("source_digest", "")
+    if info.context and FOLDERS in info.context:
+        refuse_outside(target, info.context[FOLDERS])
+    digest = hashlib.sha256(source_file(target).read_bytes()).hexdigest()
+    if given and given != digest:
+        raise ConfigError(
+            f"the source of {target!r} has changed: its SHA-256 is {digest}, but source_digest is {given}; "
+            "remove source_digest to use the present file"
+        )
+    return {**data, "source_digest": digest}
+
+
+def refuse_outside(target: str, folders: Sequence[Path]) -> None:
+    """Refuse a file that lies in none of ``folders``: a configuration of others may not name files elsewhere.
+
+    Raises:
+        ConfigError: with the target.
+    """
+    where = target.rpartition(":")[0]
+    if not where.endswith(".py"):
+        return
+    path = Path(where).resolve()
+    if not any(path.is_relative_to(folder.resolve()) for folder in folders):
+        raise ConfigError(
+            f"target is {target!r}, which lies neither beside the configuration nor in the working directory; copy the "
+            "file there, or name it on the command line (--set loss.target=...) where you trust it"
+        )
+
+
+def source_file(target: str) -> Path:
+    """The file that ``target`` names; its module is found, and not yet imported.
+
+    Raises:
+        ConfigError: the target has no ":", or there is no such file or module.
+    """
+    where, colon, name = target.rpartition(":")
+    if not (colon and where and name.isidentifier()):
+        raise ConfigError(f'target is {target!r}, but must read "package.module:Class" or "path/to/file.py:Class"')
+    if where.endswith(".py"):
+        path = Path(where)
+        if not path.is_file():
+            raise ConfigError(f"target is {target!r}, but there is no file {str(path.resolve())!r}")
+        return path
+    try:
+        spec = importlib.util.find_spec(where)
+    except (ModuleNotFoundError, ValueError) as error:
+        raise ConfigError(f"target is {target!r}, but module {where!r} cannot be found: {error}") from error
+    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
+        raise ConfigError(f"target is {target!r}, but there is no source file of a module {where!r}")
+    return Path(spec.origin)
+
+
+@lru_cache
+def named_class(target: str, digest: str, base: type[T]) -> type[T]:
+    """The subclass of ``base`` that ``target`` names; cached by the file's digest, so an edited file is loaded anew."""
+    where, _, name = target.rpartition(":")
+    module = load_file(Path(where), digest) if where.endswith(".py") else importlib.import_module(where)
+    found = getattr(module, name, None)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ConfigError(
+            f"target is {target!r}, but {name!r} is no subclass of {base.__module__}.{base.__qualname__} there"
+        )
+    return found
+
+
+def load_file(path: Path, digest: str) -> ModuleType:
+    """Run a Python file as a module under a name of its own, known to sys.modules (pydantic looks there)."""
+    name = f"madpo_custom_{digest[:16]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{str(path)!r} cannot be loaded as a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
