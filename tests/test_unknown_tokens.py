@@ -19,7 +19,7 @@ from madpo.data import check, load_preferences
 from madpo.losses import SimPO
 from madpo.models.load import LoRA, load_classifier, load_model, load_tokenizer
 from madpo.models.vocabulary import configured_rows, refuse_unknown
-from madpo.rewards.oracles import RewardModel
+from madpo.rewards.reward_model import RewardModel
 from practice_cases import text_pairs, write
 
 pytestmark = pytest.mark.usefixtures("own_cache")
