@@ -93,6 +93,14 @@ BOMBS = [
     GROWING.format("[1]", "[ns.x, ns.x]", "|tojson"),
     GROWING.format("[1]", "[ns.x, ns.x]", "|string|length"),
     GROWING.format("[1]", "'a' ~ [ns.x, ns.x]", "|length"),
+    *(
+        "{% set ns = namespace(a=" + start + ", b=" + start + ") %}{% for i in range(60) %}"
+        "{% set ns.a = " + twice.replace("X", "ns.a") + " %}{% set ns.b = " + twice.replace("X", "ns.b") + " %}"
+        "{% endfor %}" + use
+        for start in ("[1]", "(1,)")
+        for twice in ("[X, X]", "(X, X)", "[X] * 2", "[X] + [X]", "{'a': X, 'b': X}", "dict(a=X, b=X)")
+        for use in ("{{ ns.a == ns.b }}", "{{ {ns.a: 1} }}")
+    ),
     "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}{% endfor %}",
     "{% macro m(x) %}{{ x }}{{ x }}{% endmacro %}{% set ns = namespace(x='a') %}{% for i in range(60) %}"
     "{% set ns.x = m(ns.x) %}{% endfor %}",

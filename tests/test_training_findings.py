@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import tomllib
 from datetime import datetime
 from pathlib import Path
@@ -98,6 +99,23 @@ def test_pairs_of_the_evaluation_are_looked_for_in_the_training(
     command = [*commands(data, llama, tmp_path / "o")["train"], "--eval_data", str(other), "--strict"]
     assert main(command) == 2
     assert f"{other}, line 1: the pair of the evaluation data is in the training data" in capsys.readouterr().err
+
+
+def test_a_training_refuses_pairs_that_all_look_the_same(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], own_cache: None
+) -> None:
+    """As chat templates for images do, which show only lists of parts."""
+    folder = Path(shutil.copytree(llama, tmp_path / "model"))
+    (folder / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{% for part in m.content %}{{ part.text }}{% endfor %}"
+        "{{ eos_token }}{% endfor %}"
+    )
+    chats = write(tmp_path / "chats.jsonl", [conversation(row) for row in text_pairs(12)])
+    for name in ("train", "reward", "tune"):
+        assert main(commands(chats, folder, tmp_path / "o")[name]) == 2
+        said = capsys.readouterr().err
+        assert f"{chats}: the two sides of every pair have the same tokens" in said
+        assert "12 dropped content" in said
 
 
 def test_one_prompt_for_all_rows_is_found(tmp_path: Path) -> None:

@@ -36,8 +36,9 @@ _STRUCTURAL = (
     *("attr", "batch", "count", "d", "default", "dictsort", "first", "groupby", "items", "last", "length", "list"),
     *("map", "max", "min", "reject", "rejectattr", "reverse", "select", "selectattr", "slice", "sort", "unique"),
 )
+_CONTAINERS = (list, tuple, dict, set)
 _DIGITS = re.compile(r"\d+")
-_COUNTED, _CONCATENATED, _SLICED = "madpo counted", "madpo concatenated", "madpo sliced"
+_COUNTED, _CONCATENATED, _MADE = "madpo counted", "madpo concatenated", "madpo made"
 
 
 class TooMuch(TemplateError):
@@ -71,7 +72,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             if name not in _UNREPEATABLE
         }
         made.finalize = _printed
-        made.filters |= {_COUNTED: _counted, _CONCATENATED: _concatenated, _SLICED: _sliced}
+        made.filters |= {_COUNTED: _counted, _CONCATENATED: _concatenated, _MADE: _made}
         made.extensions = {name: extension.bind(made) for name, extension in other.extensions.items()}
         made.cache = None
         made.template_class = _BoundedTemplate
@@ -125,7 +126,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
                 self.spend(max(count, 0) * _cost(sized))
         elif operator == "+":
             self.spend(_cost(left) + _cost(right))
-        return super().call_binop(context, operator, left, right)
+        return self.refuse_unfolding(super().call_binop(context, operator, left, right))
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         self.spend(STEP)
@@ -134,9 +135,21 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         method = getattr(obj, "__wrapped__", obj)  # the sandbox wraps str.format
         if isinstance(method, BuiltinMethodType):
             args = self._spend_on_method(method.__self__, method.__name__, args, kwargs)
-        found = super().call(context, obj, *args, **kwargs)
-        self.spend(_cost(found))
-        return found
+        return self.made(super().call(context, obj, *args, **kwargs))
+
+    def made(self, value: Any) -> Any:
+        """Pay for what was made; the value."""
+        self.spend(_cost(value))
+        return self.refuse_unfolding(value)
+
+    def refuse_unfolding(self, value: Any) -> Any:
+        """Refuse a container that is small in memory and has no end where it is compared, hashed or written out.
+
+        A list that holds another one twice does so at each level of forty.
+        """
+        if isinstance(value, _CONTAINERS) and _unfolded(value, {}) > max(self._left, 0):
+            raise TooMuch("it makes far more text than it is given")
+        return value
 
     def _spend_on_method(self, owner: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Pay for what a method of text or of a number is about to make; the arguments, iterators made into lists."""
@@ -234,7 +247,20 @@ class _Counting(NodeTransformer):
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
         self.generic_visit(node)
-        return _filtered(node, _SLICED) if isinstance(node.arg, nodes.Slice) else node
+        return _filtered(node, _MADE) if isinstance(node.arg, nodes.Slice) else node
+
+    def visit_List(self, node: nodes.List) -> nodes.Node:
+        self.generic_visit(node)
+        constant = all(isinstance(item, nodes.Const) for item in node.items)
+        return node if constant else _filtered(node, _MADE)
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
+        self.generic_visit(node)
+        return node if node.ctx != "load" else _filtered(node, _MADE)
+
+    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:
+        self.generic_visit(node)
+        return _filtered(node, _MADE)
 
 
 def _filtered(node: nodes.Expr, name: str) -> nodes.Filter:
@@ -282,9 +308,8 @@ def _printed(context: Context, value: Any) -> Any:
 
 
 @pass_context
-def _sliced(context: Context, made: Any) -> Any:
-    _environment(context).spend(_cost(made))
-    return made
+def _made(context: Context, value: Any) -> Any:
+    return _environment(context).made(value)
 
 
 def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -316,9 +341,7 @@ def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
             else:
                 environment.spend(size + sum(others) + max(numbers, default=0))
         first = {"context": (context,), "eval_context": (context.eval_ctx,), "environment": (environment,)}
-        found = function(*first.get(str(passes), ()), value, *args, **kwargs)
-        environment.spend(_cost(found))
-        return found
+        return environment.made(function(*first.get(str(passes), ()), value, *args, **kwargs))
 
     return bounded
 
@@ -330,6 +353,16 @@ def _cost(value: Any) -> int:
     if isinstance(value, list | tuple | dict | set):
         return ENTRY * len(value)
     return value.bit_length() // 8 if isinstance(value, int) else 0
+
+
+def _unfolded(value: Any, known: dict[int, int]) -> int:
+    """What a value costs if every part that it shares is there as often as it is named."""
+    if not isinstance(value, _CONTAINERS):
+        return len(value) if isinstance(value, str | bytes) else 1
+    if id(value) not in known:
+        entries = (*value, *value.values()) if isinstance(value, dict) else value
+        known[id(value)] = ENTRY + sum(_unfolded(entry, known) for entry in entries)
+    return known[id(value)]
 
 
 def _small_numbers(given: Iterable[Any]) -> list[int]:

@@ -71,6 +71,19 @@ class Survey:
         if summary := self.findings.summary():
             raise DataError(strict_sentence(summary[0]))
 
+    def refuse_nothing_to_learn(self, data: str) -> None:
+        """Refuse pairs that all have the same tokens on both sides, for a training.
+
+        Raises:
+            DataError: with the first finding.
+        """
+        equal = sum(self.findings.counts.get(kind, 0) for kind in ("identical", "identical_tokens"))
+        if equal == len(self.seen) > 0:
+            raise DataError(
+                f"{data}: the two sides of every pair have the same tokens, so there is nothing to learn; "
+                f"{strict_sentence(self.findings.summary()[0])}"
+            )
+
     def line(self, data: str, model: str | None = None) -> str | None:
         """The findings in one line; None if there are none.
 

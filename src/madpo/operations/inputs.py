@@ -90,6 +90,7 @@ def load_split(
         heldout = load_preferences(eval_data, survey=evaluation, **how)
         survey.add_leaks(evaluation)
     tell_findings(survey, str(data), model, strict=strict)
+    survey.refuse_nothing_to_learn(str(data))
     if eval_data is not None:
         tell_findings(evaluation, str(eval_data), model, strict=strict)
         return rows, heldout
