@@ -27,7 +27,6 @@ def test_the_guide_goes_through_every_command_on_ones_own_data() -> None:
     ]
     sections = re.findall(r"^## (\w+)$", GUIDE, re.M)
     assert sections == ["check", "reward", "score", "inspect", "train", "evaluate", "tune"]
-    assert GUIDE.count("\n| ") - 2 >= 20, "a line for each pain"
 
 
 @pytest.mark.slow  # a chain of sixteen trainings

@@ -173,7 +173,7 @@ def test_an_interrupt_while_the_command_line_loads_is_no_traceback(error, status
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.delitem(sys.modules, "madpo.commands.cli")
-    monkeypatch.delattr(madpo, "cli")
+    monkeypatch.delattr("madpo.commands.cli")
     monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
     try:
         assert madpo.__main__.main() == status
