@@ -21,6 +21,7 @@ from madpo.commands import train as commands_train
 from madpo.commands.options import spelled_out
 from madpo.core import processes
 from madpo.core.errors import ConfigError, MadpoError, printable
+from madpo.core.libraries import loading_libraries
 from madpo.core.progress import say, show
 
 if TYPE_CHECKING:
@@ -147,7 +148,8 @@ def _run(arguments: argparse.Namespace) -> int:
     source = find_experiment(arguments.experiment)
     output_dir = arguments.output_dir or Path("runs") / source.stem
 
-    from madpo.study.experiment import run_experiment
+    with loading_libraries():
+        from madpo.study.experiment import run_experiment
 
     result = run_experiment(
         arguments.experiment,
@@ -159,7 +161,8 @@ def _run(arguments: argparse.Namespace) -> int:
         upload=arguments.upload,
     )
     if arguments.dry_run:
-        from madpo.study.estimates import dry_run_lines, machine_of
+        with loading_libraries():
+            from madpo.study.estimates import dry_run_lines, machine_of
 
         show("\n".join(dry_run_lines(result, machine_of(arguments.rate))))
         return 0

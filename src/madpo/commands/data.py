@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 
 from madpo.commands.options import DATA, asked, example, from_file, option
+from madpo.core.libraries import loading_libraries
 from madpo.core.progress import show
 
 CHECK = "look for mistakes in preference data before training with it"
@@ -85,7 +86,8 @@ def trim_arguments(parser: argparse.ArgumentParser) -> None:
 
 def trim_command(arguments: argparse.Namespace) -> int:
     """Run ``madpo trim-vocab`` and print its report."""
-    from madpo.operations import TrimSettings, trim_vocab
+    with loading_libraries():
+        from madpo.operations import TrimSettings, trim_vocab
 
     beside, settings = asked(
         arguments,

@@ -12,6 +12,7 @@ from typing import Any
 
 from madpo.commands.options import DATA, asked, example, from_file, option
 from madpo.core import processes
+from madpo.core.libraries import loading_libraries
 from madpo.core.progress import show
 
 REWARD = "train a reward model on preference pairs"
@@ -88,7 +89,8 @@ def reward_command(arguments: argparse.Namespace) -> int:
     beside, settings = asked(arguments, RewardSettings, **_result(), eval_data=(str | None, None))
     refuse_missing_places(**_places(beside), models=[settings.model])
 
-    from madpo.operations import reward
+    with loading_libraries():
+        from madpo.operations import reward
 
     show(reward(arguments.data, settings=settings, **beside).text())
     show(f"written to {beside['output_dir']}")
@@ -125,7 +127,8 @@ def score_command(arguments: argparse.Namespace) -> int:
     beside, settings = asked(arguments, ScoreSettings, **_result())
     refuse_missing_places(models=[settings.reward.model if settings.reward else None], rewards=[settings.reward_model])
 
-    from madpo.operations import score
+    with loading_libraries():
+        from madpo.operations import score
 
     report = score(arguments.data, settings=settings, **beside)
     if processes.leads():
@@ -181,12 +184,14 @@ def train_command(arguments: argparse.Namespace) -> int:
 
     refuse_missing_files(arguments.data, arguments.config)
 
-    from madpo.operations.train_settings import TrainSettings
+    with loading_libraries():
+        from madpo.operations.train_settings import TrainSettings
 
     beside, settings = asked(arguments, TrainSettings, **_result(), eval_data=(str | None, None))
     refuse_missing_places(**_places(beside), models=[settings.model])
 
-    from madpo.operations import train
+    with loading_libraries():
+        from madpo.operations import train
 
     report = train(arguments.data, settings=settings, **beside)
     if processes.leads():
@@ -223,12 +228,14 @@ def tune_command(arguments: argparse.Namespace) -> int:
 
     refuse_missing_files(arguments.data, arguments.config)
 
-    from madpo.operations.tuning import TuneSettings
+    with loading_libraries():
+        from madpo.operations.tuning import TuneSettings
 
     beside, settings = asked(arguments, TuneSettings, **_result())
     refuse_missing_places(models=[settings.model])
 
-    from madpo.operations.tuning import tune
+    with loading_libraries():
+        from madpo.operations.tuning import tune
 
     show(tune(arguments.data, settings=settings, **beside).text())
     output_dir = beside["output_dir"]
@@ -275,7 +282,8 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
         **_places(beside | {"eval_data": prompts}), models=[settings.reference], rewards=[settings.reward_model]
     )
 
-    from madpo.operations import evaluate
+    with loading_libraries():
+        from madpo.operations import evaluate
 
     show(evaluate(arguments.policy, prompts, settings=settings, **beside).text())
     show(f"written to {beside['output_dir']}")

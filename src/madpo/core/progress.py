@@ -70,6 +70,12 @@ def say(text: str) -> None:
             show(text, sys.stderr)
 
 
+def hint(text: str) -> None:
+    """A line for a person who waits at a terminal, of no use in a log."""
+    if _on_terminal():
+        say(text)
+
+
 def show(text: str, stream: TextIO | None = None) -> None:
     """Print lines on standard output, or on another stream. All output to a terminal goes through here or :func:`say`.
 

@@ -1,0 +1,30 @@
+"""Loading PyTorch and the libraries above it: most of what a command does at its start."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+from madpo.core.progress import hint
+
+
+@cache
+def _tell() -> None:
+    hint("loading PyTorch and transformers ...")
+
+
+@contextmanager
+def loading_libraries() -> Iterator[None]:
+    """Around the imports of a command: says on a terminal what a person waits for, and loads without collections.
+
+    What is loaded stays, so a garbage collection meanwhile finds nothing, and all of them take a third of the time. The
+    loaded modules are left out of later collections as well: every trainer asks for one when it starts, and the
+    interpreter for several when it ends. Only the command line does so, since a user's process is not ours.
+    """
+    _tell()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
