@@ -21,6 +21,7 @@ from madpo.models.engine.batches import padded, padded_batches, similar_lengths
 from madpo.models.engine.logprobs import completion_states, hidden_states
 from madpo.models.hyperparameters import Pooling
 from madpo.models.load import load_classifier, load_tokenizer, placed, resolve_model
+from madpo.runner.folder import final_folder
 
 
 def reward_base(folder: Path) -> tuple[Path | str, Pooling]:
@@ -32,7 +33,8 @@ def reward_base(folder: Path) -> tuple[Path | str, Pooling]:
     try:
         told = json.loads((folder / "reward_model.json").read_bytes())
         beside = told.get("base_folder")  # of a step before the training, seen from here
-        base = resolve_model(str(told["base"]) if beside is None else str(folder.absolute() / str(beside)))
+        inside = None if beside is None else final_folder(folder.absolute()) / str(beside)
+        base = resolve_model(str(inside or told["base"]))
         pooling: Pooling = TypeAdapter(Pooling).validate_python(told.get("pooling", "last"))
     except ConfigError:
         raise

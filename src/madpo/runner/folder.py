@@ -170,6 +170,11 @@ def checkpoints(work: Path) -> Path | None:
     return None
 
 
+def final_folder(work: Path) -> Path:
+    """Where a result that is being made will be, for relative paths in it; other folders are as they are."""
+    return work.parent if work.name == UNFINISHED else work
+
+
 def files_of(folder: Path) -> dict[str, str]:
     """Relative path -> SHA-256 of every file of a finished work, without checkpoints and our own notes."""
     found = {}

@@ -16,6 +16,7 @@ from madpo.core.errors import ConfigError
 from madpo.models.hyperparameters import LoRA, Optimisation, Pooling
 from madpo.models.load import load_classifier, load_tokenizer, resolve_model
 from madpo.models.locate import lasting
+from madpo.runner.folder import final_folder
 from madpo.training.reward import RewardModelTrainer
 from madpo.training.run import run_training
 
@@ -92,7 +93,7 @@ def fit_reward_model(
     trainer.model.save_pretrained(out / "adapter", safe_serialization=True)
     told = {"base": lasting(config.model), "steps": best.step}
     if made is not None:
-        told["base_folder"] = os.path.relpath(base, out)
+        told["base_folder"] = os.path.relpath(base, final_folder(out))
     if config.pooling != "last":  # what a sequence classifier does unless it says otherwise
         told["pooling"] = config.pooling
     (out / "reward_model.json").write_text(json.dumps(told), encoding="utf-8")
