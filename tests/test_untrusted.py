@@ -221,7 +221,7 @@ def test_a_saved_data_set_names_no_file_outside_its_folder(saved, tmp_path, how)
     if how == "link":
         file.symlink_to(tmp_path / "secret.arrow")
     edit(saved / "state.json", _data_files=[{"filename": name}])
-    with pytest.raises(DataError, match=r"state\.json names the file .*, which lies outside the folder"):
+    with pytest.raises(DataError, match=r"state\.json names the file .*, which is outside the folder"):
         load_preferences(saved)
 
 

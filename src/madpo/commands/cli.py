@@ -23,6 +23,7 @@ from madpo.core import processes
 from madpo.core.errors import ConfigError, MadpoError, printable
 from madpo.core.libraries import loading_libraries
 from madpo.core.progress import say, show
+from madpo.core.storage import expanded
 
 if TYPE_CHECKING:
     from madpo.runner.run import RunResult
@@ -89,7 +90,7 @@ def _refuse_launch(command: str) -> None:
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("experiment", metavar="EXPERIMENT", help="name of a packaged experiment, or a TOML file")
     parser.add_argument(
-        "--output_dir", "--output-dir", type=Path, metavar="DIR", help="where results go (default: runs/NAME)"
+        "--output_dir", "--output-dir", type=expanded, metavar="DIR", help="where results go (default: runs/NAME)"
     )
     parser.add_argument(
         "--set",
@@ -215,7 +216,7 @@ def _tell_results(page: Path) -> None:
 
 
 def _folder_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="DIR", help="the folder of a run")
+    parser.add_argument("folder", type=expanded, metavar="DIR", help="the folder of a run")
 
 
 def _status_arguments(parser: argparse.ArgumentParser) -> None:
@@ -264,7 +265,7 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
     _folder_argument(parser)
     parser.add_argument(
         "--export",
-        type=Path,
+        type=expanded,
         metavar="FOLDER",
         help="write it, and what it is made from, into a small folder to commit: no weights, few texts",
     )

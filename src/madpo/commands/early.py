@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from madpo.core.config import read_toml
+from madpo.core.storage import expanded
 from madpo.data.sources import look_at
 from madpo.models.locate import refuse_unreachable, resolve_model
 from madpo.models.packaged import PACKAGED
@@ -49,8 +50,8 @@ def refuse_missing_places(
         if place is not None:
             look_at(place)
     if output_dir is not None:
-        refuse_foreign(output_dir.expanduser())
-    own = {reward for reward in rewards if reward and _ours(Path(reward).expanduser())}
+        refuse_foreign(expanded(output_dir))
+    own = {reward for reward in rewards if reward and _ours(expanded(reward))}
     for model in (*models, *(reward for reward in rewards if reward not in own)):
         if model is not None and model not in PACKAGED and not model.startswith("tiny-"):
             found = resolve_model(model)

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from madpo.core.errors import ConfigError
+from madpo.core.storage import expanded, stays_inside
 
 if TYPE_CHECKING:
     from madpo.core.config import Frozen
 
     T = TypeVar("T", bound=Frozen)
 
-DATA = "a .jsonl, .csv or .parquet file, or a hub data set OWNER/NAME[:SPLIT]"
+DATA = "a .jsonl, .json, .csv or .parquet file, or a hub data set OWNER/NAME[:SPLIT]"
 
 # Command -> prefixes of options that stand for a key: `--loss.tau 7` is `--set loss.tau=7`.
 DOTTED = {
@@ -75,9 +76,35 @@ def option(parser: argparse.ArgumentParser, name: str, key: str, text: str, *oth
     parser.add_argument(*dict.fromkeys(spelled), dest=_KEY + key, help=text, **rest)
 
 
+def _refuse_foreign_places(config: Path, typed: set[str]) -> None:
+    """Refuse a file that would have a command write elsewhere, or replace something: it may be somebody else's.
+
+    Args:
+        typed: keys that the command line gives, which take precedence over the file.
+
+    Raises:
+        ConfigError: naming the key and the option.
+    """
+    from madpo.core.config import read_toml
+
+    found = read_toml(config)
+    if found.get("overwrite") and "overwrite" not in typed:
+        raise ConfigError(f"{config}: overwrite = true is obeyed on the command line only; give --overwrite there")
+    for key in ("output_dir", "output"):
+        place = found.get(key)
+        if key in typed or not isinstance(place, str):
+            continue
+        if not any(stays_inside(expanded(place), folder) for folder in (config.absolute().parent, Path.cwd())):
+            raise ConfigError(
+                f"{config}: {key} = {place!r} leads out of the folder of the file and of the working directory; give "
+                f"--{key} on the command line"
+            )
+
+
 def from_file(parser: argparse.ArgumentParser) -> None:
     """``--config`` and ``--set``."""
-    parser.add_argument("--config", type=Path, metavar="FILE.toml", help="settings; options given here go before it")
+    says = "settings; options given here go before it"
+    parser.add_argument("--config", type=expanded, metavar="FILE.toml", help=says)
     parser.add_argument(
         "--set", dest="overrides", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change a setting"
     )
@@ -111,6 +138,8 @@ def asked(arguments: argparse.Namespace, model: type[T], **beside: Any) -> tuple
         for name, value in vars(arguments).items()
         if name.startswith(_KEY) and value is not None
     }
+    if arguments.config is not None:
+        _refuse_foreign_places(arguments.config, {*options, *(text.partition("=")[0] for text in arguments.overrides)})
     overrides = [f"{key}={json.dumps(value, ensure_ascii=False, default=str)}" for key, value in options.items()]
     both: type[T] = create_model(model.__name__, __base__=model, **beside)
     nothing = Path(os.devnull)
@@ -122,4 +151,5 @@ def asked(arguments: argparse.Namespace, model: type[T], **beside: Any) -> tuple
             text = text.replace(f"the key '{key}' is missing; add it", f"the key '{key}' is missing; add --{word}")
         raise ConfigError(text) from None
     taken = {name: getattr(found, name) for name in beside}
+    taken = {name: expanded(value) if isinstance(value, Path) else value for name, value in taken.items()}
     return taken, model.model_validate({name: getattr(found, name) for name in model.model_fields})

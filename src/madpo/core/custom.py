@@ -78,7 +78,7 @@ def source_file(target: str) -> Path:
         return path
     try:
         spec = importlib.util.find_spec(where)
-    except (ModuleNotFoundError, ValueError) as error:
+    except (ImportError, ValueError, AttributeError) as error:
         raise ConfigError(f"target is {target!r}, but module {where!r} cannot be found: {error}") from error
     if spec is None or spec.origin is None or not Path(spec.origin).is_file():
         raise ConfigError(f"target is {target!r}, but there is no source file of a module {where!r}")

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,9 +23,11 @@ _REMEDY = {
     errno.ENAMETOOLONG: "the name is too long for this file system; choose a shorter one",
     errno.EIO: "the disk reports an error; check it, and run the same command again, finished steps are kept",
     errno.EBUSY: "it is in use, as a mount point is, or a file that another process has open; choose another folder",
+    errno.ELOOP: "a link is in its place; remove it or choose another folder",
     errno.EXDEV: "it cannot be renamed across file systems, or out of a container's image; choose another folder",
     errno.ESTALE: "the network file system lost the folder; mount it again and run the same command again",
 }
+_TEMPORARY = re.compile(r"\..+\.[0-9]+\.tmp")
 _VANISHED = (
     "the folder has vanished while it was being written; if it was moved, move it back, and run the same command again"
 )
@@ -37,6 +40,7 @@ def storage_errors(place: Path) -> Iterator[None]:
     Args:
         place: the folder (or file) that is written, for the sentence; ``place`` that exists no more has vanished.
     """
+    there = place.exists()
     try:
         yield
     except MadpoError:
@@ -44,8 +48,8 @@ def storage_errors(place: Path) -> Iterator[None]:
     except OSError as error:
         if (told := disk_error(error, place)) is not None:
             raise told from error
-        if error.errno == errno.ENOENT and _lost(place, error.filename):
-            raise StorageError(f"{place}: {_VANISHED}") from error
+        if error.errno == errno.ENOENT and (why := _missing(place, error.filename, there=there)) is not None:
+            raise StorageError(f"{place}: {why}") from error
         raise
     except Exception as error:
         # Writers in Rust and C++ (safetensors, torch, Arrow) tell of the disk in an error type of their own.
@@ -64,12 +68,16 @@ def disk_error(error: OSError, place: object) -> StorageError | None:
     return None if remedy is None else StorageError(f"{error.filename or place}: {remedy}")
 
 
-def _lost(place: Path, file: object) -> bool:
-    """Whether what could not be found is ``place`` itself, or something in it, and ``place`` is gone."""
+def _missing(place: Path, file: object, *, there: bool) -> str | None:
+    """Why ``file`` could not be found, if it is ``place`` or belongs to it and ``place`` does not exist."""
     if place.exists() or not isinstance(file, str | bytes | os.PathLike):
-        return False
+        return None
     found = Path(os.fsdecode(file)).absolute()
-    return found == place.absolute() or place.absolute() in found.parents
+    if place.absolute() in found.parents or (there and found == place.absolute()):
+        return _VANISHED
+    if found.parent == place.absolute().parent:  # itself, or the temporary file next to it
+        return f"nothing can be created in {found.parent}; choose another place"
+    return None
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -78,9 +86,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     A crash leaves the old file or the new one, never a part.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
     try:
-        with temporary.open("wb") as file:
+        with os.fdopen(os.open(temporary, flags, 0o666), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -90,6 +101,21 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             temporary.unlink()
         raise
     sync_folder(path.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that killed runs left in a folder and below; the caller holds the folder's lock."""
+    for path in folder.rglob(".*.tmp"):
+        if _TEMPORARY.fullmatch(path.name) and not path.is_dir():
+            path.unlink()
+
+
+def stays_inside(path: Path, root: Path) -> bool:
+    """Whether a path leads, through all links in it, to something inside ``root``."""
+    try:
+        return path.resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError):  # links in a circle
+        return False
 
 
 def sync_folder(folder: Path) -> None:
@@ -105,6 +131,14 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def expanded(path: str | Path) -> Path:
+    """The path, with ``~`` at its beginning replaced by a home folder if there is one of that name."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def now() -> str:

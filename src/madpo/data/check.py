@@ -13,8 +13,9 @@ from pydantic import Field
 
 from madpo.core.config import Frozen
 from madpo.core.errors import DataError
+from madpo.core.locks import locked
 from madpo.core.progress import bar
-from madpo.core.storage import storage_errors, write_atomically
+from madpo.core.storage import expanded, remove_leftovers, storage_errors, write_atomically
 from madpo.data.findings import Finding
 from madpo.data.load import PairStream, TooLong, encoded_pairs, refuse_too_long
 from madpo.data.rows import Pair
@@ -161,7 +162,7 @@ def check(
     if strict:
         pass_.survey.refuse_findings()
     if output is not None:
-        _write(Path(output), report, pass_.dropped.lines())
+        _write(expanded(output), report, pass_.dropped.lines())
     return report
 
 
@@ -284,8 +285,8 @@ def _lengths(values: array[int]) -> Lengths:
 
 
 def _write(folder: Path, report: CheckReport, dropped: str) -> None:
-    with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    with storage_errors(folder), locked(folder):
+        remove_leftovers(folder)
         write_atomically(folder / "dropped.jsonl", dropped)
         # Last: a folder with check.json is whole.
         write_atomically(folder / "check.json", report.model_dump_json(indent=2) + "\n")

@@ -11,8 +11,9 @@ from typing import Any
 
 from madpo.core.errors import DataError
 from madpo.data.messages import is_blank
+from madpo.data.raw import Source
 from madpo.data.rows import WANTED, Columns, Pair, Reader
-from madpo.data.sources import Source, open_source
+from madpo.data.sources import open_source
 from madpo.data.survey import Survey
 from madpo.data.templates import Clock
 from madpo.data.tokens import Encoded, Encoder, Truncation, as_tokenizer, check_options, text_length, truncated

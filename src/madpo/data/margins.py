@@ -13,7 +13,8 @@ from madpo.core.seeding import rng
 from madpo.data.load import PairStream
 from madpo.data.messages import Text, contents
 from madpo.data.numbers import as_number
-from madpo.data.sources import Source, open_source
+from madpo.data.raw import Source
+from madpo.data.sources import open_source
 
 SUSPICIOUS = 20
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from madpo.core.errors import DataError
-from madpo.data.sources import described
+from madpo.data.raw import described
 
 Message = dict[str, str]
 Text = str | list[Message]

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from madpo.core.errors import DataError
-from madpo.data.sources import described
+from madpo.data.raw import described
 
 
 def as_number(value: Any, name: str, place: str, *, from_text: bool = False) -> float:

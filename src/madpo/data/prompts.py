@@ -22,7 +22,7 @@ from madpo.data.messages import (
     said,
     texts_within,
 )
-from madpo.data.sources import described
+from madpo.data.raw import described
 
 # The column with the prompt (text or a conversation), and the columns whose texts go below it: "instruction" and
 # "input" are Alpaca's, "context" is Dolly's. The first entry of which a data set has the first column counts.

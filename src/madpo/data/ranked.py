@@ -7,7 +7,7 @@ from typing import Any
 
 from madpo.core.errors import DataError
 from madpo.data.numbers import as_number
-from madpo.data.sources import described
+from madpo.data.raw import described
 
 _TEXTS = ("response", "completion", "text", "content")
 _SYSTEM = ("custom_system_prompt", "system_prompt", "system")

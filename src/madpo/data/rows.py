@@ -23,7 +23,7 @@ from madpo.data.messages import (
 from madpo.data.numbers import as_number
 from madpo.data.prompts import KNOWN, Prompt, PromptColumns, read_prompt, refuse_lost_context
 from madpo.data.ranked import best_and_worst_of
-from madpo.data.sources import described
+from madpo.data.raw import described
 
 NUMBERS = ("chosen_score", "rejected_score", "reward_margin", "weight", "ref_chosen_logps", "ref_rejected_logps")
 # Our name first, then what known data sets call it; the report says which name was read. Those of the prompt are in

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from madpo.core.errors import DataError, first_line
+from madpo.data.raw import described_name
 
 
 def refuse_files_outside(name: str, folder: Path) -> None:
@@ -28,10 +29,10 @@ def refuse_files_outside(name: str, folder: Path) -> None:
     if not found or not all(isinstance(file, str) for file in found):
         raise DataError(f"{name}: state.json does not name its files; save the data set again")
     for file in map(str, found):
-        if "\0" in file or (folder / file).resolve().parent != folder.resolve():
+        if not _inside(folder, file):
             raise DataError(
-                f"{name}: state.json names the file {file[:80]!r}, which lies outside the folder; do not use the data "
-                "set, or copy the file there if it is yours"
+                f"{name}: state.json names the file {described_name(file)}, which is outside the folder; copy it there "
+                "if it is yours, or do not use the data set"
             )
 
 
@@ -53,6 +54,13 @@ def unopened(feature: Any) -> Any:
     elif hasattr(found, "decode") and type(found).__name__ != "Json":  # which is text in the row itself
         found.decode = False
     return found
+
+
+def _inside(folder: Path, file: str) -> bool:
+    try:
+        return (folder / file).resolve().parent == folder.resolve()
+    except (OSError, ValueError, RuntimeError):  # a name that no file can have, or links in a circle
+        return False
 
 
 def _entries(value: object) -> list[Any]:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 from madpo.core.errors import DataError
 from madpo.data.duplicates import Seen
 from madpo.data.findings import EXAMPLES, Finding, Findings
+from madpo.data.raw import Source
 from madpo.data.rows import Pair
-from madpo.data.sources import Source
 from madpo.data.tokens import Encoded
 
 FEW = 3  # pairs of one prompt that may be a coincidence

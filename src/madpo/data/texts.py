@@ -12,8 +12,9 @@ from madpo.core.errors import DataError
 from madpo.data.load import PairStream
 from madpo.data.messages import Text, encodable, refuse_unread_columns, refuse_unread_keys
 from madpo.data.prompts import PromptColumns, read_prompt, whole_prompt
+from madpo.data.raw import described
 from madpo.data.rows import ALIASES, RANKED
-from madpo.data.sources import described, open_source
+from madpo.data.sources import open_source
 
 _WHOLE = ("text", "messages", "conversations")
 _COMPLETIONS = ("completion", "response", "output")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any, Literal
 
 from madpo.core.errors import ConfigError, DataError
+from madpo.core.storage import expanded
 from madpo.data.messages import Text, content_of
 from madpo.data.rows import Pair, shared_prefix
 from madpo.data.templates import Clock, left_out, render
@@ -50,8 +50,8 @@ def as_tokenizer(tokenizer: Any) -> Any:
     from madpo.models.locate import light_tokenizer, refuse_unreachable, resolve_model
 
     # A folder may hold a tokenizer and no model.
-    alone = (Path(tokenizer).expanduser() / "tokenizer_config.json").is_file()
-    place = Path(tokenizer).expanduser() if alone else resolve_model(str(tokenizer))
+    alone = (expanded(tokenizer) / "tokenizer_config.json").is_file()
+    place = expanded(tokenizer) if alone else resolve_model(str(tokenizer))
     if isinstance(place, str):
         refuse_unreachable(place)
     return light_tokenizer(place)

@@ -16,7 +16,7 @@ from pathlib import Path
 from madpo.core.config import did_you_mean
 from madpo.core.errors import ConfigError, MadpoError, MemoryShortage, first_line
 from madpo.core.memory import is_shortage
-from madpo.core.storage import disk_error
+from madpo.core.storage import disk_error, expanded
 from madpo.models.packaged import PACKAGED
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
@@ -79,7 +79,7 @@ def cannot_load(name: str, error: BaseException, what: str = "model") -> MadpoEr
         )
     if "automatic conversion of the weights" in said:  # whose details are in a log alone
         reason = "the weights of its experts are incomplete, or have other shapes than its config.json asks for"
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if not folder.exists() and (isinstance(error, OSError) or "HFValidationError" in names):
         return no_such_model(name, reason)
     method = _quantisation(folder)

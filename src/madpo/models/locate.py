@@ -15,6 +15,7 @@ from urllib.request import getproxies
 
 from madpo.core.errors import ConfigError
 from madpo.core.memory import give_back
+from madpo.core.storage import expanded
 from madpo.models.loading import loading, no_such_model
 from madpo.models.packaged import PACKAGED, cache_dir, packaged, quiet_transformers
 from madpo.models.untrusted import check_model, read_object
@@ -42,7 +43,7 @@ _BPE_OPTIONS = (
 
 def lasting(name_or_path: str) -> str:
     """The model's name as it is found from any other folder: the place of a folder in full, other names as they are."""
-    path = Path(name_or_path).expanduser()
+    path = expanded(name_or_path)
     if name_or_path in PACKAGED or name_or_path.startswith("tiny-") or not path.is_dir():
         return name_or_path
     return str(path.resolve())
@@ -71,7 +72,7 @@ def _resolved(name_or_path: str) -> Path | str:
         from madpo.models.load import build_tiny
 
         return build_tiny(family, folder)
-    path = Path(name_or_path).expanduser()
+    path = expanded(name_or_path)
     if path.is_dir():
         check_model(path)
         if not (path / "config.json").exists():
@@ -128,7 +129,7 @@ def refuse_fetching(base: str | Path, named_in: Path, remedy: str = "") -> None:
     Raises:
         ConfigError: naming the command that fetches it.
     """
-    if isinstance(base, str) and not Path(base).expanduser().exists() and not _in_hub_cache(base):
+    if isinstance(base, str) and not expanded(base).exists() and not _in_hub_cache(base):
         raise ConfigError(
             f"{named_in} names the base model {base!r}, which is not on this machine, and is fetched only where you "
             f"name it yourself: run hf download {base}{remedy}"

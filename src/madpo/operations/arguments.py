@@ -15,6 +15,7 @@ _OURS = {
     "output_dir": "is the command's own; use --output_dir",
     "trust_remote_code": "would run code that comes with a model; convert the model with tools that you trust",
     "push_to_hub": "is not for a command that finishes in a folder; look at the result, then upload it",
+    "hub_token": "would be kept with the result, for everybody to read; log in with: hf auth login",
     "resume_from_checkpoint": "is not needed; the same command continues an interrupted training",
 }
 

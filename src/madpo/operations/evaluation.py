@@ -15,7 +15,7 @@ from madpo.core.config import Frozen
 from madpo.core.errors import ConfigError, first_line
 from madpo.core.metrics import Estimate, Metrics
 from madpo.core.statistics import bootstrap_mean, bootstrap_share, paired_difference, proportion
-from madpo.core.storage import write_atomically
+from madpo.core.storage import expanded, write_atomically
 from madpo.data.messages import Text
 from madpo.data.rows import Pair
 from madpo.data.tokens import Encoder
@@ -174,7 +174,7 @@ def find_policy(policy: str | Path, reference: str | None) -> Place:
     Raises:
         ConfigError: nothing says what the reference is, or it is not on this machine and only a folder names it.
     """
-    folder = Path(policy).expanduser()
+    folder = expanded(policy)
     if (folder / "reward_model.json").is_file() or (folder.parent / "reward_model.json").is_file():
         raise ConfigError(f"{policy} is a reward model, which rewards and cannot write; give a folder of madpo train")
     made = folder / "config.toml"
@@ -202,7 +202,7 @@ def find_policy(policy: str | Path, reference: str | None) -> Place:
 
 def _moved(model: str) -> bool:
     """Whether a model was a folder and is there no more."""
-    path = Path(model).expanduser()
+    path = expanded(model)
     return path.is_absolute() and not path.exists()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field
 
 from madpo.core.config import Frozen
+from madpo.core.storage import expanded
 from madpo.data.margins import SUSPICIOUS, read_margins
 from madpo.rewards.margins import MarginReport, inspect
 
@@ -33,5 +34,5 @@ def inspect_data(
     if output is not None:
         from madpo.report.margin_page import write_margin_page
 
-        write_margin_page(output, str(data), report, margins)
+        write_margin_page(expanded(output), str(data), report, margins)
     return report

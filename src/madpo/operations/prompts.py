@@ -9,7 +9,8 @@ from typing import NamedTuple
 from madpo.core.errors import DataError
 from madpo.data.messages import Text, refuse_unread_columns
 from madpo.data.prompts import PromptColumns, whole_prompt
-from madpo.data.sources import described, open_source
+from madpo.data.raw import described
+from madpo.data.sources import open_source
 from madpo.operations.inputs import prompt_key
 
 

@@ -20,7 +20,7 @@ from madpo.core.errors import ConfigError, DataError
 from madpo.core.metrics import Estimate, Metrics
 from madpo.core.progress import say
 from madpo.core.statistics import bootstrap_mean, bootstrap_temperature, proportion
-from madpo.core.storage import write_atomically
+from madpo.core.storage import expanded, write_atomically
 from madpo.data.rows import Pair
 from madpo.data.templates import Clock, render
 from madpo.data.tokens import Encoded, Encoder
@@ -354,7 +354,7 @@ def load_pair_encoder(place: str | Path, clock: Clock | None = None) -> PairEnco
 
 def _own_folder(place: str | Path) -> Path | None:
     """The folder of a reward model that :func:`reward` wrote; None for any other."""
-    folder = Path(place).expanduser()
+    folder = expanded(place)
     if (folder / "reward_model.json").is_file():
         return folder
     if (folder.parent / "reward_model.json").is_file():
@@ -387,6 +387,6 @@ def _classifier(place: str | Path) -> Path | str:
 
 def reward_model_digest(place: str) -> str | None:
     """SHA-256 of a reward model's files (of one of ours, its adapter's); None for one of the hub."""
-    folder = Path(place).expanduser()
+    folder = expanded(place)
     own = (folder / "reward_model.json").is_file()
     return digest(folder / "adapter") if own else digest(folder)

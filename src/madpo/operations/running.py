@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from madpo.core.errors import StorageError, first_line
 from madpo.core.locks import LOCKS
 from madpo.core.progress import say
+from madpo.core.storage import expanded
 from madpo.runner.folder import UNFINISHED, file_digest
 from madpo.runner.record import RECORD
 from madpo.runner.step import Source, StageFn, Step
@@ -49,7 +50,7 @@ def run_in_folder(
     Raises:
         StorageError: as :func:`madpo.runner.folder.prepare`.
     """
-    out = Path(output_dir).expanduser()
+    out = expanded(output_dir)
     given = {
         role: Source(str(place), digest(place) or str(place)) for role, place in inputs.items() if place is not None
     }
@@ -94,7 +95,7 @@ def digest(place: str | Path) -> str | None:
 
     Records and locks do not count, so that two equal results have one digest.
     """
-    path = Path(place).expanduser()
+    path = expanded(place)
     if path.is_file():
         return file_digest(path)
     if not path.is_dir():

@@ -21,11 +21,11 @@ import pyarrow.parquet as pq
 
 from madpo.core.errors import DataError, StorageError
 from madpo.core.progress import say
-from madpo.core.storage import storage_errors
+from madpo.core.storage import expanded, stays_inside, storage_errors
 from madpo.report.build import rebuild_report
 from madpo.report.sources import RESPONSE_DIGEST, response_digest
 from madpo.report.tables import markdown_cell
-from madpo.runner.record import EXPORTED, RunStatus, run_status
+from madpo.runner.record import EXPORTED, RECORD, RunStatus, run_status
 
 TEXTS = 12  # prompts whose samples keep their texts
 LIMIT = 16_000_000  # bytes of the folder
@@ -53,7 +53,8 @@ def export_report(root: Path, target: Path) -> Path:
         StorageError: ``target`` holds something else, or cannot be written.
         DataError: a damaged file, or more than ``LIMIT`` bytes.
     """
-    root, target = root.absolute(), target.absolute()
+    root, target = expanded(root).absolute(), expanded(target).absolute()
+    _refuse_link(root / "run.json", root)
     status = run_status(root)
     _refuse(root, target)
     with storage_errors(target), _replacing(target) as place:
@@ -65,19 +66,22 @@ def export_report(root: Path, target: Path) -> Path:
     return target / "report.html"
 
 
+def _refuse_link(path: Path, root: Path) -> None:
+    """Refuse to carry into an export, which others will read, a file from outside the run."""
+    if not stays_inside(path, root):
+        raise StorageError(
+            f"{path} leads out of the run's folder by a link; copy there what it points to, or remove it"
+        )
+
+
 def _refuse(root: Path, target: Path) -> None:
     if target == root or root in target.parents or target in root.parents:
         raise StorageError(f"{target} and the run's folder {root} lie in each other; choose another folder")
     if target.exists() and not target.is_dir():
         raise StorageError(f"{target} is a file, not a folder; choose another folder")
     if target.is_dir() and any(target.iterdir()):
-        try:
-            earlier = json.loads((target / "run.json").read_bytes())
-            exported, folders = earlier["about"][EXPORTED], [step["folder"] for step in earlier["steps"].values()]
-            known = {*OWN, *(Path(folder).parts[0] for folder in folders)}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
-            exported = None
-        if exported is None:
+        known = _names(target)
+        if known is None:
             raise StorageError(f"{target} is not empty and holds no earlier export; choose another folder")
         if others := sorted(entry.name for entry in target.iterdir() if entry.name not in known):
             raise StorageError(
@@ -86,12 +90,27 @@ def _refuse(root: Path, target: Path) -> None:
             )
 
 
+def _names(folder: Path) -> set[str] | None:
+    """Names of what the export in a folder holds; None where there is no export."""
+    try:
+        earlier = json.loads((folder / "run.json").read_bytes())
+        if earlier["about"][EXPORTED] is None:
+            return None
+        return {*OWN, *(Path(step["folder"]).parts[0] for step in earlier["steps"].values())}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+        return None
+
+
 @contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
     """A new folder beside ``target``, which takes its place if all goes well."""
     target.parent.mkdir(parents=True, exist_ok=True)
     # The same names each time: what a killed export left is removed by the next.
     place, old = (target.with_name(f".{target.name}.{kind}") for kind in ("tmp", "old"))
+    for left in (place, old):
+        ours = not left.is_symlink() and left.is_dir() and (not any(left.iterdir()) or _names(left) is not None)
+        if not ours and os.path.lexists(left):
+            raise StorageError(f"{left} is in the way and holds no export of madpo; move it away")
     _clear(target, place, old)
     place.mkdir()
     try:
@@ -119,6 +138,8 @@ def _copy(root: Path, place: Path, status: RunStatus) -> None:
     for name, record in status.steps.items():
         folder = listing["steps"][name]["folder"]
         source, own = root / folder, place / folder
+        for file in (RECORD, "error.txt", *KEPT):
+            _refuse_link(source / file, root)
         if record is None:
             if (why := status.unfinished[name]).startswith("failed: "):
                 own.mkdir(parents=True)

@@ -19,7 +19,7 @@ from typing import Any
 from madpo.core.config import first_difference
 from madpo.core.errors import StorageError
 from madpo.core.locks import LOCKS
-from madpo.core.storage import sync_folder, write_atomically
+from madpo.core.storage import remove_leftovers, sync_folder, write_atomically
 from madpo.runner.record import RECORD, Record, load_record
 
 UNFINISHED = "unfinished"
@@ -112,6 +112,7 @@ def _open_work(out: Path, begun: Mapping[str, Any], *, overwrite: bool, inputs: 
         before = _read(work / BEGUN)
         changed = "it is unreadable" if before is None else what_changed(before, json.loads(text))
         if changed is None:
+            remove_leftovers(work)
             return
         kept = checkpoints(work)
         if kept and not overwrite:

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from madpo.core.config import identity_settings
 from madpo.core.errors import ConfigError
 from madpo.core.metrics import Metrics
+from madpo.core.storage import expanded
 from madpo.runner.operation import operation_name
 from madpo.runner.record import libraries
 
@@ -37,7 +38,7 @@ class Source:
 
     def folder(self, root: Path) -> Path:
         """Where it is; the same for every ``root``."""
-        return Path(self.place).expanduser()
+        return expanded(self.place)
 
 
 @dataclass(frozen=True, eq=False)

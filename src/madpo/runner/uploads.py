@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 from madpo.core.errors import ConfigError
 from madpo.core.progress import say
+from madpo.core.storage import stays_inside
 
 RECORD = "record.json"
 _WITHOUT_FOLDERS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "obs", "cos"}
@@ -87,6 +88,8 @@ class Upload:
         self._put(folder / RECORD, f"{place}/{RECORD}")
 
     def _put(self, path: Path, place: str) -> None:
+        if not stays_inside(path, path.parents[place.count("/")]):
+            raise OSError(f"{path} leads out of the run's folder by a link; copy there what it points to")
         remote = f"{self._root}/{place}"
         if not self._buckets:  # where there are buckets, this would create one of a name that was mistyped
             self._store.makedirs(remote.rsplit("/", 1)[0], exist_ok=True)

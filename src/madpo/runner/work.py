@@ -19,7 +19,7 @@ from madpo.core.locks import locked
 from madpo.core.memory import memory_errors
 from madpo.core.metrics import plain_metrics
 from madpo.core.progress import say
-from madpo.core.storage import now, storage_errors
+from madpo.core.storage import expanded, now, stays_inside, storage_errors
 from madpo.runner.folder import ERROR, UNFINISHED, abandon, clear, files_of, finish, prepare
 from madpo.runner.record import Record, conditions, load_record
 from madpo.runner.step import StageFn, Step
@@ -119,7 +119,7 @@ def run_step(
     Raises:
         StorageError: another run writes into ``out``, or it holds something else.
     """
-    out = out.expanduser()
+    out = expanded(out)
     there = out.exists()
     with contextlib.ExitStack() as held:
         with storage_errors(out):
@@ -141,6 +141,8 @@ def attempt(job: Job, root: Path) -> Record | tuple[str, MadpoError | None]:
                 f"{root} does not exist on {socket.gethostname()}: put the run's folder on a file system shared by all "
                 "nodes"
             )
+        if not stays_inside(job.out, root):
+            raise StorageError(f"{job.out} leads out of the run's folder by a link; remove the link")
         job.out.mkdir(parents=True, exist_ok=True)
         old = load_record(job.out)
         if old is None:

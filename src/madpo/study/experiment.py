@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from madpo.core.config import Frozen, find_experiment, load_config
 from madpo.core.progress import say
+from madpo.core.storage import expanded
 from madpo.data.corpus import Corpus, PackagedIMDB
 from madpo.models.hyperparameters import LoRA, Optimisation, Pooling
 from madpo.operations.study_pairs import Tier
@@ -220,6 +221,7 @@ def run_experiment(
     # Notices from one library about another's names say nothing to the person who runs an experiment.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl)\.")
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # the same for worker processes
+    output_dir = expanded(output_dir)
     experiment = load_config(find_experiment(name_or_path), Experiment, overrides)
     about = {
         "title": experiment.title,

@@ -18,7 +18,7 @@ from madpo.core.metrics import Estimate, Metrics
 from madpo.core.progress import say
 from madpo.core.seeding import derived_seed
 from madpo.core.statistics import bootstrap_mean
-from madpo.core.storage import write_atomically
+from madpo.core.storage import expanded, write_atomically
 from madpo.models.hyperparameters import CHECKPOINTS
 from madpo.operations.policy import MEMORY_REMEDY, resolved
 from madpo.operations.reward_model import plain
@@ -136,7 +136,7 @@ def tune(data: str | Path, output_dir: str | Path, settings: TuneSettings, *, ov
         DataError, ConfigError: one sentence, before anything is trained.
         StorageError: ``output_dir`` holds something else, or a study with other settings.
     """
-    out = Path(output_dir).expanduser()
+    out = expanded(output_dir)
     inputs = {
         "data": data,
         "model": settings.model,

@@ -1,0 +1,85 @@
+"""Raw rows: what every format of preference data gives, and how a message shows a value that is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from madpo.core.errors import DataError, printable
+
+MAX_ROW = 64 * 2**20
+"""Bytes of one row: more is a file without line ends or an unpacked bomb, not a preference pair."""
+
+RawRow = tuple[int, "dict[str, Any] | DataError"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened data set.
+
+    Attributes:
+        name: as the user wrote it, printable; begins every message.
+        unit: "line" (lines of text, the first is 1, as in an editor) or "row" (tables and JSON arrays, the first is 0,
+            as in an index).
+        columns: names of a table's columns; None where every row brings its own keys.
+        rows: (number in ``unit``, the row or what is wrong with it).
+    """
+
+    name: str
+    unit: Literal["line", "row"]
+    columns: tuple[str, ...] | None
+    rows: Generator[RawRow, None, None]
+
+    def at(self, number: int) -> str:
+        """The place of a row, as messages begin: ``pairs.jsonl, line 7``."""
+        return f"{self.name}, {self.unit} {number}"
+
+
+def refuse_repeats(name: str, columns: Sequence[str]) -> None:
+    """Refuse a table with two columns of one name.
+
+    Raises:
+        DataError: with the first such column.
+    """
+    if (column := repeated(columns)) is not None:
+        raise DataError(f"{name}: the column {described_name(column)} is there twice; keep one of the two")
+
+
+def repeated(names: Sequence[str]) -> str | None:
+    """The first name that is there a second time."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
+def described(value: object) -> str:
+    """A value of the wrong type, for a message: what it is, and its beginning."""
+    if value is None:
+        return "null"
+    kinds = ((bool, "true/false"), (int | float, "a number"), (str, "text"), (list | tuple, "a list"))
+    kind = next((word for types, word in kinds if isinstance(value, types)), None)
+    if kind is None:
+        kind = "an object" if isinstance(value, dict) else f"of type {type(value).__name__}"
+    return f"{short(value)} ({kind})"
+
+
+def described_name(name: str) -> str:
+    """A name of a column or key, quoted, at most 80 characters of it."""
+    return repr(name if len(name) <= 80 else f"{name[:79]}…")
+
+
+def short(value: object) -> str:
+    """The beginning of a value, or of the message of an error, in one printable line."""
+    # Only the beginning is rendered: a field may be megabytes long.
+    if isinstance(value, str):
+        return repr(value[:40] + "…") if len(value) > 40 else repr(value)
+    if isinstance(value, int) and abs(value) >= 10**40:
+        return "a whole number of more than 40 digits"
+    if isinstance(value, list | tuple | dict):
+        return f"{len(value)} entries" if value else "empty"
+    text = printable((str(value).splitlines() or [""])[0]) or type(value).__name__
+    return text if len(text) <= 160 else f"{text[:157]}…"
