@@ -225,12 +225,13 @@ def test_every_option_may_stand_in_a_file(tmp_path):
 
     given = tmp_path / "given.toml"
     given.write_text(
-        'output_dir = "out"\noverwrite = true\neval_data = "e"\nmodel = "m"\nmerge = true\ntruncation = "cut"\n'
+        'output_dir = "out"\neval_data = "e"\nmodel = "m"\nmerge = true\ntruncation = "cut"\n'
         '[loss]\nkind = "dpo"\nbeta = 0.3\n[args]\nlearning_rate = 2e-5\n[lora]\nrank = 2\n'
     )
     parser = argparse.ArgumentParser()
     commands_train.train_arguments(parser)
-    parsed_words = parser.parse_args(["d", "--config", str(given), "--learning_rate", "1e-3", "--set", "lora.rank=3"])
+    words = ["d", "--config", str(given), "--learning_rate", "1e-3", "--set", "lora.rank=3", "--overwrite"]
+    parsed_words = parser.parse_args(words)
     beside = {"output_dir": (str, ...), "overwrite": (bool, False), "eval_data": (str | None, None)}
     where, settings = asked(parsed_words, TrainSettings, **beside)
     assert where == {"output_dir": "out", "overwrite": True, "eval_data": "e"}

@@ -137,8 +137,9 @@ def test_a_page_without_results_and_a_terminal_of_few_letters(
 def test_what_a_kill_between_two_renames_left_is_the_earlier_export(tmp_path: Path) -> None:
     study = make_study(tmp_path / "run", tiers=("low",), seeds=1)
     study.write("one")
-    (tmp_path / ".out.old").mkdir()
-    (tmp_path / ".out.old" / "run.json").write_text("{}")
+    export_report(study.root, tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_bytes()
+    (tmp_path / "out").rename(tmp_path / ".out.old")
 
     def fails() -> None:
         with export._replacing(tmp_path / "out"):
@@ -146,7 +147,7 @@ def test_what_a_kill_between_two_renames_left_is_the_earlier_export(tmp_path: Pa
 
     with pytest.raises(DataError):
         fails()
-    assert (tmp_path / "out" / "run.json").read_text() == "{}"
+    assert (tmp_path / "out" / "report.html").read_bytes() == page
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
 
 
@@ -155,9 +156,10 @@ def test_an_earlier_export_is_replaced_as_a_whole_and_nothing_else_is(tmp_path: 
     study.write("one")
     target = tmp_path / "out"
     assert main(["report", str(study.root), "--export", str(target)]) == 0
-    for left in (target / "tables" / "left.csv", tmp_path / ".out.tmp" / "killed", tmp_path / ".out.old" / "killed"):
-        left.parent.mkdir(exist_ok=True)
-        left.write_text("over")
+    (target / "tables" / "left.csv").write_text("over")
+    for killed in (".out.tmp", ".out.old"):  # a kill leaves a part of an export
+        (tmp_path / killed / "policy").mkdir(parents=True)
+        (tmp_path / killed / "run.json").write_bytes((target / "run.json").read_bytes())
     assert main(["report", str(study.root), "--export", str(target)]) == 0
     assert not (target / "tables" / "left.csv").exists()
     (target / "notes.md").write_text("mine")

@@ -75,7 +75,7 @@ def _missing(place: Path, file: object, *, there: bool) -> str | None:
     found = Path(os.fsdecode(file)).absolute()
     if place.absolute() in found.parents or (there and found == place.absolute()):
         return _VANISHED
-    if found.parent == place.absolute().parent:  # itself, or the temporary file next to it
+    if found == place.absolute() or found == temporary_path(place.absolute()):
         return f"nothing can be created in {found.parent}; choose another place"
     return None
 
@@ -88,7 +88,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     data = content.encode("utf-8") if isinstance(content, str) else content
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
     try:
         with os.fdopen(os.open(temporary, flags, 0o666), "wb") as file:
@@ -101,6 +101,11 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             temporary.unlink()
         raise
     sync_folder(path.parent)
+
+
+def temporary_path(path: Path) -> Path:
+    """Where this process writes a file until it is whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from madpo.core.errors import DataError, StorageError
 from madpo.core.progress import say
-from madpo.core.storage import expanded, stays_inside, storage_errors
+from madpo.core.storage import expanded, stays_inside, storage_errors, write_atomically
 from madpo.report.build import rebuild_report
 from madpo.report.sources import RESPONSE_DIGEST, response_digest
 from madpo.report.tables import markdown_cell
@@ -126,14 +126,18 @@ def _clear(target: Path, place: Path, old: Path) -> None:
     """Remove what an export leaves beside its target, which gets back what it was if it stopped between two renames."""
     if old.exists() and not target.exists():
         os.replace(old, target)
-    for path in (place, old):
-        shutil.rmtree(path, ignore_errors=True)
+    for folder in (place, old):
+        if folder.exists():
+            # The listing goes last: by it what a kill leaves is known as ours.
+            for path in sorted(folder.iterdir(), key=lambda path: path.name == "run.json"):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            folder.rmdir()
 
 
 def _copy(root: Path, place: Path, status: RunStatus) -> None:
     listing = json.loads((root / "run.json").read_bytes())
     listing["about"][EXPORTED] = {"texts": TEXTS}
-    (place / "run.json").write_text(json.dumps(listing, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_atomically(place / "run.json", json.dumps(listing, indent=1, ensure_ascii=False) + "\n")
     hosts: dict[str, str] = {}
     for name, record in status.steps.items():
         folder = listing["steps"][name]["folder"]
