@@ -363,7 +363,7 @@ def test_another_training_is_refused_by_the_fields_name(llama, tmp_path):
         r"configuration\.learning_rate is 0\.01, and now it is 0\.02": build(
             llama, tmp_path, data=data, max_steps=2, learning_rate=0.02
         ),
-        r"configuration\.max_steps": build(llama, tmp_path, data=data, max_steps=3),
+        r"configuration\.max_grad_norm": build(llama, tmp_path, data=data, max_steps=2, max_grad_norm=3.0),
         r"loss\.beta is 0\.1": build(llama, tmp_path, DPO(beta=0.3), data, max_steps=2),
         r"adapter\.default\.lora_dropout": build(llama, tmp_path, data=data, max_steps=2, dropout=0.2),
         "model is": build(other, tmp_path, data=data, max_steps=2),

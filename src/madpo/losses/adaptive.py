@@ -20,7 +20,7 @@ from torch import Tensor
 
 from madpo.core.errors import ConfigError, DivergedError
 from madpo.core.seeding import derived_seed, rng
-from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState
+from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState, Paper
 
 
 class RunningLoss(LossConfig):
@@ -103,6 +103,12 @@ class BetaDPO(RunningLoss):
     """
 
     kind: Literal["beta_dpo"] = "beta_dpo"
+    paper: ClassVar[Paper | None] = Paper(
+        "2407.08639",
+        "beta-DPO: Direct Preference Optimization with Dynamic beta",
+        "Wu, Junkang and others",
+        2024,
+    )
     beta: float = Field(default=0.1, gt=0)
     """Base strength of the pull to the reference; larger keeps the policy closer to it."""
     adapt_beta: bool = True
@@ -221,6 +227,12 @@ class AlphaDPO(RunningLoss):
     """
 
     kind: Literal["alpha_dpo"] = "alpha_dpo"
+    paper: ClassVar[Paper | None] = Paper(
+        "2410.10148",
+        "AlphaDPO: Adaptive Reward Margin for Direct Preference Optimization",
+        "Wu, Junkang and others",
+        2024,
+    )
     beta: float = Field(default=10.0, gt=0)
     """Scale of the per-token margin; larger sharpens the loss (released settings: 2.5 and 10)."""
     gamma_beta_ratio: float = 0.4

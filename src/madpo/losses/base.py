@@ -16,6 +16,28 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 
+class Paper(NamedTuple):
+    """Where a loss was published: for the cards of models that were trained with it."""
+
+    arxiv: str
+    title: str
+    authors: str
+    """As in BibTeX: "Last, First and others"."""
+    year: int
+
+    def bibtex(self) -> str:
+        """An entry for a bibliography."""
+        fields = {
+            "title": f"{{{self.title}}}",
+            "author": self.authors,
+            "year": self.year,
+            "eprint": self.arxiv,
+            "archivePrefix": "arXiv",
+        }
+        lines = "".join(f"    {name:<13} = {{{value}}},\n" for name, value in fields.items())
+        return f"@misc{{{self.authors.split(',')[0].replace(' ', '').lower()}{self.year},\n{lines}}}"
+
+
 class LossConfig(BaseModel):
     """Base of every loss: frozen, no unknown keys, no NaN or infinite hyperparameters.
 
@@ -41,6 +63,8 @@ class LossConfig(BaseModel):
     """False: the reference log-probs are never read, and zeros may stand in for them."""
     stateful: ClassVar[bool] = False
     """True: the trainer keeps a :class:`LossState` for it."""
+    paper: ClassVar[Paper | None] = None
+    """What a model card cites."""
 
     def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
         """Loss per pair. Pure: equal inputs and state give equal outputs."""

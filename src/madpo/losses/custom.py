@@ -9,7 +9,7 @@ from pydantic import Field, JsonValue, ValidationInfo, model_validator
 from torch import Tensor
 
 from madpo.core.custom import named_class, with_digest
-from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState
+from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState, Paper
 
 
 class Custom(LossConfig):
@@ -58,6 +58,11 @@ class Custom(LossConfig):
     def stateful(self) -> bool:  # type: ignore[override]
         """As the class says."""
         return self.loss.stateful
+
+    @property
+    def paper(self) -> Paper | None:  # type: ignore[override]
+        """As the class says."""
+        return self.loss.paper
 
     @property
     def beta(self) -> float:

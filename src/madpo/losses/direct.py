@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from madpo.core.errors import ConfigError
-from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState, per_token
+from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState, Paper, per_token
 
 
 class DPO(LossConfig):
@@ -20,6 +20,12 @@ class DPO(LossConfig):
     """
 
     kind: Literal["dpo"] = "dpo"
+    paper: ClassVar[Paper | None] = Paper(
+        "2305.18290",
+        "Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
+        "Rafailov, Rafael and others",
+        2023,
+    )
     beta: float = Field(default=0.1, gt=0)
     """Strength of the pull to the reference; larger keeps the policy closer to it."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
@@ -38,6 +44,12 @@ class IPO(LossConfig):
     """
 
     kind: Literal["ipo"] = "ipo"
+    paper: ClassVar[Paper | None] = Paper(
+        "2310.12036",
+        "A General Theoretical Paradigm to Understand Learning from Human Preferences",
+        "Azar, Mohammad Gheshlaghi and others",
+        2023,
+    )
     beta: float = Field(default=0.1, gt=0)
     """tau of the paper: h is pulled to 1/(2 beta), 5 nats at 0.1; larger keeps the policy closer."""
     reduction: Literal["sum", "mean"] = "sum"
@@ -61,6 +73,12 @@ class RDPO(LossConfig):
     """
 
     kind: Literal["rdpo"] = "rdpo"
+    paper: ClassVar[Paper | None] = Paper(
+        "2403.00409",
+        "Provably Robust DPO: Aligning Language Models with Noisy Feedback",
+        "Ray Chowdhury, Sayak and others",
+        2024,
+    )
     beta: float = Field(default=0.1, gt=0)
     """Strength of the pull to the reference; larger keeps the policy closer to it."""
     flip_rate: float = Field(default=0.1, ge=0, lt=0.5)
@@ -81,6 +99,12 @@ class SimPO(LossConfig):
     """
 
     kind: Literal["simpo"] = "simpo"
+    paper: ClassVar[Paper | None] = Paper(
+        "2405.14734",
+        "SimPO: Simple Preference Optimization with a Reference-Free Reward",
+        "Meng, Yu and others",
+        2024,
+    )
     beta: float = Field(default=2.0, gt=0)
     """Scale of the per-token margin; larger sharpens the loss (the paper: 2 to 10)."""
     gamma: float | None = None
@@ -122,6 +146,12 @@ class WPO(LossConfig):
     """
 
     kind: Literal["wpo"] = "wpo"
+    paper: ClassVar[Paper | None] = Paper(
+        "2406.11827",
+        "WPO: Enhancing RLHF with Weighted Preference Optimization",
+        "Zhou, Wenxuan and others",
+        2024,
+    )
     beta: float = Field(default=0.01, gt=0)
     """Strength of the pull to the reference; larger keeps the policy closer to it."""
     clamp: bool = True

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from madpo.core.errors import DataError
-from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState, per_token
+from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState, Paper, per_token
 from madpo.losses.weight import (
     Part,
     check_finite,
@@ -29,6 +29,12 @@ class MADPO(LossConfig):
     """
 
     kind: Literal["madpo"] = "madpo"
+    paper: ClassVar[Paper | None] = Paper(
+        "2510.05342",
+        "Margin Adaptive DPO: Leveraging Reward Model for Granular Control in Preference Optimization",
+        "Rho, Hyung Gyu",
+        2025,
+    )
     beta: float = Field(default=0.1, gt=0)
     """Strength of the pull to the reference; larger keeps the policy closer to it."""
     tau: float = 7.0
@@ -88,6 +94,7 @@ class SoftMADPO(LossConfig):
     """
 
     kind: Literal["soft_madpo"] = "soft_madpo"
+    paper: ClassVar[Paper | None] = MADPO.paper
     beta: float = Field(default=0.1, gt=0)
     """Strength of the pull to the reference; larger keeps the policy closer to it."""
     tau: float = 7.0
@@ -123,6 +130,12 @@ class SoftDPO(LossConfig):
     """
 
     kind: Literal["soft_dpo"] = "soft_dpo"
+    paper: ClassVar[Paper | None] = Paper(
+        "2410.03145",
+        "Margin Matching Preference Optimization: Enhanced Model Alignment with Granular Feedback",
+        "Kim, Kyuyoung and others",
+        2024,
+    )
     beta: float = Field(default=0.1, gt=0)
     """Strength of the pull to the reference; larger keeps the policy closer to it."""
     margin_temperature: float = Field(default=1.0, gt=0)
@@ -143,6 +156,12 @@ class ODPO(LossConfig):
     """
 
     kind: Literal["odpo"] = "odpo"
+    paper: ClassVar[Paper | None] = Paper(
+        "2402.10571",
+        "Direct Preference Optimization with an Offset",
+        "Amini, Afra and others",
+        2024,
+    )
     beta: float = Field(default=0.1, gt=0)
     """Strength of the pull to the reference; larger keeps the policy closer to it."""
     alpha: float = Field(default=1.0, ge=0)
@@ -175,6 +194,12 @@ class RPO(LossConfig):
     """
 
     kind: Literal["rpo"] = "rpo"
+    paper: ClassVar[Paper | None] = Paper(
+        "2502.00203",
+        "Reward-aware Preference Optimization: A Unified Mathematical Framework for Model Alignment",
+        "Sun, Shengyang and others",
+        2025,
+    )
     beta: float = Field(default=0.1, gt=0)
     """Strength of the pull to the reference; larger keeps the policy closer to it (NeMo-Aligner: 0.2)."""
     eta: float = Field(default=1.0, gt=0)
@@ -205,6 +230,12 @@ class OmniDPO(LossConfig):
     """
 
     kind: Literal["omni_dpo"] = "omni_dpo"
+    paper: ClassVar[Paper | None] = Paper(
+        "2506.10054",
+        "Omni-DPO: A Dual-Perspective Paradigm for Dynamic Preference Learning of LLMs",
+        "Peng, Shangpin and others",
+        2025,
+    )
     beta: float = Field(default=2.0, gt=0)
     """Scale of the per-token margins."""
     eta: float = Field(default=0.7, ge=0)

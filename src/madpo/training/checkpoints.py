@@ -272,8 +272,7 @@ def check_identity(checkpoint: Checkpoint, now: Mapping[str, Any]) -> None:
     Raises:
         DataError: the first field that differs, with both values.
     """
-    # A round trip turns tuples into lists, as in the manifest.
-    differs = first_difference(checkpoint.identity, json.loads(json.dumps(now)))
+    differs = first_difference(checkpoint.identity, now)
     if differs is None:
         return
     field, before, after = differs

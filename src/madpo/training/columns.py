@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
+from torch import Tensor
+from trl.data_utils import get_dataset_column_names
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from madpo.core.errors import DataError
+from madpo.core.progress import say_once
 from madpo.models.vocabulary import refuse_unknown
+from madpo.training.refusals import refuse_images
 
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
@@ -26,40 +30,78 @@ class PreferenceCollator(DataCollatorForPreference):  # type: ignore[misc]
 
     Attributes:
         columns: numeric columns that every example must have.
-        optional: numeric columns that are passed on where they are present.
         embedding_rows: of the model; token ids beyond them are refused.
     """
 
     columns: tuple[str, ...] = ()
-    optional: tuple[str, ...] = ("weight",)
     embedding_rows: int | None = None
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Pad a batch: chosen rows, then rejected rows; one value per pair of each column."""
-        batch: dict[str, Any] = super().torch_call(examples)
-        if self.embedding_rows is not None:
-            ids = batch["input_ids"]
-            pairs = ", ".join(str(example["pair_id"]) for example in examples if "pair_id" in example)
-            where = f"a batch{pairs and f' with the pairs {pairs}'}"
-            refuse_unknown([int(ids.min()), int(ids.max())], self.embedding_rows, where)
-        present = [name for name in self.optional if name in examples[0] and name not in self.columns]
-        for name in (*self.columns, *present):
-            values = [example.get(name) for example in examples]
-            if any(value is None for value in values):
-                row = examples[values.index(None)].get("pair_id", values.index(None))
-                raise DataError(f"the column {name!r} is empty for pair {row}: fill it or drop the pair")
-            # float64 keeps what the data has; the loss computes in float32 or wider.
-            batch[name] = torch.tensor(values, dtype=torch.float64).float()
-            if not bool(torch.isfinite(batch[name]).all()):
-                place = int((~torch.isfinite(batch[name])).nonzero()[0])
-                row = examples[place].get("pair_id", f"{place} of the batch")
-                raise DataError(
-                    f"the column {name!r} is {values[place]} for pair {row}, which is no finite float32; score the "
-                    "pair again or drop it"
-                )
-        if "pair_id" in examples[0]:
-            batch["pair_id"] = torch.tensor([example["pair_id"] for example in examples])
-        return batch
+        return completed(super().torch_call(examples), examples, self.columns, self.embedding_rows)
+
+
+@dataclass
+class AnyCollator:
+    """A collator of the user's, any callable, with the columns that the loss reads.
+
+    Attributes:
+        collate: turns examples into a batch of ``input_ids``, ``attention_mask`` and ``completion_mask``, chosen rows
+            first, then rejected ones.
+        columns, embedding_rows: as in :class:`PreferenceCollator`.
+    """
+
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    columns: tuple[str, ...] = ()
+    embedding_rows: int | None = None
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """The user's batch, with what it left out."""
+        batch = dict(self.collate(examples))
+        references = [name for name in REFERENCE_COLUMNS if name in examples[0] and name not in batch]
+        return completed(batch, examples, (*self.columns, *references), self.embedding_rows)
+
+
+def completed(
+    batch: dict[str, Any], examples: Sequence[dict[str, Any]], columns: Iterable[str], embedding_rows: int | None
+) -> dict[str, Any]:
+    """The batch with one float32 per pair of each column, and the names of the pairs where they have some.
+
+    Raises:
+        DataError: a value is missing, no number or not finite, or a token id is beyond the embedding; with the pair.
+    """
+    if embedding_rows is not None:
+        ids = batch["input_ids"]
+        pairs = ", ".join(str(example["pair_id"]) for example in examples if "pair_id" in example)
+        where = f"a batch{pairs and f' with the pairs {pairs}'}"
+        refuse_unknown([int(ids.min()), int(ids.max())], embedding_rows, where)
+    for name in columns:
+        if name not in batch:
+            batch[name] = _numbers(name, examples)
+    if "pair_id" in examples[0]:  # numbers or text; for messages only
+        batch["pair_id"] = [example.get("pair_id") for example in examples]
+    return batch
+
+
+def _numbers(name: str, examples: Sequence[dict[str, Any]]) -> Tensor:
+    found: list[float] = []
+    for place, example in enumerate(examples):
+        value, pair = example.get(name), example.get("pair_id")
+        pair = f"{place} of the batch" if pair is None else pair
+        if value is None:
+            raise DataError(f"the column {name!r} is empty for pair {pair}: fill it or drop the pair")
+        try:
+            found.append(float(value))
+        except (TypeError, ValueError):
+            raise DataError(
+                f"the column {name!r} is {value!r} for pair {pair}, which is no number; correct it or drop the pair"
+            ) from None
+        if not abs(found[-1]) <= torch.finfo(torch.float32).max:  # the loss computes in float32 or wider
+            raise DataError(
+                f"the column {name!r} is {value} for pair {pair}, which is no finite float32; score the pair again or "
+                "drop it"
+            )
+    return torch.tensor(found, dtype=torch.float64).float()
 
 
 def check_tokens(dataset: Any, name: str, rows: int) -> None:
@@ -86,24 +128,43 @@ def check_tokens(dataset: Any, name: str, rows: int) -> None:
 
 
 def check_columns(dataset: Any, name: str, needs: Iterable[str]) -> None:
-    """Refuse a data set, or a dictionary of some, that lacks a pair's column; a stream may not know its own.
+    """Refuse a data set, or a dictionary of some, that lacks a column which the loss reads, or holds images.
 
     Raises:
         DataError: naming the column and the remedy.
     """
     for part, rows in dataset.items() if isinstance(dataset, dict) else ((name, dataset),):
-        columns = getattr(rows, "column_names", None)
-        if columns is None:
+        if not isinstance(rows, Dataset | IterableDataset):
             continue
-        if "margin" in columns and "reward_margin" not in columns:
-            raise DataError(
-                f"{part} has a column 'margin'; rename it to 'reward_margin' (TRL's reward trainer subtracts a column "
-                "of the name 'margin' from its own margins)"
-            )
+        columns = get_dataset_column_names(rows)
         for column in sorted(set(needs) & set(PAIR_COLUMNS)):
-            if column not in columns:
+            if column in columns:
+                continue
+            if column == "reward_margin" and "margin" in columns:
                 raise DataError(
-                    f"{part} has no column {column!r}, which the loss reads; "
-                    + ("add it with `madpo score`" if column == "reward_margin" else "add it to the data")
-                    + f" (columns found: {', '.join(columns)})"
+                    f"{part} has a column 'margin' and no 'reward_margin', which the loss reads; rename it (TRL's "
+                    "reward trainer subtracts a column of the name 'margin' from its own margins)"
                 )
+            raise DataError(
+                f"{part} has no column {column!r}, which the loss reads; "
+                + ("add it with `madpo score`" if column == "reward_margin" else "add it to the data")
+                + f" (columns found: {', '.join(columns)})"
+            )
+        refuse_images(columns, part)
+
+
+def weights_are_used(dataset: Any, needs: Iterable[str], option: bool | None) -> bool:
+    """Whether a pair's ``weight`` multiplies its loss; where the column is there and ignored, one line says so.
+
+    Args:
+        option: ``pair_weights`` of the configuration; None leaves the column alone.
+    """
+    if option is not None:
+        return option
+    known = isinstance(dataset, Dataset | IterableDataset) and dataset.column_names
+    if known and "weight" in dataset.column_names and "weight" not in needs:
+        say_once(
+            "The column 'weight' is not used; pair_weights=True in PreferenceConfig (--args.pair_weights true) "
+            "multiplies each pair's loss by it, and pair_weights=False says that this is meant."
+        )
+    return False

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,18 +14,6 @@ from madpo.core.errors import ConfigError
 from madpo.models.engine.logprobs import unwrapped
 from madpo.models.load import compute_dtype
 from madpo.models.modes import without_own_noise
-
-# TRL's option -> where the same choice is made here.
-_REPLACED = {
-    "beta": "the loss's own beta, such as MADPO(beta=...)",
-    "loss_type": "the loss itself, such as loss=IPO(...)",
-    "label_smoothing": "DPO(label_smoothing=...) or RDPO(flip_rate=...)",
-    "loss_weights": "a loss of your own that adds the terms",
-    "use_weighting": "loss=WPO(...)",
-    "ld_alpha": "a loss of your own",
-    "f_divergence_type": "a loss of your own",
-    "f_alpha_divergence_coef": "a loss of your own",
-}
 
 
 @dataclass
@@ -42,7 +28,9 @@ class PreferenceConfig(DPOConfig):  # type: ignore[misc]
             training begins at the reference; LoRA dropout is what the user wrote. True switches off both (TRL's
             default), False neither.
         token_metrics: when to compute entropy, mean logits and token accuracy, which cost about a tenth of the head:
-            "logged" at steps that are logged, "always" (as TRL does) or "never".
+            "always" (as TRL does), "logged" at steps that are logged, or "never".
+        pair_weights: whether a column ``weight`` multiplies each pair's loss. None leaves the column alone, and says so
+            where there is one.
         allow_pickle: load checkpoints of transformers' own formats, and write them where DeepSpeed or FSDP splits the
             model. They hold pickles, which can run code when they are loaded. Otherwise checkpoints hold none.
     """
@@ -55,9 +43,12 @@ class PreferenceConfig(DPOConfig):  # type: ignore[misc]
     )
     bf16: bool | None = field(default=None, metadata={"help": "bfloat16; None is where the processor has it."})
     token_metrics: str = field(
-        default="logged", metadata={"help": "When to compute entropy and mean logits: logged, always or never."}
+        default="always", metadata={"help": "When to compute entropy and mean logits: always, logged or never."}
     )
 
+    pair_weights: bool | None = field(
+        default=None, metadata={"help": "Multiply each pair's loss by its column 'weight'."}
+    )
     allow_pickle: bool = field(
         default=False, metadata={"help": "Load (and under DeepSpeed or FSDP write) checkpoints that hold pickles."}
     )
@@ -75,32 +66,3 @@ class PreferenceConfig(DPOConfig):  # type: ignore[misc]
 def own_noise(model: nn.Module, args: TrainingArguments) -> AbstractContextManager[None]:
     """What a forward pass of ``model`` runs in: without its own dropout, unless ``args.disable_dropout`` is False."""
     return nullcontext() if args.disable_dropout is False else without_own_noise(unwrapped(model))
-
-
-def refuse_replaced_options(args: DPOConfig) -> None:
-    """Refuse options of TRL's loss: they would have no effect beside ``loss=...``.
-
-    Raises:
-        ConfigError: an option differs from its default; the sentence names the field to use instead.
-    """
-    if args.router_aux_loss_coef:
-        raise ConfigError(
-            f"router_aux_loss_coef={args.router_aux_loss_coef!r} has no effect here, since the load-balancing loss of "
-            "a mixture of experts is not computed; remove it or set it to 0"
-        )
-    for option in dataclasses.fields(args):
-        if option.name not in _REPLACED:
-            continue
-        default = option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
-        value = getattr(args, option.name)
-        if not _same(value, default):
-            raise ConfigError(
-                f"{option.name}={value!r} has no effect here, since the loss is an object of its own; "
-                f"remove it and use {_REPLACED[option.name]}"
-            )
-
-
-def _same(value: Any, default: Any) -> bool:
-    # TRL turns a single loss type into a list of one.
-    first, second = (x[0] if isinstance(x, list) and len(x) == 1 else x for x in (value, default))
-    return bool(first == second)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from madpo.core.progress import say
 from madpo.runner.record import libraries
+from madpo.training import checkpoints as disk
 from madpo.training import digests
 
 # Arguments that change where, how often or how fast, and no result (but for last digits, see `_conditions`).
@@ -30,6 +33,47 @@ BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 def decisive_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Training arguments less those that bear on no result; of ``BATCH``, the product is for the caller to add."""
     return {k: v for k, v in arguments.items() if k not in _FREE and not k.startswith(_FREE_PREFIXES)}
+
+
+# Arguments with which a training is continued on purpose: for longer, or with other evaluations.
+_CONTINUING = {
+    *("max_steps", "num_train_epochs", "metric_for_best_model", "greater_is_better", "batch_eval_metrics"),
+    *("include_for_metrics", "bf16_full_eval", "fp16_full_eval"),
+}
+
+
+def check_identity(point: disk.Checkpoint, identity: Mapping[str, Any], *, continues: bool) -> None:
+    """Refuse the checkpoint of another training.
+
+    Args:
+        continues: a longer training, or one with other evaluations, is told and not refused.
+
+    Raises:
+        DataError: the first field that differs, with both values.
+    """
+    before: Mapping[str, Any] = point.identity
+    now: Mapping[str, Any] = json.loads(json.dumps(identity))  # tuples become lists, as in the manifest
+    if continues:
+        with disk.reading(point.folder / disk.MANIFEST):
+            before, was = _apart(before)
+        now, new = _apart(now)
+        changed = [
+            "the evaluation data differ" if name == "evaluation data" else f"{name} was {was.get(name)}, is {new[name]}"
+            for name in new
+            if was.get(name) != new[name]
+        ]
+        if changed:
+            say(f"Continuing {point.folder} otherwise than it began: {', '.join(changed)}")
+    disk.check_identity(replace(point, identity=dict(before)), now)
+
+
+def _apart(identity: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """An identity without what a continued training may change, and that part."""
+    configuration = identity["configuration"]
+    free = {name: v for name, v in configuration.items() if name in _CONTINUING or name.startswith("eval_")}
+    kept = {name: v for name, v in configuration.items() if name not in free}
+    rest = {name: v for name, v in identity.items() if name != "evaluation data"}
+    return {**rest, "configuration": kept}, {**free, "evaluation data": identity["evaluation data"]}
 
 
 def training_identity(trainer: Any) -> dict[str, Any]:

@@ -24,21 +24,27 @@ class WindowMetrics(ExactResume):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the window's means, gathered over processes in one go, to what is logged."""
         mode = "train" if self.model.training else "eval"
-        names = sorted(self._metrics[mode])
-        if names:
-            local = torch.stack([torch.stack(self._metrics[mode][name]).sum(0) for name in names])
-            summed = self.accelerator.reduce(local, reduction="sum")
-            means = {name: float(value) for name, value in zip(names, (summed[:, 0] / summed[:, 1]), strict=True)}
-            if "weight/square" in means:
-                square = means.pop("weight/square")
-                means["weight/effective_share"] = means["weight/mean"] ** 2 / square if square > 0 else 0.0
-            if "loss" in means:  # transformers' mean counts rows: pairs that do not count, and repeated ones, too
-                logs[next((name for name in logs if name.endswith("_loss")), "eval_loss")] = means.pop("loss")
-            logs.update({f"eval_{name}" if mode == "eval" else name: value for name, value in means.items()})
-        if mode == "train":
-            logs["num_tokens"] = float(self._total_train_tokens)
-        self._metrics[mode].clear()
+        means = self._window_means(mode)
+        if "loss" in means:  # transformers' mean counts rows: pairs that do not count, and repeated ones, too
+            logs[next((name for name in logs if name.endswith("_loss")), "eval_loss")] = means.pop("loss")
+        means["num_tokens"] = float(self._total_train_tokens)
+        logs.update({f"eval_{name}" if mode == "eval" else name: value for name, value in means.items()})
         super(DPOTrainer, self).log(logs, start_time)
+
+    def _window_means(self, mode: str) -> dict[str, float]:
+        """Means since the last call."""
+        window = self._metrics[mode]
+        names = sorted(window)
+        if not names:
+            return {}
+        local = torch.stack([torch.stack(window[name]).sum(0) for name in names])
+        window.clear()
+        summed = self.accelerator.reduce(local, reduction="sum")
+        means = {name: float(value) for name, value in zip(names, (summed[:, 0] / summed[:, 1]), strict=True)}
+        if "weight/square" in means:
+            square = means.pop("weight/square")
+            means["weight/effective_share"] = means["weight/mean"] ** 2 / square if square > 0 else 0.0
+        return means
 
     def _wants_token_metrics(self, mode: str) -> bool:
         when = getattr(self.args, "token_metrics", "always")

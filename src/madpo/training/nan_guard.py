@@ -134,9 +134,8 @@ class FiniteTraining(Trainer):  # type: ignore[misc]
         """The examples of some batches: by ``pair_id``, else by their rows in the training data."""
         ids: list[Any] = []
         for batch in batches:
-            if "pair_id" in batch:
-                ids += batch["pair_id"].tolist()
-        if ids:
+            ids += batch.get("pair_id", [])
+        if ids and None not in ids:
             held = "" if self.model.training else "held-out "
             return f"the {held}pairs {_listed(ids)}"
         if not self.model.training:
@@ -145,7 +144,9 @@ class FiniteTraining(Trainer):  # type: ignore[misc]
         if not rows:
             return "this batch"
         if "pair_id" in (self.train_dataset.column_names or ()):
-            return f"the pairs {_listed([self.train_dataset[row]['pair_id'] for row in rows])}"
+            named = [self.train_dataset[row]["pair_id"] for row in rows]
+            if None not in named:
+                return f"the pairs {_listed(named)}"
         return f"the rows {_listed(rows)} of the training data"
 
     def _found_rows(self, sequences: list[list[int]]) -> list[int]:

@@ -11,45 +11,61 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from huggingface_hub import ModelCard
+from peft import PeftConfig
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
-from transformers import AutoProcessor
+from transformers import AutoProcessor, TrainerCallback
+from transformers.trainer_utils import PredictionOutput
 from trl import DPOConfig, DPOTrainer
 from trl.data_utils import get_dataset_column_names
+from trl.trainer.utils import get_config_model_id
 
 from madpo.core.errors import ConfigError, DataError
 from madpo.core.progress import say_once
-from madpo.losses import DPO, LossConfig, LossInputs, LossOutput, LossState
+from madpo.losses import DPO, Custom, LossConfig, LossInputs, LossOutput, LossState
 from madpo.models.adapters import announce
 from madpo.models.engine.logprobs import CompletionScores, completion_logps, install_completion_head, unwrapped
 from madpo.models.loading import loading
 from madpo.models.untrusted import check_model
 from madpo.models.weights import NamedArchitecture
-from madpo.training.columns import ID_COLUMNS, PAIR_COLUMNS, REFERENCE_COLUMNS, check_columns
-from madpo.training.config import PreferenceConfig, own_noise, refuse_replaced_options
+from madpo.training.columns import (
+    ID_COLUMNS,
+    PAIR_COLUMNS,
+    REFERENCE_COLUMNS,
+    check_columns,
+    weights_are_used,
+)
+from madpo.training.config import PreferenceConfig, own_noise
 from madpo.training.metrics import WindowMetrics
 from madpo.training.nan_guard import drop_unscored
 from madpo.training.padding_pairs import REPEATED, each_marked, marked, observed, refuse_uneven
 from madpo.training.reference_columns import ReferenceColumns
+from madpo.training.refusals import refuse_adapter, refuse_options
 from madpo.training.rendering import rendering
 
-_NO_METRICS = "compute_metrics takes logits, which this trainer never builds; use the logged metrics"
+_NO_METRICS = (
+    "compute_metrics takes logits, which this trainer never builds; use the logged metrics, or evaluate with TRL's "
+    "DPOTrainer"
+)
 
 
 class PreferenceTrainer(WindowMetrics, ReferenceColumns, DPOTrainer):  # type: ignore[misc]
     """TRL's ``DPOTrainer`` with ``loss=...``.
 
     Args:
-        model, ref_model, args, train_dataset, eval_dataset, processing_class, peft_config, ...: as in TRL. ``args`` may
-            be a plain ``DPOConfig``; options that belong to TRL's loss are refused.
+        model, ref_model, args, data_collator, train_dataset, ...: as in TRL, in TRL's order. ``args`` may be a plain
+            ``DPOConfig``; options that belong to TRL's loss are refused.
         loss: any preference loss; :class:`madpo.DPO` with beta 0.1 when left out.
 
     The data may hold token ids (``prompt_ids``, ``chosen_ids``, ``rejected_ids``), which are taken as they are, and the
-    columns that the loss names in ``needs`` (``reward_margin`` for MADPO). A ``weight`` column multiplies any loss.
+    columns that the loss names in ``needs`` (``reward_margin`` for MADPO). A ``weight`` column multiplies the loss with
+    ``PreferenceConfig(pair_weights=True)``.
     ``ref_chosen_logps`` and ``ref_rejected_logps`` are computed once before step 0 where they are missing, from
     ``ref_model`` or from the model as passed, and reused by every later run on the same weights and tokens. A
     ``ref_model`` then waits in the computer's own memory for data sets that come later (``evaluate(data)``).
@@ -61,36 +77,63 @@ class PreferenceTrainer(WindowMetrics, ReferenceColumns, DPOTrainer):  # type: i
 
     # The loss is divided by the pairs of the effective batch, so the trainer must not divide once more.
     loss_is_scaled_for_ga = True
+    aux_loss_enabled: bool
+    continues = True
 
     def __init__(
         self,
         model: str | nn.Module,
         ref_model: nn.Module | None = None,
         args: DPOConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: PeftConfig | None = None,
         *,
         loss: LossConfig | None = None,
-        **kwargs: Any,
     ) -> None:
         self.loss = loss if loss is not None else DPO()
-        args = PreferenceConfig() if args is None else args
+        self._take_name(self.loss)
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = PreferenceConfig(output_dir=f"{name.split('/')[-1]}-{self._name}")
+        refuse_options(args)
+        refuse_adapter(model, peft_config)
+        if compute_metrics is not None:
+            raise ConfigError(_NO_METRICS)
         init_kwargs = args.model_init_kwargs
         if isinstance(model, str):
             args.model_init_kwargs = _safe_init(model, args)
-            if kwargs.get("processing_class") is None:
-                kwargs["processing_class"] = _processor(model, args)
+            if processing_class is None:
+                processing_class = _processor(model, args)
         self.loss_state = self.loss.init_state(args.seed)
         self._observed: _ObservedStep | None = None
         self._reference_sources = {}
-        refuse_replaced_options(args)
-        if kwargs.get("compute_metrics") is not None:
-            raise ConfigError(_NO_METRICS)
-        for name in ("train_dataset", "eval_dataset"):
-            check_columns(kwargs.get(name), name, self.loss.needs)
-        self._needs = tuple(sorted(set(self.loss.needs) & set(PAIR_COLUMNS)))
+        self._weighted = weights_are_used(train_dataset, self.loss.needs, getattr(args, "pair_weights", None))
+        self._needs = tuple(sorted(({"weight"} if self._weighted else set()) | self.loss.needs & set(PAIR_COLUMNS)))
+        for name, data in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            check_columns(data, name, self._needs)
         # TRL then asks `_precompute_ref_logps` for the columns instead of loading a second model.
         args.precompute_ref_log_probs = True
         try:
-            super().__init__(model, ref_model, args, **kwargs)
+            super().__init__(
+                model,
+                ref_model,
+                args,
+                data_collator=data_collator,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
         finally:
             args.model_init_kwargs = init_kwargs
         if self.sharded:  # parts of a model cannot wait elsewhere, and would take the accelerator's memory
@@ -102,10 +145,32 @@ class PreferenceTrainer(WindowMetrics, ReferenceColumns, DPOTrainer):  # type: i
                 f"{self.router_aux_loss_coef:g} in its configuration) is no part of this training; "
                 "router_aux_loss_coef=0 says that this is meant."
             )
+            self.aux_loss_enabled = False
         even = getattr(args.accelerator_config, "even_batches", True)
         refuse_uneven(self.accelerator, even_batches=even, drop_last=args.dataloader_drop_last)
         announce(self.model)
         install_completion_head(unwrapped(self.model))
+
+    def _take_name(self, loss: LossConfig) -> None:
+        """What model cards say, and the tags of the model: the loss and its paper in place of DPO's."""
+        inner = loss.loss if isinstance(loss, Custom) else loss
+        self._name = type(inner).__name__
+        self._tag_names = list(dict.fromkeys(["trl", "madpo", self._name.lower()]))
+        paper = inner.paper
+        self._paper = {}
+        if paper is not None:
+            self._paper = {"title": paper.title, "id": paper.arxiv, "citation": paper.bibtex()}
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """As TRL's, about the loss of this training, with the tags in a fixed order."""
+        super().create_model_card(model_name, dataset_name, tags)
+        if self.is_world_process_zero():
+            path = Path(self.args.output_dir) / "README.md"
+            card = ModelCard.load(path)
+            card.data.tags = sorted(card.data.tags)
+            card.save(path)
 
     def _send_telemetry(self) -> None:
         """Nothing leaves the machine."""
@@ -128,7 +193,6 @@ class PreferenceTrainer(WindowMetrics, ReferenceColumns, DPOTrainer):  # type: i
         TRL refuses one after full training without a ``ref_model``, even with the columns or a loss that needs none.
         """
         if eval_dataset is not None and not isinstance(eval_dataset, str):
-            check_columns(eval_dataset, "eval_dataset", self.loss.needs)
             if isinstance(eval_dataset, dict):
                 eval_dataset = {name: self._prepared_late(rows, name) for name, rows in eval_dataset.items()}
             else:
@@ -136,7 +200,18 @@ class PreferenceTrainer(WindowMetrics, ReferenceColumns, DPOTrainer):  # type: i
         metrics: dict[str, float] = super(DPOTrainer, self).evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         return metrics
 
+    def predict(
+        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Metrics of a data set, prepared as in :meth:`evaluate`. There are no predictions: logits are never built."""
+        rows = self._prepared_late(test_dataset, metric_key_prefix)
+        self._metrics["eval"].clear()
+        output = super(DPOTrainer, self).predict(rows, ignore_keys, metric_key_prefix)
+        means = {f"{metric_key_prefix}_{name}": value for name, value in self._window_means("eval").items()}
+        return PredictionOutput(None, None, {**(output.metrics or {}), **means})
+
     def _prepared_late(self, rows: Any, name: str) -> Any:
+        check_columns(rows, name, self._needs)
         rows = self._prepare_dataset(rows, self.processing_class, self.args, name)
         batch_size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
         return self._precompute_ref_logps(rows, name, batch_size)
@@ -178,8 +253,8 @@ class PreferenceTrainer(WindowMetrics, ReferenceColumns, DPOTrainer):  # type: i
             kept = kept & output.kept
             num_items_in_batch = kept_in_step if num_items_in_batch is not None else None
         per_pair = torch.where(kept, output.per_pair, torch.zeros_like(output.per_pair))
-        if pairs.weight is not None:
-            per_pair = per_pair * pairs.weight
+        if self._weighted:
+            per_pair = per_pair * pairs.required("weight")
         if mode == "eval":
             self._metrics[mode]["loss"].append(torch.stack([per_pair.detach().sum(), kept.sum()]).float())
         if num_items_in_batch is None:
@@ -194,8 +269,8 @@ class PreferenceTrainer(WindowMetrics, ReferenceColumns, DPOTrainer):  # type: i
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
-        """Loss alone: the head never builds the logits that ``compute_metrics`` would take."""
-        if not prediction_loss_only:  # set after the trainer was made
+        """The loss: the head never builds the logits that ``compute_metrics`` would take."""
+        if self.compute_metrics is not None:  # set after the trainer was made
             raise ConfigError(_NO_METRICS)
         inputs = marked(inputs, self.accelerator, drop_last=self.args.dataloader_drop_last)
         inputs = self._prepare_inputs(inputs)
@@ -280,7 +355,8 @@ class PreferenceTrainer(WindowMetrics, ReferenceColumns, DPOTrainer):  # type: i
         bad = ~torch.isfinite(output.per_pair.detach())
         value = float(output.per_pair.detach().sum())
         if "pair_id" in inputs:
-            where = self.pairs_of([{"pair_id": inputs["pair_id"][bad.to(inputs["pair_id"].device)]}])
+            named = [pair for pair, wrong in zip(inputs["pair_id"], bad.tolist(), strict=True) if wrong]
+            where = self.pairs_of([{"pair_id": named}])
         else:
             rows = torch.cat([bad, bad]).to(inputs["input_ids"].device)
             where = self.pairs_of([{name: inputs[name][rows] for name in ("input_ids", "attention_mask")}])

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from madpo.models.engine.logprobs import completion_logps
 from madpo.models.load import cache_dir
 from madpo.models.modes import evaluating
 from madpo.runner.record import conditions, libraries
-from madpo.training.columns import REFERENCE_COLUMNS
+from madpo.training.columns import ID_COLUMNS, REFERENCE_COLUMNS, PreferenceCollator
 from madpo.training.digests import reference_digest
 
 VERSION = 4
@@ -130,23 +130,39 @@ def refuse_not_finite(
 
 
 def _path(model: str, dataset: Dataset, collator: Any, accelerator: Any, batch_size: int) -> Path:
-    digest = hashlib.sha256()
-    for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
-        for ids in dataset[name]:
-            digest.update(np.asarray(ids, dtype=np.int64).tobytes() + b"|")
     what = {
         "version": VERSION,
         "model": model,
-        "ids": digest.hexdigest(),
-        "max_length": collator.max_length,
-        "truncation_mode": collator.truncation_mode,
-        "pad_to_multiple_of": collator.pad_to_multiple_of,
-        "batch_size": batch_size,
+        "batches": _batches_digest(dataset, collator, batch_size),
         "precision": accelerator.mixed_precision,
         "environment": _environment(accelerator.device.type),
     }
     key = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
     return cache_dir() / "columns" / f"reference-{key[:32]}.safetensors"
+
+
+def _batches_digest(dataset: Dataset, collator: Any, batch_size: int) -> str:
+    """SHA-256 of what the model reads: of our own collator, its input and its settings; of any other, its batches."""
+    digest = hashlib.sha256(f"{batch_size}".encode())
+    if type(collator) is PreferenceCollator:
+        settings = (collator.max_length, collator.truncation_mode, collator.pad_to_multiple_of, collator.pad_token_id)
+        digest.update(repr(settings).encode())
+        for name in ID_COLUMNS:
+            for ids in dataset[name]:
+                digest.update(np.asarray(ids, dtype=np.int64).tobytes() + b"|")
+        return digest.hexdigest()
+    for batch in _batches(dataset, collator, range(0, len(dataset), batch_size), batch_size):
+        for name in _READ:
+            digest.update(repr(tuple(batch[name].shape)).encode() + batch[name].to(torch.int64).numpy().tobytes())
+    return digest.hexdigest()
+
+
+_READ = ("input_ids", "attention_mask", "completion_mask")
+
+
+def _batches(dataset: Dataset, collator: Any, starts: Sequence[int], size: int) -> Iterator[dict[str, Any]]:
+    for start in starts:
+        yield collator(list(dataset.select(range(start, min(start + size, len(dataset))))))
 
 
 def _environment(device: str) -> dict[str, Any]:
@@ -161,7 +177,7 @@ def _environment(device: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def _batch_logps(model: nn.Module, batch: dict[str, Any], accelerator: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = {name: batch[name].to(accelerator.device) for name in ("input_ids", "attention_mask", "completion_mask")}
+    rows = {name: batch[name].to(accelerator.device) for name in _READ}
     with evaluating(model), accelerator.autocast():
         logps = completion_logps(model, **rows, pairs=True).logps
     chosen, rejected = logps.double().chunk(2)
@@ -171,21 +187,20 @@ def _batch_logps(model: nn.Module, batch: dict[str, Any], accelerator: Any) -> t
 def _compute(
     model: nn.Module, dataset: Dataset, collator: Any, accelerator: Any, batch_size: int, description: str
 ) -> dict[str, np.ndarray]:
-    rows = dataset.select_columns(_present(dataset))
-    count, starts = accelerator.num_processes, range(0, len(rows), batch_size)
+    count, starts = accelerator.num_processes, range(0, len(dataset), batch_size)
     rounds = -(-len(starts) // count)
     found = torch.zeros(2, rounds, batch_size, dtype=torch.float64)
     model.to(accelerator.device)
-    with bar(f"Reference log-probabilities ({description})", len(rows)) as advance:
-        for turn, start in enumerate(starts[accelerator.process_index :: count]):
-            batch = collator(list(rows.select(range(start, min(start + batch_size, len(rows))))))
+    with bar(f"Reference log-probabilities ({description})", len(dataset)) as advance:
+        own = starts[accelerator.process_index :: count]
+        for turn, batch in enumerate(_batches(dataset, collator, own, batch_size)):
             pair = torch.stack(_batch_logps(model, batch, accelerator))
             found[:, turn, : pair.shape[1]] = pair.cpu()
-            advance(min(count * batch_size, len(rows) - start))
+            advance(min(count * batch_size, len(dataset) - own[turn]))
     if count > 1:
         gathered = accelerator.gather(found[None].to(accelerator.device)).cpu()
         found = gathered.permute(1, 2, 0, 3)  # process 0's batch of a round, then that of process 1, ...
-    table = found.reshape(2, -1)[:, : len(rows)].contiguous().numpy()
+    table = found.reshape(2, -1)[:, : len(dataset)].contiguous().numpy()
     return dict(zip(REFERENCE_COLUMNS, table, strict=True))
 
 
@@ -198,11 +213,6 @@ def _everywhere(columns: dict[str, np.ndarray], rows: int, accelerator: Any) -> 
         table = torch.from_numpy(np.stack([columns[name] for name in REFERENCE_COLUMNS]))
     shared: Tensor = broadcast(table.to(accelerator.device))
     return dict(zip(REFERENCE_COLUMNS, shared.cpu().numpy(), strict=True))
-
-
-def _present(dataset: Dataset) -> list[str]:
-    kept = ("prompt_ids", "chosen_ids", "rejected_ids", "reward_margin", "chosen_score", "rejected_score", "weight")
-    return [name for name in kept if name in dataset.column_names]
 
 
 def _verify(
@@ -220,8 +230,7 @@ def _verify(
     """
     batches = (len(dataset) + batch_size - 1) // batch_size
     start = (int(hashlib.sha256(path.name.encode()).hexdigest(), 16) % batches) * batch_size
-    rows = dataset.select_columns(_present(dataset)).select(range(start, min(start + batch_size, len(dataset))))
-    batch = collator(list(rows))
+    (batch,) = _batches(dataset, collator, [start], batch_size)
     model.to(accelerator.device)
 
     def computed() -> Tensor:

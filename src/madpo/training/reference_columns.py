@@ -16,7 +16,7 @@ from trl.trainer.utils import use_adapter
 
 from madpo.core.errors import DataError
 from madpo.models.engine.logprobs import embedding_rows, unwrapped
-from madpo.training.columns import REFERENCE_COLUMNS, PreferenceCollator, check_tokens
+from madpo.training.columns import REFERENCE_COLUMNS, AnyCollator, PreferenceCollator, check_tokens
 from madpo.training.reference import cached_reference_logps
 from madpo.training.resume import ExactResume
 
@@ -34,17 +34,8 @@ class ReferenceColumns(ExactResume):
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """Reference columns: as given, from the cache, or computed now."""
-        collator = self.data_collator
-        if type(collator) is DataCollatorForPreference:  # TRL's default: it would drop our columns
-            self.data_collator = collator = PreferenceCollator(
-                pad_token_id=collator.pad_token_id,
-                max_length=collator.max_length,
-                truncation_mode=collator.truncation_mode,
-                pad_to_multiple_of=collator.pad_to_multiple_of,
-                columns=self._needs,
-                embedding_rows=embedding_rows(unwrapped(self.model)),
-            )
-        if getattr(collator, "embedding_rows", None) is not None:
+        self.data_collator = collator = self._with_columns(self.data_collator)
+        if collator.embedding_rows is not None:
             check_tokens(dataset, name, collator.embedding_rows)
         if not self.loss.needs_reference or set(REFERENCE_COLUMNS) <= set(get_dataset_column_names(dataset)):
             return dataset
@@ -54,14 +45,30 @@ class ReferenceColumns(ExactResume):
                 "data set; add these columns, or load it without streaming"
             )
         with self._reference(name) as model:
+            rows = self._remove_unused_columns(dataset, name)
             columns, source = cached_reference_logps(
-                model, dataset, collator, self.accelerator, batch_size, description=name
+                model, rows, collator, self.accelerator, batch_size, description=name
             )
         self._set_reference_aside()
         for column in REFERENCE_COLUMNS:
             dataset = dataset.add_column(column, columns[column])
         self._reference_sources[dataset._fingerprint] = source
         return dataset
+
+    def _with_columns(self, collator: Any) -> Any:
+        """The collator, so that a batch has what the loss reads."""
+        if isinstance(collator, AnyCollator):
+            return collator
+        known: dict[str, Any] = {"columns": self._needs, "embedding_rows": embedding_rows(unwrapped(self.model))}
+        if type(collator) in (DataCollatorForPreference, PreferenceCollator):  # TRL's default would drop our columns
+            return PreferenceCollator(
+                pad_token_id=collator.pad_token_id,
+                max_length=collator.max_length,
+                truncation_mode=collator.truncation_mode,
+                pad_to_multiple_of=collator.pad_to_multiple_of,
+                **known,
+            )
+        return AnyCollator(collator, **known)
 
     @contextmanager
     def _reference(self, name: str) -> Iterator[nn.Module]:

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import ExportableState, TrainerState
+from transformers.trainer_callback import TrainerState
 
 from madpo.core.errors import ConfigError, DataError, StorageError
 from madpo.core.locks import locked
@@ -30,8 +30,9 @@ from madpo.models.untrusted import refuse_pickles
 from madpo.training import checkpoints as disk
 from madpo.training.adapters import sort_sets
 from madpo.training.digests import rows_digest
-from madpo.training.identity import training_identity
+from madpo.training.identity import check_identity, training_identity
 from madpo.training.nan_guard import FiniteTraining
+from madpo.training.running_state import restore_callbacks, restored_metrics, stored_callbacks, stored_metrics
 from madpo.training.states import check_groups, pack, random_states, restore_random_states, unpack
 
 
@@ -40,10 +41,12 @@ class ExactResume(FiniteTraining):
 
     Attributes:
         export_checkpoints: also write what ``from_pretrained`` reads (adapter or model, tokenizer) into checkpoints.
+        continues: a checkpoint may be continued for more steps, or with other evaluations.
         stage_settings: further settings that the result depends on; a checkpoint with others is refused.
     """
 
     export_checkpoints: bool = True
+    continues: bool = False
     stage_settings: dict[str, Any] | None = None
     memory_remedy: str = (
         "lower per_device_train_batch_size and raise gradient_accumulation_steps by the same factor, which leaves the "
@@ -230,7 +233,8 @@ class ExactResume(FiniteTraining):
         best = self.state.best_global_step
         if best and (best == step or (root / f"checkpoint-{best}").is_dir()):
             self.state.best_model_checkpoint = str(root / f"checkpoint-{best}")
-        self._note_callbacks()
+        callbacks = stored_callbacks([*self.callback_handler.callbacks, self.control])
+        self.state.stateful_callbacks = {**self.state.stateful_callbacks, **callbacks}
         ranks = self._from_every_process(self._own_state())
         failed: Exception | None = None
         if self.args.should_save:
@@ -317,28 +321,8 @@ class ExactResume(FiniteTraining):
         return {
             "random": random_states(),
             "loss": float(self._tr_loss),
-            "metrics": {name: [_metric(value) for value in values] for name, values in window.items()},
+            "metrics": stored_metrics(window),
         }
-
-    def _note_callbacks(self) -> None:
-        """Callbacks that can be stored, into the trainer's state."""
-        states: dict[str, Any] = {}
-        for callback in [*self.callback_handler.callbacks, self.control]:
-            if isinstance(callback, ExportableState):
-                states.setdefault(type(callback).__name__, []).append(callback.state())
-        single = {name: found[0] if len(found) == 1 else found for name, found in states.items()}
-        self.state.stateful_callbacks = {**self.state.stateful_callbacks, **single}
-
-    def _restore_callbacks(self) -> None:
-        """The same, put back: early stopping counts on from where it was."""
-        kept: dict[str, Any] = {}
-        for name, states in self.state.stateful_callbacks.items():
-            kept[name] = list(states) if isinstance(states, list) else [states]
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, ExportableState) and kept.get(type(callback).__name__):
-                attributes = kept[type(callback).__name__].pop(0)["attributes"]
-                for name in callback.state()["attributes"]:
-                    setattr(callback, name, attributes[name])
 
     def _from_every_process(self, value: Any) -> list[Any]:
         """A plain value of each process."""
@@ -350,7 +334,8 @@ class ExactResume(FiniteTraining):
         if self._point is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        disk.check_identity(self._point, self._identity_now or training_identity(self))
+        identity = self._identity_now or training_identity(self)
+        check_identity(self._point, identity, continues=self.continues and self.stage_settings is None)
         saved, live = self._point.tensors(disk.WEIGHTS), self._trainable()
         for name in sorted(saved.keys() ^ live.keys()):
             where = "the checkpoint" if name in saved else "this model"
@@ -435,7 +420,8 @@ class ExactResume(FiniteTraining):
             return
         with disk.reading(self._point.folder):
             self._take_totals(self._point.json(disk.TRAINING))
-            self._restore_callbacks()
+            restore_callbacks(self.callback_handler.callbacks, self.state.stateful_callbacks)
+        self.state.compute_steps(self.args, self.state.max_steps)  # transformers keeps those of the checkpoint
 
     def _take_totals(self, kept: dict[str, Any]) -> None:
         self._stopped = kept["stopped"]
@@ -447,8 +433,8 @@ class ExactResume(FiniteTraining):
         self._tr_loss = torch.tensor(own["loss"], device=self.args.device)
         if hasattr(self, "_total_train_tokens"):
             self._total_train_tokens = kept["train_tokens"]
-        for name, values in own["metrics"].items():
-            self._metrics["train"][name] = [_from_metric(value, self.args.device) for value in values]
+        if own["metrics"]:
+            self._metrics["train"].update(restored_metrics(own["metrics"], self.args.device))
         for name, now in self._conditions().items():
             before = kept["conditions"].get(name)
             if before != now:
@@ -484,14 +470,3 @@ class _Totals(TrainerCallback):  # type: ignore[misc]
         if not self.packed and self.trainer._saves and not self.trainer.sharded and not args.save_only_model:
             self.trainer._packed_state()  # what no checkpoint can hold is refused now, not at the first one
         self.packed = True
-
-
-def _metric(value: Any) -> Any:
-    """A logged value that waits for the end of its window: a number, or a small float32 tensor."""
-    return {"values": value.tolist(), "host": value.device.type == "cpu"} if isinstance(value, Tensor) else value
-
-
-def _from_metric(value: Any, device: torch.device) -> Any:
-    if not isinstance(value, dict):
-        return value
-    return torch.tensor(value["values"], dtype=torch.float32, device="cpu" if value["host"] else device)

@@ -1,0 +1,331 @@
+"""The trainer where scripts for TRL's DPOTrainer expect it: arguments, columns, collators, metrics, cards, refusals."""
+
+import inspect
+import math
+
+import numpy as np
+import peft
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+from trl import DPOConfig, DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from losses_cases import EVERY_LOSS
+from madpo import DPO, MADPO, PreferenceConfig, PreferenceTrainer
+from madpo.core.errors import ConfigError, DataError
+from madpo.losses import IPO, Custom
+from madpo.models.load import load_tokenizer
+from madpo.training import columns as trainer_columns
+from small_trainers import SETTINGS, pairs
+from trainer_settings import QUIET
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+PLAIN = {**SETTINGS, "save_strategy": "no", "max_steps": 3, "gradient_checkpointing": False}
+
+
+class IdsAsGiven(DPOTrainer):
+    """Stock TRL without its tokenisation, so that both trainers see the same ids."""
+
+    def _prepare_dataset(self, dataset, *args, **kwargs):
+        return dataset
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def lora():
+    torch.manual_seed(0)
+    return LoraConfig(r=2, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def build(folder, out, data=None, *, stock=False, model=None, **more):
+    config = DPOConfig if stock else PreferenceConfig
+    own = {name: more.pop(name) for name in ("loss", "data_collator", "callbacks", "eval_dataset") if name in more}
+    return (IdsAsGiven if stock else PreferenceTrainer)(
+        load(folder) if model is None else model,
+        args=config(output_dir=str(out), **{**PLAIN, **more}),
+        train_dataset=pairs() if data is None else data,
+        processing_class=load_tokenizer(folder),
+        peft_config=lora() if model is None else None,
+        **own,
+    )
+
+
+def losses(trainer):
+    trainer.train()
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+@pytest.fixture
+def said(monkeypatch):
+    lines = []
+    monkeypatch.setattr(trainer_columns, "say_once", lines.append)
+    return lines
+
+
+# ---- Arguments ----
+
+
+def test_arguments_stand_where_trl_has_them(llama, tmp_path):
+    own, theirs = (list(inspect.signature(c.__init__).parameters) for c in (PreferenceTrainer, DPOTrainer))
+    assert own == [*theirs, "loss"]
+    args = PreferenceConfig(output_dir=str(tmp_path), **PLAIN)
+    trainer = PreferenceTrainer(load(llama), None, args, None, pairs(), None, load_tokenizer(llama))
+    expected = losses(build(llama, tmp_path, model=load(llama)))
+    assert losses(trainer) == expected
+
+
+@pytest.mark.parametrize(("loss", "name"), [(None, "DPO"), (MADPO(tau=2, c_max=4), "MADPO")])
+def test_the_default_folder_is_named_as_in_trl(llama, tmp_path, monkeypatch, loss, name):
+    monkeypatch.chdir(tmp_path)
+    data = pairs().add_column("reward_margin", [1.0] * 16)
+    for model in (str(llama), load(llama)):
+        trainer = PreferenceTrainer(model, train_dataset=data, processing_class=load_tokenizer(llama), loss=loss)
+        assert trainer.args.output_dir == f"llama-{name}"
+
+
+# ---- Columns ----
+
+
+def test_columns_that_no_loss_reads_change_nothing(llama, tmp_path, said):
+    plain = losses(build(llama, tmp_path))
+    text = [f"row-{i}" for i in range(16)]
+    extra = {
+        "pair_id": [text, [None, *text[1:]], list(range(16)), [0.5] * 16],
+        "weight": [["high"] * 16, [0.5] * 16, [None] * 16],
+        "margin": [[1.0] * 16, text],
+        "reward_margin": [[None] * 16, text],
+    }
+    for name, values in extra.items():
+        for column in values:
+            assert losses(build(llama, tmp_path, pairs().add_column(name, column))) == plain, (name, column[0])
+    assert len(said) == len(extra["weight"])
+    assert all("'weight' is not used" in line and "pair_weights=True" in line for line in said)
+
+
+def test_a_pairs_weight_multiplies_its_loss_where_it_is_asked_for(llama, tmp_path, said):
+    batch = {"per_device_train_batch_size": 4, "max_steps": 1, "pair_weights": True}
+    assert losses(build(llama, tmp_path, pairs(4).add_column("weight", [3.0, 1.0, 0.0, 2.0]), **batch)) == [
+        pytest.approx(1.5 * math.log(2), rel=1e-6)
+    ]
+    assert losses(build(llama, tmp_path, pairs(4).add_column("weight", [0.5] * 4), **{**batch, "pair_weights": False}))
+    assert not said
+    with pytest.raises(DataError, match=r"train_dataset has no column 'weight'"):
+        build(llama, tmp_path, pairs(4), **batch)
+    for value, told in (("high", "no number"), (None, "empty"), (math.inf, "finite"), (1e39, "finite")):
+        data = pairs(4).add_column("pair_id", list("abcd")).add_column("weight", [value] * 4)
+        with pytest.raises(
+            DataError, match=rf"'weight' is .*for pair [abcd].*{told}|'weight' is {told} for pair [abcd]"
+        ):
+            build(llama, tmp_path, data, **batch).train()
+
+
+def test_a_margin_is_refused_only_by_a_loss_that_reads_one(llama, tmp_path):
+    data = pairs().add_column("margin", [1.0] * 16)
+    with pytest.raises(DataError, match=r"'margin' and no 'reward_margin', which the loss reads; rename it"):
+        build(llama, tmp_path, data, loss=MADPO(tau=2, c_max=4))
+    both = data.add_column("reward_margin", [1.0] * 16)
+    assert losses(build(llama, tmp_path, both, loss=MADPO(tau=2, c_max=4), max_steps=1))
+    rows = list(data)
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    with pytest.raises(DataError, match="'margin' and no 'reward_margin'"):
+        build(llama, tmp_path, stream, loss=MADPO(tau=2, c_max=4))
+
+
+def test_a_bad_number_names_its_pairs_by_text(llama, tmp_path):
+    data = pairs(4).add_column("pair_id", ["a", "b", "c", "d"])
+    data = data.add_column("ref_chosen_logps", [math.nan, -9.0, -9.0, -9.0]).add_column(
+        "ref_rejected_logps", [-9.0] * 4
+    )
+    with pytest.raises(DataError, match=r"pairs \[a\].*reference log-probabilities are not finite"):
+        build(llama, tmp_path, data).train()
+
+
+# ---- Collators ----
+
+
+def test_any_callable_is_a_collator(llama, tmp_path):
+    class Subclass(DataCollatorForPreference):
+        pass
+
+    limits = {"max_length": 9, "loss": MADPO(tau=2, c_max=4)}
+    data = pairs().add_column("reward_margin", np.linspace(-1, 3, 16).tolist())
+    expected = losses(build(llama, tmp_path, data, **limits))
+    theirs = DataCollatorForPreference(pad_token_id=0, max_length=9)
+
+    def function(rows):
+        return {name: value for name, value in theirs(rows).items() if not name.startswith("ref_")}
+
+    for collator in (function, lambda rows: theirs(rows), Subclass(pad_token_id=0, max_length=9), theirs):
+        found = losses(build(llama, tmp_path, data, data_collator=collator, **limits))
+        assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_another_collator_has_another_reference(llama, tmp_path):
+    def cut(length):
+        return lambda rows: DataCollatorForPreference(pad_token_id=0, max_length=length)(rows)
+
+    first, second = (build(llama, tmp_path, data_collator=cut(length)).train_dataset for length in (6, 20))
+    assert first["ref_chosen_logps"] != second["ref_chosen_logps"]
+    assert len(list((tmp_path / "cache" / "columns").glob("*.safetensors"))) == 2
+
+
+# ---- Evaluation ----
+
+
+def test_predict_measures_without_compute_metrics(llama, tmp_path):
+    trainer = build(llama, tmp_path, eval_dataset=pairs(8, seed=1))
+    trainer.train()
+    evaluated = trainer.evaluate(pairs(8, seed=1))
+    logged = trainer.state.log_history[-1]
+    found = trainer.predict(pairs(8, seed=1))
+    assert found.predictions is None
+    assert found.metrics["test_loss"] == pytest.approx(evaluated["eval_loss"], rel=1e-6)
+    for name in ("rewards/margins", "rewards/accuracies", "mean_token_accuracy", "entropy"):
+        assert found.metrics[f"test_{name}"] == pytest.approx(logged[f"eval_{name}"], rel=1e-5), name
+    again = trainer.evaluate(pairs(8, seed=1))
+    assert again["eval_loss"] == pytest.approx(evaluated["eval_loss"], rel=1e-6), "nothing of predict is left over"
+    trainer.compute_metrics = lambda p: {}
+    with pytest.raises(ConfigError, match="compute_metrics takes logits"):
+        trainer.predict(pairs(8, seed=1))
+
+
+@pytest.mark.parametrize("every", [2, 500])
+def test_token_metrics_are_those_of_trl_over_the_window_and_at_the_end(llama, tmp_path, every):
+    """Completions of equal lengths: TRL averages batches, this trainer tokens."""
+    generator = np.random.default_rng(0)
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    data = Dataset.from_dict({name: generator.integers(5, 200, (16, 6)).tolist() for name in names})
+    settings = {"logging_steps": every, "max_steps": 4, "eval_dataset": data}
+    stock, ours = (build(llama, tmp_path, data, stock=which, **settings) for which in (True, False))
+    for trainer in (stock, ours):
+        trainer.train()
+        trainer.evaluate()
+    token = ("entropy", "logits/chosen", "logits/rejected", "mean_token_accuracy", "num_tokens")
+    if every == 500:  # in this transformers the last record of a training is not that of its evaluation
+        assert set(token) <= ours.state.log_history[-2].keys()
+    for theirs, own in zip(stock.state.log_history, ours.state.log_history, strict=True):
+        assert theirs.keys() <= own.keys()
+        for name in theirs:
+            if name.removeprefix("eval_") in (*token, "rewards/margins", "logps/chosen"):
+                assert own[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-4), name
+    assert "eval_num_tokens" in ours.state.log_history[-1]
+
+
+# ---- What is refused ----
+
+VIRTUAL = {
+    "PROMPT_TUNING": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+    "P_TUNING": lambda: peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, encoder_hidden_size=8),
+    "PREFIX_TUNING": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+    "ADAPTION_PROMPT": lambda: peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=2, adapter_layers=1),
+    "POLY": lambda: peft.PolyConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=2),
+}
+
+
+@pytest.mark.parametrize("kind", VIRTUAL)
+def test_adapters_that_change_no_weights_are_refused_when_the_trainer_is_made(llama, tmp_path, kind):
+    args = PreferenceConfig(output_dir=str(tmp_path), **PLAIN)
+    given = {"args": args, "train_dataset": pairs(), "processing_class": load_tokenizer(llama)}
+    with pytest.raises(ConfigError, match=rf"{kind} is not supported.*such as LoRA"):
+        PreferenceTrainer(load(llama), peft_config=VIRTUAL[kind](), **given)
+    with pytest.raises(ConfigError, match=kind):
+        PreferenceTrainer(get_peft_model(load(llama), VIRTUAL[kind]()), **given)
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ({"sync_ref_model": True}, r"sync_ref_model=True.*computes its log-probabilities once"),
+        ({"loss_type": "hinge"}, r"loss_type=\['hinge'\].*madpo has no loss like hinge"),
+        ({"loss_type": ["sigmoid", "sft"]}, "madpo has no loss like sft"),
+        ({"loss_type": ["sigmoid", "ipo"]}, "adds no losses up"),
+        ({"loss_type": "ipo"}, r'use loss=IPO\(beta=\.\.\., reduction="mean"\)'),
+        ({"loss_type": "robust"}, r"use loss=RDPO"),
+        ({"f_divergence_type": "forward_kl"}, "no other divergence"),
+        ({"ld_alpha": 0.5}, "no length desensitisation"),
+        ({"use_weighting": True}, r"use loss=WPO"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_options_of_trl_are_refused_with_what_takes_their_place(llama, tmp_path, option, told):
+    with pytest.raises(ConfigError, match=told):
+        build(llama, tmp_path, **option)
+    with pytest.raises(ConfigError, match=told):
+        PreferenceTrainer(load(llama), args=DPOConfig(output_dir=str(tmp_path), **QUIET, **option))
+
+
+def test_every_loss_type_of_trl_is_refused_in_true_words(tmp_path):
+    from madpo.training.refusals import _LOSSES, refuse_options
+
+    args = DPOConfig(output_dir=str(tmp_path), **QUIET)
+    refuse_options(args)
+    for kind in (
+        "hinge",
+        "exo_pair",
+        "nca_pair",
+        "bco_pair",
+        "sppo_hard",
+        "aot",
+        "apo_zero",
+        "discopop",
+        "sft",
+        *_LOSSES,
+    ):
+        args.loss_type = [kind]
+        if kind == "sigmoid":
+            refuse_options(args)
+            continue
+        with pytest.raises(ConfigError, match="use loss=" if kind in _LOSSES else f"madpo has no loss like {kind}"):
+            refuse_options(args)
+
+
+@pytest.mark.parametrize("name", ["image", "images"])
+def test_images_are_refused_in_a_sentence_that_can_be_followed(llama, tmp_path, name):
+    data = pairs().add_column(name, [[0]] * 16)
+    with pytest.raises(DataError, match=rf"train_dataset has a column '{name}'.*remove the column"):
+        build(llama, tmp_path, data)
+    with pytest.raises(DataError, match=rf"eval_dataset has a column '{name}'"):
+        build(llama, tmp_path, eval_dataset=data)
+    trainer = build(llama, tmp_path, data.remove_columns(name))
+    with pytest.raises(DataError, match=rf"has a column '{name}'"):
+        trainer.evaluate(data)
+    assert losses(trainer)
+
+
+# ---- Cards and names ----
+
+
+@pytest.mark.parametrize("loss", [MADPO(tau=2, c_max=4), IPO(), DPO(), Custom(target="madpo.losses:SimPO")], ids=str)
+def test_the_model_card_is_about_the_loss(llama, tmp_path, loss):
+    data = pairs().add_column("reward_margin", [1.0] * 16)
+    trainer = build(llama, tmp_path, data, loss=loss, save_strategy="steps", save_steps=3)
+    trainer.train()
+    inner = loss.loss if isinstance(loss, Custom) else loss
+    name, paper = type(inner).__name__, inner.paper
+    card = ModelCard.load(tmp_path / "README.md")
+    assert (
+        f"trained with {name}, a method introduced in [{paper.title}](https://huggingface.co/papers/{paper.arxiv})"
+        in (card.content)
+    )
+    assert f"Cite {name} as:" in card.content
+    assert paper.arxiv in card.content.split("Cite TRL as")[0].split("bibtex")[1]
+    assert ("rafailov" in card.content) == (name == "DPO")
+    assert card.data.tags == sorted(card.data.tags)
+    assert {"madpo", "trl", name.lower()} <= set(card.data.tags)
+    assert ("dpo" in card.data.tags) == (name == "DPO")
+
+
+def test_every_published_loss_has_a_paper():
+    for name, loss in EVERY_LOSS.items():
+        if name.startswith("custom"):
+            continue
+        assert loss.paper is not None, name
+        assert loss.paper.arxiv in loss.paper.bibtex()
+        assert loss.paper.bibtex().count("{") == loss.paper.bibtex().count("}")
