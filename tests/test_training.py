@@ -445,8 +445,6 @@ def test_options_of_trls_loss_are_refused(llama, tmp_path, option, value, remedy
 def test_missing_columns_are_refused_by_name(llama, tmp_path):
     with pytest.raises(DataError, match=r"train_dataset has no column 'reward_margin'.*madpo score"):
         build(llama, tmp_path, pairs(4), loss=MADPO(tau=7, c_max=4))
-    with pytest.raises(DataError, match="rename it to 'reward_margin'"):
-        build(llama, tmp_path, pairs(4, margin=[1.0] * 4))
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_pairs(llama, tmp_path):

@@ -79,7 +79,7 @@ def trainer_of(
         "save_strategy": "no",
         "logging_steps": 1,
         "max_length": LIMIT,
-        "token_metrics": "always",
+        "pair_weights": True,
         "adam_epsilon": 1e-5,  # a gradient that is rounding alone must not become a step of full length
     }
     train, heldout = (pairs(n, seed, positive=loss.kind == "odpo") for seed, n in enumerate((PAIRS, HELDOUT)))
