@@ -65,6 +65,10 @@ LAYOUTS: dict[str, tuple[dict[str, Any], Any]] = {
         MESSAGES | {"conversations": [*BEFORE, *ASKED], "system": "Be brief."},
         [SYSTEM, *BEFORE, *ASKED],
     ),
+    "one message on each side": (
+        {"messages": [*BEFORE, *ASKED]} | {side: said[0] for side, said in MESSAGES.items()},
+        [*BEFORE, *ASKED],
+    ),
     "context as a conversation": (MESSAGES | {"context": ASKED}, ASKED),
     "history as messages": (MESSAGES | {"prompt": "Name a river.", "history": BEFORE}, [*BEFORE, *ASKED]),
     "messages as a copy of a side": (WHOLE | {"messages": WHOLE["chosen"]}, ASKED),

@@ -23,16 +23,19 @@ _RENAME = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "as
 
 
 def as_text(value: Any, name: str, place: str) -> Text:
-    """A field of a row: text, or messages with role and content alone (text parts of a message joined).
+    """A field of a row: text, or messages with role and content only (text parts of a message joined).
+
+    One message without a list around it is a conversation of one.
 
     Raises:
         DataError: anything else.
     """
     if isinstance(value, str):
         return encodable(value, name, place)
+    if isinstance(value, dict):
+        return [_message(value, name, place)]
     if not isinstance(value, list | tuple):
-        hint = "; put the message in a list" if isinstance(value, dict) else "; give text or a list of messages"
-        raise DataError(f"{place}: {name} is {described(value)}, not text{hint}")
+        raise DataError(f"{place}: {name} is {described(value)}, not text; give text or a list of messages")
     if not value:
         raise DataError(f"{place}: {name} is a list without messages; fill it in or drop the row")
     return [_message(m, f"{name}[{i}]", place) for i, m in enumerate(value)]
