@@ -2,11 +2,15 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 from transformers.integrations.neftune import activate_neftune
+from trl import RewardConfig
 
 import trainer_settings
 from families import tiny
@@ -14,6 +18,7 @@ from madpo import DPO, PreferenceConfig, PreferenceTrainer
 from madpo.models.engine.logprobs import completion_logps
 from madpo.models.load import load_tokenizer
 from madpo.models.modes import without_own_noise
+from madpo.training.reward import RewardModelTrainer
 from test_logprobs import build
 from test_packing import PAIRS, pair_batch
 from test_training import pairs
@@ -113,3 +118,35 @@ def test_the_noise_of_neftune_has_the_size_that_padded_rows_give_it(packed):
     assert (noise[-1].shape[0] == 1) == packed
     assert 0.99 * bound < float(drawn.abs().max()) <= bound + 1e-6
     assert float(drawn.std()) == pytest.approx(bound / math.sqrt(3), rel=0.02)
+
+
+@pytest.mark.parametrize("given", [None, True, False])
+def test_a_reward_model_trains_without_the_models_dropout(given, llama, tmp_path):
+    """Three steps over the same pairs that change nothing."""
+    model = tiny("opt", auto=AutoModelForSequenceClassification, noise=0.3, loud=3, num_labels=1)
+    draw = np.random.default_rng(0)
+    rows = {
+        "pair_id": list(range(4)),
+        "prompt_length": [3] * 4,
+        **{side: draw.integers(4, 60, (4, 9)).tolist() for side in ("chosen_ids", "rejected_ids")},
+    }
+    settings = {"learning_rate": 1e-12, "max_steps": 3, "logging_steps": 1, "save_strategy": "no"}
+    args = RewardConfig(
+        output_dir=str(tmp_path),
+        max_length=None,
+        disable_dropout=given,
+        per_device_train_batch_size=4,
+        **{**trainer_settings.QUIET, **settings},
+    )
+    adapter = LoraConfig(r=2, target_modules=["v_proj"], task_type="SEQ_CLS")
+    trainer = RewardModelTrainer(
+        model,
+        args,
+        processing_class=load_tokenizer(llama),
+        train_dataset=Dataset.from_dict(rows),
+        peft_config=adapter,
+    )
+    trainer.train()
+    found = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert len(found) == 3
+    assert (max(found) - min(found) < 1e-5) == (given is not False)

@@ -4,10 +4,11 @@ import warnings
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 from transformers.masking_utils import causal_mask_function
 
 from families import tiny
-from madpo.models.engine.logprobs import completion_logps
+from madpo.models.engine.logprobs import completion_logps, completion_states, hidden_states
 from madpo.models.engine.packed_attention import PackedMask, packed_attention
 from madpo.models.engine.packing import PROMPT, pack
 from test_logprobs import brute_force, build
@@ -113,3 +114,22 @@ def test_one_pair_packs_for_models_that_need_their_states_in_order():
     found = completion_logps(model, **rows, pairs=True)
     assert model._madpo_packs
     torch.testing.assert_close(found.logps, completion_logps(model, **rows).logps, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "shares"), [("qwen3_next", False), ("jamba", False), ("gpt_oss", True)])
+def test_reward_models_share_the_decision(family, shares):
+    """Within inference mode, as scores are computed."""
+    model = tiny(family, auto=AutoModelForSequenceClassification, num_labels=1).bfloat16()
+    rows = pair_batch(PAIRS, "right")
+    rows["input_ids"] %= 60
+    scored = rows["completion_mask"].bool()
+    with warnings.catch_warnings(record=True) as said, torch.inference_mode():
+        warnings.simplefilter("always")
+        found = completion_states(model, **rows)[scored]
+        wanted = hidden_states(model, rows["input_ids"], rows["attention_mask"])[scored]
+    assert model._madpo_packs == shares
+    assert any("cannot share prompts" in str(warning.message) for warning in said) != shares
+    if shares:
+        assert float((found - wanted).norm() / wanted.norm()) < 0.02
+    else:
+        assert found.equal(wanted)
