@@ -106,7 +106,7 @@ class LossInputs:
         reward_margin: r(chosen) - r(rejected) under a learned reward model, log-odds.
         chosen_score, rejected_score: scores of an external judge or reward model, in its own unit.
         chosen_log_sum_sq, rejected_log_sum_sq: mean over completion tokens of log sum_v pi(v)^2 (WPO).
-        weight: the user's own multiplier of any loss; 1 leaves the pair as it is.
+        weight: the user's own factor of any loss, which the trainer applies with ``pair_weights=True``.
     """
 
     policy_chosen_logps: Float[Tensor, " pairs"]

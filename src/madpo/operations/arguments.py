@@ -36,7 +36,7 @@ _BY_TYPE: dict[Any, str] = {
     ),
     bool | None: (
         "activation_checkpointing bf16 ddp_broadcast_buffers ddp_find_unused_parameters ddp_static_graph "
-        "disable_dropout disable_tqdm gradient_checkpointing greater_is_better hub_private_repo tf32"
+        "disable_dropout disable_tqdm gradient_checkpointing greater_is_better hub_private_repo pair_weights tf32"
     ),
     bool | str: "include_num_input_tokens_seen",
     int: (
