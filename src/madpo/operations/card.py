@@ -43,7 +43,7 @@ def model_card(*, data: str, eval_data: str | Path | None, settings: TrainSettin
         lines.append(f"- {_plain(report.adapter)}")
     lines += [
         f"- loss: `{settings.loss.kind}` with {', '.join(f'{k} = {json.dumps(v)}' for k, v in loss.items())}",
-        f"- trained: {_weights(settings)}, {report.steps} steps",
+        f"- trained: {_weights(settings)}, {report.steps} steps, learning rate {report.learning_rate:g}",
         f"- made by madpo {__version__}; `config.toml` repeats it, `log.jsonl` holds the course of the training",
         "",
         "## Measured",

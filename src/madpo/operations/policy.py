@@ -48,12 +48,6 @@ CONFIG_HEADING = "# madpo train "
 TRACKED = "runs"
 """Where transformers lets TensorBoard write, seen from the folder of the checkpoints."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_DEFAULTS: dict[str, Any] = {
-    **{"save_strategy": "steps", "save_steps": 100, "save_total_limit": 2},
-    **{"report_to": "none", "disable_tqdm": True},
-}
-
-
 MEMORY_REMEDY = (
     "halve --batch_size and double --args.gradient_accumulation_steps, which leaves the result as it is unless "
     "--lora.dropout is on, or lower --max_length"
@@ -77,6 +71,8 @@ class TrainReport(Frozen):
     """SHA-256 of the data; None for a data set of the hub."""
     model_digest: str | None
     """SHA-256 of the files of the base model, or its commit on the hub."""
+    learning_rate: float | None = None
+    """The largest of the schedule."""
     adapter: str | None = None
     """Which weights the adapter changes, and their share of the model's parameters; None in full training."""
 
@@ -152,6 +148,7 @@ def train_pairs(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) 
         cut=too_long.cut,
         data_digest=digest(data),
         model_digest=model_digest(base, trainer.model),
+        learning_rate=float(args.learning_rate),
         adapter=adapter_text(trainer.model),
     )
     _save(trainer, settings, tokenizer, out)
@@ -192,7 +189,7 @@ def trainer_arguments(settings: TrainSettings, out: Path, *, evaluated: bool) ->
     Raises:
         ConfigError: values that do not fit together, in one sentence.
     """
-    given = {**_DEFAULTS, **settings.args}
+    given = settings.arguments()
     if given.get("eval_strategy", "no") != "no" and not evaluated:
         raise ConfigError(f"args.eval_strategy = {given['eval_strategy']!r} needs eval_data or eval_share")
     refuse_missing_trackers(given["report_to"])
@@ -208,7 +205,7 @@ def trainer_arguments(settings: TrainSettings, out: Path, *, evaluated: bool) ->
 
 def decisive(settings: TrainSettings) -> dict[str, Any]:
     """What of the settings decides the result: of the two that split a step into micro-batches, their product alone."""
-    values = {**_DEFAULTS, **settings.args}
+    values = settings.arguments()
     defaults = {field.name: field.default for field in dataclasses.fields(PreferenceConfig)}
     pairs, micro_batches = (int(values.get(name, defaults[name])) for name in BATCH)
     found = settings.model_dump(mode="json")
@@ -341,5 +338,5 @@ def resolved(data: str | Path, settings: TrainSettings, clock: Clock | None = No
     if settings.full:
         resolved.pop("lora")
     resolved["model"] = lasting(settings.model)
-    resolved["args"] = written_arguments({**_DEFAULTS, **settings.args})
+    resolved["args"] = written_arguments(settings.arguments())
     return f"{CONFIG_HEADING}{json.dumps(str(data))} --config config.toml --output_dir DIR\n{toml(resolved)}"

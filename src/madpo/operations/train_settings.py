@@ -13,6 +13,11 @@ from madpo.losses import MADPO, Loss
 from madpo.models.hyperparameters import LoRA
 from madpo.operations.arguments import checked_arguments
 
+FULL_LEARNING_RATE = 1e-6
+"""TRL's default."""
+ADAPTER_LEARNING_RATE = 5e-5
+"""TRL's default is made for the training of all weights; it leaves an adapter where it is."""
+
 
 class TrainSettings(Frozen):
     """How a policy is trained."""
@@ -52,6 +57,13 @@ class TrainSettings(Frozen):
         if self.full and self.qlora:
             raise ValueError("weights of 4 bits cannot be trained themselves; give full or qlora, not both")
         return self
+
+    def arguments(self) -> dict[str, Any]:
+        """``args`` with the defaults that are ours and not TRL's."""
+        ours: dict[str, Any] = {"save_strategy": "steps", "save_steps": 100, "save_total_limit": 2}
+        ours |= {"report_to": "none", "disable_tqdm": True}
+        ours["learning_rate"] = FULL_LEARNING_RATE if self.full else ADAPTER_LEARNING_RATE
+        return ours | self.args
 
     def decisive(self) -> dict[str, Any]:
         """What bears on the result, as plain values: of the arguments those that do."""

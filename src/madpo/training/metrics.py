@@ -10,6 +10,7 @@ from trl import DPOTrainer
 
 from madpo.losses import LossInputs, LossOutput
 from madpo.models.engine.logprobs import CompletionScores
+from madpo.training.movement import Movement
 from madpo.training.padding_pairs import REPEATED
 from madpo.training.resume import ExactResume
 
@@ -18,6 +19,7 @@ class WindowMetrics(ExactResume):
     """Mixin: sums and counts are kept on the device, and reduced when they are logged."""
 
     loss: Any
+    movement: Movement
     _metrics: Any
     _total_train_tokens: int
 
@@ -76,6 +78,8 @@ class WindowMetrics(ExactResume):
             count = real.sum() if value.ndim else flat.new_ones(())
             flat = torch.where(real, flat, torch.zeros_like(flat)) if value.ndim else flat
             self._metrics[mode][name].append(torch.stack([flat.sum(), count.to(flat.dtype)]))
+        if mode == "train":
+            self.movement.note(pairs, real)
         both = torch.cat([real, real])
         if mode == "train":
             tokens = (inputs["attention_mask"] * both[:, None]).sum()

@@ -43,6 +43,7 @@ from madpo.training.columns import (
 )
 from madpo.training.config import PreferenceConfig, own_noise
 from madpo.training.metrics import WindowMetrics
+from madpo.training.movement import Movement
 from madpo.training.nan_guard import drop_unscored
 from madpo.training.padding_pairs import REPEATED, each_marked, marked, observed, refuse_uneven
 from madpo.training.reference_columns import ReferenceColumns
@@ -149,6 +150,8 @@ class PreferenceTrainer(WindowMetrics, ReferenceColumns, DPOTrainer):  # type: i
         even = getattr(args.accelerator_config, "even_batches", True)
         refuse_uneven(self.accelerator, even_batches=even, drop_last=args.dataloader_drop_last)
         announce(self.model)
+        self.movement = Movement(self)
+        self.add_callback(self.movement)
         install_completion_head(unwrapped(self.model))
 
     def _take_name(self, loss: LossConfig) -> None:
