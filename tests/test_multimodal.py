@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 from families import VOCABULARY, tiny, values
 from madpo.core.errors import ConfigError
 from madpo.losses import DPO
+from madpo.models.engine.head import text_model
 from madpo.models.hyperparameters import LoRA
 from madpo.models.load import load_classifier, load_model, load_tokenizer, resolve_model
 from madpo.operations import TrainSettings, train
@@ -52,7 +53,7 @@ def test_a_reward_model_without_a_classifier_in_transformers_is_refused_before_i
         load_classifier(base, num_labels=1, new_head=True)
 
 
-@pytest.mark.parametrize("family", ["gemma3", "gemma4", "qwen2_5_vl", "qwen3_5", "mistral3"])
+@pytest.mark.parametrize("family", ["gemma3", "gemma4", "qwen2_5_vl", "qwen3_5", "mistral3", "llama4"])
 def test_a_checkpoint_of_images_and_text_is_trained_on_text_and_stays_whole(family, tmp_path):
     base = checkpoint(family, tmp_path / "base")
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
@@ -79,7 +80,9 @@ def test_a_checkpoint_of_images_and_text_is_trained_on_text_and_stays_whole(fami
     plain = own.from_pretrained(base, dtype=torch.float32).eval()
     merged = own.from_pretrained(out / "merged", dtype=torch.float32).eval()
     with torch.no_grad():
-        first = plain(input_ids=ids).logits
-        found = PeftModel.from_pretrained(plain, out / "adapter").eval()(input_ids=ids).logits
-        torch.testing.assert_close(found, merged(input_ids=ids).logits, rtol=0, atol=1e-4)
+        # Llama 4's own class cannot read text without images in transformers 5.24.
+        first = text_model(plain)(input_ids=ids).logits
+        PeftModel.from_pretrained(plain, out / "adapter").eval()
+        found = text_model(plain)(input_ids=ids).logits
+        torch.testing.assert_close(found, text_model(merged)(input_ids=ids).logits, rtol=0, atol=1e-4)
     assert (found - first).abs().max() > 1e-2

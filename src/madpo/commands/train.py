@@ -145,13 +145,16 @@ _DOTTED = (
 
 
 def _policy_options(parser: argparse.ArgumentParser) -> None:
+    from madpo.models.hyperparameters import ADAPTER_LEARNING_RATE, FULL_LEARNING_RATE
+
     says = "start and reference: packaged name, folder or hub id"
     option(parser, "model_name_or_path", "model", says, metavar="M")
     option(parser, "loss", "loss.kind", "madpo (the default), dpo, ipo, ...", metavar="KIND")
     option(parser, "full", "full", "train all weights instead of an adapter", action="store_true")
     option(parser, "qlora", "qlora", "hold the frozen weights in 4 bits (GPU; untested)", action="store_true")
     option(parser, "dtype", "dtype", "of the loaded weights", choices=("auto", "float32", "bfloat16"))
-    option(parser, "learning_rate", "args.learning_rate", "of AdamW (default: TRL's, 1e-6)", type=float)
+    says = f"of AdamW (default: {ADAPTER_LEARNING_RATE:g}, with --full {FULL_LEARNING_RATE:g})"
+    option(parser, "learning_rate", "args.learning_rate", says, type=float)
     option(parser, "epochs", "args.num_train_epochs", "passes over the pairs (default: 3)", type=float)
     says = "pairs per forward pass (default: 8)"
     option(parser, "batch_size", "args.per_device_train_batch_size", says, type=int)

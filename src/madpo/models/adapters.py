@@ -37,6 +37,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from madpo.core.progress import say_once
+from madpo.models.engine.head import text_model
 from madpo.models.modes import evaluating
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def _probe(model: nn.Module) -> _Probe | None:
     try:
         with evaluating(model):
             ids = torch.arange(1, 1 + _PROBE, device=device)[None] % model.config.get_text_config().vocab_size  # type: ignore[operator,union-attr]
-            model(input_ids=ids, use_cache=False)
+            text_model(model)(input_ids=ids, use_cache=False)
     finally:
         handle.remove()
     return found

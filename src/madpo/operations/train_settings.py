@@ -10,13 +10,8 @@ from pydantic import Field, field_validator, model_validator
 from madpo.core.config import Frozen, added
 from madpo.data.tokens import Truncation
 from madpo.losses import MADPO, Loss
-from madpo.models.hyperparameters import LoRA
+from madpo.models.hyperparameters import ADAPTER_LEARNING_RATE, FULL_LEARNING_RATE, LoRA
 from madpo.operations.arguments import checked_arguments
-
-FULL_LEARNING_RATE = 1e-6
-"""TRL's default."""
-ADAPTER_LEARNING_RATE = 5e-5
-"""TRL's default is made for the training of all weights; it leaves an adapter where it is."""
 
 
 class TrainSettings(Frozen):

@@ -39,8 +39,18 @@ class TokenScores(NamedTuple):
     top1: Tensor | None = None
 
 
+def text_model(model: nn.Module) -> nn.Module:
+    """The language model with its head: a transformers model, or the part of it that has the head (Llama 4, BLIP-2)."""
+    head = model.get_output_embeddings() if model.base_model is model else None  # type: ignore[operator]
+    for part in model.children() if head is not None else ():
+        if isinstance(part, PreTrainedModel) and part.get_output_embeddings() is head:
+            return text_model(part)
+    return model
+
+
 def backbone(model: nn.Module) -> nn.Module:
     """The part of a transformers model that computes states: all but its head; the model itself where there is none."""
+    model = text_model(model)
     found: nn.Module = model.base_model  # type: ignore[assignment]
     if found is model:  # Llama 4's text model has its backbone under a name that its class does not say
         parts = [part for part in model.children() if isinstance(part, PreTrainedModel)]

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from madpo.core.errors import ConfigError
 from madpo.models.engine import memory_efficient as lean
 from madpo.models.engine.dependence import depends, sharded
-from madpo.models.engine.head import Head, backbone, token_logps
+from madpo.models.engine.head import Head, backbone, text_model, token_logps
 from madpo.models.engine.packable import packs
 from madpo.models.engine.packed_attention import packed_states
 from madpo.models.engine.packing import pack
@@ -105,7 +105,7 @@ def check_reading(model: nn.Module) -> None:
         with evaluating(model):
             try:
                 states = plain()
-                theirs = model(input_ids=ids, attention_mask=ones, use_cache=False).logits.float()
+                theirs = text_model(model)(input_ids=ids, attention_mask=ones, use_cache=False).logits.float()
                 found = head.logits(states.to(head.weight.dtype).flatten(0, 1))[0].float().view_as(theirs)
                 bound = (0.05 if half else 1e-3) * (1 + float(theirs.abs().max()))
                 apart = float((found - theirs).abs().max())
