@@ -23,6 +23,14 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+@pytest.fixture(autouse=True)
+def nothing_said_yet():
+    """Lines that are said once a process are said once a test."""
+    from madpo.core.progress import say_once
+
+    say_once.cache_clear()
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     """The folder of a random Llama of two layers."""
