@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from madpo.core.metrics import Estimate, Metrics
 from madpo.core.storage import write_atomically
 from madpo.runner.executors import Inline, Processes
 from madpo.runner.operation import operation
+from madpo.runner.record import run_status
 from madpo.runner.run import Record, Step, load_record, plan, run
 
 
@@ -231,24 +233,33 @@ def test_a_free_worker_takes_the_first_step_that_is_ready(
         assert result.ran == [step.name for step in steps]  # a seed is whole before the next begins
 
 
-def strip(step: Step, root: Path) -> None:
-    """What an export leaves of a step."""
-    path = step.folder(root) / "record.json"
-    record = json.loads(path.read_text())
+def strip(step: Step, root: Path, *, folders: bool) -> None:
+    """What an export leaves of a step: a line of ``records.json``, or, in older ones, the folder with its record."""
+    folder, kept = step.folder(root), root / "records.json"
+    record = json.loads((folder / "record.json").read_text())
     record["provenance"]["exported"] = True
-    for file in step.folder(root).iterdir():
-        file.unlink()
-    path.write_text(json.dumps(record))
+    shutil.rmtree(folder)
+    if folders:
+        folder.mkdir()
+        (folder / "record.json").write_text(json.dumps(record))
+    else:
+        records = json.loads(kept.read_text()) if kept.exists() else {}
+        kept.write_text(json.dumps({**records, folder.relative_to(root).as_posix(): record}))
 
 
-def test_a_run_goes_on_from_an_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("folders", [True, False])
+def test_a_run_goes_on_from_an_export(tmp_path: Path, capsys: pytest.CaptureFixture[str], folders: bool) -> None:
     first, second, both = graph()
     before = run([both], tmp_path).records
     for step in (first, second, both):
-        strip(step, tmp_path)
+        strip(step, tmp_path, folders=folders)
     assert [status for _, status in plan([both], tmp_path)] == ["done"] * 3
     assert run([both], tmp_path).ran == []
-    assert first.folder(tmp_path).is_dir()
+    assert first.folder(tmp_path).is_dir() == folders
+    assert plan(graph(value=3), tmp_path)[0].status == "stale: value is 3, was 2"
+    status = run_status(tmp_path)
+    assert status.unfinished == {}
+    assert status.steps["sum"] == result_of(before["sum"])
 
     more = Step("more", combine, Numbers(), {"a": first})
     dry = run([both, more], tmp_path, dry_run=True)
@@ -260,17 +271,30 @@ def test_a_run_goes_on_from_an_export(tmp_path: Path, capsys: pytest.CaptureFixt
     assert result.ran == ["data/first", "more"]
     assert "1 of these were done before, but their files stayed behind" in capsys.readouterr().err
     assert result.records["more"].metrics == {"sum": 2.0}
-    assert result.records["sum"] == before["sum"].model_copy(
-        update={"provenance": {**before["sum"].provenance, "exported": True}}
-    )
+    assert result.records["sum"] == result_of(before["sum"])
     assert not result.records["data/first"].stripped
     assert run([both, more], tmp_path).ran == []
 
     # A step that is to run needs its inputs' files, and these theirs.
     third = Step("third", produce, Numbers(), {"a": more})
-    strip(more, tmp_path)
-    strip(first, tmp_path)
+    strip(more, tmp_path, folders=folders)
+    strip(first, tmp_path, folders=folders)
     assert run([third], tmp_path).ran == ["data/first", "more", "third"]
+
+
+def result_of(record: Record) -> Record:
+    """The record as an export has it."""
+    return record.model_copy(update={"provenance": {**record.provenance, "exported": True}})
+
+
+def test_a_damaged_list_of_records_counts_as_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = graph()[0]
+    run([first], tmp_path)
+    strip(first, tmp_path, folders=False)
+    kept = tmp_path / "records.json"
+    kept.write_text(kept.read_text()[:-20])
+    assert [status for _, status in plan([first], tmp_path)] == ["to run"]
+    assert "records.json is damaged" in capsys.readouterr().err
 
 
 def test_records_are_equal_outside_provenance(tmp_path: Path) -> None:

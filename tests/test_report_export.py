@@ -1,21 +1,24 @@
 """A run as a small folder: what goes along, what stays, and that the report can be made again from it."""
 
+import hashlib
 import io
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
-import pyarrow.parquet as pq
+import pandas as pd
 import pytest
 
 from madpo.commands import cli
 from madpo.commands.cli import main
 from madpo.core.errors import ConfigError, DataError, StorageError
 from madpo.core.metrics import Estimate
-from madpo.report import build_report, export, export_report, rebuild_report
+from madpo.report import export, export_report, rebuild_report
 from madpo.report.results import collect
-from report_cases import HOSTILE, PROMPTS, make_study
+from madpo.runner.record import run_status
+from report_cases import PROMPTS, make_study
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -41,33 +44,61 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_what_goes_along(exported: tuple[Path, Path]) -> None:
     root, target = exported
     files = contents(target)
-    kinds = {Path(name).name for name in files if not name.startswith(("figures/", "tables/"))}
-    assert kinds == {
-        *("run.json", "record.json", "samples.jsonl", "log.jsonl", "margins.parquet", "pairs.parquet", "error.txt"),
-        *("report.html", "results.json", "results.md", "README.md"),
+    assert {name for name in files if not name.startswith(("figures/", "tables/"))} == {
+        *("run.json", "records.json", "samples.parquet", "curves.parquet", "margins.parquet"),
+        *("report.html", "README.md"),
     }
     assert {Path(name).suffix for name in files if name.startswith("figures/")} == {".svg"}
+    assert {Path(name).suffix for name in files if name.startswith("tables/")} == {".csv"}
     assert sum(map(len, files.values())) < export.LIMIT
     everything = b"".join(files.values())
     for place in (str(root), str(Path.home())):
         assert place.encode() not in everything
     assert b'"argv"' not in everything
-    assert pq.read_table(next(target.glob("pairs/*/*/pairs.parquet"))).column_names == ["pair_id", "split"]
     texts = (target / "report.html").read_text(encoding="utf-8")
     assert "answers number 11" in texts
     assert "answers number 12" not in texts
     assert "1 failed" in texts
+    status = run_status(target)
+    assert status.unfinished["policy/high/later/seed0"] == "failed: OSError: ./data is gone, ~/x too"
+    assert status.unfinished["evaluation/high/later/seed0"] == "to run"
+    for name, record in run_status(root).steps.items():
+        kept = status.steps[name]
+        assert (kept is None) == (record is None)
+        if kept is not None and record is not None:
+            assert kept.model_dump(exclude={"provenance"}) == record.model_dump(exclude={"provenance"})
+            assert kept.stripped
 
 
-def test_the_numbers_are_those_of_the_run(exported: tuple[Path, Path]) -> None:
+def test_the_tables_hold_every_number_and_few_texts(exported: tuple[Path, Path]) -> None:
     root, target = exported
-    rebuild_report(root, figures=False)
-    for name in ("results.md", "tables/claims.csv", "tables/methods.csv", "results.json"):
-        assert (root / name).read_bytes() == (target / name).read_bytes(), name
-    rows = [json.loads(line) for line in next(target.glob("evaluation/*/*/*/samples.jsonl")).open(encoding="utf-8")]
-    assert len(rows) == PROMPTS
-    assert sum("response" in row for row in rows) == export.TEXTS
-    assert all({"oracle_reward", "kl", "tokens"} <= row.keys() for row in rows)
+    samples = pd.read_parquet(target / "samples.parquet")
+    for folder, own in samples.groupby("folder"):
+        rows = pd.read_json(root / str(folder) / "samples.jsonl", lines=True, precise_float=True)
+        assert own["reward"].tolist() == rows["oracle_reward"].tolist()
+        assert own["kl"].tolist() == rows["kl"].tolist()
+        assert own["response"].notna().sum() == export.TEXTS
+        assert own["response"].iloc[5] == rows["response"][5]
+    assert len(samples) == PROMPTS * samples["folder"].nunique()
+    margins = pd.read_parquet(target / "margins.parquet")
+    own = margins[margins["folder"].str.startswith("margins/high/seed0")]
+    given = pd.read_parquet(next(root.glob("margins/high/seed0-*/margins.parquet")))
+    assert own["reward_margin"].tolist() == given["reward_margin"].tolist()
+    assert own["train"].sum() == 30
+    curves = pd.read_parquet(target / "curves.parquet")
+    log = pd.read_json(next(root.glob("policy/high/method0/seed0-*/log.jsonl")), lines=True, precise_float=True)
+    own = curves[curves["folder"].str.startswith("policy/high/method0/seed0")]
+    assert own["loss"].tolist() == log["loss"].tolist()
+
+
+def test_the_numbers_are_those_of_the_run(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    root, target = exported
+    copy = tmp_path / "copy"
+    shutil.copytree(target, copy)
+    for folder in (root, copy):
+        rebuild_report(folder, figures=False)
+    for name in ("results.md", "tables/claims.csv", "tables/methods.csv", "tables/frontier.json", "results.json"):
+        assert (root / name).read_bytes() == (copy / name).read_bytes(), name
 
 
 def test_the_report_is_made_again_from_the_export(exported: tuple[Path, Path], tmp_path: Path) -> None:
@@ -79,6 +110,25 @@ def test_the_report_is_made_again_from_the_export(exported: tuple[Path, Path], t
     rebuild_report(again, figures=False)
     assert (again / "report.html").read_bytes() == page
     assert main(["status", str(again)]) == 0
+
+
+def test_steps_that_are_run_after_an_export_take_the_place_of_its_lines(
+    exported: tuple[Path, Path], tmp_path: Path
+) -> None:
+    root, target = exported
+    copy = tmp_path / "copy"
+    shutil.copytree(target, copy)
+    folder = next(path.relative_to(root) for path in root.glob("evaluation/high/method0/seed0-*"))
+    shutil.copytree(root / folder, copy / folder)
+    path = copy / folder / "samples.jsonl"
+    rows = [json.loads(line) | {"oracle_reward": 3.0} for line in path.open(encoding="utf-8")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    status = run_status(copy)
+    assert not status.steps["evaluation/high/method0/seed0"].stripped  # type: ignore[union-attr]
+    records = {name: record for name, record in status.steps.items() if record is not None}
+    dpo = next(row for row in collect(copy, records)[0].rows if row.key == "method0")
+    assert dpo.mean("oracle_reward") == pytest.approx((3.0 + 1.0) / 2)
+    assert export_report(copy, tmp_path / "again").exists()
 
 
 def test_a_smaller_vocabulary_is_said(tmp_path: Path) -> None:
@@ -194,15 +244,19 @@ def test_what_is_too_large_or_damaged_writes_nothing(tmp_path: Path, monkeypatch
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
-def test_repeated_texts_are_counted_without_texts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("digests", [True, False])
+def test_repeated_texts_are_counted_without_texts(tmp_path: Path, digests: bool) -> None:
+    """From an export, and from an older one, whose samples have digests in the place of texts."""
     study = make_study(tmp_path / "run", tiers=("low",), seeds=1)
     for path in study.root.glob("evaluation/low/method0/*/samples.jsonl"):
-        rows = [json.loads(line) for line in path.open(encoding="utf-8")]
-        same = [{**row, "response": "the same"} for row in rows]
-        path.write_text("".join(json.dumps(row) + "\n" for row in same))
+        rows = [json.loads(line) | {"response": "the same"} for line in path.open(encoding="utf-8")]
+        if digests:
+            for row in rows[5:]:
+                row["response_sha256"] = hashlib.sha256(row.pop("response").encode()).hexdigest()[:16]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     study.write("one")
-    for path in study.root.glob("evaluation/low/method0/*/samples.jsonl"):
-        export._samples(path, path)
-    row = next(row for row in collect(study.root, study.records)[0].rows if row.key == "method0")
-    assert row["repeated"] == 1.0
-    assert build_report(study.root, study.records, HOSTILE, {}, figures=False).exists()
+    export_report(study.root, tmp_path / "out")
+    records = {name: record for name, record in run_status(tmp_path / "out").steps.items() if record is not None}
+    for folder in (study.root, tmp_path / "out"):
+        row = next(row for row in collect(folder, records)[0].rows if row.key == "method0")
+        assert row["repeated"] == 1.0

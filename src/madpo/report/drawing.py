@@ -65,7 +65,7 @@ def _panels(chart: Chart) -> list[ET.Element]:
     for panel in chart.panels:
         if isinstance(panel, WeightPanel):
             label = f"Weight curve and margins, {panel.title}"
-            drawn.append(weight_figure(panel.margins, panel.parameters, label=label))
+            drawn.append(weight_figure(panel.margins, panel.parameters, label=label, title=panel.title))
         elif isinstance(panel, Levels):
             drawn.append(_levels(panel, levels, width))
         else:
@@ -197,7 +197,7 @@ def _hover(panel: Panel) -> dict[str, Any]:
     lines = [s for s in panel.series if not s.raw]
     if panel.log or max((len(s.marks) for s in lines), default=0) < HOVER_FROM:
         return {}
-    return {s.name: [(m.x, m.y) for m in s.marks] for s in lines}
+    return {s.name: [(m.x, float(f"{m.y:.4g}")) for m in s.marks] for s in lines}
 
 
 # Legends, alternative texts, numbers

@@ -1,9 +1,9 @@
-"""A run as a small folder that can be committed or sent, and that ``madpo report`` still reads.
+"""A run as a few files that can be committed or sent, and that ``madpo report`` and ``madpo run`` still read.
 
-The folder has the layout of a run: ``run.json``, and per step its record and what the report draws of it. Weights,
-vocabularies and responses stay behind; of the samples their numbers come along, and the texts of a few prompts. So the
-page that stands in it is made from it, and can be made again. Names of hosts and places on their disks stay behind
-too. The same run gives the same bytes wherever it lies.
+``run.json`` and ``records.json`` hold what was run; three tables hold what the report draws of it: samples (their
+numbers, and the texts of a few prompts), training curves and margins. So the page next to them is made from them, and
+can be made again. Weights, vocabularies and most texts are left out, and so are names of hosts and places on their
+disks. The same run gives the same bytes, whatever its folder.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -23,19 +24,28 @@ from madpo.core.errors import DataError, StorageError
 from madpo.core.progress import say
 from madpo.core.storage import expanded, stays_inside, storage_errors, write_atomically
 from madpo.report.build import rebuild_report
-from madpo.report.sources import RESPONSE_DIGEST, response_digest
+from madpo.report.sources import MARGINS, SAMPLES, Sources
 from madpo.report.tables import markdown_cell
-from madpo.runner.record import EXPORTED, RECORD, RunStatus, run_status
+from madpo.runner.record import EXPORTED, RECORD, RECORDS, Record, RunStatus, run_status
 
 TEXTS = 12  # prompts whose samples keep their texts
 LIMIT = 16_000_000  # bytes of the folder
 FILE_LIMIT = 4_000_000  # bytes of one file in it
-OWN = (
-    *("run.json", "README.md", "report.html", "results.json", "results.md", "selection.json"),
-    *("tables", "figures"),
-)
-"""What an export holds beside the folders of its steps."""
 LOGGED = ("step", "loss", "eval_loss", "rewards/margins")  # what training curves are drawn from
+KINDS = {
+    **dict.fromkeys(("folder", "prompt", "response"), pa.string()),
+    **dict.fromkeys(("prompt_id", "sample", "text", "pair_id"), pa.int64()),
+    "train": pa.bool_(),
+}
+"""Types of the columns of the tables; all others are numbers."""
+NEXT_TO_PAGE = ("results.json", "results.md", "selection.json")  # what a report writes and an export leaves out
+TABLES = ("samples.parquet", "curves.parquet", "margins.parquet")
+READ = (RECORD, "error.txt", "samples.jsonl", "log.jsonl", "margins.parquet", "pairs.parquet")  # of a step's folder
+OWN = (
+    *("run.json", RECORDS, *TABLES, "README.md", "report.html"),
+    *("tables", "figures", *NEXT_TO_PAGE, "results.csv"),
+)
+"""What an export holds, or held in earlier versions next to the folders of its steps."""
 
 
 def export_report(root: Path, target: Path) -> Path:
@@ -58,9 +68,13 @@ def export_report(root: Path, target: Path) -> Path:
     status = run_status(root)
     _refuse(root, target)
     with storage_errors(target), _replacing(target) as place:
-        _copy(root, place, status)
+        _write_run(root, place, status)
+        _write_tables(root, place, {name: record for name, record in status.steps.items() if record is not None})
         rebuild_report(place)
         (place / "README.md").write_text(_readme(place), encoding="utf-8")
+        for path in (*(place / name for name in NEXT_TO_PAGE), *(place / "tables").glob("*")):
+            if path.suffix != ".csv":
+                path.unlink(missing_ok=True)
         size = _check_size(place)
     say(f"{target}: {size / 1e6:.1f} MB in all; the texts of at most {TEXTS} prompts a tier, and no weights.")
     return target / "report.html"
@@ -134,32 +148,76 @@ def _clear(target: Path, place: Path, old: Path) -> None:
             folder.rmdir()
 
 
-def _copy(root: Path, place: Path, status: RunStatus) -> None:
+def _write_run(root: Path, place: Path, status: RunStatus) -> None:
+    """``run.json``, with what went wrong in steps that failed, and ``records.json``; a line per step."""
     listing = json.loads((root / "run.json").read_bytes())
-    listing["about"][EXPORTED] = {"texts": TEXTS}
-    write_atomically(place / "run.json", json.dumps(listing, indent=1, ensure_ascii=False) + "\n")
+    about = {**listing["about"], EXPORTED: {"texts": TEXTS}}
+    steps: dict[str, Any] = {}
+    records: dict[str, Any] = {}
     hosts: dict[str, str] = {}
+    for file in (RECORDS, *TABLES):
+        _refuse_link(root / file, root)
     for name, record in status.steps.items():
-        folder = listing["steps"][name]["folder"]
-        source, own = root / folder, place / folder
-        for file in (RECORD, "error.txt", *KEPT):
-            _refuse_link(source / file, root)
-        if record is None:
-            if (why := status.unfinished[name]).startswith("failed: "):
-                own.mkdir(parents=True)
-                (own / "error.txt").write_text(_placeless(why.removeprefix("failed: "), root) + "\n", encoding="utf-8")
-            continue
-        own.mkdir(parents=True)
-        given = {key: value for key, value in record.provenance.items() if key not in ("argv", "files")} | {
-            EXPORTED: True
+        for file in READ:
+            _refuse_link(root / listing["steps"][name]["folder"] / file, root)
+        steps[name] = {key: value for key, value in listing["steps"][name].items() if key != "failed"}
+        if record is not None:
+            given = {key: value for key, value in record.provenance.items() if key not in ("argv", "files")}
+            if host := given.get("host"):
+                given["host"] = hosts.setdefault(str(host), _host(str(host), len(hosts)))
+            text = record.model_copy(update={"provenance": {**given, EXPORTED: True}}).model_dump_json()
+            records[steps[name]["folder"]] = json.loads(text)
+        elif (why := status.unfinished[name]).startswith("failed: "):
+            steps[name]["failed"] = _placeless(why.removeprefix("failed: "), root)
+    run = f'{{"about": {_dumps(about)},\n"steps": {_lines(steps)}}}\n'
+    write_atomically(place / "run.json", run)
+    (place / RECORDS).write_text(_lines(records) + "\n", encoding="utf-8")
+
+
+def _lines(entries: Mapping[str, Any]) -> str:
+    """A JSON object with a line per entry."""
+    return "{" + ",".join(f"\n{_dumps(name)}: {_dumps(entry)}" for name, entry in entries.items()) + "\n}"
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _write_tables(root: Path, place: Path, records: Mapping[str, Record]) -> None:
+    """Samples, curves and margins of all steps, with the folders of the steps."""
+    sources = Sources(root)
+    tables: dict[str, list[pd.DataFrame]] = {"samples": [], "curves": [], "margins": []}
+    for name, record in records.items():
+        kind = name.split("/")[0]
+        found = {
+            "samples": _few_texts(sources.samples([record])) if kind == "evaluation" else pd.DataFrame(),
+            "curves": _logged(sources.log(record)),
+            "margins": sources.margins(record, records) if kind in ("margins", "reward_model") else pd.DataFrame(),
         }
-        if host := given.get("host"):
-            given["host"] = hosts.setdefault(str(host), _host(str(host), len(hosts)))
-        text = record.model_copy(update={"provenance": given}).model_dump_json(indent=1)
-        (own / "record.json").write_text(text + "\n", encoding="utf-8")
-        for file, keep in KEPT.items():
-            if (source / file).is_file():
-                keep(source / file, own / file)
+        for table, frame in found.items():
+            if len(frame):
+                tables[table].append(frame.assign(folder=f"{record.name}-{record.identity[:8]}"))
+    columns = {"samples": SAMPLES, "curves": LOGGED, "margins": MARGINS}
+    for table, frames in tables.items():
+        if frames:
+            names = ["folder", *columns[table]]
+            schema = pa.schema([(name, KINDS.get(name, pa.float64())) for name in names])
+            whole = pd.concat(frames, ignore_index=True).reindex(columns=names)
+            written = pa.Table.from_pandas(whole, schema=schema, preserve_index=False).replace_schema_metadata(None)
+            pq.write_table(written, place / f"{table}.parquet", compression="zstd")
+
+
+def _few_texts(samples: pd.DataFrame) -> pd.DataFrame:
+    """The numbers of all samples, the texts of the first prompts."""
+    shown = sorted(samples["prompt_id"].unique())[:TEXTS]
+    texts = samples[["prompt", "response"]].where(samples["prompt_id"].isin(shown), None)
+    return samples.assign(prompt=texts["prompt"], response=texts["response"])
+
+
+def _logged(log: pd.DataFrame) -> pd.DataFrame:
+    """What curves are drawn from, without entries that hold none of it."""
+    known = log[[name for name in LOGGED if name in log]]
+    return known.dropna(how="all", subset=[name for name in known if name != "step"])
 
 
 def _host(name: str, number: int) -> str:
@@ -170,63 +228,6 @@ def _placeless(text: str, root: Path) -> str:
     for place, short in ((str(root), "."), (str(Path.home()), "~")):
         text = text.replace(place, short) if len(place) > 1 else text
     return text
-
-
-def _samples(source: Path, target: Path) -> None:
-    """The numbers of all samples, the texts of the first prompts."""
-    rows = [row for _, row in _rows(source)]
-    try:
-        shown = set(sorted({int(row["prompt_id"]) for row in rows})[:TEXTS])
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{source}: prompt_id must be there; delete the step's folder and run again") from error
-    lines = []
-    for row in rows:
-        if int(row["prompt_id"]) not in shown:
-            digest = {RESPONSE_DIGEST: response_digest(row)} if "response" in row else {}
-            row = {key: value for key, value in row.items() if not isinstance(value, str | list | dict)} | {
-                **({RESPONSE_DIGEST: row[RESPONSE_DIGEST]} if RESPONSE_DIGEST in row else {}),
-                **digest,
-            }
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    target.write_text("".join(lines), encoding="utf-8")
-
-
-def _log(source: Path, target: Path) -> None:
-    rows = ({key: row[key] for key in LOGGED if key in row} for _, row in _rows(source))
-    target.write_text("".join(json.dumps(row) + "\n" for row in rows if len(row) > 1), encoding="utf-8")
-
-
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError("it is no object")
-            except ValueError as error:
-                raise DataError(f"{path} row {number}: {error}; delete the step's folder and run again") from None
-            yield number, row
-
-
-def _columns(*names: str) -> Callable[[Path, Path], None]:
-    def keep(source: Path, target: Path) -> None:
-        try:
-            table = pq.read_table(source)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{source} is damaged; delete the step's folder and run again") from error
-        found = [name for name in names if name in table.column_names]
-        if found:
-            pq.write_table(table.select(found).replace_schema_metadata(None), target)
-
-    return keep
-
-
-KEPT: Mapping[str, Callable[[Path, Path], None]] = {
-    "samples.jsonl": _samples,
-    "log.jsonl": _log,
-    "margins.parquet": _columns("pair_id", "reward_margin"),
-    "pairs.parquet": _columns("pair_id", "split"),
-}
 
 
 def _check_size(place: Path) -> int:
@@ -256,7 +257,8 @@ def _readme(place: Path) -> str:
         "",
         "What goes beyond the paper is not among the paper's claims that are counted above.",
         "",
-        "`report.html` is the whole report, `tables/` and `figures/` are its parts, and `madpo report` makes it again "
-        "from the records here. Weights and most texts are left out.",
+        "`report.html` is the whole report, `tables/` and `figures/` are its parts. `madpo report` makes it again from "
+        "`run.json`, `records.json` and the three Parquet tables, and `madpo run` goes on from them. Weights and most "
+        "texts are left out.",
     ]
     return "\n".join(lines) + "\n"

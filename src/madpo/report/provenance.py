@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from madpo.core.progress import duration
+from madpo.report.numbers import DASH
 from madpo.report.pages import Cell, Table, cell
 from madpo.report.sources import folder_of
 from madpo.runner.record import Record
@@ -109,6 +110,8 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _size(folder: Path) -> str:
+    if not folder.is_dir():
+        return DASH
     size = float(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
     for unit in ("B", "kB", "MB"):
         if size < 1000:

@@ -291,8 +291,8 @@ def _tier(
             rows,
             own,
             models,
-            margins=sources.margins(margins, records) if margins else np.empty(0),
-            heldout_margins=sources.margins(first) if first else np.empty(0),
+            margins=_finite(sources.margins(margins, records), train=True) if margins else np.empty(0),
+            heldout_margins=_finite(sources.margins(first, records)) if first else np.empty(0),
             curves=pd.concat(curves) if curves else pd.DataFrame({"name": []}),
             reward_curve=sources.log(first) if first else pd.DataFrame(),
             missing=tuple(n for n, m in planned.items() if n not in shown and name in (m.get("tiers") or (name,))),
@@ -302,6 +302,13 @@ def _tier(
 
 
 _PLACE = ("key", "seed")
+
+
+def _finite(margins: pd.DataFrame, *, train: bool = False) -> np.ndarray:
+    """The finite margins; with ``train`` those of training pairs, or all where the split is not known."""
+    known = margins[margins["train"].fillna(True).astype(bool)] if train else margins
+    values = known["reward_margin"].to_numpy(dtype=float)
+    return np.asarray(values[np.isfinite(values)])
 
 
 def _described(

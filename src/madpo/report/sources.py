@@ -22,6 +22,8 @@ from madpo.core.errors import DataError
 from madpo.runner.record import Record
 
 SAMPLES = ("prompt_id", "sample", "reward", "kl", "tokens", "text", "prompt", "response")
+NULLABLE = {"text": "Int64", "train": "boolean"}
+MARGINS = ("pair_id", "reward_margin", "train")
 TEXTS = 200  # prompts of an evaluation whose first responses are kept as text
 RESPONSE_DIGEST = "response_sha256"  # in the samples of an older export whose texts were left out
 AGAIN = "delete the step's folder and run again"
@@ -63,34 +65,34 @@ class Sources:
         path = folder_of(self.root, record) / "log.jsonl"
         if not path.exists():
             kept = self._kept("curves", record)
-            return pd.DataFrame() if kept is None else kept.reset_index(drop=True)
+            return pd.DataFrame() if kept is None else kept.dropna(axis=1, how="all").reset_index(drop=True)
         rows = json_lines(path, "step")
         return pd.DataFrame([{k: float(v) for k, v in row.items() if isinstance(v, int | float)} for row in rows])
 
-    def margins(self, record: Record, records: Mapping[str, Record] | None = None) -> np.ndarray:
-        """The finite reward margins that a step wrote, chosen less rejected.
+    def margins(self, record: Record, records: Mapping[str, Record]) -> pd.DataFrame:
+        """The reward margins that a step wrote: ``pair_id``, ``reward_margin`` (chosen less rejected), and ``train``,
+        which is NA where nothing says which pairs are for training.
 
         Args:
             record: of the step.
-            records: all finished records; with them, only the margins of training pairs, where the split is known.
+            records: all finished records.
         """
         path = folder_of(self.root, record) / "margins.parquet"
-        table = _parquet(path) if path.exists() else self._kept("margins", record)
-        if table is None:
-            return np.empty(0)
-        margins = table["reward_margin"].to_numpy(dtype=float)
-        if records is not None and (train := self.training_pairs(record, records)) is not None:
-            margins = margins[table["pair_id"].isin(train)]
-        return np.asarray(margins[np.isfinite(margins)])
+        if not path.exists():
+            kept = self._kept("margins", record)
+            return kept if kept is not None else pd.DataFrame({name: [] for name in MARGINS})
+        table = _parquet(path)
+        train = self._training_pairs(record, records)
+        table["train"] = pd.NA if train is None else table["pair_id"].isin(train)
+        return table[[*MARGINS]].astype({"train": NULLABLE["train"]})
 
-    def training_pairs(self, record: Record, records: Mapping[str, Record]) -> list[int] | None:
+    def _training_pairs(self, record: Record, records: Mapping[str, Record]) -> list[int] | None:
         """Ids of the training pairs among those that a step read; None where its inputs do not say."""
         for upstream in records.values():
-            if upstream.identity in record.inputs.values():
-                path = folder_of(self.root, upstream) / "pairs.parquet"
-                pairs = _parquet(path, ["pair_id", "split"]) if path.exists() else self._kept("pairs", upstream)
-                if pairs is not None:
-                    return list(pairs.loc[pairs["split"] == "train", "pair_id"])
+            path = folder_of(self.root, upstream) / "pairs.parquet"
+            if upstream.identity in record.inputs.values() and path.exists():
+                pairs = _parquet(path, ["pair_id", "split"])
+                return list(pairs.loc[pairs["split"] == "train", "pair_id"])
         return None
 
     def _kept(self, name: str, record: Record) -> pd.DataFrame | None:
@@ -99,7 +101,8 @@ class Sources:
         if table is None:
             return None
         own = table[table["folder"] == str(folder_of(Path(), record))]
-        return own.drop(columns="folder").dropna(axis=1, how="all") if len(own) else None
+        kinds = {column: kind for column, kind in NULLABLE.items() if column in own}
+        return own.drop(columns="folder").astype(kinds) if len(own) else None
 
     def _read_table(self, name: str) -> pd.DataFrame | None:
         path = self.root / f"{name}.parquet"
@@ -129,7 +132,7 @@ def _evaluation(path: Path) -> pd.DataFrame:
         frame[name] = values
     frame = frame.astype({"prompt_id": np.int64, "sample": np.int64})
     codes, _ = pd.factorize(np.array([response_digest(row) or None for row in rows], dtype=object))
-    frame["text"] = pd.Series(codes, dtype="Int64").mask(codes < 0)
+    frame["text"] = pd.Series(codes, dtype=NULLABLE["text"]).mask(codes < 0)
     for name in ("prompt", "response"):
         frame[name] = pd.Series([row.get(name) for row in rows], dtype=object)
     frame = frame.sort_values(["prompt_id", "sample"], kind="stable", ignore_index=True)

@@ -60,6 +60,7 @@ def study_page(
         opening=opening(tiers),
         progress=progress(records, unfinished),
         notes=notes,
+        untrained=str(study.experiment.get("model", "")).startswith("tiny-"),
         verdicts=tier_verdicts(study, charts.get("figure1_main")),
         main=main_table(study, reasons),
         chosen=chosen_table(study),

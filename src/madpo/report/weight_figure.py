@@ -13,7 +13,7 @@ from madpo.rewards.weight_counts import WeightParameters, log_weight
 WIDTH, LEFT, RIGHT = 720, 50, 14
 
 
-def weight_figure(margins: np.ndarray, parameters: WeightParameters, *, label: str) -> ET.Element:
+def weight_figure(margins: np.ndarray, parameters: WeightParameters, *, label: str, title: str = "") -> ET.Element:
     """The weight curve above the histogram of the margins, coloured by what the weight does."""
     tau = parameters.tau
     limit = max(float(np.abs(margins).max(initial=1)), tau * 1.15) * 1.04
@@ -43,6 +43,7 @@ def weight_figure(margins: np.ndarray, parameters: WeightParameters, *, label: s
     svg.path(figure, [(x(h), y(w)) for h, w in curve_points], "curve")
     svg.text(figure, WIDTH - RIGHT, base + 38, "reward margin h of the pair, log-odds", "tick end")
     svg.text(figure, 0, 12, "weight w(h)", "tick")
+    svg.text(figure, WIDTH - RIGHT, 13, title, "panel-title end")
     svg.text(figure, 0, base - bars - 6, "pairs", "tick")
     return figure
 

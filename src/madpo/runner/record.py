@@ -3,12 +3,12 @@
 import os
 import platform
 import sys
-from functools import cache
+from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_serializer, field_validator
 
 from madpo.core.errors import ConfigError
 from madpo.core.locks import holder
@@ -26,6 +26,8 @@ NAME = r"^[A-Za-z0-9_.+=-]+(/[A-Za-z0-9_.+=-]+)*$"
 
 RECORD = "record.json"
 """The file that makes a result exist."""
+RECORDS = "records.json"
+"""Records of an export by the folders of their steps, which are left out of it."""
 EXPORTED = "exported"  # of a run's ``about`` and of a record's ``provenance``: most files stayed behind
 
 
@@ -128,6 +130,30 @@ def load_record(folder: Path) -> Record | None:
         return None
 
 
+def exported_records(root: Path) -> dict[str, Record]:
+    """Folder in ``root`` -> record of a step whose folder an export leaves out; empty where ``root`` is no export."""
+    path = root / RECORDS
+    try:
+        state = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    return _records_in(path, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=4)
+def _records_in(path: Path, changed: int, size: int) -> dict[str, Record]:
+    try:
+        return TypeAdapter(dict[str, Record]).validate_json(path.read_bytes())
+    except (ValidationError, OSError):
+        say(f"{path} is damaged, and its records count as missing.")
+        return {}
+
+
+def find_record(folder: Path, root: Path) -> Record | None:
+    """The record of a step in ``folder``, also where ``root`` is an export; None if there is none that can be read."""
+    return load_record(folder) or exported_records(root).get(folder.relative_to(root).as_posix())
+
+
 class RunStatus(NamedTuple):
     """Where a run stands.
 
@@ -160,10 +186,10 @@ def run_status(root: Path) -> RunStatus:
     unfinished = {}
     for name, entry in listing.steps.items():
         folder = root / entry.folder
-        record = load_record(folder)
+        record = find_record(folder, root)
         steps[name] = record if record is not None and record.identity == entry.identity else None
         if steps[name] is None:
-            unfinished[name] = _unfinished(folder)
+            unfinished[name] = _unfinished(folder, entry.failed)
     return RunStatus(listing.about, steps, unfinished, holder(root))
 
 
@@ -182,9 +208,9 @@ def evaluations_by(root: Path, key: str) -> list[tuple[str, str, Record]]:
         ConfigError: no evaluation is finished, or the setting bears on none of them.
     """
     records = [found for path in sorted(root.rglob(f"*-*/{RECORD}")) if (found := load_record(path.parent)) is not None]
-    by_identity = {record.identity: record for record in records}
+    by_identity = {record.identity: record for record in [*exported_records(root).values(), *records]}
     rows = []
-    for record in records:
+    for record in by_identity.values():
         if record.name.startswith("evaluation/"):
             rows.append((_setting(record, key, by_identity), record.name, record))
     if not any(value is not None for value, _, _ in rows):
@@ -213,6 +239,8 @@ def _setting(record: Record, key: str, by_identity: dict[str, Record]) -> Any:
 class _Entry(BaseModel):
     folder: str = Field(pattern=NAME)
     identity: str
+    failed: str = ""
+    """What went wrong, in an export."""
 
     @field_validator("folder")
     @classmethod
@@ -227,9 +255,9 @@ class _Listing(BaseModel):
     steps: dict[str, _Entry]
 
 
-def _unfinished(folder: Path) -> str:
+def _unfinished(folder: Path, failed: str) -> str:
     try:
         lines = (folder / "error.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
     except (FileNotFoundError, NotADirectoryError):
-        return "begun" if folder.is_dir() else "to run"
+        return "begun" if folder.is_dir() else f"failed: {failed}" if failed else "to run"
     return f"failed: {lines[-1] if lines else 'no message'}"

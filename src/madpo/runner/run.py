@@ -19,7 +19,7 @@ from madpo.core.progress import duration, say
 from madpo.core.storage import storage_errors, write_atomically
 from madpo.runner.executors import Executor, Inline
 from madpo.runner.folder import what_changed
-from madpo.runner.record import RECORD, Record, libraries, load_record
+from madpo.runner.record import RECORD, Record, exported_records, find_record, libraries, load_record
 from madpo.runner.step import StageFn, Step, needed_by, ordered
 from madpo.runner.uploads import Upload
 from madpo.runner.work import attempt, job
@@ -77,7 +77,7 @@ class RunResult:
 
 def finished(step: Step, root: Path) -> Record | None:
     """The step's record, if it is finished."""
-    record = load_record(step.folder(root))
+    record = find_record(step.folder(root), root)
     return record if record is not None and record.identity == step.identity else None
 
 
@@ -264,9 +264,9 @@ def _status(step: Step, root: Path) -> str:
     """Of a step that is not finished: what has changed since one of its name was, if one was."""
     own = step.folder(root)
     others = own.parent.glob(f"{own.name[:-8]}[0-9a-f]*/{RECORD}") if own.parent.is_dir() else []
-    records = [(path.stat().st_mtime, path.parent) for path in others if path.parent != own]
-    for _, folder in sorted(records, reverse=True):
-        old = load_record(folder)
+    folders = [(path.stat().st_mtime, path.parent) for path in others if path.parent != own]
+    found = [load_record(folder) for _, folder in sorted(folders, reverse=True)]
+    for old in [*found, *exported_records(root).values()]:
         if old is not None and old.name == step.name and old.identity != step.identity:
             names = {role: upstream.name for role, upstream in step.upstream.items()}
             return f"stale: {what_changed(old.model_dump(), step.decisive, names) or 'its identity changed'}"

@@ -52,7 +52,9 @@ class Upload:
         self._pending: dict[str, Future[None]] = {}
 
     def step(self, name: str, folder: Path, root: Path) -> None:
-        """Queue a finished step's folder, which lies in ``root``."""
+        """Queue a finished step's folder in ``root``. Of an export only the tables are there, which are files."""
+        if not folder.is_dir():
+            return
         self._queue(name, lambda: self._put_step(folder, folder.relative_to(root).as_posix()))
 
     def files(self, name: str, paths: Iterable[Path], root: Path) -> None:
