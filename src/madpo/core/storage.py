@@ -75,7 +75,7 @@ def _missing(place: Path, file: object, *, there: bool) -> str | None:
     found = Path(os.fsdecode(file)).absolute()
     if place.absolute() in found.parents or (there and found == place.absolute()):
         return _VANISHED
-    if found == place.absolute() or found == temporary_path(place.absolute()):
+    if found in (place.absolute(), temporary_path(place.absolute()), *place.absolute().parents):
         return f"nothing can be created in {found.parent}; choose another place"
     return None
 
@@ -88,6 +88,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     data = content.encode("utf-8") if isinstance(content, str) else content
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():  # a rename would replace even /dev/null
+        raise StorageError(f"{path} is not a regular file (a pipe or a device); choose another name")
     temporary = temporary_path(path)
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
     try:

@@ -19,7 +19,7 @@ from madpo.core.locks import locked
 from madpo.core.memory import memory_errors
 from madpo.core.metrics import plain_metrics
 from madpo.core.progress import say
-from madpo.core.storage import expanded, now, stays_inside, storage_errors
+from madpo.core.storage import expanded, now, stays_inside, storage_errors, write_atomically
 from madpo.runner.folder import ERROR, UNFINISHED, abandon, clear, files_of, finish, prepare
 from madpo.runner.record import Record, conditions, load_record
 from madpo.runner.step import StageFn, Step
@@ -135,14 +135,15 @@ def run_step(
 
 def attempt(job: Job, root: Path) -> Record | tuple[str, MadpoError | None]:
     """:func:`make` for a run of many steps: the record, or one sentence and the user's mistake behind it."""
+    if not stays_inside(job.out, root):  # nothing is written there, not even a traceback
+        refusal = StorageError(f"{job.out} leads out of the run's folder by a link; remove the link")
+        return str(refusal), refusal
     try:
         if not (root / "run.json").exists():
             raise StorageError(
                 f"{root} does not exist on {socket.gethostname()}: put the run's folder on a file system shared by all "
                 "nodes"
             )
-        if not stays_inside(job.out, root):
-            raise StorageError(f"{job.out} leads out of the run's folder by a link; remove the link")
         job.out.mkdir(parents=True, exist_ok=True)
         old = load_record(job.out)
         if old is None:
@@ -159,8 +160,8 @@ def attempt(job: Job, root: Path) -> Record | tuple[str, MadpoError | None]:
 
 def _keep_traceback(out: Path) -> None:
     # On a full or read-only disk this fails too; the sentence still reaches the person.
-    with contextlib.suppress(OSError):
-        (out / ERROR).write_text(traceback.format_exc(), encoding="utf-8")
+    with contextlib.suppress(OSError, StorageError):
+        write_atomically(out / ERROR, traceback.format_exc().encode("utf-8", "backslashreplace"))
 
 
 def _peak_memory() -> int | None:
