@@ -24,6 +24,7 @@ from madpo.training import checkpoints as disk
 from madpo.training import margins
 from madpo.training.nan_guard import SKIPPED, drop_unscored
 from madpo.training.reward import RewardModelTrainer
+from madpo.training.sft import CompletionSFT
 from practice_cases import text_pairs, write
 from trainer_settings import QUIET
 
@@ -231,7 +232,7 @@ def sft_trainer(llama, out, **changes):
     arguments = {**SETTINGS, "max_length": None, "activation_checkpointing": False, **changes}
     rows = [{"input_ids": row["chosen_ids"], "labels": row["chosen_ids"]} for row in pairs()]
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
-    return stages._CompletionSFT(
+    return CompletionSFT(
         model=model,
         args=SFTConfig(output_dir=str(out), **arguments),
         train_dataset=Dataset.from_list(rows),

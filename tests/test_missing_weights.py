@@ -17,7 +17,8 @@ from madpo.commands.cli import main
 from madpo.core.errors import ConfigError
 from madpo.models.load import LoRA, load_classifier, load_model
 from madpo.operations import load_scorer
-from madpo.rewards.oracles import ClassifierOracle, _Classifier
+from madpo.rewards.classifier import Classifier
+from madpo.rewards.oracles import ClassifierOracle
 from madpo.rewards.reward_model import RewardModel
 from practice_cases import text_pairs, write
 
@@ -230,8 +231,8 @@ def test_a_head_is_new_only_where_a_command_makes_it(llama, tmp_path):
     assert load_scorer(whole)
     two = classifier(llama, tmp_path / "two", labels=2)
     oracle = ClassifierOracle(name=str(two), positive_label="LABEL_1")
-    assert _Classifier(oracle)
-    for place, load in ((whole, lambda: load_scorer(whole)), (two, lambda: _Classifier(oracle))):
+    assert Classifier(oracle)
+    for place, load in ((whole, lambda: load_scorer(whole)), (two, lambda: Classifier(oracle))):
         rewrite(place, without("score.weight"))
         with pytest.raises(ConfigError, match=r"\(score\.weight\), and would be random"):
             load()

@@ -12,7 +12,8 @@ from madpo.core.errors import ConfigError
 from madpo.models.load import LoRA, build_tiny, load_tokenizer
 from madpo.operations.study_training import Optimisation
 from madpo.training import online
-from madpo.training.online import OnlineSettings, OnlineStage, fit_online
+from madpo.training.online import fit_online
+from madpo.training.settings import OnlineSettings, OnlineStage
 
 REFERENCE = np.array([0.5, 0.3, 0.2])
 REWARD = np.array([1.0, 2.0, 0.0])

@@ -54,7 +54,7 @@ def test_durations(seconds: float, text: str) -> None:
 
 
 LIVE = """
-from madpo import progress
+from madpo.core import progress
 progress.SHOW_AFTER = 0.0
 with progress.bar("outer [x]", 2) as advance:
     for _ in progress.track(range(2), description="inner"):

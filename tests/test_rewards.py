@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import get_peft_model
 from pydantic import TypeAdapter
+from safetensors.numpy import load_file
 from scipy.special import expit
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -23,8 +24,9 @@ from madpo.core.config import find_experiment, identity_settings, load_config
 from madpo.core.errors import ConfigError, DataError
 from madpo.data.corpus import PackagedIMDB
 from madpo.models.engine import memory_efficient as lean
+from madpo.models.hyperparameters import Optimisation
 from madpo.models.load import LoRA, build_tiny, load_tokenizer
-from madpo.operations import study_training as stages
+from madpo.rewards import ngrams
 from madpo.rewards import oracles as rewards
 from madpo.rewards.oracles import (
     ClassifierOracle,
@@ -38,6 +40,8 @@ from madpo.rewards.oracles import (
 from madpo.rewards.reward_model import RewardModel, pooled
 from madpo.study.experiment import Experiment
 from madpo.training.reward import RewardModelTrainer
+from madpo.training.reward_fit import fit_reward_model
+from madpo.training.settings import RewardModelStage
 
 GOOD = ["wonderful", "great", "moving", "funny", "best"]
 BAD = ["terrible", "boring", "awful", "worst", "dull"]
@@ -78,7 +82,7 @@ def test_ngram_oracle_learns_and_knows_more_on_whole_reviews(tmp_path) -> None:
 
 
 def _intercept(folder):
-    return rewards.load_file(folder / "oracle.safetensors")["intercept"][0]
+    return load_file(folder / "oracle.safetensors")["intercept"][0]
 
 
 @pytest.mark.usefixtures("toy")
@@ -95,8 +99,8 @@ def test_read_back_equals_the_fitted_pipeline(tmp_path, monkeypatch) -> None:
             fitted["model"] = self
             return super().fit(x, y)
 
-    monkeypatch.setattr(rewards, "TfidfVectorizer", Vectoriser)
-    monkeypatch.setattr(rewards, "LogisticRegression", Model)
+    monkeypatch.setattr(ngrams, "TfidfVectorizer", Vectoriser)
+    monkeypatch.setattr(ngrams, "LogisticRegression", Model)
     fit_oracle(stage(NgramOracle(min_count=2)), {}, tmp_path)
     texts = [*toy_corpus()["text"], "", "Großartig! a b; a  b wonderful.wonderful don't"]
     p = fitted["model"].predict_proba(fitted["vectoriser"].transform(texts))[:, 1]
@@ -106,15 +110,21 @@ def test_read_back_equals_the_fitted_pipeline(tmp_path, monkeypatch) -> None:
 @pytest.mark.usefixtures("toy")
 def test_the_same_seed_gives_the_same_bytes_and_held_out_reviews_are_not_fitted_on(tmp_path, monkeypatch) -> None:
     seen = []
-    original = rewards._fit_ngrams
-    monkeypatch.setattr(rewards, "_fit_ngrams", lambda c, r, *rest: (seen.append(r), original(c, r, *rest))[1])
+    original = ngrams.fit_ngrams
+    monkeypatch.setattr(
+        ngrams, "fit_ngrams", lambda c, texts, *rest: (seen.append(texts), original(c, texts, *rest))[1]
+    )
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         fit_oracle(stage(NgramOracle(min_count=1, heldout=0.25), seed=3), {}, tmp_path / name)
     for file in ("vocabulary.json", "oracle.safetensors"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    assert len(seen[0]) == 75  # of 100 reviews that neither SFT nor the prompts use
-    assert set(seen[0]["review_id"]) <= set(range(10, 110))
+    corpus = toy_corpus()
+    whole, short = corpus[corpus["source"] == "imdb"], corpus[corpus["source"] != "imdb"]
+    assert len(seen[0]) == 2 * 75 + len(
+        short
+    )  # of 100 reviews that neither SFT nor the prompts use, and their snippets
+    assert set(seen[0][:75]) <= set(whole[whole["review_id"].isin(range(10, 110))]["text"])
 
 
 @pytest.mark.usefixtures("toy")
@@ -323,11 +333,9 @@ def test_training_and_scoring_read_the_same_reward(tmp_path, pooling) -> None:
         "prompt_length": [len(p) for p in prompts],
     }
     data = Dataset.from_dict(columns)
-    optimisation = stages.Optimisation(learning_rate=1e-2, epochs=6, batch_size=8, micro_batch_size=4)
-    config = stages.RewardModelStage(
-        model=str(base), optimisation=optimisation, eval_every=4, patience=9, pooling=pooling
-    )
-    stages.fit_reward_model(config, data, data, tmp_path)
+    optimisation = Optimisation(learning_rate=1e-2, epochs=6, batch_size=8, micro_batch_size=4)
+    config = RewardModelStage(model=str(base), optimisation=optimisation, eval_every=4, patience=9, pooling=pooling)
+    fit_reward_model(config, data, data, tmp_path)
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     model = RewardModel.load(tmp_path)
     assert model.pooling == pooling
@@ -362,9 +370,9 @@ def test_a_reward_model_trains_in_half_precision_with_its_head_in_full(tmp_path,
             "prompt_length": [4] * 16,
         }
     )
-    optimisation = stages.Optimisation(learning_rate=1e-2, epochs=6, batch_size=8)
-    config = stages.RewardModelStage(model=str(base), optimisation=optimisation, patience=9, pooling=pooling)
-    stages.fit_reward_model(config, data, data, tmp_path)
+    optimisation = Optimisation(learning_rate=1e-2, epochs=6, batch_size=8)
+    config = RewardModelStage(model=str(base), optimisation=optimisation, patience=9, pooling=pooling)
+    fit_reward_model(config, data, data, tmp_path)
     assert set(seen) == {torch.bfloat16}
     trained = {p.dtype for p in trainers[0].model.parameters() if p.requires_grad}
     assert trained == {torch.float32}
@@ -393,9 +401,9 @@ def test_a_step_does_not_depend_on_its_micro_batches(tmp_path) -> None:
     for micro in (4, 8):
         out = tmp_path / str(micro)
         out.mkdir()
-        optimisation = stages.Optimisation(learning_rate=1e-2, epochs=2, batch_size=8, micro_batch_size=micro)
-        config = stages.RewardModelStage(model=str(base), optimisation=optimisation, patience=9)
-        stages.fit_reward_model(config, data, data, out)
+        optimisation = Optimisation(learning_rate=1e-2, epochs=2, batch_size=8, micro_batch_size=micro)
+        config = RewardModelStage(model=str(base), optimisation=optimisation, patience=9)
+        fit_reward_model(config, data, data, out)
         rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         found.append(
             [row["loss"] for row in rows if "loss" in row] + [row["grad_norm"] for row in rows if "grad_norm" in row]
@@ -405,8 +413,8 @@ def test_a_step_does_not_depend_on_its_micro_batches(tmp_path) -> None:
 
 
 def test_pooling_joins_the_identity_only_where_it_is_another_one() -> None:
-    optimisation = stages.Optimisation(learning_rate=1e-2, epochs=1, batch_size=8)
-    last, mean = (stages.RewardModelStage(model="m", optimisation=optimisation, pooling=p) for p in ("last", "mean"))
+    optimisation = Optimisation(learning_rate=1e-2, epochs=1, batch_size=8)
+    last, mean = (RewardModelStage(model="m", optimisation=optimisation, pooling=p) for p in ("last", "mean"))
     assert "pooling" not in identity_settings(last)
     assert identity_settings(mean)["pooling"] == "mean"
 

@@ -38,3 +38,21 @@ def test_what_a_command_has_loaded_is_left_out_of_collections(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=environment)
     assert done.stdout.splitlines()[-1] == "True True True", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("madpo.operations.scoring", {"trl", "sklearn"}),
+        ("madpo.operations.evaluation", {"trl", "sklearn"}),
+        ("madpo.study.graph", {"trl", "sklearn"}),  # a dry run
+        ("madpo.study.experiment", {"trl", "sklearn", "transformers", "peft"}),  # a mistake in an experiment's file
+        ("madpo.operations.train_settings", {"trl", "sklearn", "transformers", "peft"}),
+        ("madpo.training.settings", {"torch"}),
+    ],
+)
+def test_what_a_module_does_not_need_is_not_loaded(module, absent):
+    code = f"import sys, {module}; print(*sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert not absent & set(done.stdout.split())

@@ -20,6 +20,8 @@ from madpo.core.errors import ConfigError, DataError
 
 COLUMNS = ("review_id", "text", "positive", "source", "group")
 IMDB, ROTTEN_TOMATOES = "imdb", "rotten_tomatoes"
+Tier = Literal["high", "medium", "low"]
+"""A way to make pairs of responses and reviews, named by how good both sides are."""
 _PER_LABEL = 12_500  # IMDB's training split has as many of either label
 
 

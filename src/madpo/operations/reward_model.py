@@ -36,7 +36,7 @@ from madpo.rewards.margins import MarginReport, Reliability, inspect
 from madpo.rewards.reward_model import RewardModel, reward_base
 from madpo.runner.operation import operation
 from madpo.training.margins import sequences
-from madpo.training.reward_fit import RewardModelStage, fit_reward_model
+from madpo.training.settings import RewardModelStage
 
 EVALUATIONS = 10
 """Looks at the held-out pairs during the training, where ``eval_every`` does not say otherwise."""
@@ -210,6 +210,8 @@ def _halves(heldout: Sequence[Row], settings: RewardSettings, name: str) -> tupl
 
 def fit(settings: RewardSettings, train: Sequence[Row], stopping: Sequence[Row], out: Path) -> int:
     """Train on rows with token ids; returns the step whose weights were kept."""
+    from madpo.training.reward_fit import fit_reward_model  # which loads TRL: scoring does without
+
     planned = ceil(len(train) * settings.optimisation.epochs / settings.optimisation.batch_size)
     stage = RewardModelStage(
         model=settings.model,

@@ -20,10 +20,10 @@ from madpo.core.errors import ConfigError
 from madpo.core.metrics import Metrics
 from madpo.core.statistics import bootstrap_mean
 from madpo.core.storage import write_atomically
+from madpo.data.corpus import Tier
 from madpo.models.engine.logprobs import completion_logps
 from madpo.models.engine.responses import Response, completion_batches, divergence, end_tokens, respond
 from madpo.models.load import load_model, load_tokenizer
-from madpo.operations.study_pairs import Tier
 from madpo.rewards.oracles import load_oracle
 from madpo.rewards.reward_model import RewardModel
 from madpo.runner.operation import operation

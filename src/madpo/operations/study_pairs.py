@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,13 +22,12 @@ from madpo.core.progress import bar
 from madpo.core.seeding import rng
 from madpo.core.statistics import bootstrap_mean, proportion
 from madpo.core.storage import write_atomically
-from madpo.data.corpus import Corpus, load_corpus, prompt_reviews
+from madpo.data.corpus import Corpus, Tier, load_corpus, prompt_reviews
 from madpo.models.engine.responses import decode, end_tokens, respond
 from madpo.models.load import load_model, load_tokenizer
 from madpo.rewards.oracles import RewardFn, load_oracle
 from madpo.runner.operation import operation
 
-Tier = Literal["high", "medium", "low"]
 SHORTEST_CONTINUATION = 8  # tokens; a review that goes on for fewer is no prompt
 _IDS = pa.list_(pa.int32())
 RESPONSES = pa.schema(

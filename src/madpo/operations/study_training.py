@@ -1,6 +1,7 @@
 """The study's trainings as stages: ``fn(config, inputs, out) -> metrics``.
 
-SFT and reward model are TRL's trainers; the policy is :class:`PreferenceTrainer`. All three train LoRA adapters.
+SFT and reward model are TRL's trainers; the policy is :class:`PreferenceTrainer`. All three train LoRA adapters. A
+function imports the trainer that it runs: describing a study loads no TRL.
 """
 
 from __future__ import annotations
@@ -28,14 +29,8 @@ from madpo.models.hyperparameters import LoRA, Optimisation
 from madpo.models.load import load_model, load_tokenizer, merge_adapter, resolve_model
 from madpo.rewards.reward_model import RewardModel
 from madpo.runner.operation import operation
-from madpo.training.columns import ID_COLUMNS, REFERENCE_COLUMNS, PreferenceCollator
-from madpo.training.config import PreferenceConfig
 from madpo.training.margins import margin_metrics, margin_table, sequences
-from madpo.training.preference import PreferenceTrainer
-from madpo.training.reference import refuse_not_finite
-from madpo.training.reward_fit import RewardModelStage, fit_reward_model
-from madpo.training.run import forget_checkpoints, run_training
-from madpo.training.sft import CompletionSFT, SFTConfig
+from madpo.training.settings import RewardModelStage
 
 MARGINS, SCORES = "margins.parquet", "scores.parquet"
 
@@ -56,6 +51,9 @@ class SFTStage(Frozen):
 @operation("train_sft/1")
 def train_sft(config: SFTStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Fine-tune with LoRA and merge; writes ``out/model``. An input ``base`` stands in place of the named model."""
+    from madpo.training.run import forget_checkpoints, run_training
+    from madpo.training.sft import CompletionSFT, SFTConfig
+
     base = inputs["base"] / "model" if "base" in inputs else resolve_model(config.model)
     tokenizer = load_tokenizer(base)
     texts = list(sft_reviews(load_corpus(config.corpus), config.reviews)["text"])
@@ -84,6 +82,9 @@ def train_sft(config: SFTStage, inputs: Mapping[str, Path], out: Path) -> Metric
 @operation("train_reward_model/1")
 def train_reward_model(config: RewardModelStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Train on the tier's training pairs; writes ``out/adapter`` (with the head) and ``out/reward_model.json``."""
+    from madpo.training.reward_fit import fit_reward_model
+    from madpo.training.run import forget_checkpoints
+
     pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet")
     heldout = pairs[pairs["split"] == "heldout"]
     stopping = heldout.iloc[: max(1, round(len(heldout) * config.stopping_share))]
@@ -144,6 +145,9 @@ class ReferenceStage(Frozen):
 @operation("reference_logps/1")
 def reference_logps(config: ReferenceStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Write ``reference.parquet``: pair_id, ref_chosen_logps, ref_rejected_logps (nats, summed)."""
+    from madpo.training.columns import REFERENCE_COLUMNS, PreferenceCollator
+    from madpo.training.reference import refuse_not_finite
+
     pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet")
     pairs = pairs[pairs["split"] == "train"]
     model = load_model(inputs["reference"] / "model").eval()
@@ -170,6 +174,8 @@ def reference_logps(config: ReferenceStage, inputs: Mapping[str, Path], out: Pat
 
 
 def _ids(pairs: pd.DataFrame) -> list[dict[str, Any]]:
+    from madpo.training.columns import ID_COLUMNS
+
     return [
         {"pair_id": p.pair_id, **{name: [int(i) for i in getattr(p, name)] for name in ID_COLUMNS}}
         for p in pairs.itertuples()
@@ -190,6 +196,10 @@ class PolicyStage(Frozen):
 @operation("train_policy/1")
 def train_policy(config: PolicyStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Train on the tier's training pairs from the reference; writes ``out/adapter``."""
+    from madpo.training import PreferenceConfig, PreferenceTrainer
+    from madpo.training.columns import REFERENCE_COLUMNS
+    from madpo.training.run import forget_checkpoints, run_training
+
     pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet")
     pairs = pairs[pairs["split"] == "train"].merge(
         pd.read_parquet(inputs["logps"] / "reference.parquet"), on="pair_id", validate="one_to_one"

@@ -1,6 +1,6 @@
 """Oracles: rewards of responses that training never sees.
 
-An oracle gives f(p) = 6 (p - 0.5) in [-3, 3], p its probability of a positive text.
+An oracle gives f(p) = 6 (p - 0.5) in [-3, 3], p its probability of a positive text. Its configuration loads no torch.
 """
 
 from __future__ import annotations
@@ -12,14 +12,9 @@ from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 from pydantic import Field, JsonValue, TypeAdapter, ValidationError, ValidationInfo, model_validator
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
-from scipy.special import expit
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
 
 from madpo.core.config import Frozen
 from madpo.core.custom import named_class, with_digest
@@ -30,13 +25,10 @@ from madpo.core.seeding import rng
 from madpo.core.statistics import proportion
 from madpo.core.storage import write_atomically
 from madpo.data.corpus import IMDB, Corpus, load_corpus, oracle_reviews
-from madpo.models.engine.batches import padded_batches
-from madpo.models.load import load_classifier, load_tokenizer, placed, resolve_model
 from madpo.runner.operation import operation
 
 Floats = NDArray[np.float64]
 Scores = Literal["completion", "prompt+completion"]
-_TOKEN = r"(?u)\b\w[\w']*\b"  # words with their apostrophe ("didn't"), one letter is enough
 
 
 class RewardFn(Protocol):
@@ -104,12 +96,20 @@ class NgramOracle(OracleConfig):
             raise ConfigError(
                 f"only {len(fitted)} reviews are left to fit the oracle on; use fewer for the other parts"
             )
-        _fit_ngrams(self, fitted, short, seed, out)
+        from madpo.rewards.ngrams import fit_ngrams
+
+        say(f"Fitting the oracle on {len(fitted)} reviews, a snippet of each, and {len(short)} short reviews.")
+        snippets = [_snippet(text, self.snippet_words, seed, i) for i, text in fitted["text"].items()]
+        texts = [*fitted["text"], *snippets, *short["text"]]
+        labels = np.concatenate([fitted["positive"], fitted["positive"], short["positive"]]).astype(bool)
+        fit_ngrams(self, texts, labels, out)
         return reviews.iloc[:aside]
 
     def load(self, folder: Path) -> RewardFn:
         """The fitted regression."""
-        return _OracleReward(_ngram_reader(folder), self.scores)
+        from madpo.rewards.ngrams import read_ngrams
+
+        return _OracleReward(read_ngrams(folder), self.scores)
 
 
 class ClassifierOracle(OracleConfig):
@@ -132,7 +132,9 @@ class ClassifierOracle(OracleConfig):
 
     def load(self, folder: Path) -> RewardFn:
         """The classifier, from the hub or a folder."""
-        return _OracleReward(_Classifier(self), self.scores)
+        from madpo.rewards.classifier import Classifier
+
+        return _OracleReward(Classifier(self), self.scores)
 
 
 class CustomOracle(OracleConfig):
@@ -242,65 +244,9 @@ class _OracleReward:
         return 6.0 * (self.positive(texts) - 0.5)
 
 
-def _vectoriser(**settings: Any) -> TfidfVectorizer:
-    return TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=_TOKEN, dtype=np.float64, **settings)
-
-
-def _fit_ngrams(oracle: NgramOracle, reviews: pd.DataFrame, short: pd.DataFrame, seed: int, out: Path) -> None:
-    say(f"Fitting the oracle on {len(reviews)} reviews, a snippet of each, and {len(short)} short reviews.")
-    snippets = [_snippet(text, oracle.snippet_words, seed, i) for i, text in reviews["text"].items()]
-    texts = [*reviews["text"], *snippets, *short["text"]]
-    labels = np.concatenate([reviews["positive"], reviews["positive"], short["positive"]]).astype(bool)
-    vectoriser = _vectoriser(min_df=oracle.min_count, max_features=oracle.features)
-    columns = vectoriser.fit_transform(texts)
-    model = LogisticRegression(C=oracle.inverse_penalty, solver="lbfgs", tol=1e-6, max_iter=1000).fit(columns, labels)
-    terms = sorted(vectoriser.vocabulary_, key=vectoriser.vocabulary_.__getitem__)
-    write_atomically(out / "vocabulary.json", json.dumps(terms, ensure_ascii=False))
-    arrays = {"idf": vectoriser.idf_, "coefficient": model.coef_[0], "intercept": model.intercept_}
-    save_file({k: np.ascontiguousarray(v, dtype=np.float64) for k, v in arrays.items()}, out / "oracle.safetensors")
-
-
 def _snippet(text: str, words: int, seed: int, review: Any) -> str:
     """``words`` consecutive words from a random place; which place depends on (seed, review) alone."""
     parts = text.split()
     last = max(0, len(parts) - words)
     start = int(rng(seed, "oracle", "snippet", int(review)).integers(0, last + 1))
     return " ".join(parts[start : start + words])
-
-
-def _ngram_reader(folder: Path) -> Callable[[Sequence[str]], Floats]:
-    terms = json.loads((folder / "vocabulary.json").read_bytes())
-    arrays = load_file(folder / "oracle.safetensors")
-    vectoriser = _vectoriser(vocabulary={term: column for column, term in enumerate(terms)})
-    vectoriser.idf_ = arrays["idf"]
-    coefficient, intercept = arrays["coefficient"], float(arrays["intercept"][0])
-
-    def positive(texts: Sequence[str]) -> Floats:
-        return np.asarray(expit(vectoriser.transform(texts) @ coefficient + intercept), dtype=np.float64)
-
-    return positive
-
-
-class _Classifier:
-    def __init__(self, config: ClassifierOracle) -> None:
-        place = resolve_model(config.name)
-        model = load_classifier(place, revision=config.revision, dtype=torch.float32)
-        self.tokenizer = load_tokenizer(place)
-        labels = {str(label).lower(): index for index, label in model.config.id2label.items()}
-        if config.positive_label.lower() not in labels:
-            raise ConfigError(
-                f"positive_label is {config.positive_label!r}, but {config.name} has the labels {', '.join(labels)}"
-            )
-        self.column = int(labels[config.positive_label.lower()])
-        self.model = placed(model)
-        # RoBERTa counts positions from 2, and some tokenizers do not know their model's limit.
-        self.limit = min(self.tokenizer.model_max_length, model.config.max_position_embeddings - 2)
-
-    @torch.inference_mode()
-    def __call__(self, texts: Sequence[str]) -> Floats:
-        sequences = [self.tokenizer(text, truncation=True, max_length=self.limit)["input_ids"] for text in texts]
-        found = np.zeros(len(texts))
-        for rows, ids, mask in padded_batches(sequences, 32, self.tokenizer.pad_token_id, self.model, "Oracle"):
-            logits = self.model(input_ids=ids, attention_mask=mask).logits
-            found[rows] = logits.double().softmax(-1)[:, self.column].cpu().numpy()
-        return found

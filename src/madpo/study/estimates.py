@@ -27,8 +27,7 @@ from madpo.operations.study_training import MarginStage, PolicyStage, ReferenceS
 from madpo.operations.trimming.trim import TrimStage
 from madpo.rewards.oracles import OracleStage
 from madpo.runner.run import Planned, RunResult, Step, finished
-from madpo.training.online import OnlineStage
-from madpo.training.reward_fit import RewardModelStage
+from madpo.training.settings import OnlineStage, RewardModelStage
 
 # Tokens a second of Gemma-3-270M with LoRA on two cores with AVX-512 BF16. "sft" scores every token, "train" (a
 # preference loss) completion tokens alone, "reward" no token's word; "score" and "judge" are the passes of a language

@@ -13,16 +13,13 @@ from pydantic import Field, field_validator, model_validator
 from madpo.core.config import Frozen, find_experiment, load_config
 from madpo.core.progress import say
 from madpo.core.storage import expanded
-from madpo.data.corpus import Corpus, PackagedIMDB
+from madpo.data.corpus import Corpus, PackagedIMDB, Tier
 from madpo.models.hyperparameters import LoRA, Optimisation, Pooling
-from madpo.operations.study_pairs import Tier
 from madpo.report import rebuild_report
 from madpo.rewards.oracles import NgramOracle, Oracle
 from madpo.runner.executors import Executor, Inline
 from madpo.runner.run import RunResult, Step, finished, run
 from madpo.runner.uploads import Upload
-from madpo.study import graph
-from madpo.study.estimates import first_words
 from madpo.study.methods import Method, Selection
 
 
@@ -188,6 +185,8 @@ class Experiment(Frozen):
 
     def steps(self) -> list[Step]:
         """The graph, upstream steps first. Building it runs nothing."""
+        from madpo.study import graph  # with the operations and their libraries, which no mistake in a file waits for
+
         return graph.build(self)
 
 
@@ -229,6 +228,8 @@ def run_experiment(
         "rows": [{"key": row.key, **row.model_dump(mode="json")} for row in experiment.rows()],
     }
     steps = experiment.steps()
+    from madpo.study.estimates import first_words
+
     if dry_run:
         return run(steps, output_dir, only=only, dry_run=True)
     store = Upload(upload) if upload else None

@@ -19,10 +19,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from madpo.core.config import Frozen
+from madpo.data.corpus import Tier
 from madpo.operations.relabelling import AgreeingStage, RedrawnStage, keep_agreeing, redraw_labels
 from madpo.operations.study_evaluation import EvaluationStage, evaluate_policy
 from madpo.operations.study_folds import OutOfFoldStage, ScoreStage, score_out_of_fold, score_sides
-from madpo.operations.study_pairs import PairStage, ResponseStage, Tier, label_pairs, sample_responses
+from madpo.operations.study_online import train_online
+from madpo.operations.study_pairs import PairStage, ResponseStage, label_pairs, sample_responses
 from madpo.operations.study_training import (
     MarginStage,
     PolicyStage,
@@ -38,8 +40,7 @@ from madpo.operations.trimming.trim import TrimStage, trim_base
 from madpo.rewards.oracles import OracleStage, fit_oracle
 from madpo.runner.run import StageFn, Step, needed_by
 from madpo.study.methods import Method
-from madpo.training.online import OnlineStage, train_online
-from madpo.training.reward_fit import RewardModelStage
+from madpo.training.settings import OnlineStage, RewardModelStage
 
 if TYPE_CHECKING:
     from madpo.study.experiment import Experiment

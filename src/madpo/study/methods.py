@@ -11,9 +11,9 @@ from typing import Any, Literal
 from pydantic import Field, JsonValue, ValidationError, model_validator
 
 from madpo.core.config import Frozen, did_you_mean
+from madpo.data.corpus import Tier
 from madpo.losses import Custom, Loss, LossAdapter
-from madpo.operations.study_pairs import Tier
-from madpo.training.online import OnlineSettings
+from madpo.training.settings import OnlineSettings
 
 Group = Literal["core", "sensitivity", "ablation", "frontier", "rivals"]
 _SIGNS = {"beta": "β", "tau": "τ", "lam": "λ", "c_max": "c", "batch_scale": "m", "keep": "p"}

@@ -11,7 +11,6 @@ import pandas as pd
 from madpo.core.metrics import Metrics
 from madpo.core.statistics import fit_temperature, proportion
 from madpo.rewards.reward_model import RewardModel
-from madpo.training.reference import refuse_not_finite
 
 
 def side_scores(model: RewardModel, pairs: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -38,6 +37,8 @@ def sequences(rows: Iterable[Mapping[Any, Any]]) -> dict[str, list[Any]]:
 
 def margin_table(model: RewardModel, pairs: pd.DataFrame) -> pd.DataFrame:
     """pair_id and reward_margin (log-odds) of every pair; refuses one that is not finite."""
+    from madpo.training.reference import refuse_not_finite
+
     chosen, rejected = side_scores(model, pairs)
     margins = np.asarray(chosen - rejected, dtype=np.float64)
     refuse_not_finite({"reward_margin": margins}, pairs["pair_id"].to_list(), "the reward model")

@@ -6,65 +6,22 @@ killed training continues to the bytes of an undisturbed one, and responses keep
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-import pandas as pd
 from datasets import Dataset
-from pydantic import Field
 from torch import nn
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from madpo.core.config import Frozen
 from madpo.core.errors import ConfigError
-from madpo.core.metrics import Metrics
 from madpo.core.seeding import derived_seed
 from madpo.models.engine.sampling import generate
-from madpo.models.hyperparameters import LoRA, Optimisation
-from madpo.models.load import load_model, load_tokenizer
-from madpo.rewards.reward_model import RewardModel
-from madpo.runner.operation import operation
 from madpo.training.resume import ExactResume
-from madpo.training.run import forget_checkpoints, run_training
+from madpo.training.run import run_training
+from madpo.training.settings import OnlineStage
 
-Algorithm = Literal["rloo", "grpo"]
 Reward = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], Sequence[float]]
-
-
-class OnlineSettings(Frozen):
-    """Policy optimisation against a reward model."""
-
-    beta: float = Field(default=0.1, gt=0)
-    """Strength of the KL penalty, in rewards (log-odds) per nat; larger keeps the policy closer to the reference. RLOO
-    subtracts beta * (log pi - log ref) of the whole response from its reward, so its optimum is ref * exp(r / beta), as
-    for DPO at the same beta. GRPO adds beta * k3 to the loss, and its scaled advantages make another beta of it."""
-    generations: int = Field(default=4, ge=2)
-    """Responses per prompt and update, which are each other's baseline."""
-    optimisation: Optimisation | None = None
-    """``batch_size`` counts responses, not prompts; None is that of the other policies."""
-    clip: float = Field(default=0.2, gt=0)
-    """The probability ratio counts within 1 - clip and 1 + clip."""
-    scale_rewards: Literal["group", "batch", "none"] = "group"
-    """GRPO alone: advantages are divided by the standard deviation within the group (as published), within the batch,
-    or not at all."""
-
-
-class OnlineStage(Frozen):
-    """A policy: a LoRA adapter on the SFT model, trained on its own responses."""
-
-    method: str
-    """Name in tables and figures."""
-    algorithm: Algorithm
-    settings: OnlineSettings
-    optimisation: Optimisation
-    lora: LoRA = LoRA()
-    max_new_tokens: int = Field(default=48, ge=1)
-    temperature: float = Field(default=1.0, gt=0)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    seed: int = 0
 
 
 class _OwnSampling(ExactResume):
@@ -116,32 +73,6 @@ class _GRPO(_OwnSampling, GRPOTrainer):  # type: ignore[misc]
         self, prompt_ids: list[list[int]], images: Any, fields: Any, num_generations: int, has_tool_images: bool = False
     ) -> tuple[list[list[int]], None]:
         return self._sampled(prompt_ids), None
-
-
-@operation("train_online/1")
-def train_online(config: OnlineStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
-    """Train on the tier's training prompts; writes ``out/adapter``. Inputs: "pairs", "reference", "reward_model"."""
-    pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet", columns=["pair_id", "split", "prompt_ids"])
-    pairs = pairs[pairs["split"] == "train"]
-    prompts = {int(i): [int(t) for t in ids] for i, ids in zip(pairs["pair_id"], pairs["prompt_ids"], strict=True)}
-    reward_model = RewardModel.load(inputs["reward_model"])
-
-    def reward(prompt_ids: Sequence[Sequence[int]], response_ids: Sequence[Sequence[int]]) -> Sequence[float]:
-        return [float(value) for value in reward_model.score_responses(prompt_ids, response_ids)]
-
-    place = inputs["reference"] / "model"
-    trainer = fit_online(config, load_model(place), load_tokenizer(place), prompts, reward, out)
-    trainer.model.save_pretrained(out / "adapter", safe_serialization=True)
-    forget_checkpoints(out)
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    last = [row for row in rows if "reward" in row]
-    last = last[-max(1, len(last) // 10) :]
-    return {
-        "prompts": len(prompts),
-        "steps": int(trainer.state.global_step),
-        "final_reward": float(np.mean([row["reward"] for row in last])),
-        "final_kl_per_token": float(np.mean([row["kl"] for row in last])),
-    }
 
 
 def fit_online(

@@ -8,39 +8,15 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from pydantic import Field
 from trl import RewardConfig
 
-from madpo.core.config import Frozen, added
 from madpo.core.errors import ConfigError
-from madpo.models.hyperparameters import LoRA, Optimisation, Pooling
 from madpo.models.load import load_classifier, load_tokenizer, resolve_model
 from madpo.models.locate import lasting
 from madpo.runner.folder import final_folder
 from madpo.training.reward import RewardModelTrainer
 from madpo.training.run import run_training
-
-
-class RewardModelStage(Frozen):
-    """A Bradley-Terry reward model on the labelled pairs (Eq. 2), with early stopping on held-out pairs."""
-
-    model: str
-    optimisation: Optimisation
-    lora: LoRA = LoRA()
-    eval_every: int = Field(default=20, ge=1)
-    """Optimiser steps between two evaluations on the held-out pairs."""
-    patience: int = Field(default=3, ge=1)
-    """Evaluations without improvement before the training stops."""
-    stopping_share: float = Field(default=1.0, gt=0, le=1)
-    """Share of the held-out pairs that decides when to stop. Below 1, the others alone give the reported accuracy;
-    at 1 (the paper) the same pairs do both, which flatters the model slightly."""
-    seed: int = 0
-    folds: int | None = added(None, ge=2)
-    """Parts that the training pairs are divided into; None is no division."""
-    fold: int | None = added(None, ge=0)
-    """The part that this model is not trained on."""
-    pooling: Pooling = added("last")
-    """Which states the head reads."""
+from madpo.training.settings import RewardModelStage
 
 
 def fit_reward_model(

@@ -19,7 +19,8 @@ def depends(model: nn.Module, run: Callable[[], Tensor], cases: Sequence[tuple[T
         cases: pairs of masks ``rows x length``: the states that read, and the tokens that they must not depend on.
 
     Returns:
-        None where the model's gradients cannot be taken: sharded weights, kernels without a backward pass.
+        None where the model's gradients cannot be taken: sharded weights, kernels without a backward pass, numbers that
+        are not finite.
     """
     if sharded(model):
         return None  # shards are gathered by hooks, which must not see a backward pass inside a forward pass
@@ -44,8 +45,8 @@ def depends(model: nn.Module, run: Callable[[], Tensor], cases: Sequence[tuple[T
         return None
     finally:
         handle.remove()
-    if not all(bool(gradient.any()) for gradient in found):
-        return None  # the embeddings are read in another way
+    if not all(bool(gradient.isfinite().all()) and bool(gradient.any()) for gradient in found):
+        return None  # overflow says nothing; a gradient of 0 everywhere, that the embeddings are read in another way
     return any(bool(gradient[sources].any()) for gradient, (_, sources) in zip(found, cases, strict=True))
 
 
