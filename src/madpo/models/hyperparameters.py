@@ -28,7 +28,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 FULL_LEARNING_RATE = 1e-6
 """Of a preference training of all weights, as in TRL."""
-ADAPTER_LEARNING_RATE = 5e-5
+ADAPTER_LEARNING_RATE = 1e-4
 """Of a preference training of an adapter, which TRL's default leaves where it was."""
 
 
