@@ -213,7 +213,7 @@ def test_an_earlier_export_is_replaced_as_a_whole_and_nothing_else_is(tmp_path: 
     assert main(["report", str(study.root), "--export", str(target)]) == 0
     assert not (target / "tables" / "left.csv").exists()
     (target / "notes.md").write_text("mine")
-    with pytest.raises(StorageError, match=r"out holds notes.md beside an earlier export.*move it away"):
+    with pytest.raises(StorageError, match=r"out holds notes.md and an earlier export.*move it away"):
         export_report(study.root, target)
     assert (target / "notes.md").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]

@@ -114,7 +114,7 @@ def idle_parts(tiers: Sequence[Tier]) -> list[str]:
 
 
 def doubtful(claim: Claim, tiers: Sequence[Tier]) -> list[str]:
-    """Labels of the tiers whose reward model is near chance and whose margins the claim rests on."""
+    """Labels of the tiers that a claim on margins uses and that have a reward model near chance."""
     if not claim.reads_margins:
         return []
     words = [c.what for c in claim.comparisons if c.value is not None]

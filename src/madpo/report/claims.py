@@ -104,7 +104,7 @@ class Claim:
 
     @property
     def reads_margins(self) -> bool:
-        """Whether it is about methods whose weights come from a reward model."""
+        """Whether it is about methods that take weights from a reward model."""
         return self.key not in _WITHOUT_MARGINS
 
     @property
@@ -145,7 +145,7 @@ class _Study:
             yield Claim(key, section, text, reading, paper, tuple(comparisons or self.every_setting()))
 
     def find(self, side: str) -> Choice | None:
-        """The setting that a side such as "MADPO@low" stands for; None where it was not run."""
+        """The setting of a side such as "MADPO@low"; None where it was not run."""
         if side not in self._found:
             method, tau, c, name = _parts(side)
             tier = self.tiers.get(name)

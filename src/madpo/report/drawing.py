@@ -51,7 +51,7 @@ def save_charts(charts: Iterable[Chart], folder: Path) -> None:
 
 
 def columns_of(chart: Chart) -> int:
-    """Panels beside one another."""
+    """Panels in one row."""
     n = len(chart.panels)
     if any(isinstance(panel, WeightPanel) for panel in chart.panels):
         return 1

@@ -28,7 +28,7 @@ from madpo.report.sources import MARGINS, SAMPLES, Sources
 from madpo.report.tables import markdown_cell
 from madpo.runner.record import EXPORTED, RECORD, RECORDS, Record, RunStatus, run_status
 
-TEXTS = 12  # prompts whose samples keep their texts
+TEXTS = 12  # prompts that keep the texts of their samples
 LIMIT = 16_000_000  # bytes of the folder
 FILE_LIMIT = 4_000_000  # bytes of one file in it
 LOGGED = ("step", "loss", "eval_loss", "rewards/margins")  # what training curves are drawn from
@@ -99,7 +99,7 @@ def _refuse(root: Path, target: Path) -> None:
             raise StorageError(f"{target} is not empty and holds no earlier export; choose another folder")
         if others := sorted(entry.name for entry in target.iterdir() if entry.name not in known):
             raise StorageError(
-                f"{target} holds {others[0]} beside an earlier export, which is replaced as a whole; move it away, or "
+                f"{target} holds {others[0]} and an earlier export, which is replaced as a whole; move it away, or "
                 "choose another folder"
             )
 
@@ -117,7 +117,7 @@ def _names(folder: Path) -> set[str] | None:
 
 @contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
-    """A new folder beside ``target``, which takes its place if all goes well."""
+    """A new folder next to ``target``, which takes its place if all goes well."""
     target.parent.mkdir(parents=True, exist_ok=True)
     # The same names each time: what a killed export left is removed by the next.
     place, old = (target.with_name(f".{target.name}.{kind}") for kind in ("tmp", "old"))
@@ -137,7 +137,7 @@ def _replacing(target: Path) -> Iterator[Path]:
 
 
 def _clear(target: Path, place: Path, old: Path) -> None:
-    """Remove what an export leaves beside its target, which gets back what it was if it stopped between two renames."""
+    """Remove what an export leaves next to its target, and put back what a kill between two renames moved away."""
     if old.exists() and not target.exists():
         os.replace(old, target)
     for folder in (place, old):
@@ -237,7 +237,7 @@ def _check_size(place: Path) -> int:
         raise DataError(
             f"the export would take {total / 1e6:.1f} MB (limit {LIMIT / 1e6:g}), its largest file "
             f"{largest.relative_to(place)} {sizes[largest] / 1e6:.1f} MB (limit {FILE_LIMIT / 1e6:g}); nothing was "
-            "written. Export a run of fewer rows or prompts, or commit its tables/ and figures/ alone"
+            "written. Export a run of fewer rows or prompts, or commit only its tables/ and figures/"
         )
     return total
 

@@ -1,4 +1,4 @@
-"""The numbers of the paper (arXiv 2510.05342, Section 5), to stand beside a run's own.
+"""The numbers of the paper (arXiv 2510.05342, Section 5), shown next to a run's own.
 
 Mean oracle reward on 2,000 held-out prompts. Table 1 is printed with standard errors; Figures 2 and 3 are read off the
 author's published images, so their last digit may be off by one. Gemma-3-270M, IMDB, 10,000 pairs a tier, one seed.

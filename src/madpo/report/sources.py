@@ -24,8 +24,8 @@ from madpo.runner.record import Record
 SAMPLES = ("prompt_id", "sample", "reward", "kl", "tokens", "text", "prompt", "response")
 NULLABLE = {"text": "Int64", "train": "boolean"}
 MARGINS = ("pair_id", "reward_margin", "train")
-TEXTS = 200  # prompts of an evaluation whose first responses are kept as text
-RESPONSE_DIGEST = "response_sha256"  # in the samples of an older export whose texts were left out
+TEXTS = 200  # prompts of an evaluation that keep their first response as text
+RESPONSE_DIGEST = "response_sha256"  # in the samples of an older export, which left texts out
 AGAIN = "delete the step's folder and run again"
 
 

@@ -24,7 +24,7 @@ KINDS = {"held": "held", "did not hold": "broken", "not separated": "open", NOT_
 
 
 def sided(c: Comparison) -> str:
-    """Where a difference lies."""
+    """On which side of its bound a difference is."""
     return "the same answers" if c.same else "above" if c.above else "below" if c.below else "not separated"
 
 

@@ -21,7 +21,7 @@ FAR = 1.1  # times the baseline's KL, from which a distance is worth a word
 class Verdict(NamedTuple):
     """A tier's result: who is first and at what level, then how far from plain DPO.
 
-    ``kind``: "above", "below" or "open", where that difference lies; ``left``: settings that are not ranked.
+    ``kind``: "above", "below" or "open", the side of that difference; ``left``: settings that are not ranked.
     """
 
     tier: str

@@ -118,7 +118,7 @@ def search_page(search: Search) -> str:
     panels = [panel for name in search.dimensions if (panel := _panel(search, name)) is not None]
     note = (
         "Held-out pairs of all folds together, 95 % intervals over prompts. The raw log loss is shown and never "
-        "selected on: it favours plain DPO by construction, whose target it is."
+        "selected on: it is plain DPO's own target, and favours it."
     )
     charts = [draw(Chart("trials", "Trials", "Every trial; the chosen one stands out.", panels))] if panels else []
     sections = [

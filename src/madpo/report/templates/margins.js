@@ -1,4 +1,4 @@
-/* The list of affected pairs, which follows the sliders. Text from data enters by textContent alone. */
+/* The list of affected pairs, which follows the sliders. Text from data enters only by textContent. */
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);

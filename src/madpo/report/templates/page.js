@@ -37,7 +37,7 @@
     });
   }
 
-  /* Tables whose columns sort: a button in every head, largest first, then smallest, by the first number of a cell. */
+  /* Tables that sort: a button in every head, largest first, then smallest, by the first number of a cell. */
   const value = (cell) => {
     const found = cell.textContent.replace(/−/g, "-").match(/[-+]?[0-9]*[.]?[0-9]+(e[-+]?[0-9]+)?/);
     return found ? Number(found[0]) : -Infinity;
