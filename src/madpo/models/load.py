@@ -86,6 +86,11 @@ def load_config(path: Path | str) -> PreTrainedConfig:
     check_model(path)
     with loading(path), quiet_transformers():
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    named = config.architectures
+    if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+        raise ConfigError(
+            f"{path}: architectures is {named!r} in its config.json, and must be a list of names; copy the file again"
+        )
     return config
 
 

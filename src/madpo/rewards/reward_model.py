@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from madpo.core.errors import ConfigError, DataError
+from madpo.core.errors import ConfigError, DataError, first_line
 from madpo.models.engine.batches import padded, padded_batches, similar_lengths
 from madpo.models.engine.logprobs import completion_states, hidden_states
 from madpo.models.hyperparameters import Pooling
@@ -32,6 +32,8 @@ def reward_base(folder: Path) -> tuple[Path | str, Pooling]:
     """
     try:
         told = json.loads((folder / "reward_model.json").read_bytes())
+        if not isinstance(told, dict):
+            raise TypeError("reward_model.json is no JSON object")
         beside = told.get("base_folder")  # of a step before the training, seen from here
         inside = None if beside is None else final_folder(folder.absolute()) / str(beside)
         base = resolve_model(str(inside or told["base"]))
@@ -39,7 +41,8 @@ def reward_base(folder: Path) -> tuple[Path | str, Pooling]:
     except ConfigError:
         raise
     except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise DataError(f"{folder} holds no reward model ({error}); train one, or delete it and run again") from error
+        reason = first_line(error, 160)
+        raise DataError(f"{folder} holds no reward model ({reason}); train one, or delete it and run again") from error
     if not (folder / "adapter" / "adapter_config.json").exists():
         raise DataError(f"{folder} has no adapter/adapter_config.json; delete the folder and train again")
     return base, pooling

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from madpo.core.errors import ConfigError
 from madpo.models.engine.batches import padded_batches
 from madpo.models.engine.kl import completion_kl
 from madpo.models.engine.sampling import generate
@@ -73,10 +74,19 @@ def respond(
 
 
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that end a text: the tokenizer's, and those that the model's generation settings name."""
+    """The tokens that end a text: the tokenizer's, and those that the model's generation settings name.
+
+    Raises:
+        ConfigError: these settings name something else than token ids.
+    """
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = named if isinstance(named, list | tuple) else [named]
-    return {int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None}
+    if any(i is not None and type(i) is not int for i in ids):
+        raise ConfigError(
+            f"{getattr(model, 'name_or_path', 'the model')}: eos_token_id is {named!r} in its generation_config.json, "
+            "and must be a token id or a list of them; correct it there, or in config.json"
+        )
+    return {i for i in (*ids, tokenizer.eos_token_id) if i is not None}
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
