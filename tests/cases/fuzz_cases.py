@@ -6,10 +6,14 @@ The rule: a reader takes its input, or says one sentence (MadpoError); no other 
 import json
 import os
 import platform
+import resource
 import shutil
+import time
 import tomllib
 from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import hypothesis
 from hypothesis import HealthCheck, settings
@@ -42,10 +46,39 @@ def everything(folder: Path) -> dict[str, bytes | None]:
     return {str(p): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
 
 
+class Reader(NamedTuple):
+    """A reader of ours, and a folder that it takes.
+
+    To fuzz another one, write such a row: ``read`` gets a folder in which :func:`changed` has changed something.
+    """
+
+    name: str
+    """Its row in the table of counts."""
+    files: Callable[[], Mapping[str, bytes]]
+    """The good folder: relative paths and contents. Called once an input, so it should remember them."""
+    read: Callable[[Path], object]
+    """Takes the folder, or raises a MadpoError."""
+    touched: tuple[str, ...] = ()
+    """The only files to change; without any, all are."""
+
+    def tried(self, data: st.DataObject, folder: Path) -> object:
+        """One input: a changed folder is written and read."""
+        place = fresh(folder, "folder")
+        for name, content in data.draw(changed(self.files(), self.touched)).items():
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / name).write_bytes(content)
+        return survives(self.name, lambda: self.read(place), folder)
+
+
+SECONDS, GROWTH = 30, 2 * 2**30
+"""Processor time and memory (bytes) that no input of a few kilobytes may take."""
+
+
 def survives(reader: str, read, folder: Path, *, writes: bool = False) -> object:
     """What ``read()`` gives, or its sentence; anything else is a failure."""
     EXECUTIONS[reader] += 1
     before = None if writes else everything(folder)
+    began, held = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         found = read()
     except MadpoError as error:
@@ -54,6 +87,8 @@ def survives(reader: str, read, folder: Path, *, writes: bool = False) -> object
         assert str(found)
         assert "\n" not in str(found).strip(), str(found)
     assert before is None or everything(folder) == before, "a reader writes nothing"
+    assert time.process_time() - began < SECONDS, "a small input takes long"
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held) * 1024 < GROWTH, "a small input takes memory"
     return found
 
 
@@ -104,6 +139,112 @@ def _paths(tree, prefix=()):
         yield from _paths(inner, (*prefix, key))
 
 
+@st.composite
+def bent(draw, tree):
+    """A JSON value with one or two places changed, which are found from the outside in.
+
+    So the few fields at the top of a large file are met as often as its thousands of words.
+    """
+    tree = json.loads(json.dumps(tree))
+    for _ in range(draw(st.integers(1, 2))):
+        parent = key = None
+        value = tree
+        while isinstance(value, dict | list) and value and (parent is None or draw(st.integers(0, 2))):
+            keys = sorted(value) if isinstance(value, dict) else range(len(value))
+            parent, key = value, draw(st.sampled_from(list(keys)))
+            value = value[key]
+        if parent is None:
+            return draw(values)
+        how = draw(st.sampled_from(["other", "other", "near", "near", "remove", "rename"]))
+        if how == "remove":
+            del parent[key]
+        elif how == "rename" and isinstance(parent, dict):
+            parent[draw(st.text(max_size=8) | st.sampled_from(sorted(tree)))] = parent.pop(key)
+        elif how == "near":
+            parent[key] = draw(_near(value, tree))
+        else:
+            parent[key] = draw(values | st.sampled_from(ODD))
+    return tree
+
+
+ODD = ["../../x", "/etc/passwd", "a" * 300, "\x00", "x/y", 10**30, 2**31, -(2**63), 10**6, 1e308, {}, [], [[]], ""]
+
+
+def _near(value, tree):
+    """A value of the same type, or one from another place of the file: what a mistaken edit gives."""
+    if isinstance(value, bool):
+        return st.just(not value)
+    if isinstance(value, int):
+        return st.sampled_from([0, 1, -1, 2, value + 1, value - 1, value * 2, value * 1000]) | st.integers()
+    if isinstance(value, float):
+        return st.sampled_from([0.0, -value, 1 / 3, value * 1e6]) | st.floats(allow_nan=False, allow_infinity=False)
+    if isinstance(value, str):
+        return st.sampled_from([value.upper(), value + value, value[:-1], value[::-1]]) | st.text(max_size=8)
+    return st.sampled_from(list(tree.values()) if isinstance(tree, dict) else tree)
+
+
+@st.composite
+def safetensors_damaged(draw, good: bytes) -> bytes:
+    """A file of tensors with another header, other numbers, or a part of it gone."""
+    length = int.from_bytes(good[:8], "little")
+    header, tensors = json.loads(good[8 : 8 + length]), good[8 + length :]
+    names = sorted(name for name in header if name != "__metadata__")
+    how = draw(st.sampled_from(["header", "lose", "rename", "prefix", "shape", "dtype", "cut", "fill", "length"]))
+    name = draw(st.sampled_from(names))
+    if how == "header":
+        header = draw(bent(header))
+    elif how == "lose":
+        del header[name]
+    elif how == "rename":
+        header[draw(st.sampled_from([name + ".x", name.upper(), name.replace("weight", "bias")]))] = header.pop(name)
+    elif how == "prefix":
+        prefix = draw(st.sampled_from(["module.", "base_model.model.", "x."]))
+        header = {prefix + key if key in names else key: value for key, value in header.items()}
+    elif how == "shape":
+        header[name]["shape"] = draw(st.sampled_from([header[name]["shape"][::-1], [1], [], [0], [-1], [2**40]]))
+    elif how == "dtype":
+        header[name]["dtype"] = draw(st.sampled_from(["BF16", "F16", "I32", "F64", "BOOL", "F8_E4M3", "X"]))
+    elif how == "cut":
+        return good[: draw(st.integers(0, len(good) - 1))]
+    elif how == "fill":  # NaN in every format of floats
+        start, stop = header[name]["data_offsets"]
+        tensors = tensors[:start] + b"\xff" * (stop - start) + tensors[stop:]
+    text = json.dumps(header).encode()
+    claimed = draw(st.sampled_from([0, 2**20, 2**62])) if how == "length" else len(text)
+    return claimed.to_bytes(8, "little") + text + tensors
+
+
+def _by_name(name: str, good: bytes):
+    """The ways to damage a file that only fit files of its kind."""
+    if name.endswith(".safetensors"):
+        return [safetensors_damaged(good)] * 3
+    if name.endswith(".json"):
+        return [bent(json.loads(good)).map(lambda tree: json.dumps(tree).encode())] * 5
+    if name.endswith(".toml"):
+        return [mutated(tomllib.loads(good.decode())).map(as_toml)] * 3
+    return []
+
+
+@st.composite
+def changed(draw, files: Mapping[str, bytes], touched: tuple[str, ...] = ()) -> dict[str, bytes]:
+    """A folder with one or two of its files changed: damaged as their kind can be, cut, emptied, exchanged, removed."""
+    found = dict(files)
+    for _ in range(draw(st.integers(1, 2))):
+        name = draw(st.sampled_from(sorted(set(touched or found) & found.keys()) or sorted(found)))
+        good = files[name]
+        others = st.sampled_from(sorted(files)).map(lambda other: files[other])
+        ways = [*_by_name(name, good), damaged(good), st.sampled_from([b"", b"{}", b"[]", b"null"]), others]
+        kinds = [*ways, st.integers(0, len(good)).map(lambda end, good=good: good[:end]), st.none()]
+        content = draw(kinds[draw(st.integers(0, len(kinds) - 1))])
+        if content is None:
+            del found[name]
+            if not found:
+                break
+        else:
+            found[name] = content
+    return found
+
+
 def as_toml(tree) -> bytes:
     """A tree as TOML where it can be, else as JSON (which no TOML reader takes)."""
     from madpo.operations.running import toml
@@ -127,10 +268,12 @@ def write_page(page: Path) -> None:
     """The section of docs/reliability.md with the inputs tried."""
     rows = [f"| {reader} | {count:,} |" for reader, count in sorted(EXECUTIONS.items())]
     lines = [
-        "`make fuzz` feeds files to every reader of ours: good ones with fields replaced, renamed or taken away, with",
-        "bytes changed, cut, doubled or put in, and bytes at random. A reader takes its input or says one sentence,",
-        "without any other exception, and leaves no file more or less (a report leaves its own files). A packaged GGUF",
-        "is never parsed unless its bytes are the known ones. Every input below ended in one of these two ways.",
+        "`make fuzz` feeds files to every reader of ours, those of models, adapters and tokenizers included: good ones",
+        "with fields replaced, renamed or taken away, with bytes changed, cut, doubled or put in, with tensors lost,",
+        "renamed or reshaped, and bytes at random. A reader takes its input or says one sentence, in 30 seconds and",
+        "2 GB, without any other exception, and leaves no file more or less (a report leaves its own files).",
+        "A packaged GGUF is never parsed unless its bytes are the known ones. Every input below ended in one of these",
+        "two ways.",
         "",
         "| reader | inputs tried |",
         "| --- | --- |",
