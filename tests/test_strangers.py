@@ -89,7 +89,7 @@ def test_a_run_with_links_to_its_own_files_is_exported(study, tmp_path):
     (tmp_path / "link").symlink_to(root)
     export_report(tmp_path / "link", tmp_path / "export")
     export_report(study, tmp_path / "same")
-    for name in ("results.json", "report.html"):
+    for name in ("records.json", "samples.parquet", "report.html"):
         assert (tmp_path / "export" / name).read_bytes() == (tmp_path / "same" / name).read_bytes()
 
 

@@ -94,22 +94,22 @@ def control() -> dict[str, int]:
 
 
 def _cut_off(run, *words) -> None:
-    from madpo.training import run
+    from madpo.training.run import _Watch
 
-    real = run._Watch.on_log
+    real = _Watch.on_log
 
     def on_log(self, args, state, control, logs, **kwargs):
         real(self, args, state, control, logs, **kwargs)
         if state.global_step >= 3:
             raise KeyboardInterrupt
 
-    run._Watch.on_log = on_log
+    _Watch.on_log = on_log
     try:
         run(*words)
     except AssertionError:
         return
     finally:
-        run._Watch.on_log = real
+        _Watch.on_log = real
     raise SystemExit("the training was not interrupted")
 
 
