@@ -26,6 +26,7 @@ from madpo.data.corpus import PackagedIMDB
 from madpo.models.engine import memory_efficient as lean
 from madpo.models.hyperparameters import Optimisation
 from madpo.models.load import LoRA, build_tiny, load_tokenizer
+from madpo.rewards import ngrams
 from madpo.rewards import oracles as rewards
 from madpo.rewards.oracles import (
     ClassifierOracle,
@@ -35,7 +36,6 @@ from madpo.rewards.oracles import (
     OracleStage,
     fit_oracle,
     load_oracle,
-    ngrams,
 )
 from madpo.rewards.reward_model import RewardModel, pooled
 from madpo.study.experiment import Experiment
