@@ -16,12 +16,33 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from pydantic import ValidationInfo
+from pydantic import BaseModel, Field, JsonValue, ValidationInfo, model_validator
 
-from madpo.core.config import FOLDERS
+from madpo.core.config import FOLDERS, Frozen
 from madpo.core.errors import ConfigError
 
-T = TypeVar("T")
+T = TypeVar("T", bound=BaseModel)
+
+
+class NamedClass(Frozen):
+    """The part of a configuration that names a class of the user, with its parameters."""
+
+    target: str
+    """"package.module:Class" or "path/to/file.py:Class"; a relative path starts at the working directory."""
+    parameters: dict[str, JsonValue] = Field(default_factory=dict)
+    """Fields of the class."""
+    source_digest: str = ""
+    """SHA-256 of the source file, filled in; a given one must match, so an old record is not rerun on new code."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_digest(cls, data: Any, info: ValidationInfo) -> Any:
+        return with_digest(data, info)
+
+    def built(self, base: type[T]) -> T:
+        """The named class with its parameters; it must be a subclass of ``base``, a configuration."""
+        own: T = named_class(self.target, self.source_digest, base).model_validate(self.parameters)
+        return own
 
 
 def with_digest(data: Any, info: ValidationInfo) -> Any:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from jaxtyping import Float
-from pydantic import Field, JsonValue, ValidationInfo, model_validator
+from pydantic import model_validator
 from torch import Tensor
 
-from madpo.core.custom import named_class, with_digest
+from madpo.core.custom import NamedClass
 from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState, Paper
 
 
-class Custom(LossConfig):
+class Custom(NamedClass, LossConfig):
     """A :class:`LossConfig` subclass outside this package, with its parameters.
 
     The file that defines the class enters the configuration by its SHA-256, so that a changed loss is another
@@ -21,17 +21,6 @@ class Custom(LossConfig):
     """
 
     kind: Literal["custom"] = "custom"
-    target: str
-    """"package.module:Class" or "path/to/file.py:Class"; a relative path starts at the working directory."""
-    parameters: dict[str, JsonValue] = Field(default_factory=dict)
-    """Fields of the class."""
-    source_digest: str = ""
-    """SHA-256 of the source file, filled in; a given one must match, so an old record is not rerun on new code."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_digest(cls, data: Any, info: ValidationInfo) -> Any:
-        return with_digest(data, info)
 
     @model_validator(mode="after")
     def _build(self) -> Custom:
@@ -41,8 +30,7 @@ class Custom(LossConfig):
     @property
     def loss(self) -> LossConfig:
         """The loss itself."""
-        own: LossConfig = named_class(self.target, self.source_digest, LossConfig).model_validate(self.parameters)
-        return own
+        return self.built(LossConfig)
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]

@@ -13,11 +13,11 @@ from typing import Annotated, Any, Literal, Protocol
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from pydantic import Field, JsonValue, TypeAdapter, ValidationError, ValidationInfo, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from safetensors import SafetensorError
 
 from madpo.core.config import Frozen
-from madpo.core.custom import named_class, with_digest
+from madpo.core.custom import NamedClass
 from madpo.core.errors import ConfigError, DataError, first_line
 from madpo.core.metrics import Metrics
 from madpo.core.progress import say
@@ -137,21 +137,10 @@ class ClassifierOracle(OracleConfig):
         return _OracleReward(Classifier(self), self.scores)
 
 
-class CustomOracle(OracleConfig):
+class CustomOracle(NamedClass, OracleConfig):
     """An :class:`OracleConfig` subclass outside this package, with its parameters; see :mod:`madpo.core.custom`."""
 
     kind: Literal["custom"] = "custom"
-    target: str
-    """"package.module:Class" or "path/to/file.py:Class"; a relative path starts at the working directory."""
-    parameters: dict[str, JsonValue] = Field(default_factory=dict)
-    """Fields of the class."""
-    source_digest: str = ""
-    """SHA-256 of the source file, filled in; a given one must match, so an old record is not rerun on new code."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_digest(cls, data: Any, info: ValidationInfo) -> Any:
-        return with_digest(data, info)
 
     @model_validator(mode="after")
     def _build(self) -> CustomOracle:
@@ -161,8 +150,7 @@ class CustomOracle(OracleConfig):
     @property
     def oracle(self) -> OracleConfig:
         """The oracle itself."""
-        own: OracleConfig = named_class(self.target, self.source_digest, OracleConfig).model_validate(self.parameters)
-        return own
+        return self.built(OracleConfig)
 
     def fit(self, reviews: pd.DataFrame, short: pd.DataFrame, seed: int, out: Path) -> pd.DataFrame:
         """As the class does."""
