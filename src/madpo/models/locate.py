@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 TINY_FAMILIES = ("gemma3", "llama", "qwen3")
 
 # (class that a folder names, model types) for which AutoTokenizer takes the class itself; AutoTokenizer's module loads
-# PyTorch, the classes do not. tests/test_places.py holds the pinned transformers to it.
+# PyTorch, the classes do not. tests/models/test_places.py holds the pinned transformers to it.
 _GEMMA_TYPES = ("gemma", "gemma2", "gemma3", "gemma3_text")
 _KNOWN = {
     "TokenizersBackend": (*_GEMMA_TYPES, "llama", "qwen3", "smollm3"),

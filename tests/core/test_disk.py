@@ -269,7 +269,7 @@ def another_process_in(folder):
 
 
 def test_a_second_run_is_refused_with_pid_and_host_everywhere(llama, tmp_path, capsys):
-    """Trainer, and each command; the run itself is in tests/test_pipeline.py."""
+    """Trainer, and each command; the run itself is in tests/runner/test_pipeline.py."""
     data = write(tmp_path / "pairs.jsonl", [r | {"a": 2.0, "b": 1.0} for r in text_pairs(24)])
     base, out = ["--model_name_or_path", str(llama)], ["--output_dir", str(tmp_path / "out")]
     with another_process_in(tmp_path / "out") as other:
