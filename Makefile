@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install test check quickstart bench soak fuzz clean
+.PHONY: help install test check quickstart docs bench soak fuzz clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -32,6 +32,9 @@ check: $(STAMP) ## formatting, lint, types, all tests
 
 quickstart: $(STAMP) ## train the quickstart's models and write its report
 	$(BIN)/madpo run quickstart --output_dir runs/quickstart
+
+docs: $(STAMP) ## the documentation as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 PATH="$(BIN):$$PATH" $(BIN)/mkdocs build
 
 bench: $(STAMP) ## side-by-side measurements against TRL; JSON in /tmp/madpo-bench, or BENCH=...
 	mkdir -p $(BENCH)

@@ -223,7 +223,7 @@ class RPO(LossConfig):
 class OmniDPO(LossConfig):
     """Omni-DPO, renamed Uni-DPO (Peng et al., arXiv 2506.10054): a quality weight times a focal weight.
 
-    L = -q f log sigma(beta d) - nll_weight [ref_w > p_w] [S_w >= good_score] p_w, with every log-prob a mean per
+    `L = -q f log sigma(beta d) - nll_weight [ref_w > p_w] [S_w >= good_score] p_w`, with every log-prob a mean per
     token: d the log-ratio margin, q = sigma(eta (S_w - S_l)) from a judge's scores,
     f = (1 - sigma(beta (p_w - p_l) - tau_ref))^gamma from the policy. q grows with the score margin, the opposite
     of MADPO's weight. In the official code the gradient also flows through f.
