@@ -81,3 +81,13 @@ def madpo(tau: float, c: float, level: float, part: str = "full", **more: Any) -
 
 def by_key(found: list[Claim]) -> dict[str, Claim]:
     return {claim.key: claim for claim in found}
+
+
+def uneven_tier() -> Tier:
+    """DPO and MADPO with two seeds, the second lower by 1 and half as far; the other rows have only the first seed."""
+    dpo = in_second_seed(row("DPO", 2.0, kl=8.0, kind="dpo"), reward=-1.0, kl=-4.0)
+    ours = in_second_seed(madpo(7.0, 4.0, 2.1, kl=9.0), reward=-1.0, kl=-4.0)
+    dampen = like(madpo(7.0, 4.0, 2.0, "dampen", seeds=1, group="ablation"), dpo)
+    far = row("DPO β=0.03", 1.8, kl=14.0, kind="dpo", seeds=1, group="frontier", **{"beta": 0.03})
+    near = row("DPO β=0.3", 1.5, kl=3.0, kind="dpo", seeds=1, group="frontier", **{"beta": 0.3})
+    return tier_of("low", [dpo, ours, dampen, far, near], margins=np.array([-2.0, 0.5, 4.59]))

@@ -15,6 +15,7 @@ import torch
 from transformers import TrainerCallback
 
 import soak
+from guarded_cases import build
 from madpo.commands.cli import main
 from madpo.core.errors import MemoryShortage, StorageError
 from madpo.core.locks import LOCK, holder, locked
@@ -23,7 +24,6 @@ from madpo.core.storage import storage_errors, write_atomically
 from madpo.training import PreferenceTrainer, preference
 from madpo.training import checkpoints as disk
 from practice_cases import text_pairs, write
-from test_finite import build
 
 SIZE = 6 * 2**20  # of the small disk: the tiny model's results fit, a ballast fills it
 

@@ -7,10 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from engine_cases import PAIRS, build, pair_batch
 from madpo.models.engine import memory_efficient as lean
 from madpo.models.engine.logprobs import completion_logps
-from test_logprobs import build
-from test_packing import PAIRS, pair_batch
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -4,59 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from torch import Tensor
 
+from engine_cases import MODELS, VOCAB, brute_force, build
 from madpo.models.engine.head import Head, _WideProduct, token_logps
 from madpo.models.engine.kl import completion_kl
 from madpo.models.engine.logprobs import completion_logps
-
-VOCAB = 211
-SMALL = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "pad_token_id": 0,
-}
-WINDOWS = ["sliding_attention", "full_attention", "sliding_attention"]
-MODELS = {
-    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SMALL, sliding_window=4, layer_types=WINDOWS)),
-    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, sliding_window=4, final_logit_softcapping=2.0)),
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=4)),
-    "gpt2": lambda: GPT2LMHeadModel(
-        GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
-    ),
-}
-
-
-def build(family: str, seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    model = MODELS[family]().eval()
-    if family != "gemma2":  # its eager attention casts a float64 mask to float32, where it is infinite
-        model = model.double()
-    with torch.no_grad():
-        for parameter in model.parameters():  # initial weights are so small that every logit would be near 0
-            parameter.mul_(4)
-    return model
 
 
 @pytest.fixture(scope="module", params=sorted(MODELS))
@@ -75,17 +28,6 @@ def batch(rows: list[tuple[int, int]], side: str, seed: int = 0) -> dict[str, Te
         attention[row, start : start + prompt + completion] = 1
         completion_mask[row, start + prompt : start + prompt + completion] = 1
     return {"input_ids": ids * attention, "attention_mask": attention, "completion_mask": completion_mask}
-
-
-def brute_force(model: nn.Module, rows: dict[str, Tensor]) -> Tensor:
-    """One row, one token at a time, without padding, through the model's own logits."""
-    sums = []
-    for ids, attention, mask in zip(*rows.values(), strict=True):
-        ids, mask = ids[attention.bool()], mask[attention.bool()]
-        logp = model(input_ids=ids[None]).logits[0].log_softmax(-1)
-        terms = [logp[position - 1, ids[position]] for position in range(1, len(ids)) if mask[position]]
-        sums.append(sum(terms, torch.zeros((), dtype=logp.dtype)))
-    return torch.stack(sums)
 
 
 ROWS = [(5, 6), (3, 1), (7, 9), (1, 4), (4, 0)]

@@ -7,12 +7,11 @@ import torch
 from transformers import AutoModelForSequenceClassification
 from transformers.masking_utils import causal_mask_function
 
+from engine_cases import PAIRS, brute_force, build, pair_batch
 from families import tiny
 from madpo.models.engine.logprobs import completion_logps, completion_states, hidden_states
 from madpo.models.engine.packed_attention import PackedMask, packed_attention
 from madpo.models.engine.packing import PROMPT, pack
-from test_logprobs import brute_force, build
-from test_packing import PAIRS, pair_batch
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -7,41 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine_cases import PAIRS, VOCAB, brute_force, build, pair_batch
 from madpo.models.engine.logprobs import completion_logps, completion_states, hidden_states
 from madpo.models.engine.packing import PROMPT, pack
-from test_logprobs import VOCAB, brute_force, build
 
 FAMILIES = ["gemma3", "llama", "qwen3", "mistral", "gpt2"]
-
-
-def pair_batch(pairs: list[tuple[int, int, int]], side: str, seed: int = 0, unshared: tuple[int, ...] = ()) -> dict:
-    """Rows of (prompt, chosen, rejected) lengths: chosen rows, then rejected ones, padded to the longest."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(count: int) -> list[int]:
-        return torch.randint(1, VOCAB, (count,), generator=generator).tolist()
-
-    prompts = [draw(prompt) for prompt, _, _ in pairs]
-    chosen = [(p, draw(c)) for p, (_, c, _) in zip(prompts, pairs, strict=True)]
-    rejected = [
-        (draw(len(p)) if i in unshared else p, draw(r))
-        for i, (p, (_, _, r)) in enumerate(zip(prompts, pairs, strict=True))
-    ]
-    rows = chosen + rejected
-    length = max(len(p) + len(c) for p, c in rows)
-    columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "completion_mask": []}
-    for prompt, completion in rows:
-        pad = [0] * (length - len(prompt) - len(completion))
-        for name, row in (
-            ("input_ids", prompt + completion),
-            ("attention_mask", [1] * (len(prompt) + len(completion))),
-            ("completion_mask", [0] * len(prompt) + [1] * len(completion)),
-        ):
-            columns[name].append(pad + row if side == "left" else row + pad)
-    return {name: torch.tensor(values) for name, values in columns.items()}
-
-
-PAIRS = [(5, 6, 4), (3, 1, 1), (7, 9, 2), (1, 4, 8), (4, 0, 3), (2, 5, 5)]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

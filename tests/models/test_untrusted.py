@@ -16,6 +16,7 @@ from peft import get_peft_model
 from transformers import PreTrainedConfig
 
 import madpo
+from guarded_cases import build
 from madpo import PreferenceConfig, PreferenceTrainer
 from madpo.commands.cli import main
 from madpo.core.config import load_config
@@ -29,7 +30,6 @@ from madpo.rewards.reward_model import RewardModel
 from madpo.runner.record import load_record, run_status
 from madpo.training import checkpoints as disk
 from practice_cases import text_pairs, write
-from test_finite import build
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from claim_cases import by_key, in_second_seed, madpo, row, tier_of, without
+from claim_cases import by_key, in_second_seed, madpo, row, tier_of, uneven_tier, without
 from madpo.core.metrics import Estimate
 from madpo.report import published
 from madpo.report.caveats import doubtful, empty_cells, idle_parts, weights_from
@@ -24,7 +24,6 @@ from madpo.report.summary import verdict
 from madpo.report.tables import study_tables, tex
 from madpo.rewards.weight_counts import WeightParameters
 from madpo.runner.record import Record
-from test_report_compare import uneven_tier
 
 SETTINGS = [(2.0, 2.0), (4.0, 2.0), (7.0, 2.0), (10.0, 2.0), (7.0, 3.0), (7.0, 4.0)]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from claim_cases import PROMPT, N, in_second_seed, like, madpo, row, samples, tier_of
+from claim_cases import PROMPT, N, in_second_seed, madpo, row, samples, tier_of, uneven_tier
 from madpo.core.metrics import Estimate
 from madpo.core.seeding import rng
 from madpo.core.statistics import bootstrap_mean, bootstrap_statistic
@@ -104,16 +104,6 @@ def test_only_seeds_that_both_sides_have_are_compared() -> None:
     assert (found.seeds, found.per_seed) == (1, {"seed0": pytest.approx(1.0)})
     assert less("x", [ours, dpo, dpo, dpo]).value == found.value
     assert tier.rows[1]["difference"] == found.value
-
-
-def uneven_tier() -> Tier:
-    """DPO and MADPO with two seeds, the second lower by 1 and half as far; the other rows have only the first seed."""
-    dpo = in_second_seed(row("DPO", 2.0, kl=8.0, kind="dpo"), reward=-1.0, kl=-4.0)
-    ours = in_second_seed(madpo(7.0, 4.0, 2.1, kl=9.0), reward=-1.0, kl=-4.0)
-    dampen = like(madpo(7.0, 4.0, 2.0, "dampen", seeds=1, group="ablation"), dpo)
-    far = row("DPO β=0.03", 1.8, kl=14.0, kind="dpo", seeds=1, group="frontier", **{"beta": 0.03})
-    near = row("DPO β=0.3", 1.5, kl=3.0, kind="dpo", seeds=1, group="frontier", **{"beta": 0.3})
-    return tier_of("low", [dpo, ours, dampen, far, near], margins=np.array([-2.0, 0.5, 4.59]))
 
 
 def test_levels_that_are_shown_together_are_over_the_same_seeds() -> None:

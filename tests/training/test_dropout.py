@@ -13,15 +13,14 @@ from transformers.integrations.neftune import activate_neftune
 from trl import RewardConfig
 
 import trainer_settings
+from engine_cases import PAIRS, build, pair_batch
 from families import tiny
 from madpo import DPO, PreferenceConfig, PreferenceTrainer
 from madpo.models.engine.logprobs import completion_logps
 from madpo.models.load import load_tokenizer
 from madpo.models.modes import without_own_noise
 from madpo.training.reward import RewardModelTrainer
-from test_logprobs import build
-from test_packing import PAIRS, pair_batch
-from test_training import pairs
+from small_trainers import pairs
 
 pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.filterwarnings("ignore")]
 BY_NUMBER = {"opt": "v_proj", "seed_oss": "v_proj", "granite": "v_proj", "biogpt": "v_proj", "xglm": "v_proj"}
@@ -37,7 +36,7 @@ def losses(family, layer, llama, out, **changes):
         tiny(family, noise=0.3, loud=3),
         args=args,
         loss=DPO(),
-        train_dataset=pairs().map(lambda row: {name: [i % 60 + 4 for i in ids] for name, ids in row.items()}),
+        train_dataset=pairs(20, seed=1).map(lambda row: {name: [i % 60 + 4 for i in ids] for name, ids in row.items()}),
         processing_class=load_tokenizer(llama),
         peft_config=LoraConfig(r=2, target_modules=[layer], lora_dropout=0.5, task_type="CAUSAL_LM"),
     )

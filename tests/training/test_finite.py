@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl import RewardConfig, SFTConfig
 
 import soak
+from guarded_cases import SETTINGS, build, pairs
 from losses_cases import EVERY_LOSS
 from madpo import DPO, MADPO, PreferenceConfig, PreferenceTrainer
 from madpo.commands.cli import main
@@ -26,50 +27,11 @@ from madpo.training.nan_guard import SKIPPED, drop_unscored
 from madpo.training.reward import RewardModelTrainer
 from madpo.training.sft import CompletionSFT
 from practice_cases import text_pairs, write
-from trainer_settings import QUIET
 
-SETTINGS = {
-    **QUIET,
-    "learning_rate": 1e-2,
-    "max_steps": 4,
-    "per_device_train_batch_size": 4,
-    "save_strategy": "steps",
-    "save_steps": 1,
-    "logging_steps": 1,
-}
 HUGE = [1e6 + 1, -3e6, 1e30, -1e30, 2.5, -2.5, 0.0, 1e12]
 
 
 pytestmark = pytest.mark.usefixtures("own_cache")
-
-
-def pairs(count=8, *, tokens=(2, 9), **columns):
-    generator = np.random.default_rng(3)
-
-    def draw(low, high):
-        return [generator.integers(5, 200, generator.integers(low, high)).tolist() for _ in range(count)]
-
-    rows = {"prompt_ids": draw(2, 6), "chosen_ids": draw(*tokens), "rejected_ids": draw(*tokens)}
-    reference = {name: (-10 - generator.random(count)).tolist() for name in ("ref_chosen_logps", "ref_rejected_logps")}
-    scores = {"chosen_score": [2.0] * count, "rejected_score": [1.0] * count}
-    return Dataset.from_dict(
-        {"pair_id": list(range(100, 100 + count)), **rows, **reference, **scores, "reward_margin": [1.0] * count}
-        | columns
-    )
-
-
-def build(folder, out, loss=None, data=None, *, peft=True, dtype=torch.float32, callback=None, **changes):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    return PreferenceTrainer(
-        model,
-        args=PreferenceConfig(output_dir=str(out), **{**SETTINGS, **changes}),
-        loss=loss or DPO(),
-        train_dataset=pairs() if data is None else data,
-        processing_class=load_tokenizer(folder),
-        peft_config=LoRA(rank=4, alpha=8).peft_config("CAUSAL_LM", model) if peft else None,
-        callbacks=[callback] if callback else None,
-    )
 
 
 class At(TrainerCallback):

@@ -20,7 +20,7 @@ _OURS = {
 }
 
 
-# Type -> the arguments of PreferenceConfig that take it (an enumeration takes text). tests/commands/test_commands_train.py holds
+# Type -> the arguments of PreferenceConfig that take it (an enumeration takes text). The tests of the commands hold
 # this against the class itself.
 _BY_TYPE: dict[Any, str] = {
     bool: (
