@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -257,18 +257,3 @@ def split_by_prompt(rows: Sequence[Row], share: float, seed: int, name: str) -> 
         taken += counts[prompts[i]]
     kept = [row for row, key in zip(rows, keys, strict=True) if key not in aside]
     return kept, [row for row, key in zip(rows, keys, strict=True) if key in aside]
-
-
-def folds_by_prompt(prompts: Iterable[str], folds: int, seed: int, name: str) -> list[int]:
-    """A fold from 0 for every row, the same for the same prompt, of about equal sizes.
-
-    Raises:
-        ConfigError: there are fewer prompts than folds.
-    """
-    keys = list(prompts)
-    distinct = sorted(set(keys))
-    if len(distinct) < folds:
-        raise ConfigError(f"folds is {folds}, but {name} has only {len(distinct)} different prompts; use fewer folds")
-    order = rng(seed, "folds").permutation(len(distinct))
-    fold = {distinct[prompt]: place % folds for place, prompt in enumerate(order)}
-    return [fold[key] for key in keys]

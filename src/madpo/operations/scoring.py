@@ -26,6 +26,7 @@ from madpo.core.metrics import Estimate, Metrics
 from madpo.core.progress import bar, say
 from madpo.core.statistics import proportion
 from madpo.core.storage import storage_errors, write_atomically
+from madpo.data.folds import folds_by_prompt
 from madpo.data.load import PairStream, surveyed
 from madpo.data.numbers import as_number
 from madpo.data.rows import Pair
@@ -36,7 +37,6 @@ from madpo.models.hyperparameters import CHECKPOINTS
 from madpo.models.load import load_tokenizer, resolve_model
 from madpo.operations.inputs import (
     encoded_rows,
-    folds_by_prompt,
     prompt_key,
     split_by_prompt,
     started_clock,

@@ -1,0 +1,21 @@
+"""Folds that no prompt crosses."""
+
+from collections.abc import Iterable
+
+from madpo.core.errors import ConfigError
+from madpo.core.seeding import rng
+
+
+def folds_by_prompt(prompts: Iterable[str], folds: int, seed: int, name: str) -> list[int]:
+    """A fold from 0 for every row, the same for the same prompt, of about equal sizes.
+
+    Raises:
+        ConfigError: there are fewer prompts than folds.
+    """
+    keys = list(prompts)
+    distinct = sorted(set(keys))
+    if len(distinct) < folds:
+        raise ConfigError(f"folds is {folds}, but {name} has only {len(distinct)} different prompts; use fewer folds")
+    order = rng(seed, "folds").permutation(len(distinct))
+    fold = {distinct[prompt]: place % folds for place, prompt in enumerate(order)}
+    return [fold[key] for key in keys]
