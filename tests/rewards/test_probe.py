@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
@@ -79,6 +79,7 @@ def test_margins_know_what_can_be_known_and_coins_give_none():
     assert np.abs(nothing.margins).max() < np.abs(found.margins).max() / 4
 
 
+@settings(max_examples=8)
 @given(st.integers(0, 2**20), st.sampled_from([1e-3, 1.0, 1e4]))
 def test_units_order_and_swaps_leave_the_rewards(seed, unit):
     chosen, rejected, _ = made(24, 30, seed)

@@ -241,7 +241,7 @@ class _Pairs:
             rows = found[start : start + _BLOCK]
             yield rows, np.asarray(self.chosen[rows], np.float64), np.asarray(self.rejected[rows], np.float64)
 
-    def _others(self, sums: Floats, fold: int | None) -> Floats:
+    def _others(self, sums: NDArray[Any], fold: int | None) -> Floats:
         rest: Floats = sums.sum(0) if fold is None else np.delete(sums, fold, axis=0).sum(0)
         return rest
 
@@ -274,7 +274,8 @@ class _Pairs:
             projected = ((left - right) * inverse @ basis for _, left, right in self.blocks(train))
             rows = np.concatenate([block.astype(np.float32) for block in projected])
         found = _solve(rows)
-        return inverse[:, None] * (spanning.T @ (vectors / root @ found) if basis is None else basis @ found)
+        path: Floats = inverse[:, None] * (spanning.T @ (vectors / root @ found) if basis is None else basis @ found)
+        return path
 
 
 def _solve(rows: NDArray[Any]) -> Floats:
@@ -297,7 +298,7 @@ def _solve(rows: NDArray[Any]) -> Floats:
             loss = np.logaddexp(0.0, -margins).sum() + penalty / 2 * float(w @ w)
             return float(loss), (penalty * w - pull) / stretch
 
-        options = {"maxiter": 500, "ftol": 1e-12, "gtol": 1e-6}
-        weights = minimize(objective, weights * stretch, jac=True, method="L-BFGS-B", options=options).x / stretch
+        begin, tolerances = weights * stretch, {"maxiter": 500, "ftol": 1e-12, "gtol": 1e-6}
+        weights = minimize(objective, begin, jac=True, method="L-BFGS-B", options=tolerances).x / stretch  # type: ignore[call-overload]
         found[:, place] = weights
     return found
