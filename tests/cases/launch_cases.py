@@ -155,7 +155,10 @@ def launched(folder: Path, out: Path) -> None:
     """What each process of a launch does, ending with mistakes that one of them meets."""
     os.chdir(out)
     out = Path()
-    found = {"columns": columns(folder, out), "trajectories": trajectories(folder, out, processes.count(), CLASSES)}
+    found = {
+        "columns": columns(folder, out),
+        "trajectories": trajectories(folder, out, processes.world_size(), CLASSES),
+    }
     (out / f"{processes.rank()}.json").write_text(json.dumps(found))
     assert score(out, "scored") == score(out, "continued") == score(out, "scored") == 0
     if processes.rank() == 1:
@@ -178,7 +181,7 @@ def launched(folder: Path, out: Path) -> None:
 def others(folder: Path, out: Path) -> None:
     """The trajectories that ``launched`` leaves out."""
     out.mkdir(exist_ok=True)
-    (out / f"{processes.rank()}.json").write_text(json.dumps(trajectories(folder, out, processes.count(), OTHERS)))
+    (out / f"{processes.rank()}.json").write_text(json.dumps(trajectories(folder, out, processes.world_size(), OTHERS)))
 
 
 # ---- Launches from one process: for the price of a second each, instead of ten ----
@@ -260,7 +263,7 @@ def sharded(folder: Path, out: Path, loss, **settings) -> None:
     assert all(isinstance(p, DTensor) for p in trainer.model.parameters())
     found = {"losses": [row["loss"] for row in trainer.state.log_history if "loss" in row], **trainer.evaluate()}
     trainer.save_model(str(out / "saved"))
-    if processes.leads():
+    if processes.is_main_process():
         (out / "found.json").write_text(json.dumps(found))
 
 

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _refuse_launch(arguments.command)
         return COMMANDS[arguments.command].run(arguments)
     except MadpoError as error:
-        if processes.first_to_tell():
+        if processes.may_report_error():
             show(f"madpo: {error}", sys.stderr)
         return 2
     except ModuleNotFoundError as error:
@@ -74,13 +74,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except Exception:
         # The end of one process breaks the connections of the others, which is not what went wrong.
-        if processes.told():
+        if processes.error_was_reported():
             return 2
         raise
 
 
 def _refuse_launch(command: str) -> None:
-    if processes.count() > 1 and command not in ON_SEVERAL_PROCESSES:
+    if processes.world_size() > 1 and command not in ON_SEVERAL_PROCESSES:
         raise ConfigError(f"madpo {command} runs in one process: start it without accelerate launch or torchrun")
 
 

@@ -131,7 +131,7 @@ def score_command(arguments: argparse.Namespace) -> int:
         from madpo.operations import score
 
     report = score(arguments.data, settings=settings, **beside)
-    if processes.leads():
+    if processes.is_main_process():
         show(report.text())
         show(f"written to {beside['output_dir'] / report.file}")
     return 0
@@ -197,7 +197,7 @@ def train_command(arguments: argparse.Namespace) -> int:
         from madpo.operations import train
 
     report = train(arguments.data, settings=settings, **beside)
-    if processes.leads():
+    if processes.is_main_process():
         show(report.text())
         show(f"written to {beside['output_dir']}")
     return 0

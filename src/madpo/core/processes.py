@@ -1,7 +1,7 @@
-"""The processes of one launch (``accelerate launch``, ``torchrun``): who leads, what one tells all, shared errors.
+"""Processes of one launch (``accelerate launch``, ``torchrun``): rank 0, gathering, broadcasting, shared errors.
 
-Alone, every function here does its work in place and loads nothing. In a launch, values travel as JSON in tensors, so
-that no object is unpickled; all processes must call the same functions in the same order.
+In a single process, every function here works in place and loads nothing. In a launch, values travel as JSON in
+tensors, so that no object is unpickled; all processes must call the same functions in the same order.
 """
 
 import json
@@ -21,7 +21,7 @@ class Terminated(KeyboardInterrupt):
 
 
 T = TypeVar("T")
-_TOLD = "madpo/told"
+_REPORTED = "madpo/told"
 
 
 def end_in_order() -> None:
@@ -35,28 +35,28 @@ def end_in_order() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends at once
         raise Terminated
 
-    if count() == 1:
+    if world_size() == 1:
         signal.signal(signal.SIGTERM, terminate)
 
 
-def count() -> int:
+def world_size() -> int:
     """Processes of this launch; 1 outside one."""
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def rank() -> int:
     """This process's number among them."""
-    return int(os.environ.get("RANK") or 0) if count() > 1 else 0
+    return int(os.environ.get("RANK") or 0) if world_size() > 1 else 0
 
 
-def leads() -> bool:
-    """Whether this is the process that writes and speaks."""
+def is_main_process() -> bool:
+    """Whether this is rank 0, which writes files and prints."""
     return rank() == 0
 
 
-def everyone(value: Any) -> list[Any]:
+def all_gather_object(value: Any) -> list[Any]:
     """A plain value of each process, in their order."""
-    if count() == 1:
+    if world_size() == 1:
         return [value]
     import torch
     from accelerate import PartialState
@@ -70,37 +70,37 @@ def everyone(value: Any) -> list[Any]:
     return [json.loads(bytes(row.tolist())) for row in gather(padded).cpu()]
 
 
-def first(work: Callable[[], T]) -> T:
-    """What ``work`` gives on the leading process (a plain value), known to all; the others wait.
+def on_main_process(work: Callable[[], T]) -> T:
+    """Run ``work`` on rank 0 and broadcast what it returns (a plain value); the others wait.
 
     Raises:
-        MadpoError: the leading process's, on all of them.
+        MadpoError: that of rank 0, on all ranks.
     """
-    if count() == 1:
+    if world_size() == 1:
         return work()
     value, error = None, None
-    if leads():
+    if is_main_process():
         try:
             value = work()
         except MadpoError as found:
             error = found
-    told, failed = everyone([value, _plain(error)])[0]
+    shared, failed = all_gather_object([value, _plain(error)])[0]
     _raise(error, [failed])
-    return told  # type: ignore[no-any-return]
+    return shared  # type: ignore[no-any-return]
 
 
-def together(work: Callable[[], T]) -> T:
-    """What ``work`` gives here, once it has ended everywhere.
+def on_every_process(work: Callable[[], T]) -> T:
+    """Run ``work`` on every rank, and return this rank's result once all have ended.
 
     Raises:
-        MadpoError: this process's own, or else that of another.
+        MadpoError: this rank's own, or else that of another.
     """
     value, error = None, None
     try:
         value = work()
     except MadpoError as found:
         error = found
-    _raise(error, everyone(_plain(error)))
+    _raise(error, all_gather_object(_plain(error)))
     return value  # type: ignore[return-value]
 
 
@@ -120,24 +120,24 @@ def _raise(own: MadpoError | None, fates: list[list[str] | None]) -> None:
 # connections, which must not bury the reason under tracebacks. The launcher keeps a store that outlives them.
 
 
-def first_to_tell() -> bool:
-    """Whether this process is the one that says what went wrong; asked once, by each that knows."""
+def may_report_error() -> bool:
+    """Whether this process is the first to report an error; each process that has one asks once."""
     store = _store()
-    return leads() if store is None else bool(store.add(_key(), 1) == 1)
+    return is_main_process() if store is None else bool(store.add(_key(), 1) == 1)
 
 
-def told() -> bool:
-    """Whether another process of the launch has said what went wrong."""
+def error_was_reported() -> bool:
+    """Whether another process of the launch has reported an error."""
     store = _store()
     return store is not None and bool(store.add(_key(), 0) > 0)
 
 
 def _key() -> str:
-    return f"{_TOLD}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    return f"{_REPORTED}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def _store() -> Any:
-    if count() == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if world_size() == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     from datetime import timedelta
 

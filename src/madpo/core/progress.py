@@ -48,7 +48,7 @@ def track(iterable: Iterable[T], *, description: str, total: int | None = None) 
 @contextmanager
 def bar(description: str, total: int | None) -> Iterator[Advance]:
     """A bar over ``total`` parts (None: unknown). Yields the function that advances it."""
-    if not processes.leads():
+    if not processes.is_main_process():
         yield _nothing
         return
     with _live_bar(description, total) if _on_terminal() else _plain_bar(description, total) as advance:
@@ -61,7 +61,7 @@ def _nothing(n: int = 1, **fields: object) -> None:
 
 def say(text: str) -> None:
     """One line of plain words, above a live bar if there is one; of several processes the first one speaks."""
-    if not processes.leads():
+    if not processes.is_main_process():
         return
     with _lock:
         if _live is not None:

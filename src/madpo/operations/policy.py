@@ -152,7 +152,7 @@ def train_pairs(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) 
         adapter=adapter_text(trainer.model),
     )
     _save(trainer, settings, tokenizer, out)
-    if not processes.leads():
+    if not processes.is_main_process():
         return {}
     if (tracked := out / CHECKPOINTS / TRACKED).is_dir():  # checkpoints are no part of the result, and these are
         shutil.copytree(tracked, out / TRACKED, dirs_exist_ok=True)
@@ -209,7 +209,7 @@ def decisive(settings: TrainSettings) -> dict[str, Any]:
     defaults = {field.name: field.default for field in dataclasses.fields(PreferenceConfig)}
     pairs, micro_batches = (int(values.get(name, defaults[name])) for name in BATCH)
     found = settings.model_dump(mode="json")
-    return {**found, "args": decisive_arguments(values), "batch": pairs * micro_batches * processes.count()}
+    return {**found, "args": decisive_arguments(values), "batch": pairs * micro_batches * processes.world_size()}
 
 
 def _reference_batch(args: PreferenceConfig, out: Path) -> int:
@@ -312,7 +312,7 @@ def _save(trainer: PreferenceTrainer, settings: TrainSettings, tokenizer: PreTra
         if trainer.sharded:  # every process gives its part
             trainer.save_model(str(out / ("model" if settings.full else "adapter")))
             return
-        if not processes.leads():
+        if not processes.is_main_process():
             return
         if settings.full:
             save_model(unwrapped(trainer.model), out / "model", tokenizer)

@@ -133,7 +133,7 @@ def score(data: str | Path, output_dir: str | Path, settings: ScoreSettings, *, 
 def score_pairs(settings: ScoreSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """The operation behind :func:`score`."""
     data = str(inputs["data"])
-    if settings.folds is not None and processes.count() > 1:
+    if settings.folds is not None and processes.world_size() > 1:
         raise ConfigError(
             "folds trains its reward models in one process; start it without accelerate launch (with --reward_model, "
             "scoring runs on several)"
@@ -142,11 +142,11 @@ def score_pairs(settings: ScoreSettings, inputs: Mapping[str, Path], out: Path) 
     columns = None
     if settings.score_columns is not None:
         columns = _columns(data, pairs, settings.score_columns)
-    processes.first(lambda: _rehearse(data, len(pairs), settings, out))
+    processes.on_main_process(lambda: _rehearse(data, len(pairs), settings, out))
     clock = started_clock(out / CHECKPOINTS, settings.reward.date if settings.reward else None)
-    clock.read = processes.first(lambda: _look(data, settings, clock))
+    clock.read = processes.on_main_process(lambda: _look(data, settings, clock))
     chosen, rejected = columns or _scores(data, pairs, settings, out, clock)
-    report = processes.first(lambda: _finish(data, chosen, rejected, settings, out))
+    report = processes.on_main_process(lambda: _finish(data, chosen, rejected, settings, out))
     return {"pairs": report["pairs"], "accuracy": Estimate(**report["accuracy"]), "log_loss": report["log_loss"]}
 
 
@@ -217,7 +217,7 @@ def _in_parts(
         folder.mkdir(parents=True, exist_ok=True)
         return [start for start, path in paths.items() if not path.exists()]
 
-    mine = processes.first(missing)[processes.rank() :: processes.count()]
+    mine = processes.on_main_process(missing)[processes.rank() :: processes.world_size()]
 
     def compute() -> None:
         scorer: PairScorer | None = None
@@ -230,7 +230,7 @@ def _in_parts(
                 write_atomically(paths[start], save({"chosen": chosen, "rejected": rejected}))
                 advance(len(chunk))
 
-    processes.together(compute)
+    processes.on_every_process(compute)
     parts = [_part(path) for path in paths.values()]
     return np.concatenate([p["chosen"] for p in parts]), np.concatenate([p["rejected"] for p in parts])
 

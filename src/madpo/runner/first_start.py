@@ -34,7 +34,7 @@ def since_first_start(folder: Path, name: str, make: Callable[[], T]) -> T:
             write_atomically(folder / FILE, json.dumps(found) + "\n")
         return found[name]  # type: ignore[return-value]
 
-    return processes.first(look)
+    return processes.on_main_process(look)
 
 
 def fixed_before(folder: Path, name: str) -> int | str | None:
@@ -43,7 +43,7 @@ def fixed_before(folder: Path, name: str) -> int | str | None:
     Raises:
         StorageError: the file that holds it is damaged.
     """
-    return processes.first(lambda: _read(folder / FILE).get(name))
+    return processes.on_main_process(lambda: _read(folder / FILE).get(name))
 
 
 def _read(path: Path) -> dict[str, int | str]:

@@ -68,14 +68,14 @@ def make(job: Job, *, overwrite: bool = False) -> tuple[Record, bool]:
             found = prepare(job.out, job.decisive, overwrite=overwrite, inputs=[*job.inputs.values(), *job.protected])
         return None if found is None else found.model_dump(mode="json")
 
-    if (done := processes.first(begin)) is not None:
+    if (done := processes.on_main_process(begin)) is not None:
         return Record.model_validate(done), True
     try:
         with storage_errors(work), memory_errors(job.memory):
             metrics = plain_metrics(job.fn(job.config, job.inputs, work), job.name)
     except Exception as error:
         # A process that was killed breaks the others' connections; what they made so far is still good.
-        ours = processes.leads() and (processes.count() == 1 or isinstance(error, MadpoError))
+        ours = processes.is_main_process() and (processes.world_size() == 1 or isinstance(error, MadpoError))
         if ours and (kept := abandon(job.out)) is not None:
             say(f"{job.out} is not finished; what it has is in {kept}, and the same command continues from there.")
         raise
@@ -103,7 +103,7 @@ def make(job: Job, *, overwrite: bool = False) -> tuple[Record, bool]:
             finish(job.out, record)
         return record.model_dump(mode="json")
 
-    return Record.model_validate(processes.first(end)), False
+    return Record.model_validate(processes.on_main_process(end)), False
 
 
 def run_step(
@@ -123,12 +123,12 @@ def run_step(
     there = out.exists()
     with contextlib.ExitStack() as held:
         with storage_errors(out):
-            processes.first(lambda: held.enter_context(locked(out)))
+            processes.on_main_process(lambda: held.enter_context(locked(out)))
         try:
             return make(job(step, out, out, memory)._replace(out=out, protected=tuple(protected)), overwrite=overwrite)
         finally:
             held.close()
-            if processes.leads() and not there:
+            if processes.is_main_process() and not there:
                 with contextlib.suppress(OSError):  # something is in it, a result or a checkpoint
                     out.rmdir()
 

@@ -26,7 +26,7 @@ from safetensors.numpy import save
 from torch import Tensor, nn
 
 from madpo.core.errors import ConfigError, DataError
-from madpo.core.processes import everyone, first
+from madpo.core.processes import all_gather_object, on_main_process
 from madpo.core.progress import bar, say
 from madpo.core.storage import storage_errors, write_atomically
 from madpo.models.engine.logprobs import completion_logps
@@ -57,7 +57,7 @@ def cached_reference_logps(
         DataError: a log-probability is not finite.
     """
     digest = reference_digest(model)
-    if len(set(everyone(digest))) > 1:
+    if len(set(all_gather_object(digest))) > 1:
         raise ConfigError(
             "the processes hold different weights, so they have no common reference; load the whole model on each "
             "(fsdp_cpu_ram_efficient_loading: false), or give the columns ref_chosen_logps and ref_rejected_logps"
@@ -75,7 +75,7 @@ def cached_reference_logps(
                 say(f"{path} {error}; the reference is computed again")
         return bool(columns)
 
-    if first(look):  # on the leading process: the others may not see its disk
+    if on_main_process(look):  # on the leading process: the others may not see its disk
         return _everywhere(columns, len(dataset), accelerator), digest
     columns = _compute(model, dataset, collator, accelerator, batch_size, description)
     named = "pair_id" in dataset.column_names

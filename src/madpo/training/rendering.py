@@ -80,7 +80,7 @@ def rendering(dataset: Any, tokenizer: Any, args: Any, name: str) -> Iterator[Te
         DataError, ConfigError: in place of whatever a chat template raised, with the row.
     """
     folder = Path(args.output_dir)
-    started = fixed_before(folder, _STARTED) or processes.first(lambda: Clock().now.isoformat())
+    started = fixed_before(folder, _STARTED) or processes.on_main_process(lambda: Clock().now.isoformat())
     clock, findings = Clock(datetime.fromisoformat(str(started))), TextFindings()
     try:
         with bounded_templates(clock, findings.see):

@@ -23,7 +23,7 @@ from transformers.trainer_callback import TrainerState
 from madpo.core.errors import ConfigError, DataError, StorageError
 from madpo.core.locks import locked
 from madpo.core.memory import memory_errors
-from madpo.core.processes import everyone
+from madpo.core.processes import all_gather_object
 from madpo.core.progress import say
 from madpo.core.storage import storage_errors
 from madpo.models.untrusted import refuse_pickles
@@ -326,7 +326,7 @@ class ExactResume(FiniteTraining):
 
     def _from_every_process(self, value: Any) -> list[Any]:
         """A plain value of each process."""
-        return [value] if self.accelerator.num_processes == 1 else everyone(value)
+        return [value] if self.accelerator.num_processes == 1 else all_gather_object(value)
 
     # ---- Loading ----
 

@@ -29,7 +29,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, description: str, out: Path) -> None:
         self.description, self.path = description, out / "log.jsonl"
-        if processes.leads():
+        if processes.is_main_process():
             self.path.unlink(missing_ok=True)
         self._bar: Any = None
         self._advance: Any = None
@@ -40,13 +40,13 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         self._advance = self._bar.__enter__()
         if state.global_step:  # rows after the checkpoint are written again, so its own history is what counts
             say(f"{self.description}: continues after step {state.global_step} of {state.max_steps}")
-            if processes.leads():
+            if processes.is_main_process():
                 write_atomically(self.path, "".join(map(_log_line, state.log_history)))
             self._shown = state.global_step
             self._advance(self._shown)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        if processes.leads():
+        if processes.is_main_process():
             with self.path.open("a", encoding="utf-8") as log:
                 log.write(_log_line({**logs, "step": state.global_step}))
         if "loss" in logs:
@@ -90,5 +90,5 @@ def run_training(trainer: Any, settings: Frozen, description: str, out: Path) ->
 
 def forget_checkpoints(out: Path) -> None:
     """Remove what only an interrupted training needs."""
-    if processes.leads():
+    if processes.is_main_process():
         remove(out / CHECKPOINTS)
