@@ -155,11 +155,20 @@ def test_madpo_reaches_c_h_below_tau_and_h_plus_log_w_above() -> None:
         SoftMADPO(beta=BETA, **SETTING),
         SoftDPO(beta=BETA),
         SoftDPO(beta=BETA, margin_temperature=2),
+        SoftDPO(beta=BETA, label_share=0.4),
         RPO(beta=BETA, form="sq"),
         RPO(beta=BETA, form="fwd_kl"),
         RPO(beta=BETA, form="bwd_kl", eta=0.5),
     ],
-    ids=["soft_madpo", "soft_dpo", "soft_dpo at temperature 2", "rpo sq", "rpo fwd", "rpo bwd at eta 0.5"],
+    ids=[
+        "soft_madpo",
+        "soft_dpo",
+        "soft_dpo at temperature 2",
+        "soft_dpo mixed",
+        "rpo sq",
+        "rpo fwd",
+        "rpo bwd at eta 0.5",
+    ],
 )
 def test_losses_with_a_target_reach_it(loss: LossConfig) -> None:
     rewards, reference = two_responses(*(m for m in MARGINS if m < 4))
@@ -232,8 +241,29 @@ def test_losses_that_are_dpo_in_a_limit() -> None:
     same(DPO(label_smoothing=0), DPO(), inputs, rtol=0)
     same(ODPO(alpha=0, offset="linear"), DPO(), inputs, rtol=0)
     same(SoftDPO(), DPO(), inputs.replace(reward_margin=torch.full((200,), 60.0, dtype=torch.float64)))
+    same(SoftDPO(label_share=1), DPO(), inputs, rtol=0)
     certain = torch.full((200,), 99.0, dtype=torch.float64)
     same(WPO(beta=0.1), DPO(), inputs.replace(chosen_log_sum_sq=-certain, rejected_log_sum_sq=-certain), rtol=0)
+
+
+def test_a_share_of_the_label_mixes_soft_labels_with_dpo() -> None:
+    inputs = varied()
+    same(SoftDPO(margin_temperature=2, label_share=0), SoftDPO(margin_temperature=2), inputs, rtol=0)
+    soft, hard = SoftDPO(margin_temperature=2)(inputs).per_pair, DPO()(inputs).per_pair
+    mixed = SoftDPO(margin_temperature=2, label_share=0.3)(inputs)
+    assert torch.allclose(mixed.per_pair, 0.3 * hard + 0.7 * soft, rtol=1e-12)
+    p = 0.3 + 0.7 * torch.sigmoid(inputs.required("reward_margin").detach() / 2)
+    assert torch.allclose(mixed.metrics["target/probability"], p, rtol=1e-12)
+    # Its minimiser is logit p: there the slope in h is 0, and each side of it pulls back.
+    at = inputs.replace(
+        policy_chosen_logps=inputs.ref_chosen_logps + torch.logit(p) / 0.1,
+        policy_rejected_logps=inputs.ref_rejected_logps,
+    )
+    chosen = at.policy_chosen_logps.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(
+        SoftDPO(margin_temperature=2, label_share=0.3)(at.replace(policy_chosen_logps=chosen)).per_pair.sum(), chosen
+    )
+    assert slope.abs().max() < 1e-12
 
 
 def test_losses_that_are_one_another() -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from madpo import __version__
 from madpo.commands import data as commands_data
 from madpo.commands import train as commands_train
-from madpo.commands.options import spelled_out
+from madpo.commands.options import asked, from_file, option, spelled_out
 from madpo.core import processes
 from madpo.core.errors import ConfigError, MadpoError, printable
 from madpo.core.libraries import loading_libraries
@@ -316,6 +316,30 @@ def _verify_theory(arguments: argparse.Namespace) -> int:
     return 1 if broken else 0
 
 
+def _verify_auto_arguments(parser: argparse.ArgumentParser) -> None:
+    option(parser, "whole", "whole", "all 42 cells in place of 15: about half an hour", action="store_true")
+    option(parser, "worlds", "worlds", "draws of every setting (default: 12)", type=_positive, metavar="N")
+    option(parser, "kl", "kl", "KL at which methods are compared, in nats (default: 1)", type=float)
+    option(parser, "seed", "seed", "of worlds and trainings (default: 0)", type=int)
+    option(parser, "output_dir", "output_dir", "keep the results, and continue from them", metavar="DIR")
+    option(parser, "processes", "processes", "settings at once (default: 1)", type=_positive, metavar="N")
+    from_file(parser)
+
+
+def _verify_auto(arguments: argparse.Namespace) -> int:
+    with loading_libraries():
+        from madpo.operations.verify_auto import VerifyAutoSettings, verify_auto
+    from madpo.runner.executors import Processes
+
+    beside, settings = asked(arguments, VerifyAutoSettings, output_dir=(Path | None, None), processes=(int, 1))
+    count = beside["processes"]
+    report = verify_auto(settings, beside["output_dir"], executor=Processes(count) if count > 1 else None)
+    show(report.text())
+    if beside["output_dir"]:
+        show(f"written to {beside['output_dir'] / 'report.json'}")
+    return 0
+
+
 COMMANDS = {
     "run": Command("run an experiment, or continue it, and write its report", _run_arguments, _run),
     "check": Command(commands_data.CHECK, commands_data.check_arguments, commands_data.check_command),
@@ -329,6 +353,7 @@ COMMANDS = {
     "status": Command("say which steps of a run are done", _status_arguments, _status),
     "report": Command("write the report page of a run again", _report_arguments, _report),
     "verify-theory": Command("check the paper's claims numerically", _no_arguments, _verify_theory),
+    "verify-auto": Command("compare auto with DPO and MADPO in simulated worlds", _verify_auto_arguments, _verify_auto),
 }
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from madpo.core.config import added
 from madpo.core.errors import DataError
 from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState, Paper, per_token
 from madpo.losses.weight import (
@@ -123,10 +124,12 @@ class SoftMADPO(LossConfig):
 
 
 class SoftDPO(LossConfig):
-    """DPO with the reward model's probability as a soft label (MMPO, arXiv 2410.03145).
+    """DPO whose target is a mixture of the label and the reward model's probability (MMPO, arXiv 2410.03145).
 
-    L = -p log sigma(beta h_theta) - (1 - p) log sigma(-beta h_theta), p = sigma(reward_margin / margin_temperature).
-    MMPO's ``bt_beta`` is 1/margin_temperature. Summed log-probs; the minimiser is beta h_theta = logit p.
+    L = -p log sigma(beta h_theta) - (1 - p) log sigma(-beta h_theta), with the target
+    p = label_share + (1 - label_share) sigma(reward_margin / margin_temperature). MMPO is label_share = 0, DPO is
+    label_share = 1. MMPO's ``bt_beta`` is 1/margin_temperature. Summed log-probs; the minimiser is
+    beta h_theta = logit p.
     """
 
     kind: Literal["soft_dpo"] = "soft_dpo"
@@ -140,12 +143,18 @@ class SoftDPO(LossConfig):
     """Strength of the pull to the reference; larger keeps the policy closer to it."""
     margin_temperature: float = Field(default=1.0, gt=0)
     """Divides the margins; larger makes the labels softer."""
+    label_share: float = added(0.0, ge=0, le=1)
+    """Weight of the label in the target, the margin has the rest: 0 is the margin's probability, 1 is DPO."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"reward_margin"})
 
     def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
-        target = finite_margin(inputs) / self.margin_temperature
-        return LossOutput(soft_logistic(self.beta * inputs.log_ratio_margin, target), {"target/mean": target})
+        target, logits = finite_margin(inputs) / self.margin_temperature, self.beta * inputs.log_ratio_margin
+        rest = 1 - self.label_share
+        wrong = rest * torch.sigmoid(-target)
+        right = self.label_share + rest * torch.sigmoid(target)
+        per_pair = -right * F.logsigmoid(logits) - wrong * F.logsigmoid(-logits)
+        return LossOutput(per_pair, {"target/mean": target, "target/probability": right})
 
 
 class ODPO(LossConfig):

@@ -1,0 +1,284 @@
+"""``madpo verify-auto``: whether ``auto`` is better than DPO and than a searched MADPO, in worlds with a known reward.
+
+A cell of the grid is a setting of :mod:`madpo.losses.simulation` with one kind of reward model. Methods are compared at
+equal KL, by the true reward, paired by world.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from madpo.core.config import Frozen
+from madpo.core.errors import MadpoError
+from madpo.core.metrics import Estimate, Metrics
+from madpo.core.seeding import derived_seed
+from madpo.core.statistics import fit_temperature, paired_difference
+from madpo.core.storage import expanded, write_atomically
+from madpo.losses import DPO, MADPO, SoftDPO
+from madpo.losses.simulation import (
+    KNOWLEDGE,
+    RELATIVE_BETAS,
+    Margins,
+    Method,
+    Setting,
+    Worlds,
+    at_kl,
+    draw,
+    measure,
+    reward_margins,
+    train,
+)
+from madpo.report.numbers import DASH
+from madpo.rewards.label_share import better_than_coin, label_share
+from madpo.rewards.margins import PAPER_SETTINGS
+from madpo.runner.executors import Executor
+from madpo.runner.operation import operation
+from madpo.runner.run import run
+from madpo.runner.step import Step
+
+FAST_SHARE = 0.75
+"""The label's share of ``auto`` with one training."""
+REDUCED = (
+    Setting(pairs=200),
+    Setting(reward_sd=0.5),
+    Setting(),
+    Setting(flips=0.2),
+    Setting(tier="low"),
+)
+WHOLE = (
+    *(Setting(pairs=n, reward_sd=s) for n in (200, 1000, 3000) for s in (0.5, 1.5, 4.0)),
+    Setting(pairs=10_000),
+    *(Setting(pairs=n, flips=0.2) for n in (1000, 3000)),
+    *(Setting(pairs=n, tier="low") for n in (200, 1000)),
+)
+SEARCHED = "madpo, best of the paper's 6"
+AVERAGED = "dpo, averaged with another seed"
+AUTO = "auto"
+ROWS = {
+    AUTO: "auto, averaged with dpo",
+    "auto, one policy": "auto's second training only",
+    "fast": f"label_share {FAST_SHARE}, one training",
+    SEARCHED: "chosen on half of the prompts, measured on the other",
+    "madpo": "tau 7, c_max 4",
+    "soft_dpo": "calibrated margins out of fold",
+    AVERAGED: "the gain of an average, without margins",
+}
+"""Method -> what it is."""
+
+
+class VerifyAutoSettings(Frozen):
+    """What ``madpo verify-auto`` simulates."""
+
+    whole: bool = False
+    """The whole grid (42 cells) in place of the reduced one (15 cells)."""
+    worlds: int = Field(default=12, ge=3)
+    """Draws of every setting."""
+    kl: float = Field(default=1.0, gt=0)
+    """KL to the reference, in nats, at which methods are compared."""
+    seed: int = 0
+
+
+class Cell(Frozen):
+    """One setting, all kinds of reward model."""
+
+    setting: Setting
+    worlds: int
+    kl: float
+    seed: int
+
+
+class Row(Frozen):
+    """A method over the grid; differences in standard deviations of the true reward."""
+
+    method: str
+    about: str
+    cells: int
+    above: int
+    """Cells where it is clearly above DPO: the 95 % interval over worlds excludes 0."""
+    below: int
+    worst: float | None
+    """Smallest mean difference to DPO; None where the method reached the KL in no cell."""
+    mean: float | None
+    """Mean over cells of the difference to DPO."""
+    above_searched: int
+    """Cells where it is clearly above MADPO's best of 6."""
+    below_searched: int
+
+
+class VerifyAutoReport(Frozen):
+    """What :func:`verify_auto` found."""
+
+    settings: VerifyAutoSettings
+    rows: tuple[Row, ...]
+    cells: dict[str, dict[str, Estimate]]
+    """Cell -> measured quantity -> estimate; "auto - dpo" is a difference at equal KL."""
+
+    def text(self) -> str:
+        """A table for a person."""
+        lines = [
+            f"true reward at KL {self.settings.kl:g}, {self.settings.worlds} worlds a setting; differences to DPO in "
+            "standard deviations of the reward; clearly: the 95 % interval excludes 0",
+            f"{'method':<31}  cells  above dpo  below dpo    mean   worst  above searched madpo  below",
+        ]
+        for row in self.rows:
+            lines.append(
+                f"{row.method:<31}  {row.cells:5d}  {row.above:9d}  {row.below:9d}  {_signed(row.mean)}  "
+                f"{_signed(row.worst)}  {row.above_searched:20d}  {row.below_searched:5d}"
+            )
+        lines.append("auto less dpo, cell by cell, and the deciding number (held-out log loss, margins less dpo's):")
+        for name, found in self.cells.items():
+            gain, deciding, share = found["auto - dpo"], found["deciding"], found["label_share"]
+            lines.append(
+                f"    {name:<44}  {gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})  deciding "
+                f"{deciding.mean:+.3f}, label share {share.mean:.2f}"
+            )
+        return "\n".join(lines)
+
+
+def verify_auto(
+    settings: VerifyAutoSettings, output_dir: str | Path | None = None, *, executor: Executor | None = None
+) -> VerifyAutoReport:
+    """Compare ``auto`` with DPO, MADPO and its relatives in simulated worlds.
+
+    Args:
+        output_dir: keeps a folder for every setting, from which an interrupted run continues, and ``report.json``.
+            None keeps nothing.
+        executor: where settings are simulated; one after another by default.
+    """
+    if output_dir is None:
+        with tempfile.TemporaryDirectory() as folder:
+            return verify_auto(settings, folder, executor=executor)
+    root = expanded(output_dir)
+    root.mkdir(parents=True, exist_ok=True)
+    grid = WHOLE if settings.whole else REDUCED
+    steps = {
+        setting: Step(
+            f"cell/{_name(setting)}",
+            simulate,
+            Cell(setting=setting, worlds=settings.worlds, kl=settings.kl, seed=settings.seed),
+            says=f"{setting.pairs} pairs, {settings.worlds} worlds",
+            light=True,
+        )
+        for setting in grid
+    }
+    result = run(steps.values(), root, executor, about={"title": "verify-auto"})
+    if result.failed:
+        raise MadpoError("; ".join(f"{name}: {sentence}" for name, sentence in result.failed.items()))
+    cells: dict[str, dict[str, Estimate]] = {}
+    for setting, step in steps.items():
+        for key, value in result.records[step.name].metrics.items():
+            kind, _, quantity = key.partition(": ")
+            assert isinstance(value, Estimate)
+            cells.setdefault(f"{_name(setting)} {kind}", {})[quantity] = value
+    report = VerifyAutoReport(settings=settings, rows=tuple(_row(name, cells) for name in ROWS), cells=cells)
+    write_atomically(root / "report.json", json.dumps(report.model_dump(mode="json"), indent=1) + "\n")
+    return report
+
+
+def _name(setting: Setting) -> str:
+    return f"{setting.tier}-n{setting.pairs}-sd{setting.reward_sd:g}-flips{setting.flips:g}"
+
+
+def _signed(value: float | None) -> str:
+    return f"{DASH:>6}" if value is None else f"{value:+.3f}"
+
+
+def _row(method: str, cells: Mapping[str, Mapping[str, Estimate]]) -> Row:
+    to_dpo = [found[f"{method} - dpo"] for found in cells.values() if f"{method} - dpo" in found]
+    to_searched = [found[key] for found in cells.values() if (key := f"{method} - {SEARCHED}") in found]
+    return Row(
+        method=method,
+        about=ROWS[method],
+        cells=len(to_dpo),
+        above=sum(e.low > 0 for e in to_dpo),
+        below=sum(e.high < 0 for e in to_dpo),
+        worst=min((e.mean for e in to_dpo), default=None),
+        mean=float(np.mean([e.mean for e in to_dpo])) if to_dpo else None,
+        above_searched=sum(e.low > 0 for e in to_searched),
+        below_searched=sum(e.high < 0 for e in to_searched),
+    )
+
+
+@operation("simulate_auto/1")
+def simulate(cell: Cell, inputs: Mapping[str, Path], out: Path) -> Metrics:
+    """All methods in the worlds of one setting; writes ``gains.json``, the true reward of each world at the KL."""
+    worlds = draw(cell.setting, [derived_seed(cell.seed, "verify-auto", k) for k in range(cell.worlds)])
+    found = {kind: gains(worlds, cell, margins) for kind, margins in _all_margins(worlds, cell).items()}
+    metrics: Metrics = {}
+    for kind, compared in found.items():
+        for name, values in compared.gains.items():
+            for other in ("dpo", SEARCHED):
+                both = np.isfinite(values).all(1) & np.isfinite(compared.gains[other]).all(1)
+                if name != other and both.sum() >= 3:
+                    pair = (values[both].mean(1), compared.gains[other][both].mean(1))
+                    metrics[f"{kind}: {name} - {other}"] = paired_difference(*pair, seed=cell.seed)
+        for name, row in (("deciding", compared.deciding), ("label_share", compared.shares)):
+            metrics[f"{kind}: {name}"] = paired_difference(row, np.zeros(len(row)), seed=cell.seed)
+    plain = {kind: {name: _plain(values) for name, values in c.gains.items()} for kind, c in found.items()}
+    write_atomically(out / "gains.json", json.dumps(plain, indent=1) + "\n")
+    return metrics
+
+
+def _plain(values: np.ndarray) -> list[list[float | None]]:
+    return [[float(v) if np.isfinite(v) else None for v in row] for row in values]
+
+
+def _all_margins(worlds: Worlds, cell: Cell) -> dict[str, Margins]:
+    seed = derived_seed(cell.seed, "verify-auto", "reward models")
+    return {kind: reward_margins(worlds, kind, seed=seed) for kind in KNOWLEDGE}
+
+
+class Compared(NamedTuple):
+    """Gains in true reward at the KL, standard deviations, (worlds, halves of the prompts); and what decided."""
+
+    gains: dict[str, np.ndarray]
+    shares: np.ndarray
+    """The label's share, a world."""
+    deciding: np.ndarray
+    """Held-out calibrated log loss of the margins less that of DPO's implicit margins, nats, a world."""
+
+
+def gains(worlds: Worlds, cell: Cell, margins: Margins) -> Compared:
+    """Train all methods with one kind of reward model, and measure them at equal KL."""
+    setting = cell.setting
+    betas = [setting.reward_sd * beta for beta in RELATIVE_BETAS]
+    seeds = [derived_seed(cell.seed, "verify-auto", "training", k) for k in (1, 2)]
+    temperatures = [fit_temperature(row.numpy())[0] for row in margins.outside]
+    calibrated = margins.outside / torch.tensor(temperatures, dtype=torch.float32)[:, None]
+    dpo = Method((DPO(beta=1.0),))
+    methods = {"dpo": dpo, "soft_dpo": Method((SoftDPO(beta=1.0),), calibrated)}
+    methods["fast"] = Method((SoftDPO(beta=1.0, label_share=FAST_SHARE),), calibrated)
+    searched = {f"madpo {tau:g} {c:g}": MADPO(beta=1.0, tau=tau, c_max=c) for tau, c in PAPER_SETTINGS}
+    methods |= {name: Method((loss,), margins.inside) for name, loss in searched.items()}
+    (first,) = train(worlds.train.policy, list(methods.values()), betas, seed=seeds[0])
+    trained = {name: first[:, :, k] for k, name in enumerate(methods)}
+
+    middle = betas[RELATIVE_BETAS.index(0.35)]
+    implicit = middle * (worlds.heldout.policy @ trained["dpo"][..., betas.index(middle), None])[..., 0]
+    found = [label_share(m0.numpy(), m1.numpy()) for m0, m1 in zip(implicit, margins.heldout, strict=True)]
+    shares = [
+        share.mean if better_than_coin(outside.numpy()) else 1.0
+        for share, outside in zip(found, margins.outside, strict=True)
+    ]
+    mixed = Method([SoftDPO(beta=1.0, label_share=share) for share in shares], calibrated)
+    (second,) = train(worlds.train.policy, [mixed, dpo], betas, seed=seeds[1])
+    trained["auto, one policy"] = second[:, :, 0]
+    trained[AUTO] = (trained["dpo"] + second[:, :, 0]) / 2  # a log-linear policy is linear in its parameters
+    trained[AVERAGED] = (trained["dpo"] + second[:, :, 1]) / 2
+
+    measured = {name: at_kl(*measure(worlds, theta), cell.kl) / setting.reward_sd for name, theta in trained.items()}
+    six = np.stack([measured.pop(name) for name in searched])
+    measured["madpo"] = six[list(searched).index("madpo 7 4")]
+    # The best on one half of the prompts is measured on the other half.
+    reached = np.where(np.isfinite(six), six, -np.inf)
+    best = reached.argmax(0)[:, ::-1]
+    measured[SEARCHED] = np.take_along_axis(six, best[None], 0)[0]
+    return Compared(measured, np.array(shares), np.array([share.difference.mean for share in found]))
