@@ -18,6 +18,7 @@ from madpo.losses import (
     MADPO,
     ODPO,
     RDPO,
+    REDPO,
     RPO,
     WPO,
     AlphaDPO,
@@ -55,6 +56,11 @@ GOLDEN = [
     *[
         (SimPO(beta=10, gamma=3.0), case, value)
         for case, value in zip("ABDE", (5.902736, 0.278101, 3.048587, 40.5), strict=True)
+    ],
+    *[(REDPO(), case, value) for case, value in zip("ABDF", (0.523021, 0.866319, 0.693147, 0.595850), strict=True)],
+    *[
+        (REDPO(reliability=0.7), case, value)
+        for case, value in zip("ABDF", (0.589828, 0.759771, 0.693147, 0.638501), strict=True)
     ],
     (ODPO(), "A", 0.822093),
     (ODPO(alpha=0.5), "A", 0.642771),

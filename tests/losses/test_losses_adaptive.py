@@ -1,4 +1,4 @@
-"""beta-DPO and alpha-DPO: golden values of the three versions, the draw, and state under splits and evaluation."""
+"""beta-DPO, alpha-DPO and RE-DPO: golden values, the draw, and state under splits and evaluation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from losses_cases import EVERY_LOSS, batch, f64, with_columns
 from madpo.core.errors import DivergedError
-from madpo.losses import AlphaDPO, BetaDPO, LossConfig, LossInputs, LossState, SimPO
+from madpo.losses import DPO, REDPO, AlphaDPO, BetaDPO, LossConfig, LossInputs, LossState, SimPO
 from madpo.losses.adaptive import gumbel_top_k
 
 ABDF = ("A", "B", "D", "F")
@@ -383,3 +383,57 @@ def test_every_other_loss_has_an_idle_hook() -> None:
         ready = loss.observe(loss.statistic(inputs), loss.init_state(0)).rows(0, 2)
         assert ready.tensors == {}
         assert torch.equal(loss(inputs, ready).per_pair, loss(inputs).per_pair)
+
+
+def test_re_dpo_is_its_papers_equations() -> None:
+    inputs = batch(*ABDF)
+    loss = REDPO()
+    output = loss(inputs)
+    p = torch.sigmoid(0.1 * inputs.log_ratio_margin.detach())
+    w = p * 0.9 / (p * 0.9 + (1 - p) * 0.1)  # Eq. 4
+    assert w.tolist() == pytest.approx([0.933840, 0.854734, 0.9, 0.920358], abs=5.1e-7)
+    assert torch.allclose(output.metrics["confidence/mean"], w)
+    assert torch.allclose(output.per_pair, -w * p.log() - (1 - w) * (1 - p).log())  # Eq. 5
+    (gradient,) = torch.autograd.grad(output.per_pair.sum(), inputs.policy_chosen_logps)
+    assert gradient.tolist() == pytest.approx([-0.032320, -0.045941, -0.04, -0.035818], abs=5.1e-7)
+    assert output.state is not None
+    assert float(output.state.tensors["reliability"]) == pytest.approx(0.900223302, abs=5e-10)  # Eq. 7, alpha = 0.1
+    # The next batch is judged by the moved reliability, an evaluation moves nothing.
+    after = output.state
+    assert float(loss.observe(f64(0), after, training=False).batch["target"]) == pytest.approx(
+        math.log(0.9002233 / 0.0997767), abs=1e-6
+    )
+    assert torch.equal(loss.observe(f64(3), after, training=False).tensors["reliability"], after.tensors["reliability"])
+
+
+def test_re_dpo_begins_as_label_smoothing_and_sees_no_label_in_a_coin() -> None:
+    policy = f64(-10, -12).requires_grad_()
+    inputs = with_columns(policy, f64(-9, -9), f64(-10, -12), f64(-9, -9))
+    gradients = [
+        torch.autograd.grad(loss(inputs).per_pair.sum(), policy)[0] for loss in (REDPO(), DPO(label_smoothing=0.1))
+    ]
+    assert torch.allclose(*gradients)
+    # A swapped pair whose labels are right as seldom as the other's are wrong is the same pair.
+    one, other = batch(*ABDF), batch(*ABDF)
+    swapped = other.replace(
+        policy_chosen_logps=other.policy_rejected_logps,
+        policy_rejected_logps=other.policy_chosen_logps,
+        ref_chosen_logps=other.ref_rejected_logps,
+        ref_rejected_logps=other.ref_chosen_logps,
+    )
+    assert torch.allclose(REDPO(reliability=0.8)(one).per_pair, REDPO(reliability=0.2)(swapped).per_pair)
+
+
+def test_re_dpo_finds_the_share_of_right_labels() -> None:
+    # Theorem 4.1: with margins that are the true log-odds, whole batches lead eta to the truth.
+    generator = torch.Generator().manual_seed(0)
+    true = 2 * torch.randn(200_000, generator=generator, dtype=torch.float64)
+    right = torch.bernoulli(torch.full_like(true, 0.75), generator=generator)
+    preferred = torch.bernoulli(torch.sigmoid(true), generator=generator)
+    margin = torch.where(preferred == right, true, -true)  # as labelled
+    for start_at in (0.55, 0.95):
+        loss = REDPO(reliability=start_at, momentum=0.5)
+        state = loss.init_state(0)
+        for _ in range(60):
+            state = loss.observe(margin, state).settled()
+        assert float(state.tensors["reliability"]) == pytest.approx(0.75, abs=0.01)

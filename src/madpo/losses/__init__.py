@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import Field, TypeAdapter
 
-from madpo.losses.adaptive import AlphaDPO, BetaDPO
+from madpo.losses.adaptive import REDPO, AlphaDPO, BetaDPO
 from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState, PreferenceLoss
 from madpo.losses.custom import Custom
 from madpo.losses.direct import DPO, IPO, RDPO, WPO, SimPO
@@ -18,7 +18,21 @@ from madpo.losses.margin import MADPO, ODPO, RPO, OmniDPO, SoftDPO, SoftMADPO
 from madpo.losses.weight import log_margin_weight, margin_coefficient, margin_weight
 
 Loss = Annotated[
-    DPO | IPO | RDPO | SimPO | WPO | MADPO | SoftMADPO | SoftDPO | ODPO | RPO | OmniDPO | BetaDPO | AlphaDPO | Custom,
+    DPO
+    | IPO
+    | RDPO
+    | SimPO
+    | WPO
+    | MADPO
+    | SoftMADPO
+    | SoftDPO
+    | ODPO
+    | RPO
+    | OmniDPO
+    | BetaDPO
+    | AlphaDPO
+    | REDPO
+    | Custom,
     Field(discriminator="kind"),
 ]
 LossAdapter: TypeAdapter[Loss] = TypeAdapter(Loss)
@@ -29,6 +43,7 @@ __all__ = [
     "MADPO",
     "ODPO",
     "RDPO",
+    "REDPO",
     "RPO",
     "WPO",
     "AlphaDPO",

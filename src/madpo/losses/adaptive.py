@@ -1,6 +1,7 @@
-"""Losses that keep running statistics of the policy's own margins: beta-DPO and alpha-DPO.
+"""Losses that keep running statistics of the policy's own margins: beta-DPO, alpha-DPO and RE-DPO.
 
-Both standardise a pair's margin by moving averages over batches, so their value depends on what "the batch" is.
+Two standardise a pair's margin by moving averages over batches, and the third estimates from it how many labels are
+right, so their value depends on what "the batch" is.
 :meth:`LossConfig.observe` is the one place where a batch enters: it gets the margins of the whole batch, in the
 same order on every rank, works on the CPU in float64, and draws from (seed, number of the batch) alone. Hence
 every rank, device and split into micro-batches gets the same numbers. A plain call observes its own inputs.
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from madpo.core.errors import ConfigError, DivergedError
 from madpo.core.seeding import derived_seed, rng
-from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState, Paper
+from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState, Paper, soft_logistic
 
 
 class RunningLoss(LossConfig):
@@ -270,6 +271,66 @@ class AlphaDPO(RunningLoss):
         factor = self.alpha * (self.beta if self.scale == "code" else 1.0)
         logits = self.beta * margin - self.beta * self.gamma_beta_ratio - factor * z
         return LossOutput(-F.logsigmoid(logits), {"z/mean": z, "z/square": z.square()}, None, state.settled())
+
+
+class REDPO(LossConfig):
+    """RE-DPO (Cao et al., arXiv 2509.24159): DPO that infers for each label how likely it is to be right.
+
+    A label is right with probability eta, the reliability of whoever gave the labels. With z = beta h:
+
+    - E-step (Eq. 4): w = eta sigma(z) / (eta sigma(z) + (1 - eta) sigma(-z)) = sigma(z + logit eta), a constant to the
+      gradient;
+    - M-step (Eq. 5): L = -w log sigma(z) - (1 - w) log sigma(-z);
+    - reliability (Eq. 7): eta moves to (1 - alpha) eta + alpha mean w, after the batch.
+
+    DPO's sigma(z) is the probability that Eq. 2 makes of its loss. Near the reference w is eta, so that a step is that
+    of DPO with label smoothing 1 - eta; later w falls below 1/2 where z < -logit eta, and the pair is learned the
+    other way round. All labels have one annotator, as in the paper's main results. Summed log-probs.
+    """
+
+    kind: Literal["re_dpo"] = "re_dpo"
+    paper: ClassVar[Paper | None] = Paper(
+        "2509.24159",
+        "RE-PO: Robust Enhanced Policy Optimization as a General Framework for LLM Alignment",
+        "Cao, Xiaoyang and others",
+        2025,
+    )
+    beta: float = Field(default=0.1, gt=0)
+    """Strength of the pull to the reference; larger keeps the policy closer to it."""
+    reliability: float = Field(default=0.9, gt=0, lt=1)
+    """eta before the first batch: share of labels that are right. 1/2 learns nothing from a label at the reference."""
+    momentum: float = Field(default=0.9, ge=0, le=1)
+    """Share of the old eta that is kept, 1 - alpha of the paper (0.1); 1 keeps eta where it starts."""
+
+    stateful: ClassVar[bool] = True
+
+    def init_state(self, seed: int) -> LossState:
+        """eta at its start, no batch seen. Nothing is drawn."""
+        eta = torch.tensor(self.reliability, dtype=torch.float64)
+        return LossState({"reliability": eta, "batches": torch.tensor(0, dtype=torch.int64)})
+
+    def statistic(self, inputs: LossInputs) -> Float[Tensor, " pairs"]:
+        """z per pair, detached."""
+        return self.beta * inputs.log_ratio_margin.detach()
+
+    def observe(self, statistic: Float[Tensor, " batch"], state: LossState, *, training: bool = True) -> LossState:
+        """Fixes w for the batch, as log-odds, and then moves eta; in evaluation eta stays."""
+        eta = state.tensors["reliability"]
+        target = batch_values(statistic) + torch.logit(eta)
+        if training:
+            eta = self.momentum * eta + (1 - self.momentum) * torch.sigmoid(target).mean()
+            # An eta of exactly 0 or 1, which rounding can reach, would never move again.
+            state = state.updated(reliability=eta.clamp(1e-9, 1 - 1e-9), batches=state.tensors["batches"] + 1)
+        return LossState(state.tensors, {"target": target})
+
+    def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
+        state = self.init_state(0) if state is None else state
+        state = state if state.batch else self.observe(self.statistic(inputs), state)
+        logits = self.beta * inputs.log_ratio_margin
+        target = rows_of(state, "target", logits)
+        reliability = state.tensors["reliability"].to(logits.dtype).to(logits.device)
+        metrics = {"confidence/mean": torch.sigmoid(target), "reliability": reliability}
+        return LossOutput(soft_logistic(logits, target), metrics, None, state.settled())
 
 
 def batch_values(statistic: Tensor) -> Float[Tensor, " batch"]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
@@ -245,3 +246,8 @@ def widen(value: Tensor) -> Tensor:
 def per_token(logps: Float[Tensor, " pairs"], lengths: Int[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
     """Sums divided by numbers of tokens; a completion that was cut to nothing counts as one token, not as NaN."""
     return logps / lengths.clamp(min=1)
+
+
+def soft_logistic(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of Bern(sigma(logits)) under Bern(sigma(target)), nats; least where the two are equal."""
+    return -torch.sigmoid(target) * F.logsigmoid(logits) - torch.sigmoid(-target) * F.logsigmoid(-logits)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from madpo.core.config import added
 from madpo.core.errors import DataError
-from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState, Paper, per_token
+from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState, Paper, per_token, soft_logistic
 from madpo.losses.weight import (
     Part,
     check_finite,
@@ -281,11 +281,6 @@ class OmniDPO(LossConfig):
     def implicit_margin(self, inputs: LossInputs) -> Float[Tensor, " pairs"]:
         """Beta times the log-ratio margin per token."""
         return self.beta * inputs.log_ratio_margin_per_token
-
-
-def soft_logistic(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy of Bern(sigma(logits)) under Bern(sigma(target)), nats; least where the two are equal."""
-    return -torch.sigmoid(target) * F.logsigmoid(logits) - torch.sigmoid(-target) * F.logsigmoid(-logits)
 
 
 def bernoulli_kl(p: Tensor, q: Tensor) -> Tensor:

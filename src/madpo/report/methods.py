@@ -7,12 +7,15 @@ from typing import Any
 
 SFT = "SFT"
 AGREEING, REDRAWN = "DPO on agreeing pairs", "DPO on re-drawn labels"
-RIVALS = (AGREEING, REDRAWN, "rDPO", "Soft labels", "Soft MADPO", "cDPO", "RLOO", "GRPO", "Best of n")
+RIVALS = (AGREEING, REDRAWN, "rDPO", "RE-DPO", "Soft labels", "Soft MADPO", "cDPO", "RLOO", "GRPO", "Best of n")
 
 _ONLINE = {"rloo": "RLOO", "grpo": "GRPO", "best_of_n": "Best of n"}
 _PARTS = {"full": "MADPO", "amplify": "Amp-Only", "dampen": "Reg-Only"}
 # Kinds of losses that are not called as they are spelled; any other is, with "DPO" in capitals.
-_KINDS = {"beta_dpo": "β-DPO", "rdpo": "rDPO", "soft_dpo": "Soft labels", "soft_madpo": "Soft MADPO", "simpo": "SimPO"}
+_KINDS = {
+    **{"beta_dpo": "β-DPO", "rdpo": "rDPO", "re_dpo": "RE-DPO", "simpo": "SimPO"},
+    **{"soft_dpo": "Soft labels", "soft_madpo": "Soft MADPO"},
+}
 
 
 def method_of(key: str, name: str, loss: Mapping[str, Any], pairs: str, margins: str, trainer: str) -> str:
@@ -46,7 +49,7 @@ def method_of(key: str, name: str, loss: Mapping[str, Any], pairs: str, margins:
 _SILENT = {"lam": 1.0, "margin_temperature": 1.0, "label_smoothing": 0.0}
 _SPOKEN = (
     *("beta", "tau", "c_max", "c_min", "lam", "margin_temperature", "batch_scale", "keep", "flip_rate", "alpha"),
-    *("gamma", "gamma_beta_ratio", "eta", "label_smoothing"),
+    *("gamma", "gamma_beta_ratio", "eta", "label_smoothing", "reliability"),
 )
 
 
