@@ -1,4 +1,4 @@
-"""The claims of the MADPO paper's Section 4 and Appendix A, checked numerically.
+"""The claims of the MADPO paper's Section 4 and Appendix A, checked numerically; those on rivals are next door.
 
 Each claim becomes a row: what the paper says, what was computed, the largest deviation and whether it holds.
 ``relied_on`` marks what this library builds on; the others are sentences of the paper that are checked because a
@@ -22,28 +22,8 @@ from torch import Tensor
 
 from madpo.core.seeding import rng
 from madpo.losses import MADPO, LossInputs, log_margin_weight, margin_coefficient, margin_weight
-
-
-class Claim(NamedTuple):
-    """One row of the check.
-
-    Attributes:
-        name: where the claim stands in the paper.
-        statement: the claim, in one sentence.
-        computed: what was computed, with its numbers.
-        deviation: the largest deviation from the claim.
-        tolerance: the deviation up to which it counts as holding.
-        holds: deviation at most tolerance.
-        relied_on: the library builds on it; a failure is an error.
-    """
-
-    name: str
-    statement: str
-    computed: str
-    deviation: float
-    tolerance: float
-    holds: bool
-    relied_on: bool
+from madpo.losses.expected import Claim, checked, minimiser_of
+from madpo.losses.theory_rivals import rivals
 
 
 class Setting(NamedTuple):
@@ -71,7 +51,7 @@ EXTREME = (Setting(50, 1e6, 0.5), Setting(100, 1.001, 0.0, 0.01), Setting(0.01, 
 def verify_theory(seed: int = 0) -> list[Claim]:
     """Every claim, checked; some ten seconds on one core. ``seed`` draws the pairs of Lemma 2 and the data of
     Theorem 4.6."""
-    return [*_targets(), *_weight_claims(), *_lipschitz_claims(seed), *_curvature(), *_estimation(seed)]
+    return [*_targets(), *_weight_claims(), *_lipschitz_claims(seed), *_curvature(), *_estimation(seed), *rivals()]
 
 
 @lru_cache
@@ -85,13 +65,6 @@ def weight_maximum(tau: float, c_max: float, c_min: float, lam: float = 1.0) -> 
     """The sharp w_max of Proposition 4.7: the largest weight, below 2 for any parameters."""
     setting = Setting(tau, c_max, c_min, lam)
     return _largest(lambda h: _weight(h, setting), setting)
-
-
-def _claim(
-    name: str, statement: str, computed: str, deviation: float, tolerance: float, relied_on: bool = True
-) -> Claim:
-    holds = bool(deviation <= tolerance)
-    return Claim(name, statement, computed, float(deviation), tolerance, holds, relied_on)
 
 
 def _weight(h: np.ndarray, setting: Setting) -> np.ndarray:
@@ -158,16 +131,7 @@ def _loss(setting: Setting, margin: Tensor, u: Tensor, beta: float = 1.0) -> Ten
 
 def minimiser(setting: Setting, margins: np.ndarray) -> np.ndarray:
     """u* = beta h_theta that minimises MADPO's expected loss over a Bradley-Terry label, per margin."""
-    h = torch.as_tensor(margins, dtype=torch.float64)
-    low, high = torch.full_like(h, -200.0), torch.full_like(h, 200.0)
-    for _ in range(60):  # 400 / 2^60: the precision of float64
-        u = ((low + high) / 2).requires_grad_()
-        expected = torch.sigmoid(h) * _loss(setting, h, u) + torch.sigmoid(-h) * _loss(setting, -h, -u)
-        (slope,) = torch.autograd.grad(expected.sum(), u)
-        with torch.no_grad():
-            low, high = torch.where(slope < 0, u, low), torch.where(slope < 0, high, u)
-    result: np.ndarray = ((low + high) / 2).detach().numpy()
-    return result
+    return minimiser_of(lambda h, u: _loss(setting, h, u), margins)
 
 
 def _targets() -> Iterator[Claim]:
@@ -184,35 +148,35 @@ def _targets() -> Iterator[Claim]:
         shortfall = max(shortfall, float((high - target).max()))
         scaled = max(scaled, float(np.abs(target - _coefficient(high, setting) * high).max()))
         rise = min(rise, _rise(setting, high[1:]))
-    yield _claim(
+    yield checked(
         "Proposition 4.1",
         "for |h| < tau the expected loss is least at beta h_theta = c(|h|) h",
         f"minimiser by bisection against c h, {len(SETTINGS)} settings, 200 margins each",
         below,
         1e-6,
     )
-    yield _claim(
+    yield checked(
         "Proposition 4.2",
         "for |h| >= tau the minimiser rises with the coefficient c",
         f"difference quotient in c (through c_min) of the minimiser; least value {rise:.3g}",
         max(0.0, -rise),
         0.0,
     )
-    yield _claim(
+    yield checked(
         "Proposition 4.2, closed form",
         "for h >= tau the minimiser is h + log w(h), and minus that for the swapped pair",
         "minimiser by bisection against h + log w, margins from tau to tau + 12",
         closed,
         1e-6,
     )
-    yield _claim(
+    yield checked(
         "Proposition 4.2, size",
         "dampening lowers the target by at most ln 2, whatever c_min is",
         f"largest h - minimiser over all settings: {shortfall:.6f} of ln 2 = {math.log(2):.6f}",
         max(0.0, shortfall - math.log(2)),
         1e-6,
     )
-    yield _claim(
+    yield checked(
         "Section 4.1, text after Proposition 4.2",
         "on every pair the policy learns to match the scaled target c h",
         "for h >= tau: largest distance between the minimiser and c h, in log-odds",
@@ -223,7 +187,7 @@ def _targets() -> Iterator[Claim]:
     one, two = np.meshgrid(np.linspace(0.1, 3, 30), np.linspace(0.1, 3, 30))
     ends = [_coefficient(h, HEADLINE) * h for h in (one, two, one + two)]
     apart = np.abs(ends[0] + ends[1] - ends[2])
-    yield _claim(
+    yield checked(
         "Proposition 4.1, proof",
         "the loss of every pair can be least at once",
         "three responses a > b > c to one prompt: the margins of a policy add up, h_ab + h_bc = h_ac, the targets c h "
@@ -256,14 +220,14 @@ def _weight_claims() -> Iterator[Claim]:
         logs = _log_weight(np.concatenate([_grid(setting), np.geomspace(1, 1e300, 301)]), setting)
         worst = max(worst, float(logs.max()))
         lowest = min(lowest, float(logs.min()))
-    yield _claim(
+    yield checked(
         "Equation 4, continuity",
         "w is continuous at -tau, since c(tau) = 1 for every choice of parameters",
         "|w - 1| at -tau and a relative 1e-12 to either side",
         jump,
         1e-6,
     )
-    yield _claim(
+    yield checked(
         "Equation 4, bounds",
         "0 < w < 2 for every margin and every setting",
         f"log w between {lowest:.3f} and {worst:.6f} (ln 2 = {math.log(2):.6f})",
@@ -272,7 +236,7 @@ def _weight_claims() -> Iterator[Claim]:
     )
     far = np.linspace(HEADLINE.tau, 60, 4000)
     least = float(_weight(far, HEADLINE).min())
-    yield _claim(
+    yield checked(
         "Section 3.1, large positive margins",
         "for h far above tau the weight converges to a small value",
         f"w at the headline setting is at least {least:.4f} above tau and 1 at infinity (1/2 if c_min = 0)",
@@ -281,7 +245,7 @@ def _weight_claims() -> Iterator[Claim]:
         relied_on=False,
     )
     zero = {setting: float(_coefficient(np.zeros(1), setting)[0]) for setting in SETTINGS}
-    yield _claim(
+    yield checked(
         "Section 3.1, small margins",
         "as |h| approaches 0 the coefficient approaches c_max",
         "c(0) is " + ", ".join(f"{c:.3f} for c_max {s.c_max:g}, tau {s.tau:g}, lam {s.lam:g}" for s, c in zero.items()),
@@ -292,7 +256,7 @@ def _weight_claims() -> Iterator[Claim]:
     h = np.array([-60.0, -50.0])
     c = _coefficient(h, HEADLINE)
     log_ratio = -np.logaddexp(0, -c * h) + np.logaddexp(0, -h)
-    yield _claim(
+    yield checked(
         "Section 3.1, why there is a cut-off",
         "without it the weight would grow like exp((c_min - 1) h) for h far below -tau",
         "log of sigma(c h)/sigma(h) against (c_min - 1) h at -60 and -50, headline setting",
@@ -324,21 +288,21 @@ def _lipschitz_claims(seed: int) -> Iterator[Claim]:
             abs(float(sides[0]) - (_coefficient(np.zeros(1), setting)[0] - 1) / 2),
         )
     listed = ", ".join(f"{c:.4f} for {tuple(s)}" for s, c in zip(SETTINGS, constants, strict=True))
-    yield _claim(
+    yield checked(
         "Lemma 1",
         "w' is bounded wherever it exists, for any parameters",
         f"largest |w'| by (tau, c_max, c_min, lam): {listed}; deviation: closed form of w' against autograd",
         formula if all(map(math.isfinite, constants)) else math.inf,
         1e-9,
     )
-    yield _claim(
+    yield checked(
         "Lemma 2",
         "|w(h) - w(h')| <= L_w |h - h'|",
         f"difference quotients of {len(centre):,} pairs per setting reach 1 - {gap:.1e} of L_w and never pass it",
         max(0.0, excess),
         1e-6,
     )
-    yield _claim(
+    yield checked(
         "Lemma 1, proof",
         "w is not differentiable at h = 0",
         f"both one-sided slopes are (c(0) - 1)/2, up to {corner:.1e}: w is differentiable there",
@@ -370,7 +334,7 @@ def _curvature() -> Iterator[Claim]:
         first, second = max(first, ratios[0] - 1), max(second, ratios[1] - 1)
         reached = [min(old, ratio) for old, ratio in zip(reached, ratios, strict=True)]
     listed = ", ".join(f"{top:.4f}" for top in maxima)
-    yield _claim(
+    yield checked(
         "Proposition 4.7, gradient",
         "|dL/dh_theta| <= w_max beta",
         f"autograd on {len(policy):,} points per setting, w_max = {listed}; the bound is reached up to a factor "
@@ -378,7 +342,7 @@ def _curvature() -> Iterator[Claim]:
         max(0.0, first),
         1e-9,
     )
-    yield _claim(
+    yield checked(
         "Proposition 4.7, Hessian",
         "|d2L/dh_theta2| <= w_max beta^2 / 4",
         f"second derivatives on the same points; reached up to a factor {reached[1]:.6f}",
@@ -412,7 +376,7 @@ def _estimation(seed: int) -> Iterator[Claim]:
     constant = float(mean_gap[-1] * math.sqrt(last))
     error = float(np.quantile([study.error for study in studies[last]], 0.95) * math.sqrt(last))
     scale = error / math.sqrt(len(REWARDS) + math.log(20))
-    yield _claim(
+    yield checked(
         "Theorem 4.6, first inequality",
         "|L(theta, phi*) - L(theta, phi)| <= L |phi - phi*| in the norm of Sigma + kappa I, for every pair",
         f"L = L_theta L_w L_phi; {copies} fits at each N of {SAMPLES[0]} ... {last:,}; "
@@ -420,7 +384,7 @@ def _estimation(seed: int) -> Iterator[Claim]:
         max(0.0, used - 1),
         0.0,
     )
-    yield _claim(
+    yield checked(
         "Theorem 4.6, rate",
         "the loss gap falls like N^(-1/2)",
         f"slope of log gap on log N is {rate:.3f} from N = 1,000 and {everywhere:.3f} from {SAMPLES[0]}; gap times "
@@ -432,7 +396,7 @@ def _estimation(seed: int) -> Iterator[Claim]:
     bound = float(np.abs(REWARDS).max())
     stated = 1 / (2 + math.exp(-4 * bound) + math.exp(4 * bound))
     needed = 1 / (2 + math.exp(-2 * bound) + math.exp(2 * bound))
-    yield _claim(
+    yield checked(
         "Theorem 4.6, gamma",
         "gamma is the least slope of the sigmoid that bounded rewards allow",
         f"|h| <= 2 alpha_0 gives 1/gamma = {1 / needed:.1f} here, where the paper's 4 alpha_0 gives {1 / stated:.1f}; "
