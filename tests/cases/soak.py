@@ -20,7 +20,7 @@ import numpy as np
 
 from sections import put_section
 
-KINDS = ("sft", "reward_model", "dpo", "beta_dpo")
+KINDS = ("sft", "sft_stopped", "reward_model", "dpo", "beta_dpo")
 EVERY = 4  # optimiser steps between two checkpoints
 SETTINGS = {"learning_rate": 5e-3, "epochs": 3, "batch_size": 8, "micro_batch_size": 4, "checkpoint_every": EVERY}
 REAL = {"learning_rate": 1e-4, "epochs": 1, "batch_size": 2, "micro_batch_size": 1, "checkpoint_every": 2}
@@ -77,12 +77,16 @@ def train(kind: str, root: Path, out: Path, changes: dict | None = None) -> None
     common = {"optimisation": optimisation, "lora": LoRA(rank=4, alpha=8, dropout=0.1), "seed": 3}
     inputs = {"pairs": root / "pairs", "reference": root / "base", "logps": root / "logps"}
     model = str(root / "base" / "model")
-    if kind == "sft":
+    if kind.startswith("sft"):
         texts = json.loads((root / "texts.json").read_text())
         stages.load_corpus = lambda corpus: corpus
         stages.sft_reviews = lambda corpus, count: {"text": texts[:count]}
         corpus = {"kind": "imdb-package"}  # never read
-        config = stages.SFTStage(model=model, corpus=corpus, reviews=len(texts), max_tokens=16, **common)
+        common |= {"reviews": len(texts), "max_tokens": 16}
+        if kind == "sft_stopped":
+            stopping = {"texts": 4, "eval_every": 2, "patience": 3}
+            common |= {"reviews": len(texts) - 4, "prompt_tokens": 3, "early_stopping": stopping}
+        config = stages.SFTStage(model=model, corpus=corpus, **common)
         metrics = stages.train_sft(config, {}, out)
     elif kind == "reward_model":
         config = stages.RewardModelStage(model=model, eval_every=2, patience=6, **common)

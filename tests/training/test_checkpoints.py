@@ -460,7 +460,7 @@ def test_a_killed_stage_started_again_leaves_the_same_bytes(forked, stages, tmp_
     for name in files_of(whole):
         assert (whole / name).read_bytes() == (again / name).read_bytes(), name
     assert not (again / "checkpoints").exists()
-    name = {"sft": "SFT", "reward_model": "Reward model"}.get(kind, kind)
+    name = {"sft": "SFT", "sft_stopped": "SFT", "reward_model": "Reward model"}.get(kind, kind)
     assert f"{name}: continues after step 4 of" in ended.err
     rows = [json.loads(line) for line in (again / "log.jsonl").read_text().splitlines()]
     assert not [key for row in rows for key in row if key.endswith(("_runtime", "_per_second"))]

@@ -266,6 +266,7 @@ def evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     option(parser, "max_new_tokens", "max_new_tokens", "(default: 256)", type=int, metavar="N")
     option(parser, "temperature", "temperature", "of the sampling (default: 1)", type=float)
     option(parser, "top_p", "top_p", "(default: 1)", type=float, metavar="P")
+    option(parser, "top_k", "top_k", "(default: every token)", type=int, metavar="K")
     option(parser, "batch_size", "batch_size", "prompts generated for at once (default: 32)", type=int)
     option(parser, "seed", "seed", "of the sampling (default: 0)", type=int)
     example(

@@ -32,8 +32,8 @@ def _ipo(beta: float = 0.1) -> Iterator[Claim]:
         "Section 2.4, IPO's target",
         "IPO sets the same target beta h_theta = 1/2 for every pair",
         "minimiser of the expected loss over a Bradley-Terry label by bisection, margins 0 to 12: it is "
-        f"sigma(h) - 1/2 (largest deviation {np.abs(found - closed).max():.1e}), which is 0 at h = 0 and reaches 1/2 at infinity; "
-        "1/2 is the target of a pair whose label is never drawn the other way",
+        f"sigma(h) - 1/2 (deviation {np.abs(found - closed).max():.1e}), which is 0 at h = 0 and reaches 1/2 at "
+        "infinity; 1/2 is the target of a pair whose label is never drawn the other way",
         float(np.abs(found - 0.5).max()),
         1e-6,
         relied_on=False,

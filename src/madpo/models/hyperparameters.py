@@ -51,6 +51,17 @@ class LoRA(Frozen):
         return adapter_config(self, model, task)
 
 
+class EarlyStopping(Frozen):
+    """When a fine-tuning ends before its last epoch; the weights of the lowest loss are kept."""
+
+    texts: int = Field(ge=1)
+    """Texts that the loss is measured on, and that are not trained on."""
+    eval_every: int = Field(default=20, ge=1)
+    """Optimiser steps between two measurements."""
+    patience: int = Field(default=3, ge=1)
+    """Measurements without improvement before the training stops."""
+
+
 class Optimisation(Frozen):
     """AdamW and its schedule, the same for every training of the study."""
 

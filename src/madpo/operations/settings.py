@@ -91,8 +91,10 @@ class EvaluateSettings(Frozen):
     samples_per_prompt: int = Field(default=1, ge=1)
     max_new_tokens: int = Field(default=256, ge=1)
     temperature: float = Field(default=1.0, ge=0)
-    """At 1 (and top_p 1) the KL is that of the policy; elsewhere it is taken along another text than its own."""
+    """At 1 (with top_p 1 and no top_k) the KL is that of the policy; elsewhere it is taken along another text."""
     top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int | None = added(None, ge=1)
+    """Only so many most likely tokens can be drawn; None is all of them."""
     seed: int = Field(default=0, ge=0)
     batch_size: int = Field(default=32, ge=1)
     """Prompts generated for at once."""

@@ -42,7 +42,7 @@ class EvaluationStage(Frozen):
     samples_per_prompt: int = Field(default=1, ge=1)
     max_new_tokens: int = Field(default=48, ge=1)
     temperature: float = Field(default=1.0, ge=0)
-    """At 1 (and top_p 1) the KL is that of the policy; elsewhere it is taken along another text than its own."""
+    """At 1 (with top_p 1 and no top_k) the KL is that of the policy; elsewhere it is taken along another text."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     seed: int = 0
     batch_size: int = Field(default=128, ge=1, exclude=True)
@@ -51,6 +51,8 @@ class EvaluationStage(Frozen):
     """Responses per forward pass for the KL."""
     best_of: int | None = added(None, ge=2)
     """Of so many responses the one that the reward model likes best counts; None is one response."""
+    top_k: int | None = added(None, ge=1)
+    """Only so many most likely tokens can be drawn; None is all of them."""
 
 
 @operation("evaluate_policy/1")

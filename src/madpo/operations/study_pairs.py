@@ -80,6 +80,8 @@ class ResponseStage(Frozen):
     seed: int = 0
     batch_size: int = Field(default=128, ge=1, exclude=True)
     """Prompts generated for at once, and kept when the run is interrupted."""
+    top_k: int | None = added(None, ge=1)
+    """Only so many most likely tokens can be drawn; None is all of them."""
 
 
 @operation("sample_responses/1")

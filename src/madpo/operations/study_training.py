@@ -17,15 +17,17 @@ import torch
 from datasets import Dataset
 from pydantic import Field
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from madpo.core.config import Frozen
+from madpo.core.config import Frozen, added
+from madpo.core.errors import ConfigError
 from madpo.core.metrics import Metrics
 from madpo.core.progress import bar
 from madpo.core.seeding import rng
 from madpo.data.corpus import Corpus, load_corpus, sft_reviews
 from madpo.losses import Loss
 from madpo.models.engine.logprobs import completion_logps, install_completion_head, unwrapped
-from madpo.models.hyperparameters import LoRA, Optimisation
+from madpo.models.hyperparameters import EarlyStopping, LoRA, Optimisation
 from madpo.models.load import load_model, load_tokenizer, merge_adapter, resolve_model
 from madpo.rewards.reward_model import RewardModel
 from madpo.runner.operation import operation
@@ -46,37 +48,62 @@ class SFTStage(Frozen):
     optimisation: Optimisation
     lora: LoRA = LoRA()
     seed: int = 0
+    prompt_tokens: int = added(0, ge=0)
+    """Tokens at the beginning of a text that are read and not scored."""
+    early_stopping: EarlyStopping | None = added(None)
+    """Its texts are the positive reviews before those that are trained on."""
 
 
 @operation("train_sft/1")
 def train_sft(config: SFTStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
-    """Fine-tune with LoRA and merge; writes ``out/model``. An input ``base`` stands in place of the named model."""
+    """Fine-tune with LoRA and merge; writes ``out/model``. An input ``base`` stands in place of the named model.
+
+    Raises:
+        ConfigError: no text is longer than ``prompt_tokens``.
+    """
     from madpo.training.run import forget_checkpoints, run_training
     from madpo.training.sft import CompletionSFT, SFTConfig
 
     base = inputs["base"] / "model" if "base" in inputs else resolve_model(config.model)
     tokenizer = load_tokenizer(base)
-    texts = list(sft_reviews(load_corpus(config.corpus), config.reviews)["text"])
-    rows = []
-    for text in texts:
-        ids = [*tokenizer(text)["input_ids"]]
-        ids = ids if ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
-        rows.append({"input_ids": ids[: config.max_tokens], "labels": ids[: config.max_tokens]})
+    stopping = config.early_stopping
+    texts = list(sft_reviews(load_corpus(config.corpus), config.reviews + (stopping.texts if stopping else 0))["text"])
+    rows = [row for text in texts[-config.reviews :] if (row := _scored(text, tokenizer, config)) is not None]
+    if not rows:
+        raise ConfigError(f"no review has more than prompt_tokens = {config.prompt_tokens} tokens; use fewer")
     arguments = config.optimisation.arguments(out, config.seed)
     arguments.pop("disable_dropout")
+    held: Dataset | None = None
+    if stopping is not None:
+        held = Dataset.from_list([row for text in texts[: stopping.texts] if (row := _scored(text, tokenizer, config))])
+        arguments |= {"eval_strategy": "steps", "eval_steps": stopping.eval_every}
     model = load_model(base)
     trainer = CompletionSFT(
         model=model,
         args=SFTConfig(max_length=None, **arguments),
         train_dataset=Dataset.from_list(rows),
+        eval_dataset=held,
         processing_class=tokenizer,
         peft_config=config.lora.peft_config("CAUSAL_LM", model),
     )
     install_completion_head(unwrapped(trainer.model))
+    if stopping is not None:
+        trainer.keep_best(stopping.patience)
     result = run_training(trainer, config, "SFT", out)
+    stopped = {} if trainer.best is None else {"steps": trainer.take_best(), "stopping_loss": trainer.best.best}
     merge_adapter(trainer.model, out / "model", tokenizer)
     forget_checkpoints(out)
-    return {"reviews": len(rows), "loss": float(result.training_loss)}
+    return {"reviews": len(rows), "loss": float(result.training_loss), **stopped}
+
+
+def _scored(text: str, tokenizer: PreTrainedTokenizerBase, config: SFTStage) -> dict[str, list[int]] | None:
+    """A text's tokens, and those that count in the loss; None where none of them does."""
+    ids = [*tokenizer(text)["input_ids"]]
+    ids = ids if ids[-1] == tokenizer.eos_token_id else [*ids, tokenizer.eos_token_id]
+    ids = ids[: config.max_tokens]
+    if len(ids) <= config.prompt_tokens:
+        return None
+    return {"input_ids": ids, "labels": [*[-100] * config.prompt_tokens, *ids[config.prompt_tokens :]]}
 
 
 @operation("train_reward_model/1")

@@ -14,7 +14,7 @@ from madpo.core.config import Frozen, find_experiment, load_config
 from madpo.core.progress import say
 from madpo.core.storage import expanded
 from madpo.data.corpus import Corpus, PackagedIMDB, Tier
-from madpo.models.hyperparameters import LoRA, Optimisation, Pooling
+from madpo.models.hyperparameters import EarlyStopping, LoRA, Optimisation, Pooling
 from madpo.report import rebuild_report
 from madpo.rewards.oracles import NgramOracle, Oracle
 from madpo.runner.executors import Executor, Inline
@@ -39,6 +39,11 @@ class SFTSettings(Frozen):
     reviews: int = Field(ge=1)
     optimisation: Optimisation
     lora: LoRA = LoRA()
+    score_prompt: bool = True
+    """Whether the first ``responses.prompt_tokens`` of a review count in the loss. The paper and its notebook leave
+    them out, as a prompt."""
+    early_stopping: EarlyStopping | None = None
+    """None trains all epochs; the author's notebook stops (every 20 updates, patience 3)."""
 
 
 class ResponseSettings(Frozen):
@@ -48,6 +53,9 @@ class ResponseSettings(Frozen):
     max_new_tokens: int = Field(default=48, ge=1)
     temperature: float = Field(default=1.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=1)
+    """Only so many most likely tokens can be drawn. The author samples with Gemma 3's generation settings, top-k 64 and
+    top-p 0.95."""
     batch_size: int = Field(default=128, ge=1)
     """Prompts at once; changes the speed alone."""
 

@@ -72,7 +72,8 @@ class _Trunk:
         self.experiment = e = experiment
         self.steps: dict[str, Step] = {}
         used = e.pairs.skip + e.pairs.prompts
-        oracle = OracleStage(oracle=e.oracle, corpus=e.corpus, sft=e.sft.reviews, prompts=used, seed=e.seed)
+        stopping = 0 if e.sft.early_stopping is None else e.sft.early_stopping.texts
+        oracle = OracleStage(oracle=e.oracle, corpus=e.corpus, sft=e.sft.reviews + stopping, prompts=used, seed=e.seed)
         self.oracle = self.add("oracle", fit_oracle, oracle, says="the oracle, which judges every response")
         self.base: dict[str, Step] = {}
         if e.vocabulary is not None:
@@ -87,6 +88,8 @@ class _Trunk:
             optimisation=e.sft.optimisation,
             lora=e.sft.lora,
             seed=e.seed,
+            prompt_tokens=0 if e.sft.score_prompt else e.responses.prompt_tokens,
+            early_stopping=e.sft.early_stopping,
         )
         self.sft = self.add("sft", train_sft, sft, self.base, says="fine-tuning the base model on positive reviews")
         responses = ResponseStage(
@@ -209,6 +212,7 @@ class _Bench:
             max_new_tokens=e.responses.max_new_tokens,
             temperature=e.responses.temperature,
             top_p=e.responses.top_p,
+            top_k=e.responses.top_k,
             seed=self.seed,
         )
         return (

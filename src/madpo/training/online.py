@@ -55,6 +55,7 @@ class _OwnSampling(ExactResume):
             eos_token_ids=set(self.eos_token_ids),
             temperature=self.temperature,
             top_p=self.top_p,
+            top_k=self.top_k or None,
             description="Responses",
         )
 
@@ -114,6 +115,7 @@ def fit_online(
         "max_completion_length": config.max_new_tokens,
         "temperature": config.temperature,
         "top_p": config.top_p,
+        "top_k": config.top_k or 0,  # 0 is no bound
     }
     common = {
         "model": model,

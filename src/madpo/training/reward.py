@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
 from transformers.modeling_outputs import SequenceClassifierOutput
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
@@ -19,8 +17,8 @@ from madpo.models.engine import memory_efficient as lean
 from madpo.models.engine.logprobs import completion_states, unwrapped
 from madpo.models.hyperparameters import Pooling
 from madpo.rewards.reward_model import completion_tokens, pooled
+from madpo.training.best_weights import KeepsBest
 from madpo.training.config import own_noise
-from madpo.training.resume import ExactResume
 
 
 @dataclass
@@ -30,7 +28,7 @@ class _WithPromptLengths(DataCollatorForPreference):  # type: ignore[misc]
         return {**super().torch_call(examples), "prompt_lengths": lengths.repeat(2)}
 
 
-class RewardModelTrainer(ExactResume, RewardTrainer):  # type: ignore[misc]
+class RewardModelTrainer(KeepsBest, RewardTrainer):  # type: ignore[misc]
     """Minimises -log sigmoid(r(chosen) - r(rejected)), mean over pairs (Eq. 2), on token ids.
 
     Rows have ``pair_id``, ``chosen_ids`` and ``rejected_ids`` (prompt and completion together), and
@@ -40,9 +38,6 @@ class RewardModelTrainer(ExactResume, RewardTrainer):  # type: ignore[misc]
         model: a sequence classifier with one output.
         pooling: which states the head reads; see :func:`madpo.rewards.oracles.pooled`.
         patience: evaluations without improvement before the training stops.
-
-    Attributes:
-        best: the weights of the lowest evaluation loss so far.
 
     Raises:
         ConfigError: there are several processes, whose gradients nobody would add.
@@ -70,8 +65,7 @@ class RewardModelTrainer(ExactResume, RewardTrainer):  # type: ignore[misc]
             )
         self.pooling = pooling
         lean.install(self.model)
-        self.best = _BestWeights(self.model, patience)
-        self.add_callback(self.best)
+        self.keep_best(patience)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> int | None:
         """Pairs of the effective batch, over its micro-batches: what the sum of losses is divided by."""
@@ -109,53 +103,3 @@ class RewardModelTrainer(ExactResume, RewardTrainer):  # type: ignore[misc]
 
     def _send_telemetry(self) -> None:
         """Nothing leaves the machine."""
-
-    def _extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return self.best.weights, self.best.counters()
-
-    def _stops_early(self) -> bool:
-        return self.best.stopped or super()._stops_early()
-
-    def _load_extra_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        self.best.weights = {name: tensor.to(self.args.device) for name, tensor in tensors.items()}
-        self.best.take_counters(values)
-
-
-class _BestWeights(TrainerCallback):  # type: ignore[misc]
-    """Keeps the trainable weights of the lowest evaluation loss, and stops when it no longer falls."""
-
-    def __init__(self, model: nn.Module, patience: int) -> None:
-        self.model, self.patience = model, patience
-        self.best, self.step, self.since, self.evaluated_at = float("inf"), 0, 0, -1
-        self.weights: dict[str, Tensor] = {}
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
-        self.evaluated_at = state.global_step
-        if metrics["eval_loss"] < self.best:
-            self.best, self.step, self.since = metrics["eval_loss"], state.global_step, 0
-            self.weights = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
-        else:
-            self.since += 1
-            if self.stopped:
-                control.should_training_stop = True
-
-    @property
-    def stopped(self) -> bool:
-        """Whether the loss has not fallen for ``patience`` evaluations."""
-        return self.since >= self.patience
-
-    def counters(self) -> dict[str, Any]:
-        """Everything but the weights."""
-        return {"best": self.best, "step": self.step, "since": self.since, "evaluated_at": self.evaluated_at}
-
-    def take_counters(self, values: Mapping[str, Any]) -> None:
-        """Put back what ``counters`` gave."""
-        self.best, self.step, self.since = values["best"], values["step"], values["since"]
-        self.evaluated_at = values["evaluated_at"]
-
-    def restore(self) -> None:
-        """Put the best weights back."""
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                if name in self.weights:
-                    parameter.copy_(self.weights[name])

@@ -61,16 +61,13 @@ def fit_reward_model(
         pooling=config.pooling,
         patience=config.patience,
     )
-    best = trainer.best
     run_training(trainer, config, "Reward model", out)
-    if best.evaluated_at != trainer.state.global_step:
-        trainer.evaluate()
-    best.restore()
+    steps = trainer.take_best()
     trainer.model.save_pretrained(out / "adapter", safe_serialization=True)
-    told = {"base": lasting(config.model), "steps": best.step}
+    told = {"base": lasting(config.model), "steps": steps}
     if made is not None:
         told["base_folder"] = os.path.relpath(base, final_folder(out))
     if config.pooling != "last":  # what a sequence classifier does unless it says otherwise
         told["pooling"] = config.pooling
     (out / "reward_model.json").write_text(json.dumps(told), encoding="utf-8")
-    return best.step
+    return steps

@@ -65,3 +65,4 @@ class OnlineStage(Frozen):
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     seed: int = 0
+    top_k: int | None = added(None, ge=1)

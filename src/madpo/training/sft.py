@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from trl import SFTConfig, SFTTrainer
 
 from madpo.models.engine.logprobs import completion_logps
-from madpo.training.resume import ExactResume
+from madpo.training.best_weights import KeepsBest
 
 __all__ = ["CompletionSFT", "SFTConfig"]
 
 
-class CompletionSFT(ExactResume, SFTTrainer):  # type: ignore[misc]
+class CompletionSFT(KeepsBest, SFTTrainer):  # type: ignore[misc]
     """TRL's trainer with the loss from the fast completion head: mean negative log-likelihood per token."""
 
     loss_is_scaled_for_ga = True

@@ -29,6 +29,8 @@ class Drawing(Protocol):
     @property
     def top_p(self) -> float: ...
     @property
+    def top_k(self) -> int | None: ...
+    @property
     def batch_size(self) -> int: ...
 
 
@@ -67,6 +69,7 @@ def respond(
         eos_token_ids=ends,
         temperature=config.temperature,
         top_p=config.top_p,
+        top_k=config.top_k,
         batch_size=config.batch_size,
         description=description,
     )

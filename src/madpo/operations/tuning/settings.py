@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from madpo.core.config import Frozen
+from madpo.core.config import Frozen, added
 from madpo.operations.train_settings import TrainSettings
 from madpo.operations.tuning.space import Space, default_space, flat, with_values
 
@@ -35,6 +35,8 @@ class RewardCriterion(Frozen):
     max_new_tokens: int = Field(default=64, ge=1)
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int | None = added(None, ge=1)
+    """Only so many most likely tokens can be drawn; None is all of them."""
     seed: int = Field(default=0, ge=0)
     batch_size: int = Field(default=32, ge=1)
     """Prompts generated for at once."""
