@@ -18,7 +18,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from madpo.core.errors import DataError, StorageError
 from madpo.data import check, load_preferences
-from madpo.data.texts import read_texts
 from madpo.data.tokens import Encoder
 from madpo.operations import ScoreSettings, TrimSettings, score, scoring
 from madpo.operations.trimming.corpus_tokens import encoded, read_corpus
@@ -95,53 +94,6 @@ def test_a_mark_that_is_ordinary_text_ends_no_turn(tmp_path: Path) -> None:
     assert check(write(tmp_path / "d.jsonl", [CHAT]), tokenizer=tokenizer).count("missing_end") == 1
 
 
-@pytest.mark.parametrize(
-    ("row", "sentence"),
-    [
-        (
-            CHAT
-            | {
-                "chosen": [{"role": "assistant", "content": None, "tool_calls": [call("Paris")]}],
-                "rejected": [{"role": "assistant", "content": None, "tool_calls": [call("Rome")]}],
-            },
-            r"line 2: chosen\[0\]\.tool_calls is 1 entries \(a list\), but only role and content .*render the convers",
-        ),
-        (
-            CHAT | {"chosen": [{"role": "assistant", "tool_calls": [call("Paris")]}]},
-            r"line 2: chosen\[0\]\.tool_calls is 1 entries",
-        ),
-        (
-            CHAT | {"prompt": [USER, {"role": "tool", "content": "sunny", "tool_call_id": "a1"}]},
-            r"line 2: prompt\[1\]\.tool_call_id is 'a1' \(text\), but .* remove 'tool_call_id' if",
-        ),
-        (CHAT | {"prompt": [USER | {"name": "Ann"}]}, r"line 2: prompt\[0\]\.name is 'Ann' \(text\)"),
-        (CHAT | {"rejected": [BAD | {"reasoning_content": "hm"}]}, r"line 2: rejected\[0\]\.reasoning_content is 'hm'"),
-        (CHAT | {"chosen": [GOOD | {"thinking": "hm"}]}, r"line 2: chosen\[0\]\.thinking is 'hm'"),
-        (
-            CHAT | {"tools": [call("")["function"]]},
-            r"line 2: tools is 1 entries \(a list\), but the chat template is given .* alone; render .*remove",
-        ),
-        (CHAT | {"tools": '[{"name": "weather"}]'}, r"line 2: tools is '\[\{"),
-        (
-            CHAT | {"chat_template_kwargs": {"enable_thinking": False}},
-            r"line 2: chat_template_kwargs is 1 entries \(an object\)",
-        ),
-    ],
-)
-def test_what_a_template_would_show_and_is_not_passed_on_is_refused(
-    row: dict[str, Any], sentence: str, tmp_path: Path
-) -> None:
-    data = write(tmp_path / "d.jsonl", [CHAT, row])
-    for reading in (lambda: load_preferences(data), lambda: check(data), lambda: list(read_texts(data))):
-        with pytest.raises(DataError, match=sentence):
-            reading()
-    pq.write_table(
-        pa.Table.from_pylist([{**row, **CHAT, **dict.fromkeys(row.keys() - CHAT)}, row]), tmp_path / "d.parquet"
-    )
-    with pytest.raises(DataError, match=r"row 1: .* is .*; render the conversations to text"):
-        load_preferences(tmp_path / "d.parquet")
-
-
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
 def test_keys_and_columns_that_say_nothing_are_no_mistake(form: str, tmp_path: Path) -> None:
     blank = {"tool_calls": [], "name": None, "reasoning_content": ""}
@@ -162,16 +114,6 @@ def test_keys_and_columns_that_say_nothing_are_no_mistake(form: str, tmp_path: P
     text = write(tmp_path / "text.jsonl", [plain | {"tools": [call("")]}])
     assert load_preferences(text) == [{"pair_id": 0} | plain]
     assert check(text).ignored == ("tools",)
-
-
-def test_conversations_of_a_corpus_are_held_to_the_same(tmp_path: Path) -> None:
-    rows = [{"messages": [USER, GOOD]}, {"messages": [USER, GOOD | {"tool_calls": [call("Rome")]}]}]
-    texts = read_texts(write(tmp_path / "c.jsonl", rows))
-    assert next(texts) == (f"{tmp_path / 'c.jsonl'}, line 1", [USER, GOOD])
-    with pytest.raises(DataError, match=r"line 2: messages\[1\]\.tool_calls is 1 entries"):
-        next(texts)
-    with pytest.raises(DataError, match="line 1: tools is 1 entries"):
-        list(read_texts(write(tmp_path / "t.jsonl", [{"messages": [USER, GOOD], "tools": [call("")]}])))
 
 
 @pytest.mark.parametrize(

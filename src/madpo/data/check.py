@@ -20,12 +20,14 @@ from madpo.data.findings import Finding
 from madpo.data.load import PairStream, TooLong, encoded_pairs, refuse_too_long
 from madpo.data.rows import Pair
 from madpo.data.survey import Survey
+from madpo.data.template_keys import COLUMNS
 from madpo.data.tokens import Encoded, Encoder, Truncation, as_tokenizer, check_options, text_length, truncated
 
 SIDES = ("prompt", "chosen", "rejected")
 ORDERS = 1000  # of roles that are counted each for itself
 ROLES_SHOWN = 5
 RENDERED = 3  # pairs that the report shows as the model will see them
+SHOWN = 600  # characters of each part of them
 
 
 class Lengths(Frozen):
@@ -241,10 +243,9 @@ class _Pass:
 
     def _render(self, encoded: Encoded) -> str:
         assert self.encoder is not None
-        decode = self.encoder.tokenizer.decode
-        prompt, chosen = decode(encoded.prompt_ids), decode(encoded.chosen_ids)
-        prompt = f"…{prompt[-80:]}" if len(prompt) > 80 else prompt
-        chosen = f"{chosen[:40]}…{chosen[-40:]}" if len(chosen) > 81 else chosen
+        texts = map(self.encoder.tokenizer.decode, (encoded.prompt_ids, encoded.chosen_ids))
+        half = SHOWN // 2
+        prompt, chosen = (t if len(t) <= SHOWN else f"{t[:half]}…{t[-half:]}" for t in texts)
         return f"{prompt!r} | {chosen!r}"
 
     def report(self, eval_pairs: int | None) -> CheckReport:
@@ -267,7 +268,7 @@ class _Pass:
             roles=dict(self.roles.most_common(ROLES_SHOWN)),
             read_as=dict(stream.columns.read_as),
             prompt_columns=stream.columns.prompt.joined,
-            ignored=stream.ignored,
+            ignored=tuple(name for name in stream.ignored if name not in COLUMNS or self.form == "text"),
             unit="characters" if self.encoder is None else "tokens",
             lengths={side: _lengths(values) for side, values in self.lengths.items()},
             truncation=truncation,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from array import array
 from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 
+from madpo.data.conversation import columns_of
 from madpo.data.findings import EXAMPLES, Findings
 from madpo.data.messages import Text
 from madpo.data.rows import Pair
@@ -110,6 +112,10 @@ def digest(text: Text) -> bytes:
         for message in text:
             content = message["content"].encode()
             hasher.update(f"{message['role']}:{len(content)}:".encode() + content)
+            if len(message) > 2:
+                hasher.update(json.dumps(message, sort_keys=True, default=str).encode())
+        if columns := columns_of(text):
+            hasher.update(json.dumps(columns, sort_keys=True, default=str).encode())
     return hasher.digest()
 
 

@@ -11,7 +11,7 @@ from madpo.core.errors import DataError
 from madpo.core.progress import track
 from madpo.core.seeding import rng
 from madpo.data.load import PairStream
-from madpo.data.messages import Text, contents
+from madpo.data.messages import Text, shown
 from madpo.data.numbers import as_number
 from madpo.data.raw import Source
 from madpo.data.sources import open_source
@@ -88,5 +88,5 @@ def _bare(source: Source) -> Margins:
 
 
 def _flat(text: Text, limit: int = 600) -> str:
-    flat = "\n".join(contents(text))
+    flat = shown(text)
     return flat if len(flat) <= limit else f"{flat[: limit // 2]} … {flat[-limit // 2 :]}"

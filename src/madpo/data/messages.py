@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from madpo.core.errors import DataError
+from madpo.core.errors import DataError, first_line
 from madpo.data.raw import described
+from madpo.data.template_keys import CALLS, KEYS
 
-Message = dict[str, str]
+Message = dict[str, Any]
+"""``role`` and ``content``, both text, and of the keys that chat templates read those that hold something."""
 Text = str | list[Message]
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 SYSTEM_ROLES = ("system", "developer")
-# What a chat template reads of a message besides role and content, and of a row besides its messages.
-UNREAD_KEYS = (
-    *("tool_calls", "tool_call_id", "function_call", "function_calls", "functions", "name"),
-    *("reasoning_content", "reasoning", "thinking"),
-)
-UNREAD_COLUMNS = ("tools", "chat_template_kwargs")
 _RENAME = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
 
 
 def as_text(value: Any, name: str, place: str) -> Text:
-    """A field of a row: text, or messages with role and content only (text parts of a message joined).
+    """A field of a row: text, or messages (text parts of a message joined).
 
     One message without a list around it is a conversation of one.
 
@@ -44,7 +41,9 @@ def as_text(value: Any, name: str, place: str) -> Text:
 def _message(value: Any, name: str, place: str) -> Message:
     if not isinstance(value, dict):
         raise DataError(f"{place}: {name} is {described(value)}, not a message; give an object with role and content")
-    refuse_unread_keys(value, name, place)
+    more = template_keys(value, name, place)
+    if more and value.get("content") is None:  # a tool call or a thought without words
+        value = {**value, "content": ""}
     if "role" not in value or "content" not in value:
         hint = "rename 'from' to 'role' and 'value' to 'content'" if "from" in value else "give both role and content"
         keys = ", ".join(repr(str(key)[:40]) for key in list(value)[:6]) or "nothing"
@@ -62,41 +61,48 @@ def _message(value: Any, name: str, place: str) -> Message:
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise DataError(f"{place}: {name}.content is {described(content)}, not text; fill it in or drop the row")
-    return {"role": role, "content": encodable(content, f"{name}.content", place)}
+    return {"role": role, "content": encodable(content, f"{name}.content", place), **more}
 
 
-def refuse_unread_keys(message: Mapping[str, Any], name: str, place: str) -> None:
-    """Refuse what a chat template would show of a message and nothing here passes on: the two sides may differ in it.
+def template_keys(message: Mapping[str, Any], name: str, place: str) -> Message:
+    """What a chat template may read of a message besides role and content; keys that say nothing are left out.
 
     Raises:
         DataError: with the key and its value.
     """
-    key = _first_given(message, UNREAD_KEYS)
-    if key is not None:
-        raise DataError(
-            f"{place}: {name}.{key} is {described(message[key])}, but only role and content of a message are read; "
-            f"render the conversations to text with the model's chat template, or remove {key!r} if the model need "
-            "not see it"
-        )
+    found = {}
+    for key in KEYS:
+        if is_blank(message.get(key)):
+            continue
+        where, value = f"{name}.{key}", message[key]
+        if key in CALLS:
+            value = as_json(value, where, place)
+            calls = value if isinstance(value, list | tuple) else [value]
+            if not all(isinstance(call, Mapping) for call in calls):
+                raise DataError(f"{place}: {where} is {described(value)}; give a list of calls, each an object")
+        elif not isinstance(value, str):
+            raise DataError(f"{place}: {where} is {described(value)}, not text; correct it or remove the key")
+        try:
+            text = json.dumps(value, ensure_ascii=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise DataError(f"{place}: {where} is no JSON ({first_line(error, 120)}); correct it") from None
+        encodable(text, where, place)
+        found[key] = value
+    return found
 
 
-def refuse_unread_columns(raw: Mapping[str, Any], place: str) -> None:
-    """Refuse what a chat template would be given beside the messages of a row and nothing here passes on.
+def as_json(value: Any, name: str, place: str) -> Any:
+    """A value that data sets keep as an object, or as the text of its JSON.
 
     Raises:
-        DataError: with the column and its value.
+        DataError: it is text, and no JSON.
     """
-    column = _first_given(raw, UNREAD_COLUMNS)
-    if column is not None:
-        raise DataError(
-            f"{place}: {column} is {described(raw[column])}, but the chat template is given the messages alone; "
-            "render the conversations to text with the model's chat template, or remove the column if the model need "
-            "not see it"
-        )
-
-
-def _first_given(values: Mapping[str, Any], names: Sequence[str]) -> str | None:
-    return next((name for name in names if not is_blank(values.get(name))), None)
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: {name} is text, but no JSON ({first_line(error, 120)}); correct it") from None
 
 
 def is_blank(value: Any) -> bool:
@@ -131,6 +137,22 @@ def content_of(message: Mapping[str, Any]) -> str:
         parts = (part.get("text") for part in content if isinstance(part, Mapping))
         return "".join(part for part in parts if isinstance(part, str))
     return content if isinstance(content, str) else ""
+
+
+def is_silent(text: Text) -> bool:
+    """Whether a part has no text but white space, and no tool call or thought either."""
+    return not "".join(contents(text)).strip() and (isinstance(text, str) or all(len(m) == 2 for m in text))
+
+
+def shown(value: Any) -> str:
+    """A part of a pair, or what a key of a message holds, for a person: a message's further keys as JSON."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list | tuple) and all(isinstance(m, Mapping) and "role" in m for m in value):
+        return "\n".join(f"{m['content']} {shown({k: m[k] for k in KEYS if k in m})}".strip() for m in value)
+    if not value:
+        return ""
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def said(role: str, text: str) -> list[Message]:

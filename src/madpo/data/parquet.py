@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from madpo.core.errors import DataError
 from madpo.data.raw import MAX_ROW, RawRow, Source, refuse_repeats, short
+from madpo.data.template_keys import without_filled_nulls
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -55,7 +56,7 @@ def parquet_source(name: str, path: Path, wanted: Sequence[str] | None) -> Sourc
                 at_once = _rows_at_once(f"{name}, row {number}", path, file, group, read)
                 for batch in file.iter_batches(batch_size=at_once, row_groups=[group], columns=read):
                     for row in _plain(name, number, batch):
-                        yield number, row
+                        yield number, without_filled_nulls(row)
                         number += 1
         except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
             if isinstance(error, DataError):

@@ -10,20 +10,13 @@ from itertools import pairwise
 from typing import Any
 
 from madpo.core.errors import DataError
-from madpo.data.messages import (
-    SYSTEM_ROLES,
-    UNREAD_COLUMNS,
-    Message,
-    Text,
-    as_text,
-    contents,
-    refuse_unread_columns,
-    said,
-)
+from madpo.data.conversation import Conversation, columns_of
+from madpo.data.messages import SYSTEM_ROLES, Message, Text, as_text, contents, is_silent, said
 from madpo.data.numbers import as_number
 from madpo.data.prompts import KNOWN, Prompt, PromptColumns, read_prompt, refuse_lost_context
 from madpo.data.ranked import best_and_worst_of
 from madpo.data.raw import described
+from madpo.data.template_keys import COLUMNS
 
 NUMBERS = ("chosen_score", "rejected_score", "reward_margin", "weight", "ref_chosen_logps", "ref_rejected_logps")
 # Our name first, then what known data sets call it; the report says which name was read. Those of the prompt are in
@@ -47,7 +40,7 @@ RANKED = (
     ("completions",),
     *((texts, scores) for texts in ("responses", "generations") for scores in ("scores", "ratings", "rating")),
 )
-WANTED = (*{alias for names in (*ALIASES.values(), *RANKED) for alias in names}, *KNOWN, *UNREAD_COLUMNS, "margin")
+WANTED = (*{alias for names in (*ALIASES.values(), *RANKED) for alias in names}, *KNOWN, *COLUMNS, "margin")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 LONG = 1_000_000  # characters
 # Who speaks in transcripts, and how the templates of known models begin a turn of the user.
@@ -70,7 +63,7 @@ class Pair:
     Attributes:
         pair_id: the data set's own, else the index of the row from 0.
         number: line or row in the source, for messages.
-        prompt, chosen, rejected: text, or messages with role and content.
+        prompt, chosen, rejected: text, or messages; a prompt of messages is a ``Conversation``.
         numbers: the numeric columns that the data set has, finite.
         flags: kinds of findings (``findings.KINDS``), each with a detail.
     """
@@ -84,9 +77,9 @@ class Pair:
     flags: list[tuple[str, str]] = field(default_factory=list)
 
     def row(self) -> dict[str, Any]:
-        """The pair as a flat row: pair_id, prompt, chosen, rejected and the numbers."""
+        """The pair as a flat row: pair_id, prompt, chosen, rejected, the numbers, and what the chat template reads."""
         row = {"pair_id": self.pair_id, "prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected}
-        return row | self.numbers
+        return row | self.numbers | columns_of(self.prompt)
 
 
 @dataclass(frozen=True)
@@ -177,7 +170,7 @@ class Reader:
             )
         pair = self._split(raw, values, number, index, place)
         if isinstance(pair.prompt, list):
-            refuse_unread_columns(raw, place)
+            pair.prompt = Conversation.of(pair.prompt, raw, place)
         for ours in self.columns.numbers:
             theirs = self.columns.read_as.get(ours, ours)
             pair.numbers[ours] = as_number(values[ours], theirs, place, from_text=self.from_text)
@@ -228,7 +221,7 @@ class Reader:
             assert isinstance(chosen, list)
             assert isinstance(rejected, list)
             prompt, chosen, rejected = _split_messages(text, chosen, rejected, flags)
-        if not "".join(contents(prompt)).strip() and ("no_shared_prompt", "") not in flags:
+        if is_silent(prompt) and ("no_shared_prompt", "") not in flags:
             flags.append(("empty_prompt", ""))
         prompt = found.joined(prompt, place)
         refuse_lost_context(raw, found.context, (prompt, chosen, rejected), place)
@@ -307,7 +300,7 @@ def _flag(pair: Pair) -> None:
     if pair.chosen == pair.rejected:
         flags.append(("identical", ""))
     for side in ("chosen", "rejected"):
-        if not "".join(contents(getattr(pair, side))).strip() and ("identical", "") not in flags:
+        if is_silent(getattr(pair, side)) and ("identical", "") not in flags:
             flags.append(("empty_completion", side))
     for name in ("prompt", "chosen", "rejected"):
         for text in contents(getattr(pair, name)):

@@ -19,6 +19,7 @@ from madpo.core.storage import expanded
 from madpo.data.parquet import parquet_source
 from madpo.data.raw import RawRow, Source, short
 from madpo.data.saved import refuse_files_outside, saved_splits, unopened
+from madpo.data.template_keys import without_filled_nulls
 from madpo.data.text_files import csv_source, json_source
 
 FORMATS = {
@@ -180,7 +181,7 @@ def _hub(name: str) -> Source:
 def _numbered(name: str, data: Any, remedy: str) -> Generator[RawRow, None, None]:
     number = -1
     try:
-        yield from ((number := i, row) for i, row in enumerate(data))
+        yield from ((number := i, without_filled_nulls(row)) for i, row in enumerate(data))
     except Exception as error:  # as above
         if is_shortage(error):
             raise

@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from madpo.core.errors import ConfigError, DataError, MadpoError, first_line
+from madpo.data.conversation import Conversation
 from madpo.data.messages import Message, content_of, encodable
 
 _FORMAT = 1000  # characters of a date's format
@@ -92,13 +93,15 @@ def render(tokenizer: Any, messages: list[Message], clock: Clock, place: str, **
 
     Args:
         place: of the conversation, for messages.
-        options: of the tokenizer's ``apply_chat_template``.
+        options: of the tokenizer's ``apply_chat_template``, before those of a :class:`Conversation`.
 
     Raises:
         DataError: the template refuses the conversation.
         ConfigError: there is no template, or it can render none.
     """
     _refuse_missing(tokenizer)
+    if isinstance(messages, Conversation):
+        options = messages.options | options
     try:
         with bounded_templates(clock):
             text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from madpo.core.errors import DataError
+from madpo.data.conversation import Conversation
 from madpo.data.load import PairStream
-from madpo.data.messages import Text, encodable, refuse_unread_columns, refuse_unread_keys
+from madpo.data.messages import Text, as_text
 from madpo.data.prompts import PromptColumns, read_prompt, whole_prompt
-from madpo.data.raw import described
 from madpo.data.rows import ALIASES, RANKED
 from madpo.data.sources import open_source
 
@@ -40,9 +40,7 @@ def read_texts(data: str | Path) -> Iterator[tuple[str, Text]]:
                 break
             place = source.at(number)
             text = _text(raw, place)
-            if isinstance(text, list):
-                refuse_unread_columns(raw, place)
-            yield place, text
+            yield place, Conversation.of(text, raw, place) if isinstance(text, list) else text
         else:
             if not names:
                 raise DataError(f"{source.name}: has no rows; give at least one text")
@@ -63,15 +61,15 @@ def _are_pairs(names: set[str]) -> bool:
 
 def _text(raw: dict[str, Any], place: str) -> Text:
     if "text" in raw:
-        return _checked(raw["text"], "text", place)
+        return as_text(raw["text"], "text", place)
     if whole := next((name for name in _WHOLE if name in raw), None):
         front = replace(PromptColumns.found_in(raw), question=())
-        return read_prompt(raw, front, place).joined(_checked(raw[whole], whole, place), place)
+        return read_prompt(raw, front, place).joined(as_text(raw[whole], whole, place), place)
     completion = next((name for name in _COMPLETIONS if name in raw), None)
     prompt = whole_prompt(raw, raw, place)
     parts = [prompt] if prompt is not None else []
     if completion is not None:
-        parts.append(_checked(raw[completion], completion, place))
+        parts.append(as_text(raw[completion], completion, place))
     if not parts:
         listed = ", ".join(map(repr, list(raw)[:12])) or "none"
         raise DataError(f"{place}: has no 'text', 'messages', 'prompt' or 'chosen' and 'rejected' (found {listed})")
@@ -84,19 +82,3 @@ def _joined(prompt: Text, completion: Text, place: str) -> Text:
     if isinstance(prompt, list) and isinstance(completion, list):
         return prompt + completion
     raise DataError(f"{place}: prompt and completion must both be text or both be messages; write them alike")
-
-
-def _checked(value: Any, name: str, place: str) -> Text:
-    if isinstance(value, str):
-        return encodable(value, name, place)
-    if isinstance(value, list) and value and all(isinstance(m, dict) for m in value):
-        for i, message in enumerate(value):
-            refuse_unread_keys(message, f"{name}[{i}]", place)
-        if all(_is_message(m) for m in value):
-            keys = ("role", "content")
-            return [{key: encodable(m[key], f"{name}[{i}].{key}", place) for key in keys} for i, m in enumerate(value)]
-    raise DataError(f"{place}: {name} is {described(value)}; give text or messages with role and content")
-
-
-def _is_message(value: dict[str, Any]) -> bool:
-    return isinstance(value.get("role"), str) and isinstance(value.get("content"), str)

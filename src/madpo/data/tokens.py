@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Literal
 
 from madpo.core.errors import ConfigError, DataError
 from madpo.core.storage import expanded
+from madpo.data.conversation import columns_of, unshown
 from madpo.data.messages import Text, content_of
 from madpo.data.rows import Pair, shared_prefix
 from madpo.data.templates import Clock, left_out, render
@@ -89,13 +89,16 @@ class Encoder:
         """
         texts: list[str] = []
         refused: dict[int, DataError] = {}
+        noted: dict[int, list[tuple[str, str]]] = {}
         for i, pair in enumerate(pairs):
             try:
-                texts.extend(self._texts(pair, f"{name}, {unit} {pair.number}"))
+                rendered = self._texts(pair, f"{name}, {unit} {pair.number}")
+                noted[i] = list(self._left_out(pair, *rendered[1:], f"{name}, {unit} {pair.number}"))
+                texts.extend(rendered)
             except DataError as error:
                 refused[i] = error
         conversational = bool(pairs) and isinstance(pairs[0].prompt, list)
-        ids, written = iter(self._ids(texts, special=not conversational)), iter(texts)
+        ids = iter(self._ids(texts, special=not conversational))
         found: list[Encoded | DataError] = []
         for i, pair in enumerate(pairs):
             if i in refused:
@@ -109,7 +112,7 @@ class Encoder:
             except DataError as error:
                 found.append(error)
                 continue
-            encoded.flags.extend(dict.fromkeys(_left_out(pair, *islice(written, 3))))
+            encoded.flags.extend(dict.fromkeys(noted[i]))
             found.append(encoded)
         return found
 
@@ -161,6 +164,29 @@ class Encoder:
         assert isinstance(chosen, str)
         assert isinstance(rejected, str)
         return prompt, prompt + chosen, prompt + rejected
+
+    def _left_out(self, pair: Pair, chosen: str, rejected: str, place: str) -> Iterator[tuple[str, str]]:
+        """Findings about what the chat template does not show of the messages.
+
+        Raises:
+            DataError: it leaves out tools, tool calls or the reasoning of a completion.
+        """
+        prompt = pair.prompt
+        if not isinstance(prompt, list):
+            return
+        assert isinstance(pair.chosen, list)
+        assert isinstance(pair.rejected, list)
+        sides = {"chosen": (pair.chosen, chosen), "rejected": (pair.rejected, rejected)}
+        for name, (side, text) in sides.items():
+            for message in left_out([*prompt, *side], text):
+                where = name if any(message is one for one in side) else "prompt"
+                yield "dropped_content", f"{message['role']} of {where}: {content_of(message)[:40]!r}"
+        if columns_of(prompt) or any(
+            len(message) > 2 for part in (prompt, pair.chosen, pair.rejected) for message in part
+        ):
+            yield from unshown(
+                lambda messages: render(self.tokenizer, messages, self.clock, place), prompt, sides, place
+            )
 
     def _ids(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
         if not texts:
@@ -244,16 +270,6 @@ def check_options(tokenizer: object, max_length: int | None, truncation: str) ->
         raise ConfigError(
             f"max_length is {max_length}, but must be at least 2 (one token each of prompt and completion)"
         )
-
-
-def _left_out(pair: Pair, start: str, chosen: str, rejected: str) -> Iterator[tuple[str, str]]:
-    """Findings about messages that the chat template does not show."""
-    if isinstance(pair.prompt, list):
-        for name, side, text in (("chosen", pair.chosen, chosen), ("rejected", pair.rejected, rejected)):
-            assert isinstance(side, list)
-            for message in left_out([*pair.prompt, *side], text):
-                where = name if any(message is one for one in side) else "prompt"
-                yield "dropped_content", f"{message['role']} of {where}: {content_of(message)[:40]!r}"
 
 
 def text_length(text: Text) -> int:

@@ -15,6 +15,7 @@ from madpo.core.errors import ConfigError, DataError, StorageError
 from madpo.core.progress import say
 from madpo.core.seeding import rng
 from madpo.data import load_preferences
+from madpo.data.conversation import columns_of
 from madpo.data.load import TooLong
 from madpo.data.messages import Text
 from madpo.data.rows import Pair
@@ -47,7 +48,10 @@ def adapted(model: str, lora: LoRA) -> Iterator[None]:
 
 def prompt_key(prompt: Text) -> str:
     """What makes two prompts the same."""
-    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, ensure_ascii=False)
+    if isinstance(prompt, str):
+        return prompt
+    whole = [prompt, columns] if (columns := columns_of(prompt)) else prompt
+    return json.dumps(whole, sort_keys=True, ensure_ascii=False)
 
 
 def load_split(

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from madpo.core.errors import DataError
-from madpo.data.messages import Text, refuse_unread_columns
+from madpo.data.conversation import Conversation
+from madpo.data.messages import Text
 from madpo.data.prompts import PromptColumns, whole_prompt
 from madpo.data.raw import described
 from madpo.data.sources import open_source
@@ -45,7 +46,7 @@ def read_prompts(data: str | Path, count: int | None = None) -> list[Prompt]:
             if not content:
                 raise DataError(f"{place}: {names[0]} is {described(raw[names[0]])}; fill it in or drop the row")
             if isinstance(content, list):
-                refuse_unread_columns(raw, place)
+                content = Conversation.of(content, raw, place)
             first = next(iter(found.values()), None)
             if first is not None and isinstance(content, str) != isinstance(first.content, str):
                 raise DataError(f"{place}: text and messages are mixed; use one form in the whole file")

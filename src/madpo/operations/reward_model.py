@@ -291,9 +291,7 @@ class PairEncoder:
 
     def _rendered(self, pairs: Sequence[Pair], side: str) -> list[list[int]]:
         tokenizer, clock = self.tokenizer, self.encoder.clock
-        texts = [
-            render(tokenizer, [*pair.prompt, *getattr(pair, side)], clock, f"pair {pair.pair_id}") for pair in pairs
-        ]
+        texts = [render(tokenizer, pair.prompt + getattr(pair, side), clock, f"pair {pair.pair_id}") for pair in pairs]
         return [list(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 

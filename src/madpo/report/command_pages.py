@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from madpo.core.metrics import Estimate
+from madpo.data.messages import shown
 from madpo.report.charts import Chart, Level, Levels, Panel
 from madpo.report.drawing import Drawn, draw
 from madpo.report.margin_page import reliability_table
@@ -148,7 +149,7 @@ def _flat(prompt: Any) -> str:
     """A conversation with a line per message."""
     if isinstance(prompt, str):
         return prompt
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    return "\n".join(f"{message['role']}: {shown([message])}" for message in prompt)
 
 
 def _json(settings: Mapping[str, Any]) -> str:
