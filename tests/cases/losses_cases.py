@@ -9,6 +9,7 @@ import torch
 from _pytest.mark import ParameterSet
 
 from madpo.losses import (
+    BCO,
     DPO,
     IPO,
     ODPO,
@@ -16,6 +17,7 @@ from madpo.losses import (
     WPO,
     AlphaDPO,
     BetaDPO,
+    Combined,
     Custom,
     Loss,
     LossConfig,
@@ -51,9 +53,12 @@ VARIANTS: dict[str, LossConfig] = {
     "beta_dpo-text": BetaDPO.preset("madpo_text"),
     "alpha_dpo-official": AlphaDPO.official(),
     "alpha_dpo-paper": AlphaDPO(scale="paper"),
+    "combined": Combined(parts=(DPO(), BCO(), WPO()), weights=(0.8, 0.2, 0)),
 }
 
-EVERY_LOSS: dict[str, LossConfig] = {kind: cls() for kind, cls in UNION.items() if cls is not Custom} | VARIANTS
+EVERY_LOSS: dict[str, LossConfig] = {
+    kind: cls() for kind, cls in UNION.items() if cls not in (Combined, Custom)
+} | VARIANTS
 """Every loss of the union at its defaults, and other forms of some."""
 
 

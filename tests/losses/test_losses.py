@@ -206,6 +206,8 @@ AT_REFERENCE = {
     "alpha_dpo": math.log1p(math.exp(4)),
     "alpha_dpo-official": math.log1p(math.exp(4)),
     "alpha_dpo-paper": math.log1p(math.exp(4)),
+    "bco": 2 * math.log(2),
+    "combined": 1.2 * math.log(2),
 }
 
 

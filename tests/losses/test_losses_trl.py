@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from madpo.losses import DPO, IPO, RDPO, WPO, LossConfig, LossInputs
+from madpo.losses import BCO, DPO, IPO, RDPO, WPO, Combined, LossConfig, LossInputs
 
 PAIRS, TOKENS = 6, 9
 
@@ -90,6 +90,12 @@ def trl_loss(case: dict[str, torch.Tensor], loss_type: str, **settings: Any) -> 
     [
         (DPO(beta=0.3), "sigmoid", {"beta": 0.3}),
         (IPO(beta=0.3, reduction="mean"), "ipo", {"beta": 0.3}),
+        (BCO(beta=0.3), "bco_pair", {"beta": 0.3}),
+        (
+            Combined(parts=(DPO(beta=0.3), BCO(beta=0.3)), weights=(0.8, 0.2)),
+            "",
+            {"beta": 0.3, "loss_types": ["sigmoid", "bco_pair"], "loss_weights": [0.8, 0.2]},
+        ),
         (RDPO(beta=0.3, flip_rate=0.2), "robust", {"beta": 0.3, "label_smoothing": 0.2}),
         (WPO(beta=0.3, clamp=False), "sigmoid", {"beta": 0.3, "use_weighting": True}),
     ],

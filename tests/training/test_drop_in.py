@@ -17,9 +17,10 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from losses_cases import EVERY_LOSS
 from madpo import DPO, MADPO, PreferenceConfig, PreferenceTrainer
 from madpo.core.errors import ConfigError, DataError
-from madpo.losses import IPO, Custom
+from madpo.losses import BCO, IPO, RDPO, WPO, Combined, Custom
 from madpo.models.load import load_tokenizer
 from madpo.training import columns as trainer_columns
+from madpo.training.refusals import loss_of
 from small_trainers import SETTINGS, pairs
 from trainer_settings import QUIET
 
@@ -242,48 +243,124 @@ def test_adapters_that_change_no_weights_are_refused_when_the_trainer_is_made(ll
 @pytest.mark.parametrize(
     ("option", "told"),
     [
-        ({"sync_ref_model": True}, r"sync_ref_model=True.*computes its log-probabilities once"),
         ({"loss_type": "hinge"}, r"loss_type=\['hinge'\].*madpo has no loss like hinge"),
-        ({"loss_type": ["sigmoid", "sft"]}, "madpo has no loss like sft"),
-        ({"loss_type": ["sigmoid", "ipo"]}, "adds no losses up"),
-        ({"loss_type": "ipo"}, r'use loss=IPO\(beta=\.\.\., reduction="mean"\)'),
-        ({"loss_type": "robust"}, r"use loss=RDPO"),
+        ({"loss_type": ["sigmoid", "nca_pair"]}, "madpo has no loss like nca_pair"),
+        ({"loss_type": "sft"}, "names no preference loss"),
+        ({"loss_type": "ipo", "use_weighting": True}, "weighs only"),
+        ({"label_smoothing": 0.1}, "no effect on loss_type"),
         ({"f_divergence_type": "forward_kl"}, "no other divergence"),
         ({"ld_alpha": 0.5}, "no length desensitisation"),
-        ({"use_weighting": True}, r"use loss=WPO"),
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_options_of_trl_are_refused_with_what_takes_their_place(llama, tmp_path, option, told):
+def test_options_of_trl_without_a_loss_of_ours_are_refused(llama, tmp_path, option, told):
     with pytest.raises(ConfigError, match=told):
         build(llama, tmp_path, **option)
     with pytest.raises(ConfigError, match=told):
         PreferenceTrainer(load(llama), args=DPOConfig(output_dir=str(tmp_path), **QUIET, **option))
 
 
-def test_every_loss_type_of_trl_is_refused_in_true_words(tmp_path):
-    from madpo.training.refusals import _LOSSES, refuse_options
+@pytest.mark.parametrize(
+    "option",
+    [{"loss_type": "ipo"}, {"beta": 0.2}, {"label_smoothing": 0.1}, {"loss_weights": [1.0]}, {"use_weighting": True}],
+    ids=str,
+)
+def test_options_of_trls_loss_are_refused_next_to_a_loss(llama, tmp_path, option):
+    with pytest.raises(ConfigError, match="since the loss is an object of its own; remove it: "):
+        build(llama, tmp_path, loss=DPO(), **option)
 
+
+def test_every_other_loss_type_of_trl_is_refused(tmp_path):
     args = DPOConfig(output_dir=str(tmp_path), **QUIET)
-    refuse_options(args)
-    for kind in (
-        "hinge",
-        "exo_pair",
-        "nca_pair",
-        "bco_pair",
-        "sppo_hard",
-        "aot",
-        "apo_zero",
-        "discopop",
-        "sft",
-        *_LOSSES,
-    ):
+    for kind in ("hinge", "exo_pair", "nca_pair", "sppo_hard", "aot", "apo_zero", "apo_down", "discopop"):
         args.loss_type = [kind]
-        if kind == "sigmoid":
-            refuse_options(args)
-            continue
-        with pytest.raises(ConfigError, match="use loss=" if kind in _LOSSES else f"madpo has no loss like {kind}"):
-            refuse_options(args)
+        with pytest.raises(ConfigError, match=f"madpo has no loss like {kind}"):
+            loss_of(args)
+
+
+# ---- Losses by TRL's names ----
+
+MPO = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0], "beta": 0.3}
+
+
+def equal_lengths(count=16):
+    generator = np.random.default_rng(0)
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    return Dataset.from_dict({name: generator.integers(5, 200, (count, 6)).tolist() for name in names})
+
+
+@pytest.mark.parametrize(
+    ("option", "loss"),
+    [
+        ({"loss_type": "ipo", "beta": 0.2}, IPO(beta=0.2, reduction="mean")),
+        ({"loss_type": "robust", "label_smoothing": 0.2}, RDPO(flip_rate=0.2)),
+        ({"loss_type": "bco_pair"}, BCO()),
+        ({"use_weighting": True}, WPO(beta=0.1, clamp=False)),
+        (MPO, Combined(parts=(DPO(beta=0.3), BCO(beta=0.3)), weights=(0.8, 0.2), nll=1)),
+        (
+            {"loss_type": ["sigmoid", "ipo"], "loss_weights": [0.7, 0.1]},
+            Combined(parts=(DPO(), IPO(reduction="mean")), weights=(0.7, 0.1)),
+        ),
+    ],
+    ids=str,
+)
+def test_a_loss_type_of_trl_trains_as_in_trl(llama, tmp_path, option, loss):
+    """Completions of equal lengths: TRL averages the likelihood over the tokens of a batch, madpo over pairs."""
+    data = equal_lengths()
+    stock, own = (build(llama, tmp_path, data, stock=which, **option) for which in (True, False))
+    assert own.loss == loss
+    assert losses(own) == pytest.approx(losses(stock), rel=1e-4, abs=1e-6)
+    for one, other in zip(stock.model.parameters(), own.model.parameters(), strict=True):
+        if one.requires_grad:
+            torch.testing.assert_close(one, other, atol=2e-4, rtol=0)
+
+
+# ---- References that are computed with each batch ----
+
+
+def full(folder, out, data=None, *, stock=False, **more):
+    """Full training, with a reference model as TRL makes one."""
+    return build(folder, out, data, stock=stock, model=load(folder), max_steps=6, **more)
+
+
+def test_a_reference_that_follows_the_policy_is_trls(llama, tmp_path):
+    option = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5, "learning_rate": 1e-3}
+    stock, own, still = (full(llama, tmp_path, stock=which == 0, **(option if which < 2 else {})) for which in range(3))
+    expected, found = losses(stock), losses(own)
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert found != pytest.approx(losses(still), rel=1e-3)
+    for one, other in zip(stock.ref_model.parameters(), own.ref_model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+    with pytest.raises(ConfigError, match="an adapter's reference is the model without it"):
+        build(llama, tmp_path, sync_ref_model=True)
+
+
+def test_a_reference_that_follows_the_policy_resumes_where_it_was(llama, tmp_path):
+    option = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5, "learning_rate": 1e-3}
+    saved = {**option, "save_strategy": "steps", "save_steps": 3}
+    whole = full(llama, tmp_path / "whole", **option)
+    expected = losses(whole)
+    full(llama, tmp_path / "part", **saved).train()
+    again = full(llama, tmp_path / "part", **saved)
+    again.train(resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-3"))
+    assert [row["loss"] for row in again.state.log_history if "loss" in row] == expected
+    for one, other in zip(whole.ref_model.parameters(), again.ref_model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("make", [build, full])
+def test_a_stream_computes_its_reference_as_it_goes(llama, tmp_path, make):
+    rows = list(pairs())
+    expected = losses(make(llama, tmp_path, pairs()))
+    streams = [pairs().to_iterable_dataset(), IterableDataset.from_generator(lambda: iter(rows))]
+    trainers = [
+        make(llama, tmp_path, stream, stock=which) for stream, which in zip(streams, (True, False), strict=True)
+    ]
+    stock, own = (losses(trainer) for trainer in trainers)
+    assert own == pytest.approx(stock, rel=1e-4)
+    assert own[0] == pytest.approx(expected[0], rel=1e-6)
+    found = trainers[1].evaluate(pairs(8, seed=1).to_iterable_dataset())
+    assert found["eval_loss"] == pytest.approx(trainers[1].evaluate(pairs(8, seed=1))["eval_loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["image", "images"])

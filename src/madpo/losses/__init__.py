@@ -12,8 +12,9 @@ from pydantic import Field, TypeAdapter
 
 from madpo.losses.adaptive import REDPO, AlphaDPO, BetaDPO
 from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState, PreferenceLoss
+from madpo.losses.combined import Combined
 from madpo.losses.custom import Custom
-from madpo.losses.direct import DPO, IPO, RDPO, WPO, SimPO
+from madpo.losses.direct import BCO, DPO, IPO, RDPO, WPO, SimPO
 from madpo.losses.margin import MADPO, ODPO, RPO, OmniDPO, SoftDPO, SoftMADPO
 from madpo.losses.weight import log_margin_weight, margin_coefficient, margin_weight
 
@@ -21,6 +22,7 @@ Loss = Annotated[
     DPO
     | IPO
     | RDPO
+    | BCO
     | SimPO
     | WPO
     | MADPO
@@ -32,12 +34,14 @@ Loss = Annotated[
     | BetaDPO
     | AlphaDPO
     | REDPO
+    | Combined
     | Custom,
     Field(discriminator="kind"),
 ]
 LossAdapter: TypeAdapter[Loss] = TypeAdapter(Loss)
 
 __all__ = [
+    "BCO",
     "DPO",
     "IPO",
     "MADPO",
@@ -48,6 +52,7 @@ __all__ = [
     "WPO",
     "AlphaDPO",
     "BetaDPO",
+    "Combined",
     "Custom",
     "Loss",
     "LossAdapter",

@@ -91,6 +91,27 @@ class RDPO(LossConfig):
         return LossOutput(((1 - rate) * clean - rate * flipped) / (1 - 2 * rate), {})
 
 
+class BCO(LossConfig):
+    """BCO on pairs (Jung et al., arXiv 2404.04656, without the reward shift): each side by itself, good or bad.
+
+    L = -log sigma(beta r_w) - log sigma(-beta r_l), r the log-ratio of a completion, **summed**. TRL's "bco_pair".
+    """
+
+    kind: Literal["bco"] = "bco"
+    paper: ClassVar[Paper | None] = Paper(
+        "2404.04656",
+        "Binary Classifier Optimization for Large Language Model Alignment",
+        "Jung, Seungjae and others",
+        2024,
+    )
+    beta: float = Field(default=0.1, gt=0)
+    """Strength of the pull to the reference; larger keeps the policy closer to it."""
+
+    def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
+        chosen, rejected = self.beta * inputs.chosen_log_ratio, self.beta * inputs.rejected_log_ratio
+        return LossOutput(-F.logsigmoid(chosen) - F.logsigmoid(-rejected), {})
+
+
 class SimPO(LossConfig):
     """SimPO (Meng et al., arXiv 2405.14734): L = -log sigma(beta p - gamma), without a reference.
 

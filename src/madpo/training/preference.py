@@ -24,6 +24,7 @@ from transformers import AutoProcessor, TrainerCallback
 from transformers.trainer_utils import PredictionOutput
 from trl import DPOConfig, DPOTrainer
 from trl.data_utils import get_dataset_column_names
+from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import get_config_model_id
 
 from madpo.core.errors import ConfigError, DataError
@@ -47,7 +48,7 @@ from madpo.training.movement import Movement
 from madpo.training.nan_guard import drop_unscored
 from madpo.training.padding_pairs import REPEATED, each_marked, marked, observed, refuse_uneven
 from madpo.training.reference_columns import ReferenceColumns
-from madpo.training.refusals import refuse_adapter, refuse_options
+from madpo.training.refusals import loss_of, refuse_adapter, refuse_options
 from madpo.training.rendering import rendering
 
 _NO_METRICS = (
@@ -61,15 +62,18 @@ class PreferenceTrainer(WindowMetrics, ReferenceColumns, DPOTrainer):  # type: i
 
     Args:
         model, ref_model, args, data_collator, train_dataset, ...: as in TRL, in TRL's order. ``args`` may be a plain
-            ``DPOConfig``; options that belong to TRL's loss are refused.
-        loss: any preference loss; :class:`madpo.DPO` with beta 0.1 when left out.
+            ``DPOConfig``; its options of the loss are refused next to ``loss``.
+        loss: any preference loss. Left out, it is the one that TRL's options name (``loss_type``, a list of several
+            with ``loss_weights``, ``beta``, ``label_smoothing``, ``use_weighting``): DPO with beta 0.1 by default.
 
     The data may hold token ids (``prompt_ids``, ``chosen_ids``, ``rejected_ids``), which are taken as they are, and the
     columns that the loss names in ``needs`` (``reward_margin`` for MADPO). A ``weight`` column multiplies the loss with
     ``PreferenceConfig(pair_weights=True)``.
     ``ref_chosen_logps`` and ``ref_rejected_logps`` are computed once before step 0 where they are missing, from
     ``ref_model`` or from the model as passed, and reused by every later run on the same weights and tokens. A
-    ``ref_model`` then waits in the computer's own memory for data sets that come later (``evaluate(data)``).
+    ``ref_model`` then waits in the computer's own memory for data sets that come later (``evaluate(data)``). Of
+    streamed data, and with ``sync_ref_model``, they are computed with each batch, by a reference that stays on the
+    device: a copy of the model in full training.
 
     Raises:
         ConfigError: an option that the loss replaces.
@@ -98,13 +102,13 @@ class PreferenceTrainer(WindowMetrics, ReferenceColumns, DPOTrainer):  # type: i
         *,
         loss: LossConfig | None = None,
     ) -> None:
-        self.loss = loss if loss is not None else DPO()
+        self.loss = loss if loss is not None else DPO() if args is None else loss_of(args)
         self._take_name(self.loss)
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = PreferenceConfig(output_dir=f"{name.split('/')[-1]}-{self._name}")
-        refuse_options(args)
-        refuse_adapter(model, peft_config)
+        refuse_options(args, loss_given=loss is not None)
+        refuse_adapter(model, peft_config, sync_ref_model=args.sync_ref_model)
         if compute_metrics is not None:
             raise ConfigError(_NO_METRICS)
         init_kwargs = args.model_init_kwargs
@@ -121,6 +125,7 @@ class PreferenceTrainer(WindowMetrics, ReferenceColumns, DPOTrainer):  # type: i
             check_columns(data, name, self._needs)
         # TRL then asks `_precompute_ref_logps` for the columns instead of loading a second model.
         args.precompute_ref_log_probs = True
+        self._synchronised, args.sync_ref_model = args.sync_ref_model, False  # TRL refuses the two together
         try:
             super().__init__(
                 model,
@@ -136,10 +141,12 @@ class PreferenceTrainer(WindowMetrics, ReferenceColumns, DPOTrainer):  # type: i
                 peft_config=peft_config,
             )
         finally:
-            args.model_init_kwargs = init_kwargs
+            args.model_init_kwargs, args.sync_ref_model = init_kwargs, self._synchronised
         if self.sharded:  # parts of a model cannot wait elsewhere, and would take the accelerator's memory
             self.ref_model, self._reference_dropped = None, ref_model is not None
         self._set_reference_aside()
+        if self._synchronised:
+            self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
         if self.aux_loss_enabled:
             say_once(
                 f"The model is a mixture of experts, and its load-balancing loss (router_aux_loss_coef "
@@ -236,6 +243,7 @@ class PreferenceTrainer(WindowMetrics, ReferenceColumns, DPOTrainer):  # type: i
     ) -> Tensor | tuple[Tensor, CompletionScores]:
         """The mean of the loss over the pairs of the effective batch (this process's share of it)."""
         mode = "train" if self.model.training else "eval"
+        inputs = self._with_reference(inputs)
         with _inputs_as_they_are(model), own_noise(model, self.args):
             scores = completion_logps(
                 model,
@@ -298,7 +306,7 @@ class PreferenceTrainer(WindowMetrics, ReferenceColumns, DPOTrainer):  # type: i
         """One more forward pass over the step, without gradients: what makes a step independent of its split."""
         self.model_wrapped.train()  # as the step itself will: the first of a resumed run is no first step
         statistics, counted = [], []
-        for batch in map(self._prepare_inputs, batches):
+        for batch in map(self._with_reference, map(self._prepare_inputs, batches)):
             with self.compute_loss_context_manager(), own_noise(self.model_wrapped, self.args):
                 rows = (batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
                 scores = completion_logps(self.model_wrapped, *rows, pairs=True)
@@ -325,11 +333,18 @@ class PreferenceTrainer(WindowMetrics, ReferenceColumns, DPOTrainer):  # type: i
 
     def _extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         state = {f"loss.{name}": value for name, value in self.loss_state.state_dict().items()}
-        return {**state, **self._reference_tensors()}, {}
+        moved = {f"reference_model.{name}": value for name, value in self._moving_reference().items()}
+        return {**state, **self._reference_tensors(), **moved}, {}
+
+    def _moving_reference(self) -> dict[str, Tensor]:
+        """The weights of a reference that follows the policy."""
+        return dict(self.ref_model.named_parameters()) if self._synchronised else {}
 
     def _load_extra_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         state = {name.removeprefix("loss."): value for name, value in tensors.items() if name.startswith("loss.")}
         self.loss_state = LossState.from_state_dict(state)
+        for name, value in self._moving_reference().items():
+            value.data.copy_(tensors[f"reference_model.{name}"])
 
     def _column_groups(self) -> dict[str, tuple[str, ...]]:
         return {"reference": REFERENCE_COLUMNS, "margins": PAIR_COLUMNS}

@@ -176,7 +176,8 @@ def _environment(device: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _batch_logps(model: nn.Module, batch: dict[str, Any], accelerator: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def batch_logps(model: nn.Module, batch: dict[str, Any], accelerator: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed log-probabilities of the chosen and the rejected completions of a batch, nats, float64."""
     rows = {name: batch[name].to(accelerator.device) for name in _READ}
     with evaluating(model), accelerator.autocast():
         logps = completion_logps(model, **rows, pairs=True).logps
@@ -194,7 +195,7 @@ def _compute(
     with bar(f"Reference log-probabilities ({description})", len(dataset)) as advance:
         own = starts[accelerator.process_index :: count]
         for turn, batch in enumerate(_batches(dataset, collator, own, batch_size)):
-            pair = torch.stack(_batch_logps(model, batch, accelerator))
+            pair = torch.stack(batch_logps(model, batch, accelerator))
             found[:, turn, : pair.shape[1]] = pair.cpu()
             advance(min(count * batch_size, len(dataset) - own[turn]))
     if count > 1:
@@ -234,7 +235,7 @@ def _verify(
     model.to(accelerator.device)
 
     def computed() -> Tensor:
-        return torch.stack(_batch_logps(model, batch, accelerator)).cpu()
+        return torch.stack(batch_logps(model, batch, accelerator)).cpu()
 
     stored = torch.from_numpy(np.stack([columns[name][start : start + batch_size] for name in REFERENCE_COLUMNS]))
     found = computed()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,18 +18,27 @@ from trl.trainer.utils import use_adapter
 from madpo.core.errors import DataError
 from madpo.models.engine.logprobs import embedding_rows, unwrapped
 from madpo.training.columns import REFERENCE_COLUMNS, AnyCollator, PreferenceCollator, check_tokens
-from madpo.training.reference import cached_reference_logps
+from madpo.training.digests import reference_digest
+from madpo.training.reference import batch_logps, cached_reference_logps
 from madpo.training.resume import ExactResume
 
 
 class ReferenceColumns(ExactResume):
-    """Mixin: ``ref_chosen_logps`` and ``ref_rejected_logps`` of every data set that lacks them."""
+    """Mixin: ``ref_chosen_logps`` and ``ref_rejected_logps`` of every data set that lacks them.
+
+    They are computed once, before the first step; with each batch where the data is streamed, or where the reference
+    follows the policy.
+    """
 
     loss: Any
     ref_model: Any
     data_collator: Any
     _needs: tuple[str, ...]
     _reference_dropped = False
+    _synchronised = False
+    """Whether the reference follows the policy (TR-DPO)."""
+    _live: str | None = None
+    """Digest of the first reference, where log-probabilities are computed with each batch."""
     _reference_sources: dict[str, str]
     """Fingerprint of a data set -> digest of the model that its columns were computed with."""
 
@@ -37,13 +47,15 @@ class ReferenceColumns(ExactResume):
         self.data_collator = collator = self._with_columns(self.data_collator)
         if collator.embedding_rows is not None:
             check_tokens(dataset, name, collator.embedding_rows)
+        if self._synchronised:  # columns would be those of the first step
+            dataset = dataset.remove_columns([c for c in REFERENCE_COLUMNS if c in get_dataset_column_names(dataset)])
+            self._keep_reference(name)
         if not self.loss.needs_reference or set(REFERENCE_COLUMNS) <= set(get_dataset_column_names(dataset)):
             return dataset
         if isinstance(dataset, IterableDataset):
-            raise DataError(
-                f"{name} is streamed and lacks {' and '.join(REFERENCE_COLUMNS)}, which are computed once over a whole "
-                "data set; add these columns, or load it without streaming"
-            )
+            self._keep_reference(name)
+        if self._live is not None and (self._synchronised or isinstance(dataset, IterableDataset)):
+            return dataset
         with self._reference(name) as model:
             rows = self._remove_unused_columns(dataset, name)
             columns, source = cached_reference_logps(
@@ -54,6 +66,30 @@ class ReferenceColumns(ExactResume):
             dataset = dataset.add_column(column, columns[column])
         self._reference_sources[dataset._fingerprint] = source
         return dataset
+
+    def _keep_reference(self, name: str) -> None:
+        """Keep the reference for as long as the trainer: a copy of the model where all of it is trained."""
+        if self._live is not None:
+            return
+        if self.sharded:
+            raise DataError(
+                f"{name} is streamed or its reference moves, and none is kept where DeepSpeed or FSDP splits the "
+                f"model; add {' and '.join(REFERENCE_COLUMNS)}, load it without streaming, or leave out sync_ref_model"
+            )
+        with self._reference(name) as model:
+            if self.ref_model is None and getattr(model, "peft_config", None) is None:
+                self.ref_model = copy.deepcopy(model).requires_grad_(False)
+                vars(self.ref_model).pop("forward", None)  # TRL's own, which reads the model that it was made for
+            self._live = reference_digest(model)
+
+    def _with_reference(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch with its reference columns, computed now where the data has none."""
+        if self._live is None or not self.loss.needs_reference or REFERENCE_COLUMNS[0] in batch:
+            return batch
+        with self._reference("a batch") as model:
+            model.to(self.accelerator.device)
+            columns = batch_logps(model, batch, self.accelerator)
+        return batch | dict(zip(REFERENCE_COLUMNS, columns, strict=True))
 
     def _with_columns(self, collator: Any) -> Any:
         """The collator, so that a batch has what the loss reads."""
@@ -96,7 +132,7 @@ class ReferenceColumns(ExactResume):
     def _set_reference_aside(self) -> None:
         """Free the accelerator of a reference that only later data sets would ask."""
         reference = self.ref_model
-        if reference is None or self.sharded:
+        if reference is None or self.sharded or self._live is not None:
             return
         if getattr(reference, "is_quantized", False) or getattr(reference, "hf_device_map", None):
             return  # bound to where it was loaded
@@ -138,6 +174,8 @@ class ReferenceColumns(ExactResume):
         """A reference that this trainer computed is identified by its model, not by digits."""
         names = set(columns)
         source = self._reference_sources.get(getattr(dataset, "_fingerprint", ""))
+        if source is None and self._live is not None and not names & set(dataset.column_names or ()):
+            source = self._live
         if source is None or not names & set(REFERENCE_COLUMNS):
             return super()._rows_digest(dataset, names)
         rest = super()._rows_digest(dataset, names - set(REFERENCE_COLUMNS))

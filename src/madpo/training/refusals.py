@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from peft import PeftConfig, PeftType
@@ -11,27 +11,33 @@ from torch import nn
 from trl import DPOConfig
 
 from madpo.core.errors import ConfigError, DataError
+from madpo.losses import BCO, DPO, IPO, RDPO, WPO, Combined, LossConfig
 
 _OWN = "a loss of your own (madpo.losses.Custom)"
-# TRL's option -> what takes its place here. Options that no loss of madpo has are said to have none.
+# TRL's option -> what takes its place where a loss is given. Those that no loss of madpo has are refused anyhow.
 _REPLACED = {
     "beta": "use the loss's own beta, such as MADPO(beta=...)",
+    "loss_type": "leave loss=... out to train with it",
     "label_smoothing": "use DPO(label_smoothing=...) or RDPO(flip_rate=...)",
-    "loss_weights": f"madpo adds no losses up; write {_OWN} that adds the terms",
+    "loss_weights": "use Combined(parts=..., weights=...)",
     "use_weighting": "use loss=WPO(...)",
+}
+_MISSING = {
     "ld_alpha": f"madpo has no length desensitisation; write {_OWN}",
     "f_divergence_type": f"madpo has no other divergence than the reverse KL; write {_OWN}",
     "f_alpha_divergence_coef": f"madpo has no other divergence than the reverse KL; write {_OWN}",
 }
-_LOSSES = {
-    "sigmoid": "DPO(beta=...)",
-    "ipo": 'IPO(beta=..., reduction="mean")',
-    "robust": "RDPO(beta=..., flip_rate=...)",
+_LOSSES: dict[str, Callable[[DPOConfig], LossConfig]] = {
+    "sigmoid": lambda args: DPO(beta=args.beta),
+    "ipo": lambda args: IPO(beta=args.beta, reduction="mean"),
+    "robust": lambda args: RDPO(beta=args.beta, flip_rate=args.label_smoothing),
+    "bco_pair": lambda args: BCO(beta=args.beta),
 }
+_LIKELIHOOD = "sft"
 STOCK = "TRL's DPOTrainer"
 
 
-def refuse_options(args: DPOConfig) -> None:
+def refuse_options(args: DPOConfig, *, loss_given: bool) -> None:
     """Refuse options that would have no effect, since ``loss=...`` or this trainer replaces what they change.
 
     Raises:
@@ -42,32 +48,43 @@ def refuse_options(args: DPOConfig) -> None:
             f"router_aux_loss_coef={args.router_aux_loss_coef!r} has no effect here, since the load-balancing loss of "
             "a mixture of experts is not computed; remove it or set it to 0"
         )
-    if args.sync_ref_model:
-        raise ConfigError(
-            "sync_ref_model=True moves the reference during the training, but this trainer computes its "
-            f"log-probabilities once, before the first step; remove it, or use {STOCK}"
-        )
     for option in dataclasses.fields(args):
-        if option.name != "loss_type" and option.name not in _REPLACED:
-            continue
+        remedy = (_MISSING | (_REPLACED if loss_given else {})).get(option.name)
         default = option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
         value = getattr(args, option.name)
-        if not _same(value, default):
-            remedy = _REPLACED[option.name] if option.name != "loss_type" else _loss_for(value)
-            raise ConfigError(
-                f"{option.name}={value!r} has no effect here, since the loss is an object of its own; remove it: "
-                f"{remedy}"
-            )
+        if remedy is not None and not _same(value, default):
+            reason = ", since the loss is an object of its own" if option.name in _REPLACED else ""
+            raise ConfigError(f"{option.name}={value!r} has no effect here{reason}; remove it: {remedy}")
 
 
-def _loss_for(value: Any) -> str:
-    kinds = value if isinstance(value, list) else [value]
-    missing = [kind for kind in kinds if kind not in _LOSSES]
-    if missing:
-        return f"madpo has no loss like {', '.join(missing)}; write {_OWN}, or use {STOCK}"
-    if len(kinds) > 1:
-        return f"{_REPLACED['loss_weights']}, or use {STOCK}"
-    return f"use loss={_LOSSES[kinds[0]]}"
+def loss_of(args: DPOConfig) -> LossConfig:
+    """The loss that TRL's options name: one, or the weighted sum of several (MPO).
+
+    Raises:
+        ConfigError: madpo has none of that kind.
+    """
+    kinds = list(args.loss_type)
+    weights = list(args.loss_weights or [1.0] * len(kinds))
+    if missing := [kind for kind in kinds if kind not in (*_LOSSES, _LIKELIHOOD)]:
+        raise ConfigError(
+            f"loss_type={args.loss_type!r}: madpo has no loss like {', '.join(missing)}; write {_OWN}, or use {STOCK}"
+        )
+    if args.use_weighting and kinds != ["sigmoid"]:
+        raise ConfigError(f"use_weighting=True weighs only loss_type='sigmoid' here; remove it, or use {STOCK}")
+    if args.label_smoothing and "robust" not in kinds:
+        raise ConfigError(
+            f"label_smoothing={args.label_smoothing!r} has no effect on loss_type={args.loss_type!r} in TRL; use "
+            "loss=DPO(label_smoothing=...), or remove it"
+        )
+    nll = sum(weight for kind, weight in zip(kinds, weights, strict=True) if kind == _LIKELIHOOD)
+    terms = [(_LOSSES[kind](args), weight) for kind, weight in zip(kinds, weights, strict=True) if kind != _LIKELIHOOD]
+    if not terms:
+        raise ConfigError(f"loss_type={args.loss_type!r} names no preference loss; add one, or use TRL's SFTTrainer")
+    if args.use_weighting:
+        terms = [(WPO(beta=args.beta, clamp=False), weights[0])]
+    if len(terms) == 1 and terms[0][1] == 1 and not nll:
+        return terms[0][0]
+    return Combined(parts=tuple(term for term, _ in terms), weights=tuple(weight for _, weight in terms), nll=nll)
 
 
 def _same(value: Any, default: Any) -> bool:
@@ -76,13 +93,20 @@ def _same(value: Any, default: Any) -> bool:
     return bool(first == second)
 
 
-def refuse_adapter(model: str | nn.Module, peft_config: PeftConfig | None) -> None:
+def refuse_adapter(model: str | nn.Module, peft_config: PeftConfig | None, *, sync_ref_model: bool) -> None:
     """Refuse adapters that add virtual tokens or read a task's number: the engine hands the backbone token ids.
+
+    With ``sync_ref_model`` every adapter is refused.
 
     Raises:
         ConfigError: naming the kind of adapter.
     """
     own = getattr(model, "peft_config", None) or {}
+    if sync_ref_model and (own or peft_config is not None):
+        raise ConfigError(
+            "sync_ref_model=True moves a reference that has all weights of the model, and an adapter's reference is "
+            "the model without it; train all weights, or remove it"
+        )
     for adapter in (*own.values(), *([] if peft_config is None else [peft_config])):
         if not isinstance(adapter, PeftConfig):
             continue

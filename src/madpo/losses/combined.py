@@ -1,0 +1,93 @@
+"""A weighted sum of losses, such as MPO's."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from jaxtyping import Float
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+from torch import Tensor
+
+from madpo.core.errors import ConfigError
+from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState, Paper, per_token
+
+
+def _loss(value: Any) -> Any:
+    from madpo.losses import LossAdapter  # the union that this class is a member of
+
+    return value if isinstance(value, LossConfig) else LossAdapter.validate_python(value)
+
+
+Part = Annotated[SerializeAsAny[LossConfig], BeforeValidator(_loss)]
+
+
+class Combined(LossConfig):
+    """L = sum_i w_i L_i + nll (-log pi(y_w|x) / |y_w|), each term per pair, as MPO (Wang et al., arXiv 2411.10442).
+
+    MPO is ``Combined(parts=(DPO(), BCO()), weights=(0.8, 0.2), nll=1)``. TRL's ``loss_type`` list is the same sum; its
+    "sft" term is the mean over all tokens of a batch, ``nll`` the mean over pairs of their means per token. The
+    implicit margin, which gives rewards and accuracies in the log, is that of the first part.
+    """
+
+    kind: Literal["combined"] = "combined"
+    paper: ClassVar[Paper | None] = Paper(
+        "2411.10442",
+        "Enhancing the Reasoning Ability of Multimodal Large Language Models via Mixed Preference Optimization",
+        "Wang, Weiyun and others",
+        2024,
+    )
+    parts: tuple[Part, ...] = Field(min_length=1)
+    """The losses; those with running statistics (beta_dpo, alpha_dpo) are refused."""
+    weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
+    """One per part, not normalised; all 1 where left out."""
+    nll: float = Field(default=0.0, ge=0)
+    """Weight of the negative log-likelihood of the chosen completion, nats per token; larger imitates it more."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Combined:
+        if self.weights is not None and len(self.weights) != len(self.parts):
+            raise ConfigError(f"there are {len(self.weights)} weights for {len(self.parts)} parts; give one for each")
+        for part in self.parts:
+            if part.stateful:
+                raise ConfigError(
+                    f"{_kind(part)} keeps running statistics, so it cannot be a part of a sum; train with it alone"
+                )
+        return self
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """What any part reads."""
+        return frozenset().union(*(part.needs for part in self.parts))
+
+    @property
+    def needs_reference(self) -> bool:  # type: ignore[override]
+        """Whether any part reads it."""
+        return any(part.needs_reference for part in self.parts)
+
+    @property
+    def beta(self) -> float:
+        """That of the first part."""
+        return float(getattr(self.parts[0], "beta", 1.0))
+
+    def implicit_margin(self, inputs: LossInputs) -> Float[Tensor, " pairs"]:
+        """As the first part reads a policy."""
+        return self.parts[0].implicit_margin(inputs)
+
+    def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
+        terms, metrics = [], {}
+        kinds = [_kind(part) for part in self.parts]
+        for i, (part, weight) in enumerate(zip(self.parts, self.weights or (1.0,) * len(self.parts), strict=True)):
+            name = kinds[i] if kinds.count(kinds[i]) == 1 else f"{kinds[i]}_{i}"
+            output = part(inputs)
+            terms.append(weight * output.per_pair)
+            metrics[f"{name}/loss"] = output.per_pair.detach()
+            metrics |= {f"{name}/{key}": value for key, value in output.metrics.items()}
+        if self.nll:
+            nll = -per_token(inputs.policy_chosen_logps, inputs.chosen_lengths)
+            terms.append(self.nll * nll)
+            metrics["nll"] = nll.detach()
+        return LossOutput(sum(terms[1:], terms[0]), metrics)
+
+
+def _kind(part: LossConfig) -> str:
+    return str(getattr(part, "kind", type(part).__name__))
