@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from losses_cases import EVERY_LOSS, UNION, first_of_each_class
-from madpo import DPO, PreferenceConfig, PreferenceTrainer
+from madpo import DPO, MADPO, PreferenceConfig, PreferenceTrainer
 from madpo.commands.cli import main
 from madpo.core import processes
 from madpo.losses import Custom
@@ -114,9 +114,18 @@ OTHERS = {name: (EVERY_LOSS[name], 2) for name in _REST} | {
 
 
 def columns(folder: Path, out: Path) -> dict[str, list[float]]:
-    """Reference columns of 21 pairs in batches of 4: six batches, the last of one pair."""
+    """Reference columns of 21 pairs in batches of 4: six batches, the last of one pair. Margins of 18 pairs."""
     trainer = trainer_of(folder, out / "columns", DPO(), micro=4, accumulation=1, reference=False)
-    return {name: list(trainer.train_dataset[name]) for name in ("ref_chosen_logps", "ref_rejected_logps")}
+    found = {name: list(trainer.train_dataset[name]) for name in ("ref_chosen_logps", "ref_rejected_logps")}
+    known = trainer.train_dataset.remove_columns([*found, "reward_margin"]).select(range(18))
+    probed = PreferenceTrainer(
+        trainer.model.get_base_model(),
+        args=PreferenceConfig(output_dir=str(out / "probed"), **QUIET, per_device_train_batch_size=4),
+        loss=MADPO(),
+        train_dataset=known,
+        processing_class=load_tokenizer(folder),
+    )
+    return {**found, "reward_margin": list(probed.train_dataset["reward_margin"])}
 
 
 def score(out: Path, name: str) -> int:

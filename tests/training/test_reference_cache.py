@@ -168,8 +168,8 @@ def test_whatever_disagrees_is_computed_again_and_told(llama, tmp_path, computed
         path.write_bytes(b"nothing")
     else:  # whole, but of an engine with other numbers
         with monkeypatch.context() as patch:
-            real = reference._batch_logps
-            patch.setattr(reference, "_batch_logps", lambda *a: [values + 1e-3 for values in real(*a)])
+            real = reference.batch_logps
+            patch.setattr(reference, "batch_logps", lambda *a: [values + 1e-3 for values in real(*a)])
             path.unlink()
             build(llama, tmp_path, load(llama, dtype))
     del computed[:]
@@ -188,13 +188,13 @@ def test_whatever_disagrees_is_computed_again_and_told(llama, tmp_path, computed
 def test_a_model_that_does_not_repeat_its_bits_keeps_its_columns(llama, tmp_path, computed, said, monkeypatch):
     build(llama, tmp_path, load(llama))
     noise = iter([1e-6, -1e-6] * 10)
-    real = reference._batch_logps
+    real = reference.batch_logps
 
     def noisy(*arguments):
         shift = next(noise)
         return [values + shift for values in real(*arguments)]
 
-    monkeypatch.setattr(reference, "_batch_logps", noisy)
+    monkeypatch.setattr(reference, "batch_logps", noisy)
     build(llama, tmp_path, load(llama))
     assert len(computed) == 1
     assert not said

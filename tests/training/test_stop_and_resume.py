@@ -1,10 +1,11 @@
 """Only early stopping ends a training for good; a training that was stopped in another way goes on."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from madpo import DPO
+from madpo import DPO, MADPO
 from madpo.core.errors import DataError
 from madpo.losses import BetaDPO
 from madpo.training import checkpoints as disk
@@ -106,14 +107,33 @@ def test_a_resume_keeps_the_reference_that_the_training_began_with(llama, tmp_pa
     build(llama, tmp_path / "part", [TimeLimit(2)]).train()
     from madpo.training import reference
 
-    real = reference._batch_logps
+    real = reference.batch_logps
     monkeypatch.setenv("MADPO_CACHE", str(tmp_path / "empty"))
-    monkeypatch.setattr(reference, "_batch_logps", lambda *a: [values + 1e-5 for values in real(*a)])
+    monkeypatch.setattr(reference, "batch_logps", lambda *a: [values + 1e-5 for values in real(*a)])
     part = build(llama, tmp_path / "part")
     assert part.train_dataset["ref_chosen_logps"] != whole.train_dataset["ref_chosen_logps"]
     part.train(resume_from_checkpoint=True)
     assert part.train_dataset["ref_chosen_logps"] == whole.train_dataset["ref_chosen_logps"]
     assert part.eval_dataset["ref_rejected_logps"] == whole.eval_dataset["ref_rejected_logps"]
+    assert_same(whole, part)
+
+
+def test_a_resume_keeps_the_margins_that_the_training_began_with(llama, tmp_path, monkeypatch):
+    from madpo.training import reference_columns
+
+    whole = build(llama, tmp_path / "whole", loss=MADPO(), save_steps=2)
+    whole.train()
+    build(llama, tmp_path / "part", [TimeLimit(2)], loss=MADPO()).train()
+    real = reference_columns.fit_probe
+
+    def others(chosen, rejected, prompts, **named):
+        return real(np.array(chosen)[:, ::2], np.array(rejected)[:, ::2], prompts, **named)
+
+    monkeypatch.setattr(reference_columns, "fit_probe", others)
+    part = build(llama, tmp_path / "part", loss=MADPO(), eval_dataset=None)
+    assert part.train_dataset["reward_margin"] != whole.train_dataset["reward_margin"]
+    part.train(resume_from_checkpoint=True)
+    assert part.train_dataset["reward_margin"] == whole.train_dataset["reward_margin"]
     assert_same(whole, part)
 
 

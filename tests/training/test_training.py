@@ -442,7 +442,7 @@ def test_options_of_trls_loss_are_refused(llama, tmp_path, option, value, remedy
 
 def test_missing_columns_are_refused_by_name(llama, tmp_path):
     with pytest.raises(DataError, match=r"train_dataset has no column 'reward_margin'.*madpo score"):
-        build(llama, tmp_path, pairs(4), loss=MADPO(tau=7, c_max=4))
+        build(llama, tmp_path, pairs(4).to_iterable_dataset(), loss=MADPO(tau=7, c_max=4), max_steps=1)
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_pairs(llama, tmp_path):

@@ -21,7 +21,8 @@ from madpo.training.refusals import refuse_images
 
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
-PAIR_COLUMNS = ("reward_margin", "chosen_score", "rejected_score", "weight")
+MARGIN = "reward_margin"
+PAIR_COLUMNS = (MARGIN, "chosen_score", "rejected_score", "weight")
 
 
 @dataclass
@@ -127,8 +128,16 @@ def check_tokens(dataset: Any, name: str, rows: int) -> None:
         start += len(table)
 
 
-def check_columns(dataset: Any, name: str, needs: Iterable[str]) -> None:
+def lacks_margin(dataset: Any) -> bool:
+    """Whether a data set has no ``reward_margin`` and can be read as a whole, so that a probe can give it."""
+    return isinstance(dataset, Dataset) and not {MARGIN, "margin"} & set(dataset.column_names)
+
+
+def check_columns(dataset: Any, name: str, needs: Iterable[str], *, probed: bool = False) -> None:
     """Refuse a data set, or a dictionary of some, that lacks a column which the loss reads, or holds images.
+
+    Args:
+        probed: a probe of the training pairs gives the margins of a data set without any.
 
     Raises:
         DataError: naming the column and the remedy.
@@ -138,16 +147,16 @@ def check_columns(dataset: Any, name: str, needs: Iterable[str]) -> None:
             continue
         columns = get_dataset_column_names(rows)
         for column in sorted(set(needs) & set(PAIR_COLUMNS)):
-            if column in columns:
+            if column in columns or (column == MARGIN and probed and lacks_margin(rows)):
                 continue
-            if column == "reward_margin" and "margin" in columns:
+            if column == MARGIN and "margin" in columns:
                 raise DataError(
                     f"{part} has a column 'margin' and no 'reward_margin', which the loss reads; rename it (TRL's "
                     "reward trainer subtracts a column of the name 'margin' from its own margins)"
                 )
             raise DataError(
                 f"{part} has no column {column!r}, which the loss reads; "
-                + ("add it with `madpo score`" if column == "reward_margin" else "add it to the data")
+                + ("add it with `madpo score`" if column == MARGIN else "add it to the data")
                 + f" (columns found: {', '.join(columns)})"
             )
         refuse_images(columns, part)

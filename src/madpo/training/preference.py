@@ -40,6 +40,7 @@ from madpo.training.columns import (
     PAIR_COLUMNS,
     REFERENCE_COLUMNS,
     check_columns,
+    lacks_margin,
     weights_are_used,
 )
 from madpo.training.config import PreferenceConfig, own_noise
@@ -118,11 +119,11 @@ class PreferenceTrainer(WindowMetrics, ReferenceColumns, DPOTrainer):  # type: i
                 processing_class = _processor(model, args)
         self.loss_state = self.loss.init_state(args.seed)
         self._observed: _ObservedStep | None = None
-        self._reference_sources = {}
+        self._sources = {}
         self._weighted = weights_are_used(train_dataset, self.loss.needs, getattr(args, "pair_weights", None))
         self._needs = tuple(sorted(({"weight"} if self._weighted else set()) | self.loss.needs & set(PAIR_COLUMNS)))
         for name, data in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            check_columns(data, name, self._needs)
+            check_columns(data, name, self._needs, probed=lacks_margin(train_dataset))
         # TRL then asks `_precompute_ref_logps` for the columns instead of loading a second model.
         args.precompute_ref_log_probs = True
         self._synchronised, args.sync_ref_model = args.sync_ref_model, False  # TRL refuses the two together
@@ -221,7 +222,7 @@ class PreferenceTrainer(WindowMetrics, ReferenceColumns, DPOTrainer):  # type: i
         return PredictionOutput(None, None, {**(output.metrics or {}), **means})
 
     def _prepared_late(self, rows: Any, name: str) -> Any:
-        check_columns(rows, name, self._needs)
+        check_columns(rows, name, self._needs, probed=self._probed())
         rows = self._prepare_dataset(rows, self.processing_class, self.args, name)
         batch_size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
         return self._precompute_ref_logps(rows, name, batch_size)

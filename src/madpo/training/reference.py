@@ -7,15 +7,19 @@ nothing else: not the loss, beta, the learning rate, the output folder or the nu
 turns with the batches that one process would compute, so that the columns have the same bytes.
 
 So one batch that is computed again must give the same bits. Where it does not, the columns are computed again.
+
+The same pass gives the features of a probe (:mod:`madpo.models.engine.features`) where they are asked for. They are
+cached in a file of their own, under the same key plus the layers and the pooling. The leading process keeps them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,11 +29,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor, nn
 
-from madpo.core.errors import ConfigError, DataError
+from madpo.core.errors import ConfigError, DataError, StorageError
+from madpo.core.feature_file import FeatureFile, FeatureWriter
 from madpo.core.processes import all_gather_object, on_main_process
 from madpo.core.progress import bar, say
 from madpo.core.storage import storage_errors, write_atomically
-from madpo.models.engine.logprobs import completion_logps
+from madpo.models.engine.features import POOLING, feature_width
+from madpo.models.engine.logprobs import completion_logps, unwrapped
 from madpo.models.load import cache_dir
 from madpo.models.modes import evaluating
 from madpo.runner.record import conditions, libraries
@@ -38,19 +44,40 @@ from madpo.training.digests import reference_digest
 
 VERSION = 4
 """Bumped when the engine's numbers change."""
+FEATURES_VERSION = 1
+"""Bumped when features change."""
 
 
-def cached_reference_logps(
-    model: nn.Module, dataset: Dataset, collator: Any, accelerator: Any, batch_size: int, *, description: str
-) -> tuple[dict[str, np.ndarray], str]:
-    """``ref_chosen_logps`` and ``ref_rejected_logps`` of a tokenised data set, nats, summed, float64.
+class Reference(NamedTuple):
+    """What the reference says of a data set.
+
+    Attributes:
+        columns: ``ref_chosen_logps`` and ``ref_rejected_logps``, nats, summed, float64.
+        source: the digest of the model that they belong to.
+        features: of both sides of the pairs, on the leading process where layers were asked for.
+    """
+
+    columns: dict[str, np.ndarray]
+    source: str
+    features: FeatureFile | None
+
+
+def cached_reference(
+    model: nn.Module,
+    dataset: Dataset,
+    collator: Any,
+    accelerator: Any,
+    batch_size: int,
+    *,
+    description: str,
+    layers: Sequence[int] = (),
+) -> Reference:
+    """The reference columns of a tokenised data set, and features of its responses, from the cache or computed now.
 
     Args:
         model: the reference, with the adapters that belong to it active and no others.
         batch_size: pairs per batch.
-
-    Returns:
-        The columns, and the digest of the model that they belong to.
+        layers: whose states become features; none by default.
 
     Raises:
         ConfigError: the processes of the launch hold different weights, or parts of them.
@@ -63,12 +90,18 @@ def cached_reference_logps(
             "(fsdp_cpu_ram_efficient_loading: false), or give the columns ref_chosen_logps and ref_rejected_logps"
         )
     path = _path(digest, dataset, collator, accelerator, batch_size)
+    width = feature_width(unwrapped(model), layers) if layers else 0
+    what = hashlib.sha256(json.dumps([path.name, FEATURES_VERSION, POOLING, list(layers)]).encode()).hexdigest()
+    beside = path.with_name(f"features-{what[:32]}.safetensors")
     columns: dict[str, np.ndarray] = {}
+    features: list[FeatureFile] = []
 
     def look() -> bool:
-        if path.exists():
+        if path.exists() and (not layers or beside.exists()):
             try:
                 columns.update(_read(path, len(dataset)))
+                if layers:
+                    features.append(_features(beside, len(dataset), width))
                 _verify(model, dataset, collator, accelerator, batch_size, columns, path)
             except _UnusableCache as error:
                 columns.clear()
@@ -76,19 +109,34 @@ def cached_reference_logps(
         return bool(columns)
 
     if on_main_process(look):  # on the leading process: the others may not see its disk
-        return _everywhere(columns, len(dataset), accelerator), digest
-    columns = _compute(model, dataset, collator, accelerator, batch_size, description)
+        return Reference(_everywhere(columns, len(dataset), accelerator), digest, next(iter(features), None))
+    features.clear()
+    leads = accelerator.is_main_process
+    with storage_errors(path.parent):
+        writer = FeatureWriter(beside, len(dataset), width) if layers and leads else None
+        with writer or nullcontext():
+            asked = (model, dataset, collator, accelerator, batch_size, description)
+            columns = _compute(*asked, layers, width, writer) if layers else _compute(*asked)
+    if writer is not None:
+        features.append(_features(beside, len(dataset), width))
     named = "pair_id" in dataset.column_names
     refuse_not_finite(columns, dataset["pair_id"] if named else [f"in row {row}" for row in range(len(dataset))])
-    if accelerator.is_main_process:
+    if leads:
         with storage_errors(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, save(columns, metadata={"sha256": _checksum(columns)}))
-    return columns, digest
+    return Reference(columns, digest, next(iter(features), None))
 
 
 class _UnusableCache(Exception):
     """A cached file that must not be used; the text says why."""
+
+
+def _features(path: Path, rows: int, width: int) -> FeatureFile:
+    try:
+        return FeatureFile.read(path, rows, width)
+    except StorageError as error:
+        raise _UnusableCache(str(error).removeprefix(f"{path} ")) from error
 
 
 def _read(path: Path, rows: int) -> dict[str, np.ndarray]:
@@ -176,33 +224,71 @@ def _environment(device: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def batch_logps(model: nn.Module, batch: dict[str, Any], accelerator: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed log-probabilities of the chosen and the rejected completions of a batch, nats, float64."""
+def batch_logps(
+    model: nn.Module, batch: dict[str, Any], accelerator: Any, layers: Sequence[int] = ()
+) -> tuple[Tensor, ...]:
+    """Summed log-probabilities of the chosen and the rejected completions of a batch, nats, float64.
+
+    With layers, also their features, float32: those of the chosen ones, then those of the rejected ones.
+    """
     rows = {name: batch[name].to(accelerator.device) for name in _READ}
     with evaluating(model), accelerator.autocast():
-        logps = completion_logps(model, **rows, pairs=True).logps
-    chosen, rejected = logps.double().chunk(2)
-    return chosen, rejected
+        scores = completion_logps(model, **rows, pairs=True, features=layers)
+    found = scores.logps.double().chunk(2)
+    return found if scores.features is None else (*found, scores.features.float())
 
 
 def _compute(
-    model: nn.Module, dataset: Dataset, collator: Any, accelerator: Any, batch_size: int, description: str
+    model: nn.Module,
+    dataset: Dataset,
+    collator: Any,
+    accelerator: Any,
+    batch_size: int,
+    description: str,
+    layers: Sequence[int] = (),
+    width: int = 0,
+    writer: FeatureWriter | None = None,
 ) -> dict[str, np.ndarray]:
     count, starts = accelerator.num_processes, range(0, len(dataset), batch_size)
     rounds = -(-len(starts) // count)
     found = torch.zeros(2, rounds, batch_size, dtype=torch.float64)
     model.to(accelerator.device)
+    keep = _keeper(accelerator, len(dataset), batch_size, width, writer)
     with bar(f"Reference log-probabilities ({description})", len(dataset)) as advance:
         own = starts[accelerator.process_index :: count]
         for turn, batch in enumerate(_batches(dataset, collator, own, batch_size)):
-            pair = torch.stack(batch_logps(model, batch, accelerator))
+            chosen, rejected, *features = batch_logps(model, batch, accelerator, *([layers] if layers else []))
+            pair = torch.stack([chosen, rejected])
             found[:, turn, : pair.shape[1]] = pair.cpu()
+            if layers:
+                keep(turn, features[0])
             advance(min(count * batch_size, len(dataset) - own[turn]))
+        if layers and len(own) < rounds:
+            keep(rounds - 1, torch.zeros(0, width))  # the others of the last round wait for this process
     if count > 1:
         gathered = accelerator.gather(found[None].to(accelerator.device)).cpu()
         found = gathered.permute(1, 2, 0, 3)  # process 0's batch of a round, then that of process 1, ...
     table = found.reshape(2, -1)[:, : len(dataset)].contiguous().numpy()
     return dict(zip(REFERENCE_COLUMNS, table, strict=True))
+
+
+def _keeper(
+    accelerator: Any, pairs: int, batch_size: int, width: int, writer: FeatureWriter | None
+) -> Callable[[int, Tensor], None]:
+    """``keep(round, features)`` writes the features of one batch of each process, on the leading one."""
+
+    def keep(turn: int, features: Tensor) -> None:
+        rows = torch.zeros(2, batch_size, width)
+        rows[:, : len(features) // 2] = features.cpu().view(2, len(features) // 2, width)
+        every = rows[None]
+        if accelerator.num_processes > 1:
+            every = accelerator.gather(every.to(accelerator.device)).cpu()
+        for place, block in enumerate(every.numpy()):
+            start = (turn * accelerator.num_processes + place) * batch_size
+            if writer is not None and start < pairs:
+                writer.write(start, *block[:, : pairs - start])
+
+    return keep
 
 
 def _everywhere(columns: dict[str, np.ndarray], rows: int, accelerator: Any) -> dict[str, np.ndarray]:

@@ -1,10 +1,15 @@
-"""The trainer's part that gives data sets their reference columns, and keeps those that a training began with."""
+"""The trainer's part that gives data sets the columns of the reference, and keeps those that a training began with.
+
+Where a loss reads ``reward_margin`` and the data have none, a probe of the reference's states gives it
+(:mod:`madpo.rewards.probe`), from the pass that computes the reference log-probabilities.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,15 +21,20 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import use_adapter
 
 from madpo.core.errors import DataError
+from madpo.core.feature_file import FeatureFile
+from madpo.core.processes import on_main_process
+from madpo.core.progress import say
+from madpo.models.engine.features import feature_layers
 from madpo.models.engine.logprobs import embedding_rows, unwrapped
-from madpo.training.columns import REFERENCE_COLUMNS, AnyCollator, PreferenceCollator, check_tokens
+from madpo.rewards.probe import FittedProbe, fit_probe
+from madpo.training.columns import MARGIN, REFERENCE_COLUMNS, AnyCollator, PreferenceCollator, check_tokens
 from madpo.training.digests import reference_digest
-from madpo.training.reference import batch_logps, cached_reference_logps
+from madpo.training.reference import batch_logps, cached_reference
 from madpo.training.resume import ExactResume
 
 
 class ReferenceColumns(ExactResume):
-    """Mixin: ``ref_chosen_logps`` and ``ref_rejected_logps`` of every data set that lacks them.
+    """Mixin: ``ref_chosen_logps``, ``ref_rejected_logps`` and ``reward_margin`` of every data set that lacks them.
 
     They are computed once, before the first step; with each batch where the data is streamed, or where the reference
     follows the policy.
@@ -33,38 +43,58 @@ class ReferenceColumns(ExactResume):
     loss: Any
     ref_model: Any
     data_collator: Any
+    train_dataset: Any
     _needs: tuple[str, ...]
     _reference_dropped = False
     _synchronised = False
     """Whether the reference follows the policy (TR-DPO)."""
     _live: str | None = None
     """Digest of the first reference, where log-probabilities are computed with each batch."""
-    _reference_sources: dict[str, str]
-    """Fingerprint of a data set -> digest of the model that its columns were computed with."""
+    _sources: dict[str, dict[str, str]]
+    """Fingerprint of a data set -> computed column -> what it was computed with."""
+    probe: FittedProbe | None = None
+    """The probe of the training pairs, on the leading process, where ``reward_margin`` was missing."""
+    probe_seed = 0
+    """Of its folds: margins do not depend on the training's seed."""
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        """Reference columns: as given, from the cache, or computed now."""
+        """Reference columns and margins: as given, from the cache, or computed now."""
         self.data_collator = collator = self._with_columns(self.data_collator)
         if collator.embedding_rows is not None:
             check_tokens(dataset, name, collator.embedding_rows)
         if self._synchronised:  # columns would be those of the first step
             dataset = dataset.remove_columns([c for c in REFERENCE_COLUMNS if c in get_dataset_column_names(dataset)])
             self._keep_reference(name)
-        if not self.loss.needs_reference or set(REFERENCE_COLUMNS) <= set(get_dataset_column_names(dataset)):
-            return dataset
-        if isinstance(dataset, IterableDataset):
-            self._keep_reference(name)
-        if self._live is not None and (self._synchronised or isinstance(dataset, IterableDataset)):
+        present, streamed = set(get_dataset_column_names(dataset)), isinstance(dataset, IterableDataset)
+        missing = {MARGIN} & set(self._needs) - present if not streamed else set()
+        if self.loss.needs_reference and not set(REFERENCE_COLUMNS) <= present:
+            if streamed:
+                self._keep_reference(name)
+            if self._live is None or not (self._synchronised or streamed):
+                missing |= set(REFERENCE_COLUMNS)
+        if not missing:
             return dataset
         with self._reference(name) as model:
             rows = self._remove_unused_columns(dataset, name)
-            columns, source = cached_reference_logps(
-                model, rows, collator, self.accelerator, batch_size, description=name
+            layers = feature_layers(unwrapped(model)) if MARGIN in missing else ()
+            found = cached_reference(
+                model,
+                rows,
+                replace(collator, columns=()),
+                self.accelerator,
+                batch_size,
+                description=name,
+                layers=layers,
             )
         self._set_reference_aside()
-        for column in REFERENCE_COLUMNS:
-            dataset = dataset.add_column(column, columns[column])
-        self._reference_sources[dataset._fingerprint] = source
+        columns = {column: found.columns[column] for column in REFERENCE_COLUMNS if column in missing}
+        sources = dict.fromkeys(columns, f"reference {found.source}")
+        if MARGIN in missing:
+            columns[MARGIN] = np.array(on_main_process(lambda: self._margins(name, rows, found.features)))
+            sources[MARGIN] = f"probe of layers {layers} of {found.source}, seed {self.probe_seed}"
+        for column, values in columns.items():
+            dataset = dataset.add_column(column, values)
+        self._sources[dataset._fingerprint] = sources
         return dataset
 
     def _keep_reference(self, name: str) -> None:
@@ -90,6 +120,28 @@ class ReferenceColumns(ExactResume):
             model.to(self.accelerator.device)
             columns = batch_logps(model, batch, self.accelerator)
         return batch | dict(zip(REFERENCE_COLUMNS, columns, strict=True))
+
+    def _probed(self) -> bool:
+        """Whether the margins of the training pairs come from a probe."""
+        return MARGIN in self._sources.get(getattr(self.train_dataset, "_fingerprint", ""), {})
+
+    def _margins(self, name: str, rows: Dataset, features: FeatureFile | None) -> list[float]:
+        """Margins by the probe: out of fold for the training pairs, by the frozen one for others."""
+        assert features is not None
+        if self.probe is not None:
+            weights = self.probe.weights
+            margins: list[float] = (weights.rewards(features.chosen) - weights.rewards(features.rejected)).tolist()
+            return margins
+        prompts = [np.asarray(ids, dtype=np.int64).tobytes().hex() for ids in rows["prompt_ids"]]
+        self.probe = fit_probe(features.chosen, features.rejected, prompts, seed=self.probe_seed, name=name)
+        a, loss = self.probe.report.accuracy, self.probe.report.log_loss
+        say(
+            f"{name} has no column {MARGIN!r}: a probe of the reference's states gives it, out of fold (accuracy "
+            f"{a.mean:.1%}, {a.low:.1%} to {a.high:.1%}; log loss {loss.mean:.3f}, {loss.low:.3f} to {loss.high:.3f}; "
+            "a coin: 0.693)."
+        )
+        found: list[float] = self.probe.margins.tolist()
+        return found
 
     def _with_columns(self, collator: Any) -> Any:
         """The collator, so that a batch has what the loss reads."""
@@ -142,20 +194,20 @@ class ReferenceColumns(ExactResume):
         """The computed columns, for a checkpoint."""
         return {
             f"reference.{name}.{column}": torch.from_numpy(_column(dataset, column))
-            for name, dataset in self._with_computed_reference().items()
-            for column in REFERENCE_COLUMNS
+            for name, dataset in self._with_computed().items()
+            for column in self._sources[dataset._fingerprint]
         }
 
     def _prepare_resume(self, tensors: dict[str, Tensor]) -> None:
-        """Take the reference that the training began with: computed elsewhere, its last digits would be others."""
-        for name, dataset in self._with_computed_reference().items():
-            kept = {column: tensors.get(f"reference.{name}.{column}") for column in REFERENCE_COLUMNS}
+        """Take the columns that the training began with: computed elsewhere, their last digits would be others."""
+        for name, dataset in self._with_computed().items():
+            sources = self._sources[dataset._fingerprint]
+            kept = {column: tensors.get(f"reference.{name}.{column}") for column in sources}
             if any(value is None or value.shape != (len(dataset),) for value in kept.values()):
                 continue  # a set that the training began without, or another one, which the identity refuses
-            source = self._reference_sources[dataset._fingerprint]
             for column, value in kept.items():
                 dataset = dataset.remove_columns(column).add_column(column, value.numpy())  # type: ignore[union-attr]
-            self._reference_sources[dataset._fingerprint] = source
+            self._sources[dataset._fingerprint] = sources
             if name == "train":
                 self.train_dataset = dataset
             elif name == "eval":
@@ -163,23 +215,24 @@ class ReferenceColumns(ExactResume):
             else:
                 self.eval_dataset[name.removeprefix("eval.")] = dataset
 
-    def _with_computed_reference(self) -> dict[str, Dataset]:
-        """The data sets with reference columns that this trainer computed."""
+    def _with_computed(self) -> dict[str, Dataset]:
+        """The data sets with columns that this trainer computed."""
         several = isinstance(self.eval_dataset, dict)
         named = {f"eval.{k}": v for k, v in self.eval_dataset.items()} if several else {"eval": self.eval_dataset}
         every = {"train": self.train_dataset, **named}
-        return {k: v for k, v in every.items() if getattr(v, "_fingerprint", None) in self._reference_sources}
+        return {k: v for k, v in every.items() if getattr(v, "_fingerprint", None) in self._sources}
 
     def _rows_digest(self, dataset: Any, columns: Iterable[str]) -> str | None:
-        """A reference that this trainer computed is identified by its model, not by digits."""
+        """Columns that this trainer computed are identified by what they were computed with, not by digits."""
         names = set(columns)
-        source = self._reference_sources.get(getattr(dataset, "_fingerprint", ""))
-        if source is None and self._live is not None and not names & set(dataset.column_names or ()):
-            source = self._live
-        if source is None or not names & set(REFERENCE_COLUMNS):
+        sources = self._sources.get(getattr(dataset, "_fingerprint", ""), {})
+        if self._live is not None and not names & set(dataset.column_names or ()):
+            sources = sources | dict.fromkeys(REFERENCE_COLUMNS, f"reference {self._live}")
+        if not names & sources.keys():
             return super()._rows_digest(dataset, names)
-        rest = super()._rows_digest(dataset, names - set(REFERENCE_COLUMNS))
-        return f"reference {source}" if rest is None else f"{rest}, reference {source}"
+        rest = super()._rows_digest(dataset, names - sources.keys())
+        computed = dict.fromkeys(sources[column] for column in sorted(names & sources.keys()))
+        return ", ".join([*([] if rest is None else [rest]), *computed])
 
 
 def _column(dataset: Dataset, name: str) -> Any:

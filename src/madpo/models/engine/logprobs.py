@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,9 +30,10 @@ from torch import Tensor, nn
 from madpo.core.errors import ConfigError
 from madpo.models.engine import memory_efficient as lean
 from madpo.models.engine.dependence import depends, sharded
+from madpo.models.engine.features import LayerMeans, packed_weights, padded_weights
 from madpo.models.engine.head import Head, backbone, text_model, token_logps
 from madpo.models.engine.packable import packs
-from madpo.models.engine.packed_attention import packed_states
+from madpo.models.engine.packed_attention import packed_states, row_states
 from madpo.models.engine.packing import pack
 from madpo.models.modes import evaluating
 
@@ -47,6 +48,7 @@ class CompletionScores(NamedTuple):
         entropy: **mean** over completion tokens of the entropy, nats.
         mean_logit: **mean** over completion tokens of the mean logit of the vocabulary.
         top1: share of completion tokens that were the most likely one.
+        features: ``rows x features``, of :mod:`madpo.models.engine.features`.
     """
 
     logps: Tensor
@@ -55,6 +57,7 @@ class CompletionScores(NamedTuple):
     entropy: Tensor | None = None
     mean_logit: Tensor | None = None
     top1: Tensor | None = None
+    features: Tensor | None = None
 
 
 def install_completion_head(model: nn.Module) -> None:
@@ -162,6 +165,7 @@ def completion_logps(
     pairs: bool = False,
     log_sum_sq: bool = False,
     details: bool = False,
+    features: Sequence[int] = (),
 ) -> CompletionScores:
     """Summed log-probabilities of completions.
 
@@ -175,6 +179,7 @@ def completion_logps(
             that a pair's prompt is computed once (:mod:`madpo.models.engine.packing`). Same numbers, fewer tokens.
         log_sum_sq: also compute WPO's alignment term.
         details: also compute entropy, mean logit and top-1 share.
+        features: layers whose states are averaged over each completion.
 
     Returns:
         :class:`CompletionScores`; a row without completion tokens has the log-probability 0 and the length 0.
@@ -187,8 +192,25 @@ def completion_logps(
         pairs=pairs,
         log_sum_sq=log_sum_sq,
         details=details,
+        features=features,
     )
     return scores
+
+
+def completion_features(
+    model: nn.Module,
+    input_ids: Int[Tensor, "rows length"],
+    attention_mask: Int[Tensor, "rows length"],
+    completion_mask: Int[Tensor, "rows length"],
+    layers: Sequence[int],
+    *,
+    pairs: bool = False,
+) -> Float[Tensor, "rows features"]:
+    """The features of :func:`completion_logps` without log-probabilities, for a model without wrappers."""
+    found = _completion_states(model, input_ids, attention_mask, completion_mask, pairs, layers).features
+    if found is None:
+        raise ValueError("there are no features of no layers")
+    return found
 
 
 def embedding_rows(model: Any) -> int | None:
@@ -221,6 +243,7 @@ def _score(
     pairs: bool = False,
     log_sum_sq: bool = False,
     details: bool = False,
+    features: Sequence[int] = (),
     **others: Any,
 ) -> CompletionScores:
     given = sorted(name for name, value in others.items() if value is not None)  # PEFT passes every argument on
@@ -229,23 +252,46 @@ def _score(
             f"an adapter replaces the tokens of {type(model).__name__} by {', '.join(given) or 'states'}, so it is not "
             "supported; use LoRA or another adapter that changes layers"
         )
-    _check_length(model, attention_mask)
-    if pairs and shares_prompts(model):
-        packing = pack(input_ids, attention_mask, completion_mask)
-        mask, labels = packing.scored[:, 1:], packing.labels
-        selected = packed_states(model, packing)
-    else:
-        mask = (completion_mask[:, 1:] * attention_mask[:, 1:]).bool()
-        labels = input_ids[:, 1:][mask]
-        selected = hidden_states(model, input_ids, attention_mask)[:, :-1][mask]
-    tokens = token_logps(selected, Head.of(model), labels, log_sum_sq=log_sum_sq, details=details)
-    lengths = mask.sum(-1)
+    read = _completion_states(model, input_ids, attention_mask, completion_mask, pairs, features)
+    tokens = token_logps(read.states, Head.of(model), read.labels, log_sum_sq=log_sum_sq, details=details)
+    lengths = read.mask.sum(-1)
 
     def per_row(values: Tensor) -> Tensor:
-        return values.new_zeros(mask.shape).masked_scatter(mask, values).sum(-1)
+        return values.new_zeros(read.mask.shape).masked_scatter(read.mask, values).sum(-1)
 
     means = (None if v is None else per_row(v) / lengths.clamp(min=1) for v in tokens[1:])
-    return CompletionScores(per_row(tokens.logps), lengths, *means)
+    return CompletionScores(per_row(tokens.logps), lengths, *means)._replace(features=read.features)
+
+
+class _Read(NamedTuple):
+    """States that predict the scored tokens, ``scored x hidden``, these tokens, where they are, and rows' features."""
+
+    states: Tensor
+    labels: Tensor
+    mask: Tensor
+    features: Tensor | None
+
+
+def _completion_states(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    completion_mask: Tensor,
+    pairs: bool,
+    layers: Sequence[int],
+) -> _Read:
+    _check_length(model, attention_mask)
+    means = LayerMeans(model, layers)
+    if pairs and shares_prompts(model):
+        packing = pack(input_ids, attention_mask, completion_mask)
+        mask = packing.scored[:, 1:]
+        weights = packed_weights(mask, packing.predictors, packing.input_ids.shape[1]) if layers else None
+        with means.running(weights):
+            states = row_states(model, packing)
+        return _Read(states[0].index_select(0, packing.predictors), packing.labels, mask, means.features())
+    mask = (completion_mask[:, 1:] * attention_mask[:, 1:]).bool()
+    states = hidden_states(model, input_ids, attention_mask, means, padded_weights(mask) if layers else None)
+    return _Read(states[:, :-1][mask], input_ids[:, 1:][mask], mask, means.features())
 
 
 def _check_length(model: nn.Module, attention_mask: Tensor) -> None:
@@ -254,22 +300,34 @@ def _check_length(model: nn.Module, attention_mask: Tensor) -> None:
         check_positions(model, int(attention_mask.sum(-1).max()), "lower max_length, or drop the longest pairs")
 
 
-def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Float[Tensor, "rows length hidden"]:
+def hidden_states(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    means: LayerMeans | None = None,
+    weights: Float[Tensor, "rows length"] | None = None,
+) -> Float[Tensor, "rows length hidden"]:
     """States after the last norm of a transformers causal language model, for either padding side.
 
     A causal model needs no mask: no real token looks at the padding behind it. Rows with padding in front, or with more
     padding than the model has positions for, are moved to the left and cut for the time of the call: positions and
     recurrent states of some architectures would count the padding.
+
+    Args:
+        means, weights: gather features with these weights of the tokens, as they lie in ``input_ids``.
     """
     _check_length(model, attention_mask)
+    means = means or LayerMeans(model, ())
     run = functools.partial(backbone(model), attention_mask=None, use_cache=False)
     length, limit = input_ids.shape[1], position_limit(model)
     if bool(attention_mask[:, 0].all()) and not (limit is not None and length > limit):
-        states: Tensor = run(input_ids=input_ids).last_hidden_state
+        with means.running(weights):
+            states: Tensor = run(input_ids=input_ids).last_hidden_state
         return states
     longest = max(int(attention_mask.sum(-1).max()), 1)
     order = (attention_mask == 0).to(torch.int8).argsort(dim=1, stable=True)[:, :longest]
-    states = run(input_ids=input_ids.gather(1, order)).last_hidden_state
+    with means.running(None if weights is None else weights.gather(1, order)):
+        states = run(input_ids=input_ids.gather(1, order)).last_hidden_state
     places = order[..., None].expand_as(states)
     return states.new_zeros(len(states), length, states.shape[-1]).scatter(1, places, states)
 
