@@ -31,7 +31,7 @@ def read_all(kind: str, path: Path, folder: Path) -> None:
             assert str(found).isprintable()
 
 
-@fuzzed
+@fuzzed()
 @given(data=st.data())
 def test_any_array(data, tmp_path):
     folder = fresh(tmp_path, "data")
@@ -49,7 +49,7 @@ def test_any_array(data, tmp_path):
         read_all(".json array", path, folder)
 
 
-@fuzzed
+@fuzzed()
 @given(data=st.data())
 def test_any_table_of_text(data, tmp_path):
     folder = fresh(tmp_path, "data")
@@ -114,7 +114,7 @@ def columns(draw, kind, rows):
     return pa.concat_arrays(found) if found else pa.array([], kind)
 
 
-@fuzzed
+@fuzzed()
 @given(data=st.data())
 def test_any_type_of_parquet_column(data, tmp_path):
     folder = fresh(tmp_path, "data")
@@ -160,7 +160,7 @@ def saved(tmp_path_factory):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-@fuzzed
+@fuzzed()
 @given(data=st.data())
 def test_any_saved_data_set_and_its_splits(data, saved, tmp_path):
     folder = fresh(tmp_path, "saved")

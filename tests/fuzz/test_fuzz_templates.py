@@ -130,7 +130,7 @@ def tokenizer(llama):
     return AutoTokenizer.from_pretrained(llama)
 
 
-@fuzzed
+@fuzzed()
 @given(template=templates(), prompt=MESSAGES, chosen=MESSAGES, rejected=MESSAGES, whole=st.booleans())
 def test_any_chat_template(template, prompt, chosen, rejected, whole, tokenizer, tmp_path):
     folder = fresh(tmp_path, "data")

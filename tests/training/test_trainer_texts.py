@@ -3,16 +3,19 @@
 import json
 import shutil
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from madpo.core.errors import ConfigError, DataError
 from madpo.data import templates
-from madpo.training import PreferenceConfig, PreferenceTrainer
+from madpo.losses import SimPO
+from madpo.training import PreferenceConfig, PreferenceTrainer, rendering
 from practice_cases import conversation, text_pairs
 
 DATED = (
@@ -27,9 +30,11 @@ R1 = (
 
 @pytest.fixture
 def made(llama: Path, tmp_path: Path, own_cache: None) -> Any:
-    """A trainer of some rows, with a template of the test's choice."""
+    """A trainer of some rows, with a template of the test's choice. Streamed rows have a loss without a reference."""
 
-    def make(rows: list[dict[str, Any]], template: str | None = None, out: str = "o") -> PreferenceTrainer:
+    def make(
+        rows: list[dict[str, Any]], template: str | None = None, out: str = "o", *, streamed: bool = False
+    ) -> PreferenceTrainer:
         tokenizer = AutoTokenizer.from_pretrained(llama)
         tokenizer.chat_template = template or tokenizer.chat_template
         args = PreferenceConfig(
@@ -38,8 +43,9 @@ def made(llama: Path, tmp_path: Path, own_cache: None) -> Any:
         return PreferenceTrainer(
             AutoModelForCausalLM.from_pretrained(llama),
             args=args,
-            train_dataset=Dataset.from_list(rows),
+            train_dataset=IterableDataset.from_generator(lambda: iter(rows)) if streamed else Dataset.from_list(rows),
             processing_class=tokenizer,
+            loss=SimPO() if streamed else None,
         )
 
     return make
@@ -91,9 +97,44 @@ def test_what_is_no_template_s_fault_is_raised_as_it_is(made: Any) -> None:
         made([{name: row[name] for name in ("prompt", "chosen")} for row in CHATS])
 
 
-def test_a_training_continues_on_another_day(
-    made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_stream_is_rendered_like_rows_that_are_there(
+    made: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    streamed = made(CHATS, streamed=True)
+    assert "train, " not in capsys.readouterr().err
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+    assert [{c: row[c] for c in columns} for row in streamed.train_dataset] == list(
+        made(CHATS, out="whole").train_dataset.select_columns(list(columns))
+    )
+    monkeypatch.setattr(rendering, "FIRST_ROWS", 4)
+    made([*map(thinking, CHATS[:2]), *CHATS[2:]], R1, streamed=True)
+    said = capsys.readouterr().err
+    assert "train, the first 4 pairs of a stream: the chat template leaves out text in 4 of " in said
+    assert "both sides of 2 pairs have the same tokens" in said
+
+
+@pytest.mark.parametrize("bad", ["{{ 1 / 0 }}", "{{ 'a'.zfill(9999999999) }}"])
+def test_a_row_of_a_stream_that_cannot_be_rendered_is_named_when_it_is_met(
+    bad: str, made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rendering, "FIRST_ROWS", 2)
+    rows = [conversation(row | {"prompt": f"The film {i}"}) for i, row in enumerate(text_pairs(9))]
+    trainer = made(rows, "{% if 'film 7' in messages[0].content %}" + bad + "{% else %}a b c{% endif %}", streamed=True)
+    with pytest.raises((DataError, ConfigError), match=r"streamed.*'The film 7'.*the chat template of .*llama"):
+        trainer.train()
+    with pytest.raises(DataError, match=r"streamed.*share no message"):
+        made([{name: CHATS[0][name] for name in ("chosen", "rejected")}], streamed=True)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_training_continues_on_another_day(
+    streamed: bool, made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = partial(made, streamed=streamed)
+
+    def prompts(trainer: PreferenceTrainer) -> list[list[int]]:
+        return [row["prompt_ids"] for row in trainer.train_dataset]
+
     class Day:
         today = datetime(2026, 3, 1)
         now = classmethod(lambda cls: cls.today)
@@ -105,10 +146,19 @@ def test_a_training_continues_on_another_day(
     shutil.rmtree(tmp_path / "o" / "checkpoint-2")
     Day.today = datetime(2026, 3, 2)
     second = made(CHATS, DATED)
-    assert second.train_dataset["prompt_ids"][:] == first.train_dataset["prompt_ids"][:]
+    assert prompts(second) == prompts(first)
     assert second.train(resume_from_checkpoint=True).global_step == 2
-    assert made(CHATS, DATED, "other").train_dataset["prompt_ids"][:] != first.train_dataset["prompt_ids"][:]
+    assert prompts(made(CHATS, DATED, "other")) != prompts(first)
     # Without a date nothing is left behind.
     made(CHATS, None, "plain")
     assert not list((tmp_path / "plain").rglob(".first_start.json"))
     assert json.loads((tmp_path / "o" / ".first_start.json").read_bytes()) == {"started": "2026-03-01T00:00:00"}
+
+
+@pytest.mark.parametrize(("target", "named"), [("no_such_layer", "no_such_layer"), ("input_layernorm", "LlamaRMSNorm")])
+def test_layers_that_peft_cannot_adapt_are_one_sentence(target: str, named: str, llama: Path, tmp_path: Path) -> None:
+    args = PreferenceConfig(output_dir=str(tmp_path), bf16=False, use_cpu=True, report_to="none")
+    adapter = LoraConfig(r=2, target_modules=[target], task_type="CAUSAL_LM")
+    for model in (str(llama), AutoModelForCausalLM.from_pretrained(llama)):
+        with pytest.raises(ConfigError, match=f"PEFT cannot put this adapter on the model .*{named}"):
+            PreferenceTrainer(model, args=args, train_dataset=Dataset.from_list(CHATS), peft_config=adapter)

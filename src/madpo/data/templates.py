@@ -99,17 +99,28 @@ def render(tokenizer: Any, messages: list[Message], clock: Clock, place: str, **
         DataError: the template refuses the conversation.
         ConfigError: there is no template, or it can render none.
     """
+    text: str = applied(tokenizer, messages, clock, place, tokenize=False, **options)
+    return encodable(text, "what the chat template writes", place)
+
+
+def applied(
+    tokenizer: Any, messages: list[Message], clock: Clock, place: str, seen: Seen | None = None, **options: Any
+) -> Any:
+    """What the tokenizer's ``apply_chat_template`` returns, within bounds; arguments and errors as for :func:`render`.
+
+    Args:
+        seen: as in :func:`bounded_templates`.
+    """
     _refuse_missing(tokenizer)
     if isinstance(messages, Conversation):
         options = messages.options | options
     try:
-        with bounded_templates(clock):
-            text: str = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        with bounded_templates(clock, seen):
+            return tokenizer.apply_chat_template(messages, **options)
     except MadpoError:
         raise
     except Exception as error:  # the template's own program: anything
         raise refusal(tokenizer, error, place) from error
-    return encodable(text, "what the chat template writes", place)
 
 
 def refusal(tokenizer: Any, error: Exception, place: str) -> MadpoError:

@@ -16,8 +16,10 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -36,6 +38,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from madpo.core.errors import ConfigError, MadpoError, first_line
 from madpo.core.progress import say_once
 from madpo.models.engine.head import text_model
 from madpo.models.modes import evaluating
@@ -69,6 +72,25 @@ def adapter_config(lora: LoRA, model: nn.Module, task: Literal["CAUSAL_LM", "SEQ
     if lora.targets == "all-linear":
         _choose(config, model)
     return config
+
+
+@contextmanager
+def adapting() -> Iterator[None]:
+    """Turn what PEFT raises while it puts an adapter on a model into one sentence; other errors pass through.
+
+    Raises:
+        ConfigError: in place of PEFT's error.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, NotImplementedError, RuntimeError) as error:
+        raised = list(traceback.walk_tb(error.__traceback__))
+        if isinstance(error, MadpoError) or not raised[-1][0].f_globals.get("__name__", "").startswith("peft."):
+            raise
+        raise ConfigError(
+            f"PEFT cannot put this adapter on the model ({first_line(error, 300).rstrip(' .')}); name other "
+            'target_modules (lora.targets), or leave them at "all-linear", which takes the layers that can be adapted'
+        ) from error
 
 
 def _choose(config: LoraConfig, model: nn.Module) -> None:

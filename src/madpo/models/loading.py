@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -80,7 +81,7 @@ def cannot_load(name: str, error: BaseException, what: str = "model") -> MadpoEr
     if "automatic conversion of the weights" in said:  # whose details are in a log alone
         reason = "the weights of its experts are incomplete, or have other shapes than its config.json asks for"
     folder = expanded(name)
-    if not folder.exists() and (isinstance(error, OSError) or "HFValidationError" in names):
+    if not os.path.exists(folder) and (isinstance(error, OSError) or "HFValidationError" in names):
         return no_such_model(name, reason)
     method = _quantisation(folder)
     if method is not None and not isinstance(error, OSError):

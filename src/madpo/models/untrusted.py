@@ -155,7 +155,7 @@ def check_adapter(folder: Path) -> None:
         if key == "trust_remote_code" and value:
             raise ConfigError(f"{path}: {key} is {value!r}, which runs code of the hub; remove the field")
     kind = settings.get("peft_type")
-    if kind in _NAMES_OTHERS:
+    if isinstance(kind, str) and kind in _NAMES_OTHERS:
         raise ConfigError(
             f"{path}: peft_type is {kind!r}, an adapter that loads other models or adapters by names of its choice "
             f"({_NAMES_OTHERS[kind]}); merge it into its base where you trust it, and give the merged model"

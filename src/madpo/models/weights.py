@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from madpo.core.errors import ConfigError
 from madpo.core.progress import say_once
+from madpo.models.fitting import bounded, refuse_uncomputable
 from madpo.models.loading import loading
 from madpo.models.packaged import quiet_transformers
 from madpo.models.untrusted import ADAPTER_WEIGHTS, check_adapter, check_model
@@ -50,12 +51,13 @@ def pretrained(
         settings: of ``from_pretrained``.
 
     Raises:
-        ConfigError: a weight is missing or has another shape, a file is damaged or could run code.
+        ConfigError: a weight is missing or has another shape, its configuration makes another model than its weights
+            are of, a file is damaged or could run code.
         StorageError, MemoryShortage: as :func:`madpo.models.loading.loading`.
     """
     if use_safetensors and not trust_remote_code:
         check_model(place, settings.get("revision"))
-    with loading(place), quiet_transformers():
+    with loading(place), quiet_transformers(), bounded(place):
         model, found = auto.from_pretrained(
             place,
             use_safetensors=use_safetensors,
@@ -71,6 +73,7 @@ def pretrained(
         made_later |= brought
     _refuse_missing(str(place), model, found, made_later)
     _say_unused(str(place), model, found["unexpected_keys"])
+    refuse_uncomputable(place, model)
     return model if adapted is None else adapted
 
 
@@ -176,7 +179,8 @@ def _adapted(model: PreTrainedModel, folder: Path) -> tuple[PeftModel, set[str]]
             )
         config.inference_mode = True
         kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
-        adapted = kind(model, config, "default")
+        with bounded(folder, ADAPTER_WEIGHTS):
+            adapted = kind(model, config, "default")
         try:
             result = adapted.load_adapter(str(folder), "default")
         except (KeyError, RuntimeError):  # a head or a token that is missing; a tensor of another shape

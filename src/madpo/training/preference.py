@@ -188,9 +188,9 @@ class PreferenceTrainer(WindowMetrics, ReferenceColumns, DPOTrainer):  # type: i
 
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: Any, dataset_name: str) -> Dataset:
         if not set(ID_COLUMNS) <= set(get_dataset_column_names(dataset)):
-            with rendering(dataset, processing_class, args, dataset_name) as findings:
-                dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-            findings.say(dataset, processing_class, dataset_name)
+            with rendering(dataset, processing_class, args, dataset_name) as (findings, tokenizer):
+                dataset = super()._prepare_dataset(dataset, tokenizer, args, dataset_name)
+                findings.say(dataset, processing_class, dataset_name)
         return drop_unscored(dataset, args, dataset_name)
 
     def _set_signature_columns_if_needed(self) -> None:

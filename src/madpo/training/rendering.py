@@ -1,19 +1,25 @@
 """Conversations that a trainer renders itself: within bounds, at the date of its first start, and with a line on what
-the chat template did to them."""
+the chat template did to them.
+
+Data that are streamed are rendered while the training reads them, under the same rules, and what is said about them
+comes from their first rows.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from numpy.typing import NDArray
 from trl.data_utils import extract_prompt, is_conversational
 
@@ -21,11 +27,13 @@ from madpo.core import processes
 from madpo.core.errors import DataError, MadpoError
 from madpo.core.progress import say
 from madpo.data.messages import content_of
-from madpo.data.templates import Clock, bounded_templates, left_out, render
+from madpo.data.templates import Clock, applied, bounded_templates, left_out, render
 from madpo.runner.first_start import fixed_before, since_first_start
 from madpo.training.columns import ID_COLUMNS
 
 _STARTED = "started"
+FIRST_ROWS = 256
+"""Pairs of a stream that are read before the training, for what there is to say about them."""
 
 
 class TextFindings:
@@ -41,18 +49,22 @@ class TextFindings:
             self.dropped += bool(left_out(messages, text))
 
     def say(self, dataset: Any, tokenizer: Any, name: str) -> None:
-        """Say in one line what was found, if there was anything."""
+        """Say in one line what was found, if there was anything; of a stream, in its first rows."""
+        streamed = isinstance(dataset, IterableDataset)
+        if streamed:
+            dataset = Dataset.from_list(list(dataset.take(FIRST_ROWS)))
         found = []
         if self.dropped:
             found.append(f"the chat template leaves out text in {self.dropped} of {self.conversations} conversations")
-        if isinstance(dataset, Dataset) and set(ID_COLUMNS) <= set(dataset.column_names):
+        if set(ID_COLUMNS) <= set(dataset.column_names):
             same, doubled = _in_tokens(dataset, getattr(tokenizer, "bos_token_id", None))
             if same:
                 found.append(f"both sides of {same} pairs have the same tokens")
             if doubled:
                 found.append(f"{doubled} pairs begin with two beginning tokens")
         if found:
-            say(f"{name}, {len(dataset) if isinstance(dataset, Dataset) else 'streamed'} pairs: {'; '.join(found)}.")
+            pairs = f"{'the first ' if streamed else ''}{len(dataset)} pairs{' of a stream' if streamed else ''}"
+            say(f"{name}, {pairs}: {'; '.join(found)}.")
 
 
 def _in_tokens(dataset: Dataset, start: int | None) -> tuple[int, int]:
@@ -73,8 +85,11 @@ def _rows(column: pa.ListArray) -> Iterator[NDArray[np.integer[Any]]]:
 
 
 @contextmanager
-def rendering(dataset: Any, tokenizer: Any, args: Any, name: str) -> Iterator[TextFindings]:
+def rendering(dataset: Any, tokenizer: Any, args: Any, name: str) -> Iterator[tuple[TextFindings, Any]]:
     """In here a trainer renders ``dataset`` within bounds, at the date of the first start of its ``output_dir``.
+
+    Yields:
+        what is found, and the tokenizer to render with: for a stream, which is read later, a copy that keeps the rules.
 
     Raises:
         DataError, ConfigError: in place of whatever a chat template raised, with the row.
@@ -82,9 +97,13 @@ def rendering(dataset: Any, tokenizer: Any, args: Any, name: str) -> Iterator[Te
     folder = Path(args.output_dir)
     started = fixed_before(folder, _STARTED) or processes.on_main_process(lambda: Clock().now.isoformat())
     clock, findings = Clock(datetime.fromisoformat(str(started))), TextFindings()
+    if isinstance(dataset, IterableDataset) and hasattr(tokenizer, "apply_chat_template"):
+        bounded = copy.copy(tokenizer)
+        bounded.apply_chat_template = partial(_applied_in_stream, tokenizer, clock, findings, name)
+        tokenizer = bounded
     try:
         with bounded_templates(clock, findings.see):
-            yield findings
+            yield findings, tokenizer
     except MadpoError:
         raise
     except Exception as error:
@@ -95,6 +114,23 @@ def rendering(dataset: Any, tokenizer: Any, args: Any, name: str) -> Iterator[Te
     if clock.read:  # other trainers leave no file behind
         since_first_start(folder, _STARTED, clock.now.isoformat)
         say(f"The chat template prints the date; the texts of {folder} have that of its first start, {clock.text()}.")
+
+
+def _applied_in_stream(
+    tokenizer: Any, clock: Clock, findings: TextFindings, name: str, messages: list[Any], **options: Any
+) -> Any:
+    """``apply_chat_template`` for a row of a stream, which has no number: its beginning names it."""
+    if not messages:
+        raise _no_prompt(f"{name} data set (streamed)")
+    place = f"{name} data set (streamed), the conversation that begins {content_of(messages[0])[:40]!r}"
+    return applied(tokenizer, messages, clock, place, findings.see, **options)
+
+
+def _no_prompt(place: str) -> DataError:
+    return DataError(
+        f"{place}: chosen and rejected share no message at their beginning, so there is no prompt for the chat "
+        "template; add a column prompt, or begin both sides with the same messages"
+    )
 
 
 def _first_refused(dataset: Any, tokenizer: Any, clock: Clock, name: str) -> MadpoError | None:
@@ -108,10 +144,7 @@ def _first_refused(dataset: Any, tokenizer: Any, clock: Clock, name: str) -> Mad
         options |= example.get("chat_template_kwargs") or {}
         place = f"{name} data set, row {row}"
         if not parts["prompt"]:
-            return DataError(
-                f"{place}: chosen and rejected share no message at their beginning, so there is no prompt for the chat "
-                "template; add a column prompt, or begin both sides with the same messages"
-            )
+            return _no_prompt(place)
         try:
             render(tokenizer, parts["prompt"], clock, place, add_generation_prompt=True, **options)
             for side in ("chosen", "rejected"):

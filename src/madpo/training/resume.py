@@ -26,6 +26,7 @@ from madpo.core.memory import memory_errors
 from madpo.core.processes import all_gather_object
 from madpo.core.progress import say
 from madpo.core.storage import storage_errors
+from madpo.models.adapters import adapting
 from madpo.models.untrusted import refuse_pickles
 from madpo.training import checkpoints as disk
 from madpo.training.adapters import sort_sets
@@ -62,7 +63,8 @@ class ExactResume(FiniteTraining):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, TrainingArguments)]
-        with storage_errors(Path(given[0].output_dir if given else ".")), memory_errors(self.memory_remedy):
+        folder = Path(given[0].output_dir if given else ".")
+        with storage_errors(folder), memory_errors(self.memory_remedy), adapting():
             super().__init__(*args, **kwargs)
         for adapter in (getattr(self.model, "peft_config", None) or {}).values():
             sort_sets(adapter)

@@ -136,7 +136,7 @@ READERS = [
 
 
 @pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.name)
-@fuzzed
+@fuzzed(5)  # in the suite: each loader has some of the other inputs
 @given(data=st.data())
 def test_any_folder_of_a_loader(reader, data, tmp_path):
     reader.tried(data, tmp_path)

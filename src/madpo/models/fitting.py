@@ -1,0 +1,123 @@
+"""Does a configuration fit its weights: found out before memory is taken for it, and before hours of work begin.
+
+A model is built as its ``config.json`` says, and only then filled from its files. A damaged field makes a model of a
+million layers, or one whose layers do not fit one another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
+from transformers.utils import cached_file
+
+from madpo.core.errors import ConfigError
+from madpo.models.engine.head import text_model
+from madpo.models.loading import loading
+from madpo.models.modes import evaluating
+from madpo.models.untrusted import MODEL_WEIGHTS
+
+# For each byte or tensor of the files: weights of 2 bits unpack to 4 numbers a byte, a tensor is registered before and
+# after it is read, and fused ones are split.
+_TIMES = 16
+_NUMBERS = 2**26  # besides: buffers, and what a tiny model computes itself
+_PARTS = 2**14
+
+
+@contextmanager
+def bounded(place: Path | str, *names: str) -> Iterator[None]:
+    """In here, modules that are made for the weights of ``place`` may not be many times larger than those weights.
+
+    Modules register a tensor before they write to it, so that what is refused has taken no memory.
+
+    Args:
+        place: folder or hub id. What is not on this machine yet is not bounded.
+        names: files of weights; the usual ones of a model where none are given.
+
+    Raises:
+        ConfigError: they are larger.
+    """
+    stored: list[int] = []  # bytes and tensors, once they are needed
+    made = [0, 0]
+
+    def count(size: int) -> None:
+        made[0] += size
+        made[1] += 1
+        if made[0] <= _NUMBERS and made[1] <= _PARTS:
+            return
+        if not stored:
+            stored.extend(_stored(place, names or MODEL_WEIGHTS))
+        if stored[1] and (made[0] > _TIMES * stored[0] + _NUMBERS or made[1] > _TIMES * stored[1] + _PARTS):
+            raise ConfigError(
+                f"{place}: its configuration asks for a model that is many times larger than its weights "
+                f"({stored[1]} tensors, {stored[0]} bytes), such as too many layers or too high a rank; give the "
+                "configuration that belongs to these weights"
+            )
+
+    def tensor(module: nn.Module, name: str, value: Any) -> None:
+        count(value.numel() if isinstance(value, Tensor) else 0)
+
+    def part(module: nn.Module, name: str, value: Any) -> None:
+        count(0)
+
+    handles = [
+        register_module_parameter_registration_hook(tensor),
+        register_module_buffer_registration_hook(tensor),
+        register_module_module_registration_hook(part),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _stored(place: Path | str, names: tuple[str, ...]) -> tuple[int, int]:
+    """Bytes and tensors of the safetensors files next to the first of ``names`` that is there; zeros where none is."""
+    found = next((path for name in names if (path := _here(place, name)) is not None), None)
+    if found is None:
+        return 0, 0
+    size = tensors = 0
+    for file in found.parent.glob("*.safetensors"):
+        size += file.stat().st_size
+        with loading(file, "file"), safe_open(file, framework="numpy") as opened:
+            tensors += len(opened.keys())
+    return size, tensors
+
+
+def _here(place: Path | str, name: str) -> Path | None:
+    found = cached_file(
+        str(place),
+        name,
+        local_files_only=True,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)
+
+
+@torch.no_grad()
+def refuse_uncomputable(place: Path | str, model: nn.Module) -> None:
+    """Let a model read two tokens, so that a configuration that fits its weights and computes nothing is refused.
+
+    Raises:
+        ConfigError, MemoryShortage: in place of what the forward pass raised.
+    """
+    if any(p.is_meta or hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in model.parameters()):
+        return  # not all of its weights are in this process
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    with loading(place), evaluating(model):
+        inner = text_model(inner)
+        rows, device = inner.get_input_embeddings().weight.shape[0], next(inner.parameters()).device
+        inner(input_ids=torch.arange(1, 3, device=device)[None] % rows, use_cache=False)
