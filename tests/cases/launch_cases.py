@@ -119,7 +119,7 @@ def columns(folder: Path, out: Path) -> dict[str, list[float]]:
     found = {name: list(trainer.train_dataset[name]) for name in ("ref_chosen_logps", "ref_rejected_logps")}
     known = trainer.train_dataset.remove_columns([*found, "reward_margin"]).select(range(18))
     probed = PreferenceTrainer(
-        trainer.model.get_base_model(),
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
         args=PreferenceConfig(output_dir=str(out / "probed"), **QUIET, per_device_train_batch_size=4),
         loss=MADPO(),
         train_dataset=known,

@@ -21,6 +21,7 @@ def place(llama: Path, module_cache: None, tmp_path_factory: pytest.TempPathFact
     scored = [row | {"reward_margin": 1.0} for row in rows]
     write(place / "pairs.jsonl", rows)
     write(place / "scored.jsonl", scored)
+    write(place / "rated.jsonl", [row | {"chosen_score": 3.0, "rejected_score": 1.0} for row in rows])
     write(place / "chat.jsonl", [conversation(row) for row in rows])
     write(place / "other.jsonl", [{"question": r["prompt"], "good": r["chosen"], "bad": r["rejected"]} for r in rows])
     write(place / "words.jsonl", [row | {"reward_margin": "high"} for row in rows])
@@ -44,8 +45,8 @@ def place(llama: Path, module_cache: None, tmp_path_factory: pytest.TempPathFact
 
 TRAIN = "train scored.jsonl --output_dir out --model_name_or_path"
 MISTAKES = {
-    "train pairs.jsonl --model_name_or_path model --output_dir out": "has no column 'reward_margin', which the loss "
-    "madpo reads; add it: madpo score pairs.jsonl",
+    "train rated.jsonl --model_name_or_path model --output_dir out": "has no column 'reward_margin', which the loss "
+    "madpo reads; add it: madpo score rated.jsonl",
     f"{TRAIN} model --eval_data pairs.jsonl": "pairs.jsonl: has no column 'reward_margin'",
     f"{TRAIN} model --eval_data other.jsonl": "other.jsonl, line 1: has no column 'chosen' (found 'question', 'good'",
     "train words.jsonl --output_dir out --model_name_or_path model": "reward_margin is 'high' (text), not a number",

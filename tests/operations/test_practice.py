@@ -342,7 +342,6 @@ def test_any_reward_model_with_one_output(llama, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ([], "has no column 'reward_margin', which the loss madpo reads; add it: madpo score"),
         (["--loss", "madop"], "did you mean 'madpo'?"),
         (["--loss", "madpo", "--loss.taau", "3"], "unknown key 'loss.taau'; did you mean 'tau'?"),
         (["--loss", "dpo", "--args.lerning_rate", "1"], "did you mean 'learning_rate'?"),

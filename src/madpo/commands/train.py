@@ -103,6 +103,8 @@ def score_arguments(parser: argparse.ArgumentParser) -> None:
     _common(parser, "report.json in it is the last file")
     option(parser, "reward_model", "reward_model", "folder of madpo reward, or a sequence classifier", metavar="R")
     option(parser, "score_columns", "score_columns", "or columns with scores", nargs=2, metavar=("CHOSEN", "REJECTED"))
+    says = "or a model (best the one to be trained) whose states give margins out of fold, without a training"
+    option(parser, "probe", "probe", says, metavar="M")
     option(parser, "folds", "folds", "or this many reward models, each for the part it did not see", type=int)
     option(parser, "margin_temperature", "margin_temperature", "divides the columns' difference", type=float)
     option(parser, "format", "format", "of the result (default: jsonl)", choices=("jsonl", "parquet"))
@@ -113,6 +115,7 @@ def score_arguments(parser: argparse.ArgumentParser) -> None:
     example(
         parser,
         "madpo score pairs.jsonl --reward_model rm --output_dir scored\n"
+        "  madpo score pairs.jsonl --probe gemma-3-270m --output_dir scored\n"
         "  madpo score pairs.jsonl --folds 5 --model_name_or_path gemma-3-270m --output_dir scored\n"
         "  madpo score pairs.jsonl --score_columns chosen_score rejected_score --output_dir scored",
     )
@@ -125,7 +128,8 @@ def score_command(arguments: argparse.Namespace) -> int:
 
     refuse_missing_files(arguments.data, arguments.config)
     beside, settings = asked(arguments, ScoreSettings, **_result())
-    refuse_missing_places(models=[settings.reward.model if settings.reward else None], rewards=[settings.reward_model])
+    model = settings.reward.model if settings.reward else settings.probe
+    refuse_missing_places(models=[model], rewards=[settings.reward_model])
 
     with loading_libraries():
         from madpo.operations import score

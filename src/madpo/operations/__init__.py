@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from madpo.operations.inspection import inspect_data as inspect
     from madpo.operations.policy import TrainReport, train
     from madpo.operations.reward_model import RewardReport, load_scorer, reward
-    from madpo.operations.scoring import ScoreReport, score
+    from madpo.operations.score_report import ScoreReport
+    from madpo.operations.scoring import score
     from madpo.operations.settings import EvaluateSettings, RewardSettings, ScoreSettings
     from madpo.operations.train_settings import TrainSettings
     from madpo.operations.trimming.report import TrimReport, TrimSettings
@@ -26,7 +27,7 @@ _HOME = {
     "EvaluateSettings": "madpo.operations.settings",
     "RewardReport": "madpo.operations.reward_model",
     "RewardSettings": "madpo.operations.settings",
-    "ScoreReport": "madpo.operations.scoring",
+    "ScoreReport": "madpo.operations.score_report",
     "ScoreSettings": "madpo.operations.settings",
     "TrainReport": "madpo.operations.policy",
     "TrainSettings": "madpo.operations.train_settings",

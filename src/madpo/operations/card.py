@@ -39,6 +39,12 @@ def model_card(*, data: str, eval_data: str | Path | None, settings: TrainSettin
         lines.append(f"- held out: {report.eval_pairs} pairs, {source}")
     if (reward_model := _reward_model(Path(data))) is not None:
         lines.append(f"- margins from: {_plain(reward_model)}")
+    if report.probe is not None:
+        a = report.probe.accuracy
+        lines.append(
+            f"- margins from: a probe of the reference's states, out of fold (accuracy {a.mean:.1%}, {a.low:.1%} to "
+            f"{a.high:.1%}; log loss {report.probe.log_loss.mean:.3f})"
+        )
     if report.adapter:
         lines.append(f"- {_plain(report.adapter)}")
     lines += [
@@ -73,6 +79,8 @@ def _reward_model(data: Path) -> str | None:
         return f"the reward model {made['reward_model']} (SHA-256 {record.inputs.get('reward_model') or 'unknown'})"
     if made.get("score_columns"):
         return f"the columns {' and '.join(map(str, made['score_columns']))}"
+    if made.get("probe"):
+        return f"a probe of the states of {made['probe']}, out of fold"
     reward = made.get("reward")
     base = reward.get("model") if isinstance(reward, dict) else "unknown"
     return f"{made.get('folds')} reward models on {base}, out of fold"

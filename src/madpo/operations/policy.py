@@ -37,6 +37,7 @@ from madpo.operations.card import model_card
 from madpo.operations.inputs import Row, adapted, load_training
 from madpo.operations.running import digest, load_report, run_in_folder, toml
 from madpo.operations.train_settings import TrainSettings
+from madpo.rewards.probe import ProbeReport
 from madpo.runner.first_start import since_first_start
 from madpo.runner.operation import operation
 from madpo.training import PreferenceConfig, PreferenceTrainer
@@ -75,12 +76,16 @@ class TrainReport(Frozen):
     """The largest of the schedule."""
     adapter: str | None = None
     """Which weights the adapter changes, and their share of the model's parameters; None in full training."""
+    probe: ProbeReport | None = None
+    """How good the margins are, where a probe of the reference's states gave them."""
 
     def text(self) -> str:
         """The report for a person."""
         lines = [f"{self.pairs} pairs, {self.steps} steps, mean loss {self.loss:.4f}"]
         if self.dropped or self.cut:
             lines.append(f"longer than max_length: {self.dropped} pairs dropped (dropped.jsonl), {self.cut} cut")
+        if self.probe is not None:
+            lines.append(f"margins by a {self.probe.text()}")
         if self.evaluation:
             lines.append(f"on {self.eval_pairs} held-out pairs:")
             lines += [f"    {name}  {value:.4f}" for name, value in self.evaluation.items()]
@@ -126,9 +131,10 @@ def train_pairs(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) 
     base, tokenizer, rows, heldout, too_long, clock = load_training(
         settings, data, eval_data, out, seed=args.seed, max_length=args.max_length
     )
-    require_columns(rows, settings.loss, str(data))
+    probed = not {"reward_margin", "chosen_score"} & rows[0].keys()  # a probe gives the margins that nothing else can
+    require_columns(rows, settings.loss, str(data), probed=probed)
     if heldout:
-        require_columns(heldout, settings.loss, str(eval_data or data))
+        require_columns(heldout, settings.loss, str(eval_data or data), probed=probed)
     trainer = build_trainer(settings, args, base, tokenizer, rows, heldout)
     if trainer.sharded and settings.merge:
         raise ConfigError(
@@ -150,6 +156,7 @@ def train_pairs(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) 
         model_digest=model_digest(base, trainer.model),
         learning_rate=float(args.learning_rate),
         adapter=adapter_text(trainer.model),
+        probe=trainer.probe.report if trainer.probe is not None else None,
     )
     _save(trainer, settings, tokenizer, out)
     if not processes.is_main_process():
@@ -165,15 +172,18 @@ def train_pairs(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) 
     return {"pairs": report.pairs, "steps": report.steps, "loss": report.loss, **evaluation}
 
 
-def require_columns(rows: Sequence[Row], loss: LossConfig, name: str) -> None:
+def require_columns(rows: Sequence[Row], loss: LossConfig, name: str, *, probed: bool = False) -> None:
     """Refuse pairs that lack a column which the loss reads.
+
+    Args:
+        probed: ``reward_margin`` may be missing, since the trainer's probe gives it.
 
     Raises:
         DataError: naming the command that adds it.
     """
     kind = getattr(loss, "kind", type(loss).__name__)
     for column in sorted(set(loss.needs) & set(PAIR_COLUMNS)):
-        if column in rows[0]:
+        if column in rows[0] or (column == "reward_margin" and probed):
             continue
         remedy = f"add it: madpo score {name} --reward_model DIR --output_dir DIR"
         if column == "reward_margin" and "chosen_score" in rows[0]:

@@ -33,7 +33,7 @@ from madpo.operations.running import digest, load_report, run_in_folder
 from madpo.operations.settings import RewardSettings
 from madpo.report.command_pages import write_reward_page
 from madpo.rewards.margins import MarginReport, Reliability, inspect
-from madpo.rewards.reward_model import RewardModel, reward_base
+from madpo.rewards.reward_model import PROBE, RewardModel, reward_base
 from madpo.runner.operation import operation
 from madpo.training.margins import sequences
 from madpo.training.settings import RewardModelStage
@@ -253,7 +253,10 @@ def _named(value: Any) -> Any:
 
 
 class Scorer(Protocol):
-    """Rewards of pairs: what scoring and evaluation ask of a reward model."""
+    """Rewards of pairs (or features of theirs): what scoring and evaluation ask of a reward model."""
+
+    kept: dict[str, NDArray[Any]]
+    """What is kept with each part of the scores."""
 
     def score_pairs(self, pairs: Sequence[Pair], name: str, unit: str) -> tuple[NDArray[Any], NDArray[Any]]: ...
 
@@ -307,6 +310,7 @@ class PairScorer:
 
     def __init__(self, model: RewardModel, *, own: bool, batch_size: int = 16, clock: Clock | None = None) -> None:
         self.model, self.batch_size = model, batch_size
+        self.kept: dict[str, NDArray[Any]] = {}
         self.encoder = PairEncoder(model.tokenizer, own=own, clock=clock)
 
     def score_pairs(self, pairs: Sequence[Pair], name: str, unit: str) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -329,11 +333,25 @@ def load_scorer(place: str | Path, *, batch_size: int = 16, clock: Clock | None 
         ConfigError: it is no reward model, or cannot be loaded.
     """
     if (folder := _own_folder(place)) is not None:
-        refuse_fetching(reward_base(folder)[0], folder)
+        base, _ = reward_base(folder)
+        refuse_fetching(base, folder)
+        _refuse_other_model(folder, base)
         return PairScorer(RewardModel.load(folder), own=True, batch_size=batch_size, clock=clock)
     base = _classifier(place)
     model, tokenizer = load_classifier(base), load_tokenizer(base)
     return PairScorer(RewardModel(placed(model), tokenizer), own=False, batch_size=batch_size, clock=clock)
+
+
+def _refuse_other_model(folder: Path, base: Path | str) -> None:
+    """Refuse a probe whose model has changed: its weights would be read against other states.
+
+    Raises:
+        DataError: naming both.
+    """
+    told = json.loads((folder / "reward_model.json").read_bytes()).get("probe")
+    if told is None or not isinstance(base, Path) or told.get("model_digest") in (None, digest(base)):
+        return
+    raise DataError(f"{folder} is a probe of another model than {base} holds now; fit it again with --probe {base}")
 
 
 def load_pair_encoder(place: str | Path, clock: Clock | None = None) -> PairEncoder:
@@ -386,7 +404,9 @@ def _classifier(place: str | Path) -> Path | str:
 
 
 def reward_model_digest(place: str) -> str | None:
-    """SHA-256 of a reward model's files (of one of ours, its adapter's); None for one of the hub."""
+    """SHA-256 of a reward model's files (of one of ours, its adapter's or its probe's); None for one of the hub."""
     folder = expanded(place)
+    if (folder / PROBE).is_file():
+        return digest(folder / PROBE)
     own = (folder / "reward_model.json").is_file()
     return digest(folder / "adapter") if own else digest(folder)

@@ -1,4 +1,4 @@
-"""``madpo score``: reward margins as columns, from a reward model, out of fold, or from scores that are there already.
+"""``madpo score``: reward margins as columns, from a reward model, out of fold, from a probe, or from score columns.
 
 Scores are kept in parts as they are made, so that an interrupted run goes on where it stopped and ends with the same
 bytes; the rows are put together at the end. The processes of a launch share the parts among them, and the leading one
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,9 @@ from madpo.operations.inputs import (
     tell_date,
     tell_findings,
 )
+from madpo.operations.probing import FeatureScorer, fit_from_parts
 from madpo.operations.reward_model import (
-    PairScorer,
+    Scorer,
     fit,
     load_pair_encoder,
     load_scorer,
@@ -53,8 +54,10 @@ from madpo.operations.reward_model import (
 )
 from madpo.operations.row_files import Raw, json_line, write_parquet
 from madpo.operations.running import digest, load_report, run_in_folder
+from madpo.operations.score_report import ScoreReport
 from madpo.operations.settings import RewardSettings, ScoreSettings
 from madpo.rewards.margins import inspect
+from madpo.rewards.probe import ProbeReport
 from madpo.runner.operation import operation
 from madpo.runner.step import Source, Step
 from madpo.runner.work import run_step
@@ -63,46 +66,6 @@ PART = 512
 """Pairs per part: what an interruption can cost."""
 MEMORY_REMEDY = "give a smaller --batch_size, and run the same command again: parts that are scored stay"
 _TEXTS = ("pair_id", "prompt", "chosen", "rejected")
-
-
-class ScoreReport(Frozen):
-    """What :func:`score` did."""
-
-    file: str
-    pairs: int
-    accuracy: Estimate
-    """Share of pairs with a margin above 0."""
-    mean_margin: float
-    log_loss: float
-    temperature: float
-    """With score_columns, what the margins were divided by; else what would make them log-odds on these labels."""
-    temperature_reason: str
-    calibrated_log_loss: float
-    heldout: bool
-    """True if no margin comes from a model that was trained on its pair (known for ``folds`` alone)."""
-    data_digest: str | None = None
-    reward_model_digest: str | None = None
-    """SHA-256 of what was scored, and by what; None for what is on the hub."""
-    ties: int = 0
-    """Margins of exactly 0: of a reward model that has learned nothing, or scores that are equal."""
-
-    def text(self) -> str:
-        """The report for a person."""
-        a = self.accuracy
-        lines = [
-            f"{self.pairs} pairs scored: mean margin {self.mean_margin:.3f}, above 0 for {a.mean:.1%} "
-            f"(95 % interval {a.low:.1%} to {a.high:.1%})",
-            f"log loss {self.log_loss:.3f}, {self.calibrated_log_loss:.3f} at temperature {self.temperature:.3g} "
-            f"(a coin: 0.693); the temperature was {self.temperature_reason}",
-        ]
-        if self.ties:
-            lines.append(
-                f"{self.ties} margins are exactly 0: equal scores, or a reward model that has learned nothing (no look "
-                "at its held-out pairs was better than a coin; give more pairs, more epochs or a larger patience)"
-            )
-        if not self.heldout:
-            lines.append("if the reward model was trained on these pairs, all of this flatters it; --folds does not")
-        return "\n".join(lines)
 
 
 def score(data: str | Path, output_dir: str | Path, settings: ScoreSettings, *, overwrite: bool = False) -> ScoreReport:
@@ -123,7 +86,7 @@ def score(data: str | Path, output_dir: str | Path, settings: ScoreSettings, *, 
     inputs = {
         "data": data,
         "reward_model": settings.reward_model,
-        "model": settings.reward.model if settings.reward else None,
+        "model": settings.reward.model if settings.reward else settings.probe,
     }
     out = run_in_folder(score_pairs, settings, inputs, output_dir, overwrite=overwrite, memory=MEMORY_REMEDY)
     return load_report(out / "report.json", ScoreReport)
@@ -145,8 +108,11 @@ def score_pairs(settings: ScoreSettings, inputs: Mapping[str, Path], out: Path) 
     processes.on_main_process(lambda: _rehearse(data, len(pairs), settings, out))
     clock = started_clock(out / CHECKPOINTS, settings.reward.date if settings.reward else None)
     clock.read = processes.on_main_process(lambda: _look(data, settings, clock))
-    chosen, rejected = columns or _scores(data, pairs, settings, out, clock)
-    report = processes.on_main_process(lambda: _finish(data, chosen, rejected, settings, out))
+    if settings.probe is not None:
+        report = _by_probe(data, pairs, settings, out, clock)
+    else:
+        chosen, rejected = columns or _scores(data, pairs, settings, out, clock)
+        report = processes.on_main_process(lambda: _finish(data, chosen, rejected, settings, out))
     return {"pairs": report["pairs"], "accuracy": Estimate(**report["accuracy"]), "log_loss": report["log_loss"]}
 
 
@@ -167,8 +133,7 @@ def _look(data: str | Path, settings: ScoreSettings, clock: Clock) -> bool:
     encoder, model = None, None
     if settings.reward_model is not None:
         encoder = load_pair_encoder(settings.reward_model, clock).encoder
-    elif settings.reward is not None:
-        model = settings.reward.model
+    elif (model := settings.reward.model if settings.reward else settings.probe) is not None:
         encoder = Encoder(load_tokenizer(resolve_model(model)), clock)
     tell_findings(surveyed(data, encoder), str(data), model, strict=settings.strict)
     tell_date(clock)
@@ -201,6 +166,22 @@ def _scores(
     return _in_parts(settings, str(data), pairs, rows, parts, settings.reward_model, clock)
 
 
+def _by_probe(data: str, pairs: Sequence[Pair], settings: ScoreSettings, out: Path, clock: Clock) -> Raw:
+    """Features of all processes, a probe of the leading one, and the report."""
+
+    def load() -> Scorer:
+        assert settings.probe is not None
+        return FeatureScorer(settings.probe, batch_size=settings.batch_size, clock=clock)
+
+    made = _parts(settings, data, pairs, np.arange(len(pairs)), out / CHECKPOINTS / "parts", load)
+
+    def finish() -> Raw:
+        fitted = fit_from_parts(pairs, map(_part, made), settings, data, out)
+        return _finish(data, fitted.out_of_fold.chosen, fitted.out_of_fold.rejected, settings, out, fitted.report)
+
+    return processes.on_main_process(finish)
+
+
 def _in_parts(
     settings: ScoreSettings,
     name: str,
@@ -210,7 +191,23 @@ def _in_parts(
     model: str | Path,
     clock: Clock,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Scores of ``rows``, kept in files of ``PART`` pairs; a part that is there is not computed again."""
+    """Scores of ``rows`` by a reward model."""
+    made = _parts(
+        settings, name, pairs, rows, folder, lambda: load_scorer(model, batch_size=settings.batch_size, clock=clock)
+    )
+    parts = [_part(path) for path in made]
+    return np.concatenate([p["chosen"] for p in parts]), np.concatenate([p["rejected"] for p in parts])
+
+
+def _parts(
+    settings: ScoreSettings,
+    name: str,
+    pairs: Sequence[Pair],
+    rows: NDArray[Any],
+    folder: Path,
+    load: Callable[[], Scorer],
+) -> list[Path]:
+    """Files with the scores of ``PART`` pairs each; one that is there is not computed again."""
     paths = {start: folder / f"part-{start:08d}.safetensors" for start in range(0, len(rows), PART)}
 
     def missing() -> list[int]:
@@ -220,32 +217,31 @@ def _in_parts(
     mine = processes.on_main_process(missing)[processes.rank() :: processes.world_size()]
 
     def compute() -> None:
-        scorer: PairScorer | None = None
+        scorer: Scorer | None = None
         with bar("Scoring", sum(len(rows[start : start + PART]) for start in mine)) as advance:
             for start in mine:
                 chunk = [pairs[int(i)] for i in rows[start : start + PART]]
-                scorer = scorer or load_scorer(model, batch_size=settings.batch_size, clock=clock)
+                scorer = scorer or load()
                 chosen, rejected = scorer.score_pairs(chunk, name, "row")
                 _refuse_not_finite(chosen, rejected, chunk)
-                write_atomically(paths[start], save({"chosen": chosen, "rejected": rejected}))
+                write_atomically(paths[start], save({"chosen": chosen, "rejected": rejected, **scorer.kept}))
                 advance(len(chunk))
 
     processes.on_every_process(compute)
-    parts = [_part(path) for path in paths.values()]
-    return np.concatenate([p["chosen"] for p in parts]), np.concatenate([p["rejected"] for p in parts])
+    return list(paths.values())
 
 
 def _part(path: Path) -> dict[str, NDArray[Any]]:
     try:
-        part = load_file(path)
-        return {name: part[name] for name in ("chosen", "rejected")}
+        part: dict[str, NDArray[Any]] = load_file(path)
+        return part | {name: part[name] for name in ("chosen", "rejected")}
     except (SafetensorError, KeyError) as error:
         raise StorageError(f"{path} is damaged ({error}); delete the file and run the same command again") from error
 
 
 def _refuse_not_finite(chosen: NDArray[Any], rejected: NDArray[Any], pairs: Sequence[Pair]) -> None:
-    bad = np.flatnonzero(~(np.isfinite(chosen) & np.isfinite(rejected)))
-    if len(bad):
+    finite = (np.isfinite(chosen) & np.isfinite(rejected)).reshape(len(pairs), -1).all(1)
+    if len(bad := np.flatnonzero(~finite)):
         raise DataError(
             f"the reward of pair {pairs[int(bad[0])].pair_id} is not finite; the reward model has diverged, train it "
             "with a lower learning rate"
@@ -319,11 +315,16 @@ def _beside(data: str | Path, pairs: Sequence[Pair]) -> Iterator[tuple[Pair, Raw
 
 
 def _finish(
-    data: str | Path, chosen: NDArray[Any], rejected: NDArray[Any], settings: ScoreSettings, output_dir: Path
+    data: str | Path,
+    chosen: NDArray[Any],
+    rejected: NDArray[Any],
+    settings: ScoreSettings,
+    output_dir: Path,
+    probe: ProbeReport | None = None,
 ) -> Raw:
     """Write the rows, and last of all the report."""
     with storage_errors(output_dir):
-        report = _report(data, chosen, rejected, settings, output_dir)
+        report = _report(data, chosen, rejected, settings, output_dir).model_copy(update={"probe": probe})
         write_atomically(output_dir / "report.json", json.dumps(plain(report), indent=1) + "\n")
     return plain(report)
 
@@ -351,7 +352,7 @@ def _report(
         temperature=fitted.margin_temperature,
         temperature_reason=fitted.temperature_reason,
         calibrated_log_loss=fitted.calibrated_log_loss,
-        heldout=settings.folds is not None,
+        heldout=settings.folds is not None or settings.probe is not None,
         ties=int((margins == 0).sum()),
         data_digest=digest(data),
         reward_model_digest=None if settings.reward_model is None else reward_model_digest(settings.reward_model),

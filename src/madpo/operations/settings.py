@@ -49,14 +49,21 @@ class RewardSettings(Frozen):
 
 
 class ScoreSettings(Frozen):
-    """Where the scores come from: exactly one of ``reward_model``, ``score_columns`` and ``folds``."""
+    """Where the scores come from: exactly one of ``reward_model``, ``score_columns``, ``probe`` and ``folds``."""
 
     reward_model: str | None = None
-    """A folder that ``madpo reward`` wrote, or a sequence classifier with one output (folder or hub id)."""
+    """A folder that ``madpo reward`` wrote, the folder ``probe`` of a scoring with ``probe``, or a sequence classifier
+    with one output (folder or hub id)."""
     score_columns: tuple[str, str] | None = None
     """Columns with the scores of chosen and rejected."""
     folds: int | None = Field(default=None, ge=2)
-    """Reward models to train, each of which scores the part of the pairs that it did not see."""
+    """Reward models to train, each of which scores the part of the pairs that it did not see. With ``probe``: parts, 5
+    by default."""
+    probe: str | None = added(None)
+    """A causal language model (packaged name, folder or hub id) whose states give the margins, out of fold and without
+    a training; best the model that will be trained."""
+    probe_seed: int = added(0, ge=0)
+    """Of the parts."""
     reward: RewardSettings | None = None
     """How those are trained."""
     margin_temperature: float | None = Field(default=None, gt=0)
@@ -69,10 +76,13 @@ class ScoreSettings(Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> ScoreSettings:
-        given = [self.reward_model, self.score_columns, self.folds]
+        folds = self.folds if self.probe is None else None
+        given = [self.reward_model, self.score_columns, self.probe, folds]
         if sum(source is not None for source in given) != 1:
-            raise ValueError("give one of reward_model, score_columns and folds")
-        if (self.folds is None) != (self.reward is None):
+            raise ValueError("give one of reward_model, score_columns, probe and folds")
+        if self.probe is not None and self.reward is not None:
+            raise ValueError("probe trains no reward model; leave out its settings, or give folds in its place")
+        if (folds is None) != (self.reward is None):
             raise ValueError("folds trains reward models, so it needs the base model (--model_name_or_path)")
         if self.margin_temperature is not None and self.score_columns is None:
             raise ValueError("margin_temperature goes with score_columns; the losses take it for other margins")

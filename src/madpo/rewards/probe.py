@@ -160,7 +160,7 @@ def fit_probe(
     found = _out_of_fold(data, seed)
     best = int((found.counts @ found.losses).argmin())
     path = data.path(None, seed)
-    weights = ProbeWeights(path[:, best], data.centre(), float(PENALTIES[best]))
+    weights = ProbeWeights(np.ascontiguousarray(path[:, best]), data.centre(), float(PENALTIES[best]))
     margins = found.margins
     temperature, _, calibrated = fit_temperature(margins)
     report = ProbeReport(

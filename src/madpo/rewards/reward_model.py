@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from madpo.models.engine.logprobs import completion_states, hidden_states
 from madpo.models.hyperparameters import Pooling
 from madpo.models.load import load_classifier, load_tokenizer, placed, resolve_model
 from madpo.runner.folder import final_folder
+
+PROBE = "probe.safetensors"
+"""Weights of a probe, in the place of an adapter."""
 
 
 def reward_base(folder: Path) -> tuple[Path | str, Pooling]:
@@ -43,7 +47,7 @@ def reward_base(folder: Path) -> tuple[Path | str, Pooling]:
     except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         reason = first_line(error, 160)
         raise DataError(f"{folder} holds no reward model ({reason}); train one, or delete it and run again") from error
-    if not (folder / "adapter" / "adapter_config.json").exists():
+    if "probe" not in told and not (folder / "adapter" / "adapter_config.json").exists():
         raise DataError(f"{folder} has no adapter/adapter_config.json; delete the folder and train again")
     return base, pooling
 
@@ -65,12 +69,16 @@ class RewardModel:
 
     @classmethod
     def load(cls, folder: Path) -> RewardModel:
-        """From ``reward_model.json`` (the base model's name, the pooling) and ``adapter`` (with the head).
+        """From ``reward_model.json`` (the base model's name, the pooling) and ``adapter`` (with the head), or a probe.
 
         Raises:
             DataError: ``folder`` holds none.
         """
         base, pooling = reward_base(folder)
+        if (folder / PROBE).is_file():
+            from madpo.rewards.probe_reward import ProbeReward
+
+            return ProbeReward.load(folder)
         model = load_classifier(base, num_labels=1, adapter=folder / "adapter")
         return cls(placed(model), load_tokenizer(base), pooling)
 
@@ -97,10 +105,25 @@ class RewardModel:
         found = np.zeros(len(sequences), dtype=np.float32)
         pad = self.tokenizer.pad_token_id
         for rows, ids, mask in padded_batches(sequences, batch_size, pad, self.inner, "Rewards"):
-            states = hidden_states(self.inner, ids, mask)
-            state = pooled(states, mask, self.pooling, torch.as_tensor(lengths[rows], device=states.device))
-            found[rows] = self.inner.score(state).squeeze(-1).cpu().numpy()
+            rewards = self._rewards(ids, mask, torch.as_tensor(lengths[rows], device=ids.device), pairs=False)
+            found[rows] = rewards.cpu().numpy()
         return found
+
+    def _rewards(
+        self,
+        ids: Int[Tensor, "rows length"],
+        mask: Int[Tensor, "rows length"],
+        prompts: Int[Tensor, " rows"],
+        *,
+        pairs: bool,
+    ) -> Float[Tensor, " rows"]:
+        """Rewards of a batch; with ``pairs``, chosen rows come first, then rejected ones."""
+        if pairs:
+            states = completion_states(self.inner, ids, mask, completion_tokens(mask, prompts))
+        else:
+            states = hidden_states(self.inner, ids, mask)
+        rewards: Tensor = self.inner.score(pooled(states, mask, self.pooling, prompts)).squeeze(-1)
+        return rewards
 
     @torch.inference_mode()
     def score_pairs(
@@ -122,21 +145,8 @@ class RewardModel:
         Raises:
             DataError: an empty sequence.
         """
-        sides = [chosen, rejected]
-        # By the longer side; a pair without tokens on one side has no reward to compare.
-        sizes = [max(len(c), len(r)) if len(c) and len(r) else 0 for c, r in zip(chosen, rejected, strict=True)]
-        lengths = np.asarray(prompt_lengths, dtype=np.int64)
-        found = np.zeros((2, len(sizes)), dtype=np.float32)
-        for rows in similar_lengths(sizes, max(1, batch_size // 2), "Rewards"):
-            sequences = [side[row] for side in sides for row in rows]
-            ids, mask = padded(sequences, self.tokenizer.pad_token_id, self.inner)
-            prompts = torch.as_tensor(lengths[rows], device=ids.device).repeat(2)
-            states = completion_states(self.inner, ids, mask, completion_tokens(mask, prompts))
-            state = pooled(states, mask, self.pooling, prompts)
-            found[:, rows] = self.inner.score(state).view(2, len(rows)).cpu().numpy()
-        # Rows of one product may differ in the last bits, and rounding must not decide between equal texts.
-        equal = [list(c) == list(r) for c, r in zip(chosen, rejected, strict=True)]
-        found[1, equal] = found[0, equal]
+        pad, read = self.tokenizer.pad_token_id, functools.partial(self._rewards, pairs=True)
+        found = over_pairs(self.inner, pad, chosen, rejected, prompt_lengths, batch_size, read)
         return found[0], found[1]
 
     def score_responses(
@@ -165,6 +175,41 @@ class RewardModel:
             before.append(ids)
         after = [self.tokenizer(completion, add_special_tokens=False)["input_ids"] for completion in completions]
         return self.score_responses(before, after).astype(np.float64)
+
+
+def over_pairs(
+    model: nn.Module,
+    pad: int,
+    chosen: Sequence[Sequence[int]],
+    rejected: Sequence[Sequence[int]],
+    prompt_lengths: Sequence[int],
+    batch_size: int,
+    read: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> NDArray[np.float32]:
+    """What ``read`` gives for both sides of pairs, ``2 x pairs x ...``, in batches of like lengths.
+
+    Args:
+        chosen, rejected, prompt_lengths, batch_size: as in :meth:`RewardModel.score_pairs`.
+        read: (ids, mask, prompt lengths) of a batch, chosen rows first -> one value or row each.
+
+    Raises:
+        DataError: an empty sequence.
+    """
+    sides = [chosen, rejected]
+    # By the longer side; a pair without tokens on one side has no reward to compare.
+    sizes = [max(len(c), len(r)) if len(c) and len(r) else 0 for c, r in zip(chosen, rejected, strict=True)]
+    lengths = np.asarray(prompt_lengths, dtype=np.int64)
+    found = np.zeros((2, len(sizes)), dtype=np.float32)
+    for rows in similar_lengths(sizes, max(1, batch_size // 2), "Rewards"):
+        ids, mask = padded([side[row] for side in sides for row in rows], pad, model)
+        values = read(ids, mask, torch.as_tensor(lengths[rows], device=ids.device).repeat(2)).float().cpu().numpy()
+        if found.ndim != values.ndim + 1:
+            found = np.zeros((2, len(sizes), *values.shape[1:]), dtype=np.float32)
+        found[:, rows] = values.reshape(2, len(rows), *values.shape[1:])
+    # Rows of one product may differ in the last bits, and rounding must not decide between equal texts.
+    equal = [list(c) == list(r) for c, r in zip(chosen, rejected, strict=True)]
+    found[1, equal] = found[0, equal]
+    return found
 
 
 def pooled(

@@ -1,0 +1,87 @@
+"""``madpo score --probe MODEL``: margins out of fold from states of a model that nothing was trained for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from madpo.core.feature_file import FeatureFile, FeatureWriter
+from madpo.data.rows import Pair
+from madpo.data.templates import Clock
+from madpo.models.engine.features import feature_layers
+from madpo.models.hyperparameters import CHECKPOINTS
+from madpo.models.load import load_model, load_tokenizer, placed, resolve_model
+from madpo.operations.inputs import prompt_key
+from madpo.operations.reward_model import PairEncoder
+from madpo.operations.running import digest
+from madpo.operations.settings import ScoreSettings
+from madpo.rewards.probe import FOLDS, FittedProbe, fit_probe
+from madpo.rewards.probe_reward import pair_features, save_probe
+
+FOLDER = "probe"
+"""Of the frozen probe, inside the result."""
+
+
+class FeatureScorer:
+    """Features of pairs of text or messages, in the place of rewards.
+
+    Args:
+        place: packaged name, folder or hub id of a causal language model.
+        batch_size: sequences per forward pass.
+        clock: the date that the chat template prints.
+    """
+
+    def __init__(self, place: str, *, batch_size: int, clock: Clock | None = None) -> None:
+        base = resolve_model(place)
+        self.model, self.batch_size = placed(load_model(base)), batch_size
+        self.encoder = PairEncoder(load_tokenizer(base), own=True, clock=clock)
+        self.layers = feature_layers(self.model)
+        self.kept = {"layers": np.array(self.layers)}
+
+    def score_pairs(self, pairs: Sequence[Pair], name: str, unit: str) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Features of the chosen and of the rejected, float32, ``pairs x features``.
+
+        Raises:
+            ConfigError, DataError: as :meth:`PairEncoder.ids`.
+        """
+        pad = self.encoder.tokenizer.pad_token_id
+        chosen, rejected = pair_features(
+            self.model, pad, self.layers, *self.encoder.ids(pairs, name, unit), self.batch_size
+        )
+        return chosen, rejected
+
+
+def fit_from_parts(
+    pairs: Sequence[Pair], parts: Iterable[Mapping[str, NDArray[Any]]], settings: ScoreSettings, name: str, out: Path
+) -> FittedProbe:
+    """Fit a probe to features that were kept in parts, and leave it frozen in ``out``.
+
+    Args:
+        parts: rows of ``chosen`` and ``rejected``, and ``layers``; read one after the other, into a file.
+        name: of the data.
+
+    Raises:
+        DataError: as :func:`fit_probe`.
+    """
+    assert settings.probe is not None
+    scratch = out / CHECKPOINTS / "features.safetensors"
+    with ExitStack() as opened:
+        writer, start, width = None, 0, 0
+        layers: tuple[int, ...] = ()
+        for part in parts:
+            if writer is None:
+                layers, width = tuple(map(int, part["layers"])), part["chosen"].shape[1]
+                writer = opened.enter_context(FeatureWriter(scratch, len(pairs), width))
+            writer.write(start, part["chosen"], part["rejected"])
+            start += len(part["chosen"])
+    features = FeatureFile.read(scratch, len(pairs), width)
+    prompts = [prompt_key(pair.prompt) for pair in pairs]
+    folds = settings.folds or FOLDS
+    fitted = fit_probe(features.chosen, features.rejected, prompts, folds=folds, seed=settings.probe_seed, name=name)
+    save_probe(out / FOLDER, settings.probe, digest(resolve_model(settings.probe)), layers, fitted.weights)
+    return fitted

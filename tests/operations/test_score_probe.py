@@ -1,0 +1,139 @@
+"""``madpo score --probe``: margins without a training, a frozen probe for new pairs, and a judge for ``evaluate``."""
+
+import json
+
+import numpy as np
+import pytest
+
+from madpo import MADPO
+from madpo.core.errors import DataError
+from madpo.data.rows import Pair
+from madpo.models.load import load_tokenizer
+from madpo.operations import (
+    EvaluateSettings,
+    ScoreSettings,
+    TrainSettings,
+    evaluate,
+    load_scorer,
+    score,
+    scoring,
+    train,
+)
+from madpo.operations import policy as policy_module
+from madpo.operations.reward_model import reward_model_digest
+from madpo.rewards.probe_reward import ProbeReward
+from madpo.rewards.reward_model import RewardModel
+from practice_cases import read, run, text_pairs, write
+
+pytestmark = pytest.mark.usefixtures("module_cache", "module_float32")
+
+
+@pytest.fixture(scope="module")
+def scored(llama, tmp_path_factory):
+    """Scores of 60 pairs in parts of 16, by the command line."""
+    root = tmp_path_factory.mktemp("probe")
+    data = write(root / "pairs.jsonl", text_pairs())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "PART", 16)
+        run("score", data, "--probe", llama, "--output_dir", root / "S")
+    return root
+
+
+def test_margins_are_out_of_fold_and_the_report_measures_them(scored):
+    rows = read(scored / "S" / "scored.jsonl")
+    report = json.loads((scored / "S" / "report.json").read_text())
+    margins = np.array([row["reward_margin"] for row in rows])
+    assert len(rows) == 60
+    np.testing.assert_allclose(margins, [row["chosen_score"] - row["rejected_score"] for row in rows], atol=1e-12)
+    assert report["heldout"]
+    assert report["accuracy"]["mean"] == pytest.approx((margins > 0).mean())
+    assert report["probe"]["log_loss"]["mean"] == pytest.approx(np.logaddexp(0, -margins).mean())
+    assert report["probe"]["prompts"] == 25
+    assert report["accuracy"]["mean"] > 0.6, "random states know these words by their embeddings"
+    assert rows[3]["note"] == "row 3"
+
+
+def test_a_second_run_is_complete_and_an_interrupted_one_ends_with_the_same_bytes(scored, llama, monkeypatch):
+    settings = ScoreSettings(probe=str(llama))
+    data, out = scored / "pairs.jsonl", scored / "again"
+    monkeypatch.setattr(scoring, "PART", 16)
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "fit_from_parts", lambda *args: pytest.fail("interrupted"))
+        with pytest.raises(pytest.fail.Exception):
+            score(data, out, settings)
+    monkeypatch.setattr(scoring, "FeatureScorer", None)  # features are not computed again
+    score(data, out, settings)
+    for name in ("scored.jsonl", "report.json", "probe/probe.safetensors"):
+        assert (out / name).read_bytes() == (scored / "S" / name).read_bytes(), name
+    assert not list(out.rglob("part-*"))
+
+
+def test_the_frozen_probe_scores_new_pairs_and_single_responses(scored, llama):
+    folder = scored / "S" / "probe"
+    model = RewardModel.load(folder)
+    assert isinstance(model, ProbeReward)
+    rows = text_pairs()
+    prompts, good = [row["prompt"] for row in rows], [row["chosen"] for row in rows]
+    report = score(scored / "pairs.jsonl", scored / "new", ScoreSettings(reward_model=str(folder)))
+    assert report.reward_model_digest == reward_model_digest(str(folder))
+    new = read(scored / "new" / "scored.jsonl")
+    pairs = [Pair(i, i, row["prompt"], row["chosen"], row["rejected"], {}) for i, row in enumerate(rows)]
+    chosen, _ = load_scorer(folder).score_pairs(pairs, "d", "row")
+    np.testing.assert_allclose(chosen, [row["chosen_score"] for row in new], atol=1e-6)
+    # One response, its end token included, has the reward that it has in a pair.
+    tokenizer = load_tokenizer(llama)
+    before = [tokenizer(prompt)["input_ids"] for prompt in prompts[:5]]
+    after = [
+        [*tokenizer(prompt + said)["input_ids"][len(ids) :], tokenizer.eos_token_id]
+        for prompt, said, ids in zip(prompts, good, before, strict=False)
+    ]
+    np.testing.assert_allclose(model.score_responses(before, after), chosen[:5], atol=1e-4)
+    assert model(prompts[:3], good[:3]).shape == (3,)
+    assert report.accuracy.mean >= 0.8, "pairs that it was fitted on"
+    assert report.heldout is False
+
+
+def test_the_trainer_finds_the_same_margins(scored, llama, tmp_path, monkeypatch):
+    made = []
+    real = policy_module.build_trainer
+    monkeypatch.setattr(policy_module, "build_trainer", lambda *a: made.append(real(*a)) or made[-1])
+    settings = TrainSettings(model=str(llama), loss=MADPO(), args={"max_steps": 1, "bf16": False}, dtype="float32")
+    report = train(scored / "pairs.jsonl", tmp_path / "P", settings)
+    rows = read(scored / "S" / "scored.jsonl")
+    (trainer,) = made
+    # Folds are drawn over prompts, which have other names here: margins differ a little, the frozen probes do not.
+    frozen = RewardModel.load(scored / "S" / "probe").weights
+    np.testing.assert_allclose(
+        trainer.probe.weights.weights, frozen.weights, rtol=1e-3, atol=1e-3 * np.abs(frozen.weights).max()
+    )
+    assert np.corrcoef(trainer.train_dataset["reward_margin"], [row["reward_margin"] for row in rows])[0, 1] > 0.8
+    assert report.probe is not None
+    assert report.probe.accuracy == trainer.probe.report.accuracy
+    assert "a probe" in (tmp_path / "P" / "README.md").read_text()
+
+
+def test_a_probe_judges_a_policy(scored, llama, tmp_path):
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "The film"}, {"prompt": "A film"}])
+    how = EvaluateSettings(reward_model=str(scored / "S" / "probe"), reference=str(llama), max_new_tokens=4)
+    found = evaluate(llama, prompts, tmp_path / "E", how)
+    assert found.win_rate.mean == 0.5, "the reference against itself"
+    assert np.isfinite(found.policy_side.reward.mean)
+
+
+def test_mistakes(scored, llama, tmp_path):
+    for wrong in ({"probe": "m", "reward_model": "r"}, {"probe": "m", "score_columns": ("a", "b")}, {"folds": 3}, {}):
+        with pytest.raises(ValueError, match=r"give one of|needs the base model"):
+            ScoreSettings(**wrong)
+    (tmp_path / "F").mkdir()
+    for file in (scored / "S" / "probe").iterdir():
+        (tmp_path / "F" / file.name).write_bytes(file.read_bytes())
+    told = json.loads((tmp_path / "F" / "reward_model.json").read_text())
+    told["probe"]["model_digest"] = "0" * 64
+    (tmp_path / "F" / "reward_model.json").write_text(json.dumps(told))
+    with pytest.raises(DataError, match="another model than"):
+        load_scorer(tmp_path / "F")
+    told["probe"]["layers"] = [1]
+    (tmp_path / "F" / "reward_model.json").write_text(json.dumps(told))
+    with pytest.raises(DataError, match="of another model"):
+        RewardModel.load(tmp_path / "F")
+    assert score(scored / "pairs.jsonl", tmp_path / "S", ScoreSettings(probe=str(llama), folds=40)).probe.folds == 25
