@@ -4,6 +4,8 @@ VENV := .venv
 BENCH ?= /tmp/madpo-bench
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SMALL := $(VENV)/.quickstart
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help install test check quickstart docs bench soak fuzz clean
@@ -11,11 +13,17 @@ STAMP := $(VENV)/.installed
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
-install: $(STAMP) ## the exact versions of constraints.txt in .venv, once
+install: $(STAMP) ## for developers: everything, in the exact versions of constraints.txt, in .venv, once
 
 $(STAMP): constraints.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,quickstart,ray]'
+	$(PIP) -e '.[dev,quickstart,ray]'
+	touch $@ $(SMALL)
+
+# Only what the quickstart needs: neither the tools of development nor Ray.
+$(SMALL): constraints.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e '.[quickstart]'
 	touch $@
 
 # One thread per process: two test processes that each take every core slow each other down.
@@ -30,7 +38,7 @@ check: $(STAMP) ## formatting, lint, types, all tests
 	$(BIN)/mypy
 	$(PYTEST) --hypothesis-profile many
 
-quickstart: $(STAMP) ## train the quickstart's models and write its report
+quickstart: $(SMALL) ## install only what it needs, train the quickstart's models and write its report
 	$(BIN)/madpo run quickstart --output_dir runs/quickstart
 
 docs: $(STAMP) ## the documentation as a site, in build/site

@@ -1,5 +1,6 @@
 """``madpo`` as a program: what the process does with signals, around the command line."""
 
+import os
 import signal
 
 from madpo.core import processes
@@ -7,6 +8,8 @@ from madpo.core import processes
 
 def main() -> int:
     """Run the command line as the whole work of this process, and return its exit status."""
+    # Libraries' own bars would tear ours; tqdm reads this when it is first imported. "0" brings them back.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         processes.end_in_order()
         from madpo.commands.cli import main as command

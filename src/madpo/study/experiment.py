@@ -16,6 +16,7 @@ from madpo.core.storage import expanded
 from madpo.data.corpus import Corpus, PackagedIMDB, Tier
 from madpo.models.hyperparameters import EarlyStopping, LoRA, Optimisation, Pooling
 from madpo.report import rebuild_report
+from madpo.report.live import LiveReport
 from madpo.rewards.oracles import NgramOracle, Oracle
 from madpo.runner.executors import Executor, Inline
 from madpo.runner.run import RunResult, Step, finished, run
@@ -245,8 +246,10 @@ def run_experiment(
         say(words)
     with store or nullcontext():
         with executor or Inline() as place:
-            result = run(steps, output_dir, place, only=only, about=about, upload=store)
+            live = LiveReport(output_dir)
+            result = run(steps, output_dir, place, only=only, about=about, upload=store, on_finished=live)
         if any(finished(step, output_dir) is not None for step in steps):
+            say("Writing the report with its tables and figures.")
             rebuild_report(output_dir)  # of the whole run, whichever part of it this call worked on
         if store is not None:
             parts = [*output_dir.glob("*"), *output_dir.glob("tables/*"), *output_dir.glob("figures/*")]
