@@ -39,7 +39,7 @@ for split, name in (("train", "pairs.jsonl"), ("heldout", "heldout.jsonl")):
 PYTHON
 
 touch done.txt
-sed -n '/^```console$/,/^```$/p' "$repository/docs/guide.md" | sed -n 's/^\$ madpo //p' | while IFS= read -r command; do
+sed -n '/^```console$/,/^```$/p' "$repository/docs/guide.md" | sed -n 's/^\$ madpo //p' | grep -v '^example' | sed 's/gemma-3-270m-imdb/model/' | while IFS= read -r command; do
     if grep -qxF "$command" done.txt; then continue; fi
     began=$SECONDS
     { echo "\$ madpo $command"; bash -c "\"$python\" -m madpo.commands.cli $command" 2>&1 </dev/null; } | tee -a transcript.txt

@@ -46,16 +46,15 @@ def test_the_quickstarts_graph():
     steps = {step.name: step for step in load("quickstart").steps()}
     assert list(steps) == [
         "oracle",
-        "base",
         "sft",
         "responses",
         "pairs/low/seed0",
-        "reward_model/low/seed0",
-        "margins/low/seed0",
         "reference/low/seed0",
         "evaluation/sft/seed0",
         "policy/low/dpo/seed0",
         "evaluation/low/dpo/seed0",
+        "reward_model/low/seed0",
+        "margins/low/seed0",
         "policy/low/madpo/seed0",
         "evaluation/low/madpo/seed0",
     ]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from madpo import __version__
 from madpo.commands import data as commands_data
+from madpo.commands import first_steps
 from madpo.commands import train as commands_train
 from madpo.commands.options import asked, from_file, option, spelled_out
 from madpo.core import processes
@@ -352,6 +353,8 @@ COMMANDS = {
     "trim-vocab": Command(commands_data.TRIM, commands_data.trim_arguments, commands_data.trim_command),
     "status": Command("say which steps of a run are done", _status_arguments, _status),
     "report": Command("write the report page of a run again", _report_arguments, _report),
+    "example": Command(first_steps.EXAMPLE, first_steps.example_arguments, first_steps.example_command),
+    "doctor": Command(first_steps.DOCTOR, first_steps.no_arguments, first_steps.doctor_command),
     "verify-theory": Command("check the paper's claims numerically", _no_arguments, _verify_theory),
     "verify-auto": Command("compare auto with DPO and MADPO in simulated worlds", _verify_auto_arguments, _verify_auto),
 }

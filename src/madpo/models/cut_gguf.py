@@ -93,7 +93,7 @@ def _end(data: mmap.mmap, at: int, kind: int) -> int:
         return at + _WIDTHS[kind]
     if kind == _STRING:
         return at + 8 + int(struct.unpack_from("<Q", data, at)[0])
-    inner, count = struct.unpack_from("<IQ", data, at)
+    inner, count = map(int, struct.unpack_from("<IQ", data, at))
     if inner in _WIDTHS:
         return at + 12 + count * _WIDTHS[inner]
     at += 12

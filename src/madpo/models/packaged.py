@@ -109,7 +109,7 @@ def packaged(name: str) -> Path:
 
 
 def cut_report(name: str) -> dict[str, Any] | None:
-    """What cutting the vocabulary of a packaged model cost, as ``madpo trim-vocab`` measured it; None if it is whole."""
+    """What the cut vocabulary of a packaged model costs, as ``madpo trim-vocab`` measured it; None if it is whole."""
     model = PACKAGED.get(name)
     found: dict[str, Any] | None = json.loads(_shipped(model, "json").read_bytes()) if model and model.cut else None
     return found

@@ -100,7 +100,7 @@ def _notes(study: Study, records: Mapping[str, Record]) -> list[str]:
     """What a reader of the verdicts must know besides."""
     judged = [tier for tier in study.tiers if tier.policies]
     texts = [cautions(judged)] if judged else []
-    texts += trimmed_base(records)
+    texts += trimmed_base(records, str(study.experiment.get("model", "")))
     if any(claim.made for claim in study.claims):
         texts += [*weights_from(study.tiers)[1:], *idle_parts(study.tiers), counts(study.claims), *ties(study.claims)]
     return [text for text in texts if text]

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from madpo.core.metrics import Estimate
+from madpo.models.packaged import cut_report
 from madpo.report.claims import Claim
 from madpo.report.numbers import listed, short
 from madpo.report.results import Tier
@@ -14,23 +15,27 @@ from madpo.runner.record import Record
 LITTLE = 0.6  # accuracy; below, a reward model above chance is only a little better
 
 
-def trimmed_base(records: Mapping[str, Record]) -> list[str]:
-    """That the base model is not the one it is named after, where its vocabulary was cut, and what that costs."""
-    if (base := records.get("base")) is None:
-        return []
-    found = base.metrics
+def trimmed_base(records: Mapping[str, Record], model: str = "") -> list[str]:
+    """That the base model is not the one it is named after, where its vocabulary was cut, and what that costs.
+
+    Args:
+        model: the experiment's, which may be a packaged one with a cut vocabulary.
+    """
+    found: Mapping[str, Any] = records["base"].metrics if "base" in records else cut_report(model) or {}
     entries, before, covered = (found.get(name) for name in ("entries", "entries_before", "covered"))
-    lost, then, now = (found.get(name) for name in ("kl", "nats_per_byte_before", "nats_per_byte"))
     if not (isinstance(entries, int) and isinstance(before, int) and isinstance(covered, float)):
         return []
     text = (
         f"The base model's vocabulary was cut to {entries:,} of its {before:,} entries, which cover "
         f"{100 * covered:.1f} % of the corpus, to save time: all that follows rests on this smaller model."
     )
-    if isinstance(lost, Estimate) and isinstance(then, Estimate) and isinstance(now, Estimate):
+    measures = (found.get(name) for name in ("kl", "nats_per_byte_before", "nats_per_byte"))
+    means = [value.mean if isinstance(value, Estimate) else value.get("mean") for value in measures if value]
+    if len(means) == 3:
+        lost, then, now = means
         text += (
-            f" On held-out reviews the cut costs {lost.mean:.3f} nats per token in KL, and takes the model from "
-            f"{then.mean:.3f} to {now.mean:.3f} nats per byte."
+            f" On held-out reviews the cut costs {lost:.3f} nats per token in KL, and takes the model from "
+            f"{then:.3f} to {now:.3f} nats per byte."
         )
     return [text]
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from madpo.core.errors import MadpoError
 from madpo.core.metrics import Estimate
@@ -14,11 +14,9 @@ from madpo.core.progress import duration, say
 from madpo.report.numbers import DASH, short
 from madpo.runner.record import Record
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
 _SHARE = 0.1  # of the run's time that writing the page again may take
-_WIDTHS = {"policy": 20, "pairs": 8, "reward": 20, "less DPO": 22, "KL": 6, "after": 10}
+_WHOLE = 8  # rows up to which the table is shown whole every time
+_WIDTHS = {"policy": 16, "pairs": 7, "reward": 22, "less DPO": 23, "KL": 6, "after": 10}
 
 
 class LiveReport:
@@ -30,7 +28,7 @@ class LiveReport:
 
     def __init__(self, root: Path) -> None:
         self.root, self.begun = root, time.monotonic()
-        self._shown = 0
+        self._rows: list[tuple[str, ...]] = []
         self._not_before = 0.0
 
     def __call__(self, record: Record) -> None:
@@ -38,11 +36,11 @@ class LiveReport:
         if not record.name.startswith("evaluation/"):
             return
         page = self._page()
-        rows = self._table(record)
-        say("\n".join(rows if not self._shown else rows[-1:]))
-        if page and not self._shown:
+        self._rows.append(_row(record, self._less_dpo(record), time.monotonic() - self.begun))
+        lines = _lines(self._rows)
+        say("\n".join(lines if len(self._rows) <= _WHOLE else lines[-1:]))
+        if page and len(self._rows) == 1:
             say(f"The page grows with every result: {page.resolve().as_uri()}")
-        self._shown += 1
 
     def _page(self) -> Path | None:
         from madpo.report.build import rebuild_report
@@ -55,17 +53,8 @@ class LiveReport:
         except MadpoError:
             return None
         ended = time.monotonic()
-        self._not_before = ended + (ended - started) * (1 / _SHARE - 1) if self._shown else 0.0
+        self._not_before = ended + (ended - started) * (1 / _SHARE - 1) if self._rows else 0.0
         return page
-
-    def _table(self, record: Record) -> list[str]:
-        """The lines of a table with this one row."""
-        from rich.console import Console
-
-        console = Console(file=io.StringIO(), width=100, color_system=None, legacy_windows=False)
-        console.print(_row(record, self._less_dpo(record), time.monotonic() - self.begun))
-        text = console.file.getvalue()  # type: ignore[attr-defined]
-        return [line.rstrip() for line in text.splitlines() if line.strip()]
 
     def _less_dpo(self, record: Record) -> Estimate | None:
         """The paired difference to DPO on the same prompts, from the page that was just written."""
@@ -78,25 +67,35 @@ class LiveReport:
         return Estimate(**found) if isinstance(found, dict) else None
 
 
-def _row(record: Record, less_dpo: Estimate | None, seconds: float) -> Table:
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, width in _WIDTHS.items():
-        table.add_column(name, width=width, no_wrap=True, justify="left" if width in (20, 8) else "right")
+def _row(record: Record, less_dpo: Estimate | None, seconds: float) -> tuple[str, ...]:
     reward, kl = (found if isinstance(found := record.metrics.get(key), Estimate) else None for key in _MEASURES)
     sft = record.name.startswith("evaluation/sft/")
-    table.add_row(
-        escape(str(record.config.get("method", record.name))),
+    return (
+        str(record.config.get("method", record.name)),
         DASH if sft else str(record.config.get("tier", "")),
         short(reward),
-        short(less_dpo, "signed"),
+        DASH if less_dpo is None else short(less_dpo, "signed"),
         DASH if kl is None or sft else f"{kl.mean:.2f}",
         duration(seconds),
     )
-    return table
+
+
+def _lines(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """The rows as a table in plain text, in columns that stay where they are."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, width in _WIDTHS.items():
+        table.add_column(name, width=width, no_wrap=True, justify="left" if name in ("policy", "pairs") else "right")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console = Console(width=sum(_WIDTHS.values()) + 3 * len(_WIDTHS), color_system=None)
+    with console.capture() as drawn:
+        console.print(table)
+    return [line.rstrip() for line in drawn.get().splitlines() if line.strip()]
 
 
 _MEASURES = ("oracle_reward", "kl")

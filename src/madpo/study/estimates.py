@@ -19,7 +19,7 @@ from typing import NamedTuple
 from madpo.core.config import did_you_mean
 from madpo.core.errors import ConfigError
 from madpo.core.progress import duration
-from madpo.models.load import cache_dir
+from madpo.models.packaged import cache_dir, cut_report
 from madpo.operations.study_evaluation import EvaluationStage
 from madpo.operations.study_folds import OutOfFoldStage, ScoreStage
 from madpo.operations.study_pairs import ResponseStage
@@ -322,6 +322,8 @@ def _shape(step: Step) -> Shape | None:
 
 
 def _shape_of(model: str) -> Shape | None:
+    if (cut := cut_report(model)) is not None:
+        return _GEMMA._replace(parameters=float(cut["parameters"]), words=int(cut["entries"]))
     if model in ("gemma-3-270m", "google/gemma-3-270m") and not Path(model).is_dir():
         return _GEMMA
     folder = cache_dir() / "models" / f"{model}-v1" if model.startswith("tiny-") else Path(model)

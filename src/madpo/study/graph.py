@@ -16,6 +16,7 @@ experiment leaves every finished step valid and where it is.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from madpo.core.config import Frozen
@@ -60,7 +61,6 @@ def build(experiment: Experiment) -> list[Step]:
             for row in rows:
                 if seed in (row.seeds or experiment.seeds) and tier in (row.tiers or experiment.pairs.tiers):
                     bench.row(row)
-    # A bench has all that a row may read: reward models whose margins no row reads are not worth their training.
     measured = (step for step in trunk.steps.values() if step.fn is evaluate_policy)
     return needed_by(measured, trunk.steps.values())
 
@@ -133,20 +133,6 @@ class _Bench:
         self.pairs = self._add(
             "pairs", label_pairs, labels, {"responses": trunk.responses}, f"pairs of the {tier} tier, labelled"
         )
-        self.reward_model = self._add(
-            "reward_model",
-            train_reward_model,
-            self._reward_model_stage(),
-            {"pairs": self.pairs, **trunk.base},
-            f"a reward model on the {tier} pairs",
-        )
-        self.margins = self._add(
-            "margins",
-            score_margins,
-            MarginStage(),
-            {"pairs": self.pairs, "reward_model": self.reward_model},
-            "how strongly the reward model prefers each pair",
-        )
         optimisation = e.policy.optimisation
         self.logps = self._add(
             "reference",
@@ -154,6 +140,22 @@ class _Bench:
             ReferenceStage(batch_size=optimisation.batch_size, micro_batch_size=optimisation.per_pass),
             {"pairs": self.pairs, "reference": trunk.sft},
             "reference log-probabilities, once for all methods",
+        )
+
+    # Where the first row that reads it stands in the order: results that need no reward model do not wait for one.
+    @cached_property
+    def reward_model(self) -> Step:
+        """The tier's reward model."""
+        inputs = {"pairs": self.pairs, **self.trunk.base}
+        says = f"a reward model on the {self.tier} pairs"
+        return self._add("reward_model", train_reward_model, self._reward_model_stage(), inputs, says)
+
+    @cached_property
+    def margins(self) -> Step:
+        """The margins of its pairs."""
+        inputs = {"pairs": self.pairs, "reward_model": self.reward_model}
+        return self._add(
+            "margins", score_margins, MarginStage(), inputs, "how strongly the reward model prefers each pair"
         )
 
     def _add(self, kind: str, fn: StageFn, config: Frozen, inputs: Mapping[str, Step], says: str) -> Step:
@@ -186,17 +188,16 @@ class _Bench:
         e = self.experiment
         assert method.loss is not None
         inputs = {"pairs": self.pairs, "reference": self.trunk.sft, "logps": self.logps}
-        margins = self.margins if method.margins == "in_sample" else self._out_of_fold()
         if "reward_margin" in method.reads:
-            inputs["margins"] = margins
+            inputs["margins"] = self._margins_of(method)
         if method.reads & {"chosen_score", "rejected_score"}:
             inputs["scores"] = self._scores()
         if method.pairs == "agreeing":
-            inputs["pairs"] = self._relabelled(method, margins, keep_agreeing, AgreeingStage(), {})
+            inputs["pairs"] = self._relabelled(method, keep_agreeing, AgreeingStage(), {})
         elif method.pairs == "redrawn":
             sides = {"logps": self.logps, "scores": self._scores() if "scores" in inputs else None}
             given = {role: step for role, step in sides.items() if step is not None}
-            turned = self._relabelled(method, margins, redraw_labels, RedrawnStage(seed=self.seed), given)
+            turned = self._relabelled(method, redraw_labels, RedrawnStage(seed=self.seed), given)
             inputs |= {role: turned for role in inputs if role != "reference"}
         config = PolicyStage(method=method.name, loss=method.loss, seed=self.seed, **fields(e.policy))
         return train_policy, config, inputs
@@ -246,15 +247,16 @@ class _Bench:
             "margins from reward models that have not seen the pair",
         )
 
-    def _relabelled(
-        self, method: Method, margins: Step, fn: StageFn, config: Frozen, inputs: Mapping[str, Step]
-    ) -> Step:
+    def _margins_of(self, method: Method) -> Step:
+        return self.margins if method.margins == "in_sample" else self._out_of_fold()
+
+    def _relabelled(self, method: Method, fn: StageFn, config: Frozen, inputs: Mapping[str, Step]) -> Step:
         kind = method.pairs if method.margins == "in_sample" else f"{method.pairs}_{method.margins}"
         kind = f"{kind}_scores" if "scores" in inputs else kind
         says = f"the {self.tier} pairs that the reward model agrees with"
         if method.pairs == "redrawn":
             says = f"the {self.tier} pairs with labels from the reward model"
-        return self._add(kind, fn, config, {"pairs": self.pairs, "margins": margins, **inputs}, says)
+        return self._add(kind, fn, config, {"pairs": self.pairs, "margins": self._margins_of(method), **inputs}, says)
 
     def evaluation(
         self,

