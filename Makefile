@@ -8,7 +8,7 @@ SMALL := $(VENV)/.quickstart
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install test check quickstart docs bench soak fuzz clean
+.PHONY: help install test check quickstart docs bench soak fuzz pictures clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -65,6 +65,9 @@ soak: $(STAMP) ## kill trainings and the study at random points, continue, and w
 fuzz: $(STAMP) ## feed thousands of broken files to every reader, and write the counts to docs/reliability.md
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 MADPO_FUZZ=1600 MADPO_FUZZ_PAGE=docs/reliability.md \
 		$(BIN)/python -m pytest tests/fuzz --timeout 3600
+
+pictures: $(STAMP) ## draw the pictures of README and docs
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python docs/pictures/draw.py
 
 clean: ## remove the environment and caches; results in runs/ stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist src/*.egg-info

@@ -37,6 +37,7 @@ from madpo.operations.card import model_card
 from madpo.operations.inputs import Row, adapted, load_training
 from madpo.operations.running import digest, load_report, run_in_folder, toml
 from madpo.operations.train_settings import TrainSettings
+from madpo.report.command_pages import write_training_page
 from madpo.rewards.probe import ProbeReport
 from madpo.runner.first_start import since_first_start
 from madpo.runner.operation import operation
@@ -103,10 +104,10 @@ def train(
     """Train a policy on preference pairs with the loss of ``settings``.
 
     Writes ``adapter`` (or ``model`` in full training; with ``merge`` also ``merged``), ``README.md``, ``report.json``,
-    ``log.jsonl``, ``config.toml`` and, where pairs were too long, ``dropped.jsonl``; TensorBoard's files, where it is
-    asked for, are in ``runs``. The folder appears when all is done. An interrupted training is continued by the same
-    call, from the newest checkpoint (``args.save_steps`` says how often there is one); checkpoints are no part of the
-    result.
+    ``report.html``, ``log.jsonl``, ``config.toml`` and, where pairs were too long, ``dropped.jsonl``; TensorBoard's
+    files, where it is asked for, are in ``runs``. The folder appears when all is done. An interrupted training is
+    continued by the same call, from the newest checkpoint (``args.save_steps`` says how often there is one);
+    checkpoints are no part of the result.
 
     Args:
         data: as in :func:`madpo.data.load_preferences`, with the columns that the loss reads.
@@ -168,7 +169,9 @@ def train_pairs(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) 
     card = model_card(data=data, eval_data=eval_data, settings=settings, report=report)
     write_atomically(out / "README.md", card)
     write_atomically(out / "report.json", report.model_dump_json(indent=1) + "\n")
-    write_atomically(out / "config.toml", resolved(data, settings, clock))
+    config = resolved(data, settings, clock)
+    write_atomically(out / "config.toml", config)
+    _write_page(out, settings, report, config)
     return {"pairs": report.pairs, "steps": report.steps, "loss": report.loss, **evaluation}
 
 
@@ -191,6 +194,28 @@ def require_columns(rows: Sequence[Row], loss: LossConfig, name: str, *, probed:
         elif column == "weight":
             remedy = "add it to the data"
         raise DataError(f"{name}: has no column {column!r}, which the loss {kind} reads; {remedy}")
+
+
+def _write_page(out: Path, settings: TrainSettings, report: TrainReport, config: str) -> None:
+    says = [report.adapter] if report.adapter else ["All weights were trained."]
+    if not report.eval_pairs:
+        says.append(
+            "No pairs were held out, so nothing here says what the policy does with pairs that it has not seen."
+        )
+    write_training_page(
+        out / "report.html",
+        title=f"{Path(settings.model).name}, trained with {settings.loss.kind}",
+        says=says,
+        numbers={
+            "pairs": f"{report.pairs:,}",
+            "steps": f"{report.steps:,}",
+            "learning rate": f"{report.learning_rate:g}",
+            "mean loss": report.loss,
+        },
+        evaluation=report.evaluation,
+        log=out / "log.jsonl",
+        settings=config,
+    )
 
 
 def trainer_arguments(settings: TrainSettings, out: Path, *, evaluated: bool) -> PreferenceConfig:

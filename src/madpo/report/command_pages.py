@@ -1,4 +1,4 @@
-"""Pages of ``madpo reward`` and ``madpo evaluate``: what was measured, the course of the training, and samples."""
+"""Pages of ``madpo reward``, ``train`` and ``evaluate``: what was measured, the course of the training, and samples."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from madpo.report.margin_page import reliability_table
 from madpo.report.pages import Cell, Table, cell, render, write_page
 from madpo.report.samples import CHARACTERS, STATIC, static
 from madpo.report.sources import json_lines
-from madpo.report.study_charts import calibration_panel, reward_curves
+from madpo.report.study_charts import calibration_panel, curves, reward_curves
 from madpo.rewards.margins import Reliability
 
 
@@ -84,6 +84,60 @@ def write_reward_page(
     ]
     shown = {name: cell(value, "share" if name == "accuracy" else "number", digits=3) for name, value in tiles.items()}
     write_page(path, command_page("reward model", f"Reward model on {model}", says, shown, sections))
+
+
+# What a policy's log says over the steps -> column, its unit, and a line to compare with.
+_COURSES = {
+    "Loss": ("loss", "loss", None),
+    "Implicit reward margin": ("rewards/margins", "chosen less rejected", ("no preference", 0.0)),
+    "Share of pairs that the policy orders as labelled": ("rewards/accuracies", "share", ("chance", 0.5)),
+    "Mean weight": ("weight/mean", "multiplier of the loss", ("plain DPO", 1.0)),
+}
+_MEASURES = {
+    "held-out loss": "eval_loss",
+    "held-out accuracy": "eval_rewards/accuracies",
+    "held-out margin": "eval_rewards/margins",
+}
+
+
+def write_training_page(
+    path: Path,
+    *,
+    title: str,
+    says: Sequence[str],
+    numbers: Mapping[str, float | str],
+    evaluation: Mapping[str, float],
+    log: Path,
+    settings: str,
+) -> None:
+    """The course of a policy's training: its loss, its margins, and the weights where the loss has any.
+
+    Args:
+        path: of the page.
+        title: of the page.
+        says: sentences that open it.
+        numbers: name -> what is known of the whole training.
+        evaluation: of the held-out pairs, as the trainer names it ("eval_loss").
+        log: ``log.jsonl`` of the training.
+        settings: the configuration as TOML.
+    """
+    rows = pd.DataFrame(json_lines(log, "step") if log.exists() else [])
+    panels = []
+    for name, (column, unit, reference) in _COURSES.items():
+        series = (*curves("training pairs", rows, column, 0), *curves("held-out pairs", rows, f"eval_{column}", 1))
+        if series:
+            panels.append(Panel(name, "step", unit, series, reference=reference))
+    caption = "Of the training pairs a pale line and its running mean. Margins are in the loss's own unit, beta x nats."
+    charts = [draw(Chart("training", "Training", caption, panels))] if panels else []
+    tiles = {name: cell(value, digits=4) for name, value in numbers.items()}
+    tiles |= {name: cell(evaluation[key], digits=4) for name, key in _MEASURES.items() if key in evaluation}
+    measured = [[Cell(name.removeprefix("eval_")), cell(value, digits=4)] for name, value in evaluation.items()]
+    table = Table("On the held-out pairs", ("measure", "value"), measured, plain=True)
+    sections = [Section("The course of the training", charts=charts)]
+    if measured:
+        sections.append(Section("On the held-out pairs", table=table, folded=True, gist=f"{len(measured)} measures"))
+    sections.append(Section("Settings", text=settings, folded=True, gist="what repeats this training"))
+    write_page(path, command_page("policy", title, says, tiles, sections))
 
 
 def write_samples_page(

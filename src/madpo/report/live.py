@@ -28,7 +28,7 @@ class LiveReport:
 
     def __init__(self, root: Path) -> None:
         self.root, self.begun = root, time.monotonic()
-        self._rows: list[tuple[str, ...]] = []
+        self._rows: list[tuple[Record, Estimate | None, float]] = []
         self._not_before = 0.0
 
     def __call__(self, record: Record) -> None:
@@ -36,8 +36,8 @@ class LiveReport:
         if not record.name.startswith("evaluation/"):
             return
         page = self._page()
-        self._rows.append(_row(record, self._less_dpo(record), time.monotonic() - self.begun))
-        lines = _lines(self._rows)
+        self._rows.append((record, self._less_dpo(record), time.monotonic() - self.begun))
+        lines = table_lines(self._rows)
         say("\n".join(lines if len(self._rows) <= _WHOLE else lines[-1:]))
         if page and len(self._rows) == 1:
             say(f"The page grows with every result: {page.resolve().as_uri()}")
@@ -80,8 +80,12 @@ def _row(record: Record, less_dpo: Estimate | None, seconds: float) -> tuple[str
     )
 
 
-def _lines(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """The rows as a table in plain text, in columns that stay where they are."""
+def table_lines(rows: Sequence[tuple[Record, Estimate | None, float]]) -> list[str]:
+    """Evaluations as a table in plain text, in columns that stay where they are.
+
+    Args:
+        rows: the record, its paired difference to DPO, and the seconds since the run began.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -91,7 +95,7 @@ def _lines(rows: Sequence[tuple[str, ...]]) -> list[str]:
     for name, width in _WIDTHS.items():
         table.add_column(name, width=width, no_wrap=True, justify="left" if name in ("policy", "pairs") else "right")
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*map(Text, _row(*row)))
     console = Console(width=sum(_WIDTHS.values()) + 3 * len(_WIDTHS), color_system=None)
     with console.capture() as drawn:
         console.print(table)

@@ -35,9 +35,9 @@ def weight_figure(margins: np.ndarray, parameters: WeightParameters, *, label: s
     for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True):
         if count:
             height, kind = bars * count / counts.max(), _kind(float(low + high) / 2, parameters)
-            title = f"{count} pairs with margins from {low:.2f} to {high:.2f}"
+            says = f"{count} pair{'' if count == 1 else 's'} with margins from {low:.2f} to {high:.2f}"
             width = max(1.0, x(high) - x(low) - 1)
-            svg.box(figure, x(low) + 0.5, base - height, width, height, f"bar {kind}", title)
+            svg.box(figure, x(low) + 0.5, base - height, width, height, f"bar {kind}", says)
     grid = np.linspace(-limit, limit, 481)
     curve_points = zip(grid, np.exp(log_weight(grid, parameters)), strict=True)
     svg.path(figure, [(x(h), y(w)) for h, w in curve_points], "curve")

@@ -193,7 +193,7 @@ class ReferenceColumns(ExactResume):
     def _reference_tensors(self) -> dict[str, Tensor]:
         """The computed columns, for a checkpoint."""
         return {
-            f"reference.{name}.{column}": torch.from_numpy(_column(dataset, column))
+            f"reference.{name}.{column}": torch.tensor(_column(dataset, column))
             for name, dataset in self._with_computed().items()
             for column in self._sources[dataset._fingerprint]
         }
