@@ -354,6 +354,7 @@ COMMANDS = {
     "status": Command("say which steps of a run are done", _status_arguments, _status),
     "report": Command("write the report page of a run again", _report_arguments, _report),
     "example": Command(first_steps.EXAMPLE, first_steps.example_arguments, first_steps.example_command),
+    "demo": Command(first_steps.DEMO, first_steps.demo_arguments, first_steps.demo_command),
     "doctor": Command(first_steps.DOCTOR, first_steps.no_arguments, first_steps.doctor_command),
     "verify-theory": Command("check the paper's claims numerically", _no_arguments, _verify_theory),
     "verify-auto": Command("compare auto with DPO and MADPO in simulated worlds", _verify_auto_arguments, _verify_auto),

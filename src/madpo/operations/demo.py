@@ -1,0 +1,127 @@
+"""``madpo demo``: when margins help and when not, in a minute, in simulated worlds with a known reward."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from pydantic import Field
+
+from madpo.core.config import Frozen
+from madpo.core.metrics import Estimate, Metrics
+from madpo.core.storage import write_atomically
+from madpo.losses.simulation import CANDIDATES, KNOWLEDGE, PROMPTS, Knowledge, Setting
+from madpo.operations.running import load_report, run_in_folder
+from madpo.operations.verify_auto import AUTO, AVERAGED, Cell, simulate
+from madpo.report.demo_page import write_demo_page
+from madpo.report.numbers import short
+from madpo.runner.operation import operation
+
+METHODS = {
+    "madpo": "MADPO (tau 7, c_max 4)",
+    "soft_dpo": "soft labels from the margins",
+    "fast": "3/4 label and 1/4 margin",
+    AUTO: "auto (averaged with DPO)",
+    AVERAGED: "DPO averaged over two seeds",
+}
+"""Row of :func:`madpo.operations.verify_auto.simulate` -> what it is called here."""
+SEES: dict[Knowledge, str] = {
+    "good": "knows what the reward is made of",
+    "same": "sees what the policy sees",
+    "poor": "sees half of the response",
+}
+"""Kind of reward model -> in words."""
+
+
+class DemoSettings(Frozen):
+    """What ``madpo demo`` simulates."""
+
+    pairs: int = Field(default=600, ge=50)
+    """Training pairs in every world."""
+    reward_sd: float = Field(default=1.5, gt=0)
+    """Standard deviation of the true reward in log-odds: less makes labels noisier."""
+    worlds: int = Field(default=12, ge=3)
+    """Draws of world, labels and training order."""
+    kl: float = Field(default=1.0, gt=0)
+    """KL to the reference, in nats, at which methods are compared."""
+    seed: int = 0
+
+
+class DemoReport(Frozen):
+    """True reward less that of DPO at the same KL, in standard deviations of the reward, paired by world."""
+
+    settings: DemoSettings
+    differences: dict[str, dict[str, Estimate | None]]
+    """Kind of reward model -> method -> difference; None where too few worlds reached the KL."""
+    deciding: dict[str, Estimate]
+    """Held-out log loss of the margins less that of DPO's own implicit margins, nats: below 0 the margins know more."""
+
+    def verdict(self, kind: str) -> str:
+        """What came out with one kind of reward model, in a sentence."""
+        found = {METHODS[name]: value for name, value in self.differences[kind].items() if value is not None}
+        above = [name for name, value in found.items() if value.low > 0]
+        below = [name for name, value in found.items() if value.high < 0]
+        parts = [f"clearly above DPO: {', '.join(above) or 'nothing'}"]
+        if below:
+            parts.append(f"clearly below: {', '.join(below)}")
+        return "; ".join(parts)
+
+    def text(self) -> str:
+        """For a person."""
+        s = self.settings
+        lines = [
+            f"A SIMULATION: {s.worlds} worlds with a known reward, {s.pairs} pairs each; log-linear policies by",
+            f"madpo.losses. True reward less DPO's at a KL of {s.kl:g} nats, in standard deviations of the reward:",
+        ]
+        width = max(map(len, METHODS.values()))
+        for kind, found in self.differences.items():
+            lines += ["", f"the reward model {SEES[kind]}"]  # type: ignore[index]
+            lines += [f"    {METHODS[name]:<{width}}  {short(value, 'signed', 3)}" for name, value in found.items()]
+            lines.append(f"    {self.verdict(kind)}")
+        return "\n".join(lines)
+
+
+def demo(output_dir: str | Path, settings: DemoSettings | None = None, *, overwrite: bool = False) -> DemoReport:
+    """Simulate, and write ``demo.json`` and ``report.html``. Needs no model and no download.
+
+    Raises:
+        StorageError, ConfigError: ``output_dir`` holds something else.
+    """
+    out = run_in_folder(
+        run_demo, settings or DemoSettings(), {}, output_dir, overwrite=overwrite, memory="give fewer --worlds"
+    )
+    return load_report(out / "demo.json", DemoReport)
+
+
+@operation("demo/1")
+def run_demo(settings: DemoSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
+    """The operation behind :func:`demo`."""
+    setting = Setting(pairs=settings.pairs, reward_sd=settings.reward_sd)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the products are small: a second thread mostly waits
+    try:
+        metrics = simulate(Cell(setting=setting, worlds=settings.worlds, kl=settings.kl, seed=settings.seed), {}, out)
+    finally:
+        torch.set_num_threads(threads)
+
+    def estimate(key: str) -> Estimate | None:
+        found = metrics.get(key)
+        return found if isinstance(found, Estimate) else None
+
+    report = DemoReport(
+        settings=settings,
+        differences={kind: {name: estimate(f"{kind}: {name} - dpo") for name in METHODS} for kind in KNOWLEDGE},
+        deciding={kind: found for kind in KNOWLEDGE if (found := estimate(f"{kind}: deciding")) is not None},
+    )
+    write_atomically(out / "demo.json", json.dumps(report.model_dump(mode="json"), indent=1) + "\n")
+    write_demo_page(
+        out / "report.html",
+        settings=settings.model_dump(),
+        prompts=(PROMPTS, CANDIDATES),
+        names=METHODS,
+        panels={SEES[kind]: (report.differences[kind], report.deciding.get(kind)) for kind in KNOWLEDGE},
+        verdicts={SEES[kind]: report.verdict(kind) for kind in KNOWLEDGE},
+    )
+    return metrics

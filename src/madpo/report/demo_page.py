@@ -1,0 +1,83 @@
+"""The page of ``madpo demo``: how much each method gains over DPO, by what its reward model knows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from madpo.core.metrics import Estimate
+from madpo.report.charts import Chart, Level, Levels
+from madpo.report.command_pages import Section, command_page
+from madpo.report.drawing import draw
+from madpo.report.pages import Cell, Table, cell, write_page
+
+_SIMULATED = (
+    "A simulation: no language model, no human labels. The true reward is known, so what is shown is the truth."
+)
+
+
+def write_demo_page(
+    path: Path,
+    *,
+    settings: Mapping[str, Any],
+    prompts: tuple[int, int],
+    names: Mapping[str, str],
+    panels: Mapping[str, tuple[Mapping[str, Estimate | None], Estimate | None]],
+    verdicts: Mapping[str, str],
+) -> None:
+    """Write the page.
+
+    Args:
+        settings: of the simulation.
+        prompts: how many prompts a policy is measured on, and candidates for each.
+        names: method -> what it is called.
+        panels: what the reward model knows -> each method's difference to DPO, and the number that decides.
+        verdicts: what the reward model knows -> a sentence.
+    """
+    colours = {name: (2, 5, 6, 3, 7)[place % 5] for place, name in enumerate(names)}
+    drawn = [
+        Levels(
+            f"The reward model {knows}",
+            "true reward less DPO's, standard deviations",
+            tuple(
+                Level(names[name], colours[name], value.mean, value.low, value.high)
+                for name, value in found.items()
+                if value is not None
+            ),
+            reference=("DPO", 0.0),
+        )
+        for knows, (found, _) in panels.items()
+    ]
+    caption = (
+        f"At a KL of {settings['kl']:g} nats from the reference, 95 % intervals over {settings['worlds']} worlds. "
+        "Right of the line a method is better than plain DPO with the same pairs and batches."
+    )
+    rows = [
+        [Cell(said), *(cell(found.get(name), "signed", digits=3) for found, _ in panels.values())]
+        for name, said in names.items()
+    ]
+    rows.append(
+        [
+            Cell("held-out log loss, margins less DPO", ("nats; below 0 the margins know more than DPO has learned",)),
+            *(cell(deciding, "signed", digits=3) for _, deciding in panels.values()),
+        ]
+    )
+    table = Table("Differences to DPO", ("method", *(f"it {knows}" for knows in panels)), rows, plain=True)
+    world = (
+        f"A prompt and a response are vectors. The true reward is quadratic in the response and depends on the prompt, "
+        f"with a standard deviation of {settings['reward_sd']:g} log-odds; labels of {settings['pairs']} pairs follow "
+        "Bradley-Terry. Policies are log-linear in 150 features, so none can express the reward. They start at the "
+        "reference and are trained by the losses of madpo.losses. Reward models are linear in what they see, and are "
+        f"trained on the same pairs. Reward and KL are exact sums over {prompts[1]} candidates for each of "
+        f"{prompts[0]} new prompts. It tells which way the effects go, and not how large they are in language models."
+    )
+    sections = [
+        Section("Gain over DPO", charts=[draw(Chart("gain", "Gain over DPO", caption, drawn))]),
+        Section("The same in numbers", table=table),
+        Section("How the worlds are made", note=world, folded=True, gist="true reward, labels, policies, measures"),
+        Section("Settings", text=json.dumps(settings, indent=2), folded=True, gist="what repeats this page"),
+    ]
+    says = [_SIMULATED, *(f"Where the reward model {knows}: {text}." for knows, text in verdicts.items())]
+    write_page(path, command_page("simulation", "When do reward margins help?", says, {}, sections))
