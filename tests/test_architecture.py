@@ -149,7 +149,7 @@ def test_public_signatures_are_pinned() -> None:
     found = {fn.__name__: list(inspect.signature(fn).parameters) for fn in (load_config, run, build_report, Step)}
     assert found == {
         "load_config": ["source", "model", "overrides"],
-        "run": ["steps", "root", "executor", "only", "dry_run", "about", "upload"],
+        "run": ["steps", "root", "executor", "only", "dry_run", "about", "upload", "on_finished"],
         "build_report": ["root", "records", "title", "experiment", "unfinished", "figures"],
         "Step": ["name", "fn", "config", "inputs", "says", "groups", "light"],
     }

@@ -383,6 +383,7 @@ def test_full_training_writes_a_model(llama, tmp_path, capsys):
         "log.jsonl",
         "model",
         "record.json",
+        "report.html",
         "report.json",
     ]
     assert "Nothing: no pairs were held out" in (tmp_path / "P" / "README.md").read_text()

@@ -160,8 +160,7 @@ def _run_all(
     steps = [p.step for p in result.plan]
     waiting = [p.step for p in result.plan if not _already_done(p, result)]
     for step in steps:
-        if upload is not None and step.name in result.records:
-            upload.step(step.name, step.folder(result.root), result.root)
+        _hand_on(step, result, upload)
     if not waiting:
         say(f"All {len(steps)} steps are done already in {result.root}; nothing to run.")
         return
@@ -176,11 +175,8 @@ def _run_all(
         for future in finished_now:
             step = running.pop(future)
             _take(step, future, result, total, first_mistake)
-            if step.name not in result.records:
-                continue
-            if upload is not None:
-                upload.step(step.name, step.folder(result.root), result.root)
-            if on_finished is not None:
+            _hand_on(step, result, upload)
+            if on_finished is not None and step.name in result.records:
                 on_finished(result.records[step.name])
 
     def has_room() -> bool:
@@ -217,6 +213,11 @@ def _run_all(
         raise
     if first_mistake and not result.ran:
         raise first_mistake[0]
+
+
+def _hand_on(step: Step, result: RunResult, upload: Upload | None) -> None:
+    if upload is not None and step.name in result.records:
+        upload.step(step.name, step.folder(result.root), result.root)
 
 
 def _take(step: Step, future: Future[Any], result: RunResult, total: int, first_mistake: list[MadpoError]) -> None:
