@@ -4,6 +4,9 @@ Same model, precision and prompts (the beginnings of IMDB reviews), temperature 
 completions of full length in both. ``model.generate`` runs at its best batch size of those given. Prints tokens per
 second and the ratio, and writes JSON.
 
+``--samples 12`` draws so many completions of every prompt: ours with the prompt's keys and values shared against ours
+one draw after another, and ``model.generate`` with ``num_return_sequences``.
+
     python benchmarks/generation.py --model gemma-3-270m --prompts 128 --repeats 3 --json out.json
 """
 
@@ -32,27 +35,35 @@ def work(spec: dict[str, Any]) -> None:
     if spec["name"] == "copying":
         generation.growing_cache = lambda model: DynamicCache(config=model.config)
 
+    samples = spec["samples"]
+
     def ours(count: int, batch: int) -> float:
+        shared = spec["name"] != "one by one"
         start = time.perf_counter()
-        found = generation.generate(
-            model,
-            prompts[:count],
-            keys=range(count),
-            draw=0,
-            seed=0,
-            max_new_tokens=spec["completion"],
-            eos_token_ids=set(),
-            batch_size=batch,
-            description="",
-        )
-        return sum(map(len, found)) / (time.perf_counter() - start)
+        found = [
+            generation.generate(
+                model,
+                prompts[:count],
+                keys=range(count),
+                draw=draw,
+                seed=0,
+                max_new_tokens=spec["completion"],
+                eos_token_ids=set(),
+                samples=samples if shared else 1,
+                batch_size=batch,
+                description="",
+            )
+            for draw in range(1 if shared else samples)
+        ]
+        return sum(len(ids) for drawn in found for ids in drawn) / (time.perf_counter() - start)
 
     @torch.inference_mode()
     def stock(count: int, batch: int) -> float:
         start = time.perf_counter()
         tokens = 0
-        for first in range(0, count, batch):
-            ids = torch.tensor(prompts[first : min(first + batch, count)])
+        size = max(1, batch // samples)
+        for first in range(0, count, size):
+            ids = torch.tensor(prompts[first : min(first + size, count)])
             out = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -62,6 +73,7 @@ def work(spec: dict[str, Any]) -> None:
                 temperature=1.0,
                 max_new_tokens=spec["completion"],
                 min_new_tokens=spec["completion"],
+                num_return_sequences=samples,
             )
             tokens += out[:, ids.shape[1] :].numel()
         return tokens / (time.perf_counter() - start)
@@ -78,13 +90,14 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 32, 128], help="tried for model.generate")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--copying", action="store_true", help="a third contender: ours with the cache of transformers")
+    parser.add_argument("--samples", type=int, default=1, help="completions of every prompt")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         return work(json.loads(options.worker))
-    base = {key: getattr(options, key) for key in ("model", "prompt", "completion", "prompts")}
-    names = ("ours", "stock", *(["copying"] if options.copying else []))
+    base = {key: getattr(options, key) for key in ("model", "prompt", "completion", "prompts", "samples")}
+    names = ("ours", "stock", *["copying"] * options.copying, *["one by one"] * (options.samples > 1))
     workers = {name: Worker(__file__, {**base, "name": name}) for name in names}
     tried = {batch: workers["stock"].ask("tokens_per_second", count=batch, batch=batch) for batch in options.batches}
     best = max(tried, key=lambda batch: tried[batch])
@@ -101,11 +114,16 @@ def main() -> None:
     ratios = {
         name: statistics.median(a / b for a, b in zip(found["ours"], found[name], strict=True)) for name in names[1:]
     }
-    print(f"{options.model}, {options.prompt} + {options.completion} tokens, {options.prompts} prompts:")
+    each = f"{options.prompts} prompts, {options.samples} each"
+    print(f"{options.model}, {options.prompt} + {options.completion} tokens, {each}:")
     print(f"  model.generate by batch size: { ({b: round(r) for b, r in tried.items()}) } tokens/s; best {best}")
     for name, values in found.items():
-        print(f"  {name:7} {statistics.median(values):6.0f} tokens/s ({min(values):.0f} to {max(values):.0f})")
-    said = {"stock": "model.generate", "copying": "ours with the cache of transformers"}
+        print(f"  {name:10} {statistics.median(values):6.0f} tokens/s ({min(values):.0f} to {max(values):.0f})")
+    said = {
+        "stock": "model.generate",
+        "copying": "ours with the cache of transformers",
+        "one by one": "ours, one draw by one",
+    }
     for name, ratio in ratios.items():
         print(f"  ours / {said[name]} {ratio:.2f} x")
     if options.json:

@@ -43,6 +43,15 @@ def test_tokens_do_not_depend_on_batch_size_or_order(model):
     assert run(model, ids, keys, seed=2) != together
 
 
+@pytest.mark.parametrize("size", [64, 12, 3, 1])
+def test_samples_of_a_prompt_share_it_and_are_the_draws_one_by_one(model, size):
+    ids, keys = prompts(7), list(range(100, 107))
+    one_by_one = [run(model, ids, keys, draw=draw) for draw in (2, 3, 4, 5, 6)]
+    together = run(model, ids, keys, draw=2, samples=5, batch_size=size)
+    assert [together[k::5] for k in range(5)] == one_by_one
+    assert len({len(completion) for completion in together}) > 1, "rows should end at different places"
+
+
 def test_greedy_equals_transformers(model):
     ids = torch.randint(3, 200, (3, 6), generator=torch.Generator().manual_seed(0))
     expected = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=2, pad_token_id=0)[:, 6:]

@@ -198,10 +198,12 @@ def test_no_completion_token_at_all_gives_zero_and_a_gradient():
 def test_kl_is_zero_to_itself_and_equals_the_definition():
     policy, reference = build("gemma3", 0), build("gemma3", 5)
     rows = batch(ROWS[:4], "right")
-    logps, kl = completion_kl(policy, policy, **rows)
+    logps, kl, ref_logps = completion_kl(policy, policy, **rows)
     assert kl.tolist() == [0.0] * 4
+    assert ref_logps.equal(logps)
     torch.testing.assert_close(logps, completion_logps(policy, **rows).logps.detach(), rtol=1e-6, atol=1e-6)
-    _, kl = completion_kl(policy, reference, **rows, block=5)
+    _, kl, ref_logps = completion_kl(policy, reference, **rows, block=5)
+    torch.testing.assert_close(ref_logps, completion_logps(reference, **rows).logps.detach(), rtol=1e-6, atol=1e-6)
     p = policy(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"]).logits.log_softmax(-1)
     q = reference(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"]).logits.log_softmax(-1)
     per_position = (p.exp() * (p - q)).sum(-1)[:, :-1] * rows["completion_mask"][:, 1:]

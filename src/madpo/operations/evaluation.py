@@ -250,20 +250,21 @@ def _responses(place: Place, prompts: Sequence[Prompt], settings: EvaluateSettin
     if any(isinstance(prompt.content, list) for prompt in prompts):
         ends.add(encoder.end_id())
     samples = []
-    for draw in range(settings.samples_per_prompt):
-        mine, theirs = (
-            respond(
-                model,
-                tokenizer,
-                prompt_ids,
-                settings,
-                keys=[prompt.prompt_id for prompt in prompts],
-                draw=draw,
-                ends=ends,
-                description=f"{who}: responses",
-            )
-            for model, who in ((policy, "Policy"), (reference, "Reference"))
+    drawn = (
+        respond(
+            model,
+            tokenizer,
+            prompt_ids,
+            settings,
+            keys=[prompt.prompt_id for prompt in prompts],
+            draw=0,
+            samples=settings.samples_per_prompt,
+            ends=ends,
+            description=f"{who}: responses",
         )
+        for model, who in ((policy, "Policy"), (reference, "Reference"))
+    )
+    for draw, (mine, theirs) in enumerate(zip(*drawn, strict=True)):
         written, size = [response.ids for response in mine], settings.score_batch_size
         kl = divergence(policy, reference, prompt_ids, written, pad=tokenizer.pad_token_id, batch_size=size)[1]
         samples += [

@@ -107,6 +107,6 @@ class EvaluateSettings(Frozen):
     """Only so many most likely tokens can be drawn; None is all of them."""
     seed: int = Field(default=0, ge=0)
     batch_size: int = Field(default=32, ge=1)
-    """Prompts generated for at once."""
+    """Responses generated at once."""
     score_batch_size: int = Field(default=16, ge=1)
     """Sequences per forward pass for rewards and KL."""

@@ -46,7 +46,7 @@ class EvaluationStage(Frozen):
     top_p: float = Field(default=1.0, gt=0, le=1)
     seed: int = 0
     batch_size: int = Field(default=128, ge=1, exclude=True)
-    """Prompts generated for at once."""
+    """Responses generated at once."""
     score_batch_size: int = Field(default=16, ge=1, exclude=True)
     """Responses per forward pass for the KL."""
     best_of: int | None = added(None, ge=2)
@@ -78,21 +78,20 @@ def evaluate_policy(config: EvaluationStage, inputs: Mapping[str, Path], out: Pa
     prompt_ids = prompts["prompt_ids"].tolist()
     written: list[list[int]] = []
     judge = None if config.best_of is None else RewardModel.load(inputs["reward_model"])
+    drawn = respond(
+        policy,
+        tokenizer,
+        prompt_ids,
+        config,
+        keys=prompts["pair_id"].tolist(),
+        draw=FIRST_DRAW,
+        samples=config.samples_per_prompt * (config.best_of or 1),
+        ends=ends,
+        description=f"{config.method}: responses",
+    )
     for sample in range(config.samples_per_prompt):
-        drawn = [
-            respond(
-                policy,
-                tokenizer,
-                prompt_ids,
-                config,
-                keys=prompts["pair_id"].tolist(),
-                draw=FIRST_DRAW + sample + k * config.samples_per_prompt,
-                ends=ends,
-                description=f"{config.method}: responses",
-            )
-            for k in range(config.best_of or 1)
-        ]
-        responses = drawn[0] if judge is None else best_responses(judge, prompt_ids, drawn)
+        among = drawn[sample :: config.samples_per_prompt]
+        responses = among[0] if judge is None else best_responses(judge, prompt_ids, among)
         written += [response.ids for response in responses]
         for prompt_id, prompt, said in zip(prompts["pair_id"], prompts["prompt"], responses, strict=True):
             row = {"prompt_id": int(prompt_id), "sample": sample, "prompt": prompt, "response": said.text}
@@ -100,18 +99,19 @@ def evaluate_policy(config: EvaluationStage, inputs: Mapping[str, Path], out: Pa
     samples = pd.DataFrame(rows)
     samples["oracle_reward"] = load_oracle(inputs["oracle"])(list(samples["prompt"]), list(samples["response"]))
     prompt_ids = prompt_ids * config.samples_per_prompt
-    kl = np.zeros(len(written))
+    kl, logps = np.zeros(len(written)), None
     how: dict[str, Any] = {
         "pad": tokenizer.pad_token_id,
         "batch_size": config.score_batch_size,
         "description": f"{config.method}: KL",
     }
     if policy is not reference:
-        kl = divergence(policy, reference, prompt_ids, written, **how)[1]
+        _, kl, logps = divergence(policy, reference, prompt_ids, written, **how)
     if config.best_of is not None:
         kl += math.log(config.best_of) - (config.best_of - 1) / config.best_of
     samples["kl"] = kl
-    logps = response_logps(reference, prompt_ids, written, **how)
+    if logps is None or config.samples_per_prompt == 1:  # whose records have the last digits of a pass of its own
+        logps = response_logps(reference, prompt_ids, written, **how)
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in samples.to_dict("records"))
     write_atomically(out / "samples.jsonl", "".join(lines))
     metrics = _metrics(samples, config.seed)

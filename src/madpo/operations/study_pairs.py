@@ -174,7 +174,7 @@ def _responses(
             draw=k,
             ends=ends,
             description=f"Response {k + 1} of 2",
-        )
+        )[0]
         columns[f"response_ids_{k}"] = [response.ids for response in responses]
         columns[f"response_{k}"] = [response.text for response in responses]
         columns[f"reward_{k}"] = oracle(columns["prompt"], columns[f"response_{k}"])

@@ -190,7 +190,7 @@ def work(step: Step) -> Work:
     if isinstance(config, EvaluationStage):
         count = (config.prompts or pairs.all - pairs.train) * config.samples_per_prompt
         models = 2 if "policy" in step.inputs or config.best_of else 1
-        passes = 3 if "policy" in step.inputs else 1
+        passes = 1 if "policy" not in step.inputs else 3 if config.samples_per_prompt == 1 else 2
         tokens = {
             "generate": count * config.max_new_tokens * (config.best_of or 1),
             "score": passes * count * length,

@@ -52,6 +52,11 @@ class _InPlace:
             self._grown = _Growing(), _Growing()
         return self._grown[0].append(self.keys, keys), self._grown[1].append(self.values, values)
 
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row so many times, in a buffer of their own."""
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self._grown = _Growing(), _Growing()
+
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows, in a buffer of their own."""
         super().batch_select_indices(indices)  # type: ignore[misc]

@@ -52,11 +52,14 @@ def respond(
     draw: int,
     ends: Collection[int],
     description: str,
-) -> list[Response]:
-    """One response per prompt, in their order.
+    samples: int = 1,
+    temperature: float | None = None,
+) -> list[list[Response]]:
+    """Responses to every prompt: ``samples`` lists, each with one response per prompt in their order.
 
     Args:
-        keys, draw: name the prompt and which of its responses this is, for the random numbers.
+        keys, draw: name the prompt and which of its responses the first one is, for the random numbers.
+        temperature: in place of the configuration's.
         ends: token ids that end a response (:func:`end_tokens`).
     """
     found = generate(
@@ -67,13 +70,15 @@ def respond(
         seed=config.seed,
         max_new_tokens=config.max_new_tokens,
         eos_token_ids=ends,
-        temperature=config.temperature,
+        temperature=config.temperature if temperature is None else temperature,
         top_p=config.top_p,
         top_k=config.top_k,
+        samples=samples,
         batch_size=config.batch_size,
         description=description,
     )
-    return [Response(ids, decode(tokenizer, ids), ids[-1] in ends) for ids in found]
+    responses = [Response(ids, decode(tokenizer, ids), ids[-1] in ends) for ids in found]
+    return [responses[k::samples] for k in range(samples)]
 
 
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -97,6 +102,15 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
+class Divergence(NamedTuple):
+    """Of each response, summed over its tokens, nats: log-probability under the policy, KL(policy || reference), and
+    log-probability under the reference."""
+
+    logps: NDArray[np.float64]
+    kl: NDArray[np.float64]
+    ref_logps: NDArray[np.float64]
+
+
 @torch.no_grad()
 def divergence(
     policy: nn.Module,
@@ -107,15 +121,14 @@ def divergence(
     pad: int,
     batch_size: int,
     description: str = "KL",
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(log-probability under the policy, KL(policy || reference)) of each response, nats, summed over its tokens."""
-    logps, kl = np.zeros(len(responses)), np.zeros(len(responses))
+) -> Divergence:
+    """How far each response's policy is from its reference, by one pass of either."""
+    found = np.zeros((3, len(responses)))
     batches = completion_batches(prompt_ids, responses, reference, pad, batch_size, description)
     for rows, ids, mask, completion in batches:
-        logps[rows], kl[rows] = (
-            part.double().cpu().numpy() for part in completion_kl(policy, reference, ids, mask, completion)
-        )
-    return logps, kl
+        parts = completion_kl(policy, reference, ids, mask, completion)
+        found[:, rows] = torch.stack(parts).double().cpu().numpy()
+    return Divergence(*found)
 
 
 def completion_batches(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
@@ -175,21 +176,23 @@ def generate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int | None = None,
+    samples: int = 1,
     batch_size: int = 128,
     description: str = "Generating",
 ) -> list[list[int]]:
-    """Sample one completion per prompt.
+    """Sample completions of prompts; several of one prompt share its keys and values, which are computed once.
 
     Args:
         model: a causal language model, or a PEFT wrapper of one.
         prompt_ids: token ids of the prompts, not empty.
         keys: one number per prompt that names it for the random numbers (its id in the corpus).
-        draw: which of several completions of the same prompt this is.
+        draw: which of several completions of the same prompt this is; with ``samples``, the first of them.
+        samples: completions per prompt, with the random numbers of the draws ``draw``, ``draw + 1``, ...
         eos_token_ids: end tokens; the one that was sampled is kept at the end of the completion.
-        batch_size: prompts at once; it changes the speed alone (up to rounding in half precision).
+        batch_size: completions at once; it changes the speed alone (up to rounding in half precision).
 
     Returns:
-        Completion ids in the order of the prompts, at most ``max_new_tokens`` each.
+        Completion ids in the order of the prompts, at most ``max_new_tokens`` each; a prompt's samples are neighbours.
     """
     if any(not len(ids) for ids in prompt_ids):
         raise ConfigError("a prompt has no token: give every prompt at least the beginning-of-text token")
@@ -199,24 +202,33 @@ def generate(
     longest = max((len(ids) for ids in prompt_ids), default=0) + max_new_tokens
     check_positions(inner, longest, "lower max_new_tokens, or leave out the longest prompts")
     order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
-    completions: list[list[int]] = [[] for _ in prompt_ids]
-    with evaluating(model), bar(description, len(order) * max_new_tokens) as advance:
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            numbers = np.stack([uniforms(seed, keys[i], draw, max_new_tokens) for i in rows])
+    copies = min(samples, batch_size)
+    completions: list[list[int]] = [[] for _ in range(len(prompt_ids) * samples)]
+    with evaluating(model), bar(description, len(completions) * max_new_tokens) as advance:
+        for rows, draws in product(_parts(order, batch_size // copies), _parts(range(samples), copies)):
+            drawn = [(i, k) for i in rows for k in draws]
+            numbers = np.stack([uniforms(seed, keys[i], draw + k, max_new_tokens) for i, k in drawn])
             batch = _Batch(inner, [prompt_ids[i] for i in rows], numbers, eos_token_ids)
             for _ in range(max_new_tokens):
                 if not batch.step(sampling):
                     break
-                advance(len(rows))
-            advance(len(rows) * (max_new_tokens - batch.position))
-            for i, ids in zip(rows, batch.completions, strict=True):
-                completions[i] = ids
+                advance(len(drawn))
+            advance(len(drawn) * (max_new_tokens - batch.position))
+            for (i, k), ids in zip(drawn, batch.completions, strict=True):
+                completions[i * samples + k] = ids
     return completions
 
 
+def _parts(items: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
 class _Batch:
-    """Rows that are being continued. A row that has ended leaves the batch with the next clearing out."""
+    """Rows that are being continued. A row that has ended leaves the batch with the next clearing out.
+
+    ``numbers`` has as many rows for every prompt, one after another: each is a completion of its own, and they part
+    after the prompt.
+    """
 
     def __init__(
         self, model: nn.Module, prompts: list[Sequence[int]], numbers: np.ndarray, eos_token_ids: Collection[int]
@@ -225,9 +237,10 @@ class _Batch:
         self.device = self.head.weight.device
         self.numbers = torch.from_numpy(numbers).to(self.device)
         self.ends = torch.tensor(sorted(eos_token_ids), device=self.device)
-        self.completions: list[list[int]] = [[] for _ in prompts]
-        self.alive = torch.ones(len(prompts), dtype=torch.bool, device=self.device)
-        self.rows = torch.arange(len(prompts), device=self.device)
+        self.copies = len(numbers) // len(prompts)
+        self.completions: list[list[int]] = [[] for _ in numbers]
+        self.alive = torch.ones(len(numbers), dtype=torch.bool, device=self.device)
+        self.rows = torch.arange(len(numbers), device=self.device)
         length = max(map(len, prompts))
         self.ids = torch.tensor([[0] * (length - len(p)) + [*p] for p in prompts], device=self.device)
         self.mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=self.device)
@@ -240,6 +253,9 @@ class _Batch:
         states = backbone(self.model)(
             input_ids=self.ids, attention_mask=self.mask, position_ids=positions, cache=self.cache, use_cache=True
         ).last_hidden_state[:, -1]
+        if self.position == 0 and self.copies > 1:
+            self.cache.batch_repeat_interleave(self.copies)
+            states, self.mask = (x.repeat_interleave(self.copies, dim=0) for x in (states, self.mask))
         states = states.to(self.head.weight.dtype)
         tokens = sampling.draw_from(self.head, states, self.numbers[self.rows, self.position])
         self.position += 1

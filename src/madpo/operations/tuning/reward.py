@@ -81,9 +81,8 @@ def reward_curve(
 
     def written(model: nn.Module, name: str) -> list[Response]:
         keys = [int(row["pair_id"]) for row in chosen]
-        return respond(
-            model, tokenizer, prompt_ids, config, keys=keys, draw=0, ends=ends, description=f"{name}: responses"
-        )
+        how = f"{name}: responses"
+        return respond(model, tokenizer, prompt_ids, config, keys=keys, draw=0, ends=ends, description=how)[0]
 
     base = written(reference, "Reference")
     points: list[tuple[float, Floats, Floats]] = []
