@@ -62,7 +62,7 @@ def work(spec: dict[str, Any]) -> None:
         start = time.perf_counter()
         tokens = 0
         size = max(1, batch // samples)
-        for first in range(0, count, size):
+        for first in range(0, min(count, len(prompts)), size):
             ids = torch.tensor(prompts[first : min(first + size, count)])
             out = model.generate(
                 ids,

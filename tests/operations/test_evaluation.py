@@ -94,15 +94,34 @@ def test_samples_and_metrics_of_a_policy(inputs, tmp_path) -> None:
     assert (first["response"].to_numpy() != second["response"].to_numpy()).any()
 
 
-def test_kl_and_perplexity_equal_a_loop_over_tokens(inputs, tmp_path, monkeypatch) -> None:
+def test_further_temperatures_leave_the_measurement_as_it_is(inputs, tmp_path) -> None:
+    plain, samples = evaluate(inputs, tmp_path / "plain", samples_per_prompt=3)
+    metrics, both = evaluate(inputs, tmp_path / "swept", samples_per_prompt=3, temperatures=(0, 0.5, 1))
+    assert {name: metrics[name] for name in plain} == plain
+    assert set(metrics) - set(plain) == {"oracle_reward_at_0", "oracle_reward_at_0.5"}
+    pd.testing.assert_frame_equal(both[both["temperature"].isna()][[*samples]], samples, check_dtype=False)
+    for temperature in (0.0, 0.5):
+        own = both[both["temperature"] == temperature]
+        assert metrics[f"oracle_reward_at_{temperature:g}"].mean == pytest.approx(own["oracle_reward"].mean())
+        assert metrics[f"oracle_reward_at_{temperature:g}"].n == 8
+        _, alone = evaluate(inputs, tmp_path / f"at{temperature}", temperature=temperature, samples_per_prompt=3)
+        assert list(own["response"]) == list(alone["response"])
+    greedy = both[both["temperature"] == 0].groupby("prompt_id")["response"].nunique()
+    assert (greedy == 1).all()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_kl_and_perplexity_equal_a_loop_over_tokens(inputs, tmp_path, monkeypatch, count) -> None:
     seen = []
     original = responses.generate
     monkeypatch.setattr(responses, "generate", lambda m, p, **kw: (seen.append((p, r := original(m, p, **kw))), r)[1])
-    metrics, samples = evaluate(inputs, tmp_path / "a")
+    metrics, samples = evaluate(inputs, tmp_path / "a", samples_per_prompt=count)
     reference = load_model(inputs["reference"] / "model", dtype=torch.float32)
     policy = load_model(inputs["reference"] / "model", dtype=torch.float32, adapter=inputs["policy"] / "adapter")
     logps = 0.0
-    for row, prompt, response in zip(samples.itertuples(), *seen[0], strict=True):
+    ((prompts, drawn),) = seen
+    written = [(prompt, drawn[i * count + k]) for k in range(count) for i, prompt in enumerate(prompts)]
+    for row, (prompt, response) in zip(samples.itertuples(), written, strict=True):
         ids = torch.tensor([prompt + response])
         with torch.no_grad():
             p, q = (m(input_ids=ids).logits[0].double().log_softmax(-1) for m in (policy, reference))

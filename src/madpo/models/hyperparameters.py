@@ -24,6 +24,7 @@ Schedule = Literal[
 """Those of transformers that need no options of their own."""
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Temperature = Annotated[float, Field(ge=0)]
 
 
 FULL_LEARNING_RATE = 1e-6

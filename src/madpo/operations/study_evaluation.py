@@ -23,6 +23,7 @@ from madpo.core.storage import write_atomically
 from madpo.data.corpus import Tier
 from madpo.models.engine.logprobs import completion_logps
 from madpo.models.engine.responses import Response, completion_batches, divergence, end_tokens, respond
+from madpo.models.hyperparameters import Temperature
 from madpo.models.load import load_model, load_tokenizer
 from madpo.rewards.oracles import load_oracle
 from madpo.rewards.reward_model import RewardModel
@@ -53,11 +54,15 @@ class EvaluationStage(Frozen):
     """Of so many responses the one that the reward model likes best counts; None is one response."""
     top_k: int | None = added(None, ge=1)
     """Only so many most likely tokens can be drawn; None is all of them."""
+    temperatures: tuple[Temperature, ...] = added(())
+    """Further temperatures at which every prompt is answered with the same random numbers, for rewards and win rates;
+    the KL is measured at ``temperature`` alone."""
 
 
 @operation("evaluate_policy/1")
 def evaluate_policy(config: EvaluationStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
-    """Sample responses to held-out prompts and measure them; writes ``samples.jsonl``.
+    """Sample responses to held-out prompts and measure them; writes ``samples.jsonl``, in which the responses at
+    further temperatures have the key ``temperature``.
 
     Inputs: "reference" (a folder with ``model``), "oracle", "pairs", and "policy" (a folder with ``adapter``); without
     it the reference itself is measured; "reward_model" for ``best_of``. The random numbers depend on the seed, the
@@ -74,31 +79,28 @@ def evaluate_policy(config: EvaluationStage, inputs: Mapping[str, Path], out: Pa
     tokenizer, reference = load_tokenizer(place), load_model(place)
     policy = load_model(place, adapter=inputs["policy"] / "adapter") if "policy" in inputs else reference
     ends = end_tokens(reference, tokenizer)
-    rows: list[dict[str, Any]] = []
-    prompt_ids = prompts["prompt_ids"].tolist()
-    written: list[list[int]] = []
     judge = None if config.best_of is None else RewardModel.load(inputs["reward_model"])
-    drawn = respond(
-        policy,
-        tokenizer,
-        prompt_ids,
-        config,
-        keys=prompts["pair_id"].tolist(),
-        draw=FIRST_DRAW,
-        samples=config.samples_per_prompt * (config.best_of or 1),
-        ends=ends,
-        description=f"{config.method}: responses",
-    )
-    for sample in range(config.samples_per_prompt):
-        among = drawn[sample :: config.samples_per_prompt]
-        responses = among[0] if judge is None else best_responses(judge, prompt_ids, among)
-        written += [response.ids for response in responses]
-        for prompt_id, prompt, said in zip(prompts["pair_id"], prompts["prompt"], responses, strict=True):
-            row = {"prompt_id": int(prompt_id), "sample": sample, "prompt": prompt, "response": said.text}
-            rows.append({**row, "tokens": len(said.ids), "ended": said.ended})
-    samples = pd.DataFrame(rows)
-    samples["oracle_reward"] = load_oracle(inputs["oracle"])(list(samples["prompt"]), list(samples["response"]))
-    prompt_ids = prompt_ids * config.samples_per_prompt
+    oracle = load_oracle(inputs["oracle"])
+
+    def sampled(temperature: float) -> pd.DataFrame:
+        drawn = respond(
+            policy,
+            tokenizer,
+            prompts["prompt_ids"].tolist(),
+            config,
+            keys=prompts["pair_id"].tolist(),
+            draw=FIRST_DRAW,
+            samples=config.samples_per_prompt * (config.best_of or 1),
+            ends=ends,
+            description=f"{config.method}: responses",
+            temperature=temperature,
+        )
+        found = _judged(prompts, drawn, config.samples_per_prompt, judge)
+        return found.assign(oracle_reward=oracle(list(found["prompt"]), list(found["response"])))
+
+    samples = sampled(config.temperature)
+    written = samples.pop("ids").tolist()
+    prompt_ids = prompts["prompt_ids"].tolist() * config.samples_per_prompt
     kl, logps = np.zeros(len(written)), None
     how: dict[str, Any] = {
         "pad": tokenizer.pad_token_id,
@@ -112,11 +114,32 @@ def evaluate_policy(config: EvaluationStage, inputs: Mapping[str, Path], out: Pa
     samples["kl"] = kl
     if logps is None or config.samples_per_prompt == 1:  # whose records have the last digits of a pass of its own
         logps = response_logps(reference, prompt_ids, written, **how)
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in samples.to_dict("records"))
-    write_atomically(out / "samples.jsonl", "".join(lines))
     metrics = _metrics(samples, config.seed)
     metrics["reference_perplexity"] = math.exp(-logps.sum() / samples["tokens"].sum())
+    rows = samples.to_dict("records")
+    for temperature in config.temperatures:
+        if temperature != config.temperature:
+            other = sampled(temperature).drop(columns="ids")
+            rows += other.assign(temperature=temperature).to_dict("records")
+            found = bootstrap_mean(other["oracle_reward"], seed=config.seed, clusters=other["prompt_id"])
+            metrics[f"oracle_reward_at_{temperature:g}"] = found
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomically(out / "samples.jsonl", "".join(lines))
     return metrics if config.best_of is None else {**metrics, "kl_is_a_bound": 1}
+
+
+def _judged(
+    prompts: pd.DataFrame, drawn: Sequence[list[Response]], samples: int, judge: RewardModel | None
+) -> pd.DataFrame:
+    """A line per response, sample after sample: prompt_id, sample, prompt, response, tokens, ended, ids."""
+    rows: list[dict[str, Any]] = []
+    for sample in range(samples):
+        among = drawn[sample::samples]
+        responses = among[0] if judge is None else best_responses(judge, prompts["prompt_ids"].tolist(), among)
+        for prompt_id, prompt, said in zip(prompts["pair_id"], prompts["prompt"], responses, strict=True):
+            row = {"prompt_id": int(prompt_id), "sample": sample, "prompt": prompt, "response": said.text}
+            rows.append({**row, "tokens": len(said.ids), "ended": said.ended, "ids": said.ids})
+    return pd.DataFrame(rows)
 
 
 def best_responses(

@@ -201,16 +201,18 @@ def _write_tables(root: Path, place: Path, records: Mapping[str, Record]) -> Non
     for table, frames in tables.items():
         if frames:
             names = ["folder", *columns[table]]
-            schema = pa.schema([(name, KINDS.get(name, pa.float64())) for name in names])
             whole = pd.concat(frames, ignore_index=True).reindex(columns=names)
+            if table == "samples" and whole["temperature"].isna().all():
+                names.remove("temperature")
+            schema = pa.schema([(name, KINDS.get(name, pa.float64())) for name in names])
             written = pa.Table.from_pandas(whole, schema=schema, preserve_index=False).replace_schema_metadata(None)
             pq.write_table(written, place / f"{table}.parquet", compression="zstd")
 
 
 def _few_texts(samples: pd.DataFrame) -> pd.DataFrame:
     """The numbers of all samples, the texts of the first prompts."""
-    shown = sorted(samples["prompt_id"].unique())[:TEXTS]
-    texts = samples[["prompt", "response"]].where(samples["prompt_id"].isin(shown), None)
+    shown = samples["prompt_id"].isin(sorted(samples["prompt_id"].unique())[:TEXTS]) & samples["temperature"].isna()
+    texts = samples[["prompt", "response"]].where(shown, None)
     return samples.assign(prompt=texts["prompt"], response=texts["response"])
 
 

@@ -98,6 +98,7 @@ class Tier:
         curves: logs of the policies of the first seed, one line per logged step, with the row's ``name``.
         missing: names of the experiment's methods that have no evaluation here.
         selection_seed: which half of the held-out prompts chooses among settings.
+        sweep: samples at further decoding temperatures, as ``samples``, with ``temperature``.
     """
 
     name: str
@@ -110,6 +111,7 @@ class Tier:
     reward_curve: pd.DataFrame = field(default_factory=pd.DataFrame)
     missing: tuple[str, ...] = ()
     selection_seed: int = 0
+    sweep: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @property
     def label(self) -> str:
@@ -165,6 +167,14 @@ class Tier:
         answered = self.samples.loc[self.samples["reward"].notna(), "prompt_id"]
         prompts = {int(i) for i in answered.unique()}
         return frozenset(prompts - selecting_half(prompts, self.selection_seed))
+
+    def at_temperatures(self) -> dict[float, Tier]:
+        """Temperature -> the tier as measured there, of the methods that have answers there; rising."""
+        found = {}
+        for temperature, samples in self.sweep.groupby("temperature") if len(self.sweep) else ():
+            rows = [replace(row, values={}) for row in self.rows if row.key in set(samples["key"])]
+            found[float(cast(float, temperature))] = measured(replace(self, rows=rows, samples=samples))
+        return found
 
     def even(self, rows: Sequence[Row]) -> list[Row]:
         """The rows with reward and KL over the training seeds that all of them have, so that their levels compare.
@@ -281,6 +291,7 @@ def _tier(
     steps = {record.name: (key, seed) for key, by_seed in groups.items() for seed, record in by_seed.items()}
     own = samples[samples["step"].isin(list(steps))]
     own = own.assign(**{n: own["step"].map({s: place[i] for s, place in steps.items()}) for i, n in enumerate(_PLACE)})
+    swept = own["temperature"].notna()
     models = _by_seed(records, "reward_model", name)
     first = next(iter(models.values()), None)
     margins = next(iter(_by_seed(records, "margins", name).values()), None)
@@ -289,7 +300,7 @@ def _tier(
         Tier(
             name,
             rows,
-            own,
+            own[~swept],
             models,
             margins=_finite(sources.margins(margins, records), train=True) if margins else np.empty(0),
             heldout_margins=_finite(sources.margins(first, records)) if first else np.empty(0),
@@ -297,6 +308,7 @@ def _tier(
             reward_curve=sources.log(first) if first else pd.DataFrame(),
             missing=tuple(n for n, m in planned.items() if n not in shown and name in (m.get("tiers") or (name,))),
             selection_seed=selection_seed,
+            sweep=own[swept],
         )
     )
 

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from madpo.core.errors import DataError
 from madpo.runner.record import Record
 
-SAMPLES = ("prompt_id", "sample", "reward", "kl", "tokens", "text", "prompt", "response")
+SAMPLES = ("prompt_id", "sample", "reward", "kl", "tokens", "text", "prompt", "response", "temperature")
 NULLABLE = {"text": "Int64", "train": "boolean"}
 MARGINS = ("pair_id", "reward_margin", "train")
 TEXTS = 200  # prompts of an evaluation that keep their first response as text
@@ -48,14 +48,15 @@ class Sources:
         """One line per response: the step's name as ``step``, and the columns ``SAMPLES``.
 
         ``reward`` is the oracle's; ``kl`` is summed nats; ``text`` numbers the different texts of one evaluation, NA
-        where the text is not known; ``prompt`` and ``response`` are kept of the first samples of some prompts.
+        where the text is not known; ``prompt`` and ``response`` are kept of the first samples of some prompts;
+        ``temperature`` is that of a response at a further temperature, NaN for the others.
         """
         frames = []
         for record in records:
             path = folder_of(self.root, record) / "samples.jsonl"
             frame = _evaluation(path) if path.exists() else self._kept("samples", record)
             if frame is not None:
-                frames.append(frame.assign(step=record.name))
+                frames.append(frame.reindex(columns=[*SAMPLES]).assign(step=record.name))
         columns = {"step": object} | {name: object if name in ("prompt", "response") else float for name in SAMPLES}
         empty = pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in columns.items()})
         return pd.concat(frames, ignore_index=True) if frames else empty
@@ -120,7 +121,8 @@ def _parquet(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
 def _evaluation(path: Path) -> pd.DataFrame:
     """The samples of one evaluation, by prompt and number of the sample."""
     rows = json_lines(path, "prompt_id", "oracle_reward")
-    numbers = {"prompt_id": "prompt_id", "sample": "sample", "reward": "oracle_reward", "kl": "kl", "tokens": "tokens"}
+    same = ("prompt_id", "sample", "kl", "tokens", "temperature")
+    numbers = {"reward": "oracle_reward"} | {name: name for name in same}
     frame = pd.DataFrame({name: [row.get(column) for row in rows] for name, column in numbers.items()})
     frame["sample"] = frame["sample"].fillna(0)
     for name in numbers:
@@ -136,7 +138,7 @@ def _evaluation(path: Path) -> pd.DataFrame:
     for name in ("prompt", "response"):
         frame[name] = pd.Series([row.get(name) for row in rows], dtype=object)
     frame = frame.sort_values(["prompt_id", "sample"], kind="stable", ignore_index=True)
-    first = frame[frame["response"].notna()].drop_duplicates("prompt_id").index[:TEXTS]
+    first = frame[frame["response"].notna() & frame["temperature"].isna()].drop_duplicates("prompt_id").index[:TEXTS]
     frame.loc[~frame.index.isin(first), ["prompt", "response"]] = None
     return frame
 

@@ -12,9 +12,9 @@ from madpo.report.caveats import doubtful, weights_from
 from madpo.report.claims import Claim, counts, tested
 from madpo.report.compare import NOT_RUN, Comparison, frontiers, less_dpo
 from madpo.report.methods import SFT, settings_words
-from madpo.report.numbers import DASH, count, interval, one
+from madpo.report.numbers import DASH, count, interval, one, short
 from madpo.report.pages import MARGINS_SHOWN, Cell, Table, cell, shown_margins
-from madpo.report.results import Row, Tier
+from madpo.report.results import Row, Tier, Value
 from madpo.report.tables import COLUMNS, UNEVEN, shown_columns
 from madpo.report.weight_figure import weight_figure
 from madpo.rewards.weight_counts import WeightParameters, count_weights
@@ -155,6 +155,25 @@ def equal_kl_table(tiers: Sequence[Tier], beta: float) -> Table | None:
     ]
     head = ["setting", "KL, nats", "reward", "less DPO's curve at this KL", "each seed"]
     return Table("Reward less DPO at equal KL", head, rows) if rows else None
+
+
+def temperature_table(tier: Tier) -> Table | None:
+    """Reward, and win rate against SFT at the same temperature, of every method at every decoding temperature."""
+    at = tier.at_temperatures()
+    rows = []
+    for row in tier.rows:
+        found = [next((own for own in other.rows if own.key == row.key), None) for other in at.values()]
+        if any(found):
+            values = [*((own["oracle_reward"], own["win_rate"]) if own else (None, None) for own in found)]
+            values.append((row["oracle_reward"], row["win_rate"]))
+            rows.append([Cell(row.name), *(_rewarded(*value) for value in values)])
+    head = ["method", *(f"{temperature:g}" for temperature in at), "as in the other tables"]
+    return Table(f"Decoding temperatures, {tier.label}", head, rows) if rows else None
+
+
+def _rewarded(reward: Value, wins: Value) -> Cell:
+    own = cell(reward)
+    return own if wins is None else own._replace(small=(*own.small, f"wins {short(wins, 'share')}"))
 
 
 # Margins, reward models, degeneration

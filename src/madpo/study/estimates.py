@@ -192,7 +192,7 @@ def work(step: Step) -> Work:
         models = 2 if "policy" in step.inputs or config.best_of else 1
         passes = 1 if "policy" not in step.inputs else 3 if config.samples_per_prompt == 1 else 2
         tokens = {
-            "generate": count * config.max_new_tokens * (config.best_of or 1),
+            "generate": count * config.max_new_tokens * (config.best_of or 1) * (1 + len(config.temperatures)),
             "score": passes * count * length,
             "judge": count * length * (config.best_of or 0),
         }

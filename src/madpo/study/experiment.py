@@ -14,7 +14,7 @@ from madpo.core.config import Frozen, find_experiment, load_config
 from madpo.core.progress import say
 from madpo.core.storage import expanded
 from madpo.data.corpus import Corpus, PackagedIMDB, Tier
-from madpo.models.hyperparameters import EarlyStopping, LoRA, Optimisation, Pooling
+from madpo.models.hyperparameters import EarlyStopping, LoRA, Optimisation, Pooling, Temperature
 from madpo.report import rebuild_report
 from madpo.report.live import LiveReport
 from madpo.rewards.oracles import NgramOracle, Oracle
@@ -110,6 +110,9 @@ class EvaluationSettings(Frozen):
     prompts: int | None = Field(default=None, ge=1)
     """The first so many held-out prompts; all of them when left out."""
     samples_per_prompt: int = Field(default=1, ge=1)
+    """Responses to every prompt, which share the prompt's computation; a row may have its own number."""
+    temperatures: tuple[Temperature, ...] = ()
+    """Further decoding temperatures, for a table of rewards and win rates, such as [0.25, 0.5, 0.75]."""
 
 
 class Experiment(Frozen):

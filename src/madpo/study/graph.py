@@ -171,7 +171,14 @@ class _Bench:
         name = f"{self.tier}/{method.key}/seed{self.seed}"
         if method.trainer == "best_of_n":
             inputs = {"reward_model": self.reward_model}
-            self.evaluation(method.name, f"evaluation/{name}", inputs, (method.group,), best_of=method.n)
+            self.evaluation(
+                method.name,
+                f"evaluation/{name}",
+                inputs,
+                (method.group,),
+                best_of=method.n,
+                samples=method.samples_per_prompt,
+            )
             return
         fn, config, inputs = self._offline(method) if method.trainer == "offline" else self._online(method)
         policy = self.trunk.add(
@@ -182,7 +189,13 @@ class _Bench:
             says=f"{method.name} on the {self.tier} pairs",
             groups=(method.group,),
         )
-        self.evaluation(method.name, f"evaluation/{name}", {"policy": policy}, policy.groups)
+        self.evaluation(
+            method.name,
+            f"evaluation/{name}",
+            {"policy": policy},
+            policy.groups,
+            samples=method.samples_per_prompt,
+        )
 
     def _offline(self, method: Method) -> tuple[StageFn, Frozen, dict[str, Step]]:
         e = self.experiment
@@ -265,6 +278,7 @@ class _Bench:
         inputs: Mapping[str, Step],
         groups: tuple[str, ...],
         best_of: int | None = None,
+        samples: int | None = None,
     ) -> Step:
         """Samples and measures of one policy on the held-out prompts."""
         e = self.experiment
@@ -273,7 +287,7 @@ class _Bench:
             tier=self.tier,
             seed=self.seed,
             best_of=best_of,
-            **e.evaluation.model_dump(),
+            **e.evaluation.model_dump() | ({} if samples is None else {"samples_per_prompt": samples}),
             **e.responses.model_dump(exclude={"prompt_tokens"}),
         )
         common = {"reference": self.trunk.sft, "oracle": self.trunk.oracle, "pairs": self.pairs}

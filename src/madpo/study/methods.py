@@ -47,6 +47,8 @@ class Method(Frozen):
     """Seeds of this row; None is the experiment's."""
     tiers: tuple[Tier, ...] | None = None
     """Tiers of this row; None is the experiment's."""
+    samples_per_prompt: int | None = Field(default=None, ge=1)
+    """Responses to every held-out prompt when this row is measured; None is ``evaluation.samples_per_prompt``."""
 
     @model_validator(mode="after")
     def _check(self) -> Method:
