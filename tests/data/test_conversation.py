@@ -19,8 +19,8 @@ from madpo.core.errors import DataError
 from madpo.data import check, load_preferences
 from madpo.data.conversation import Conversation
 from madpo.data.duplicates import digest
+from madpo.data.folds import prompt_key
 from madpo.data.texts import read_texts
-from madpo.operations.inputs import prompt_key
 from practice_cases import write
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"

@@ -10,9 +10,9 @@ from safetensors.numpy import load_file
 
 from madpo import DPO, PreferenceTrainer
 from madpo.core.errors import ConfigError, DataError, StorageError
-from madpo.data.folds import folds_by_prompt
+from madpo.data.folds import folds_by_prompt, prompt_key
 from madpo.operations import TrainSettings, train
-from madpo.operations.inputs import prompt_key, split_by_prompt
+from madpo.operations.inputs import split_by_prompt
 from madpo.operations.running import digest, toml
 from madpo.training.checkpoints import verify
 from practice_cases import text_pairs, write

@@ -14,6 +14,7 @@ from madpo.operations import (
     ScoreSettings,
     TrainSettings,
     evaluate,
+    inspect,
     load_scorer,
     score,
     scoring,
@@ -91,6 +92,26 @@ def test_the_frozen_probe_scores_new_pairs_and_single_responses(scored, llama):
     assert model(prompts[:3], good[:3]).shape == (3,)
     assert report.accuracy.mean >= 0.8, "pairs that it was fitted on"
     assert report.heldout is False
+    assert report.trained_on
+    assert report.temperature == 1
+    inspected = inspect(scored / "new" / "scored.jsonl")
+    assert inspected.margin_temperature == 1
+    assert "was trained on these pairs" in inspected.temperature_reason
+
+
+def test_the_deciding_number_is_there_where_both_margins_are(scored, llama, tmp_path):
+    rows = text_pairs()
+    generator = np.random.default_rng(0)
+    data = write(tmp_path / "both.jsonl", [row | {"log_ratio_margin": generator.normal()} for row in rows])
+    report = score(data, tmp_path / "S", ScoreSettings(probe=str(llama)))
+    assert report.trained_on is False
+    assert report.deciding.difference.high < 0, "the implicit margins are noise"
+    assert report.deciding.difference.n == 25
+    inspected = inspect(tmp_path / "S" / "scored.jsonl", output=tmp_path / "page.html")
+    assert inspected.deciding == report.deciding
+    assert inspected.deciding.text() in report.text()
+    assert "implicit margin" in (tmp_path / "page.html").read_text()
+    assert inspect(scored / "S" / "scored.jsonl").deciding is None
 
 
 def test_the_trainer_finds_the_same_margins(scored, llama, tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from madpo.core.errors import ConfigError, DataError
 from madpo.core.seeding import rng
 from madpo.data.margins import read_margins
 from madpo.operations.inspection import inspect_data
-from madpo.rewards.margins import ENOUGH, PAPER_SETTINGS, SURE, inspect
+from madpo.rewards.margins import ENOUGH, PAPER_SETTINGS, SURE, deciding, inspect
 from madpo.rewards.weight_counts import WeightParameters, log_weight
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u2028&amp;{{data}}"
@@ -104,19 +104,46 @@ def test_recommendation_where_the_99th_percentile_decides() -> None:
     assert inspect(h, margin_temperature=2.0).tau == pytest.approx(report.tau / 2)
 
 
-@pytest.mark.parametrize("expected", [4.0, 3.0, 2.0, None])
-def test_recommendation_where_the_effective_sample_size_decides(expected: float | None) -> None:
-    # Contradicted pairs at -1.5 lose nearly all weight, the more the larger c_max is.
-    shares = {}
-    for contradicted in range(0, 600, 5):
-        h = np.r_[np.full(1000 - contradicted, 2.0), np.full(contradicted, -1.5), [9.0] * 20]
-        report = inspect(h, margin_temperature=1.0)
-        kept = {c: _effective(h, report.tau, c) for c in (4.0, 3.0, 2.0)}
-        allowed = [c for c in (4.0, 3.0, 2.0) if kept[c] >= ENOUGH]
-        shares.setdefault(allowed[0] if allowed else None, report)
-    report = shares[expected]
-    assert report.c_max == (expected or 2.0)
-    assert any("even c_max = 2" in warning for warning in report.warnings) == (expected is None)
+@pytest.mark.parametrize("share", [0.0, 0.6])
+def test_the_mildest_c_max_is_recommended_and_too_few_effective_pairs_are_told(share: float) -> None:
+    # Contradicted pairs at -1.5 lose nearly all weight.
+    contradicted = round(1000 * share)
+    h = np.r_[np.full(1000 - contradicted, 2.0), np.full(contradicted, -1.5), [9.0] * 20]
+    report = inspect(h, margin_temperature=1.0)
+    assert report.c_max == 2
+    kept = _effective(h, report.tau, 2.0)
+    assert any("even c_max = 2" in warning for warning in report.warnings) == (kept < ENOUGH) == (share > 0)
+
+
+def test_no_temperature_is_fitted_to_pairs_that_the_reward_model_was_trained_on() -> None:
+    h = bradley_terry(500, 2.0) * 50
+    assert inspect(h).margin_temperature == pytest.approx(50, rel=0.3)
+    report = inspect(h, trained_on=True)
+    assert report.margin_temperature == 1
+    assert not report.temperature_fitted
+    assert "--probe" in report.temperature_reason
+    assert inspect(h, margin_temperature=3.0, trained_on=True).margin_temperature == 3
+
+
+def test_the_deciding_number_knows_the_better_teacher_in_any_unit() -> None:
+    generator = np.random.default_rng(0)
+    truth = generator.normal(0, 2, 3000)
+    label = np.where(generator.random(3000) < 1 / (1 + np.exp(-truth)), 1.0, -1.0)
+    good, poor = label * truth * 7, label * (truth + generator.normal(0, 4, 3000)) * 0.01
+    found = deciding(good, poor)
+    assert found.margins == pytest.approx(np.logaddexp(0, -label * truth).mean(), abs=1e-3)
+    assert found.difference.high < 0
+    assert found.difference.mean == pytest.approx(found.margins - found.implicit)
+    swapped = deciding(poor, good)
+    assert swapped.difference.low > 0
+    assert "plain DPO is the better choice" in swapped.text()
+    again = deciding(good * 1000, poor)
+    assert again.difference.mean == pytest.approx(found.difference.mean, abs=1e-6)
+    assert deciding(good, good).difference.mean == 0
+    prompts = [f"p{i // 30}" for i in range(3000)]
+    assert deciding(good, poor, prompts).difference.n == 100
+    with pytest.raises(DataError, match="give one of each"):
+        deciding(good, poor[:5])
 
 
 def _effective(h: np.ndarray, tau: float, c_max: float) -> float:
@@ -148,7 +175,7 @@ def test_doubtful_columns_are_named(h: np.ndarray, temperature: float | None, wa
 def test_any_margins_give_a_report(h: list[float]) -> None:
     report = inspect(h)
     assert report.tau > 0
-    assert report.c_max in (2.0, 3.0, 4.0)
+    assert report.c_max == 2.0
     assert sum(row.pairs for row in report.reliability) == len(h)
     # At a given temperature the order of the pairs does not matter (the fit is flat where nothing decides it).
     one, other = inspect(h, margin_temperature=1.0), inspect(h[::-1], margin_temperature=1.0)

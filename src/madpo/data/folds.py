@@ -1,9 +1,20 @@
-"""Folds that no prompt crosses."""
+"""What makes two prompts the same, and folds that no prompt crosses."""
 
+import json
 from collections.abc import Iterable
 
 from madpo.core.errors import ConfigError
 from madpo.core.seeding import rng
+from madpo.data.conversation import columns_of
+from madpo.data.messages import Text
+
+
+def prompt_key(prompt: Text) -> str:
+    """What makes two prompts the same."""
+    if isinstance(prompt, str):
+        return prompt
+    whole = [prompt, columns] if (columns := columns_of(prompt)) else prompt
+    return json.dumps(whole, sort_keys=True, ensure_ascii=False)
 
 
 def folds_by_prompt(prompts: Iterable[str], folds: int, seed: int, name: str) -> list[int]:

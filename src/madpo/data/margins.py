@@ -10,6 +10,7 @@ from madpo.core.config import Frozen
 from madpo.core.errors import DataError
 from madpo.core.progress import track
 from madpo.core.seeding import rng
+from madpo.data.folds import prompt_key
 from madpo.data.load import PairStream
 from madpo.data.messages import Text, shown
 from madpo.data.numbers import as_number
@@ -25,6 +26,10 @@ class Margins(Frozen):
     pair_ids: tuple[int, ...]
     values: tuple[float, ...]
     texts: dict[int, dict[str, str]]
+    implicit: tuple[float, ...] | None = None
+    """DPO's implicit margins (column ``log_ratio_margin``, nats), where every pair has one."""
+    prompts: tuple[str, ...] | None = None
+    """The same text for the same prompt, with ``implicit``."""
 
 
 def read_margins(data: str | Path, *, shown: int = SUSPICIOUS, sampled: int = 0, seed: int = 0) -> Margins:
@@ -43,7 +48,8 @@ def read_margins(data: str | Path, *, shown: int = SUSPICIOUS, sampled: int = 0,
         return _bare(source)
     source.rows.close()
     stream = PairStream(data)
-    ids, values = array("q"), array("d")
+    ids, values, implicit = array("q"), array("d"), array("d")
+    prompts: list[str] = []
     lowest: list[tuple[float, int, dict[str, str]]] = []  # a heap whose first has the largest margin
     reservoir: dict[int, tuple[int, dict[str, str]]] = {}
     draws = rng(seed, "inspect", "sampled")
@@ -57,6 +63,9 @@ def read_margins(data: str | Path, *, shown: int = SUSPICIOUS, sampled: int = 0,
             )
         ids.append(pair.pair_id)
         values.append(margin)
+        if (ratio := pair.numbers.get("log_ratio_margin")) is not None:
+            implicit.append(ratio)
+            prompts.append(prompt_key(pair.prompt))
         low = len(lowest) < shown or (shown > 0 and margin < -lowest[0][0])
         # Reservoir sampling: every pair is kept with the same probability, in one pass.
         place = (i if i < sampled else int(draws.integers(i + 1))) if sampled else 0
@@ -68,8 +77,13 @@ def read_margins(data: str | Path, *, shown: int = SUSPICIOUS, sampled: int = 0,
                 reservoir[place] = (i, text)
     if not values:
         raise DataError(f"{source.name}: has no pair with two different scores; score them")
+    whole = len(implicit) == len(values)
     return Margins(
-        pair_ids=tuple(ids), values=tuple(values), texts=dict(reservoir.values()) | {-i: text for _, i, text in lowest}
+        pair_ids=tuple(ids),
+        values=tuple(values),
+        texts=dict(reservoir.values()) | {-i: text for _, i, text in lowest},
+        implicit=tuple(implicit) if whole else None,
+        prompts=tuple(prompts) if whole else None,
     )
 
 

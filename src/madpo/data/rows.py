@@ -18,7 +18,10 @@ from madpo.data.ranked import best_and_worst_of
 from madpo.data.raw import described
 from madpo.data.template_keys import COLUMNS
 
-NUMBERS = ("chosen_score", "rejected_score", "reward_margin", "weight", "ref_chosen_logps", "ref_rejected_logps")
+NUMBERS = (
+    *("chosen_score", "rejected_score", "reward_margin", "weight", "ref_chosen_logps", "ref_rejected_logps"),
+    "log_ratio_margin",
+)
 # Our name first, then what known data sets call it; the report says which name was read. Those of the prompt are in
 # madpo.data.prompts.
 ALIASES: dict[str, tuple[str, ...]] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -15,9 +14,8 @@ from madpo.core.errors import ConfigError, DataError, StorageError
 from madpo.core.progress import say
 from madpo.core.seeding import rng
 from madpo.data import load_preferences
-from madpo.data.conversation import columns_of
+from madpo.data.folds import prompt_key
 from madpo.data.load import TooLong
-from madpo.data.messages import Text
 from madpo.data.rows import Pair
 from madpo.data.survey import Survey
 from madpo.data.templates import Clock
@@ -44,14 +42,6 @@ def adapted(model: str, lora: LoRA) -> Iterator[None]:
             f"lora.targets = {lora.targets!r}: the model {model!r} has no such modules; name linear layers of it, such "
             "as q_proj, or take all-linear"
         ) from error
-
-
-def prompt_key(prompt: Text) -> str:
-    """What makes two prompts the same."""
-    if isinstance(prompt, str):
-        return prompt
-    whole = [prompt, columns] if (columns := columns_of(prompt)) else prompt
-    return json.dumps(whole, sort_keys=True, ensure_ascii=False)
 
 
 def load_split(

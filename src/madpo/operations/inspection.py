@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from pydantic import Field
@@ -9,7 +10,7 @@ from pydantic import Field
 from madpo.core.config import Frozen
 from madpo.core.storage import expanded
 from madpo.data.margins import SUSPICIOUS, read_margins
-from madpo.rewards.margins import MarginReport, inspect
+from madpo.rewards.margins import MarginReport, deciding, inspect
 
 
 class InspectSettings(Frozen):
@@ -23,16 +24,34 @@ def inspect_data(
 ) -> MarginReport:
     """:func:`inspect` for a file or hub data set; with ``output``, also one HTML page to look at and play with.
 
+    Margins that a reward model gave to its own training pairs, as ``madpo score`` reports them, are not calibrated.
+
     Raises:
         DataError, ConfigError: as :func:`read_margins` and :func:`inspect`.
         StorageError: the page cannot be written.
     """
     margins = read_margins(data, shown=SUSPICIOUS, sampled=0 if output is None else 500)
     report = inspect(
-        margins.values, pair_ids=margins.pair_ids, margin_temperature=margin_temperature, texts=margins.texts
+        margins.values,
+        pair_ids=margins.pair_ids,
+        margin_temperature=margin_temperature,
+        texts=margins.texts,
+        trained_on=_trained_on(expanded(data)),
     )
+    if margins.implicit is not None:
+        found = deciding(margins.values, margins.implicit, margins.prompts)
+        report = report.model_copy(update={"deciding": found})
     if output is not None:
         from madpo.report.margin_page import write_margin_page
 
         write_margin_page(expanded(output), str(data), report, margins)
     return report
+
+
+def _trained_on(data: Path) -> bool:
+    """Whether ``madpo score`` wrote the file and says that its reward model was trained on these pairs."""
+    try:
+        told = json.loads((data.parent / "report.json").read_bytes())
+        return bool(told["file"] == data.name and told["trained_on"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return False

@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from madpo.core.feature_file import FeatureFile, FeatureWriter
+from madpo.data.folds import prompt_key
 from madpo.data.rows import Pair
 from madpo.data.templates import Clock
 from madpo.models.engine.features import feature_layers
 from madpo.models.hyperparameters import CHECKPOINTS
 from madpo.models.load import load_model, load_tokenizer, placed, resolve_model
-from madpo.operations.inputs import prompt_key
 from madpo.operations.reward_model import PairEncoder
 from madpo.operations.running import digest
 from madpo.operations.settings import ScoreSettings
@@ -63,7 +63,7 @@ def fit_from_parts(
 
     Args:
         parts: rows of ``chosen`` and ``rejected``, and ``layers``; read one after the other, into a file.
-        name: of the data.
+        name: of the data, their file or hub id.
 
     Raises:
         DataError: as :func:`fit_probe`.
@@ -83,5 +83,6 @@ def fit_from_parts(
     prompts = [prompt_key(pair.prompt) for pair in pairs]
     folds = settings.folds or FOLDS
     fitted = fit_probe(features.chosen, features.rejected, prompts, folds=folds, seed=settings.probe_seed, name=name)
-    save_probe(out / FOLDER, settings.probe, digest(resolve_model(settings.probe)), layers, fitted.weights)
+    digests = {"model_digest": digest(resolve_model(settings.probe)), "data_digest": digest(name)}
+    save_probe(out / FOLDER, settings.probe, layers, fitted.weights, **digests)
     return fitted

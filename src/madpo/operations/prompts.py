@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from madpo.core.errors import DataError
 from madpo.data.conversation import Conversation
+from madpo.data.folds import prompt_key
 from madpo.data.messages import Text
 from madpo.data.prompts import PromptColumns, whole_prompt
 from madpo.data.raw import described
 from madpo.data.sources import open_source
-from madpo.operations.inputs import prompt_key
 
 
 class Prompt(NamedTuple):

@@ -21,6 +21,7 @@ from madpo.core.metrics import Estimate, Metrics
 from madpo.core.progress import say
 from madpo.core.statistics import bootstrap_mean, bootstrap_temperature, proportion
 from madpo.core.storage import expanded, write_atomically
+from madpo.data.folds import prompt_key
 from madpo.data.rows import Pair
 from madpo.data.templates import Clock, render
 from madpo.data.tokens import Encoded, Encoder
@@ -28,7 +29,7 @@ from madpo.models.adapters import adapter_text
 from madpo.models.load import load_classifier, load_config, load_tokenizer, placed, resolve_model
 from madpo.models.loading import loading
 from madpo.models.locate import refuse_fetching
-from madpo.operations.inputs import Row, adapted, load_training, prompt_key, split_by_prompt
+from madpo.operations.inputs import Row, adapted, load_training, split_by_prompt
 from madpo.operations.running import digest, load_report, run_in_folder
 from madpo.operations.settings import RewardSettings
 from madpo.report.command_pages import write_reward_page
@@ -410,3 +411,15 @@ def reward_model_digest(place: str) -> str | None:
         return digest(folder / PROBE)
     own = (folder / "reward_model.json").is_file()
     return digest(folder / "adapter") if own else digest(folder)
+
+
+def trained_on_data(place: str | Path, data: str | Path) -> bool:
+    """Whether a reward model of ours, or a probe, was made from these very data, by their digests."""
+    folder = expanded(place)
+    probe = (folder / PROBE).is_file()
+    try:
+        told = json.loads((folder / ("reward_model.json" if probe else "report.json")).read_bytes())
+        made_from = told["probe"]["data_digest"] if probe else told["data_digest"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return False
+    return made_from is not None and (folder / "reward_model.json").is_file() and made_from == digest(data)

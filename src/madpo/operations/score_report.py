@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from madpo.core.config import Frozen
 from madpo.core.metrics import Estimate
+from madpo.rewards.margins import Deciding
 from madpo.rewards.probe import ProbeReport
 
 
@@ -27,6 +28,10 @@ class ScoreReport(Frozen):
     """SHA-256 of what was scored, and by what; None for what is on the hub."""
     ties: int = 0
     """Margins of exactly 0: of a reward model that has learned nothing, or scores that are equal."""
+    trained_on: bool = False
+    """True if the reward model was trained on these very data, so that nothing here is calibrated."""
+    deciding: Deciding | None = None
+    """Where the data have a column ``log_ratio_margin``, DPO's implicit margin."""
     probe: ProbeReport | None = None
     """With ``probe``: what it is, and how good out of fold."""
 
@@ -46,6 +51,12 @@ class ScoreReport(Frozen):
             )
         if self.probe is not None:
             lines += self.probe.text().splitlines()
-        if not self.heldout:
+        if self.deciding is not None:
+            lines.append(self.deciding.text())
+        if self.trained_on:
+            lines.append(
+                "the reward model was trained on these pairs: all of this flatters it; --probe and --folds do not"
+            )
+        elif not self.heldout:
             lines.append("if the reward model was trained on these pairs, all of this flatters it; --folds does not")
         return "\n".join(lines)

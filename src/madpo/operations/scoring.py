@@ -26,7 +26,7 @@ from madpo.core.metrics import Estimate, Metrics
 from madpo.core.progress import bar, say
 from madpo.core.statistics import proportion
 from madpo.core.storage import storage_errors, write_atomically
-from madpo.data.folds import folds_by_prompt
+from madpo.data.folds import folds_by_prompt, prompt_key
 from madpo.data.load import PairStream, surveyed
 from madpo.data.numbers import as_number
 from madpo.data.rows import Pair
@@ -37,7 +37,6 @@ from madpo.models.hyperparameters import CHECKPOINTS
 from madpo.models.load import load_tokenizer, resolve_model
 from madpo.operations.inputs import (
     encoded_rows,
-    prompt_key,
     split_by_prompt,
     started_clock,
     tell_date,
@@ -51,12 +50,13 @@ from madpo.operations.reward_model import (
     load_scorer,
     plain,
     reward_model_digest,
+    trained_on_data,
 )
 from madpo.operations.row_files import Raw, json_line, write_parquet
 from madpo.operations.running import digest, load_report, run_in_folder
 from madpo.operations.score_report import ScoreReport
 from madpo.operations.settings import RewardSettings, ScoreSettings
-from madpo.rewards.margins import inspect
+from madpo.rewards.margins import deciding, inspect
 from madpo.rewards.probe import ProbeReport
 from madpo.runner.operation import operation
 from madpo.runner.step import Source, Step
@@ -112,7 +112,7 @@ def score_pairs(settings: ScoreSettings, inputs: Mapping[str, Path], out: Path) 
         report = _by_probe(data, pairs, settings, out, clock)
     else:
         chosen, rejected = columns or _scores(data, pairs, settings, out, clock)
-        report = processes.on_main_process(lambda: _finish(data, chosen, rejected, settings, out))
+        report = processes.on_main_process(lambda: _finish(data, pairs, chosen, rejected, settings, out))
     return {"pairs": report["pairs"], "accuracy": Estimate(**report["accuracy"]), "log_loss": report["log_loss"]}
 
 
@@ -177,7 +177,8 @@ def _by_probe(data: str, pairs: Sequence[Pair], settings: ScoreSettings, out: Pa
 
     def finish() -> Raw:
         fitted = fit_from_parts(pairs, map(_part, made), settings, data, out)
-        return _finish(data, fitted.out_of_fold.chosen, fitted.out_of_fold.rejected, settings, out, fitted.report)
+        found = fitted.out_of_fold
+        return _finish(data, pairs, found.chosen, found.rejected, settings, out, fitted.report)
 
     return processes.on_main_process(finish)
 
@@ -316,6 +317,7 @@ def _beside(data: str | Path, pairs: Sequence[Pair]) -> Iterator[tuple[Pair, Raw
 
 def _finish(
     data: str | Path,
+    pairs: Sequence[Pair],
     chosen: NDArray[Any],
     rejected: NDArray[Any],
     settings: ScoreSettings,
@@ -324,7 +326,12 @@ def _finish(
 ) -> Raw:
     """Write the rows, and last of all the report."""
     with storage_errors(output_dir):
-        report = _report(data, chosen, rejected, settings, output_dir).model_copy(update={"probe": probe})
+        report = _report(data, chosen, rejected, settings, output_dir)
+        implicit = [pair.numbers["log_ratio_margin"] for pair in pairs if "log_ratio_margin" in pair.numbers]
+        decides = None
+        if len(implicit) == len(pairs):
+            decides = deciding(chosen - rejected, implicit, [prompt_key(pair.prompt) for pair in pairs])
+        report = report.model_copy(update={"probe": probe, "deciding": decides})
         write_atomically(output_dir / "report.json", json.dumps(plain(report), indent=1) + "\n")
     return plain(report)
 
@@ -333,7 +340,8 @@ def _report(
     data: str | Path, chosen: NDArray[Any], rejected: NDArray[Any], settings: ScoreSettings, output_dir: Path
 ) -> ScoreReport:
     difference = chosen - rejected
-    fitted = inspect(difference, margin_temperature=settings.margin_temperature)
+    trained_on = settings.reward_model is not None and trained_on_data(settings.reward_model, data)
+    fitted = inspect(difference, margin_temperature=settings.margin_temperature, trained_on=trained_on)
     scale = fitted.margin_temperature if settings.score_columns is not None else 1.0
     margins = difference / scale
     path = output_dir / f"scored.{settings.format}"
@@ -353,6 +361,7 @@ def _report(
         temperature_reason=fitted.temperature_reason,
         calibrated_log_loss=fitted.calibrated_log_loss,
         heldout=settings.folds is not None or settings.probe is not None,
+        trained_on=trained_on,
         ties=int((margins == 0).sum()),
         data_digest=digest(data),
         reward_model_digest=None if settings.reward_model is None else reward_model_digest(settings.reward_model),

@@ -45,6 +45,8 @@ def margin_page(name: str, report: MarginReport, margins: Margins) -> str:
         "log loss": Cell(f"{report.calibrated_log_loss:.3f}", ("chance: 0.693",)),
         "pairs": cell(f"{report.pairs:,}"),
     }
+    if report.deciding is not None:
+        tiles["log loss less that of DPO's implicit margin"] = cell(report.deciding.difference, "signed")
     calibration = Chart("calibration", "Calibration", "", [calibration_panel("", report.reliability, 3)])
     return render(
         "margins",

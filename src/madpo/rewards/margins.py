@@ -1,6 +1,6 @@
-"""What a column of reward margins looks like, what MADPO's weight would do with it, and which tau and c_max to take.
+"""What a column of reward margins looks like, what MADPO's weight would do with it, and which tau to take.
 
-No torch: the weight here is ``figures.log_weight``, which a test holds equal to ``madpo.margin_weight``.
+No torch: the weight here is ``weight_counts.log_weight``, which a test holds equal to ``madpo.margin_weight``.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from numpy.typing import ArrayLike, NDArray
 from madpo.core.config import Frozen
 from madpo.core.errors import ConfigError, DataError
 from madpo.core.metrics import Estimate
-from madpo.core.statistics import LOG_TEMPERATURES, fit_temperature, proportion
+from madpo.core.statistics import LOG_TEMPERATURES, bootstrap_mean, fit_temperature, proportion
 from madpo.data.margins import SUSPICIOUS
 from madpo.rewards.weight_counts import WeightParameters, count_weights, log_weight
 
 SURE = math.log(0.999 / 0.001)  # logit(0.999) = 6.907, what the paper rounds to tau = 7
 PAPER_SETTINGS = ((7.0, 2.0), (7.0, 3.0), (7.0, 4.0), (2.0, 2.0), (4.0, 2.0), (10.0, 2.0))  # (tau, c_max), its search
+MILD = 2.0  # c_max that is recommended
 ENOUGH = 0.7  # share of the pairs that the effective sample size must keep
 BINS = 10
 COIN = math.log(2)  # log loss of a coin, nats
@@ -48,6 +49,30 @@ class Reliability(Frozen):
     """Mean of sigma(|margin|)."""
     observed: Estimate
     """Share of pairs where the sign of the margin agrees with the label."""
+
+
+class Deciding(Frozen):
+    """Whether the margins know more than DPO: held-out log losses, each after one temperature of its own, nats."""
+
+    pairs: int
+    margins: float
+    implicit: float
+    """Of DPO's implicit margin, the log-ratio of the chosen side less that of the rejected one."""
+    difference: Estimate
+    """``margins`` less ``implicit``, with its 95 % interval over prompts: below 0 the margins know more."""
+
+    def text(self) -> str:
+        """The numbers and what they mean."""
+        d = self.difference
+        meaning = "no clear difference: plain DPO may be as good"
+        if d.high < 0:
+            meaning = "the margins know more than DPO's implicit ones"
+        elif d.low > 0:
+            meaning = "the margins know less than DPO's implicit ones: plain DPO is the better choice"
+        return (
+            f"log loss after one temperature: margins {self.margins:.3f}, DPO's implicit margin {self.implicit:.3f}, "
+            f"difference {d.mean:+.3f} ({d.low:+.3f} to {d.high:+.3f}): {meaning} (if neither saw these pairs)"
+        )
 
 
 class Suspect(Frozen):
@@ -95,6 +120,8 @@ class MarginReport(Frozen):
     reasons: tuple[str, ...]
     warnings: tuple[str, ...]
     suspects: tuple[Suspect, ...]
+    deciding: Deciding | None = None
+    """Where the data have DPO's implicit margin as well."""
 
     def text(self) -> str:
         """The report for a person."""
@@ -118,6 +145,8 @@ class MarginReport(Frozen):
             f"margin_temperature = {self.margin_temperature:.3g}"
         )
         lines += [f"    {reason}" for reason in self.reasons]
+        if self.deciding is not None:
+            lines.append(self.deciding.text())
         lines += [f"warning: {warning}" for warning in self.warnings]
         if self.suspects:
             lines.append("most suspicious pairs:")
@@ -136,6 +165,7 @@ def inspect(
     pair_ids: Sequence[int] | None = None,
     margin_temperature: float | None = None,
     texts: Mapping[int, Mapping[str, str]] | None = None,
+    trained_on: bool = False,
 ) -> MarginReport:
     """Look at reward margins before training with them.
 
@@ -145,10 +175,10 @@ def inspect(
         margin_temperature: what the margins are divided by to be log-odds. None fits it to these pairs, which is
             right only if the reward model was not trained on them.
         texts: prompt, chosen and rejected by position, for the suspicious pairs that have them.
+        trained_on: the reward model was trained on these pairs, so that no temperature is fitted to them.
 
     The recommendation: tau = logit(0.999) of the calibrated margins, capped at the 99th percentile of their size (a
-    tau beyond all margins would only amplify); c_max the largest of 2, 3, 4 that keeps an effective sample size of
-    0.7 n at that tau.
+    tau beyond all margins would only amplify); c_max is 2, the mildest of the paper's search.
 
     Raises:
         DataError: no margins, or one that is not finite, with its position.
@@ -158,11 +188,13 @@ def inspect(
     ids = list(range(len(h))) if pair_ids is None else [int(i) for i in pair_ids]
     if len(ids) != len(h):
         raise DataError(f"there are {len(h)} margins but {len(ids)} pair ids; give one for each")
-    temperature, reason, fitted = _temperature(h, margin_temperature)
+    temperature, reason, fitted = _temperature(h, margin_temperature, trained_on=trained_on)
     calibrated = h / temperature
     tau, c_max, reasons, warnings = _recommend(calibrated)
     bins, error = reliability(calibrated)
     warnings += _doubts(h, calibrated, temperature, fitted=fitted)
+    if trained_on:
+        warnings.append("the reward model was trained on these pairs: all of this flatters it")
     counts, edges = np.histogram(h, bins=40)
     contradicted = np.flatnonzero(h < 0)
     worst = contradicted[np.argsort(h[contradicted], kind="stable")[:SUSPICIOUS]]
@@ -217,13 +249,39 @@ def _margins(values: ArrayLike) -> NDArray[np.float64]:
     return h
 
 
-def _temperature(h: NDArray[np.float64], given: float | None) -> tuple[float, str, bool]:
+def deciding(margins: ArrayLike, implicit: ArrayLike, prompts: Sequence[str] | None = None) -> Deciding:
+    """Compare margins with DPO's implicit margins as predictions of the labels.
+
+    Args:
+        margins, implicit: chosen less rejected, one per pair, each in a unit of its own.
+        prompts: one per pair, for the interval; None takes every pair for itself.
+
+    Raises:
+        DataError: no pairs, other numbers of pairs, or a value that is not finite.
+    """
+    sides = [_margins(margins), _margins(implicit)]
+    if len(sides[0]) != len(sides[1]):
+        raise DataError(f"there are {len(sides[0])} margins but {len(sides[1])} implicit ones; give one of each")
+    units = (h / (float(np.sqrt(np.mean(h**2))) or 1.0) for h in sides)  # a temperature is looked for near 1
+    own, theirs = (np.logaddexp(0.0, -h / fit_temperature(h)[0]) for h in units)
+    difference = bootstrap_mean(own - theirs, clusters=prompts)
+    return Deciding(pairs=len(own), margins=float(own.mean()), implicit=float(theirs.mean()), difference=difference)
+
+
+def _temperature(h: NDArray[np.float64], given: float | None, *, trained_on: bool) -> tuple[float, str, bool]:
     if given is not None:
         if not (math.isfinite(given) and given > 0):
             raise ConfigError(f"margin_temperature is {given}, but must be finite and above 0")
         return float(given), "as given", False
     if not h.any():
         return 1.0, "left at 1, since all margins are 0", False
+    if trained_on:
+        return (
+            1.0,
+            "left at 1, since the reward model was trained on these pairs, where it is surer than on others; "
+            "madpo score --probe MODEL or --folds 5 gives margins out of fold",
+            False,
+        )
     if (h >= 0).all():
         # Pairs in the order of their scores: no label can disagree, so any temperature near 0 looks best.
         return 1.0, "left at 1, since no margin is negative: pairs ordered by their scores show no calibration", False
@@ -263,16 +321,18 @@ def _recommend(h: NDArray[np.float64]) -> tuple[float, float, list[str], list[st
     else:
         tau = SURE
         why = f"tau = {tau:.3g}: logit(0.999), from where the reward model is as good as sure"
-    kept = {c: _setting(h, tau, c).effective_share for c in (4.0, 3.0, 2.0)}
-    c_max = next((c for c, share in kept.items() if share >= ENOUGH), 2.0)
-    reason = f"c_max = {c_max:g}: the largest of 2, 3, 4 that keeps an effective sample size of {ENOUGH:g} n"
-    if kept[c_max] < ENOUGH:
-        reason = f"c_max = {c_max:g}: the smallest of 2, 3, 4"
+    kept = _setting(h, tau, MILD).effective_share
+    if kept < ENOUGH:
         warnings.append(
-            f"even c_max = 2 leaves an effective sample size of {kept[c_max]:.2f} n: too many pairs are turned down; "
+            f"even c_max = 2 leaves an effective sample size of {kept:.2f} n: too many pairs are turned down; "
             "train a better reward model, or take DPO"
         )
-    return tau, c_max, [why, f"{reason} (it is {kept[c_max]:.2f} n)"], warnings
+    return (
+        tau,
+        MILD,
+        [why, f"c_max = {MILD:g}: the mildest of the paper's search (effective sample size {kept:.2f} n)"],
+        warnings,
+    )
 
 
 def reliability(h: NDArray[np.float64], most: int = BINS) -> tuple[tuple[Reliability, ...], float]:

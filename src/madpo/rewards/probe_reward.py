@@ -69,19 +69,26 @@ class ProbeReward(RewardModel):
 
 
 def save_probe(
-    folder: Path, model: str, model_digest: str | None, layers: Sequence[int], weights: ProbeWeights
+    folder: Path,
+    model: str,
+    layers: Sequence[int],
+    weights: ProbeWeights,
+    *,
+    model_digest: str | None,
+    data_digest: str | None,
 ) -> None:
     """Write ``probe.safetensors`` and ``reward_model.json``, which :meth:`RewardModel.load` reads.
 
     Args:
         model: packaged name, folder or hub id of the model that the features come from.
-        model_digest: SHA-256 of its files, where it has some here.
+        model_digest, data_digest: SHA-256 of the files of the model and of the pairs, where they are files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tables = {"weights": weights.weights, "centre": weights.centre}
     contiguous = {name: np.ascontiguousarray(table) for name, table in tables.items()}  # safetensors ignores strides
     write_atomically(folder / PROBE, save(contiguous))
-    probe = {"layers": list(layers), "pooling": POOLING, "penalty": weights.penalty, "model_digest": model_digest}
+    digests = {"model_digest": model_digest, "data_digest": data_digest}
+    probe = {"layers": list(layers), "pooling": POOLING, "penalty": weights.penalty, **digests}
     told = {"base": lasting(model), "pooling": "mean", "probe": probe}
     write_atomically(folder / "reward_model.json", json.dumps(told, indent=1) + "\n")
 

@@ -22,12 +22,12 @@ from madpo.core.errors import DivergedError
 from madpo.core.metrics import Estimate
 from madpo.core.statistics import bootstrap_mean, bootstrap_share, fit_temperature, proportion
 from madpo.core.storage import write_atomically
-from madpo.data.folds import folds_by_prompt
+from madpo.data.folds import folds_by_prompt, prompt_key
 from madpo.data.load import TooLong
 from madpo.data.templates import Clock
 from madpo.models.engine.logprobs import completion_logps
 from madpo.models.load import load_model, load_tokenizer, resolve_model
-from madpo.operations.inputs import Row, load_split, prompt_key, started_clock, tell_date
+from madpo.operations.inputs import Row, load_split, started_clock, tell_date
 from madpo.operations.policy import as_dataset, build_trainer, require_columns, trainer_arguments
 from madpo.operations.reward_model import PairScorer, load_scorer
 from madpo.operations.train_settings import TrainSettings

@@ -13,10 +13,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from madpo.data.folds import prompt_key
 from madpo.data.rows import Pair
 from madpo.data.tokens import Encoder
 from madpo.models.engine.responses import Response, divergence, end_tokens, respond
-from madpo.operations.inputs import Row, prompt_key
+from madpo.operations.inputs import Row
 from madpo.operations.reward_model import PairScorer
 from madpo.operations.tuning.settings import RewardCriterion
 
