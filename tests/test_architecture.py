@@ -21,7 +21,7 @@ TORCH_FREE = [
     *("runner", "runner.run", "runner.folder", "runner.executors", "runner.uploads"),
     *("data", "data.load", "data.check", "data.corpus", "models.locate", "models.packaged", "models.loading"),
     *("models.vocabulary", "models.hyperparameters", "report", "operations", "operations.settings"),
-    *("operations.arguments", "operations.inspection", "commands.cli", "commands.early"),
+    *("operations.arguments", "operations.inspection", "commands.cli", "commands.train", "commands.data", "losses"),
 ]
 
 # The rooms. Imports go from a room to itself or to one further down.

@@ -8,7 +8,8 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from madpo.commands.cli import COMMANDS, main
+from madpo.commands.cli import COMMANDS, command, main
+from madpo.commands.from_settings import CommandLine, configuration
 from madpo.models.load import build_tiny
 from repository import ROOT
 
@@ -52,21 +53,12 @@ def test_every_command_of_the_guide_runs(
 
 
 @pytest.mark.parametrize("name", ["check", "reward", "score", "inspect", "train", "tune", "evaluate", "trim-vocab"])
-def test_help_has_an_example_that_parses(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    import argparse
-
-    with pytest.raises(SystemExit) as done:
-        main([name, "--help"])
-    assert done.value.code == 0
-    text = capsys.readouterr().out
-    example = text.split("example:\n")[1].replace("\\\n", " ")
-    lines = [line.strip() for line in example.splitlines() if line.strip()]
-    assert lines
-    from madpo.commands.options import spelled_out
-
+def test_help_has_an_example_that_reads(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--help"]) == 0
+    lines = capsys.readouterr().out.split("Example:\n")[1].replace("\\\n", " ").splitlines()
+    model = configuration(command(COMMANDS[name][1]))
     for line in lines:
-        program, command, *rest = shlex.split(line)
-        assert (program, command) == ("madpo", name)
-        parser = argparse.ArgumentParser()
-        COMMANDS[name].arguments(parser)
-        parser.parse_args(spelled_out([name, *rest])[1:])
+        program, its_name, *rest = shlex.split(line)
+        assert (program, its_name) == ("madpo", name)
+        if "--config" not in rest:
+            CommandLine("madpo", model, rest).read()

@@ -71,7 +71,7 @@ MISTAKES = {
     f"{TRAIN} model --loss.tau -7": "loss: tau is -7.0, but must be above 0",
     f"{TRAIN} model --loss.c_max 1": "for plain DPO use",
     f"{TRAIN} model --loss.beta 0": "loss.beta = 0: must be greater than 0",
-    f"{TRAIN} model --args.beta 0.2": "beta=0.2 has no effect here",
+    f"{TRAIN} model --args.beta 0.2": "did you mean '--loss.beta'?",
     f"{TRAIN} model --batch_size 0": "args.per_device_train_batch_size (--batch_size) = 0: must be at least 1",
     f"{TRAIN} model --epochs 0": "args.num_train_epochs (--epochs) = 0.0: must be greater than 0",
     f"{TRAIN} model --report_to wandbb": "report_to names 'wandbb', which is no tracker; did you mean 'wandb'?",

@@ -134,12 +134,13 @@ def work(config, inputs, out):
         time.sleep(600)
     return {}
 
-def command(arguments):
+def command(options: Nothing):
     run_in_folder(work, Nothing(), {}, os.environ["PLACE"], memory="")
     return 0
 
-cli.COMMANDS["verify-theory"] = cli.COMMANDS["verify-theory"]._replace(run=command)
-sys.argv = ["madpo", "verify-theory"]
+cli.COMMANDS["work"] = ("work", "work:command")
+sys.modules["madpo.commands.work"] = sys.modules["__main__"]
+sys.argv = ["madpo", "work"]
 raise SystemExit(__main__.main())
 """
 

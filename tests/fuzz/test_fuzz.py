@@ -37,7 +37,7 @@ COMMANDS = {
     RewardSettings: {"model": "m", "optimisation": {"batch_size": 8}, "lora": {"rank": 4}, "seed": 3},
     ScoreSettings: {"reward_model": "r", "format": "parquet", "batch_size": 4},
     TrainSettings: {"model": "m", "loss": {"kind": "madpo", "tau": 3.0}, "args": {"learning_rate": 1e-3, "seed": 1}},
-    EvaluateSettings: {"reward_model": "r", "prompts": 3, "temperature": 0.7},
+    EvaluateSettings: {"reward_model": "r", "max_prompts": 3, "temperature": 0.7},
 }
 
 

@@ -214,7 +214,7 @@ def test_a_model_against_itself_is_a_draw(chain, llama, tmp_path, capsys):
     with pytest.raises(ConfigError, match="does not say which model it started from"):
         evaluate(llama, chain / "prompts.jsonl", tmp_path / "F", EvaluateSettings(reward_model=str(chain / "R")))
     with pytest.raises(DataError, match="only 4 different prompts, but 9"):
-        evaluate(llama, chain / "prompts.jsonl", tmp_path / "F", settings.model_copy(update={"prompts": 9}))
+        evaluate(llama, chain / "prompts.jsonl", tmp_path / "F", settings.model_copy(update={"max_prompts": 9}))
     assert not (tmp_path / "F").exists()
 
 
@@ -343,10 +343,10 @@ def test_any_reward_model_with_one_output(llama, tmp_path, monkeypatch):
     ("options", "words"),
     [
         (["--loss", "madop"], "did you mean 'madpo'?"),
-        (["--loss", "madpo", "--loss.taau", "3"], "unknown key 'loss.taau'; did you mean 'tau'?"),
+        (["--loss", "madpo", "--loss.taau", "3"], "no option '--loss.taau'; did you mean '--loss.tau'?"),
         (["--loss", "dpo", "--args.lerning_rate", "1"], "did you mean 'learning_rate'?"),
         (["--loss", "dpo", "--args.learning_rate", "abc"], "args.learning_rate = 'abc'"),
-        (["--loss", "dpo", "--args.beta", "0.5"], "the loss's own beta"),
+        (["--loss", "dpo", "--args.beta", "0.5"], "--loss.beta"),
         (["--loss", "dpo", "--args.output_dir", "x"], "use --output_dir"),
         (["--loss", "dpo", "--args.eval_strategy", "steps"], "needs eval_data or eval_share"),
         (["--loss", "dpo", "--merge", "--full"], "no adapter to merge"),

@@ -4,7 +4,6 @@ A configuration says everything that bears on a result, so it cannot change afte
 unknown keys: a typing error must never mean "the default, silently".
 """
 
-import difflib
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from madpo.core.errors import ConfigError
+from madpo.core.suggestions import did_you_mean
 
 T = TypeVar("T", bound=BaseModel)
 FOLDERS = "folders"
@@ -29,7 +29,9 @@ class Frozen(BaseModel):
     differs from its default, so that results from before the field existed stay valid.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True, use_attribute_docstrings=True
+    )
 
 
 def added(default: Any, **limits: Any) -> Any:
@@ -104,13 +106,13 @@ def load_config(source: Path, model: type[T], overrides: Mapping[str, object] | 
             mistakes the first, and the count of the others.
     """
     data = read_toml(source)
-    given = _pairs(overrides)
+    given = key_values(overrides)
     for key, value in given.items():
-        _put(data, key, value, source)
+        put(data, key, value, source)
     # A path that the user typed goes anywhere; one that stands in a file stays with the file, or where the user is.
     typed = any(key.split(".")[-1] == "target" for key in given)
     context = None if typed else {FOLDERS: (source.absolute().parent, Path.cwd())}
-    return validate(data, model, place=str(source), overridden=frozenset(given), context=context)
+    return validate(data, model, place=str(source), overridden={key: f"--set {key}" for key in given}, context=context)
 
 
 def validate(
@@ -118,24 +120,19 @@ def validate(
     model: type[T],
     *,
     place: str,
-    overridden: frozenset[str] = frozenset(),
+    overridden: Mapping[str, str] | None = None,
     context: dict[str, Any] | None = None,
 ) -> T:
     """``data`` as ``model``, or a ConfigError that begins with ``place``.
 
     Args:
+        overridden: dotted key -> how it was given, where that is not in ``place``.
         context: for the validators of ``model``: ``FOLDERS`` holds the folders that paths in ``data`` may not leave.
     """
     try:
         return model.model_validate(data, context=context)
     except ValidationError as error:
-        raise ConfigError(_sentence(error, data, model, place, overridden)) from None
-
-
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """``"; did you mean 'x'?"`` for a near miss, else ``""``."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(_sentence(error, data, model, place, overridden or {})) from None
 
 
 def read_toml(source: Path) -> dict[str, Any]:
@@ -158,7 +155,12 @@ def read_toml(source: Path) -> dict[str, Any]:
         raise ConfigError(f"{source}: is not valid TOML: {error}; correct that line") from None
 
 
-def _pairs(overrides: Mapping[str, object] | Sequence[str]) -> dict[str, object]:
+def key_values(overrides: Mapping[str, object] | Sequence[str]) -> dict[str, object]:
+    """Dotted key -> value; text is split at its first "=".
+
+    Raises:
+        ConfigError: a text is not key=value.
+    """
     if isinstance(overrides, Mapping):
         return dict(overrides)
     pairs: dict[str, object] = {}
@@ -168,11 +170,12 @@ def _pairs(overrides: Mapping[str, object] | Sequence[str]) -> dict[str, object]
             raise ConfigError(
                 f"--set {text!r} is not key=value; write for example --set policy.optimisation.learning_rate=1e-4"
             )
-        pairs[key.strip()] = _value(value.strip())
+        pairs[key.strip()] = toml_value(value.strip())
     return pairs
 
 
-def _value(text: str) -> object:
+def toml_value(text: str) -> object:
+    """What a text means as a TOML value; the text itself where it is none."""
     try:
         parsed = tomllib.loads(f"value = {text}")
     except (tomllib.TOMLDecodeError, RecursionError, ValueError):
@@ -181,7 +184,12 @@ def _value(text: str) -> object:
     return parsed["value"] if list(parsed) == ["value"] else text
 
 
-def _put(data: dict[str, Any], key: str, value: object, source: Path) -> None:
+def put(data: dict[str, Any], key: str, value: object, source: Path | str) -> None:
+    """Set a dotted key in nested tables; a number in it is an entry of a list.
+
+    Raises:
+        ConfigError: the key leads into something that is no table.
+    """
     *parents, last = key.split(".")
     here: Any = data
     for depth, part in enumerate(parents):
@@ -195,14 +203,14 @@ def _put(data: dict[str, Any], key: str, value: object, source: Path) -> None:
         here[last] = value
 
 
-def _index(entries: list[Any], part: str, key: str, source: Path) -> int:
+def _index(entries: list[Any], part: str, key: str, source: Path | str) -> int:
     if part.isascii() and part.isdigit() and int(part) < len(entries):
         return int(part)
     raise ConfigError(f"{source}: --set {key} does not fit: {part!r} must be a number from 0 to {len(entries) - 1}")
 
 
 def _sentence(
-    error: ValidationError, data: object, model: type[BaseModel], place: str, overridden: frozenset[str]
+    error: ValidationError, data: object, model: type[BaseModel], place: str, overridden: Mapping[str, str]
 ) -> str:
     first, *others = error.errors(include_url=False)
     kind, loc, ctx = first["type"], first["loc"], first.get("ctx", {})
@@ -227,8 +235,8 @@ def _sentence(
         text = f"{key}{given}: {message}" if key and not message.startswith(f"{key}.") else message
         if kind == "literal_error":
             text += did_you_mean(str(first["input"]), re.findall(r"'([^']*)'", ctx["expected"]))
-    if any(key == given or key.startswith(f"{given}.") for given in overridden):
-        place = f"{place} with --set {key}"
+    how = next((how for given, how in overridden.items() if key == given or key.startswith(f"{given}.")), "")
+    place = f"{place} with {how}" if how else place
     more = f" (and {len(others)} more mistake{'s' if len(others) > 1 else ''})" if others else ""
     return f"{place}: {text}{more}"
 

@@ -7,8 +7,10 @@ stage cannot shift another stage's draws, and the order in which things are comp
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def derived_seed(seed: int, *names: str | int) -> int:
@@ -19,4 +21,6 @@ def derived_seed(seed: int, *names: str | int) -> int:
 
 def rng(seed: int, *names: str | int) -> np.random.Generator:
     """A numpy generator for the purpose that ``names`` spells out."""
+    import numpy as np
+
     return np.random.default_rng(derived_seed(seed, *names))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import Field
 
 from madpo.core.config import Frozen
 from madpo.core.errors import DataError
@@ -21,7 +20,8 @@ from madpo.data.load import PairStream, TooLong, encoded_pairs, refuse_too_long
 from madpo.data.rows import Pair
 from madpo.data.survey import Survey
 from madpo.data.template_keys import COLUMNS
-from madpo.data.tokens import Encoded, Encoder, Truncation, as_tokenizer, check_options, text_length, truncated
+from madpo.data.tokens import Encoded, Encoder, as_tokenizer, check_options, text_length, truncated
+from madpo.models.hyperparameters import Truncation
 
 SIDES = ("prompt", "chosen", "rejected")
 ORDERS = 1000  # of roles that are counted each for itself
@@ -114,16 +114,6 @@ class CheckReport(Frozen):
         if not self.findings:
             lines.append("nothing to warn of")
         return "\n".join(lines)
-
-
-class CheckSettings(Frozen):
-    """What ``madpo check`` may be told in a file: the arguments of :func:`check`."""
-
-    eval_data: str | None = None
-    tokenizer: str | None = None
-    max_length: int | None = Field(default=None, ge=2)
-    truncation: Truncation = "drop"
-    strict: bool = False
 
 
 def check(

@@ -16,7 +16,8 @@ from madpo.data.rows import WANTED, Columns, Pair, Reader
 from madpo.data.sources import open_source
 from madpo.data.survey import Survey
 from madpo.data.templates import Clock
-from madpo.data.tokens import Encoded, Encoder, Truncation, as_tokenizer, check_options, text_length, truncated
+from madpo.data.tokens import Encoded, Encoder, as_tokenizer, check_options, text_length, truncated
+from madpo.models.hyperparameters import Truncation
 
 BATCH_ROWS = 64
 BATCH_CHARACTERS = 500_000  # few long rows fill a batch as well

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, get_args
 
 from madpo.core.errors import ConfigError, DataError
 from madpo.core.storage import expanded
@@ -12,11 +12,9 @@ from madpo.data.conversation import columns_of, unshown
 from madpo.data.messages import Text, content_of
 from madpo.data.rows import Pair, shared_prefix
 from madpo.data.templates import Clock, left_out, render
+from madpo.models.hyperparameters import Truncation
 from madpo.models.loading import loading
 from madpo.models.vocabulary import refuse_unknown
-
-Truncation = Literal["drop", "cut", "refuse"]
-TRUNCATIONS: tuple[Truncation, ...] = ("drop", "cut", "refuse")
 
 
 @dataclass(slots=True)
@@ -262,8 +260,10 @@ def check_options(tokenizer: object, max_length: int | None, truncation: str) ->
     Raises:
         ConfigError: with the option, its value and what is allowed.
     """
-    if truncation not in TRUNCATIONS:
-        raise ConfigError(f"truncation is {truncation!r}, but must be one of {', '.join(map(repr, TRUNCATIONS))}")
+    if truncation not in get_args(Truncation):
+        raise ConfigError(
+            f"truncation is {truncation!r}, but must be one of {', '.join(map(repr, get_args(Truncation)))}"
+        )
     if max_length is not None and tokenizer is None:
         raise ConfigError("max_length counts tokens, so it needs a tokenizer; give one or leave max_length out")
     if max_length is not None and (isinstance(max_length, bool) or max_length < 2):

@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-import torch.nn.functional as F
-from jaxtyping import Float
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from madpo.core.errors import ConfigError, DivergedError
+from madpo.core.lazy import F, torch
 from madpo.core.seeding import derived_seed, rng
 from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState, Paper, soft_logistic
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 
 class RunningLoss(LossConfig):
@@ -38,7 +39,9 @@ class RunningLoss(LossConfig):
     """True: the first batch sets the averages and later ones count fully (divides by 1 - momentum^t). False:
     the official codes, whose averages start at initial_mean and initial_std and need some 20 batches."""
     initial_mean: float = 0.0
+    """Average of the mean before the first batch, where bias_correction is off."""
     initial_std: float = Field(default=1.0, ge=0)
+    """Average of the standard deviation before the first batch, where bias_correction is off."""
     std_floor: float = Field(default=1e-6, gt=0)
     """Least spread; only degenerate batches reach it."""
 

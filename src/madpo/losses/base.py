@@ -8,13 +8,14 @@ need the values before they are averaged. Nothing here knows about models, files
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol, runtime_checkable
 
-import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
-from pydantic import BaseModel, ConfigDict
-from torch import Tensor
+from madpo.core.config import Frozen
+from madpo.core.lazy import F, torch
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from torch import Tensor
 
 
 class Paper(NamedTuple):
@@ -39,7 +40,7 @@ class Paper(NamedTuple):
         return f"@misc{{{self.authors.split(',')[0].replace(' ', '').lower()}{self.year},\n{lines}}}"
 
 
-class LossConfig(BaseModel):
+class LossConfig(Frozen):
     """Base of every loss: frozen, no unknown keys, no NaN or infinite hyperparameters.
 
     A loss that keeps running statistics sets ``stateful`` and fills in the three methods ``init_state``,
@@ -55,8 +56,6 @@ class LossConfig(BaseModel):
     step, which makes the result independent of how the step is split. In evaluation the trainer calls
     ``observe(gathered, state, training=False)``: nothing moves and no pair is filtered out.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     needs: ClassVar[frozenset[str]] = frozenset()
     """Optional inputs that the loss reads; the trainer refuses a batch that lacks one."""

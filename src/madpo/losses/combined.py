@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from jaxtyping import Float
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
-from torch import Tensor
 
 from madpo.core.errors import ConfigError
 from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState, Paper, per_token
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 
 def _loss(value: Any) -> Any:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from jaxtyping import Float
 from pydantic import model_validator
-from torch import Tensor
 
 from madpo.core.custom import NamedClass
 from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState, Paper
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 
 class Custom(NamedClass, LossConfig):

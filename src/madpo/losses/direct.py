@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch.nn.functional as F
-from jaxtyping import Float
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from madpo.core.errors import ConfigError
+from madpo.core.lazy import F
 from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState, Paper, per_token
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 
 class DPO(LossConfig):

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-import torch.nn.functional as F
-from jaxtyping import Float
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from madpo.core.config import added
 from madpo.core.errors import DataError
+from madpo.core.lazy import F, torch
 from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState, Paper, per_token, soft_logistic
 from madpo.losses.weight import (
     Part,
@@ -20,6 +17,10 @@ from madpo.losses.weight import (
     log_margin_weight,
     margin_coefficient,
 )
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 
 class MADPO(LossConfig):

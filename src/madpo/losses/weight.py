@@ -8,15 +8,15 @@ taken sees a harmless argument, so that gradients stay finite as well.
 from __future__ import annotations
 
 import math
-from typing import Literal
-
-import torch
-import torch.nn.functional as F
-from jaxtyping import Float
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from madpo.core.errors import ConfigError, DataError
+from madpo.core.lazy import F, torch
 from madpo.losses.base import widen
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 Part = Literal["full", "amplify", "dampen"]
 PARTS: tuple[Part, ...] = ("full", "amplify", "dampen")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from madpo.core.config import Frozen
+from madpo.core.options import Cli
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -17,6 +18,9 @@ CHECKPOINTS = "checkpoints"
 
 Pooling = Literal["last", "mean"]
 """Where a reward model reads its reward: the state of the last token, or the mean of the completion's states."""
+
+Truncation = Literal["drop", "cut", "refuse"]
+"""What happens to a pair of more than the allowed tokens."""
 
 Schedule = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"
@@ -36,12 +40,13 @@ ADAPTER_LEARNING_RATE = 1e-4
 class LoRA(Frozen):
     """A low-rank adapter."""
 
-    rank: int = Field(default=16, ge=1)
+    rank: Annotated[int, Cli(also=("r",))] = Field(default=16, ge=1)
+    """Rank of the update."""
     alpha: float = Field(default=32, gt=0)
     """The update is scaled by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """0 makes the log-ratios exactly 0 before the first step."""
-    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    targets: Annotated[Literal["all-linear"] | tuple[str, ...], Cli(also=("target_modules",))] = "all-linear"
     """Modules to adapt; the output head never is. ``all-linear`` is every linear layer of the language model and the
     weights of its experts, without routers (:mod:`madpo.models.adapters`)."""
 
@@ -67,7 +72,9 @@ class Optimisation(Frozen):
     """AdamW and its schedule, the same for every training of the study."""
 
     learning_rate: float = Field(gt=0)
+    """The largest of the schedule."""
     epochs: float = Field(gt=0)
+    """Passes over the examples."""
     batch_size: int = Field(ge=1)
     """Examples (or pairs) per optimiser step."""
     micro_batch_size: int | None = Field(default=None, ge=1, exclude=True)
@@ -76,9 +83,13 @@ class Optimisation(Frozen):
     warmup: float = Field(default=0.03, ge=0, lt=1)
     """Share of the steps over which the learning rate rises."""
     schedule: Schedule = "cosine"
+    """How the learning rate falls after that."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)
+    """AdamW's memory of the gradient and of its square."""
     weight_decay: float = Field(default=0.01, ge=0)
+    """AdamW's decay of the weights, times the learning rate, per step."""
     max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients with a larger norm are scaled down to it."""
     checkpoint_every: int = Field(default=25, ge=0, exclude=True)
     """Optimiser steps between two checkpoints, from which a killed training continues; 0 is none."""
 

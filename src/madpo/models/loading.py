@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
-from madpo.core.config import did_you_mean
 from madpo.core.errors import ConfigError, MadpoError, MemoryShortage, first_line
 from madpo.core.memory import is_shortage
 from madpo.core.storage import disk_error, expanded
+from madpo.core.suggestions import did_you_mean
 from madpo.models.packaged import PACKAGED
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)

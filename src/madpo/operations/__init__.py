@@ -6,8 +6,9 @@ configuration, and leave a folder that is whole or absent. Names load on first u
 configuration is reported before TRL is loaded.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from madpo.core.lazy import attach
 
 if TYPE_CHECKING:
     from madpo.data import check
@@ -17,31 +18,34 @@ if TYPE_CHECKING:
     from madpo.operations.reward_model import RewardReport, load_scorer, reward
     from madpo.operations.score_report import ScoreReport
     from madpo.operations.scoring import score
-    from madpo.operations.settings import EvaluateSettings, RewardSettings, ScoreSettings
+    from madpo.operations.settings import EvaluateSettings, RewardSettings, ScoreSettings, TrimSettings
     from madpo.operations.train_settings import TrainSettings
-    from madpo.operations.trimming.report import TrimReport, TrimSettings
+    from madpo.operations.trimming.report import TrimReport
     from madpo.operations.trimming.trim import trim_vocab
 
-_HOME = {
-    "EvaluateReport": "madpo.operations.evaluation",
-    "EvaluateSettings": "madpo.operations.settings",
-    "RewardReport": "madpo.operations.reward_model",
-    "RewardSettings": "madpo.operations.settings",
-    "ScoreReport": "madpo.operations.score_report",
-    "ScoreSettings": "madpo.operations.settings",
-    "TrainReport": "madpo.operations.policy",
-    "TrainSettings": "madpo.operations.train_settings",
-    "TrimReport": "madpo.operations.trimming.report",
-    "TrimSettings": "madpo.operations.trimming.report",
-    "check": "madpo.data",
-    "evaluate": "madpo.operations.evaluation",
-    "inspect": "madpo.operations.inspection",
-    "load_scorer": "madpo.operations.reward_model",
-    "reward": "madpo.operations.reward_model",
-    "score": "madpo.operations.scoring",
-    "train": "madpo.operations.policy",
-    "trim_vocab": "madpo.operations.trimming.trim",
-}
+__getattr__, __dir__ = attach(
+    __name__,
+    {
+        "EvaluateReport": "madpo.operations.evaluation",
+        "EvaluateSettings": "madpo.operations.settings",
+        "RewardReport": "madpo.operations.reward_model",
+        "RewardSettings": "madpo.operations.settings",
+        "ScoreReport": "madpo.operations.score_report",
+        "ScoreSettings": "madpo.operations.settings",
+        "TrainReport": "madpo.operations.policy",
+        "TrainSettings": "madpo.operations.train_settings",
+        "TrimReport": "madpo.operations.trimming.report",
+        "TrimSettings": "madpo.operations.settings",
+        "check": "madpo.data",
+        "evaluate": "madpo.operations.evaluation",
+        "inspect": "madpo.operations.inspection:inspect_data",
+        "load_scorer": "madpo.operations.reward_model",
+        "reward": "madpo.operations.reward_model",
+        "score": "madpo.operations.scoring",
+        "train": "madpo.operations.policy",
+        "trim_vocab": "madpo.operations.trimming.trim",
+    },
+)
 
 __all__ = [
     "EvaluateReport",
@@ -63,13 +67,3 @@ __all__ = [
     "train",
     "trim_vocab",
 ]
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module 'madpo.operations' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), "inspect_data" if name == "inspect" else name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])

@@ -8,20 +8,29 @@ from typing import Any, Literal, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
-from madpo.core.config import did_you_mean
+from madpo.core.options import Cli
+from madpo.core.suggestions import did_you_mean
 
 _NONE = "none"
-_OURS = {
+_NO_SUCH_LOSS = "belongs to a loss that madpo does not have; write one of your own (--loss custom)"
+_REFUSED = {
     "output_dir": "is the command's own; use --output_dir",
     "trust_remote_code": "would run code that comes with a model; convert the model with tools that you trust",
     "push_to_hub": "is not for a command that finishes in a folder; look at the result, then upload it",
     "hub_token": "would be kept with the result, for everybody to read; log in with: hf auth login",
     "resume_from_checkpoint": "is not needed; the same command continues an interrupted training",
+    "use_peft": "is the default here; --full trains all weights instead of an adapter",
+    "beta": "has no effect here, since the loss has its own; did you mean '--loss.beta'?",
+    "loss_type": "has no effect here, since the loss is chosen by its kind; did you mean '--loss'?",
+    "label_smoothing": "has no effect here; did you mean '--loss.label_smoothing' (of the loss dpo)?",
+    "use_weighting": "has no effect here; did you mean '--loss wpo'?",
+    "loss_weights": "has no effect here, since madpo adds no losses up; write one of your own (--loss custom)",
+    **dict.fromkeys(("ld_alpha", "discopop_tau", "f_divergence_type", "f_alpha_divergence_coef"), _NO_SUCH_LOSS),
 }
 
 
-# Type -> the arguments of PreferenceConfig that take it (an enumeration takes text). The tests of the commands hold
-# this against the class itself.
+# Type -> the arguments of PreferenceConfig that take it (an enumeration takes text). A test holds this
+# against the class itself.
 _BY_TYPE: dict[Any, str] = {
     bool: (
         "activation_offloading allow_pickle auto_find_batch_size average_tokens_across_devices "
@@ -80,6 +89,32 @@ _BY_TYPE: dict[Any, str] = {
 
 TYPES = {name: kind for kind, names in _BY_TYPE.items() for name in names.split()}
 
+ARGUMENTS = Cli(
+    short=True,
+    keys={name: TYPES[name] for name in sorted(TYPES) if name not in _REFUSED},
+    about={
+        "learning_rate": "Of AdamW, the largest of the schedule (default: 1e-4, with --full 1e-6).",
+        "num_train_epochs": "Passes over the pairs (default: 3).",
+        "per_device_train_batch_size": "Pairs per forward pass (default: 8).",
+        "gradient_accumulation_steps": "Forward passes per optimiser step (default: 1).",
+        "max_length": "Tokens of prompt and completion; none is no limit (default: 1024).",
+        "warmup_steps": "Optimiser steps over which the learning rate rises, below 1 their share (default: 0).",
+        "lr_scheduler_type": "How the learning rate falls after that (default: linear).",
+        "save_steps": "Optimiser steps between two checkpoints (default: 100).",
+        "logging_steps": "Optimiser steps between two lines of log.jsonl (default: 10).",
+        "report_to": "A tracker that is installed, such as tensorboard (default: none).",
+        "seed": "Of the training (default: 42).",
+    },
+    names={
+        "learning_rate": "learning_rate",
+        "epochs": "num_train_epochs",
+        "batch_size": "per_device_train_batch_size",
+        "seed": "seed",
+    },
+    refused=_REFUSED,
+)
+"""The options of a training's table ``args``."""
+
 
 # Argument -> (the smallest value that means something, the option that gives it).
 _SMALLEST: dict[str, tuple[float, str]] = {
@@ -102,8 +137,8 @@ def checked_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     found = {}
     for name, value in values.items():
-        if name in _OURS:
-            raise ValueError(f"args.{name} {_OURS[name]}")
+        if name in _REFUSED:
+            raise ValueError(f"args.{name} {_REFUSED[name]}")
         if name not in TYPES:
             raise ValueError(f"args.{name} is no argument of the trainer{did_you_mean(name, list(TYPES))}")
         if value == _NONE and _reads_none(name):

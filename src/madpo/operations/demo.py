@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from pydantic import Field
 
 from madpo.core.config import Frozen
 from madpo.core.metrics import Estimate, Metrics
 from madpo.core.storage import write_atomically
 from madpo.losses.simulation import CANDIDATES, KNOWLEDGE, PROMPTS, Knowledge, Setting
 from madpo.operations.running import load_report, run_in_folder
+from madpo.operations.settings import DemoSettings
 from madpo.operations.verify_auto import AUTO, AVERAGED, Cell, simulate
 from madpo.report.demo_page import write_demo_page
 from madpo.report.numbers import short
@@ -33,20 +33,6 @@ SEES: dict[Knowledge, str] = {
     "poor": "sees half of the response",
 }
 """Kind of reward model -> in words."""
-
-
-class DemoSettings(Frozen):
-    """What ``madpo demo`` simulates."""
-
-    pairs: int = Field(default=600, ge=50)
-    """Training pairs in every world."""
-    reward_sd: float = Field(default=1.5, gt=0)
-    """Standard deviation of the true reward in log-odds: less makes labels noisier."""
-    worlds: int = Field(default=12, ge=3)
-    """Draws of world, labels and training order."""
-    kl: float = Field(default=1.0, gt=0)
-    """KL to the reference, in nats, at which methods are compared."""
-    seed: int = 0
 
 
 class DemoReport(Frozen):

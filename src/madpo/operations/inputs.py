@@ -19,8 +19,8 @@ from madpo.data.load import TooLong
 from madpo.data.rows import Pair
 from madpo.data.survey import Survey
 from madpo.data.templates import Clock
-from madpo.data.tokens import Encoder, Truncation, truncated
-from madpo.models.hyperparameters import CHECKPOINTS, LoRA
+from madpo.data.tokens import Encoder, truncated
+from madpo.models.hyperparameters import CHECKPOINTS, LoRA, Truncation
 from madpo.models.locate import load_tokenizer, resolve_model
 from madpo.runner.first_start import FILE, since_first_start
 

@@ -5,18 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pydantic import Field
-
-from madpo.core.config import Frozen
 from madpo.core.storage import expanded
 from madpo.data.margins import SUSPICIOUS, read_margins
 from madpo.rewards.margins import MarginReport, deciding, inspect
-
-
-class InspectSettings(Frozen):
-    """What ``madpo inspect`` may be told in a file."""
-
-    margin_temperature: float | None = Field(default=None, gt=0)
 
 
 def inspect_data(

@@ -20,10 +20,11 @@ from transformers.integrations.integration_utils import (
 from transformers.pytorch_utils import Conv1D
 
 from madpo.core import processes
-from madpo.core.config import Frozen, did_you_mean
+from madpo.core.config import Frozen
 from madpo.core.errors import ConfigError, DataError
 from madpo.core.metrics import Metrics
 from madpo.core.storage import write_atomically
+from madpo.core.suggestions import did_you_mean
 from madpo.data.templates import Clock
 from madpo.losses import LossConfig
 from madpo.models.adapters import adapter_text

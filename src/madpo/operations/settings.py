@@ -1,31 +1,34 @@
-"""What ``madpo reward``, ``score`` and ``evaluate`` are told. No torch: a mistake in it is told at once."""
+"""Settings of ``madpo reward``, ``score``, ``evaluate`` and ``trim-vocab``. Imports no torch."""
 
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from madpo.core.config import Frozen, added
-from madpo.data.tokens import Truncation
-from madpo.models.hyperparameters import LoRA, Optimisation, Pooling
+from madpo.core.options import Cli
+from madpo.models.hyperparameters import LoRA, Optimisation, Pooling, Truncation
 
 
 class RewardOptimisation(Optimisation):
     """AdamW and its schedule for a reward model."""
 
     learning_rate: float = Field(default=1e-4, gt=0)
-    epochs: float = Field(default=1.0, gt=0)
-    batch_size: int = Field(default=16, ge=1)
+    """The largest of the schedule."""
+    epochs: Annotated[float, Cli(also=("num_train_epochs",))] = Field(default=1.0, gt=0)
+    """Passes over the pairs at most."""
+    batch_size: Annotated[int, Cli(also=("train_batch_size",))] = Field(default=16, ge=1)
+    """Pairs per optimiser step."""
 
 
 class RewardSettings(Frozen):
     """How a reward model is trained."""
 
-    model: str
+    model: Annotated[str, Cli(also=("model_name_or_path",))]
     """Packaged name, folder or hub id of the base model."""
-    optimisation: RewardOptimisation = RewardOptimisation()
+    optimisation: Annotated[RewardOptimisation, Cli(short=True)] = RewardOptimisation()
     lora: LoRA = LoRA()
     eval_share: float = Field(default=0.1, gt=0, lt=1)
     """Share of the pairs held out (whole prompts at a time) where no evaluation data are given."""
@@ -41,11 +44,13 @@ class RewardSettings(Frozen):
     max_length: int | None = Field(default=None, ge=2)
     """Tokens of prompt and completion; None is no limit."""
     truncation: Truncation = "drop"
+    """What happens to a pair of more than max_length tokens: drop it, cut its completions, or refuse it."""
     date: datetime | None = added(None)
     """What a chat template that prints the date takes for now; None is the first start of the training."""
     strict: bool = Field(default=False, exclude=True)
     """Treat what ``madpo check`` would warn of as an error."""
     seed: int = Field(default=0, ge=0)
+    """Of split and training."""
 
 
 class ScoreSettings(Frozen):
@@ -64,11 +69,12 @@ class ScoreSettings(Frozen):
     a training; best the model that will be trained."""
     probe_seed: int = added(0, ge=0)
     """Of the parts."""
-    reward: RewardSettings | None = None
+    reward: Annotated[RewardSettings | None, Cli(short=True)] = None
     """How those are trained."""
     margin_temperature: float | None = Field(default=None, gt=0)
     """For ``score_columns``: what the difference is divided by; None fits it to the labels."""
     format: Literal["jsonl", "parquet"] = "jsonl"
+    """Of the scored file."""
     batch_size: int = Field(default=16, ge=1)
     """Sequences per forward pass; it decides the padding, and so the last digits."""
     strict: bool = Field(default=False, exclude=True)
@@ -92,21 +98,70 @@ class ScoreSettings(Frozen):
 class EvaluateSettings(Frozen):
     """How policy and reference are compared."""
 
-    reward_model: str
+    reward_model: Annotated[str, Cli(also=("reward",))]
     """A folder that ``madpo reward`` wrote, or a sequence classifier with one output (folder or hub id)."""
     reference: str | None = None
     """Model to compare with; None is the one that the policy started from, where its folder says so."""
-    prompts: int | None = Field(default=None, ge=1)
+    max_prompts: int | None = Field(default=None, ge=1)
     """The first so many different prompts; None is all of them."""
     samples_per_prompt: int = Field(default=1, ge=1)
+    """Responses of each side to a prompt."""
     max_new_tokens: int = Field(default=256, ge=1)
+    """Tokens of a response at most."""
     temperature: float = Field(default=1.0, ge=0)
     """At 1 (with top_p 1 and no top_k) the KL is that of the policy; elsewhere it is taken along another text."""
     top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample from the most probable tokens that have this share of the probability."""
     top_k: int | None = added(None, ge=1)
     """Only so many most likely tokens can be drawn; None is all of them."""
     seed: int = Field(default=0, ge=0)
+    """Of the sampling."""
     batch_size: int = Field(default=32, ge=1)
     """Responses generated at once."""
     score_batch_size: int = Field(default=16, ge=1)
     """Sequences per forward pass for rewards and KL."""
+
+
+class TrimSettings(Frozen):
+    """What of a vocabulary is kept, and on what it is measured."""
+
+    size: int | None = Field(default=None, ge=1)
+    """Entries to keep at most; None keeps all that the corpus uses."""
+    drop_reserved: bool = False
+    """Leave out added tokens that are called unused or reserved and do not occur in the corpus."""
+    held_out_share: float = Field(default=0.05, gt=0, lt=1)
+    """Share of the corpus's different texts that takes no part and is measured on, where no other text is given."""
+    eval_texts: int = Field(default=128, ge=1)
+    """Held-out texts to measure on at most."""
+    eval_characters: int = Field(default=1000, ge=1)
+    """Of each of them, the first so many (up to a white space)."""
+    batch_size: int = Field(default=8, ge=1)
+    """Texts per forward pass."""
+
+
+class VerifyAutoSettings(Frozen):
+    """What ``madpo verify-auto`` simulates."""
+
+    whole: bool = False
+    """The whole grid (42 cells) in place of the reduced one (15 cells)."""
+    worlds: int = Field(default=12, ge=3)
+    """Draws of every setting."""
+    kl: float = Field(default=1.0, gt=0)
+    """KL to the reference, in nats, at which methods are compared."""
+    seed: int = 0
+    """Of worlds and trainings."""
+
+
+class DemoSettings(Frozen):
+    """What ``madpo demo`` simulates."""
+
+    pairs: int = Field(default=600, ge=50)
+    """Training pairs in every world."""
+    reward_sd: float = Field(default=1.5, gt=0)
+    """Standard deviation of the true reward in log-odds: less makes labels noisier."""
+    worlds: int = Field(default=12, ge=3)
+    """Draws of world, labels and training order."""
+    kl: float = Field(default=1.0, gt=0)
+    """KL to the reference, in nats, at which methods are compared."""
+    seed: int = 0
+    """Of worlds and trainings."""

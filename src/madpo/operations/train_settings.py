@@ -1,26 +1,27 @@
-"""What ``madpo train`` is told. The losses need torch, and nothing here loads what trains with them."""
+"""Settings of ``madpo train``. Imports no torch."""
 
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from madpo.core.config import Frozen, added
-from madpo.data.tokens import Truncation
+from madpo.core.options import Cli
 from madpo.losses import MADPO, Loss
-from madpo.models.hyperparameters import ADAPTER_LEARNING_RATE, FULL_LEARNING_RATE, LoRA
-from madpo.operations.arguments import checked_arguments
+from madpo.models.hyperparameters import ADAPTER_LEARNING_RATE, FULL_LEARNING_RATE, LoRA, Truncation
+from madpo.operations.arguments import ARGUMENTS, checked_arguments
 
 
 class TrainSettings(Frozen):
     """How a policy is trained."""
 
-    model: str
+    model: Annotated[str, Cli(also=("model_name_or_path",))]
     """Packaged name, folder or hub id: where the policy starts, and its reference."""
     loss: Loss = MADPO()
-    args: dict[str, Any] = Field(default_factory=dict)
+    """The preference loss."""
+    args: Annotated[dict[str, Any], ARGUMENTS] = Field(default_factory=dict)
     """Arguments of TRL's ``DPOConfig`` (and our ``PreferenceConfig``) by name."""
     lora: LoRA = LoRA()
     full: bool = False

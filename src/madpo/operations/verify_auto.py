@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field
 
 from madpo.core.config import Frozen
 from madpo.core.errors import MadpoError
@@ -36,6 +35,7 @@ from madpo.losses.simulation import (
     reward_margins,
     train,
 )
+from madpo.operations.settings import VerifyAutoSettings
 from madpo.report.numbers import DASH
 from madpo.rewards.label_share import better_than_coin, label_share
 from madpo.rewards.margins import PAPER_SETTINGS
@@ -72,18 +72,6 @@ ROWS = {
     AVERAGED: "the gain of an average, without margins",
 }
 """Method -> what it is."""
-
-
-class VerifyAutoSettings(Frozen):
-    """What ``madpo verify-auto`` simulates."""
-
-    whole: bool = False
-    """The whole grid (42 cells) in place of the reduced one (15 cells)."""
-    worlds: int = Field(default=12, ge=3)
-    """Draws of every setting."""
-    kl: float = Field(default=1.0, gt=0)
-    """KL to the reference, in nats, at which methods are compared."""
-    seed: int = 0
 
 
 class Cell(Frozen):

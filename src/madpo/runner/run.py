@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from madpo.core.config import did_you_mean
 from madpo.core.errors import ConfigError, MadpoError
 from madpo.core.locks import locked
 from madpo.core.progress import duration, say
 from madpo.core.storage import storage_errors, write_atomically
+from madpo.core.suggestions import did_you_mean
 from madpo.runner.executors import Executor, Inline
 from madpo.runner.folder import what_changed
 from madpo.runner.record import RECORD, Record, exported_records, find_record, libraries, load_record

@@ -16,9 +16,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from madpo.core.config import did_you_mean
 from madpo.core.errors import ConfigError
 from madpo.core.progress import duration
+from madpo.core.suggestions import did_you_mean
 from madpo.models.packaged import cache_dir, cut_report
 from madpo.operations.study_evaluation import EvaluationStage
 from madpo.operations.study_folds import OutOfFoldStage, ScoreStage

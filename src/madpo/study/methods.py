@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from pydantic import Field, JsonValue, ValidationError, model_validator
 
-from madpo.core.config import Frozen, did_you_mean
+from madpo.core.config import Frozen
+from madpo.core.suggestions import did_you_mean
 from madpo.data.corpus import Tier
 from madpo.losses import Custom, Loss, LossAdapter
 from madpo.training.settings import OnlineSettings

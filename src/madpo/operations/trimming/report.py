@@ -5,28 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pydantic import Field
-
 from madpo import __version__
 from madpo.core.config import Frozen
 from madpo.core.metrics import Estimate
-
-
-class TrimSettings(Frozen):
-    """What is kept, and on what it is measured."""
-
-    size: int | None = Field(default=None, ge=1)
-    """Entries to keep at most; None keeps all that the corpus uses."""
-    drop_reserved: bool = False
-    """Leave out added tokens that are called unused or reserved and do not occur in the corpus."""
-    held_out_share: float = Field(default=0.05, gt=0, lt=1)
-    """Share of the corpus's different texts that takes no part and is measured on, where no other text is given."""
-    eval_texts: int = Field(default=128, ge=1)
-    """Held-out texts to measure on at most."""
-    eval_characters: int = Field(default=1000, ge=1)
-    """Of each of them, the first so many (up to a white space)."""
-    batch_size: int = Field(default=8, ge=1)
-    """Texts per forward pass."""
+from madpo.operations.settings import TrimSettings
 
 
 class TrimReport(Frozen):

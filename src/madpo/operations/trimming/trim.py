@@ -27,9 +27,10 @@ from madpo.models.vocabulary import Vocabulary, named_ids, refuse_untranslated, 
 from madpo.models.weights import pretrained
 from madpo.operations.reward_model import plain
 from madpo.operations.running import digest, load_report, run_in_folder
+from madpo.operations.settings import TrimSettings
 from madpo.operations.trimming.corpus_tokens import CorpusTokens, encoded, read_corpus
 from madpo.operations.trimming.kept_mass import Probe, TextScore, probe, score_texts
-from madpo.operations.trimming.report import TrimReport, TrimSettings, model_card
+from madpo.operations.trimming.report import TrimReport, model_card
 from madpo.runner.operation import operation
 
 PROBES, PROBE_TOKENS = 4, 64

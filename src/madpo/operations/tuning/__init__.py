@@ -5,30 +5,24 @@
 on first use, so that a mistake in a configuration is told before TRL is loaded.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from madpo.core.lazy import attach
 
 if TYPE_CHECKING:
     from madpo.operations.tuning.search import TuneReport, tune
     from madpo.operations.tuning.settings import RewardCriterion, TuneSettings
     from madpo.operations.tuning.space import Dimension
 
-_HOME = {
-    "Dimension": "madpo.operations.tuning.space",
-    "RewardCriterion": "madpo.operations.tuning.settings",
-    "TuneReport": "madpo.operations.tuning.search",
-    "TuneSettings": "madpo.operations.tuning.settings",
-    "tune": "madpo.operations.tuning.search",
-}
+__getattr__, __dir__ = attach(
+    __name__,
+    {
+        "Dimension": "madpo.operations.tuning.space",
+        "RewardCriterion": "madpo.operations.tuning.settings",
+        "TuneReport": "madpo.operations.tuning.search",
+        "TuneSettings": "madpo.operations.tuning.settings",
+        "tune": "madpo.operations.tuning.search",
+    },
+)
 
 __all__ = ["Dimension", "RewardCriterion", "TuneReport", "TuneSettings", "tune"]
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module 'madpo.operations.tuning' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])

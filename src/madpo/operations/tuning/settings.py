@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from madpo.core.config import Frozen, added
+from madpo.core.options import Cli
 from madpo.operations.train_settings import TrainSettings
 from madpo.operations.tuning.space import Space, default_space, flat, with_values
 
@@ -33,11 +34,15 @@ class RewardCriterion(Frozen):
     prompts: int = Field(default=64, ge=1)
     """Held-out prompts of each fold, at most."""
     max_new_tokens: int = Field(default=64, ge=1)
+    """Tokens of a response at most."""
     temperature: float = Field(default=1.0, gt=0)
+    """Of the sampling."""
     top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample from the most probable tokens that have this share of the probability."""
     top_k: int | None = added(None, ge=1)
     """Only so many most likely tokens can be drawn; None is all of them."""
     seed: int = Field(default=0, ge=0)
+    """Of the sampling."""
     batch_size: int = Field(default=32, ge=1)
     """Prompts generated for at once."""
     score_batch_size: int = Field(default=16, ge=1)
@@ -66,8 +71,8 @@ class TuneSettings(TrainSettings):
     criterion: Criterion = "log_loss"
     """What the choice is made on: held-out "log_loss" after one fitted temperature, held-out "accuracy", or "reward"
     of samples at equal KL. Raw log loss is shown and cannot be chosen."""
-    reward: RewardCriterion | None = None
-    """For "reward"."""
+    reward: Annotated[RewardCriterion | None, Cli(short=True)] = None
+    """How the reward is measured, for the criterion "reward"."""
     baseline: bool = True
     """Also measure plain DPO with the same arguments: shown, compared with, never chosen."""
     search_seed: int = Field(default=0, ge=0)

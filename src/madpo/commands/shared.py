@@ -1,34 +1,37 @@
-"""What can be refused before anything heavy is loaded: files that are not there, a folder that is in use.
+"""Options that several commands have, and what is refused before anything heavy is loaded.
 
-The functions of the commands refuse the same, in the same words; here a person is told in a second.
+The functions of the operations refuse the same, in the same words; here a person reads it within a second.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
-from madpo.core.config import read_toml
+from madpo.core.config import Frozen
+from madpo.core.options import Cli
 from madpo.core.storage import expanded
-from madpo.data.sources import look_at
-from madpo.models.locate import refuse_unreachable, resolve_model
-from madpo.models.packaged import PACKAGED
-from madpo.runner.folder import refuse_foreign
 
 
-def refuse_missing_files(data: str | Path | None, config: Path | None) -> None:
-    """Refuse data or a configuration that cannot be opened.
-
-    Raises:
-        ConfigError, DataError: one sentence.
-    """
-    if config is not None:
-        read_toml(config)
-    if data is not None:
-        look_at(data)
+class Data(Frozen):
+    data: Annotated[str, Cli(positional=True)]
+    """Preference pairs: a .jsonl, .json, .csv or .parquet file, or a hub data set OWNER/NAME[:SPLIT]."""
 
 
-def refuse_missing_places(
+class Result(Frozen):
+    output_dir: Path
+    """Folder of the result; it is complete when record.json is in it."""
+    overwrite: bool = False
+    """Replace an earlier result in it."""
+
+
+class HeldOut(Frozen):
+    eval_data: str | None = None
+    """Held-out pairs; without them eval_share of the pairs is held out."""
+
+
+def refuse_missing(
     *,
     data: Sequence[str | Path | None] = (),
     models: Sequence[str | None] = (),
@@ -38,7 +41,6 @@ def refuse_missing_places(
     """Refuse what the settings name and is not there, and an output folder that is in use.
 
     Args:
-        data: data sets beside the first.
         models: of which a model is to be loaded.
         rewards: reward models, ours or others'.
         output_dir: of a command that begins with an empty folder.
@@ -46,6 +48,11 @@ def refuse_missing_places(
     Raises:
         ConfigError, DataError, StorageError: one sentence.
     """
+    from madpo.data.sources import look_at
+    from madpo.models.locate import refuse_unreachable, resolve_model
+    from madpo.models.packaged import PACKAGED
+    from madpo.runner.folder import refuse_foreign
+
     for place in data:
         if place is not None:
             look_at(place)
@@ -60,5 +67,5 @@ def refuse_missing_places(
 
 
 def _ours(place: Path) -> bool:
-    """Whether a folder is a reward model of ours, or a part of one, which loading it tells better."""
+    """Whether a folder is a reward model of ours, or a part of one, which loading it reports better."""
     return any((folder / "reward_model.json").is_file() for folder in (place, place.parent))
