@@ -81,7 +81,7 @@ def test_help_is_fast_and_loads_no_torch(words: list[str]) -> None:
         done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
         after = os.times()
         assert done.returncode == 0, done.stderr
-        assert len(done.stdout.splitlines()) > 3
+        assert len(done.stdout.splitlines()) > 1
         # Of the processor: tests share their machine.
         times.append(sum(after[2:4]) - sum(before[2:4]))
         if min(times) < 0.5:

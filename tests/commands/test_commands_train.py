@@ -35,7 +35,7 @@ from practice_cases import text_pairs, write
         ),
         (["train", "d.jsonl", "--model_name_or_path", "m"], "output_dir is missing; add --output_dir"),
         (["train", "d.jsonl", "--output_dir", "o"], "model is missing; add --model"),
-        (["reward", "d", "--output_dir", "o", "--epochs", "many"], "'many'"),
+        (["reward", "d", "--output_dir", "o", "--model", "m", "--epochs", "many"], "'many'"),
         (["evaluate", "p", "--output_dir", "o", "--reward", "r"], "prompts is missing; add --prompts"),
         (
             ["tune", "d.jsonl", "--output_dir", "o", "--model_name_or_path", "m", "--criterion", "loss"],
@@ -79,7 +79,7 @@ def test_a_mistake_is_told_before_what_trains_is_loaded(tmp_path):
         ("train d.jsonl --model_name_or_path m --output_dir used", "is not empty and holds no result"),
         ("train d.jsonl --model_name_or_path ./nope --output_dir o", "nope is no folder"),
         ("train d.jsonl --model_name_or_path m --output_dir o --loss.tua 7", "did you mean '--loss.tau'?"),
-        ("train d.jsonl --model_name_or_path m --output_dir o --args.lerning_rate 1", "did you mean 'learning_rate'?"),
+        ("train d.jsonl --model_name_or_path m --output_dir o --args.lerning_rate 1", "did you mean '--args.learning_rate'?"),
         ("train d.jsonl --model_name_or_path m --output_dir o --args.bf16=maybe", "must be a valid boolean"),
         (
             "tune d.jsonl --model_name_or_path m --output_dir o --space.loss.tau '[0]'",

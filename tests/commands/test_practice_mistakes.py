@@ -73,7 +73,7 @@ MISTAKES = {
     f"{TRAIN} model --loss.beta 0": "loss.beta = 0: must be greater than 0",
     f"{TRAIN} model --args.beta 0.2": "did you mean '--loss.beta'?",
     f"{TRAIN} model --batch_size 0": "args.per_device_train_batch_size (--batch_size) = 0: must be at least 1",
-    f"{TRAIN} model --epochs 0": "args.num_train_epochs (--epochs) = 0.0: must be greater than 0",
+    f"{TRAIN} model --epochs 0": "args.num_train_epochs (--epochs) = 0: must be greater than 0",
     f"{TRAIN} model --report_to wandbb": "report_to names 'wandbb', which is no tracker; did you mean 'wandb'?",
     f"{TRAIN} model --lora.targets '[\"q_prj\"]'": "the model 'model' has no such modules",
     f"{TRAIN} model --max_length 2": "no pair fits into max_length 2; raise it",

@@ -344,7 +344,7 @@ def test_any_reward_model_with_one_output(llama, tmp_path, monkeypatch):
     [
         (["--loss", "madop"], "did you mean 'madpo'?"),
         (["--loss", "madpo", "--loss.taau", "3"], "no option '--loss.taau'; did you mean '--loss.tau'?"),
-        (["--loss", "dpo", "--args.lerning_rate", "1"], "did you mean 'learning_rate'?"),
+        (["--loss", "dpo", "--args.lerning_rate", "1"], "did you mean '--args.learning_rate'?"),
         (["--loss", "dpo", "--args.learning_rate", "abc"], "args.learning_rate = 'abc'"),
         (["--loss", "dpo", "--args.beta", "0.5"], "--loss.beta"),
         (["--loss", "dpo", "--args.output_dir", "x"], "use --output_dir"),

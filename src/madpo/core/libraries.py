@@ -1,6 +1,7 @@
 """Loading PyTorch and the libraries above it: most of what a command does at its start."""
 
 import gc
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -22,6 +23,8 @@ def loading_libraries() -> Iterator[None]:
     interpreter for several when it ends. Only the command line does so, since a user's process is not ours.
     """
     _tell()
+    # Notices from one library about another's names say nothing to the person who runs a command.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl)\.")
     gc.disable()
     try:
         yield

@@ -153,7 +153,7 @@ def checked_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"args.{name}{option} = {value!r}: must be at least {smallest}")
         if name == "num_train_epochs" and not taken > 0:
             raise ValueError(f"args.{name} (--epochs) = {value!r}: must be greater than 0")
-        found[name] = taken if isinstance(value, str) and isinstance(taken, int | float) else value
+        found[name] = taken if isinstance(taken, int | float) else value  # 2 and 2.0 are one setting
     return found
 
 
