@@ -79,7 +79,10 @@ def test_a_mistake_is_told_before_what_trains_is_loaded(tmp_path):
         ("train d.jsonl --model_name_or_path m --output_dir used", "is not empty and holds no result"),
         ("train d.jsonl --model_name_or_path ./nope --output_dir o", "nope is no folder"),
         ("train d.jsonl --model_name_or_path m --output_dir o --loss.tua 7", "did you mean '--loss.tau'?"),
-        ("train d.jsonl --model_name_or_path m --output_dir o --args.lerning_rate 1", "did you mean '--args.learning_rate'?"),
+        (
+            "train d.jsonl --model_name_or_path m --output_dir o --args.lerning_rate 1",
+            "did you mean '--args.learning_rate'?",
+        ),
         ("train d.jsonl --model_name_or_path m --output_dir o --args.bf16=maybe", "must be a valid boolean"),
         (
             "tune d.jsonl --model_name_or_path m --output_dir o --space.loss.tau '[0]'",
