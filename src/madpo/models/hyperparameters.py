@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 CHECKPOINTS = "checkpoints"
+REPORT_TO = "MADPO_REPORT_TO"
+"""Environment variable with the trackers of trainings that have no option for them, separated by commas. Trackers are
+no part of a result, and worker processes inherit it."""
 
 Pooling = Literal["last", "mean"]
 """Where a reward model reads its reward: the state of the last token, or the mean of the completion's states."""
@@ -132,7 +136,8 @@ class Optimisation(Frozen):
             "save_strategy": "steps" if self.checkpoint_every else "no",
             "save_steps": self.checkpoint_every or 1,
             "save_total_limit": 2,
-            "report_to": "none",
+            "report_to": os.environ.get(REPORT_TO, "none").split(","),
+            "project": "madpo",
             "disable_tqdm": True,
             "dataloader_pin_memory": False,
             "activation_checkpointing": False,

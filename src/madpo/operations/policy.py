@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,6 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
-from transformers.integrations.integration_utils import (
-    INTEGRATION_TO_CALLBACK,
-    get_available_reporting_integrations,
-)
 from transformers.pytorch_utils import Conv1D
 
 from madpo.core import processes
@@ -37,19 +32,19 @@ from madpo.operations.arguments import written_arguments
 from madpo.operations.card import model_card
 from madpo.operations.inputs import Row, adapted, load_training
 from madpo.operations.running import digest, load_report, run_in_folder, toml
+from madpo.operations.trackers import refuse_missing_trackers
 from madpo.operations.train_settings import TrainSettings
-from madpo.report.command_pages import write_training_page
+from madpo.report.command_pages import REFRESH, write_training_page
 from madpo.rewards.probe import ProbeReport
 from madpo.runner.first_start import since_first_start
 from madpo.runner.operation import operation
 from madpo.training import PreferenceConfig, PreferenceTrainer
 from madpo.training.columns import ID_COLUMNS, PAIR_COLUMNS, REFERENCE_COLUMNS
 from madpo.training.identity import BATCH, decisive_arguments
-from madpo.training.run import run_training
+from madpo.training.run import keep_tracked, run_training
 
+PAGE = "report.html"
 CONFIG_HEADING = "# madpo train "
-TRACKED = "runs"
-"""Where transformers lets TensorBoard write, seen from the folder of the checkpoints."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MEMORY_REMEDY = (
     "halve --batch_size and double --args.gradient_accumulation_steps, which leaves the result as it is unless "
@@ -105,7 +100,7 @@ def train(
     """Train a policy on preference pairs with the loss of ``settings``.
 
     Writes ``adapter`` (or ``model`` in full training; with ``merge`` also ``merged``), ``README.md``, ``report.json``,
-    ``report.html``, ``log.jsonl``, ``config.toml`` and, where pairs were too long, ``dropped.jsonl``; TensorBoard's
+    ``report.html`` (the curves while it runs), ``log.jsonl``, ``config.toml`` and, where pairs were too long, ``dropped.jsonl``; TensorBoard's
     files, where it is asked for, are in ``runs``. The folder appears when all is done. An interrupted training is
     continued by the same call, from the newest checkpoint (``args.save_steps`` says how often there is one);
     checkpoints are no part of the result.
@@ -143,8 +138,22 @@ def train_pairs(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) 
             "--merge needs the whole model in one process, and FSDP or DeepSpeed has split it; leave --merge out "
             "and fold the adapter in afterwards with PEFT's merge_and_unload"
         )
+
+    def page(said: str) -> None:
+        write_training_page(
+            out / PAGE,
+            title=_title(settings),
+            says=[said],
+            numbers={"pairs": f"{len(rows):,}"},
+            evaluation={},
+            log=out / "log.jsonl",
+            settings=resolved(data, settings, clock),
+            refresh=REFRESH,
+        )
+
     # The trainer knows by itself what of its arguments decides the result.
-    result = run_training(trainer, settings.model_copy(update={"args": {}}), f"Training ({settings.loss.kind})", out)
+    stage = settings.model_copy(update={"args": {}})
+    result = run_training(trainer, stage, f"Training ({settings.loss.kind})", out, page)
     evaluation = _evaluation(trainer) if heldout else {}
     report = TrainReport(
         pairs=len(trainer.train_dataset),
@@ -163,8 +172,7 @@ def train_pairs(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) 
     _save(trainer, settings, tokenizer, out)
     if not processes.is_main_process():
         return {}
-    if (tracked := out / CHECKPOINTS / TRACKED).is_dir():  # checkpoints are no part of the result, and these are
-        shutil.copytree(tracked, out / TRACKED, dirs_exist_ok=True)
+    keep_tracked(out)  # with the evaluation
     if too_long.dropped:
         write_atomically(out / "dropped.jsonl", too_long.lines())
     card = model_card(data=data, eval_data=eval_data, settings=settings, report=report)
@@ -197,6 +205,10 @@ def require_columns(rows: Sequence[Row], loss: LossConfig, name: str, *, probed:
         raise DataError(f"{name}: has no column {column!r}, which the loss {kind} reads; {remedy}")
 
 
+def _title(settings: TrainSettings) -> str:
+    return f"{Path(settings.model).name}, trained with {settings.loss.kind}"
+
+
 def _write_page(out: Path, settings: TrainSettings, report: TrainReport, config: str) -> None:
     says = [report.adapter] if report.adapter else ["All weights were trained."]
     if not report.eval_pairs:
@@ -204,8 +216,8 @@ def _write_page(out: Path, settings: TrainSettings, report: TrainReport, config:
             "No pairs were held out, so nothing here says what the policy does with pairs that it has not seen."
         )
     write_training_page(
-        out / "report.html",
-        title=f"{Path(settings.model).name}, trained with {settings.loss.kind}",
+        out / PAGE,
+        title=_title(settings),
         says=says,
         numbers={
             "pairs": f"{report.pairs:,}",
@@ -255,24 +267,6 @@ def _reference_batch(args: PreferenceConfig, out: Path) -> int:
     """
     asked = int(args.precompute_ref_batch_size or args.per_device_train_batch_size)
     return since_first_start(out / CHECKPOINTS, "reference_batch", lambda: asked)
-
-
-def refuse_missing_trackers(names: str | Sequence[str] | None) -> None:
-    """Refuse trackers that transformers does not know, or whose package is absent.
-
-    Raises:
-        ConfigError: naming those that are there.
-    """
-    installed = get_available_reporting_integrations()
-    for name in [names] if isinstance(names, str) else names or ():
-        if name in ("all", "none", *installed):
-            continue
-        known = name in INTEGRATION_TO_CALLBACK
-        remedy = f"pip install {name}" if known else (did_you_mean(name, list(INTEGRATION_TO_CALLBACK)) or "")
-        there = f"; installed are {', '.join(installed)}" if installed else ""
-        raise ConfigError(
-            f"report_to names {name!r}, {'which is not installed; ' if known else 'which is no tracker'}{remedy}{there}"
-        )
 
 
 def build_trainer(

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from math import ceil
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -30,14 +30,18 @@ from madpo.models.load import load_classifier, load_config, load_tokenizer, plac
 from madpo.models.loading import loading
 from madpo.models.locate import refuse_fetching
 from madpo.operations.inputs import Row, adapted, load_training, split_by_prompt
-from madpo.operations.running import digest, load_report, run_in_folder
+from madpo.operations.running import digest, load_report, run_in_folder, toml
 from madpo.operations.settings import RewardSettings
-from madpo.report.command_pages import write_reward_page
+from madpo.operations.trackers import reporting_to
+from madpo.report.command_pages import REFRESH, write_reward_page, write_training_page
 from madpo.rewards.margins import MarginReport, Reliability, inspect
 from madpo.rewards.reward_model import PROBE, RewardModel, reward_base
 from madpo.runner.operation import operation
 from madpo.training.margins import sequences
 from madpo.training.settings import RewardModelStage
+
+if TYPE_CHECKING:
+    from madpo.training.run import Page
 
 EVALUATIONS = 10
 """Looks at the held-out pairs during the training, where ``eval_every`` does not say otherwise."""
@@ -121,9 +125,9 @@ def reward(
 ) -> RewardReport:
     """Train a reward model on preference pairs.
 
-    Writes ``adapter`` (with the head) and ``reward_model.json``, which ``RewardModel.load`` reads,
-    ``log.jsonl``, ``report.json`` and ``report.html`` (the reliability curve). The folder appears when all is done; the
-    same call continues an interrupted one.
+    Writes ``adapter`` (with the head) and ``reward_model.json``, which ``RewardModel.load`` reads, ``log.jsonl``,
+    ``report.json`` and ``report.html`` (the curves while it runs, then the reliability). The folder appears when all is
+    done; the same call continues an interrupted one.
 
     Args:
         data: as in :func:`madpo.data.load_preferences`, text or messages.
@@ -150,7 +154,20 @@ def reward_pairs(settings: RewardSettings, inputs: Mapping[str, Path], out: Path
     seen = {prompt_key(row["prompt"]) for row in train}
     if leaked := sum(prompt_key(row["prompt"]) in seen for row in reported):
         say(f"{leaked} of {len(reported)} held-out pairs have a prompt of the training pairs, which flatters.")
-    steps = fit(settings, train, stopping, out)
+
+    def page(said: str) -> None:
+        write_training_page(
+            out / "report.html",
+            title=f"Reward model on {settings.model}",
+            says=[said],
+            numbers={"training pairs": f"{len(train):,}"},
+            evaluation={},
+            log=out / "log.jsonl",
+            settings=toml({"data": data, **settings.model_dump(mode="json")}),
+            refresh=REFRESH,
+        )
+
+    steps = fit(settings, train, stopping, out, page)
     model = RewardModel.load(out)
     measured = _measure(model, reported)
     report = RewardReport(
@@ -209,8 +226,14 @@ def _halves(heldout: Sequence[Row], settings: RewardSettings, name: str) -> tupl
     return stopping, reported
 
 
-def fit(settings: RewardSettings, train: Sequence[Row], stopping: Sequence[Row], out: Path) -> int:
-    """Train on rows with token ids; returns the step whose weights were kept."""
+def fit(
+    settings: RewardSettings, train: Sequence[Row], stopping: Sequence[Row], out: Path, page: Page | None = None
+) -> int:
+    """Train on rows with token ids; returns the step whose weights were kept.
+
+    Args:
+        page: written while it runs.
+    """
     from madpo.training.reward_fit import fit_reward_model  # which loads TRL: scoring does without
 
     planned = ceil(len(train) * settings.optimisation.epochs / settings.optimisation.batch_size)
@@ -223,8 +246,9 @@ def fit(settings: RewardSettings, train: Sequence[Row], stopping: Sequence[Row],
         pooling=settings.pooling,
         seed=settings.seed,
     )
-    with adapted(settings.model, settings.lora):
-        return fit_reward_model(stage, Dataset.from_dict(sequences(train)), Dataset.from_dict(sequences(stopping)), out)
+    pairs, held = (Dataset.from_dict(sequences(rows)) for rows in (train, stopping))
+    with adapted(settings.model, settings.lora), reporting_to(settings.report_to):
+        return fit_reward_model(stage, pairs, held, out, page=page)
 
 
 def _measure(model: RewardModel, rows: Sequence[Row]) -> tuple[Estimate, MarginReport, Estimate, Estimate | None]:

@@ -49,6 +49,8 @@ class RewardSettings(Frozen):
     """What a chat template that prints the date takes for now; None is the first start of the training."""
     strict: bool = Field(default=False, exclude=True)
     """Treat what ``madpo check`` would warn of as an error."""
+    report_to: tuple[str, ...] = Field(default=(), exclude=True)
+    """Trackers that are installed, such as tensorboard, trackio or wandb."""
     seed: int = Field(default=0, ge=0)
     """Of split and training."""
 

@@ -20,6 +20,9 @@ from madpo.report.sources import json_lines
 from madpo.report.study_charts import calibration_panel, curves, reward_curves
 from madpo.rewards.margins import Reliability
 
+REFRESH = 15
+"""Seconds after which a browser loads the page of a running training again."""
+
 
 class Section(NamedTuple):
     """A part of a page; ``gist`` says what is inside where it is folded."""
@@ -41,12 +44,12 @@ def command_page(
     tiles: Mapping[str, Cell],
     sections: Sequence[Section],
     data: object = None,
+    refresh: int | None = None,
 ) -> str:
-    """A page as HTML: sentences, numbers, and sections."""
+    """A page as HTML: sentences, numbers, and sections; a browser loads it again every ``refresh`` seconds."""
     scripts = ("samples.js", "page.js")
-    return render(
-        "command", title, scripts, data, kind=kind, says=says, tiles=tiles, sections=[s._asdict() for s in sections]
-    )
+    parts = [s._asdict() for s in sections]
+    return render("command", title, scripts, data, kind=kind, says=says, tiles=tiles, sections=parts, refresh=refresh)
 
 
 def write_reward_page(
@@ -109,8 +112,9 @@ def write_training_page(
     evaluation: Mapping[str, float],
     log: Path,
     settings: str,
+    refresh: int | None = None,
 ) -> None:
-    """The course of a policy's training: its loss, its margins, and the weights where the loss has any.
+    """The course of a training, which may still run: its loss, its margins, and the weights where the loss has any.
 
     Args:
         path: of the page.
@@ -120,6 +124,7 @@ def write_training_page(
         evaluation: of the held-out pairs, as the trainer names it ("eval_loss").
         log: ``log.jsonl`` of the training.
         settings: the configuration as TOML.
+        refresh: seconds after which a browser loads the page again; None for a training that has ended.
     """
     rows = pd.DataFrame(json_lines(log, "step") if log.exists() else [])
     panels = []
@@ -137,7 +142,7 @@ def write_training_page(
     if measured:
         sections.append(Section("On the held-out pairs", table=table, folded=True, gist=f"{len(measured)} measures"))
     sections.append(Section("Settings", text=settings, folded=True, gist="what repeats this training"))
-    write_page(path, command_page("policy", title, says, tiles, sections))
+    write_page(path, command_page("training", title, says, tiles, sections, refresh=refresh))
 
 
 def write_samples_page(

@@ -166,7 +166,7 @@ class Cluster:
         self._ray.shutdown()
 
 
-_KEPT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "HF_HUB_OFFLINE", "PYTHONWARNINGS")
+_KEPT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "HF_HUB_OFFLINE", "PYTHONWARNINGS", "MADPO_REPORT_TO")
 
 
 def _hand_on(inner: Future[R], outer: Future[R]) -> None:

@@ -15,6 +15,7 @@ from madpo.core.progress import say
 from madpo.core.storage import expanded
 from madpo.data.corpus import Corpus, PackagedIMDB, Tier
 from madpo.models.hyperparameters import EarlyStopping, LoRA, Optimisation, Pooling, Temperature
+from madpo.operations.trackers import reporting_to
 from madpo.report import rebuild_report
 from madpo.report.live import LiveReport
 from madpo.rewards.oracles import NgramOracle, Oracle
@@ -140,6 +141,8 @@ class Experiment(Frozen):
     selection_seed: int = Field(default=0, ge=0)
     """Which half of the held-out prompts selects; the other half reports."""
     evaluation: EvaluationSettings = EvaluationSettings()
+    report_to: tuple[str, ...] = Field(default=(), exclude=True)
+    """Trackers that are installed, such as tensorboard, trackio or wandb: every training is a run of them."""
 
     @model_validator(mode="after")
     def _check(self) -> Experiment:
@@ -247,7 +250,7 @@ def run_experiment(
     store = Upload(upload) if upload else None
     if executor is None and (words := first_words(run(steps, output_dir, only=only, dry_run=True))):
         say(words)
-    with store or nullcontext():
+    with store or nullcontext(), reporting_to(experiment.report_to):
         with executor or Inline() as place:
             live = LiveReport(output_dir)
             result = run(steps, output_dir, place, only=only, about=about, upload=store, on_finished=live)

@@ -15,12 +15,17 @@ from madpo.models.load import load_classifier, load_tokenizer, resolve_model
 from madpo.models.locate import lasting
 from madpo.runner.folder import final_folder
 from madpo.training.reward import RewardModelTrainer
-from madpo.training.run import run_training
+from madpo.training.run import Page, run_training
 from madpo.training.settings import RewardModelStage
 
 
 def fit_reward_model(
-    config: RewardModelStage, train: Dataset, stopping: Dataset, out: Path, made: Path | None = None
+    config: RewardModelStage,
+    train: Dataset,
+    stopping: Dataset,
+    out: Path,
+    made: Path | None = None,
+    page: Page | None = None,
 ) -> int:
     """Train on ``train`` until the loss on ``stopping`` no longer falls; the best weights are kept.
 
@@ -32,6 +37,7 @@ def fit_reward_model(
         made: the step whose ``model`` takes the place of the one that ``config`` names; it stays where it is.
         train, stopping: ``chosen_ids`` and ``rejected_ids``, each prompt and completion together, and how many tokens
             are the prompt's (``prompt_length``).
+        page: written while it runs.
 
     Returns:
         The optimiser step whose weights were kept.
@@ -61,7 +67,7 @@ def fit_reward_model(
         pooling=config.pooling,
         patience=config.patience,
     )
-    run_training(trainer, config, "Reward model", out)
+    run_training(trainer, config, "Reward model", out, page)
     steps = trainer.take_best()
     trainer.model.save_pretrained(out / "adapter", safe_serialization=True)
     told = {"base": lasting(config.model), "steps": steps}

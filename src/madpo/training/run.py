@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.integrations import WandbCallback
 from transformers.trainer_callback import PrinterCallback
 
 from madpo.core import processes
@@ -16,6 +19,7 @@ from madpo.core.progress import bar, say
 from madpo.core.storage import write_atomically
 from madpo.models.adapters import announce
 from madpo.models.hyperparameters import CHECKPOINTS
+from madpo.runner.folder import final_folder
 from madpo.training.checkpoints import newest, remove
 
 MEMORY_REMEDY = (
@@ -24,11 +28,20 @@ MEMORY_REMEDY = (
 )
 
 
+Page = Callable[[str], None]
+"""Writes the page of a running training from its ``log.jsonl``, with a sentence on how far it is."""
+PAGE_SECONDS = 10.0
+"""Between two writings of a page."""
+TRACKED = "runs"
+"""TensorBoard's files: where transformers writes them, seen from the checkpoints, and where they stay."""
+
+
 class _Watch(TrainerCallback):  # type: ignore[misc]
     """A progress bar with the loss, and every logged row in ``log.jsonl``, without what the clock says."""
 
-    def __init__(self, description: str, out: Path) -> None:
+    def __init__(self, description: str, out: Path, page: Page | None) -> None:
         self.description, self.path = description, out / "log.jsonl"
+        self.page, self._due = page, 0.0
         if processes.is_main_process():
             self.path.unlink(missing_ok=True)
         self._bar: Any = None
@@ -49,6 +62,9 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         if processes.is_main_process():
             with self.path.open("a", encoding="utf-8") as log:
                 log.write(_log_line({**logs, "step": state.global_step}))
+            if self.page is not None and time.monotonic() >= self._due:
+                self.page(f"{self.description}: step {state.global_step} of {state.max_steps}")
+                self._due = time.monotonic() + PAGE_SECONDS
         if "loss" in logs:
             self._advance(state.global_step - self._shown, loss=round(float(logs["loss"]), 3))
             self._shown = state.global_step
@@ -63,29 +79,53 @@ def _log_line(row: Mapping[str, Any]) -> str:
     return json.dumps({"step": row["step"], **kept}) + "\n"
 
 
-def watch(trainer: Any, description: str, out: Path) -> None:
+def watch(trainer: Any, description: str, out: Path, page: Page | None = None) -> None:
     """Show a trainer's progress our way, and write what it logs to ``out/log.jsonl``."""
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_Watch(description, out))
+    trainer.add_callback(_Watch(description, out, page))
 
 
-def run_training(trainer: Any, settings: Frozen, description: str, out: Path) -> Any:
+_reporting: list[Any] = []  # runs of wandb that trainings of this process began
+
+
+def _begin_tracking(trainer: Any, name: str) -> None:
+    """Give the training a name in its trackers, and a run of its own: wandb goes on with the last one otherwise."""
+    trainer.args.run_name = trainer.args.run_name or name
+    while _reporting:
+        _reporting.pop().finish()
+    for callback in trainer.callback_handler.callbacks:
+        wandb = getattr(callback, "_wandb", None)
+        if isinstance(callback, WandbCallback) and wandb is not None and wandb.run is None:
+            _reporting.append(wandb)
+
+
+def run_training(trainer: Any, settings: Frozen, description: str, out: Path, page: Page | None = None) -> Any:
     """Train, from the newest checkpoint in ``out`` if a run before this one was cut off there.
 
-    What is logged goes to ``out/log.jsonl``. The checkpoints stay until :func:`forget_checkpoints`.
+    What is logged goes to ``out/log.jsonl``, to the trackers of the trainer's arguments, and to ``page``; TensorBoard's
+    files end in ``out/runs``. The checkpoints stay until :func:`forget_checkpoints`.
 
     Args:
         trainer: one with :class:`ExactResume`.
         settings: the stage's configuration, part of what a checkpoint must agree with.
     """
     announce(trainer.model)
-    watch(trainer, description, out)
+    watch(trainer, description, out, page)
+    _begin_tracking(trainer, f"{final_folder(out).name}: {description}")
     trainer.export_checkpoints = False  # the stage writes the finished adapter
     trainer.stage_settings = identity_settings(settings)
     if hasattr(settings, "optimisation"):
         trainer.memory_remedy = MEMORY_REMEDY
     found = newest(out / CHECKPOINTS)
-    return trainer.train(resume_from_checkpoint=None if found is None else found.folder)
+    result = trainer.train(resume_from_checkpoint=None if found is None else found.folder)
+    keep_tracked(out)
+    return result
+
+
+def keep_tracked(out: Path) -> None:
+    """Copy what TensorBoard has written out of the checkpoints, which are no part of a result."""
+    if processes.is_main_process() and (tracked := out / CHECKPOINTS / TRACKED).is_dir():
+        shutil.copytree(tracked, out / TRACKED, dirs_exist_ok=True)
 
 
 def forget_checkpoints(out: Path) -> None:

@@ -36,7 +36,7 @@ from madpo.operations.tuning.settings import TuneSettings
 from madpo.training import PreferenceTrainer
 from madpo.training.columns import REFERENCE_COLUMNS
 from madpo.training.nan_guard import drop_unscored
-from madpo.training.run import run_training
+from madpo.training.run import TRACKED, run_training
 
 Floats = NDArray[np.float64]
 
@@ -149,6 +149,8 @@ def measure(prepared: Prepared, settings: TuneSettings, training: TrainSettings,
         if not path.exists():
             place.mkdir(parents=True, exist_ok=True)
             write_atomically(path, save(_fold(prepared, settings, training, k, place / f"training-{k}")))
+            if (tracked := place / f"training-{k}" / TRACKED).is_dir():
+                shutil.copytree(tracked, folder.parent / TRACKED / f"{place.name}-fold-{k}", dirs_exist_ok=True)
             shutil.rmtree(place / f"training-{k}", ignore_errors=True)
         found = load_file(path)
         margins[prepared.fold == k] = found["margins"]
