@@ -14,6 +14,7 @@ from madpo.core.config import Frozen
 from madpo.core.errors import DataError
 from madpo.core.locks import locked
 from madpo.core.progress import bar
+from madpo.core.reports import Report
 from madpo.core.storage import expanded, remove_leftovers, storage_errors, write_atomically
 from madpo.data.findings import Finding
 from madpo.data.load import PairStream, TooLong, encoded_pairs, refuse_too_long
@@ -49,7 +50,7 @@ class TruncationReport(Frozen):
     cut: int
 
 
-class CheckReport(Frozen):
+class CheckReport(Report):
     """What :func:`check` found. ``text()`` is what the command prints; ``model_dump()`` is what it saves."""
 
     source: str

@@ -20,10 +20,10 @@ def without_filled_nulls(value: Any) -> Any:
         return {
             k: _without_nulls(v) if k in KEYS or k in COLUMNS else without_filled_nulls(v) for k, v in value.items()
         }
-    return [without_filled_nulls(entry) for entry in value] if isinstance(value, list | tuple) else value
+    return [without_filled_nulls(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nulls(entry) for key, entry in value.items() if entry is not None}
-    return [_without_nulls(entry) for entry in value] if isinstance(value, list | tuple) else value
+    return [_without_nulls(entry) for entry in value] if isinstance(value, list) else value

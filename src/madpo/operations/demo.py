@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from madpo.core.config import Frozen
 from madpo.core.metrics import Estimate, Metrics
+from madpo.core.reports import Report
 from madpo.core.storage import write_atomically
 from madpo.losses.simulation import CANDIDATES, KNOWLEDGE, PROMPTS, Knowledge, Setting
 from madpo.operations.running import load_report, run_in_folder
@@ -35,7 +35,7 @@ SEES: dict[Knowledge, str] = {
 """Kind of reward model -> in words."""
 
 
-class DemoReport(Frozen):
+class DemoReport(Report):
     """True reward less that of DPO at the same KL, in standard deviations of the reward, paired by world."""
 
     settings: DemoSettings

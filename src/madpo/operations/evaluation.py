@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from madpo.core.config import Frozen
 from madpo.core.errors import ConfigError, first_line
 from madpo.core.metrics import Estimate, Metrics
+from madpo.core.reports import Report
 from madpo.core.statistics import bootstrap_mean, bootstrap_share, paired_difference, proportion
 from madpo.core.storage import expanded, write_atomically
 from madpo.data.messages import Text
@@ -46,7 +47,7 @@ class Side(Frozen):
     """Responses that ended before max_new_tokens."""
 
 
-class EvaluateReport(Frozen):
+class EvaluateReport(Report):
     """What :func:`evaluate` measured; intervals are over prompts."""
 
     policy: str

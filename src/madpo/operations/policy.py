@@ -15,11 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from madpo.core import processes
-from madpo.core.config import Frozen
 from madpo.core.errors import ConfigError, DataError
 from madpo.core.metrics import Metrics
+from madpo.core.reports import Report
 from madpo.core.storage import write_atomically
-from madpo.core.suggestions import did_you_mean
 from madpo.data.templates import Clock
 from madpo.losses import LossConfig
 from madpo.models.adapters import adapter_text
@@ -52,7 +51,7 @@ MEMORY_REMEDY = (
 )
 
 
-class TrainReport(Frozen):
+class TrainReport(Report):
     """What :func:`train` did. Evaluation numbers are the trainer's, by its names; empty without held-out pairs."""
 
     pairs: int
@@ -100,10 +99,10 @@ def train(
     """Train a policy on preference pairs with the loss of ``settings``.
 
     Writes ``adapter`` (or ``model`` in full training; with ``merge`` also ``merged``), ``README.md``, ``report.json``,
-    ``report.html`` (the curves while it runs), ``log.jsonl``, ``config.toml`` and, where pairs were too long, ``dropped.jsonl``; TensorBoard's
-    files, where it is asked for, are in ``runs``. The folder appears when all is done. An interrupted training is
-    continued by the same call, from the newest checkpoint (``args.save_steps`` says how often there is one);
-    checkpoints are no part of the result.
+    ``report.html`` (the curves, from the first steps on), ``log.jsonl``, ``config.toml`` and, where pairs were too
+    long, ``dropped.jsonl``; TensorBoard's files, where it is asked for, are in ``runs``. The folder appears when all is
+    done. An interrupted training is continued by the same call, from the newest checkpoint (``args.save_steps`` says
+    how often there is one); checkpoints are no part of the result.
 
     Args:
         data: as in :func:`madpo.data.load_preferences`, with the columns that the loss reads.

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from madpo.core.config import Frozen
 from madpo.core.errors import ConfigError, DataError
 from madpo.core.metrics import Estimate, Metrics
 from madpo.core.progress import say
+from madpo.core.reports import Report
 from madpo.core.statistics import bootstrap_mean, bootstrap_temperature, proportion
 from madpo.core.storage import expanded, write_atomically
 from madpo.data.folds import prompt_key
@@ -52,7 +52,7 @@ MEMORY_REMEDY = (
 )
 
 
-class RewardReport(Frozen):
+class RewardReport(Report):
     """What :func:`reward` measured on held-out pairs that neither the weights nor the stopping saw."""
 
     data: str

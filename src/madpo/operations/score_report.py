@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from madpo.core.config import Frozen
 from madpo.core.metrics import Estimate
+from madpo.core.reports import Report
 from madpo.rewards.margins import Deciding
 from madpo.rewards.probe import ProbeReport
 
 
-class ScoreReport(Frozen):
+class ScoreReport(Report):
     """What :func:`score` did."""
 
     file: str

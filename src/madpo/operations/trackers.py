@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from madpo.core.config import did_you_mean
 from madpo.core.errors import ConfigError
+from madpo.core.suggestions import did_you_mean
 from madpo.models.hyperparameters import REPORT_TO
 
 

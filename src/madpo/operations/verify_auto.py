@@ -18,6 +18,7 @@ import torch
 from madpo.core.config import Frozen
 from madpo.core.errors import MadpoError
 from madpo.core.metrics import Estimate, Metrics
+from madpo.core.reports import Report
 from madpo.core.seeding import derived_seed
 from madpo.core.statistics import fit_temperature, paired_difference
 from madpo.core.storage import expanded, write_atomically
@@ -101,7 +102,7 @@ class Row(Frozen):
     below_searched: int
 
 
-class VerifyAutoReport(Frozen):
+class VerifyAutoReport(Report):
     """What :func:`verify_auto` found."""
 
     settings: VerifyAutoSettings

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from madpo.core.config import Frozen
 from madpo.core.errors import ConfigError, DataError
 from madpo.core.metrics import Estimate
+from madpo.core.reports import Report
 from madpo.core.statistics import LOG_TEMPERATURES, bootstrap_mean, fit_temperature, proportion
 from madpo.data.margins import SUSPICIOUS
 from madpo.rewards.weight_counts import WeightParameters, count_weights, log_weight
@@ -90,7 +91,7 @@ class Suspect(Frozen):
     rejected: str = ""
 
 
-class MarginReport(Frozen):
+class MarginReport(Report):
     """What :func:`inspect` found."""
 
     pairs: int

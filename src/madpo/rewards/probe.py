@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import expit
 
-from madpo.core.config import Frozen
 from madpo.core.errors import DataError
 from madpo.core.metrics import Estimate
+from madpo.core.reports import Report
 from madpo.core.seeding import rng
 from madpo.core.statistics import bootstrap_mean, fit_temperature, proportion
 from madpo.data.folds import folds_by_prompt
@@ -85,7 +85,7 @@ class OutOfFold(NamedTuple):
     counts: NDArray[np.int64]
 
 
-class ProbeReport(Frozen):
+class ProbeReport(Report):
     """How good a probe is on pairs of prompts that it has not seen."""
 
     pairs: int

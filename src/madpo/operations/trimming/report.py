@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 from madpo import __version__
-from madpo.core.config import Frozen
 from madpo.core.metrics import Estimate
+from madpo.core.reports import Report
 from madpo.operations.settings import TrimSettings
 
 
-class TrimReport(Frozen):
+class TrimReport(Report):
     """What was kept and what it costs; intervals are over held-out texts."""
 
     model: str

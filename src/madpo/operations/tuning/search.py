@@ -16,6 +16,7 @@ from madpo.core.config import Frozen
 from madpo.core.errors import ConfigError, DivergedError
 from madpo.core.metrics import Estimate, Metrics
 from madpo.core.progress import say
+from madpo.core.reports import Report
 from madpo.core.seeding import derived_seed
 from madpo.core.statistics import bootstrap_mean
 from madpo.core.storage import expanded, write_atomically
@@ -56,7 +57,7 @@ class Diverged(Frozen):
     reason: str
 
 
-class TuneReport(Frozen):
+class TuneReport(Report):
     """What :func:`tune` found."""
 
     data_digest: str | None
