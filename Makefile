@@ -63,7 +63,7 @@ soak: $(STAMP) ## kill trainings and the study at random points, continue, and w
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/cases/chaos.py --page docs/reliability.md
 
 fuzz: $(STAMP) ## feed thousands of broken files to every reader, and write the counts to docs/reliability.md
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 MADPO_FUZZ=1600 MADPO_FUZZ_PAGE=docs/reliability.md \
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 MADPO_FUZZ=400 MADPO_FUZZ_PAGE=docs/reliability.md \
 		$(BIN)/python -m pytest tests/fuzz --timeout 3600
 
 pictures: $(STAMP) ## draw the pictures of README and docs

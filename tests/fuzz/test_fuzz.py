@@ -41,7 +41,7 @@ COMMANDS = {
 }
 
 
-@fuzzed()
+@fuzzed(share=2)
 @given(tree=mutated(EXPERIMENT))
 def test_any_experiment(tree, tmp_path):
     (tmp_path / "e.toml").write_bytes(as_toml(tree))
@@ -52,14 +52,14 @@ def test_any_experiment(tree, tmp_path):
     survives("experiment", read, tmp_path)
 
 
-@fuzzed()
+@fuzzed(share=2)
 @given(content=st.binary(max_size=200) | damaged(find_experiment("smoke").read_bytes()))
 def test_any_bytes_as_an_experiment(content, tmp_path):
     (tmp_path / "e.toml").write_bytes(content)
     survives("experiment", lambda: load_config(tmp_path / "e.toml", Experiment), tmp_path)
 
 
-@fuzzed()
+@fuzzed(share=2)
 @given(data=st.data())
 def test_any_settings_of_a_command(data, tmp_path):
     model = data.draw(st.sampled_from(sorted(COMMANDS, key=lambda kind: kind.__name__)))
@@ -105,7 +105,7 @@ def run_folder(root):
     (root / "run.json").write_text(json.dumps({"about": about, "steps": steps}))
 
 
-@fuzzed()
+@fuzzed(share=0.5)
 @given(data=st.data())
 def test_any_file_of_a_run(data, tmp_path):
     root = fresh(tmp_path, "run")
@@ -140,7 +140,7 @@ def checkpoint(tmp_path_factory):
     return root / "checkpoint-7"
 
 
-@fuzzed()
+@fuzzed(share=3)
 @given(data=st.data())
 def test_any_checkpoint(data, checkpoint, tmp_path):
     root = fresh(tmp_path, "run")
@@ -174,7 +174,7 @@ OPTIMIZER = {
 }
 
 
-@fuzzed()
+@fuzzed(share=2)
 @given(data=st.data())
 def test_any_optimizer_state(data, tmp_path):
     live = [{"params": [torch.ones(2)], "lr": 0.1, "betas": (0.9, 0.99)}]
@@ -196,7 +196,7 @@ FOLDER = {
 }
 
 
-@fuzzed()
+@fuzzed(share=2)
 @given(data=st.data())
 def test_any_folder_of_a_model_or_policy(data, tmp_path):
     folder = fresh(tmp_path, "folder")
@@ -214,7 +214,7 @@ def as_bytes(tree):
     return mutated(tree).map(lambda value: json.dumps(value).encode())
 
 
-@fuzzed()
+@fuzzed(share=2)
 @given(content=st.binary(max_size=80) | as_bytes({"data": "d", "pairs": 3, "folds": None}))
 def test_any_notes_of_an_interrupted_command(content, tmp_path):
     for name in ("begun.json", "record.json"):
@@ -226,7 +226,7 @@ def test_any_notes_of_an_interrupted_command(content, tmp_path):
         survives("interrupted command", lambda folder=folder: prepare(folder, {"config": {"pairs": 3}}), tmp_path)
 
 
-@fuzzed()
+@fuzzed(share=2)
 @given(content=st.binary(max_size=80) | as_bytes({"kind": "ngram", "scores": "completion"}))
 def test_any_oracle(content, tmp_path):
     folder = fresh(tmp_path, "folder")
@@ -239,7 +239,7 @@ def test_any_oracle(content, tmp_path):
 ROW = {"prompt": "p", "chosen": "c", "rejected": "r", "reward_margin": 0.5, "weight": 1.0, "pair_id": 3}
 
 
-@fuzzed()
+@fuzzed(share=3)
 @given(data=st.data())
 def test_any_rows_in_every_format_and_reader(data, tmp_path):
     folder = fresh(tmp_path, "data")
@@ -261,7 +261,7 @@ def saved(tmp_path_factory):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@fuzzed()
+@fuzzed(share=2)
 @given(data=st.data())
 def test_any_saved_data_set(data, saved, tmp_path):
     folder = fresh(tmp_path, "saved")
@@ -276,7 +276,7 @@ def test_any_saved_data_set(data, saved, tmp_path):
     survives("saved data set", lambda: load_preferences(folder), tmp_path)
 
 
-@fuzzed()
+@fuzzed(share=2)
 @given(data=st.data())
 def test_no_byte_of_a_changed_packaged_file_is_parsed(data, tmp_path):
     header = b"GGUF" + bytes([3, 0, 0, 0]) + (1).to_bytes(8, "little") + (2).to_bytes(8, "little") + b"general.name"

@@ -31,7 +31,7 @@ def read_all(kind: str, path: Path, folder: Path) -> None:
             assert str(found).isprintable()
 
 
-@fuzzed()
+@fuzzed(share=2)
 @given(data=st.data())
 def test_any_array(data, tmp_path):
     folder = fresh(tmp_path, "data")
@@ -49,7 +49,7 @@ def test_any_array(data, tmp_path):
         read_all(".json array", path, folder)
 
 
-@fuzzed()
+@fuzzed(share=3)
 @given(data=st.data())
 def test_any_table_of_text(data, tmp_path):
     folder = fresh(tmp_path, "data")
