@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from madpo.models.load import load_model, load_tokenizer, placed
 from madpo.models.locate import lasting
 from madpo.rewards.probe import ProbeWeights
 from madpo.rewards.reward_model import PROBE, RewardModel, completion_tokens, over_pairs, reward_base
+from madpo.runner.folder import final_folder
 
 
 class ProbeReward(RewardModel):
@@ -76,12 +78,14 @@ def save_probe(
     *,
     model_digest: str | None,
     data_digest: str | None,
+    made: bool = False,
 ) -> None:
     """Write ``probe.safetensors`` and ``reward_model.json``, which :meth:`RewardModel.load` reads.
 
     Args:
         model: packaged name, folder or hub id of the model that the features come from.
         model_digest, data_digest: SHA-256 of the files of the model and of the pairs, where they are files.
+        made: another step made the model, and both may move together: its place is kept as seen from here.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tables = {"weights": weights.weights, "centre": weights.centre}
@@ -90,6 +94,8 @@ def save_probe(
     digests = {"model_digest": model_digest, "data_digest": data_digest}
     probe = {"layers": list(layers), "pooling": POOLING, "penalty": weights.penalty, **digests}
     told = {"base": lasting(model), "pooling": "mean", "probe": probe}
+    if made:
+        told["base_folder"] = os.path.relpath(model, final_folder(folder))
     write_atomically(folder / "reward_model.json", json.dumps(told, indent=1) + "\n")
 
 

@@ -23,6 +23,7 @@ from madpo.models.packaged import cache_dir, cut_report
 from madpo.operations.study_evaluation import EvaluationStage
 from madpo.operations.study_folds import OutOfFoldStage, ScoreStage
 from madpo.operations.study_pairs import ResponseStage
+from madpo.operations.study_probe import ProbeStage
 from madpo.operations.study_training import MarginStage, PolicyStage, ReferenceStage, SFTStage
 from madpo.operations.trimming.trim import TrimStage
 from madpo.rewards.oracles import OracleStage
@@ -175,7 +176,7 @@ def work(step: Step) -> Work:
         trained = next((s.config for s in _upstream(step) if isinstance(s.config, RewardModelStage)), None)
         known = _held_out(trained, pairs)[1] if trained is not None else 0
         return Work({"judge": 2 * (pairs.all - known) * length})
-    if isinstance(config, OutOfFoldStage | ScoreStage):
+    if isinstance(config, OutOfFoldStage | ScoreStage | ProbeStage):
         return Work({"judge": 2 * pairs.all * length})
     if isinstance(config, ReferenceStage):
         return Work({"score": 2 * pairs.train * length})

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -87,7 +88,11 @@ class PairSettings(Frozen):
 class RewardModelSettings(Frozen):
     """Bradley-Terry reward models, one per tier."""
 
-    optimisation: Optimisation
+    kind: Literal["trained", "probe"] = "trained"
+    """trained: an adapter with a head. probe: a regression on the states of the SFT model, which takes seconds; its
+    margins of training pairs are out of fold, and of the settings below it reads ``folds``."""
+    optimisation: Optimisation | None = None
+    """Of a trained one."""
     lora: LoRA = LoRA()
     eval_every: int = Field(default=20, ge=1)
     patience: int = Field(default=3, ge=1)
@@ -96,6 +101,13 @@ class RewardModelSettings(Frozen):
     """Where the reward is read: at the last token, or as the mean over the response, which learns from fewer pairs."""
     folds: int | None = Field(default=None, ge=2, le=1000)
     """Reward models per tier for out-of-fold margins, where a method asks for them; each leaves out one part."""
+
+    @model_validator(mode="after")
+    def _check(self) -> RewardModelSettings:
+        if (self.kind == "trained") == (self.optimisation is None):
+            remedy = "add it" if self.kind == "trained" else "remove it, since a probe is not trained by steps"
+            raise ValueError(f"optimisation {'is missing' if self.kind == 'trained' else 'is given'}: {remedy}")
+        return self
 
 
 class PolicySettings(Frozen):
@@ -169,6 +181,11 @@ class Experiment(Frozen):
         for row in self.rows():
             if row.margins == "out_of_fold" and self.reward_model.folds is None:
                 raise ValueError(f"method {row.name!r} reads out_of_fold margins, so reward_model.folds must be set")
+            if self.reward_model.kind == "probe" and row.reads & {"chosen_score", "rejected_score"}:
+                raise ValueError(
+                    f"method {row.name!r} reads scores of either side, which a probe gives in sample only; set "
+                    "reward_model.kind = 'trained'"
+                )
             if row.trainer in ("rloo", "grpo"):
                 self._check_online(row)
         for selection in self.selection:

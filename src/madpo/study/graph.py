@@ -26,6 +26,7 @@ from madpo.operations.study_evaluation import EvaluationStage, evaluate_policy
 from madpo.operations.study_folds import OutOfFoldStage, ScoreStage, score_out_of_fold, score_sides
 from madpo.operations.study_online import train_online
 from madpo.operations.study_pairs import PairStage, ResponseStage, label_pairs, sample_responses
+from madpo.operations.study_probe import ProbeMarginStage, ProbeStage, fit_pairs_probe, probe_margins
 from madpo.operations.study_training import (
     MarginStage,
     PolicyStage,
@@ -115,7 +116,7 @@ class _Trunk:
     ) -> Step:
         """The step of this name, built once."""
         if name not in self.steps:
-            light = fn in (fit_oracle, label_pairs, keep_agreeing, redraw_labels)
+            light = fn in (fit_oracle, label_pairs, keep_agreeing, redraw_labels, probe_margins)
             self.steps[name] = Step(name, fn, config, inputs or {}, says=says, groups=groups, light=light)
         return self.steps[name]
 
@@ -133,19 +134,26 @@ class _Bench:
         self.pairs = self._add(
             "pairs", label_pairs, labels, {"responses": trunk.responses}, f"pairs of the {tier} tier, labelled"
         )
-        optimisation = e.policy.optimisation
-        self.logps = self._add(
-            "reference",
-            reference_logps,
-            ReferenceStage(batch_size=optimisation.batch_size, micro_batch_size=optimisation.per_pass),
-            {"pairs": self.pairs, "reference": trunk.sft},
-            "reference log-probabilities, once for all methods",
+
+    # Each where the first row that reads it stands in the order: results do not wait for what they do not need.
+    @cached_property
+    def logps(self) -> Step:
+        """The reference's log-probabilities of its pairs."""
+        optimisation = self.experiment.policy.optimisation
+        stage = ReferenceStage(batch_size=optimisation.batch_size, micro_batch_size=optimisation.per_pass)
+        inputs = {"pairs": self.pairs, "reference": self.trunk.sft}
+        return self._add(
+            "reference", reference_logps, stage, inputs, "reference log-probabilities, once for all methods"
         )
 
-    # Where the first row that reads it stands in the order: results that need no reward model do not wait for one.
     @cached_property
     def reward_model(self) -> Step:
         """The tier's reward model."""
+        settings = self.experiment.reward_model
+        if settings.kind == "probe":
+            stage = ProbeStage(seed=self.seed, **({"folds": settings.folds} if settings.folds else {}))
+            inputs = {"pairs": self.pairs, "reference": self.trunk.sft}
+            return self._add("reward_model", fit_pairs_probe, stage, inputs, f"a probe on the {self.tier} pairs")
         inputs = {"pairs": self.pairs, **self.trunk.base}
         says = f"a reward model on the {self.tier} pairs"
         return self._add("reward_model", train_reward_model, self._reward_model_stage(), inputs, says)
@@ -154,16 +162,17 @@ class _Bench:
     def margins(self) -> Step:
         """The margins of its pairs."""
         inputs = {"pairs": self.pairs, "reward_model": self.reward_model}
-        return self._add(
-            "margins", score_margins, MarginStage(), inputs, "how strongly the reward model prefers each pair"
-        )
+        says = "how strongly the reward model prefers each pair"
+        if self.experiment.reward_model.kind == "probe":
+            return self._add("margins", probe_margins, ProbeMarginStage(), inputs, says)
+        return self._add("margins", score_margins, MarginStage(), inputs, says)
 
     def _add(self, kind: str, fn: StageFn, config: Frozen, inputs: Mapping[str, Step], says: str) -> Step:
         return self.trunk.add(f"{kind}/{self.place}", fn, config, inputs, says=says)
 
     def _reward_model_stage(self, **fold: int) -> RewardModelStage:
         settings = fields(self.experiment.reward_model)
-        settings.pop("folds")
+        del settings["folds"], settings["kind"]
         return RewardModelStage(model=self.experiment.model, seed=self.seed, **settings, **fold)
 
     def row(self, method: Method) -> None:
@@ -261,7 +270,8 @@ class _Bench:
         )
 
     def _margins_of(self, method: Method) -> Step:
-        return self.margins if method.margins == "in_sample" else self._out_of_fold()
+        whole = method.margins == "in_sample" or self.experiment.reward_model.kind == "probe"  # out of fold by itself
+        return self.margins if whole else self._out_of_fold()
 
     def _relabelled(self, method: Method, fn: StageFn, config: Frozen, inputs: Mapping[str, Step]) -> Step:
         kind = method.pairs if method.margins == "in_sample" else f"{method.pairs}_{method.margins}"
