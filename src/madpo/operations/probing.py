@@ -83,6 +83,8 @@ def fit_from_parts(
     prompts = [prompt_key(pair.prompt) for pair in pairs]
     folds = settings.folds or FOLDS
     fitted = fit_probe(features.chosen, features.rejected, prompts, folds=folds, seed=settings.probe_seed, name=name)
-    digests = {"model_digest": digest(resolve_model(settings.probe)), "data_digest": digest(name)}
-    save_probe(out / FOLDER, settings.probe, layers, fitted.weights, **digests)
+    model_digest = digest(resolve_model(settings.probe))
+    save_probe(
+        out / FOLDER, settings.probe, layers, fitted.weights, model_digest=model_digest, data_digest=digest(name)
+    )
     return fitted
