@@ -33,6 +33,9 @@ class Run(Frozen):
     rate: tuple[str, ...] = ()
     """KIND=N: tokens of Gemma-3-270M a second, of the machine that --dry_run estimates for; KIND is sft, train, reward,
     score, judge or generate, and none is this machine."""
+    pilot: Path | None = None
+    """A run or an export from whose evaluations --dry_run says which difference this run could tell; none is what is
+    finished of this run."""
     executor: Literal["local", "ray"] = "local"
     """Where steps run; local is this machine."""
     processes: Annotated[int, Cli(also=("jobs",))] = Field(default=1, ge=1)
@@ -65,8 +68,10 @@ def run(options: Run) -> int:
     if options.dry_run:
         with loading_libraries():
             from madpo.study.estimates import dry_run_lines, machine_of
+            from madpo.study.power import detectable_lines
 
-        show("\n".join(dry_run_lines(result, machine_of(list(options.rate)))))
+        told = detectable_lines(result.graph, result.root, options.pilot)
+        show("\n".join([*dry_run_lines(result, machine_of(list(options.rate))), *told]))
         return 0
     return _print_run(result)
 

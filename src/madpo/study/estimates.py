@@ -189,7 +189,7 @@ def work(step: Step) -> Work:
         tokens["judge"] = seen * length
         return Work(tokens, 2, config.optimisation.per_pass * length, config.optimisation.batch_size * length)
     if isinstance(config, EvaluationStage):
-        count = (config.prompts or pairs.all - pairs.train) * config.samples_per_prompt
+        count = heldout_prompts(step) * config.samples_per_prompt
         models = 2 if "policy" in step.inputs or config.best_of else 1
         passes = 1 if "policy" not in step.inputs else 3 if config.samples_per_prompt == 1 else 2
         tokens = {
@@ -286,6 +286,12 @@ def dry_run_lines(result: RunResult, machine: Machine) -> list[str]:
 class _Pairs(NamedTuple):
     train: int
     all: int
+
+
+def heldout_prompts(step: Step) -> int:
+    """Prompts that an evaluation answers."""
+    pairs = _pairs(step)
+    return getattr(step.config, "prompts", None) or pairs.all - pairs.train
 
 
 def _held_out(config: RewardModelStage, pairs: _Pairs) -> tuple[float, float]:
