@@ -271,8 +271,10 @@ class _Pairs:
             basis = None
         else:
             basis = spanning.T @ (vectors / root)
-            projected = ((left - right) * inverse @ basis for _, left, right in self.blocks(train))
-            rows = np.concatenate([block.astype(np.float32) for block in projected])
+            single = basis.astype(np.float32)
+            rows = np.concatenate(
+                [((left - right) * inverse).astype(np.float32) @ single for _, left, right in self.blocks(train)]
+            )
         found = _solve(rows)
         path: Floats = inverse[:, None] * (spanning.T @ (vectors / root @ found) if basis is None else basis @ found)
         return path
