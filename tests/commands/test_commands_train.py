@@ -59,6 +59,14 @@ def test_a_mistake_is_told_before_what_trains_is_loaded(tmp_path):
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "notes.txt").write_text("mine")
     (tmp_path / "bad.toml").write_text("a = ")
+    write(tmp_path / "e.jsonl", [{"question": "q", "good": "g", "bad": "b"}])
+    write(tmp_path / "r.jsonl", [row | {"chosen_score": 2.0, "rejected_score": 1.0} for row in text_pairs(1)])
+    write(tmp_path / "q.jsonl", [{"words": "w"}])
+    (tmp_path / "lm").mkdir()
+    (tmp_path / "lm" / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    (tmp_path / "rm" / "adapter").mkdir(parents=True)
+    (tmp_path / "rm" / "reward_model.json").write_text('{"base": "lm"}')
+    left = sorted(str(path) for path in tmp_path.rglob("*"))
     cases = [
         ("train d.jsonl --output_dir o --mege", "no option '--mege'"),
         ("train nope.jsonl --model_name_or_path m --output_dir o", "nope.jsonl: there is no such file"),
@@ -88,6 +96,21 @@ def test_a_mistake_is_told_before_what_trains_is_loaded(tmp_path):
             "tune d.jsonl --model_name_or_path m --output_dir o --space.loss.tau '[0]'",
             "tau is 0.0, but must be above 0",
         ),
+        ("train e.jsonl --model_name_or_path lm --output_dir o", "has no column 'chosen'"),
+        ("train r.jsonl --model_name_or_path lm --output_dir o", "has no column 'reward_margin', which the loss madpo"),
+        ("tune d.jsonl --model_name_or_path lm --output_dir o", "has no column 'reward_margin', which the loss madpo"),
+        ("train d.jsonl --model_name_or_path rm --output_dir o --loss dpo", "is a reward model, which rewards"),
+        ("score d.jsonl --score_columns a b --output_dir o", "has no column 'a' (found 'prompt'"),
+        ("score d.jsonl --reward_model lm --output_dir o", "lm is no reward model: it has the architecture Llama"),
+        ("score d.jsonl --reward_model rm/adapter --output_dir o", "is a part of a reward model; give the folder rm"),
+        ("score d.jsonl --reward_model rm --output_dir used", "is not empty and holds no result"),
+        ("evaluate lm --prompts d.jsonl --reward lm --output_dir o", "lm is no reward model"),
+        ("evaluate lm --prompts d.jsonl --reward rm --output_dir o", "give it with --reference"),
+        ("evaluate rm --prompts d.jsonl --reward rm --output_dir o", "is a reward model, which rewards"),
+        ("evaluate lm --reference lm --prompts q.jsonl --reward rm --output_dir o", "has no 'prompt' (found 'words')"),
+        ("evaluate lm --reference lm --prompts d.jsonl --reward rm --max_prompts 9 --output_dir o", "has only 1"),
+        ("trim-vocab lm --corpus nope.jsonl --output_dir o", "nope.jsonl: there is no such file"),
+        ("trim-vocab ./nope --corpus d.jsonl --output_dir o", "nope is no folder"),
     ]
     code = (
         "import shlex, sys\nfrom madpo.commands.cli import main\n"
@@ -102,7 +125,7 @@ def test_a_mistake_is_told_before_what_trains_is_loaded(tmp_path):
     for asked, answer in zip(said[::2], said[1::2], strict=True):
         assert answer.startswith("madpo: ")
         assert asked.split(" -> ")[1] in answer
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.toml", "d.jsonl", "used"]
+    assert sorted(str(path) for path in tmp_path.rglob("*")) == left
 
 
 def test_the_arguments_of_the_trainer_are_those_of_its_class():

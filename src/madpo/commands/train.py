@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from madpo.commands.from_settings import Configurable, part
-from madpo.commands.shared import Data, HeldOut, Result, refuse_missing
+from madpo.commands.shared import Data, HeldOut, Result
 from madpo.core import processes
 from madpo.core.libraries import loading_libraries
 from madpo.core.options import Cli
@@ -31,8 +31,10 @@ def reward(options: Reward) -> int:
     Example:
         madpo reward pairs.jsonl --model_name_or_path gemma-3-270m --output_dir rm
     """
+    from madpo.commands.early import refuse_missing
+
     o = options
-    refuse_missing(data=[o.data, o.eval_data], models=[o.model], output_dir=o.output_dir)
+    refuse_missing(pairs=[o.data, o.eval_data], models=[o.model], output_dir=o.output_dir)
     with loading_libraries():
         from madpo.operations import reward
 
@@ -53,8 +55,12 @@ def score(options: Score) -> int:
         madpo score pairs.jsonl --folds 5 --model_name_or_path gemma-3-270m --output_dir scored
         madpo score pairs.jsonl --score_columns chosen_score rejected_score --output_dir scored
     """
+    from madpo.commands.early import refuse_missing
+
     o = options
-    refuse_missing(data=[o.data], models=[o.reward.model if o.reward else o.probe], rewards=[o.reward_model])
+    model = o.reward.model if o.reward else o.probe
+    columns = o.score_columns or ()
+    refuse_missing(pairs=[o.data], columns=columns, models=[model], rewards=[o.reward_model], output_dir=o.output_dir)
     with loading_libraries():
         from madpo.operations import score
 
@@ -74,8 +80,10 @@ def train(options: Train) -> int:
             --loss.c_max 4 --learning_rate 1e-4 --eval_share 0.1 --merge --output_dir policy
         madpo train scored/scored.jsonl --config tuned/chosen.toml --output_dir policy
     """
+    from madpo.commands.early import refuse_missing
+
     o = options
-    refuse_missing(data=[o.data, o.eval_data], models=[o.model], output_dir=o.output_dir)
+    refuse_missing(pairs=[o.data, o.eval_data], loss=o.loss, probe=True, models=[o.model], output_dir=o.output_dir)
     with loading_libraries():
         from madpo.operations import train
 
@@ -96,8 +104,11 @@ def tune(options: Tune) -> int:
         madpo tune scored/scored.jsonl --model_name_or_path gemma-3-270m --learning_rate 1e-4 --output_dir tuned \
             --space.loss.tau '[2, 4, 7, 10]' --space.loss.c_max '{ low = 1.5, high = 4 }'
     """
+    from madpo.commands.early import refuse_missing
+
     o = options
-    refuse_missing(data=[o.data], models=[o.model])
+    rewards = [o.reward.reward_model if o.reward else None]
+    refuse_missing(pairs=[o.data], loss=o.loss, models=[o.model], rewards=rewards, output_dir=o.output_dir)
     with loading_libraries():
         from madpo.operations.tuning import tune
 
@@ -120,8 +131,12 @@ def evaluate(options: Evaluate) -> int:
     Example:
         madpo evaluate policy --prompts prompts.jsonl --reward rm --max_new_tokens 64 --output_dir evaluation
     """
+    from madpo.commands.early import refuse_few_prompts, refuse_missing, refuse_other_policy
+
     o = options
     refuse_missing(data=[o.prompts], models=[o.reference], rewards=[o.reward_model], output_dir=o.output_dir)
+    refuse_other_policy(o.policy, o.reference)
+    refuse_few_prompts(o.prompts, o.max_prompts)
     with loading_libraries():
         from madpo.operations import evaluate
 

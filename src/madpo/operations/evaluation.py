@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,19 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from madpo.core.config import Frozen
-from madpo.core.errors import ConfigError, first_line
+from madpo.core.errors import ConfigError
 from madpo.core.metrics import Estimate, Metrics
 from madpo.core.reports import Report
 from madpo.core.statistics import bootstrap_mean, bootstrap_share, paired_difference, proportion
-from madpo.core.storage import expanded, write_atomically
+from madpo.core.storage import write_atomically
 from madpo.data.messages import Text
 from madpo.data.rows import Pair
 from madpo.data.tokens import Encoder
 from madpo.models.engine.responses import divergence, end_tokens, respond
 from madpo.models.load import load_model, load_tokenizer, resolve_model
-from madpo.models.locate import refuse_fetching
-from madpo.models.packaged import PACKAGED
-from madpo.models.untrusted import adapter_base
+from madpo.operations.preconditions import Place, find_policy
 from madpo.operations.prompts import Prompt, read_prompts
 from madpo.operations.reward_model import load_pair_encoder, load_scorer, plain, reward_model_digest
 from madpo.operations.running import digest, load_report, run_in_folder
@@ -158,64 +155,6 @@ def evaluate_responses(settings: EvaluateSettings, inputs: Mapping[str, Path], o
     )
     write_atomically(out / "evaluation.json", json.dumps(plain(report), indent=1) + "\n")
     return {"win_rate": report.win_rate, "reward_difference": report.reward_difference, "kl": report.kl}
-
-
-class Place(NamedTuple):
-    """Where a policy and its reference are loaded from."""
-
-    name: str
-    base: str
-    adapter: Path | None
-    reference: str
-
-
-def find_policy(policy: str | Path, reference: str | None) -> Place:
-    """What to load for ``policy``.
-
-    Raises:
-        ConfigError: nothing says what the reference is, or it is not on this machine and only a folder names it.
-    """
-    folder = expanded(policy)
-    if (folder / "reward_model.json").is_file() or (folder.parent / "reward_model.json").is_file():
-        raise ConfigError(f"{policy} is a reward model, which rewards and cannot write; give a folder of madpo train")
-    made = folder / "config.toml"
-    started = _started_from(made) if made.is_file() else None
-    adapter = next((f for f in (folder / "adapter", folder) if (f / "adapter_config.json").is_file()), None)
-    if adapter is not None:
-        if started is not None and _moved(started):
-            said, started = started, adapter_base(adapter)
-            if _moved(started):
-                raise ConfigError(f"{made}: model is {said!r}, which is there no more; write where it is now")
-        started = started or adapter_base(adapter)
-        base = started
-    else:
-        base = str(folder / "model") if (folder / "model" / "config.json").is_file() else str(policy)
-    for name in {base, reference or started or base} - {reference, str(policy)}:  # what only the folder names
-        refuse_fetching(resolve_model(name), folder, f", or give --reference {name}")
-    if (reference := reference or started) is None:
-        if not folder.exists() and str(policy) not in PACKAGED:
-            raise ConfigError(
-                f"there is no folder {str(policy)!r}; give a folder of madpo train, or a hub id with --reference"
-            )
-        raise ConfigError(f"{policy} does not say which model it started from; give it with --reference")
-    return Place(str(policy), str(base), adapter, str(reference))
-
-
-def _moved(model: str) -> bool:
-    """Whether a model was a folder and is there no more."""
-    path = expanded(model)
-    return path.is_absolute() and not path.exists()
-
-
-def _started_from(made: Path) -> str | None:
-    try:
-        model = tomllib.loads(made.read_text(encoding="utf-8")).get("model")
-    except (OSError, ValueError, RecursionError) as error:
-        reason = first_line(error, 120)
-        raise ConfigError(f"{made} cannot be read ({reason}); copy the folder again, or delete the file") from error
-    if model is not None and not isinstance(model, str):
-        raise ConfigError(f"{made}: model is {model!r}, not text; copy the folder again, or delete the file")
-    return model
 
 
 class Sample(NamedTuple):

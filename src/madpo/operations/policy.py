@@ -15,12 +15,11 @@ from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from madpo.core import processes
-from madpo.core.errors import ConfigError, DataError
+from madpo.core.errors import ConfigError
 from madpo.core.metrics import Metrics
 from madpo.core.reports import Report
 from madpo.core.storage import write_atomically
 from madpo.data.templates import Clock
-from madpo.losses import LossConfig
 from madpo.models.adapters import adapter_text
 from madpo.models.engine.logprobs import unwrapped
 from madpo.models.hyperparameters import CHECKPOINTS
@@ -30,6 +29,7 @@ from madpo.models.packaged import quiet_transformers
 from madpo.operations.arguments import written_arguments
 from madpo.operations.card import model_card
 from madpo.operations.inputs import Row, adapted, load_training
+from madpo.operations.preconditions import require_columns
 from madpo.operations.running import digest, load_report, run_in_folder, toml
 from madpo.operations.trackers import refuse_missing_trackers
 from madpo.operations.train_settings import TrainSettings
@@ -181,27 +181,6 @@ def train_pairs(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) 
     write_atomically(out / "config.toml", config)
     _write_page(out, settings, report, config)
     return {"pairs": report.pairs, "steps": report.steps, "loss": report.loss, **evaluation}
-
-
-def require_columns(rows: Sequence[Row], loss: LossConfig, name: str, *, probed: bool = False) -> None:
-    """Refuse pairs that lack a column which the loss reads.
-
-    Args:
-        probed: ``reward_margin`` may be missing, since the trainer's probe gives it.
-
-    Raises:
-        DataError: naming the command that adds it.
-    """
-    kind = getattr(loss, "kind", type(loss).__name__)
-    for column in sorted(set(loss.needs) & set(PAIR_COLUMNS)):
-        if column in rows[0] or (column == "reward_margin" and probed):
-            continue
-        remedy = f"add it: madpo score {name} --reward_model DIR --output_dir DIR"
-        if column == "reward_margin" and "chosen_score" in rows[0]:
-            remedy += ", or with the scores that are there: --score_columns chosen_score rejected_score"
-        elif column == "weight":
-            remedy = "add it to the data"
-        raise DataError(f"{name}: has no column {column!r}, which the loss {kind} reads; {remedy}")
 
 
 def _title(settings: TrainSettings) -> str:

@@ -31,6 +31,7 @@ from madpo.models.load import load_classifier, load_config, load_tokenizer, plac
 from madpo.models.loading import loading
 from madpo.models.locate import refuse_fetching
 from madpo.operations.inputs import Row, adapted, load_training, split_by_prompt
+from madpo.operations.preconditions import own_reward_model, refuse_other_outputs
 from madpo.operations.running import digest, load_report, run_in_folder, toml
 from madpo.operations.settings import RewardSettings
 from madpo.operations.trackers import reporting_to
@@ -359,7 +360,7 @@ def load_scorer(place: str | Path, *, batch_size: int = 16, clock: Clock | None 
     Raises:
         ConfigError: it is no reward model, or cannot be loaded.
     """
-    if (folder := _own_folder(place)) is not None:
+    if (folder := own_reward_model(place)) is not None:
         base, _ = reward_base(folder)
         refuse_fetching(base, folder)
         _refuse_other_model(folder, base)
@@ -390,21 +391,11 @@ def load_pair_encoder(place: str | Path, clock: Clock | None = None) -> PairEnco
     Raises:
         ConfigError, DataError: as :func:`load_scorer`.
     """
-    if (folder := _own_folder(place)) is not None:
+    if (folder := own_reward_model(place)) is not None:
         base, _ = reward_base(folder)
         refuse_fetching(base, folder)
         return PairEncoder(load_tokenizer(base), own=True, clock=clock)
     return PairEncoder(load_tokenizer(_classifier(place)), own=False, clock=clock)
-
-
-def _own_folder(place: str | Path) -> Path | None:
-    """The folder of a reward model that :func:`reward` wrote; None for any other."""
-    folder = expanded(place)
-    if (folder / "reward_model.json").is_file():
-        return folder
-    if (folder.parent / "reward_model.json").is_file():
-        raise ConfigError(f"{place} is a part of a reward model; give the folder {folder.parent}")
-    return None
 
 
 def _classifier(place: str | Path) -> Path | str:
@@ -415,11 +406,7 @@ def _classifier(place: str | Path) -> Path | str:
     """
     base = resolve_model(str(place))
     config = load_config(base)
-    if config.num_labels != 1 or not any("SequenceClassification" in a for a in config.architectures or ()):
-        raise ConfigError(
-            f"{place} is no reward model: it has the architecture {', '.join(config.architectures or ['unknown'])} "
-            f"with {config.num_labels} outputs, where a sequence classifier with one output is needed"
-        )
+    refuse_other_outputs(place, config.architectures, config.num_labels)
     with loading(place), torch.device("meta"):  # its parts without their weights
         model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     if not hasattr(model, "score"):

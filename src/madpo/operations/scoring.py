@@ -42,6 +42,7 @@ from madpo.operations.inputs import (
     tell_date,
     tell_findings,
 )
+from madpo.operations.preconditions import refuse_other_row
 from madpo.operations.probing import FeatureScorer, fit_from_parts
 from madpo.operations.reward_model import (
     Scorer,
@@ -148,9 +149,8 @@ def _columns(data: str | Path, pairs: Sequence[Pair], names: tuple[str, str]) ->
     source = open_source(data)
     for pair, raw in _beside(data, pairs):
         place = source.at(pair.number)
+        refuse_other_row(raw, names, place)
         for name, found in zip(names, sides, strict=True):
-            if name not in raw:
-                raise DataError(f"{place}: has no column {name!r} (found {', '.join(map(repr, list(raw)[:12]))})")
             found.append(as_number(raw[name], name, place, from_text=source.columns is not None))
     source.rows.close()
     return np.array(sides[0]), np.array(sides[1])

@@ -28,7 +28,8 @@ from madpo.data.templates import Clock
 from madpo.models.engine.logprobs import completion_logps
 from madpo.models.load import load_model, load_tokenizer, resolve_model
 from madpo.operations.inputs import Row, load_split, started_clock, tell_date
-from madpo.operations.policy import as_dataset, build_trainer, require_columns, trainer_arguments
+from madpo.operations.policy import as_dataset, build_trainer, trainer_arguments
+from madpo.operations.preconditions import require_columns
 from madpo.operations.reward_model import PairScorer, load_scorer
 from madpo.operations.train_settings import TrainSettings
 from madpo.operations.tuning.reward import RewardCurve, reward_curve

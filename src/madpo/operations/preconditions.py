@@ -1,0 +1,169 @@
+"""What operations refuse that can be seen without loading a library: their functions and the command line ask here."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from madpo.core.errors import ConfigError, DataError, first_line
+from madpo.core.storage import expanded
+from madpo.data.load import PairStream
+from madpo.data.rows import NUMBERS, Pair
+from madpo.data.sources import open_source
+from madpo.losses import LossConfig
+from madpo.models.locate import refuse_fetching, resolve_model
+from madpo.models.packaged import PACKAGED
+from madpo.models.untrusted import adapter_base, read_object
+
+
+def first_pair(data: str | Path) -> Pair | None:
+    """The first good pair of a file; None where no row has two different scores.
+
+    Raises:
+        DataError: as reading the whole file does.
+    """
+    stream = PairStream(data)
+    with closing(stream.source.rows):
+        return next(iter(stream), None)
+
+
+def require_raw_columns(data: str | Path, names: Sequence[str]) -> None:
+    """Refuse data whose first row lacks a column.
+
+    Raises:
+        DataError: as :func:`refuse_other_row`.
+    """
+    source = open_source(data)
+    with closing(source.rows):
+        for number, raw in source.rows:
+            if not isinstance(raw, DataError):
+                refuse_other_row(raw, names, source.at(number))
+            break
+
+
+def refuse_other_row(raw: Mapping[str, Any], names: Sequence[str], place: str) -> None:
+    """Refuse a row without some column.
+
+    Raises:
+        DataError: with the columns that there are.
+    """
+    for name in names:
+        if name not in raw:
+            raise DataError(f"{place}: has no column {name!r} (found {', '.join(map(repr, list(raw)[:12]))})")
+
+
+def require_columns(rows: Sequence[Mapping[str, Any]], loss: LossConfig, name: str, *, probed: bool = False) -> None:
+    """Refuse pairs that lack a column which the loss reads.
+
+    Args:
+        probed: ``reward_margin`` may be missing, since the trainer's probe gives it.
+
+    Raises:
+        DataError: naming the command that adds it.
+    """
+    kind = getattr(loss, "kind", type(loss).__name__)
+    for column in sorted(set(loss.needs) & set(NUMBERS)):
+        if column in rows[0] or (column == "reward_margin" and probed):
+            continue
+        remedy = f"add it: madpo score {name} --reward_model DIR --output_dir DIR"
+        if column == "reward_margin" and "chosen_score" in rows[0]:
+            remedy += ", or with the scores that are there: --score_columns chosen_score rejected_score"
+        elif column == "weight":
+            remedy = "add it to the data"
+        raise DataError(f"{name}: has no column {column!r}, which the loss {kind} reads; {remedy}")
+
+
+def own_reward_model(place: str | Path) -> Path | None:
+    """The folder of a reward model that :func:`reward` wrote; None for any other."""
+    folder = expanded(place)
+    if (folder / "reward_model.json").is_file():
+        return folder
+    if (folder.parent / "reward_model.json").is_file():
+        raise ConfigError(f"{place} is a part of a reward model; give the folder {folder.parent}")
+    return None
+
+
+def refuse_other_config(place: str | Path, folder: Path) -> None:
+    """Refuse a model whose ``config.json`` is not that of a reward model.
+
+    Raises:
+        ConfigError: as :func:`refuse_other_outputs`.
+    """
+    config = read_object(folder / "config.json")
+    labels = config.get("id2label")
+    outputs = len(labels) if isinstance(labels, dict) else config.get("num_labels", 2)
+    refuse_other_outputs(place, config.get("architectures"), outputs)
+
+
+def refuse_other_outputs(place: str | Path, architectures: Sequence[str] | None, outputs: int) -> None:
+    """Refuse a model that is no sequence classifier with one output.
+
+    Raises:
+        ConfigError: with its architecture.
+    """
+    if outputs != 1 or not any("SequenceClassification" in name for name in architectures or ()):
+        raise ConfigError(
+            f"{place} is no reward model: it has the architecture {', '.join(architectures or ['unknown'])} "
+            f"with {outputs} outputs, where a sequence classifier with one output is needed"
+        )
+
+
+class Place(NamedTuple):
+    """Where a policy and its reference are loaded from."""
+
+    name: str
+    base: str
+    adapter: Path | None
+    reference: str
+
+
+def find_policy(policy: str | Path, reference: str | None) -> Place:
+    """What to load for ``policy``.
+
+    Raises:
+        ConfigError: nothing says what the reference is, or it is not on this machine and only a folder names it.
+    """
+    folder = expanded(policy)
+    if (folder / "reward_model.json").is_file() or (folder.parent / "reward_model.json").is_file():
+        raise ConfigError(f"{policy} is a reward model, which rewards and cannot write; give a folder of madpo train")
+    made = folder / "config.toml"
+    started = _started_from(made) if made.is_file() else None
+    adapter = next((f for f in (folder / "adapter", folder) if (f / "adapter_config.json").is_file()), None)
+    if adapter is not None:
+        if started is not None and _moved(started):
+            said, started = started, adapter_base(adapter)
+            if _moved(started):
+                raise ConfigError(f"{made}: model is {said!r}, which is there no more; write where it is now")
+        started = started or adapter_base(adapter)
+        base = started
+    else:
+        base = str(folder / "model") if (folder / "model" / "config.json").is_file() else str(policy)
+    for name in {base, reference or started or base} - {reference, str(policy)}:  # what only the folder names
+        refuse_fetching(resolve_model(name), folder, f", or give --reference {name}")
+    if (reference := reference or started) is None:
+        if not folder.exists() and str(policy) not in PACKAGED:
+            raise ConfigError(
+                f"there is no folder {str(policy)!r}; give a folder of madpo train, or a hub id with --reference"
+            )
+        raise ConfigError(f"{policy} does not say which model it started from; give it with --reference")
+    return Place(str(policy), str(base), adapter, str(reference))
+
+
+def _moved(model: str) -> bool:
+    """Whether a model was a folder and is there no more."""
+    path = expanded(model)
+    return path.is_absolute() and not path.exists()
+
+
+def _started_from(made: Path) -> str | None:
+    try:
+        model = tomllib.loads(made.read_text(encoding="utf-8")).get("model")
+    except (OSError, ValueError, RecursionError) as error:
+        reason = first_line(error, 120)
+        raise ConfigError(f"{made} cannot be read ({reason}); copy the folder again, or delete the file") from error
+    if model is not None and not isinstance(model, str):
+        raise ConfigError(f"{made}: model is {model!r}, not text; copy the folder again, or delete the file")
+    return model
