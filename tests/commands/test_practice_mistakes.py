@@ -96,7 +96,7 @@ MISTAKES = {
     "score pairs.jsonl --output_dir policy --reward_model rm": "the operation is score_pairs",
     "reward pairs.jsonl --output_dir out --model_name_or_path model --eval_share 0.01": "raise eval_share or give",
     "reward pairs.jsonl --output_dir out --model_name_or_path rm": "is a reward model, which rewards and cannot write",
-    "reward pairs.jsonl --output_dir out --model_name_or_path model --set 'lora.targets=[\"x\"]'": "name other target_modules",
+    "reward pairs.jsonl --output_dir out --model_name_or_path model --set 'lora.targets=[\"x\"]'": "lora.targets",
     "tune pairs.jsonl --output_dir out --model_name_or_path model": "has no column 'reward_margin'",
     "tune scored.jsonl --output_dir out --model_name_or_path model --folds 99": "use fewer folds",
     "evaluate polcy --prompts prompts.jsonl --reward rm --output_dir out": "there is no folder 'polcy'",
