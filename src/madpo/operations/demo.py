@@ -20,15 +20,15 @@ from madpo.report.numbers import short
 from madpo.runner.operation import operation
 
 METHODS = {
-    "madpo": "MADPO (tau 7, c_max 4)",
-    "soft_dpo": "soft labels from the margins",
-    "fast": "3/4 label and 1/4 margin",
-    AUTO: "auto (averaged with DPO)",
-    AVERAGED: "DPO averaged over two seeds",
+    "madpo": ("MADPO", "tau 7, c_max 4"),
+    "soft_dpo": ("soft labels", "the margins in the place of the labels"),
+    "fast": ("mixed", "three parts label, one part margin"),
+    AUTO: ("auto", "the share that held-out labels support; averaged with DPO"),
+    AVERAGED: ("two DPOs", "averaged over two seeds, without margins"),
 }
-"""Row of :func:`madpo.operations.verify_auto.simulate` -> what it is called here."""
+"""Row of :func:`madpo.operations.verify_auto.simulate` -> its name here, and what it is."""
 SEES: dict[Knowledge, str] = {
-    "good": "knows what the reward is made of",
+    "good": "knows the reward's terms",
     "same": "sees what the policy sees",
     "poor": "sees half of the response",
 }
@@ -46,12 +46,14 @@ class DemoReport(Report):
 
     def verdict(self, kind: str) -> str:
         """What came out with one kind of reward model, in a sentence."""
-        found = {METHODS[name]: value for name, value in self.differences[kind].items() if value is not None}
+        found = {METHODS[name][0]: value for name, value in self.differences[kind].items() if value is not None}
         above = [name for name, value in found.items() if value.low > 0]
         below = [name for name, value in found.items() if value.high < 0]
         parts = [f"clearly above DPO: {', '.join(above) or 'nothing'}"]
         if below:
             parts.append(f"clearly below: {', '.join(below)}")
+        if (deciding := self.deciding.get(kind)) is not None:
+            parts.append(f"held-out log loss of the margins less DPO's: {short(deciding, 'signed', 3)} nats")
         return "; ".join(parts)
 
     def text(self) -> str:
@@ -61,10 +63,10 @@ class DemoReport(Report):
             f"A SIMULATION: {s.worlds} worlds with a known reward, {s.pairs} pairs each; log-linear policies by",
             f"madpo.losses. True reward less DPO's at a KL of {s.kl:g} nats, in standard deviations of the reward:",
         ]
-        width = max(map(len, METHODS.values()))
+        width = max(len(name) for name, _ in METHODS.values())
         for kind, found in self.differences.items():
             lines += ["", f"the reward model {SEES[kind]}"]  # type: ignore[index]
-            lines += [f"    {METHODS[name]:<{width}}  {short(value, 'signed', 3)}" for name, value in found.items()]
+            lines += [f"    {METHODS[name][0]:<{width}}  {short(value, 'signed', 3)}" for name, value in found.items()]
             lines.append(f"    {self.verdict(kind)}")
         return "\n".join(lines)
 

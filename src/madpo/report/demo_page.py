@@ -14,7 +14,7 @@ from madpo.report.drawing import draw
 from madpo.report.pages import Cell, Table, cell, write_page
 
 _SIMULATED = (
-    "A simulation: no language model, no human labels. The true reward is known, so what is shown is the truth."
+    "A simulation: no language model, no human labels. The true reward is known, and what is shown was measured by it."
 )
 
 
@@ -23,7 +23,7 @@ def write_demo_page(
     *,
     settings: Mapping[str, Any],
     prompts: tuple[int, int],
-    names: Mapping[str, str],
+    names: Mapping[str, tuple[str, str]],
     panels: Mapping[str, tuple[Mapping[str, Estimate | None], Estimate | None]],
     verdicts: Mapping[str, str],
 ) -> None:
@@ -32,17 +32,17 @@ def write_demo_page(
     Args:
         settings: of the simulation.
         prompts: how many prompts a policy is measured on, and candidates for each.
-        names: method -> what it is called.
+        names: method -> what it is called, and what it is.
         panels: what the reward model knows -> each method's difference to DPO, and the number that decides.
         verdicts: what the reward model knows -> a sentence.
     """
     colours = {name: (2, 5, 6, 3, 7)[place % 5] for place, name in enumerate(names)}
     drawn = [
         Levels(
-            f"The reward model {knows}",
+            f"It {knows}",
             "true reward less DPO's, standard deviations",
             tuple(
-                Level(names[name], colours[name], value.mean, value.low, value.high)
+                Level(names[name][0], colours[name], value.mean, value.low, value.high)
                 for name, value in found.items()
                 if value is not None
             ),
@@ -51,12 +51,13 @@ def write_demo_page(
         for knows, (found, _) in panels.items()
     ]
     caption = (
+        "By what the reward model knows. "
         f"At a KL of {settings['kl']:g} nats from the reference, 95 % intervals over {settings['worlds']} worlds. "
         "Right of the line a method is better than plain DPO with the same pairs and batches."
     )
     rows = [
-        [Cell(said), *(cell(found.get(name), "signed", digits=3) for found, _ in panels.values())]
-        for name, said in names.items()
+        [Cell(said, (what,)), *(cell(found.get(name), "signed", digits=3) for found, _ in panels.values())]
+        for name, (said, what) in names.items()
     ]
     rows.append(
         [
