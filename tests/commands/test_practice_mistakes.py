@@ -102,7 +102,7 @@ MISTAKES = {
     "evaluate polcy --prompts prompts.jsonl --reward rm --output_dir out": "there is no folder 'polcy'",
     "evaluate model --prompts prompts.jsonl --reward rm --output_dir out": "give it with --reference",
     "evaluate rm --prompts prompts.jsonl --reward rm --output_dir out": "is a reward model, which rewards and cannot",
-    "evaluate policy --prompts questions.jsonl --reward rm --output_dir out": "has no 'prompt' (found 'text'); rename",
+    "evaluate policy --prompts questions.jsonl --reward rm --output_dir out": "has no 'prompt' (found 'text'); name",
     "evaluate policy --prompts prompts.jsonl --reward model --output_dir out": "is no reward model",
     "evaluate policy --prompts prompts.jsonl --reward rm --output_dir out --max_prompts 99": "has only 16 different",
 }

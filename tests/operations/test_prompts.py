@@ -72,7 +72,7 @@ def test_text_parts_of_a_message_are_joined(tmp_path):
         ({"prompt": None}, "line 2: prompt is null"),
         ({"prompt": []}, "line 2: prompt is a list without messages"),
         ({"prompt": 3}, r"line 2: prompt is 3 \(a number\), not text"),
-        ({"prompt": [{"role": "human", "content": "x"}]}, "rename it to 'user'"),
+        ({"prompt": [{"role": "critic", "content": "x"}]}, "role is 'critic' .*use one of system"),
         ({"prompt": said("x"), "tools": ["look"]}, "line 2: tools is 1 entries"),
         ({"prompt": [{**said("x")[0], "tool_calls": [1]}]}, r"prompt\[0\].tool_calls is"),
         ({"text": "x"}, r"line 2: has no 'prompt' \(found 'text'\)"),

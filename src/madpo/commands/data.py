@@ -9,6 +9,7 @@ from pydantic import Field
 
 from madpo.commands.from_settings import Configurable, part
 from madpo.commands.shared import Data, Result
+from madpo.core.layout import Reading
 from madpo.core.libraries import loading_libraries
 from madpo.core.options import Cli
 from madpo.core.progress import show
@@ -16,7 +17,7 @@ from madpo.models.hyperparameters import Truncation
 from madpo.operations.settings import TrimSettings
 
 
-class Check(Configurable, Data):
+class Check(Configurable, Reading, Data):
     eval_data: str | None = None
     """Evaluation pairs, to look for leakage."""
     tokenizer: Annotated[str | None, Cli(also=("model", "model_name_or_path"))] = None
@@ -39,12 +40,12 @@ def check(options: Check) -> int:
     """
     from madpo.data import check
 
-    given = options.model_dump(exclude={"config", "set", "output_dir"})
-    show(check(**given, output=options.output_dir).text())
+    given = options.model_dump(exclude={"config", "set", "output_dir", "columns", "layout"})
+    show(check(**given, columns=options.reading, output=options.output_dir).text())
     return 0
 
 
-class Inspect(Configurable, Data):
+class Inspect(Configurable, Reading, Data):
     margin_temperature: float | None = Field(default=None, gt=0)
     """Divide the margins by this; none fits it to the labels."""
     output: Path | None = None
@@ -59,7 +60,9 @@ def inspect(options: Inspect) -> int:
     """
     from madpo.operations.inspection import inspect_data
 
-    show(inspect_data(options.data, margin_temperature=options.margin_temperature, output=options.output).text())
+    o = options
+    report = inspect_data(o.data, columns=o.reading, margin_temperature=o.margin_temperature, output=o.output)
+    show(report.text())
     if options.output is not None:
         show(f"Page: {options.output.resolve().as_uri()}")
     return 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from madpo.core.layout import Layout
 from madpo.core.storage import expanded
 from madpo.data.sources import look_at
 from madpo.losses import LossConfig
@@ -19,7 +20,6 @@ from madpo.operations.preconditions import (
     own_reward_model,
     refuse_other_config,
     require_columns,
-    require_raw_columns,
 )
 from madpo.operations.prompts import read_prompts
 from madpo.runner.folder import refuse_foreign
@@ -28,6 +28,7 @@ from madpo.runner.folder import refuse_foreign
 def refuse_missing(
     *,
     pairs: Sequence[str | None] = (),
+    reading: Layout | None = None,
     loss: LossConfig | None = None,
     probe: bool = False,
     columns: Sequence[str] = (),
@@ -40,6 +41,7 @@ def refuse_missing(
 
     Args:
         pairs: preference data, the training pairs first; the first good row of a file is read.
+        reading: which of their columns are read as what.
         loss: what reads the pairs.
         probe: whether a probe gives the margins of pairs without any.
         columns: what the rows must have.
@@ -60,14 +62,12 @@ def refuse_missing(
     for model in models:
         _found(model)
     files = [place for place in pairs if place is not None and expanded(place).is_file()]
-    first = [first_pair(place) for place in files]
+    first = [first_pair(place, reading, columns) for place in files]
     known = first[0].numbers.keys() if first and first[0] else set[str]()
     probed = probe and not {"reward_margin", "chosen_score"} & known
     for place, pair in zip(files, first, strict=True):
         if loss is not None and pair is not None:
             require_columns([pair.numbers], loss, place, probed=probed)
-    for place in files if columns else ():
-        require_raw_columns(place, columns)
 
 
 def _found(model: str | None) -> Path | None:
@@ -81,14 +81,14 @@ def _found(model: str | None) -> Path | None:
     return None
 
 
-def refuse_few_prompts(data: str, count: int | None) -> None:
+def refuse_few_prompts(data: str, count: int | None, reading: Layout) -> None:
     """Refuse a file of prompts that cannot be read, or has fewer than asked for.
 
     Raises:
         DataError: as :func:`read_prompts`.
     """
     if expanded(data).is_file():
-        read_prompts(data, count)
+        read_prompts(data, count, reading)
 
 
 def refuse_other_policy(policy: str, reference: str | None) -> None:

@@ -11,7 +11,8 @@ from madpo.core.options import Cli
 
 class Data(Frozen):
     data: Annotated[str, Cli(positional=True)]
-    """Preference pairs: a .jsonl, .json, .csv or .parquet file, or a hub data set OWNER/NAME[:SPLIT]."""
+    """Preference pairs: a .jsonl, .json, .csv or .parquet file, a folder of them, or a hub data set
+    OWNER/NAME[:CONFIGURATION][:SPLIT]."""
 
 
 class Result(Frozen):

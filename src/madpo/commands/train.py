@@ -34,7 +34,7 @@ def reward(options: Reward) -> int:
     from madpo.commands.early import refuse_missing
 
     o = options
-    refuse_missing(pairs=[o.data, o.eval_data], models=[o.model], output_dir=o.output_dir)
+    refuse_missing(pairs=[o.data, o.eval_data], reading=o.reading, models=[o.model], output_dir=o.output_dir)
     with loading_libraries():
         from madpo.operations import reward
 
@@ -60,7 +60,14 @@ def score(options: Score) -> int:
     o = options
     model = o.reward.model if o.reward else o.probe
     columns = o.score_columns or ()
-    refuse_missing(pairs=[o.data], columns=columns, models=[model], rewards=[o.reward_model], output_dir=o.output_dir)
+    refuse_missing(
+        pairs=[o.data],
+        reading=o.reading,
+        columns=columns,
+        models=[model],
+        rewards=[o.reward_model],
+        output_dir=o.output_dir,
+    )
     with loading_libraries():
         from madpo.operations import score
 
@@ -83,7 +90,14 @@ def train(options: Train) -> int:
     from madpo.commands.early import refuse_missing
 
     o = options
-    refuse_missing(pairs=[o.data, o.eval_data], loss=o.loss, probe=True, models=[o.model], output_dir=o.output_dir)
+    refuse_missing(
+        pairs=[o.data, o.eval_data],
+        reading=o.reading,
+        loss=o.loss,
+        probe=True,
+        models=[o.model],
+        output_dir=o.output_dir,
+    )
     with loading_libraries():
         from madpo.operations import train
 
@@ -108,7 +122,9 @@ def tune(options: Tune) -> int:
 
     o = options
     rewards = [o.reward.reward_model if o.reward else None]
-    refuse_missing(pairs=[o.data], loss=o.loss, models=[o.model], rewards=rewards, output_dir=o.output_dir)
+    refuse_missing(
+        pairs=[o.data], reading=o.reading, loss=o.loss, models=[o.model], rewards=rewards, output_dir=o.output_dir
+    )
     with loading_libraries():
         from madpo.operations.tuning import tune
 
@@ -136,7 +152,7 @@ def evaluate(options: Evaluate) -> int:
     o = options
     refuse_missing(data=[o.prompts], models=[o.reference], rewards=[o.reward_model], output_dir=o.output_dir)
     refuse_other_policy(o.policy, o.reference)
-    refuse_few_prompts(o.prompts, o.max_prompts)
+    refuse_few_prompts(o.prompts, o.max_prompts, o.reading)
     with loading_libraries():
         from madpo.operations import evaluate
 

@@ -2,8 +2,9 @@
 
 ``check`` reads a data set once and reports what training would stumble over; ``load_preferences`` gives the
 rows. Formats, layouts and column names are in ``sources`` and ``rows``; every warning is a line of
-``findings.KINDS``. A new format is a branch of ``sources.open_source``; a new column name, an entry of
-``rows.ALIASES`` or, for what makes the prompt, of the tables in ``prompts``.
+``findings.KINDS``. A new format is a branch of ``sources.open_source``; a new layout, an entry of
+``layouts.toml``; a new name of a number, of ``rows.ALIASES``; and of a part of the prompt, of the tables in
+``prompts``.
 """
 
 from madpo.data.check import CheckReport, check

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from array import array
 from collections import Counter
 from collections.abc import Iterator
@@ -9,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
 from madpo.core.config import Frozen
-from madpo.core.errors import DataError
 from madpo.core.locks import locked
 from madpo.core.progress import bar
 from madpo.core.reports import Report
@@ -25,6 +26,7 @@ from madpo.data.tokens import Encoded, Encoder, as_tokenizer, check_options, tex
 from madpo.models.hyperparameters import Truncation
 
 SIDES = ("prompt", "chosen", "rejected")
+SCORES = "chosen_score - rejected_score"
 ORDERS = 1000  # of roles that are counted each for itself
 ROLES_SHOWN = 5
 RENDERED = 3  # pairs that the report shows as the model will see them
@@ -50,6 +52,18 @@ class TruncationReport(Frozen):
     cut: int
 
 
+class MarginCandidate(Frozen):
+    """A strength of preference or a difference of scores, in the data set's own unit, of the pairs that have one."""
+
+    name: str
+    pairs: int
+    mean: float
+    lowest: float
+    highest: float
+    remedy: str
+    """How it becomes ``reward_margin``."""
+
+
 class CheckReport(Report):
     """What :func:`check` found. ``text()`` is what the command prints; ``model_dump()`` is what it saves."""
 
@@ -63,6 +77,12 @@ class CheckReport(Report):
     """For messages, "system, user > assistant" (prompt > chosen) -> how many pairs; the most frequent ones."""
     read_as: dict[str, str]
     """Our name -> the data set's, of all columns but the prompt's."""
+    layout: dict[str, str] = Field(default_factory=dict)
+    """For a data set without ``chosen`` and ``rejected``: where the completions are and what orders them."""
+    other_labels: tuple[str, ...] = ()
+    """Columns that could have ordered the completions as well."""
+    reward_margins: tuple[MarginCandidate, ...] = ()
+    """What could serve as ``reward_margin``. None of it is used unless asked for."""
     prompt_columns: tuple[str, ...] = ()
     """The columns that the prompt is made of, in its order."""
     ignored: tuple[str, ...]
@@ -91,6 +111,17 @@ class CheckReport(Report):
             renamed.insert(0, f"{' and '.join(map(repr, self.prompt_columns))} as prompt")
         if renamed:
             lines.append(f"read {', '.join(renamed)}")
+        if self.layout:
+            lines.append("layout: " + ", ".join(f"{verb} {name!r}" for verb, name in self.layout.items()))
+        lines += [
+            f"not used: {label!r} is a label too; to order by it, give --columns.label {shlex.quote(label)}"
+            for label in self.other_labels
+        ]
+        lines += [
+            f"not used: {c.name!r} could be the reward_margin of {c.pairs} pairs ({c.mean:.3g} on average, "
+            f"{c.lowest:.3g} to {c.highest:.3g}); {c.remedy}"
+            for c in self.reward_margins
+        ]
         if self.ignored:
             lines.append(f"not read: {', '.join(map(repr, self.ignored))}")
         if self.roles:
@@ -120,6 +151,7 @@ class CheckReport(Report):
 def check(
     data: str | Path,
     *,
+    columns: Any = None,
     eval_data: str | Path | None = None,
     tokenizer: Any = None,
     max_length: int | None = None,
@@ -130,7 +162,7 @@ def check(
     """Read a preference data set once and report what is in it. A million rows take less than 500 MB.
 
     Args:
-        data, tokenizer, max_length, truncation: as in :func:`madpo.data.load_preferences`.
+        data, columns, tokenizer, max_length, truncation: as in :func:`madpo.data.load_preferences`.
         eval_data: evaluation pairs, to look for leakage.
         output: a folder for ``check.json`` and ``dropped.jsonl`` (pair_id, place and length of each dropped pair),
             written only after everything was read.
@@ -143,10 +175,10 @@ def check(
     """
     check_options(tokenizer, max_length, truncation)
     encoder = None if tokenizer is None else Encoder(as_tokenizer(tokenizer))
-    pass_ = _Pass(data, encoder, max_length, truncation, keep_dropped=output is not None)
+    pass_ = _Pass(data, columns, encoder, max_length, truncation, keep_dropped=output is not None)
     pass_.read()
     if eval_data is not None:
-        evaluation = _Pass(eval_data, None, None, truncation, keep_dropped=False)
+        evaluation = _Pass(eval_data, columns, None, None, truncation, keep_dropped=False)
         evaluation.read()
         pass_.survey.add_leaks(evaluation.survey)
         report = pass_.report(len(evaluation.survey.seen))
@@ -165,13 +197,15 @@ class _Pass:
     def __init__(
         self,
         data: str | Path,
+        columns: Any,
         encoder: Encoder | None,
         max_length: int | None,
         truncation: Truncation,
         *,
         keep_dropped: bool,
     ) -> None:
-        self.stream = PairStream(data)
+        self.stream = PairStream(data, columns)
+        self.strengths: dict[str, array[float]] = {}
         self.encoder, self.max_length, self.truncation = encoder, max_length, truncation
         self.keep_dropped = keep_dropped
         self.survey = Survey()
@@ -187,11 +221,8 @@ class _Pass:
             for pair, encoded in self._pairs():
                 self._take(pair, encoded)
                 advance()
-        if not len(self.survey.seen):
-            raise DataError(
-                f"{self.stream.source.name}: no row has two different scores, so there is no pair; score them"
-            )
-        self.survey.finish(self.stream.unranked, self.stream.source.at)
+        self.stream.refuse_no_pair(len(self.survey.seen))
+        self.survey.finish(self.stream.left_out, self.stream.source.at)
 
     def _pairs(self) -> Iterator[tuple[Pair, Encoded | None]]:
         if self.encoder is not None:
@@ -205,6 +236,7 @@ class _Pass:
         if isinstance(pair.prompt, list):
             self.form = "messages"
             self._count_roles(pair)
+        self._measure(pair)
         for side in SIDES:
             part = getattr(pair, side) if encoded is None else getattr(encoded, f"{side}_ids")
             self.lengths[side].append(len(part) if encoded is not None else text_length(part))
@@ -214,6 +246,28 @@ class _Pass:
             self.rendered.append(self._render(encoded))
         if self.max_length is not None and encoded.length > self.max_length:
             self._truncate(pair, encoded, self.max_length)
+
+    def _measure(self, pair: Pair) -> None:
+        """Keep what could serve as a reward margin."""
+        if "reward_margin" in pair.numbers:
+            return
+        numbers, layout = pair.numbers, self.stream.layout
+        if "chosen_score" in numbers:
+            difference = numbers["chosen_score"] - numbers["rejected_score"]
+            self.strengths.setdefault(SCORES, array("d")).append(difference)
+        elif pair.strength is not None and layout is not None:
+            self.strengths.setdefault(layout.strength_name() or "rank", array("d")).append(pair.strength)
+
+    def _candidates(self) -> Iterator[MarginCandidate]:
+        for name, values in self.strengths.items():
+            remedy = f"to use it, give --columns.reward_margin {shlex.quote(name)}"
+            if name == SCORES:
+                remedy = "to calibrate and use it, run madpo score with --score_columns chosen_score rejected_score"
+            numbers = np.frombuffer(values)
+            lowest, highest = float(numbers.min()), float(numbers.max())
+            yield MarginCandidate(
+                name=name, pairs=len(values), mean=float(numbers.mean()), lowest=lowest, highest=highest, remedy=remedy
+            )
 
     def _count_roles(self, pair: Pair) -> None:
         sides = (pair.prompt, pair.chosen)
@@ -258,7 +312,10 @@ class _Pass:
             form=self.form,
             roles=dict(self.roles.most_common(ROLES_SHOWN)),
             read_as=dict(stream.columns.read_as),
-            prompt_columns=stream.columns.prompt.joined,
+            layout={} if stream.layout is None else stream.layout.spelled(),
+            other_labels=stream.other_labels,
+            reward_margins=tuple(self._candidates()),
+            prompt_columns=stream.prompt_columns,
             ignored=tuple(name for name in stream.ignored if name not in COLUMNS or self.form == "text"),
             unit="characters" if self.encoder is None else "tokens",
             lengths={side: _lengths(values) for side, values in self.lengths.items()},

@@ -59,6 +59,13 @@ KINDS: dict[str, tuple[str, str]] = {
         "reward_margin is not chosen_score - rejected_score",
         "keep scores and margin of one reward model, on one scale",
     ),
+    "tie": ("the label prefers neither completion; the row is left out", "nothing to do, or label them"),
+    "no_winner": ("there is no label; the row is left out", "nothing to do, or label them"),
+    "no_completion": ("a completion is missing; the row is left out", "nothing to do, or fill it in"),
+    "unpaired": (
+        "no other row of the same prompt makes a pair with it; the row is left out",
+        "nothing to do, or give good and bad completions of the same prompts",
+    ),
     "unranked": ("the completions have no two different scores; the row is left out", "nothing to do, or score them"),
     "dropped_content": (
         "the chat template leaves out what a message says, so that the model never sees it",

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from madpo.core.errors import DataError
+from madpo.core.errors import DataError, printable
+from madpo.core.layout import Layout, as_layout, each, head, value_at
+from madpo.data.arrange import Arranged, Arranger, LeftOut
+from madpo.data.layouts import recognise
 from madpo.data.messages import is_blank
 from madpo.data.raw import Source
-from madpo.data.rows import WANTED, Columns, Pair, Reader
+from madpo.data.rows import NUMBERS, WANTED, Columns, Pair, Reader
 from madpo.data.sources import open_source
 from madpo.data.survey import Survey
 from madpo.data.templates import Clock
 from madpo.data.tokens import Encoded, Encoder, as_tokenizer, check_options, text_length, truncated
+from madpo.data.unpaired import paired_rows
 from madpo.models.hyperparameters import Truncation
 
 BATCH_ROWS = 64
@@ -29,58 +33,180 @@ class PairStream:
 
     Attributes:
         source: the opened data.
-        columns: which names are read as what; None before the first row of a file whose rows bring their own keys.
-        ignored: names that nothing reads.
-        unranked: numbers of rows without two different scores.
+        columns: which names are read as what; None before the first pair.
+        layout: where a data set without ``chosen`` and ``rejected`` has them; None where it has both.
+        other_labels: columns that could have ordered the completions as well.
+        names: of the columns, of the first row where every row brings its own.
+        left_out: kind of finding -> numbers of the rows that hold no preference.
     """
 
-    def __init__(self, data: str | Path) -> None:
-        self._data = data
-        self.source: Source = open_source(data, wanted=WANTED)
+    def __init__(self, data: str | Path, columns: Any = None, *, every_column: bool = False) -> None:
+        """
+        Args:
+            every_column: also read the columns of a table that take no part, for :meth:`with_rows`.
+            columns: a :class:`madpo.data.layouts.Layout`, a table of its verbs, a packaged layout's name or a TOML
+                file; None recognises the columns by their names.
+
+        Raises:
+            DataError: the data cannot be opened, or no layout fits a table's columns.
+            ConfigError: ``columns`` is none of these.
+        """
+        self._data, self._given, self._every_column = data, as_layout(columns), every_column
         self.columns: Columns | None = None
-        self.ignored: tuple[str, ...] = ()
-        self.unranked: list[int] = []
+        self.layout: Layout | None = None
+        self.other_labels: tuple[str, ...] = ()
+        self.names: tuple[str, ...] | None = None
+        self.left_out: dict[str, list[int]] = {}
+        self._arranger: Arranger | None = None
+        self._reader: Reader | None = None
+        self.source: Source = self._open()
         self._from_text = self.source.columns is not None and self.source.unit == "line"
         if self.source.columns is not None:
-            self._use(self.source.columns, self.source.name)
+            self._recognise(self.source.columns, self.source.name)
+
+    def _open(self) -> Source:
+        return open_source(self._data, wanted=None if self._every_column else self._wanted)
+
+    def _wanted(self, names: Sequence[str]) -> Container[str]:
+        """The columns of a table that are worth reading."""
+        found = recognise(names, printable(str(self._data)), self._given)
+        if found is None:
+            return WANTED
+        return {*WANTED, *found.layout.columns(names), *found.layout.ordering(names)}
+
+    def _recognise(self, names: Sequence[str], place: str) -> None:
+        self.names = tuple(map(str, names))
+        found = recognise(self.names, place, self._given)
+        if found is None:
+            self._use(self.names, place)
+        else:
+            self.layout, self.other_labels = found.layout, found.other_labels
+            self._arranger = Arranger(found.layout, self.names, from_text=self._from_text)
 
     def _use(self, names: Sequence[str], place: str) -> Reader:
         self.columns = Columns.found_in(names, place)
-        self.ignored = self.columns.ignored(names)
-        turns = _any_turns(self._data, self.columns.prompt.history)
+        history = self.columns.prompt.history
+        if history and self.layout and self.layout.history:
+            history = self.layout.history
+        turns = _any_turns(self._data, history)
         self._reader = Reader(self.columns, self.source.name, from_text=self._from_text, turns=turns)
         return self._reader
 
-    def __iter__(self) -> Iterator[Pair]:
-        """Every pair; after the last, a DataError if rows were wrong or there was none.
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Names that nothing reads."""
+        names = self.names or ()
+        used = {*self.columns.read_as.values(), *self.columns.prompt.joined} if self.columns else set()
+        if self.layout is not None:
+            used |= {*self.layout.columns(names), *self.layout.ordering(names)}
+        return tuple(name for name in names if name not in used)
 
-        Raises:
-            DataError: the first mistake, and where the others are.
-        """
-        mistakes: list[DataError] = []
-        wrong: list[int] = []
+    @property
+    def texts(self) -> set[str]:
+        """Of the rows of :meth:`with_rows`, the columns that the pair was read from."""
+        assert self.columns is not None
+        sides = {theirs for ours, theirs in self.columns.read_as.items() if ours not in NUMBERS}
+        return sides | {*self.columns.prompt.joined}
+
+    @property
+    def prompt_columns(self) -> tuple[str, ...]:
+        """The columns that the prompt is made of, in its order."""
+        joined = self.columns.prompt.joined if self.columns else ()
+        if self.layout is None:
+            return joined
+        own = {ours: each(getattr(self.layout, ours)) or (ours,) for ours in ("prompt", "system", "history")}
+        there = {*(self.names or ())}
+        return tuple(name for ours in joined for name in own.get(ours, (ours,)) if head(name, there) in there)
+
+    def _rows(self) -> Iterator[tuple[int, int, dict[str, Any] | Arranged | DataError | LeftOut]]:
+        """(number, index, the row, or why there is none) as the reader takes it."""
         index = -1
         with closing(self.source.rows):
             for index, (number, raw) in enumerate(self.source.rows):
-                try:
-                    if isinstance(raw, DataError):
-                        raise raw
-                    place = self.source.at(number)
-                    reader = self._reader if self.columns is not None else self._use(list(raw), place)
-                    pair = reader.pair(raw, number, index, place)
-                except DataError as mistake:
-                    if self.columns is None and not isinstance(raw, DataError):
-                        raise  # without the columns every row would be wrong in the same way
-                    mistakes[:] = mistakes or [mistake]
-                    wrong.append(number)
+                if isinstance(raw, DataError):
+                    yield number, index, raw
                     continue
-                if pair is None:
-                    self.unranked.append(number)
-                else:
-                    yield pair
-        raise_first(mistakes, wrong, self.source)
+                if self.names is None:
+                    self._recognise(list(raw), self.source.at(number))
+                if self._arranger is None:
+                    yield number, index, raw
+                    continue
+                if self._arranger.layout.completion:
+                    break
+                try:
+                    for arranged in self._arranger.pairs(raw, self.source.at(number)):
+                        yield number, index, arranged
+                except (DataError, LeftOut) as why:
+                    yield number, index, why
         if index < 0:
             raise DataError(f"{self.source.name}: has no rows; give at least one pair")
+        if self._arranger is not None and self._arranger.layout.completion:
+            yield from paired_rows(self._open, self._arranger)
+
+    def with_rows(self) -> Iterator[tuple[Pair, Mapping[str, Any]]]:
+        """Every pair, and its row with all columns that take no part in the layout.
+
+        Raises:
+            DataError: after the last, if rows were wrong or there was none: the first mistake, and where the others
+                are.
+        """
+        mistakes: list[DataError] = []
+        wrong: list[int] = []
+        several = self.layout is not None and self.layout.replies is not None
+        count = 0
+        for number, index, found in self._rows():
+            try:
+                if isinstance(found, DataError | LeftOut):
+                    raise found
+                place = self.source.at(number)
+                row, flags = (found.row, found.flags) if isinstance(found, Arranged) else (found, ())
+                reader = self._reader or self._use(list(row), place)
+                pair = reader.pair(row, number, count if several else index, place, flags)
+            except LeftOut as left:
+                self.left_out.setdefault(left.kind, []).append(number)
+                continue
+            except DataError as mistake:
+                if self.columns is None and not isinstance(found, DataError):
+                    raise  # without the columns every row would be wrong in the same way
+                mistakes[:] = mistakes or [mistake]
+                wrong.append(number)
+                continue
+            if isinstance(found, Arranged):
+                pair.strength = found.strength
+            count += 1
+            yield pair, row
+        raise_first(mistakes, wrong, self.source)
+
+    def __iter__(self) -> Iterator[Pair]:
+        """Every pair.
+
+        Raises:
+            DataError: as :meth:`with_rows`.
+        """
+        return (pair for pair, _ in self.with_rows())
+
+    def refuse_no_pair(self, pairs: int) -> None:
+        """Refuse data of which no row holds a preference.
+
+        Raises:
+            DataError: with what the rows lack.
+        """
+        if pairs:
+            return
+        kind = max(self.left_out, key=lambda kind: len(self.left_out[kind]), default="unranked")
+        raise DataError(f"{self.source.name}: {NO_PAIR[kind]}")
+
+
+NO_PAIR = {
+    "unranked": "no row has two different scores, so there is no pair; score them",
+    "tie": "every row is a tie, so there is no pair; name another label with --columns.label NAME, or label them",
+    "no_winner": "no row has a label, so there is no pair; name another label with --columns.label NAME, or label them",
+    "no_completion": "no row has two completions, so there is no pair; fill them in",
+    "unpaired": (
+        "no prompt has both a good and a bad completion, so there is no pair; the losses here need pairs: give several "
+        "completions of one prompt"
+    ),
+}
 
 
 def _any_turns(data: str | Path, column: str | None) -> bool:
@@ -89,7 +215,7 @@ def _any_turns(data: str | Path, column: str | None) -> bool:
         return False
     source = open_source(data, wanted=(column,))
     with closing(source.rows):
-        return any(isinstance(raw, dict) and not is_blank(raw.get(column)) for _, raw in source.rows)
+        return any(isinstance(raw, dict) and not is_blank(value_at(raw, column)) for _, raw in source.rows)
 
 
 def raise_first(mistakes: Sequence[DataError], wrong: Sequence[int], source: Source) -> None:
@@ -137,17 +263,17 @@ def encoded_pairs(stream: PairStream, encoder: Encoder) -> Iterator[tuple[Pair, 
     raise_first(mistakes, wrong, stream.source)
 
 
-def surveyed(data: str | Path, encoder: Encoder | None = None) -> Survey:
+def surveyed(data: str | Path, encoder: Encoder | None = None, columns: Any = None) -> Survey:
     """What a check of the whole data set would warn of, in text and, with an encoder, in tokens.
 
     Raises:
         DataError: as :func:`load_preferences`.
     """
-    stream, survey = PairStream(data), Survey()
+    stream, survey = PairStream(data, columns), Survey()
     pairs = ((pair, None) for pair in stream) if encoder is None else encoded_pairs(stream, encoder)
     for pair, encoded in pairs:
         survey.take(pair, encoded, stream.source)
-    survey.finish(stream.unranked, stream.source.at)
+    survey.finish(stream.left_out, stream.source.at)
     return survey
 
 
@@ -183,6 +309,7 @@ class TooLong:
 def load_preferences(
     data: str | Path,
     *,
+    columns: Any = None,
     tokenizer: Any = None,
     max_length: int | None = None,
     truncation: Truncation = "drop",
@@ -193,7 +320,11 @@ def load_preferences(
     """Rows for training: ``datasets.Dataset.from_list(load_preferences("pairs.jsonl"))`` goes to the trainer.
 
     Args:
-        data: JSONL, CSV or Parquet file, a saved data set, or a hub data set "owner/name" or "owner/name:split".
+        data: JSONL, CSV or Parquet file, a folder of such files, a saved data set, or a hub data set "owner/name",
+            "owner/name:split" or "owner/name:configuration:split".
+        columns: which columns hold the pair, such as ``{"prompt": "question", "chosen": "best", "rejected": "worse"}``
+            (the verbs of :class:`madpo.data.layouts.Layout`), a packaged layout's name, or a TOML file; None recognises
+            them by their names.
         tokenizer: a tokenizer, or the name or folder of one. With it the rows also hold token ids, each completion
             with exactly one end token, which the trainer takes as they are.
         max_length: tokens of prompt and completion together; None is no limit. Needs a tokenizer.
@@ -213,14 +344,15 @@ def load_preferences(
         ConfigError: options that do not fit together.
     """
     check_options(tokenizer, max_length, truncation)
-    stream = PairStream(data)
+    stream = PairStream(data, columns)
     survey = Survey() if survey is None else survey
     rows: list[dict[str, Any]] = []
     if tokenizer is None:
         for pair in stream:
             survey.take(pair, None, stream.source)
             rows.append(pair.row())
-        survey.finish(stream.unranked, stream.source.at)
+        survey.finish(stream.left_out, stream.source.at)
+        stream.refuse_no_pair(len(rows))
         return rows
     for pair, encoded in encoded_pairs(stream, Encoder(as_tokenizer(tokenizer), clock)):
         survey.take(pair, encoded, stream.source, max_length)
@@ -235,9 +367,8 @@ def load_preferences(
         if kept is not None:
             ids = {"prompt_ids": kept.prompt_ids, "chosen_ids": kept.chosen_ids, "rejected_ids": kept.rejected_ids}
             rows.append(pair.row() | ids)
-    survey.finish(stream.unranked, stream.source.at)
-    if not rows and not len(survey.seen):
-        raise DataError(f"{stream.source.name}: no row has two different scores, so there is no pair; score them")
+    survey.finish(stream.left_out, stream.source.at)
+    stream.refuse_no_pair(len(survey.seen))
     if not rows:
         raise DataError(f"{stream.source.name}: no pair fits into max_length {max_length}; raise it")
     return rows

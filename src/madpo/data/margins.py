@@ -5,9 +5,11 @@ from __future__ import annotations
 import heapq
 from array import array
 from pathlib import Path
+from typing import Any
 
 from madpo.core.config import Frozen
 from madpo.core.errors import DataError
+from madpo.core.layout import as_layout
 from madpo.core.progress import track
 from madpo.core.seeding import rng
 from madpo.data.folds import prompt_key
@@ -32,7 +34,9 @@ class Margins(Frozen):
     """The same text for the same prompt, with ``implicit``."""
 
 
-def read_margins(data: str | Path, *, shown: int = SUSPICIOUS, sampled: int = 0, seed: int = 0) -> Margins:
+def read_margins(
+    data: str | Path, columns: Any = None, *, shown: int = SUSPICIOUS, sampled: int = 0, seed: int = 0
+) -> Margins:
     """The column ``reward_margin`` of a data set, and the texts of the ``shown`` pairs with the lowest margins.
 
     ``sampled`` further pairs, drawn evenly from all by ``seed``, keep their texts too.
@@ -44,10 +48,11 @@ def read_margins(data: str | Path, *, shown: int = SUSPICIOUS, sampled: int = 0,
         DataError: neither is there, or as :func:`madpo.data.load_preferences`.
     """
     source = open_source(data, wanted=("pair_id", "reward_margin"))
-    if source.columns is not None and "reward_margin" in source.columns and "chosen" not in source.columns:
+    bare = "reward_margin" in (source.columns or ()) and "chosen" not in (source.columns or ())
+    if bare and not as_layout(columns).has_completions:
         return _bare(source)
     source.rows.close()
-    stream = PairStream(data)
+    stream = PairStream(data, columns)
     ids, values, implicit = array("q"), array("d"), array("d")
     prompts: list[str] = []
     lowest: list[tuple[float, int, dict[str, str]]] = []  # a heap whose first has the largest margin
@@ -75,8 +80,7 @@ def read_margins(data: str | Path, *, shown: int = SUSPICIOUS, sampled: int = 0,
                 (heapq.heappush if len(lowest) < shown else heapq.heapreplace)(lowest, (-margin, -i, text))
             if place < sampled:
                 reservoir[place] = (i, text)
-    if not values:
-        raise DataError(f"{source.name}: has no pair with two different scores; score them")
+    stream.refuse_no_pair(len(values))
     whole = len(implicit) == len(values)
     return Margins(
         pair_ids=tuple(ids),

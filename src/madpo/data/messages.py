@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from madpo.core.errors import DataError, first_line
@@ -16,7 +16,9 @@ Text = str | list[Message]
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 SYSTEM_ROLES = ("system", "developer")
-_RENAME = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"}
+# Roles and keys of other formats (ShareGPT, Open Assistant).
+ASSISTANT = ("assistant", "gpt", "bot", "model", "chatgpt")
+_RENAME = {"human": "user", "prompter": "user"} | dict.fromkeys(ASSISTANT[1:], "assistant")
 
 
 def as_text(value: Any, name: str, place: str) -> Text:
@@ -41,18 +43,16 @@ def as_text(value: Any, name: str, place: str) -> Text:
 def _message(value: Any, name: str, place: str) -> Message:
     if not isinstance(value, dict):
         raise DataError(f"{place}: {name} is {described(value)}, not a message; give an object with role and content")
+    value = with_our_keys(value)
     more = template_keys(value, name, place)
     if more and value.get("content") is None:  # a tool call or a thought without words
         value = {**value, "content": ""}
     if "role" not in value or "content" not in value:
-        hint = "rename 'from' to 'role' and 'value' to 'content'" if "from" in value else "give both role and content"
         keys = ", ".join(repr(str(key)[:40]) for key in list(value)[:6]) or "nothing"
-        raise DataError(f"{place}: {name} has {keys}, not role and content; {hint}")
+        raise DataError(f"{place}: {name} has {keys}, not role and content; give both role and content")
     role, content = value["role"], value["content"]
     if role not in ROLES:
-        known = _RENAME.get(role.lower()) if isinstance(role, str) else None
-        hint = f"rename it to {known!r}" if known else f"use one of {', '.join(ROLES)}"
-        raise DataError(f"{place}: {name}.role is {described(role)}; {hint}")
+        raise DataError(f"{place}: {name}.role is {described(role)}; use one of {', '.join(ROLES)}")
     if isinstance(content, list):  # parts, as multimodal templates write them
         if any(
             not isinstance(p, dict) or p.get("type") != "text" or not isinstance(p.get("text"), str) for p in content
@@ -62,6 +62,18 @@ def _message(value: Any, name: str, place: str) -> Message:
     if not isinstance(content, str):
         raise DataError(f"{place}: {name}.content is {described(content)}, not text; fill it in or drop the row")
     return {"role": role, "content": encodable(content, f"{name}.content", place), **more}
+
+
+def with_our_keys(message: dict[str, Any]) -> dict[str, Any]:
+    """A message with ``role`` and ``content``, also where it has ShareGPT's keys or Open Assistant's."""
+    if "role" in message and "content" in message and message["role"] in ROLES:
+        return message
+    found = dict(message)
+    for ours, others in (("role", ("from",)), ("content", ("value", "text"))):
+        if ours not in found and (theirs := next((key for key in others if key in found), None)):
+            found[ours] = found.pop(theirs)
+    role = found.get("role")
+    return found | {"role": _RENAME[role.lower()]} if isinstance(role, str) and role.lower() in _RENAME else found
 
 
 def template_keys(message: Mapping[str, Any], name: str, place: str) -> Message:
@@ -158,6 +170,18 @@ def shown(value: Any) -> str:
 def said(role: str, text: str) -> list[Message]:
     """A conversation of one message."""
     return [{"role": role, "content": text}]
+
+
+def shared_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Length of the shared beginning of two texts or lists; by bisection, since slices compare fast."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def texts_within(value: Any) -> Iterator[str]:

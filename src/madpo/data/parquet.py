@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from madpo.core.errors import DataError
-from madpo.data.raw import MAX_ROW, RawRow, Source, refuse_repeats, short
+from madpo.data.raw import MAX_ROW, RawRow, Source, Wanted, refuse_repeats, short
 from madpo.data.template_keys import without_filled_nulls
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _MAX_RATIO = 1000  # of unpacked to packed bytes, beyond which long values are a
 _LONG = 2**20
 
 
-def parquet_source(name: str, path: Path, wanted: Sequence[str] | None) -> Source:
+def parquet_source(name: str, path: Path, wanted: Wanted) -> Source:
     """A Parquet file.
 
     Args:
@@ -47,7 +47,8 @@ def parquet_source(name: str, path: Path, wanted: Sequence[str] | None) -> Sourc
             f"{name}: cannot be read as Parquet ({short(error)}); it is truncated or damaged, copy it again"
         ) from None
     refuse_repeats(name, columns)
-    read = [column for column in columns if wanted is None or column in wanted]
+    keep = wanted(columns) if callable(wanted) else wanted
+    read = [column for column in columns if keep is None or column in keep]
 
     def rows() -> Generator[RawRow, None, None]:
         number = 0

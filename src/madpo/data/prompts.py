@@ -6,6 +6,7 @@ carries context is joined or refused, and never dropped.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ QUESTIONS: tuple[tuple[str, ...], ...] = (
     ("messages",),
     ("conversations",),
     ("conversation",),
+    ("trajectory",),
     ("context",),
     ("history",),
 )
@@ -159,9 +161,10 @@ def read_prompt(
         DataError: with ``place``, the column, its value and the remedy.
     """
     text: Text | None = None
+    whole = isinstance(completion, list) and completion[0]["role"] != "assistant"
     for name in columns.question:
         value = raw.get(name)
-        if name in _REQUIRED and value is None:
+        if name in _REQUIRED and value is None and not whole:
             raise DataError(f"{place}: {name} is null; fill it in or drop the row")
         if value is None or (value == [] and name not in _REQUIRED):
             continue
@@ -176,7 +179,6 @@ def read_prompt(
                 f"{name} into {columns.question[0]}, or remove it"
             )
     context = columns.context
-    whole = isinstance(completion, list) and completion[0]["role"] != "assistant"
     if whole and isinstance(text, list) and columns.question[0] not in _REQUIRED:
         text, context = None, (*context, columns.question[0])
     return Prompt(text, _system(raw, columns.system, place), _history(raw, columns.history, place), context)
@@ -248,6 +250,6 @@ def refuse_lost_context(raw: Mapping[str, Any], names: Sequence[str], pair: Sequ
         if not all(any(needle in content for content in given) for needle in needles):
             raise DataError(
                 f"{place}: {name} is {described(raw[name])}, which may belong to the prompt, and nothing says how to "
-                "join them; write it into the column with the prompt, or remove or rename the column if the model "
-                "need not see it"
+                f"join them; give --columns.ignore {shlex.quote(name)} if the model need not see it, or name all "
+                "columns of the prompt in their order (--columns.prompt A,B)"
             )

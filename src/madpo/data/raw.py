@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Container, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +12,8 @@ MAX_ROW = 64 * 2**20
 """Bytes of one row: more is a file without line ends or an unpacked bomb, not a preference pair."""
 
 RawRow = tuple[int, "dict[str, Any] | DataError"]
+Wanted = Container[str] | Callable[[Sequence[str]], Container[str]] | None
+"""Columns to read, or a function that chooses them from all; None reads all."""
 
 
 @dataclass(frozen=True)

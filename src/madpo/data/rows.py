@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,10 +10,10 @@ from typing import Any
 
 from madpo.core.errors import DataError
 from madpo.data.conversation import Conversation, columns_of
-from madpo.data.messages import SYSTEM_ROLES, Message, Text, as_text, contents, is_silent, said
+from madpo.data.layouts import listed
+from madpo.data.messages import SYSTEM_ROLES, Message, Text, as_text, contents, is_silent, said, shared_prefix
 from madpo.data.numbers import as_number
-from madpo.data.prompts import KNOWN, Prompt, PromptColumns, read_prompt, refuse_lost_context
-from madpo.data.ranked import best_and_worst_of
+from madpo.data.prompts import KNOWN, PromptColumns, read_prompt, refuse_lost_context
 from madpo.data.raw import described
 from madpo.data.template_keys import COLUMNS
 
@@ -23,11 +22,11 @@ NUMBERS = (
     "log_ratio_margin",
 )
 # Our name first, then what known data sets call it; the report says which name was read. Those of the prompt are in
-# madpo.data.prompts.
+# madpo.data.prompts, and where the completions are called otherwise, in madpo.data.layouts.
 ALIASES: dict[str, tuple[str, ...]] = {
     "pair_id": ("pair_id",),
-    "chosen": ("chosen", "chosen_response"),
-    "rejected": ("rejected", "rejected_response"),
+    "chosen": ("chosen",),
+    "rejected": ("rejected",),
     **{
         f"{side}_score": tuple(
             name.format(side)
@@ -37,13 +36,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     },
     **{name: (name,) for name in NUMBERS[2:]},
 }
-# Columns that hold several scored responses to a prompt: UltraFeedback's list of objects (or object of lists), and
-# lists of responses and of their scores side by side.
-RANKED = (
-    ("completions",),
-    *((texts, scores) for texts in ("responses", "generations") for scores in ("scores", "ratings", "rating")),
-)
-WANTED = (*{alias for names in (*ALIASES.values(), *RANKED) for alias in names}, *KNOWN, *COLUMNS, "margin")
+WANTED = (*{alias for names in ALIASES.values() for alias in names}, *KNOWN, *COLUMNS, "margin")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 LONG = 1_000_000  # characters
 # Who speaks in transcripts, and how the templates of known models begin a turn of the user.
@@ -69,6 +62,7 @@ class Pair:
         prompt, chosen, rejected: text, or messages; a prompt of messages is a ``Conversation``.
         numbers: the numeric columns that the data set has, finite.
         flags: kinds of findings (``findings.KINDS``), each with a detail.
+        strength: how strongly chosen is preferred, where the data set's layout has a measure of its own.
     """
 
     pair_id: int
@@ -78,6 +72,7 @@ class Pair:
     rejected: Text
     numbers: dict[str, float]
     flags: list[tuple[str, str]] = field(default_factory=list)
+    strength: float | None = None
 
     def row(self) -> dict[str, Any]:
         """The pair as a flat row: pair_id, prompt, chosen, rejected, the numbers, and what the chat template reads."""
@@ -91,21 +86,21 @@ class Columns:
 
     read_as: Mapping[str, str]
     prompt: PromptColumns
-    ranked: tuple[str, ...] = ()
-    """Columns with several scored responses, of which the best and the worst make the pair; empty where pairs are."""
+    alone: tuple[str, ...] = ()
+    """Scores of one side without one of the other, which nothing reads."""
 
     @classmethod
     def found_in(cls, names: Iterable[str], name: str) -> Columns:
         """Find our columns among ``names``.
 
         Raises:
-            DataError: chosen or rejected is missing, one score has no partner, or there is a column "margin".
+            DataError: chosen or rejected is missing, or there is a column "margin".
         """
         names = [str(n) for n in names]
         if "margin" in names:
             raise DataError(
                 f"{name}: rename the column 'margin' to 'reward_margin': TRL's RewardTrainer subtracts a column "
-                "named margin inside its loss"
+                "named margin inside its loss; or give --columns.reward_margin margin, or --columns.ignore margin"
             )
         read_as = {}
         for ours, aliases in ALIASES.items():
@@ -113,29 +108,17 @@ class Columns:
             if theirs is not None:
                 read_as[ours] = theirs
         prompt = PromptColumns.found_in(names)
-        ranked = next((columns for columns in RANKED if set(columns) <= set(names)), ())
-        if ranked and "chosen" not in read_as and prompt.question:
-            return cls({}, prompt, ranked)
         for ours in ("chosen", "rejected"):
             if ours not in read_as:
-                near = difflib.get_close_matches(ours, names, n=1, cutoff=0.6)
-                hint = f"rename {near[0]!r}" if near else "rename the column that holds it"
-                listed = ", ".join(map(repr, names[:12])) or "none"
-                raise DataError(f"{name}: has no column {ours!r} (found {listed}); {hint}")
-        for one, other in (("chosen_score", "rejected_score"), ("rejected_score", "chosen_score")):
-            if one in read_as and other not in read_as:
-                raise DataError(f"{name}: has {read_as[one]!r} but no {other!r}; give both scores or neither")
-        return cls(read_as, prompt)
+                raise DataError(f"{name}: has no column {ours!r} (found {listed(names)}); add it, or name its column")
+        sides = {"chosen_score", "rejected_score"}
+        alone = sides & set(read_as) if len(sides & set(read_as)) == 1 else set()
+        return cls({k: v for k, v in read_as.items() if k not in alone}, prompt, tuple(read_as[name] for name in alone))
 
     @property
     def numbers(self) -> tuple[str, ...]:
         """The numeric columns that the data set has, by our names."""
-        return ("chosen_score", "rejected_score") if self.ranked else tuple(n for n in NUMBERS if n in self.read_as)
-
-    def ignored(self, names: Sequence[str]) -> tuple[str, ...]:
-        """Columns that nothing reads."""
-        used = {*self.read_as.values(), *self.prompt.joined, *self.ranked}
-        return tuple(name for name in names if name not in used)
+        return tuple(name for name in NUMBERS if name in self.read_as)
 
 
 class Reader:
@@ -151,8 +134,19 @@ class Reader:
         self.conversational: bool | None = None
         self._prompts: dict[tuple[str, ...], PromptColumns] = {}
 
-    def pair(self, raw: Mapping[str, Any], number: int, index: int, place: str) -> Pair | None:
-        """The pair in a row; None for a ranked row without two different scores.
+    def pair(
+        self,
+        raw: Mapping[str, Any],
+        number: int,
+        index: int,
+        place: str,
+        flags: Sequence[tuple[str, str]] = (),
+    ) -> Pair:
+        """The pair in a row.
+
+        Args:
+            index: its pair_id where the row has none.
+            flags: what is known of the row.
 
         Raises:
             DataError: with ``place``, the field, the value and the remedy.
@@ -160,18 +154,13 @@ class Reader:
         if "margin" in raw:
             Columns.found_in(raw, place)
         values = {ours: self._value(raw, theirs, place) for ours, theirs in self.columns.read_as.items()}
-        if self.columns.ranked:
-            best_and_worst = best_and_worst_of(
-                {name: self._value(raw, name, place) for name in self.columns.ranked}, place
-            )
-            if best_and_worst is None:
-                return None
-            values |= best_and_worst
-        elif unexpected := [n for n in (*NUMBERS, "pair_id") if n in raw and n not in self.columns.read_as]:
-            raise DataError(
-                f"{place}: has the field {unexpected[0]!r}, which the first row lacks; give it in every row or in none"
-            )
+        for name in (*NUMBERS, "pair_id"):
+            if name in raw and name not in self.columns.read_as and name not in self.columns.alone:
+                raise DataError(
+                    f"{place}: has the field {name!r}, which the first row lacks; give it in every row or in none"
+                )
         pair = self._split(raw, values, number, index, place)
+        pair.flags.extend(flags)
         if isinstance(pair.prompt, list):
             pair.prompt = Conversation.of(pair.prompt, raw, place)
         for ours in self.columns.numbers:
@@ -198,8 +187,6 @@ class Reader:
         flags: list[tuple[str, str]] = []
         columns = self._prompt_columns(raw, place)
         found = read_prompt(raw, columns, place, completion=chosen)
-        if self.columns.ranked:
-            found = _written_under(found, values["system"], flags)
         text = found.text
         if (self.turns or found.history) and isinstance(chosen, str):
             if text is None:
@@ -241,14 +228,6 @@ class Reader:
         return self._prompts[names]
 
 
-def _written_under(found: Prompt, systems: tuple[str, str], flags: list[tuple[str, str]]) -> Prompt:
-    """With the system prompt under which both of two ranked completions were written, if it was the same."""
-    if systems[0] == systems[1]:
-        return found._replace(system=systems[0]) if systems[0].strip() and not found.system else found
-    flags.append(("system_prompts", ""))
-    return found
-
-
 def _split_text(
     prompt: Text | None, chosen: str, rejected: str, flags: list[tuple[str, str]]
 ) -> tuple[Text, Text, Text]:
@@ -260,6 +239,8 @@ def _split_text(
         return prompt, chosen, rejected
     shared = shared_prefix(chosen, rejected)
     if chosen != rejected:
+        if (turn := _last_turn(chosen[:shared])) is not None:
+            return chosen[:turn], chosen[turn:], rejected[turn:]
         if shared and chosen[shared - 1] == " ":  # as TRL: the space belongs to the completion
             shared -= 1
         elif 0 < shared < min(len(chosen), len(rejected)) and (chosen[shared - 1] + chosen[shared]).isalnum():
@@ -267,6 +248,16 @@ def _split_text(
         if not shared:
             flags.append(("no_shared_prompt", ""))
     return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+_TURN = re.compile(r"\n\n(?:Assistant|A):")
+
+
+def _last_turn(shared: str) -> int | None:
+    """Where the last answer begins in a transcript such as Anthropic's; None where the text is none."""
+    if not re.match(r"\s*(?:Human|H):", shared):
+        return None
+    return max((match.end() for match in _TURN.finditer(shared)), default=None)
 
 
 def _split_messages(
@@ -282,9 +273,15 @@ def _split_messages(
     shared = min(shared_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
     if not shared:
         flags.append(("no_shared_prompt", ""))
-    elif isinstance(prompt, str) and not any(m["content"].strip() == prompt.strip() for m in chosen[:shared]):
+    elif isinstance(prompt, str) and not _holds(prompt, chosen[:shared]):
         flags.append(("prompt_mismatch", ""))
     return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _holds(prompt: str, shared: Sequence[Message]) -> bool:
+    """Whether a prompt as text is one of the shared messages, or all of them in one text."""
+    said = [m["content"].strip() for m in shared]
+    return prompt.strip() in said or all(text in prompt for text in said)
 
 
 def _pair_id(value: Any, place: str) -> int:
@@ -342,18 +339,6 @@ def _has_other_turns(pair: Pair, side: str) -> bool:
 def _speaks(text: str, names: Sequence[str]) -> bool:
     """Whether a line after the first begins with one of the names."""
     return any(name in text and re.search(rf"\n[ \t#*]*{name}", text) for name in names)
-
-
-def shared_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """Length of the shared beginning of two texts or lists; by bisection, since slices compare fast."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
 
 
 def _role_problems(pair: Pair) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from madpo.core.errors import DataError, printable
 from madpo.core.memory import is_shortage
 from madpo.core.storage import expanded
 from madpo.data.parquet import parquet_source
-from madpo.data.raw import RawRow, Source, short
+from madpo.data.raw import RawRow, Source, Wanted, short
 from madpo.data.saved import refuse_files_outside, saved_splits, unopened
 from madpo.data.template_keys import without_filled_nulls
 from madpo.data.text_files import csv_source, json_source
@@ -44,12 +44,12 @@ _MAGIC = {
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.+-]+)?")
 
 
-def open_source(data: str | Path, *, wanted: Sequence[str] | None = None) -> Source:
+def open_source(data: str | Path, *, wanted: Wanted = None) -> Source:
     """Open a file, a folder written by ``save_to_disk``, or a hub data set ("owner/name" or "owner/name:split").
 
     Args:
         data: path or hub name. A path that exists wins.
-        wanted: columns to read from Parquet, where each costs time; None reads all.
+        wanted: columns to read from Parquet, where each costs time.
 
     Raises:
         DataError: there is no such file, it cannot be read, or it is not what its name says.
@@ -98,7 +98,7 @@ def _is_hub_name(data: str | Path) -> bool:
     return isinstance(data, str) and _HUB_NAME.fullmatch(data) is not None and not known
 
 
-def _file(name: str, path: Path, wanted: Sequence[str] | None) -> Source:
+def _file(name: str, path: Path, wanted: Wanted) -> Source:
     suffixes = [s.lower() for s in path.suffixes]
     zipped = suffixes[-1:] == [".gz"]
     suffix = (suffixes[:-1] if zipped else suffixes)[-1:] or [""]

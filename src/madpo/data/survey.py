@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 
 from madpo.core.errors import DataError
 from madpo.data.duplicates import Seen
@@ -42,15 +42,15 @@ class Survey:
             text = ", ".join(filter(None, found))
             self.findings.add(kind, self.at(pair.number) + (f": {text}" if text else ""))
 
-    def finish(self, unranked: Iterable[int], at: Callable[[int], str]) -> None:
+    def finish(self, left_out: Mapping[str, Sequence[int]], at: Callable[[int], str]) -> None:
         """Add what only all pairs together show.
 
         Args:
-            unranked: rows without two different scores.
+            left_out: kind of finding -> rows without a pair.
             at: the place of a row, for messages.
         """
-        for number in unranked:
-            self.findings.add("unranked", at(number))
+        for kind, numbers in left_out.items():
+            self.findings.add_many(kind, len(numbers), [at(number) for number in numbers[:EXAMPLES]])
         if not len(self.seen):
             return
         self.seen.repeats(self.findings, at)

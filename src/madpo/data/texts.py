@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from madpo.core.errors import DataError
+from madpo.core.layout import Layout, as_layout, value_at
 from madpo.data.conversation import Conversation
+from madpo.data.layouts import listed, recognise
 from madpo.data.load import PairStream
 from madpo.data.messages import Text, as_text
 from madpo.data.prompts import PromptColumns, read_prompt, whole_prompt
-from madpo.data.rows import ALIASES, RANKED
 from madpo.data.sources import open_source
 
 _WHOLE = ("text", "messages", "conversations")
 _COMPLETIONS = ("completion", "response", "output")
 
 
-def read_texts(data: str | Path) -> Iterator[tuple[str, Text]]:
+def read_texts(data: str | Path, columns: Any = None) -> Iterator[tuple[str, Text]]:
     """(place for messages, text or conversation) of every row; a pair gives two, the prompt before each side.
 
     Rows hold ``text``, ``messages``, a prompt with or without a ``completion``, or preference pairs in any layout that
@@ -30,33 +31,38 @@ def read_texts(data: str | Path) -> Iterator[tuple[str, Text]]:
         DataError: a row holds none of them, or the file cannot be read.
     """
     source = open_source(data)
-    names = set(source.columns or ())
+    given, pairs = as_layout(columns), None
     with closing(source.rows):
         for number, raw in source.rows:
             if isinstance(raw, DataError):
                 raise raw
-            names = names or set(raw)
-            if _are_pairs(names):
+            pairs = _are_pairs(raw, given) if pairs is None else pairs
+            if pairs:
                 break
             place = source.at(number)
             text = _text(raw, place)
             yield place, Conversation.of(text, raw, place) if isinstance(text, list) else text
         else:
-            if not names:
+            if pairs is None:
                 raise DataError(f"{source.name}: has no rows; give at least one text")
             return
-    stream = PairStream(data)
+    stream = PairStream(data, columns)
     for pair in stream:
         place = stream.source.at(pair.number)
         yield from ((place, _joined(pair.prompt, side, place)) for side in (pair.chosen, pair.rejected))
 
 
-def _are_pairs(names: set[str]) -> bool:
-    if names.intersection(ALIASES["chosen"]) and names.intersection(ALIASES["rejected"]):
+def _are_pairs(raw: dict[str, Any], given: Layout) -> bool:
+    if given.has_completions or {"chosen", "rejected"} <= raw.keys():
         return True  # a column messages next to them is a copy of one side
-    if names.intersection(_WHOLE):
-        return False
-    return bool(names.intersection(ALIASES["chosen"])) or any(names.issuperset(columns) for columns in RANKED)
+    try:
+        found = recognise(list(raw), "", given)
+    except DataError:
+        return "chosen" in raw and not raw.keys() & {*_WHOLE}  # a mistake, which the reader of pairs tells
+    layout = found.layout if found is not None else given
+    if layout.completions:
+        return isinstance(value_at(raw, layout.completions), list | tuple | dict)
+    return not layout.completion
 
 
 def _text(raw: dict[str, Any], place: str) -> Text:
@@ -71,8 +77,10 @@ def _text(raw: dict[str, Any], place: str) -> Text:
     if completion is not None:
         parts.append(as_text(raw[completion], completion, place))
     if not parts:
-        listed = ", ".join(map(repr, list(raw)[:12])) or "none"
-        raise DataError(f"{place}: has no 'text', 'messages', 'prompt' or 'chosen' and 'rejected' (found {listed})")
+        raise DataError(
+            f"{place}: has no 'text', 'messages', 'prompt' or 'chosen' and 'rejected' (found {listed(list(raw))}); "
+            "name the column: --columns.prompt NAME"
+        )
     return parts[0] if len(parts) == 1 else _joined(parts[0], parts[1], place)
 
 

@@ -9,8 +9,8 @@ from typing import Any, get_args
 from madpo.core.errors import ConfigError, DataError
 from madpo.core.storage import expanded
 from madpo.data.conversation import columns_of, unshown
-from madpo.data.messages import Text, content_of
-from madpo.data.rows import Pair, shared_prefix
+from madpo.data.messages import Text, content_of, shared_prefix
+from madpo.data.rows import Pair
 from madpo.data.templates import Clock, left_out, render
 from madpo.models.hyperparameters import Truncation
 from madpo.models.loading import loading

@@ -125,7 +125,7 @@ def evaluate(
 def evaluate_responses(settings: EvaluateSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """The operation behind :func:`evaluate`."""
     place = find_policy(inputs["policy"], settings.reference)
-    asked = read_prompts(inputs["prompts"], settings.max_prompts)
+    asked = read_prompts(inputs["prompts"], settings.max_prompts, settings.reading)
     prompts_digest = digest(inputs["prompts"])
     samples = _responses(place, asked, settings)
     chosen, rejected = load_scorer(settings.reward_model, batch_size=settings.score_batch_size).score_pairs(

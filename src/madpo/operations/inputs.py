@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 from peft.utils.error import NoMatchingPeftModuleError
 
 from madpo.core.errors import ConfigError, DataError, StorageError
+from madpo.core.layout import Layout
 from madpo.core.progress import say
 from madpo.core.seeding import rng
 from madpo.data import load_preferences
@@ -51,6 +52,7 @@ def load_split(
     eval_data: str | Path | None,
     eval_share: float,
     seed: int,
+    columns: Any = None,
     max_length: int | None = None,
     truncation: Truncation = "drop",
     too_long: TooLong | None = None,
@@ -63,6 +65,7 @@ def load_split(
     Args:
         eval_data: evaluation pairs of their own; else ``eval_share`` of the prompts of ``data`` is held out.
         seed: of the split.
+        columns: as in :func:`madpo.data.load_preferences`, of both.
         too_long: gathers what truncation did to the pairs of both.
         clock: the date that the chat template prints; None is now.
         model: the tokenizer's, as the user names it.
@@ -72,6 +75,7 @@ def load_split(
         DataError: as :func:`madpo.data.load_preferences`, or too few prompts to hold one out.
     """
     how: dict[str, Any] = {
+        "columns": columns,
         "tokenizer": tokenizer,
         "max_length": max_length,
         "truncation": truncation,
@@ -140,6 +144,8 @@ class Asked(Protocol):
     @property
     def model(self) -> str: ...
     @property
+    def reading(self) -> Layout: ...
+    @property
     def eval_share(self) -> float: ...
     @property
     def date(self) -> datetime | None: ...
@@ -187,6 +193,7 @@ def load_training(
         eval_data=eval_data,
         eval_share=settings.eval_share,
         seed=seed,
+        columns=settings.reading,
         max_length=max_length,
         truncation=settings.truncation,
         too_long=too_long,

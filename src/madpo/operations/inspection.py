@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from madpo.core.storage import expanded
 from madpo.data.margins import SUSPICIOUS, read_margins
@@ -11,7 +12,7 @@ from madpo.rewards.margins import MarginReport, deciding, inspect
 
 
 def inspect_data(
-    data: str | Path, *, margin_temperature: float | None = None, output: Path | None = None
+    data: str | Path, *, columns: Any = None, margin_temperature: float | None = None, output: Path | None = None
 ) -> MarginReport:
     """:func:`inspect` for a file or hub data set; with ``output``, also one HTML page to look at and play with.
 
@@ -21,7 +22,7 @@ def inspect_data(
         DataError, ConfigError: as :func:`read_margins` and :func:`inspect`.
         StorageError: the page cannot be written.
     """
-    margins = read_margins(data, shown=SUSPICIOUS, sampled=0 if output is None else 500)
+    margins = read_margins(data, columns, shown=SUSPICIOUS, sampled=0 if output is None else 500)
     report = inspect(
         margins.values,
         pair_ids=margins.pair_ids,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -9,39 +10,34 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from madpo.core.errors import ConfigError, DataError, first_line
+from madpo.core.layout import Layout
 from madpo.core.storage import expanded
+from madpo.core.suggestions import did_you_mean
+from madpo.data.layouts import listed
 from madpo.data.load import PairStream
 from madpo.data.rows import NUMBERS, Pair
-from madpo.data.sources import open_source
 from madpo.losses import LossConfig
 from madpo.models.locate import refuse_fetching, resolve_model
 from madpo.models.packaged import PACKAGED
 from madpo.models.untrusted import adapter_base, read_object
 
 
-def first_pair(data: str | Path) -> Pair | None:
-    """The first good pair of a file; None where no row has two different scores.
+def first_pair(data: str | Path, columns: Layout | None, names: Sequence[str] = ()) -> Pair | None:
+    """The first good pair of a file; None where no row holds a preference.
+
+    Args:
+        columns: of the file, as far as the user names them.
+        names: further columns that the row must have.
 
     Raises:
-        DataError: as reading the whole file does.
+        DataError: as reading the whole file does, and as :func:`refuse_other_row`.
     """
-    stream = PairStream(data)
+    stream = PairStream(data, columns, every_column=bool(names))
     with closing(stream.source.rows):
-        return next(iter(stream), None)
-
-
-def require_raw_columns(data: str | Path, names: Sequence[str]) -> None:
-    """Refuse data whose first row lacks a column.
-
-    Raises:
-        DataError: as :func:`refuse_other_row`.
-    """
-    source = open_source(data)
-    with closing(source.rows):
-        for number, raw in source.rows:
-            if not isinstance(raw, DataError):
-                refuse_other_row(raw, names, source.at(number))
-            break
+        pair, raw = next(stream.with_rows(), (None, {}))
+        if pair is not None:
+            refuse_other_row(raw, names, stream.source.at(pair.number))
+        return pair
 
 
 def refuse_other_row(raw: Mapping[str, Any], names: Sequence[str], place: str) -> None:
@@ -52,7 +48,10 @@ def refuse_other_row(raw: Mapping[str, Any], names: Sequence[str], place: str) -
     """
     for name in names:
         if name not in raw:
-            raise DataError(f"{place}: has no column {name!r} (found {', '.join(map(repr, list(raw)[:12]))})")
+            numbers = [n for n, value in raw.items() if isinstance(value, int | float) and n != "pair_id"]
+            give = " ".join(map(shlex.quote, numbers[:2])) if len(numbers) > 1 else "CHOSEN REJECTED"
+            near = did_you_mean(name, list(raw)) or f"; give --score_columns {give}"
+            raise DataError(f"{place}: has no column {name!r} (found {listed(list(raw))}){near}")
 
 
 def require_columns(rows: Sequence[Mapping[str, Any]], loss: LossConfig, name: str, *, probed: bool = False) -> None:

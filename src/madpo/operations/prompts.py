@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from madpo.core.errors import DataError
+from madpo.core.layout import as_layout
+from madpo.data.arrange import Arranger
 from madpo.data.conversation import Conversation
 from madpo.data.folds import prompt_key
+from madpo.data.layouts import listed
 from madpo.data.messages import Text
 from madpo.data.prompts import PromptColumns, whole_prompt
 from madpo.data.raw import described
@@ -25,23 +29,29 @@ class Prompt(NamedTuple):
     """For messages, such as ``prompts.jsonl, line 7``."""
 
 
-def read_prompts(data: str | Path, count: int | None = None) -> list[Prompt]:
+def read_prompts(data: str | Path, count: int | None = None, columns: Any = None) -> list[Prompt]:
     """The prompts of a data set, or its first ``count``; of equal ones the first.
+
+    Args:
+        columns: as in :func:`madpo.data.load_preferences`; of it what makes the prompt.
 
     Raises:
         DataError: a row without a prompt, or fewer prompts than asked for.
     """
-    source = open_source(data)
+    source, given = open_source(data), as_layout(columns)
     found: dict[str, Prompt] = {}
     with closing(source.rows):
         for index, (number, raw) in enumerate(source.rows):
             if isinstance(raw, DataError):
                 raise raw
             place = source.at(number)
+            raw = Arranger(given, tuple(raw)).rest(raw, place) if given.given else raw
             names = PromptColumns.found_in(raw).question
             if not names:
-                listed = ", ".join(map(repr, list(raw)[:12]))
-                raise DataError(f"{place}: has no 'prompt' (found {listed}); rename the column that holds it")
+                remedy = "name the column that holds it: --columns.prompt " + (
+                    shlex.quote(next(iter(raw))) if raw else "NAME"
+                )
+                raise DataError(f"{place}: has no 'prompt' (found {listed(list(raw))}); {remedy}")
             content = whole_prompt(raw, raw, place)
             if not content:
                 raise DataError(f"{place}: {names[0]} is {described(raw[names[0]])}; fill it in or drop the row")

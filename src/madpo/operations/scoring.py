@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from safetensors.numpy import load_file, save
 from madpo.core import processes
 from madpo.core.config import Frozen
 from madpo.core.errors import ConfigError, DataError, StorageError
+from madpo.core.layout import Layout
 from madpo.core.metrics import Estimate, Metrics
 from madpo.core.progress import bar, say
 from madpo.core.statistics import proportion
@@ -30,7 +30,6 @@ from madpo.data.folds import folds_by_prompt, prompt_key
 from madpo.data.load import PairStream, surveyed
 from madpo.data.numbers import as_number
 from madpo.data.rows import Pair
-from madpo.data.sources import open_source
 from madpo.data.templates import Clock
 from madpo.data.tokens import Encoder
 from madpo.models.hyperparameters import CHECKPOINTS
@@ -66,7 +65,6 @@ from madpo.runner.work import run_step
 PART = 512
 """Pairs per part: what an interruption can cost."""
 MEMORY_REMEDY = "give a smaller --batch_size, and run the same command again: parts that are scored stay"
-_TEXTS = ("pair_id", "prompt", "chosen", "rejected")
 
 
 def score(data: str | Path, output_dir: str | Path, settings: ScoreSettings, *, overwrite: bool = False) -> ScoreReport:
@@ -102,26 +100,26 @@ def score_pairs(settings: ScoreSettings, inputs: Mapping[str, Path], out: Path) 
             "folds trains its reward models in one process; start it without accelerate launch (with --reward_model, "
             "scoring runs on several)"
         )
-    pairs = _read(data)
-    columns = None
+    pairs = _read(data, settings.reading)
+    there = None
     if settings.score_columns is not None:
-        columns = _columns(data, pairs, settings.score_columns)
+        there = _columns(data, settings.reading, settings.score_columns)
     processes.on_main_process(lambda: _rehearse(data, len(pairs), settings, out))
     clock = started_clock(out / CHECKPOINTS, settings.reward.date if settings.reward else None)
     clock.read = processes.on_main_process(lambda: _look(data, settings, clock))
     if settings.probe is not None:
         report = _by_probe(data, pairs, settings, out, clock)
     else:
-        chosen, rejected = columns or _scores(data, pairs, settings, out, clock)
+        chosen, rejected = there or _scores(data, pairs, settings, out, clock)
         report = processes.on_main_process(lambda: _finish(data, pairs, chosen, rejected, settings, out))
     return {"pairs": report["pairs"], "accuracy": Estimate(**report["accuracy"]), "log_loss": report["log_loss"]}
 
 
-def _read(data: str | Path) -> list[Pair]:
+def _read(data: str | Path, columns: Layout) -> list[Pair]:
     """All pairs; a mistake in the last row must show before hours of scoring."""
-    pairs = list(PairStream(data))
-    if not pairs:
-        raise DataError(f"{data}: no row has two different scores, so there is no pair; score the completions first")
+    stream = PairStream(data, columns)
+    pairs = list(stream)
+    stream.refuse_no_pair(len(pairs))
     return pairs
 
 
@@ -136,7 +134,7 @@ def _look(data: str | Path, settings: ScoreSettings, clock: Clock) -> bool:
         encoder = load_pair_encoder(settings.reward_model, clock).encoder
     elif (model := settings.reward.model if settings.reward else settings.probe) is not None:
         encoder = Encoder(load_tokenizer(resolve_model(model)), clock)
-    tell_findings(surveyed(data, encoder), str(data), model, strict=settings.strict)
+    tell_findings(surveyed(data, encoder, settings.reading), str(data), model, strict=settings.strict)
     tell_date(clock)
     return clock.read
 
@@ -144,15 +142,14 @@ def _look(data: str | Path, settings: ScoreSettings, clock: Clock) -> bool:
 # Scores
 
 
-def _columns(data: str | Path, pairs: Sequence[Pair], names: tuple[str, str]) -> tuple[NDArray[Any], NDArray[Any]]:
+def _columns(data: str | Path, columns: Layout, names: tuple[str, str]) -> tuple[NDArray[Any], NDArray[Any]]:
     sides: tuple[list[float], list[float]] = ([], [])
-    source = open_source(data)
-    for pair, raw in _beside(data, pairs):
-        place = source.at(pair.number)
+    stream = PairStream(data, columns, every_column=True)
+    for pair, raw in stream.with_rows():
+        place = stream.source.at(pair.number)
         refuse_other_row(raw, names, place)
         for name, found in zip(names, sides, strict=True):
-            found.append(as_number(raw[name], name, place, from_text=source.columns is not None))
-    source.rows.close()
+            found.append(as_number(raw[name], name, place, from_text=stream.source.columns is not None))
     return np.array(sides[0]), np.array(sides[1])
 
 
@@ -259,7 +256,8 @@ def _out_of_fold(
         folds_by_prompt((prompt_key(p.prompt) for p in pairs), settings.folds, settings.reward.seed, str(data))
     )
     chosen, rejected = np.zeros(len(pairs)), np.zeros(len(pairs))
-    reward = settings.reward.model_copy(update={"date": clock.now if clock.read else None})
+    changes = {"date": clock.now if clock.read else None, "columns": settings.columns, "layout": settings.layout}
+    reward = settings.reward.model_copy(update=changes)
     for k in range(settings.folds):
         folder = output_dir / CHECKPOINTS / "folds" / f"fold-{k}"
         say(f"Fold {k + 1} of {settings.folds}: a reward model on {int((fold != k).sum())} pairs.")
@@ -291,7 +289,7 @@ class FoldSettings(Frozen):
 def train_fold(config: FoldSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Train a reward model that has seen neither the pairs of one fold nor their prompts."""
     data, settings = str(inputs["data"]), config.reward
-    pairs = _read(data)
+    pairs = _read(data, settings.reading)
     fold = folds_by_prompt((prompt_key(p.prompt) for p in pairs), config.folds, settings.seed, data)
     seen = [pair for pair, own in zip(pairs, fold, strict=True) if own != config.fold]
     tokenizer = load_tokenizer(resolve_model(settings.model))
@@ -301,18 +299,6 @@ def train_fold(config: FoldSettings, inputs: Mapping[str, Path], out: Path) -> M
 
 
 # Rows
-
-
-def _beside(data: str | Path, pairs: Sequence[Pair]) -> Iterator[tuple[Pair, Raw]]:
-    """Every pair with all columns of its row."""
-    source = open_source(data)
-    with closing(source.rows):
-        for pair in pairs:
-            number, raw = next(source.rows)
-            while number != pair.number:  # rows without a pair
-                number, raw = next(source.rows)
-            assert isinstance(raw, dict)
-            yield pair, raw
 
 
 def _finish(
@@ -347,7 +333,7 @@ def _report(
     path = output_dir / f"scored.{settings.format}"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        _write(temporary, settings.format, data, margins, chosen, rejected)
+        _write(temporary, settings, data, margins, chosen, rejected)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -374,26 +360,26 @@ def _rehearse(data: str | Path, pairs: int, settings: ScoreSettings, output_dir:
     path = output_dir / ".rehearsal.tmp"
     with storage_errors(output_dir):
         try:
-            _write(path, settings.format, data, zeros, zeros, zeros)
+            _write(path, settings, data, zeros, zeros, zeros)
         finally:
             path.unlink(missing_ok=True)
 
 
 def _write(
-    path: Path, form: str, data: str | Path, margins: NDArray[Any], chosen: NDArray[Any], rejected: NDArray[Any]
+    path: Path,
+    settings: ScoreSettings,
+    data: str | Path,
+    margins: NDArray[Any],
+    chosen: NDArray[Any],
+    rejected: NDArray[Any],
 ) -> None:
     """The rows with their scores; a row at a time, or a group of rows for Parquet."""
-    stream = PairStream(data)
-    read = list(stream)
-    assert stream.columns is not None
-    drop = {theirs for ours, theirs in stream.columns.read_as.items() if ours in _TEXTS} | {
-        *stream.columns.prompt.joined
-    }
+    stream = PairStream(data, settings.reading, every_column=True)
     at = stream.source.at
     rows = (
         (
             at(pair.number),
-            {k: v for k, v in raw.items() if k not in drop}
+            {k: v for k, v in raw.items() if k not in stream.texts}
             | pair.row()
             | {
                 "reward_margin": float(margins[i]),
@@ -401,9 +387,9 @@ def _write(
                 "rejected_score": float(rejected[i]),
             },
         )
-        for i, (pair, raw) in enumerate(_beside(data, read))
+        for i, (pair, raw) in enumerate(stream.with_rows())
     )
-    if form == "parquet":
+    if settings.format == "parquet":
         write_parquet(path, rows, 8 * PART)
     else:
         with path.open("wb") as file:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from madpo.core.config import Frozen, added
+from madpo.core.layout import Reading
 from madpo.core.options import Cli
 from madpo.models.hyperparameters import LoRA, Optimisation, Pooling, Truncation
 
@@ -23,7 +24,7 @@ class RewardOptimisation(Optimisation):
     """Pairs per optimiser step."""
 
 
-class RewardSettings(Frozen):
+class RewardSettings(Reading):
     """How a reward model is trained."""
 
     model: Annotated[str, Cli(also=("model_name_or_path",))]
@@ -55,7 +56,7 @@ class RewardSettings(Frozen):
     """Of split and training."""
 
 
-class ScoreSettings(Frozen):
+class ScoreSettings(Reading):
     """Where the scores come from: exactly one of ``reward_model``, ``score_columns``, ``probe`` and ``folds``."""
 
     reward_model: str | None = None
@@ -97,7 +98,7 @@ class ScoreSettings(Frozen):
         return self
 
 
-class EvaluateSettings(Frozen):
+class EvaluateSettings(Reading):
     """How policy and reference are compared."""
 
     reward_model: Annotated[str, Cli(also=("reward",))]
@@ -124,7 +125,7 @@ class EvaluateSettings(Frozen):
     """Sequences per forward pass for rewards and KL."""
 
 
-class TrimSettings(Frozen):
+class TrimSettings(Reading):
     """What of a vocabulary is kept, and on what it is measured."""
 
     size: int | None = Field(default=None, ge=1)

@@ -7,14 +7,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from madpo.core.config import Frozen, added
+from madpo.core.config import added
+from madpo.core.layout import Reading
 from madpo.core.options import Cli
 from madpo.losses import MADPO, Loss
 from madpo.models.hyperparameters import ADAPTER_LEARNING_RATE, FULL_LEARNING_RATE, LoRA, Truncation
 from madpo.operations.arguments import ARGUMENTS, checked_arguments
 
 
-class TrainSettings(Frozen):
+class TrainSettings(Reading):
     """How a policy is trained."""
 
     model: Annotated[str, Cli(also=("model_name_or_path",))]

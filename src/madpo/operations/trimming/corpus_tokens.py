@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from madpo.core.errors import DataError
+from madpo.core.layout import Layout
 from madpo.core.progress import bar
 from madpo.data.corpus import IMDB, PackagedIMDB, load_corpus
 from madpo.data.messages import contents
@@ -23,6 +24,8 @@ _CHARACTERS = 500_000  # few long texts fill a batch as well
 class Asked(Protocol):
     """What the settings say about held-out text."""
 
+    @property
+    def reading(self) -> Layout: ...
     @property
     def held_out_share(self) -> float: ...
     @property
@@ -73,14 +76,14 @@ def read_corpus(
     sample = _Sample(asked.eval_texts)
     apart: set[bytes] = set()
     if eval_data is not None:
-        for text in _rendered(str(eval_data), tokenizer):
+        for text in _rendered(str(eval_data), tokenizer, asked.reading):
             apart.add(sample.offer(text))
     # Ids may have holes, so the highest can be above the number of entries.
     counts = np.zeros(max(tokenizer.get_vocab().values()) + 1, dtype=np.int64)
     texts = 0
     with bar("Reading the corpus", None) as advance:
         for data in corpus:
-            for batch in _batches(_rendered(data, tokenizer)):
+            for batch in _batches(_rendered(data, tokenizer, asked.reading)):
                 counted = []
                 for text in batch:
                     key = _key(text)
@@ -115,13 +118,13 @@ def encoded(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
-def _rendered(data: str, tokenizer: Any) -> Iterator[str]:
+def _rendered(data: str, tokenizer: Any, columns: Layout) -> Iterator[str]:
     if data == "imdb" and not Path(data).exists():
         reviews = load_corpus(PackagedIMDB())
         yield from reviews.loc[reviews["source"] == IMDB, "text"]
         return
     clock = Clock()
-    for place, text in read_texts(data):
+    for place, text in read_texts(data, columns):
         if isinstance(text, str):
             yield text
         elif not tokenizer.chat_template:

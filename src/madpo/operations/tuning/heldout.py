@@ -103,7 +103,7 @@ def prepare(data: str | Path, settings: TuneSettings, folder: Path) -> Prepared:
     args = trainer_arguments(training, folder / "reference", evaluated=False)
     too_long, length, clock = TooLong(), args.max_length, started_clock(folder, settings.date)
     how: dict[str, Any] = {"max_length": length, "truncation": settings.truncation, "too_long": too_long}
-    how |= {"clock": clock, "model": settings.model, "strict": settings.strict}
+    how |= {"clock": clock, "model": settings.model, "strict": settings.strict, "columns": settings.reading}
     rows, _ = load_split(data, tokenizer, eval_data=None, eval_share=0.0, seed=0, **how)
     tell_date(clock)
     require_columns(rows, settings.loss, str(data))

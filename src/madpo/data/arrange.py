@@ -1,0 +1,484 @@
+"""A raw row in any layout -> rows with prompt, chosen and rejected, which :mod:`madpo.data.rows` reads."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from madpo.core.errors import DataError
+from madpo.core.layout import NUMBERS, Layout, value_at
+from madpo.data.layouts import plain_name
+from madpo.data.messages import ASSISTANT, is_blank, shared_prefix
+from madpo.data.numbers import as_number
+from madpo.data.raw import described
+
+Raw = Mapping[str, Any]
+_TEXTS = (
+    "response",
+    "completion",
+    "text",
+    "content",
+    "answer",
+    "output",
+    "message",
+    "messages",
+    "summary",
+    "generation",
+)
+_SYSTEM = ("custom_system_prompt", "system_prompt", "system")
+_SCORES = ("overall_score", "score", "rating", "fine-grained_score", "pm_score", "reward", "votes")
+_RANKS = ("rank", "ranking")
+_TIES = ("tie", "tied", "ties", "both", "bothbad", "bothgood", "neither", "equal", "same", "draw", "none", "no")
+
+
+class Completion(NamedTuple):
+    """One of several: what says that it is better, and the system prompt it was written under."""
+
+    value: float
+    text: Any
+    system: str = ""
+    scored: bool = False
+    """The value is a score, on the data set's own scale."""
+
+
+@dataclass
+class Arranged:
+    """A row as it is read: with ``prompt``, ``chosen`` and ``rejected``, and the columns that took no part.
+
+    Attributes:
+        strength: how strongly the chosen side is preferred, by the layout's own measure.
+        flags: kinds of findings, each with a detail.
+    """
+
+    row: dict[str, Any]
+    strength: float | None = None
+    flags: list[tuple[str, str]] = field(default_factory=list)
+
+
+class LeftOut(Exception):
+    """A row that holds no preference, by a kind of :data:`madpo.data.findings.KINDS`."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(kind)
+        self.kind = kind
+
+
+class Arranger:
+    """Rows of one layout."""
+
+    def __init__(self, layout: Layout, names: Sequence[str], *, from_text: bool = False) -> None:
+        """
+        Args:
+            names: the columns of the data set.
+            from_text: numbers come as text (CSV).
+        """
+        self.layout, self.from_text = layout, from_text
+        self.taken = set(layout.columns(names))
+        self.suffixes = _suffixes(layout.sides)
+
+    def pairs(self, raw: Raw, place: str) -> Iterator[Arranged]:
+        """The pairs of a row: one, or several of a tree.
+
+        Raises:
+            LeftOut: the row holds no preference.
+            DataError: with ``place``, the column, the value and the remedy.
+        """
+        layout = self.layout
+        if layout.replies:
+            yield from self._tree(raw, place)
+        elif layout.chosen and layout.rejected:
+            sides = [self.side(raw, name, place) for name in (layout.chosen, layout.rejected)]
+            yield self.pair(raw, Completion(1, sides[0]), Completion(0, sides[1]), place)
+        else:
+            found = self._sides(raw, place) if layout.sides else self._listed(raw, place)
+            yield self._best_and_worst(raw, found, place)
+
+    def pair(self, raw: Raw, best: Completion, worst: Completion, place: str) -> Arranged:
+        """A row with these two sides."""
+        row = self.rest(raw, place)
+        chosen, rejected = best.text, worst.text
+        if isinstance(row.get("prompt"), list) and _texts(row["prompt"]) and _texts(chosen) and _texts(rejected):
+            turns = row.pop("prompt")  # one text for each turn: the sides are conversations
+            chosen, rejected = (_interleaved(turns, side, place) for side in (chosen, rejected))
+        row["chosen"], row["rejected"] = _alike(chosen, rejected)
+        found = Arranged(row)
+        if best.system != worst.system:
+            found.flags.append(("system_prompts", ""))
+        elif best.system.strip() and is_blank(row.get("system")):
+            row["system"] = best.system
+        for name in NUMBERS:
+            if (column := getattr(self.layout, name)) and column != self.layout.strength_name():
+                row[name] = value_at(raw, column)
+        return found
+
+    def rest(self, raw: Raw, place: str) -> dict[str, Any]:
+        """The columns that make no completion, those of the prompt under their usual names."""
+        layout = self.layout
+        row = {name: value for name, value in raw.items() if name not in self.taken and name not in layout.ignore}
+        if layout.prompt and not layout.replies:
+            row["prompt"] = self._prompt(raw, place)
+        for verb in ("system", "history", "tools", "pair_id"):
+            if (name := getattr(layout, verb)) is not None:
+                row[verb] = value_at(raw, name)
+        if layout.decode and isinstance(row.get("prompt"), str):
+            row["prompt"] = _decoded(row["prompt"], "prompt", place)
+        return row
+
+    def _prompt(self, raw: Raw, place: str) -> Any:
+        found = [(name, value_at(raw, name)) for name in self.layout.prompt]
+        there = [(name, value) for name, value in found if value is not None and value != ""]
+        if not there:
+            return None
+        if len(there) == 1:
+            return there[0][1]
+        if not all(isinstance(value, str) for _, value in there):
+            names = " and ".join(name for name, _ in there)
+            raise DataError(f"{place}: {names} are not all text, so they cannot be joined; name one of them as prompt")
+        return "\n".join(value for _, value in there)
+
+    def side(self, raw: Raw, name: str, place: str) -> Any:
+        """A completion in a column.
+
+        Raises:
+            DataError: there is none.
+        """
+        value = value_at(raw, name)
+        if value is None:
+            if name not in raw and name.partition(".")[0] not in raw:
+                raise DataError(
+                    f"{place}: lacks the field {name!r}, which the first row has; fill it in or drop the row"
+                )
+            raise DataError(f"{place}: {name} is null; fill it in or drop the row")
+        return _decoded(value, name, place) if self.layout.decode and isinstance(value, str) else value
+
+    # What orders the completions
+
+    def number(self, value: Any, name: str, place: str) -> float:
+        """What orders a completion: a finite number, or true or false.
+
+        Raises:
+            DataError: it is none.
+        """
+        if isinstance(value, bool):
+            return float(value)
+        return as_number(value, name, place, from_text=self.from_text)
+
+    def _sides(self, raw: Raw, place: str) -> list[Completion]:
+        layout = self.layout
+        texts = [self.side(raw, name, place) for name in layout.sides]
+        if len(layout.label) == 1:
+            better = self._better(value_at(raw, layout.label[0]), place)
+            values = [float(i == better) for i in range(len(texts))]
+        else:
+            names, sign = (layout.rank, -1) if layout.rank else (layout.label or layout.score, 1)
+            if len(names) != len(texts):
+                raise DataError(
+                    f"{place}: {len(texts)} sides and {len(names)} columns that order them; name one for each side, or "
+                    "one label: --columns.label NAME"
+                )
+            numbers = [value_at(raw, name) for name in names]
+            if any(number is None for number in numbers):
+                raise LeftOut("no_winner")
+            values = [sign * self.number(n, name, place) for n, name in zip(numbers, names, strict=True)]
+        scored = not layout.label and not layout.rank
+        return [Completion(value, text, scored=scored) for value, text in zip(values, texts, strict=True)]
+
+    def _better(self, value: Any, place: str) -> int:
+        """The side that a label names.
+
+        Raises:
+            LeftOut: it names none.
+        """
+        layout, name = self.layout, self.layout.label[0]
+        if value is None or value == "":
+            raise LeftOut("no_winner")
+        if layout.positive:
+            preference = as_number(value, name, place, from_text=True)
+            if preference == 0:
+                raise LeftOut("tie")
+            return int((preference > 0) == (layout.positive == "second"))
+        said = _spelled(value)
+        if said in map(_spelled, layout.first):
+            return 0
+        if said in map(_spelled, layout.second):
+            return 1
+        tokens = re.findall(r"[a-z]+|\d+(?:\.\d+)?|[<>=]+", said)
+        if not tokens or "".join(tokens) in _TIES or tokens[0] in _TIES or any("=" in t for t in tokens):
+            raise LeftOut("tie")
+        if layout.first and not layout.second:
+            return 1
+        if len(tokens) == 3 and tokens[1][0] in "<>":
+            tokens = [tokens[0] if tokens[1][0] == ">" else tokens[2]]
+        for i, (side, suffix) in enumerate(zip(layout.sides, self.suffixes, strict=True)):
+            if tokens[-1] == suffix or said == _spelled(side):
+                return i
+        number = _float(tokens[-1])
+        if number is not None and self.suffixes == ("1", "2"):  # a mean of annotators, from 1 to 2
+            if number in (0, 1.5):
+                raise LeftOut("tie")
+            if 1 < number < 2:
+                return int(number > 1.5)
+        one, two = layout.sides[:2]
+        word = shlex.quote(str(value))
+        raise DataError(
+            f"{place}: {name} is {described(value)}, which names neither {one} nor {two}; say what it means: "
+            f"--columns.first {word} if it prefers {one}, or --columns.second {word} if it prefers {two}"
+        )
+
+    def _listed(self, raw: Raw, place: str) -> list[Completion]:
+        layout = self.layout
+        assert layout.completions is not None
+        name = layout.completions
+        value = _rows_of(self.side(raw, name, place), name, place)
+        if layout.order:
+            return [Completion(-i, text) for i, text in enumerate(value[:2])]
+        if layout.label:
+            return self._labelled(value, raw, name, place)
+        for names, sign in ((layout.score, 1), (layout.rank, -1)):
+            if names and (numbers := value_at(raw, names[0])) is not None:
+                return self._side_by_side(value, numbers, name, names[0], sign, place)
+        return [self._entry(entry, f"{name}[{i}]", place) for i, entry in enumerate(value)]
+
+    def _side_by_side(
+        self, value: Sequence[Any], numbers: Any, name: str, ordering: str, sign: int, place: str
+    ) -> list[Completion]:
+        if not isinstance(numbers, list | tuple):
+            raise DataError(f"{place}: {ordering} is {described(numbers)}, not a list; give a list")
+        if len(value) != len(numbers):
+            raise DataError(
+                f"{place}: {name} holds {len(value)} entries and {ordering} {len(numbers)}; give a score for each "
+                "response"
+            )
+        return [
+            Completion(
+                sign * self.number(n, f"{ordering}[{i}]", place),
+                self._text(text, f"{name}[{i}]", place),
+                scored=sign > 0,
+            )
+            for i, (text, n) in enumerate(zip(value, numbers, strict=True))
+            if n is not None
+        ]
+
+    def _labelled(self, value: Sequence[Any], raw: Raw, name: str, place: str) -> list[Completion]:
+        label = value_at(raw, self.layout.label[0])
+        if label is None:
+            raise LeftOut("no_winner")
+        index = as_number(label, self.layout.label[0], place, from_text=True)
+        if index not in range(len(value)):
+            raise DataError(
+                f"{place}: {self.layout.label[0]} is {described(label)}, but {name} has {len(value)} entries, counted "
+                "from 0; correct it or drop the row"
+            )
+        return [
+            Completion(float(i == index), self._text(entry, f"{name}[{i}]", place)) for i, entry in enumerate(value)
+        ]
+
+    def _text(self, entry: Any, name: str, place: str) -> Any:
+        """The text of an entry of a list: the entry, or what its key for texts holds."""
+        if not isinstance(entry, dict):
+            return entry
+        given = {key for key, found in entry.items() if found is not None}
+        if self.layout.text is not None:
+            return self.side(entry, self.layout.text, f"{place}: {name}")
+        text = next((key for key in _TEXTS if key in given), None)
+        return entry if text is None or "role" in given else entry[text]
+
+    def _entry(self, entry: Any, name: str, place: str) -> Completion:
+        layout = self.layout
+        # A table gives every object all keys, with null where it had none.
+        given = {key for key, found in entry.items() if found is not None} if isinstance(entry, dict) else set()
+        text = layout.text or next((key for key in _TEXTS if key in given), None)
+        value, scored = (None, False) if text is None else self._value(entry, name, place)
+        if text is None or value is None:
+            raise DataError(
+                f"{place}: {name} lacks response or overall_score; give both, add chosen and rejected, or name its "
+                "keys with --columns.text KEY --columns.score KEY"
+            )
+        system = next((entry[key] for key in _SYSTEM if isinstance(entry.get(key), str)), "")
+        return Completion(value, self.side(entry, text, f"{place}: {name}"), system, scored)
+
+    def _value(self, entry: Raw, name: str, place: str) -> tuple[float | None, bool]:
+        """What orders an entry, and whether it is a score: its score, its rank, or the mean rating of its aspects."""
+        layout = self.layout
+        for names, sign in ((layout.score or _SCORES, 1), (layout.rank or _RANKS, -1)):
+            if (names is _SCORES and layout.rank) or (names is _RANKS and layout.score):
+                continue
+            key = next((key for key in names if value_at(entry, key) is not None), None)
+            if key is not None:
+                return sign * self.number(value_at(entry, key), f"{name}.{key}", place), sign > 0
+        aspects = entry.get("annotations")
+        ratings = []
+        for aspect in aspects.values() if isinstance(aspects, dict) else ():
+            rating = aspect.get("Rating") if isinstance(aspect, dict) else None
+            if isinstance(rating, str) and rating.strip() in ("N/A", ""):  # an aspect that does not apply
+                continue
+            if rating is not None:
+                ratings.append(as_number(rating, f"{name}.annotations.Rating", place, from_text=True))
+        return (sum(ratings) / len(ratings) if ratings else None), True
+
+    def _best_and_worst(self, raw: Raw, found: Sequence[Completion], place: str) -> Arranged:
+        """The pair of the best and the worst; of equal ones the first counts."""
+        if len({completion.value for completion in found}) < 2:
+            raise LeftOut("tie" if self.layout.label else "unranked")
+        best, worst = max(found, key=lambda c: c.value), min(found, key=lambda c: c.value)
+        pair = self.pair(raw, best, worst, place)
+        self.measure(pair, raw, best, worst, place)
+        return pair
+
+    def measure(self, pair: Arranged, raw: Raw, best: Completion, worst: Completion, place: str) -> None:
+        """Add the strength of a preference and, where they order the sides, the scores of both."""
+        layout = self.layout
+        if layout.strength is not None:
+            strength = value_at(raw, layout.strength)
+            pair.strength = None if strength is None else abs(self.number(strength, layout.strength, place))
+        elif layout.label and len(layout.score) == len(layout.sides) == 2:
+            scores = [value_at(raw, name) for name in layout.score]
+            if None not in scores:
+                one, two = (self.number(s, name, place) for s, name in zip(scores, layout.score, strict=True))
+                pair.strength = abs(one - two)
+        elif not layout.label and not layout.order:
+            pair.strength = best.value - worst.value
+            if best.scored:
+                pair.row |= {"chosen_score": best.value, "rejected_score": worst.value}
+        self._take_margin(pair)
+
+    def _take_margin(self, pair: Arranged) -> None:
+        layout = self.layout
+        if layout.reward_margin is not None and layout.reward_margin == layout.strength_name():
+            pair.row["reward_margin"] = pair.strength
+
+    # Trees
+
+    def _tree(self, raw: Raw, place: str) -> Iterator[Arranged]:
+        layout = self.layout
+        assert layout.replies is not None
+        root = value_at(raw, layout.prompt[0])
+        if not isinstance(root, Mapping):
+            raise DataError(f"{place}: {layout.prompt[0]} is {described(root)}, not a tree of messages")
+        rest, found = self.rest(raw, place), 0
+        left: list[tuple[Raw, list[Any]]] = [(root, [])]
+        while left:
+            message, before = left.pop()
+            path = [*before, {"role": message.get("role"), "content": self._text_of(message, place)}]
+            replies = [reply for reply in message.get(layout.replies) or [] if isinstance(reply, Mapping)]
+            left += [(reply, path) for reply in reversed(replies)]
+            key = layout.rank[0]
+            ranked = [
+                Completion(-self.number(reply[key], key, place), self._text_of(reply, place))
+                for reply in replies
+                if reply.get(key) is not None and reply.get("role") in ASSISTANT and not reply.get("deleted")
+            ]
+            if len({completion.value for completion in ranked}) > 1:
+                best, worst = max(ranked, key=lambda c: c.value), min(ranked, key=lambda c: c.value)
+                sides = ([{"role": "assistant", "content": side.text}] for side in (best, worst))
+                row = rest | dict(zip(("prompt", "chosen", "rejected"), (path, *sides), strict=True))
+                pair = Arranged(row, strength=best.value - worst.value)
+                self._take_margin(pair)
+                yield pair
+                found += 1
+        if not found:
+            raise LeftOut("unranked")
+
+    def _text_of(self, message: Raw, place: str) -> str:
+        text = next((message[key] for key in ("text", "content", "value") if message.get(key) is not None), None)
+        if not isinstance(text, str):
+            raise DataError(
+                f"{place}: a message of the tree has {described(text)} for text; fill it in or drop the row"
+            )
+        return text
+
+
+def _suffixes(sides: Sequence[str]) -> tuple[str, ...]:
+    """What is different in the names of the sides, in lower case: "1" and "2", "a" and "b"."""
+    if len(sides) < 2:
+        return ()
+    words = [plain_name(side).split("_") for side in sides]
+    for end in (0, -1):
+        while all(len(word) > 1 for word in words) and len({word[end] for word in words}) == 1:
+            words = [word[1:] if end == 0 else word[:-1] for word in words]
+    rests = ["_".join(word) for word in words]
+    begin = shared_prefix(min(rests), max(rests))
+    return tuple(rest[begin:] for rest in rests)
+
+
+def _spelled(value: Any) -> str:
+    """A label's value in lower case; a whole number without its fraction."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    said = str(value).strip().lower()
+    return said.removesuffix(".0") if re.fullmatch(r"-?\d+\.0", said) else said
+
+
+def _float(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _rows_of(value: Any, name: str, place: str) -> Sequence[Any]:
+    """The entries of a list, or of an object of lists, as some writers turn a list of objects around."""
+    if isinstance(value, dict):
+        lengths = {len(entry) for entry in value.values() if isinstance(entry, list | tuple)}
+        if len(lengths) != 1 or not all(isinstance(entry, list | tuple) for entry in value.values()):
+            raise DataError(f"{place}: {name} is {described(value)}, not a list of responses; give a list")
+        return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
+    if not isinstance(value, list | tuple):
+        raise DataError(f"{place}: {name} is {described(value)}, not a list; give a list of completions")
+    return value
+
+
+def _decoded(text: str, name: str, place: str) -> Any:
+    if not text.lstrip().startswith(("[", "{")):
+        return text
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{place}: {name} is {described(text)}, which is not valid JSON ({error}); correct it"
+        ) from None
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(t, str | None) for t in value)
+
+
+def _interleaved(turns: Sequence[Any], answers: Sequence[Any], place: str) -> list[dict[str, Any]]:
+    if len(turns) != len(answers):
+        raise DataError(f"{place}: there are {len(turns)} prompts and {len(answers)} answers; give one for each turn")
+    if any(text is None for text in (*turns, *answers)):
+        raise LeftOut("no_completion")
+    pairs = zip(turns, answers, strict=True)
+    return [
+        {"role": role, "content": text}
+        for pair in pairs
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+
+
+def _alike(chosen: Any, rejected: Any) -> tuple[Any, Any]:
+    """Both sides as conversations of one length, where one is a whole conversation and the other its last answer."""
+    if _is_whole(chosen):
+        return chosen, _with_last(chosen, rejected)
+    return (_with_last(rejected, chosen), rejected) if _is_whole(rejected) else (chosen, rejected)
+
+
+def _is_whole(side: Any) -> bool:
+    return isinstance(side, list) and len(side) > 1 and isinstance(side[0], dict) and _role(side[0]) not in ASSISTANT
+
+
+def _role(message: Mapping[str, Any]) -> Any:
+    return message.get("role", message.get("from"))
+
+
+def _with_last(whole: list[Any], last: Any) -> Any:
+    if isinstance(last, str):
+        return [*whole[:-1], {"role": "assistant", "content": last}]
+    if isinstance(last, dict):
+        last = [last]
+    alone = isinstance(last, list) and len(last) == 1 and isinstance(last[0], dict) and _role(last[0]) in ASSISTANT
+    return [*whole[:-1], *last] if alone else last

@@ -1,0 +1,257 @@
+"""Which layout a data set has, by the names of its columns; and what to say where none or two fit."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+
+from madpo.core.config import Frozen
+from madpo.core.errors import DataError
+from madpo.core.layout import Layout, Packaged, each, layout_table, packaged_layouts
+from madpo.core.suggestions import did_you_mean
+from madpo.data.prompts import QUESTIONS
+
+LISTED = 60  # columns that a refusal names
+USUAL = tuple(name for names in QUESTIONS for name in names[:1])
+
+
+_WORD = re.compile(r"\{(\w+)\}")
+_VERBS: tuple[str, ...] = ("prompt", "system", "history", "chosen", "rejected", "sides", "completions", "completion")
+_VERBS += ("label", "score", "rank", "strength", "requires")
+
+
+def plain_name(name: str) -> str:
+    """A name in lower case, its words joined by underscores."""
+    return re.sub(r"[^a-z0-9]+", "_", re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()).strip("_")
+
+
+class _Columns:
+    """The names of a data set, found by their plain form."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+        self.plain: dict[str, str] = {}
+        for name in names:
+            self.plain.setdefault(plain_name(name), name)
+        self.exact = set(names)
+
+    def find(self, name: str) -> str | None:
+        """The column that a name of the table leads into, with the rest of the way."""
+        column, dot, rest = name.partition(".")
+        found = column if column in self.exact else self.plain.get(plain_name(column))
+        return None if found is None else found + dot + rest
+
+    def usual_prompt(self) -> tuple[str, ...] | None:
+        """The columns of the prompt where their names are spelled otherwise; None where they are not."""
+        for names in QUESTIONS:
+            if names[0] in self.exact:
+                return None
+            if names[0] in self.plain:
+                return tuple(self.plain[name] for name in names if name in self.plain)
+        return None
+
+    def with_prompt(self, layout: Layout) -> Layout:
+        """A layout that also says where the prompt is, if that is not found by its name."""
+        taken = layout.columns(self.exact)
+        prompt = tuple(name for name in self.usual_prompt() or () if name not in taken)
+        return layout if layout.prompt or not prompt else Layout.model_validate(layout.given | {"prompt": prompt})
+
+    def filled(self, entry: Packaged) -> Iterator[tuple[Layout, tuple[str, ...]]]:
+        """An entry with every choice of its words that fits, and the labels that would fit too."""
+        verbs = {verb: each(getattr(entry, verb)) for verb in _VERBS}
+        prompts = verbs.pop("prompt")
+        if prompts and not any(self.find(name) for name in prompts):  # one of several is enough
+            return
+        needed = [name for verb, names in verbs.items() if not entry.keeps_inside(verb) for name in names]
+        words = dict.fromkeys(word for name in needed for word in _WORD.findall(name))
+        fitting = {
+            word: [
+                choice
+                for choice in layout_table()["words"][word]
+                if all(self.find(name.replace(f"{{{word}}}", choice)) for name in needed if f"{{{word}}}" in name)
+            ]
+            for word in words
+        }
+        if not all(fitting.values()) or not all(self.find(name) for name in needed if not _WORD.search(name)):
+            return
+        others = tuple(str(self.find(choice)) for choice in fitting.get("label", [])[1:])
+        orders = ("label", "score", "good", "scores", "ranks")
+        for chosen in product(*(found[:1] if word in orders else found for word, found in fitting.items())):
+            names = dict(zip(words, chosen, strict=True))
+            filled = {
+                verb: [self.find(_put(name, names)) or _put(name, names) for name in found]
+                for verb, found in (verbs | {"prompt": prompts}).items()
+                if found
+            }
+            single = {verb: filled[verb][0] for verb in filled if not isinstance(getattr(entry, verb), tuple)}
+            yield (
+                Layout.model_validate(
+                    {v: g for v, g in (entry.given | filled | single).items() if v not in ("of", "requires")}
+                ),
+                others,
+            )
+
+
+def _put(name: str, words: Mapping[str, str]) -> str:
+    return _WORD.sub(lambda match: words[match[1]], name)
+
+
+class Recognised(Frozen):
+    """The layout of a data set, and columns that could have ordered the completions as well."""
+
+    layout: Layout
+    other_labels: tuple[str, ...] = ()
+
+
+def recognise(names: Sequence[str], place: str, given: Layout) -> Recognised | None:
+    """The layout of a data set by its columns; None where it has ``chosen`` and ``rejected`` and nothing is given.
+
+    Args:
+        names: its columns.
+        place: of the data, for messages.
+        given: what the user says of it.
+
+    Raises:
+        DataError: no layout fits, or two do; with all columns and the option that decides.
+    """
+    if given.name and not given.has_completions:
+        entry = next(entry for entry in packaged_layouts() if entry.name == given.name)
+        found = next(_Columns(names).filled(entry), None)
+        if found is None:
+            raise DataError(
+                f"{place}: the layout {given.name!r} does not fit the columns {listed(names)}; leave --layout out, or "
+                "give the columns: --columns.chosen NAME --columns.rejected NAME"
+            )
+        return Recognised(layout=_Columns(names).with_prompt(_joined(found[0], given)), other_labels=found[1])
+    if given.has_completions:
+        return Recognised(layout=_Columns(names).with_prompt(_ordered(given, names, place)))
+    columns = _Columns(names)
+    if {"chosen", "rejected"} <= columns.exact and not given.given and columns.usual_prompt() is None:
+        return None
+    if {"chosen", "rejected"} <= columns.plain.keys():
+        plain = Layout(chosen=columns.find("chosen"), rejected=columns.find("rejected"))
+        return Recognised(layout=columns.with_prompt(_joined(plain, given)))
+    fitting = [found for entry in packaged_layouts() for found in columns.filled(entry)]
+    if not fitting:
+        raise DataError(_nothing_fits(columns, place, given))
+    first = fitting[0][0]
+    for other, _ in fitting[1:]:
+        if _completions(other) != _completions(first) and not _inside(other, first):
+            one, two = (_as_options(layout) for layout in (first, other))
+            raise DataError(f"{place}: two layouts fit the columns {listed(names)}; say which: {one}, or {two}")
+    return Recognised(layout=columns.with_prompt(_joined(first, given)), other_labels=fitting[0][1])
+
+
+def _joined(found: Layout, given: Layout) -> Layout:
+    taken = given.given
+    if "label" in taken:  # another label has its own values
+        found = found.model_copy(update={"first": (), "second": (), "positive": None, "strength": None, "score": ()})
+    return Layout.model_validate(found.given | taken)
+
+
+def _completions(layout: Layout) -> tuple[str, ...]:
+    sides = (layout.chosen, layout.rejected, layout.completions, layout.completion, layout.replies)
+    return (*layout.sides, *(side for side in sides if side))
+
+
+def _inside(other: Layout, first: Layout) -> bool:
+    """Whether the first of two layouts says more: it has more sides, or a column for each."""
+    if first.sides and other.sides:
+        return {*other.sides} <= {*first.sides}
+    return bool(first.chosen or first.sides) and bool(other.completion or other.completions)
+
+
+def _ordered(given: Layout, names: Sequence[str], place: str) -> Layout:
+    """What a user gives, with its columns there, and something that orders them."""
+    for column, verb in given.columns(names).items():
+        if column not in names:
+            near = did_you_mean(column, names)
+            raise DataError(
+                f"{place}: has no column {column!r}, which columns.{verb} names (found {listed(names)}){near}"
+            )
+    if given.chosen or given.label or given.score or given.rank or given.order:
+        return given
+    words = layout_table()["words"]
+    columns = _Columns(names)
+    if given.completions or given.replies:
+        for verb, kind in (("score", "scores"), ("rank", "ranks")):
+            if given.completions and (found := next((c for w in words[kind] if (c := columns.find(w))), None)):
+                return given.model_copy(update={verb: (found,)})
+        return given
+    label = next(
+        (found for word in words["good" if given.completion else "label"] if (found := columns.find(word))), None
+    )
+    if label is not None:
+        return given.model_copy(update={"label": (label,)})
+    says = "columns.sides" if given.sides else "columns.completion"
+    left = [name for name in names if name not in given.columns(names)]
+    raise DataError(
+        f"{place}: {says} is given and nothing that says which is better (found {listed(names)}); add "
+        f"--columns.label {shlex.quote(left[-1]) if left else 'NAME'}"
+    )
+
+
+def listed(names: Sequence[str]) -> str:
+    """All columns, for a sentence; of very many the first."""
+    shown = ", ".join(repr(name if len(name) <= 80 else f"{name[:79]}…") for name in names[:LISTED])
+    return f"{shown} and {len(names) - LISTED} more" if len(names) > LISTED else shown or "none"
+
+
+def _as_options(layout: Layout) -> str:
+    words = []
+    for verb in ("chosen", "rejected", "sides", "completions", "completion", "label", "score", "rank", "order"):
+        if value := each(getattr(layout, verb)):
+            words.append(f"--columns.{verb} {shlex.quote(','.join(value))}")
+    return " ".join(words)
+
+
+def _nothing_fits(columns: _Columns, place: str, given: Layout) -> str:
+    """The sentence of a data set without a pair: its columns, and the options that would make one of them."""
+    missing = "rejected" if "chosen" in columns.exact else "chosen"
+    found = f"{place}: has no column {missing!r} (found {listed(columns.names)})"
+    proposal = _proposal(columns, given)
+    return f"{found}; {proposal}"
+
+
+def _proposal(columns: _Columns, given: Layout) -> str:
+    """The options that would make a pair of the columns, as far as their names say."""
+    words = {kind: set(found) for kind, found in layout_table()["words"].items()}
+    tokens = {name: {*plain_name(name).split("_")} for name in columns.names[:1000]}
+    better = [name for name, said in tokens.items() if said & words["better"] and not said & words["worse"]]
+    worse = [name for name, said in tokens.items() if said & words["worse"]]
+    near = [difflib.get_close_matches(side, list(tokens), n=1, cutoff=0.6) for side in ("chosen", "rejected")]
+    left = [name for name, said in tokens.items() if not said & words["about"]]
+    asks = [name for name in left if tokens[name] & words["asks"]]
+    others = [name for name in left if name not in asks]
+    alike = next(((one, two) for i, one in enumerate(others) for two in others[i + 1 :] if _alike(one, two)), None)
+    label = ""
+    if near[0] and near[1] and near[0] != near[1]:
+        sides = (near[0][0], near[1][0])
+    elif better and worse:
+        sides = (better[0], worse[0])
+    elif alike:
+        sides = alike
+        label = next((name for name in others if name not in sides), "")
+    elif len(others) >= (2 if asks or given.prompt else 3):
+        sides = (others[-2], others[-1]) if asks or given.prompt else (others[1], others[2])
+    else:
+        return (
+            "a pair needs two completions: name their columns with --columns.chosen NAME --columns.rejected NAME, a "
+            "list of them with --columns.completions NAME, or one for each row with --columns.completion NAME and "
+            "--columns.label NAME"
+        )
+    prompt = next((name for name in (*asks, *others) if name not in (*sides, label)), None)
+    usual = prompt is None or given.prompt or not columns.exact.isdisjoint(USUAL)
+    start = "" if usual else f"--columns.prompt {shlex.quote(str(prompt))} "
+    said = f"name the columns: {start}{_as_options(Layout(chosen=sides[0], rejected=sides[1]))}"
+    if label:
+        return f"{said}, or {start}{_as_options(Layout(sides=sides, label=(label,)))}"
+    return f"{said} if the first is always the better one" if sides == alike else said
+
+
+def _alike(one: str, other: str) -> bool:
+    """Whether two names differ in their last letter only, as those of two sides do."""
+    return len(one) == len(other) > 1 and one[:-1] == other[:-1] and one[-1].isalnum() and other[-1].isalnum()

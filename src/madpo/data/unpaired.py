@@ -1,0 +1,136 @@
+"""Rows with one completion each -> pairs of the rows of one prompt, wherever they are in the file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from typing import Any
+
+from madpo.core.errors import DataError
+from madpo.core.layout import value_at
+from madpo.data.arrange import Arranged, Arranger, Completion, LeftOut
+from madpo.data.messages import ASSISTANT
+from madpo.data.prompts import PromptColumns
+from madpo.data.raw import Source, described
+
+GOOD = (
+    "true",
+    "1",
+    "1.0",
+    "yes",
+    "good",
+    "desirable",
+    "chosen",
+    "thumbs_up",
+    "up",
+    "safe",
+    "positive",
+    "like",
+    "liked",
+)
+BAD = ("false", "0", "0.0", "-1", "no", "bad", "undesirable", "rejected", "thumbs_down", "down", "unsafe", "negative")
+
+
+def paired_rows(
+    opened: Callable[[], Source], arranger: Arranger
+) -> Iterator[tuple[int, int, Arranged | LeftOut | DataError]]:
+    """(number, index of the row, a pair, or why there is none), in the order in which pairs become whole.
+
+    The data are read twice: 16 bytes and a number for each row say which rows make a pair, so that only rows whose
+    partner is yet to come are in memory. Of scored rows the best and the worst of a prompt make its pair; of labelled
+    ones the first good and the first bad, the second and the second, and so on.
+
+    Args:
+        opened: opens the data anew.
+    """
+    values: dict[bytes, list[tuple[float, int]]] = {}
+    for index, _, _, found in _each(opened(), arranger):
+        if not isinstance(found, DataError):
+            values.setdefault(found[0], []).append((found[1], index))
+    partner: dict[int, int] = {}
+    for rows in values.values():
+        if arranger.layout.label:
+            good, bad = ([index for value, index in rows if value == side] for side in (1.0, 0.0))
+            partner.update(zip(good, bad, strict=False))
+        elif len({value for value, _ in rows}) > 1:
+            partner[max(rows, key=lambda row: row[0])[1]] = min(rows, key=lambda row: row[0])[1]
+    values.clear()
+    partner |= {second: first for first, second in partner.items()}
+    waiting: dict[int, tuple[Mapping[str, Any], Completion, str]] = {}
+    for index, number, raw, found in _each(opened(), arranger):
+        if isinstance(found, DataError):
+            yield number, index, found
+        elif index not in partner:
+            yield number, index, LeftOut("unpaired")
+        elif partner[index] not in waiting:
+            waiting[index] = (raw, _completion(arranger, raw, found[1], found[2]), found[2])
+        else:
+            place = found[2]
+            one = waiting.pop(partner[index])
+            two = (raw, _completion(arranger, raw, found[1], place), place)
+            (row, best, _), (_, worst, _) = (one, two) if one[1].value > two[1].value else (two, one)
+            try:
+                pair = arranger.pair(row, best, worst, place)
+                arranger.measure(pair, row, best, worst, place)
+            except DataError as mistake:
+                yield number, index, mistake
+            else:
+                yield number, index, pair
+
+
+def _each(
+    source: Source, arranger: Arranger
+) -> Iterator[tuple[int, int, Mapping[str, Any], DataError | tuple[bytes, float, str]]]:
+    """(index, number, row, what is wrong with it or the key of its prompt, what orders it, and its place)."""
+    with closing(source.rows):
+        for index, (number, raw) in enumerate(source.rows):
+            if isinstance(raw, DataError):
+                yield index, number, {}, raw
+                continue
+            place = source.at(number)
+            try:
+                yield index, number, raw, (_key(arranger, raw, place), _value(arranger, raw, place), place)
+            except DataError as mistake:
+                yield index, number, raw, mistake
+
+
+def _key(arranger: Arranger, raw: Mapping[str, Any], place: str) -> bytes:
+    """A hash of everything that makes the prompt."""
+    row = arranger.rest(raw, place)
+    said = [row.get(name) for name in PromptColumns.found_in(row).joined]
+    completion = value_at(raw, str(arranger.layout.completion))
+    if isinstance(completion, list) and len(completion) > 1:
+        said.append(completion[:-1])
+    return hashlib.blake2b(json.dumps(said, sort_keys=True, default=str).encode(), digest_size=16).digest()
+
+
+def _value(arranger: Arranger, raw: Mapping[str, Any], place: str) -> float:
+    layout = arranger.layout
+    if not layout.label:
+        name = (layout.score or layout.rank)[0]
+        value = value_at(raw, name)
+        if value is None:
+            raise DataError(f"{place}: {name} is null; fill it in or drop the row")
+        return arranger.number(value, name, place) * (-1 if layout.rank else 1)
+    value = value_at(raw, layout.label[0])
+    said = str(value).strip().lower()
+    if said in map(str.lower, layout.first) or (not layout.first and said in GOOD):
+        return 1.0
+    if said in map(str.lower, layout.second) or (not layout.second and said in BAD) or (layout.first and said):
+        return 0.0
+    raise DataError(
+        f"{place}: {layout.label[0]} is {described(value)}, which says neither good nor bad; correct it, or say which "
+        f"value is good: --columns.first VALUE"
+    )
+
+
+def _completion(arranger: Arranger, raw: Mapping[str, Any], value: float, place: str) -> Completion:
+    name = str(arranger.layout.completion)
+    text = arranger.side(raw, name, place)
+    if isinstance(text, list) and text and isinstance(text[-1], dict):
+        last = text[-1].get("role", text[-1].get("from"))
+        if last not in ASSISTANT:
+            raise DataError(f"{place}: {name} ends with {described(last)}, not with the assistant; correct the row")
+    return Completion(value, text, scored=not arranger.layout.label and not arranger.layout.rank)
