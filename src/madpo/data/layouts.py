@@ -87,12 +87,8 @@ class _Columns:
                 if found
             }
             single = {verb: filled[verb][0] for verb in filled if not isinstance(getattr(entry, verb), tuple)}
-            yield (
-                Layout.model_validate(
-                    {v: g for v, g in (entry.given | filled | single).items() if v not in ("of", "requires")}
-                ),
-                others,
-            )
+            said = entry.given | filled | single
+            yield Layout.model_validate({verb: said[verb] for verb in said.keys() & Layout.model_fields}), others
 
 
 def _put(name: str, words: Mapping[str, str]) -> str:
