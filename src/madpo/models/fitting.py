@@ -117,6 +117,8 @@ def refuse_uncomputable(place: Path | str, model: nn.Module) -> None:
     if any(p.is_meta or hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in model.parameters()):
         return  # not all of its weights are in this process
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if getattr(inner, "is_quantized", False):  # its kernels may need the accelerator that it moves to later
+        return
     with loading(place), evaluating(model):
         inner = text_model(inner)
         rows, device = inner.get_input_embeddings().weight.shape[0], next(inner.parameters()).device
