@@ -28,6 +28,7 @@ from madpo.operations.running import digest, load_report, run_in_folder
 from madpo.operations.settings import EvaluateSettings
 from madpo.operations.study_evaluation import distinct
 from madpo.report.command_pages import write_samples_page
+from madpo.report.numbers import against, short
 from madpo.report.pages import cell
 from madpo.runner.operation import operation
 
@@ -139,7 +140,10 @@ def evaluate_responses(settings: EvaluateSettings, inputs: Mapping[str, Path], o
     write_samples_page(
         out / "samples.html",
         title=f"{Path(report.policy).name} against {Path(report.reference).name}",
-        says=report.text().splitlines()[:2],
+        says=[
+            f"The policy's response has the higher reward for {short(report.win_rate, 'share')} of {report.prompts} "
+            f"prompts: {against(report.win_rate, 0.5, 'one half')}."
+        ],
         tiles={
             "win rate": cell(report.win_rate, "share"),
             "reward difference": cell(report.reward_difference, "signed"),

@@ -18,6 +18,7 @@ from madpo.core import processes
 from madpo.core.errors import ConfigError
 from madpo.core.metrics import Metrics
 from madpo.core.reports import Report
+from madpo.core.statistics import proportion
 from madpo.core.storage import write_atomically
 from madpo.data.templates import Clock
 from madpo.models.adapters import adapter_text
@@ -34,6 +35,7 @@ from madpo.operations.running import digest, load_report, run_in_folder, toml
 from madpo.operations.trackers import refuse_missing_trackers
 from madpo.operations.train_settings import TrainSettings
 from madpo.report.command_pages import REFRESH, write_training_page
+from madpo.report.numbers import against, short
 from madpo.rewards.probe import ProbeReport
 from madpo.runner.first_start import since_first_start
 from madpo.runner.operation import operation
@@ -188,11 +190,14 @@ def _title(settings: TrainSettings) -> str:
 
 
 def _write_page(out: Path, settings: TrainSettings, report: TrainReport, config: str) -> None:
-    says = [report.adapter] if report.adapter else ["All weights were trained."]
-    if not report.eval_pairs:
-        says.append(
-            "No pairs were held out, so nothing here says what the policy does with pairs that it has not seen."
-        )
+    says = ["No pairs were held out, so nothing here says what the policy does with pairs that it has not seen."]
+    if (share := report.evaluation.get("eval_rewards/accuracies")) is not None:
+        right = proportion(round(share * report.eval_pairs), report.eval_pairs)
+        said = f"It orders {short(right, 'share')} of {report.eval_pairs} held-out pairs as labelled"
+        says = [f"{said}: {against(right, 0.5, 'chance')}."]
+    elif report.evaluation:
+        says = [f"It was measured on {report.eval_pairs} held-out pairs."]
+    says.append(f"{report.adapter or 'All weights were trained'}.")
     write_training_page(
         out / PAGE,
         title=_title(settings),

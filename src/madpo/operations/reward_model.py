@@ -36,6 +36,7 @@ from madpo.operations.running import digest, load_report, run_in_folder, toml
 from madpo.operations.settings import RewardSettings
 from madpo.operations.trackers import reporting_to
 from madpo.report.command_pages import REFRESH, write_reward_page, write_training_page
+from madpo.report.numbers import against, short
 from madpo.rewards.margins import MarginReport, Reliability, inspect
 from madpo.rewards.reward_model import PROBE, RewardModel, reward_base
 from madpo.runner.operation import operation
@@ -186,7 +187,11 @@ def reward_pairs(settings: RewardSettings, inputs: Mapping[str, Path], out: Path
     write_reward_page(
         out / "report.html",
         model=settings.model,
-        says=report.text().splitlines()[:4],
+        says=[
+            f"It orders {short(report.accuracy, 'share')} of {report.heldout_pairs} held-out pairs as labelled: "
+            f"{against(report.accuracy, 0.5, 'chance')}.",
+            f"The temperature was {report.temperature_reason}.",
+        ],
         tiles={
             "accuracy": report.accuracy,
             "log loss": report.log_loss_interval,

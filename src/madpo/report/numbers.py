@@ -51,3 +51,9 @@ def count(n: int, noun: str) -> str:
     """ "two settings"."""
     words = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
     return f"{words[n] if n < len(words) else n} {noun}{'' if n == 1 else 's'}"
+
+
+def against(value: Estimate, level: float, name: str) -> str:
+    """ "above chance", "below chance", or "not separated from chance", by the whole interval."""
+    side = "above" if value.low > level else "below" if value.high < level else "not separated from"
+    return f"{side} {name}"
