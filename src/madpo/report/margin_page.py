@@ -10,6 +10,7 @@ import numpy as np
 from madpo.data.margins import Margins
 from madpo.report.charts import Chart
 from madpo.report.drawing import draw
+from madpo.report.numbers import DASH
 from madpo.report.pages import Cell, Table, cell, render, shown_margins, write_page
 from madpo.report.study_charts import calibration_panel
 from madpo.report.weight_figure import weight_figure
@@ -37,9 +38,12 @@ def margin_page(name: str, report: MarginReport, margins: Margins) -> str:
         "pairs": [{"id": margins.pair_ids[i], "h": float(h[i]), **text} for i, text in sorted(margins.texts.items())],
         "of": len(h),
     }
+    found = f"{report.tau:.3g}", f"{report.c_max:g}"
+    if report.contradicted.high >= 0.5:  # margins of a coin recommend nothing
+        found = DASH, DASH
     tiles = {
-        "recommended τ": cell(f"{report.tau:.3g}"),
-        "recommended c_max": cell(f"{report.c_max:g}"),
+        "recommended τ": cell(found[0]),
+        "recommended c_max": cell(found[1]),
         "margin_temperature": cell(f"{report.margin_temperature:.3g}"),
         "labels contradicted": cell(report.contradicted, "share"),
         "log loss": Cell(f"{report.calibrated_log_loss:.3f}", ("chance: 0.693",)),
