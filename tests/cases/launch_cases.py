@@ -135,6 +135,12 @@ def score(out: Path, name: str) -> int:
     return main(["score", str(out / "pairs.jsonl"), *place])
 
 
+def probed(folder: Path, out: Path) -> int:
+    """``madpo score --probe`` of the same pairs."""
+    scoring.PART = PART
+    return main(["score", str(out / "pairs.jsonl"), "--probe", str(folder), "--output_dir", str(out / "probed")])
+
+
 def weights(trainer):
     model = trainer.accelerator.unwrap_model(trainer.model)
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
@@ -169,7 +175,7 @@ def launched(folder: Path, out: Path) -> None:
         "trajectories": trajectories(folder, out, processes.world_size(), CLASSES),
     }
     (out / f"{processes.rank()}.json").write_text(json.dumps(found))
-    assert score(out, "scored") == score(out, "continued") == score(out, "scored") == 0
+    assert score(out, "scored") == score(out, "continued") == score(out, "scored") == probed(folder, out) == 0
     if processes.rank() == 1:
         load = scoring.load_scorer
 

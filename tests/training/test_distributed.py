@@ -69,7 +69,7 @@ def one(root, llama):
         patch.chdir(root / "one")
         found = {"columns": launch_cases.columns(llama, Path())}
         found["trajectories"] = launch_cases.trajectories(llama, Path(), 1, launch_cases.CLASSES)
-        assert launch_cases.score(Path(), "scored") == 0
+        assert launch_cases.score(Path(), "scored") == launch_cases.probed(llama, Path()) == 0
     return found
 
 
@@ -149,8 +149,9 @@ def test_reference_columns_have_the_bytes_of_one_process(root, one, two):
 
 
 def test_scores_have_the_bytes_of_one_process(root, one, driven):
-    for name in ("scored.jsonl", "report.json"):
-        assert (root / "one" / "scored" / name).read_bytes() == (root / "two" / "scored" / name).read_bytes(), name
+    for folder in ("scored", "probed"):
+        for name in ("scored.jsonl", "report.json"):
+            assert (root / "one" / folder / name).read_bytes() == (root / "two" / folder / name).read_bytes(), name
     left = sorted(path.name for path in (root / "two" / "scored").iterdir())
     assert left == ["record.json", "report.json", "scored.jsonl"]
     assert driven.stdout.count("pairs scored") == 3, "scored, continued, and the report of what is complete"

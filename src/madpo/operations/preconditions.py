@@ -67,7 +67,7 @@ def require_columns(rows: Sequence[Mapping[str, Any]], loss: LossConfig, name: s
     for column in sorted(set(loss.needs) & set(NUMBERS)):
         if column in rows[0] or (column == "reward_margin" and probed):
             continue
-        remedy = f"add it: madpo score {name} --reward_model DIR --output_dir DIR"
+        remedy = f"add it: madpo score {name} --probe MODEL --output_dir DIR"
         if column == "reward_margin" and "chosen_score" in rows[0]:
             remedy += ", or with the scores that are there: --score_columns chosen_score rejected_score"
         elif column == "weight":

@@ -156,7 +156,7 @@ def check_columns(dataset: Any, name: str, needs: Iterable[str], *, probed: bool
                 )
             raise DataError(
                 f"{part} has no column {column!r}, which the loss reads; "
-                + ("add it with `madpo score`" if column == MARGIN else "add it to the data")
+                + ("add it with `madpo score --probe MODEL`" if column == MARGIN else "add it to the data")
                 + f" (columns found: {', '.join(columns)})"
             )
         refuse_images(columns, part)
