@@ -62,8 +62,9 @@ class LiveReport:
             tiers = json.loads((self.root / "results.json").read_bytes())["tiers"]
         except (OSError, ValueError, KeyError):
             return None
-        methods = tiers.get(str(record.config.get("tier")), {}).get("methods", [])
-        found: Any = next((row["difference"] for row in methods if row["name"] == record.config.get("method")), None)
+        _, tier, key, *_ = [*record.name.split("/"), ""]
+        methods = tiers.get(tier, {}).get("methods", [])
+        found: Any = next((row["difference"] for row in methods if row["key"] == key), None)
         return Estimate(**found) if isinstance(found, dict) else None
 
 
@@ -71,8 +72,8 @@ def _row(record: Record, less_dpo: Estimate | None, seconds: float) -> tuple[str
     reward, kl = (found if isinstance(found := record.metrics.get(key), Estimate) else None for key in _MEASURES)
     sft = record.name.startswith("evaluation/sft/")
     return (
-        str(record.config.get("method", record.name)),
-        DASH if sft else str(record.config.get("tier", "")),
+        str(record.config.get("method", record.name.removeprefix("evaluation/"))),
+        DASH if sft else record.name.split("/")[1],
         short(reward),
         DASH if less_dpo is None else short(less_dpo, "signed"),
         DASH if kl is None or sft else f"{kl.mean:.2f}",
