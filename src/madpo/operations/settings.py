@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -168,3 +168,19 @@ class DemoSettings(Frozen):
     """KL to the reference, in nats, at which methods are compared."""
     seed: int = 0
     """Of worlds and trainings."""
+
+
+class ChatSettings(Frozen):
+    """How a policy and its reference are talked to."""
+
+    reference: str | None = None
+    """Model to compare with; None is the one that the policy started from, where its folder says so."""
+    system: str | None = None
+    """System prompt of both conversations."""
+    max_new_tokens: int = Field(default=256, ge=1)
+    temperature: float = Field(default=0.7, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=1)
+    """Only so many most likely tokens can be drawn; None is all of them."""
+    seed: int = Field(default=0, ge=0)
+    batch_size: ClassVar[int] = 1

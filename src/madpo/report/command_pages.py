@@ -103,6 +103,18 @@ _MEASURES = {
 }
 
 
+def training_chart(log: Path) -> Chart | None:
+    """The course of a training from its ``log.jsonl``; None where nothing was logged."""
+    rows = pd.DataFrame(json_lines(log, "step") if log.exists() else [])
+    panels = []
+    for name, (column, unit, reference) in _COURSES.items():
+        series = (*curves("training pairs", rows, column, 0), *curves("held-out pairs", rows, f"eval_{column}", 1))
+        if series:
+            panels.append(Panel(name, "step", unit, series, reference=reference))
+    caption = "Of the training pairs a pale line and its running mean. Margins are in the loss's own unit, beta x nats."
+    return Chart("training", "Training", caption, panels) if panels else None
+
+
 def write_training_page(
     path: Path,
     *,
@@ -126,14 +138,8 @@ def write_training_page(
         settings: the configuration as TOML.
         refresh: seconds after which a browser loads the page again; None for a training that has ended.
     """
-    rows = pd.DataFrame(json_lines(log, "step") if log.exists() else [])
-    panels = []
-    for name, (column, unit, reference) in _COURSES.items():
-        series = (*curves("training pairs", rows, column, 0), *curves("held-out pairs", rows, f"eval_{column}", 1))
-        if series:
-            panels.append(Panel(name, "step", unit, series, reference=reference))
-    caption = "Of the training pairs a pale line and its running mean. Margins are in the loss's own unit, beta x nats."
-    charts = [draw(Chart("training", "Training", caption, panels))] if panels else []
+    chart = training_chart(log)
+    charts = [draw(chart)] if chart is not None else []
     tiles = {name: cell(value, digits=4) for name, value in numbers.items()}
     tiles |= {name: cell(evaluation[key], digits=4) for name, key in _MEASURES.items() if key in evaluation}
     measured = [[Cell(name.removeprefix("eval_")), cell(value, digits=4)] for name, value in evaluation.items()]

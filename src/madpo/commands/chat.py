@@ -1,0 +1,67 @@
+"""``madpo chat``: words from the command line or from standard input, answers side by side."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+from madpo.commands.from_settings import Configurable, part
+from madpo.commands.shared import refuse_missing
+from madpo.core.errors import DataError
+from madpo.core.libraries import loading_libraries
+from madpo.core.options import Cli
+from madpo.core.progress import say, show
+from madpo.operations.settings import ChatSettings
+
+
+class Chat(Configurable, ChatSettings):
+    policy: Annotated[str, Cli(positional=True)]
+    """A folder of madpo train, a model or an adapter."""
+    prompt: str | None = None
+    """One question, in place of a conversation."""
+
+
+def chat(options: Chat) -> int:
+    """Answer one question, or every line of standard input.
+
+    Lines that begin with a slash are for the program: /new begins both conversations anew, /quit ends.
+
+    Example:
+        madpo chat policy
+        madpo chat policy --prompt "What is a joy to watch?" --temperature 0
+    """
+    o = options
+    refuse_missing(models=[o.reference])
+    with loading_libraries():
+        from rich.console import Console
+
+        from madpo.operations.chat import Chat as Conversation
+
+    conversation, console = Conversation(o.policy, part(o, ChatSettings)), Console(highlight=False)
+    if o.prompt is not None:
+        conversation.show(o.prompt, console)
+        return 0
+    interactive = sys.stdin.isatty()
+    if interactive:
+        memory = (
+            "Both remember the conversation"
+            if conversation.remembers
+            else "There is no chat template: texts are continued"
+        )
+        say(f"{memory}; /new forgets, /quit or Ctrl-D ends.")
+    while True:
+        if interactive:
+            console.print("> ", end="")
+        line = sys.stdin.readline()
+        words = line.strip()
+        if not line or words == "/quit":
+            return 0
+        if words == "/new":
+            conversation.forget()
+        elif words.startswith("/"):
+            show(f"there is no {words.split()[0]}; /new begins anew, /quit ends")
+        elif words:
+            try:
+                conversation.show(words, console)
+            except DataError as error:  # the template's, of these words only
+                show(f"{error}")
