@@ -29,6 +29,7 @@ from madpo.models.locate import lasting
 from madpo.models.packaged import quiet_transformers
 from madpo.operations.arguments import written_arguments
 from madpo.operations.card import write_cards
+from madpo.operations.export import GGUF, refuse_unconvertible, write_gguf
 from madpo.operations.inputs import Row, adapted, load_training
 from madpo.operations.preconditions import require_columns
 from madpo.operations.running import digest, load_report, run_in_folder, toml
@@ -100,7 +101,8 @@ def train(
 ) -> TrainReport:
     """Train a policy on preference pairs with the loss of ``settings``.
 
-    Writes ``adapter`` (or ``model`` in full training; with ``merge`` also ``merged``), ``README.md``, ``report.json``,
+    Writes ``adapter`` (or ``model`` in full training; with ``merge`` also ``merged``, with ``export`` a file for
+    llama.cpp), each with a card, ``README.md``, ``report.json``,
     ``report.html`` (the curves, from the first steps on), ``log.jsonl``, ``config.toml`` and, where pairs were too
     long, ``dropped.jsonl``; TensorBoard's files, where it is asked for, are in ``runs``. The folder appears when all is
     done. An interrupted training is continued by the same call, from the newest checkpoint (``args.save_steps`` says
@@ -130,11 +132,13 @@ def train_pairs(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) 
         settings, data, eval_data, out, seed=args.seed, max_length=args.max_length
     )
     probed = not {"reward_margin", "chosen_score"} & rows[0].keys()  # a probe gives the margins that nothing else can
+    if settings.export == "gguf":
+        refuse_unconvertible(base)
     require_columns(rows, settings.loss, str(data), probed=probed)
     if heldout:
         require_columns(heldout, settings.loss, str(eval_data or data), probed=probed)
     trainer = build_trainer(settings, args, base, tokenizer, rows, heldout)
-    if trainer.sharded and settings.merge:
+    if trainer.sharded and settings.merges:
         raise ConfigError(
             "--merge needs the whole model in one process, and FSDP or DeepSpeed has split it; leave --merge out "
             "and fold the adapter in afterwards with PEFT's merge_and_unload"
@@ -171,6 +175,8 @@ def train_pairs(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) 
         probe=trainer.probe.report if trainer.probe is not None else None,
     )
     _save(trainer, settings, tokenizer, out)
+    if settings.export == "gguf" and processes.is_main_process():
+        write_gguf(out / ("model" if settings.full else "merged"), out / GGUF)
     if not processes.is_main_process():
         return {}
     keep_tracked(out)  # with the evaluation
@@ -331,7 +337,7 @@ def _save(trainer: PreferenceTrainer, settings: TrainSettings, tokenizer: PreTra
             return
         trainer.model.save_pretrained(out / "adapter", safe_serialization=True)
         tokenizer.save_pretrained(out / "adapter")
-        if settings.merge:
+        if settings.merges:
             model: nn.Module = trainer.model
             if settings.qlora:  # the sum is taken with the weights as they were before they had 4 bits
                 model = load_model(resolve_model(settings.model), dtype=_dtype(settings), adapter=out / "adapter")

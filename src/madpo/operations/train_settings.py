@@ -31,6 +31,8 @@ class TrainSettings(Reading):
     """Hold the frozen weights in 4 bits (NF4) under the adapter. Needs a GPU and bitsandbytes; untested on one."""
     merge: bool = False
     """Also write the model with the adapter folded in."""
+    export: Literal["gguf"] | None = added(None)
+    """Also write policy.gguf for llama.cpp and Ollama, by llama.cpp's converter; an adapter is merged for it."""
     eval_share: float = Field(default=0.0, ge=0, lt=1)
     """Share of the pairs held out (whole prompts at a time) where no evaluation data are given."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -41,6 +43,11 @@ class TrainSettings(Reading):
     """Treat what ``madpo check`` would warn of as an error."""
     truncation: Truncation = "drop"
     """What happens to a pair of more than ``args.max_length`` tokens: drop it, cut its completions, or refuse it."""
+
+    @property
+    def merges(self) -> bool:
+        """Whether the adapter is folded in."""
+        return self.merge or (self.export is not None and not self.full)
 
     @field_validator("loss", mode="before")
     @classmethod
