@@ -6,7 +6,6 @@ import sys
 from typing import Annotated
 
 from madpo.commands.from_settings import Configurable, part
-from madpo.commands.shared import refuse_missing
 from madpo.core.errors import DataError
 from madpo.core.libraries import loading_libraries
 from madpo.core.options import Cli
@@ -30,8 +29,10 @@ def chat(options: Chat) -> int:
         madpo chat policy
         madpo chat policy --prompt "What is a joy to watch?" --temperature 0
     """
+    from madpo.commands.early import refuse_other_policy
+
     o = options
-    refuse_missing(models=[o.reference])
+    refuse_other_policy(o.policy, o.reference)
     with loading_libraries():
         from rich.console import Console
 

@@ -15,7 +15,7 @@ from madpo.data.messages import Text, said
 from madpo.data.tokens import Encoder
 from madpo.models.engine.responses import end_tokens, respond
 from madpo.models.load import load_model, load_tokenizer, resolve_model
-from madpo.operations.evaluation import find_policy
+from madpo.operations.preconditions import find_policy
 from madpo.operations.settings import ChatSettings
 
 # Sequences that move the cursor, set titles or colours; whatever is left of control characters; and marks that turn

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,18 +145,7 @@ def train_pairs(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) 
             "and fold the adapter in afterwards with PEFT's merge_and_unload"
         )
 
-    def page(said: str) -> None:
-        write_training_page(
-            out / PAGE,
-            title=_title(settings),
-            says=[said],
-            numbers={"pairs": f"{len(rows):,}"},
-            evaluation={},
-            log=out / "log.jsonl",
-            settings=resolved(data, settings, clock),
-            refresh=REFRESH,
-        )
-
+    page = partial(_write_curves, out, settings, len(rows), resolved(data, settings, clock))
     # The trainer knows by itself what of its arguments decides the result.
     stage = settings.model_copy(update={"args": {}})
     result = run_training(trainer, stage, f"Training ({settings.loss.kind})", out, page)
@@ -175,8 +165,6 @@ def train_pairs(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) 
         probe=trainer.probe.report if trainer.probe is not None else None,
     )
     _save(trainer, settings, tokenizer, out)
-    if settings.export == "gguf" and processes.is_main_process():
-        write_gguf(out / ("model" if settings.full else "merged"), out / GGUF)
     if not processes.is_main_process():
         return {}
     keep_tracked(out)  # with the evaluation
@@ -192,6 +180,20 @@ def train_pairs(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) 
 
 def _title(settings: TrainSettings) -> str:
     return f"{Path(settings.model).name}, trained with {settings.loss.kind}"
+
+
+def _write_curves(out: Path, settings: TrainSettings, pairs: int, config: str, said: str) -> None:
+    """The page of a training that runs; :func:`_write_page` takes its place."""
+    write_training_page(
+        out / PAGE,
+        title=_title(settings),
+        says=[said],
+        numbers={"pairs": f"{pairs:,}"},
+        evaluation={},
+        log=out / "log.jsonl",
+        settings=config,
+        refresh=REFRESH,
+    )
 
 
 def _write_page(out: Path, settings: TrainSettings, report: TrainReport, config: str) -> None:
@@ -334,6 +336,8 @@ def _save(trainer: PreferenceTrainer, settings: TrainSettings, tokenizer: PreTra
             return
         if settings.full:
             save_model(unwrapped(trainer.model), out / "model", tokenizer)
+            if settings.export == "gguf":
+                write_gguf(out / "model", out / GGUF)
             return
         trainer.model.save_pretrained(out / "adapter", safe_serialization=True)
         tokenizer.save_pretrained(out / "adapter")
@@ -342,6 +346,8 @@ def _save(trainer: PreferenceTrainer, settings: TrainSettings, tokenizer: PreTra
             if settings.qlora:  # the sum is taken with the weights as they were before they had 4 bits
                 model = load_model(resolve_model(settings.model), dtype=_dtype(settings), adapter=out / "adapter")
             merge_adapter(model, out / "merged", tokenizer)
+        if settings.export == "gguf":
+            write_gguf(out / "merged", out / GGUF)
 
 
 def resolved(data: str | Path, settings: TrainSettings, clock: Clock | None = None) -> str:
