@@ -305,7 +305,7 @@ def write_page(page: Path) -> None:
         *rows,
         f"| **all** | **{EXECUTIONS.total():,}** |",
         "",
-        f"hypothesis {hypothesis.__version__}, Python {platform.python_version()}. `make test` tries 5 or 15 inputs a",
-        "test, the same ones every time.",
+        f"Tried with hypothesis {hypothesis.__version__}, Python {platform.python_version()}. `make test` tries 5 or",
+        "15 inputs a test, the same ones every time.",
     ]
     put_section(page, "## Inputs tried", lines)
