@@ -132,7 +132,10 @@ def main_table(study: Study, reasons: Mapping[tuple[str, str], str]) -> Table | 
         return None
     why = _of_methods(study, reasons)
     rows = [[Cell(SFT), *(cell(tier.sft["oracle_reward"] if tier.sft else None) for tier in study.tiers)]]
+    planned = {planned_row(row).method for row in study.planned} or set(published.METHODS)
     for name in published.METHODS:
+        if name not in planned and not any((tier.name, name) in study.choices for tier in study.tiers):
+            continue
         cells = [_main_cell(study, tier, name, why.get((tier.name, name), NOT_RUN)) for tier in study.tiers]
         rows.append([Cell(name), *cells])
     if any(tier.reward_models for tier in study.tiers):
