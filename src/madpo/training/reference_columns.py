@@ -7,6 +7,7 @@ Where a loss reads ``reward_margin`` and the data have none, a probe of the refe
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -132,7 +133,7 @@ class ReferenceColumns(ExactResume):
             weights = self.probe.weights
             margins: list[float] = (weights.rewards(features.chosen) - weights.rewards(features.rejected)).tolist()
             return margins
-        prompts = [np.asarray(ids, dtype=np.int64).tobytes().hex() for ids in rows["prompt_ids"]]
+        prompts = [hashlib.sha256(np.asarray(ids, dtype=np.int64).tobytes()).hexdigest() for ids in rows["prompt_ids"]]
         self.probe = fit_probe(features.chosen, features.rejected, prompts, seed=self.probe_seed, name=name)
         a, loss = self.probe.report.accuracy, self.probe.report.log_loss
         say(
