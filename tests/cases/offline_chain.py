@@ -67,7 +67,18 @@ def chain(root: Path) -> list[str]:
     run("score", data, "--reward_model", root / "R", "--output_dir", root / "S")
     scored = root / "S" / "scored.jsonl"
     run("inspect", scored)
-    short = ("--lora.rank", "2", "--args.max_steps", "4", "--args.bf16", "false", "--args.save_steps", "2")
+    short = (
+        "--loss",
+        "madpo",
+        "--lora.rank",
+        "2",
+        "--args.max_steps",
+        "4",
+        "--args.bf16",
+        "false",
+        "--args.save_steps",
+        "2",
+    )
     _cut_off(run, "train", scored, *base, "--output_dir", root / "P", *short)
     run("train", scored, *base, "--output_dir", root / "P", *short)
     run("evaluate", root / "P", "--prompts", prompts, "--reward", root / "R", "--output_dir", root / "E",

@@ -16,8 +16,8 @@ from practice_cases import text_pairs, write
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["train", "d", "--output_dir", "o", "--loss.tau"], "the option --loss.tau has no value"),
-        (["train", "d", "--output_dir", "o", "--loss.tau", "--merge"], "the option --loss.tau has no value"),
+        (["train", "d", "--output_dir", "o", "--loss.beta"], "the option --loss.beta has no value"),
+        (["train", "d", "--output_dir", "o", "--loss.beta", "--merge"], "the option --loss.beta has no value"),
         (["train", "d", "--output_dir", "o", "--mege"], "no option '--mege'; did you mean '--merge'?"),
         (["train", "d", "--output_dri", "o"], "did you mean '--output_dir'?"),
         (["train", "--output_dir", "o", "--model", "m"], "data is missing; add --data"),
@@ -26,7 +26,18 @@ from practice_cases import text_pairs, write
             "'--loss.tua'; did you mean '--loss.tau'?",
         ),
         (
-            ["train", "d.jsonl", "--output_dir", "o", "--model_name_or_path", "m", "--loss.tau", "0"],
+            [
+                "train",
+                "d.jsonl",
+                "--output_dir",
+                "o",
+                "--model_name_or_path",
+                "m",
+                "--loss",
+                "madpo",
+                "--loss.tau",
+                "0",
+            ],
             "loss: tau is 0.0, but must be above 0",
         ),
         (

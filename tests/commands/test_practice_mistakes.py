@@ -37,19 +37,30 @@ def place(llama: Path, module_cache: None, tmp_path_factory: pytest.TempPathFact
         (place / name / "tokenizer_config.json").write_text(json.dumps(kept))
         (place / name / "chat_template.jinja").unlink()
     few = ("--model_name_or_path", place / "model", "--output_dir")
-    run("train", place / "scored.jsonl", *few, place / "policy", "--args.max_steps", 1)
-    run("train", place / "scored.jsonl", *few, place / "whole", "--args.max_steps", 1, "--merge")
+    one = ("--loss", "madpo", "--args.max_steps", 1)
+    run("train", place / "scored.jsonl", *few, place / "policy", *one)
+    run("train", place / "scored.jsonl", *few, place / "whole", *one, "--merge")
     run("reward", place / "pairs.jsonl", *few, place / "rm", "--eval_share", 0.5, "--epochs", 0.5)
     return place
 
 
-TRAIN = "train scored.jsonl --output_dir out --model_name_or_path"
+TRAIN = "train scored.jsonl --output_dir out --loss madpo --model_name_or_path"
+AUTO = "train scored.jsonl --output_dir out --model_name_or_path"
 MISTAKES = {
-    "train rated.jsonl --model_name_or_path model --output_dir out": "has no column 'reward_margin', which the loss "
-    "madpo reads; add it: madpo score rated.jsonl",
+    f"{AUTO} model --eval_data pairs.jsonl": "auto chooses on pairs that it holds out itself",
+    f"{AUTO} model --loss.tau 3": "--loss.tau is a field of madpo, soft_madpo; add --loss madpo",
+    f"{AUTO} endless": "the tokenizer 'endless' has neither a padding token nor an end token",
+    f"{AUTO} model --report_to wandbb": "report_to names 'wandbb', which is no tracker; did you mean 'wandb'?",
+    f"{AUTO} model --lora.targets '[\"q_prj\"]'": "lora.targets",
+    f"{AUTO} model --max_length 2": "no pair fits into max_length 2; raise it",
+    f"{AUTO} model --qlora": "weights of 4 bits need a GPU",
+    "train words.jsonl --output_dir out --model_name_or_path model": "reward_margin is 'high' (text), not a number",
+    "train chat.jsonl --output_dir out --model_name_or_path plain": "the tokenizer of plain has no chat template",
+    "train rated.jsonl --loss madpo --model_name_or_path model --output_dir out": "has no column 'reward_margin', "
+    "which the loss madpo reads; add it: madpo score rated.jsonl",
     f"{TRAIN} model --eval_data pairs.jsonl": "pairs.jsonl: has no column 'reward_margin'",
     f"{TRAIN} model --eval_data other.jsonl": "other.jsonl, line 1: has no column 'chosen' (found 'question', 'good'",
-    "train words.jsonl --output_dir out --model_name_or_path model": "reward_margin is 'high' (text), not a number",
+    "train words.jsonl --output_dir out --loss madpo --model_name_or_path model": "reward_margin is 'high' (text)",
     "train folder --output_dir out --model_name_or_path model": "is a folder; give the file in it, folder/scored.jsonl",
     f"{TRAIN} policy": "holds an adapter alone; train again with --merge, and give policy/merged",
     f"{TRAIN} whole": "give the model in it, whole/merged",

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from madpo import margin_weight
+from madpo import MADPO, margin_weight
 from madpo.commands.cli import main
 from madpo.core.errors import ConfigError, DataError, StorageError
 from madpo.core.statistics import fit_temperature
@@ -421,7 +421,8 @@ def test_qlora_needs_a_gpu_and_says_so(llama, tmp_path):
 
 
 def test_an_interrupted_training_ends_in_the_same_bytes(chain, llama, tmp_path, monkeypatch):
-    settings = TrainSettings(model=str(llama), args={"learning_rate": 1e-2, "max_steps": 6, "save_steps": 2})
+    args = {"learning_rate": 1e-2, "max_steps": 6, "save_steps": 2}
+    settings = TrainSettings(model=str(llama), loss=MADPO(), args=args)
     data = chain / "S" / "scored.jsonl"
     train(data, tmp_path / "whole", settings)
     step, taken = PreferenceTrainer.training_step, []

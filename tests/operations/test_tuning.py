@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from madpo.commands.cli import main
 from madpo.core.errors import ConfigError, DataError, StorageError
 from madpo.core.statistics import fit_temperature
-from madpo.losses import DPO, IPO, AlphaDPO, LossInputs, OmniDPO, SimPO
+from madpo.losses import DPO, IPO, MADPO, AlphaDPO, LossInputs, OmniDPO, SimPO
 from madpo.models.load import load_model, load_tokenizer
 from madpo.operations import TrainSettings, train
 from madpo.operations.running import digest
@@ -251,7 +251,9 @@ def test_spaces():
         {"model": "m", "space": {"loss": {"tau": [1, 2], "lam": {"low": 1, "high": 2}}}}
     )
     assert nested.searched == {"loss.tau": Dimension(values=(1, 2)), "loss.lam": Dimension(low=1, high=2)}
-    settings = with_values(TrainSettings(model="m"), {"loss.tau": 3, "args.learning_rate": 1e-3, "lora.rank": 2})
+    settings = with_values(
+        TrainSettings(model="m", loss=MADPO()), {"loss.tau": 3, "args.learning_rate": 1e-3, "lora.rank": 2}
+    )
     assert (settings.loss.tau, settings.args["learning_rate"], settings.lora.rank) == (3, 1e-3, 2)
 
 
@@ -311,7 +313,8 @@ def test_the_reward_of_samples_at_equal_kl(llama, data, tmp_path):
 
 
 def test_a_strengthened_adapter_is_the_sum_of_base_and_scaled_update(llama, data, tmp_path):
-    train(data, tmp_path / "P", TrainSettings(model=str(llama), args=ARGS, dtype="float32", lora={"rank": 4}))
+    settings = TrainSettings(model=str(llama), loss=MADPO(), args=ARGS, dtype="float32", lora={"rank": 4})
+    train(data, tmp_path / "P", settings)
     base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
     name = "model.layers.0.self_attn.q_proj"
     before = base.get_submodule(name).weight.detach().clone()

@@ -6,6 +6,7 @@ import pytest
 
 from madpo.commands.cli import main
 from madpo.core.errors import ConfigError, DataError, DivergedError
+from madpo.losses import DPO
 from madpo.operations import TrainSettings, train
 from madpo.operations.tuning import TuneSettings, tune
 from madpo.operations.tuning import search as study
@@ -77,11 +78,21 @@ def test_other_errors_of_the_data_end_the_search(llama, data, tmp_path, monkeypa
 
 
 def test_the_output_head_is_no_target(llama, data, tmp_path, capsys):
-    settings = TrainSettings(model=str(llama), args=ARGS, dtype="float32", lora={"targets": ["q_proj", "lm_head"]})
+    targets = {"targets": ["q_proj", "lm_head"]}
+    settings = TrainSettings(model=str(llama), loss=DPO(), args=ARGS, dtype="float32", lora=targets)
     possible = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj, or take all-linear"
     with pytest.raises(ConfigError, match=rf"output head lm_head is never a target; name some of {possible}"):
         train(data, tmp_path / "P", settings)
-    words = ["--args.bf16", "false", "--lora.targets", '["lm_head"]', "--output_dir", str(tmp_path / "P")]
+    words = [
+        "--loss",
+        "dpo",
+        "--args.bf16",
+        "false",
+        "--lora.targets",
+        '["lm_head"]',
+        "--output_dir",
+        str(tmp_path / "P"),
+    ]
     assert main(["train", str(data), "--model_name_or_path", str(llama), *words]) == 2
     assert "lora.targets = ('lm_head',): the output head lm_head is never a target" in capsys.readouterr().err
     assert not (tmp_path / "P").exists()

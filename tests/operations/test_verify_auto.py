@@ -56,4 +56,4 @@ def test_the_report_counts_cells_and_continues(tmp_path: Path, monkeypatch: pyte
     assert rows[AUTO].above + rows[AUTO].below <= 3
     assert verify_auto(settings, tmp_path) == report
     assert json.loads((tmp_path / "report.json").read_bytes())["rows"][0]["method"] == AUTO
-    assert len(report.text().splitlines()) == 2 + len(rows) + 1 + 3
+    assert len(report.text().splitlines()) == 4 + len(rows) + 1 + 3

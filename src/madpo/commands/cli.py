@@ -25,7 +25,7 @@ COMMANDS = {
     "inspect": ("show what reward margins look like and which tau and c_max suit them", "data:inspect"),
     "reward": ("train a reward model on preference pairs", "train:reward"),
     "score": ("add reward margins to preference pairs", "train:score"),
-    "train": ("train a policy on preference pairs with any loss", "train:train"),
+    "train": ("train a policy on preference pairs: auto, or any loss", "train:train"),
     "tune": ("choose a loss's parameters by cross-validation on preference pairs", "train:tune"),
     "evaluate": ("compare what a policy and its reference write", "train:evaluate"),
     "chat": ("talk to a policy and its reference, side by side", "chat:chat"),

@@ -163,7 +163,7 @@ def _options(
         elif name != "kind":
             names = [place + each for each in (name, *cli.also)]
             shorter = [each.removeprefix(start) for start in droppable for each in names if each.startswith(start)]
-            yield plain._replace(shorter=(*names[1:], *shorter))
+            yield plain._replace(shorter=(*names[1:], *shorter, *cli.alone))
             within = f"{key}: {sentence(plain.about).rstrip('.')}"
             for each, kind in cli.keys.items():
                 short = (each,) if cli.short else ()
@@ -175,7 +175,14 @@ def _models(kinds: Sequence[Any]) -> list[type[BaseModel]]:
 
 
 def _members(annotation: Any) -> dict[str, type[BaseModel]]:
-    return {member.model_fields["kind"].default: member for member in _models(_alternatives(annotation))}
+    """Kind -> class, of a union that may hold another one with a note."""
+    found: dict[str, type[BaseModel]] = {}
+    for kind in _alternatives(annotation):
+        if get_origin(kind) is Annotated:
+            found |= _members(get_args(kind)[0])
+        elif _models([kind]):
+            found[kind.model_fields["kind"].default] = kind
+    return found
 
 
 def sentence(text: str) -> str:

@@ -80,9 +80,10 @@ class Train(Configurable, TrainSettings, HeldOut, Result, Data):
 
 
 def train(options: Train) -> int:
-    r"""Train a policy and print its report.
+    r"""Train a policy, with auto or any loss, and print its report.
 
     Example:
+        madpo train pairs.jsonl --model_name_or_path gemma-3-270m --output_dir policy
         madpo train scored/scored.jsonl --model_name_or_path gemma-3-270m --loss madpo --loss.tau 7 \
             --loss.c_max 4 --learning_rate 1e-4 --eval_share 0.1 --merge --output_dir policy
         madpo train scored/scored.jsonl --config tuned/chosen.toml --output_dir policy

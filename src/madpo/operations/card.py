@@ -139,12 +139,7 @@ def _made_from(data: str, eval_data: str | Path | None, settings: TrainSettings,
 
 
 def _measured(report: TrainReport, curves: str | None) -> list[str]:
-    lines = ["## Measured", ""]
-    if report.evaluation:
-        lines += ["| on the held-out pairs | value |", "| --- | --- |"]
-        lines += [f"| {name.removeprefix('eval_')} | {value:.6g} |" for name, value in report.evaluation.items()]
-    else:
-        lines.append("Nothing: no pairs were held out. `madpo evaluate` measures what the policy writes.")
+    lines = ["## Measured", "", *report.measured()]
     if curves is not None:
         lines += ["", f"![Course of the training: loss, margins and accuracy over the steps]({curves})"]
     return [*lines, ""]

@@ -9,21 +9,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
+from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from madpo.core import processes
+from madpo.core.config import identity_settings
 from madpo.core.errors import ConfigError
 from madpo.core.metrics import Metrics
 from madpo.core.reports import Report
 from madpo.core.statistics import proportion
 from madpo.core.storage import write_atomically
+from madpo.data.folds import prompt_key
 from madpo.data.templates import Clock
 from madpo.models.adapters import adapter_text
-from madpo.models.engine.logprobs import unwrapped
+from madpo.models.engine.logprobs import completion_logps, unwrapped
 from madpo.models.hyperparameters import CHECKPOINTS
 from madpo.models.load import load_model, load_quantised, merge_adapter, resolve_model, save_model
 from madpo.models.locate import lasting
@@ -42,12 +46,16 @@ from madpo.rewards.probe import ProbeReport
 from madpo.runner.first_start import since_first_start
 from madpo.runner.operation import operation
 from madpo.training import PreferenceConfig, PreferenceTrainer
-from madpo.training.columns import ID_COLUMNS, PAIR_COLUMNS, REFERENCE_COLUMNS
+from madpo.training.columns import ID_COLUMNS, MARGIN, PAIR_COLUMNS, REFERENCE_COLUMNS
 from madpo.training.identity import BATCH, decisive_arguments
 from madpo.training.run import keep_tracked, run_training
 
 PAGE = "report.html"
 CONFIG_HEADING = "# madpo train "
+HELDOUT = "heldout.jsonl"
+"""One line for each held-out pair: its implicit margin, and its reward margin where the data have one."""
+MARGINS = "margins.jsonl"
+"""One line for each training pair: its margin out of fold, where a probe gave it."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MEMORY_REMEDY = (
     "halve --batch_size and double --args.gradient_accumulation_steps, which leaves the result as it is unless "
@@ -78,6 +86,17 @@ class TrainReport(Report):
     """Which weights the adapter changes, and their share of the model's parameters; None in full training."""
     probe: ProbeReport | None = None
     """How good the margins are, where a probe of the reference's states gave them."""
+
+    def decision(self) -> list[str]:
+        """What was decided on the way, in sentences."""
+        return []
+
+    def measured(self) -> list[str]:
+        """What was measured, in Markdown for the model card."""
+        if not self.evaluation:
+            return ["Nothing: no pairs were held out. `madpo evaluate` measures what the policy writes."]
+        lines = ["| on the held-out pairs | value |", "| --- | --- |"]
+        return lines + [f"| {name.removeprefix('eval_')} | {value:.6g} |" for name, value in self.evaluation.items()]
 
     def text(self) -> str:
         """The report for a person."""
@@ -119,6 +138,11 @@ def train(
         DataError, ConfigError, StorageError: one sentence; nothing is left behind.
     """
     inputs = {"data": data, "eval_data": eval_data, "model": settings.model}
+    if settings.loss.kind == "auto":
+        from madpo.operations.auto import AutoReport, train_auto
+
+        out = run_in_folder(train_auto, settings, inputs, output_dir, overwrite=overwrite, memory=MEMORY_REMEDY)
+        return load_report(out / "report.json", AutoReport)
     out = run_in_folder(train_pairs, settings, inputs, output_dir, overwrite=overwrite, memory=MEMORY_REMEDY)
     return load_report(out / "report.json", TrainReport)
 
@@ -130,9 +154,10 @@ def train_pairs(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) 
     args = trainer_arguments(settings, out, evaluated=eval_data is not None or settings.eval_share > 0)
     args.precompute_ref_batch_size = _reference_batch(args, out)
     base, tokenizer, rows, heldout, too_long, clock = load_training(
-        settings, data, eval_data, out, seed=args.seed, max_length=args.max_length
+        settings, data, eval_data, out, seed=split_seed(settings, args), max_length=args.max_length
     )
-    probed = not {"reward_margin", "chosen_score"} & rows[0].keys()  # a probe gives the margins that nothing else can
+    # A probe gives the margins that nothing else can.
+    probed = settings.probe or not {MARGIN, "chosen_score"} & rows[0].keys()
     if settings.export == "gguf":
         refuse_unconvertible(base)
     require_columns(rows, settings.loss, str(data), probed=probed)
@@ -150,6 +175,7 @@ def train_pairs(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) 
     stage = settings.model_copy(update={"args": {}})
     result = run_training(trainer, stage, f"Training ({settings.loss.kind})", out, page)
     evaluation = _evaluation(trainer) if heldout else {}
+    _write_margins(trainer, heldout, out)
     report = TrainReport(
         pairs=len(trainer.train_dataset),
         eval_pairs=len(trainer.eval_dataset) if heldout else 0,
@@ -170,11 +196,7 @@ def train_pairs(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) 
     keep_tracked(out)  # with the evaluation
     if too_long.dropped:
         write_atomically(out / "dropped.jsonl", too_long.lines())
-    write_cards(out, data=data, eval_data=eval_data, settings=settings, arguments=args.to_dict(), report=report)
-    write_atomically(out / "report.json", report.model_dump_json(indent=1) + "\n")
-    config = resolved(data, settings, clock)
-    write_atomically(out / "config.toml", config)
-    _write_page(out, settings, report, config)
+    write_report(out, data, eval_data, settings, args, report, clock)
     return {"pairs": report.pairs, "steps": report.steps, "loss": report.loss, **evaluation}
 
 
@@ -183,7 +205,7 @@ def _title(settings: TrainSettings) -> str:
 
 
 def _write_curves(out: Path, settings: TrainSettings, pairs: int, config: str, said: str) -> None:
-    """The page of a training that runs; :func:`_write_page` takes its place."""
+    """The page of a training that runs; :func:`write_report` takes its place."""
     write_training_page(
         out / PAGE,
         title=_title(settings),
@@ -196,8 +218,23 @@ def _write_curves(out: Path, settings: TrainSettings, pairs: int, config: str, s
     )
 
 
-def _write_page(out: Path, settings: TrainSettings, report: TrainReport, config: str) -> None:
-    says = ["No pairs were held out, so nothing here says what the policy does with pairs that it has not seen."]
+def write_report(
+    out: Path,
+    data: str,
+    eval_data: Path | None,
+    settings: TrainSettings,
+    args: PreferenceConfig,
+    report: TrainReport,
+    clock: Clock,
+) -> None:
+    """The model cards, ``report.json``, ``config.toml`` and the page of a training."""
+    write_cards(out, data=data, eval_data=eval_data, settings=settings, arguments=args.to_dict(), report=report)
+    write_atomically(out / "report.json", report.model_dump_json(indent=1) + "\n")
+    config = resolved(data, settings, clock)
+    write_atomically(out / "config.toml", config)
+    says = report.decision() or [
+        "No pairs were held out, so nothing here says what the policy does with pairs that it has not seen."
+    ]
     if (share := report.evaluation.get("eval_rewards/accuracies")) is not None:
         right = proportion(round(share * report.eval_pairs), report.eval_pairs)
         said = f"It orders {short(right, 'share')} of {report.eval_pairs} held-out pairs as labelled"
@@ -246,8 +283,16 @@ def decisive(settings: TrainSettings) -> dict[str, Any]:
     values = settings.arguments()
     defaults = {field.name: field.default for field in dataclasses.fields(PreferenceConfig)}
     pairs, micro_batches = (int(values.get(name, defaults[name])) for name in BATCH)
-    found = settings.model_dump(mode="json")
+    found = settings.model_dump(mode="json") | {"loss": identity_settings(settings.loss)}
+    for name in ("split_seed", "probe"):  # a result without them is as before the fields existed
+        if found[name] == TrainSettings.model_fields[name].default:
+            found.pop(name)
     return {**found, "args": decisive_arguments(values), "batch": pairs * micro_batches * processes.world_size()}
+
+
+def split_seed(settings: TrainSettings, args: PreferenceConfig) -> int:
+    """The seed of the choice of held-out prompts."""
+    return args.seed if settings.split_seed is None else settings.split_seed
 
 
 def _reference_batch(args: PreferenceConfig, out: Path) -> int:
@@ -325,6 +370,47 @@ def _evaluation(trainer: PreferenceTrainer) -> dict[str, float]:
     found = trainer.evaluate()
     logged = {**next((row for row in reversed(trainer.state.log_history) if "eval_loss" in row), {}), **found}
     return {k: float(v) for k, v in logged.items() if k.startswith("eval_") and not k.endswith(timing)}
+
+
+@torch.no_grad()
+def implicit_margins(trainer: PreferenceTrainer, rows: Dataset) -> NDArray[np.float64]:
+    """The loss's implicit margin of every row, in order: log-odds, above 0 where the policy agrees with the label."""
+    found = []
+    trainer.model.eval()
+    for batch in trainer.get_test_dataloader(rows):
+        inputs = trainer._prepare_inputs(batch)
+        with trainer.compute_loss_context_manager():
+            masks = (inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"])
+            scores = completion_logps(trainer.model, *masks, pairs=True)
+        found.append(trainer.loss.implicit_margin(trainer._loss_inputs(scores, inputs)).double().cpu().numpy())
+    margins: NDArray[np.float64] = np.concatenate(found)
+    return margins
+
+
+def _write_margins(trainer: PreferenceTrainer, heldout: Sequence[Row], out: Path) -> None:
+    """``MARGINS`` and ``HELDOUT``, where there are such margins."""
+    if trainer.probe is not None:  # on the leading process
+        named = zip(trainer.train_dataset["pair_id"], trainer.train_dataset[MARGIN], strict=True)
+        lines = (json.dumps({"pair_id": pair, MARGIN: margin}) + "\n" for pair, margin in named)
+        write_atomically(out / MARGINS, "".join(lines))
+    if heldout and processes.world_size() == 1:
+        write_atomically(out / HELDOUT, heldout_lines(trainer, heldout))
+
+
+def heldout_lines(trainer: PreferenceTrainer, rows: Sequence[Row]) -> str:
+    """The text of ``HELDOUT``; ``prompt`` numbers the different prompts."""
+    dataset = trainer.eval_dataset
+    prompts = {row["pair_id"]: prompt_key(row["prompt"]) for row in rows}
+    number = {key: place for place, key in enumerate(dict.fromkeys(prompts.values()))}
+    columns: dict[str, Sequence[Any]] = {
+        "pair_id": dataset["pair_id"],
+        "prompt": [number[prompts[pair]] for pair in dataset["pair_id"]],
+        "implicit_margin": implicit_margins(trainer, dataset).tolist(),
+    }
+    if MARGIN in dataset.column_names:
+        columns[MARGIN] = dataset[MARGIN]
+    values = zip(*columns.values(), strict=True)
+    return "".join(json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in values)
 
 
 def _save(trainer: PreferenceTrainer, settings: TrainSettings, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:

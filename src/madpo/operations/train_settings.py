@@ -10,9 +10,34 @@ from pydantic import Field, field_validator, model_validator
 from madpo.core.config import added
 from madpo.core.layout import Reading
 from madpo.core.options import Cli
-from madpo.losses import MADPO, Loss
+from madpo.losses import Loss, LossConfig
 from madpo.models.hyperparameters import ADAPTER_LEARNING_RATE, FULL_LEARNING_RATE, LoRA, Truncation
 from madpo.operations.arguments import ARGUMENTS, checked_arguments
+
+
+class Auto(LossConfig):
+    """No loss of its own: DPO and a target that mixes labels with margins, as held-out labels advise.
+
+    See :mod:`madpo.operations.auto`. Pairs without ``reward_margin`` get margins from a probe of the reference.
+    """
+
+    kind: Literal["auto"] = "auto"
+    beta: float = Field(default=0.1, gt=0)
+    """Strength of the pull to the reference in all trainings; larger keeps the policy closer to it."""
+    fast: Annotated[bool, Cli(alone=("fast",))] = False
+    """One training, with a fixed label_share of 0.75, and nothing held out."""
+    kl: Annotated[float | None, Cli(alone=("kl",))] = Field(default=None, gt=0)
+    """KL(policy || reference) per response, in nats, that the adapter's strength is set to; None leaves it at 1."""
+    kl_prompts: int = Field(default=64, ge=1)
+    """Held-out prompts that the KL is measured on, at most."""
+    kl_tokens: int = Field(default=64, ge=1)
+    """Tokens of each response, at most."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Auto:
+        if self.fast and self.kl is not None:
+            raise ValueError("kl is measured on held-out prompts, and fast holds out none; give one of them")
+        return self
 
 
 class TrainSettings(Reading):
@@ -20,8 +45,8 @@ class TrainSettings(Reading):
 
     model: Annotated[str, Cli(also=("model_name_or_path",))]
     """Packaged name, folder or hub id: where the policy starts, and its reference."""
-    loss: Loss = MADPO()
-    """The preference loss."""
+    loss: Annotated[Auto | Loss, Field(discriminator="kind")] = Auto()
+    """What is learned: auto, which needs nothing else, or any preference loss."""
     args: Annotated[dict[str, Any], ARGUMENTS] = Field(default_factory=dict)
     """Arguments of TRL's ``DPOConfig`` (and our ``PreferenceConfig``) by name."""
     lora: LoRA = LoRA()
@@ -34,7 +59,13 @@ class TrainSettings(Reading):
     export: Literal["gguf"] | None = added(None)
     """Also write policy.gguf for llama.cpp and Ollama, by llama.cpp's converter; an adapter is merged for it."""
     eval_share: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the pairs held out (whole prompts at a time) where no evaluation data are given."""
+    """Share of the pairs held out (whole prompts at a time) where no evaluation data are given. ``auto`` always holds
+    some out, 0.15 where nothing is said."""
+    split_seed: int | None = added(None)
+    """Of the choice of held-out prompts; None is ``args.seed``."""
+    probe: bool = added(False)
+    """A probe gives missing margins also where the data have scores, whose difference could be taken instead (without
+    scores it does so in any case)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the loaded weights; auto is float32 in full training, else what the processor multiplies natively."""
     date: datetime | None = added(None)
@@ -51,13 +82,17 @@ class TrainSettings(Reading):
 
     @field_validator("loss", mode="before")
     @classmethod
-    def _madpo_unless_said(cls, value: Any) -> Any:
-        return {"kind": "madpo", **value} if isinstance(value, dict) else value
+    def _kind_unless_said(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {"kind": "auto" if value.keys() <= Auto.model_fields.keys() else "madpo", **value}
 
     @model_validator(mode="after")
     def _fits(self) -> TrainSettings:
         if self.full and self.merge:
             raise ValueError("full training has no adapter to merge: out/model is the whole model; leave --merge out")
+        if self.full and getattr(self.loss, "kl", None) is not None:
+            raise ValueError("loss.kl is reached by the strength of an adapter, which full training has not")
         if self.full and self.qlora:
             raise ValueError("weights of 4 bits cannot be trained themselves; give full or qlora, not both")
         return self

@@ -100,6 +100,9 @@ class Row(Frozen):
     above_searched: int
     """Cells where it is clearly above MADPO's best of 6."""
     below_searched: int
+    above_averaged: int
+    """Cells where it is clearly above the average of two DPO policies, which costs as much as ``auto``."""
+    below_averaged: int
 
 
 class VerifyAutoReport(Report):
@@ -115,12 +118,15 @@ class VerifyAutoReport(Report):
         lines = [
             f"true reward at KL {self.settings.kl:g}, {self.settings.worlds} worlds a setting; differences to DPO in "
             "standard deviations of the reward; clearly: the 95 % interval excludes 0",
-            f"{'method':<31}  cells  above dpo  below dpo    mean   worst  above searched madpo  below",
+            "",
+            f"{'':<31}         clearly vs dpo                   searched madpo  averaged dpo",
+            f"{'method':<31}  cells  above  below    mean   worst   above  below   above  below",
         ]
         for row in self.rows:
             lines.append(
-                f"{row.method:<31}  {row.cells:5d}  {row.above:9d}  {row.below:9d}  {_signed(row.mean)}  "
-                f"{_signed(row.worst)}  {row.above_searched:20d}  {row.below_searched:5d}"
+                f"{row.method:<31}  {row.cells:5d}  {row.above:5d}  {row.below:5d}  {_signed(row.mean)}  "
+                f"{_signed(row.worst)}   {row.above_searched:5d}  {row.below_searched:5d}   {row.above_averaged:5d}  "
+                f"{row.below_averaged:5d}"
             )
         lines.append("auto less dpo, cell by cell, and the deciding number (held-out log loss, margins less dpo's):")
         for name, found in self.cells.items():
@@ -181,8 +187,10 @@ def _signed(value: float | None) -> str:
 
 
 def _row(method: str, cells: Mapping[str, Mapping[str, Estimate]]) -> Row:
-    to_dpo = [found[f"{method} - dpo"] for found in cells.values() if f"{method} - dpo" in found]
-    to_searched = [found[key] for found in cells.values() if (key := f"{method} - {SEARCHED}") in found]
+    def compared(other: str) -> list[Estimate]:
+        return [found[key] for found in cells.values() if (key := f"{method} - {other}") in found]
+
+    to_dpo, to_searched, to_averaged = compared("dpo"), compared(SEARCHED), compared(AVERAGED)
     return Row(
         method=method,
         about=ROWS[method],
@@ -193,10 +201,12 @@ def _row(method: str, cells: Mapping[str, Mapping[str, Estimate]]) -> Row:
         mean=float(np.mean([e.mean for e in to_dpo])) if to_dpo else None,
         above_searched=sum(e.low > 0 for e in to_searched),
         below_searched=sum(e.high < 0 for e in to_searched),
+        above_averaged=sum(e.low > 0 for e in to_averaged),
+        below_averaged=sum(e.high < 0 for e in to_averaged),
     )
 
 
-@operation("simulate_auto/1")
+@operation("simulate_auto/2")
 def simulate(cell: Cell, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """All methods in the worlds of one setting; writes ``gains.json``, the true reward of each world at the KL."""
     worlds = draw(cell.setting, [derived_seed(cell.seed, "verify-auto", k) for k in range(cell.worlds)])
@@ -204,7 +214,7 @@ def simulate(cell: Cell, inputs: Mapping[str, Path], out: Path) -> Metrics:
     metrics: Metrics = {}
     for kind, compared in found.items():
         for name, values in compared.gains.items():
-            for other in ("dpo", SEARCHED):
+            for other in ("dpo", SEARCHED, AVERAGED):
                 both = np.isfinite(values).all(1) & np.isfinite(compared.gains[other]).all(1)
                 if name != other and both.sum() >= 3:
                     pair = (values[both].mean(1), compared.gains[other][both].mean(1))

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save
 from torch import nn
@@ -25,16 +24,14 @@ from madpo.core.storage import write_atomically
 from madpo.data.folds import folds_by_prompt, prompt_key
 from madpo.data.load import TooLong
 from madpo.data.templates import Clock
-from madpo.models.engine.logprobs import completion_logps
 from madpo.models.load import load_model, load_tokenizer, resolve_model
 from madpo.operations.inputs import Row, load_split, started_clock, tell_date
-from madpo.operations.policy import as_dataset, build_trainer, trainer_arguments
+from madpo.operations.policy import as_dataset, build_trainer, implicit_margins, trainer_arguments
 from madpo.operations.preconditions import require_columns
 from madpo.operations.reward_model import PairScorer, load_scorer
 from madpo.operations.train_settings import TrainSettings
 from madpo.operations.tuning.reward import RewardCurve, reward_curve
 from madpo.operations.tuning.settings import TuneSettings
-from madpo.training import PreferenceTrainer
 from madpo.training.columns import REFERENCE_COLUMNS
 from madpo.training.nan_guard import drop_unscored
 from madpo.training.run import TRACKED, run_training
@@ -177,7 +174,7 @@ def _fold(
     train, heldout = sides
     trainer = build_trainer(training, args, prepared.base, prepared.tokenizer, train, [])
     run_training(trainer, training, f"{training.loss.kind}, fold {k + 1} of {settings.folds}", out)
-    found: dict[str, NDArray[Any]] = {"margins": implicit_margins(trainer, heldout)}
+    found: dict[str, NDArray[Any]] = {"margins": implicit_margins(trainer, as_dataset(heldout))}
     if bad := int((~np.isfinite(found["margins"])).sum()):
         raise DivergedError(
             f"the margins of {bad} of {len(heldout)} held-out pairs are not finite after the training of fold {k + 1}: "
@@ -190,21 +187,6 @@ def _fold(
         found |= reward_curve(trainer.model, *how).tensors()
     _free(trainer)
     return found
-
-
-@torch.no_grad()
-def implicit_margins(trainer: PreferenceTrainer, rows: Sequence[Row]) -> Floats:
-    """The loss's implicit margin of every row, in order: log-odds, above 0 where the policy agrees with the label."""
-    found = []
-    trainer.model.eval()
-    for batch in trainer.get_test_dataloader(as_dataset(rows)):
-        inputs = trainer._prepare_inputs(batch)
-        with trainer.compute_loss_context_manager():
-            masks = (inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"])
-            scores = completion_logps(trainer.model, *masks, pairs=True)
-        found.append(trainer.loss.implicit_margin(trainer._loss_inputs(scores, inputs)).double().cpu().numpy())
-    margins: Floats = np.concatenate(found)
-    return margins
 
 
 def summarised(

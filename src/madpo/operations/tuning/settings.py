@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from madpo.core.config import Frozen, added
 from madpo.core.options import Cli
+from madpo.losses import MADPO, Loss
 from madpo.operations.train_settings import TrainSettings
 from madpo.operations.tuning.space import Space, default_space, flat, with_values
 
@@ -59,6 +60,8 @@ class RewardCriterion(Frozen):
 class TuneSettings(TrainSettings):
     """How the parameters of a training are chosen. The fields of ``TrainSettings`` are what every trial shares."""
 
+    loss: Loss = MADPO()
+    """The preference loss."""
     space: Space = Field(default_factory=dict)
     """Dotted settings (``loss.tau``, ``args.learning_rate``, ``lora.rank``) and what is tried of each; empty is the
     loss's own: the values of the paper's searches for MADPO and beta-DPO, beta for the others."""
@@ -77,6 +80,11 @@ class TuneSettings(TrainSettings):
     """Also measure plain DPO with the same arguments: shown, compared with, never chosen."""
     search_seed: int = Field(default=0, ge=0)
     """Of folds and search; ``args.seed`` is that of each training, the same in all."""
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _kind_unless_said(cls, value: Any) -> Any:
+        return {"kind": "madpo", **value} if isinstance(value, dict) else value
 
     @field_validator("space", mode="before")
     @classmethod

@@ -1,0 +1,358 @@
+"""``madpo train`` with no loss named: DPO, and what reward margins add to it where held-out labels say that they do.
+
+1. Reward margins of all pairs: the column ``reward_margin``, or a probe of the reference's states, out of fold. One
+   temperature makes them log-odds.
+2. Plain DPO on 85 % of the prompts. Its implicit margins and the reward margins explain the held-out labels: their
+   difference in log loss is the deciding number, and the posterior of ``label_share`` follows from the same labels.
+3. A second training with the mixed target of :class:`madpo.losses.SoftDPO`, with another seed.
+4. The average of the two policies.
+
+Each training is the operation of ``madpo train``, so an interruption continues inside it.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from peft import PeftModel
+from pydantic import Field
+
+from madpo.core import processes
+from madpo.core.config import Frozen
+from madpo.core.errors import ConfigError, DataError
+from madpo.core.metrics import Estimate, Metrics
+from madpo.core.progress import say
+from madpo.core.seeding import derived_seed
+from madpo.data import load_preferences
+from madpo.data.folds import prompt_key
+from madpo.data.margins import read_margins
+from madpo.data.tokens import Encoder
+from madpo.losses import LossConfig, SoftDPO
+from madpo.models.adapters import adapter_text
+from madpo.models.hyperparameters import CHECKPOINTS
+from madpo.models.load import load_model, load_tokenizer, merge_adapter, resolve_model
+from madpo.operations.averaging import (
+    STRENGTHS,
+    Reached,
+    averaged_adapter,
+    can_average,
+    sampled_kl,
+    save_average,
+    strength_for,
+)
+from madpo.operations.export import GGUF, refuse_unconvertible, write_gguf
+from madpo.operations.inputs import split_by_prompt, started_clock
+from madpo.operations.policy import (
+    DTYPES,
+    HELDOUT,
+    MARGINS,
+    MEMORY_REMEDY,
+    TrainReport,
+    train_pairs,
+    trainer_arguments,
+    write_report,
+)
+from madpo.operations.preconditions import first_pair
+from madpo.operations.running import load_report, run_in_folder
+from madpo.operations.train_settings import Auto, TrainSettings
+from madpo.operations.verify_auto import FAST_SHARE
+from madpo.rewards.label_share import AS_GOOD, LabelShare, better_than_coin, label_share
+from madpo.rewards.margins import inspect
+from madpo.runner.operation import operation
+from madpo.training.columns import MARGIN
+
+HELDOUT_SHARE = 0.15
+DPO_FOLDER, MIXED_FOLDER = "dpo", "mixed"
+_KEPT = ("adapter", "model", "report.json", "log.jsonl", "report.html", HELDOUT, MARGINS, "dropped.jsonl")
+
+
+class AutoReport(TrainReport):
+    """What ``auto`` did. ``steps`` counts both trainings; ``loss`` is the second one's."""
+
+    margins: str
+    """Where the margins came from."""
+    margin_temperature: float
+    label_share: float
+    """Of the second training's target; 1 is plain DPO, 0 the margins only."""
+    share: LabelShare | None
+    """The posterior and the deciding number; None with ``fast``."""
+    advice: Literal["auto", "dpo"]
+    reason: str
+    """Of the advice, one sentence."""
+    averaged: bool
+    strength: float = 1.0
+    kl: Estimate | None = None
+    """KL(policy || reference) per response, nats, at this strength; None where none was asked for."""
+
+    def decision(self) -> list[str]:
+        """The deciding number and the advice, in sentences."""
+        lines = [f"margins from {self.margins}, temperature {self.margin_temperature:.3g}"]
+        if (s := self.share) is not None:
+            d = s.difference
+            lines.append(
+                f"held-out log loss: margins {s.margin_loss:.4f}, plain DPO {s.implicit_loss:.4f}; difference "
+                f"{d.mean:+.4f} (95 % interval {d.low:+.4f} to {d.high:+.4f} over {d.n} prompts; below 0 the margins "
+                "know more)"
+            )
+            lines.append(f"label share {s.mean:.2f} (95 % {s.low:.2f} to {s.high:.2f}); {self.label_share:.2f} is used")
+        lines.append(self.reason)
+        if self.kl is not None:
+            lines.append(
+                f"adapter's strength {self.strength:.3g}: KL {self.kl.mean:.3g} nats ({self.kl.low:.3g} to "
+                f"{self.kl.high:.3g})"
+            )
+        return lines
+
+    def measured(self) -> list[str]:
+        """What was measured, in Markdown for the model card."""
+        return [f"- {line}" for line in self.decision()]
+
+    def text(self) -> str:
+        """The report for a person."""
+        return "\n".join([f"{self.pairs} pairs, {self.eval_pairs} held out, {self.steps} steps", *self.decision()])
+
+
+@operation("train_auto/1")
+def train_auto(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
+    """The operation behind ``madpo train`` with no loss named."""
+    assert isinstance(settings.loss, Auto)
+    if processes.world_size() > 1:
+        raise ConfigError("auto trains in one process; start it without accelerate launch, or name a loss: --loss dpo")
+    if inputs.get("eval_data") is not None and not settings.loss.fast:
+        raise ConfigError(
+            "auto chooses on pairs that it holds out itself; leave --eval_data out (--eval_share says how many), or "
+            "name a loss: --loss dpo"
+        )
+    data, state, eval_data = str(inputs["data"]), out / CHECKPOINTS, inputs.get("eval_data")
+    if (first := first_pair(data, settings.reading)) is None:
+        raise DataError(f"{data}: no row has two different scores, so there is no pair; score the completions first")
+    column = None
+    source = "a probe of the reference's states, out of fold"
+    if MARGIN in first.numbers:
+        read = read_margins(data, settings.reading, shown=0)
+        column, source = dict(zip(read.pair_ids, read.values, strict=True)), f"the column {MARGIN}"
+    say(f"Margins come from {source}.")
+    clock = started_clock(state, settings.date)
+    base = resolve_model(settings.model)
+    if settings.export == "gguf":
+        refuse_unconvertible(base)
+    Encoder(load_tokenizer(base), clock).encode([first], data, "row")
+    shared = settings.model_copy(update={"date": clock.now if clock.read else None, "merge": False, "export": None})
+    seed = int(settings.args.get("seed", 42))
+    work = _Work(shared, settings.loss, data, eval_data, source, column, state, seed)
+    report = _fast(work) if settings.loss.fast else _two(work)
+    report = _finish(work, report, settings, out)
+    args = trainer_arguments(settings, out, evaluated=report.eval_pairs > 0)
+    write_report(out, data, eval_data, settings, args, report, clock)
+    metrics: Metrics = {"pairs": report.pairs, "steps": report.steps, "label_share": report.label_share}
+    if report.share is not None:
+        metrics |= {"deciding": report.share.difference, "advice": report.advice}
+    return metrics
+
+
+class _Work(NamedTuple):
+    """What both trainings share.
+
+    Attributes:
+        settings: of the trainings, but for their loss and seed.
+        source: of the margins, in words.
+        column: pair_id -> margin, where the data have them.
+    """
+
+    settings: TrainSettings
+    auto: Auto
+    data: str
+    eval_data: Path | None
+    source: str
+    column: dict[int, float] | None
+    state: Path
+    seed: int
+
+    def margins_out_of(self, folder: str) -> NDArray[np.float64]:
+        """Margins of the pairs that a training saw, out of fold where a probe gave them."""
+        if self.column is None:
+            return _column(self.state / folder / MARGINS, MARGIN)
+        lines = self.state / folder / HELDOUT
+        aside = set(_column(lines, "pair_id").astype(int).tolist()) if lines.exists() else set()
+        return np.array([margin for pair, margin in self.column.items() if pair not in aside])
+
+
+def _column(path: Path, name: str) -> NDArray[np.float64]:
+    return np.array([json.loads(line)[name] for line in path.read_text("utf-8").splitlines()], dtype=np.float64)
+
+
+def _trained(work: _Work, name: str, loss: LossConfig, seed: int) -> TrainReport:
+    settings = work.settings
+    args = {**settings.args, "seed": seed}
+    if "data_seed" in args:
+        args["data_seed"] = seed
+    share = settings.eval_share if work.auto.fast else settings.eval_share or HELDOUT_SHARE
+    how = settings.model_copy(
+        update={
+            "loss": loss,
+            "args": args,
+            "eval_share": share,
+            "split_seed": work.seed if share else None,
+            "probe": work.column is None,
+        }
+    )
+    inputs = {"data": work.data, "eval_data": work.eval_data, "model": settings.model}
+    folder = run_in_folder(train_pairs, how, inputs, work.state / name, memory=MEMORY_REMEDY)
+    gc.collect()  # the trainer's model is in a cycle
+    return load_report(folder / "report.json", TrainReport)
+
+
+def _mixed(work: _Work, share: float, temperature: float, seed: int) -> TrainReport:
+    loss = SoftDPO(beta=work.auto.beta, margin_temperature=temperature, label_share=share)
+    return _trained(work, MIXED_FOLDER, loss, seed)
+
+
+COIN = "the margins explain labels no better than a coin: plain DPO is as good"
+
+
+def _fast(work: _Work) -> AutoReport:
+    # A probe's margins are log-odds as they are, and not known before the training.
+    values = None if work.column is None else np.array([*work.column.values()])
+    temperature = 1.0 if values is None else inspect(values).margin_temperature
+    share = FAST_SHARE if values is None or better_than_coin(values) else 1.0
+    report = _mixed(work, share, temperature, work.seed)
+    useful = better_than_coin(work.margins_out_of(MIXED_FOLDER)) if values is None else share < 1
+    return AutoReport(
+        **report.model_dump(),
+        margins=work.source,
+        margin_temperature=temperature,
+        label_share=share,
+        share=None,
+        advice="auto" if useful else "dpo",
+        reason=f"one training, with the fixed label share {share:g}" if useful else COIN,
+        averaged=False,
+    )
+
+
+def _two(work: _Work) -> AutoReport:
+    # With label_share 1 the loss is DPO; it reads the margins, so that a probe's are there for the decision.
+    dpo = _trained(work, DPO_FOLDER, SoftDPO(beta=work.auto.beta, label_share=1.0), work.seed)
+    lines = work.state / DPO_FOLDER / HELDOUT
+    implicit, margins, prompts = (_column(lines, name) for name in ("implicit_margin", MARGIN, "prompt"))
+    seen = work.margins_out_of(DPO_FOLDER)
+    temperature = inspect(seen).margin_temperature
+    found = label_share(implicit, margins, prompts=prompts, seed=work.seed)
+    share, advice, reason = found.mean, "auto", "the margins add to the labels: take the average of both policies"
+    if not better_than_coin(np.concatenate([seen, margins])):
+        share, advice, reason = 1.0, "dpo", f"{COIN}, and both trainings take labels only"
+    elif found.low > AS_GOOD:
+        advice = "dpo"
+        reason = f"the label's share is above {AS_GOOD:g} with 97.5 % probability: plain DPO is as good"
+    mixed = _mixed(work, share, temperature, derived_seed(work.seed, "auto", "second training") % 2**31)
+    report = mixed.model_dump() | {"steps": dpo.steps + mixed.steps, "evaluation": {}}
+    return AutoReport(
+        **report,
+        margins=work.source,
+        margin_temperature=temperature,
+        label_share=share,
+        share=found,
+        advice=advice,
+        reason=reason,
+        averaged=True,
+    )
+
+
+class _Drawing(Frozen):
+    """How responses are drawn for the KL."""
+
+    seed: int
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    batch_size: int = Field(default=32, ge=1)
+
+
+def _finish(work: _Work, report: AutoReport, settings: TrainSettings, out: Path) -> AutoReport:
+    """Write the final policy, and keep those that it was made from."""
+    base, state = resolve_model(settings.model), work.state
+    kind = "model" if settings.full else "adapter"
+    changes: dict[str, Any] = {}
+    first, second = state / DPO_FOLDER / kind, state / MIXED_FOLDER / kind
+    average = report.averaged and (settings.full or can_average(second))
+    if report.averaged and not average:
+        say("PEFT cannot average adapters of experts' weights, so the second training's policy is the result.")
+        changes["averaged"] = False
+    if average and settings.full:
+        save_average(first, second, out / kind)
+    elif average:
+        tokenizer = load_tokenizer(second)
+        model = averaged_adapter(base, first, second, dtype=DTYPES.get(settings.dtype))
+        if work.auto.kl is not None:
+            reached = _at_kl(work, model, base)
+            config = model.peft_config["default"]
+            config.lora_alpha *= reached.strength  # as whoever loads it will scale the update
+            for layer in model.modules():
+                if hasattr(layer, "scale_layer"):
+                    layer.scale_layer(reached.strength)
+            changes |= {"strength": reached.strength, "kl": reached.kl}
+        changes["adapter"] = adapter_text(model)
+        model.save_pretrained(str(out / kind), safe_serialization=True)
+        tokenizer.save_pretrained(out / kind)
+        if settings.merges:
+            merge_adapter(model, out / "merged", tokenizer)
+    else:
+        shutil.copytree(second, out / kind, dirs_exist_ok=True)
+        if settings.merges:
+            model = load_model(base, dtype=DTYPES.get(settings.dtype), adapter=second)
+            merge_adapter(model, out / "merged", load_tokenizer(second))
+    if settings.export == "gguf":
+        write_gguf(out / ("model" if settings.full else "merged"), out / GGUF)
+    shutil.copyfile(state / MIXED_FOLDER / "log.jsonl", out / "log.jsonl")
+    for folder in (DPO_FOLDER, MIXED_FOLDER):
+        for name in _KEPT:
+            source, target = state / folder / name, out / folder / name
+            if source.is_dir() and (folder == DPO_FOLDER or average):
+                shutil.copytree(source, target, dirs_exist_ok=True)
+            elif source.is_file():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, target)
+    return report.model_copy(update=changes)
+
+
+def _at_kl(work: _Work, model: PeftModel, base: Path | str) -> Reached:
+    from madpo.operations.tuning.reward import strengthened
+
+    settings, wanted = work.settings, work.auto.kl
+    assert wanted is not None
+    tokenizer = load_tokenizer(base)
+    args = trainer_arguments(settings, work.state, evaluated=True)
+    rows = load_preferences(
+        work.data,
+        columns=settings.reading,
+        tokenizer=tokenizer,
+        max_length=args.max_length,
+        truncation=settings.truncation,
+    )
+    _, heldout = split_by_prompt(rows, settings.eval_share or HELDOUT_SHARE, work.seed, work.data)
+    different = {prompt_key(row["prompt"]): row for row in heldout}
+    chosen = list(different.values())[: work.auto.kl_prompts]
+    ends = [Encoder(tokenizer).end_id()] if isinstance(chosen[0]["prompt"], list) else []
+    reference = load_model(base, dtype=DTYPES.get(settings.dtype))
+    how = _Drawing(seed=work.seed, max_new_tokens=work.auto.kl_tokens)
+    prompts, keys = [list(row["prompt_ids"]) for row in chosen], [int(row["pair_id"]) for row in chosen]
+
+    def measure(strength: float) -> list[float]:
+        with strengthened(model, strength):
+            return sampled_kl(model, reference, prompts, how, keys=keys, further_ends=ends)
+
+    reached = strength_for(wanted, measure, seed=work.seed)
+    if not reached.near:
+        low, high = STRENGTHS
+        say(
+            f"No strength of the adapter from {low:g} to {high:g} has a KL of {wanted:g} nats; the nearest is taken. A "
+            "smaller beta or a larger learning rate goes further."
+        )
+    return reached

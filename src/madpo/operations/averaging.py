@@ -1,0 +1,120 @@
+"""The average of two policies that started from one model, and the strength at which an adapter has a given KL."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from madpo.core.metrics import Estimate
+from madpo.core.statistics import bootstrap_mean
+from madpo.models.engine.responses import Drawing, divergence, end_tokens, respond
+from madpo.models.load import load_model, save_model
+from madpo.models.locate import load_tokenizer
+from madpo.models.packaged import quiet_transformers
+
+STRENGTHS = (0.1, 4.0)
+"""Of an adapter: where one with the wanted KL is looked for."""
+_CLOSE = 0.1
+"""A KL within this share of the wanted one is near enough, as it is itself measured on samples."""
+
+
+def can_average(adapter: Path) -> bool:
+    """Whether PEFT can average adapters of this kind; it cannot where experts' weights are adapted."""
+    return not json.loads((adapter / "adapter_config.json").read_bytes()).get("target_parameters")
+
+
+def averaged_adapter(base: Path | str, first: Path, second: Path, *, dtype: torch.dtype | None) -> PeftModel:
+    """The base model with one adapter whose update is the mean of two adapters' updates, exactly.
+
+    Its rank is the sum of the two ranks. The mean of the factors A and B would not be the mean of the updates B A.
+    """
+    with quiet_transformers():
+        model = PeftModel.from_pretrained(load_model(base, dtype=dtype), str(first), adapter_name="first")
+        model.load_adapter(str(second), "second")
+        model.add_weighted_adapter(["first", "second"], [0.5, 0.5], "default", combination_type="cat")
+        model.set_adapter("default")
+        for name in ("first", "second"):
+            model.delete_adapter(name)
+    return model.eval()
+
+
+@torch.no_grad()
+def save_average(first: Path, second: Path, out: Path) -> None:
+    """Save the model whose weights are the means of two models' weights, taken in float32, in the first one's dtype."""
+    model, other = load_model(first, dtype="auto"), load_model(second, dtype="auto")
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        mine.copy_(torch.lerp(mine.float(), theirs.float(), 0.5))
+    save_model(model, out, load_tokenizer(first))
+
+
+class Reached(NamedTuple):
+    """The strength of an adapter, the KL(policy || reference) per response there (nats), and whether it is near."""
+
+    strength: float
+    kl: Estimate
+    near: bool
+
+
+def strength_for(kl: float, measure: Callable[[float], Sequence[float]], *, seed: int) -> Reached:
+    """The strength at which an adapter has a wanted KL to the reference, or comes nearest to it.
+
+    The KL grows like the square of a small strength, so the search is in logarithms: a step along the square, then
+    secants.
+
+    Args:
+        kl: wanted mean, nats.
+        measure: strength -> KL of each response.
+        seed: of the interval's resampling.
+    """
+    tried: dict[float, Estimate] = {}
+
+    def look(strength: float) -> float:
+        tried[strength] = bootstrap_mean(measure(strength), seed=seed)
+        return _log_ratio(tried[strength], kl)
+
+    x, slope = 0.0, 2.0
+    error = look(1.0)
+    for _ in range(5):
+        if abs(error) <= _CLOSE:
+            break
+        low, high = map(math.log, STRENGTHS)
+        step = min(high, max(low, x - error / slope))
+        if math.isclose(step, x, abs_tol=1e-3):
+            break
+        before, x = (x, error), step
+        error = look(math.exp(x))
+        slope = min(4.0, max(0.5, (error - before[1]) / (x - before[0])))
+    nearest = min(tried, key=lambda s: abs(_log_ratio(tried[s], kl)))
+    found = tried[nearest]
+    return Reached(nearest, found, abs(_log_ratio(found, kl)) <= 3 * _CLOSE)
+
+
+def _log_ratio(found: Estimate, wanted: float) -> float:
+    return math.log(max(found.mean, 1e-12) / wanted)
+
+
+def sampled_kl(
+    policy: PeftModel,
+    reference: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    how: Drawing,
+    *,
+    keys: Sequence[int],
+    further_ends: Sequence[int] = (),
+) -> list[float]:
+    """KL(policy || reference) of one response to each prompt, nats: full distributions along the policy's own text."""
+    tokenizer = load_tokenizer(reference.name_or_path)  # type: ignore[arg-type]
+    ends = {*end_tokens(reference, tokenizer), *further_ends}
+    how_named = "Responses for the KL"
+    (said,) = respond(policy, tokenizer, prompts, how, keys=keys, draw=0, ends=ends, description=how_named)
+    ids = [response.ids for response in said]
+    size = how.batch_size
+    found = divergence(policy, reference, prompts, ids, pad=tokenizer.pad_token_id, batch_size=size)
+    return [float(value) for value in found.kl]

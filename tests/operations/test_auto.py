@@ -1,0 +1,246 @@
+"""``madpo train`` with no loss named, from pairs to the averaged policy."""
+
+import json
+import math
+import tomllib
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from madpo.commands.cli import main
+from madpo.core.errors import ConfigError
+from madpo.core.statistics import fit_temperature
+from madpo.losses import DPO, MADPO
+from madpo.models.load import load_model, load_tokenizer
+from madpo.operations import TrainSettings, auto, train
+from madpo.operations.averaging import averaged_adapter, save_average, strength_for
+from madpo.operations.train_settings import Auto
+from madpo.rewards.label_share import label_share
+from practice_cases import BAD, GOOD, read, run, text_pairs, write
+
+pytestmark = pytest.mark.usefixtures("module_cache", "module_float32")
+
+ARGS = {"learning_rate": 1e-2, "num_train_epochs": 1, "per_device_train_batch_size": 16, "bf16": False, "seed": 7}
+
+
+def pairs(count, *, coin=False, seed=0):
+    """Pairs with exact margins and Bradley-Terry labels; with ``coin`` neither says anything."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for i in range(count):
+        true = float(1 + 2 * generator.standard_normal())
+        texts = [GOOD[generator.integers(4)], BAD[generator.integers(4)]]
+        first = generator.random() < (0.5 if coin else 1 / (1 + math.exp(-true)))
+        margin = float(generator.standard_normal()) if coin else true if first else -true
+        chosen, rejected = texts if first else texts[::-1]
+        rows.append({"prompt": f"The film {i % 60}", "chosen": chosen, "rejected": rejected, "reward_margin": margin})
+    return rows
+
+
+def settings(model, loss=None, **more):
+    args = ARGS | more.pop("args", {})
+    return TrainSettings(model=str(model), loss=loss or Auto(), args=args, dtype="float32", lora={"rank": 2}, **more)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("data") / "pairs.jsonl", pairs(160))
+
+
+@pytest.fixture(scope="module")
+def done(llama, data, tmp_path_factory):
+    """``auto`` by the command line, no loss named."""
+    out = tmp_path_factory.mktemp("auto") / "P"
+    options = [word for name, value in ARGS.items() for word in (f"--args.{name}", str(value).lower())]
+    run("train", data, "--model_name_or_path", llama, *options, "--dtype", "float32", "--lora.rank", 2, "--merge",
+        "--output_dir", out)  # fmt: skip
+    return out
+
+
+def update(folder):
+    """The update B A times its scale, by layer."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_bytes())
+    scale = config["lora_alpha"] / config["r"]
+    names = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
+    return {n: scale * tensors[f"{n}.lora_B.weight"] @ tensors[f"{n}.lora_A.weight"] for n in names}
+
+
+def test_the_policy_is_the_mean_of_both_updates(done, llama):
+    first, second, mean = (update(done / name) for name in ("dpo/adapter", "mixed/adapter", "adapter"))
+    assert first.keys() == mean.keys()
+    for name, value in mean.items():
+        torch.testing.assert_close(value, (first[name] + second[name]) / 2, rtol=1e-5, atol=1e-7)
+        assert not torch.equal(first[name], second[name])
+    ids = torch.arange(3, 20)[None]
+    adapted = PeftModel.from_pretrained(load_model(llama, dtype=torch.float32), done / "adapter")(ids).logits
+    torch.testing.assert_close(load_model(done / "merged", dtype=torch.float32)(ids).logits, adapted)
+
+
+def test_the_share_is_that_of_the_held_out_pairs(done, data):
+    report = json.loads((done / "report.json").read_bytes())
+    lines, margins = read(done / "dpo" / "heldout.jsonl"), [row["reward_margin"] for row in read(data)]
+    assert [line["reward_margin"] for line in lines] == [margins[line["pair_id"]] for line in lines]
+    assert report["eval_pairs"] == len(lines)
+    assert 0.1 * 160 < len(lines) < 0.2 * 160
+    prompts = [read(data)[line["pair_id"]]["prompt"] for line in lines]
+    assert len(set(prompts)) == len({line["prompt"] for line in lines}) == report["share"]["difference"][3]
+    implicit = [line["implicit_margin"] for line in lines]
+    found = label_share(implicit, [line["reward_margin"] for line in lines], prompts=prompts, seed=7)
+    assert report["label_share"] == report["share"]["mean"] == pytest.approx(found.mean)
+    assert report["share"]["difference"][0] == pytest.approx(found.difference.mean)
+    assert report["advice"] == "auto"
+    assert found.mean < 0.4, "the margins are exact"
+    aside = {line["pair_id"] for line in lines}
+    rest = [margin for i, margin in enumerate(margins) if i not in aside]
+    assert report["margin_temperature"] == pytest.approx(fit_temperature(rest)[0])
+    # Both trainings hold out the same pairs.
+    assert [line["pair_id"] for line in read(done / "mixed" / "heldout.jsonl")] == [line["pair_id"] for line in lines]
+
+
+def test_record_card_and_configuration_say_all_of_it(done, llama, data):
+    record = json.loads((done / "record.json").read_bytes())
+    assert record["operation"] == "train_auto/1"
+    assert {"label_share", "deciding", "advice"} <= record["metrics"].keys()
+    assert {"adapter/adapter_model.safetensors", "dpo/adapter/adapter_model.safetensors"} <= record["provenance"][
+        "files"
+    ].keys()
+    card = (done / "README.md").read_text()
+    for words in ("held-out log loss: margins", "label share", "the column reward_margin"):
+        assert words in card
+    again = TrainSettings.model_validate(tomllib.loads((done / "config.toml").read_text()))
+    assert again.loss == Auto()
+    assert again.merge
+    before = (done / "report.json").read_bytes()
+    assert train(data, done, settings(llama, merge=True)).text()
+    assert (done / "report.json").read_bytes() == before
+
+
+def test_labels_of_a_coin_end_in_the_advice_to_take_dpo(llama, tmp_path):
+    data = write(tmp_path / "pairs.jsonl", pairs(80, coin=True, seed=3))
+    report = train(data, tmp_path / "P", settings(llama))
+    assert (report.advice, report.label_share) == ("dpo", 1.0)
+    assert "no better than a coin" in report.text()
+    log = read(tmp_path / "P" / "mixed" / "log.jsonl")
+    assert all(line.get("target/probability", 1.0) == pytest.approx(1.0) for line in log)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_pairs_without_margins_get_them_from_a_probe(llama, tmp_path, fast):
+    data = write(tmp_path / "pairs.jsonl", text_pairs(120))
+    report = train(data, tmp_path / "P", settings(llama, Auto(fast=fast)))
+    assert "probe" in report.text()
+    probed = read(tmp_path / "P" / "mixed" / "margins.jsonl")
+    assert len(probed) == report.pairs
+    assert np.mean([line["reward_margin"] > 0 for line in probed]) > 0.6
+    if not fast:
+        heldout = read(tmp_path / "P" / "dpo" / "heldout.jsonl")
+        assert not {line["pair_id"] for line in heldout} & {line["pair_id"] for line in probed}
+        assert (tmp_path / "P" / "dpo" / "margins.jsonl").read_bytes() == (
+            tmp_path / "P" / "mixed" / "margins.jsonl"
+        ).read_bytes()
+        assert report.share.margin_loss < math.log(2)
+
+
+def test_fast_is_one_training_with_a_fixed_share(llama, data, tmp_path):
+    report = train(data, tmp_path / "P", settings(llama, Auto(fast=True)))
+    assert (report.pairs, report.eval_pairs, report.label_share, report.share) == (160, 0, 0.75, None)
+    assert not (tmp_path / "P" / "dpo").exists()
+    assert (tmp_path / "P" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_an_interruption_in_the_second_training_ends_in_the_same_bytes(done, llama, data, tmp_path, monkeypatch):
+    mixed, stop = auto._mixed, [True]
+
+    def interrupted(*given):
+        if stop:
+            stop.clear()
+            raise KeyboardInterrupt
+        return mixed(*given)
+
+    monkeypatch.setattr(auto, "_mixed", interrupted)
+    for _ in range(2):
+        try:
+            train(data, tmp_path / "P", settings(llama, merge=True))
+        except KeyboardInterrupt:
+            assert not (tmp_path / "P" / "record.json").exists()
+    for name in ("adapter/adapter_model.safetensors", "report.json", "mixed/log.jsonl", "dpo/heldout.jsonl"):
+        assert (tmp_path / "P" / name).read_bytes() == (done / name).read_bytes()
+
+
+def test_a_wanted_kl_sets_the_adapters_strength(done, llama, data, tmp_path):
+    out = tmp_path / "P"
+    report = train(data, out, settings(llama, Auto(kl=0.05, kl_tokens=6)))
+    assert report.kl.mean == pytest.approx(0.05, rel=0.4)
+    assert report.strength != 1
+    trained, weaker = update(done / "adapter"), update(out / "adapter")
+    for name, value in weaker.items():
+        torch.testing.assert_close(value, report.strength * trained[name], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_full_training_averages_the_weights(llama, data, tmp_path):
+    report = train(data, tmp_path / "P", settings(llama, full=True, args={"learning_rate": 1e-3}))
+    assert report.averaged
+    ours, first, second = (
+        load_model(tmp_path / "P" / name, dtype="auto") for name in ("model", "dpo/model", "mixed/model")
+    )
+    assert second
+    for a, b in zip(ours.parameters(), first.parameters(), strict=True):
+        assert a.shape == b.shape
+
+
+def test_weights_are_averaged_in_float32(llama, tmp_path):
+    one, two = (load_model(llama, dtype=torch.float32) for _ in range(2))
+    with torch.no_grad():
+        for parameter in two.parameters():
+            parameter.add_(1.0)
+    for name, model in (("one", one), ("two", two)):
+        model.save_pretrained(tmp_path / name)
+        load_tokenizer(llama).save_pretrained(tmp_path / name)
+    save_average(tmp_path / "one", tmp_path / "two", tmp_path / "mean")
+    for mean, low in zip(load_model(tmp_path / "mean", dtype="auto").parameters(), one.parameters(), strict=True):
+        torch.testing.assert_close(mean, low + 0.5)
+
+
+def test_the_average_of_one_adapter_with_itself_is_the_adapter(done, llama):
+    model = averaged_adapter(llama, done / "dpo" / "adapter", done / "dpo" / "adapter", dtype=torch.float32)
+    ids = torch.arange(3, 20)[None]
+    own = PeftModel.from_pretrained(load_model(llama, dtype=torch.float32), done / "dpo" / "adapter")(ids).logits
+    torch.testing.assert_close(model(ids).logits, own)
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0, 3.0])
+def test_the_strength_for_a_kl_is_found(power):
+    found = strength_for(0.5, lambda s: [3.0 * s**power] * 4, seed=0)
+    assert found.near
+    assert found.strength == pytest.approx((0.5 / 3) ** (1 / power), rel=0.2)
+    out_of_reach = strength_for(1e3, lambda s: [s * s] * 4, seed=0)
+    assert not out_of_reach.near
+    assert out_of_reach.strength == pytest.approx(4)
+
+
+def test_what_auto_refuses(llama, data, tmp_path, capsys):
+    with pytest.raises(ConfigError, match="holds out itself"):
+        train(data, tmp_path / "P", settings(llama), eval_data=data)
+    with pytest.raises(ValueError, match="fast holds out none"):
+        Auto(fast=True, kl=1.0)
+    with pytest.raises(ValueError, match="full training has not"):
+        settings(llama, Auto(kl=1.0), full=True)
+    words = ["--model_name_or_path", str(llama), "--output_dir", str(tmp_path / "P"), "--loss", "dpo", "--loss.fast"]
+    assert main(["train", str(data), *words, "true"]) == 2
+    assert "fast" in capsys.readouterr().err
+    assert not (tmp_path / "P").exists()
+
+
+def test_no_loss_named_is_auto_and_a_field_of_madpo_names_madpo():
+    def loss(**given):
+        return TrainSettings.model_validate({"model": "m", **given}).loss
+
+    assert loss() == loss(loss={}) == Auto()
+    assert loss(loss={"beta": 0.2, "fast": True}) == Auto(beta=0.2, fast=True)
+    assert loss(loss={"tau": 3}) == MADPO(tau=3)
+    assert loss(loss={"kind": "dpo", "beta": 0.2}) == DPO(beta=0.2)
