@@ -12,13 +12,14 @@ from madpo.core.metrics import Estimate
 from madpo.core.seeding import rng
 from madpo.core.statistics import bootstrap_mean, bootstrap_statistic
 from madpo.report.charts import Levels
+from madpo.report.claims import claims
 from madpo.report.compare import (
     base_beta,
     choose,
     equal_kl,
     frontiers,
     less,
-    less_dpo,
+    less_at_its_kl,
     selection_json,
     selections,
     settings_of,
@@ -214,7 +215,7 @@ CURVE = [
 @pytest.mark.parametrize(("kl", "expected"), [(4.0, 1.5), (8.0, 2.1), (6.0, 2.0)])
 def test_equal_kl_interpolates_dpos_curve(kl: float, expected: float) -> None:
     tier = tier_of("high", [*CURVE, madpo(7.0, 4.0, 2.5, kl=kl)])
-    value = equal_kl("x", tier, choose("MADPO", tier, tier.rows[3:])).value
+    value = equal_kl("x", tier, choose("MADPO", tier, tier.rows[3:]), interpolation="linear").value
     assert value is not None
     assert value.mean == pytest.approx(2.5 - expected, abs=1e-6)
     assert value.low < value.mean < value.high
@@ -231,6 +232,40 @@ def test_the_root_of_kl_interpolates_from_the_sft_model_on() -> None:
         assert found.mean == pytest.approx(2.5 - expected, abs=1e-9)
     near = choose("MADPO", tier, [tier.rows[4]])
     assert "0.5 nats, and DPO's curve spans 2.0 to 10.0" in equal_kl("x", tier, near, interpolation="linear").missing
+
+
+def test_two_curves_are_compared_over_the_distances_that_both_reach() -> None:
+    # In the root of KL ours is 0.3 above DPO's line through the SFT model wherever both are.
+    roots = {0.03: 3.0, 0.1: 2.0, 0.3: 1.0}
+    dpo = [row(f"DPO {b}", r, kl=r * r, kind="dpo", **{"beta": b}) for b, r in roots.items()]
+    ours = [
+        row(f"ours {b}", 0.3 + r, kl=r * r, kind="madpo", tau=7.0, c_max=4.0, **{"beta": b})
+        for b, r in ((0.03, 3.5), (0.1, 2.5), (0.3, 1.5))
+    ]
+    tier = tier_of("high", [row("SFT", 0.0, kl=0.0), *dpo, *ours])
+    lines = frontiers(tier, 0.1)
+    found = equal_kl("x", tier, choose("MADPO", tier, tier.rows[-3:-2]), line=lines["MADPO"])
+    assert found.value is not None
+    assert found.value.mean == pytest.approx(0.3, abs=0.02)
+    other = equal_kl("x", tier, choose("DPO", tier, tier.rows[1:2]), base="MADPO", line=lines["DPO"])
+    assert other.value is not None
+    assert other.value.mean < -0.1
+    (claim,) = [c for c in claims([tier]) if c.key == "madpo-at-equal-kl"]
+    assert claim.made[0].value == found.value
+
+
+def test_intervals_at_equal_kl_hold_the_seeds() -> None:
+    """Seeds that disagree by 2 make the interval wide, however many prompts there are."""
+    alike = [CURVE[0], CURVE[2], madpo(7.0, 4.0, 2.5, kl=4.0)]
+    apart = [CURVE[0], CURVE[2], in_second_seed(madpo(7.0, 4.0, 2.5, kl=4.0), reward=-2.0)]
+    widths = []
+    for rows in (alike, apart):
+        tier = tier_of("high", rows)
+        value = equal_kl("x", tier, choose("MADPO", tier, tier.rows[2:])).value
+        assert value is not None
+        widths.append(value.high - value.low)
+    assert widths[1] > 1.5
+    assert widths[1] > 3 * widths[0]
 
 
 def test_beyond_its_ends_a_curve_says_nothing() -> None:
@@ -252,7 +287,7 @@ def test_equal_kl_compares_over_the_seeds_that_all_rows_have() -> None:
     dpo = in_second_seed(row("DPO", 2.0, kl=6.0, kind="dpo"), reward=-3.0, kl=20.0)
     ours = in_second_seed(madpo(7.0, 4.0, 2.5, kl=4.0), reward=5.0, kl=2.0)
     tier = tier_of("high", [dpo, ours, *ends])
-    found = equal_kl("x", tier, choose("MADPO", tier, tier.rows[1:2]))
+    found = equal_kl("x", tier, choose("MADPO", tier, tier.rows[1:2]), interpolation="linear")
     assert found.value is not None
     assert found.value.mean == pytest.approx(2.5 - 1.5, abs=1e-6)
     assert (found.seeds, found.per_seed) == (1, {"seed0": pytest.approx(1.0)})
@@ -271,7 +306,7 @@ def test_a_frontier_of_one_seed_is_compared_as_in_a_study_of_one_seed(tmp_path: 
 def test_equal_kl_reports_what_each_seed_says() -> None:
     ours = in_second_seed(madpo(7.0, 4.0, 2.5, kl=4.0), reward=-2.0, kl=4.0)
     tier = tier_of("high", [CURVE[0], CURVE[2], ours])
-    found = equal_kl("x", tier, choose("MADPO", tier, tier.rows[2:]))
+    found = equal_kl("x", tier, choose("MADPO", tier, tier.rows[2:]), interpolation="linear")
     assert found.value is not None
     assert found.value.mean == pytest.approx(1.5 - 1.6, abs=1e-6)
     assert found.per_seed == pytest.approx({"seed0": 2.5 - 1.3, "seed1": 0.5 - 1.9}, abs=1e-6)
@@ -284,7 +319,7 @@ def test_equal_kl_reports_what_each_seed_says() -> None:
 
 def test_every_setting_is_compared_with_dpos_curve_at_its_own_distance() -> None:
     tier = uneven_tier()
-    found = {row.name: less_dpo(tier, row) for line in frontiers(tier, 0.1).values() for row in line}
+    found = {row.name: less_at_its_kl(tier, row) for line in frontiers(tier, 0.1).values() for row in line}
     ours = found["MADPO τ=7 c=4"].value
     assert ours is not None
     # In the first seed DPO earns 2.0 at 8 nats and 1.8 at 14, so 1.967 at MADPO's 9.

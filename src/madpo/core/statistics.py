@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -74,8 +75,11 @@ def bootstrap_statistic(
 ) -> Estimate:
     """A function of several means over the same units, with its 95 % percentile-bootstrap interval.
 
+    With repetitions (training seeds), these are drawn anew as the units are. Of K repetitions a resampled mean varies
+    too little by the factor (K - 1)/K, so their deviations from the mean are stretched by its root.
+
     Args:
-        values: one row per unit (prompt), one column per mean.
+        values: one row per unit (prompt), one column per mean; or units x repetitions x means.
         statistic: means of shape (draws, columns) -> values of shape (draws,).
         seed: of the resampling.
 
@@ -84,15 +88,22 @@ def bootstrap_statistic(
     """
     x = np.asarray(values, dtype=np.float64)
     _finite(x)
-    n = len(x)
-    generator = rng(seed, "bootstrap")
+    x = x if x.ndim == 3 else x[:, None]
+    n, k, _ = x.shape
+    generator, repeated = rng(seed, "bootstrap"), rng(seed, "bootstrap", "repetitions")
     rows = max(1, _BLOCK // x.size)
     draws = []
     for start in range(0, RESAMPLES, rows):
         drawn = generator.integers(0, n, size=(min(rows, RESAMPLES - start), n))
-        draws.append(statistic(x[drawn].mean(axis=1)))
+        means = x[drawn].mean(axis=1)
+        centres = means.mean(axis=1, keepdims=True)
+        if k > 1:
+            means = centres + math.sqrt(k / (k - 1)) * (means - centres)
+            chosen = repeated.integers(0, k, size=(len(means), k))
+            means = np.take_along_axis(means, chosen[:, :, None], axis=1)
+        draws.append(statistic(means.mean(axis=1)))
     low, high = np.quantile(np.concatenate(draws), [0.025, 0.975])
-    centre = float(statistic(x.mean(axis=0, keepdims=True))[0])
+    centre = float(statistic(x.mean(axis=(0, 1))[None])[0])
     return Estimate(centre, min(centre, float(low)), max(centre, float(high)), n)
 
 

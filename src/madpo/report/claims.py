@@ -27,17 +27,24 @@ from madpo.report.compare import (
     choose,
     chosen,
     equal_kl,
+    frontiers,
     less,
     settings_of,
 )
 from madpo.report.methods import RIVALS, is_setting
 from madpo.report.results import Tier
+from madpo.rewards.weight_counts import WeightParameters, coefficient_at_zero
 
 HELD, BROKEN, OPEN = "held", "did not hold", "not separated"
-BEYOND = "Beyond the paper: is it more than its rivals?"
+EQUAL_KL = "At the same distance from the reference"
+BEYOND = "Beyond the paper, at equal β: is it more than its rivals?"
+OWN = (EQUAL_KL, BEYOND)
+"""Sections of claims that are not the paper's."""
 # Key of the table of claims -> the bound that the differences under it must lie above, and whether they are required.
 ASKED = {"above": (0.0, True), "near": (-0.1, True), "optional": (0.0, False)}
 _SIDE = re.compile(r"(?P<method>.+?)(?:\((?P<tau>[\d.]+),(?P<c>[\d.]+)\))?@(?P<tier>\w+)")
+SAME_REACH = "DPO at β/c(0)"
+_BOUNDED = ("Best of n",)  # whose KL is a bound
 _WITHOUT_MARGINS = {"dpo-drops-on-low", "beta-dpo-above-dpo", "beta-dpo-peaks-on-medium"}
 
 
@@ -105,7 +112,8 @@ class Claim:
     @property
     def reads_margins(self) -> bool:
         """Whether it is about methods that take weights from a reward model."""
-        return self.key not in _WITHOUT_MARGINS
+        without = {f"{_slug(name)}-at-equal-kl" for name in ("IPO", "β-DPO", "rDPO", "RE-DPO", "cDPO")}
+        return self.key not in _WITHOUT_MARGINS | without
 
     @property
     def too_few(self) -> bool:
@@ -114,10 +122,12 @@ class Claim:
 
 
 def claims(tiers: Sequence[Tier]) -> list[Claim]:
-    """Every claim of the paper's Section 5 that a run can test, then what a careful reader asks beyond them."""
+    """What methods earn at equal KL; then, at equal beta, every claim of the paper's Section 5 that a run can test, and
+    what a careful reader asks beyond them."""
     study = _Study(tiers)
     table = tomllib.loads((files("madpo.report") / "claims.toml").read_text(encoding="utf-8"))
-    return [*(claim for line in table["claim"] for claim in study.paper(line)), *study.beyond()]
+    own = (claim for line in table["claim"] for claim in study.paper(line))
+    return [*study.at_equal_kl(), *own, *study.beyond()]
 
 
 class _Study:
@@ -173,23 +183,51 @@ class _Study:
             found += [less(f"{r.name} less DPO, {tier.label}", [choose(r.name, tier, [r]), dpo]) for r in rows]
         return found
 
+    def at_equal_kl(self) -> list[Claim]:
+        """Every method with a curve or a point of reward against KL, against DPO's curve and against MADPO's."""
+        lines = {name: frontiers(tier, self.beta) for name, tier in self.tiers.items()}
+        methods = dict.fromkeys(["MADPO", *(method for found in lines.values() for method in found)])
+        pairs = [(method, "DPO") for method in methods] + [(method, "MADPO") for method in methods]
+        found = []
+        for method, base in pairs:
+            if method in ("DPO", base, *_BOUNDED):
+                continue
+            by_tier = []
+            for name, tier in self.tiers.items():
+                line = lines[name].get(method, [])
+                choice = choose(method, tier, line[:1]) if len(line) > 1 else self.find(f"{method}@{name}")
+                what = f"{method} less {base} at equal KL, {tier.label}"
+                line = line if len(line) > 1 else []
+                by_tier.append((tier.label, equal_kl(what, tier, choice, base=base, line=line)))
+            if all(c.value is None for _, c in by_tier) and (method, base) != pairs[0]:
+                continue
+            text = f"{method} earns more than {base} at the same distance from the reference."
+            reading = (
+                f"{method}'s curve of reward against the root of KL, over its betas, less that of {base}, which begins "
+                "at the SFT model: the mean over the distances that both reach, on each tier that was run. With one "
+                "beta, the difference at its distance."
+            )
+            key = f"{_slug(method)}-at-equal-kl" if base == "DPO" else f"{_slug(method)}-above-madpo-at-equal-kl"
+            found.append(_of_tiers(key, text, reading, f"{method} less {base} at equal KL", by_tier, EQUAL_KL))
+        return found
+
     def beyond(self) -> list[Claim]:
-        """Rivals of MADPO, and DPO at the same distance from the reference."""
+        """Rivals of MADPO at the same beta."""
         run = {row.method for tier in self.tiers.values() for row in tier.rows}
         found = [self._rival("DPO at its best β", "dpo-best-beta")]
-        found += [
-            self._rival(name, name.lower().replace(" ", "-")) for name in RIVALS if name in RIVALS[:4] or name in run
-        ]
-        by_tier = [
-            (tier.label, equal_kl(f"MADPO less DPO at MADPO's KL, {tier.label}", tier, self.find(f"MADPO@{name}")))
-            for name, tier in self.tiers.items()
-        ]
-        text = "MADPO earns more than DPO at the same distance from the reference."
-        reading = (
-            "MADPO's reward less what DPO's curve of reward against KL, drawn over β, has at MADPO's KL, on each tier "
-            "that was run."
-        )
-        return [*found, _of_tiers("madpo-at-equal-kl", text, reading, "MADPO less DPO at MADPO's KL", by_tier)]
+        if any(self._same_reach(tier) is not None for tier in self.tiers.values()):
+            found.append(self._rival(SAME_REACH, "dpo-same-reach"))
+        return found + [self._rival(name, _slug(name)) for name in RIVALS if name in RIVALS[:4] or name in run]
+
+    def _same_reach(self, tier: Tier) -> Choice | None:
+        """DPO at beta / c(0), which MADPO is where every margin is far below tau (Proposition 4.1)."""
+        ours = self.find(f"MADPO@{tier.name}")
+        if ours is None or not {"tau", "c_max"} <= ours.row.loss.keys():
+            return None
+        given = {n: v for n in WeightParameters._fields if (v := ours.row.loss.get(n)) is not None}
+        beta = self.beta / coefficient_at_zero(WeightParameters(**given))
+        near = [row for row in settings_of(tier, "DPO", None) if row.beta and abs(row.beta / beta - 1) < 0.02]
+        return choose(SAME_REACH, tier, near[:1])
 
     def _rival(self, name: str, key: str) -> Claim:
         by_tier = []
@@ -197,6 +235,8 @@ class _Study:
             if name == "DPO at its best β":
                 rows = settings_of(tier, "DPO", None)
                 rival = choose(name, tier, rows) if len({row.beta for row in rows}) > 1 else None
+            elif name == SAME_REACH:
+                rival = self._same_reach(tier)
             else:
                 rival = chosen(tier, name, self.beta)
             made = less(f"MADPO less {name}, {tier.label}", [self.find(f"MADPO@{tier_name}"), rival])
@@ -234,19 +274,25 @@ def _words(sides: Sequence[str]) -> str:
     return f"{names[0]} less {names[1]}, {tiers[0]}" if tiers[0] == tiers[1] else f"{names[0]}: {' less '.join(tiers)}"
 
 
-def _of_tiers(key: str, text: str, reading: str, what: str, by_tier: Sequence[tuple[str, Comparison]]) -> Claim:
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower().replace("β", "beta")).strip("-")
+
+
+def _of_tiers(
+    key: str, text: str, reading: str, what: str, by_tier: Sequence[tuple[str, Comparison]], section: str = BEYOND
+) -> Claim:
     """A claim on the tiers that both sides were run on, of one comparison per tier."""
     made = [label for label, c in by_tier if c.value is not None]
     comparisons = [c for _, c in by_tier if not c.missing.startswith(NOT_RUN)] or [c for _, c in by_tier]
     only = tuple(made) if len(made) < len(by_tier) else ()
-    return Claim(key, BEYOND, text, reading, "", tuple(comparisons) or (Comparison(what, missing=NOT_RUN),), only)
+    return Claim(key, section, text, reading, "", tuple(comparisons) or (Comparison(what, missing=NOT_RUN),), only)
 
 
 def ties(found: Sequence[Claim]) -> list[str]:
     """One sentence per rival that MADPO does not clearly beat."""
     texts = []
     for claim in found:
-        if claim.section != BEYOND:
+        if claim.section != BEYOND and claim.key != "madpo-at-equal-kl":
             continue
         rival = claim.text.removeprefix("MADPO beats ").rstrip(".")
         rival = "DPO at equal KL" if claim.key == "madpo-at-equal-kl" else rival
@@ -261,7 +307,7 @@ def ties(found: Sequence[Claim]) -> list[str]:
 
 def counts(found: Sequence[Claim]) -> str:
     """How the paper's claims fared, in one sentence."""
-    own = [claim.verdict for claim in found if claim.section != BEYOND]
+    own = [claim.verdict for claim in found if claim.section not in OWN]
     n = {verdict: own.count(verdict) for verdict in (HELD, BROKEN, OPEN, NOT_RUN)}
     if n[NOT_RUN] == len(own):
         return f"None of the {len(own)} claims of the paper's Section 5 was put to the test by this run."

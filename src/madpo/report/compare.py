@@ -27,7 +27,7 @@ PAPER_BETA = 0.1
 NOT_RUN = "not run"
 
 Interpolation = Literal["linear", "sqrt"]
-INTERPOLATION: Interpolation = "linear"
+INTERPOLATION: Interpolation = "sqrt"
 
 
 def base_beta(tiers: Iterable[Tier]) -> float:
@@ -215,62 +215,90 @@ def frontiers(tier: Tier, beta: float) -> dict[str, list[Row]]:
 
 
 def equal_kl(
-    what: str, tier: Tier, choice: Choice | None, interpolation: Interpolation = INTERPOLATION, **how: Any
+    what: str,
+    tier: Tier,
+    choice: Choice | None,
+    interpolation: Interpolation = INTERPOLATION,
+    *,
+    base: str = "DPO",
+    line: Sequence[Row] = (),
+    **how: Any,
 ) -> Comparison:
-    """A method's reward less what plain DPO, over its betas, earns at the same KL.
+    """A method's reward less what a base method, over its betas, earns at the same KL.
 
-    Prompts are resampled for all rows alike. Rewards and KLs are means over the training seeds that all rows have, and
-    every such seed has a curve of its own. Beyond the ends of a curve there is nothing to compare with.
+    Prompts and training seeds are resampled for all rows alike. Rewards and KLs are means over the training seeds that
+    all rows have, and every such seed has a curve of its own. Beyond the ends of a curve there is nothing to compare
+    with.
 
     Args:
-        interpolation: "linear" joins DPO's settings, in order of KL, by straight lines in KL. "sqrt" joins them by
-            straight lines in the square root of KL, and begins at the SFT model, which has a KL of 0: reward grows
-            about as the root of KL, so that straight lines in KL flatter a method between two settings of DPO.
+        interpolation: "sqrt" joins a method's settings, in order of KL, by straight lines in the square root of KL, and
+            the base's curve begins at the SFT model, which has a KL of 0. Reward grows about as that root. "linear"
+            takes straight lines in KL and no SFT model, and flatters a method between two settings of the base.
+        base: "DPO", or "MADPO" at its setting with the most betas.
+        line: further settings of the chosen one over beta. The difference is then the mean over the distances that both
+            curves span; else it is taken at the one setting's own distance.
     """
-    curve = settings_of(tier, "DPO", None)
+    own = list(line) or ([] if choice is None else [choice.row])
+    keys = {row.key for row in own}
+    settings = settings_of(tier, "DPO", None) if base == "DPO" else frontiers(tier, base_beta([tier])).get(base, [])
+    curve = [row for row in settings if row.key not in keys]
     if choice is None or len(curve) < 2:
-        return Comparison(what, missing=f"{NOT_RUN}: it needs the method, and DPO at two or more β", **how)
-    rows = [choice.row, *curve]
+        return Comparison(what, missing=f"{NOT_RUN}: it needs the method, and {base} at two or more β", **how)
     start = [tier.sft] if interpolation == "sqrt" and tier.sft is not None else []
-    rewards = [tier.cells(row) for row in [*rows, *start]]
-    kls = [*(tier.cells(row, "kl") for row in rows), *(tier.cells(row) * 0.0 for row in start)]
-    values, seeds = over_shared_seeds([*rewards, *kls])
+    rewards = [tier.cells(row) for row in [*own, *curve, *start]]
+    kls = [*(tier.cells(row, "kl") for row in [*own, *curve]), *(tier.cells(row) * 0.0 for row in start)]
+    sides = [*rewards, *kls]
+    values, seeds = over_shared_seeds(sides)
     if choice.chosen:
         values = values[values.index.isin(tier.reporting)]
     if len(values) < 2:
         return Comparison(what, missing="there are no samples of all on the same prompts", **how)
-    means = {"": values.mean().to_numpy()}
+    whole = values.to_numpy()[:, None]
     if len(seeds) > 1:
-        for seed in seeds:
-            means[seed] = np.array([side.loc[values.index, seed].mean() for side in [*rewards, *kls]])
+        whole = np.stack([np.stack([side.loc[values.index, s] for side in sides], axis=1) for s in seeds], axis=1)
+    means = {"": whole.mean(axis=(0, 1)), **dict(zip(seeds, whole.mean(axis=0), strict=True) if len(seeds) > 1 else ())}
+    spans: dict[str, tuple[float, float]] = {}
     for seed, mean in means.items():
-        kl, *points = mean[len(rewards) :]
-        if not min(points) <= kl <= max(points):
+        mine, points = mean[len(rewards) : len(rewards) + len(own)], mean[len(rewards) + len(own) :]
+        low, high = max(min(mine), min(points)), min(max(mine), max(points))
+        spans[seed] = low, high
+        if low > high:
             span = f"{min(points):.1f} to {max(points):.1f}"
+            at = " to ".join(dict.fromkeys(f"{kl:.1f}" for kl in (min(mine), max(mine))))
             where = f"{choice.name}'s KL{f' in {seed}' if seed else ''}"
-            return Comparison(what, missing=f"{where} is {kl:.1f} nats, and DPO's curve spans {span}", **how)
+            return Comparison(what, missing=f"{where} is {at} nats, and {base}'s curve spans {span}", **how)
 
-    def above(draws: NDArray[np.float64]) -> NDArray[np.float64]:
-        return _above_curve(draws, interpolation)
+    def above(draws: NDArray[np.float64], seed: str = "") -> NDArray[np.float64]:
+        return _above_curve(draws, len(own), interpolation, spans[seed])
 
-    per_seed = {seed: float(above(mean[None])[0]) for seed, mean in means.items() if seed}
-    value = bootstrap_statistic(values.to_numpy(), above, seed=BOOTSTRAP_SEED)
+    per_seed = {seed: float(above(mean[None], seed)[0]) for seed, mean in means.items() if seed}
+    value = bootstrap_statistic(whole, above, seed=BOOTSTRAP_SEED)
     return Comparison(what, value, per_seed or dict.fromkeys(seeds, value.mean), seeds=max(1, len(seeds)), **how)
 
 
-def less_dpo(tier: Tier, row: Row) -> Comparison:
-    """Any row's reward less that of DPO's curve at the row's KL; none for DPO itself."""
-    what = f"{row.name} less DPO at its KL, {tier.label}"
-    if row.method in ("DPO", SFT):
-        return Comparison(what, missing="DPO is what others are compared with")
-    return equal_kl(what, tier, choose(row.name, tier, [row]))
+def less_at_its_kl(tier: Tier, row: Row, base: str = "DPO") -> Comparison:
+    """Any row's reward less that of the base method's curve at the row's KL; none for the base itself."""
+    what = f"{row.name} less {base} at its KL, {tier.label}"
+    if row.method in (base, SFT):
+        return Comparison(what, missing=f"{base} is what others are compared with")
+    return equal_kl(what, tier, choose(row.name, tier, [row]), base=base)
 
 
-def _above_curve(means: NDArray[np.float64], interpolation: Interpolation) -> NDArray[np.float64]:
-    """Columns: rewards of the method and of the curve's points, then their KLs in the same order."""
+_DISTANCES = 9  # at which two curves are compared
+
+
+def _above_curve(
+    means: NDArray[np.float64], own: int, interpolation: Interpolation, span: tuple[float, float]
+) -> NDArray[np.float64]:
+    """Columns: rewards of the method's settings and of the curve's points, then their KLs in the same order."""
     k = means.shape[1] // 2
     rewards, kls = means[:, :k], means[:, k:]
     x = np.sqrt(np.maximum(kls, 0.0)) if interpolation == "sqrt" else kls
-    order = np.argsort(x[:, 1:], axis=1)
-    curves = zip(x, rewards, order, strict=True)
-    return np.array([y[0] - np.interp(at[0], at[1:][by], y[1:][by]) for at, y, by in curves])
+    ends = np.sqrt(span) if interpolation == "sqrt" else np.array(span)
+    order, mine = np.argsort(x[:, own:], axis=1), np.argsort(x[:, :own], axis=1)
+    found = []
+    for at, y, by, first in zip(x, rewards, order, mine, strict=True):
+        grid = at[:1] if own == 1 else np.linspace(*ends, _DISTANCES)
+        gap = np.interp(grid, at[:own][first], y[:own][first]) - np.interp(grid, at[own:][by], y[own:][by])
+        found.append(gap.mean())
+    return np.array(found)

@@ -10,6 +10,7 @@ AGREEING, REDRAWN = "DPO on agreeing pairs", "DPO on re-drawn labels"
 RIVALS = (AGREEING, REDRAWN, "rDPO", "RE-DPO", "Soft labels", "Soft MADPO", "cDPO", "RLOO", "GRPO", "Best of n")
 
 _ONLINE = {"rloo": "RLOO", "grpo": "GRPO", "best_of_n": "Best of n"}
+_MARGINS = {"out_of_fold": "out-of-fold margins", "probe": "probe margins"}
 _PARTS = {"full": "MADPO", "amplify": "Amp-Only", "dampen": "Reg-Only"}
 # Kinds of losses that are not called as they are spelled; any other is, with "DPO" in capitals.
 _KINDS = {
@@ -35,10 +36,12 @@ def method_of(key: str, name: str, loss: Mapping[str, Any], pairs: str, margins:
         return "cDPO" if loss.get("label_smoothing") else "DPO"
     if kind == "ipo":
         return "IPO" if loss.get("reduction", "sum") == "sum" else "IPO, mean per token"
-    if kind == "madpo":
-        words = [_PARTS.get(loss.get("part", "full"), name)]
+    if kind in ("madpo", "soft_madpo", "soft_dpo"):
+        own = _PARTS.get(loss.get("part", "full"), name) if kind == "madpo" else _KINDS[kind]
+        words = ["Mixed labels" if loss.get("label_share") else own]
         words += ["calibrated margins"] * (float(loss.get("margin_temperature", 1.0)) != 1.0)
-        return ", ".join([*words, *["out-of-fold margins"] * (margins == "out_of_fold")])
+        words += [_MARGINS[margins]] if margins in _MARGINS else []
+        return ", ".join(words)
     if "kind" not in loss or kind == "custom":
         return name
     spelled = "-".join("DPO" if word == "dpo" else word for word in str(kind).split("_"))
@@ -49,7 +52,7 @@ def method_of(key: str, name: str, loss: Mapping[str, Any], pairs: str, margins:
 _SILENT = {"lam": 1.0, "margin_temperature": 1.0, "label_smoothing": 0.0}
 _SPOKEN = (
     *("beta", "tau", "c_max", "c_min", "lam", "margin_temperature", "batch_scale", "keep", "flip_rate", "alpha"),
-    *("gamma", "gamma_beta_ratio", "eta", "label_smoothing", "reliability"),
+    *("gamma", "gamma_beta_ratio", "eta", "label_smoothing", "reliability", "label_share"),
 )
 
 

@@ -15,7 +15,7 @@ from madpo.core.metrics import Estimate
 from madpo.core.storage import write_atomically
 from madpo.report import published
 from madpo.report.claims import Claim
-from madpo.report.compare import Choice, frontiers, less_dpo
+from madpo.report.compare import Choice, frontiers, less_at_its_kl
 from madpo.report.numbers import one, short
 from madpo.report.results import Tier
 
@@ -182,7 +182,8 @@ def _frontier(tiers: Sequence[Tier], beta: float) -> Table:
         {
             **{"tier": tier.label, "method": method, "setting": row.name, "beta": row.beta},
             **{"seeds": ", ".join(row.seeds), "kl": row["kl"], "reward": row["oracle_reward"]},
-            "less_dpo_at_equal_kl": less_dpo(tier, row).value,
+            "less_dpo_at_equal_kl": less_at_its_kl(tier, row).value,
+            "less_madpo_at_equal_kl": less_at_its_kl(tier, row, "MADPO").value,
         }
         for tier in tiers
         for method, line in frontiers(tier, beta).items()

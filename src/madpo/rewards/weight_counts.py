@@ -36,6 +36,12 @@ def log_weight(margins: np.ndarray, p: WeightParameters) -> np.ndarray:
     return np.where(h > -p.tau, log, 0.0)
 
 
+def coefficient_at_zero(p: WeightParameters) -> float:
+    """c(0), the coefficient of a pair without a margin: just below c_max where tau is many 1/lam."""
+    low = 1 / p.c_max if p.c_min is None else p.c_min
+    return low + (p.c_max - low) / (1 + (p.c_max - 1) / (1 - low) * math.exp(-p.lam * p.tau))
+
+
 def count_weights(margins: np.ndarray, parameters: WeightParameters) -> WeightCounts:
     """How many margins the weight amplifies, dampens, turns down; mean weight and effective sample size."""
     log = log_weight(margins, parameters)
