@@ -98,6 +98,7 @@ class Tier:
         curves: logs of the policies of the first seed, one line per logged step, with the row's ``name``.
         missing: names of the experiment's methods that have no evaluation here.
         selection_seed: which half of the held-out prompts chooses among settings.
+        probes: by seed, where rows read a probe's margins next to the reward model's.
         sweep: samples at further decoding temperatures, as ``samples``, with ``temperature``.
     """
 
@@ -112,6 +113,7 @@ class Tier:
     missing: tuple[str, ...] = ()
     selection_seed: int = 0
     sweep: pd.DataFrame = field(default_factory=pd.DataFrame)
+    probes: dict[str, Record] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -309,6 +311,7 @@ def _tier(
             missing=tuple(n for n, m in planned.items() if n not in shown and name in (m.get("tiers") or (name,))),
             selection_seed=selection_seed,
             sweep=own[swept],
+            probes=_by_seed(records, "probe", name),
         )
     )
 

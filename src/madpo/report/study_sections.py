@@ -222,10 +222,11 @@ def reward_models_table(tiers: Sequence[Tier]) -> Table | None:
         "calibrated_log_loss": ("log-loss after calibration", "number"),
     }
     models = [(tier, seed, model.metrics) for tier in tiers for seed, model in tier.reward_models.items()]
+    models += [(tier, f"{seed}, probe", probe.metrics) for tier in tiers for seed, probe in tier.probes.items()]
     shown = [name for name in names if any(name in metrics for _, _, metrics in models)]
     rows = []
     for tier, seed, metrics in models:
-        first = seed == next(iter(tier.reward_models)) and len(tier.margins)
+        first = seed == next(iter(tier.reward_models), None) and len(tier.margins)
         agrees = cell(float((tier.margins > 0).mean()), "share") if first else Cell(DASH)
         values = [value if isinstance(value := metrics.get(name), Estimate | float | int) else None for name in shown]
         cells = [cell(value, names[name][1]) for name, value in zip(shown, values, strict=True)]

@@ -7,6 +7,7 @@ oracle -----+-------------------------------------------------------------------
 sft -> responses -> pairs/<tier>/seed<n> -> reward_model/... -> margins/... --+              |
  |                    |                        |                              v              v
  |                    |                        +-> fold<k> -> out_of_fold   agreeing, redrawn
+ |                    |                        +-> probe -> probe_margins
  +--------------------+--> reference/... --> policy/<tier>/<row>/seed<n> --> evaluation/<tier>/<row>/seed<n>
 
 Names carry tier and seed always, and identities know nothing of the other rows, tiers and seeds: adding some to an
@@ -269,7 +270,17 @@ class _Bench:
             "margins from reward models that have not seen the pair",
         )
 
+    def _probe(self) -> Step:
+        inputs = {"pairs": self.pairs, "reference": self.trunk.sft}
+        folds = self.experiment.reward_model.folds
+        stage = ProbeStage(seed=self.seed, **({"folds": folds} if folds else {}))
+        probe = self._add("probe", fit_pairs_probe, stage, inputs, f"a probe on the {self.tier} pairs")
+        inputs = {"pairs": self.pairs, "reward_model": probe}
+        return self._add("probe_margins", probe_margins, ProbeMarginStage(), inputs, "the probe's margins, out of fold")
+
     def _margins_of(self, method: Method) -> Step:
+        if method.margins == "probe" and self.experiment.reward_model.kind == "trained":
+            return self._probe()
         whole = method.margins == "in_sample" or self.experiment.reward_model.kind == "probe"  # out of fold by itself
         return self.margins if whole else self._out_of_fold()
 

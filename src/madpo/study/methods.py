@@ -34,9 +34,10 @@ class Method(Frozen):
     pairs: Literal["all", "agreeing", "redrawn"] = "all"
     """"agreeing": the training pairs whose label the reward model agrees with. "redrawn": all, with labels drawn anew
     from the reward model's probabilities."""
-    margins: Literal["in_sample", "out_of_fold"] = "in_sample"
-    """Which reward model's margins the loss and ``pairs`` read: the tier's own, which has been trained on the same
-    pairs, or that of the fold that has not (``reward_model.folds``)."""
+    margins: Literal["in_sample", "out_of_fold", "probe"] = "in_sample"
+    """Whose margins the loss and ``pairs`` read: those of the tier's own reward model, which has been trained on the
+    same pairs; of the fold that has not (``reward_model.folds``); or of a probe of the SFT model's states, out of
+    fold."""
     online: OnlineSettings | None = None
     """Of the trainers "rloo" and "grpo"."""
     n: int | None = Field(default=None, ge=2)
