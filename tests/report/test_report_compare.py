@@ -14,6 +14,7 @@ from madpo.core.statistics import bootstrap_mean, bootstrap_statistic
 from madpo.report.charts import Levels
 from madpo.report.claims import claims
 from madpo.report.compare import (
+    _interpolated,
     base_beta,
     choose,
     equal_kl,
@@ -252,6 +253,31 @@ def test_two_curves_are_compared_over_the_distances_that_both_reach() -> None:
     assert other.value.mean < -0.1
     (claim,) = [c for c in claims([tier]) if c.key == "madpo-at-equal-kl"]
     assert claim.made[0].value == found.value
+
+
+def test_many_curves_at_once_are_numpys_own_interpolation() -> None:
+    generator = rng(5, "curves")
+    x, y = np.abs(generator.normal(size=(2, 50, 4)))
+    x[:, 3] = x[:, 1]  # two settings at one distance
+    grid = np.linspace(-0.5, 3, 9)[None]
+    found = _interpolated(grid, x, y)
+    order = np.argsort(x, axis=1, kind="stable")
+    expected = [np.interp(grid[0], a[o], b[o]) for a, b, o in zip(x, y, order, strict=True)]
+    away = (np.abs(grid[:, :, None] - x[:, None]) > 1e-9).all(-1)
+    assert np.allclose(found[away], np.array(expected)[away])
+    assert np.allclose(_interpolated(grid, x[:, :1], y[:, :1]), y[:, :1])
+
+
+def test_units_by_repetitions_are_the_same_bootstrap() -> None:
+    values = rng(1, "x").normal(size=(300, 2))
+    flat = bootstrap_statistic(values, lambda means: means @ np.array([1.0, -1.0]), seed=3)
+    single = bootstrap_statistic(values[:, None], lambda means: means @ np.array([1.0, -1.0]), seed=3)
+    assert single == pytest.approx(flat)
+    # Repetitions that differ by d widen the interval as their mean's own standard error does, d / 2.
+    d = 6.0
+    twice = np.stack([values - d / 2, values + d / 2], axis=1)
+    wide = bootstrap_statistic(twice, lambda means: means[:, 0], seed=3)
+    assert wide.high - wide.mean == pytest.approx(d / 2 * np.sqrt(2), abs=0.3)  # the quantile of a two-valued mean
 
 
 def test_intervals_at_equal_kl_hold_the_seeds() -> None:

@@ -88,14 +88,19 @@ def bootstrap_statistic(
     """
     x = np.asarray(values, dtype=np.float64)
     _finite(x)
-    x = x if x.ndim == 3 else x[:, None]
+    plain = x.ndim == 2
+    x = x[:, None] if plain else x
     n, k, _ = x.shape
     generator, repeated = rng(seed, "bootstrap"), rng(seed, "bootstrap", "repetitions")
     rows = max(1, _BLOCK // x.size)
     draws = []
     for start in range(0, RESAMPLES, rows):
         drawn = generator.integers(0, n, size=(min(rows, RESAMPLES - start), n))
-        means = x[drawn].mean(axis=1)
+        if plain:  # as records that are finished have it, to the last digit
+            means = x[drawn].mean(axis=1)
+        else:
+            counts = np.bincount((drawn + n * np.arange(len(drawn))[:, None]).ravel(), minlength=drawn.size)
+            means = (counts.reshape(drawn.shape) @ x.reshape(n, -1) / n).reshape(len(drawn), *x.shape[1:])
         centres = means.mean(axis=1, keepdims=True)
         if k > 1:
             means = centres + math.sqrt(k / (k - 1)) * (means - centres)

@@ -294,11 +294,20 @@ def _above_curve(
     k = means.shape[1] // 2
     rewards, kls = means[:, :k], means[:, k:]
     x = np.sqrt(np.maximum(kls, 0.0)) if interpolation == "sqrt" else kls
-    ends = np.sqrt(span) if interpolation == "sqrt" else np.array(span)
-    order, mine = np.argsort(x[:, own:], axis=1), np.argsort(x[:, :own], axis=1)
-    found = []
-    for at, y, by, first in zip(x, rewards, order, mine, strict=True):
-        grid = at[:1] if own == 1 else np.linspace(*ends, _DISTANCES)
-        gap = np.interp(grid, at[:own][first], y[:own][first]) - np.interp(grid, at[own:][by], y[own:][by])
-        found.append(gap.mean())
-    return np.array(found)
+    low, high = (float(np.sqrt(end)) if interpolation == "sqrt" else end for end in span)
+    grid = x[:, :1] if own == 1 else np.linspace(low, high, _DISTANCES)[None]
+    parts = [_interpolated(grid, x[:, part], rewards[:, part]) for part in (slice(own), slice(own, None))]
+    gap: NDArray[np.float64] = (parts[0] - parts[1]).mean(axis=1)
+    return gap
+
+
+def _interpolated(grid: NDArray[np.float64], x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``np.interp`` of every row: flat beyond the ends."""
+    order = np.argsort(x, axis=1, kind="stable")
+    x, y = np.take_along_axis(x, order, axis=1), np.take_along_axis(y, order, axis=1)
+    at = np.clip(grid, x[:, :1], x[:, -1:])
+    left = np.clip((at[:, :, None] >= x[:, None, :]).sum(-1) - 1, 0, max(0, x.shape[1] - 2))
+    right = np.minimum(left + 1, x.shape[1] - 1)
+    x0, x1, y0, y1 = (np.take_along_axis(v, i, axis=1) for v in (x, y) for i in (left, right))
+    width = x1 - x0
+    return np.asarray(y0 + (y1 - y0) * np.where(width > 0, (at - x0) / np.where(width > 0, width, 1.0), 1.0))
