@@ -21,6 +21,8 @@ PROCESSORS = {
     "preprocessor_config.json": '{"do_resize": true}',
     "processor_config.json": '{"image_seq_length": 4}',
     "video_preprocessor_config.json": '{"fps": 2}',
+    "chat_template.json": '{"chat_template": "{{ messages }}"}',
+    "tekken.json": '{"config": {}}',
 }
 PAIRS = [
     {"prompt": f"Is film {i} good?", "chosen": f" Film {i} is wonderful.", "rejected": f" It is a waste of {i} hours."}

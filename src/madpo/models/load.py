@@ -60,9 +60,10 @@ __all__ = [
 ]
 
 
-_PROCESSORS = sorted(
+_COMPANIONS = sorted(
     {PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME, VIDEO_PROCESSOR_NAME, AUDIO_TOKENIZER_NAME}
     | {LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE}
+    | {"tokenizer.model", "tekken.json"}  # SentencePiece's and Mistral's own, which llama.cpp and vLLM read
 )
 
 
@@ -215,20 +216,25 @@ def merge_adapter(model: nn.Module, out: Path, tokenizer: PreTrainedTokenizerBas
 
 
 def save_model(model: PreTrainedModel, out: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Save a whole model with its tokenizer, and the processors of images and sound that its base has."""
+    """Save a whole model with its tokenizer, and the processors of images and sound that its base has.
+
+    The tokenizer must be the base's own.
+    """
     vars(model).pop("forward", None)  # an installed completion head belongs to the object, not to the weights
     with quiet_transformers():
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
-        for name in _PROCESSORS:
-            source = cached_file(
-                model.name_or_path,
-                name,
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
-            )
-            if source is not None and not (out / name).exists():
-                shutil.copyfile(source, out / name)
+    copy_companions(model.name_or_path, out)
+
+
+def copy_companions(base: str | Path, out: Path) -> None:
+    """Copy what a base model has next to its weights and transformers' tokenizer, and a server of it asks for."""
+    for name in _COMPANIONS:
+        source = cached_file(
+            str(base), name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+        )
+        if source is not None and not (out / name).exists():
+            shutil.copyfile(source, out / name)
 
 
 _TEXT = """The film begins slowly, but the story grows on you. A good cast, a bad script, and a wonderful ending.

@@ -29,7 +29,7 @@ from madpo.data.templates import Clock
 from madpo.models.adapters import adapter_text
 from madpo.models.engine.logprobs import completion_logps, unwrapped
 from madpo.models.hyperparameters import CHECKPOINTS
-from madpo.models.load import load_model, load_quantised, merge_adapter, resolve_model, save_model
+from madpo.models.load import copy_companions, load_model, load_quantised, merge_adapter, resolve_model, save_model
 from madpo.models.locate import lasting
 from madpo.models.packaged import quiet_transformers
 from madpo.operations.arguments import written_arguments
@@ -417,6 +417,8 @@ def _save(trainer: PreferenceTrainer, settings: TrainSettings, tokenizer: PreTra
     with quiet_transformers():
         if trainer.sharded:  # every process gives its part
             trainer.save_model(str(out / ("model" if settings.full else "adapter")))
+            if settings.full and processes.is_main_process():
+                copy_companions(resolve_model(settings.model), out / "model")
             return
         if not processes.is_main_process():
             return
