@@ -178,9 +178,13 @@ class ChatSettings(Frozen):
     system: str | None = None
     """System prompt of both conversations."""
     max_new_tokens: int = Field(default=256, ge=1)
+    """Tokens of an answer at most."""
     temperature: float = Field(default=0.7, ge=0)
+    """0 takes the most likely token; larger draws more freely."""
     top_p: float = Field(default=1.0, gt=0, le=1)
+    """Only the most likely tokens that make up this probability can be drawn; 1 is all of them."""
     top_k: int | None = Field(default=None, ge=1)
     """Only so many most likely tokens can be drawn; None is all of them."""
     seed: int = Field(default=0, ge=0)
+    """Of the draws: the same words get the same answers."""
     batch_size: ClassVar[int] = 1
