@@ -276,7 +276,7 @@ def test_every_layout_gives_its_texts(row, texts, tmp_path):
     [
         ({"text": None}, "text is null"),
         ({"text": 3}, "text is 3"),
-        ({"messages": [{"from": "user", "value": "x"}]}, "give text or messages with role and content"),
+        ({"messages": [{"from": "critic", "value": "x"}]}, "role is .critic. .*use one of system"),
         ({"prompt": "a", "completion": ANSWER}, "must both be text or both be messages"),
         ({"words": "a"}, "has no 'text'"),
         ({"text": "\ud800"}, "half of a surrogate pair"),

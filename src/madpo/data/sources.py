@@ -19,6 +19,7 @@ from madpo.core.storage import expanded
 from madpo.data.parquet import parquet_source
 from madpo.data.raw import RawRow, Source, Wanted, short
 from madpo.data.saved import refuse_files_outside, saved_splits, unopened
+from madpo.data.shards import opened_shards, shards_of
 from madpo.data.template_keys import without_filled_nulls
 from madpo.data.text_files import csv_source, json_source
 
@@ -41,14 +42,15 @@ _MAGIC = {
     b"\xfe\xff": "is UTF-16 text; save it as UTF-8",
     b"\x00\x00\xfe\xff": "is UTF-32 text; save it as UTF-8",
 }
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.+-]+)?")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.+-]+){0,2}")
 
 
 def open_source(data: str | Path, *, wanted: Wanted = None) -> Source:
-    """Open a file, a folder written by ``save_to_disk``, or a hub data set ("owner/name" or "owner/name:split").
+    """Open a file, a folder of files or one written by ``save_to_disk``, or a data set of the hub.
 
     Args:
-        data: path or hub name. A path that exists wins.
+        data: path ("folder:split" for a part of a folder), or hub name ("owner/name", "owner/name:split" or
+            "owner/name:configuration:split"). A path that exists wins.
         wanted: columns to read from Parquet, where each costs time.
 
     Raises:
@@ -63,6 +65,8 @@ def open_source(data: str | Path, *, wanted: Wanted = None) -> Source:
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
+        if (part := split_of_folder(data)) is not None:
+            return _folder(name, *part, wanted)
         if _is_hub_name(data):
             return _hub(name)
         raise DataError(
@@ -73,7 +77,7 @@ def open_source(data: str | Path, *, wanted: Wanted = None) -> Source:
     except UnicodeEncodeError:
         raise DataError(f"{name}: is no name that a file can have; give the path of a readable file") from None
     if stat.S_ISDIR(mode):
-        return _saved(name, path)
+        return _folder(name, path, None, wanted)
     if not stat.S_ISREG(mode):
         raise DataError(f"{name}: is not a regular file (a pipe or a device); write the data to a file first")
     return _file(name, path, wanted)
@@ -87,9 +91,17 @@ def look_at(data: str | Path) -> None:
     """
     path = expanded(data)
     if os.path.isdir(path):
-        _refuse_other_folders(printable(str(data)), path)
-    elif not _is_hub_name(data):
+        if not _is_saved(path):
+            _shards(printable(str(data)), path, None)
+    elif not _is_hub_name(data) or split_of_folder(data) is not None:
         open_source(data).rows.close()
+
+
+def split_of_folder(data: str | Path) -> tuple[Path, str] | None:
+    """The folder and the split of "folder:split"; None for anything else."""
+    folder, colon, split = str(data).rpartition(":")
+    path = expanded(folder) if colon and folder else None
+    return (path, split) if path is not None and os.path.isdir(path) and not os.path.exists(expanded(data)) else None
 
 
 def _is_hub_name(data: str | Path) -> bool:
@@ -129,8 +141,28 @@ def _file(name: str, path: Path, wanted: Wanted) -> Source:
     return csv_source(name, path, zipped, "\t" if suffix[0] == ".tsv" else ",")
 
 
+def _folder(name: str, path: Path, split: str | None, wanted: Wanted) -> Source:
+    if _is_saved(path):
+        return _saved(name, path if split is None else path / split)
+    files = _shards(name, path, split)
+    outer = name if split is None else name[: -len(split) - 1]
+    return opened_shards(
+        name, files, lambda file: _file(f"{outer}/{printable(str(file.relative_to(path)))}", file, wanted)
+    )
+
+
+def _is_saved(path: Path) -> bool:
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def _shards(name: str, path: Path, split: str | None) -> list[Path]:
+    scored = next((path / file for file in ("scored.jsonl", "scored.parquet") if (path / file).is_file()), None)
+    if scored is not None:
+        raise DataError(f"{name}: is a folder; give the file in it, {scored}")
+    return shards_of(name, path, split, tuple(FORMATS))
+
+
 def _saved(name: str, path: Path) -> Source:
-    _refuse_other_folders(name, path)
     if not (path / "state.json").is_file():
         raise DataError(
             f"{name}: holds the splits {saved_splits(name, path)}; give the folder of one of them, such as {name}/train"
@@ -149,31 +181,28 @@ def _saved(name: str, path: Path) -> Source:
     return Source(name, "row", tuple(data.column_names), _numbered(name, data, "save the data set again"))
 
 
-def _refuse_other_folders(name: str, path: Path) -> None:
-    """Refuse a folder that ``save_to_disk`` has not written."""
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        return
-    scored = next((path / file for file in ("scored.jsonl", "scored.parquet") if (path / file).is_file()), None)
-    remedy = f"give the file in it, {scored}" if scored else "give the path of a .jsonl, .parquet or .csv file in it"
-    raise DataError(f"{name}: is a folder; {remedy}")
-
-
 def _hub(name: str) -> Source:
     import datasets
 
-    repository, _, split = name.partition(":")
+    repository, *parts = name.split(":")
+    split = parts[-1] if parts else "train"
     try:
-        data = datasets.load_dataset(repository, split=split or "train", streaming=True)
+        data = datasets.load_dataset(repository, *parts[:-1], split=split, streaming=True)
         columns = data.column_names
         if data.features is not None and unopened(data.features) != data.features:
             data = data.decode(False).cast(unopened(data.features))
     except Exception as error:  # of the network, of the hub, of whatever the repository holds
         if is_shortage(error):
             raise
-        raise DataError(
-            f"{name}: cannot be loaded from the hub ({short(error)}); check the name, the split ({split or 'train'}) "
-            "and the network, or give a local file"
-        ) from None
+        said = re.sub(r"\s+", " ", str(error))
+        remedy = f"check the name, the split ({split}) and the network, or give a local file"
+        if (choices := re.search(r"available configs: \[(.*?)\]", said)) is not None:
+            configuration = re.findall(r"'([^']*)'", choices[1])[0]
+            remedy = f"give a configuration of {choices[0]}, such as {repository}:{configuration}:{split}"
+        elif (choices := re.search(r"(?:[Aa]vailable splits:|nknown split .*?one of) \[(.*?)\]", said)) is not None:
+            given = ":".join([repository, *parts[:-1], re.findall(r"'([^']*)'", choices[1])[0]])
+            remedy = f"give one of the splits {choices[1]}, such as {given}"
+        raise DataError(f"{name}: cannot be loaded from the hub ({short(error)}); {remedy}") from None
 
     return Source(name, "row", tuple(columns) if columns else None, _numbered(name, data, "try again"))
 

@@ -16,6 +16,7 @@ from madpo.core.errors import StorageError, first_line
 from madpo.core.locks import LOCKS
 from madpo.core.progress import say
 from madpo.core.storage import expanded
+from madpo.data.sources import split_of_folder
 from madpo.runner.folder import UNFINISHED, file_digest
 from madpo.runner.record import RECORD
 from madpo.runner.step import Source, StageFn, Step
@@ -95,7 +96,8 @@ def digest(place: str | Path) -> str | None:
 
     Records and locks do not count, so that two equal results have one digest.
     """
-    path = expanded(place)
+    part = split_of_folder(place)
+    path = expanded(place) if part is None else part[0]
     if path.is_file():
         return file_digest(path)
     if not path.is_dir():
