@@ -4,64 +4,24 @@ This module is the table of contents. Names load on first use (PEP 562), so ``im
 milliseconds and imports no torch.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
+from madpo.core.lazy import attach
+
 if TYPE_CHECKING:
-    from madpo.core.errors import MadpoError
-    from madpo.losses import (
-        DPO,
-        MADPO,
-        Loss,
-        LossInputs,
-        LossOutput,
-        LossState,
-        PreferenceLoss,
-        log_margin_weight,
-        margin_weight,
-    )
-    from madpo.training import PreferenceConfig, PreferenceTrainer
+    from madpo.core.errors import MadpoError as MadpoError
+    from madpo.losses import DPO as DPO
+    from madpo.losses import MADPO as MADPO
+    from madpo.losses import Loss as Loss
+    from madpo.losses import LossInputs as LossInputs
+    from madpo.losses import LossOutput as LossOutput
+    from madpo.losses import LossState as LossState
+    from madpo.losses import PreferenceLoss as PreferenceLoss
+    from madpo.losses import log_margin_weight as log_margin_weight
+    from madpo.losses import margin_weight as margin_weight
+    from madpo.training import PreferenceConfig as PreferenceConfig
+    from madpo.training import PreferenceTrainer as PreferenceTrainer
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "madpo.core.errors": ("MadpoError",),
-    "madpo.losses": (
-        "DPO",
-        "MADPO",
-        "Loss",
-        "LossInputs",
-        "LossOutput",
-        "LossState",
-        "PreferenceLoss",
-        "log_margin_weight",
-        "margin_weight",
-    ),
-    "madpo.training": ("PreferenceConfig", "PreferenceTrainer"),
-}
-_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
-
-__all__ = [
-    "DPO",
-    "MADPO",
-    "Loss",
-    "LossInputs",
-    "LossOutput",
-    "LossState",
-    "MadpoError",
-    "PreferenceConfig",
-    "PreferenceLoss",
-    "PreferenceTrainer",
-    "log_margin_weight",
-    "margin_weight",
-]
-
-
-def __getattr__(name: str) -> object:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module 'madpo' has no attribute {name!r}")
-    return getattr(import_module(_MODULE_OF[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_MODULE_OF])
+__getattr__, __dir__, __all__ = attach(__name__)

@@ -14,7 +14,7 @@ from selenium.webdriver.common.keys import Keys
 
 import madpo
 from madpo.core.seeding import rng
-from madpo.operations.inspection import inspect_data
+from madpo.operations.inspection import inspect as inspect_data
 
 HOSTILE = [
     "</script><script>document.title='owned'</script>",

@@ -12,7 +12,7 @@ from selenium.webdriver.common.by import By
 
 from madpo.core.metrics import Estimate
 from madpo.core.seeding import rng
-from madpo.operations.inspection import inspect_data
+from madpo.operations.inspection import inspect as inspect_data
 from madpo.report import rebuild_report
 from madpo.report.command_pages import write_reward_page, write_samples_page
 from madpo.report.pages import cell

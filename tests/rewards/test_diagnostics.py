@@ -20,7 +20,7 @@ from madpo.commands.cli import main
 from madpo.core.errors import ConfigError, DataError
 from madpo.core.seeding import rng
 from madpo.data.margins import read_margins
-from madpo.operations.inspection import inspect_data
+from madpo.operations.inspection import inspect as inspect_data
 from madpo.rewards.margins import ENOUGH, PAPER_SETTINGS, SURE, deciding, inspect
 from madpo.rewards.weight_counts import WeightParameters, log_weight
 

@@ -58,10 +58,10 @@ def inspect(options: Inspect) -> int:
     Example:
         madpo inspect scored/scored.jsonl --output margins.html
     """
-    from madpo.operations.inspection import inspect_data
+    from madpo.operations import inspect
 
     o = options
-    report = inspect_data(o.data, columns=o.reading, margin_temperature=o.margin_temperature, output=o.output)
+    report = inspect(o.data, columns=o.reading, margin_temperature=o.margin_temperature, output=o.output)
     show(report.text())
     if options.output is not None:
         show(f"Page: {options.output.resolve().as_uri()}")

@@ -15,13 +15,11 @@ from madpo.losses import LossConfig
 from madpo.models.locate import refuse_unreachable, resolve_model
 from madpo.models.packaged import PACKAGED
 from madpo.operations.preconditions import (
-    find_policy,
     first_pair,
     own_reward_model,
     refuse_other_config,
     require_columns,
 )
-from madpo.operations.prompts import read_prompts
 from madpo.runner.folder import refuse_foreign
 
 
@@ -79,23 +77,3 @@ def _found(model: str | None) -> Path | None:
         return found
     refuse_unreachable(found)
     return None
-
-
-def refuse_few_prompts(data: str, count: int | None, reading: Layout) -> None:
-    """Refuse a file of prompts that cannot be read, or has fewer than asked for.
-
-    Raises:
-        DataError: as :func:`read_prompts`.
-    """
-    if expanded(data).is_file():
-        read_prompts(data, count, reading)
-
-
-def refuse_other_policy(policy: str, reference: str | None) -> None:
-    """Refuse what is no policy, or does not say its reference.
-
-    Raises:
-        ConfigError: as :func:`find_policy`.
-    """
-    if policy not in PACKAGED and not policy.startswith("tiny-"):
-        find_policy(policy, reference)

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args
 
 from pydantic import BaseModel
 
-from madpo.core.config import FOLDERS, Frozen, key_values, put, read_toml, toml_value, validate
+from madpo.core.config import Frozen, key_values, load_config, read_toml, toml_value
 from madpo.core.errors import ConfigError
 from madpo.core.options import Cli
 from madpo.core.storage import expanded, stays_inside
@@ -212,8 +212,8 @@ class CommandLine:
         words = [word.partition("=") for word in self.words]
         given = [(name, value if equals else (*self.words, "")[i + 1]) for i, (name, equals, value) in enumerate(words)]
         found: dict[str, str] = {}
-        for place in [Path(value) for name, value in given if name == "--config" and fields and Path(value).is_file()]:
-            tables = {field: read_toml(place).get(field) for field in fields}
+        for file in [expanded(value) for name, value in given if name == "--config" and fields]:
+            tables = {field: read_toml(file).get(field) for field in fields}
             found |= {field: str(t["kind"]) for field, t in tables.items() if isinstance(t, dict) and "kind" in t}
         for name, value in given:
             field = name.removeprefix("--").removesuffix(".kind")
@@ -306,31 +306,21 @@ class CommandLine:
         Raises:
             ConfigError: one sentence with the file (or "the command line"), the key, the value and the remedy.
         """
-        given = self.given()
-        config, place, data = given.get("config"), "the command line", dict[str, Any]()
-        settings: dict[str, Any] = {}
+        given, config = self.given(), None
         if issubclass(self.model, Configurable):
-            settings = key_values(given.get("set", ()))
-            if config is not None:
-                config = expanded(config)
-                place, data = str(config), read_toml(config)
-                _refuse_foreign_places(config, data, {*given, *settings})
-        for key, value in (given | settings).items():
-            put(data, key, value, place)
-        # A path that the user typed goes anywhere; one in a file stays with the file, or where the user is.
-        typed = config is None or any(key.split(".")[-1] == "target" for key in (*given, *settings))
-        context = None if typed else {FOLDERS: (Path(place).absolute().parent, Path.cwd())}
-        overridden = {} if config is None else {key: f"--{key}" for key in given} | {k: f"--set {k}" for k in settings}
+            if "config" in given:
+                config = expanded(given["config"])
+                _refuse_foreign_places(config, {*given, *key_values(given.get("set", ()))})
+            given |= key_values(given.get("set", ()))
         try:
-            found = validate(data, self.model, place=place, overridden=overridden, context=context)
+            found = load_config(config, self.model, given, how="--")
         except ConfigError as error:
-            raise ConfigError(
-                re.sub(r"the key '(\S+)' is missing; add it", r"\1 is missing; add --\1", str(error))
-            ) from None
+            said = re.sub(r"the key '(\S+)' is missing; add it", r"\1 is missing; add --\1", str(error))
+            raise ConfigError(said) from None
         return found.model_copy(update={key: expanded(value) for key, value in found if isinstance(value, Path)})
 
 
-def _refuse_foreign_places(config: Path, found: Mapping[str, Any], typed: Container[str]) -> None:
+def _refuse_foreign_places(config: Path, typed: Container[str]) -> None:
     """Refuse a file that would have a command write elsewhere, or replace something: it may be somebody else's.
 
     Args:
@@ -339,6 +329,7 @@ def _refuse_foreign_places(config: Path, found: Mapping[str, Any], typed: Contai
     Raises:
         ConfigError: naming the key and the option.
     """
+    found = read_toml(config)
     if found.get("overwrite") and "overwrite" not in typed:
         raise ConfigError(f"{config}: overwrite = true is obeyed on the command line only; give --overwrite there")
     for key in ("output_dir", "output"):

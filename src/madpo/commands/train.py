@@ -10,6 +10,7 @@ from madpo.core import processes
 from madpo.core.libraries import loading_libraries
 from madpo.core.options import Cli
 from madpo.core.progress import show
+from madpo.core.storage import expanded
 from madpo.operations.settings import EvaluateSettings, RewardSettings, ScoreSettings
 from madpo.operations.train_settings import TrainSettings
 from madpo.operations.tuning.settings import TuneSettings
@@ -148,12 +149,15 @@ def evaluate(options: Evaluate) -> int:
     Example:
         madpo evaluate policy --prompts prompts.jsonl --reward rm --max_new_tokens 64 --output_dir evaluation
     """
-    from madpo.commands.early import refuse_few_prompts, refuse_missing, refuse_other_policy
+    from madpo.commands.early import refuse_missing
+    from madpo.operations.preconditions import find_policy
+    from madpo.operations.prompts import read_prompts
 
     o = options
     refuse_missing(data=[o.prompts], models=[o.reference], rewards=[o.reward_model], output_dir=o.output_dir)
-    refuse_other_policy(o.policy, o.reference)
-    refuse_few_prompts(o.prompts, o.max_prompts, o.reading)
+    find_policy(o.policy, o.reference)
+    if expanded(o.prompts).is_file():
+        read_prompts(o.prompts, o.max_prompts, o.reading)
     with loading_libraries():
         from madpo.operations import evaluate
 

@@ -6,7 +6,7 @@ unknown keys: a typing error must never mean "the default, silently".
 
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -91,28 +91,31 @@ def first_difference(before: Any, after: Any, key: str = "") -> tuple[str, Any, 
     return None if before == after else (key, before, after)
 
 
-def load_config(source: Path, model: type[T], overrides: Mapping[str, object] | Sequence[str] = ()) -> T:
+def load_config(
+    source: Path | None, model: type[T], overrides: Mapping[str, object] | Sequence[str] = (), *, how: str = "--set "
+) -> T:
     """Read a TOML file into ``model``.
 
     Args:
-        source: the TOML file.
+        source: the TOML file; None where the overrides say all.
         model: the configuration class.
         overrides: ``{"policy.learning_rate": 1e-4}`` or ``["policy.learning_rate=1e-4"]``. A dotted key names a
-            field; a number in it, an entry of a list. String values are read as TOML, and as plain text where
-            they are none.
+            field; a number in it, an entry of a list. The value in a text is read as TOML, and as plain text where
+            it is none.
+        how: what an override begins with where the user wrote it.
 
     Raises:
         ConfigError: one sentence with the file, the dotted key, the value and what is allowed; of several
             mistakes the first, and the count of the others.
     """
-    data = read_toml(source)
-    given = key_values(overrides)
+    data = {} if source is None else read_toml(source)
+    given, place = key_values(overrides), "the command line" if source is None else str(source)
     for key, value in given.items():
-        put(data, key, value, source)
+        _put(data, key, value, place)
     # A path that the user typed goes anywhere; one that stands in a file stays with the file, or where the user is.
-    typed = any(key.split(".")[-1] == "target" for key in given)
-    context = None if typed else {FOLDERS: (source.absolute().parent, Path.cwd())}
-    return validate(data, model, place=str(source), overridden={key: f"--set {key}" for key in given}, context=context)
+    typed = source is None or any(key.split(".")[-1] == "target" for key in given)
+    context = None if typed or source is None else {FOLDERS: (source.absolute().parent, Path.cwd())}
+    return validate(data, model, place=place, overridden=() if source is None else given, how=how, context=context)
 
 
 def validate(
@@ -120,19 +123,20 @@ def validate(
     model: type[T],
     *,
     place: str,
-    overridden: Mapping[str, str] | None = None,
+    overridden: Iterable[str] = (),
+    how: str = "",
     context: dict[str, Any] | None = None,
 ) -> T:
     """``data`` as ``model``, or a ConfigError that begins with ``place``.
 
     Args:
-        overridden: dotted key -> how it was given, where that is not in ``place``.
+        overridden: dotted keys that were given elsewhere than in ``place``; ``how`` is written before them.
         context: for the validators of ``model``: ``FOLDERS`` holds the folders that paths in ``data`` may not leave.
     """
     try:
         return model.model_validate(data, context=context)
     except ValidationError as error:
-        raise ConfigError(_sentence(error, data, model, place, overridden or {})) from None
+        raise ConfigError(_sentence(error, data, model, place, {key: f"{how}{key}" for key in overridden})) from None
 
 
 def read_toml(source: Path) -> dict[str, Any]:
@@ -184,12 +188,7 @@ def toml_value(text: str) -> object:
     return parsed["value"] if list(parsed) == ["value"] else text
 
 
-def put(data: dict[str, Any], key: str, value: object, source: Path | str) -> None:
-    """Set a dotted key in nested tables; a number in it is an entry of a list.
-
-    Raises:
-        ConfigError: the key leads into something that is no table.
-    """
+def _put(data: dict[str, Any], key: str, value: object, source: str) -> None:
     *parents, last = key.split(".")
     here: Any = data
     for depth, part in enumerate(parents):
@@ -203,7 +202,7 @@ def put(data: dict[str, Any], key: str, value: object, source: Path | str) -> No
         here[last] = value
 
 
-def _index(entries: list[Any], part: str, key: str, source: Path | str) -> int:
+def _index(entries: list[Any], part: str, key: str, source: str) -> int:
     if part.isascii() and part.isdigit() and int(part) < len(entries):
         return int(part)
     raise ConfigError(f"{source}: --set {key} does not fit: {part!r} must be a number from 0 to {len(entries) - 1}")

@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import ast
+import inspect
+import sys
+from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 
-def attach(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """``__getattr__`` and ``__dir__`` of a package whose names load from other modules.
+def attach(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """``__getattr__``, ``__dir__`` and ``__all__`` of a package whose names load on first use.
+
+    The names are those that its ``__init__.py`` imports under ``TYPE_CHECKING``, so that they are written once, where
+    type checkers read them.
 
     Args:
         package: its ``__name__``.
-        homes: public name -> "module", or "module:name" where the module calls it otherwise.
     """
+    tree = ast.parse(inspect.getsource(sys.modules[package]))
+    imports = (node for branch in tree.body if isinstance(branch, ast.If) for node in branch.body)
+    homes = {
+        name.asname or name.name: (str(node.module), name.name)
+        for node in imports
+        if isinstance(node, ast.ImportFrom)
+        for name in node.names
+    }
 
     def load(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        module, _, inside = homes[name].partition(":")
-        return getattr(import_module(module), inside or name)
+        module, inside = homes[name]
+        return getattr(import_module(module), inside)
 
-    return load, lambda: sorted({*vars(import_module(package)), *homes})
+    return load, lambda: sorted({*vars(sys.modules[package]), *homes}), sorted(homes)
 
 
 class _Lazy(ModuleType):

@@ -11,59 +11,23 @@ from typing import TYPE_CHECKING
 from madpo.core.lazy import attach
 
 if TYPE_CHECKING:
-    from madpo.data import check
-    from madpo.operations.evaluation import EvaluateReport, evaluate
-    from madpo.operations.inspection import inspect_data as inspect
-    from madpo.operations.policy import TrainReport, train
-    from madpo.operations.reward_model import RewardReport, load_scorer, reward
-    from madpo.operations.score_report import ScoreReport
-    from madpo.operations.scoring import score
-    from madpo.operations.settings import EvaluateSettings, RewardSettings, ScoreSettings, TrimSettings
-    from madpo.operations.train_settings import TrainSettings
-    from madpo.operations.trimming.report import TrimReport
-    from madpo.operations.trimming.trim import trim_vocab
+    from madpo.data import check as check
+    from madpo.operations.evaluation import EvaluateReport as EvaluateReport
+    from madpo.operations.evaluation import evaluate as evaluate
+    from madpo.operations.inspection import inspect as inspect
+    from madpo.operations.policy import TrainReport as TrainReport
+    from madpo.operations.policy import train as train
+    from madpo.operations.reward_model import RewardReport as RewardReport
+    from madpo.operations.reward_model import load_scorer as load_scorer
+    from madpo.operations.reward_model import reward as reward
+    from madpo.operations.score_report import ScoreReport as ScoreReport
+    from madpo.operations.scoring import score as score
+    from madpo.operations.settings import EvaluateSettings as EvaluateSettings
+    from madpo.operations.settings import RewardSettings as RewardSettings
+    from madpo.operations.settings import ScoreSettings as ScoreSettings
+    from madpo.operations.settings import TrimSettings as TrimSettings
+    from madpo.operations.train_settings import TrainSettings as TrainSettings
+    from madpo.operations.trimming.report import TrimReport as TrimReport
+    from madpo.operations.trimming.trim import trim_vocab as trim_vocab
 
-__getattr__, __dir__ = attach(
-    __name__,
-    {
-        "EvaluateReport": "madpo.operations.evaluation",
-        "EvaluateSettings": "madpo.operations.settings",
-        "RewardReport": "madpo.operations.reward_model",
-        "RewardSettings": "madpo.operations.settings",
-        "ScoreReport": "madpo.operations.score_report",
-        "ScoreSettings": "madpo.operations.settings",
-        "TrainReport": "madpo.operations.policy",
-        "TrainSettings": "madpo.operations.train_settings",
-        "TrimReport": "madpo.operations.trimming.report",
-        "TrimSettings": "madpo.operations.settings",
-        "check": "madpo.data",
-        "evaluate": "madpo.operations.evaluation",
-        "inspect": "madpo.operations.inspection:inspect_data",
-        "load_scorer": "madpo.operations.reward_model",
-        "reward": "madpo.operations.reward_model",
-        "score": "madpo.operations.scoring",
-        "train": "madpo.operations.policy",
-        "trim_vocab": "madpo.operations.trimming.trim",
-    },
-)
-
-__all__ = [
-    "EvaluateReport",
-    "EvaluateSettings",
-    "RewardReport",
-    "RewardSettings",
-    "ScoreReport",
-    "ScoreSettings",
-    "TrainReport",
-    "TrainSettings",
-    "TrimReport",
-    "TrimSettings",
-    "check",
-    "evaluate",
-    "inspect",
-    "load_scorer",
-    "reward",
-    "score",
-    "train",
-    "trim_vocab",
-]
+__getattr__, __dir__, __all__ = attach(__name__)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from peft.utils.error import NoMatchingPeftModuleError
-
-from madpo.core.errors import ConfigError, DataError, StorageError
+from madpo.core.errors import DataError, StorageError
 from madpo.core.layout import Layout
 from madpo.core.progress import say
 from madpo.core.seeding import rng
@@ -21,28 +18,12 @@ from madpo.data.rows import Pair
 from madpo.data.survey import Survey
 from madpo.data.templates import Clock
 from madpo.data.tokens import Encoder, truncated
-from madpo.models.hyperparameters import CHECKPOINTS, LoRA, Truncation
+from madpo.models.hyperparameters import CHECKPOINTS, Truncation
 from madpo.models.locate import load_tokenizer, resolve_model
 from madpo.runner.first_start import FILE, since_first_start
 
 Row = dict[str, Any]
 _TOGETHER = 64  # conversations rendered and tokenised at once
-
-
-@contextmanager
-def adapted(model: str, lora: LoRA) -> Iterator[None]:
-    """Tell in one sentence that an adapter finds no place in a model.
-
-    Raises:
-        ConfigError: in place of PEFT's error.
-    """
-    try:
-        yield
-    except NoMatchingPeftModuleError as error:
-        raise ConfigError(
-            f"lora.targets = {lora.targets!r}: the model {model!r} has no such modules; name linear layers of it, such "
-            "as q_proj, or take all-linear"
-        ) from error
 
 
 def load_split(

@@ -8,22 +8,23 @@ from typing import Any
 
 from madpo.core.storage import expanded
 from madpo.data.margins import SUSPICIOUS, read_margins
-from madpo.rewards.margins import MarginReport, deciding, inspect
+from madpo.rewards.margins import MarginReport, deciding
+from madpo.rewards.margins import inspect as inspect_margins
 
 
-def inspect_data(
+def inspect(
     data: str | Path, *, columns: Any = None, margin_temperature: float | None = None, output: Path | None = None
 ) -> MarginReport:
-    """:func:`inspect` for a file or hub data set; with ``output``, also one HTML page to look at and play with.
+    """:func:`madpo.rewards.margins.inspect` for a file or hub data set; ``output`` is one HTML page to play with.
 
     Margins that a reward model gave to its own training pairs, as ``madpo score`` reports them, are not calibrated.
 
     Raises:
-        DataError, ConfigError: as :func:`read_margins` and :func:`inspect`.
+        DataError, ConfigError: as :func:`read_margins` and :func:`madpo.rewards.margins.inspect`.
         StorageError: the page cannot be written.
     """
     margins = read_margins(data, columns, shown=SUSPICIOUS, sampled=0 if output is None else 500)
-    report = inspect(
+    report = inspect_margins(
         margins.values,
         pair_ids=margins.pair_ids,
         margin_temperature=margin_temperature,

@@ -35,7 +35,7 @@ from madpo.models.packaged import quiet_transformers
 from madpo.operations.arguments import written_arguments
 from madpo.operations.card import write_cards
 from madpo.operations.export import GGUF, refuse_unconvertible, write_gguf
-from madpo.operations.inputs import Row, adapted, load_training
+from madpo.operations.inputs import Row, load_training
 from madpo.operations.preconditions import require_columns
 from madpo.operations.running import digest, load_report, run_in_folder, toml
 from madpo.operations.trackers import refuse_missing_trackers
@@ -317,7 +317,7 @@ def build_trainer(
     if not settings.full:
         _refuse_head(model, settings)
     torch.manual_seed(args.seed)  # the adapter starts at random
-    with quiet_transformers(), adapted(settings.model, settings.lora):
+    with quiet_transformers():
         return PreferenceTrainer(
             model,
             args=args,

@@ -30,7 +30,7 @@ from madpo.models.adapters import adapter_text
 from madpo.models.load import load_classifier, load_config, load_tokenizer, placed, resolve_model
 from madpo.models.loading import loading
 from madpo.models.locate import refuse_fetching
-from madpo.operations.inputs import Row, adapted, load_training, split_by_prompt
+from madpo.operations.inputs import Row, load_training, split_by_prompt
 from madpo.operations.preconditions import own_reward_model, refuse_other_outputs
 from madpo.operations.running import digest, load_report, run_in_folder, toml
 from madpo.operations.settings import RewardSettings
@@ -255,7 +255,7 @@ def fit(
         seed=settings.seed,
     )
     pairs, held = (Dataset.from_dict(sequences(rows)) for rows in (train, stopping))
-    with adapted(settings.model, settings.lora), reporting_to(settings.report_to):
+    with reporting_to(settings.report_to):
         return fit_reward_model(stage, pairs, held, out, page=page)
 
 

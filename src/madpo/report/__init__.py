@@ -9,19 +9,13 @@ report of that part, which says what is missing.
 ``svg`` how; ``pages`` renders templates; ``study`` puts a study together, and ``build`` writes its report.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from madpo.core.lazy import attach
 
 if TYPE_CHECKING:
-    from madpo.report.build import build_report, rebuild_report
-    from madpo.report.export import export_report
+    from madpo.report.build import build_report as build_report
+    from madpo.report.build import rebuild_report as rebuild_report
+    from madpo.report.export import export_report as export_report
 
-__all__ = ["build_report", "export_report", "rebuild_report"]
-
-
-def __getattr__(name: str) -> Any:
-    # A command that draws a small page need not import what a study's report needs.
-    if name in __all__:
-        from importlib import import_module
-
-        return getattr(import_module(f"madpo.report.{'export' if name == 'export_report' else 'build'}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__, __all__ = attach(__name__)

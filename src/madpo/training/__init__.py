@@ -4,23 +4,12 @@
 first use, so that what needs no trainer loads no TRL.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
+from madpo.core.lazy import attach
+
 if TYPE_CHECKING:
-    from madpo.training.config import PreferenceConfig
-    from madpo.training.preference import PreferenceTrainer
+    from madpo.training.config import PreferenceConfig as PreferenceConfig
+    from madpo.training.preference import PreferenceTrainer as PreferenceTrainer
 
-_HOME = {"PreferenceConfig": "madpo.training.config", "PreferenceTrainer": "madpo.training.preference"}
-
-__all__ = ["PreferenceConfig", "PreferenceTrainer"]
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module 'madpo.training' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+__getattr__, __dir__, __all__ = attach(__name__)

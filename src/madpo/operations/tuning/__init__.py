@@ -10,19 +10,10 @@ from typing import TYPE_CHECKING
 from madpo.core.lazy import attach
 
 if TYPE_CHECKING:
-    from madpo.operations.tuning.search import TuneReport, tune
-    from madpo.operations.tuning.settings import RewardCriterion, TuneSettings
-    from madpo.operations.tuning.space import Dimension
+    from madpo.operations.tuning.search import TuneReport as TuneReport
+    from madpo.operations.tuning.search import tune as tune
+    from madpo.operations.tuning.settings import RewardCriterion as RewardCriterion
+    from madpo.operations.tuning.settings import TuneSettings as TuneSettings
+    from madpo.operations.tuning.space import Dimension as Dimension
 
-__getattr__, __dir__ = attach(
-    __name__,
-    {
-        "Dimension": "madpo.operations.tuning.space",
-        "RewardCriterion": "madpo.operations.tuning.settings",
-        "TuneReport": "madpo.operations.tuning.search",
-        "TuneSettings": "madpo.operations.tuning.settings",
-        "tune": "madpo.operations.tuning.search",
-    },
-)
-
-__all__ = ["Dimension", "RewardCriterion", "TuneReport", "TuneSettings", "tune"]
+__getattr__, __dir__, __all__ = attach(__name__)
