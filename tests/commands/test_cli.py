@@ -151,14 +151,14 @@ def test_the_folder_is_named_after_the_experiment(toml: Path, experiment: Any, t
 def test_dry_run_prints_the_plan(toml: Path, experiment: Any, tmp_path: Path, capsys: Any) -> None:
     experiment(lambda: run([Step("a", succeed, Nothing())], tmp_path / "out", dry_run=True))
     assert main(["run", str(toml), "--dry-run"]) == 0
-    first, total, rates = capsys.readouterr().out.splitlines()
+    first, total, rates, *_ = capsys.readouterr().out.splitlines()
     assert first.startswith("a  to run  1.0 s")
     assert total.startswith(
         "1 of 1 steps to run: about 1.0 s one after another, on this machine, whose matrix products"
     )
     assert rates.startswith("(tokens a second of Gemma-3-270M: sft ")
     assert main(["run", str(toml), "--dry-run", "--rate", "train=9000"]) == 0
-    _, total, rates = capsys.readouterr().out.splitlines()
+    _, total, rates, *_ = capsys.readouterr().out.splitlines()
     assert total.endswith("on the rates given")
     assert "sft 120, train 9000, reward 420" in rates
 

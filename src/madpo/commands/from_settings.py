@@ -307,16 +307,15 @@ class CommandLine:
             ConfigError: one sentence with the file (or "the command line"), the key, the value and the remedy.
         """
         given, config = self.given(), None
-        if issubclass(self.model, Configurable):
-            if "config" in given:
-                config = expanded(given["config"])
-                _refuse_foreign_places(config, {*given, *key_values(given.get("set", ()))})
-            given |= key_values(given.get("set", ()))
+        settings = key_values(given.get("set", ())) if issubclass(self.model, Configurable) else {}
+        if "config" in given:
+            config = expanded(given["config"])
+            _refuse_foreign_places(config, {*given, *settings})
         try:
-            found = load_config(config, self.model, given, how="--")
+            found = load_config(config, self.model, given | settings)
         except ConfigError as error:
             said = re.sub(r"the key '(\S+)' is missing; add it", r"\1 is missing; add --\1", str(error))
-            raise ConfigError(said) from None
+            raise ConfigError(said if settings else said.replace(" with --set ", " with --", 1)) from None
         return found.model_copy(update={key: expanded(value) for key, value in found if isinstance(value, Path)})
 
 

@@ -91,9 +91,7 @@ def first_difference(before: Any, after: Any, key: str = "") -> tuple[str, Any, 
     return None if before == after else (key, before, after)
 
 
-def load_config(
-    source: Path | None, model: type[T], overrides: Mapping[str, object] | Sequence[str] = (), *, how: str = "--set "
-) -> T:
+def load_config(source: Path | None, model: type[T], overrides: Mapping[str, object] | Sequence[str] = ()) -> T:
     """Read a TOML file into ``model``.
 
     Args:
@@ -102,7 +100,6 @@ def load_config(
         overrides: ``{"policy.learning_rate": 1e-4}`` or ``["policy.learning_rate=1e-4"]``. A dotted key names a
             field; a number in it, an entry of a list. The value in a text is read as TOML, and as plain text where
             it is none.
-        how: what an override begins with where the user wrote it.
 
     Raises:
         ConfigError: one sentence with the file, the dotted key, the value and what is allowed; of several
@@ -115,7 +112,7 @@ def load_config(
     # A path that the user typed goes anywhere; one that stands in a file stays with the file, or where the user is.
     typed = source is None or any(key.split(".")[-1] == "target" for key in given)
     context = None if typed or source is None else {FOLDERS: (source.absolute().parent, Path.cwd())}
-    return validate(data, model, place=place, overridden=() if source is None else given, how=how, context=context)
+    return validate(data, model, place=place, overridden=() if source is None else given, context=context)
 
 
 def validate(
@@ -124,19 +121,18 @@ def validate(
     *,
     place: str,
     overridden: Iterable[str] = (),
-    how: str = "",
     context: dict[str, Any] | None = None,
 ) -> T:
     """``data`` as ``model``, or a ConfigError that begins with ``place``.
 
     Args:
-        overridden: dotted keys that were given elsewhere than in ``place``; ``how`` is written before them.
+        overridden: dotted keys that were given by ``--set``, and not in ``place``.
         context: for the validators of ``model``: ``FOLDERS`` holds the folders that paths in ``data`` may not leave.
     """
     try:
         return model.model_validate(data, context=context)
     except ValidationError as error:
-        raise ConfigError(_sentence(error, data, model, place, {key: f"{how}{key}" for key in overridden})) from None
+        raise ConfigError(_sentence(error, data, model, place, overridden)) from None
 
 
 def read_toml(source: Path) -> dict[str, Any]:
@@ -209,7 +205,7 @@ def _index(entries: list[Any], part: str, key: str, source: str) -> int:
 
 
 def _sentence(
-    error: ValidationError, data: object, model: type[BaseModel], place: str, overridden: Mapping[str, str]
+    error: ValidationError, data: object, model: type[BaseModel], place: str, overridden: Iterable[str]
 ) -> str:
     first, *others = error.errors(include_url=False)
     kind, loc, ctx = first["type"], first["loc"], first.get("ctx", {})
@@ -234,8 +230,8 @@ def _sentence(
         text = f"{key}{given}: {message}" if key and not message.startswith(f"{key}.") else message
         if kind == "literal_error":
             text += did_you_mean(str(first["input"]), re.findall(r"'([^']*)'", ctx["expected"]))
-    how = next((how for given, how in overridden.items() if key == given or key.startswith(f"{given}.")), "")
-    place = f"{place} with {how}" if how else place
+    if any(key == given or key.startswith(f"{given}.") for given in overridden):
+        place = f"{place} with --set {key}"
     more = f" (and {len(others)} more mistake{'s' if len(others) > 1 else ''})" if others else ""
     return f"{place}: {text}{more}"
 
