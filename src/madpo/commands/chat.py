@@ -29,10 +29,10 @@ def chat(options: Chat) -> int:
         madpo chat policy
         madpo chat policy --prompt "What is a joy to watch?" --temperature 0
     """
-    from madpo.commands.early import refuse_other_policy
+    from madpo.operations.preconditions import find_policy
 
     o = options
-    refuse_other_policy(o.policy, o.reference)
+    find_policy(o.policy, o.reference)
     with loading_libraries():
         from rich.console import Console
 
