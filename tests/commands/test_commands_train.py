@@ -108,7 +108,10 @@ def test_a_mistake_is_told_before_what_trains_is_loaded(tmp_path):
             "tau is 0.0, but must be above 0",
         ),
         ("train e.jsonl --model_name_or_path lm --output_dir o", "has no column 'chosen'"),
-        ("train r.jsonl --model_name_or_path lm --output_dir o", "has no column 'reward_margin', which the loss madpo"),
+        (
+            "train r.jsonl --loss madpo --model_name_or_path lm --output_dir o",
+            "has no column 'reward_margin', which the loss madpo",
+        ),
         ("tune d.jsonl --model_name_or_path lm --output_dir o", "has no column 'reward_margin', which the loss madpo"),
         ("train d.jsonl --model_name_or_path rm --output_dir o --loss dpo", "is a reward model, which rewards"),
         ("score d.jsonl --score_columns a b --output_dir o", "has no column 'a' (found 'prompt'"),

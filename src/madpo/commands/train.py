@@ -12,7 +12,7 @@ from madpo.core.options import Cli
 from madpo.core.progress import show
 from madpo.core.storage import expanded
 from madpo.operations.settings import EvaluateSettings, RewardSettings, ScoreSettings
-from madpo.operations.train_settings import TrainSettings
+from madpo.operations.train_settings import Auto, TrainSettings
 from madpo.operations.tuning.settings import TuneSettings
 
 
@@ -92,6 +92,8 @@ def train(options: Train) -> int:
     from madpo.commands.early import refuse_missing
 
     o = options
+    if isinstance(o.loss, Auto):
+        o.loss.refuse_held_out(o.eval_data)
     refuse_missing(
         pairs=[o.data, o.eval_data],
         reading=o.reading,

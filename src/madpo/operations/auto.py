@@ -125,11 +125,7 @@ def train_auto(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) -
     assert isinstance(settings.loss, Auto)
     if processes.world_size() > 1:
         raise ConfigError("auto trains in one process; start it without accelerate launch, or name a loss: --loss dpo")
-    if inputs.get("eval_data") is not None and not settings.loss.fast:
-        raise ConfigError(
-            "auto chooses on pairs that it holds out itself; leave --eval_data out (--eval_share says how many), or "
-            "name a loss: --loss dpo"
-        )
+    settings.loss.refuse_held_out(inputs.get("eval_data"))
     data, state, eval_data = str(inputs["data"]), out / CHECKPOINTS, inputs.get("eval_data")
     if (first := first_pair(data, settings.reading)) is None:
         raise DataError(f"{data}: no row has two different scores, so there is no pair; score the completions first")

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from madpo.core.config import added
+from madpo.core.errors import ConfigError
 from madpo.core.layout import Reading
 from madpo.core.options import Cli
 from madpo.losses import Loss, LossConfig
@@ -32,6 +33,18 @@ class Auto(LossConfig):
     """Held-out prompts that the KL is measured on, at most."""
     kl_tokens: int = Field(default=64, ge=1)
     """Tokens of each response, at most."""
+
+    def refuse_held_out(self, eval_data: Any) -> None:
+        """Refuse held-out pairs of the user's own, except with ``fast``.
+
+        Raises:
+            ConfigError: naming what to do.
+        """
+        if eval_data is not None and not self.fast:
+            raise ConfigError(
+                "auto chooses on pairs that it holds out itself; leave --eval_data out (--eval_share says how many), "
+                "or name a loss: --loss dpo"
+            )
 
     @model_validator(mode="after")
     def _fits(self) -> Auto:
