@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from madpo.commands.from_settings import Configurable, part
@@ -16,9 +17,11 @@ from madpo.operations.train_settings import Auto, TrainSettings
 from madpo.operations.tuning.settings import TuneSettings
 
 
-def _print(report: str, place: object) -> int:
+def _print(report: str, place: Path, page: str = "") -> int:
     if processes.is_main_process():
         show(f"{report}\nwritten to {place}")
+        if page and (place / page).is_file():
+            show(f"Page: {(place / page).resolve().as_uri()}")
     return 0
 
 
@@ -40,7 +43,7 @@ def reward(options: Reward) -> int:
         from madpo.operations import reward
 
     report = reward(o.data, o.output_dir, part(o, RewardSettings), eval_data=o.eval_data, overwrite=o.overwrite)
-    return _print(report.text(), o.output_dir)
+    return _print(report.text(), o.output_dir, "report.html")
 
 
 class Score(Configurable, ScoreSettings, Result, Data):
@@ -106,7 +109,7 @@ def train(options: Train) -> int:
         from madpo.operations import train
 
     report = train(o.data, o.output_dir, part(o, TrainSettings), eval_data=o.eval_data, overwrite=o.overwrite)
-    return _print(report.text(), o.output_dir)
+    return _print(report.text(), o.output_dir, "report.html")
 
 
 class Tune(Configurable, TuneSettings, Result, Data):
@@ -164,4 +167,4 @@ def evaluate(options: Evaluate) -> int:
         from madpo.operations import evaluate
 
     report = evaluate(o.policy, o.prompts, o.output_dir, part(o, EvaluateSettings), overwrite=o.overwrite)
-    return _print(report.text(), o.output_dir)
+    return _print(report.text(), o.output_dir, "samples.html")
