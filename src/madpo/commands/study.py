@@ -46,6 +46,8 @@ class Run(Frozen):
     """Cores that a step asks Ray for."""
     step_gpus: float = Field(default=0.0, ge=0, lt=10_000)
     """Accelerators that a step asks Ray for."""
+    report_to: tuple[str, ...] = ()
+    """Trackers that are installed, such as tensorboard, trackio or wandb: every training is a run of them."""
     upload: str | None = None
     """Copy finished steps, record last, and the report to a store (s3://..., file://...)."""
 
@@ -59,7 +61,7 @@ def run(options: Run) -> int:
     result = run_experiment(
         options.experiment,
         output_dir,
-        overrides=list(options.set),
+        overrides=[*options.set, *([f"report_to={json.dumps(options.report_to)}"] if options.report_to else [])],
         only=list(options.only),
         dry_run=options.dry_run,
         executor=None if options.dry_run else _executor(options),
