@@ -426,9 +426,9 @@ def test_lora_dropout_stays_as_written_and_the_models_own_is_off(llama, tmp_path
     ("option", "value", "remedy"),
     [
         ("beta", 0.5, "loss's own beta"),
-        ("loss_type", ["ipo"], "loss=IPO"),
+        ("loss_type", ["ipo"], "leave loss="),
         ("label_smoothing", 0.1, "label_smoothing"),
-        ("loss_weights", [1.0], "loss of your own"),
+        ("loss_weights", [1.0], "Combined"),
         ("use_weighting", True, "loss=WPO"),
         ("ld_alpha", 0.5, "loss of your own"),
         ("f_divergence_type", "forward_kl", "loss of your own"),
@@ -437,7 +437,9 @@ def test_lora_dropout_stays_as_written_and_the_models_own_is_off(llama, tmp_path
 def test_options_of_trls_loss_are_refused(llama, tmp_path, option, value, remedy):
     args = DPOConfig(output_dir=str(tmp_path), **QUIET, **{option: value})
     with pytest.raises(ConfigError, match=f"(?s){option}.*{remedy}"):
-        PreferenceTrainer(load(llama), args=args, train_dataset=pairs(4), processing_class=load_tokenizer(llama))
+        PreferenceTrainer(
+            load(llama), args=args, loss=DPO(), train_dataset=pairs(4), processing_class=load_tokenizer(llama)
+        )
 
 
 def test_missing_columns_are_refused_by_name(llama, tmp_path):

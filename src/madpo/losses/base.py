@@ -107,6 +107,8 @@ class LossInputs:
         chosen_score, rejected_score: scores of an external judge or reward model, in its own unit.
         chosen_log_sum_sq, rejected_log_sum_sq: mean over completion tokens of log sum_v pi(v)^2 (WPO).
         weight: the user's own factor of any loss, which the trainer applies with ``pair_weights=True``.
+        finite_columns: the columns of the data are known to be finite, as a collator has checked them on the host.
+            Losses then need not look, and an accelerator need not wait.
     """
 
     policy_chosen_logps: Float[Tensor, " pairs"]
@@ -121,12 +123,13 @@ class LossInputs:
     chosen_log_sum_sq: Float[Tensor, " pairs"] | None = None
     rejected_log_sum_sq: Float[Tensor, " pairs"] | None = None
     weight: Float[Tensor, " pairs"] | None = None
+    finite_columns: bool = False
 
     def __post_init__(self) -> None:
         shape = self.policy_chosen_logps.shape
         for entry in fields(self):
             value = getattr(self, entry.name)
-            if value is None:
+            if not isinstance(value, torch.Tensor):
                 continue
             if value.shape != shape:
                 raise ValueError(f"{entry.name} has shape {tuple(value.shape)}, expected {tuple(shape)}")

@@ -62,7 +62,13 @@ class MADPO(LossConfig):
     def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
         margin = inputs.required("reward_margin").detach() / self.margin_temperature
         weight = log_margin_weight(
-            margin, tau=self.tau, c_max=self.c_max, c_min=self.c_min, lam=self.lam, part=self.part
+            margin,
+            tau=self.tau,
+            c_max=self.c_max,
+            c_min=self.c_min,
+            lam=self.lam,
+            part=self.part,
+            finite=inputs.finite_columns,
         ).exp()
         per_pair = -weight * F.logsigmoid(self.beta * inputs.log_ratio_margin)
         return LossOutput(per_pair, weight_metrics(margin, weight))
@@ -119,7 +125,9 @@ class SoftMADPO(LossConfig):
 
     def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
         margin = inputs.required("reward_margin").detach() / self.margin_temperature
-        c = margin_coefficient(margin, tau=self.tau, c_max=self.c_max, c_min=self.c_min, lam=self.lam)
+        c = margin_coefficient(
+            margin, tau=self.tau, c_max=self.c_max, c_min=self.c_min, lam=self.lam, finite=inputs.finite_columns
+        )
         per_pair = soft_logistic(self.beta * inputs.log_ratio_margin, c * margin)
         return LossOutput(per_pair, {"coefficient/mean": c, "target/mean": c * margin})
 
@@ -292,4 +300,4 @@ def bernoulli_kl(p: Tensor, q: Tensor) -> Tensor:
 
 def finite_margin(inputs: LossInputs) -> Tensor:
     """The column reward_margin as a constant; a NaN or infinite value is refused with its row."""
-    return check_finite(inputs.required("reward_margin").detach())
+    return check_finite(inputs.required("reward_margin").detach(), known=inputs.finite_columns)

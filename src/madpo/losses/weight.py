@@ -47,7 +47,13 @@ def check_weight_parameters(*, tau: float, c_max: float, c_min: float | None, la
 
 
 def margin_coefficient(
-    reward_margin: Float[Tensor, "*shape"], *, tau: float, c_max: float, c_min: float | None = None, lam: float = 1.0
+    reward_margin: Float[Tensor, "*shape"],
+    *,
+    tau: float,
+    c_max: float,
+    c_min: float | None = None,
+    lam: float = 1.0,
+    finite: bool = False,
 ) -> Float[Tensor, "*shape"]:
     """The coefficient c(|h|) of MADPO: above 1 for |h| < tau, exactly 1 at tau, towards c_min beyond.
 
@@ -57,12 +63,13 @@ def margin_coefficient(
     Args:
         reward_margin: margins h_phi, log-odds, any shape. Half precision is widened to float32.
         tau, c_max, c_min, lam: as in :func:`margin_weight`.
+        finite: the margins are known to be finite. An accelerator then has nothing to wait for.
 
     Returns:
         Coefficients in (c_min, c_max), same shape.
     """
     c_min = check_weight_parameters(tau=tau, c_max=c_max, c_min=c_min, lam=lam, part="full")
-    h = check_finite(reward_margin)
+    h = check_finite(reward_margin, known=finite)
     return c_min + (c_max - c_min) * _amplified(h, tau=tau, c_max=c_max, c_min=c_min, lam=lam)
 
 
@@ -74,10 +81,15 @@ def log_margin_weight(
     c_min: float | None = None,
     lam: float = 1.0,
     part: Part = "full",
+    finite: bool = False,
 ) -> Float[Tensor, "*shape"]:
-    """Natural logarithm of :func:`margin_weight`: strictly below ln 2, finite also where the weight underflows."""
+    """Natural logarithm of :func:`margin_weight`: strictly below ln 2, finite also where the weight underflows.
+
+    Args:
+        finite: as in :func:`margin_coefficient`; the others as in :func:`margin_weight`.
+    """
     c_min = check_weight_parameters(tau=tau, c_max=c_max, c_min=c_min, lam=lam, part=part)
-    h = check_finite(reward_margin)
+    h = check_finite(reward_margin, known=finite)
     above = h > -tau
     # Where the branch is not taken, h = 0 stands in: its value and its gradient are finite.
     inside = torch.where(above, h, torch.zeros_like(h))
@@ -141,9 +153,15 @@ def _below_log_2(dtype: torch.dtype) -> float:
     return float(torch.nextafter(torch.tensor(math.log(2), dtype=dtype), torch.tensor(0.0, dtype=dtype)))
 
 
-def check_finite(reward_margin: Tensor) -> Tensor:
-    """The margins in float32 or wider; DataError with the row of the first that is NaN or infinite."""
+def check_finite(reward_margin: Tensor, *, known: bool = False) -> Tensor:
+    """The margins in float32 or wider; DataError with the row of the first that is NaN or infinite.
+
+    Args:
+        known: nothing is looked at.
+    """
     h = widen(reward_margin if reward_margin.is_floating_point() else reward_margin.float())
+    if known:
+        return h
     finite = torch.isfinite(h)
     if not bool(finite.all()):
         flat = (~finite).flatten()

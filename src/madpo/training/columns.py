@@ -16,12 +16,14 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from madpo.core.errors import DataError
 from madpo.core.progress import say_once
+from madpo.models.engine.packing import HostRows
 from madpo.models.vocabulary import refuse_unknown
 from madpo.training.refusals import refuse_images
 
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 MARGIN = "reward_margin"
+HOST_ROWS = "host_rows"
 PAIR_COLUMNS = (MARGIN, "chosen_score", "rejected_score", "weight")
 
 
@@ -79,6 +81,9 @@ def completed(
     for name in columns:
         if name not in batch:
             batch[name] = _numbers(name, examples)
+    rows = [batch[name] for name in ("input_ids", "attention_mask", "completion_mask")]
+    if all(row.device.type == "cpu" for row in rows):
+        batch[HOST_ROWS] = HostRows(*rows)
     if "pair_id" in examples[0]:  # numbers or text; for messages only
         batch["pair_id"] = [example.get("pair_id") for example in examples]
     return batch

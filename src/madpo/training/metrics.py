@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 from trl import DPOTrainer
 
 from madpo.losses import LossInputs, LossOutput
 from madpo.models.engine.logprobs import CompletionScores
+from madpo.training.columns import HOST_ROWS
 from madpo.training.movement import Movement
 from madpo.training.padding_pairs import REPEATED
 from madpo.training.resume import ExactResume
@@ -57,7 +57,7 @@ class WindowMetrics(ExactResume):
 
     @torch.no_grad()
     def _note(
-        self, mode: str, inputs: dict[str, Tensor], scores: CompletionScores, pairs: LossInputs, output: LossOutput
+        self, mode: str, inputs: dict[str, Any], scores: CompletionScores, pairs: LossInputs, output: LossOutput
     ) -> None:
         """Keep sums and counts on the device; ``log`` reduces them, so that a step waits for nothing."""
         real = ~inputs[REPEATED] if REPEATED in inputs else torch.ones_like(pairs.chosen_lengths, dtype=torch.bool)
@@ -73,17 +73,25 @@ class WindowMetrics(ExactResume):
             "logps/rejected": pairs.policy_rejected_logps,
             **output.metrics,
         }
-        for name, value in values.items():
-            flat = value.detach().float().reshape(-1)
-            count = real.sum() if value.ndim else flat.new_ones(())
-            flat = torch.where(real, flat, torch.zeros_like(flat)) if value.ndim else flat
-            self._metrics[mode][name].append(torch.stack([flat.sum(), count.to(flat.dtype)]))
+        names = [name for name, value in values.items() if value.ndim]
+        # One row per quantity, so that a few kernels serve all of them.
+        table = torch.stack([values[name].detach().float().reshape(-1) for name in names])
+        sums = torch.where(real, table, torch.zeros_like(table)).sum(1)
+        pairs_of_each = torch.stack([sums, real.sum().to(sums.dtype).expand(len(names))], 1)
+        scalars = {name: value.detach().float() for name, value in values.items() if not value.ndim}
+        means = {name: torch.stack([value, torch.ones_like(value)]) for name, value in scalars.items()}
+        for name, pair in (*zip(names, pairs_of_each, strict=True), *means.items()):
+            self._metrics[mode][name].append(pair)
         if mode == "train":
             self.movement.note(pairs, real)
         both = torch.cat([real, real])
         if mode == "train":
-            tokens = (inputs["attention_mask"] * both[:, None]).sum()
-            self._total_train_tokens += int(self.accelerator.reduce(tokens, reduction="sum"))
+            host = inputs.get(HOST_ROWS)
+            if host is not None and self.accelerator.num_processes == 1:
+                tokens = host.attention_mask.sum()
+            else:
+                tokens = self.accelerator.reduce((inputs["attention_mask"] * both[:, None]).sum(), reduction="sum")
+            self._total_train_tokens += int(tokens)
         if scores.entropy is None or scores.mean_logit is None or scores.top1 is None:
             return
         lengths = (scores.lengths * both).to(scores.entropy.dtype)

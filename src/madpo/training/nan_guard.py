@@ -8,7 +8,7 @@ before the optimiser moves, and weights before they are saved, so the last check
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ class FiniteTraining(Trainer):  # type: ignore[misc]
 
     _step_batches: Sequence[Mapping[str, Any]] = ()
     _skipped = 0
+    _explain: Callable[[], DataError] | None = None
+    """What to raise where the last loss is not finite, by a trainer that can name its pairs."""
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The micro-batches of a step, kept to be named where the step fails."""
@@ -49,8 +51,13 @@ class FiniteTraining(Trainer):  # type: ignore[misc]
         """
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if not bool(torch.isfinite(loss).all()):
-            raise self.not_finite(f"the loss is {float(loss.mean())}", self.pairs_of([inputs]))
+            raise self._loss_error(loss, inputs)
         return loss
+
+    def _loss_error(self, loss: Tensor, inputs: Any) -> DataError:
+        if self._explain is not None:
+            return self._explain()
+        return self.not_finite(f"the loss is {float(loss.mean())}", self.pairs_of([inputs]))
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -72,7 +79,7 @@ class FiniteTraining(Trainer):  # type: ignore[misc]
         """
         found = super().prediction_step(model, inputs, *args, **kwargs)
         if found[0] is not None and not bool(torch.isfinite(found[0]).all()):
-            raise self.not_finite(f"the loss is {float(found[0].mean())}", self.pairs_of([inputs]))
+            raise self._loss_error(found[0], inputs)
         return found
 
     def require_finite_weights(self) -> None:

@@ -8,6 +8,7 @@ effective batch: all micro-batches of a step, on all processes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,13 +30,15 @@ from trl.trainer.utils import get_config_model_id
 
 from madpo.core.errors import ConfigError, DataError
 from madpo.core.progress import say_once
-from madpo.losses import DPO, Custom, LossConfig, LossInputs, LossOutput, LossState
+from madpo.losses import DPO, Custom, LossConfig, LossInputs, LossState
 from madpo.models.adapters import announce
 from madpo.models.engine.logprobs import CompletionScores, completion_logps, install_completion_head, unwrapped
+from madpo.models.engine.packing import HostRows
 from madpo.models.loading import loading
 from madpo.models.untrusted import check_model
 from madpo.models.weights import NamedArchitecture
 from madpo.training.columns import (
+    HOST_ROWS,
     ID_COLUMNS,
     PAIR_COLUMNS,
     REFERENCE_COLUMNS,
@@ -240,13 +243,14 @@ class PreferenceTrainer(WindowMetrics, ReferenceColumns, DPOTrainer):  # type: i
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, CompletionScores]:
         """The mean of the loss over the pairs of the effective batch (this process's share of it)."""
         mode = "train" if self.model.training else "eval"
         inputs = self._with_reference(inputs)
+        host: HostRows | None = inputs.get(HOST_ROWS)
         with _inputs_as_they_are(model), own_noise(model, self.args):
             scores = completion_logps(
                 model,
@@ -256,6 +260,7 @@ class PreferenceTrainer(WindowMetrics, ReferenceColumns, DPOTrainer):  # type: i
                 pairs=True,
                 log_sum_sq="chosen_log_sum_sq" in self.loss.needs,
                 details=self._wants_token_metrics(mode),
+                host=host,
             )
         pairs = self._loss_inputs(scores, inputs)
         state, kept_in_step = self._ready_state(pairs, inputs, mode)
@@ -267,6 +272,9 @@ class PreferenceTrainer(WindowMetrics, ReferenceColumns, DPOTrainer):  # type: i
             kept = kept & output.kept
             num_items_in_batch = kept_in_step if num_items_in_batch is not None else None
         per_pair = torch.where(kept, output.per_pair, torch.zeros_like(output.per_pair))
+        changed = None if host is None else host.differs(*(inputs[name] for name in vars(host)))
+        if changed is not None:  # the packing is that of another batch; the check of the loss finds it
+            per_pair = per_pair.masked_fill(changed, float("nan"))
         if self._weighted:
             per_pair = per_pair * pairs.required("weight")
         if mode == "eval":
@@ -276,8 +284,7 @@ class PreferenceTrainer(WindowMetrics, ReferenceColumns, DPOTrainer):  # type: i
         else:  # gradients are averaged over processes, the sum of losses is not
             loss = per_pair.sum() * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
         self._note(mode, inputs, scores, pairs, output)
-        if not bool(torch.isfinite(loss)):
-            raise self._loss_not_finite(inputs, pairs, output)
+        self._explain = functools.partial(self._loss_not_finite, inputs, pairs, output.per_pair.detach(), changed)
         return (loss, scores) if return_outputs else loss
 
     def prediction_step(
@@ -291,6 +298,8 @@ class PreferenceTrainer(WindowMetrics, ReferenceColumns, DPOTrainer):  # type: i
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
         assert isinstance(loss, Tensor)
+        if not bool(torch.isfinite(loss)):
+            raise self._loss_error(loss, inputs)
         return loss.detach(), None, None
 
     def get_batch_samples(
@@ -370,11 +379,18 @@ class PreferenceTrainer(WindowMetrics, ReferenceColumns, DPOTrainer):  # type: i
             chosen_log_sum_sq=squares[0],
             rejected_log_sum_sq=squares[1],
             **{name: inputs[name].to(chosen.dtype) for name in PAIR_COLUMNS if name in inputs},
+            finite_columns=HOST_ROWS in inputs,  # our collator has made the batch, and checked its columns
         )
 
-    def _loss_not_finite(self, inputs: dict[str, Tensor], pairs: LossInputs, output: LossOutput) -> DataError:
-        bad = ~torch.isfinite(output.per_pair.detach())
-        value = float(output.per_pair.detach().sum())
+    def _loss_not_finite(
+        self, inputs: dict[str, Any], pairs: LossInputs, per_pair: Tensor, changed: Tensor | None
+    ) -> DataError:
+        if changed is not None and bool(changed):
+            return DataError(
+                "a batch was changed after its collator had made it, and its packing belongs to the tokens before; "
+                f"change tokens in the data_collator, or remove the key {HOST_ROWS!r} from the batch"
+            )
+        bad, value = ~torch.isfinite(per_pair), float(per_pair.sum())
         if "pair_id" in inputs:
             named = [pair for pair, wrong in zip(inputs["pair_id"], bad.tolist(), strict=True) if wrong]
             where = self.pairs_of([{"pair_id": named}])

@@ -34,7 +34,7 @@ from madpo.models.engine.features import LayerMeans, packed_weights, padded_weig
 from madpo.models.engine.head import Head, backbone, text_model, token_logps
 from madpo.models.engine.packable import packs
 from madpo.models.engine.packed_attention import packed_states, row_states
-from madpo.models.engine.packing import pack
+from madpo.models.engine.packing import HostRows, pack
 from madpo.models.modes import evaluating
 
 
@@ -166,6 +166,7 @@ def completion_logps(
     log_sum_sq: bool = False,
     details: bool = False,
     features: Sequence[int] = (),
+    host: HostRows | None = None,
 ) -> CompletionScores:
     """Summed log-probabilities of completions.
 
@@ -180,6 +181,7 @@ def completion_logps(
         log_sum_sq: also compute WPO's alignment term.
         details: also compute entropy, mean logit and top-1 share.
         features: layers whose states are averaged over each completion.
+        host: the same rows on the host. Without them an accelerator is waited for to decide the packing.
 
     Returns:
         :class:`CompletionScores`; a row without completion tokens has the log-probability 0 and the length 0.
@@ -193,6 +195,7 @@ def completion_logps(
         log_sum_sq=log_sum_sq,
         details=details,
         features=features,
+        host=host,
     )
     return scores
 
@@ -244,6 +247,7 @@ def _score(
     log_sum_sq: bool = False,
     details: bool = False,
     features: Sequence[int] = (),
+    host: HostRows | None = None,
     **others: Any,
 ) -> CompletionScores:
     given = sorted(name for name, value in others.items() if value is not None)  # PEFT passes every argument on
@@ -252,7 +256,7 @@ def _score(
             f"an adapter replaces the tokens of {type(model).__name__} by {', '.join(given) or 'states'}, so it is not "
             "supported; use LoRA or another adapter that changes layers"
         )
-    read = _completion_states(model, input_ids, attention_mask, completion_mask, pairs, features)
+    read = _completion_states(model, input_ids, attention_mask, completion_mask, pairs, features, host)
     tokens = token_logps(read.states, Head.of(model), read.labels, log_sum_sq=log_sum_sq, details=details)
     lengths = read.mask.sum(-1)
 
@@ -279,11 +283,13 @@ def _completion_states(
     completion_mask: Tensor,
     pairs: bool,
     layers: Sequence[int],
+    host: HostRows | None = None,
 ) -> _Read:
     _check_length(model, attention_mask)
     means = LayerMeans(model, layers)
     if pairs and shares_prompts(model):
-        packing = pack(input_ids, attention_mask, completion_mask)
+        rows = host or HostRows(input_ids, attention_mask, completion_mask)
+        packing = pack(**vars(rows)).to(input_ids.device)
         mask = packing.scored[:, 1:]
         weights = packed_weights(mask, packing.predictors, packing.input_ids.shape[1]) if layers else None
         with means.running(weights):

@@ -13,13 +13,37 @@ their padded rows: :mod:`madpo.models.engine.packable` finds out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 PROMPT, FIRST, SECOND = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class HostRows:
+    """A batch of rows as the collator made it, on the host: what decides the packing without asking the device.
+
+    It has no method ``to``, so that what moves a batch to a device leaves it where it is.
+
+    Attributes:
+        input_ids, attention_mask, completion_mask: as for :func:`pack`.
+    """
+
+    input_ids: Int[Tensor, "rows length"]
+    attention_mask: Int[Tensor, "rows length"]
+    completion_mask: Int[Tensor, "rows length"]
+
+    def differs(self, *rows: Tensor) -> Bool[Tensor, ""] | None:
+        """Whether a batch on the device is another one by now; None where it is this one. Nothing is waited for."""
+        own = tuple(vars(self).values())
+        if all(a is b for a, b in zip(own, rows, strict=True)):
+            return None
+        there = torch.stack(rows)
+        return (torch.stack(own).to(there.device, non_blocking=True) != there).any()
 
 
 @dataclass
@@ -52,6 +76,12 @@ class Packing:
     scored: Bool[Tensor, "rows length"]
     probes: bool = False
     attended: int = 0
+
+    def to(self, device: torch.device) -> Packing:
+        """The same with its tensors on a device, which need not be waited for."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        there: dict[str, Any] = {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+        return replace(self, **there)
 
     def split(self, states: Tensor) -> Tensor:
         """``1 x heads x tokens x width`` to ``groups x heads x longest x width``."""
