@@ -41,7 +41,7 @@ Names = Annotated[tuple[Name, ...], BeforeValidator(_names)]
 
 
 class Layout(Frozen):
-    """Where the parts of a pair are. A name may lead into an object: ``question.full_text``.
+    """Where the parts of a pair are. A name may lead into an object or a list: ``question.full_text``, ``answers.0``.
 
     Completions are given in one of five ways: ``chosen`` and ``rejected``; ``sides``; ``completions``; ``completion``;
     ``replies``. All but the first need something that orders them.
@@ -82,6 +82,8 @@ class Layout(Frozen):
     """Values of ``label`` that prefer the first side; without ``second`` all others but ties prefer the second."""
     second: Names = ()
     """Values of ``label`` that prefer the second side."""
+    tie: Names = ()
+    """Values of ``label`` that prefer neither side."""
     positive: Literal["first", "second"] | None = None
     """``label`` is a number, and this is the side that a positive one prefers; 0 is a tie."""
     score: Names = ()
@@ -208,7 +210,10 @@ def value_at(raw: Mapping[str, Any], name: str) -> Any:
         return raw[name]
     found: Any = raw
     for part in name.split("."):
-        found = found.get(part) if isinstance(found, Mapping) else None
+        if isinstance(found, list | tuple) and part.isdecimal():
+            found = found[int(part)] if int(part) < len(found) else None
+        else:
+            found = found.get(part) if isinstance(found, Mapping) else None
     return found
 
 

@@ -169,7 +169,7 @@ class Arranger:
 
     def _sides(self, raw: Raw, place: str) -> list[Completion]:
         layout = self.layout
-        texts = [self.side(raw, name, place) for name in layout.sides]
+        texts = [self._text(self.side(raw, name, place), name, place) for name in layout.sides]
         if len(layout.label) == 1:
             better = self._better(value_at(raw, layout.label[0]), place)
             values = [float(i == better) for i in range(len(texts))]
@@ -206,6 +206,8 @@ class Arranger:
             return 0
         if said in map(_spelled, layout.second):
             return 1
+        if said in map(_spelled, layout.tie):
+            raise LeftOut("tie")
         tokens = re.findall(r"[a-z]+|\d+(?:\.\d+)?|[<>=]+", said)
         if not tokens or "".join(tokens) in _TIES or tokens[0] in _TIES or any("=" in t for t in tokens):
             raise LeftOut("tie")
@@ -218,7 +220,7 @@ class Arranger:
                 return i
         number = _float(tokens[-1])
         if number is not None and self.suffixes == ("1", "2"):  # a mean of annotators, from 1 to 2
-            if number in (0, 1.5):
+            if number == 1.5:
                 raise LeftOut("tie")
             if 1 < number < 2:
                 return int(number > 1.5)
@@ -226,7 +228,8 @@ class Arranger:
         word = shlex.quote(str(value))
         raise DataError(
             f"{place}: {name} is {described(value)}, which names neither {one} nor {two}; say what it means: "
-            f"--columns.first {word} if it prefers {one}, or --columns.second {word} if it prefers {two}"
+            f"--columns.first {word} if it prefers {one}, or --columns.second {word} if it prefers {two}, or "
+            f"--columns.tie {word} if it prefers neither"
         )
 
     def _listed(self, raw: Raw, place: str) -> list[Completion]:
@@ -235,7 +238,7 @@ class Arranger:
         name = layout.completions
         value = _rows_of(self.side(raw, name, place), name, place)
         if layout.order:
-            return [Completion(-i, text) for i, text in enumerate(value[:2])]
+            return [Completion(-i, self._text(text, f"{name}[{i}]", place)) for i, text in enumerate(value)]
         if layout.label:
             return self._labelled(value, raw, name, place)
         for names, sign in ((layout.score, 1), (layout.rank, -1)):
@@ -291,13 +294,16 @@ class Arranger:
         layout = self.layout
         # A table gives every object all keys, with null where it had none.
         given = {key for key, found in entry.items() if found is not None} if isinstance(entry, dict) else set()
-        text = layout.text or next((key for key in _TEXTS if key in given), None)
+        text = next((key for key in ((layout.text,) if layout.text else _TEXTS) if key in given), None)
         value, scored = (None, False) if text is None else self._value(entry, name, place)
         if text is None or value is None:
-            raise DataError(
-                f"{place}: {name} lacks response or overall_score; give both, add chosen and rejected, or name its "
-                "keys with --columns.text KEY --columns.score KEY"
-            )
+            remedy = "give both, add chosen and rejected, or name its keys with --columns.text KEY --columns.score KEY"
+            if not isinstance(entry, dict):
+                remedy = (
+                    "name what orders the list: --columns.score NAME or --columns.label NAME, or give "
+                    "--columns.order best-first if the best comes first"
+                )
+            raise DataError(f"{place}: {name} lacks response or overall_score; {remedy}")
         system = next((entry[key] for key in _SYSTEM if isinstance(entry.get(key), str)), "")
         return Completion(value, self.side(entry, text, f"{place}: {name}"), system, scored)
 
@@ -334,7 +340,9 @@ class Arranger:
         layout = self.layout
         if layout.strength is not None:
             strength = value_at(raw, layout.strength)
-            pair.strength = None if strength is None else abs(self.number(strength, layout.strength, place))
+            pair.strength = (
+                None if strength is None else abs(as_number(strength, layout.strength, place, from_text=True))
+            )
         elif layout.label and len(layout.score) == len(layout.sides) == 2:
             scores = [value_at(raw, name) for name in layout.score]
             if None not in scores:
@@ -428,7 +436,7 @@ def _rows_of(value: Any, name: str, place: str) -> Sequence[Any]:
             raise DataError(f"{place}: {name} is {described(value)}, not a list of responses; give a list")
         return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
     if not isinstance(value, list | tuple):
-        raise DataError(f"{place}: {name} is {described(value)}, not a list; give a list of completions")
+        raise DataError(f"{place}: {name} is {described(value)}, not a list; a pair needs two completions, give a list")
     return value
 
 

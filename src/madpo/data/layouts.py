@@ -155,6 +155,8 @@ def _completions(layout: Layout) -> tuple[str, ...]:
 
 def _inside(other: Layout, first: Layout) -> bool:
     """Whether the first of two layouts says more: it has more sides, or a column for each."""
+    if other.order:
+        return True
     if first.sides and other.sides:
         return {*other.sides} <= {*first.sides}
     return bool(first.chosen or first.sides) and bool(other.completion or other.completions)
@@ -230,9 +232,16 @@ def _proposal(columns: _Columns, given: Layout) -> str:
         sides = (better[0], worse[0])
     elif alike:
         sides = alike
-        label = next((name for name in others if name not in sides), "")
+        rest = [name for name in others if name not in sides]
+        flags = next(((one, two) for i, one in enumerate(rest) for two in rest[i + 1 :] if _alike(one, two)), None)
+        label = ",".join(flags or rest[:1])
     elif len(others) >= (2 if asks or given.prompt else 3):
         sides = (others[-2], others[-1]) if asks or given.prompt else (others[1], others[2])
+    elif len(others) == 1 and asks:
+        return (
+            f"a pair needs two completions: give --columns.completions {shlex.quote(others[0])} if that is a list of "
+            "them, or name their columns with --columns.chosen NAME --columns.rejected NAME"
+        )
     else:
         return (
             "a pair needs two completions: name their columns with --columns.chosen NAME --columns.rejected NAME, a "
@@ -242,10 +251,12 @@ def _proposal(columns: _Columns, given: Layout) -> str:
     prompt = next((name for name in (*asks, *others) if name not in (*sides, label)), None)
     usual = prompt is None or given.prompt or not columns.exact.isdisjoint(USUAL)
     start = "" if usual else f"--columns.prompt {shlex.quote(str(prompt))} "
-    said = f"name the columns: {start}{_as_options(Layout(chosen=sides[0], rejected=sides[1]))}"
+    plain = f"{start}{_as_options(Layout(chosen=sides[0], rejected=sides[1]))}"
+    if sides == alike:
+        plain += " if the first is always the better one"
     if label:
-        return f"{said}, or {start}{_as_options(Layout(sides=sides, label=(label,)))}"
-    return f"{said} if the first is always the better one" if sides == alike else said
+        return f"name the columns: {start}{_as_options(Layout(sides=sides, label=tuple(label.split(','))))}, or {plain}"
+    return f"name the columns: {plain}"
 
 
 def _alike(one: str, other: str) -> bool:
