@@ -11,12 +11,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from madpo.commands import cli
+from madpo.commands import study as study_commands
 from madpo.commands.cli import main
 from madpo.core.errors import ConfigError, DataError, StorageError
 from madpo.core.metrics import Estimate
 from madpo.report import export, export_report, rebuild_report
 from madpo.report.results import collect
+from madpo.report.sources import folder_of
+from madpo.report.study_sections import temperature_table
 from madpo.runner.record import run_status
 from report_cases import PROMPTS, make_study
 
@@ -167,21 +169,48 @@ def test_a_name_moves_no_cursor(tmp_path: Path, capsys: pytest.CaptureFixture[st
     results = study.root / "results.json"
     told = json.loads(results.read_text(encoding="utf-8")) | {"summary": ["a\x1b[2Jb\u202ec\nd"]}
     results.write_text(json.dumps(told), encoding="utf-8")
-    cli._tell_results(page)
+    study_commands._print_results(page)
     assert capsys.readouterr().out.splitlines()[0] == r"a\x1b[2Jb\u202ec\nd"
 
 
 def test_a_page_without_results_and_a_terminal_of_few_letters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cli._tell_results(tmp_path / "report.html")
+    study_commands._print_results(tmp_path / "report.html")
     assert capsys.readouterr().out == f"Report: {(tmp_path / 'report.html').as_uri()}\n"
     (tmp_path / "results.json").write_text(json.dumps({"summary": ["MADPO τ=7"]}), encoding="utf-8")
     narrow = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
     monkeypatch.setattr(sys, "stdout", narrow)
-    cli._tell_results(tmp_path / "report.html")
+    study_commands._print_results(tmp_path / "report.html")
     narrow.seek(0)
     assert narrow.read().startswith(r"MADPO \u03c4=7")
+
+
+def test_decoding_temperatures_are_a_table_of_their_own_and_go_along(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "run", tiers=("low",), seeds=1)
+    plain = collect(study.root, study.records)[0]
+    for name in ("evaluation/sft/seed0", next(n for n in study.records if n.startswith("evaluation/low/"))):
+        file = folder_of(study.root, study.records[name]) / "samples.jsonl"
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+        shift = 0.0 if "sft" in name else 2.0
+        swept = [row | {"temperature": 0.5, "oracle_reward": shift + row["prompt_id"] / 100} for row in rows]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*rows, *swept])
+        file.write_text(text, encoding="utf-8")
+    study.write("Swept")
+    export_report(study.root, tmp_path / "export")
+    records = {name: record for name, record in run_status(tmp_path / "export").steps.items() if record is not None}
+    for root, found in ((study.root, study.records), (tmp_path / "export", records)):
+        (tier,) = collect(root, found)
+        assert [row.values["oracle_reward"] for row in tier.rows] == [r.values["oracle_reward"] for r in plain.rows]
+        (temperature, other), *more = tier.at_temperatures().items()
+        assert (temperature, more) == (0.5, [])
+        assert [row.name for row in other.rows] == ["SFT", "DPO"]
+        assert other.rows[1].mean("oracle_reward") - other.rows[0].mean("oracle_reward") == pytest.approx(2.0)
+        assert other.rows[1].mean("win_rate") == 1.0
+        table = temperature_table(tier)
+        assert table is not None
+        assert [cells[0].text for cells in table.rows] == ["SFT", "DPO"]
+    assert "Decoding temperatures" in (tmp_path / "export" / "report.html").read_text(encoding="utf-8")
 
 
 def test_what_a_kill_between_two_renames_left_is_the_earlier_export(tmp_path: Path) -> None:
