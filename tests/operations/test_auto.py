@@ -188,9 +188,11 @@ def test_full_training_averages_the_weights(llama, data, tmp_path):
     ours, first, second = (
         load_model(tmp_path / "P" / name, dtype="auto") for name in ("model", "dpo/model", "mixed/model")
     )
-    assert second
-    for a, b in zip(ours.parameters(), first.parameters(), strict=True):
-        assert a.shape == b.shape
+    base = load_model(llama, dtype="auto")
+    models = (ours, first, second, base)
+    for mean, one, two, start in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(mean, (one + two) / 2)
+        assert not torch.equal(mean, start)
 
 
 def test_weights_are_averaged_in_float32(llama, tmp_path):
