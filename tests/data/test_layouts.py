@@ -316,7 +316,16 @@ def test_a_list_in_order_and_an_entry_of_a_list_are_named(tmp_path: Path) -> Non
         load_preferences(path, columns={"completions": "ranked_responses"})
     assert pairs(path, {"completions": "ranked_responses", "order": "best-first"}) == [TEXT]
     path = written(tmp_path, [{"prompt": ASK, "chosen": [GOOD], "rejected": ["?", BAD]}])
+    with pytest.raises(DataError, match=r"name one of several texts: --columns\.rejected rejected\.0"):
+        load_preferences(path)
     assert pairs(path, {"chosen": "chosen.0", "rejected": "rejected.1"}) == [TEXT]
+
+
+def test_a_tree_without_replies_is_refused_by_its_row(tmp_path: Path) -> None:
+    row = CASES["OpenAssistant/oasst2 trees"].rows[0]
+    path = written(tmp_path, [row, row | {"prompt": row["prompt"] | {"replies": 3}}])
+    with pytest.raises(DataError, match="line 2: replies is 3 "):
+        load_preferences(path)
 
 
 def test_columns_of_a_prompt_are_joined_in_the_order_that_is_asked_for(tmp_path: Path) -> None:

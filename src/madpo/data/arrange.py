@@ -372,7 +372,11 @@ class Arranger:
         while left:
             message, before = left.pop()
             path = [*before, {"role": message.get("role"), "content": self._text_of(message, place)}]
-            replies = [reply for reply in message.get(layout.replies) or [] if isinstance(reply, Mapping)]
+            replies = message.get(layout.replies) or []
+            if not isinstance(replies, list | tuple) or not all(isinstance(reply, Mapping) for reply in replies):
+                raise DataError(
+                    f"{place}: {layout.replies} is {described(replies)}, not a list of messages; correct it"
+                )
             left += [(reply, path) for reply in reversed(replies)]
             key = layout.rank[0]
             ranked = [

@@ -42,7 +42,10 @@ def as_text(value: Any, name: str, place: str) -> Text:
 
 def _message(value: Any, name: str, place: str) -> Message:
     if not isinstance(value, dict):
-        raise DataError(f"{place}: {name} is {described(value)}, not a message; give an object with role and content")
+        entry = "" if not isinstance(value, str) else ", or name one of several texts: --columns.rejected rejected.0"
+        raise DataError(
+            f"{place}: {name} is {described(value)}, not a message; give an object with role and content{entry}"
+        )
     value = with_our_keys(value)
     more = template_keys(value, name, place)
     if more and value.get("content") is None:  # a tool call or a thought without words
