@@ -321,6 +321,12 @@ def test_a_list_in_order_and_an_entry_of_a_list_are_named(tmp_path: Path) -> Non
     assert pairs(path, {"chosen": "chosen.0", "rejected": "rejected.1"}) == [TEXT]
 
 
+def test_a_tree_of_other_names_needs_only_the_key_of_its_replies(tmp_path: Path) -> None:
+    case = CASES["OpenAssistant/oasst2 trees"]
+    row = {"prompt": case.rows[0]["prompt"]}
+    assert pairs(written(tmp_path, [row]), {"replies": "replies"}) == case.pairs
+
+
 def test_a_tree_without_replies_is_refused_by_its_row(tmp_path: Path) -> None:
     row = CASES["OpenAssistant/oasst2 trees"].rows[0]
     path = written(tmp_path, [row, row | {"prompt": row["prompt"] | {"replies": 3}}])

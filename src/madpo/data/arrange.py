@@ -364,9 +364,10 @@ class Arranger:
     def _tree(self, raw: Raw, place: str) -> Iterator[Arranged]:
         layout = self.layout
         assert layout.replies is not None
-        root = value_at(raw, layout.prompt[0])
+        name = (layout.prompt or ("prompt",))[0]
+        root = value_at(raw, name)
         if not isinstance(root, Mapping):
-            raise DataError(f"{place}: {layout.prompt[0]} is {described(root)}, not a tree of messages")
+            raise DataError(f"{place}: {name} is {described(root)}, not a tree of messages")
         rest, found = self.rest(raw, place), 0
         left: list[tuple[Raw, list[Any]]] = [(root, [])]
         while left:
@@ -378,7 +379,7 @@ class Arranger:
                     f"{place}: {layout.replies} is {described(replies)}, not a list of messages; correct it"
                 )
             left += [(reply, path) for reply in reversed(replies)]
-            key = layout.rank[0]
+            key = (layout.rank or _RANKS)[0]
             ranked = [
                 Completion(-self.number(reply[key], key, place), self._text_of(reply, place))
                 for reply in replies
