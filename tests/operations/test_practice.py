@@ -97,7 +97,7 @@ def test_the_reward_models_report(chain, llama):
     assert report["dropped"] == 0
     page = (chain / "R" / "report.html").read_text()
     assert page.count("<circle") == len(report["reliability"])
-    assert f"{report['accuracy']['mean']:.1%}" in page
+    assert f"It orders {100 * report['accuracy']['mean']:.0f} %" in page
     assert sum(b["pairs"] for b in report["reliability"]) == len(reported)
     assert len(report["reliability"]) <= 10
 
