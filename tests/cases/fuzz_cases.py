@@ -184,7 +184,8 @@ def bent(draw, tree):
         if how == "remove":
             del parent[key]
         elif how == "rename" and isinstance(parent, dict):
-            parent[draw(st.text(max_size=8) | st.sampled_from(sorted(parent)))] = parent.pop(key)
+            name = draw(st.text(max_size=8) | st.sampled_from(sorted(parent)))
+            parent[name] = parent.pop(key)
         else:  # a copy: what is drawn may be a part of the tree, and is changed in the next round
             parent[key] = json.loads(json.dumps(draw(_near(value, tree) if how == "near" else values | ODD)))
     return tree

@@ -287,7 +287,7 @@ def test_no_byte_of_a_changed_packaged_file_is_parsed(data, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MADPO_CACHE", str(fresh(tmp_path, "cache")))
         digest = hashlib.sha256(header).hexdigest()
-        patch.setitem(PACKAGED, "fuzzed", PackagedModel((("p", "f"),), digest, "pip", "none"))
+        patch.setitem(PACKAGED, "fuzzed", PackagedModel((("p", "f"),), digest, "pip", "none", "hub/model", "none"))
         patch.setattr(packages, "_locate", lambda *a: part)
         patch.setattr(packages, "_dequantise", lambda gguf, out: (parsed.append(gguf.read_bytes()), out.mkdir()))
         survives("GGUF", lambda: packaged("fuzzed"), tmp_path, writes=True)

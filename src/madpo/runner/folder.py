@@ -128,11 +128,12 @@ def _open_work(out: Path, begun: Mapping[str, Any], *, overwrite: bool, inputs: 
     write_atomically(work / BEGUN, text)
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
+    return found if isinstance(found, dict) else None
 
 
 def what_changed(
