@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from layout_cases import ASK, BAD, CASES, GOOD, NEXT, TEXT
 from layout_table import PAGE, table
 from madpo.commands.cli import main
+from madpo.core.config import identity_settings
 from madpo.core.errors import ConfigError, DataError
 from madpo.core.layout import Layout
 from madpo.data import check, load_preferences
@@ -343,3 +344,10 @@ def test_tools_of_a_layout_reach_the_row(tmp_path: Path) -> None:
     row, tools = CASES["OpenAI preference fine-tuning"].rows[0], [{"type": "function", "function": {"name": "look"}}]
     (pair,) = load_preferences(written(tmp_path, [row | {"input": row["input"] | {"tools": tools}}]))
     assert pair["tools"] == tools
+
+
+def test_columns_that_nobody_names_are_no_part_of_a_result() -> None:
+    plain = ScoreSettings(reward_model="r")
+    named = ScoreSettings.model_validate({"reward_model": "r", "columns": {"chosen": "a", "rejected": "b"}})
+    assert not {"columns", "layout"} & identity_settings(plain).keys()
+    assert identity_settings(named)["columns"] == {"chosen": "a", "rejected": "b"}

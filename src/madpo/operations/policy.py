@@ -284,8 +284,8 @@ def decisive(settings: TrainSettings) -> dict[str, Any]:
     defaults = {field.name: field.default for field in dataclasses.fields(PreferenceConfig)}
     pairs, micro_batches = (int(values.get(name, defaults[name])) for name in BATCH)
     found = settings.model_dump(mode="json") | {"loss": identity_settings(settings.loss)}
-    for name in ("split_seed", "probe"):  # a result without them is as before the fields existed
-        if found[name] == TrainSettings.model_fields[name].default:
+    for name in ("split_seed", "probe", "columns", "layout"):  # a result without them is as before the fields existed
+        if getattr(settings, name) == TrainSettings.model_fields[name].default:
             found.pop(name)
     return {**found, "args": decisive_arguments(values), "batch": pairs * micro_batches * processes.world_size()}
 
