@@ -154,7 +154,7 @@ def test_scores_have_the_bytes_of_one_process(root, one, driven):
             assert (root / "one" / folder / name).read_bytes() == (root / "two" / folder / name).read_bytes(), name
     left = sorted(path.name for path in (root / "two" / "scored").iterdir())
     assert left == ["record.json", "report.json", "scored.jsonl"]
-    assert driven.stdout.count("pairs scored") == 3, "scored, continued, and the report of what is complete"
+    assert driven.stdout.count("pairs scored") == 4, "scored, continued, the report of what is complete, and by a probe"
     assert driven.stderr.count("scored is complete; nothing to do") == 1
 
 
