@@ -84,6 +84,20 @@ def count(options: Count) -> int:
 '''
 
 
+CORPUS = '''class Toys(CorpusConfig):
+    """Reviews of toys."""
+
+    kind: Literal["toys"] = "toys"
+
+    def read(self) -> pd.DataFrame:
+        """Ten reviews of each label."""
+        texts = [f"toy {i} is {'fine' if i % 2 else 'bad'}" for i in range(20)]
+        return pd.DataFrame({"text": texts, "label": [i % 2 for i in range(20)], "source": IMDB})
+
+
+'''
+
+
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
     """A copy of the package to change."""
@@ -151,3 +165,18 @@ def test_an_operation_and_a_command_are_a_function_each(package: Path) -> None:
     assert "o is complete; nothing to do." in said
     assert "longer_than = 'x'" in said
     assert json.loads((package.parent / "o" / "record.json").read_text())["metrics"] == {"pairs": 1}
+
+
+def test_a_corpus_is_a_class_that_reads_it_and_a_member_of_the_union(package: Path) -> None:
+    corpus = package / "data" / "corpus.py"
+    replace(corpus, "Corpus = Annotated[PackagedIMDB |", CORPUS + "Corpus = Annotated[Toys | PackagedIMDB |")
+    code = (
+        "from madpo.data.corpus import load_corpus, oracle_reviews, prompt_reviews, sft_reviews\n"
+        "from madpo.study.experiment import Experiment\n"
+        "from madpo.core.config import find_experiment, load_config\n"
+        "experiment = load_config(find_experiment('smoke'), Experiment, ['corpus.kind=toys'])\n"
+        "reviews = load_corpus(experiment.corpus)\n"
+        "parts = sft_reviews(reviews, 3), prompt_reviews(reviews, 4), oracle_reviews(reviews, sft=3, prompts=4)\n"
+        "print(type(experiment.corpus).__name__, *map(len, parts))"
+    )
+    assert run(package, "-c", code) == "Toys 3 4 13\n"

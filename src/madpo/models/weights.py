@@ -69,7 +69,7 @@ def pretrained(
     made_later = _head(model, found) if new_head else set()
     adapted = None
     if adapter is not None:
-        adapted, brought = _adapted(model, adapter)
+        adapted, brought = with_adapter(model, adapter)
         made_later |= brought
     _refuse_missing(str(place), model, found, made_later)
     _say_unused(str(place), model, found["unexpected_keys"])
@@ -161,16 +161,22 @@ def _say_unused(place: str, model: nn.Module, unexpected: Iterable[str]) -> None
         )
 
 
-def _adapted(model: PreTrainedModel, folder: Path) -> tuple[PeftModel, set[str]]:
+def with_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str = "default") -> tuple[PeftModel, set[str]]:
     """The model with the adapter of ``folder``, and the weights of the model itself that the adapter brings.
 
     As ``PeftModel.from_pretrained``, which keeps the result of loading for itself.
+
+    Args:
+        model: may have adapters of other names.
+
+    Raises:
+        ConfigError: the adapter and the model do not fit each other, with the weights that are missing or left over.
     """
     check_adapter(folder)
     with loading(folder, "adapter"), quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what matters of them is refused here
         with safe_open(folder / ADAPTER_WEIGHTS, framework="numpy") as file:
-            stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         config = PeftConfig.from_pretrained(str(folder))
         if config.is_prompt_learning:
             raise ConfigError(
@@ -180,18 +186,22 @@ def _adapted(model: PreTrainedModel, folder: Path) -> tuple[PeftModel, set[str]]
         config.inference_mode = True
         kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
         with bounded(folder, ADAPTER_WEIGHTS):
-            adapted = kind(model, config, "default")
+            if isinstance(model, PeftModel):
+                adapted = model
+                adapted.add_adapter(name, config)
+            else:
+                adapted = kind(model, config, name)
         try:
-            result = adapted.load_adapter(str(folder), "default")
+            result = adapted.load_adapter(str(folder), name)
         except (KeyError, RuntimeError):  # a head or a token that is missing; a tensor of another shape
             _refuse_other_shapes(folder, adapted, stored)
             raise
     if result.missing_keys:
-        raise _not_of_this_model(folder, "lacks", [name.replace(".default", "") for name in result.missing_keys])
+        raise _not_of_this_model(folder, "lacks", [key.replace(f".{name}", "") for key in result.missing_keys])
     if result.unexpected_keys:
-        unused = [name.replace(".default", "") for name in result.unexpected_keys]
+        unused = [key.replace(f".{name}", "") for key in result.unexpected_keys]
         raise _not_of_this_model(folder, "has no place in this model for", unused)
-    brought = {name.removeprefix("base_model.model.") for name in stored}
+    brought = {key.removeprefix("base_model.model.") for key in stored}
     return adapted, brought
 
 

@@ -18,6 +18,7 @@ from madpo.models.engine.responses import Drawing, divergence, end_tokens, respo
 from madpo.models.load import load_model, save_model
 from madpo.models.locate import load_tokenizer
 from madpo.models.packaged import quiet_transformers
+from madpo.models.weights import with_adapter
 
 STRENGTHS = (0.1, 4.0)
 """Of an adapter: where one with the wanted KL is looked for."""
@@ -36,8 +37,8 @@ def averaged_adapter(base: Path | str, first: Path, second: Path, *, dtype: torc
     Its rank is the sum of the two ranks. The mean of the factors A and B would not be the mean of the updates B A.
     """
     with quiet_transformers():
-        model = PeftModel.from_pretrained(load_model(base, dtype=dtype), str(first), adapter_name="first")
-        model.load_adapter(str(second), "second")
+        model, _ = with_adapter(load_model(base, dtype=dtype), first, "first")
+        model, _ = with_adapter(model, second, "second")
         model.add_weighted_adapter(["first", "second"], [0.5, 0.5], "default", combination_type="cat")
         model.set_adapter("default")
         for name in ("first", "second"):
