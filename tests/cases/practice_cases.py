@@ -65,3 +65,12 @@ FORMATS = {
     "messages, the prompt inside": lambda row: implicit(conversation(row)),
     "a system prompt and turns": with_turns,
 }
+
+
+def classifier(model, folder):
+    """A sequence classifier with one output, in ``folder``: a reward model as others publish them."""
+    from madpo.models.load import load_classifier, load_tokenizer
+
+    load_classifier(model, num_labels=1, new_head=True).save_pretrained(folder)
+    load_tokenizer(model).save_pretrained(folder)
+    return folder

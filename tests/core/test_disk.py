@@ -23,7 +23,7 @@ from madpo.core.memory import is_shortage, memory_errors
 from madpo.core.storage import storage_errors, write_atomically
 from madpo.training import PreferenceTrainer, preference
 from madpo.training import checkpoints as disk
-from practice_cases import text_pairs, write
+from practice_cases import classifier, text_pairs, write
 
 SIZE = 6 * 2**20  # of the small disk: the tiny model's results fit, a ballast fills it
 
@@ -131,10 +131,11 @@ def test_a_full_disk_in_the_middle_costs_one_step(small_disk, llama, tmp_path, c
 def test_every_command_on_a_full_disk(small_disk, llama, tmp_path, capsys, command):
     data = write(tmp_path / "pairs.jsonl", [r | {"a": 2.0, "b": 1.0} for r in text_pairs(24)])
     base, out = ["--model_name_or_path", str(llama)], ["--output_dir", str(small_disk / "out")]
+    rewards = classifier(llama, tmp_path / "rm")
     given = {
         "reward": [str(data), *base, *out, "--eval_share", "0.4"],
         "score": [str(data), "--score_columns", "a", "b", *out],
-        "evaluate": [str(llama), "--reference", str(llama), "--prompts", str(data), "--reward", str(llama), *out],
+        "evaluate": [str(llama), "--reference", str(llama), "--prompts", str(data), "--reward", str(rewards), *out],
         "check": [str(data), "--output_dir", str(small_disk / "out")],
     }[command]
     fill(small_disk)
@@ -280,7 +281,8 @@ def test_a_second_run_is_refused_with_pid_and_host_everywhere(llama, tmp_path, c
             assert main(["score", str(data), "--score_columns", "a", "b", *out, *more]) == 2
             assert who in one_sentence(capsys)
         assert [p.name for p in (tmp_path / "out").iterdir()] == [LOCK]
-    prompts = ["--reference", str(llama), "--prompts", str(data), "--reward", str(llama)]
+    rewards = classifier(llama, tmp_path / "rm")
+    prompts = ["--reference", str(llama), "--prompts", str(data), "--reward", str(rewards)]
     with another_process_in(tmp_path / "other") as other:
         out = ["--output_dir", str(tmp_path / "other")]
         for command in (

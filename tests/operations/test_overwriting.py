@@ -17,7 +17,7 @@ from madpo.runner.step import Source, Step
 from madpo.runner.work import run_step
 from madpo.training.checkpoints import newest
 from madpo.training.reward import RewardModelTrainer
-from practice_cases import text_pairs, write
+from practice_cases import classifier, text_pairs, write
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
@@ -38,23 +38,23 @@ def copy_inputs(config: Base, inputs: dict[str, Path], out: Path) -> dict[str, f
 # Every input of every command; all of them are in P, which is the result that is to be replaced.
 READ = [
     "train P/scored.jsonl --model_name_or_path m",
-    "train pairs.jsonl --model_name_or_path m --eval_data P/scored.jsonl",
+    "train pairs.jsonl --model_name_or_path m --loss dpo --eval_data P/scored.jsonl",
     "train pairs.jsonl --model_name_or_path P/merged",
     "reward P/scored.jsonl --model_name_or_path m",
     "reward pairs.jsonl --model_name_or_path m --eval_data P/scored.jsonl",
     "reward pairs.jsonl --model_name_or_path P/merged",
-    "evaluate P/adapter --reference m --prompts pairs.jsonl --reward m",
-    "evaluate m --reference P/merged --prompts pairs.jsonl --reward m",
-    "evaluate m --reference m --prompts P/scored.jsonl --reward m",
-    "evaluate m --reference m --prompts pairs.jsonl --reward P/merged",
+    "evaluate P/adapter --reference m --prompts pairs.jsonl --reward rm",
+    "evaluate m --reference P/merged --prompts pairs.jsonl --reward rm",
+    "evaluate m --reference m --prompts P/scored.jsonl --reward rm",
+    "evaluate m --reference m --prompts pairs.jsonl --reward P/classifier",
     "evaluate m --reference m --prompts pairs.jsonl --reward reward",
     "score P/scored.jsonl --score_columns a b",
-    "score pairs.jsonl --reward_model P/merged",
+    "score pairs.jsonl --reward_model P/classifier",
     "score pairs.jsonl --reward_model reward",
     "score pairs.jsonl --folds 2 --model_name_or_path P/merged",
     "tune P/scored.jsonl --model_name_or_path m",
     "tune pairs.jsonl --model_name_or_path P/merged",
-    "tune pairs.jsonl --model_name_or_path m --criterion reward --reward_model P/merged --kl 1",
+    "tune pairs.jsonl --model_name_or_path m --criterion reward --reward_model P/classifier --kl 1",
     "trim-vocab P/merged --corpus pairs.jsonl",
     "trim-vocab m --corpus pairs.jsonl P/scored.jsonl",
     "trim-vocab m --corpus pairs.jsonl --eval P/scored.jsonl",
@@ -68,11 +68,12 @@ def with_inputs(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [row | {"reward_margin": 1.0, "a": 2.0, "b": 1.0} for row in text_pairs(8)]
     data = write(place / "pairs.jsonl", rows)
     shutil.copytree(llama, place / "m")
+    classifier(llama, place / "rm")
     for folder in (place / "adapter", place / "reward" / "adapter"):
         folder.mkdir(parents=True)
         (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "P/merged"}')
     (place / "reward" / "reward_model.json").write_text('{"base": "P/merged"}')
-    given = {"scored.jsonl": data, "merged": llama, "adapter": place / "adapter"}
+    given = {"scored.jsonl": data, "merged": llama, "adapter": place / "adapter", "classifier": place / "rm"}
     inputs = {role: Source(str(path), "0") for role, path in given.items()}
     run_step(Step("P", copy_inputs, Base(), inputs), place / "P", memory="")
     return place
@@ -86,7 +87,7 @@ def test_no_command_removes_what_it_reads(
     before = tree(with_inputs)
     assert main([*line.split(), "--output_dir", "P", "--overwrite"]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    place = "P/scored.jsonl" if "P/scored.jsonl" in line else "P/adapter" if "P/adapter" in line else "P/merged"
+    place = next((p for p in ("P/scored.jsonl", "P/adapter", "P/classifier") if p in line), "P/merged")
     assert said.startswith("madpo: ")
     assert f"{place} is an input and would be removed with the result in P" in said
     assert tree(with_inputs) == before

@@ -167,7 +167,7 @@ def test_the_command_uploads_a_run_and_says_so_where_it_could_not(
     from madpo.study import experiment
 
     class Small:
-        title, seed = "small", 0
+        title, seed, report_to = "small", 0, ()
 
         def model_dump(self, mode: str) -> dict[str, Any]:
             return {}
