@@ -162,6 +162,7 @@ class Counting:
 
     def __init__(self, fail_after: int | None = None) -> None:
         self.pairs, self.fail_after = 0, fail_after
+        self.kept: dict[str, Any] = {}
 
     def score_pairs(self, pairs: Any, name: str, unit: str) -> Any:
         if self.fail_after is not None and self.pairs >= self.fail_after:

