@@ -295,3 +295,11 @@ def test_commands_take_their_options_from_a_file(
         err = capsys.readouterr().err
         assert err.startswith(f"madpo: {given}: ")
         assert says in err
+
+
+def test_margins_of_a_coin_recommend_nothing():
+    coin = rng(3, "coin").normal(size=200)
+    assert not inspect(coin).informative
+    assert "recommended" not in inspect(coin).text()
+    assert inspect(coin + 1).informative
+    assert "recommended: tau = " in inspect(coin + 1).text()

@@ -39,7 +39,7 @@ def margin_page(name: str, report: MarginReport, margins: Margins) -> str:
         "of": len(h),
     }
     found = f"{report.tau:.3g}", f"{report.c_max:g}"
-    if report.contradicted.high >= 0.5:  # margins of a coin recommend nothing
+    if not report.informative:
         found = DASH, DASH
     tiles = {
         "recommended τ": cell(found[0]),

@@ -124,6 +124,11 @@ class MarginReport(Report):
     deciding: Deciding | None = None
     """Where the data have DPO's implicit margin as well."""
 
+    @property
+    def informative(self) -> bool:
+        """Whether the margins order these pairs better than a coin would (by the interval of ``contradicted``)."""
+        return self.contradicted.high < 0.5
+
     def text(self) -> str:
         """The report for a person."""
         c = self.contradicted
@@ -136,16 +141,20 @@ class MarginReport(Report):
             f"calibration error {self.calibration_error:.1%}",
             "   tau  c_max  mean weight  effective  amplified  dampened  turned down",
         ]
-        for i, s in enumerate(self.settings):
+        for s in self.settings:
+            mark = "  recommended" if self.informative and s is self.settings[-1] else ""
             lines.append(
                 f"{s.tau:6.2f}  {s.c_max:5.2f}  {s.mean_weight:11.3f}  {s.effective_share:9.1%}  {s.amplified:9.1%}  "
-                f"{s.dampened:8.1%}  {s.turned_down:11.1%}{'  recommended' * (i == len(self.settings) - 1)}"
+                f"{s.dampened:8.1%}  {s.turned_down:11.1%}{mark}"
             )
-        lines.append(
-            f"recommended: tau = {self.tau:.3g}, c_max = {self.c_max:g}, "
-            f"margin_temperature = {self.margin_temperature:.3g}"
-        )
-        lines += [f"    {reason}" for reason in self.reasons]
+        if self.informative:
+            lines.append(
+                f"recommended: tau = {self.tau:.3g}, c_max = {self.c_max:g}, "
+                f"margin_temperature = {self.margin_temperature:.3g}"
+            )
+            lines += [f"    {reason}" for reason in self.reasons]
+        else:
+            lines.append("no recommendation: a coin would order these pairs as well; train with --loss dpo")
         if self.deciding is not None:
             lines.append(self.deciding.text())
         lines += [f"warning: {warning}" for warning in self.warnings]
