@@ -174,6 +174,8 @@ def fake(tmp_path, monkeypatch, cache):
         hashlib.sha256(b"first second").hexdigest(),
         "pip install fake",
         "no terms",
+        "owner/fake",
+        "mit",
     )
     monkeypatch.setitem(PACKAGED, "fake", entry)
     seen = []

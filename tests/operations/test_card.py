@@ -23,9 +23,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MADPO_CACHE", str(out / "cache"))
         run("score", data, "--score_columns", "chosen_score", "rejected_score", "--output_dir", out / "scored")
-        run("train", out / "scored" / "scored.jsonl", "--model_name_or_path", model, "--learning_rate", "0.01",
-            "--epochs", 1, "--batch_size", 4, "--args.logging_steps", 1, "--eval_share", 0.3, "--merge",
-            "--output_dir", out / "policy")  # fmt: skip
+        run("train", out / "scored" / "scored.jsonl", "--model_name_or_path", model, "--loss", "madpo",
+            "--learning_rate", "0.01", "--epochs", 1, "--batch_size", 4, "--args.logging_steps", 1, "--eval_share", 0.3,
+            "--merge", "--output_dir", out / "policy")  # fmt: skip
     return out
 
 

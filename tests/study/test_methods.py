@@ -16,7 +16,7 @@ from losses_cases import UNION
 from madpo.core.config import find_experiment, load_config
 from madpo.core.errors import ConfigError
 from madpo.core.progress import duration
-from madpo.losses import Custom
+from madpo.losses import Combined, Custom
 from madpo.models.engine.responses import Response
 from madpo.operations import study_folds as folds
 from madpo.operations.relabelling import AgreeingStage, RedrawnStage, keep_agreeing, redraw_labels
@@ -84,16 +84,21 @@ def test_a_row_that_makes_no_sense_is_refused_with_its_name(fields, words):
 
 def test_every_loss_of_the_union_can_be_a_row(tmp_path):
     kinds = {kind: cls for kind, cls in UNION.items() if cls is not Custom}
-    rows = "\n".join(f'[[method]]\nname = "{kind}"\nloss = {{ kind = "{kind}" }}\n' for kind in kinds)
+    more = {"combined": ', parts = [{ kind = "madpo", c_max = 4 }, { kind = "dpo" }]'}
+    rows = "\n".join(
+        f'[[method]]\nname = "{kind}"\nloss = {{ kind = "{kind}"{more.get(kind, "")} }}\n' for kind in kinds
+    )
     toml = tmp_path / "all.toml"
     text = find_experiment("smoke").read_text()
     toml.write_text(text[: text.index("[[method]]")] + rows)
     steps = {step.name: step for step in load_config(toml, Experiment).steps()}
     for kind, cls in kinds.items():
         inputs = steps[f"policy/low/{kind.replace('_', '-')}/seed0"].inputs
-        assert ("scores" in inputs) == ("chosen_score" in cls.needs)
-        assert ("margins" in inputs) == ("reward_margin" in cls.needs)
-    assert {"chosen_score", "reward_margin"} <= {need for cls in kinds.values() for need in cls.needs}
+        needs = {"reward_margin"} if cls is Combined else cls.needs
+        assert ("scores" in inputs) == ("chosen_score" in needs)
+        assert ("margins" in inputs) == ("reward_margin" in needs)
+    fixed = [cls.needs for cls in kinds.values() if cls is not Combined]
+    assert {"chosen_score", "reward_margin"} <= set().union(*fixed)
 
 
 # Pairs
