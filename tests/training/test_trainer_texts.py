@@ -124,6 +124,8 @@ def test_a_row_of_a_stream_that_cannot_be_rendered_is_named_when_it_is_met(
         trainer.train()
     with pytest.raises(DataError, match=r"streamed.*share no message"):
         made([{name: CHATS[0][name] for name in ("chosen", "rejected")}], streamed=True)
+    with pytest.raises(DataError, match=r"streamed.*share no message"):
+        made([CHATS[0], CHATS[1] | {"prompt": []}], streamed=True)
 
 
 @pytest.mark.parametrize("streamed", [False, True])

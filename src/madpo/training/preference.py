@@ -53,7 +53,7 @@ from madpo.training.nan_guard import drop_unscored
 from madpo.training.padding_pairs import REPEATED, each_marked, marked, observed, refuse_uneven
 from madpo.training.reference_columns import ReferenceColumns
 from madpo.training.refusals import loss_of, refuse_adapter, refuse_options
-from madpo.training.rendering import rendering
+from madpo.training.rendering import rendering, with_prompts
 
 _NO_METRICS = (
     "compute_metrics takes logits, which this trainer never builds; use the logged metrics, or evaluate with TRL's "
@@ -194,7 +194,7 @@ class PreferenceTrainer(WindowMetrics, ReferenceColumns, DPOTrainer):  # type: i
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: Any, dataset_name: str) -> Dataset:
         if not set(ID_COLUMNS) <= set(get_dataset_column_names(dataset)):
             with rendering(dataset, processing_class, args, dataset_name) as (findings, tokenizer):
-                dataset = super()._prepare_dataset(dataset, tokenizer, args, dataset_name)
+                dataset = super()._prepare_dataset(with_prompts(dataset, dataset_name), tokenizer, args, dataset_name)
                 findings.say(dataset, processing_class, dataset_name)
         return drop_unscored(dataset, args, dataset_name)
 

@@ -116,12 +116,26 @@ def rendering(dataset: Any, tokenizer: Any, args: Any, name: str) -> Iterator[tu
         say(f"The chat template prints the date; the texts of {folder} have that of its first start, {clock.text()}.")
 
 
+def with_prompts(dataset: Any, name: str) -> Any:
+    """A stream with the column prompt, where a conversation without one is refused when it is read.
+
+    TRL's ``is_conversational`` looks at any one column, so for some hash seeds it fails on an empty prompt itself.
+    """
+    return dataset.map(_with_prompt, fn_kwargs={"name": name}) if isinstance(dataset, IterableDataset) else dataset
+
+
+def _with_prompt(example: dict[str, Any], name: str) -> dict[str, Any]:
+    found: dict[str, Any] = example if "prompt" in example else extract_prompt(example)
+    if found["prompt"] == []:
+        start = content_of(found["chosen"][0])[:40] if found["chosen"] else ""
+        raise _no_prompt(f"{name} data set (streamed), the pair whose chosen begins {start!r}")
+    return found
+
+
 def _applied_in_stream(
     tokenizer: Any, clock: Clock, findings: TextFindings, name: str, messages: list[Any], **options: Any
 ) -> Any:
     """``apply_chat_template`` for a row of a stream, which has no number: its beginning names it."""
-    if not messages:
-        raise _no_prompt(f"{name} data set (streamed)")
     place = f"{name} data set (streamed), the conversation that begins {content_of(messages[0])[:40]!r}"
     return applied(tokenizer, messages, clock, place, findings.see, **options)
 
@@ -136,7 +150,7 @@ def _no_prompt(place: str) -> DataError:
 def _first_refused(dataset: Any, tokenizer: Any, clock: Clock, name: str) -> MadpoError | None:
     """The sentence for the first row that the chat template does not render; None if it renders all."""
     for row, example in enumerate(dataset if isinstance(dataset, Dataset) else ()):
-        if not {"chosen", "rejected"} <= example.keys() or not is_conversational(example):
+        if not {"chosen", "rejected"} <= example.keys() or not is_conversational({"chosen": example["chosen"]}):
             continue
         parts = example if "prompt" in example else extract_prompt(example)
         tools = example.get("tools")
