@@ -107,7 +107,9 @@ def padded(model: nn.Module, batch: Rows) -> Tensor:
 
 def adapted(model: nn.Module) -> nn.Module:
     """With the adapter that a training would have, far from zero, and weights that bfloat16 can hold."""
-    found = get_peft_model(model, adapter_config(LoRA(rank=2, alpha=4), model, "CAUSAL_LM")).eval()
+    with torch.random.fork_rng(devices=[]):  # PEFT draws lora_A from the global generator
+        torch.manual_seed(1)
+        found = get_peft_model(model, adapter_config(LoRA(rank=2, alpha=4), model, "CAUSAL_LM")).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in found.named_parameters():
