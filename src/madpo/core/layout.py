@@ -48,7 +48,7 @@ class Layout(Frozen):
     """
 
     name: Name = ""
-    """Of a packaged layout; alone, it takes that one."""
+    """Of a packaged layout; without other keys, it takes that one."""
 
     prompt: Names = ()
     """Columns with the prompt, joined by a line break; none looks for the usual names."""

@@ -279,7 +279,7 @@ class AlphaDPO(RunningLoss):
 class REDPO(LossConfig):
     """RE-DPO (Cao et al., arXiv 2509.24159): DPO that infers for each label how likely it is to be right.
 
-    A label is right with probability eta, the reliability of whoever gave the labels. With z = beta h:
+    A label is right with probability eta, the reliability of the annotator. With z = beta h:
 
     - E-step (Eq. 4): w = eta sigma(z) / (eta sigma(z) + (1 - eta) sigma(-z)) = sigma(z + logit eta), a constant to the
       gradient;

@@ -14,7 +14,7 @@ class Claim(NamedTuple):
     """One row of the check.
 
     Attributes:
-        name: where the claim stands in the paper.
+        name: where the paper makes the claim.
         statement: the claim, in one sentence.
         computed: what was computed, with its numbers.
         deviation: the largest deviation from the claim.

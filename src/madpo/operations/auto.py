@@ -289,7 +289,7 @@ def _finish(work: _Work, report: AutoReport, settings: TrainSettings, out: Path)
         if work.auto.kl is not None:
             reached = _at_kl(work, model, base)
             config = model.peft_config["default"]
-            config.lora_alpha *= reached.strength  # as whoever loads it will scale the update
+            config.lora_alpha *= reached.strength  # as loading it will scale the update
             for layer in model.modules():
                 if hasattr(layer, "scale_layer"):
                     layer.scale_layer(reached.strength)

@@ -56,7 +56,7 @@ class EvaluationStage(Frozen):
     """Only so many most likely tokens can be drawn; None is all of them."""
     temperatures: tuple[Temperature, ...] = added(())
     """Further temperatures at which every prompt is answered with the same random numbers, for rewards and win rates;
-    the KL is measured at ``temperature`` alone."""
+    the KL is measured only at ``temperature``."""
 
 
 @operation("evaluate_policy/1")

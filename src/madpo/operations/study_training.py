@@ -56,7 +56,7 @@ class SFTStage(Frozen):
 
 @operation("train_sft/1")
 def train_sft(config: SFTStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
-    """Fine-tune with LoRA and merge; writes ``out/model``. An input ``base`` stands in place of the named model.
+    """Fine-tune with LoRA and merge; writes ``out/model``. An input ``base`` takes the place of the named model.
 
     Raises:
         ConfigError: no text is longer than ``prompt_tokens``.

@@ -136,7 +136,7 @@ class _Bench:
             "pairs", label_pairs, labels, {"responses": trunk.responses}, f"pairs of the {tier} tier, labelled"
         )
 
-    # Each where the first row that reads it stands in the order: results do not wait for what they do not need.
+    # Each just before the first row that reads it: results do not wait for what they do not need.
     @cached_property
     def logps(self) -> Step:
         """The reference's log-probabilities of its pairs."""

@@ -171,7 +171,7 @@ def weights_are_used(dataset: Any, needs: Iterable[str], option: bool | None) ->
     """Whether a pair's ``weight`` multiplies its loss; where the column is there and ignored, one line says so.
 
     Args:
-        option: ``pair_weights`` of the configuration; None leaves the column alone.
+        option: ``pair_weights`` of the configuration; None ignores the column.
     """
     if option is not None:
         return option

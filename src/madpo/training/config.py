@@ -29,7 +29,7 @@ class PreferenceConfig(DPOConfig):  # type: ignore[misc]
             default), False neither.
         token_metrics: when to compute entropy, mean logits and token accuracy, which cost about a tenth of the head:
             "always" (as TRL does), "logged" at steps that are logged, or "never".
-        pair_weights: whether a column ``weight`` multiplies each pair's loss. None leaves the column alone, and says so
+        pair_weights: whether a column ``weight`` multiplies each pair's loss. None ignores the column, and says so
             where there is one.
         allow_pickle: load checkpoints of transformers' own formats, and write them where DeepSpeed or FSDP splits the
             model. They hold pickles, which can run code when they are loaded. Otherwise checkpoints hold none.

@@ -46,7 +46,7 @@ def check_identity(point: disk.Checkpoint, identity: Mapping[str, Any], *, conti
     """Refuse the checkpoint of another training.
 
     Args:
-        continues: a longer training, or one with other evaluations, is told and not refused.
+        continues: a longer training, or one with other evaluations, is reported and not refused.
 
     Raises:
         DataError: the first field that differs, with both values.

@@ -23,7 +23,7 @@ class RewardModelStage(Frozen):
     patience: int = Field(default=3, ge=1)
     """Evaluations without improvement before the training stops."""
     stopping_share: float = Field(default=1.0, gt=0, le=1)
-    """Share of the held-out pairs that decides when to stop. Below 1, the others alone give the reported accuracy;
+    """Share of the held-out pairs that decides when to stop. Below 1, only the others give the reported accuracy;
     at 1 (the paper) the same pairs do both, which flatters the model slightly."""
     seed: int = 0
     folds: int | None = added(None, ge=2)
@@ -48,7 +48,7 @@ class OnlineSettings(Frozen):
     clip: float = Field(default=0.2, gt=0)
     """The probability ratio counts within 1 - clip and 1 + clip."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    """GRPO alone: advantages are divided by the standard deviation within the group (as published), within the batch,
+    """Only GRPO: advantages are divided by the standard deviation within the group (as published), within the batch,
     or not at all."""
 
 

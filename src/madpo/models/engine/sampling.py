@@ -189,7 +189,7 @@ def generate(
         draw: which of several completions of the same prompt this is; with ``samples``, the first of them.
         samples: completions per prompt, with the random numbers of the draws ``draw``, ``draw + 1``, ...
         eos_token_ids: end tokens; the one that was sampled is kept at the end of the completion.
-        batch_size: completions at once; it changes the speed alone (up to rounding in half precision).
+        batch_size: completions at once; it changes only the speed (up to rounding in half precision).
 
     Returns:
         Completion ids in the order of the prompts, at most ``max_new_tokens`` each; a prompt's samples are neighbours.
