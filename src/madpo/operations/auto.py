@@ -63,12 +63,11 @@ from madpo.operations.preconditions import first_pair
 from madpo.operations.running import load_report, run_in_folder
 from madpo.operations.train_settings import Auto, TrainSettings
 from madpo.operations.verify_auto import FAST_SHARE
-from madpo.rewards.label_share import AS_GOOD, LabelShare, better_than_coin, label_share
+from madpo.rewards.label_share import AS_GOOD, HELDOUT_SHARE, LabelShare, better_than_coin, label_share
 from madpo.rewards.margins import inspect
 from madpo.runner.operation import operation
 from madpo.training.columns import MARGIN
 
-HELDOUT_SHARE = 0.15
 DPO_FOLDER, MIXED_FOLDER = "dpo", "mixed"
 _KEPT = ("adapter", "model", "report.json", "log.jsonl", "report.html", HELDOUT, MARGINS, "dropped.jsonl")
 

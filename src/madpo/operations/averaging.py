@@ -15,7 +15,7 @@ from torch import nn
 from madpo.core.metrics import Estimate
 from madpo.core.statistics import bootstrap_mean
 from madpo.models.engine.responses import Drawing, divergence, end_tokens, respond
-from madpo.models.load import load_model, save_model
+from madpo.models.load import compute_dtype, load_model, save_model
 from madpo.models.locate import load_tokenizer
 from madpo.models.packaged import quiet_transformers
 from madpo.models.weights import with_adapter
@@ -35,14 +35,21 @@ def averaged_adapter(base: Path | str, first: Path, second: Path, *, dtype: torc
     """The base model with one adapter whose update is the mean of two adapters' updates, exactly.
 
     Its rank is the sum of the two ranks. The mean of the factors A and B would not be the mean of the updates B A.
+
+    Args:
+        dtype: of the base model's weights; the adapter is float32. None is :func:`madpo.models.load.compute_dtype`.
     """
     with quiet_transformers():
-        model, _ = with_adapter(load_model(base, dtype=dtype), first, "first")
+        # In float32, since PEFT gives the new adapter the base's dtype, and would round the two factors to it.
+        model, _ = with_adapter(load_model(base, dtype=torch.float32), first, "first")
         model, _ = with_adapter(model, second, "second")
         model.add_weighted_adapter(["first", "second"], [0.5, 0.5], "default", combination_type="cat")
         model.set_adapter("default")
         for name in ("first", "second"):
             model.delete_adapter(name)
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            parameter.data = parameter.data.to(dtype or compute_dtype())
     return model.eval()
 
 

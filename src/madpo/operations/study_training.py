@@ -15,8 +15,9 @@ import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
+from numpy.typing import NDArray
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from madpo.core.config import Frozen, added
@@ -168,36 +169,46 @@ class ReferenceStage(Frozen):
     same."""
 
 
-@torch.no_grad()
 @operation("reference_logps/1")
 def reference_logps(config: ReferenceStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Write ``reference.parquet``: pair_id, ref_chosen_logps, ref_rejected_logps (nats, summed)."""
-    from madpo.training.columns import REFERENCE_COLUMNS, PreferenceCollator
+    from madpo.training.columns import REFERENCE_COLUMNS
     from madpo.training.reference import refuse_not_finite
 
     pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet")
     pairs = pairs[pairs["split"] == "train"]
-    model = load_model(inputs["reference"] / "model").eval()
-    collate = PreferenceCollator(pad_token_id=load_tokenizer(inputs["reference"] / "model").pad_token_id)
-    rows = _ids(pairs)
-    found: list[Tensor] = []
-    with bar("Reference log-probabilities", len(rows)) as advance:
-        size = min(config.micro_batch_size or config.batch_size, config.batch_size)
-        for start in range(0, len(rows), size):
-            batch = collate(rows[start : start + size])
-            triple = (batch[name].to(model.device) for name in ("input_ids", "attention_mask", "completion_mask"))
-            logps = completion_logps(model, *triple, pairs=True).logps
-            found.append(torch.stack(logps.double().chunk(2)))
-            advance(found[-1].shape[1])
-    chosen, rejected = torch.cat(found, dim=1).cpu().numpy()
+    place = inputs["reference"] / "model"
+    size = min(config.micro_batch_size or config.batch_size, config.batch_size)
+    said = "Reference log-probabilities"
+    chosen, rejected = pair_logps(load_model(place).eval(), load_tokenizer(place), _ids(pairs), size, said)
     refuse_not_finite(dict(zip(REFERENCE_COLUMNS, (chosen, rejected), strict=True)), pairs["pair_id"].to_list())
     table = pd.DataFrame({"pair_id": pairs["pair_id"], REFERENCE_COLUMNS[0]: chosen, REFERENCE_COLUMNS[1]: rejected})
     table.to_parquet(out / "reference.parquet", index=False)
     return {
-        "pairs": len(rows),
+        "pairs": len(pairs),
         "mean_chosen_logps": float(chosen.mean()),
         "mean_rejected_logps": float(rejected.mean()),
     }
+
+
+@torch.no_grad()
+def pair_logps(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], batch_size: int, description: str
+) -> NDArray[np.float64]:
+    """Log-probabilities of both sides of each pair, nats, summed over the tokens of the side: [2, pairs]."""
+    from madpo.training.columns import PreferenceCollator
+
+    collate = PreferenceCollator(pad_token_id=tokenizer.pad_token_id)
+    found: list[Tensor] = []
+    with bar(description, len(rows)) as advance:
+        for start in range(0, len(rows), batch_size):
+            batch = collate(rows[start : start + batch_size])
+            triple = (batch[name].to(model.device) for name in ("input_ids", "attention_mask", "completion_mask"))
+            logps = completion_logps(model, *triple, pairs=True).logps
+            found.append(torch.stack(logps.double().chunk(2)))
+            advance(found[-1].shape[1])
+    table: NDArray[np.float64] = torch.cat(found, dim=1).cpu().numpy()
+    return table
 
 
 def _ids(pairs: pd.DataFrame) -> list[dict[str, Any]]:
@@ -223,9 +234,27 @@ class PolicyStage(Frozen):
 @operation("train_policy/1")
 def train_policy(config: PolicyStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Train on the tier's training pairs from the reference; writes ``out/adapter``."""
-    from madpo.training import PreferenceConfig, PreferenceTrainer
+    from madpo.training.run import forget_checkpoints
+
+    rows = training_rows(inputs)
+    result, _ = fit_policy(config, rows, inputs["reference"] / "model", out)
+    forget_checkpoints(out)
+    last = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    margins = [row["rewards/margins"] for row in last if "rewards/margins" in row]
+    return {
+        "pairs": len(rows),
+        "steps": int(result.global_step),
+        "loss": float(result.training_loss),
+        "final_reward_margin": float(np.mean(margins[-max(1, len(margins) // 10) :])),
+    }
+
+
+def training_rows(inputs: Mapping[str, Path]) -> list[dict[str, Any]]:
+    """The training pairs as token ids, with their reference log-probabilities and what a reward model says of them.
+
+    Inputs: "pairs", "logps", and where a loss reads them "margins" and "scores".
+    """
     from madpo.training.columns import REFERENCE_COLUMNS
-    from madpo.training.run import forget_checkpoints, run_training
 
     pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet")
     pairs = pairs[pairs["split"] == "train"].merge(
@@ -237,9 +266,18 @@ def train_policy(config: PolicyStage, inputs: Mapping[str, Path], out: Path) -> 
             table = pd.read_parquet(inputs[role] / file)
             pairs = pairs.merge(table, on="pair_id", validate="one_to_one")
             columns += [str(name) for name in table if name != "pair_id"]
-    rows = [{**ids, **{name: float(pairs[name].iloc[i]) for name in columns}} for i, ids in enumerate(_ids(pairs))]
-    reference = inputs["reference"] / "model"
-    tokenizer = load_tokenizer(reference)
+    return [{**ids, **{name: float(pairs[name].iloc[i]) for name in columns}} for i, ids in enumerate(_ids(pairs))]
+
+
+def fit_policy(config: PolicyStage, rows: list[dict[str, Any]], reference: Path, out: Path) -> tuple[Any, nn.Module]:
+    """Train on ``rows``, from the newest checkpoint in ``out``; writes ``out/adapter``.
+
+    Returns:
+        What the trainer says of the training, and the trained model.
+    """
+    from madpo.training import PreferenceConfig, PreferenceTrainer
+    from madpo.training.run import run_training
+
     arguments = config.optimisation.arguments(out, config.seed)
     model = load_model(reference)
     trainer = PreferenceTrainer(
@@ -247,17 +285,9 @@ def train_policy(config: PolicyStage, inputs: Mapping[str, Path], out: Path) -> 
         args=PreferenceConfig(max_length=None, token_metrics="never", **arguments),
         loss=config.loss,
         train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
+        processing_class=load_tokenizer(reference),
         peft_config=config.lora.peft_config("CAUSAL_LM", model),
     )
     result = run_training(trainer, config, config.method, out)
     trainer.model.save_pretrained(out / "adapter", safe_serialization=True)
-    forget_checkpoints(out)
-    last = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    margins = [row["rewards/margins"] for row in last if "rewards/margins" in row]
-    return {
-        "pairs": len(rows),
-        "steps": int(result.global_step),
-        "loss": float(result.training_loss),
-        "final_reward_margin": float(np.mean(margins[-max(1, len(margins) // 10) :])),
-    }
+    return result, trainer.model

@@ -7,10 +7,15 @@ from typing import Any
 
 SFT = "SFT"
 AGREEING, REDRAWN = "DPO on agreeing pairs", "DPO on re-drawn labels"
-RIVALS = (AGREEING, REDRAWN, "rDPO", "RE-DPO", "Soft labels", "Soft MADPO", "cDPO", "RLOO", "GRPO", "Best of n")
+_MARGINS = {"out_of_fold": "out-of-fold margins", "probe": "probe margins"}
+AVERAGED = "DPO, two averaged"
+RIVALS = (
+    *(AGREEING, REDRAWN, "rDPO", "RE-DPO", "Soft labels", "Soft MADPO", "cDPO", AVERAGED),
+    *(f"Auto, {words}" for words in _MARGINS.values()),
+    *("RLOO", "GRPO", "Best of n"),
+)
 
 _ONLINE = {"rloo": "RLOO", "grpo": "GRPO", "best_of_n": "Best of n"}
-_MARGINS = {"out_of_fold": "out-of-fold margins", "probe": "probe margins"}
 _PARTS = {"full": "MADPO", "amplify": "Amp-Only", "dampen": "Reg-Only"}
 # Kinds of losses that are not called as they are spelled; any other is, with "DPO" in capitals.
 _KINDS = {
@@ -28,6 +33,8 @@ def method_of(key: str, name: str, loss: Mapping[str, Any], pairs: str, margins:
         pairs, margins, trainer: as in an experiment's rows.
     """
     kind = loss.get("kind", key)
+    if trainer == "auto":
+        return AVERAGED if loss.get("label_share") == 1 else f"Auto, {_MARGINS[margins]}"
     if trainer != "offline":
         return _ONLINE.get(trainer, name)
     if pairs != "all":

@@ -342,8 +342,9 @@ def _described(
 
 def planned_row(method: Mapping[str, Any]) -> Row:
     """A method of an experiment as a row without results."""
-    online = method.get("online") or {}
+    online = method.get("auto") or method.get("online") or {}
     trained = {"kind": method.get("trainer"), "beta": online.get("beta"), "n": method.get("n")}
+    trained |= {"label_share": online.get("label_share")}
     loss = dict(method.get("loss") or {name: value for name, value in trained.items() if value is not None})
     key, name = str(method.get("key", "")), str(method["name"])
     texts = ("pairs", "all"), ("margins", "in_sample"), ("trainer", "offline")

@@ -17,6 +17,8 @@ from madpo.core.errors import DataError
 from madpo.core.metrics import Estimate
 from madpo.core.statistics import LOG_TEMPERATURES, bootstrap_mean, fit_temperature
 
+HELDOUT_SHARE = 0.15
+"""Of the prompts, whose labels decide the share."""
 GRID = 101
 AS_GOOD = 0.8
 """Where the label's share is above this with 97.5 % probability, plain DPO is as good."""

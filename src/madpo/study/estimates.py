@@ -20,12 +20,14 @@ from madpo.core.errors import ConfigError
 from madpo.core.progress import duration
 from madpo.core.suggestions import did_you_mean
 from madpo.models.packaged import cache_dir, cut_report
+from madpo.operations.study_auto import AutoStage
 from madpo.operations.study_evaluation import EvaluationStage
 from madpo.operations.study_folds import OutOfFoldStage, ScoreStage
 from madpo.operations.study_pairs import ResponseStage
 from madpo.operations.study_probe import ProbeStage
 from madpo.operations.study_training import MarginStage, PolicyStage, ReferenceStage, SFTStage
 from madpo.operations.trimming.trim import TrimStage
+from madpo.rewards.label_share import HELDOUT_SHARE
 from madpo.rewards.oracles import OracleStage
 from madpo.runner.run import Planned, RunResult, Step, finished
 from madpo.training.settings import OnlineStage, RewardModelStage
@@ -183,6 +185,11 @@ def work(step: Step) -> Work:
     if isinstance(config, PolicyStage):
         seen = 2 * pairs.train * config.optimisation.epochs
         return Work({"train": seen * length}, 1, 2 * config.optimisation.per_pass * length)
+    if isinstance(config, AutoStage):
+        kept = 1 - HELDOUT_SHARE if config.settings.label_share is None else 1.0
+        seen = 2 * 2 * pairs.train * kept * config.optimisation.epochs
+        tokens = {"train": seen * length, "score": 2 * pairs.train * (1 - kept) * length}
+        return Work(tokens, 2, 2 * config.optimisation.per_pass * length)
     if isinstance(config, OnlineStage):
         seen = pairs.train * config.settings.generations * config.optimisation.epochs
         tokens = {"generate": seen * config.max_new_tokens, "train": seen * length, "score": 2 * seen * length}

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from madpo.core.config import Frozen
 from madpo.data.corpus import Tier
 from madpo.operations.relabelling import AgreeingStage, RedrawnStage, keep_agreeing, redraw_labels
+from madpo.operations.study_auto import AutoStage, train_auto_policy
 from madpo.operations.study_evaluation import EvaluationStage, evaluate_policy
 from madpo.operations.study_folds import OutOfFoldStage, ScoreStage, score_out_of_fold, score_sides
 from madpo.operations.study_online import train_online
@@ -190,7 +191,8 @@ class _Bench:
                 samples=method.samples_per_prompt,
             )
             return
-        fn, config, inputs = self._offline(method) if method.trainer == "offline" else self._online(method)
+        made = {"offline": self._offline, "auto": self._auto}.get(method.trainer, self._online)
+        fn, config, inputs = made(method)
         policy = self.trunk.add(
             f"policy/{name}",
             fn,
@@ -224,6 +226,14 @@ class _Bench:
             inputs |= {role: turned for role in inputs if role != "reference"}
         config = PolicyStage(method=method.name, loss=method.loss, seed=self.seed, **fields(e.policy))
         return train_policy, config, inputs
+
+    def _auto(self, method: Method) -> tuple[StageFn, Frozen, dict[str, Step]]:
+        inputs = {"pairs": self.pairs, "reference": self.trunk.sft, "logps": self.logps}
+        if "reward_margin" in method.reads:
+            inputs["margins"] = self._margins_of(method)
+        policy = fields(self.experiment.policy)
+        config = AutoStage(method=method.name, settings=method.averaging, seed=self.seed, **policy)
+        return train_auto_policy, config, inputs
 
     def _online(self, method: Method) -> tuple[StageFn, Frozen, dict[str, Step]]:
         e, settings = self.experiment, method.settings

@@ -14,7 +14,7 @@ from madpo.core.config import Frozen
 from madpo.core.suggestions import did_you_mean
 from madpo.data.corpus import Tier
 from madpo.losses import Custom, Loss, LossAdapter
-from madpo.training.settings import OnlineSettings
+from madpo.training.settings import AutoSettings, OnlineSettings
 
 Group = Literal["core", "sensitivity", "ablation", "frontier", "rivals"]
 _SIGNS = {"beta": "β", "tau": "τ", "lam": "λ", "c_max": "c", "batch_scale": "m", "keep": "p"}
@@ -26,9 +26,10 @@ class Method(Frozen):
     name: str = Field(min_length=1)
     group: Group = "core"
     """Part of the study that the row belongs to; ``--only`` chooses by it."""
-    trainer: Literal["offline", "rloo", "grpo", "best_of_n"] = "offline"
-    """"offline": a preference loss on the pairs. "rloo", "grpo": policy optimisation against the reward model with a
-    KL penalty. "best_of_n": no training; of n responses the one that the reward model likes best."""
+    trainer: Literal["offline", "auto", "rloo", "grpo", "best_of_n"] = "offline"
+    """"offline": a preference loss on the pairs. "auto": what ``madpo train`` does with no loss named, two trainings
+    and their average. "rloo", "grpo": policy optimisation against the reward model with a KL penalty. "best_of_n": no
+    training; of n responses the one that the reward model likes best."""
     loss: Loss | None = None
     """Of the trainer "offline" alone."""
     pairs: Literal["all", "agreeing", "redrawn"] = "all"
@@ -38,13 +39,15 @@ class Method(Frozen):
     """Whose margins the loss and ``pairs`` read: those of the tier's own reward model, which has been trained on the
     same pairs; of the fold that has not (``reward_model.folds``); or of a probe of the SFT model's states, out of
     fold."""
+    auto: AutoSettings | None = None
+    """Of the trainer "auto"."""
     online: OnlineSettings | None = None
     """Of the trainers "rloo" and "grpo"."""
     n: int | None = Field(default=None, ge=2)
     """Responses per prompt, of the trainer "best_of_n"."""
     sweep: dict[str, tuple[JsonValue, ...]] = Field(default_factory=dict)
     """Field -> values: one row for every combination. Fields are those of the loss (of ``online`` for "rloo" and
-    "grpo"; ``n`` for "best_of_n")."""
+    "grpo", of ``auto`` for "auto"; ``n`` for "best_of_n")."""
     seeds: tuple[int, ...] | None = None
     """Seeds of this row; None is the experiment's."""
     tiers: tuple[Tier, ...] | None = None
@@ -65,7 +68,16 @@ class Method(Frozen):
             raise ValueError(f"method {self.name!r}: n belongs to the trainer best_of_n; remove it")
         if self.trainer not in ("rloo", "grpo") and self.online is not None:
             raise ValueError(f"method {self.name!r}: online belongs to the trainers rloo and grpo; remove it")
-        if self.trainer != "offline" and (self.pairs != "all" or self.margins != "in_sample"):
+        if self.trainer != "auto" and self.auto is not None:
+            raise ValueError(f"method {self.name!r}: auto belongs to the trainer auto; remove it")
+        if self.trainer == "auto" and self.pairs != "all":
+            raise ValueError(f"method {self.name!r}: auto takes all pairs; remove pairs")
+        if self.reads and self.trainer == "auto" and self.margins == "in_sample":
+            raise ValueError(
+                f"method {self.name!r}: auto needs margins of models that have not seen the pair; set margins to "
+                "'probe' or 'out_of_fold'"
+            )
+        if self.trainer not in ("offline", "auto") and (self.pairs != "all" or self.margins != "in_sample"):
             raise ValueError(f"method {self.name!r}: {self.trainer} learns from no pairs; remove pairs and margins")
         _ = self.rows()  # so that a bad value in a sweep fails with the configuration
         return self
@@ -84,9 +96,16 @@ class Method(Frozen):
         return self.online or OnlineSettings()
 
     @property
+    def averaging(self) -> AutoSettings:
+        """Those of "auto", defaults where nothing is said."""
+        return self.auto or AutoSettings()
+
+    @property
     def reads(self) -> frozenset[str]:
         """What the training reads of a reward model: "reward_margin", "chosen_score", "rejected_score"."""
         columns = {"reward_margin", "chosen_score", "rejected_score"}
+        if self.trainer == "auto":
+            return frozenset() if self.averaging.label_share == 1 else frozenset({"reward_margin"})
         return frozenset() if self.loss is None else frozenset(self.loss.needs & columns)
 
     def rows(self) -> tuple[Method, ...]:
@@ -108,8 +127,9 @@ class Method(Frozen):
             changes |= parts
         elif self.loss is None:
             # As objects: a dump would lose fields that stay outside identities.
-            fields = {name: getattr(self.settings, name) for name in type(self.settings).model_fields}
-            changes["online"] = {**fields, **values}
+            where, settings = ("auto", self.averaging) if self.trainer == "auto" else ("online", self.settings)
+            fields = {name: getattr(settings, name) for name in type(settings).model_fields}
+            changes[where] = {**fields, **values}
         elif isinstance(self.loss, Custom):
             fields = type(self.loss.loss).model_fields
             changes["loss"] = self.loss.model_copy(update={"parameters": {**self.loss.parameters, **values}})

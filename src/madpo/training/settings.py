@@ -52,6 +52,15 @@ class OnlineSettings(Frozen):
     or not at all."""
 
 
+class AutoSettings(Frozen):
+    """``auto`` as a row: the average of DPO's policy and of one whose target mixes labels and margins."""
+
+    beta: float = Field(default=0.1, gt=0)
+    label_share: float | None = Field(default=None, ge=0, le=1)
+    """Of the second training's target. None decides it by the labels of held-out pairs; 1 is the control: two DPO
+    policies of different seeds, averaged, which read no margins."""
+
+
 class OnlineStage(Frozen):
     """A policy: a LoRA adapter on the SFT model, trained on its own responses."""
 

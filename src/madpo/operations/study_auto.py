@@ -1,0 +1,119 @@
+"""``auto`` as a row of a study: two trainings, the label's share from held-out pairs, and the average of both policies.
+
+The commands' version is :mod:`madpo.operations.auto`; both decide by :func:`madpo.rewards.label_share.label_share`.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from madpo.core.config import Frozen
+from madpo.core.metrics import Metrics
+from madpo.core.seeding import derived_seed, rng
+from madpo.core.storage import write_atomically
+from madpo.losses import DPO, Loss, SoftDPO
+from madpo.models.hyperparameters import LoRA, Optimisation
+from madpo.models.load import load_tokenizer
+from madpo.operations.averaging import averaged_adapter
+from madpo.operations.study_training import PolicyStage, fit_policy, pair_logps, training_rows
+from madpo.rewards.label_share import AS_GOOD, HELDOUT_SHARE, better_than_coin, label_share
+from madpo.rewards.margins import inspect
+from madpo.runner.operation import operation
+from madpo.training.settings import AutoSettings
+
+FIRST, SECOND, DECISION = "dpo", "mixed", "decision.json"
+
+
+class AutoStage(Frozen):
+    """A policy that is the average of DPO's and of a second one, whose target mixes labels and margins."""
+
+    method: str
+    """Name in tables and figures."""
+    settings: AutoSettings
+    optimisation: Optimisation
+    lora: LoRA = LoRA()
+    seed: int = Field(default=0, ge=0)
+
+
+@operation("train_auto_policy/1")
+def train_auto_policy(config: AutoStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
+    """Train twice and average; writes ``out/adapter`` and ``out/decision.json``.
+
+    Without a fixed ``label_share``, both trainings leave out 15 % of the training pairs, whose labels decide the share.
+    With a fixed one, both take all pairs; at 1 the result is the average of two DPO policies of different seeds.
+    Inputs: "pairs", "logps", "reference" and, unless the share is fixed at 1, "margins".
+    """
+    from madpo.training.run import forget_checkpoints
+
+    rows, reference, fixed = training_rows(inputs), inputs["reference"] / "model", config.settings.label_share
+    aside = set() if fixed is not None else _aside([row["pair_id"] for row in rows], config.seed)
+    seen = [row for row in rows if row["pair_id"] not in aside]
+    beta = config.settings.beta
+    path = out / DECISION
+    if not path.is_file():  # else a run before this one came further
+        result, model = fit_policy(_policy(config, DPO(beta=beta), config.seed), seen, reference, out / FIRST)
+        found: dict[str, Any] = {"steps": int(result.global_step), "label_share": fixed, "temperature": 1.0}
+        if fixed is None:
+            heldout = [row for row in rows if row["pair_id"] in aside]
+            found |= _decided(config, model.eval(), heldout, seen, reference)
+        write_atomically(path, json.dumps(found, indent=1, sort_keys=True) + "\n")
+        del result, model
+        gc.collect()  # the trainer's model is in a cycle
+    decision = json.loads(path.read_bytes())
+    share = decision["label_share"]
+    mixed: Loss = SoftDPO(beta=beta, margin_temperature=decision["temperature"], label_share=share)
+    loss = mixed if "margins" in inputs else DPO(beta=beta)
+    other = derived_seed(config.seed, "auto", "second training") % 2**31
+    result, _ = fit_policy(_policy(config, loss, other), seen, reference, out / SECOND)
+    averaged = averaged_adapter(reference, out / FIRST / "adapter", out / SECOND / "adapter", dtype=None)
+    averaged.save_pretrained(out / "adapter", safe_serialization=True)
+    (out / SECOND / "log.jsonl").replace(out / "log.jsonl")
+    for name in (FIRST, SECOND):
+        forget_checkpoints(out / name)
+    numbers = {name: value for name, value in decision.items() if isinstance(value, int | float)}
+    return {**numbers, "pairs": len(seen), "steps": decision["steps"] + int(result.global_step)}
+
+
+def _policy(config: AutoStage, loss: Loss, seed: int) -> PolicyStage:
+    return PolicyStage(method=config.method, loss=loss, optimisation=config.optimisation, lora=config.lora, seed=seed)
+
+
+def _aside(pair_ids: list[int], seed: int) -> set[int]:
+    """The pairs that decide; a pair has the id of its prompt."""
+    drawn = rng(seed, "auto", "held-out pairs").permutation(np.sort(pair_ids))
+    return {int(pair) for pair in drawn[: max(1, round(HELDOUT_SHARE * len(pair_ids)))]}
+
+
+def _decided(
+    config: AutoStage, model: Any, heldout: list[dict[str, Any]], seen: list[dict[str, Any]], reference: Path
+) -> dict[str, Any]:
+    from madpo.training.columns import REFERENCE_COLUMNS
+
+    logps = pair_logps(model, load_tokenizer(reference), heldout, config.optimisation.per_pass, "Held-out pairs")
+    before = np.array([[row[name] for row in heldout] for name in REFERENCE_COLUMNS])
+    ratios = logps - before
+    implicit = config.settings.beta * (ratios[0] - ratios[1])
+    margins, own = (np.array([row["reward_margin"] for row in part]) for part in (heldout, seen))
+    found = label_share(implicit, margins, prompts=[row["pair_id"] for row in heldout], seed=config.seed)
+    share = found.mean if better_than_coin(np.concatenate([own, margins])) else 1.0
+    difference = found.difference
+    return {
+        "label_share": share,
+        "temperature": inspect(own).margin_temperature,
+        "decided_on_pairs": found.pairs,
+        "margin_log_loss": found.margin_loss,
+        "implicit_log_loss": found.implicit_loss,
+        "log_loss_difference": difference.mean,
+        "log_loss_difference_low": difference.low,
+        "log_loss_difference_high": difference.high,
+        "label_share_low": found.low,
+        "label_share_high": found.high,
+        "advises_dpo": int(share == 1.0 or found.low > AS_GOOD),
+    }
