@@ -4,14 +4,17 @@ transformers lets a model's attention be replaced by name, together with the fun
 (``AttentionInterface``, ``AttentionMaskInterface``). Under the name :data:`NAME` a model asks for its masks as usual:
 causal, sliding, chunked, each as a predicate of two positions. :func:`packed_mask` evaluates that predicate on the
 positions of the tokens in their own rows, and :func:`packed_attention` applies the result, group by group. So the model
-itself says which token may look at which, and a window longer than any text seen so far is right as well.
+itself says which token may look at which, and a window longer than any text seen so far is right as well. On an
+accelerator FlexAttention takes long groups, and leaves out the blocks in which no token may look at another.
 
 Whatever a model asks for beyond that raises ``NotImplementedError``: its rows are then padded.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,6 +25,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from madpo.models.engine.head import backbone
@@ -31,6 +35,12 @@ from madpo.models.modes import around_checkpoints
 NAME = "madpo_packed"
 SHORT = 192
 """Longest group for which two matrix products and a softmax beat the fused attention kernel on a processor."""
+BLOCK = 128
+"""Side of the blocks of which FlexAttention leaves out those without a pair of tokens that may look at one another."""
+FLEX = ("cuda", "xpu")
+"""Kinds of devices with a fused kernel of FlexAttention and of its backward pass; elsewhere masks are dense."""
+ATTENTION = "MADPO_ATTENTION"
+"""Environment variable that chooses between ``flex`` and ``dense`` in place of the device."""
 _HARMLESS = {
     *("is_causal", "sliding_window"),  # the mask says both
     *("position_ids", "use_cache", "output_attentions", "output_hidden_states", "return_dict", "layer_idx"),
@@ -73,6 +83,17 @@ class PackedMask:
                 ~self.allowed, torch.finfo(dtype).min
             )
         return self._bias[dtype]
+
+    @functools.cached_property
+    def blocks(self) -> BlockMask:
+        """The same, in blocks."""
+        allowed = self.allowed[:, 0]
+
+        def looks(group: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return allowed[group, query, key]
+
+        groups, longest, _ = allowed.shape
+        return create_block_mask(looks, groups, None, longest, longest, allowed.device, BLOCK)
 
 
 def packed_mask(
@@ -122,6 +143,8 @@ def packed_attention(
     q, k, v = (packing.split(states) for states in (query, key, value))
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     longest, groups = q.shape[2], q.shape[1] // k.shape[1]
+    if longest > BLOCK and not (dropout or packing.probes) and _flexes(q.device):
+        return packing.join(_flex_attention(q, k, v, mask.blocks, scale, softcap, s_aux).transpose(1, 2)), None
     if softcap is None and (q.device.type != "cpu" or longest > SHORT or packing.probes):
         allowed = mask.allowed
         if s_aux is not None:
@@ -143,6 +166,36 @@ def packed_attention(
     weights = F.dropout(scores.softmax(-1)[..., :longest].to(v.dtype), dropout, training=dropout > 0)
     out = _folded(weights, k.shape[1]) @ _folded(v, k.shape[1])
     return packing.join(out.view(*q.shape[:3], -1).transpose(1, 2)), None
+
+
+def _flexes(device: torch.device) -> bool:
+    return os.environ.get(ATTENTION, "flex" if device.type in FLEX else "dense") == "flex"
+
+
+def _flex_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask, scale: float, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """Attention by FlexAttention. A sink takes its share of each query's softmax away: sigmoid(logsumexp - sink)."""
+    cap = softcap or 1.0
+
+    def capped(score: Tensor, group: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return torch.tanh(score / cap) * cap
+
+    out: Tensor
+    out, aux = _compiled_flex(q.device.type)(
+        *(q, k, v, None if softcap is None else capped, blocks, scale),
+        enable_gqa=q.shape[1] != k.shape[1],
+        return_aux=AuxRequest(lse=sinks is not None),
+    )
+    if sinks is not None:
+        out = out * torch.sigmoid(aux.lse - sinks.to(aux.lse.dtype)[:, None])[..., None].to(out.dtype)
+    return out
+
+
+@functools.cache
+def _compiled_flex(device: str) -> Callable[..., Any]:
+    """Compiled once for all lengths; on a processor, where torch fails at that, once for each."""
+    return torch.compile(flex_attention, dynamic=device in FLEX)
 
 
 def _with_sinks(
