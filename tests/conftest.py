@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, settings
 
 # Properties are tried with the same inputs every time: few in `make test`, more in `make check`.
 SEARCH = {"derandomize": True, "deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
-settings.register_profile("few", max_examples=25, **SEARCH)
+settings.register_profile("few", max_examples=15, **SEARCH)
 settings.register_profile("many", max_examples=300, **SEARCH)
 settings.load_profile("few")
 

@@ -20,8 +20,8 @@ PROMPTS = 40
 TIERS = published.TIERS
 
 
-def methods() -> list[dict[str, Any]]:
-    """Rows as in an experiment, of every group."""
+def methods(*groups: str) -> list[dict[str, Any]]:
+    """Rows as in an experiment, of every group or of these."""
     rows: list[dict[str, Any]] = []
 
     def add(name: str, group: str, loss: dict[str, Any], **more: Any) -> None:
@@ -43,7 +43,7 @@ def methods() -> list[dict[str, Any]]:
         add(f"DPO β={beta:g}", "frontier", {"kind": "dpo", "beta": beta})
     add("DPO, agreeing", "rivals", {"kind": "dpo"}, pairs="agreeing")
     add(HOSTILE, "rivals", {"kind": "rdpo"})
-    return rows
+    return [row for row in rows if not groups or row["group"] in groups]
 
 
 def level(method: dict[str, Any], tier: str) -> float:
@@ -60,9 +60,10 @@ def level(method: dict[str, Any], tier: str) -> float:
 class Study:
     """Writes records and what their steps leave behind."""
 
-    def __init__(self, root: Path) -> None:
-        self.root, self.records, self.listing = root, {}, {}
-        self.experiment = {"model": "tiny", "seeds": [0, 1], "method": methods(), "pairs": {"train": 30, "prompts": 70}}
+    def __init__(self, root: Path, *groups: str) -> None:
+        self.root, self.records, self.listing, self.methods = root, {}, {}, methods(*groups)
+        pairs = {"train": 30, "prompts": 70}
+        self.experiment = {"model": "tiny", "seeds": [0, 1], "method": self.methods, "pairs": pairs}
 
     def add(self, name: str, metrics: dict[str, Any], config: Any = None, inputs: Any = None) -> Path:
         """A finished step; its folder."""
@@ -114,9 +115,15 @@ class Study:
         (folder / "samples.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def make_study(root: Path, tiers: tuple[str, ...] = TIERS, seeds: int = 2, frontier_seeds: int | None = None) -> Study:
-    """The whole study, finished, its frontier with fewer seeds if so given; call ``write`` on it."""
-    study = Study(root)
+def make_study(
+    root: Path,
+    tiers: tuple[str, ...] = TIERS,
+    seeds: int = 2,
+    frontier_seeds: int | None = None,
+    groups: tuple[str, ...] = (),
+) -> Study:
+    """The whole study (or these groups), finished, its frontier with fewer seeds if so given; ``write`` is left."""
+    study = Study(root, *groups)
     study.add("sft", {"loss": 3.0})
     for seed in range(seeds):
         study.evaluate(f"evaluation/sft/seed{seed}", "SFT", 0.0, 0.0, seed)
@@ -144,7 +151,7 @@ def _tier(study: Study, tier: str, seed: int, *, frontier: bool) -> None:
     (model / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
     margins = study.add(f"margins/{place}", {"pairs": 70}, inputs={"pairs": study.records[f"pairs/{place}"].identity})
     pq.write_table(pa.table({"pair_id": ids, "reward_margin": h}), margins / "margins.parquet")
-    for number, method in enumerate(methods()):
+    for number, method in enumerate(study.methods):
         if method["group"] == "frontier" and not frontier:
             continue
         key, kl = f"method{number}", 0.5 / method["loss"]["beta"] + 1.0 * (method["loss"]["kind"] == "madpo")

@@ -28,31 +28,43 @@ def test_collections_are_on_again_after_an_import_that_fails():
     assert gc.isenabled()
 
 
-def test_what_a_command_has_loaded_is_left_out_of_collections(tmp_path):
-    data = write(tmp_path / "pairs.jsonl", [row | {"a": 2.0, "b": 1.0} for row in text_pairs(4)])
-    words = ["score", str(data), "--score_columns", "a", "b", "--output_dir", str(tmp_path / "S")]
-    code = (
-        "import gc, sys; from madpo.commands.cli import main; assert main(sys.argv[1:]) == 0;"
-        "print(gc.isenabled(), gc.get_freeze_count() > 100_000, len(gc.get_objects()) < 100_000)"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=environment)
-    assert done.stdout.splitlines()[-1] == "True True True", done.stderr
+# Loaded one after the other in one interpreter: whoever comes later may have what the earlier ones have not.
+ABSENT = {
+    "madpo.training.settings": {"torch"},
+    "madpo.operations.train_settings": {"trl", "sklearn", "transformers", "peft"},
+    "madpo.study.experiment": {"trl", "sklearn", "transformers", "peft"},  # a mistake in an experiment's file
+    "madpo.study.graph": {"trl", "sklearn"},  # a dry run
+    "madpo.operations.scoring": {"trl", "sklearn"},
+    "madpo.operations.evaluation": {"trl", "sklearn"},
+}
+CODE = """
+import gc, importlib, sys
+for name in sys.argv[1].split():
+    importlib.import_module(name)
+    print(*sys.modules)
+from madpo.commands.cli import main
+assert main(sys.argv[2:]) == 0
+print(gc.isenabled(), gc.get_freeze_count() > 100_000, len(gc.get_objects()) < 100_000)
+"""
 
 
-@pytest.mark.parametrize(
-    ("module", "absent"),
-    [
-        ("madpo.operations.scoring", {"trl", "sklearn"}),
-        ("madpo.operations.evaluation", {"trl", "sklearn"}),
-        ("madpo.study.graph", {"trl", "sklearn"}),  # a dry run
-        ("madpo.study.experiment", {"trl", "sklearn", "transformers", "peft"}),  # a mistake in an experiment's file
-        ("madpo.operations.train_settings", {"trl", "sklearn", "transformers", "peft"}),
-        ("madpo.training.settings", {"torch"}),
-    ],
-)
-def test_what_a_module_does_not_need_is_not_loaded(module, absent):
-    code = f"import sys, {module}; print(*sys.modules)"
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory):
+    """What a new interpreter says that loads these modules, and then scores."""
+    folder = tmp_path_factory.mktemp("scores")
+    data = write(folder / "pairs.jsonl", [row | {"a": 2.0, "b": 1.0} for row in text_pairs(4)])
+    words = ["score", str(data), "--score_columns", "a", "b", "--output_dir", str(folder / "S")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
-    assert not absent & set(done.stdout.split())
+    command = [sys.executable, "-c", CODE, " ".join(ABSENT), *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("module", ABSENT)
+def test_what_a_module_does_not_need_is_not_loaded(lines, module):
+    assert not ABSENT[module] & set(lines[[*ABSENT].index(module)].split())
+
+
+def test_what_a_command_has_loaded_is_left_out_of_collections(lines):
+    assert lines[-1] == "True True True"

@@ -93,8 +93,13 @@ def test_status_shows_what_a_stranger_wrote_as_escapes(tmp_path, capsys):
     assert out.replace("\n", "").isprintable()
 
 
-@pytest.mark.parametrize("name", ["\x1b[2J.jsonl", "a\nb.jsonl", os.fsdecode(b"\xff\xfe.jsonl"), "\u202e.jsonl"])
-@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+@pytest.mark.parametrize(
+    ("name", "encoding"),
+    [
+        *(("\x1b[2J.jsonl", "utf-8"), ("a\nb.jsonl", "latin-1")),
+        *((os.fsdecode(b"\xff\xfe.jsonl"), "utf-8"), ("\u202e.jsonl", "utf-8"), ("\u202e.jsonl", "latin-1")),
+    ],
+)
 def test_any_file_name_on_any_terminal(name, encoding, tmp_path):
     (tmp_path / name).write_text('{"prompt": "π", "chosen": "c\\u001b[2J", "rejected": "r", "\\u001b[2Jx": 1}\n' * 2)
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from madpo.commands.cli import main
@@ -353,12 +353,8 @@ _names = [
     "pair_id",
 ]
 _row = st.dictionaries(st.sampled_from(_names), _json | _messages | st.text(max_size=4) | st.floats(), max_size=8)
-_any = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
 
 
-@_any
 @given(content=st.binary(max_size=300))
 def test_any_bytes(content: bytes, tmp_path: Path) -> None:
     for name in ("d.jsonl", "d.csv", "d.jsonl.gz", "d.parquet"):
@@ -366,14 +362,12 @@ def test_any_bytes(content: bytes, tmp_path: Path) -> None:
         _survives(tmp_path / name)
 
 
-@_any
 @given(rows=st.lists(_row, min_size=1, max_size=4))
 def test_any_rows(rows: list[dict[str, Any]], tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
     _survives(tmp_path / "d.jsonl")
 
 
-@_any
 @given(data=st.data())
 def test_any_damage_to_a_parquet_file(data: st.DataObject, tmp_path: Path) -> None:
     table = pa.table({"chosen": ["a", "b" * 30], "rejected": ["c", "d"], "reward_margin": [0.5, 1.5]})
@@ -385,7 +379,6 @@ def test_any_damage_to_a_parquet_file(data: st.DataObject, tmp_path: Path) -> No
     _survives(tmp_path / "d.parquet")
 
 
-@_any
 @given(text=st.text(alphabet=st.sampled_from('ab,"\n\r;\0é 1'), max_size=60))
 def test_any_csv(text: str, tmp_path: Path) -> None:
     (tmp_path / "d.csv").write_bytes(f"chosen,rejected,weight\n{text}".encode())

@@ -16,7 +16,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from madpo.commands.cli import main
@@ -26,7 +26,6 @@ from madpo.data.sources import open_source
 
 GOOD = {"prompt": "Say hi.", "chosen": " Hi!", "rejected": " No."}
 ROWS = [GOOD | {"prompt": f'p{i} π 😀\n[],{{}}\\"', "reward_margin": i / 7} for i in range(5)]
-quick = settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 
 def read(path, content=None):
@@ -59,7 +58,6 @@ values = st.recursive(
 )
 
 
-@quick
 @given(
     rows=st.lists(st.dictionaries(st.text(max_size=4), values, max_size=4), max_size=6),
     indent=st.sampled_from([None, 0, 3]),
@@ -73,7 +71,6 @@ def test_an_array_is_read_the_same_wherever_its_chunks_end(rows, indent, ascii, 
         assert read(tmp_path / "d.json", text.encode("utf-8", "surrogatepass")) == list(enumerate(rows))
 
 
-@quick
 @given(data=st.data(), chunk=st.sampled_from([1, 5, 2**20]))
 def test_a_broken_array_gives_its_good_rows_and_one_sentence(data, chunk, tmp_path):
     whole = json.dumps(ROWS, ensure_ascii=False).encode()

@@ -97,9 +97,8 @@ BOMBS = [
         "{% set ns = namespace(a=" + start + ", b=" + start + ") %}{% for i in range(60) %}"
         "{% set ns.a = " + twice.replace("X", "ns.a") + " %}{% set ns.b = " + twice.replace("X", "ns.b") + " %}"
         "{% endfor %}" + use
-        for start in ("[1]", "(1,)")
+        for start, use in (("[1]", "{{ ns.a == ns.b }}"), ("(1,)", "{{ {ns.a: 1} }}"))
         for twice in ("[X, X]", "(X, X)", "[X] * 2", "[X] + [X]", "{'a': X, 'b': X}", "dict(a=X, b=X)")
-        for use in ("{{ ns.a == ns.b }}", "{{ {ns.a: 1} }}")
     ),
     "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}{% endfor %}",
     "{% macro m(x) %}{{ x }}{{ x }}{% endmacro %}{% set ns = namespace(x='a') %}{% for i in range(60) %}"

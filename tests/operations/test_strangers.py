@@ -37,7 +37,7 @@ def pairs(tmp_path):
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     root = tmp_path_factory.mktemp("study")
-    made = make_study(root, tiers=("high",), seeds=1)
+    made = make_study(root, tiers=("high",), seeds=1, groups=("core",))
     made.unfinished("policy/high/later/seed0", "OSError: gone")
     made.write("A part")
     return root

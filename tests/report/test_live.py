@@ -47,7 +47,7 @@ def test_columns_stay_where_they_are() -> None:
 def test_the_page_is_written_and_the_difference_is_the_reports(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    study = make_study(tmp_path, tiers=("low",), seeds=1)
+    study = make_study(tmp_path, tiers=("low",), seeds=1, groups=("core",))
     study.write()
     records = {name: found for name, found in run_status(study.root).steps.items() if found is not None}
     (tier,) = collect(study.root, records, tiers=("low",))

@@ -321,7 +321,7 @@ def test_equal_kl_compares_over_the_seeds_that_all_rows_have() -> None:
 def test_a_frontier_of_one_seed_is_compared_as_in_a_study_of_one_seed(tmp_path: Path) -> None:
     tiers = []
     for name, seeds in (("two", 2), ("one", 1)):
-        study = make_study(tmp_path / name, ("high",), seeds, frontier_seeds=1)
+        study = make_study(tmp_path / name, ("high",), seeds, frontier_seeds=1, groups=("core", "frontier"))
         tiers += collect(study.root, study.records, methods())
     two, one = (equal_kl("x", t, choose("MADPO", t, settings_of(t, "MADPO", 0.1)[:1])) for t in tiers)
     assert two.value is not None

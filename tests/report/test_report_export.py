@@ -20,18 +20,23 @@ from madpo.report.results import collect
 from madpo.report.sources import folder_of
 from madpo.report.study_sections import temperature_table
 from madpo.runner.record import run_status
-from report_cases import PROMPTS, make_study
+from report_cases import PROMPTS, Study, make_study
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def small_study(root: Path) -> Study:
+    """One tier and seed of the core methods."""
+    return make_study(root, tiers=("low",), seeds=1, groups=("core",))
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A part of a study with a failed step, and its export."""
     root = tmp_path_factory.mktemp("study")
-    study = make_study(root, tiers=("high",), seeds=2)
+    study = make_study(root, tiers=("high",), seeds=2, groups=("core", "ablation", "frontier"))
     study.unfinished("policy/high/later/seed0", f"OSError: {root}/data is gone, {Path.home()}/x too")
     study.unfinished("evaluation/high/later/seed0")
     policy = next(path for path in root.glob("policy/high/*/*"))
@@ -134,7 +139,7 @@ def test_steps_that_are_run_after_an_export_take_the_place_of_its_lines(
 
 
 def test_a_smaller_vocabulary_is_said(tmp_path: Path) -> None:
-    study = make_study(tmp_path / "run", tiers=("high",), seeds=1)
+    study = small_study(tmp_path / "run")
     words = "The base model's vocabulary was cut"
     folder = study.write("Plain")
     assert words not in rebuild_report(folder, figures=False).read_text(encoding="utf-8")
@@ -153,7 +158,7 @@ def test_a_smaller_vocabulary_is_said(tmp_path: Path) -> None:
 
 
 def test_the_command_prints_what_the_report_says_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    study = make_study(tmp_path / "run", tiers=("low",), seeds=1)
+    study = small_study(tmp_path / "run")
     study.write("one")
     assert main(["report", str(study.root)]) == 0
     *said, last = capsys.readouterr().out.splitlines()
@@ -164,7 +169,7 @@ def test_the_command_prints_what_the_report_says_first(tmp_path: Path, capsys: p
 
 
 def test_a_name_moves_no_cursor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    study = make_study(tmp_path / "run", tiers=("low",), seeds=1)
+    study = small_study(tmp_path / "run")
     page = rebuild_report(study.write("one"), figures=False)
     results = study.root / "results.json"
     told = json.loads(results.read_text(encoding="utf-8")) | {"summary": ["a\x1b[2Jb\u202ec\nd"]}
@@ -187,7 +192,7 @@ def test_a_page_without_results_and_a_terminal_of_few_letters(
 
 
 def test_decoding_temperatures_are_a_table_of_their_own_and_go_along(tmp_path: Path) -> None:
-    study = make_study(tmp_path / "run", tiers=("low",), seeds=1)
+    study = small_study(tmp_path / "run")
     plain = collect(study.root, study.records)[0]
     for name in ("evaluation/sft/seed0", next(n for n in study.records if n.startswith("evaluation/low/"))):
         file = folder_of(study.root, study.records[name]) / "samples.jsonl"
@@ -214,7 +219,7 @@ def test_decoding_temperatures_are_a_table_of_their_own_and_go_along(tmp_path: P
 
 
 def test_what_a_kill_between_two_renames_left_is_the_earlier_export(tmp_path: Path) -> None:
-    study = make_study(tmp_path / "run", tiers=("low",), seeds=1)
+    study = small_study(tmp_path / "run")
     study.write("one")
     export_report(study.root, tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_bytes()
@@ -231,7 +236,7 @@ def test_what_a_kill_between_two_renames_left_is_the_earlier_export(tmp_path: Pa
 
 
 def test_an_earlier_export_is_replaced_as_a_whole_and_nothing_else_is(tmp_path: Path) -> None:
-    study = make_study(tmp_path / "run", tiers=("low",), seeds=1)
+    study = small_study(tmp_path / "run")
     study.write("one")
     target = tmp_path / "out"
     assert main(["report", str(study.root), "--export", str(target)]) == 0
@@ -259,7 +264,7 @@ def test_an_earlier_export_is_replaced_as_a_whole_and_nothing_else_is(tmp_path: 
 
 
 def test_what_is_too_large_or_damaged_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    study = make_study(tmp_path / "run", tiers=("low",), seeds=1)
+    study = small_study(tmp_path / "run")
     study.write("one")
     monkeypatch.setattr(export, "rebuild_report", lambda place: rebuild_report(place, figures=False))
     monkeypatch.setattr(export, "LIMIT", 10_000)
@@ -276,7 +281,7 @@ def test_what_is_too_large_or_damaged_writes_nothing(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize("digests", [True, False])
 def test_repeated_texts_are_counted_without_texts(tmp_path: Path, digests: bool) -> None:
     """From an export, and from an older one, whose samples have digests in the place of texts."""
-    study = make_study(tmp_path / "run", tiers=("low",), seeds=1)
+    study = small_study(tmp_path / "run")
     for path in study.root.glob("evaluation/low/method0/*/samples.jsonl"):
         rows = [json.loads(line) | {"response": "the same"} for line in path.open(encoding="utf-8")]
         if digests:

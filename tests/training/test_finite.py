@@ -14,7 +14,7 @@ from trl import RewardConfig, SFTConfig
 
 import soak
 from guarded_cases import SETTINGS, build, pairs
-from losses_cases import EVERY_LOSS
+from losses_cases import EVERY_LOSS, for_trainers
 from madpo import DPO, MADPO, PreferenceConfig, PreferenceTrainer
 from madpo.commands.cli import main
 from madpo.core.errors import DataError
@@ -276,7 +276,7 @@ def test_equal_margins_are_dpo_times_a_weight(llama, tmp_path, value):
     assert row["weight/effective_share"] == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("name", EVERY_LOSS)
+@pytest.mark.parametrize("name", for_trainers())
 def test_completions_of_one_token(llama, tmp_path, name):
     data = pairs(tokens=(1, 2))
     assert {len(ids) for ids in data["chosen_ids"]} == {1}

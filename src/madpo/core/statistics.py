@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import minimize_scalar
-from scipy.stats import norm, t
+from scipy.special import ndtri, stdtrit  # of scipy.stats, which takes half a second to load
 
 from madpo.core.errors import DataError
 from madpo.core.metrics import Estimate
@@ -48,7 +48,7 @@ def bootstrap_mean(
     draws = _resampled_means(sums, counts, seed)
     tail = (1 - level) / 2
     low, high = np.quantile(draws, [tail, 1 - tail])
-    stretch = float(np.sqrt(n / (n - 1)) * t.isf(tail, n - 1) / norm.isf(tail))
+    stretch = float(np.sqrt(n / (n - 1)) * stdtrit(n - 1, tail) / ndtri(tail))
     return Estimate(mean, mean - stretch * float(mean - low), mean + stretch * float(high - mean), n)
 
 
@@ -91,11 +91,9 @@ def bootstrap_statistic(
     plain = x.ndim == 2
     x = x[:, None] if plain else x
     n, k, _ = x.shape
-    generator, repeated = rng(seed, "bootstrap"), rng(seed, "bootstrap", "repetitions")
-    rows = max(1, _BLOCK // x.size)
+    repeated = rng(seed, "bootstrap", "repetitions")
     draws = []
-    for start in range(0, RESAMPLES, rows):
-        drawn = generator.integers(0, n, size=(min(rows, RESAMPLES - start), n))
+    for drawn in _draws(n, seed, max(1, _BLOCK // x.size)):
         if plain:  # as records that are finished have it, to the last digit
             means = x[drawn].mean(axis=1)
         else:
@@ -123,7 +121,7 @@ def proportion(successes: float, n: int, *, level: float = 0.95) -> Estimate:
     if n < 1 or not 0 <= successes <= n:
         raise DataError(f"a proportion needs 0 <= successes <= n with n >= 1, but got {successes} of {n}")
     share = successes / n
-    z2 = float(norm.isf((1 - level) / 2)) ** 2
+    z2 = float(ndtri((1 - level) / 2)) ** 2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = float(np.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n)))) / (1 + z2 / n)
     # At 0 and n the bound is exactly 0 and 1; rounding must not push it past the share itself.
@@ -151,6 +149,8 @@ def fit_temperature(margins: ArrayLike) -> tuple[float, float, float]:
         # The loss is monotone, and so flat near the bound that only its sign tells which one.
         s = LOG_TEMPERATURES[0] if h.max() > 0 else LOG_TEMPERATURES[1]
         return float(np.exp(s)), before, _log_loss(h, s)
+    from scipy.optimize import minimize_scalar  # a quarter of a second
+
     # The loss is convex in 1/t, hence has one minimum in log t.
     found = minimize_scalar(
         lambda s: _log_loss(h, s), bounds=LOG_TEMPERATURES, method="bounded", options={"xatol": 1e-9}
@@ -207,11 +207,21 @@ def _units(x: NDArray[np.float64], clusters: ArrayLike | None) -> tuple[NDArray[
 
 
 def _resampled_means(sums: NDArray[np.float64], counts: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+    whole = (counts == 1).all()
+    parts = _draws(len(sums), seed, max(1, _BLOCK // len(sums)))
+    return np.concatenate([sums[d].sum(-1) / (len(sums) if whole else counts[d].sum(-1)) for d in parts])
+
+
+def _draws(n: int, seed: int, rows: int) -> Iterator[NDArray[np.int64]]:
+    """Units of all resamples, ``rows`` resamples at once."""
     generator = rng(seed, "bootstrap")
-    n = len(sums)
-    rows = max(1, _BLOCK // n)
-    means = []
+    few = _few_draws(n, seed) if RESAMPLES * n <= _BLOCK else None
     for start in range(0, RESAMPLES, rows):
-        drawn = generator.integers(0, n, size=(min(rows, RESAMPLES - start), n))
-        means.append(sums[drawn].sum(-1) / counts[drawn].sum(-1))
-    return np.concatenate(means)
+        stop = min(start + rows, RESAMPLES)
+        yield generator.integers(0, n, size=(stop - start, n)) if few is None else few[start:stop]
+
+
+@functools.lru_cache(maxsize=4)
+def _few_draws(n: int, seed: int) -> NDArray[np.int64]:
+    """Kept, since a report takes the same for every row."""
+    return rng(seed, "bootstrap").integers(0, n, size=(RESAMPLES, n))

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from madpo.core.metrics import Estimate
 from madpo.core.statistics import bootstrap_mean, bootstrap_statistic
 from madpo.report.methods import SFT
-from madpo.report.results import Row, Tier, Value, mean_of, over_shared_seeds
+from madpo.report.results import Row, Tier, Value, mean_of, once, over_shared_seeds
 from madpo.report.selection import BOOTSTRAP_SEED, Candidate, select
 
 FEWEST = 10  # prompts; below, an interval says nothing
@@ -87,6 +87,7 @@ def choose(name: str, tier: Tier, rows: Sequence[Row]) -> Choice | None:
     return Choice(name, tier, row, len(rows), candidates[found].reporting, best, top, kept, candidates)
 
 
+@once
 def chosen(tier: Tier, method: str, beta: float | None) -> Choice | None:
     """The chosen setting of a method in a tier, at ``beta`` or, with None, over all of them."""
     return choose(method, tier, settings_of(tier, method, beta))
@@ -196,6 +197,7 @@ def less(what: str, sides: Sequence[Choice | None], **how: Any) -> Comparison:
     return Comparison(what, value, per_seed, seeds=max(1, len(seeds)), same=same, **how)
 
 
+@once
 def frontiers(tier: Tier, beta: float) -> dict[str, list[Row]]:
     """Per method, the rows of one setting over beta, by beta, all of them over the same training seeds.
 
@@ -274,6 +276,13 @@ def equal_kl(
     per_seed = {seed: float(above(mean[None], seed)[0]) for seed, mean in means.items() if seed}
     value = bootstrap_statistic(whole, above, seed=BOOTSTRAP_SEED)
     return Comparison(what, value, per_seed or dict.fromkeys(seeds, value.mean), seeds=max(1, len(seeds)), **how)
+
+
+@once
+def at_equal_kl(tier: Tier, beta: float) -> list[tuple[Row, dict[str, Comparison]]]:
+    """Every row of :func:`frontiers`, less the curve of DPO and of MADPO at its own distance."""
+    rows = [row for line in frontiers(tier, beta).values() for row in line]
+    return [(row, {base: less_at_its_kl(tier, row, base) for base in ("DPO", "MADPO")}) for row in rows]
 
 
 def less_at_its_kl(tier: Tier, row: Row, base: str = "DPO") -> Comparison:

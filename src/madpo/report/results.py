@@ -8,11 +8,11 @@ training seeds, and intervals are over prompts. All methods answer the same prom
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pandas as pd
@@ -39,6 +39,20 @@ METRICS = {
 }
 
 Value = Estimate | float | None
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def once(function: F) -> F:
+    """A function of a tier and of what can be hashed, computed once for each: a page asks for the same many times."""
+
+    @wraps(function)
+    def kept(tier: Tier, *given: Any) -> Any:
+        place = function.__name__, *given
+        if place not in tier.kept:
+            tier.kept[place] = function(tier, *given)
+        return tier.kept[place]
+
+    return cast(F, kept)
 
 
 @dataclass(frozen=True)
@@ -150,18 +164,27 @@ class Tier:
     @cached_property
     def _means(self) -> dict[str, pd.DataFrame]:
         """Key of a row -> mean over a prompt's samples, by prompt and seed."""
-        columns = [column for column, _ in MEASURED.values()]
+        cells = self.samples.groupby(["key", "prompt_id", "seed"])[[column for column, _ in MEASURED.values()]].mean()
         return {
-            str(key): own.pivot_table(index="prompt_id", columns="seed", values=columns, aggfunc="mean")
-            for key, own in self.samples.groupby("key")
+            str(key): cast(pd.DataFrame, own.droplevel("key").unstack("seed")).dropna(axis=1, how="all")
+            for key, own in cells.dropna(how="all").groupby("key", sort=False)
         }
 
     def cells(self, row: Row, column: str = "reward") -> pd.DataFrame:
         """Prompts by training seeds: the mean over a prompt's samples, NaN where a seed did not answer."""
-        means = self._means.get(row.key)
+        return self._cells(row.key, row.seeds, column)
+
+    @once
+    def _cells(self, key: str, seeds: tuple[str, ...], column: str) -> pd.DataFrame:
+        means = self._means.get(key)
         if means is None or column not in means:
-            return pd.DataFrame(columns=list(row.seeds), dtype=float)
-        return cast(pd.DataFrame, means.xs(column, axis=1, level=0)).reindex(columns=list(row.seeds))
+            return pd.DataFrame(columns=list(seeds), dtype=float)
+        return cast(pd.DataFrame, means.xs(column, axis=1, level=0)).reindex(columns=list(seeds))
+
+    @cached_property
+    def kept(self) -> dict[tuple[Any, ...], Any]:
+        """Results of functions that :func:`once` decorates."""
+        return {}
 
     @cached_property
     def reporting(self) -> frozenset[int]:

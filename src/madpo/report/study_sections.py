@@ -10,7 +10,7 @@ import numpy as np
 from madpo.core.metrics import Estimate
 from madpo.report.caveats import doubtful, weights_from
 from madpo.report.claims import Claim, counts, tested
-from madpo.report.compare import NOT_RUN, Comparison, frontiers, less_at_its_kl
+from madpo.report.compare import NOT_RUN, Comparison, at_equal_kl
 from madpo.report.methods import SFT, settings_words
 from madpo.report.numbers import DASH, count, interval, one, short
 from madpo.report.pages import MARGINS_SHOWN, Cell, Table, cell, shown_margins
@@ -138,25 +138,20 @@ def tier_results(tier: Tier, reasons: Mapping[tuple[str, str], str]) -> TierResu
 
 def equal_kl_table(tiers: Sequence[Tier], beta: float) -> Table | None:
     """What every setting earns more than DPO's and MADPO's curves at the setting's own distance."""
-    bases = ("DPO", "MADPO")
-    found = [
-        (tier, row, [less_at_its_kl(tier, row, base) for base in bases])
-        for tier in tiers
-        for line in frontiers(tier, beta).values()
-        for row in line
-    ]
-    made = [(tier, row, cs) for tier, row, cs in found if any(c.value for c in cs)]
-    limit = max((max(abs(c.value.low), abs(c.value.high)) for *_, cs in made for c in cs if c.value), default=1.0)
+    found = [(tier, row, compared) for tier in tiers for row, compared in at_equal_kl(tier, beta)]
+    made = [(tier, row, cs) for tier, row, cs in found if any(c.value for c in cs.values())]
+    gaps = [c.value for *_, cs in made for c in cs.values() if c.value]
+    limit = max((max(abs(gap.low), abs(gap.high)) for gap in gaps), default=1.0)
     rows = [
         [
             Cell(f"{tier.label}: {row.name}"),
             cell(row["kl"]),
             cell(row["oracle_reward"]),
-            *(shown for c in cs for shown in (_difference(c, limit), cell(_seeds(c)))),
+            *(shown for c in cs.values() for shown in (_difference(c, limit), cell(_seeds(c)))),
         ]
         for tier, row, cs in made
     ]
-    compared = [head for base in bases for head in (f"less {base}'s curve at this KL", "each seed")]
+    compared = [head for base in ("DPO", "MADPO") for head in (f"less {base}'s curve at this KL", "each seed")]
     return Table("Reward at equal KL", ["setting", "KL, nats", "reward", *compared], rows) if rows else None
 
 

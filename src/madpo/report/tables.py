@@ -15,7 +15,7 @@ from madpo.core.metrics import Estimate
 from madpo.core.storage import write_atomically
 from madpo.report import published
 from madpo.report.claims import Claim
-from madpo.report.compare import Choice, frontiers, less_at_its_kl
+from madpo.report.compare import Choice, at_equal_kl
 from madpo.report.numbers import one, short
 from madpo.report.results import Tier
 
@@ -180,14 +180,12 @@ def _methods(tiers: Sequence[Tier]) -> Table:
 def _frontier(tiers: Sequence[Tier], beta: float) -> Table:
     rows = [
         {
-            **{"tier": tier.label, "method": method, "setting": row.name, "beta": row.beta},
+            **{"tier": tier.label, "method": row.method, "setting": row.name, "beta": row.beta},
             **{"seeds": ", ".join(row.seeds), "kl": row["kl"], "reward": row["oracle_reward"]},
-            "less_dpo_at_equal_kl": less_at_its_kl(tier, row).value,
-            "less_madpo_at_equal_kl": less_at_its_kl(tier, row, "MADPO").value,
+            **{f"less_{base.lower()}_at_equal_kl": less.value for base, less in compared.items()},
         }
         for tier in tiers
-        for method, line in frontiers(tier, beta).items()
-        for row in line
+        for row, compared in at_equal_kl(tier, beta)
     ]
     caption = (
         "Reward against KL to the reference, nats, over beta, in each tier over the seeds that its rows share; and the "

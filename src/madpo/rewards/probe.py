@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 from scipy.special import expit
 
 from madpo.core.errors import DataError
@@ -299,6 +298,8 @@ def _solve(rows: NDArray[Any]) -> Floats:
             pull = (rows.T @ expit(-margins).astype(rows.dtype)).astype(np.float64)
             loss = np.logaddexp(0.0, -margins).sum() + penalty / 2 * float(w @ w)
             return float(loss), (penalty * w - pull) / stretch
+
+        from scipy.optimize import minimize
 
         begin, tolerances = weights * stretch, {"maxiter": 500, "ftol": 1e-12, "gtol": 1e-6}
         weights = minimize(objective, begin, jac=True, method="L-BFGS-B", options=tolerances).x / stretch  # type: ignore[call-overload]

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from madpo.core.errors import ConfigError
 from madpo.operations.study_evaluation import EvaluationStage
@@ -25,7 +25,7 @@ from madpo.runner.run import Step
 from madpo.study.estimates import heldout_prompts
 
 POWER, LEVEL = 0.8, 0.05
-ERRORS = float(norm.ppf(1 - LEVEL / 2) + norm.ppf(POWER))
+ERRORS = float(ndtri(1 - LEVEL / 2) + ndtri(POWER))
 """Standard errors that a difference must have."""
 SAMPLES = 12  # responses to a prompt that the lines look ahead to
 

@@ -2,9 +2,10 @@
 
 ``model.generate`` spends more on drawing from a quarter of a million words than on the output head's product: a
 softmax, then a multinomial over all of it. Here a draw is inverse-transform sampling in two levels: sums of blocks
-of the unnormalised probabilities, a search among the blocks, then a search inside one. It is the same law. Where
-nothing cuts its tail, a walk over tiles of the vocabulary leaves the sums alone, and the logits of the chosen block are
-computed again.
+of the unnormalised probabilities, a search among the blocks, then a search inside one. It is the same law. A processor
+walks over tiles of the vocabulary. Where nothing cuts the law's tail, it keeps the sums, and computes the logits of the
+chosen block again. Greedy, top-k and top-p draws look only into the blocks with the largest logits, which have all that
+a cut keeps.
 
 The uniform numbers belong to (seed, prompt, draw, position) and to nothing else, so that a prompt gets the same
 completion alone, in any batch, in any order, and for every method that is compared on it.
@@ -30,6 +31,8 @@ from madpo.models.modes import evaluating
 
 BLOCK = 512
 """Vocabulary entries per block of the first level; about the root of a large vocabulary, and a divisor of TILE."""
+FINE = 64
+"""Vocabulary entries per block whose largest logit says whether a cut may keep some of it; a divisor of TILE."""
 IN_CACHE = 1 << 19
 """Logits that are drawn from at once on a processor: their weights stay in its cache, several times as fast."""
 
@@ -63,14 +66,49 @@ class Sampling:
         if self.top_k is not None and self.top_k < z.shape[-1]:
             z = z.masked_fill(z < z.topk(self.top_k).values[:, -1:], -torch.inf)
         if self.top_p < 1:
-            z = _nucleus(z, self.top_p)
+            z, _ = _nucleus(z, self.top_p)
         return sample(z, uniform)
+
+    def _draw_by_blocks(self, z: Tensor, uniform: Tensor) -> Tensor:
+        """:meth:`draw` from logits in blocks, ``blocks x FINE x rows``, where something cuts their tail."""
+        tops, rows = z.amax(1), torch.arange(z.shape[-1])
+        if self.temperature == 0:
+            block = tops.argmax(0)
+            return block * FINE + z[block, :, rows].argmax(-1)
+        total = (
+            None if self.top_k else torch.stack([part.logsumexp((0, 1)) for part in torch.split(z, 64)]).logsumexp(0)
+        )
+        tokens, count = torch.empty_like(rows), self.top_k or 64
+        while len(rows):
+            count = min(count, len(tops))
+            largest, blocks = tops.topk(min(count + 1, len(tops)), dim=0)
+            blocks = blocks[:count].sort(0).values
+            likely = z.gather(0, blocks[:, None].expand(-1, FINE, -1)).flatten(0, 1).T.contiguous()
+            least = torch.full_like(likely[:, 0], -torch.inf)
+            if self.top_k is not None:
+                least = likely.topk(min(self.top_k, likely.shape[-1])).values[:, -1]
+                likely = likely.masked_fill(likely < least[:, None], -torch.inf)
+            if self.top_p < 1:
+                likely, kept = _nucleus(likely, self.top_p, total)
+                least = kept if self.top_k is None else least
+            # A block that was left out has nothing to keep if all of it is below what is kept. Equal logits stay.
+            done = least > largest[count] if count < len(tops) else torch.ones_like(least, dtype=torch.bool)
+            if done.any():
+                drawn = sample(likely[done], uniform[rows[done]])
+                tokens[rows[done]] = blocks.T[done].gather(1, drawn[:, None] // FINE)[:, 0] * FINE + drawn % FINE
+            rows, count = rows[~done], 4 * count
+            z, tops = z[..., ~done], tops[:, ~done]
+            total = None if total is None else total[~done]
+        return tokens
 
     def draw_from(self, head: Head, states: Tensor, uniform: Tensor) -> Tensor:
         """One token per row of last states, by the same law as :meth:`draw` from their logits."""
-        if states.device.type == "cpu" and not self.cuts:  # a GPU would wait for the few kernels of each tile
+        if states.device.type != "cpu":  # a GPU would wait for the few kernels of each tile
+            return self.draw(head.logits(states)[0].contiguous(), uniform)
+        if not self.cuts:
             return sample_by_tiles(head, states, uniform, self.temperature)
-        return self.draw(head.logits(states)[0].contiguous(), uniform)
+        z = _in_blocks(head, states)
+        return self._draw_by_blocks(z if self.temperature in (0, 1) else z.div_(self.temperature), uniform)
 
 
 def sample(logits: Tensor, uniform: Tensor) -> Tensor:
@@ -128,6 +166,16 @@ def sample_by_tiles(head: Head, states: Tensor, uniform: Tensor, temperature: fl
     return block * BLOCK + position
 
 
+def _in_blocks(head: Head, states: Tensor) -> Tensor:
+    """Logits of ``states`` [rows, hidden], blocks x FINE x rows; -inf behind the vocabulary's end."""
+    size = head.weight.shape[0]
+    z = _wide(states).new_empty((-(-size // FINE) * FINE, len(states)))
+    z[size:] = -torch.inf
+    for start in range(0, size, TILE):
+        z[start : min(start + TILE, size)] = head.logits(states, start, start + TILE)[0].T
+    return z.view(-1, FINE, len(states))
+
+
 def _search(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """The column of each row that its number in [0, 1) falls into, and where inside it, again in [0, 1).
 
@@ -150,12 +198,17 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _nucleus(z: Tensor, top_p: float) -> Tensor:
-    """Keep the smallest set of most likely tokens whose probability reaches top_p."""
+def _nucleus(z: Tensor, top_p: float, total: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Keep the smallest set of most likely tokens whose probability reaches top_p; and the least logit of it.
+
+    Args:
+        total: log of the sum of e^z, where z is a part of the vocabulary.
+    """
     ordered, order = _wide(z).sort(dim=-1, descending=True)
-    mass = ordered.softmax(-1)
+    mass = ordered.softmax(-1) if total is None else (ordered - total[:, None]).exp()
     outside = (mass.cumsum(-1) - mass) >= top_p
-    return torch.empty_like(ordered).scatter_(-1, order, ordered.masked_fill(outside, -torch.inf))
+    kept = torch.empty_like(ordered).scatter_(-1, order, ordered.masked_fill(outside, -torch.inf))
+    return kept, ordered.masked_fill(outside, torch.inf).amin(-1)
 
 
 def uniforms(seed: int, key: int, draw: int, count: int) -> np.ndarray:
