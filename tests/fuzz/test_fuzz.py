@@ -30,6 +30,7 @@ from madpo.runner.record import Record, load_record, run_status
 from madpo.runner.run import ordered
 from madpo.study.experiment import Experiment
 from madpo.training import checkpoints as disk
+from madpo.training.digests import check_identity
 from madpo.training.states import check_groups, pack, unpack
 
 EXPERIMENT = tomllib.loads(find_experiment("smoke").read_text(encoding="utf-8"))
@@ -165,7 +166,7 @@ def test_any_checkpoint(data, checkpoint, tmp_path):
             survives("checkpoint", lambda name=name: found.tensors(name), tmp_path)
         for name in (disk.TRAINING, disk.TRAINER_STATE):
             survives("checkpoint", lambda name=name: found.json(name), tmp_path)
-        survives("checkpoint", lambda: disk.check_identity(found, {"data": "a"}), tmp_path)
+        survives("checkpoint", lambda: check_identity(found, {"data": "a"}), tmp_path)
 
 
 OPTIMIZER = {

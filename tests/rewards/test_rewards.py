@@ -39,8 +39,7 @@ from madpo.rewards.oracles import (
 )
 from madpo.rewards.reward_model import RewardModel, pooled
 from madpo.study.experiment import Experiment
-from madpo.training.reward import RewardModelTrainer
-from madpo.training.reward_fit import fit_reward_model
+from madpo.training.reward import RewardModelTrainer, fit_reward_model
 from madpo.training.settings import RewardModelStage
 
 GOOD = ["wonderful", "great", "moving", "funny", "best"]

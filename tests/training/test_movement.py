@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from madpo import DPO, PreferenceConfig
 from madpo.losses import LossInputs, SimPO
 from madpo.operations import TrainSettings, train
-from madpo.training.movement import Movement
+from madpo.training.metrics import Movement
 from small_trainers import build, reward_trainer
 
 pytestmark = pytest.mark.usefixtures("own_cache")

@@ -47,7 +47,7 @@ from madpo.runner.first_start import since_first_start
 from madpo.runner.operation import operation
 from madpo.training import PreferenceConfig, PreferenceTrainer
 from madpo.training.columns import ID_COLUMNS, MARGIN, PAIR_COLUMNS, REFERENCE_COLUMNS
-from madpo.training.identity import BATCH, decisive_arguments
+from madpo.training.digests import BATCH, decisive_arguments
 from madpo.training.run import keep_tracked, run_training
 
 PAGE = "report.html"

@@ -242,7 +242,7 @@ def fit(
     Args:
         page: written while it runs.
     """
-    from madpo.training.reward_fit import fit_reward_model  # which loads TRL: scoring does without
+    from madpo.training.reward import fit_reward_model  # which loads TRL: scoring does without
 
     planned = ceil(len(train) * settings.optimisation.epochs / settings.optimisation.batch_size)
     stage = RewardModelStage(

@@ -20,7 +20,6 @@ from madpo.training.settings import OnlineStage
 def train_online(config: OnlineStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Train on the tier's training prompts; writes ``out/adapter``. Inputs: "pairs", "reference", "reward_model"."""
     from madpo.training.online import fit_online
-    from madpo.training.run import forget_checkpoints
 
     pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet", columns=["pair_id", "split", "prompt_ids"])
     pairs = pairs[pairs["split"] == "train"]
@@ -33,7 +32,6 @@ def train_online(config: OnlineStage, inputs: Mapping[str, Path], out: Path) -> 
     place = inputs["reference"] / "model"
     trainer = fit_online(config, load_model(place), load_tokenizer(place), prompts, reward, out)
     trainer.model.save_pretrained(out / "adapter", safe_serialization=True)
-    forget_checkpoints(out)
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     last = [row for row in rows if "reward" in row]
     last = last[-max(1, len(last) // 10) :]

@@ -110,7 +110,7 @@ def _scored(text: str, tokenizer: PreTrainedTokenizerBase, config: SFTStage) -> 
 @operation("train_reward_model/1")
 def train_reward_model(config: RewardModelStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Train on the tier's training pairs; writes ``out/adapter`` (with the head) and ``out/reward_model.json``."""
-    from madpo.training.reward_fit import fit_reward_model
+    from madpo.training.reward import fit_reward_model
     from madpo.training.run import forget_checkpoints
 
     pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +9,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from madpo.training.resume import ExactResume
+
+_COUNTERS = ("best", "step", "since", "evaluated_at")
 
 
 class KeepsBest(ExactResume):
@@ -35,7 +36,9 @@ class KeepsBest(ExactResume):
         return self.best.step
 
     def _extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return super()._extra_state() if self.best is None else (self.best.weights, self.best.counters())
+        if self.best is None:
+            return super()._extra_state()
+        return self.best.weights, {name: getattr(self.best, name) for name in _COUNTERS}
 
     def _stops_early(self) -> bool:
         return (self.best is not None and self.best.stopped) or super()._stops_early()
@@ -43,7 +46,8 @@ class KeepsBest(ExactResume):
     def _load_extra_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         if self.best is not None:
             self.best.weights = {name: tensor.to(self.args.device) for name, tensor in tensors.items()}
-            self.best.take_counters(values)
+            for name in _COUNTERS:
+                setattr(self.best, name, values[name])
 
 
 class BestWeights(TrainerCallback):  # type: ignore[misc]
@@ -68,15 +72,6 @@ class BestWeights(TrainerCallback):  # type: ignore[misc]
     def stopped(self) -> bool:
         """Whether the loss has not fallen for ``patience`` evaluations."""
         return self.since >= self.patience
-
-    def counters(self) -> dict[str, Any]:
-        """Everything but the weights."""
-        return {"best": self.best, "step": self.step, "since": self.since, "evaluated_at": self.evaluated_at}
-
-    def take_counters(self, values: Mapping[str, Any]) -> None:
-        """Put back what ``counters`` gave."""
-        self.best, self.step, self.since = values["best"], values["step"], values["since"]
-        self.evaluated_at = values["evaluated_at"]
 
     def restore(self) -> None:
         """Put the best weights back."""

@@ -23,7 +23,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from madpo.core.config import first_difference
 from madpo.core.errors import DataError, MadpoError
 from madpo.core.memory import is_shortage
 from madpo.core.progress import say
@@ -221,7 +220,7 @@ def folders(root: Path) -> list[Path]:
 
 
 def newest(root: Path) -> Checkpoint | None:
-    """The newest complete checkpoint; None if there is none. Damaged ones on the way are told in one line."""
+    """The newest complete checkpoint; None if there is none. Damaged ones are reported in one line."""
     damaged: list[DamagedCheckpoint] = []
     for folder in folders(root):
         try:
@@ -264,24 +263,3 @@ def _sweep(root: Path) -> None:
     for pattern in (".checkpoint-*.part", ".checkpoint-*.old"):
         for path in root.glob(pattern):
             shutil.rmtree(path)
-
-
-def check_identity(checkpoint: Checkpoint, now: Mapping[str, Any]) -> None:
-    """Refuse to continue what was another training.
-
-    Raises:
-        DataError: the first field that differs, with both values.
-    """
-    differs = first_difference(checkpoint.identity, now)
-    if differs is None:
-        return
-    field, before, after = differs
-    raise DataError(
-        f"{checkpoint.folder} belongs to another training: its {field} is {_short(before)}, and now it is "
-        f"{_short(after)}; set it back to continue, or remove the checkpoints to start again"
-    )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

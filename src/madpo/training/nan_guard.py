@@ -88,11 +88,14 @@ class FiniteTraining(Trainer):  # type: ignore[misc]
         Raises:
             DataError: naming the first of them.
         """
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        trained = self._weights(trained=True)
         if trained and not bool(torch.stack([torch.isfinite(p).all() for p in trained.values()]).all()):
             cause = f"{_first_bad(trained)} is not finite, so the step was too large; {_SLOWER}"
             where = self.pairs_of(self._step_batches)
             raise self.not_finite("a weight is no number", where, cause, finished=True)
+
+    def _weights(self, *, trained: bool) -> dict[str, Tensor]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad == trained}
 
     def not_finite(self, what: str, pairs: str, cause: str | None = None, *, finished: bool = False) -> DataError:
         """The sentence: what is wrong, the step, the pairs, the likely cause, the remedy and what is kept.
@@ -110,15 +113,13 @@ class FiniteTraining(Trainer):  # type: ignore[misc]
         when = f"at step {step if finished else step + 1}" if self.model.training else f"in the look after step {step}"
         kept = folders(Path(self.args.output_dir))
         last = f"; the last checkpoint, {kept[0].name}, is good and stays" if kept else ""
-        frozen = {name: p for name, p in self.model.named_parameters() if not p.requires_grad}
-        diverged = finished or (cause is None and _first_bad(frozen) is None)
+        diverged = finished or (cause is None and _first_bad(self._weights(trained=False)) is None)
         text = f"{what} {when} for {pairs}: {cause or self._cause()}{last}"
         return DivergedError(text) if diverged else DataError(text)
 
     def _cause(self) -> str:
-        frozen = {name: p for name, p in self.model.named_parameters() if not p.requires_grad}
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        if name := _first_bad(frozen):
+        trained = self._weights(trained=True)
+        if name := _first_bad(self._weights(trained=False)):
             return (
                 f"the base model's weight {name} is not finite, so the model is damaged; load it again from its source"
             )
@@ -126,16 +127,13 @@ class FiniteTraining(Trainer):  # type: ignore[misc]
             return f"the weight {name} is not finite, so an earlier step was too large; {_SLOWER}"
         where = _first_bad({name: p.grad for name, p in trained.items() if p.grad is not None})
         first = f"{where} is the first with a bad gradient, and " if where else ""
-        if self._half():
+        mixed = str(self.accelerator.mixed_precision) == "fp16"
+        if mixed or any(p.dtype == torch.float16 for p in self.model.parameters()):
             return (
                 f"{first}float16 overflows above 65504; train in bfloat16 or float32 (bf16=True, or neither bf16 nor "
                 "fp16)"
             )
         return f"{first}the step was too large or these pairs are unlike all others; {_SLOWER}, or look at them"
-
-    def _half(self) -> bool:
-        mixed = str(self.accelerator.mixed_precision) == "fp16"
-        return mixed or any(p.dtype == torch.float16 for p in self.model.parameters())
 
     def pairs_of(self, batches: Iterable[Mapping[str, Any]]) -> str:
         """The examples of some batches: by ``pair_id``, else by their rows in the training data."""
@@ -147,7 +145,7 @@ class FiniteTraining(Trainer):  # type: ignore[misc]
             return f"the {held}pairs {_listed(ids)}"
         if not self.model.training:
             return "a batch of the held-out data"
-        rows = self._found_rows([row for batch in batches for row in _sequences(batch)])
+        rows = self._found_rows(batches)
         if not rows:
             return "this batch"
         if "pair_id" in (self.train_dataset.column_names or ()):
@@ -156,21 +154,23 @@ class FiniteTraining(Trainer):  # type: ignore[misc]
                 return f"the pairs {_listed(named)}"
         return f"the rows {_listed(rows)} of the training data"
 
-    def _found_rows(self, sequences: list[list[int]]) -> list[int]:
+    def _found_rows(self, batches: Iterable[Mapping[str, Any]]) -> list[int]:
         """Positions in the training data; a search that only an error pays for."""
-        if not isinstance(self.train_dataset, Dataset):
+        wanted = {
+            tuple(ids[mask.bool()].tolist())
+            for batch in batches
+            if {"input_ids", "attention_mask"} <= batch.keys()
+            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        }
+        if not wanted or not isinstance(self.train_dataset, Dataset):
             return []
-        names = self.train_dataset.column_names
-        wanted = {tuple(sequence) for sequence in sequences}
-        longest = max(map(len, wanted), default=0)
-        columns = [name for name in ("input_ids", *_SIDES) if name in names]
-        before = [name for name in ("prompt_ids",) if name in names]
-        found = []
-        for row, example in enumerate(self.train_dataset.select_columns([*columns, *before])):
-            prompt = [i for name in before for i in example[name]]
-            if any(tuple([*prompt, *example[column]][:longest]) in wanted for column in columns):
-                found.append(row)
-        return found
+        longest = max(map(len, wanted))
+        columns = [name for name in ("input_ids", *_SIDES) if name in self.train_dataset.column_names]
+        return [
+            row
+            for row, example in enumerate(self.train_dataset)
+            if any(tuple([*example.get("prompt_ids", ()), *example[name]][:longest]) in wanted for name in columns)
+        ]
 
 
 _SLOWER = "lower the learning rate or max_grad_norm"
@@ -180,20 +180,13 @@ def _first_bad(tensors: Mapping[str, Tensor]) -> str | None:
     return next((name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())), None)
 
 
-def _sequences(batch: Mapping[str, Any]) -> list[list[int]]:
-    if "input_ids" not in batch or "attention_mask" not in batch:
-        return []
-    pairs = zip(batch["input_ids"], batch["attention_mask"], strict=True)
-    return [[int(i) for i in ids[mask.bool()]] for ids, mask in pairs]
-
-
 def _listed(ids: Sequence[Any]) -> str:
     shown = ", ".join(str(i) for i in ids[:_SHOWN])
     return f"[{shown}]" if len(ids) <= _SHOWN else f"[{shown} and {len(ids) - _SHOWN} more]"
 
 
 def drop_unscored(dataset: Any, args: Any, name: str) -> Any:
-    """The pairs whose two completions keep a token to score after truncation; how many go is told.
+    """The pairs whose two completions keep a token to score after truncation; one line says how many are left out.
 
     A pair without one has no loss. Streamed data pass, and the trainer gives such a pair no weight.
 
@@ -206,14 +199,14 @@ def drop_unscored(dataset: Any, args: Any, name: str) -> Any:
     """
     if not isinstance(dataset, Dataset) or not len(dataset):
         return dataset
-    keep = np.ones(len(dataset), dtype=bool)
-    start, longest = 0, 0
-    for table in dataset.select_columns(["prompt_ids", *_SIDES]).with_format("arrow").iter(batch_size=1000):
-        prompt, *sides = (np.asarray(pc.list_value_length(table[c].combine_chunks())) for c in ("prompt_ids", *_SIDES))
-        stop = start + len(prompt)
-        keep[start:stop] = np.minimum(*(_scored_tokens(prompt, side, args) for side in sides)) > 0
-        longest = max(longest, int((prompt + np.maximum(*sides)).max()))
-        start = stop
+    columns = ["prompt_ids", *_SIDES]
+    tables = dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000)
+    prompt, *sides = np.hstack([[pc.list_value_length(table[name]).to_numpy() for name in columns] for table in tables])
+    completion, longest = np.minimum(*sides), int((prompt + np.maximum(*sides)).max())
+    kept = prompt + completion if args.max_length is None else np.minimum(prompt + completion, args.max_length)
+    # Completion tokens that have a token before them, after truncation: more of a longer completion.
+    scored = np.minimum(completion, kept - 1) if args.truncation_mode == "keep_end" else kept - np.maximum(prompt, 1)
+    keep = scored > 0
     if keep.all():
         return dataset
     limit = "" if args.max_length is None else f" within max_length {args.max_length}"
@@ -231,12 +224,3 @@ def drop_unscored(dataset: Any, args: Any, name: str) -> Any:
             f"{name}: {int((~keep).sum())} of {len(keep)} pairs keep no token of a completion{limit}, and are left out."
         )
     return dataset.select(np.flatnonzero(keep))
-
-
-def _scored_tokens(prompt: np.ndarray, completion: np.ndarray, args: Any) -> np.ndarray:
-    """Completion tokens that have a token before them, after truncation."""
-    total = prompt + completion
-    kept = total if args.max_length is None else np.minimum(total, args.max_length)
-    if args.truncation_mode == "keep_end":
-        return np.asarray(np.minimum(completion, kept - 1))
-    return np.asarray(kept - np.maximum(prompt, 1))

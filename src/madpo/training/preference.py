@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +46,7 @@ from madpo.training.columns import (
     weights_are_used,
 )
 from madpo.training.config import PreferenceConfig, own_noise
-from madpo.training.metrics import WindowMetrics
-from madpo.training.movement import Movement
+from madpo.training.metrics import Movement, WindowMetrics
 from madpo.training.nan_guard import drop_unscored
 from madpo.training.padding_pairs import REPEATED, each_marked, marked, observed, refuse_uneven
 from madpo.training.reference_columns import ReferenceColumns
@@ -123,7 +121,8 @@ class PreferenceTrainer(WindowMetrics, ReferenceColumns, DPOTrainer):  # type: i
             if processing_class is None:
                 processing_class = _processor(model, args)
         self.loss_state = self.loss.init_state(args.seed)
-        self._observed: _ObservedStep | None = None
+        self._observed: LossState | None = None  # for all pairs of a step, and where its next micro-batch begins
+        self._position = 0
         self._sources = {}
         self._weighted = weights_are_used(train_dataset, self.loss.needs, getattr(args, "pair_weights", None))
         self._needs = tuple(sorted(({"weight"} if self._weighted else set()) | self.loss.needs & set(PAIR_COLUMNS)))
@@ -294,13 +293,7 @@ class PreferenceTrainer(WindowMetrics, ReferenceColumns, DPOTrainer):  # type: i
         if self.compute_metrics is not None:  # set after the trainer was made
             raise ConfigError(_NO_METRICS)
         inputs = marked(inputs, self.accelerator, drop_last=self.args.dataloader_drop_last)
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs)
-        assert isinstance(loss, Tensor)
-        if not bool(torch.isfinite(loss)):
-            raise self._loss_error(loss, inputs)
-        return loss.detach(), None, None
+        return super().prediction_step(model, inputs, True, ignore_keys)  # type: ignore[no-any-return]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
@@ -308,9 +301,9 @@ class PreferenceTrainer(WindowMetrics, ReferenceColumns, DPOTrainer):  # type: i
         """The micro-batches of a step; a loss with running statistics sees all of them before the first is used."""
         epoch_iterator = each_marked(epoch_iterator, self.accelerator, drop_last=self.args.dataloader_drop_last)
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._observed = None
+        self._observed, self._position = None, 0
         if self.loss.stateful and len(batches) > 1:
-            self._observed = _ObservedStep(self._observe(batches))
+            self._observed = self._observe(batches)
         return batches, count
 
     @torch.no_grad()
@@ -334,7 +327,8 @@ class PreferenceTrainer(WindowMetrics, ReferenceColumns, DPOTrainer):  # type: i
             return None, None
         count, rank = len(pairs.policy_chosen_logps), self.accelerator.process_index
         if mode == "train" and self._observed is not None:
-            ready, start = self._observed.state, self._observed.advance(count * self.accelerator.num_processes)
+            ready, start = self._observed, self._position
+            self._position += count * self.accelerator.num_processes
         else:
             gathered = self.accelerator.gather(self.loss.statistic(pairs))
             counted = self.accelerator.gather(_scored(inputs))
@@ -420,20 +414,6 @@ def _processor(model: str, args: DPOConfig) -> Any:
     revision = (args.model_init_kwargs or {}).get("revision")
     with loading(model, "tokenizer"):
         return AutoProcessor.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
-
-
-@dataclass
-class _ObservedStep:
-    """A loss's state for a whole optimiser step, handed out micro-batch by micro-batch."""
-
-    state: LossState
-    position: int = 0
-
-    def advance(self, pairs: int) -> int:
-        """Where the next ``pairs`` pairs of the step begin."""
-        start = self.position
-        self.position += pairs
-        return start
 
 
 def _scored(batch: dict[str, Tensor]) -> Tensor:

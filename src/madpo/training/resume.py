@@ -30,11 +30,19 @@ from madpo.models.adapters import adapting
 from madpo.models.untrusted import refuse_pickles
 from madpo.training import checkpoints as disk
 from madpo.training.adapters import sort_sets
-from madpo.training.digests import rows_digest
-from madpo.training.identity import check_identity, training_identity
+from madpo.training.digests import check_identity, rows_digest, training_identity
 from madpo.training.nan_guard import FiniteTraining
-from madpo.training.running_state import restore_callbacks, restored_metrics, stored_callbacks, stored_metrics
-from madpo.training.states import check_groups, pack, random_states, restore_random_states, unpack
+from madpo.training.states import (
+    check_groups,
+    pack,
+    random_states,
+    restore_callbacks,
+    restore_random_states,
+    restored_metrics,
+    stored_callbacks,
+    stored_metrics,
+    unpack,
+)
 
 
 class ExactResume(FiniteTraining):
@@ -82,11 +90,11 @@ class ExactResume(FiniteTraining):
         """Take what is needed of it before the data loader exists."""
 
     def _column_groups(self) -> dict[str, tuple[str, ...]]:
-        """Columns that are told apart in the identity: field -> names. All others are the field ``data``."""
+        """Columns with a field of their own in the identity: field -> names. All others are the field ``data``."""
         return {}
 
     def _stops_early(self) -> bool:
-        """Whether the training has ended for good. A time limit or a preemption is no end: a resume goes on."""
+        """Whether the training has ended for good. After a time limit or a preemption, a resume goes on."""
         stopping = (c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback))
         return any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in stopping)
 
@@ -113,31 +121,25 @@ class ExactResume(FiniteTraining):
         with storage_errors(root), memory_errors(self.memory_remedy), contextlib.ExitStack() as held:
             if self.args.should_save and self._saves:
                 held.enter_context(locked(root))
-            return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-
-    @property
-    def _saves(self) -> bool:
-        return str(getattr(self.args.save_strategy, "value", self.args.save_strategy)) != "no"
-
-    def _train(self, resume_from_checkpoint: Any, trial: Any, ignore_keys_for_eval: list[str] | None) -> Any:
-        saves = self._saves
-        self._refuse_pickle(saves or bool(resume_from_checkpoint))
-        self._point, self._random_due, self._seconds_before = None, False, 0.0
-        where = self._where(resume_from_checkpoint)
-        if self._point is not None:
-            self._prepare_resume(self._point.tensors(disk.EXTRA))
-        if not self.sharded and (saves or self._point is not None):
-            self._identity_now = training_identity(self)
-        totals = _Totals(self)
-        self.add_callback(totals)
-        try:
+            self._refuse_pickle(self._saves or bool(resume_from_checkpoint))
+            self._point, self._random_due, self._seconds_before = None, False, 0.0
+            held.callback(setattr, self, "_point", None)
+            where = self._where(resume_from_checkpoint)
+            if self._point is not None:
+                self._prepare_resume(self._point.tensors(disk.EXTRA))
+            if not self.sharded and (self._saves or self._point is not None):
+                self._identity_now = training_identity(self)
+            totals = _Totals(self)
+            self.add_callback(totals)
+            held.callback(self.remove_callback, totals)
             result = super().train(resume_from_checkpoint=where, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
             if not self.sharded:
                 self.require_finite_weights()
             return result
-        finally:
-            self.remove_callback(totals)
-            self._point = None
+
+    @property
+    def _saves(self) -> bool:
+        return str(getattr(self.args.save_strategy, "value", self.args.save_strategy)) != "no"
 
     @property
     def sharded(self) -> bool:
@@ -175,33 +177,30 @@ class ExactResume(FiniteTraining):
             self._point = disk.newest(root)
             if self._point is None:
                 raise DataError(f"there is no complete checkpoint in {root} to resume from")
-            return self._with_state(self._point)
-        folder = Path(wanted)
-        try:
-            self._point = disk.verify(folder)
-        except disk.DamagedCheckpoint as error:
-            foreign = folder.is_dir() and not (folder / disk.MANIFEST).exists()
-            if foreign and getattr(self.args, "allow_pickle", False):
-                say(f"{folder} is not a checkpoint of madpo; loading transformers' formats, pickles included")
-                return str(folder)
-            hint = " (allow_pickle=True in PreferenceConfig loads transformers' own format)" if foreign else ""
-            raise disk.DamagedCheckpoint(f"{error}{hint}") from error
-        return self._with_state(self._point)
-
-    def _with_state(self, point: disk.Checkpoint) -> str:
-        """Its folder, if transformers can read the trainer's state there."""
-        with disk.reading(point.folder / disk.TRAINER_STATE):
-            state = TrainerState.load_from_json(str(point.folder / disk.TRAINER_STATE))
-            if state.global_step != point.step:
-                raise ValueError(f"global_step is {state.global_step} in the checkpoint of step {point.step}")
-        return str(point.folder)
+        else:
+            folder = Path(wanted)
+            try:
+                self._point = disk.verify(folder)
+            except disk.DamagedCheckpoint as error:
+                foreign = folder.is_dir() and not (folder / disk.MANIFEST).exists()
+                if foreign and getattr(self.args, "allow_pickle", False):
+                    say(f"{folder} is not a checkpoint of madpo; loading transformers' formats, pickles included")
+                    return str(folder)
+                hint = " (allow_pickle=True in PreferenceConfig loads transformers' own format)" if foreign else ""
+                raise disk.DamagedCheckpoint(f"{error}{hint}") from error
+        state_file = self._point.folder / disk.TRAINER_STATE
+        with disk.reading(state_file):
+            state = TrainerState.load_from_json(str(state_file))
+            if state.global_step != self._point.step:
+                raise ValueError(f"global_step is {state.global_step} in the checkpoint of step {self._point.step}")
+        return str(self._point.folder)
 
     def _rows_digest(self, dataset: Any, columns: Iterable[str]) -> str | None:
         """SHA-256 of columns, for the identity."""
         return rows_digest(dataset, columns)
 
     def _conditions(self) -> dict[str, Any]:
-        """What changes last digits alone: told, not refused."""
+        """What changes last digits only: reported, not refused."""
         return {
             "threads": torch.get_num_threads(),
             "per_device_train_batch_size": self.args.per_device_train_batch_size,
@@ -237,14 +236,16 @@ class ExactResume(FiniteTraining):
             self.state.best_model_checkpoint = str(root / f"checkpoint-{best}")
         callbacks = stored_callbacks([*self.callback_handler.callbacks, self.control])
         self.state.stateful_callbacks = {**self.state.stateful_callbacks, **callbacks}
-        ranks = self._from_every_process(self._own_state())
+        window = getattr(self, "_metrics", {}).get("train", {})
+        own = {"random": random_states(), "loss": float(self._tr_loss), "metrics": stored_metrics(window)}
+        ranks = all_gather_object(own)
         failed: Exception | None = None
         if self.args.should_save:
             try:
                 self._write(root, step, ranks)
             except Exception as error:  # the other processes must hear of it before it ends this one
                 failed = error
-        others = self._from_every_process(failed is not None)
+        others = all_gather_object(failed is not None)
         if failed is not None:
             raise failed
         if any(others):
@@ -264,8 +265,18 @@ class ExactResume(FiniteTraining):
                 disk.save_tensors(self._trainable(), folder / disk.WEIGHTS)
                 tensors, values = self._packed_state()
                 disk.save_tensors(tensors, folder / disk.OPTIMIZER)
-                extra = self._save_extra(folder)
-                disk.save_json({**values, **self._totals(extra, ranks)}, folder / disk.TRAINING)
+                totals = {
+                    "extra": self._save_extra(folder),
+                    "total_loss": self._total_loss_scalar,
+                    "last_logged": self._globalstep_last_logged,
+                    "first_step": self._initial_global_step,
+                    "train_tokens": getattr(self, "_total_train_tokens", 0),
+                    "seconds": self._seconds_before + time.time() - self._clock,
+                    "stopped": self._stops_early(),
+                    "conditions": self._conditions(),
+                    "processes": ranks,
+                }
+                disk.save_json({**values, **totals}, folder / disk.TRAINING)
             self.state.save_to_json(str(folder / disk.TRAINER_STATE))
         if self.export_checkpoints and self.is_world_process_zero():
             self.create_model_card(model_name=Path(self.args.hub_model_id or self.args.output_dir).name)
@@ -304,32 +315,6 @@ class ExactResume(FiniteTraining):
             tensors |= found
         return tensors, values
 
-    def _totals(self, extra: dict[str, Any], ranks: list[Any]) -> dict[str, Any]:
-        return {
-            "extra": extra,
-            "total_loss": self._total_loss_scalar,
-            "last_logged": self._globalstep_last_logged,
-            "first_step": self._initial_global_step,
-            "train_tokens": getattr(self, "_total_train_tokens", 0),
-            "seconds": self._seconds_before + time.time() - self._clock,
-            "stopped": self._stops_early(),
-            "conditions": self._conditions(),
-            "processes": ranks,
-        }
-
-    def _own_state(self) -> dict[str, Any]:
-        """What differs from process to process."""
-        window = getattr(self, "_metrics", {}).get("train", {})
-        return {
-            "random": random_states(),
-            "loss": float(self._tr_loss),
-            "metrics": stored_metrics(window),
-        }
-
-    def _from_every_process(self, value: Any) -> list[Any]:
-        """A plain value of each process."""
-        return [value] if self.accelerator.num_processes == 1 else all_gather_object(value)
-
     # ---- Loading ----
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -341,7 +326,7 @@ class ExactResume(FiniteTraining):
         saved, live = self._point.tensors(disk.WEIGHTS), self._trainable()
         for name in sorted(saved.keys() ^ live.keys()):
             where = "the checkpoint" if name in saved else "this model"
-            raise DataError(f"{self._point.folder}: {name} is trained in {where} alone; use the model it was made with")
+            raise DataError(f"{self._point.folder}: {name} is trained in {where} only; use the model it was made with")
         with torch.no_grad(), disk.reading(self._point.folder):
             for name, tensor in live.items():
                 if tensor.shape != saved[name].shape:
@@ -354,8 +339,11 @@ class ExactResume(FiniteTraining):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self._point is None:
             super()._load_optimizer_and_scheduler(checkpoint)
-            if checkpoint is not None:
-                self._load_foreign_extra(Path(checkpoint))
+            if checkpoint is not None and self._extra_state()[0]:
+                path = Path(checkpoint, disk.EXTRA)
+                if not path.exists():
+                    raise DataError(f"{path} is missing: the checkpoint belongs to another loss; use an older one")
+                self._load_extra_state(dict(load_file(path)), {})
             return
         with disk.reading(self._point.folder):
             kept = self._point.json(disk.TRAINING)
@@ -366,15 +354,6 @@ class ExactResume(FiniteTraining):
             self.lr_scheduler.load_state_dict(unpack(kept["scheduler"], tensors))
             self._load_extra_state(self._point.tensors(disk.EXTRA), kept["extra"])
         self._random_due = True
-
-    def _load_foreign_extra(self, folder: Path) -> None:
-        tensors, _ = self._extra_state()
-        path = folder / disk.EXTRA
-        if not tensors:
-            return
-        if not path.exists():
-            raise DataError(f"{path} is missing: the checkpoint belongs to another loss; use an older one")
-        self._load_extra_state(dict(load_file(path)), {})
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if self._point is None:
@@ -395,7 +374,7 @@ class ExactResume(FiniteTraining):
                 restore_random_states(ranks[self.accelerator.process_index]["random"])
 
     def _load_best_model(self) -> None:
-        # Its place stands in the trainer's state, which may come from somebody's checkpoint.
+        # The trainer's state names its folder, and that may come from somebody's checkpoint.
         folder = Path(self.state.best_model_checkpoint)
         if not getattr(self.args, "allow_pickle", False):
             if folder.resolve().parent != Path(self.args.output_dir).resolve():
@@ -421,32 +400,25 @@ class ExactResume(FiniteTraining):
         if self._point is None:
             return
         with disk.reading(self._point.folder):
-            self._take_totals(self._point.json(disk.TRAINING))
+            kept = self._point.json(disk.TRAINING)
+            own = kept["processes"][self.accelerator.process_index]
+            self._stopped, self._seconds_before = kept["stopped"], kept["seconds"]
+            self._initial_global_step, self._globalstep_last_logged = kept["first_step"], kept["last_logged"]
+            self._total_loss_scalar = kept["total_loss"]
+            self._tr_loss = torch.tensor(own["loss"], device=self.args.device)
+            if hasattr(self, "_total_train_tokens"):
+                self._total_train_tokens = kept["train_tokens"]
+            if own["metrics"]:
+                self._metrics["train"].update(restored_metrics(own["metrics"], self.args.device))
             restore_callbacks(self.callback_handler.callbacks, self.state.stateful_callbacks)
+            dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules())
+            for name, now in self._conditions().items():
+                if (before := kept["conditions"].get(name)) != now:
+                    # Dropout draws other masks for micro-batches of another size.
+                    drawn = dropout and name == "per_device_train_batch_size"
+                    what = "the result differs" if drawn else "last digits can differ"
+                    say(f"{name} was {before} and is {now}: {what} from that of an undisturbed run")
         self.state.compute_steps(self.args, self.state.max_steps)  # transformers keeps those of the checkpoint
-
-    def _take_totals(self, kept: dict[str, Any]) -> None:
-        self._stopped = kept["stopped"]
-        own = kept["processes"][self.accelerator.process_index]
-        self._seconds_before = kept["seconds"]
-        self._initial_global_step = kept["first_step"]
-        self._globalstep_last_logged = kept["last_logged"]
-        self._total_loss_scalar = kept["total_loss"]
-        self._tr_loss = torch.tensor(own["loss"], device=self.args.device)
-        if hasattr(self, "_total_train_tokens"):
-            self._total_train_tokens = kept["train_tokens"]
-        if own["metrics"]:
-            self._metrics["train"].update(restored_metrics(own["metrics"], self.args.device))
-        for name, now in self._conditions().items():
-            before = kept["conditions"].get(name)
-            if before != now:
-                what = "the result differs" if self._draws(name) else "last digits can differ"
-                say(f"{name} was {before} and is {now}: {what} from that of an undisturbed run")
-
-    def _draws(self, condition: str) -> bool:
-        """Whether dropout is on, which draws other masks for micro-batches of another size."""
-        dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.model.modules())
-        return condition == "per_device_train_batch_size" and dropout
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self._stopped:
@@ -460,7 +432,7 @@ class ExactResume(FiniteTraining):
 
 
 class _Totals(TrainerCallback):  # type: ignore[misc]
-    """Tells the trainer when the first step is about to be taken, and when it has been taken."""
+    """Calls the trainer before its first step, and after it."""
 
     def __init__(self, trainer: ExactResume) -> None:
         self.trainer, self.packed = trainer, False

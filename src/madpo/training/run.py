@@ -20,7 +20,7 @@ from madpo.core.storage import write_atomically
 from madpo.models.adapters import announce
 from madpo.models.hyperparameters import CHECKPOINTS
 from madpo.runner.folder import final_folder
-from madpo.training.checkpoints import newest, remove
+from madpo.training.checkpoints import newest
 
 MEMORY_REMEDY = (
     "set optimisation.micro_batch_size to a smaller divisor of its batch_size, which leaves the result as it is unless "
@@ -103,7 +103,7 @@ def run_training(trainer: Any, settings: Frozen, description: str, out: Path, pa
     """Train, from the newest checkpoint in ``out`` if a run before this one was cut off there.
 
     What is logged goes to ``out/log.jsonl``, to the trackers of the trainer's arguments, and to ``page``; TensorBoard's
-    files end in ``out/runs``. The checkpoints stay until :func:`forget_checkpoints`.
+    files end in ``out/runs``.
 
     Args:
         trainer: one with :class:`ExactResume`.
@@ -126,9 +126,3 @@ def keep_tracked(out: Path) -> None:
     """Copy what TensorBoard has written out of the checkpoints, which are no part of a result."""
     if processes.is_main_process() and (tracked := out / CHECKPOINTS / TRACKED).is_dir():
         shutil.copytree(tracked, out / TRACKED, dirs_exist_ok=True)
-
-
-def forget_checkpoints(out: Path) -> None:
-    """Remove what only an interrupted training needs."""
-    if processes.is_main_process():
-        remove(out / CHECKPOINTS)
