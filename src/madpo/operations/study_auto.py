@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from madpo.core.metrics import Metrics
 from madpo.core.seeding import derived_seed, rng
 from madpo.core.storage import write_atomically
 from madpo.losses import DPO, Loss, SoftDPO
-from madpo.models.hyperparameters import LoRA, Optimisation
+from madpo.models.hyperparameters import CHECKPOINTS, LoRA, Optimisation
 from madpo.models.load import load_tokenizer
 from madpo.operations.averaging import averaged_adapter
 from madpo.operations.study_training import PolicyStage, fit_policy, pair_logps, training_rows
@@ -50,8 +51,6 @@ def train_auto_policy(config: AutoStage, inputs: Mapping[str, Path], out: Path) 
     With a fixed one, both take all pairs; at 1 the result is the average of two DPO policies of different seeds.
     Inputs: "pairs", "logps", "reference" and, unless the share is fixed at 1, "margins".
     """
-    from madpo.training.run import forget_checkpoints
-
     rows, reference, fixed = training_rows(inputs), inputs["reference"] / "model", config.settings.label_share
     aside = set() if fixed is not None else _aside([row["pair_id"] for row in rows], config.seed)
     seen = [row for row in rows if row["pair_id"] not in aside]
@@ -76,7 +75,7 @@ def train_auto_policy(config: AutoStage, inputs: Mapping[str, Path], out: Path) 
     averaged.save_pretrained(out / "adapter", safe_serialization=True)
     (out / SECOND / "log.jsonl").replace(out / "log.jsonl")
     for name in (FIRST, SECOND):
-        forget_checkpoints(out / name)
+        shutil.rmtree(out / name / CHECKPOINTS, ignore_errors=True)
     numbers = {name: value for name, value in decision.items() if isinstance(value, int | float)}
     return {**numbers, "pairs": len(seen), "steps": decision["steps"] + int(result.global_step)}
 

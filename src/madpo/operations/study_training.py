@@ -62,7 +62,7 @@ def train_sft(config: SFTStage, inputs: Mapping[str, Path], out: Path) -> Metric
     Raises:
         ConfigError: no text is longer than ``prompt_tokens``.
     """
-    from madpo.training.run import forget_checkpoints, run_training
+    from madpo.training.run import run_training
     from madpo.training.sft import CompletionSFT, SFTConfig
 
     base = inputs["base"] / "model" if "base" in inputs else resolve_model(config.model)
@@ -93,7 +93,6 @@ def train_sft(config: SFTStage, inputs: Mapping[str, Path], out: Path) -> Metric
     result = run_training(trainer, config, "SFT", out)
     stopped = {} if trainer.best is None else {"steps": trainer.take_best(), "stopping_loss": trainer.best.best}
     merge_adapter(trainer.model, out / "model", tokenizer)
-    forget_checkpoints(out)
     return {"reviews": len(rows), "loss": float(result.training_loss), **stopped}
 
 
@@ -111,7 +110,6 @@ def _scored(text: str, tokenizer: PreTrainedTokenizerBase, config: SFTStage) -> 
 def train_reward_model(config: RewardModelStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Train on the tier's training pairs; writes ``out/adapter`` (with the head) and ``out/reward_model.json``."""
     from madpo.training.reward import fit_reward_model
-    from madpo.training.run import forget_checkpoints
 
     pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet")
     heldout = pairs[pairs["split"] == "heldout"]
@@ -123,7 +121,6 @@ def train_reward_model(config: RewardModelStage, inputs: Mapping[str, Path], out
     reported = heldout.iloc[len(stopping) :] if len(stopping) < len(heldout) else heldout
     table = margin_table(RewardModel.load(out), reported)
     table.to_parquet(out / MARGINS, index=False)
-    forget_checkpoints(out)
     return {"steps": steps, **margin_metrics(table["reward_margin"].to_numpy())}
 
 
@@ -234,11 +231,8 @@ class PolicyStage(Frozen):
 @operation("train_policy/1")
 def train_policy(config: PolicyStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Train on the tier's training pairs from the reference; writes ``out/adapter``."""
-    from madpo.training.run import forget_checkpoints
-
     rows = training_rows(inputs)
     result, _ = fit_policy(config, rows, inputs["reference"] / "model", out)
-    forget_checkpoints(out)
     last = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     margins = [row["rewards/margins"] for row in last if "rewards/margins" in row]
     return {
