@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from html import escape
 from math import nan
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
@@ -12,6 +14,7 @@ from pydantic import BaseModel
 from madpo.core.config import Frozen
 from madpo.core.errors import ConfigError
 from madpo.core.metrics import Estimate
+from madpo.core.storage import write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,6 +54,14 @@ class Report(Frozen):
             raise ConfigError(f"the report has no table {part!r}; it has {', '.join(parts) or 'none'}")
         return pd.DataFrame([_columns(entry) for entry in entries])
 
+    def plain(self) -> dict[str, Any]:
+        """All of it as JSON holds it; an estimate has its numbers by name."""
+        return {name: _plain(value) for name, value in self}
+
+    def write(self, path: Path) -> None:
+        """Write it as JSON."""
+        write_atomically(path, json.dumps(self.plain(), indent=1, default=str) + "\n")
+
     def _repr_html_(self) -> str:
         table = self.frame().to_html(na_rep="", float_format="{:.4g}".format)
         return f"<pre>{escape(self.text())}</pre><details><summary>all numbers</summary>{table}</details>"
@@ -65,6 +76,16 @@ def _flat(value: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(entry, f"{prefix}.{name}" if prefix else str(name))
     else:
         yield prefix, value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Estimate):
+        return value._asdict()
+    if isinstance(value, BaseModel):
+        return {name: _plain(entry) for name, entry in value}
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def _columns(entry: BaseModel) -> dict[str, Any]:

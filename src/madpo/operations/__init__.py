@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from madpo.operations.settings import ScoreSettings as ScoreSettings
     from madpo.operations.settings import TrimSettings as TrimSettings
     from madpo.operations.train_settings import TrainSettings as TrainSettings
-    from madpo.operations.trimming.report import TrimReport as TrimReport
+    from madpo.operations.trimming.trim import TrimReport as TrimReport
     from madpo.operations.trimming.trim import trim_vocab as trim_vocab
 
 __getattr__, __dir__, __all__ = attach(__name__)

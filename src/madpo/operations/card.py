@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import jinja2
 from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import metadata_load
@@ -19,6 +21,7 @@ from madpo.core.storage import expanded, write_atomically
 from madpo.models.packaged import PACKAGED
 from madpo.report.command_pages import training_chart
 from madpo.report.drawing import save_charts
+from madpo.report.numbers import short
 from madpo.runner.record import load_record
 
 if TYPE_CHECKING:
@@ -86,99 +89,53 @@ def model_card(
         datasets=[data.split(":")[0]] if is_hub_data else None,
         tags=["madpo", "preference-optimization"],
     )
-    lines = [
-        "---",
-        front.to_yaml(),
-        "---",
-        "",
-        f"# {_title(settings)}",
-        "",
-        *_made_from(data, eval_data, settings, report),
-        f"- licence of the base model: {licence or 'unknown; say it here before you publish this'}",
-        f"- made by madpo {__version__}; `config.toml` repeats it, `log.jsonl` holds the course of the training",
-        "",
-        *_measured(report, curves),
-        *_hyperparameters(settings, arguments),
-        *_use(kind, settings),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _title(settings: TrainSettings) -> str:
-    return f"{_plain(Path(settings.model).name)}, trained with {settings.loss.kind}"
-
-
-def _made_from(data: str, eval_data: str | Path | None, settings: TrainSettings, report: TrainReport) -> list[str]:
-    lines = [
-        f"- base model and reference: `{_plain(settings.model)}` "
-        f"(SHA-256 of its files, or its commit: {report.model_digest or 'unknown'})",
-        f"- pairs: `{_plain(data)}`, {report.pairs} for training "
-        f"(SHA-256 of the data: {report.data_digest or 'unknown'})",
-    ]
-    if report.dropped or report.cut:
-        lines.append(f"- longer than max_length: {report.dropped} pairs left out, {report.cut} cut")
-    if report.eval_pairs:
-        source = f"`{_plain(str(eval_data))}`" if eval_data else "whole prompts of the same data"
-        lines.append(f"- held out: {report.eval_pairs} pairs, {source}")
-    if (reward_model := _reward_model(Path(data))) is not None:
-        lines.append(f"- margins from: {_plain(reward_model)}")
+    hyperparameters = {name: arguments[name] for name in _HYPERPARAMETERS if name in arguments}
+    if not settings.full:
+        hyperparameters |= {f"lora.{name}": value for name, value in settings.lora.model_dump(mode="json").items()}
+    margins = [] if (source := _reward_model(Path(data))) is None else [source]
     if report.probe is not None:
-        a = report.probe.accuracy
-        lines.append(
-            f"- margins from: a probe of the reference's states, out of fold (accuracy {a.mean:.1%}, {a.low:.1%} to "
-            f"{a.high:.1%}; log loss {report.probe.log_loss.mean:.3f})"
+        a, loss = report.probe.accuracy, report.probe.log_loss.mean
+        margins.append(
+            f"a probe of the reference's states, out of fold (accuracy {a.mean:.1%}, {a.low:.1%} to {a.high:.1%}; log "
+            f"loss {loss:.3f})"
         )
-    if report.adapter:
-        lines.append(f"- {_plain(report.adapter)}")
-    loss = {k: v for k, v in settings.loss.model_dump(mode="json").items() if k != "kind"}
-    return [
-        *lines,
-        f"- loss: `{settings.loss.kind}` with {', '.join(f'{k} = {json.dumps(v)}' for k, v in loss.items())}",
-        f"- trained: {_weights(settings)}, {report.steps} steps, learning rate {report.learning_rate:g}",
-    ]
+    return rendered(
+        "policy_card.md",
+        front=front.to_yaml(),
+        kind=kind,
+        data=data,
+        eval_data=eval_data,
+        settings=settings,
+        report=report,
+        curves=curves,
+        hub=hub,
+        licence=licence,
+        margins=margins,
+        loss=settings.loss.model_dump(mode="json", exclude={"kind"}),
+        hyperparameters=hyperparameters | {"dtype": settings.dtype},
+    )
 
 
-def _measured(report: TrainReport, curves: str | None) -> list[str]:
-    lines = ["## Measured", "", *report.measured()]
-    if curves is not None:
-        lines += ["", f"![Course of the training: loss, margins and accuracy over the steps]({curves})"]
-    return [*lines, ""]
+def rendered(template: str, **context: Any) -> str:
+    """A card as Markdown, from a template of the reports; names cannot end the code or the line that they are in."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("madpo.report"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
 
+    def plain(text: object) -> str:
+        return str(text).replace("`", "'").replace("\n", " ")
 
-def _hyperparameters(settings: TrainSettings, arguments: Mapping[str, Any]) -> list[str]:
-    values = {name: arguments[name] for name in _HYPERPARAMETERS if name in arguments}
-    values |= {} if settings.full else {f"lora.{k}": v for k, v in settings.lora.model_dump(mode="json").items()}
-    values["dtype"] = settings.dtype
-    rows = [f"| `{name}` | {_plain(json.dumps(value, default=str))} |" for name, value in values.items()]
-    return ["## Hyperparameters", "", "| argument | value |", "| --- | --- |", *rows, ""]
-
-
-def _use(kind: Kind, settings: TrainSettings) -> list[str]:
-    """Code and commands, of which a test runs the code."""
-    name = "AutoPeftModelForCausalLM" if kind == "adapter" else "AutoModelForCausalLM"
-    lines = [
-        *("## Use", "", "```python"),
-        f"from {'peft' if kind == 'adapter' else 'transformers'} import {name}",
-        *("from transformers import AutoTokenizer", ""),
-        f'folder = "{kind}"  # or OWNER/NAME on the hub',
-        f"tokenizer, model = AutoTokenizer.from_pretrained(folder), {name}.from_pretrained(folder)",
-        'text = "The film"',
-        "if tokenizer.chat_template:",
-        '    messages = [{"role": "user", "content": text}]',
-        "    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)",
-        'inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template)',
-        "written = model.generate(**inputs, max_new_tokens=64)",
-        'print(tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
-        *("```", "", "```console"),
-        "$ madpo chat .                        # next to its reference",
-        f"$ hf upload OWNER/NAME {kind}{' ' * max(1, 15 - len(kind))}# with this card",
-    ]
-    if kind == "adapter":
-        base = _origin(settings.model)[0] or settings.model
-        lines.append(f"$ vllm serve {_plain(base)} --enable-lora --lora-modules policy=adapter")
-    else:
-        lines.append(f"$ vllm serve {kind}")
-    return [*lines, "```"]
+    environment.filters |= {
+        "plain": plain,
+        "name": lambda place: plain(Path(place).name),
+        "json": lambda value: json.dumps(value, ensure_ascii=False, default=str),
+        "interval": lambda value: short(value, digits=4),
+    }
+    return environment.get_template(template).render(version=__version__, **context)
 
 
 def _origin(model: str) -> tuple[str | None, str | None]:
@@ -188,7 +145,8 @@ def _origin(model: str) -> tuple[str | None, str | None]:
     folder, found = expanded(model), model
     about: dict[str, Any] = {}
     if folder.is_dir():
-        about = _front_matter(folder / "README.md")
+        with suppress(OSError, ValueError, RecursionError, YAMLError):  # a stranger's file, and only a source of names
+            about = read if isinstance(read := metadata_load(folder / "README.md"), dict) else {}
         found = about.get("base_model") or ""
     try:
         validate_repo_id(found)
@@ -196,20 +154,6 @@ def _origin(model: str) -> tuple[str | None, str | None]:
         found = ""
     licence = about.get("license")
     return (found if isinstance(found, str) and "/" in found else None), licence if isinstance(licence, str) else None
-
-
-def _front_matter(card: Path) -> dict[str, Any]:
-    try:
-        found = metadata_load(card)
-    except (OSError, ValueError, RecursionError, YAMLError):  # a stranger's file, and only a source of names
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _weights(settings: TrainSettings) -> str:
-    if settings.full:
-        return "all weights"
-    return f"LoRA of rank {settings.lora.rank}{' over weights of 4 bits' if settings.qlora else ''}"
 
 
 def _reward_model(data: Path) -> str | None:
@@ -227,7 +171,3 @@ def _reward_model(data: Path) -> str | None:
     reward = made.get("reward")
     base = reward.get("model") if isinstance(reward, dict) else "unknown"
     return f"{made.get('folds')} reward models on {base}, out of fold"
-
-
-def _plain(text: str) -> str:
-    return text.replace("`", "'").replace("\n", " ")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import torch
 
 from madpo.core.metrics import Estimate, Metrics
 from madpo.core.reports import Report
-from madpo.core.storage import write_atomically
 from madpo.losses.simulation import CANDIDATES, KNOWLEDGE, PROMPTS, Knowledge, Setting
 from madpo.operations.running import load_report, run_in_folder
 from madpo.operations.settings import DemoSettings
@@ -103,7 +101,7 @@ def run_demo(settings: DemoSettings, inputs: Mapping[str, Path], out: Path) -> M
         differences={kind: {name: estimate(f"{kind}: {name} - dpo") for name in METHODS} for kind in KNOWLEDGE},
         deciding={kind: found for kind in KNOWLEDGE if (found := estimate(f"{kind}: deciding")) is not None},
     )
-    write_atomically(out / "demo.json", json.dumps(report.model_dump(mode="json"), indent=1) + "\n")
+    report.write(out / "demo.json")
     write_demo_page(
         out / "report.html",
         settings=settings.model_dump(),

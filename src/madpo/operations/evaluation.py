@@ -23,7 +23,7 @@ from madpo.models.engine.responses import divergence, end_tokens, respond
 from madpo.models.load import load_model, load_tokenizer, resolve_model
 from madpo.operations.preconditions import Place, find_policy
 from madpo.operations.prompts import Prompt, read_prompts
-from madpo.operations.reward_model import load_pair_encoder, load_scorer, plain, reward_model_digest
+from madpo.operations.reward_model import load_pair_encoder, load_scorer, reward_model_digest
 from madpo.operations.running import digest, load_report, run_in_folder
 from madpo.operations.settings import EvaluateSettings
 from madpo.operations.study_evaluation import distinct
@@ -157,7 +157,7 @@ def evaluate_responses(settings: EvaluateSettings, inputs: Mapping[str, Path], o
         samples=lines,
         settings={"policy": report.policy, "reference": report.reference, **settings.model_dump(mode="json")},
     )
-    write_atomically(out / "evaluation.json", json.dumps(plain(report), indent=1) + "\n")
+    report.write(out / "evaluation.json")
     return {"win_rate": report.win_rate, "reward_difference": report.reward_difference, "kl": report.kl}
 
 

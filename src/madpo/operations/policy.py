@@ -229,7 +229,7 @@ def write_report(
 ) -> None:
     """The model cards, ``report.json``, ``config.toml`` and the page of a training."""
     write_cards(out, data=data, eval_data=eval_data, settings=settings, arguments=args.to_dict(), report=report)
-    write_atomically(out / "report.json", report.model_dump_json(indent=1) + "\n")
+    report.write(out / "report.json")
     config = resolved(data, settings, clock)
     write_atomically(out / "config.toml", config)
     says = report.decision() or [

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from numpy.typing import NDArray
-from pydantic import BaseModel
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from madpo.core.errors import ConfigError, DataError
@@ -204,7 +203,7 @@ def reward_pairs(settings: RewardSettings, inputs: Mapping[str, Path], out: Path
         log=out / "log.jsonl",
         settings={"data": report.data, "eval_data": report.eval_data, **settings.model_dump(mode="json")},
     )
-    write_atomically(out / "report.json", json.dumps(plain(report), indent=1) + "\n")
+    report.write(out / "report.json")
     return {"accuracy": report.accuracy, "log_loss": report.log_loss_interval, "steps": steps}
 
 
@@ -268,21 +267,6 @@ def _measure(model: RewardModel, rows: Sequence[Row]) -> tuple[Estimate, MarginR
     log_loss = bootstrap_mean(np.logaddexp(0.0, -margins), clusters=prompts)
     temperature = bootstrap_temperature(margins, clusters=prompts) if found.temperature_fitted else None
     return proportion(int((margins > 0).sum()), len(margins)), found, log_loss, temperature
-
-
-def plain(report: BaseModel) -> dict[str, Any]:
-    """A report as JSON, with its estimates by name."""
-    return {name: _named(getattr(report, name)) for name in type(report).model_fields}
-
-
-def _named(value: Any) -> Any:
-    if isinstance(value, Estimate):
-        return value._asdict()
-    if isinstance(value, BaseModel):
-        return plain(value)
-    if isinstance(value, dict):
-        return {key: _named(entry) for key, entry in value.items()}
-    return [_named(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 class Scorer(Protocol):

@@ -7,7 +7,6 @@ writes the result: the same bytes again.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -48,7 +47,6 @@ from madpo.operations.reward_model import (
     fit,
     load_pair_encoder,
     load_scorer,
-    plain,
     reward_model_digest,
     trained_on_data,
 )
@@ -318,8 +316,8 @@ def _finish(
         if len(implicit) == len(pairs):
             decides = deciding(chosen - rejected, implicit, [prompt_key(pair.prompt) for pair in pairs])
         report = report.model_copy(update={"probe": probe, "deciding": decides})
-        write_atomically(output_dir / "report.json", json.dumps(plain(report), indent=1) + "\n")
-    return plain(report)
+        report.write(output_dir / "report.json")
+    return report.plain()
 
 
 def _report(

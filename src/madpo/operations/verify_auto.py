@@ -174,7 +174,7 @@ def verify_auto(
             assert isinstance(value, Estimate)
             cells.setdefault(f"{_name(setting)} {kind}", {})[quantity] = value
     report = VerifyAutoReport(settings=settings, rows=tuple(_row(name, cells) for name in ROWS), cells=cells)
-    write_atomically(root / "report.json", json.dumps(report.model_dump(mode="json"), indent=1) + "\n")
+    report.write(root / "report.json")
     return report
 
 

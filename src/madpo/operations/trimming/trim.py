@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from madpo.core.config import Frozen, added
 from madpo.core.errors import ConfigError
 from madpo.core.metrics import Estimate, Metrics
+from madpo.core.reports import Report
 from madpo.core.statistics import bootstrap_statistic
 from madpo.core.storage import write_atomically
 from madpo.data.corpus import IMDB
@@ -25,15 +26,68 @@ from madpo.models.locate import read_tokenizer
 from madpo.models.packaged import quiet_transformers
 from madpo.models.vocabulary import Vocabulary, named_ids, refuse_untranslated, renumbered
 from madpo.models.weights import pretrained
-from madpo.operations.reward_model import plain
+from madpo.operations.card import rendered
 from madpo.operations.running import digest, load_report, run_in_folder
 from madpo.operations.settings import TrimSettings
 from madpo.operations.trimming.corpus_tokens import CorpusTokens, encoded, read_corpus
 from madpo.operations.trimming.kept_mass import Probe, TextScore, probe, score_texts
-from madpo.operations.trimming.report import TrimReport, model_card
+from madpo.report.numbers import short
 from madpo.runner.operation import operation
 
 PROBES, PROBE_TOKENS = 4, 64
+
+
+class TrimReport(Report):
+    """What was kept and what it costs; intervals are over held-out texts."""
+
+    model: str
+    model_digest: str | None
+    corpus: tuple[str, ...]
+    corpus_digests: tuple[str | None, ...]
+    eval_data: str | None
+    texts: int
+    tokens: int
+    """Texts and tokens that decided what is kept."""
+    entries_before: int
+    entries: int
+    entries_always: int
+    """Kept whatever the corpus says: added and special tokens, bytes or characters."""
+    parameters_before: int
+    parameters: int
+    covered: float
+    """Share of the corpus's tokens whose entry is kept."""
+    held_out_texts: int
+    held_out_covered: float
+    tokens_per_word: Estimate
+    tokens_per_word_before: Estimate
+    kl: Estimate
+    """KL(trimmed || original), nats **per token**, on held-out text as the original tokenises it: the mean of
+    -log(the original's probability of all kept entries). Exact where all tokens so far are kept."""
+    nats_per_byte: Estimate
+    nats_per_byte_before: Estimate
+    nats_per_byte_difference: Estimate
+    """Each reads the same bytes in its own tokens."""
+    largest_state_gap: float
+    """Between the states of both models on held-out text in kept tokens; 0 is expected."""
+    settings: TrimSettings
+
+    def text(self) -> str:
+        """The report for a person."""
+        lines = [
+            f"kept {self.entries:,} of {self.entries_before:,} entries ({self.entries_always:,} of them whatever the "
+            f"corpus says), {self.parameters / 1e6:,.1f} of {self.parameters_before / 1e6:,.1f} million parameters",
+            f"{self.covered:.2%} of the corpus's {self.tokens:,} tokens are kept entries, and "
+            f"{self.held_out_covered:.2%} of those of {self.held_out_texts} held-out texts",
+            f"{'on the held-out texts':22}{'original':>26}{'trimmed':>26}",
+        ]
+        for name, before, after in (
+            ("tokens per word", self.tokens_per_word_before, self.tokens_per_word),
+            ("nats per byte", self.nats_per_byte_before, self.nats_per_byte),
+        ):
+            lines.append(f"{name:22}{short(before, digits=4):>26}{short(after, digits=4):>26}")
+        lines.append(f"difference in nats per byte: {short(self.nats_per_byte_difference, digits=4)}")
+        lines.append(f"KL(trimmed || original): {short(self.kl, digits=4)} nats per token")
+        return "\n".join(lines)
 
 
 def trim_vocab(
@@ -113,8 +167,9 @@ def trim_model(settings: TrimSettings, inputs: Mapping[str, Path], out: Path) ->
         **measured,
     )
     write_atomically(out / "kept_ids.json", json.dumps(kept.ids) + "\n")
-    write_atomically(out / "README.md", model_card(report))
-    write_atomically(out / "vocabulary.json", json.dumps(plain(report), indent=1, ensure_ascii=False) + "\n")
+    corpus = list(zip(names, digests, strict=True))
+    write_atomically(out / "README.md", rendered("trim_card.md", report=report, corpus=corpus))
+    report.write(out / "vocabulary.json")
     return {
         "entries": report.entries,
         "entries_before": report.entries_before,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +21,6 @@ from madpo.core.statistics import bootstrap_mean
 from madpo.core.storage import expanded, write_atomically
 from madpo.models.hyperparameters import CHECKPOINTS
 from madpo.operations.policy import MEMORY_REMEDY, resolved
-from madpo.operations.reward_model import plain
 from madpo.operations.running import digest, load_report, run_in_folder
 from madpo.operations.tuning.heldout import Heldout, Measured, Prepared, identity, measure, prepare
 from madpo.operations.tuning.settings import Criterion, TuneSettings
@@ -177,7 +175,7 @@ def tune_pairs(settings: TuneConfig, inputs: Mapping[str, Path], out: Path) -> M
     report = _search(digest(data), out, asked, prepared)
     chosen = with_values(settings.training, report.best().values)
     write_atomically(out / "chosen.toml", resolved(data, chosen, prepared.clock))
-    write_atomically(out / "report.json", json.dumps(plain(report), indent=1) + "\n")
+    report.write(out / "report.json")
     shutil.copytree(state, out / SEARCH, dirs_exist_ok=True)
     best = report.best().heldout
     return {"trials": len(report.trials), "log_loss": best.log_loss, "accuracy": best.accuracy}
