@@ -31,15 +31,17 @@ def settings_for(llama, rates, **changes):
 
 def test_a_diverged_trial_is_listed_and_the_others_are_chosen_from(llama, data, tmp_path, monkeypatch):
     settings = settings_for(llama, [1e-4, 3e37])
-    give_up = study._give_up
+    end = study._end
 
-    def dies_first(*_):
-        raise KeyboardInterrupt
+    def dies(*trial, **found):
+        if "diverged" in found:
+            raise KeyboardInterrupt
+        end(*trial, **found)
 
-    monkeypatch.setattr(study, "_give_up", dies_first)
+    monkeypatch.setattr(study, "_end", dies)
     with pytest.raises(KeyboardInterrupt):
         tune(data, tmp_path / "T", settings)
-    monkeypatch.setattr(study, "_give_up", give_up)
+    monkeypatch.setattr(study, "_end", end)
     report = tune(data, tmp_path / "T", settings)
     (lost,) = report.diverged
     assert lost.values == {"args.learning_rate": 3e37}

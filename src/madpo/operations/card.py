@@ -32,16 +32,8 @@ Kind = Literal["adapter", "merged", "model"]
 CURVES = "training.svg"
 _HYPERPARAMETERS = (
     *("learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length"),
-    *(
-        "optim",
-        "weight_decay",
-        "adam_beta1",
-        "adam_beta2",
-        "max_grad_norm",
-        "lr_scheduler_type",
-        "warmup_steps",
-        "seed",
-    ),
+    *("optim", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "lr_scheduler_type", "warmup_steps"),
+    "seed",
 )
 _SPLIT = re.compile(r"[\w.-]+/[\w.-]+(:[\w.+-]+)*")
 

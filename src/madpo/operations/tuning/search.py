@@ -94,8 +94,8 @@ class TuneReport(Report):
             lines.append(
                 f"{name:>8}  {shown}  {h.accuracy.mean:8.1%}  {h.log_loss.mean:8.4f}  {h.raw_log_loss.mean:12.4f}{mark}"
             )
-        lines += [f"trial {lost.number} diverged ({told(lost.values)}): {lost.reason}" for lost in self.diverged]
-        lines.append(f"chosen: {told(best.values)}")
+        lines += [f"trial {lost.number} diverged ({in_words(lost.values)}): {lost.reason}" for lost in self.diverged]
+        lines.append(f"chosen: {in_words(best.values)}")
         if self.advantage is not None:
             a = self.advantage
             lines.append(
@@ -111,7 +111,7 @@ def shown_value(value: Value | None) -> str:
     return DASH if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def told(values: Mapping[str, Value]) -> str:
+def in_words(values: Mapping[str, Value]) -> str:
     """A trial's settings in one line."""
     return ", ".join(f"{key} = {shown_value(value)}" for key, value in values.items())
 
@@ -145,7 +145,8 @@ def tune(data: str | Path, output_dir: str | Path, settings: TuneSettings, *, ov
     config = TuneConfig.model_validate(dict(settings))
     if record is not None and record.config.get("trials") != settings.trials and not overwrite:
         # A finished search goes on with more trials; everything else must be equal.
-        run_in_folder(tune_pairs, config.with_trials(record.config.get("trials")), inputs, out, memory=MEMORY_REMEDY)
+        before = config.model_copy(update={"trials": record.config.get("trials")})
+        run_in_folder(tune_pairs, before, inputs, out, memory=MEMORY_REMEDY)
         config, overwrite = config.model_copy(update={"earlier": out}), True
     run_in_folder(tune_pairs, config, inputs, out, overwrite=overwrite, memory=MEMORY_REMEDY)
     return load_report(out / "report.json", TuneReport)
@@ -156,10 +157,6 @@ class TuneConfig(TuneSettings):
 
     earlier: Path | None = Field(default=None, exclude=True)
     """A finished search whose trials are kept."""
-
-    def with_trials(self, trials: Any) -> TuneConfig:
-        """The same with another number of trials."""
-        return self.model_copy(update={"trials": trials})
 
 
 @operation("tune_pairs/1")
@@ -189,30 +186,53 @@ def _search(data_digest: str | None, output_dir: Path, settings: TuneSettings, p
         baseline = measure(prepared, settings, settings.baseline_training, folder)
     study, space = open_study(output_dir / CHECKPOINTS / JOURNAL, settings), settings.searched
     found: dict[int, tuple[Trial, Measured]] = {}
+
+    def look(number: int, values: dict[str, Value]) -> Measured:
+        measured = measure(prepared, settings, with_values(settings.training, values), folder)
+        found[number] = (Trial(number=number, values=values, heldout=measured.heldout), measured)
+        return measured
+
+    def written() -> TuneReport:
+        report = _report(data_digest, settings, prepared, found, _diverged(study, settings), baseline)
+        write_search(output_dir, _page(report))
+        return report
+
     for trial in _trials(study, settings):
         values = {key: dimension.suggested(key, trial) for key, dimension in space.items()}
-        say(f"Trial {trial.number}: {told(values)}")
-        training = with_values(settings.training, values)
+        say(f"Trial {trial.number}: {in_words(values)}")
         try:
-            measured = measure(prepared, settings, training, folder)
-        except DivergedError as error:
-            _give_up(study, trial, str(error), folder / identity(training))
+            measured = look(trial.number, values)
+        except DivergedError as error:  # for good: a run after this one does not try it again
+            gc.collect()
+            place = folder / identity(with_values(settings.training, values))
+            for training in place.glob("training-*"):  # its checkpoints lead nowhere
+                shutil.rmtree(training, ignore_errors=True)
+            reason = str(error).split("; the last checkpoint, ")[0]
+            say(f"Trial {trial.number} diverged: {reason}")
+            _end(study, trial, None, diverged=reason)
             continue
-        value = _value(measured, settings.criterion)
-        _tell(study, trial, value, measured.heldout)
-        found[trial.number] = (Trial(number=trial.number, values=values, heldout=measured.heldout), measured)
+        # For whoever opens the journal with Optuna's own tools.
+        shown = {name: getattr(measured.heldout, name).mean for name in ("accuracy", "log_loss", "raw_log_loss")}
+        _end(study, trial, _value(measured, settings.criterion), **shown)
         if any(_value(one, settings.criterion) is not None for _, one in found.values()):
-            lost = _diverged(study, settings)
-            write_search(output_dir, _page(_report(data_digest, output_dir, settings, prepared, found, lost, baseline)))
+            written()
     for trial in study.trials:  # those of a run before this one
         if trial.number not in found and trial.state.name in ("COMPLETE", "PRUNED"):
-            measured = measure(prepared, settings, with_values(settings.training, trial.params), folder)
-            values = {key: trial.params[key] for key in space}
-            found[trial.number] = (Trial(number=trial.number, values=values, heldout=measured.heldout), measured)
-    lost = _diverged(study, settings)
-    report = _report(data_digest, output_dir, settings, prepared, found, lost, baseline)
-    write_search(output_dir, _page(report))
-    return report
+            look(trial.number, {key: trial.params[key] for key in space})
+    return written()
+
+
+def _end(study: optuna.Study, trial: optuna.Trial, value: float | None, **attributes: Any) -> None:
+    """Tell Optuna what came out; without a value nothing was measured, or the training diverged."""
+    from optuna import samplers
+    from optuna.trial import TrialState
+
+    for name, attribute in attributes.items():
+        trial.set_user_attr(name, attribute)
+    # A grid's sampler stops the study after its last value, which only Optuna's own loop allows.
+    study.sampler = samplers.RandomSampler(seed=0)
+    without = TrialState.FAIL if "diverged" in attributes else TrialState.PRUNED
+    study.tell(trial, value, state=without if value is None else None)
 
 
 def _page(report: TuneReport) -> Search:
@@ -243,21 +263,6 @@ def _page(report: TuneReport) -> Search:
     )
 
 
-def _give_up(study: optuna.Study, trial: optuna.Trial, reason: str, folder: Path) -> None:
-    """End a trial that diverged, for good: a run after this one does not try it again."""
-    from optuna import samplers
-    from optuna.trial import TrialState
-
-    gc.collect()
-    for training in folder.glob("training-*"):  # its checkpoints lead nowhere
-        shutil.rmtree(training, ignore_errors=True)
-    reason = reason.split("; the last checkpoint, ")[0]
-    say(f"Trial {trial.number} diverged: {reason}")
-    trial.set_user_attr("diverged", reason)
-    study.sampler = samplers.RandomSampler(seed=0)  # as in _tell
-    study.tell(trial, state=TrialState.FAIL)
-
-
 def _diverged(study: optuna.Study, settings: TuneSettings) -> tuple[Diverged, ...]:
     return tuple(
         Diverged(
@@ -277,20 +282,16 @@ def open_study(path: Path, settings: TuneSettings) -> optuna.Study:
     from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    _mend(path)
+    # A kill may have cut its last line and left a lock; the folder's own lock is ours.
+    path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
+    if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
+        write_atomically(path, content[: content.rfind(b"\n") + 1])
     return optuna.create_study(
         storage=JournalStorage(JournalFileBackend(str(path))),
         study_name="madpo",
         direction="minimize" if settings.criterion == "log_loss" else "maximize",
         load_if_exists=True,
     )
-
-
-def _mend(path: Path) -> None:
-    """Take off a line that a kill cut in the middle, and a lock that it left; the folder's own lock is ours."""
-    path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
-    if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
-        write_atomically(path, content[: content.rfind(b"\n") + 1])
 
 
 def _trials(study: optuna.Study, settings: TuneSettings) -> Any:
@@ -329,28 +330,12 @@ def _sampler(settings: TuneSettings, number: int) -> optuna.samplers.BaseSampler
 
 
 def _value(measured: Measured, criterion: Criterion) -> float | None:
-    h = measured.heldout
-    found = {"log_loss": h.log_loss, "accuracy": h.accuracy, "reward": h.reward}[criterion]
+    found: Estimate | None = getattr(measured.heldout, criterion)
     return None if found is None else found.mean
-
-
-def _tell(study: optuna.Study, trial: optuna.Trial, value: float | None, heldout: Heldout) -> None:
-    from optuna import samplers
-    from optuna.trial import TrialState
-
-    for name in ("accuracy", "log_loss", "raw_log_loss"):  # for whoever opens the journal with Optuna's own tools
-        trial.set_user_attr(name, getattr(heldout, name).mean)
-    # A grid's sampler stops the study after its last value, which only Optuna's own loop allows.
-    study.sampler = samplers.RandomSampler(seed=0)
-    if value is None:
-        study.tell(trial, state=TrialState.PRUNED)
-    else:
-        study.tell(trial, value)
 
 
 def _report(
     data_digest: str | None,
-    output_dir: Path,
     settings: TuneSettings,
     prepared: Prepared,
     found: Mapping[int, tuple[Trial, Measured]],
