@@ -94,6 +94,7 @@ def train(kind: str, root: Path, out: Path, changes: dict | None = None) -> None
     else:
         loss = DPO() if kind == "dpo" else BetaDPO(filter=True, keep=0.75)
         metrics = stages.train_policy(stages.PolicyStage(method=kind, loss=loss, **common), inputs, out)
+    shutil.rmtree(out / "checkpoints")  # as the runner does with a finished step
     (out / "metrics.json").write_text(json.dumps(plain_metrics(metrics, kind), sort_keys=True))
 
 

@@ -32,7 +32,7 @@ from madpo.operations import (
     train,
 )
 from madpo.operations import reward_model as reward_module
-from madpo.operations.inputs import load_split
+from madpo.operations.inputs import split_by_prompt
 from madpo.rewards.reward_model import RewardModel
 from madpo.training import PreferenceTrainer
 from madpo.training.margins import sequences
@@ -70,9 +70,8 @@ def chain(llama, tmp_path_factory):
 def test_the_reward_models_report(chain, llama):
     report = json.loads((chain / "R" / "report.json").read_text())
     settings = RewardSettings.model_validate(report["settings"])
-    train_rows, heldout = load_split(
-        chain / "pairs.jsonl", load_tokenizer(llama), eval_data=None, eval_share=0.4, seed=0
-    )
+    rows = load_preferences(chain / "pairs.jsonl", tokenizer=load_tokenizer(llama))
+    train_rows, heldout = split_by_prompt(rows, 0.4, 0, "")
     stopping, reported = reward_module._halves(heldout, settings, "")
     sizes = {"train_pairs": len(train_rows), "stopping_pairs": len(stopping), "heldout_pairs": len(reported)}
     assert {name: report[name] for name in sizes} == sizes
@@ -137,7 +136,8 @@ def test_the_policys_numbers(chain, llama):
         torch.testing.assert_close(adapted(ids).logits, merged(ids).logits, atol=1e-4, rtol=1e-4)
         assert (base(ids).logits - merged(ids).logits).abs().max() > 1e-3
     rows = read(chain / "S" / "scored.jsonl")
-    rows_train, heldout = load_split(chain / "S" / "scored.jsonl", tokenizer, eval_data=None, eval_share=0.25, seed=42)
+    scored = load_preferences(chain / "S" / "scored.jsonl", tokenizer=tokenizer)
+    rows_train, heldout = split_by_prompt(scored, 0.25, 42, "")
     log = read(policy_dir / "log.jsonl")
     losses = [row for row in log if "loss" in row]
     assert len(losses) == max(row["step"] for row in log) == 2 * math.ceil(len(rows_train) / BATCH)

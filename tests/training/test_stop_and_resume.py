@@ -9,7 +9,7 @@ from madpo import DPO, MADPO
 from madpo.core.errors import DataError
 from madpo.losses import BetaDPO
 from madpo.training import checkpoints as disk
-from madpo.training import identity
+from madpo.training import digests
 from small_trainers import build, pairs, reward_trainer
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -140,7 +140,7 @@ def test_a_resume_keeps_the_margins_that_the_training_began_with(llama, tmp_path
 def test_a_training_is_continued_for_longer_as_in_trl(llama, tmp_path, monkeypatch):
     """Steps 4 to 6 under the schedule of six, after a training of four: the same losses as TRL's."""
     said = []
-    monkeypatch.setattr(identity, "say", said.append)
+    monkeypatch.setattr(digests, "say", said.append)
     found = {}
     for stock in (True, False):
         out = tmp_path / str(stock)
@@ -158,7 +158,7 @@ def test_a_training_is_continued_for_longer_as_in_trl(llama, tmp_path, monkeypat
 
 def test_evaluation_can_be_switched_on_by_a_resume(llama, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr(identity, "say", said.append)
+    monkeypatch.setattr(digests, "say", said.append)
     build(llama, tmp_path, save_steps=3, max_steps=3, lr_scheduler_type="constant").train()
     more = {"eval_strategy": "steps", "eval_steps": 1, "lr_scheduler_type": "constant"}
     again = build(llama, tmp_path, eval_dataset=pairs(6, seed=5), **more)

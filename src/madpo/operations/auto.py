@@ -22,10 +22,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from peft import PeftModel
-from pydantic import Field
 
 from madpo.core import processes
-from madpo.core.config import Frozen
 from madpo.core.errors import ConfigError, DataError
 from madpo.core.metrics import Estimate, Metrics
 from madpo.core.progress import say
@@ -61,6 +59,7 @@ from madpo.operations.policy import (
 )
 from madpo.operations.preconditions import first_pair
 from madpo.operations.running import load_report, run_in_folder
+from madpo.operations.settings import Sampling
 from madpo.operations.train_settings import Auto, TrainSettings
 from madpo.operations.verify_auto import FAST_SHARE
 from madpo.rewards.label_share import AS_GOOD, HELDOUT_SHARE, LabelShare, better_than_coin, label_share
@@ -259,17 +258,6 @@ def _two(work: _Work) -> AutoReport:
     )
 
 
-class _Drawing(Frozen):
-    """How responses are drawn for the KL."""
-
-    seed: int
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int | None = None
-    batch_size: int = Field(default=32, ge=1)
-
-
 def _finish(work: _Work, report: AutoReport, settings: TrainSettings, out: Path) -> AutoReport:
     """Write the final policy, and keep those that it was made from."""
     base, state = resolve_model(settings.model), work.state
@@ -336,7 +324,7 @@ def _at_kl(work: _Work, model: PeftModel, base: Path | str) -> Reached:
     chosen = list(different.values())[: work.auto.kl_prompts]
     ends = [Encoder(tokenizer).end_id()] if isinstance(chosen[0]["prompt"], list) else []
     reference = load_model(base, dtype=DTYPES.get(settings.dtype))
-    how = _Drawing(seed=work.seed, max_new_tokens=work.auto.kl_tokens)
+    how = Sampling(seed=work.seed, max_new_tokens=work.auto.kl_tokens)
     prompts, keys = [list(row["prompt_ids"]) for row in chosen], [int(row["pair_id"]) for row in chosen]
 
     def measure(strength: float) -> list[float]:

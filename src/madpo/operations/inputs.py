@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from madpo.core.errors import DataError, StorageError
-from madpo.core.layout import Layout
 from madpo.core.progress import say
 from madpo.core.seeding import rng
 from madpo.data import load_preferences
@@ -20,63 +19,11 @@ from madpo.data.templates import Clock
 from madpo.data.tokens import Encoder, truncated
 from madpo.models.hyperparameters import CHECKPOINTS, Truncation
 from madpo.models.locate import load_tokenizer, resolve_model
+from madpo.operations.settings import Training
 from madpo.runner.first_start import FILE, since_first_start
 
 Row = dict[str, Any]
 _TOGETHER = 64  # conversations rendered and tokenised at once
-
-
-def load_split(
-    data: str | Path,
-    tokenizer: Any,
-    *,
-    eval_data: str | Path | None,
-    eval_share: float,
-    seed: int,
-    columns: Any = None,
-    max_length: int | None = None,
-    truncation: Truncation = "drop",
-    too_long: TooLong | None = None,
-    clock: Clock | None = None,
-    model: str | None = None,
-    strict: bool = False,
-) -> tuple[list[Row], list[Row]]:
-    """Rows with token ids for training and for evaluation. Says in one line what a check would warn of.
-
-    Args:
-        eval_data: evaluation pairs of their own; else ``eval_share`` of the prompts of ``data`` is held out.
-        seed: of the split.
-        columns: as in :func:`madpo.data.load_preferences`, of both.
-        too_long: gathers what truncation did to the pairs of both.
-        clock: the date that the chat template prints; None is now.
-        model: the tokenizer's, as the user names it.
-        strict: take what a check would warn of for a mistake.
-
-    Raises:
-        DataError: as :func:`madpo.data.load_preferences`, or too few prompts to hold one out.
-    """
-    how: dict[str, Any] = {
-        "columns": columns,
-        "tokenizer": tokenizer,
-        "max_length": max_length,
-        "truncation": truncation,
-        "too_long": too_long,
-        "clock": clock,
-    }
-    survey, evaluation = Survey(), Survey()
-    rows = load_preferences(data, survey=survey, **how)
-    if eval_data is not None:
-        heldout = load_preferences(eval_data, survey=evaluation, **how)
-        survey.add_leaks(evaluation)
-    tell_findings(survey, str(data), model, strict=strict)
-    survey.refuse_nothing_to_learn(str(data))
-    if eval_data is not None:
-        tell_findings(evaluation, str(eval_data), model, strict=strict)
-        return rows, heldout
-    if eval_share == 0:
-        return rows, []
-    train, heldout = split_by_prompt(rows, eval_share, seed, str(data))
-    return train, heldout
 
 
 def tell_findings(survey: Survey, data: str, model: str | None, *, strict: bool) -> None:
@@ -119,23 +66,6 @@ def tell_date(clock: Clock) -> None:
         )
 
 
-class Asked(Protocol):
-    """What the settings of every training say about model and data."""
-
-    @property
-    def model(self) -> str: ...
-    @property
-    def reading(self) -> Layout: ...
-    @property
-    def eval_share(self) -> float: ...
-    @property
-    def date(self) -> datetime | None: ...
-    @property
-    def strict(self) -> bool: ...
-    @property
-    def truncation(self) -> Truncation: ...
-
-
 class Loaded(NamedTuple):
     """A base model's place, its tokenizer, the pairs of both sides, what truncation did to them, and their date."""
 
@@ -148,42 +78,37 @@ class Loaded(NamedTuple):
 
 
 def load_training(
-    settings: Asked,
-    data: str | Path,
-    eval_data: str | Path | None,
-    out: Path,
-    *,
-    seed: int,
-    max_length: int | None,
+    settings: Training, data: str | Path, eval_data: str | Path | None, out: Path, *, seed: int, max_length: int | None
 ) -> Loaded:
-    """Find the base model and read its pairs.
+    """Find the base model, and read pairs for training and for evaluation; one line says what a check would warn of.
 
     Args:
+        eval_data: evaluation pairs of their own; else ``settings.eval_share`` of the prompts of ``data`` is held out.
         out: the folder in which the result is made.
+        seed: of the split.
 
     Raises:
         ConfigError: the model cannot be loaded.
-        DataError: as :func:`load_split`.
+        DataError: as :func:`madpo.data.load_preferences`, or too few prompts to hold one out.
     """
     base = resolve_model(settings.model)
-    tokenizer = load_tokenizer(base)
-    too_long, clock = TooLong(), started_clock(out / CHECKPOINTS, settings.date)
-    train, heldout = load_split(
-        data,
-        tokenizer,
-        eval_data=eval_data,
-        eval_share=settings.eval_share,
-        seed=seed,
-        columns=settings.reading,
-        max_length=max_length,
-        truncation=settings.truncation,
-        too_long=too_long,
-        clock=clock,
-        model=settings.model,
-        strict=settings.strict,
-    )
+    tokenizer, too_long = load_tokenizer(base), TooLong()
+    clock = started_clock(out / CHECKPOINTS, settings.date)
+    how: dict[str, Any] = {"columns": settings.reading, "tokenizer": tokenizer, "too_long": too_long, "clock": clock}
+    how |= {"max_length": max_length, "truncation": settings.truncation}
+    survey, evaluation = Survey(), Survey()
+    rows, heldout = load_preferences(data, survey=survey, **how), list[Row]()
+    if eval_data is not None:
+        heldout = load_preferences(eval_data, survey=evaluation, **how)
+        survey.add_leaks(evaluation)
+    tell_findings(survey, str(data), settings.model, strict=settings.strict)
+    survey.refuse_nothing_to_learn(str(data))
+    if eval_data is not None:
+        tell_findings(evaluation, str(eval_data), settings.model, strict=settings.strict)
+    elif settings.eval_share > 0:
+        rows, heldout = split_by_prompt(rows, settings.eval_share, seed, str(data))
     tell_date(clock)
-    return Loaded(base, tokenizer, train, heldout, too_long, clock)
+    return Loaded(base, tokenizer, rows, heldout, too_long, clock)
 
 
 def encoded_rows(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +151,9 @@ def train_pairs(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) 
     """The operation behind :func:`train`."""
     data, eval_data = str(inputs["data"]), inputs.get("eval_data")
     args = trainer_arguments(settings, out, evaluated=eval_data is not None or settings.eval_share > 0)
-    args.precompute_ref_batch_size = _reference_batch(args, out)
+    # The reference is computed as at the first start: another batch size would change its last digits.
+    asked = int(args.precompute_ref_batch_size or args.per_device_train_batch_size)
+    args.precompute_ref_batch_size = since_first_start(out / CHECKPOINTS, "reference_batch", lambda: asked)
     base, tokenizer, rows, heldout, too_long, clock = load_training(
         settings, data, eval_data, out, seed=split_seed(settings, args), max_length=args.max_length
     )
@@ -170,7 +171,14 @@ def train_pairs(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) 
             "and fold the adapter in afterwards with PEFT's merge_and_unload"
         )
 
-    page = partial(_write_curves, out, settings, len(rows), resolved(data, settings, clock))
+    config = resolved(data, settings, clock)
+
+    def page(said: str) -> None:
+        pairs, log = {"pairs": f"{len(rows):,}"}, out / "log.jsonl"
+        write_training_page(
+            out / PAGE, title=title(settings), says=[said], numbers=pairs, log=log, settings=config, refresh=REFRESH
+        )
+
     # The trainer knows by itself what of its arguments decides the result.
     stage = settings.model_copy(update={"args": {}})
     result = run_training(trainer, stage, f"Training ({settings.loss.kind})", out, page)
@@ -200,22 +208,9 @@ def train_pairs(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) 
     return {"pairs": report.pairs, "steps": report.steps, "loss": report.loss, **evaluation}
 
 
-def _title(settings: TrainSettings) -> str:
+def title(settings: TrainSettings) -> str:
+    """Of a training's page."""
     return f"{Path(settings.model).name}, trained with {settings.loss.kind}"
-
-
-def _write_curves(out: Path, settings: TrainSettings, pairs: int, config: str, said: str) -> None:
-    """The page of a training that runs; :func:`write_report` takes its place."""
-    write_training_page(
-        out / PAGE,
-        title=_title(settings),
-        says=[said],
-        numbers={"pairs": f"{pairs:,}"},
-        evaluation={},
-        log=out / "log.jsonl",
-        settings=config,
-        refresh=REFRESH,
-    )
 
 
 def write_report(
@@ -244,7 +239,7 @@ def write_report(
     says.append(f"{report.adapter or 'All weights were trained'}.")
     write_training_page(
         out / PAGE,
-        title=_title(settings),
+        title=title(settings),
         says=says,
         numbers={
             "pairs": f"{report.pairs:,}",
@@ -279,7 +274,7 @@ def trainer_arguments(settings: TrainSettings, out: Path, *, evaluated: bool) ->
 
 
 def decisive(settings: TrainSettings) -> dict[str, Any]:
-    """What of the settings decides the result: of the two that split a step into micro-batches, their product alone."""
+    """What of the settings decides the result: of the two that split a step into micro-batches, their product only."""
     values = settings.arguments()
     defaults = {field.name: field.default for field in dataclasses.fields(PreferenceConfig)}
     pairs, micro_batches = (int(values.get(name, defaults[name])) for name in BATCH)
@@ -293,15 +288,6 @@ def decisive(settings: TrainSettings) -> dict[str, Any]:
 def split_seed(settings: TrainSettings, args: PreferenceConfig) -> int:
     """The seed of the choice of held-out prompts."""
     return args.seed if settings.split_seed is None else settings.split_seed
-
-
-def _reference_batch(args: PreferenceConfig, out: Path) -> int:
-    """Pairs per batch in which the reference is computed: as at the training's first start, since it decides digits.
-
-    So a training that goes on with another split of its steps keeps its reference.
-    """
-    asked = int(args.precompute_ref_batch_size or args.per_device_train_batch_size)
-    return since_first_start(out / CHECKPOINTS, "reference_batch", lambda: asked)
 
 
 def build_trainer(
@@ -390,9 +376,8 @@ def implicit_margins(trainer: PreferenceTrainer, rows: Dataset) -> NDArray[np.fl
 def _write_margins(trainer: PreferenceTrainer, heldout: Sequence[Row], out: Path) -> None:
     """``MARGINS`` and ``HELDOUT``, where there are such margins."""
     if trainer.probe is not None:  # on the leading process
-        named = zip(trainer.train_dataset["pair_id"], trainer.train_dataset[MARGIN], strict=True)
-        lines = (json.dumps({"pair_id": pair, MARGIN: margin}) + "\n" for pair, margin in named)
-        write_atomically(out / MARGINS, "".join(lines))
+        columns = {name: trainer.train_dataset[name] for name in ("pair_id", MARGIN)}
+        write_atomically(out / MARGINS, _lines(columns))
     if heldout and processes.world_size() == 1:
         write_atomically(out / HELDOUT, heldout_lines(trainer, heldout))
 
@@ -407,10 +392,12 @@ def heldout_lines(trainer: PreferenceTrainer, rows: Sequence[Row]) -> str:
         "prompt": [number[prompts[pair]] for pair in dataset["pair_id"]],
         "implicit_margin": implicit_margins(trainer, dataset).tolist(),
     }
-    if MARGIN in dataset.column_names:
-        columns[MARGIN] = dataset[MARGIN]
-    values = zip(*columns.values(), strict=True)
-    return "".join(json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in values)
+    return _lines(columns | ({MARGIN: dataset[MARGIN]} if MARGIN in dataset.column_names else {}))
+
+
+def _lines(columns: Mapping[str, Sequence[Any]]) -> str:
+    rows = zip(*columns.values(), strict=True)
+    return "".join(json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in rows)
 
 
 def _save(trainer: PreferenceTrainer, settings: TrainSettings, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -156,7 +155,19 @@ def reward_pairs(settings: RewardSettings, inputs: Mapping[str, Path], out: Path
     seen = {prompt_key(row["prompt"]) for row in train}
     if leaked := sum(prompt_key(row["prompt"]) in seen for row in reported):
         say(f"{leaked} of {len(reported)} held-out pairs have a prompt of the training pairs, which flatters.")
-    steps = fit(settings, train, stopping, out, partial(_write_curves, settings, data, len(train), out))
+    config = toml({"data": data, **settings.model_dump(mode="json")})
+
+    def page(said: str) -> None:
+        title, pairs, log = (
+            f"Reward model on {settings.model}",
+            {"training pairs": f"{len(train):,}"},
+            out / "log.jsonl",
+        )
+        write_training_page(
+            out / "report.html", title=title, says=[said], numbers=pairs, log=log, settings=config, refresh=REFRESH
+        )
+
+    steps = fit(settings, train, stopping, out, page)
     model = RewardModel.load(out)
     measured = _measure(model, reported)
     report = RewardReport(
@@ -205,20 +216,6 @@ def reward_pairs(settings: RewardSettings, inputs: Mapping[str, Path], out: Path
     )
     report.write(out / "report.json")
     return {"accuracy": report.accuracy, "log_loss": report.log_loss_interval, "steps": steps}
-
-
-def _write_curves(settings: RewardSettings, data: str, pairs: int, out: Path, said: str) -> None:
-    """The page of a training that runs; the report takes its place."""
-    write_training_page(
-        out / "report.html",
-        title=f"Reward model on {settings.model}",
-        says=[said],
-        numbers={"training pairs": f"{pairs:,}"},
-        evaluation={},
-        log=out / "log.jsonl",
-        settings=toml({"data": data, **settings.model_dump(mode="json")}),
-        refresh=REFRESH,
-    )
 
 
 def _halves(heldout: Sequence[Row], settings: RewardSettings, name: str) -> tuple[list[Row], list[Row]]:

@@ -24,32 +24,65 @@ class RewardOptimisation(Optimisation):
     """Pairs per optimiser step."""
 
 
-class RewardSettings(Reading):
-    """How a reward model is trained."""
+class Training(Reading):
+    """What every training on a user's pairs is told about model and data."""
 
     model: Annotated[str, Cli(also=("model_name_or_path",))]
-    """Packaged name, folder or hub id of the base model."""
-    optimisation: Annotated[RewardOptimisation, Cli(short=True)] = RewardOptimisation()
-    lora: LoRA = LoRA()
-    eval_share: float = Field(default=0.1, gt=0, lt=1)
-    """Share of the pairs held out (whole prompts at a time) where no evaluation data are given."""
-    stopping_share: float = Field(default=0.5, gt=0, lt=1)
-    """Share of the held-out pairs that decides when to stop; the others alone give the report."""
-    eval_every: int | None = Field(default=None, ge=1)
-    """Optimiser steps between two looks at them; None looks 10 times at most."""
-    patience: int = Field(default=3, ge=1)
-    """Looks without improvement before the training stops."""
-    pooling: Pooling = "last"
-    """Where the reward is read: at the last token, as sequence classifiers of the hub do, or as the mean over the
-    completion, which learns from fewer pairs."""
-    max_length: int | None = Field(default=None, ge=2)
-    """Tokens of prompt and completion; None is no limit."""
+    """Packaged name, folder or hub id of the model that the training starts from."""
+    eval_share: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the pairs held out (whole prompts at a time) where no evaluation data are given. ``auto`` always holds
+    some out, 0.15 where nothing is said."""
     truncation: Truncation = "drop"
     """What happens to a pair of more than max_length tokens: drop it, cut its completions, or refuse it."""
     date: datetime | None = added(None)
     """What a chat template that prints the date takes for now; None is the first start of the training."""
     strict: bool = Field(default=False, exclude=True)
     """Treat what ``madpo check`` would warn of as an error."""
+
+
+class Drawing(Frozen):
+    """How responses are drawn."""
+
+    max_new_tokens: int = Field(default=256, ge=1)
+    """Tokens of a response at most."""
+    temperature: float = Field(default=1.0, ge=0)
+    """0 takes the most likely token; larger draws more freely. A KL is that of the policy at 1 (with top_p 1 and no
+    top_k); elsewhere it is taken along another text."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample from the most probable tokens that have this share of the probability."""
+    top_k: int | None = added(None, ge=1)
+    """Only so many most likely tokens can be drawn; None is all of them."""
+    seed: int = Field(default=0, ge=0)
+    """Of the sampling: the same prompts get the same responses."""
+
+
+class Sampling(Drawing):
+    """How responses are drawn and scored in batches."""
+
+    batch_size: int = Field(default=32, ge=1)
+    """Responses generated at once."""
+    score_batch_size: int = Field(default=16, ge=1)
+    """Sequences per forward pass for rewards and KL."""
+
+
+class RewardSettings(Training):
+    """How a reward model is trained."""
+
+    optimisation: Annotated[RewardOptimisation, Cli(short=True)] = RewardOptimisation()
+    lora: LoRA = LoRA()
+    eval_share: float = Field(default=0.1, gt=0, lt=1)
+    """Share of the pairs held out (whole prompts at a time) where no evaluation data are given."""
+    stopping_share: float = Field(default=0.5, gt=0, lt=1)
+    """Share of the held-out pairs that decides when to stop; only the others give the report."""
+    eval_every: int | None = Field(default=None, ge=1)
+    """Optimiser steps between two evaluations on them; None is 10 evaluations at most."""
+    patience: int = Field(default=3, ge=1)
+    """Evaluations without improvement before the training stops."""
+    pooling: Pooling = "last"
+    """Where the reward is read: at the last token, as sequence classifiers of the hub do, or as the mean over the
+    completion, which learns from fewer pairs."""
+    max_length: int | None = Field(default=None, ge=2)
+    """Tokens of prompt and completion; None is no limit."""
     report_to: tuple[str, ...] = Field(default=(), exclude=True)
     """Trackers that are installed, such as tensorboard, trackio or wandb."""
     seed: int = Field(default=0, ge=0)
@@ -98,7 +131,7 @@ class ScoreSettings(Reading):
         return self
 
 
-class EvaluateSettings(Reading):
+class EvaluateSettings(Sampling, Reading):
     """How policy and reference are compared."""
 
     reward_model: Annotated[str, Cli(also=("reward",))]
@@ -109,20 +142,6 @@ class EvaluateSettings(Reading):
     """The first so many different prompts; None is all of them."""
     samples_per_prompt: int = Field(default=1, ge=1)
     """Responses of each side to a prompt."""
-    max_new_tokens: int = Field(default=256, ge=1)
-    """Tokens of a response at most."""
-    temperature: float = Field(default=1.0, ge=0)
-    """At 1 (with top_p 1 and no top_k) the KL is that of the policy; elsewhere it is taken along another text."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    """Sample from the most probable tokens that have this share of the probability."""
-    top_k: int | None = added(None, ge=1)
-    """Only so many most likely tokens can be drawn; None is all of them."""
-    seed: int = Field(default=0, ge=0)
-    """Of the sampling."""
-    batch_size: int = Field(default=32, ge=1)
-    """Responses generated at once."""
-    score_batch_size: int = Field(default=16, ge=1)
-    """Sequences per forward pass for rewards and KL."""
 
 
 class TrimSettings(Reading):
@@ -170,21 +189,13 @@ class DemoSettings(Frozen):
     """Of worlds and trainings."""
 
 
-class ChatSettings(Frozen):
+class ChatSettings(Drawing):
     """How a policy and its reference are talked to."""
 
     reference: str | None = None
     """Model to compare with; None is the one that the policy started from, where its folder says so."""
     system: str | None = None
     """System prompt of both conversations."""
-    max_new_tokens: int = Field(default=256, ge=1)
-    """Tokens of an answer at most."""
     temperature: float = Field(default=0.7, ge=0)
     """0 takes the most likely token; larger draws more freely."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    """Only the most likely tokens that make up this probability can be drawn; 1 is all of them."""
-    top_k: int | None = Field(default=None, ge=1)
-    """Only so many most likely tokens can be drawn; None is all of them."""
-    seed: int = Field(default=0, ge=0)
-    """Of the draws: the same words get the same answers."""
     batch_size: ClassVar[int] = 1

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from madpo.core.config import added
 from madpo.core.errors import ConfigError
-from madpo.core.layout import Reading
 from madpo.core.options import Cli
 from madpo.losses import Loss, LossConfig
-from madpo.models.hyperparameters import ADAPTER_LEARNING_RATE, FULL_LEARNING_RATE, LoRA, Truncation
+from madpo.models.hyperparameters import ADAPTER_LEARNING_RATE, FULL_LEARNING_RATE, LoRA
 from madpo.operations.arguments import ARGUMENTS, checked_arguments
+from madpo.operations.settings import Training
 
 
 class Auto(LossConfig):
@@ -53,11 +52,9 @@ class Auto(LossConfig):
         return self
 
 
-class TrainSettings(Reading):
-    """How a policy is trained."""
+class TrainSettings(Training):
+    """How a policy is trained; the model that it starts from is its reference."""
 
-    model: Annotated[str, Cli(also=("model_name_or_path",))]
-    """Packaged name, folder or hub id: where the policy starts, and its reference."""
     loss: Annotated[Auto | Loss, Field(discriminator="kind")] = Auto()
     """What is learned: auto, which needs nothing else, or any preference loss."""
     args: Annotated[dict[str, Any], ARGUMENTS] = Field(default_factory=dict)
@@ -71,9 +68,6 @@ class TrainSettings(Reading):
     """Also write the model with the adapter folded in."""
     export: Literal["gguf"] | None = added(None)
     """Also write policy.gguf for llama.cpp and Ollama, by llama.cpp's converter; an adapter is merged for it."""
-    eval_share: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the pairs held out (whole prompts at a time) where no evaluation data are given. ``auto`` always holds
-    some out, 0.15 where nothing is said."""
     split_seed: int | None = added(None)
     """Of the choice of held-out prompts; None is ``args.seed``."""
     probe: bool = added(False)
@@ -81,12 +75,6 @@ class TrainSettings(Reading):
     scores it does so in any case)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the loaded weights; auto is float32 in full training, else what the processor multiplies natively."""
-    date: datetime | None = added(None)
-    """What a chat template that prints the date takes for now; None is the first start of the training."""
-    strict: bool = Field(default=False, exclude=True)
-    """Treat what ``madpo check`` would warn of as an error."""
-    truncation: Truncation = "drop"
-    """What happens to a pair of more than ``args.max_length`` tokens: drop it, cut its completions, or refuse it."""
 
     @property
     def merges(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,22 +16,10 @@ from madpo.data.corpus import IMDB, PackagedIMDB, load_corpus
 from madpo.data.messages import contents
 from madpo.data.templates import Clock, render
 from madpo.data.texts import read_texts
+from madpo.operations.settings import TrimSettings
 
 _TOGETHER = 256
 _CHARACTERS = 500_000  # few long texts fill a batch as well
-
-
-class Asked(Protocol):
-    """What the settings say about held-out text."""
-
-    @property
-    def reading(self) -> Layout: ...
-    @property
-    def held_out_share(self) -> float: ...
-    @property
-    def eval_texts(self) -> int: ...
-    @property
-    def eval_characters(self) -> int: ...
 
 
 class CorpusTokens(NamedTuple):
@@ -60,7 +48,7 @@ class CorpusTokens(NamedTuple):
 
 
 def read_corpus(
-    corpus: Sequence[str], tokenizer: Any, asked: Asked, eval_data: str | Path | None = None
+    corpus: Sequence[str], tokenizer: Any, asked: TrimSettings, eval_data: str | Path | None = None
 ) -> CorpusTokens:
     """Count tokens, and hold texts out: by a hash of the text, so that neither order nor repetition matters.
 

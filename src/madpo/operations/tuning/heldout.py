@@ -22,10 +22,9 @@ from madpo.core.metrics import Estimate
 from madpo.core.statistics import bootstrap_mean, bootstrap_share, fit_temperature, proportion
 from madpo.core.storage import write_atomically
 from madpo.data.folds import folds_by_prompt, prompt_key
-from madpo.data.load import TooLong
 from madpo.data.templates import Clock
-from madpo.models.load import load_model, load_tokenizer, resolve_model
-from madpo.operations.inputs import Row, load_split, started_clock, tell_date
+from madpo.models.load import load_model
+from madpo.operations.inputs import Row, load_training
 from madpo.operations.policy import as_dataset, build_trainer, implicit_margins, trainer_arguments
 from madpo.operations.preconditions import require_columns
 from madpo.operations.reward_model import PairScorer, load_scorer
@@ -95,14 +94,11 @@ def prepare(data: str | Path, settings: TuneSettings, folder: Path) -> Prepared:
         DataError, ConfigError: a column that the loss reads is missing, fewer prompts than folds.
     """
     training = settings.training
-    base = resolve_model(settings.model)
-    tokenizer = load_tokenizer(base)
     args = trainer_arguments(training, folder / "reference", evaluated=False)
-    too_long, length, clock = TooLong(), args.max_length, started_clock(folder, settings.date)
-    how: dict[str, Any] = {"max_length": length, "truncation": settings.truncation, "too_long": too_long}
-    how |= {"clock": clock, "model": settings.model, "strict": settings.strict, "columns": settings.reading}
-    rows, _ = load_split(data, tokenizer, eval_data=None, eval_share=0.0, seed=0, **how)
-    tell_date(clock)
+    whole = training.model_copy(update={"eval_share": 0.0})
+    base, tokenizer, rows, _, too_long, clock = load_training(
+        whole, data, None, folder.parent, seed=0, max_length=args.max_length
+    )
     require_columns(rows, settings.loss, str(data))
     # As the trainer will: an empty prompt, without a token that begins every text, leaves an end token unpredicted.
     scored = set(drop_unscored(as_dataset(rows), args, str(data))["pair_id"])

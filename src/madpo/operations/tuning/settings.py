@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from madpo.core.config import Frozen, added
 from madpo.core.options import Cli
 from madpo.losses import MADPO, Loss
+from madpo.operations.settings import Sampling
 from madpo.operations.train_settings import TrainSettings
 from madpo.operations.tuning.space import Space, default_space, flat, with_values
 
@@ -18,7 +18,7 @@ Criterion = Literal["log_loss", "accuracy", "reward"]
 SEARCHED = ("loss", "args", "lora")
 
 
-class RewardCriterion(Frozen):
+class RewardCriterion(Sampling):
     """How the reward of samples at equal KL is measured.
 
     Policies that went different ways from the reference cannot be compared by reward alone: more KL buys more reward.
@@ -38,16 +38,6 @@ class RewardCriterion(Frozen):
     """Tokens of a response at most."""
     temperature: float = Field(default=1.0, gt=0)
     """Of the sampling."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    """Sample from the most probable tokens that have this share of the probability."""
-    top_k: int | None = added(None, ge=1)
-    """Only so many most likely tokens can be drawn; None is all of them."""
-    seed: int = Field(default=0, ge=0)
-    """Of the sampling."""
-    batch_size: int = Field(default=32, ge=1)
-    """Prompts generated for at once."""
-    score_batch_size: int = Field(default=16, ge=1)
-    """Sequences per forward pass for rewards and KL."""
 
     @field_validator("strengths")
     @classmethod
