@@ -158,13 +158,14 @@ def reward_pairs(settings: RewardSettings, inputs: Mapping[str, Path], out: Path
     config = toml({"data": data, **settings.model_dump(mode="json")})
 
     def page(said: str) -> None:
-        title, pairs, log = (
-            f"Reward model on {settings.model}",
-            {"training pairs": f"{len(train):,}"},
-            out / "log.jsonl",
-        )
         write_training_page(
-            out / "report.html", title=title, says=[said], numbers=pairs, log=log, settings=config, refresh=REFRESH
+            out / "report.html",
+            title=f"Reward model on {settings.model}",
+            says=[said],
+            numbers={"training pairs": f"{len(train):,}"},
+            log=out / "log.jsonl",
+            settings=config,
+            refresh=REFRESH,
         )
 
     steps = fit(settings, train, stopping, out, page)
