@@ -6,14 +6,12 @@ the simple ways to do the same, and the study compares with them.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field
 from scipy.special import expit
 
@@ -22,17 +20,15 @@ from madpo.core.errors import ConfigError
 from madpo.core.metrics import Metrics
 from madpo.core.seeding import rng
 from madpo.core.statistics import proportion
-from madpo.core.storage import write_atomically
-from madpo.operations.study_pairs import PAIRS
+from madpo.operations.study_pairs import PAIRS, write_table
 from madpo.runner.operation import operation
 
-MARGIN_FILE, SCORE_FILE, REFERENCE_FILE = "margins.parquet", "scores.parquet", "reference.parquet"
-# File -> columns that change places when a label turns. The margin changes its sign as well.
+MARGIN_FILE = "margins.parquet"
+# Input -> its file, and the columns that change places when a label turns. The margin changes its sign as well.
 _SIDES = {
-    REFERENCE_FILE: ("ref_chosen_logps", "ref_rejected_logps"),
-    SCORE_FILE: ("chosen_score", "rejected_score"),
+    "logps": ("reference.parquet", "ref_chosen_logps", "ref_rejected_logps"),
+    "scores": ("scores.parquet", "chosen_score", "rejected_score"),
 }
-_ROLES = {REFERENCE_FILE: "logps", SCORE_FILE: "scores"}
 
 
 class AgreeingStage(Frozen):
@@ -71,7 +67,7 @@ class RedrawnStage(Frozen):
 def redraw_labels(config: RedrawnStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Write ``pairs.parquet`` and, turned with it, margins, reference log-probabilities and scores.
 
-    The draw depends on (seed, pair) alone. Inputs: "pairs", "margins", "logps", and "scores" where there are some.
+    The draw depends only on (seed, pair). Inputs: "pairs", "margins", "logps", and "scores" where there are some.
     """
     pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet")
     margins = _margins(inputs["margins"], pairs)
@@ -88,9 +84,9 @@ def redraw_labels(config: RedrawnStage, inputs: Mapping[str, Path], out: Path) -
     signed = np.where(turned, -margins, margins)
     pd.DataFrame({"pair_id": pairs["pair_id"], "reward_margin": signed}).to_parquet(out / MARGIN_FILE, index=False)
     ids = set(pairs.loc[turned, "pair_id"])
-    for file, (first, second) in _SIDES.items():
-        if _ROLES[file] in inputs:
-            table = pd.read_parquet(inputs[_ROLES[file]] / file)
+    for role, (file, first, second) in _SIDES.items():
+        if role in inputs:
+            table = pd.read_parquet(inputs[role] / file)
             turn = table["pair_id"].isin(ids)
             a, b = table[first], table[second]
             table[first], table[second] = a.where(~turn, b), b.where(~turn, a)
@@ -106,6 +102,4 @@ def _margins(folder: Path, pairs: pd.DataFrame) -> np.ndarray:
 
 
 def _write_pairs(pairs: pd.DataFrame, out: Path) -> None:
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pandas(pairs, schema=PAIRS, preserve_index=False), buffer)
-    write_atomically(out / "pairs.parquet", buffer.getvalue())
+    write_table(pa.Table.from_pandas(pairs, schema=PAIRS, preserve_index=False), out / "pairs.parquet")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,43 +29,28 @@ from madpo.rewards.oracles import RewardFn, load_oracle
 from madpo.runner.operation import operation
 
 SHORTEST_CONTINUATION = 8  # tokens; a review that goes on for fewer is no prompt
-_IDS = pa.list_(pa.int32())
-RESPONSES = pa.schema(
-    [
-        ("prompt_id", pa.int64()),
-        ("prompt", pa.string()),
-        ("prompt_ids", _IDS),
-        ("response_0", pa.string()),
-        ("response_ids_0", _IDS),
-        ("response_1", pa.string()),
-        ("response_ids_1", _IDS),
-        ("real", pa.string()),
-        ("real_ids", _IDS),
-        ("reward_0", pa.float64()),
-        ("reward_1", pa.float64()),
-        ("reward_real", pa.float64()),
-    ]
+
+
+def _schema(names: str) -> pa.Schema:
+    """The columns of a table; their names say what they hold."""
+    kinds = {"_ids": pa.list_(pa.int32()), "reward": pa.float64(), "_id": pa.int64()}
+    return pa.schema(
+        [(name, next((kind for part, kind in kinds.items() if part in name), pa.string())) for name in names.split()]
+    )
+
+
+RESPONSES = _schema(
+    "prompt_id prompt prompt_ids response_0 response_ids_0 response_1 response_ids_1 real real_ids reward_0 reward_1 "
+    "reward_real"
 )
-PAIRS = pa.schema(
-    [
-        ("pair_id", pa.int64()),
-        ("split", pa.string()),
-        ("prompt", pa.string()),
-        ("chosen", pa.string()),
-        ("rejected", pa.string()),
-        ("prompt_ids", _IDS),
-        ("chosen_ids", _IDS),
-        ("rejected_ids", _IDS),
-        ("chosen_oracle_reward", pa.float64()),
-        ("rejected_oracle_reward", pa.float64()),
-        ("chosen_source", pa.string()),
-        ("rejected_source", pa.string()),
-    ]
+PAIRS = _schema(
+    "pair_id split prompt chosen rejected prompt_ids chosen_ids rejected_ids chosen_oracle_reward "
+    "rejected_oracle_reward chosen_source rejected_source"
 )
 
 
 class ResponseStage(Frozen):
-    """Two sampled responses to the beginning of every prompt review, beside the review's own continuation."""
+    """Two sampled responses to the beginning of every prompt review, and the review's own continuation."""
 
     corpus: Corpus
     prompts: int = Field(ge=1)
@@ -104,8 +89,15 @@ def sample_responses(config: ResponseStage, inputs: Mapping[str, Path], out: Pat
             out / f"part-{start:06d}-{min(start + config.batch_size, len(prompts)):06d}.parquet"
             for start in range(0, len(prompts), config.batch_size)
         ]
-        _write_parts(config, prompts, parts, inputs, tokenizer)
-        _write(pa.concat_tables(pq.read_table(part) for part in parts), path)
+        if missing := [part for part in parts if not part.exists()]:
+            model, oracle = load_model(inputs["sft"] / "model"), load_oracle(inputs["oracle"])
+            with bar("Responses", len(prompts)) as advance:
+                for part in parts:
+                    start, stop = map(int, part.stem.split("-")[1:])
+                    if part in missing:
+                        write_table(_responses(config, prompts.iloc[start:stop], model, tokenizer, oracle), part)
+                    advance(stop - start)
+        write_table(pa.concat_tables(pq.read_table(part) for part in parts), path)
     for part in out.glob("part-*.parquet"):
         part.unlink()
     table = pd.read_parquet(path)
@@ -139,26 +131,6 @@ def cut_prompts(
     return pd.DataFrame(rows, columns=["prompt_id", "prompt", "prompt_ids", "real", "real_ids"])
 
 
-def _write_parts(
-    config: ResponseStage,
-    prompts: pd.DataFrame,
-    parts: Sequence[Path],
-    inputs: Mapping[str, Path],
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    missing = [part for part in parts if not part.exists()]
-    if not missing:
-        return
-    model = load_model(inputs["sft"] / "model")
-    oracle = load_oracle(inputs["oracle"])
-    with bar("Responses", len(prompts)) as advance:
-        for part in parts:
-            start, stop = map(int, part.stem.split("-")[1:])
-            if part in missing:
-                _write(_responses(config, prompts.iloc[start:stop], model, tokenizer, oracle), part)
-            advance(stop - start)
-
-
 def _responses(
     config: ResponseStage, prompts: pd.DataFrame, model: nn.Module, tokenizer: PreTrainedTokenizerBase, oracle: RewardFn
 ) -> pa.Table:
@@ -182,7 +154,8 @@ def _responses(
     return pa.Table.from_pydict({name: columns[name] for name in RESPONSES.names}, schema=RESPONSES)
 
 
-def _write(table: pa.Table, path: Path) -> None:
+def write_table(table: pa.Table, path: Path) -> None:
+    """Write a Parquet file that is whole or absent."""
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     write_atomically(path, buffer.getvalue())
@@ -208,7 +181,7 @@ def label_pairs(config: PairStage, inputs: Mapping[str, Path], out: Path) -> Met
     """Write ``pairs.parquet``; a pair has the id of its prompt. Inputs: "responses".
 
     The winner is the response with the larger reward + label_noise * Gumbel noise, so that at scale 1 the first wins
-    with probability sigma(r_1 - r_2). The noise depends on (seed, prompt) alone.
+    with probability sigma(r_1 - r_2). The noise depends only on (seed, prompt).
 
     Raises:
         ConfigError: no pair would be held out.
@@ -223,18 +196,13 @@ def label_pairs(config: PairStage, inputs: Mapping[str, Path], out: Path) -> Met
         row = responses.iloc[index]
         low = config.tier == "low" or (config.tier == "medium" and index < half)
         chosen, rejected = _labelled(row, low, config)
-        rows.append(
-            {
-                "pair_id": row["prompt_id"],
-                "split": "train" if place < config.train else "heldout",
-                "prompt": row["prompt"],
-                "prompt_ids": row["prompt_ids"],
-                **{f"chosen{name}": value for name, value in chosen.items()},
-                **{f"rejected{name}": value for name, value in rejected.items()},
-            }
-        )
+        both = {
+            f"{side}{name}": v for side, of in (("chosen", chosen), ("rejected", rejected)) for name, v in of.items()
+        }
+        split = "train" if place < config.train else "heldout"
+        rows.append({"pair_id": row["prompt_id"], "split": split, **row[["prompt", "prompt_ids"]], **both})
     table = pa.Table.from_pylist(rows, schema=PAIRS)
-    _write(table, out / "pairs.parquet")
+    write_table(table, out / "pairs.parquet")
     margins = table["chosen_oracle_reward"].to_numpy() - table["rejected_oracle_reward"].to_numpy()
     # Such a pair teaches nothing. Records without one stay as they were before it was counted.
     same = sum(bool(np.array_equal(row["chosen_ids"], row["rejected_ids"])) for row in rows)
