@@ -195,12 +195,9 @@ def label_pairs(config: PairStage, inputs: Mapping[str, Path], out: Path) -> Met
     for place, index in enumerate(order):
         row = responses.iloc[index]
         low = config.tier == "low" or (config.tier == "medium" and index < half)
-        chosen, rejected = _labelled(row, low, config)
-        both = {
-            f"{side}{name}": v for side, of in (("chosen", chosen), ("rejected", rejected)) for name, v in of.items()
-        }
+        asked = {"pair_id": row["prompt_id"], "prompt": row["prompt"], "prompt_ids": row["prompt_ids"]}
         split = "train" if place < config.train else "heldout"
-        rows.append({"pair_id": row["prompt_id"], "split": split, **row[["prompt", "prompt_ids"]], **both})
+        rows.append({**asked, "split": split, **_labelled(row, low, config)})
     table = pa.Table.from_pylist(rows, schema=PAIRS)
     write_table(table, out / "pairs.parquet")
     margins = table["chosen_oracle_reward"].to_numpy() - table["rejected_oracle_reward"].to_numpy()
@@ -216,8 +213,8 @@ def label_pairs(config: PairStage, inputs: Mapping[str, Path], out: Path) -> Met
     }
 
 
-def _labelled(row: pd.Series[Any], low: bool, config: PairStage) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(chosen, rejected) with keys that are the suffixes of their columns."""
+def _labelled(row: pd.Series[Any], low: bool, config: PairStage) -> dict[str, Any]:
+    """The columns of the chosen and of the rejected side."""
     sampled = [
         {"": row[f"response_{k}"], "_ids": row[f"response_ids_{k}"], "_oracle_reward": row[f"reward_{k}"]}
         for k in (0, 1)
@@ -230,4 +227,6 @@ def _labelled(row: pd.Series[Any], low: bool, config: PairStage) -> tuple[dict[s
         second = {**real, "_source": "review"}
     noise = rng(config.seed, "label", int(row["prompt_id"])).gumbel(size=2)
     scores = np.array([first["_oracle_reward"], second["_oracle_reward"]]) + config.label_noise * noise
-    return (second, first) if scores[1] > scores[0] else (first, second)
+    sides = (second, first) if scores[1] > scores[0] else (first, second)
+    named = zip(("chosen", "rejected"), sides, strict=True)
+    return {f"{side}{name}": value for side, one in named for name, value in one.items()}
