@@ -38,8 +38,8 @@ COMMANDS = {
     "example": ("write twenty preference pairs, held-out pairs and prompts to begin with", "first_steps:example"),
     "demo": ("simulate when reward margins help, in a minute, without a model or a download", "first_steps:demo"),
     "doctor": ("say what is installed, what this machine can do, and how fast", "first_steps:doctor"),
-    "verify-theory": ("check the paper's claims numerically", "theory:verify_theory"),
-    "verify-auto": ("compare auto with DPO and MADPO in simulated worlds", "theory:verify_auto"),
+    "verify-theory": ("check the paper's claims numerically", "first_steps:verify_theory"),
+    "verify-auto": ("compare auto with DPO and MADPO in simulated worlds", "first_steps:verify_auto"),
 }
 
 # Module -> the extra that installs it: asked for when an import fails.

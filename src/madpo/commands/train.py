@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from madpo.commands.from_settings import Configurable, part
+from madpo.commands.from_settings import Configurable, T, part
 from madpo.commands.shared import Data, HeldOut, Result
 from madpo.core import processes
 from madpo.core.libraries import loading_libraries
@@ -17,9 +18,25 @@ from madpo.operations.train_settings import Auto, TrainSettings
 from madpo.operations.tuning.settings import TuneSettings
 
 
-def _print(report: str, place: Path, page: str = "") -> int:
+def _run(
+    name: str, options: Any, settings: type[T], *inputs: str, refused: dict[str, Any], page: str = "", **given: Any
+) -> int:
+    """Refuse what is missing, call the function of a command, and print its report and where its page is.
+
+    Args:
+        inputs: what comes before the folder of the result.
+        refused: as for :func:`madpo.commands.early.refuse_missing`.
+        given: further arguments of the function.
+    """
+    from madpo.commands.early import refuse_missing
+
+    place: Path = options.output_dir
+    refuse_missing(output_dir=place, **refused)
+    with loading_libraries():
+        function = getattr(import_module("madpo.operations.tuning" if name == "tune" else "madpo.operations"), name)
+    report = function(*inputs, place, part(options, settings), overwrite=options.overwrite, **given)
     if processes.is_main_process():
-        show(f"{report}\nwritten to {place}")
+        show(f"{report.text()}\nwritten to {place / getattr(report, 'file', '')}")
         if page and (place / page).is_file():
             show(f"Page: {(place / page).resolve().as_uri()}")
     return 0
@@ -35,15 +52,9 @@ def reward(options: Reward) -> int:
     Example:
         madpo reward pairs.jsonl --model_name_or_path gemma-3-270m --output_dir rm
     """
-    from madpo.commands.early import refuse_missing
-
     o = options
-    refuse_missing(pairs=[o.data, o.eval_data], reading=o.reading, models=[o.model], output_dir=o.output_dir)
-    with loading_libraries():
-        from madpo.operations import reward
-
-    report = reward(o.data, o.output_dir, part(o, RewardSettings), eval_data=o.eval_data, overwrite=o.overwrite)
-    return _print(report.text(), o.output_dir, "report.html")
+    refused = {"pairs": [o.data, o.eval_data], "reading": o.reading, "models": [o.model]}
+    return _run("reward", o, RewardSettings, o.data, refused=refused, page="report.html", eval_data=o.eval_data)
 
 
 class Score(Configurable, ScoreSettings, Result, Data):
@@ -59,24 +70,15 @@ def score(options: Score) -> int:
         madpo score pairs.jsonl --folds 5 --model_name_or_path gemma-3-270m --output_dir scored
         madpo score pairs.jsonl --score_columns chosen_score rejected_score --output_dir scored
     """
-    from madpo.commands.early import refuse_missing
-
     o = options
-    model = o.reward.model if o.reward else o.probe
-    columns = o.score_columns or ()
-    refuse_missing(
-        pairs=[o.data],
-        reading=o.reading,
-        columns=columns,
-        models=[model],
-        rewards=[o.reward_model],
-        output_dir=o.output_dir,
-    )
-    with loading_libraries():
-        from madpo.operations import score
-
-    report = score(o.data, o.output_dir, part(o, ScoreSettings), overwrite=o.overwrite)
-    return _print(report.text(), o.output_dir / report.file)
+    refused = {
+        "pairs": [o.data],
+        "reading": o.reading,
+        "columns": o.score_columns or (),
+        "models": [o.reward.model if o.reward else o.probe],
+        "rewards": [o.reward_model],
+    }
+    return _run("score", o, ScoreSettings, o.data, refused=refused)
 
 
 class Train(Configurable, TrainSettings, HeldOut, Result, Data):
@@ -92,24 +94,11 @@ def train(options: Train) -> int:
             --loss.c_max 4 --learning_rate 1e-4 --eval_share 0.1 --merge --output_dir policy
         madpo train scored/scored.jsonl --config tuned/chosen.toml --output_dir policy
     """
-    from madpo.commands.early import refuse_missing
-
     o = options
     if isinstance(o.loss, Auto):
         o.loss.refuse_held_out(o.eval_data)
-    refuse_missing(
-        pairs=[o.data, o.eval_data],
-        reading=o.reading,
-        loss=o.loss,
-        probe=True,
-        models=[o.model],
-        output_dir=o.output_dir,
-    )
-    with loading_libraries():
-        from madpo.operations import train
-
-    report = train(o.data, o.output_dir, part(o, TrainSettings), eval_data=o.eval_data, overwrite=o.overwrite)
-    return _print(report.text(), o.output_dir, "report.html")
+    refused = {"pairs": [o.data, o.eval_data], "reading": o.reading, "loss": o.loss, "probe": True, "models": [o.model]}
+    return _run("train", o, TrainSettings, o.data, refused=refused, page="report.html", eval_data=o.eval_data)
 
 
 class Tune(Configurable, TuneSettings, Result, Data):
@@ -125,18 +114,10 @@ def tune(options: Tune) -> int:
         madpo tune scored/scored.jsonl --model_name_or_path gemma-3-270m --learning_rate 1e-4 --output_dir tuned \
             --space.loss.tau '[2, 4, 7, 10]' --space.loss.c_max '{ low = 1.5, high = 4 }'
     """
-    from madpo.commands.early import refuse_missing
-
     o = options
     rewards = [o.reward.reward_model if o.reward else None]
-    refuse_missing(
-        pairs=[o.data], reading=o.reading, loss=o.loss, models=[o.model], rewards=rewards, output_dir=o.output_dir
-    )
-    with loading_libraries():
-        from madpo.operations.tuning import tune
-
-    report = tune(o.data, o.output_dir, part(o, TuneSettings), overwrite=o.overwrite)
-    show(f"{report.text()}\nPage: {(o.output_dir / 'tune.html').resolve().as_uri()}")
+    refused = {"pairs": [o.data], "reading": o.reading, "loss": o.loss, "models": [o.model], "rewards": rewards}
+    _run("tune", o, TuneSettings, o.data, refused=refused, page="tune.html")
     show(f"madpo train {o.data} --config {o.output_dir / 'chosen.toml'} --output_dir DIR")
     return 0
 
@@ -154,17 +135,12 @@ def evaluate(options: Evaluate) -> int:
     Example:
         madpo evaluate policy --prompts prompts.jsonl --reward rm --max_new_tokens 64 --output_dir evaluation
     """
-    from madpo.commands.early import refuse_missing
     from madpo.operations.preconditions import find_policy
     from madpo.operations.prompts import read_prompts
 
     o = options
-    refuse_missing(data=[o.prompts], models=[o.reference], rewards=[o.reward_model], output_dir=o.output_dir)
     find_policy(o.policy, o.reference)
     if expanded(o.prompts).is_file():
         read_prompts(o.prompts, o.max_prompts, o.reading)
-    with loading_libraries():
-        from madpo.operations import evaluate
-
-    report = evaluate(o.policy, o.prompts, o.output_dir, part(o, EvaluateSettings), overwrite=o.overwrite)
-    return _print(report.text(), o.output_dir, "samples.html")
+    refused = {"data": [o.prompts], "models": [o.reference], "rewards": [o.reward_model]}
+    return _run("evaluate", o, EvaluateSettings, o.policy, o.prompts, refused=refused, page="samples.html")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+import pandas as pd
 
 from madpo.core.config import Frozen
 from madpo.core.errors import ConfigError
@@ -16,13 +16,12 @@ from madpo.core.metrics import Estimate, Metrics
 from madpo.core.reports import Report
 from madpo.core.statistics import bootstrap_mean, bootstrap_share, paired_difference, proportion
 from madpo.core.storage import write_atomically
-from madpo.data.messages import Text
 from madpo.data.rows import Pair
 from madpo.data.tokens import Encoder
 from madpo.models.engine.responses import divergence, end_tokens, respond
 from madpo.models.load import load_model, load_tokenizer, resolve_model
 from madpo.operations.preconditions import Place, find_policy
-from madpo.operations.prompts import Prompt, read_prompts
+from madpo.operations.prompts import Prompt, answer, read_prompts
 from madpo.operations.reward_model import load_pair_encoder, load_scorer, reward_model_digest
 from madpo.operations.running import digest, load_report, run_in_folder
 from madpo.operations.settings import EvaluateSettings
@@ -71,21 +70,18 @@ class EvaluateReport(Report):
         w, d = self.win_rate, self.reward_difference
         lines = [
             f"{self.prompts} prompts, {self.samples_per_prompt} response{'s' * (self.samples_per_prompt > 1)} each",
-            f"win rate {w.mean:.1%} (95 % interval {w.low:.1%} to {w.high:.1%}), reward difference {_interval(d)}",
+            f"win rate {w.mean:.1%} (95 % interval {w.low:.1%} to {w.high:.1%}), reward difference "
+            f"{short(d, digits=3)}",
             f"{'':12}{'policy':>28}{'reference':>28}",
         ]
         for name in ("reward", "length"):
-            sides = [_interval(getattr(side, name)) for side in (self.policy_side, self.reference_side)]
+            sides = [short(getattr(side, name), digits=3) for side in (self.policy_side, self.reference_side)]
             lines.append(f"{name:12}{sides[0]:>28}{sides[1]:>28}")
-        lines.append(f"{'KL (nats)':12}{_interval(self.kl):>28}{'0':>28}")
+        lines.append(f"{'KL (nats)':12}{short(self.kl, digits=3):>28}{'0':>28}")
         for name in ("distinct_1", "distinct_2", "ended_share"):
             numbers = [getattr(side, name) for side in (self.policy_side, self.reference_side)]
             lines.append(f"{name:12}{numbers[0]:>28.3f}{numbers[1]:>28.3f}")
         return "\n".join(lines)
-
-
-def _interval(e: Estimate) -> str:
-    return f"{e.mean:.3f} ({e.low:.3f} to {e.high:.3f})"
 
 
 def evaluate(
@@ -129,12 +125,16 @@ def evaluate_responses(settings: EvaluateSettings, inputs: Mapping[str, Path], o
     asked = read_prompts(inputs["prompts"], settings.max_prompts, settings.reading)
     prompts_digest = digest(inputs["prompts"])
     samples = _responses(place, asked, settings)
-    chosen, rejected = load_scorer(settings.reward_model, batch_size=settings.score_batch_size).score_pairs(
-        [Pair(i, i, s.prompt, s.said[0], s.said[1], {}) for i, s in enumerate(samples)], "prompt", "row"
-    )
-    report = _report(place, settings, samples, chosen, rejected, prompts_digest)
-    lines = [_line(s, a, b) for s, a, b in zip(samples, chosen, rejected, strict=True)]
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    pairs = [
+        Pair(i, i, s["prompt"], answer(s["prompt"], s["response"]), answer(s["prompt"], s["reference_response"]), {})
+        for i, s in enumerate(samples)
+    ]
+    scorer = load_scorer(settings.reward_model, batch_size=settings.score_batch_size)
+    rewards = np.stack(scorer.score_pairs(pairs, "prompt", "row"))
+    for sample, (mine, theirs) in zip(samples, rewards.T.tolist(), strict=True):
+        sample |= {"reward": mine, "reference_reward": theirs}
+    report = _report(place, settings, pd.DataFrame(samples), prompts_digest)
+    text = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
     write_atomically(out / "samples.jsonl", text)
     sides = report.policy_side, report.reference_side
     write_samples_page(
@@ -154,34 +154,15 @@ def evaluate_responses(settings: EvaluateSettings, inputs: Mapping[str, Path], o
             name.replace("_", " "): (getattr(sides[0], name), getattr(sides[1], name))
             for name in ("reward", "length", "distinct_1", "distinct_2", "ended_share")
         },
-        samples=lines,
+        samples=samples,
         settings={"policy": report.policy, "reference": report.reference, **settings.model_dump(mode="json")},
     )
     report.write(out / "evaluation.json")
     return {"win_rate": report.win_rate, "reward_difference": report.reward_difference, "kl": report.kl}
 
 
-class Sample(NamedTuple):
-    """Two responses to a prompt, drawn with the same random numbers: the policy's and the reference's."""
-
-    prompt_id: int
-    sample: int
-    prompt: Text
-    texts: tuple[str, str]
-    tokens: tuple[int, int]
-    ended: tuple[bool, bool]
-    kl: float
-
-    @property
-    def said(self) -> tuple[Text, Text]:
-        """The responses in the form of the prompt."""
-        if isinstance(self.prompt, str):
-            return self.texts
-        first, second = ([{"role": "assistant", "content": text}] for text in self.texts)
-        return first, second
-
-
-def _responses(place: Place, prompts: Sequence[Prompt], settings: EvaluateSettings) -> list[Sample]:
+def _responses(place: Place, prompts: Sequence[Prompt], settings: EvaluateSettings) -> list[dict[str, Any]]:
+    """The lines of ``samples.jsonl`` without rewards: two responses each, drawn with the same random numbers."""
     source, base = resolve_model(place.reference), resolve_model(place.base)
     tokenizer = load_tokenizer(source)
     if load_tokenizer(base).get_vocab() != tokenizer.get_vocab():
@@ -193,7 +174,7 @@ def _responses(place: Place, prompts: Sequence[Prompt], settings: EvaluateSettin
     ends = {*end_tokens(reference, tokenizer), *end_tokens(policy, tokenizer)}
     if any(isinstance(prompt.content, list) for prompt in prompts):
         ends.add(encoder.end_id())
-    samples = []
+    samples: list[dict[str, Any]] = []
     drawn = (
         respond(
             model,
@@ -211,18 +192,11 @@ def _responses(place: Place, prompts: Sequence[Prompt], settings: EvaluateSettin
     for draw, (mine, theirs) in enumerate(zip(*drawn, strict=True)):
         written, size = [response.ids for response in mine], settings.score_batch_size
         kl = divergence(policy, reference, prompt_ids, written, pad=tokenizer.pad_token_id, batch_size=size)[1]
-        samples += [
-            Sample(
-                prompt.prompt_id,
-                draw,
-                prompt.content,
-                (a.text, b.text),
-                (len(a.ids), len(b.ids)),
-                (a.ended, b.ended),
-                float(apart),
-            )
-            for prompt, a, b, apart in zip(prompts, mine, theirs, kl, strict=True)
-        ]
+        for prompt, a, b, apart in zip(prompts, mine, theirs, kl, strict=True):
+            sample = {"prompt_id": prompt.prompt_id, "sample": draw, "prompt": prompt.content, "kl": float(apart)}
+            for who, said in (("", a), ("reference_", b)):
+                sample |= {f"{who}response": said.text, f"{who}tokens": len(said.ids), f"{who}ended": said.ended}
+            samples.append(sample)
     return samples
 
 
@@ -234,69 +208,46 @@ def _refuse_unscored(prompts: Sequence[Prompt], settings: EvaluateSettings) -> N
     """
     encoder = load_pair_encoder(settings.reward_model)
     for prompt in prompts:
-        answer: Text = "a" if isinstance(prompt.content, str) else [{"role": "assistant", "content": "a"}]
-        encoder.ids([Pair(prompt.prompt_id, 0, prompt.content, answer, answer, {})], prompt.place, "answer")
+        said = answer(prompt.content, "a")
+        encoder.ids([Pair(prompt.prompt_id, 0, prompt.content, said, said, {})], prompt.place, "answer")
 
 
 def _report(
-    place: Place,
-    settings: EvaluateSettings,
-    samples: Sequence[Sample],
-    chosen: NDArray[Any],
-    rejected: NDArray[Any],
-    prompts_digest: str | None,
+    place: Place, settings: EvaluateSettings, samples: pd.DataFrame, prompts_digest: str | None
 ) -> EvaluateReport:
-    clusters = np.array([s.prompt_id for s in samples])
+    prompts, how = samples["prompt_id"].to_numpy(), {"seed": settings.seed}
 
-    def side(k: int, rewards: NDArray[Any]) -> Side:
-        texts = [s.texts[k] for s in samples]
+    def mean(values: Any) -> Estimate:
+        return bootstrap_mean(values, clusters=prompts, **how)
+
+    def side(who: str) -> Side:
+        texts = samples[f"{who}response"].tolist()
         return Side(
-            reward=bootstrap_mean(rewards, seed=settings.seed, clusters=clusters),
-            length=bootstrap_mean([s.tokens[k] for s in samples], seed=settings.seed, clusters=clusters),
+            reward=mean(samples[f"{who}reward"]),
+            length=mean(samples[f"{who}tokens"]),
             distinct_1=distinct(texts, 1),
             distinct_2=distinct(texts, 2),
-            ended_share=float(np.mean([s.ended[k] for s in samples])),
+            ended_share=float(samples[f"{who}ended"].mean()),
         )
 
-    wins = np.where(chosen > rejected, 1.0, np.where(chosen < rejected, 0.0, 0.5))
+    mine, theirs = (samples[name].to_numpy() for name in ("reward", "reference_reward"))
+    wins = np.where(mine > theirs, 1.0, np.where(mine < theirs, 0.0, 0.5))
     single = settings.samples_per_prompt == 1
+    # Wilson's interval keeps its width where one side wins everything.
     whole = single and not (wins == 0.5).any()
-    difference = chosen - rejected
     return EvaluateReport(
         policy=place.name,
         reference=place.reference,
-        prompts=len(np.unique(clusters)),
+        prompts=len(np.unique(prompts)),
         samples_per_prompt=settings.samples_per_prompt,
         prompts_digest=prompts_digest,
         policy_digest=digest(place.name) or digest(resolve_model(place.base)),
         reference_digest=digest(resolve_model(place.reference)),
         reward_model_digest=reward_model_digest(settings.reward_model),
-        # Wilson's interval keeps its width where one side wins everything.
-        win_rate=proportion(int(wins.sum()), len(wins))
-        if whole
-        else bootstrap_share(wins, seed=settings.seed, clusters=clusters),
-        reward_difference=paired_difference(chosen, rejected, seed=settings.seed)
-        if single
-        else bootstrap_mean(difference, seed=settings.seed, clusters=clusters),
-        kl=bootstrap_mean([s.kl for s in samples], seed=settings.seed, clusters=clusters),
-        policy_side=side(0, chosen),
-        reference_side=side(1, rejected),
+        win_rate=proportion(int(wins.sum()), len(wins)) if whole else bootstrap_share(wins, clusters=prompts, **how),
+        reward_difference=paired_difference(mine, theirs, **how) if single else mean(mine - theirs),
+        kl=mean(samples["kl"]),
+        policy_side=side(""),
+        reference_side=side("reference_"),
         settings=settings,
     )
-
-
-def _line(sample: Sample, mine: float, theirs: float) -> dict[str, Any]:
-    return {
-        "prompt_id": sample.prompt_id,
-        "sample": sample.sample,
-        "prompt": sample.prompt,
-        "response": sample.texts[0],
-        "reference_response": sample.texts[1],
-        "reward": float(mine),
-        "reference_reward": float(theirs),
-        "kl": sample.kl,
-        "tokens": sample.tokens[0],
-        "reference_tokens": sample.tokens[1],
-        "ended": sample.ended[0],
-        "reference_ended": sample.ended[1],
-    }
