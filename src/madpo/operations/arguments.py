@@ -1,4 +1,4 @@
-"""Arguments of the trainer by name and type, without loading TRL: a mistake in one is told in a second, not in ten."""
+"""Arguments of the trainer by name and type, without loading TRL: a mistake in one is reported within a second."""
 
 from __future__ import annotations
 

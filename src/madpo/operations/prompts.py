@@ -20,7 +20,7 @@ from madpo.data.sources import open_source
 
 
 class Prompt(NamedTuple):
-    """A prompt, and where it stands."""
+    """A prompt, and where it is."""
 
     prompt_id: int
     """Index of its row, from 0."""

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from madpo.training.run import Page
 
 EVALUATIONS = 10
-"""Looks at the held-out pairs during the training, where ``eval_every`` does not say otherwise."""
+"""Evaluations on the held-out pairs during the training, where ``eval_every`` does not say otherwise."""
 
 MEMORY_REMEDY = (
     "give a smaller --micro_batch_size, which leaves the result as it is unless "

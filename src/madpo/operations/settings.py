@@ -25,7 +25,7 @@ class RewardOptimisation(Optimisation):
 
 
 class Training(Reading):
-    """What every training on a user's pairs is told about model and data."""
+    """Model and data of every training on a user's pairs."""
 
     model: Annotated[str, Cli(also=("model_name_or_path",))]
     """Packaged name, folder or hub id of the model that the training starts from."""

@@ -67,7 +67,7 @@ _CONTINUING = {
 
 
 def model_settings(model: nn.Module) -> dict[str, Any]:
-    """What decides a model's forward pass besides its weights, as plain values.
+    """What decides a model's forward pass, next to its weights, as plain values.
 
     The class, the configuration without names and paths, the implementations of attention and experts, and the
     quantisation.
@@ -227,7 +227,7 @@ def check_identity(point: disk.Checkpoint, identity: Mapping[str, Any], *, conti
             if was.get(name) != new[name]
         ]
         if changed:
-            say(f"Continuing {point.folder} otherwise than it began: {', '.join(changed)}")
+            say(f"Continuing {point.folder} with other settings: {', '.join(changed)}")
     if (differs := first_difference(before, now)) is not None:
         field, *values = differs
         old, found = (text if len(text := repr(value)) <= 80 else f"{text[:77]}..." for value in values)

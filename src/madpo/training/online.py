@@ -42,7 +42,7 @@ class _OwnSampling(ExactResume):
     def _sampled(self, prompt_ids: list[list[int]]) -> list[list[int]]:
         copies: dict[int, int] = {}
         keys = []
-        for row in self._rows:  # one prompt stands as often as it has responses
+        for row in self._rows:  # a prompt is in it once for each of its responses
             copy = copies[row["prompt_id"]] = copies.get(row["prompt_id"], -1) + 1
             keys.append(derived_seed(row["prompt_id"], copy))
         return generate(

@@ -22,7 +22,7 @@ REPEATED = "repeated"
 def marked(batch: dict[str, Any], accelerator: Any, *, drop_last: bool) -> dict[str, Any]:
     """The batch, with one truth value per pair in ``repeated`` if it is the last of its data loader.
 
-    To be called while the loader stands at this batch. Rows are pairs: chosen ones first, then rejected ones.
+    Call it while the loader is at this batch. Rows are pairs: chosen ones first, then rejected ones.
     """
     state = accelerator.gradient_state
     if accelerator.num_processes == 1 or drop_last or not state.end_of_dataloader:

@@ -74,7 +74,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
 
 
 def _log_line(row: Mapping[str, Any]) -> str:
-    """A row of ``log.jsonl``: what depends on the training alone, in an order that a checkpoint does not change."""
+    """A row of ``log.jsonl``: only what depends on the training, in an order that a checkpoint does not change."""
     kept = {k: v for k, v in sorted(row.items()) if k != "step" and not k.endswith(("_runtime", "_per_second"))}
     return json.dumps({"step": row["step"], **kept}) + "\n"
 

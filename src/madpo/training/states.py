@@ -1,4 +1,4 @@
-"""What a training carries from step to step besides its weights, in forms that safetensors and JSON hold."""
+"""What a training carries from step to step next to its weights, in forms that safetensors and JSON hold."""
 
 from __future__ import annotations
 
@@ -105,8 +105,8 @@ def _cuda_devices() -> list[int]:
     if not torch.cuda.is_available():
         return []
     # One process per device: its own. One process for all (DataParallel): every one.
-    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-    return list(range(torch.cuda.device_count())) if alone else [torch.cuda.current_device()]
+    single = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    return list(range(torch.cuda.device_count())) if single else [torch.cuda.current_device()]
 
 
 def _hex(state: Tensor) -> str:

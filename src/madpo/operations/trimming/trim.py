@@ -317,7 +317,7 @@ def _gap(wanted: Sequence[Probe], found: Sequence[Probe], name: str) -> float:
     if not (states <= 0.05 * scale and logps <= 0.5):
         raise ConfigError(
             f"{name}: on kept tokens the trimmed model gives other states (by {states:.2g}) or log-probabilities (by "
-            f"{logps:.2g} nats), so it has weights for each word besides embedding and head; it cannot be trimmed yet"
+            f"{logps:.2g} nats), so it has weights for each word outside embedding and head; it cannot be trimmed yet"
         )
     return states
 

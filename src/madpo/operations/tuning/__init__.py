@@ -2,7 +2,7 @@
 
 ``space`` says what is tried, ``settings`` everything else, ``heldout`` measures one setting by cross-validation,
 ``reward`` reads the reward of samples at equal KL, ``study`` lets Optuna search, ``page`` shows every trial. Names load
-on first use, so that a mistake in a configuration is told before TRL is loaded.
+on first use, so that a mistake in a configuration is reported before TRL is loaded.
 """
 
 from typing import TYPE_CHECKING

@@ -49,7 +49,7 @@ class Prepared(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     base: Path | str
     reference: nn.Module | None
-    """For the reward at equal KL alone."""
+    """Only for the reward at equal KL."""
     scorer: PairScorer | None
     dropped: int
     clock: Clock
@@ -74,7 +74,7 @@ class Heldout(Frozen):
 
 
 class Measured(NamedTuple):
-    """:class:`Heldout` with what stands behind it, for comparisons pair by pair (or prompt by prompt)."""
+    """:class:`Heldout` with the values behind it, for comparisons pair by pair (or prompt by prompt)."""
 
     heldout: Heldout
     log_loss: Floats
@@ -130,7 +130,7 @@ def prepare(data: str | Path, settings: TuneSettings, folder: Path) -> Prepared:
 
 
 def measure(prepared: Prepared, settings: TuneSettings, training: TrainSettings, folder: Path) -> Measured:
-    """Train on all folds but one, for each, and look at the one; a fold that is there is not trained again.
+    """For each fold, train on the others and measure on it; a fold that is there is not trained again.
 
     Args:
         folder: of all trials; each setting has its own in it, so that an equal one is not measured twice.

@@ -1,4 +1,4 @@
-"""What ``madpo tune`` is told: everything that ``madpo train`` takes, the search space, and what is selected on."""
+"""Settings of ``madpo tune``: everything that ``madpo train`` takes, the search space, and what is selected on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SEARCHED = ("loss", "args", "lora")
 class RewardCriterion(Sampling):
     """How the reward of samples at equal KL is measured.
 
-    Policies that went different ways from the reference cannot be compared by reward alone: more KL buys more reward.
+    Policies that went different ways from the reference cannot be compared by their rewards only: more KL buys more reward.
     So each policy is measured at several strengths of its adapter (0 is the reference, 1 the policy as trained), and
     the reward is read off between the two strengths whose KL lies around ``kl``.
     """

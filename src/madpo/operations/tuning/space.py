@@ -28,7 +28,7 @@ class Dimension(Frozen):
     log: bool = False
     """Draw the logarithm evenly: for settings whose size is unknown, such as beta or a learning rate."""
     integer: bool = False
-    """Whole numbers alone."""
+    """Only whole numbers."""
 
     @model_validator(mode="after")
     def _is_one_of_two(self) -> Dimension:
