@@ -31,14 +31,18 @@ def write_parquet(path: Path, rows: Iterator[Placed], group_size: int) -> None:
     writer = None
     try:
         while group := list(islice(rows, group_size)):
-            if writer is None:
-                names = dict.fromkeys(name for _, row in group for name in row)
-                table = pa.table({name: _column(group, name) for name in names})
-                writer = pq.ParquetWriter(path, table.schema)
-            else:
-                _refuse_late(group, writer.schema.names)
-                columns = [_column(group, field.name, field.type) for field in writer.schema]
-                table = pa.table(columns, schema=writer.schema)
+            schema: Any = None if writer is None else writer.schema
+            if schema is None:
+                names = list(dict.fromkeys(name for _, row in group for name in row))
+            for place, row in group:
+                if late := [name for name in row if schema is not None and name not in names]:
+                    raise DataError(
+                        f"{place}: has the column {late[0]!r}, which none of the rows before has, and Parquet cannot "
+                        "add it; use --format jsonl, or give it in the first row"
+                    )
+            kinds = {name: None if schema is None else schema.field(name).type for name in names}
+            table = pa.table({name: _column(group, name, kind) for name, kind in kinds.items()}, schema=schema)
+            writer = writer or pq.ParquetWriter(path, table.schema)
             writer.write_table(table)
     except (pa.ArrowException, UnicodeEncodeError) as error:
         raise DataError(
@@ -49,7 +53,7 @@ def write_parquet(path: Path, rows: Iterator[Placed], group_size: int) -> None:
             writer.close()
 
 
-def _column(group: Sequence[Placed], name: str, kind: Any = None) -> Any:
+def _column(group: Sequence[Placed], name: str, kind: Any) -> Any:
     """A column of some rows as Arrow holds it, null where a row lacks it."""
     import pyarrow as pa
 
@@ -62,42 +66,25 @@ def _column(group: Sequence[Placed], name: str, kind: Any = None) -> Any:
         ) from None
 
 
-def _refuse_late(group: Sequence[Placed], names: Sequence[str]) -> None:
-    """Refuse a column that the rows before lack: a Parquet file knows its columns from the beginning."""
-    known = set(names)
-    for place, row in group:
-        if late := [name for name in row if name not in known]:
-            raise DataError(
-                f"{place}: has the column {late[0]!r}, which none of the rows before has, and Parquet cannot add it; "
-                "use --format jsonl, or give it in the first row"
-            )
-
-
 def json_line(place: str, row: Raw) -> bytes:
     """A row as a line of JSON, which has no word for a number that is not finite: null."""
     try:
-        try:
-            line = _dumped(row)
-        except ValueError:
-            line = _dumped(_finite(row))
+        line = _dumped(row)
     except (TypeError, ValueError, RecursionError):
+        parts = []
         for name, value in row.items():
-            _refuse_unwritten(place, name, value)
-        raise
+            try:
+                parts.append(f"{_dumped(name)}: {_dumped(_finite(value))}")
+            except (TypeError, ValueError, RecursionError) as error:
+                raise DataError(
+                    f"{place}: the column {name!r} cannot be written as JSON ({first_line(error, 120)}); use --format "
+                    "parquet, or drop the column"
+                ) from None
+        line = f"{{{', '.join(parts)}}}"
     try:
         return line.encode() + b"\n"
     except UnicodeEncodeError:  # half of a surrogate pair in a column that nothing reads: as it came, escaped
         return json.dumps(json.loads(line)).encode() + b"\n"
-
-
-def _refuse_unwritten(place: str, name: str, value: Any) -> None:
-    try:
-        _dumped(_finite(value))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise DataError(
-            f"{place}: the column {name!r} cannot be written as JSON ({first_line(error, 120)}); use --format "
-            "parquet, or drop the column"
-        ) from None
 
 
 def _dumped(value: Any) -> str:

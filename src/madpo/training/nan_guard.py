@@ -110,7 +110,11 @@ class FiniteTraining(Trainer):  # type: ignore[misc]
             A DivergedError, but where the cause lies in what the training was given: a damaged base model or reference.
         """
         step = self.state.global_step
-        when = f"at step {step if finished else step + 1}" if self.model.training else f"in the evaluation after step {step}"
+        when = (
+            f"at step {step if finished else step + 1}"
+            if self.model.training
+            else f"in the evaluation after step {step}"
+        )
         kept = folders(Path(self.args.output_dir))
         last = f"; the last checkpoint, {kept[0].name}, is good and stays" if kept else ""
         diverged = finished or (cause is None and _first_bad(self._weights(trained=False)) is None)

@@ -1,9 +1,9 @@
 """Exact resume for any of transformers' trainers: what a kill interrupts ends in the bytes of an undisturbed run.
 
 A mixin that puts :mod:`madpo.training.checkpoints` behind the ordinary interface (``save_strategy``,
-``save_total_limit``, ``resume_from_checkpoint``). It keeps weights, optimizer and schedule, what transformers
-forgets (running totals of the logged rows, random states of a loss that looks at a step before it is taken) and what
-transformers keeps as pickle (optimizer, schedule, random states, arguments).
+``save_total_limit``, ``resume_from_checkpoint``). It keeps the weights, what transformers forgets (running
+totals of the logged rows, random states of a loss that looks at a step before it is taken) and what transformers keeps
+as pickle (optimizer, schedule, random states, arguments).
 """
 
 from __future__ import annotations

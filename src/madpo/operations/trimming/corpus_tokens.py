@@ -56,7 +56,7 @@ def read_corpus(
 
     Args:
         corpus: data sets, or ``imdb``.
-        eval_data: the held-out text; texts that are in the corpus too are not counted. None takes a share of the corpus.
+        eval_data: held-out text; what is in the corpus too is not counted. None takes a share of the corpus.
 
     Raises:
         DataError: nothing is left to count, or to measure on; or a text cannot be read.
