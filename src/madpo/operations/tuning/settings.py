@@ -21,9 +21,8 @@ SEARCHED = ("loss", "args", "lora")
 class RewardCriterion(Sampling):
     """How the reward of samples at equal KL is measured.
 
-    Policies that went different ways from the reference cannot be compared by their rewards only: more KL buys
-    more reward. So each policy is measured at several strengths of its adapter (0 is the reference, 1 the policy as trained), and
-    the reward is read off between the two strengths whose KL lies around ``kl``.
+    More KL buys more reward. So each policy is measured at several strengths of its adapter (0 is the reference, 1 the
+    policy as trained), and the reward is read off between the two strengths whose KL lies around ``kl``.
     """
 
     reward_model: str
