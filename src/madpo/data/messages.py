@@ -21,6 +21,11 @@ ASSISTANT = ("assistant", "gpt", "bot", "model", "chatgpt")
 _RENAME = {"human": "user", "prompter": "user"} | dict.fromkeys(ASSISTANT[1:], "assistant")
 
 
+def answered(prompt: Text, response: str) -> Text:
+    """A response in the form of its prompt."""
+    return response if isinstance(prompt, str) else [{"role": "assistant", "content": response}]
+
+
 def as_text(value: Any, name: str, place: str) -> Text:
     """A field of a row: text, or messages (text parts of a message joined).
 

@@ -16,12 +16,13 @@ from madpo.core.metrics import Estimate, Metrics
 from madpo.core.reports import Report
 from madpo.core.statistics import bootstrap_mean, bootstrap_share, paired_difference, proportion
 from madpo.core.storage import write_atomically
+from madpo.data.messages import answered
 from madpo.data.rows import Pair
 from madpo.data.tokens import Encoder
 from madpo.models.engine.responses import divergence, end_tokens, respond
 from madpo.models.load import load_model, load_tokenizer, resolve_model
 from madpo.operations.preconditions import Place, find_policy
-from madpo.operations.prompts import Prompt, answer, read_prompts
+from madpo.operations.prompts import Prompt, read_prompts
 from madpo.operations.reward_model import load_pair_encoder, load_scorer, reward_model_digest
 from madpo.operations.running import digest, load_report, run_in_folder
 from madpo.operations.settings import EvaluateSettings
@@ -126,7 +127,9 @@ def evaluate_responses(settings: EvaluateSettings, inputs: Mapping[str, Path], o
     prompts_digest = digest(inputs["prompts"])
     samples = _responses(place, asked, settings)
     pairs = [
-        Pair(i, i, s["prompt"], answer(s["prompt"], s["response"]), answer(s["prompt"], s["reference_response"]), {})
+        Pair(
+            i, i, s["prompt"], answered(s["prompt"], s["response"]), answered(s["prompt"], s["reference_response"]), {}
+        )
         for i, s in enumerate(samples)
     ]
     scorer = load_scorer(settings.reward_model, batch_size=settings.score_batch_size)
@@ -208,7 +211,7 @@ def _refuse_unscored(prompts: Sequence[Prompt], settings: EvaluateSettings) -> N
     """
     encoder = load_pair_encoder(settings.reward_model)
     for prompt in prompts:
-        said = answer(prompt.content, "a")
+        said = answered(prompt.content, "a")
         encoder.ids([Pair(prompt.prompt_id, 0, prompt.content, said, said, {})], prompt.place, "answer")
 
 

@@ -68,8 +68,3 @@ def read_prompts(data: str | Path, count: int | None = None, columns: Any = None
     if count is not None and len(found) < count:
         raise DataError(f"{source.name}: has only {len(found)} different prompts, but {count} are asked for")
     return list(found.values())
-
-
-def answer(prompt: Text, text: str) -> Text:
-    """A response in the form of its prompt."""
-    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]

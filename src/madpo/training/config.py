@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -20,10 +20,11 @@ from madpo.models.modes import without_own_noise
 class PreferenceConfig(DPOConfig):  # type: ignore[misc]
     """TRL's ``DPOConfig`` with defaults that run everywhere.
 
-    The CPU is used where there is no accelerator, bfloat16 only where the processor has it, gradient checkpointing is
-    off, and dropout is off in the model but not in its adapter.
+    The CPU is used where there is no accelerator.
 
     Attributes:
+        gradient_checkpointing: recompute activations in the backward pass; off by default (TRL: on).
+        bf16: bfloat16; None is where the processor has it.
         disable_dropout: None switches off the model's own dropout (and layerdrop, router jitter and the like), so that
             training begins at the reference; LoRA dropout is what the user wrote. True switches off both (TRL's
             default), False neither.
@@ -35,23 +36,12 @@ class PreferenceConfig(DPOConfig):  # type: ignore[misc]
             model. They hold pickles, which can run code when they are loaded. Otherwise checkpoints hold none.
     """
 
-    gradient_checkpointing: bool | None = field(
-        default=None, metadata={"help": "Recompute activations in backward; off by default (TRL: on)."}
-    )
-    disable_dropout: bool | None = field(
-        default=None, metadata={"help": "Switch off dropout; None is off in the model and as written in the adapter."}
-    )
-    bf16: bool | None = field(default=None, metadata={"help": "bfloat16; None is where the processor has it."})
-    token_metrics: str = field(
-        default="always", metadata={"help": "When to compute entropy and mean logits: always, logged or never."}
-    )
-
-    pair_weights: bool | None = field(
-        default=None, metadata={"help": "Multiply each pair's loss by its column 'weight'."}
-    )
-    allow_pickle: bool = field(
-        default=False, metadata={"help": "Load (and under DeepSpeed or FSDP write) checkpoints that hold pickles."}
-    )
+    gradient_checkpointing: bool | None = None
+    disable_dropout: bool | None = None
+    bf16: bool | None = None
+    token_metrics: str = "always"
+    pair_weights: bool | None = None
+    allow_pickle: bool = False
 
     def __post_init__(self) -> None:
         if self.token_metrics not in ("logged", "always", "never"):

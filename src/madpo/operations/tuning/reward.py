@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from madpo.data.folds import prompt_key
+from madpo.data.messages import answered
 from madpo.data.rows import Pair
 from madpo.data.tokens import Encoder
 from madpo.models.engine.responses import Response, divergence, end_tokens, respond
@@ -94,7 +95,7 @@ def reward_curve(
             size = config.score_batch_size
             kl = divergence(policy, reference, prompt_ids, ids, pad=tokenizer.pad_token_id, batch_size=size)[1]
         pairs = [
-            Pair(i, i, row["prompt"], _as(row, a.text), _as(row, b.text), {})
+            Pair(i, i, row["prompt"], answered(row["prompt"], a.text), answered(row["prompt"], b.text), {})
             for i, (row, a, b) in enumerate(zip(chosen, said, base, strict=True))
         ]
         mine, theirs = scorer.score_pairs(pairs, "held-out prompts", "row")
@@ -105,10 +106,6 @@ def reward_curve(
             break
     strengths, rewards, kls = zip(*points, strict=True)
     return RewardCurve(np.array(strengths), np.stack(rewards), np.stack(kls))
-
-
-def _as(row: Row, text: str) -> Any:
-    return text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
 
 
 @contextmanager
