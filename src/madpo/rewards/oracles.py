@@ -69,7 +69,7 @@ class NgramOracle(OracleConfig):
 
     kind: Literal["ngram"] = "ngram"
     scores: Scores = "completion"
-    """What is scored: the response alone, or prompt and response as one text."""
+    """What is scored: only the response, or prompt and response as one text."""
     reviews: int | None = Field(default=None, ge=10)
     """At most this many reviews are used, drawn at random; None is all that are left."""
     features: int = Field(default=150_000, ge=100)
@@ -117,7 +117,7 @@ class ClassifierOracle(OracleConfig):
 
     kind: Literal["text-classification"] = "text-classification"
     scores: Scores = "completion"
-    """What is scored: the response alone, or prompt and response as one text."""
+    """What is scored: only the response, or prompt and response as one text."""
     name: str = "cardiffnlp/twitter-roberta-base-sentiment-latest"
     revision: str | None = None
     """Commit or branch of the hub; None is its main branch."""
@@ -233,7 +233,7 @@ class _OracleReward:
 
 
 def _snippet(text: str, words: int, seed: int, review: Any) -> str:
-    """``words`` consecutive words from a random place; which place depends on (seed, review) alone."""
+    """``words`` consecutive words from a random place; which place depends only on (seed, review)."""
     parts = text.split()
     last = max(0, len(parts) - words)
     start = int(rng(seed, "oracle", "snippet", int(review)).integers(0, last + 1))

@@ -35,19 +35,19 @@ def reward_base(folder: Path) -> tuple[Path | str, Pooling]:
         DataError: ``folder`` holds none.
     """
     try:
-        told = json.loads((folder / "reward_model.json").read_bytes())
-        if not isinstance(told, dict):
+        about = json.loads((folder / "reward_model.json").read_bytes())
+        if not isinstance(about, dict):
             raise TypeError("reward_model.json is no JSON object")
-        beside = told.get("base_folder")  # of a step before the training, seen from here
-        inside = None if beside is None else final_folder(folder.absolute()) / str(beside)
-        base = resolve_model(str(inside or told["base"]))
-        pooling: Pooling = TypeAdapter(Pooling).validate_python(told.get("pooling", "last"))
+        relative = about.get("base_folder")  # of a step before the training, seen from here
+        inside = None if relative is None else final_folder(folder.absolute()) / str(relative)
+        base = resolve_model(str(inside or about["base"]))
+        pooling: Pooling = TypeAdapter(Pooling).validate_python(about.get("pooling", "last"))
     except ConfigError:
         raise
     except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         reason = first_line(error, 160)
         raise DataError(f"{folder} holds no reward model ({reason}); train one, or delete it and run again") from error
-    if "probe" not in told and not (folder / "adapter" / "adapter_config.json").exists():
+    if "probe" not in about and not (folder / "adapter" / "adapter_config.json").exists():
         raise DataError(f"{folder} has no adapter/adapter_config.json; delete the folder and train again")
     return base, pooling
 
@@ -152,7 +152,7 @@ class RewardModel:
     def score_responses(
         self, prompt_ids: Iterable[Sequence[int]], response_ids: Iterable[Sequence[int]]
     ) -> NDArray[np.float32]:
-        """One reward per response, given in token ids beside its prompt's.
+        """One reward per response, given in token ids next to its prompt's.
 
         Raises:
             DataError: a prompt and a response that have no tokens together.
