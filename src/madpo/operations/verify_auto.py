@@ -210,7 +210,8 @@ def _row(method: str, cells: Mapping[str, Mapping[str, Estimate]]) -> Row:
 def simulate(cell: Cell, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """All methods in the worlds of one setting; writes ``gains.json``, the true reward of each world at the KL."""
     worlds = draw(cell.setting, [derived_seed(cell.seed, "verify-auto", k) for k in range(cell.worlds)])
-    found = {kind: gains(worlds, cell, margins) for kind, margins in _all_margins(worlds, cell).items()}
+    seed = derived_seed(cell.seed, "verify-auto", "reward models")
+    found = {kind: gains(worlds, cell, reward_margins(worlds, kind, seed=seed)) for kind in KNOWLEDGE}
     metrics: Metrics = {}
     for kind, compared in found.items():
         for name, values in compared.gains.items():
@@ -221,18 +222,15 @@ def simulate(cell: Cell, inputs: Mapping[str, Path], out: Path) -> Metrics:
                     metrics[f"{kind}: {name} - {other}"] = paired_difference(*pair, seed=cell.seed)
         for name, row in (("deciding", compared.deciding), ("label_share", compared.shares)):
             metrics[f"{kind}: {name}"] = paired_difference(row, np.zeros(len(row)), seed=cell.seed)
-    plain = {kind: {name: _plain(values) for name, values in c.gains.items()} for kind, c in found.items()}
+    plain = {  # JSON has no NaN: None is a KL that was not reached
+        kind: {
+            name: [[v if np.isfinite(v) else None for v in row] for row in values.tolist()]
+            for name, values in compared.gains.items()
+        }
+        for kind, compared in found.items()
+    }
     write_atomically(out / "gains.json", json.dumps(plain, indent=1) + "\n")
     return metrics
-
-
-def _plain(values: np.ndarray) -> list[list[float | None]]:
-    return [[float(v) if np.isfinite(v) else None for v in row] for row in values]
-
-
-def _all_margins(worlds: Worlds, cell: Cell) -> dict[str, Margins]:
-    seed = derived_seed(cell.seed, "verify-auto", "reward models")
-    return {kind: reward_margins(worlds, kind, seed=seed) for kind in KNOWLEDGE}
 
 
 class Compared(NamedTuple):

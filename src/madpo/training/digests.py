@@ -141,21 +141,16 @@ def weights_digest(model: nn.Module) -> str:
 
 def reference_digest(model: nn.Module) -> str:
     """SHA-256 over everything of a model that its log-probabilities depend on: weights, settings, active adapters."""
-    adapters = getattr(model, "peft_config", None) or {}
+    adapters, active = getattr(model, "peft_config", None) or {}, active_adapters(model)
+    # PEFT can change the factor of an adapter without touching a weight or a configuration.
+    factors = (getattr(module, "scaling", None) for module in model.modules() if isinstance(module, BaseTunerLayer))
     what = {
         "weights": weights_digest(model),
         "model": model_settings(model),
-        "adapters": [adapter_settings(adapters[name]) for name in active_adapters(model) if name in adapters],
-        "scaling": _scaling(model),
+        "adapters": [adapter_settings(adapters[name]) for name in active if name in adapters],
+        "scaling": [float(of[name]) for of in factors if isinstance(of, dict) for name in active if name in of],
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
-
-
-def _scaling(model: nn.Module) -> list[float]:
-    """Factors of the active adapters, which PEFT can change without touching a weight or a configuration."""
-    active = active_adapters(model)
-    scalings = (getattr(module, "scaling", None) for module in model.modules() if isinstance(module, BaseTunerLayer))
-    return [float(found[name]) for found in scalings if isinstance(found, dict) for name in active if name in found]
 
 
 def frozen_digest(model: nn.Module) -> str:

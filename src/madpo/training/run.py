@@ -88,17 +88,6 @@ def watch(trainer: Any, description: str, out: Path, page: Page | None = None) -
 _reporting: list[Any] = []  # runs of wandb that trainings of this process began
 
 
-def _begin_tracking(trainer: Any, name: str) -> None:
-    """Give the training a name in its trackers, and a run of its own: wandb goes on with the last one otherwise."""
-    trainer.args.run_name = trainer.args.run_name or name
-    while _reporting:
-        _reporting.pop().finish()
-    for callback in trainer.callback_handler.callbacks:
-        wandb = getattr(callback, "_wandb", None)
-        if isinstance(callback, WandbCallback) and wandb is not None and wandb.run is None:
-            _reporting.append(wandb)
-
-
 def run_training(trainer: Any, settings: Frozen, description: str, out: Path, page: Page | None = None) -> Any:
     """Train, from the newest checkpoint in ``out`` if a run before this one was cut off there.
 
@@ -111,7 +100,13 @@ def run_training(trainer: Any, settings: Frozen, description: str, out: Path, pa
     """
     announce(trainer.model)
     watch(trainer, description, out, page)
-    _begin_tracking(trainer, f"{final_folder(out).name}: {description}")
+    trainer.args.run_name = trainer.args.run_name or f"{final_folder(out).name}: {description}"
+    while _reporting:  # wandb would go on with the last run
+        _reporting.pop().finish()
+    for callback in trainer.callback_handler.callbacks:
+        wandb = getattr(callback, "_wandb", None)
+        if isinstance(callback, WandbCallback) and wandb is not None and wandb.run is None:
+            _reporting.append(wandb)
     trainer.export_checkpoints = False  # the stage writes the finished adapter
     trainer.stage_settings = identity_settings(settings)
     if hasattr(settings, "optimisation"):

@@ -90,7 +90,11 @@ def read_corpus(
         raise DataError(
             f"{name}: no text is left that says what to keep; give more text, or a smaller --held_out_share"
         )
-    held_out = [cut for text in sample.texts() if (cut := _cut(text, asked.eval_characters)).strip()]
+    # The beginning of each, to the last white space before the limit.
+    limit = asked.eval_characters
+    words = ((text, text[:limit].rsplit(None, 1)) for text in sample.texts())
+    cuts = (parts[0] if len(text) > limit and len(parts) == 2 else text[:limit] for text, parts in words)
+    held_out = [cut for cut in cuts if cut.strip()]
     if not held_out:
         where = eval_data or name
         raise DataError(f"{where}: no text is held out to measure on; raise --held_out_share, or give text with --eval")
@@ -156,11 +160,3 @@ class _Sample:
 
 def _key(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
-
-
-def _cut(text: str, characters: int) -> str:
-    """The beginning of a text, to the last white space before the limit."""
-    if len(text) <= characters:
-        return text
-    words = text[:characters].rsplit(None, 1)
-    return words[0] if len(words) == 2 else text[:characters]

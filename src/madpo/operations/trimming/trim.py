@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,7 +139,12 @@ def trim_model(settings: TrimSettings, inputs: Mapping[str, Path], out: Path) ->
     model, eval_data = str(inputs["model"]), inputs.get("eval_data")
     names = sorted(str(place) for role, place in inputs.items() if role.startswith("corpus"))
     base = resolve_model(model)
-    _refuse(load_config(base), model)
+    config = load_config(base)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ConfigError(f"{model} is an encoder and decoder; only causal language models can be trimmed")
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConfigError(f"{model} holds quantised weights, whose rows cannot be taken apart; give the plain model")
+    refuse_untranslated(config.to_dict(), model)
     digests = tuple(digest(data) for data in names)
     whole = _Whole.load(base, str(model))
     counted = read_corpus(names, whole.tokenizer, settings, eval_data)
@@ -198,14 +204,6 @@ def trim_base(config: TrimStage, inputs: Mapping[str, Path], out: Path) -> Metri
     model = out / "model"
     model.mkdir(exist_ok=True)
     return trim_model(settings, {"model": Path(config.model), "corpus0": Path(IMDB)}, model)
-
-
-def _refuse(config: Any, name: str) -> None:
-    if getattr(config, "is_encoder_decoder", False):
-        raise ConfigError(f"{name} is an encoder and decoder; only causal language models can be trimmed")
-    if getattr(config, "quantization_config", None) is not None:
-        raise ConfigError(f"{name} holds quantised weights, whose rows cannot be taken apart; give the plain model")
-    refuse_untranslated(config.to_dict(), name)
 
 
 class _Whole(NamedTuple):
@@ -284,7 +282,9 @@ def _measure(
     old_start = whole.vocabulary.ids[tokenizer.bos_token or tokenizer.eos_token]
     before = [[old_start, *ids] for ids in counted.held_out_ids]
     after = [[start, *ids] for ids in encoded(tokenizer, counted.held_out)]
-    probes = [[old_start, *_kept_run(ids[1:], new)] for ids in before[:PROBES]]
+    # Of some texts the longest beginning whose tokens are all kept.
+    kept_runs = (takewhile(new.__contains__, ids[1 : PROBE_TOKENS + 1]) for ids in before[:PROBES])
+    probes = [[old_start, *run] for run in kept_runs]
     original = load_model(base)
     kept = torch.zeros(whole.rows, dtype=torch.bool, device=original.device)
     kept[rows] = True
@@ -301,12 +301,6 @@ def _measure(
         "largest_state_gap": gap,
         **_estimates(counted.held_out, *scores),
     }
-
-
-def _kept_run(ids: Sequence[int], new: Mapping[int, int]) -> list[int]:
-    """The longest beginning whose tokens are all kept."""
-    stop = next((at for at, i in enumerate(ids) if i not in new), len(ids))
-    return list(ids[: min(stop, PROBE_TOKENS)])
 
 
 def _gap(wanted: Sequence[Probe], found: Sequence[Probe], name: str) -> float:
