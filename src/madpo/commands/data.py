@@ -83,7 +83,7 @@ def trim_vocab(options: TrimVocab) -> int:
     Example:
         madpo trim-vocab gemma-3-270m --corpus pairs.jsonl reviews.csv --size 32000 --output_dir trimmed
     """
-    from madpo.commands.early import refuse_missing
+    from madpo.operations.preconditions import refuse_missing
 
     texts = [text for text in (*options.corpus, options.eval_data) if text != "imdb"]
     refuse_missing(data=texts, models=[options.model], output_dir=options.output_dir)

@@ -25,10 +25,10 @@ def _run(
 
     Args:
         inputs: what comes before the folder of the result.
-        refused: as for :func:`madpo.commands.early.refuse_missing`.
+        refused: as for :func:`madpo.operations.preconditions.refuse_missing`.
         given: further arguments of the function.
     """
-    from madpo.commands.early import refuse_missing
+    from madpo.operations.preconditions import refuse_missing
 
     place: Path = options.output_dir
     refuse_missing(output_dir=place, **refused)
