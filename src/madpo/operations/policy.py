@@ -174,9 +174,15 @@ def train_pairs(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) 
     config = resolved(data, settings, clock)
 
     def page(said: str) -> None:
-        pairs, log = {"pairs": f"{len(rows):,}"}, out / "log.jsonl"
         write_training_page(
-            out / PAGE, title=title(settings), says=[said], numbers=pairs, log=log, settings=config, refresh=REFRESH
+            out / PAGE,
+            title=title(settings),
+            says=[said],
+            numbers={"pairs": f"{len(rows):,}"},
+            evaluation={},
+            log=out / "log.jsonl",
+            settings=config,
+            refresh=REFRESH,
         )
 
     # The trainer knows by itself what of its arguments decides the result.

@@ -163,6 +163,7 @@ def reward_pairs(settings: RewardSettings, inputs: Mapping[str, Path], out: Path
             title=f"Reward model on {settings.model}",
             says=[said],
             numbers={"training pairs": f"{len(train):,}"},
+            evaluation={},
             log=out / "log.jsonl",
             settings=config,
             refresh=REFRESH,

@@ -121,9 +121,9 @@ def write_training_page(
     title: str,
     says: Sequence[str],
     numbers: Mapping[str, float | str],
+    evaluation: Mapping[str, float],
     log: Path,
     settings: str,
-    evaluation: Mapping[str, float] = {},
     refresh: int | None = None,
 ) -> None:
     """The course of a training, which may still run: its loss, its margins, and the weights where the loss has any.
