@@ -13,17 +13,14 @@ from madpo.core.seeding import rng
 from madpo.data import load_preferences
 from madpo.data.folds import prompt_key
 from madpo.data.load import TooLong
-from madpo.data.rows import Pair
 from madpo.data.survey import Survey
 from madpo.data.templates import Clock
-from madpo.data.tokens import Encoder, truncated
-from madpo.models.hyperparameters import CHECKPOINTS, Truncation
+from madpo.models.hyperparameters import CHECKPOINTS
 from madpo.models.locate import load_tokenizer, resolve_model
 from madpo.operations.settings import Training
 from madpo.runner.first_start import FILE, since_first_start
 
 Row = dict[str, Any]
-_TOGETHER = 64  # conversations rendered and tokenised at once
 
 
 def tell_findings(survey: Survey, data: str, model: str | None, *, strict: bool) -> None:
@@ -109,37 +106,6 @@ def load_training(
         rows, heldout = split_by_prompt(rows, settings.eval_share, seed, str(data))
     tell_date(clock)
     return Loaded(base, tokenizer, rows, heldout, too_long, clock)
-
-
-def encoded_rows(
-    pairs: Sequence[Pair],
-    tokenizer: Any,
-    name: str,
-    max_length: int | None,
-    truncation: Truncation,
-    clock: Clock | None = None,
-) -> list[Row]:
-    """Rows with token ids for some pairs of a data set; what is too long is dropped, cut or refused.
-
-    Raises:
-        DataError: the chat template refuses a conversation, or no pair fits.
-    """
-    encoder = Encoder(tokenizer, clock)
-    rows: list[Row] = []
-    for start in range(0, len(pairs), _TOGETHER):
-        chunk = pairs[start : start + _TOGETHER]
-        for pair, encoded in zip(chunk, encoder.encode(chunk, name, "row"), strict=True):
-            if isinstance(encoded, DataError):
-                raise encoded
-            kept = encoded if max_length is None else truncated(encoded, max_length, truncation)
-            if kept is None and truncation == "refuse":
-                raise DataError(f"{name}, pair {pair.pair_id}: has more than max_length {max_length} tokens; raise it")
-            if kept is not None:
-                ids = {column: getattr(kept, column) for column in ("prompt_ids", "chosen_ids", "rejected_ids")}
-                rows.append({"pair_id": pair.pair_id, "prompt": pair.prompt, **ids})
-    if not rows:
-        raise DataError(f"{name}: no pair fits into max_length {max_length}; raise it")
-    return rows
 
 
 def split_by_prompt(rows: Sequence[Row], share: float, seed: int, name: str) -> tuple[list[Row], list[Row]]:

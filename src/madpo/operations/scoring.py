@@ -25,6 +25,7 @@ from madpo.core.metrics import Estimate, Metrics
 from madpo.core.progress import bar, say
 from madpo.core.statistics import proportion
 from madpo.core.storage import storage_errors, write_atomically
+from madpo.data import load_preferences
 from madpo.data.folds import folds_by_prompt, prompt_key
 from madpo.data.load import PairStream, surveyed
 from madpo.data.numbers import as_number
@@ -33,13 +34,7 @@ from madpo.data.templates import Clock
 from madpo.data.tokens import Encoder
 from madpo.models.hyperparameters import CHECKPOINTS
 from madpo.models.load import load_tokenizer, resolve_model
-from madpo.operations.inputs import (
-    encoded_rows,
-    split_by_prompt,
-    started_clock,
-    tell_date,
-    tell_findings,
-)
+from madpo.operations.inputs import split_by_prompt, started_clock, tell_date, tell_findings
 from madpo.operations.preconditions import refuse_other_row
 from madpo.operations.probing import FeatureScorer, fit_from_parts
 from madpo.operations.reward_model import (
@@ -289,9 +284,16 @@ def train_fold(config: FoldSettings, inputs: Mapping[str, Path], out: Path) -> M
     data, settings = str(inputs["data"]), config.reward
     pairs = _read(data, settings.reading)
     fold = folds_by_prompt((prompt_key(p.prompt) for p in pairs), config.folds, settings.seed, data)
-    seen = [pair for pair, own in zip(pairs, fold, strict=True) if own != config.fold]
-    tokenizer = load_tokenizer(resolve_model(settings.model))
-    rows = encoded_rows(seen, tokenizer, data, settings.max_length, settings.truncation, Clock(settings.date))
+    seen = {prompt_key(pair.prompt) for pair, own in zip(pairs, fold, strict=True) if own != config.fold}
+    rows = load_preferences(
+        data,
+        columns=settings.reading,
+        tokenizer=load_tokenizer(resolve_model(settings.model)),
+        max_length=settings.max_length,
+        truncation=settings.truncation,
+        clock=Clock(settings.date),
+    )
+    rows = [row for row in rows if prompt_key(row["prompt"]) in seen]
     train, stopping = split_by_prompt(rows, settings.eval_share, settings.seed, data)
     return {"steps": fit(settings, train, stopping, out)}
 
