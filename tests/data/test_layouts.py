@@ -22,7 +22,7 @@ from madpo.core.layout import Layout
 from madpo.data import check, load_preferences
 from madpo.data.texts import read_texts
 from madpo.operations import ScoreSettings, score
-from madpo.operations.prompts import read_prompts
+from madpo.operations.inputs import read_prompts
 from practice_cases import read, write
 
 FORMS = ("jsonl", "json", "parquet", "csv")

@@ -16,7 +16,7 @@ from madpo.data.messages import contents
 from madpo.data.prompts import KNOWN
 from madpo.data.texts import read_texts
 from madpo.operations import ScoreSettings, score
-from madpo.operations.prompts import read_prompts
+from madpo.operations.inputs import read_prompts
 from practice_cases import read, write
 
 

@@ -22,7 +22,7 @@ from madpo.models.packaged import PACKAGED, PackagedModel, packaged
 from madpo.models.untrusted import check_adapter, check_model
 from madpo.operations import EvaluateSettings, RewardSettings, ScoreSettings, TrainSettings
 from madpo.operations.evaluation import find_policy
-from madpo.operations.prompts import read_prompts
+from madpo.operations.inputs import read_prompts
 from madpo.report import rebuild_report
 from madpo.rewards.oracles import load_oracle
 from madpo.runner.folder import prepare

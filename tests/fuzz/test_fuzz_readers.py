@@ -16,7 +16,7 @@ from fuzz_cases import damaged, fresh, fuzzed, mutated, survives, values
 from madpo.data import check, load_preferences, text_files
 from madpo.data.margins import read_margins
 from madpo.data.texts import read_texts
-from madpo.operations.prompts import read_prompts
+from madpo.operations.inputs import read_prompts
 
 READERS = (load_preferences, check, read_margins, read_prompts, lambda path: list(read_texts(path)))
 MESSAGES = [{"role": "user", "content": "q"}]

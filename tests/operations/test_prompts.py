@@ -10,7 +10,7 @@ from madpo.core.errors import ConfigError, DataError
 from madpo.data.tokens import Encoder
 from madpo.models.load import load_tokenizer
 from madpo.operations import EvaluateSettings, evaluate
-from madpo.operations.prompts import read_prompts
+from madpo.operations.inputs import read_prompts
 from madpo.operations.reward_model import load_pair_encoder, load_scorer
 from practice_cases import write
 

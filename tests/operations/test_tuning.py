@@ -24,7 +24,7 @@ from madpo.operations.running import digest
 from madpo.operations.tuning import Dimension, RewardCriterion, TuneSettings, heldout, tune
 from madpo.operations.tuning import search as study
 from madpo.operations.tuning.reward import RewardCurve, strengthened
-from madpo.operations.tuning.space import grid_size, with_values
+from madpo.operations.tuning.settings import grid_size, with_values
 from madpo.training import PreferenceTrainer, reference
 from practice_cases import ids_of, read, run, text_pairs, write
 

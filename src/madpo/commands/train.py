@@ -135,8 +135,8 @@ def evaluate(options: Evaluate) -> int:
     Example:
         madpo evaluate policy --prompts prompts.jsonl --reward rm --max_new_tokens 64 --output_dir evaluation
     """
+    from madpo.operations.inputs import read_prompts
     from madpo.operations.preconditions import find_policy
-    from madpo.operations.prompts import read_prompts
 
     o = options
     find_policy(o.policy, o.reference)

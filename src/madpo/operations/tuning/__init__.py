@@ -1,6 +1,6 @@
 """The search over a loss's parameters: ``madpo tune``.
 
-``space`` says what is tried, ``settings`` everything else, ``heldout`` measures one setting by cross-validation,
+``settings`` says what is tried, ``heldout`` measures one setting by cross-validation,
 ``reward`` reads the reward of samples at equal KL, ``study`` lets Optuna search, ``page`` shows every trial. Names load
 on first use, so that a mistake in a configuration is reported before TRL is loaded.
 """
@@ -12,8 +12,8 @@ from madpo.core.lazy import attach
 if TYPE_CHECKING:
     from madpo.operations.tuning.search import TuneReport as TuneReport
     from madpo.operations.tuning.search import tune as tune
+    from madpo.operations.tuning.settings import Dimension as Dimension
     from madpo.operations.tuning.settings import RewardCriterion as RewardCriterion
     from madpo.operations.tuning.settings import TuneSettings as TuneSettings
-    from madpo.operations.tuning.space import Dimension as Dimension
 
 __getattr__, __dir__, __all__ = attach(__name__)

@@ -23,8 +23,7 @@ from madpo.models.hyperparameters import CHECKPOINTS
 from madpo.operations.policy import MEMORY_REMEDY, resolved
 from madpo.operations.running import digest, load_report, run_in_folder
 from madpo.operations.tuning.heldout import Heldout, Measured, Prepared, identity, measure, prepare
-from madpo.operations.tuning.settings import Criterion, TuneSettings
-from madpo.operations.tuning.space import Value, grid_size, with_values
+from madpo.operations.tuning.settings import Criterion, TuneSettings, Value, grid_size, with_values
 from madpo.report import tune_page
 from madpo.report.numbers import DASH
 from madpo.report.tune_page import CRITERIA, Search, write_search
