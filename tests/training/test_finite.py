@@ -164,15 +164,11 @@ def test_a_loss_scaler_may_skip_some_steps_and_not_all(llama, tmp_path):
 def test_a_held_out_loss_that_is_no_number_is_an_error(llama, tmp_path):
     trainer = build(llama, tmp_path, save_strategy="no")
     spoil_weight(trainer.model)
-    with pytest.raises(
-        DataError, match=r"the loss is nan in .* step 0 for the held-out pairs \[100, .*"
-    ):
+    with pytest.raises(DataError, match=r"the loss is nan in .* step 0 for the held-out pairs \[100, .*"):
         trainer.evaluate(pairs())
     other = reward_trainer(llama, tmp_path)
     spoil_weight(other.model)
-    with pytest.raises(
-        DataError, match=r"nan in .* step 0 for a batch of the held-out data: the weight"
-    ):
+    with pytest.raises(DataError, match=r"nan in .* step 0 for a batch of the held-out data: the weight"):
         other.evaluate(sides().remove_columns("pair_id"))
 
 
