@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,22 +172,9 @@ def train_pairs(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) 
             "and fold the adapter in afterwards with PEFT's merge_and_unload"
         )
 
-    config = resolved(data, settings, clock)
-
-    def page(said: str) -> None:
-        write_training_page(
-            out / PAGE,
-            title=title(settings),
-            says=[said],
-            numbers={"pairs": f"{len(rows):,}"},
-            evaluation={},
-            log=out / "log.jsonl",
-            settings=config,
-            refresh=REFRESH,
-        )
-
     # The trainer knows by itself what of its arguments decides the result.
     stage = settings.model_copy(update={"args": {}})
+    page = partial(_write_curves, out, settings, len(rows), resolved(data, settings, clock))
     result = run_training(trainer, stage, f"Training ({settings.loss.kind})", out, page)
     evaluation = _evaluation(trainer) if heldout else {}
     _write_margins(trainer, heldout, out)
@@ -212,6 +200,20 @@ def train_pairs(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) 
         write_atomically(out / "dropped.jsonl", too_long.lines())
     write_report(out, data, eval_data, settings, args, report, clock)
     return {"pairs": report.pairs, "steps": report.steps, "loss": report.loss, **evaluation}
+
+
+def _write_curves(out: Path, settings: TrainSettings, pairs: int, config: str, said: str) -> None:
+    """The page of a training that runs; :func:`write_report` takes its place."""
+    write_training_page(
+        out / PAGE,
+        title=title(settings),
+        says=[said],
+        numbers={"pairs": f"{pairs:,}"},
+        evaluation={},
+        log=out / "log.jsonl",
+        settings=config,
+        refresh=REFRESH,
+    )
 
 
 def title(settings: TrainSettings) -> str:

@@ -196,9 +196,15 @@ def reward_pairs(settings: RewardSettings, inputs: Mapping[str, Path], out: Path
     )
     if too_long.dropped:
         write_atomically(out / "dropped.jsonl", too_long.lines())
+    _write_page(report, out)
+    report.write(out / "report.json")
+    return {"accuracy": report.accuracy, "log_loss": report.log_loss_interval, "steps": steps}
+
+
+def _write_page(report: RewardReport, out: Path) -> None:
     write_reward_page(
         out / "report.html",
-        model=settings.model,
+        model=report.settings.model,
         says=[
             f"It orders {short(report.accuracy, 'share')} of {report.heldout_pairs} held-out pairs as labelled: "
             f"{against(report.accuracy, 0.5, 'chance')}.",
@@ -214,10 +220,8 @@ def reward_pairs(settings: RewardSettings, inputs: Mapping[str, Path], out: Path
         },
         bins=report.reliability,
         log=out / "log.jsonl",
-        settings={"data": report.data, "eval_data": report.eval_data, **settings.model_dump(mode="json")},
+        settings={"data": report.data, "eval_data": report.eval_data, **report.settings.model_dump(mode="json")},
     )
-    report.write(out / "report.json")
-    return {"accuracy": report.accuracy, "log_loss": report.log_loss_interval, "steps": steps}
 
 
 def _halves(heldout: Sequence[Row], settings: RewardSettings, name: str) -> tuple[list[Row], list[Row]]:
