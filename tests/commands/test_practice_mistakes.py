@@ -62,7 +62,7 @@ MISTAKES = {
     f"{TRAIN} model --eval_data other.jsonl": "other.jsonl, line 1: has no column 'chosen' (found 'question', 'good'",
     "train words.jsonl --output_dir out --loss madpo --model_name_or_path model": "reward_margin is 'high' (text)",
     "train folder --output_dir out --model_name_or_path model": "is a folder; give the file in it, folder/scored.jsonl",
-    f"{TRAIN} policy": "holds an adapter alone; train again with --merge, and give policy/merged",
+    f"{TRAIN} policy": "holds only an adapter; train again with --merge, and give policy/merged",
     f"{TRAIN} whole": "give the model in it, whole/merged",
     f"{TRAIN} policy/adapter": "holds an adapter, which names a base model of its own; give the folder of a whole",
     f"{TRAIN} rm": "is a reward model, which rewards and cannot write",

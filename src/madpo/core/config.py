@@ -136,11 +136,7 @@ def validate(
 
 
 def read_toml(source: Path) -> dict[str, Any]:
-    """What a TOML file says.
-
-    Raises:
-        ConfigError: it is missing, cannot be read, or is no TOML.
-    """
+    """What a TOML file says. Raises ConfigError: it is missing, cannot be read, or is no TOML."""
     try:
         text = source.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -156,11 +152,7 @@ def read_toml(source: Path) -> dict[str, Any]:
 
 
 def key_values(overrides: Mapping[str, object] | Sequence[str]) -> dict[str, object]:
-    """Dotted key -> value; text is split at its first "=".
-
-    Raises:
-        ConfigError: a text is not key=value.
-    """
+    """Dotted key -> value; text is split at its first "=". Raises ConfigError: a text is not key=value."""
     if isinstance(overrides, Mapping):
         return dict(overrides)
     pairs: dict[str, object] = {}
@@ -289,8 +281,7 @@ def packaged_experiments() -> list[str]:
 def find_experiment(name_or_path: str) -> Path:
     """The TOML file of a packaged experiment's name or of a path.
 
-    Raises:
-        ConfigError: neither a name nor a file; with the nearest name.
+    Raises ConfigError: neither a name nor a file; with the nearest name.
     """
     names = packaged_experiments()
     if name_or_path in names:

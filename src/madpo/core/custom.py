@@ -86,8 +86,7 @@ def refuse_outside(target: str, folders: Sequence[Path]) -> None:
 def source_file(target: str) -> Path:
     """The file that ``target`` names; its module is found, and not yet imported.
 
-    Raises:
-        ConfigError: the target has no ":", or there is no such file or module.
+    Raises ConfigError: the target has no ":", or there is no such file or module.
     """
     where, colon, name = target.rpartition(":")
     if not (colon and where and name.isidentifier()):

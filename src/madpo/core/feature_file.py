@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -33,17 +32,16 @@ class FeatureFile:
     def read(cls, path: Path, pairs: int, features: int) -> FeatureFile:
         """Map a file that is whole.
 
-        Raises:
-            StorageError: it is missing, has other sizes, or has changed since it was written; the text says which.
+        Raises StorageError: it is missing, has other sizes, or has changed since it was written; the text says which.
         """
         try:
             with path.open("rb") as file:
                 size = int.from_bytes(file.read(8), "little")
                 header = file.read(min(size, 1 << 16))
-                told = json.loads(header)["__metadata__"]["sha256"]
-                if header != _header(pairs, features, told):
+                stated = json.loads(header)["__metadata__"]["sha256"]
+                if header != _header(pairs, features, stated):
                     raise StorageError(f"{path} holds features of other sizes")
-                if _digest(path, 8 + size) != told:
+                if _digest(path, 8 + size) != stated:
                     raise StorageError(f"{path} has changed since it was written (SHA-256)")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StorageError(f"{path} cannot be read ({error})") from error
@@ -72,7 +70,7 @@ class FeatureWriter:
         self._file.chosen[start : start + len(chosen)] = chosen
         self._file.rejected[start : start + len(rejected)] = rejected
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         if error is not None:
             self._temporary.unlink(missing_ok=True)
             return

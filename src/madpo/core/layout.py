@@ -155,21 +155,10 @@ class Layout(Frozen):
         found = (*self.label, *self.score, *self.rank, *each(self.strength))
         return tuple(dict.fromkeys(column for name in found if (column := head(name, names)) in names))
 
-    def spelled(self) -> dict[str, str]:
+    def spelled(self, separator: str = ", ") -> dict[str, str]:
         """Where the completions are and what orders them, verb by verb."""
-        verbs = (
-            "chosen",
-            "rejected",
-            "sides",
-            "completions",
-            "completion",
-            "replies",
-            "label",
-            "score",
-            "rank",
-            "order",
-        )
-        return {verb: ", ".join(each(value)) for verb in verbs if (value := getattr(self, verb))}
+        verbs = ("chosen", "rejected", "sides", "completions", "completion", "replies", "label", "score", "rank")
+        return {verb: separator.join(each(value)) for verb in (*verbs, "order") if (value := getattr(self, verb))}
 
     def strength_name(self) -> str | None:
         """What the strength of a preference is called as a candidate for ``reward_margin``."""
@@ -236,19 +225,14 @@ class Reading(Frozen):
 
 
 def merged(layout: Layout, columns: Layout) -> Layout:
-    """``layout`` with the verbs that ``columns`` gives.
-
-    Raises:
-        ConfigError: they give the completions in two ways.
-    """
+    """``layout`` with the verbs that ``columns`` gives. Raises ConfigError: they give the completions in two ways."""
     return validate(layout.given | columns.given, Layout, place="columns and layout together")
 
 
 def as_layout(value: Any) -> Layout:
     """What a caller gives for ``columns``: a layout, a table of its verbs, a packaged name or a TOML file.
 
-    Raises:
-        ConfigError: an unknown verb or name.
+    Raises ConfigError: an unknown verb or name.
     """
     if value is None:
         return Layout()
@@ -258,11 +242,7 @@ def as_layout(value: Any) -> Layout:
 
 
 def named_layout(name: str | Path) -> Layout:
-    """A packaged layout, or one in a TOML file.
-
-    Raises:
-        ConfigError: there is none of that name.
-    """
+    """A packaged layout, or one in a TOML file. Raises ConfigError: there is none of that name."""
     packaged = {entry["name"]: entry for entry in layout_table()["layout"]}
     if str(name) in packaged:
         return Layout(name=str(name))

@@ -1,8 +1,6 @@
-"""Running out of memory, told in one sentence with the setting that makes the work smaller; and giving some back."""
+"""Running out of memory, reported in one sentence with the setting that makes the work smaller."""
 
-import ctypes
 import errno
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,7 +24,7 @@ def memory_errors(remedy: str) -> Iterator[None]:
     except Exception as error:
         if not is_shortage(error):
             raise
-        said = (str(error).splitlines() or [""])[0].strip()[:160]
+        said = str(error).partition("\n")[0].strip()[:160]
         raise MemoryShortage(f"the memory is used up{f' ({said})' if said else ''}; {remedy}") from error
 
 
@@ -39,10 +37,3 @@ def is_shortage(error: BaseException) -> bool:
     if isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _WORDS):
         return True
     return error.__cause__ is not None and is_shortage(error.__cause__)
-
-
-def give_back() -> None:
-    """Return freed memory to the system, where the C library keeps it for later (glibc does, megabytes of it)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)

@@ -73,8 +73,7 @@ def all_gather_object(value: Any) -> list[Any]:
 def on_main_process(work: Callable[[], T]) -> T:
     """Run ``work`` on rank 0 and broadcast what it returns (a plain value); the others wait.
 
-    Raises:
-        MadpoError: that of rank 0, on all ranks.
+    Raises MadpoError: that of rank 0, on all ranks.
     """
     if world_size() == 1:
         return work()
@@ -92,8 +91,7 @@ def on_main_process(work: Callable[[], T]) -> T:
 def on_every_process(work: Callable[[], T]) -> T:
     """Run ``work`` on every rank, and return this rank's result once all have ended.
 
-    Raises:
-        MadpoError: this rank's own, or else that of another.
+    Raises MadpoError: this rank's own, or else that of another.
     """
     value, error = None, None
     try:

@@ -61,8 +61,7 @@ def bootstrap_share(values: ArrayLike, *, seed: int = 0, clusters: ArrayLike | N
 def paired_difference(a: ArrayLike, b: ArrayLike, *, seed: int = 0) -> Estimate:
     """Mean of ``a - b`` over units measured under both (the same prompts), with its bootstrap interval.
 
-    Raises:
-        DataError: the two differ in length.
+    Raises DataError: the two differ in length.
     """
     x, y = _finite(a), _finite(b)
     if len(x) != len(y):
@@ -113,10 +112,7 @@ def bootstrap_statistic(
 def proportion(successes: float, n: int, *, level: float = 0.95) -> Estimate:
     """A share with its Wilson interval, which stays inside [0, 1] and has width at 0 and 1 too.
 
-    A tie may count as half a success.
-
-    Raises:
-        DataError: n < 1, or successes outside 0..n.
+    A tie may count as half a success. Raises DataError: n < 1, or successes outside 0..n.
     """
     if n < 1 or not 0 <= successes <= n:
         raise DataError(f"a proportion needs 0 <= successes <= n with n >= 1, but got {successes} of {n}")
@@ -164,8 +160,7 @@ def bootstrap_temperature(
 ) -> Estimate:
     """:func:`fit_temperature` with its percentile-bootstrap interval; arguments as in :func:`bootstrap_mean`.
 
-    Raises:
-        DataError: as :func:`fit_temperature`.
+    Raises DataError: as :func:`fit_temperature`.
     """
     h = _finite(margins)
     labels = np.arange(len(h)) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]

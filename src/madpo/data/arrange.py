@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,21 +11,12 @@ from typing import Any, NamedTuple
 from madpo.core.errors import DataError
 from madpo.core.layout import NUMBERS, Layout, value_at
 from madpo.data.layouts import plain_name
-from madpo.data.messages import ASSISTANT, is_blank, shared_prefix
-from madpo.data.numbers import as_number
-from madpo.data.raw import described
+from madpo.data.messages import ASSISTANT, as_json, is_blank, said, shared_prefix
+from madpo.data.raw import as_number, described, lacks, null
 
 Raw = Mapping[str, Any]
 _TEXTS = (
-    "response",
-    "completion",
-    "text",
-    "content",
-    "answer",
-    "output",
-    "message",
-    "messages",
-    "summary",
+    *("response", "completion", "text", "content", "answer", "output", "message", "messages", "summary"),
     "generation",
 )
 _SYSTEM = ("custom_system_prompt", "system_prompt", "system")
@@ -95,7 +85,11 @@ class Arranger:
             yield self.pair(raw, Completion(1, sides[0]), Completion(0, sides[1]), place)
         else:
             found = self._sides(raw, place) if layout.sides else self._listed(raw, place)
-            yield self._best_and_worst(raw, found, place)
+            if (ends := _ends(found)) is None:
+                raise LeftOut("tie" if layout.label else "unranked")
+            pair = self.pair(raw, *ends, place)
+            self.measure(pair, raw, *ends, place)
+            yield pair
 
     def pair(self, raw: Raw, best: Completion, worst: Completion, place: str) -> Arranged:
         """A row with these two sides."""
@@ -124,7 +118,7 @@ class Arranger:
         for verb in ("system", "history", "tools", "pair_id"):
             if (name := getattr(layout, verb)) is not None:
                 row[verb] = value_at(raw, name)
-        if layout.decode and isinstance(row.get("prompt"), str):
+        if layout.decode and "prompt" in row:
             row["prompt"] = _decoded(row["prompt"], "prompt", place)
         return row
 
@@ -141,28 +135,16 @@ class Arranger:
         return "\n".join(value for _, value in there)
 
     def side(self, raw: Raw, name: str, place: str) -> Any:
-        """A completion in a column.
-
-        Raises:
-            DataError: there is none.
-        """
+        """A completion in a column. Raises DataError: there is none."""
         value = value_at(raw, name)
         if value is None:
-            if name not in raw and name.partition(".")[0] not in raw:
-                raise DataError(
-                    f"{place}: lacks the field {name!r}, which the first row has; fill it in or drop the row"
-                )
-            raise DataError(f"{place}: {name} is null; fill it in or drop the row")
-        return _decoded(value, name, place) if self.layout.decode and isinstance(value, str) else value
+            raise null(name, place) if name in raw or name.partition(".")[0] in raw else lacks(name, place)
+        return _decoded(value, name, place) if self.layout.decode else value
 
     # What orders the completions
 
     def number(self, value: Any, name: str, place: str) -> float:
-        """What orders a completion: a finite number, or true or false.
-
-        Raises:
-            DataError: it is none.
-        """
+        """What orders a completion: a finite number, or true or false. Raises DataError: it is none."""
         if isinstance(value, bool):
             return float(value)
         return as_number(value, name, place, from_text=self.from_text)
@@ -188,11 +170,7 @@ class Arranger:
         return [Completion(value, text, scored=scored) for value, text in zip(values, texts, strict=True)]
 
     def _better(self, value: Any, place: str) -> int:
-        """The side that a label names.
-
-        Raises:
-            LeftOut: it names none.
-        """
+        """The side that a label names. Raises LeftOut: it names none."""
         layout, name = self.layout, self.layout.label[0]
         if value is None or value == "":
             raise LeftOut("no_winner")
@@ -201,14 +179,14 @@ class Arranger:
             if preference == 0:
                 raise LeftOut("tie")
             return int((preference > 0) == (layout.positive == "second"))
-        said = _spelled(value)
-        if said in map(_spelled, layout.first):
+        word = _spelled(value)
+        if word in map(_spelled, layout.first):
             return 0
-        if said in map(_spelled, layout.second):
+        if word in map(_spelled, layout.second):
             return 1
-        if said in map(_spelled, layout.tie):
+        if word in map(_spelled, layout.tie):
             raise LeftOut("tie")
-        tokens = re.findall(r"[a-z]+|\d+(?:\.\d+)?|[<>=]+", said)
+        tokens = re.findall(r"[a-z]+|\d+(?:\.\d+)?|[<>=]+", word)
         if not tokens or "".join(tokens) in _TIES or tokens[0] in _TIES or any("=" in t for t in tokens):
             raise LeftOut("tie")
         if layout.first and not layout.second:
@@ -216,10 +194,10 @@ class Arranger:
         if len(tokens) == 3 and tokens[1][0] in "<>":
             tokens = [tokens[0] if tokens[1][0] == ">" else tokens[2]]
         for i, (side, suffix) in enumerate(zip(layout.sides, self.suffixes, strict=True)):
-            if tokens[-1] == suffix or said == _spelled(side):
+            if tokens[-1] == suffix or word == _spelled(side):
                 return i
-        number = _float(tokens[-1])
-        if number is not None and self.suffixes == ("1", "2"):  # a mean of annotators, from 1 to 2
+        if self.suffixes == ("1", "2") and tokens[-1][0].isdigit():  # a mean of annotators, from 1 to 2
+            number = float(tokens[-1])
             if number == 1.5:
                 raise LeftOut("tie")
             if 1 < number < 2:
@@ -252,10 +230,8 @@ class Arranger:
         if not isinstance(numbers, list | tuple):
             raise DataError(f"{place}: {ordering} is {described(numbers)}, not a list; give a list")
         if len(value) != len(numbers):
-            raise DataError(
-                f"{place}: {name} holds {len(value)} entries and {ordering} {len(numbers)}; give a score for each "
-                "response"
-            )
+            counts = f"{name} holds {len(value)} entries and {ordering} {len(numbers)}"
+            raise DataError(f"{place}: {counts}; give a score for each response")
         return [
             Completion(
                 sign * self.number(n, f"{ordering}[{i}]", place),
@@ -326,15 +302,6 @@ class Arranger:
                 ratings.append(as_number(rating, f"{name}.annotations.Rating", place, from_text=True))
         return (sum(ratings) / len(ratings) if ratings else None), True
 
-    def _best_and_worst(self, raw: Raw, found: Sequence[Completion], place: str) -> Arranged:
-        """The pair of the best and the worst; of equal ones the first counts."""
-        if len({completion.value for completion in found}) < 2:
-            raise LeftOut("tie" if self.layout.label else "unranked")
-        best, worst = max(found, key=lambda c: c.value), min(found, key=lambda c: c.value)
-        pair = self.pair(raw, best, worst, place)
-        self.measure(pair, raw, best, worst, place)
-        return pair
-
     def measure(self, pair: Arranged, raw: Raw, best: Completion, worst: Completion, place: str) -> None:
         """Add the strength of a preference and, where they order the sides, the scores of both."""
         layout = self.layout
@@ -385,11 +352,10 @@ class Arranger:
                 for reply in replies
                 if reply.get(key) is not None and reply.get("role") in ASSISTANT and not reply.get("deleted")
             ]
-            if len({completion.value for completion in ranked}) > 1:
-                best, worst = max(ranked, key=lambda c: c.value), min(ranked, key=lambda c: c.value)
-                sides = ([{"role": "assistant", "content": side.text}] for side in (best, worst))
+            if (ends := _ends(ranked)) is not None:
+                sides = (said("assistant", side.text) for side in ends)
                 row = rest | dict(zip(("prompt", "chosen", "rejected"), (path, *sides), strict=True))
-                pair = Arranged(row, strength=best.value - worst.value)
+                pair = Arranged(row, strength=ends[0].value - ends[1].value)
                 self._take_margin(pair)
                 yield pair
                 found += 1
@@ -403,6 +369,13 @@ class Arranger:
                 f"{place}: a message of the tree has {described(text)} for text; fill it in or drop the row"
             )
         return text
+
+
+def _ends(found: Sequence[Completion]) -> tuple[Completion, Completion] | None:
+    """The best and the worst; None where all are equal."""
+    if len({completion.value for completion in found}) < 2:
+        return None
+    return max(found, key=lambda c: c.value), min(found, key=lambda c: c.value)
 
 
 def _suffixes(sides: Sequence[str]) -> tuple[str, ...]:
@@ -426,13 +399,6 @@ def _spelled(value: Any) -> str:
     return said.removesuffix(".0") if re.fullmatch(r"-?\d+\.0", said) else said
 
 
-def _float(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
 def _rows_of(value: Any, name: str, place: str) -> Sequence[Any]:
     """The entries of a list, or of an object of lists, as some writers turn a list of objects around."""
     if isinstance(value, dict):
@@ -445,15 +411,9 @@ def _rows_of(value: Any, name: str, place: str) -> Sequence[Any]:
     return value
 
 
-def _decoded(text: str, name: str, place: str) -> Any:
-    if not text.lstrip().startswith(("[", "{")):
-        return text
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{place}: {name} is {described(text)}, which is not valid JSON ({error}); correct it"
-        ) from None
+def _decoded(value: Any, name: str, place: str) -> Any:
+    encoded = isinstance(value, str) and value.lstrip().startswith(("[", "{"))
+    return as_json(value, name, place) if encoded else value
 
 
 def _texts(value: Any) -> bool:
@@ -466,11 +426,7 @@ def _interleaved(turns: Sequence[Any], answers: Sequence[Any], place: str) -> li
     if any(text is None for text in (*turns, *answers)):
         raise LeftOut("no_completion")
     pairs = zip(turns, answers, strict=True)
-    return [
-        {"role": role, "content": text}
-        for pair in pairs
-        for role, text in zip(("user", "assistant"), pair, strict=True)
-    ]
+    return [message for turn, answer in pairs for message in (*said("user", turn), *said("assistant", answer))]
 
 
 def _alike(chosen: Any, rejected: Any) -> tuple[Any, Any]:
@@ -490,8 +446,8 @@ def _role(message: Mapping[str, Any]) -> Any:
 
 def _with_last(whole: list[Any], last: Any) -> Any:
     if isinstance(last, str):
-        return [*whole[:-1], {"role": "assistant", "content": last}]
+        return [*whole[:-1], *said("assistant", last)]
     if isinstance(last, dict):
         last = [last]
-    alone = isinstance(last, list) and len(last) == 1 and isinstance(last[0], dict) and _role(last[0]) in ASSISTANT
-    return [*whole[:-1], *last] if alone else last
+    one = isinstance(last, list) and len(last) == 1 and isinstance(last[0], dict) and _role(last[0]) in ASSISTANT
+    return [*whole[:-1], *last] if one else last

@@ -85,11 +85,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self._deadline = time.monotonic() + SECONDS
 
     def spend(self, characters: int) -> None:
-        """Take from the budget.
-
-        Raises:
-            TooMuch: nothing is left of it, or the rendering takes too long.
-        """
+        """Take from the budget. Raises TooMuch: nothing is left of it, or the rendering takes too long."""
         self._left -= characters
         if self._left < 0:
             raise TooMuch("it makes far more text than it is given")

@@ -14,15 +14,14 @@ from pydantic import Field
 
 from madpo.core.config import Frozen
 from madpo.core.locks import locked
-from madpo.core.progress import bar
 from madpo.core.reports import Report
 from madpo.core.storage import expanded, remove_leftovers, storage_errors, write_atomically
 from madpo.data.findings import Finding
-from madpo.data.load import PairStream, TooLong, encoded_pairs, refuse_too_long
+from madpo.data.load import PairStream, TooLong, surveyed, surveyed_pairs
+from madpo.data.raw import COLUMNS
 from madpo.data.rows import Pair
 from madpo.data.survey import Survey
-from madpo.data.template_keys import COLUMNS
-from madpo.data.tokens import Encoded, Encoder, as_tokenizer, check_options, text_length, truncated
+from madpo.data.tokens import Encoded, Encoder, as_tokenizer, check_options, text_length
 from madpo.models.hyperparameters import Truncation
 
 SIDES = ("prompt", "chosen", "rejected")
@@ -159,7 +158,9 @@ def check(
     output: str | Path | None = None,
     strict: bool = False,
 ) -> CheckReport:
-    """Read a preference data set once and report what is in it. A million rows take less than 500 MB.
+    """Read a preference data set once and report what is in it.
+
+    A million rows take less than 500 MB, and a tokenizer what it needs itself.
 
     Args:
         data, columns, tokenizer, max_length, truncation: as in :func:`madpo.data.load_preferences`.
@@ -175,167 +176,97 @@ def check(
     """
     check_options(tokenizer, max_length, truncation)
     encoder = None if tokenizer is None else Encoder(as_tokenizer(tokenizer))
-    pass_ = _Pass(data, columns, encoder, max_length, truncation, keep_dropped=output is not None)
-    pass_.read()
-    if eval_data is not None:
-        evaluation = _Pass(eval_data, columns, None, None, truncation, keep_dropped=False)
-        evaluation.read()
-        pass_.survey.add_leaks(evaluation.survey)
-        report = pass_.report(len(evaluation.survey.seen))
-    else:
-        report = pass_.report(None)
+    stream, survey, too_long = PairStream(data, columns), Survey(), TooLong(keep=output is not None)
+    tally = _Tally(stream, encoder)
+    for pair, encoded in surveyed_pairs(stream, encoder, survey, max_length):
+        tally.take(pair, encoded)
+        if encoded is not None:
+            too_long.fitted(pair, encoded, max_length, truncation, stream.source)
+    evaluation = None if eval_data is None else surveyed(eval_data, None, columns)
+    if evaluation is not None:
+        survey.add_leaks(evaluation)
+    cuts = None
+    if max_length is not None:
+        drops, cut = too_long.drops, too_long.cut
+        cuts = TruncationReport(max_length=max_length, policy=truncation, too_long=drops + cut, dropped=drops, cut=cut)
+    assert stream.columns is not None
+    form = "messages" if tally.roles else "text"
+    report = CheckReport(
+        source=stream.source.name,
+        pairs=len(survey.seen),
+        prompts=survey.seen.distinct_prompts(),
+        form=form,
+        roles=dict(tally.roles.most_common(ROLES_SHOWN)),
+        read_as=dict(stream.columns.read_as),
+        layout={} if stream.layout is None else stream.layout.spelled(),
+        other_labels=stream.other_labels,
+        reward_margins=tuple(tally.candidates()),
+        prompt_columns=stream.prompt_columns,
+        ignored=tuple(name for name in stream.ignored if name not in COLUMNS or form == "text"),
+        unit="characters" if encoder is None else "tokens",
+        lengths=tally.summary(),
+        truncation=cuts,
+        eval_pairs=None if evaluation is None else len(evaluation.seen),
+        findings=survey.findings.summary(),
+        date=None if encoder is None else encoder.clock.text(),
+        rendered=tuple(tally.rendered),
+    )
     if strict:
-        pass_.survey.refuse_findings()
+        survey.refuse_findings()
     if output is not None:
-        _write(expanded(output), report, pass_.dropped.lines())
+        folder = expanded(output)
+        with storage_errors(folder), locked(folder):
+            remove_leftovers(folder)
+            write_atomically(folder / "dropped.jsonl", too_long.lines())
+            # Last: a folder with check.json is whole.
+            write_atomically(folder / "check.json", report.model_dump_json(indent=2) + "\n")
     return report
 
 
-class _Pass:
-    """One reading of a data set, and everything that is counted on the way."""
+class _Tally:
+    """Everything that is counted while the pairs of one data set are read."""
 
-    def __init__(
-        self,
-        data: str | Path,
-        columns: Any,
-        encoder: Encoder | None,
-        max_length: int | None,
-        truncation: Truncation,
-        *,
-        keep_dropped: bool,
-    ) -> None:
-        self.stream = PairStream(data, columns)
+    def __init__(self, stream: PairStream, encoder: Encoder | None) -> None:
+        self.stream, self.encoder = stream, encoder
         self.strengths: dict[str, array[float]] = {}
-        self.encoder, self.max_length, self.truncation = encoder, max_length, truncation
-        self.keep_dropped = keep_dropped
-        self.survey = Survey()
         self.lengths = {side: array("I") for side in SIDES}
-        self.dropped = TooLong()
-        self.too_long = self.dropped_pairs = 0
-        self.form = "text"
         self.roles: Counter[str] = Counter()
         self.rendered: list[str] = []
 
-    def read(self) -> None:
-        with bar(f"reading {self.stream.source.name}", None) as advance:
-            for pair, encoded in self._pairs():
-                self._take(pair, encoded)
-                advance()
-        self.stream.refuse_no_pair(len(self.survey.seen))
-        self.survey.finish(self.stream.left_out, self.stream.source.at)
-
-    def _pairs(self) -> Iterator[tuple[Pair, Encoded | None]]:
-        if self.encoder is not None:
-            yield from encoded_pairs(self.stream, self.encoder)
-        else:
-            for pair in self.stream:
-                yield pair, None
-
-    def _take(self, pair: Pair, encoded: Encoded | None) -> None:
-        self.survey.take(pair, encoded, self.stream.source, self.max_length)
+    def take(self, pair: Pair, encoded: Encoded | None) -> None:
         if isinstance(pair.prompt, list):
-            self.form = "messages"
-            self._count_roles(pair)
-        self._measure(pair)
+            sides = (pair.prompt, pair.chosen)
+            order = " > ".join(", ".join(m["role"] for m in side if isinstance(m, dict)) for side in sides)
+            # Conversations of every length would fill the memory: what is not known by then counts as others.
+            self.roles[order if order in self.roles or len(self.roles) < ORDERS else "others"] += 1
+        numbers, layout = pair.numbers, self.stream.layout
+        if "reward_margin" not in numbers and "chosen_score" in numbers:
+            difference = numbers["chosen_score"] - numbers["rejected_score"]
+            self.strengths.setdefault(SCORES, array("d")).append(difference)
+        elif "reward_margin" not in numbers and pair.strength is not None and layout is not None:
+            self.strengths.setdefault(layout.strength_name() or "rank", array("d")).append(pair.strength)
         for side in SIDES:
             part = getattr(pair, side) if encoded is None else getattr(encoded, f"{side}_ids")
             self.lengths[side].append(len(part) if encoded is not None else text_length(part))
-        if encoded is None:
-            return
-        if len(self.rendered) < RENDERED:
-            self.rendered.append(self._render(encoded))
-        if self.max_length is not None and encoded.length > self.max_length:
-            self._truncate(pair, encoded, self.max_length)
+        if encoded is not None and self.encoder is not None and len(self.rendered) < RENDERED:
+            texts = map(self.encoder.tokenizer.decode, (encoded.prompt_ids, encoded.chosen_ids))
+            half = SHOWN // 2
+            prompt, chosen = (t if len(t) <= SHOWN else f"{t[:half]}…{t[-half:]}" for t in texts)
+            self.rendered.append(f"{prompt!r} | {chosen!r}")
 
-    def _measure(self, pair: Pair) -> None:
-        """Keep what could serve as a reward margin."""
-        if "reward_margin" in pair.numbers:
-            return
-        numbers, layout = pair.numbers, self.stream.layout
-        if "chosen_score" in numbers:
-            difference = numbers["chosen_score"] - numbers["rejected_score"]
-            self.strengths.setdefault(SCORES, array("d")).append(difference)
-        elif pair.strength is not None and layout is not None:
-            self.strengths.setdefault(layout.strength_name() or "rank", array("d")).append(pair.strength)
+    def summary(self) -> dict[str, Lengths]:
+        found = {}
+        for side, values in self.lengths.items():
+            numbers = np.frombuffer(values, dtype=np.uint32)
+            median, p95 = map(float, np.percentile(numbers, [50, 95]))
+            found[side] = Lengths(mean=float(numbers.mean()), median=median, p95=p95, longest=int(numbers.max()))
+        return found
 
-    def _candidates(self) -> Iterator[MarginCandidate]:
+    def candidates(self) -> Iterator[MarginCandidate]:
         for name, values in self.strengths.items():
             remedy = f"to use it, give --columns.reward_margin {shlex.quote(name)}"
             if name == SCORES:
                 remedy = "to calibrate and use it, run madpo score with --score_columns chosen_score rejected_score"
             numbers = np.frombuffer(values)
-            lowest, highest = float(numbers.min()), float(numbers.max())
-            yield MarginCandidate(
-                name=name, pairs=len(values), mean=float(numbers.mean()), lowest=lowest, highest=highest, remedy=remedy
-            )
-
-    def _count_roles(self, pair: Pair) -> None:
-        sides = (pair.prompt, pair.chosen)
-        order = " > ".join(", ".join(m["role"] for m in side if isinstance(m, dict)) for side in sides)
-        # Conversations of every length would fill the memory: what is not known by then counts as others.
-        self.roles[order if order in self.roles or len(self.roles) < ORDERS else "others"] += 1
-
-    def _truncate(self, pair: Pair, encoded: Encoded, max_length: int) -> None:
-        if self.truncation == "refuse":
-            raise refuse_too_long(pair, encoded, max_length, self.stream.source)
-        self.too_long += 1
-        if truncated(encoded, max_length, self.truncation) is not None:
-            self.dropped.cut += 1
-            return
-        self.dropped_pairs += 1
-        if self.keep_dropped:
-            self.dropped.drop(pair, encoded, self.stream.source.unit)
-
-    def _render(self, encoded: Encoded) -> str:
-        assert self.encoder is not None
-        texts = map(self.encoder.tokenizer.decode, (encoded.prompt_ids, encoded.chosen_ids))
-        half = SHOWN // 2
-        prompt, chosen = (t if len(t) <= SHOWN else f"{t[:half]}…{t[-half:]}" for t in texts)
-        return f"{prompt!r} | {chosen!r}"
-
-    def report(self, eval_pairs: int | None) -> CheckReport:
-        stream = self.stream
-        assert stream.columns is not None
-        truncation = None
-        if self.max_length is not None:
-            truncation = TruncationReport(
-                max_length=self.max_length,
-                policy=self.truncation,
-                too_long=self.too_long,
-                dropped=self.dropped_pairs,
-                cut=self.dropped.cut,
-            )
-        return CheckReport(
-            source=stream.source.name,
-            pairs=len(self.survey.seen),
-            prompts=self.survey.seen.distinct_prompts(),
-            form=self.form,
-            roles=dict(self.roles.most_common(ROLES_SHOWN)),
-            read_as=dict(stream.columns.read_as),
-            layout={} if stream.layout is None else stream.layout.spelled(),
-            other_labels=stream.other_labels,
-            reward_margins=tuple(self._candidates()),
-            prompt_columns=stream.prompt_columns,
-            ignored=tuple(name for name in stream.ignored if name not in COLUMNS or self.form == "text"),
-            unit="characters" if self.encoder is None else "tokens",
-            lengths={side: _lengths(values) for side, values in self.lengths.items()},
-            truncation=truncation,
-            eval_pairs=eval_pairs,
-            findings=self.survey.findings.summary(),
-            date=None if self.encoder is None else self.encoder.clock.text(),
-            rendered=tuple(self.rendered),
-        )
-
-
-def _lengths(values: array[int]) -> Lengths:
-    numbers = np.frombuffer(values, dtype=np.uint32)
-    median, p95 = np.percentile(numbers, [50, 95])
-    return Lengths(mean=float(numbers.mean()), median=float(median), p95=float(p95), longest=int(numbers.max()))
-
-
-def _write(folder: Path, report: CheckReport, dropped: str) -> None:
-    with storage_errors(folder), locked(folder):
-        remove_leftovers(folder)
-        write_atomically(folder / "dropped.jsonl", dropped)
-        # Last: a folder with check.json is whole.
-        write_atomically(folder / "check.json", report.model_dump_json(indent=2) + "\n")
+            low, mean, high = (float(function(numbers)) for function in (np.min, np.mean, np.max))
+            yield MarginCandidate(name=name, pairs=len(values), mean=mean, lowest=low, highest=high, remedy=remedy)

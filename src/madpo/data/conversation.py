@@ -7,8 +7,7 @@ from typing import Any
 
 from madpo.core.errors import DataError
 from madpo.data.messages import Message, as_json, is_blank, shown
-from madpo.data.raw import described, short
-from madpo.data.template_keys import CALLS, COLUMNS, NAMES, REASONING
+from madpo.data.raw import CALLS, COLUMNS, NAMES, REASONING, described, short
 
 _RESERVED = ("add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "return_tensors", "padding")
 """Options of ``apply_chat_template`` that are no variables of a template."""
@@ -29,8 +28,7 @@ class Conversation(list[Message]):
     def of(cls, messages: Sequence[Message], raw: Mapping[str, Any], place: str) -> Conversation:
         """The messages with the columns of their row ``raw``.
 
-        Raises:
-            DataError: a column is not what a template can be given.
+        Raises DataError: a column is not what a template can be given.
         """
         found = cls(messages, {name: raw[name] for name in COLUMNS if not is_blank(raw.get(name))})
         for name, value in found.columns.items():

@@ -34,10 +34,8 @@ class CorpusConfig(Frozen):
     def read(self) -> pd.DataFrame:
         """The raw reviews: text, label (0 is negative, 1 positive) and source.
 
-        Reviews with the source "imdb" are split into parts; those of other sources train oracles only.
-
-        Raises:
-            ConfigError, DataError: as for :func:`load_corpus`.
+        Reviews with the source "imdb" are split into parts; those of other sources train oracles only. Raises
+        ConfigError, DataError: as for :func:`load_corpus`.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say how it is read")
 
@@ -105,11 +103,7 @@ def load_corpus(config: CorpusConfig) -> pd.DataFrame:
 
 
 def sft_reviews(corpus: pd.DataFrame, n: int) -> pd.DataFrame:
-    """The final ``n`` positive IMDB reviews, in the corpus's order.
-
-    Raises:
-        ConfigError: there are fewer.
-    """
+    """The final ``n`` positive IMDB reviews, in the corpus's order. Raises ConfigError: there are fewer."""
     positive = corpus[(corpus["source"] == IMDB) & corpus["positive"]]
     return positive.iloc[len(positive) - _enough(n, positive, "positive reviews") :]
 
@@ -118,10 +112,7 @@ def prompt_reviews(corpus: pd.DataFrame, n: int, skip: int = 0) -> pd.DataFrame:
     """The first ``n`` negative IMDB reviews after ``skip`` of them, in the corpus's order, each text once.
 
     A text that also stands among the positive reviews is left out, so no prompt is an SFT text; a repeated one counts
-    once, so no prompt is both trained on and held out.
-
-    Raises:
-        ConfigError: there are fewer.
+    once, so no prompt is both trained on and held out. Raises ConfigError: there are fewer.
     """
     imdb = corpus[corpus["source"] == IMDB]
     negative = imdb[~imdb["positive"] & ~imdb["group"].isin(imdb.loc[imdb["positive"], "group"])]
@@ -132,8 +123,7 @@ def prompt_reviews(corpus: pd.DataFrame, n: int, skip: int = 0) -> pd.DataFrame:
 def oracle_reviews(corpus: pd.DataFrame, *, sft: int, prompts: int) -> pd.DataFrame:
     """The reviews that neither SFT nor the prompts use, and Rotten Tomatoes' snippets; each text once.
 
-    Raises:
-        ConfigError: the other parts leave no review of one of the labels.
+    Raises ConfigError: the other parts leave no review of one of the labels.
     """
     used = pd.concat([sft_reviews(corpus, sft)["group"], prompt_reviews(corpus, prompts)["group"]])
     left = corpus[~corpus["group"].isin(used)].drop_duplicates("group")

@@ -14,8 +14,7 @@ FILES = ("pairs.jsonl", "heldout.jsonl", "prompts.jsonl")
 def write_example(folder: str | Path) -> list[Path]:
     """Write the example's files into ``folder``, which is made where it does not exist.
 
-    Raises:
-        StorageError: one of the files exists with other content, or the folder cannot be written.
+    Raises StorageError: one of the files exists with other content, or the folder cannot be written.
     """
     folder = expanded(folder)
     texts = {folder / name: (files("madpo.data") / "example" / name).read_bytes() for name in FILES}

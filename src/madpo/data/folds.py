@@ -20,8 +20,7 @@ def prompt_key(prompt: Text) -> str:
 def folds_by_prompt(prompts: Iterable[str], folds: int, seed: int, name: str) -> list[int]:
     """A fold from 0 for every row, the same for the same prompt, of about equal sizes.
 
-    Raises:
-        ConfigError: there are fewer prompts than folds.
+    Raises ConfigError: there are fewer prompts than folds.
     """
     keys = list(prompts)
     distinct = sorted(set(keys))

@@ -132,7 +132,8 @@ def recognise(names: Sequence[str], place: str, given: Layout) -> Recognised | N
         return Recognised(layout=columns.with_prompt(_joined(plain, given)))
     fitting = [found for entry in packaged_layouts() for found in columns.filled(entry)]
     if not fitting:
-        raise DataError(_nothing_fits(columns, place, given))
+        missing = "rejected" if "chosen" in columns.exact else "chosen"
+        raise DataError(f"{place}: has no column {missing!r} (found {listed(names)}); {_proposal(columns, given)}")
     first = fitting[0][0]
     for other, _ in fitting[1:]:
         if _completions(other) != _completions(first) and not _inside(other, first):
@@ -199,19 +200,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def _as_options(layout: Layout) -> str:
-    words = []
-    for verb in ("chosen", "rejected", "sides", "completions", "completion", "label", "score", "rank", "order"):
-        if value := each(getattr(layout, verb)):
-            words.append(f"--columns.{verb} {shlex.quote(','.join(value))}")
-    return " ".join(words)
-
-
-def _nothing_fits(columns: _Columns, place: str, given: Layout) -> str:
-    """The sentence of a data set without a pair: its columns, and the options that would make one of them."""
-    missing = "rejected" if "chosen" in columns.exact else "chosen"
-    found = f"{place}: has no column {missing!r} (found {listed(columns.names)})"
-    proposal = _proposal(columns, given)
-    return f"{found}; {proposal}"
+    return " ".join(f"--columns.{verb} {shlex.quote(names)}" for verb, names in layout.spelled(",").items())
 
 
 def _proposal(columns: _Columns, given: Layout) -> str:

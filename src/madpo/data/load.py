@@ -11,6 +11,7 @@ from typing import Any
 
 from madpo.core.errors import DataError, printable
 from madpo.core.layout import Layout, as_layout, each, head, value_at
+from madpo.core.progress import track
 from madpo.data.arrange import Arranged, Arranger, LeftOut
 from madpo.data.layouts import recognise
 from madpo.data.messages import is_blank
@@ -29,7 +30,7 @@ LISTED = 5  # further rows with mistakes that a message names
 
 
 class PairStream:
-    """The pairs of a data set in order; mistakes of single rows are counted, and told at the end.
+    """The pairs of a data set in order; mistakes of single rows are counted, and reported at the end.
 
     Attributes:
         source: the opened data.
@@ -178,19 +179,11 @@ class PairStream:
         raise_first(mistakes, wrong, self.source)
 
     def __iter__(self) -> Iterator[Pair]:
-        """Every pair.
-
-        Raises:
-            DataError: as :meth:`with_rows`.
-        """
+        """Every pair. Raises DataError: as :meth:`with_rows`."""
         return (pair for pair, _ in self.with_rows())
 
     def refuse_no_pair(self, pairs: int) -> None:
-        """Refuse data of which no row holds a preference.
-
-        Raises:
-            DataError: with what the rows lack.
-        """
+        """Refuse data of which no row holds a preference (DataError)."""
         if pairs:
             return
         kind = max(self.left_out, key=lambda kind: len(self.left_out[kind]), default="unranked")
@@ -245,10 +238,9 @@ def batches(pairs: Iterator[Pair] | PairStream) -> Iterator[list[Pair]]:
 
 
 def encoded_pairs(stream: PairStream, encoder: Encoder) -> Iterator[tuple[Pair, Encoded]]:
-    """Pairs beside their token ids; what the chat template refuses is told at the end.
+    """Pairs with their token ids; what the chat template refuses is reported at the end.
 
-    Raises:
-        DataError: as iterating the stream does, and for conversations that the template refuses.
+    Raises DataError: as iterating the stream does, and for conversations that the template refuses.
     """
     mistakes: list[DataError] = []
     wrong: list[int] = []
@@ -263,26 +255,30 @@ def encoded_pairs(stream: PairStream, encoder: Encoder) -> Iterator[tuple[Pair, 
     raise_first(mistakes, wrong, stream.source)
 
 
+def surveyed_pairs(
+    stream: PairStream, encoder: Encoder | None, survey: Survey, max_length: int | None = None
+) -> Iterator[tuple[Pair, Encoded | None]]:
+    """Every pair, with its token ids where there is an encoder; ``survey`` counts what is found.
+
+    Raises DataError: as :func:`load_preferences`.
+    """
+    pairs = ((pair, None) for pair in stream) if encoder is None else encoded_pairs(stream, encoder)
+    for pair, encoded in track(pairs, description=f"reading {stream.source.name}"):
+        survey.take(pair, encoded, stream.source, max_length)
+        yield pair, encoded
+    survey.finish(stream.left_out, stream.source.at)
+    stream.refuse_no_pair(len(survey.seen))
+
+
 def surveyed(data: str | Path, encoder: Encoder | None = None, columns: Any = None) -> Survey:
     """What a check of the whole data set would warn of, in text and, with an encoder, in tokens.
 
-    Raises:
-        DataError: as :func:`load_preferences`.
+    Raises DataError: as :func:`load_preferences`.
     """
-    stream, survey = PairStream(data, columns), Survey()
-    pairs = ((pair, None) for pair in stream) if encoder is None else encoded_pairs(stream, encoder)
-    for pair, encoded in pairs:
-        survey.take(pair, encoded, stream.source)
-    survey.finish(stream.left_out, stream.source.at)
+    survey = Survey()
+    for _ in surveyed_pairs(PairStream(data, columns), encoder, survey):
+        pass
     return survey
-
-
-def refuse_too_long(pair: Pair, encoded: Encoded, max_length: int, source: Source) -> DataError:
-    """The sentence of ``truncation="refuse"``."""
-    return DataError(
-        f"{source.at(pair.number)}: prompt and completion have {encoded.length} tokens, more than max_length "
-        f'{max_length}; raise max_length, shorten the pair, or set truncation to "drop" or "cut"'
-    )
 
 
 @dataclass
@@ -291,15 +287,34 @@ class TooLong:
 
     Attributes:
         cut: how many lost the end of a completion.
+        drops: how many were left out.
         dropped: pair_id, place and tokens of each pair that was left out: a line of ``dropped.jsonl``.
+        keep: whether ``dropped`` is filled.
     """
 
     cut: int = 0
+    drops: int = 0
     dropped: list[dict[str, Any]] = field(default_factory=list)
+    keep: bool = True
 
-    def drop(self, pair: Pair, encoded: Encoded, unit: str) -> None:
-        """Remember a pair that is left out."""
-        self.dropped.append({"pair_id": pair.pair_id, unit: pair.number, "tokens": encoded.length})
+    def fitted(
+        self, pair: Pair, encoded: Encoded, max_length: int | None, policy: Truncation, source: Source
+    ) -> Encoded | None:
+        """The pair within ``max_length`` tokens; None if it is dropped.
+
+        Raises DataError: it is longer, and the policy is "refuse".
+        """
+        kept = encoded if max_length is None else truncated(encoded, max_length, policy)
+        if kept is None and policy == "refuse":
+            raise DataError(
+                f"{source.at(pair.number)}: prompt and completion have {encoded.length} tokens, more than max_length "
+                f'{max_length}; raise max_length, shorten the pair, or set truncation to "drop" or "cut"'
+            )
+        self.cut += kept is not None and kept is not encoded
+        self.drops += kept is None
+        if kept is None and self.keep:
+            self.dropped.append({"pair_id": pair.pair_id, source.unit: pair.number, "tokens": encoded.length})
+        return kept
 
     def lines(self) -> str:
         """The content of ``dropped.jsonl``."""
@@ -345,30 +360,15 @@ def load_preferences(
     """
     check_options(tokenizer, max_length, truncation)
     stream = PairStream(data, columns)
-    survey = Survey() if survey is None else survey
+    too_long = TooLong(keep=False) if too_long is None else too_long
+    encoder = None if tokenizer is None else Encoder(as_tokenizer(tokenizer), clock)
     rows: list[dict[str, Any]] = []
-    if tokenizer is None:
-        for pair in stream:
-            survey.take(pair, None, stream.source)
+    for pair, encoded in surveyed_pairs(stream, encoder, Survey() if survey is None else survey, max_length):
+        if encoded is None:
             rows.append(pair.row())
-        survey.finish(stream.left_out, stream.source.at)
-        stream.refuse_no_pair(len(rows))
-        return rows
-    for pair, encoded in encoded_pairs(stream, Encoder(as_tokenizer(tokenizer), clock)):
-        survey.take(pair, encoded, stream.source, max_length)
-        kept = encoded if max_length is None else truncated(encoded, max_length, truncation)
-        if kept is None and truncation == "refuse":
-            assert max_length is not None
-            raise refuse_too_long(pair, encoded, max_length, stream.source)
-        if too_long is not None and kept is None:
-            too_long.drop(pair, encoded, stream.source.unit)
-        elif too_long is not None:
-            too_long.cut += kept is not encoded
-        if kept is not None:
+        elif kept := too_long.fitted(pair, encoded, max_length, truncation, stream.source):
             ids = {"prompt_ids": kept.prompt_ids, "chosen_ids": kept.chosen_ids, "rejected_ids": kept.rejected_ids}
             rows.append(pair.row() | ids)
-    survey.finish(stream.left_out, stream.source.at)
-    stream.refuse_no_pair(len(survey.seen))
     if not rows:
         raise DataError(f"{stream.source.name}: no pair fits into max_length {max_length}; raise it")
     return rows

@@ -15,8 +15,7 @@ from madpo.core.seeding import rng
 from madpo.data.folds import prompt_key
 from madpo.data.load import PairStream
 from madpo.data.messages import Text, shown
-from madpo.data.numbers import as_number
-from madpo.data.raw import Source
+from madpo.data.raw import Source, as_number
 from madpo.data.sources import open_source
 
 SUSPICIOUS = 20
@@ -42,10 +41,8 @@ def read_margins(
     ``sampled`` further pairs, drawn evenly from all by ``seed``, keep their texts too.
 
     A table without chosen and rejected will do (then there are no texts). Without the column, the difference of
-    chosen_score and rejected_score stands for it.
-
-    Raises:
-        DataError: neither is there, or as :func:`madpo.data.load_preferences`.
+    chosen_score and rejected_score stands for it. Raises DataError: neither is there, or as
+    :func:`madpo.data.load_preferences`.
     """
     source = open_source(data, wanted=("pair_id", "reward_margin"))
     bare = "reward_margin" in (source.columns or ()) and "chosen" not in (source.columns or ())

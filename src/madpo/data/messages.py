@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from madpo.core.errors import DataError, first_line
-from madpo.data.raw import described
-from madpo.data.template_keys import CALLS, KEYS
+from madpo.data.raw import CALLS, KEYS, described
 
 Message = dict[str, Any]
 """``role`` and ``content``, both text, and of the keys that chat templates read those that hold something."""
@@ -29,10 +28,7 @@ def answered(prompt: Text, response: str) -> Text:
 def as_text(value: Any, name: str, place: str) -> Text:
     """A field of a row: text, or messages (text parts of a message joined).
 
-    One message without a list around it is a conversation of one.
-
-    Raises:
-        DataError: anything else.
+    One message without a list around it is a conversation of one. Raises DataError: anything else.
     """
     if isinstance(value, str):
         return encodable(value, name, place)
@@ -114,8 +110,7 @@ def template_keys(message: Mapping[str, Any], name: str, place: str) -> Message:
 def as_json(value: Any, name: str, place: str) -> Any:
     """A value that data sets keep as an object, or as the text of its JSON.
 
-    Raises:
-        DataError: it is text, and no JSON.
+    Raises DataError: it is text, and no JSON.
     """
     if not isinstance(value, str):
         return value

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from madpo.core.errors import DataError
-from madpo.data.raw import MAX_ROW, RawRow, Source, Wanted, refuse_repeats, short
-from madpo.data.template_keys import without_filled_nulls
+from madpo.data.raw import MAX_ROW, RawRow, Source, Wanted, refuse_repeats, short, without_filled_nulls
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -95,8 +94,7 @@ def _plain(name: str, number: int, batch: pa.RecordBatch) -> Iterator[dict[str, 
 def _rows_at_once(place: str, path: Path, file: pq.ParquetFile, group: int, columns: Sequence[str]) -> int:
     """How many rows of a row group fit into the memory that unpacking may take.
 
-    Raises:
-        DataError: a single row may not fit.
+    Raises DataError: a single row may not fit.
     """
     found = file.metadata.row_group(group)
     row = 0  # bytes that one row may unpack to, beyond what the file holds for it

@@ -12,18 +12,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from madpo.core.errors import DataError
-from madpo.data.messages import (
-    SYSTEM_ROLES,
-    Message,
-    Text,
-    as_text,
-    contents,
-    encodable,
-    is_blank,
-    said,
-    texts_within,
-)
-from madpo.data.raw import described
+from madpo.data.messages import SYSTEM_ROLES, Message, Text, as_text, contents, encodable, is_blank, said, texts_within
+from madpo.data.raw import described, lacks, null, surplus
 
 # The column with the prompt (text or a conversation), and the columns whose texts go below it: "instruction" and
 # "input" are Alpaca's, "context" is Dolly's. The first entry of which a data set has the first column counts.
@@ -89,21 +79,13 @@ class PromptColumns:
         return tuple(name for name in (self.system, self.history, *self.question) if name is not None)
 
     def refuse_another(self, later: PromptColumns, place: str) -> None:
-        """Refuse a row that has its prompt in another column than the first row.
-
-        Raises:
-            DataError: naming the column.
-        """
+        """Refuse a row that has its prompt in another column than the first row (DataError)."""
         mine, theirs = self.question[:1], later.question[:1]
         if mine == theirs:
             return
         if mine and mine[0] not in later.context:
-            raise DataError(
-                f"{place}: lacks the field {mine[0]!r}, which the first row has; fill it in or drop the row"
-            )
-        raise DataError(
-            f"{place}: has the field {theirs[0]!r}, which the first row lacks; give it in every row or in none"
-        )
+            raise lacks(mine[0], place)
+        raise surplus(theirs[0], place)
 
 
 class Prompt(NamedTuple):
@@ -124,8 +106,7 @@ class Prompt(NamedTuple):
     def joined(self, prompt: Text, place: str) -> Text:
         """``prompt`` with the system prompt and the history in front, unless they are there already.
 
-        Raises:
-            DataError: there are two system prompts.
+        Raises DataError: there are two system prompts.
         """
         if isinstance(prompt, str):
             assert not self.history, "a text has no turns"
@@ -165,7 +146,7 @@ def read_prompt(
     for name in columns.question:
         value = raw.get(name)
         if name in _REQUIRED and value is None and not whole:
-            raise DataError(f"{place}: {name} is null; fill it in or drop the row")
+            raise null(name, place)
         if value is None or (value == [] and name not in _REQUIRED):
             continue
         part = as_text(value, name, place)
@@ -203,8 +184,7 @@ def whole_prompt(raw: Mapping[str, Any], names: Iterable[str], place: str) -> Te
 
 
 def _system(raw: Mapping[str, Any], name: str | None, place: str) -> str:
-    value = raw.get(name) if name is not None else None
-    if value is None or name is None:
+    if name is None or (value := raw.get(name)) is None:
         return ""
     text = as_text(value, name, place)
     if not isinstance(text, str):
@@ -213,8 +193,7 @@ def _system(raw: Mapping[str, Any], name: str | None, place: str) -> str:
 
 
 def _history(raw: Mapping[str, Any], name: str | None, place: str) -> list[Message]:
-    value = raw.get(name) if name is not None else None
-    if name is None or is_blank(value):
+    if name is None or is_blank(value := raw.get(name)):
         return []
     remedy = "give a list of messages, or of pairs of a question and its answer"
     if not isinstance(value, list | tuple):

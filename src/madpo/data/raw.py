@@ -1,7 +1,8 @@
-"""Raw rows: what every format of preference data gives, and how a message shows a value that is wrong."""
+"""Raw rows: what every format of preference data gives, numbers in them, and how a message shows a wrong value."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Container, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,6 +11,13 @@ from madpo.core.errors import DataError, printable
 
 MAX_ROW = 64 * 2**20
 """Bytes of one row: more is a file without line ends or an unpacked bomb, not a preference pair."""
+
+# What a chat template may read besides role and content: keys of a message, and columns of its row.
+CALLS = ("tool_calls", "function_calls", "function_call", "functions")
+REASONING = ("reasoning_content", "reasoning", "thinking")
+NAMES = ("name",)
+KEYS = (*CALLS, *REASONING, *NAMES, "tool_call_id")
+COLUMNS = ("tools", "chat_template_kwargs")
 
 RawRow = tuple[int, "dict[str, Any] | DataError"]
 Wanted = Container[str] | Callable[[Sequence[str]], Container[str]] | None
@@ -39,11 +47,7 @@ class Source:
 
 
 def refuse_repeats(name: str, columns: Sequence[str]) -> None:
-    """Refuse a table with two columns of one name.
-
-    Raises:
-        DataError: with the first such column.
-    """
+    """Refuse a table with two columns of one name (DataError)."""
     if (column := repeated(columns)) is not None:
         raise DataError(f"{name}: the column {described_name(column)} is there twice; keep one of the two")
 
@@ -56,6 +60,21 @@ def repeated(names: Sequence[str]) -> str | None:
             return name
         seen.add(name)
     return None
+
+
+def null(name: str, place: str) -> DataError:
+    """The mistake of a field that says nothing."""
+    return DataError(f"{place}: {name} is null; fill it in or drop the row")
+
+
+def lacks(name: str, place: str) -> DataError:
+    """The mistake of a row without a field that the first row has."""
+    return DataError(f"{place}: lacks the field {name!r}, which the first row has; fill it in or drop the row")
+
+
+def surplus(name: str, place: str) -> DataError:
+    """The mistake of a row with a field that the first row lacks."""
+    return DataError(f"{place}: has the field {name!r}, which the first row lacks; give it in every row or in none")
 
 
 def described(value: object) -> str:
@@ -85,3 +104,43 @@ def short(value: object) -> str:
         return f"{len(value)} entries" if value else "empty"
     text = printable((str(value).splitlines() or [""])[0]) or type(value).__name__
     return text if len(text) <= 160 else f"{text[:157]}…"
+
+
+def as_number(value: Any, name: str, place: str, *, from_text: bool = False) -> float:
+    """A finite number, or a DataError; text counts only where the format has nothing else (CSV)."""
+    number = value
+    if isinstance(value, str) and from_text:
+        try:
+            number = float(value)
+        except ValueError:
+            raise DataError(
+                f"{place}: {name} is {described(value)}, not a number; correct it or drop the row"
+            ) from None
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        hint = "write it without quotes" if isinstance(value, str) else "give a number"
+        raise DataError(f"{place}: {name} is {described(value)}, not a number; {hint}")
+    try:
+        number = float(number)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise DataError(f"{place}: {name} is {number}, but must be finite; score the pair again or drop the row")
+    return number
+
+
+def without_filled_nulls(value: Any) -> Any:
+    """A table's row without the nulls that tables write into objects where other rows have keys.
+
+    A template would show them as arguments of a tool call. Only what these keys and columns hold is changed.
+    """
+    if isinstance(value, dict):
+        return {
+            k: _without_nulls(v) if k in KEYS or k in COLUMNS else without_filled_nulls(v) for k, v in value.items()
+        }
+    return [without_filled_nulls(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(entry) for key, entry in value.items() if entry is not None}
+    return [_without_nulls(entry) for entry in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""One raw row -> one pair: prompt, chosen and rejected as text or messages, and the numbers beside them."""
+"""One raw row -> one pair: prompt, chosen and rejected as text or messages, with the numbers of the row."""
 
 from __future__ import annotations
 
@@ -12,40 +12,28 @@ from madpo.core.errors import DataError
 from madpo.data.conversation import Conversation, columns_of
 from madpo.data.layouts import listed
 from madpo.data.messages import SYSTEM_ROLES, Message, Text, as_text, contents, is_silent, said, shared_prefix
-from madpo.data.numbers import as_number
 from madpo.data.prompts import KNOWN, PromptColumns, read_prompt, refuse_lost_context
-from madpo.data.raw import described
-from madpo.data.template_keys import COLUMNS
+from madpo.data.raw import COLUMNS, as_number, described, lacks, null, surplus
 
 NUMBERS = (
     *("chosen_score", "rejected_score", "reward_margin", "weight", "ref_chosen_logps", "ref_rejected_logps"),
     "log_ratio_margin",
 )
+_SCORES = ("{}_score", "score_{}", "{}_rating", "rating_{}", "{}-rating", "{}_avg_rating")
 # Our name first, then what known data sets call it; the report says which name was read. Those of the prompt are in
 # madpo.data.prompts, and where the completions are called otherwise, in madpo.data.layouts.
 ALIASES: dict[str, tuple[str, ...]] = {
     "pair_id": ("pair_id",),
     "chosen": ("chosen",),
     "rejected": ("rejected",),
-    **{
-        f"{side}_score": tuple(
-            name.format(side)
-            for name in ("{}_score", "score_{}", "{}_rating", "rating_{}", "{}-rating", "{}_avg_rating")
-        )
-        for side in ("chosen", "rejected")
-    },
+    **{f"{side}_score": tuple(form.format(side) for form in _SCORES) for side in ("chosen", "rejected")},
     **{name: (name,) for name in NUMBERS[2:]},
 }
 WANTED = (*{alias for names in ALIASES.values() for alias in names}, *KNOWN, *COLUMNS, "margin")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 LONG = 1_000_000  # characters
 # Who speaks in transcripts, and how the templates of known models begin a turn of the user.
-_SPEAKERS = (
-    ("human:", "assistant:"),
-    ("user:", "assistant:"),
-    ("prompter:", "assistant:"),
-    ("instruction:", "response:"),
-)
+_SPEAKERS = (*((user, "assistant:") for user in ("human:", "user:", "prompter:")), ("instruction:", "response:"))
 _MARKUP = (
     *("<|im_start|>user", "<|start_header_id|>user", "<|user|>", "<|prompter|>", "<|User|>"),
     *("<\uff5cUser\uff5c>", "<start_of_turn>user", "[INST]"),
@@ -86,15 +74,14 @@ class Columns:
 
     read_as: Mapping[str, str]
     prompt: PromptColumns
-    alone: tuple[str, ...] = ()
+    unpaired: tuple[str, ...] = ()
     """Scores of one side without one of the other, which nothing reads."""
 
     @classmethod
     def found_in(cls, names: Iterable[str], name: str) -> Columns:
         """Find our columns among ``names``.
 
-        Raises:
-            DataError: chosen or rejected is missing, or there is a column "margin".
+        Raises DataError: chosen or rejected is missing, or there is a column "margin".
         """
         names = [str(n) for n in names]
         if "margin" in names:
@@ -112,8 +99,9 @@ class Columns:
             if ours not in read_as:
                 raise DataError(f"{name}: has no column {ours!r} (found {listed(names)}); add it, or name its column")
         sides = {"chosen_score", "rejected_score"}
-        alone = sides & set(read_as) if len(sides & set(read_as)) == 1 else set()
-        return cls({k: v for k, v in read_as.items() if k not in alone}, prompt, tuple(read_as[name] for name in alone))
+        unpaired = sides & read_as.keys() if len(sides & read_as.keys()) == 1 else set()
+        kept = {ours: theirs for ours, theirs in read_as.items() if ours not in unpaired}
+        return cls(kept, prompt, tuple(read_as[name] for name in unpaired))
 
     @property
     def numbers(self) -> tuple[str, ...]:
@@ -122,7 +110,7 @@ class Columns:
 
 
 class Reader:
-    """Turns raw rows into pairs; what the first good row looks like, all must."""
+    """Parses rows into pairs; every row must have the form (text or messages) of the first valid one."""
 
     def __init__(self, columns: Columns, name: str, *, from_text: bool = False, turns: bool = False) -> None:
         """``from_text``: numbers come as text (CSV), not as numbers. ``turns``: some row has turns before its prompt,
@@ -155,10 +143,8 @@ class Reader:
             Columns.found_in(raw, place)
         values = {ours: self._value(raw, theirs, place) for ours, theirs in self.columns.read_as.items()}
         for name in (*NUMBERS, "pair_id"):
-            if name in raw and name not in self.columns.read_as and name not in self.columns.alone:
-                raise DataError(
-                    f"{place}: has the field {name!r}, which the first row lacks; give it in every row or in none"
-                )
+            if name in raw and name not in self.columns.read_as and name not in self.columns.unpaired:
+                raise surplus(name, place)
         pair = self._split(raw, values, number, index, place)
         pair.flags.extend(flags)
         if isinstance(pair.prompt, list):
@@ -175,9 +161,9 @@ class Reader:
 
     def _value(self, raw: Mapping[str, Any], theirs: str, place: str) -> Any:
         if theirs not in raw:
-            raise DataError(f"{place}: lacks the field {theirs!r}, which the first row has; fill it in or drop the row")
+            raise lacks(theirs, place)
         if raw[theirs] is None:
-            raise DataError(f"{place}: {theirs} is null; fill it in or drop the row")
+            raise null(theirs, place)
         return raw[theirs]
 
     def _split(self, raw: Mapping[str, Any], values: Mapping[str, Any], number: int, index: int, place: str) -> Pair:
@@ -199,11 +185,8 @@ class Reader:
         if self.conversational is None:
             self.conversational = conversational
         elif self.conversational != conversational:
-            words = ("text", "messages")
-            raise DataError(
-                f"{place}: holds {words[conversational]} where the rows before hold {words[self.conversational]}; "
-                "use one form in the whole file"
-            )
+            form, before = ("messages", "text") if conversational else ("text", "messages")
+            raise DataError(f"{place}: holds {form} where the rows before hold {before}; use one form in the file")
         pair_id = _pair_id(values.get("pair_id", index), place)
         if isinstance(chosen, str) and isinstance(rejected, str):
             prompt, chosen, rejected = _split_text(text, chosen, rejected, flags)
@@ -250,14 +233,11 @@ def _split_text(
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
-_TURN = re.compile(r"\n\n(?:Assistant|A):")
-
-
 def _last_turn(shared: str) -> int | None:
     """Where the last answer begins in a transcript such as Anthropic's; None where the text is none."""
     if not re.match(r"\s*(?:Human|H):", shared):
         return None
-    return max((match.end() for match in _TURN.finditer(shared)), default=None)
+    return max((match.end() for match in re.finditer(r"\n\n(?:Assistant|A):", shared)), default=None)
 
 
 def _split_messages(

@@ -39,10 +39,8 @@ class Shards(Source):
 def shards_of(name: str, folder: Path, split: str | None, endings: Sequence[str]) -> list[Path]:
     """The files of one split in their order.
 
-    Without a split, the one that there is, or else ``train``.
-
-    Raises:
-        DataError: there is no data file, or nothing says which of them are meant.
+    Without a split, the one that there is, or else ``train``. Raises DataError: there is no data file, or nothing says
+    which of them are meant.
     """
     groups: dict[str, list[Path]] = {}
     for file in _data_files(name, folder, endings):

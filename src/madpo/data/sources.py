@@ -17,10 +17,9 @@ from madpo.core.errors import DataError, printable
 from madpo.core.memory import is_shortage
 from madpo.core.storage import expanded
 from madpo.data.parquet import parquet_source
-from madpo.data.raw import RawRow, Source, Wanted, short
+from madpo.data.raw import RawRow, Source, Wanted, short, without_filled_nulls
 from madpo.data.saved import refuse_files_outside, saved_splits, unopened
 from madpo.data.shards import opened_shards, shards_of
-from madpo.data.template_keys import without_filled_nulls
 from madpo.data.text_files import csv_source, json_source
 
 FORMATS = {
@@ -86,8 +85,7 @@ def open_source(data: str | Path, *, wanted: Wanted = None) -> Source:
 def look_at(data: str | Path) -> None:
     """Refuse a file that :func:`open_source` would refuse at once, without reading rows or loading what reads the hub.
 
-    Raises:
-        DataError: as :func:`open_source`.
+    Raises DataError: as :func:`open_source`.
     """
     path = expanded(data)
     if os.path.isdir(path):

@@ -63,20 +63,12 @@ class Survey:
         evaluation.seen.leaks(self.seen, self.findings, evaluation.at)
 
     def refuse_findings(self) -> None:
-        """Take the first finding for a mistake.
-
-        Raises:
-            DataError: with its place.
-        """
+        """Take the first finding for a mistake (DataError)."""
         if summary := self.findings.summary():
             raise DataError(strict_sentence(summary[0]))
 
     def refuse_nothing_to_learn(self, data: str) -> None:
-        """Refuse pairs that all have the same tokens on both sides, for a training.
-
-        Raises:
-            DataError: with the first finding.
-        """
+        """Refuse pairs that all have the same tokens on both sides, for a training (DataError)."""
         equal = sum(self.findings.counts.get(kind, 0) for kind in ("identical", "identical_tokens"))
         if equal == len(self.seen) > 0:
             raise DataError(

@@ -170,8 +170,7 @@ class _ArrayText:
     def value(self) -> Any:
         """The value that begins at the next character, or a DataError in its place.
 
-        Raises:
-            DataError: it is not valid JSON, so nobody knows where the next one begins.
+        Raises DataError: it is not valid JSON, so nobody knows where the next one begins.
         """
         self.peek()
         while True:

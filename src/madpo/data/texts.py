@@ -25,10 +25,8 @@ def read_texts(data: str | Path, columns: Any = None) -> Iterator[tuple[str, Tex
     """(place for messages, text or conversation) of every row; a pair gives two, the prompt before each side.
 
     Rows hold ``text``, ``messages``, a prompt with or without a ``completion``, or preference pairs in any layout that
-    :func:`madpo.data.load_preferences` reads. The first row decides.
-
-    Raises:
-        DataError: a row holds none of them, or the file cannot be read.
+    :func:`madpo.data.load_preferences` reads. The first row decides. Raises DataError: a row holds none of them, or the
+    file cannot be read.
     """
     source = open_source(data)
     given, pairs = as_layout(columns), None

@@ -38,11 +38,7 @@ class Encoded:
 
 
 def as_tokenizer(tokenizer: Any) -> Any:
-    """A tokenizer as it is, or loaded from a name or folder.
-
-    Raises:
-        ConfigError, StorageError: it cannot be loaded.
-    """
+    """A tokenizer as it is, or loaded from a name or folder. Raises ConfigError, StorageError: it cannot be loaded."""
     if not isinstance(tokenizer, str) and not hasattr(tokenizer, "__fspath__"):
         return tokenizer
     from madpo.models.locate import light_tokenizer, refuse_unreachable, resolve_model
@@ -82,8 +78,7 @@ class Encoder:
     def encode(self, pairs: Sequence[Pair], name: str, unit: str) -> list[Encoded | DataError]:
         """Token ids of each pair; a DataError in place of a pair that the chat template refuses.
 
-        Raises:
-            ConfigError: there is no chat template for messages, or one that can render none.
+        Raises ConfigError: there is no chat template for messages, or one that can render none.
         """
         texts: list[str] = []
         refused: dict[int, DataError] = {}
@@ -117,8 +112,7 @@ class Encoder:
     def prompt_ids(self, prompt: Text, place: str) -> list[int]:
         """Token ids of a prompt alone, as a response to it is generated.
 
-        Raises:
-            DataError, ConfigError: the chat template refuses it, at ``place``.
+        Raises DataError, ConfigError: the chat template refuses it, at ``place``.
         """
         if isinstance(prompt, str):
             ids = self._ids([prompt], special=True)[0]
@@ -166,8 +160,7 @@ class Encoder:
     def _left_out(self, pair: Pair, chosen: str, rejected: str, place: str) -> Iterator[tuple[str, str]]:
         """Findings about what the chat template does not show of the messages.
 
-        Raises:
-            DataError: it leaves out tools, tool calls or the reasoning of a completion.
+        Raises DataError: it leaves out tools, tool calls or the reasoning of a completion.
         """
         prompt = pair.prompt
         if not isinstance(prompt, list):
@@ -255,11 +248,7 @@ def truncated(pair: Encoded, max_length: int, policy: Truncation) -> Encoded | N
 
 
 def check_options(tokenizer: object, max_length: int | None, truncation: str) -> None:
-    """Refuse combinations that cannot work.
-
-    Raises:
-        ConfigError: with the option, its value and what is allowed.
-    """
+    """Refuse combinations that cannot work. Raises ConfigError."""
     if truncation not in get_args(Truncation):
         raise ConfigError(
             f"truncation is {truncation!r}, but must be one of {', '.join(map(repr, get_args(Truncation)))}"

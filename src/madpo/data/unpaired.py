@@ -13,7 +13,7 @@ from madpo.core.layout import value_at
 from madpo.data.arrange import Arranged, Arranger, Completion, LeftOut
 from madpo.data.messages import ASSISTANT
 from madpo.data.prompts import PromptColumns
-from madpo.data.raw import Source, described
+from madpo.data.raw import Source, described, null
 
 GOOD = (
     "true",
@@ -112,7 +112,7 @@ def _value(arranger: Arranger, raw: Mapping[str, Any], place: str) -> float:
         name = (layout.score or layout.rank)[0]
         value = value_at(raw, name)
         if value is None:
-            raise DataError(f"{place}: {name} is null; fill it in or drop the row")
+            raise null(name, place)
         return arranger.number(value, name, place) * (-1 if layout.rank else 1)
     value = value_at(raw, layout.label[0])
     said = str(value).strip().lower()

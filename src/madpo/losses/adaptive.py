@@ -1,32 +1,41 @@
 """Losses that keep running statistics of the policy's own margins: beta-DPO, alpha-DPO and RE-DPO.
 
-Two standardise a pair's margin by moving averages over batches, and the third estimates from it how many labels are
-right, so their value depends on what "the batch" is.
 :meth:`LossConfig.observe` is the one place where a batch enters: it gets the margins of the whole batch, in the
-same order on every rank, works on the CPU in float64, and draws from (seed, number of the batch) alone. Hence
-every rank, device and split into micro-batches gets the same numbers. A plain call observes its own inputs.
+same order on every rank, works on the CPU in float64, and draws from (seed, number of the batch) only. So every rank,
+device and split into micro-batches gets the same numbers. A plain call observes its own inputs.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from madpo.core.errors import ConfigError, DivergedError
 from madpo.core.lazy import F, torch
 from madpo.core.seeding import derived_seed, rng
-from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState, Paper, soft_logistic
+from madpo.losses.base import BetaLoss, LossInputs, LossOutput, LossState, published, soft_logistic
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
 
-class RunningLoss(LossConfig):
-    """What the two losses share: moving averages of the mean and the standard deviation over a batch.
+class StatefulLoss(BetaLoss):
+    """A loss that keeps running statistics."""
+
+    stateful = True
+
+    def ready(self, inputs: LossInputs, state: LossState | None) -> LossState:
+        """The state with this call's batch: as prepared by ``observe``, or observed from the inputs themselves."""
+        state = self.init_state(0) if state is None else state
+        return state if state.batch else self.observe(self.statistic(inputs), state)
+
+
+class RunningLoss(StatefulLoss):
+    """What beta-DPO and alpha-DPO share: moving averages of the mean and the standard deviation over a batch.
 
     The averages move before they are used. The spread is the average of standard deviations (with n - 1), not of
     variances, as in both official codes. Where those divide by zero (identical policy and reference, one pair),
@@ -44,8 +53,6 @@ class RunningLoss(LossConfig):
     """Average of the standard deviation before the first batch, where bias_correction is off."""
     std_floor: float = Field(default=1e-6, gt=0)
     """Least spread; only degenerate batches reach it."""
-
-    stateful: ClassVar[bool] = True
 
     def init_state(self, seed: int) -> LossState:
         """Averages at their initial values, no batch seen; ``seed`` decides every later draw."""
@@ -78,11 +85,6 @@ class RunningLoss(LossConfig):
             std = float(values.std()) if len(values) > 1 else std
         return mean, max(std, self.std_floor)
 
-    def ready(self, inputs: LossInputs, state: LossState | None) -> LossState:
-        """The state with this call's batch: as prepared by ``observe``, or observed from the inputs themselves."""
-        state = self.init_state(0) if state is None else state
-        return state if state.batch else self.observe(self.statistic(inputs), state)
-
 
 class BetaDPO(RunningLoss):
     """beta-DPO (Wu et al., arXiv 2407.08639): DPO whose beta follows the batch's mean margin, on a filtered batch.
@@ -107,14 +109,7 @@ class BetaDPO(RunningLoss):
     """
 
     kind: Literal["beta_dpo"] = "beta_dpo"
-    paper: ClassVar[Paper | None] = Paper(
-        "2407.08639",
-        "beta-DPO: Direct Preference Optimization with Dynamic beta",
-        "Wu, Junkang and others",
-        2024,
-    )
-    beta: float = Field(default=0.1, gt=0)
-    """Base strength of the pull to the reference; larger keeps the policy closer to it."""
+    paper = published("2407.08639")
     adapt_beta: bool = True
     """beta-batch on or off."""
     batch_scale: float = Field(default=0.6, ge=0)
@@ -192,31 +187,11 @@ class BetaDPO(RunningLoss):
         return LossOutput(-F.logsigmoid(beta * margin), metrics, kept, state.settled())
 
 
+_FIELDS = ("margin_scale", "center", "order", "floor", "bias_correction", "initial_std")
 PRESETS: dict[str, dict[str, object]] = {
-    "official": {
-        "margin_scale": "raw",
-        "center": "ema",
-        "order": "filter-first",
-        "floor": 1e-3,
-        "bias_correction": False,
-        "initial_std": 0.0,
-    },
-    "madpo_notebook": {
-        "margin_scale": "beta",
-        "center": "ema",
-        "order": "beta-first",
-        "floor": None,
-        "bias_correction": False,
-        "initial_std": 1.0,
-    },
-    "madpo_text": {
-        "margin_scale": "raw",
-        "center": "fixed",
-        "order": "beta-first",
-        "floor": None,
-        "bias_correction": False,
-        "initial_std": 1.0,
-    },
+    "official": dict(zip(_FIELDS, ("raw", "ema", "filter-first", 1e-3, False, 0.0), strict=True)),
+    "madpo_notebook": dict(zip(_FIELDS, ("beta", "ema", "beta-first", None, False, 1.0), strict=True)),
+    "madpo_text": dict(zip(_FIELDS, ("raw", "fixed", "beta-first", None, False, 1.0), strict=True)),
 }
 
 
@@ -231,12 +206,7 @@ class AlphaDPO(RunningLoss):
     """
 
     kind: Literal["alpha_dpo"] = "alpha_dpo"
-    paper: ClassVar[Paper | None] = Paper(
-        "2410.10148",
-        "AlphaDPO: Adaptive Reward Margin for Direct Preference Optimization",
-        "Wu, Junkang and others",
-        2024,
-    )
+    paper = published("2410.10148")
     beta: float = Field(default=10.0, gt=0)
     """Scale of the per-token margin; larger sharpens the loss (released settings: 2.5 and 10)."""
     gamma_beta_ratio: float = 0.4
@@ -256,7 +226,7 @@ class AlphaDPO(RunningLoss):
         return inputs.log_ratio_margin_per_token.detach()
 
     def implicit_margin(self, inputs: LossInputs) -> Float[Tensor, " pairs"]:
-        """Beta times the mean log-prob per token, chosen less rejected: the target alone depends on the reference."""
+        """Beta times the mean log-prob per token, chosen less rejected: only the target depends on the reference."""
         return self.beta * inputs.policy_margin_per_token
 
     def observe(self, statistic: Float[Tensor, " batch"], state: LossState, *, training: bool = True) -> LossState:
@@ -276,7 +246,7 @@ class AlphaDPO(RunningLoss):
         return LossOutput(-F.logsigmoid(logits), {"z/mean": z, "z/square": z.square()}, None, state.settled())
 
 
-class REDPO(LossConfig):
+class REDPO(StatefulLoss):
     """RE-DPO (Cao et al., arXiv 2509.24159): DPO that infers for each label how likely it is to be right.
 
     A label is right with probability eta, the reliability of the annotator. With z = beta h:
@@ -292,20 +262,11 @@ class REDPO(LossConfig):
     """
 
     kind: Literal["re_dpo"] = "re_dpo"
-    paper: ClassVar[Paper | None] = Paper(
-        "2509.24159",
-        "RE-PO: Robust Enhanced Policy Optimization as a General Framework for LLM Alignment",
-        "Cao, Xiaoyang and others",
-        2025,
-    )
-    beta: float = Field(default=0.1, gt=0)
-    """Strength of the pull to the reference; larger keeps the policy closer to it."""
+    paper = published("2509.24159")
     reliability: float = Field(default=0.9, gt=0, lt=1)
     """eta before the first batch: share of labels that are right. 1/2 learns nothing from a label at the reference."""
     momentum: float = Field(default=0.9, ge=0, le=1)
     """Share of the old eta that is kept, 1 - alpha of the paper (0.1); 1 keeps eta where it starts."""
-
-    stateful: ClassVar[bool] = True
 
     def init_state(self, seed: int) -> LossState:
         """eta at its start, no batch seen. Nothing is drawn."""
@@ -327,8 +288,7 @@ class REDPO(LossConfig):
         return LossState(state.tensors, {"target": target})
 
     def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
-        state = self.init_state(0) if state is None else state
-        state = state if state.batch else self.observe(self.statistic(inputs), state)
+        state = self.ready(inputs, state)
         logits = self.beta * inputs.log_ratio_margin
         target = rows_of(state, "target", logits)
         reliability = state.tensors["reliability"].to(logits.dtype).to(logits.device)

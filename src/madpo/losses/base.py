@@ -7,8 +7,12 @@ need the values before they are averaged. Nothing here knows about models, files
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import dataclass, field, fields, replace
+from importlib.resources import files
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol, runtime_checkable
+
+from pydantic import Field
 
 from madpo.core.config import Frozen
 from madpo.core.lazy import F, torch
@@ -29,15 +33,18 @@ class Paper(NamedTuple):
 
     def bibtex(self) -> str:
         """An entry for a bibliography."""
-        fields = {
-            "title": f"{{{self.title}}}",
-            "author": self.authors,
-            "year": self.year,
-            "eprint": self.arxiv,
-            "archivePrefix": "arXiv",
-        }
-        lines = "".join(f"    {name:<13} = {{{value}}},\n" for name, value in fields.items())
+        entry = {"title": f"{{{self.title}}}", "author": self.authors, "year": self.year}
+        entry |= {"eprint": self.arxiv, "archivePrefix": "arXiv"}
+        lines = "".join(f"    {name:<13} = {{{value}}},\n" for name, value in entry.items())
         return f"@misc{{{self.authors.split(',')[0].replace(' ', '').lower()}{self.year},\n{lines}}}"
+
+
+_PAPERS = tomllib.loads((files("madpo.losses") / "papers.toml").read_text(encoding="utf-8"))
+
+
+def published(arxiv: str) -> Paper:
+    """The paper with this number in ``papers.toml``."""
+    return Paper(arxiv, **_PAPERS[arxiv])
 
 
 class LossConfig(Frozen):
@@ -89,6 +96,13 @@ class LossConfig(Frozen):
     def observe(self, statistic: Float[Tensor, " batch"], state: LossState, *, training: bool = True) -> LossState:
         """The state after this batch, holding what ``__call__`` needs for its rows. Pure."""
         return state
+
+
+class BetaLoss(LossConfig):
+    """A loss of beta times the log-ratio margin."""
+
+    beta: float = Field(default=0.1, gt=0)
+    """Strength of the pull to the reference; larger keeps the policy closer to it."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +178,7 @@ class LossInputs:
         return chosen - per_token(self.rejected_log_ratio, self.rejected_lengths)
 
     def required(self, name: str) -> Tensor:
-        """The optional input ``name``, or an error that names the column."""
+        """The optional input ``name``, or a ValueError that names the column."""
         value: Tensor | None = getattr(self, name)
         if value is None:
             raise ValueError(f"this loss needs the column {name!r}, and the batch has none")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from madpo.core.errors import ConfigError
-from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState, Paper, per_token
+from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState, per_token, published
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -32,12 +32,7 @@ class Combined(LossConfig):
     """
 
     kind: Literal["combined"] = "combined"
-    paper: ClassVar[Paper | None] = Paper(
-        "2411.10442",
-        "Enhancing the Reasoning Ability of Multimodal Large Language Models via Mixed Preference Optimization",
-        "Wang, Weiyun and others",
-        2024,
-    )
+    paper = published("2411.10442")
     parts: tuple[Part, ...] = Field(min_length=1)
     """The losses; those with running statistics (beta_dpo, alpha_dpo) are refused."""
     weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
@@ -52,7 +47,7 @@ class Combined(LossConfig):
         for part in self.parts:
             if part.stateful:
                 raise ConfigError(
-                    f"{_kind(part)} keeps running statistics, so it cannot be a part of a sum; train with it alone"
+                    f"{_kind(part)} keeps running statistics, so it is no part of a sum; train with it as the only loss"
                 )
         return self
 

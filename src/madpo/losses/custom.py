@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import model_validator
 
 from madpo.core.custom import NamedClass
-from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState, Paper
+from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
+
+
+def _own(name: str) -> Any:
+    return property(lambda self: getattr(self.loss, name), doc=f"``{name}`` of the class.")
 
 
 class Custom(NamedClass, LossConfig):
@@ -34,31 +38,11 @@ class Custom(NamedClass, LossConfig):
         """The loss itself."""
         return self.built(LossConfig)
 
-    @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """As the class says."""
-        return self.loss.needs
-
-    @property
-    def needs_reference(self) -> bool:  # type: ignore[override]
-        """As the class says."""
-        return self.loss.needs_reference
-
-    @property
-    def stateful(self) -> bool:  # type: ignore[override]
-        """As the class says."""
-        return self.loss.stateful
-
-    @property
-    def paper(self) -> Paper | None:  # type: ignore[override]
-        """As the class says."""
-        return self.loss.paper
-
-    @property
-    def beta(self) -> float:
-        """As the class says; what asks for it takes 1 where there is none."""
-        found: float = self.loss.beta  # type: ignore[attr-defined]
-        return found
+    needs = _own("needs")
+    needs_reference = _own("needs_reference")
+    stateful = _own("stateful")
+    paper = _own("paper")
+    beta: ClassVar[Any] = _own("beta")  # what asks for it takes 1 where there is none
 
     def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
         return self.loss(inputs, state)

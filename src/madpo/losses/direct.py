@@ -1,35 +1,28 @@
-"""Losses of log-probabilities alone: no reward model enters, and no running statistics."""
+"""Losses that read log-probabilities only: no reward model, no running statistics."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
 from madpo.core.errors import ConfigError
 from madpo.core.lazy import F
-from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState, Paper, per_token
+from madpo.losses.base import BetaLoss, LossConfig, LossInputs, LossOutput, LossState, per_token, published
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
 
-class DPO(LossConfig):
+class DPO(BetaLoss):
     """DPO (Rafailov et al., arXiv 2305.18290, Eq. 7), with label smoothing (cDPO).
 
     L = -(1 - e) log sigma(beta h) - e log sigma(-beta h), h the log-ratio margin of **summed** log-probs.
     """
 
     kind: Literal["dpo"] = "dpo"
-    paper: ClassVar[Paper | None] = Paper(
-        "2305.18290",
-        "Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
-        "Rafailov, Rafael and others",
-        2023,
-    )
-    beta: float = Field(default=0.1, gt=0)
-    """Strength of the pull to the reference; larger keeps the policy closer to it."""
+    paper = published("2305.18290")
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """e: probability that a label is flipped; the minimiser is then finite, beta h = logit(1 - e)."""
 
@@ -46,27 +39,24 @@ class IPO(LossConfig):
     """
 
     kind: Literal["ipo"] = "ipo"
-    paper: ClassVar[Paper | None] = Paper(
-        "2310.12036",
-        "A General Theoretical Paradigm to Understand Learning from Human Preferences",
-        "Azar, Mohammad Gheshlaghi and others",
-        2023,
-    )
+    paper = published("2310.12036")
     beta: float = Field(default=0.1, gt=0)
     """tau of the paper: h is pulled to 1/(2 beta), 5 nats at 0.1; larger keeps the policy closer."""
     reduction: Literal["sum", "mean"] = "sum"
     """"sum": log-ratios summed over tokens (the paper). "mean": per token (TRL), h in nats per token."""
 
+    def _margin(self, inputs: LossInputs) -> Float[Tensor, " pairs"]:
+        return inputs.log_ratio_margin if self.reduction == "sum" else inputs.log_ratio_margin_per_token
+
     def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
-        margin = inputs.log_ratio_margin if self.reduction == "sum" else inputs.log_ratio_margin_per_token
-        return LossOutput((margin - 1 / (2 * self.beta)).square(), {})
+        return LossOutput((self._margin(inputs) - 1 / (2 * self.beta)).square(), {})
 
     def implicit_margin(self, inputs: LossInputs) -> Float[Tensor, " pairs"]:
         """As :meth:`LossConfig.implicit_margin`."""
-        return self.beta * (inputs.log_ratio_margin if self.reduction == "sum" else inputs.log_ratio_margin_per_token)
+        return self.beta * self._margin(inputs)
 
 
-class RDPO(LossConfig):
+class RDPO(BetaLoss):
     """Robust DPO (Chowdhury et al., arXiv 2403.00409): unbiased for DPO when labels are flipped at a known rate.
 
     L = [-(1 - e) log sigma(beta h) + e log sigma(-beta h)] / (1 - 2e). Its mean over flips is DPO's loss on the
@@ -75,14 +65,7 @@ class RDPO(LossConfig):
     """
 
     kind: Literal["rdpo"] = "rdpo"
-    paper: ClassVar[Paper | None] = Paper(
-        "2403.00409",
-        "Provably Robust DPO: Aligning Language Models with Noisy Feedback",
-        "Ray Chowdhury, Sayak and others",
-        2024,
-    )
-    beta: float = Field(default=0.1, gt=0)
-    """Strength of the pull to the reference; larger keeps the policy closer to it."""
+    paper = published("2403.00409")
     flip_rate: float = Field(default=0.1, ge=0, lt=0.5)
     """e: share of labels that are wrong; 0 is DPO, larger trusts a single label less."""
 
@@ -93,21 +76,14 @@ class RDPO(LossConfig):
         return LossOutput(((1 - rate) * clean - rate * flipped) / (1 - 2 * rate), {})
 
 
-class BCO(LossConfig):
+class BCO(BetaLoss):
     """BCO on pairs (Jung et al., arXiv 2404.04656, without the reward shift): each side by itself, good or bad.
 
     L = -log sigma(beta r_w) - log sigma(-beta r_l), r the log-ratio of a completion, **summed**. TRL's "bco_pair".
     """
 
     kind: Literal["bco"] = "bco"
-    paper: ClassVar[Paper | None] = Paper(
-        "2404.04656",
-        "Binary Classifier Optimization for Large Language Model Alignment",
-        "Jung, Seungjae and others",
-        2024,
-    )
-    beta: float = Field(default=0.1, gt=0)
-    """Strength of the pull to the reference; larger keeps the policy closer to it."""
+    paper = published("2404.04656")
 
     def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
         chosen, rejected = self.beta * inputs.chosen_log_ratio, self.beta * inputs.rejected_log_ratio
@@ -122,12 +98,7 @@ class SimPO(LossConfig):
     """
 
     kind: Literal["simpo"] = "simpo"
-    paper: ClassVar[Paper | None] = Paper(
-        "2405.14734",
-        "SimPO: Simple Preference Optimization with a Reference-Free Reward",
-        "Meng, Yu and others",
-        2024,
-    )
+    paper = published("2405.14734")
     beta: float = Field(default=2.0, gt=0)
     """Scale of the per-token margin; larger sharpens the loss (the paper: 2 to 10)."""
     gamma: float | None = None
@@ -135,7 +106,7 @@ class SimPO(LossConfig):
     gamma_beta_ratio: float | None = None
     """gamma / beta, the official code's parameter, nats per token; 0.25 if neither is given."""
 
-    needs_reference: ClassVar[bool] = False
+    needs_reference = False
 
     @model_validator(mode="after")
     def _check(self) -> SimPO:
@@ -169,18 +140,13 @@ class WPO(LossConfig):
     """
 
     kind: Literal["wpo"] = "wpo"
-    paper: ClassVar[Paper | None] = Paper(
-        "2406.11827",
-        "WPO: Enhancing RLHF with Weighted Preference Optimization",
-        "Zhou, Wenxuan and others",
-        2024,
-    )
+    paper = published("2406.11827")
     beta: float = Field(default=0.01, gt=0)
     """Strength of the pull to the reference; larger keeps the policy closer to it."""
     clamp: bool = True
     """True: w at most 1 (official code, TRL before 0.29). False: no bound (the paper's formula, TRL since 0.29)."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"chosen_log_sum_sq", "rejected_log_sum_sq"})
+    needs = frozenset({"chosen_log_sum_sq", "rejected_log_sum_sq"})
 
     def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
         chosen = per_token(inputs.policy_chosen_logps, inputs.chosen_lengths)

@@ -2,28 +2,61 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from madpo.core.config import added
 from madpo.core.errors import DataError
 from madpo.core.lazy import F, torch
-from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState, Paper, per_token, soft_logistic
-from madpo.losses.weight import (
-    Part,
-    check_finite,
-    check_weight_parameters,
-    log_margin_weight,
-    margin_coefficient,
+from madpo.losses.base import (
+    BetaLoss,
+    LossInputs,
+    LossOutput,
+    LossState,
+    per_token,
+    published,
+    soft_logistic,
 )
+from madpo.losses.weight import Part, check_finite, check_weight_parameters, log_margin_weight, margin_coefficient
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
 
-class MADPO(LossConfig):
+class MarginLoss(BetaLoss):
+    """A loss with MADPO's coefficient c(|h|), see :func:`madpo.losses.margin_coefficient`."""
+
+    needs = frozenset({"reward_margin"})
+
+    tau: float = 7.0
+    """|margin| at which coefficient and weight are exactly 1, log-odds; larger treats more pairs as hard."""
+    c_max: float = 4.0
+    """Amplification of small margins, above 1; larger learns more from them."""
+    c_min: float | None = None
+    """Dampening of large margins, in [0, 1); None is 1/c_max."""
+    lam: float = 1.0
+    """Steepness of the change from amplification to dampening around tau."""
+    margin_temperature: float = Field(default=1.0, gt=0)
+    """Divides the margins first: the temperature that calibrates the reward model to log-odds."""
+
+    @model_validator(mode="after")
+    def _check(self) -> MarginLoss:
+        check_weight_parameters(**self.coefficient, part=getattr(self, "part", "full"))
+        return self
+
+    @property
+    def coefficient(self) -> dict[str, Any]:
+        """The parameters of :func:`madpo.losses.margin_coefficient`."""
+        return {"tau": self.tau, "c_max": self.c_max, "c_min": self.c_min, "lam": self.lam}
+
+    def margin(self, inputs: LossInputs) -> Tensor:
+        """h per pair, log-odds, a constant to the gradient."""
+        return inputs.required("reward_margin").detach() / self.margin_temperature
+
+
+class MADPO(MarginLoss):
     """MADPO (Rho, arXiv 2510.05342, Eq. 5): L = -w(h_phi) log sigma(beta h), the weight a constant.
 
     The mean over pairs divides by their number, not by the sum of the weights, as in the paper. Log-probs are
@@ -31,45 +64,14 @@ class MADPO(LossConfig):
     """
 
     kind: Literal["madpo"] = "madpo"
-    paper: ClassVar[Paper | None] = Paper(
-        "2510.05342",
-        "Margin Adaptive DPO: Leveraging Reward Model for Granular Control in Preference Optimization",
-        "Rho, Hyung Gyu",
-        2025,
-    )
-    beta: float = Field(default=0.1, gt=0)
-    """Strength of the pull to the reference; larger keeps the policy closer to it."""
-    tau: float = 7.0
-    """|margin| at which the weight is exactly 1, log-odds; larger treats more pairs as hard."""
-    c_max: float = 4.0
-    """Amplification of small margins, above 1; larger learns more from them."""
-    c_min: float | None = None
-    """Dampening of large margins, in [0, 1); None is 1/c_max."""
-    lam: float = 1.0
-    """Steepness of the change from amplification to dampening around tau."""
+    paper = published("2510.05342")
     part: Part = "full"
     """"full", "amplify" (the paper's Amp-Only) or "dampen" (Reg-Only)."""
-    margin_temperature: float = Field(default=1.0, gt=0)
-    """Divides the margins first: the temperature that calibrates the reward model to log-odds."""
-
-    needs: ClassVar[frozenset[str]] = frozenset({"reward_margin"})
-
-    @model_validator(mode="after")
-    def _check(self) -> MADPO:
-        check_weight_parameters(tau=self.tau, c_max=self.c_max, c_min=self.c_min, lam=self.lam, part=self.part)
-        return self
 
     def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
-        margin = inputs.required("reward_margin").detach() / self.margin_temperature
-        weight = log_margin_weight(
-            margin,
-            tau=self.tau,
-            c_max=self.c_max,
-            c_min=self.c_min,
-            lam=self.lam,
-            part=self.part,
-            finite=inputs.finite_columns,
-        ).exp()
+        margin = self.margin(inputs)
+        known = inputs.finite_columns
+        weight = log_margin_weight(margin, **self.coefficient, part=self.part, finite=known).exp()
         per_pair = -weight * F.logsigmoid(self.beta * inputs.log_ratio_margin)
         return LossOutput(per_pair, weight_metrics(margin, weight))
 
@@ -92,47 +94,26 @@ def weight_metrics(margin: Tensor, weight: Tensor) -> dict[str, Tensor]:
     }
 
 
-class SoftMADPO(LossConfig):
+class SoftMADPO(MarginLoss):
     """MADPO's target without the label's noise: both orders of the pair, weighted by what the target says.
 
     L = -sigma(c h) log sigma(beta h_theta) - sigma(-c h) log sigma(-beta h_theta), c = c(|h|), h the reward margin.
     For |h| < tau it is the mean of MADPO's loss over a Bradley-Terry label (the proof of Proposition 4.1), with no
     label variance. There is no cut-off: beyond tau the target stays c h, a dampening that MADPO's own loss does
-    not have (its target is h + log w there, at most ln 2 below h). The label enters through the reward model alone.
+    not have (its target is h + log w there, at most ln 2 below h). The label enters only through the reward model.
     """
 
     kind: Literal["soft_madpo"] = "soft_madpo"
-    paper: ClassVar[Paper | None] = MADPO.paper
-    beta: float = Field(default=0.1, gt=0)
-    """Strength of the pull to the reference; larger keeps the policy closer to it."""
-    tau: float = 7.0
-    """|margin| at which the coefficient is exactly 1, log-odds."""
-    c_max: float = 4.0
-    """Amplification of small margins, above 1."""
-    c_min: float | None = None
-    """Dampening of large margins, in [0, 1); None is 1/c_max."""
-    lam: float = 1.0
-    """Steepness of the change from amplification to dampening around tau."""
-    margin_temperature: float = Field(default=1.0, gt=0)
-    """Divides the margins first: the temperature that calibrates the reward model to log-odds."""
-
-    needs: ClassVar[frozenset[str]] = frozenset({"reward_margin"})
-
-    @model_validator(mode="after")
-    def _check(self) -> SoftMADPO:
-        check_weight_parameters(tau=self.tau, c_max=self.c_max, c_min=self.c_min, lam=self.lam, part="full")
-        return self
+    paper = MADPO.paper
 
     def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
-        margin = inputs.required("reward_margin").detach() / self.margin_temperature
-        c = margin_coefficient(
-            margin, tau=self.tau, c_max=self.c_max, c_min=self.c_min, lam=self.lam, finite=inputs.finite_columns
-        )
+        margin = self.margin(inputs)
+        c = margin_coefficient(margin, **self.coefficient, finite=inputs.finite_columns)
         per_pair = soft_logistic(self.beta * inputs.log_ratio_margin, c * margin)
         return LossOutput(per_pair, {"coefficient/mean": c, "target/mean": c * margin})
 
 
-class SoftDPO(LossConfig):
+class SoftDPO(BetaLoss):
     """DPO whose target is a mixture of the label and the reward model's probability (MMPO, arXiv 2410.03145).
 
     L = -p log sigma(beta h_theta) - (1 - p) log sigma(-beta h_theta), with the target
@@ -142,20 +123,13 @@ class SoftDPO(LossConfig):
     """
 
     kind: Literal["soft_dpo"] = "soft_dpo"
-    paper: ClassVar[Paper | None] = Paper(
-        "2410.03145",
-        "Margin Matching Preference Optimization: Enhanced Model Alignment with Granular Feedback",
-        "Kim, Kyuyoung and others",
-        2024,
-    )
-    beta: float = Field(default=0.1, gt=0)
-    """Strength of the pull to the reference; larger keeps the policy closer to it."""
+    paper = published("2410.03145")
     margin_temperature: float = Field(default=1.0, gt=0)
     """Divides the margins; larger makes the labels softer."""
     label_share: float = added(0.0, ge=0, le=1)
     """Weight of the label in the target, the margin has the rest: 0 is the margin's probability, 1 is DPO."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"reward_margin"})
+    needs = frozenset({"reward_margin"})
 
     def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
         target, logits = finite_margin(inputs) / self.margin_temperature, self.beta * inputs.log_ratio_margin
@@ -166,28 +140,21 @@ class SoftDPO(LossConfig):
         return LossOutput(per_pair, {"target/mean": target, "target/probability": right})
 
 
-class ODPO(LossConfig):
+class ODPO(BetaLoss):
     """ODPO, DPO with an offset (Amini et al., arXiv 2402.10571): L = -log sigma(beta h - alpha f(reward_margin)).
 
-    The official code takes f = log, which exists for positive margins alone (the pairs are ordered by score);
+    The official code takes f = log, which exists for positive margins only (the pairs are ordered by score);
     ``offset = "linear"`` takes the margin itself and any sign. Summed log-probs.
     """
 
     kind: Literal["odpo"] = "odpo"
-    paper: ClassVar[Paper | None] = Paper(
-        "2402.10571",
-        "Direct Preference Optimization with an Offset",
-        "Amini, Afra and others",
-        2024,
-    )
-    beta: float = Field(default=0.1, gt=0)
-    """Strength of the pull to the reference; larger keeps the policy closer to it."""
+    paper = published("2402.10571")
     alpha: float = Field(default=1.0, ge=0)
     """Size of the offset; larger asks for a wider gap on pairs with a large margin, 0 is DPO."""
     offset: Literal["log", "linear"] = "log"
     """f: "log" (official; every margin must be positive) or "linear"."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"reward_margin"})
+    needs = frozenset({"reward_margin"})
 
     def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
         margin = finite_margin(inputs)
@@ -203,7 +170,7 @@ class ODPO(LossConfig):
         return LossOutput(-F.logsigmoid(self.beta * inputs.log_ratio_margin - self.alpha * margin), {})
 
 
-class RPO(LossConfig):
+class RPO(BetaLoss):
     """Reward-aware preference optimisation (NVIDIA, arXiv 2502.00203), and reward distillation (arXiv 2405.19316).
 
     With b = beta h_theta and the target a = eta * reward_margin: "sq" is (b - a)^2 (distilled DPO), "bwd_kl" is
@@ -212,20 +179,13 @@ class RPO(LossConfig):
     """
 
     kind: Literal["rpo"] = "rpo"
-    paper: ClassVar[Paper | None] = Paper(
-        "2502.00203",
-        "Reward-aware Preference Optimization: A Unified Mathematical Framework for Model Alignment",
-        "Sun, Shengyang and others",
-        2025,
-    )
-    beta: float = Field(default=0.1, gt=0)
-    """Strength of the pull to the reference; larger keeps the policy closer to it (NeMo-Aligner: 0.2)."""
+    paper = published("2502.00203")
     eta: float = Field(default=1.0, gt=0)
     """Multiplies the margins; larger asks for wider gaps."""
     form: Literal["sq", "fwd_kl", "bwd_kl"] = "bwd_kl"
     """Distance between the policy's margin and the reward model's."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"reward_margin"})
+    needs = frozenset({"reward_margin"})
 
     def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
         target, logits = self.eta * finite_margin(inputs), self.beta * inputs.log_ratio_margin
@@ -238,7 +198,7 @@ class RPO(LossConfig):
         return LossOutput(per_pair, {"target/mean": target})
 
 
-class OmniDPO(LossConfig):
+class OmniDPO(BetaLoss):
     """Omni-DPO, renamed Uni-DPO (Peng et al., arXiv 2506.10054): a quality weight times a focal weight.
 
     `L = -q f log sigma(beta d) - nll_weight [ref_w > p_w] [S_w >= good_score] p_w`, with every log-prob a mean per
@@ -248,12 +208,7 @@ class OmniDPO(LossConfig):
     """
 
     kind: Literal["omni_dpo"] = "omni_dpo"
-    paper: ClassVar[Paper | None] = Paper(
-        "2506.10054",
-        "Omni-DPO: A Dual-Perspective Paradigm for Dynamic Preference Learning of LLMs",
-        "Peng, Shangpin and others",
-        2025,
-    )
+    paper = published("2506.10054")
     beta: float = Field(default=2.0, gt=0)
     """Scale of the per-token margins."""
     eta: float = Field(default=0.7, ge=0)
@@ -269,7 +224,7 @@ class OmniDPO(LossConfig):
     detach_weight: bool = False
     """False: the gradient flows through the focal weight (official code). True: the weight is a constant."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"chosen_score", "rejected_score"})
+    needs = frozenset({"chosen_score", "rejected_score"})
 
     def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
         chosen_score = inputs.required("chosen_score").detach()

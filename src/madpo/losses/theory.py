@@ -1,4 +1,4 @@
-"""The claims of the MADPO paper's Section 4 and Appendix A, checked numerically; those on rivals are next door.
+"""The claims of the MADPO paper's Section 4 and Appendix A, checked numerically.
 
 Each claim becomes a row: what the paper says, what was computed, the largest deviation and whether it holds.
 ``relied_on`` marks what this library builds on; the others are sentences of the paper that are checked because a
@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from madpo.core.seeding import rng
-from madpo.losses import MADPO, LossInputs, log_margin_weight, margin_coefficient, margin_weight
-from madpo.losses.expected import Claim, checked, minimiser_of
-from madpo.losses.theory_rivals import rivals
+from madpo.losses import MADPO, log_margin_weight, margin_coefficient, margin_weight
+from madpo.losses.theory_rivals import Claim, checked, inputs_of, minimiser_of, rivals
 
 
 class Setting(NamedTuple):
@@ -64,31 +63,21 @@ def lipschitz_constant(tau: float, c_max: float, c_min: float, lam: float = 1.0)
 def weight_maximum(tau: float, c_max: float, c_min: float, lam: float = 1.0) -> float:
     """The sharp w_max of Proposition 4.7: the largest weight, below 2 for any parameters."""
     setting = Setting(tau, c_max, c_min, lam)
-    return _largest(lambda h: _weight(h, setting), setting)
+    return _largest(lambda h: _at(margin_weight, h, setting), setting)
 
 
-def _weight(h: np.ndarray, setting: Setting) -> np.ndarray:
-    weight: np.ndarray = margin_weight(torch.as_tensor(h, dtype=torch.float64), **setting._asdict()).numpy()
-    return weight
-
-
-def _log_weight(h: np.ndarray, setting: Setting) -> np.ndarray:
-    values: np.ndarray = log_margin_weight(torch.as_tensor(h, dtype=torch.float64), **setting._asdict()).numpy()
-    return values
-
-
-def _coefficient(h: np.ndarray, setting: Setting) -> np.ndarray:
-    values: np.ndarray = margin_coefficient(torch.as_tensor(h, dtype=torch.float64), **setting._asdict()).numpy()
-    return values
+def _at(function: Callable[..., Tensor], h: np.ndarray, setting: Setting) -> np.ndarray:
+    found: np.ndarray = function(torch.as_tensor(h, dtype=torch.float64), **setting._asdict()).numpy()
+    return found
 
 
 def _slope(h: np.ndarray, setting: Setting) -> np.ndarray:
     # w' = w (k' sigma(-k) - sigma(-h)), k = c(|h|) h, k' = c + |h| c'(|h|): written out, apart from autograd.
     tau, c_max, c_min, lam = setting
-    c = _coefficient(h, setting)
+    c = _at(margin_coefficient, h, setting)
     share = (c - c_min) / (c_max - c_min)
     bend = c - np.abs(h) * lam * (c_max - c_min) * share * (1 - share)
-    slope = _weight(h, setting) * (bend * _sigmoid(-c * h) - _sigmoid(-h))
+    slope = _at(margin_weight, h, setting) * (bend * _sigmoid(-c * h) - _sigmoid(-h))
     return np.where(h > -tau, slope, 0.0)
 
 
@@ -122,16 +111,10 @@ def _largest(function: Callable[[np.ndarray], np.ndarray], setting: Setting) -> 
     return max(best, float(function(edge)[0]))
 
 
-def _loss(setting: Setting, margin: Tensor, u: Tensor, beta: float = 1.0) -> Tensor:
-    # h_theta = u / beta, carried by the chosen log-prob alone.
-    zeros, ones = torch.zeros_like(u), torch.ones(u.shape, dtype=torch.long)
-    inputs = LossInputs(u / beta, zeros, zeros, zeros, ones, ones, reward_margin=margin)
-    return MADPO(beta=beta, **setting._asdict())(inputs).per_pair
-
-
 def minimiser(setting: Setting, margins: np.ndarray) -> np.ndarray:
     """u* = beta h_theta that minimises MADPO's expected loss over a Bradley-Terry label, per margin."""
-    return minimiser_of(lambda h, u: _loss(setting, h, u), margins)
+    loss = MADPO(beta=1.0, **setting._asdict())
+    return minimiser_of(lambda h, u: loss(inputs_of(u, h)).per_pair, margins)
 
 
 def _targets() -> Iterator[Claim]:
@@ -140,13 +123,13 @@ def _targets() -> Iterator[Claim]:
     for setting in SETTINGS:
         tau = setting.tau
         low = np.linspace(-tau, tau, 202)[1:-1]
-        below = max(below, float(np.abs(minimiser(setting, low) - _coefficient(low, setting) * low).max()))
+        below = max(below, float(np.abs(minimiser(setting, low) - _at(margin_coefficient, low, setting) * low).max()))
         high = np.linspace(tau, tau + 12, 100)
         target = minimiser(setting, high)
-        closed = max(closed, float(np.abs(target - high - _log_weight(high, setting)).max()))
+        closed = max(closed, float(np.abs(target - high - _at(log_margin_weight, high, setting)).max()))
         closed = max(closed, float(np.abs(minimiser(setting, -high) + target).max()))
         shortfall = max(shortfall, float((high - target).max()))
-        scaled = max(scaled, float(np.abs(target - _coefficient(high, setting) * high).max()))
+        scaled = max(scaled, float(np.abs(target - _at(margin_coefficient, high, setting) * high).max()))
         rise = min(rise, _rise(setting, high[1:]))
     yield checked(
         "Proposition 4.1",
@@ -185,7 +168,7 @@ def _targets() -> Iterator[Claim]:
         relied_on=False,
     )
     one, two = np.meshgrid(np.linspace(0.1, 3, 30), np.linspace(0.1, 3, 30))
-    ends = [_coefficient(h, HEADLINE) * h for h in (one, two, one + two)]
+    ends = [_at(margin_coefficient, h, HEADLINE) * h for h in (one, two, one + two)]
     apart = np.abs(ends[0] + ends[1] - ends[2])
     yield checked(
         "Proposition 4.1, proof",
@@ -203,7 +186,7 @@ def _rise(setting: Setting, margins: np.ndarray) -> float:
     others = [setting._replace(c_min=value) for value in np.linspace(0, 0.95, 6)]
     # Where c h > 30 the minimiser is h up to rounding: the rise is positive but below float64.
     seen = margins[margins < 15]
-    found = [(_coefficient(seen, other), minimiser(other, seen)) for other in others]
+    found = [(_at(margin_coefficient, seen, other), minimiser(other, seen)) for other in others]
     slopes = []
     for (c, target), (next_c, next_target) in pairwise(found):
         moved = next_c - c > 1e-3
@@ -216,8 +199,8 @@ def _weight_claims() -> Iterator[Claim]:
     lowest = math.inf
     for setting in (*SETTINGS, *EXTREME):
         edge = -setting.tau * np.array([1 - 1e-12, 1, 1 + 1e-12])
-        jump = max(jump, float(np.abs(_weight(edge, setting) - 1).max()))
-        logs = _log_weight(np.concatenate([_grid(setting), np.geomspace(1, 1e300, 301)]), setting)
+        jump = max(jump, float(np.abs(_at(margin_weight, edge, setting) - 1).max()))
+        logs = _at(log_margin_weight, np.concatenate([_grid(setting), np.geomspace(1, 1e300, 301)]), setting)
         worst = max(worst, float(logs.max()))
         lowest = min(lowest, float(logs.min()))
     yield checked(
@@ -235,16 +218,16 @@ def _weight_claims() -> Iterator[Claim]:
         0.0,
     )
     far = np.linspace(HEADLINE.tau, 60, 4000)
-    least = float(_weight(far, HEADLINE).min())
+    least = float(_at(margin_weight, far, HEADLINE).min())
     yield checked(
         "Section 3.1, large positive margins",
         "for h far above tau the weight converges to a small value",
         f"w at the headline setting is at least {least:.4f} above tau and 1 at infinity (1/2 if c_min = 0)",
-        float(_weight(np.array([1e4]), HEADLINE)[0]),
+        float(_at(margin_weight, np.array([1e4]), HEADLINE)[0]),
         0.1,
         relied_on=False,
     )
-    zero = {setting: float(_coefficient(np.zeros(1), setting)[0]) for setting in SETTINGS}
+    zero = {setting: float(_at(margin_coefficient, np.zeros(1), setting)[0]) for setting in SETTINGS}
     yield checked(
         "Section 3.1, small margins",
         "as |h| approaches 0 the coefficient approaches c_max",
@@ -254,7 +237,7 @@ def _weight_claims() -> Iterator[Claim]:
         relied_on=False,
     )
     h = np.array([-60.0, -50.0])
-    c = _coefficient(h, HEADLINE)
+    c = _at(margin_coefficient, h, HEADLINE)
     log_ratio = -np.logaddexp(0, -c * h) + np.logaddexp(0, -h)
     yield checked(
         "Section 3.1, why there is a cut-off",
@@ -278,14 +261,15 @@ def _lipschitz_claims(seed: int) -> Iterator[Claim]:
         formula = max(formula, float(np.abs(slope.numpy() - _slope(h.detach().numpy(), setting)).max()))
         centre = np.concatenate([grid, generator.uniform(-1.2 * setting.tau, 1.2 * setting.tau, 20_000)])
         other = centre + np.concatenate([generator.choice([-1e-4, 1e-4], len(grid)), generator.normal(0, 1, 20_000)])
-        quotient = np.abs(_weight(centre, setting) - _weight(other, setting)) / np.abs(centre - other)
+        rise = _at(margin_weight, centre, setting) - _at(margin_weight, other, setting)
+        quotient = np.abs(rise / (centre - other))
         excess = max(excess, float((quotient / constant).max() - 1))
         gap = max(gap, 1 - float((quotient / constant).max()))
         sides = _slope(np.array([-1e-9, 1e-9]), setting)
         corner = max(
             corner,
             abs(float(sides[1] - sides[0])),
-            abs(float(sides[0]) - (_coefficient(np.zeros(1), setting)[0] - 1) / 2),
+            abs(float(sides[0]) - (_at(margin_coefficient, np.zeros(1), setting)[0] - 1) / 2),
         )
     listed = ", ".join(f"{c:.4f} for {tuple(s)}" for s, c in zip(SETTINGS, constants, strict=True))
     yield checked(
@@ -320,14 +304,12 @@ def _curvature() -> Iterator[Claim]:
     for setting in SETTINGS:
         top = weight_maximum(*setting)
         maxima.append(top)
-        peak = _grid(setting)[_weight(_grid(setting), setting).argmax()]
+        peak = _grid(setting)[_at(margin_weight, _grid(setting), setting).argmax()]
         margins = torch.as_tensor(np.concatenate([np.linspace(-20, 20, 81), [peak]]))
         h = torch.linspace(-400, 400, 801, dtype=torch.float64)
         margin, policy = (x.flatten() for x in torch.meshgrid(margins, h, indexing="ij"))
         policy = policy.requires_grad_()
-        zeros, ones = torch.zeros_like(policy), torch.ones(len(policy), dtype=torch.long)
-        inputs = LossInputs(policy, zeros, zeros, zeros, ones, ones, reward_margin=margin)
-        value = MADPO(beta=beta, **setting._asdict())(inputs).per_pair
+        value = MADPO(beta=beta, **setting._asdict())(inputs_of(policy, margin)).per_pair
         (slope,) = torch.autograd.grad(value.sum(), policy, create_graph=True)
         (bend,) = torch.autograd.grad(slope.sum(), policy)
         ratios = float(slope.detach().abs().max()) / (top * beta), float(bend.abs().max()) / (top * beta**2 / 4)
@@ -370,8 +352,9 @@ def _estimation(seed: int) -> Iterator[Claim]:
     used = max(study.used for found in studies.values() for study in found)
     mean_gap = np.array([np.mean([study.gap for study in studies[n]]) for n in SAMPLES])
     large = np.array(SAMPLES) >= 1000
-    rate = _rate(np.array(SAMPLES)[large], mean_gap[large])
-    everywhere = _rate(np.array(SAMPLES), mean_gap)
+    log_n, log_gap = np.log(SAMPLES), np.log(mean_gap)
+    rate = float(np.polyfit(log_n[large], log_gap[large], 1)[0])
+    everywhere = float(np.polyfit(log_n, log_gap, 1)[0])
     last = SAMPLES[-1]
     constant = float(mean_gap[-1] * math.sqrt(last))
     error = float(np.quantile([study.error for study in studies[last]], 0.95) * math.sqrt(last))
@@ -408,10 +391,6 @@ def _estimation(seed: int) -> Iterator[Claim]:
     )
 
 
-def _rate(samples: np.ndarray, gaps: np.ndarray) -> float:
-    return float(np.polyfit(np.log(samples), np.log(gaps), 1)[0])
-
-
 def _study(samples: int, generator: np.random.Generator) -> _Study:
     """Draw pairs and labels, fit the reward model by maximum likelihood, compare the losses on all ordered pairs."""
     count = len(REWARDS)
@@ -431,7 +410,8 @@ def _study(samples: int, generator: np.random.Generator) -> _Study:
     both = np.concatenate([z, -z])
     u = np.linspace(-4, 4, len(both))  # any fixed policy: its margins beta h_theta
     loss_of_policy = np.logaddexp(0, -u)
-    gap = loss_of_policy * np.abs(_weight(both @ phi, HEADLINE) - _weight(both @ REWARDS, HEADLINE))
+    moved = _at(margin_weight, both @ phi, HEADLINE) - _at(margin_weight, both @ REWARDS, HEADLINE)
+    gap = loss_of_policy * np.abs(moved)
     margin_constant = math.sqrt(float(np.einsum("ij,jk,ik->i", both, np.linalg.inv(norm), both).max()))
     bound = float(loss_of_policy.max()) * lipschitz_constant(*HEADLINE) * margin_constant * error
     return _Study(float(gap.max()), float(gap.max() / bound), error)

@@ -30,14 +30,14 @@ def check_weight_parameters(*, tau: float, c_max: float, c_min: float | None, la
     Raises:
         ConfigError: with the parameter, its value and the allowed range.
     """
-    if not 0 < tau <= LARGEST:
-        raise ConfigError(f"tau is {tau}, but must be above 0 and at most 1e6 (log-odds; the paper uses 2 to 10)")
-    if not 1 < c_max <= LARGEST:
-        raise ConfigError(
-            f"c_max is {c_max}, but must be above 1 and at most 1e6 (the paper uses 2 to 4); for plain DPO use DPO()"
-        )
-    if not 0 < lam <= LARGEST:
-        raise ConfigError(f"lam is {lam}, but must be above 0 and at most 1e6 (the paper uses 1)")
+    ranges = (
+        ("tau", tau, 0, "(log-odds; the paper uses 2 to 10)"),
+        ("c_max", c_max, 1, "(the paper uses 2 to 4); for plain DPO use DPO()"),
+        ("lam", lam, 0, "(the paper uses 1)"),
+    )
+    for name, value, low, hint in ranges:
+        if not low < value <= LARGEST:
+            raise ConfigError(f"{name} is {value}, but must be above {low} and at most 1e6 {hint}")
     resolved = 1 / c_max if c_min is None else c_min
     if not (math.isfinite(resolved) and 0 <= resolved < 1):
         raise ConfigError(f"c_min is {resolved}, but must be in [0, 1); leave it out for 1/c_max")
@@ -97,8 +97,8 @@ def log_margin_weight(
     # c * h in two terms: beyond 1e30 the second is 0 in every precision, and its gradient must not overflow.
     target = c_min * inside + (c_max - c_min) * (inside.clamp(max=1e30) * amplified)
     log_weight = F.logsigmoid(target) - F.logsigmoid(inside)
-    # The weight is below 2 for every margin; rounding alone can reach it (c h large, h tiny), so stay strict.
-    log_weight = log_weight.clamp(max=_below_log_2(h.dtype))
+    # The weight is below 2 for every margin, but rounding can reach it (c h large, h tiny), and float32 rounds ln 2 up.
+    log_weight = log_weight.clamp(max=float(torch.nextafter(*torch.tensor([math.log(2), 0.0], dtype=h.dtype))))
     active = above
     if part == "amplify":
         active = above & (h.abs() < tau)
@@ -148,11 +148,6 @@ def _amplified(h: Tensor, *, tau: float, c_max: float, c_min: float, lam: float)
     return torch.sigmoid(-(log_k + lam * (h.abs() - tau)))
 
 
-def _below_log_2(dtype: torch.dtype) -> float:
-    # One step below the nearest number, since float32 rounds ln 2 upwards.
-    return float(torch.nextafter(torch.tensor(math.log(2), dtype=dtype), torch.tensor(0.0, dtype=dtype)))
-
-
 def check_finite(reward_margin: Tensor, *, known: bool = False) -> Tensor:
     """The margins in float32 or wider; DataError with the row of the first that is NaN or infinite.
 
@@ -160,12 +155,8 @@ def check_finite(reward_margin: Tensor, *, known: bool = False) -> Tensor:
         known: nothing is looked at.
     """
     h = widen(reward_margin if reward_margin.is_floating_point() else reward_margin.float())
-    if known:
-        return h
-    finite = torch.isfinite(h)
-    if not bool(finite.all()):
-        flat = (~finite).flatten()
-        row = int(flat.nonzero()[0])
+    if not known and len(bad := (~torch.isfinite(h)).flatten().nonzero()):
+        row = int(bad[0])
         raise DataError(
             f"reward_margin in row {row} is {float(h.flatten()[row])}: margins must be finite numbers; "
             "score the pair again or drop it"

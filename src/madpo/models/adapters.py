@@ -78,8 +78,7 @@ def adapter_config(lora: LoRA, model: nn.Module, task: Literal["CAUSAL_LM", "SEQ
 def adapting() -> Iterator[None]:
     """Turn what PEFT raises while it puts an adapter on a model into one sentence; other errors pass through.
 
-    Raises:
-        ConfigError: in place of PEFT's error.
+    Raises ConfigError: in place of PEFT's error.
     """
     try:
         yield

@@ -111,8 +111,7 @@ def _here(place: Path | str, name: str) -> Path | None:
 def refuse_uncomputable(place: Path | str, model: nn.Module) -> None:
     """Let a model read two tokens, so that a configuration that fits its weights and computes nothing is refused.
 
-    Raises:
-        ConfigError, MemoryShortage: in place of what the forward pass raised.
+    Raises ConfigError, MemoryShortage: in place of what the forward pass raised.
     """
     if any(p.is_meta or hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in model.parameters()):
         return  # not all of its weights are in this process

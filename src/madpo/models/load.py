@@ -117,11 +117,7 @@ def load_model(
 
 
 def _language_class(path: Path | str) -> Any:
-    """The class to load a model with that writes text.
-
-    Raises:
-        ConfigError: an encoder-decoder.
-    """
+    """The class to load a model with that writes text. Raises ConfigError: an encoder-decoder."""
     config = load_config(path)
     if config.is_encoder_decoder:
         raise ConfigError(f"{path} is an encoder-decoder model; give a decoder-only model")
@@ -169,10 +165,7 @@ def load_classifier(
 def load_quantised(path: Path | str) -> PreTrainedModel:
     """A causal language model with its weights in 4 bits (NF4, double quantisation), ready for an adapter: QLoRA.
 
-    No GPU has run this yet.
-
-    Raises:
-        ConfigError: there is no GPU, or bitsandbytes is not installed.
+    No GPU has run this yet. Raises ConfigError: there is no GPU, or bitsandbytes is not installed.
     """
     if not torch.cuda.is_available():
         raise ConfigError("weights of 4 bits need a GPU, and there is none; leave qlora out: LoRA runs everywhere")

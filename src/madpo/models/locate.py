@@ -1,20 +1,17 @@
 """Where a model lies, and its tokenizer: what can be had without loading PyTorch's models or PEFT.
 
-A check of a million rows needs a tokenizer and nothing else, in less memory than those libraries take.
+A check of a data set needs a tokenizer and nothing else.
 """
 
 from __future__ import annotations
 
-import shutil
 import socket
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from madpo.core.errors import ConfigError
-from madpo.core.memory import give_back
 from madpo.core.storage import expanded
 from madpo.models.loading import loading, no_such_model
 from madpo.models.packaged import PACKAGED, cache_dir, packaged, quiet_transformers
@@ -35,10 +32,6 @@ _KNOWN = {
     "GemmaTokenizer": _GEMMA_TYPES,
     "GemmaTokenizerFast": _GEMMA_TYPES,
 }
-_BPE_OPTIONS = (
-    *("unk_token", "fuse_unk", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout"),
-    "ignore_merges",
-)
 
 
 def lasting(name_or_path: str) -> str:
@@ -52,8 +45,7 @@ def lasting(name_or_path: str) -> str:
 def resolve_model(name_or_path: str) -> Path | str:
     """A packaged model's folder, a tiny model's folder, a folder as given, or a hub id as given.
 
-    Raises:
-        ConfigError: a path without a model, or with one that could run code.
+    Raises ConfigError: a path without a model, or with one that could run code.
     """
     with loading(name_or_path):  # a name that is too long for a path, a folder that may not be read
         return _resolved(name_or_path)
@@ -93,15 +85,14 @@ def _instead(folder: Path) -> str:
     if (folder / "reward_model.json").is_file():
         return "it is a reward model, which rewards and cannot write; give the model that it was trained from"
     if (folder / "adapter" / "adapter_config.json").is_file():
-        return f"it holds an adapter alone; train again with --merge, and give {folder / 'merged'}"
+        return f"it holds only an adapter; train again with --merge, and give {folder / 'merged'}"
     return f"give a model folder, a hub id, or {', '.join(PACKAGED)}"
 
 
 def refuse_unreachable(name: str) -> None:
     """Refuse a hub id that is neither here nor to be had, before libraries try for a minute.
 
-    Raises:
-        ConfigError: the hub's address is unknown to this machine, and the model is not in the local cache.
+    Raises ConfigError: the hub's address is unknown to this machine, and the model is not in the local cache.
     """
     from huggingface_hub import constants
 
@@ -147,11 +138,7 @@ def _in_hub_cache(name: str) -> bool:
 
 
 def read_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model as it is.
-
-    Raises:
-        ConfigError, StorageError: as :func:`madpo.models.loading.loading`.
-    """
+    """The tokenizer of a model as it is. Raises ConfigError, StorageError: as :func:`madpo.models.loading.loading`."""
     from transformers import AutoTokenizer
 
     with loading(path, "tokenizer"), quiet_transformers():
@@ -162,24 +149,16 @@ def read_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
 def load_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, with a padding token (its end token where it has none).
 
-    Raises:
-        ConfigError, StorageError: as :func:`read_tokenizer`, or it has neither of these tokens.
+    Raises ConfigError, StorageError: as :func:`read_tokenizer`, or it has neither of these tokens.
     """
     return _fitted(read_tokenizer(path), path)
 
 
 def light_tokenizer(path: Path | str) -> PreTrainedTokenizerBase:
-    """The tokenizer that :func:`load_tokenizer` gives, where possible without PyTorch and in less memory.
-
-    For 262,144 words the peak is 400 MB in place of 750, and 190 MB stay. What is not known to be the same (a hub id,
-    another class of tokenizer, a vocabulary that is no BPE) is left to :func:`load_tokenizer`.
-    """
+    """The tokenizer that :func:`load_tokenizer` gives, without PyTorch where its class is known by the files."""
     with loading(path, "tokenizer"), quiet_transformers():
         tokenizer = _light(Path(path))
-    if tokenizer is None:
-        return load_tokenizer(path)
-    give_back()
-    return _fitted(tokenizer, path)
+    return load_tokenizer(path) if tokenizer is None else _fitted(tokenizer, path)
 
 
 def _fitted(tokenizer: PreTrainedTokenizerBase, path: Path | str) -> PreTrainedTokenizerBase:
@@ -207,46 +186,7 @@ def _light(folder: Path) -> Any:
     if not plain or not isinstance(named, str) or config.get("model_type") not in _KNOWN.get(named, ()):
         return None
     if named.startswith("Gemma"):
-        return _swapped(folder, settings)
-    from transformers.tokenization_utils_tokenizers import TokenizersBackend
-
-    return TokenizersBackend.from_pretrained(folder, trust_remote_code=False)
-
-
-def _swapped(folder: Path, settings: dict[str, Any]) -> Any:
-    """GemmaTokenizer rebuilds its words and merges from Python lists, which take more than all that follows.
-
-    So it is built with its special tokens alone, and is given the model that the tokenizers library read. None where
-    that is not known to be the same.
-    """
-    from tokenizers import Tokenizer, models
-    from transformers.models.gemma.tokenization_gemma import GemmaTokenizer
-
-    whole = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    model, added = whole.model, whole.get_added_tokens_decoder()
-    if not isinstance(model, models.BPE):
-        return None
-    options = {name: getattr(model, name) for name in _BPE_OPTIONS}
-    names = {token.content for token in added.values()} | {v for v in settings.values() if isinstance(v, str)}
-    words = {name: number for name in names if (number := whole.token_to_id(name)) is not None}
-    given = {name: value for name, value in options.items() if value is not None}
-    whole.model = models.BPE(vocab=words, merges=[], **given)
-    with tempfile.TemporaryDirectory() as small:
-        for file in folder.iterdir():
-            if file.suffix in (".json", ".jinja") and file.name != "tokenizer.json":
-                shutil.copy(file, small)
-        (Path(small) / "tokenizer.json").write_text(whole.to_str(), encoding="utf-8")
-        del whole
-        give_back()  # what reading left, before the next library is loaded
-        tokenizer = GemmaTokenizer.from_pretrained(small, trust_remote_code=False)
-    backend = tokenizer.backend_tokenizer
-    made = {name: getattr(backend.model, name) for name in _BPE_OPTIONS}
-    if made != options or _numbered(backend.get_added_tokens_decoder()) != _numbered(added):
-        return None
-    backend.model = model
-    tokenizer.name_or_path = str(folder)
-    return tokenizer
-
-
-def _numbered(added: dict[int, Any]) -> dict[int, str]:
-    return {number: token.content for number, token in added.items()}
+        from transformers.models.gemma.tokenization_gemma import GemmaTokenizer as Known
+    else:
+        from transformers.tokenization_utils_tokenizers import TokenizersBackend as Known
+    return Known.from_pretrained(folder, trust_remote_code=False)

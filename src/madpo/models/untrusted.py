@@ -107,10 +107,7 @@ def _check_hub(name: str, revision: str | None) -> None:
 def check_config(config: dict[str, Any], place: Path | str) -> None:
     """Refuse the fields of a model's configuration that fetch code, or name weights that are no safetensors.
 
-    ``auto_map`` passes: with ``trust_remote_code`` off it is not followed.
-
-    Raises:
-        ConfigError: with the field, its value and the remedy.
+    ``auto_map`` passes: with ``trust_remote_code`` off it is not followed. Raises ConfigError.
     """
     named = config.get(_EXPLICIT)
     if named is not None and not (
@@ -144,8 +141,7 @@ def _fields(value: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
 def check_adapter(folder: Path) -> None:
     """Refuse an adapter's folder that could run code when it is loaded.
 
-    Raises:
-        ConfigError: one sentence with the file, the field and the remedy.
+    Raises ConfigError: one sentence with the file, the field and the remedy.
     """
     path = folder / "adapter_config.json"
     settings = read_object(path)
@@ -166,11 +162,7 @@ def check_adapter(folder: Path) -> None:
 
 
 def adapter_base(folder: Path) -> str:
-    """The base model that an adapter was trained on.
-
-    Raises:
-        ConfigError: it does not say.
-    """
+    """The base model that an adapter was trained on. Raises ConfigError: it does not say."""
     base = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ConfigError(f"{folder / 'adapter_config.json'} does not say its base model (base_model_name_or_path)")
@@ -178,11 +170,7 @@ def adapter_base(folder: Path) -> str:
 
 
 def refuse_pickles(folder: Path) -> None:
-    """Refuse a folder with a file that a library could unpickle.
-
-    Raises:
-        ConfigError: naming the first.
-    """
+    """Refuse a folder with a file that a library could unpickle (ConfigError)."""
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES and p.name not in _NEVER_WEIGHTS)
     if pickles:
         raise ConfigError(
@@ -192,11 +180,7 @@ def refuse_pickles(folder: Path) -> None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
-
-    Raises:
-        ConfigError: it is missing, damaged, or holds something else.
-    """
+    """A JSON file that holds an object. Raises ConfigError: it is missing, damaged, or holds something else."""
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:

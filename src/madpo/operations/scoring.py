@@ -28,7 +28,7 @@ from madpo.core.storage import storage_errors, write_atomically
 from madpo.data import load_preferences
 from madpo.data.folds import folds_by_prompt, prompt_key
 from madpo.data.load import PairStream, surveyed
-from madpo.data.numbers import as_number
+from madpo.data.raw import as_number
 from madpo.data.rows import Pair
 from madpo.data.templates import Clock
 from madpo.data.tokens import Encoder

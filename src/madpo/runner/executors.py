@@ -13,7 +13,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.synchronize import Event
-from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
 from madpo.core.errors import ConfigError, first_line
@@ -25,8 +24,7 @@ class Executor(Protocol):
     """Anything that runs a function somewhere and gives a future of its result.
 
     Attributes:
-        slots: functions that run at once; None where the executor alone can know. What is submitted beyond that waits
-            in the order of submission.
+        slots: functions that run at once; None where only the executor knows. What is submitted beyond that waits.
     """
 
     slots: int | None
@@ -53,9 +51,7 @@ class Inline:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         return None
 
 
@@ -92,9 +88,7 @@ class Processes:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         if error is not None:
             self._stop.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -131,7 +125,14 @@ class Cluster:
         wants = {"num_cpus": 1, "num_gpus": 0} if light else {"num_cpus": self.cpus, "num_gpus": self.gpus}
         inner: Future[R] = task.options(**wants).remote(*args).future()
         outer: Future[R] = Future()
-        inner.add_done_callback(lambda done: _hand_on(done, outer))
+
+        def hand_on(done: Future[R]) -> None:
+            if (error := done.exception()) is None:
+                outer.set_result(done.result())
+            else:  # Ray wraps what the task raised in an error of its own
+                outer.set_exception(getattr(error, "cause", None) or error)
+
+        inner.add_done_callback(hand_on)
         return outer
 
     def __enter__(self) -> Self:
@@ -160,21 +161,11 @@ class Cluster:
         self._ray = ray
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._ray.shutdown()
 
 
 _KEPT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "HF_HUB_OFFLINE", "PYTHONWARNINGS", "MADPO_REPORT_TO")
-
-
-def _hand_on(inner: Future[R], outer: Future[R]) -> None:
-    error = inner.exception()
-    if error is None:
-        outer.set_result(inner.result())
-    else:  # Ray wraps what the task raised in an error of its own
-        outer.set_exception(getattr(error, "cause", None) or error)
 
 
 def _start_worker(stop: Event, threads: int) -> None:
@@ -186,13 +177,9 @@ def _start_worker(stop: Event, threads: int) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def leave_with_parent() -> None:
-        parent.join()
+    def leave_after(wait: Callable[[], object]) -> None:
+        wait()
         os._exit(1)
 
-    def leave_when_stopped() -> None:
-        stop.wait()
-        os._exit(1)
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()
-    threading.Thread(target=leave_when_stopped, daemon=True).start()
+    for wait in (parent.join, stop.wait):
+        threading.Thread(target=leave_after, args=(wait,), daemon=True).start()

@@ -40,8 +40,7 @@ def since_first_start(folder: Path, name: str, make: Callable[[], T]) -> T:
 def fixed_before(folder: Path, name: str) -> int | str | None:
     """The value that an earlier start fixed, if there was one; the same on all processes.
 
-    Raises:
-        StorageError: the file that holds it is damaged.
+    Raises StorageError: the file that holds it is damaged.
     """
     return processes.on_main_process(lambda: _read(folder / FILE).get(name))
 

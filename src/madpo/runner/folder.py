@@ -11,7 +11,7 @@ inside ``unfinished`` is what only an interrupted run needs; it is never part of
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -69,14 +69,17 @@ def prepare(
 def refuse_foreign(out: Path) -> None:
     """Refuse a folder that holds something else than a result of ours; it needs no library and can be asked early.
 
-    Raises:
-        StorageError: ``out`` is a file, or holds files and no record.
+    Raises StorageError: ``out`` is a file, or holds files and no record.
     """
     work = out / UNFINISHED
     if out.exists() and not out.is_dir():
         raise StorageError(f"{out} is a file; choose another --output_dir")
     # A kill may leave it before the note of what is made is written.
-    foreign = work.is_dir() and not (work / BEGUN).is_file() and any(not _is_note(path) for path in work.iterdir())
+    foreign = (
+        work.is_dir()
+        and not (work / BEGUN).is_file()
+        and not all(path.name.startswith(f".{BEGUN}.") and path.is_file() for path in work.iterdir())
+    )
     if work.is_symlink() or foreign or (work.exists() and not work.is_dir()):
         raise StorageError(f"{work} was not made by madpo; move it away or choose another --output_dir")
     if not out.is_dir() or (out / RECORD).is_file() or (work / RECORD).is_file():
@@ -87,19 +90,11 @@ def refuse_foreign(out: Path) -> None:
         )
 
 
-def _is_note(path: Path) -> bool:
-    return path.name.startswith(f".{BEGUN}.") and path.is_file()
-
-
 def _remove_work(work: Path) -> None:
     """Remove ``unfinished``; the note that it is ours goes last, so that a kill in here leaves it recognisable."""
     if not work.is_dir():
         return
-    for entry in work.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        elif entry.name != BEGUN:
-            entry.unlink()
+    _remove_all(work, (BEGUN,))
     (work / BEGUN).unlink(missing_ok=True)
     work.rmdir()
 
@@ -244,11 +239,7 @@ def _listed(out: Path, record: Record) -> Iterator[str]:
 
 
 def refuse_removal(out: Path, record: Record, inputs: Iterable[Path]) -> None:
-    """Refuse to remove a result that the work reads, or one with files that the user has changed.
-
-    Raises:
-        StorageError: naming the file.
-    """
+    """Refuse to remove a result that the work reads, or one with files that the user has changed (StorageError)."""
     names = list(_listed(out, record))
     removed = {(out / name).resolve() for name in names}
     for path in inputs:
@@ -263,8 +254,12 @@ def refuse_removal(out: Path, record: Record, inputs: Iterable[Path]) -> None:
 
 def clear(out: Path) -> None:
     """Empty the folder of a step, which the run owns, where a damaged record left files that belong to no result."""
-    for entry in out.iterdir():
-        if entry.name not in _OURS:
+    _remove_all(out, _OURS)
+
+
+def _remove_all(folder: Path, but: Container[str]) -> None:
+    for entry in folder.iterdir():
+        if entry.name not in but:
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
             else:

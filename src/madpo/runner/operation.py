@@ -32,11 +32,7 @@ def operation(name: str) -> Callable[[_Fn], _Fn]:
 
 
 def operation_name(fn: Callable[..., object]) -> str:
-    """The name that :func:`operation` gave to the function.
-
-    Raises:
-        ValueError: it has none.
-    """
+    """The name that :func:`operation` gave to the function. Raises ValueError: it has none."""
     name = getattr(fn, "operation", None)
     if not isinstance(name, str):
         raise ValueError(f"{fn.__module__}.{fn.__qualname__} has no stable name; decorate it with @operation('name/1')")

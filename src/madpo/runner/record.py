@@ -6,9 +6,9 @@ import sys
 from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_serializer, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_serializer
 
 from madpo.core.errors import ConfigError
 from madpo.core.locks import holder
@@ -17,18 +17,23 @@ from madpo.core.progress import say
 
 LIBRARIES = ("torch", "transformers", "trl", "peft")
 ALSO_INSTALLED = ("accelerate", "datasets", "numpy", "pandas", "safetensors", "scikit-learn", "scipy", "tokenizers")
-"""Libraries that last digits may depend on; their versions are told and are no part of an identity."""
-
-
+"""Libraries that last digits may depend on; their versions are recorded and are no part of an identity."""
 NAME = r"^[A-Za-z0-9_.+=-]+(/[A-Za-z0-9_.+=-]+)*$"
-"""Names of steps, which are paths inside the run's folder; ".." is refused beside."""
-
-
+"""Names of steps, which are paths inside the run's folder; "." and ".." are refused as well."""
 RECORD = "record.json"
 """The file that makes a result exist."""
 RECORDS = "records.json"
 """Records of an export by the folders of their steps, which are left out of it."""
 EXPORTED = "exported"  # of a run's ``about`` and of a record's ``provenance``: most files stayed behind
+
+
+def _inside(name: str) -> str:
+    if {".", ".."} & set(name.split("/")):
+        raise ValueError("the name of a step lies inside its run's folder")
+    return name
+
+
+StepName = Annotated[str, Field(pattern=NAME), AfterValidator(_inside)]
 
 
 class Record(BaseModel):
@@ -37,7 +42,7 @@ class Record(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(pattern=NAME)
+    name: StepName
     identity: str = Field(pattern="^[0-9a-f]{64}$")
     operation: str
     config: dict[str, Any]
@@ -46,13 +51,6 @@ class Record(BaseModel):
     libraries: dict[str, str]
     threads: int
     provenance: dict[str, Any]
-
-    @field_validator("name")
-    @classmethod
-    def _inside(cls, name: str) -> str:
-        if {".", ".."} & set(name.split("/")):
-            raise ValueError("the name of a step lies inside its run's folder")
-        return name
 
     @field_serializer("metrics")
     def _readable(self, metrics: dict[str, Metric]) -> dict[str, Any]:
@@ -90,7 +88,7 @@ def _version(name: str) -> str | None:
 
 
 def conditions() -> dict[str, Any]:
-    """What the bytes of a result depend on beside its identity and the threads; for ``provenance``.
+    """What the bytes of a result depend on, with its identity and the threads; for ``provenance``.
 
     ``instruction_set`` is what torch's kernels use ("AVX512"), and None where nothing has loaded torch.
     """
@@ -107,7 +105,7 @@ def conditions() -> dict[str, Any]:
 
 @cache
 def _hardware() -> dict[str, Any]:
-    """Processor, its cores, and memory in bytes; None for what the system does not tell."""
+    """Processor, its cores, and memory in bytes; None for what the system does not say."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
@@ -155,7 +153,7 @@ def find_record(folder: Path, root: Path) -> Record | None:
 
 
 class RunStatus(NamedTuple):
-    """Where a run stands.
+    """How far a run has come.
 
     Attributes:
         about: what the run was started with (title, experiment).
@@ -171,11 +169,7 @@ class RunStatus(NamedTuple):
 
 
 def run_status(root: Path) -> RunStatus:
-    """Read a run's folder without its experiment.
-
-    Raises:
-        ConfigError: the folder holds no run.
-    """
+    """Read a run's folder without its experiment. Raises ConfigError: the folder holds no run."""
     try:
         listing = _Listing.model_validate_json((root / "run.json").read_bytes())
     except (FileNotFoundError, NotADirectoryError):
@@ -196,7 +190,7 @@ def run_status(root: Path) -> RunStatus:
 def evaluations_by(root: Path, key: str) -> list[tuple[str, str, Record]]:
     """Finished evaluations in a run's folder, of whichever settings, with the value that ``key`` had in each.
 
-    One folder holds the results of several values of a setting, although ``run.json`` lists the last alone.
+    One folder holds the results of several values of a setting, although ``run.json`` lists only the last.
 
     Args:
         key: as in ``--set``; its first part names the kind of step ("policy.optimisation.learning_rate").
@@ -209,10 +203,8 @@ def evaluations_by(root: Path, key: str) -> list[tuple[str, str, Record]]:
     """
     records = [found for path in sorted(root.rglob(f"*-*/{RECORD}")) if (found := load_record(path.parent)) is not None]
     by_identity = {record.identity: record for record in [*exported_records(root).values(), *records]}
-    rows = []
-    for record in by_identity.values():
-        if record.name.startswith("evaluation/"):
-            rows.append((_setting(record, key, by_identity), record.name, record))
+    evaluations = [record for record in by_identity.values() if record.name.startswith("evaluation/")]
+    rows = [(_setting(record, key, by_identity), record.name, record) for record in evaluations]
     if not any(value is not None for value, _, _ in rows):
         why = f"{key} bears on none of its {len(rows)} finished evaluations" if rows else "no evaluation is finished"
         raise ConfigError(f"{root}: {why}; a key is that of --set, such as policy.optimisation.learning_rate")
@@ -237,15 +229,10 @@ def _setting(record: Record, key: str, by_identity: dict[str, Record]) -> Any:
 
 
 class _Entry(BaseModel):
-    folder: str = Field(pattern=NAME)
+    folder: StepName
     identity: str
     failed: str = ""
     """What went wrong, in an export."""
-
-    @field_validator("folder")
-    @classmethod
-    def _inside(cls, folder: str) -> str:
-        return Record._inside(folder)
 
 
 class _Listing(BaseModel):

@@ -136,11 +136,7 @@ def run(
         return result
     with storage_errors(root), locked(root):
         listing = {
-            s.name: {
-                "folder": str(s.folder(root).relative_to(root)),
-                "identity": s.identity,
-                "groups": list(s.groups),
-            }
+            s.name: {"folder": f"{s.folder(root).relative_to(root)}", "identity": s.identity, "groups": list(s.groups)}
             for s in everything
         }
         write_atomically(root / "run.json", json.dumps({"about": dict(about or {}), "steps": listing}, indent=1))
@@ -171,8 +167,7 @@ def _run_all(
     total = len(steps)
 
     def collect(block: bool) -> None:
-        finished_now = wait(running, timeout=None if block else 0, return_when=FIRST_COMPLETED).done
-        for future in finished_now:
+        for future in wait(running, timeout=None if block else 0, return_when=FIRST_COMPLETED).done:
             step = running.pop(future)
             _take(step, future, result, total, first_mistake)
             _hand_on(step, result, upload)
@@ -187,22 +182,15 @@ def _run_all(
     try:
         while waiting or running:
             for step in list(waiting):
-                blocker = next(
-                    (u.name for u in step.upstream.values() if u.name in result.failed | result.skipped), None
-                )
+                upstream = [u.name for u in step.upstream.values()]
+                blocker = next((name for name in upstream if name in result.failed | result.skipped), None)
                 if blocker is not None:
                     result.skipped[step.name] = result.skipped.get(blocker, blocker)
                     waiting.remove(step)
-                elif has_room() and all(u.name in result.records for u in step.upstream.values()):
+                elif has_room() and result.records.keys() >= set(upstream):
                     say(f"{step.name}: {step.says or 'starts'}")
-                    running[
-                        executor.submit(
-                            attempt,
-                            job(step, step.folder(result.root), result.root, _LESS_MEMORY),
-                            result.root.absolute(),
-                            light=step.light,
-                        )
-                    ] = step
+                    work = job(step, step.folder(result.root), result.root, _LESS_MEMORY)
+                    running[executor.submit(attempt, work, result.root.absolute(), light=step.light)] = step
                     waiting.remove(step)
                     collect(block=False)
             if running:
@@ -254,19 +242,15 @@ def _matching(steps: list[Step], only: Sequence[str]) -> list[Step]:
     that need none, so that workers do not wait for it at the end.
     """
     chosen: list[Step] = []
+    names_of = {s: [s.name, *s.groups, *(f"{group}/{s.name}" for group in s.groups)] for s in steps}
     for word in only:
-        found = [step for step in steps if _answers_to(step, word)]
+        found = [step for step in steps if fnmatch.filter(names_of[step], word)]
         if not found:
             names = list(dict.fromkeys([*(group for step in steps for group in step.groups), *(s.name for s in steps)]))
             hint = did_you_mean(word, names) or f"; there are {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
             raise ConfigError(f"--only {word!r} matches none of the {len(steps)} steps{hint}")
         chosen += found
     return needed_by(chosen, steps)
-
-
-def _answers_to(step: Step, word: str) -> bool:
-    names = [step.name, *step.groups, *(f"{group}/{step.name}" for group in step.groups)]
-    return any(fnmatch.fnmatchcase(name, word) for name in names)
 
 
 def _status(step: Step, root: Path) -> str:

@@ -17,11 +17,9 @@ from madpo.core.errors import ConfigError
 from madpo.core.metrics import Metrics
 from madpo.core.storage import expanded
 from madpo.runner.operation import operation_name
-from madpo.runner.record import libraries
+from madpo.runner.record import NAME, libraries
 
 StageFn = Callable[[Any, Mapping[str, Path], Path], Metrics]
-
-_NAME = re.compile(r"[A-Za-z0-9_.+=-]+(/[A-Za-z0-9_.+=-]+)*")
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class Step:
     light: bool = False
 
     def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.name) or ".." in self.name.split("/"):
+        if not re.fullmatch(NAME, self.name) or ".." in self.name.split("/"):
             raise ValueError(f"step name {self.name!r}: letters, digits and _.+=- between slashes only")
         if "<" in self.fn.__qualname__:
             raise ValueError(f"step {self.name}: {self.fn.__qualname__} must be a function at module level")
@@ -100,8 +98,7 @@ class Step:
     @cached_property
     def identity(self) -> str:
         """SHA-256 (hex) of everything that bears on the result."""
-        parts = self.decisive
-        text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        text = json.dumps(self.decisive, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def folder(self, root: Path) -> Path:
@@ -112,8 +109,7 @@ class Step:
 def ordered(steps: Iterable[Step]) -> list[Step]:
     """All steps with their upstreams, upstreams first, otherwise in the given order; each name once.
 
-    Raises:
-        ConfigError: two different steps have one name.
+    Raises ConfigError: two different steps have one name.
     """
     order: dict[str, Step] = {}
 

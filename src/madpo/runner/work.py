@@ -166,12 +166,11 @@ def _keep_traceback(out: Path) -> None:
 
 def _peak_memory() -> int | None:
     """Bytes that this process has held at most so far, earlier steps in it included; None on Windows."""
-    try:
+    with contextlib.suppress(ModuleNotFoundError):
         import resource
-    except ModuleNotFoundError:
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return None
 
 
 def _threads() -> int:
