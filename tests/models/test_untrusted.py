@@ -258,7 +258,7 @@ def test_a_custom_loss_lies_beside_its_toml_or_where_the_user_is(tmp_path, monke
     toml = tmp_path / "here" / "mine.toml"
     for target in ("../away/evil.py:Mine", f"{tmp_path}/away/evil.py:Mine", "link.py:Mine"):
         toml.write_text(f'model = "m"\nloss = {{ kind = "custom", target = "{target}" }}\n')
-        with pytest.raises(ConfigError, match="lies neither beside the configuration nor in the working directory"):
+        with pytest.raises(ConfigError, match="is neither next to the configuration nor in the working directory"):
             load_config(toml, TrainSettings)
     (tmp_path / "here" / "good.py").write_text(LOSS)
     toml.write_text('model = "m"\nloss = { kind = "custom", target = "good.py:Mine" }\n')

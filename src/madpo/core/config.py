@@ -1,4 +1,4 @@
-"""Configuration: frozen pydantic models, hand-written TOML, and mistakes told in one sentence.
+"""Configuration: frozen pydantic models, hand-written TOML, and mistakes reported in one sentence.
 
 A configuration says everything that bears on a result, so it cannot change after it is built and knows no
 unknown keys: a typing error must never mean "the default, silently".
@@ -51,24 +51,22 @@ def added(default: Any, **limits: Any) -> Any:
 def identity_settings(config: BaseModel) -> dict[str, Any]:
     """The configuration as it enters an identity: resolved, less excluded fields and added ones at their default."""
     own = getattr(config, "decisive", None)
-    if callable(own):  # it knows by itself which of its values bear on the result
-        decisive: dict[str, Any] = own()
-        return decisive
-    # A subclass instance in a field of its base class would lose its own fields silently.
-    dumped: dict[str, Any] = _without_added(config, config.model_dump(mode="json", warnings="error"))
-    return dumped
+    # A configuration with ``decisive`` knows by itself which of its values bear on the result. Warnings are errors,
+    # since a subclass instance in a field of its base class would lose its own fields silently.
+    found: dict[str, Any] = (
+        own() if callable(own) else _without_added(config, config.model_dump(mode="json", warnings="error"))
+    )
+    return found
 
 
 def _without_added(value: Any, dumped: Any) -> Any:
     if isinstance(value, BaseModel):
         kept = {}
         for name, content in dumped.items():
-            field = type(value).model_fields.get(name)
-            extra = field.json_schema_extra if field is not None else None
-            own = getattr(value, name)
-            if field is not None and isinstance(extra, dict) and extra.get(_ADDED) and own == field.default:
-                continue
-            kept[name] = _without_added(own, content)
+            field, own = type(value).model_fields.get(name), getattr(value, name)
+            extra = getattr(field, "json_schema_extra", None)
+            if field is None or not (isinstance(extra, dict) and extra.get(_ADDED) and own == field.default):
+                kept[name] = _without_added(own, content)
         return kept
     if isinstance(value, Mapping):
         return {key: _without_added(item, dumped[str(key)]) for key, item in value.items()}
@@ -83,11 +81,9 @@ def first_difference(before: Any, after: Any, key: str = "") -> tuple[str, Any, 
     A field that one of them lacks is None there. None if there is no such field.
     """
     if isinstance(before, dict) and isinstance(after, dict):
-        for name in sorted(before.keys() | after.keys()):
-            found = first_difference(before.get(name), after.get(name), f"{key}.{name}" if key else name)
-            if found:
-                return found
-        return None
+        pairs = ((name, before.get(name), after.get(name)) for name in sorted(before.keys() | after.keys()))
+        inner = (first_difference(one, two, f"{key}.{name}" if key else name) for name, one, two in pairs)
+        return next(filter(None, inner), None)
     return None if before == after else (key, before, after)
 
 
@@ -109,7 +105,7 @@ def load_config(source: Path | None, model: type[T], overrides: Mapping[str, obj
     given, place = key_values(overrides), "the command line" if source is None else str(source)
     for key, value in given.items():
         _put(data, key, value, place)
-    # A path that the user typed goes anywhere; one that stands in a file stays with the file, or where the user is.
+    # A path that the user typed goes anywhere; one in a file stays with the file, or where the user is.
     typed = source is None or any(key.split(".")[-1] == "target" for key in given)
     context = None if typed or source is None else {FOLDERS: (source.absolute().parent, Path.cwd())}
     return validate(data, model, place=place, overridden=() if source is None else given, context=context)
@@ -229,7 +225,7 @@ def _sentence(
 
 
 def _dotted(loc: tuple[int | str, ...], data: object, *, missing: bool) -> str:
-    # pydantic's location also names union members ("loss.madpo.tau"); a key is what stands in the file.
+    # pydantic's location also names union members ("loss.madpo.tau"); a key is what the file has.
     parts: list[str] = []
     here: Any = data
     for position, part in enumerate(loc):
@@ -249,22 +245,20 @@ def _known_fields(loc: tuple[int | str, ...], model: type[BaseModel]) -> list[st
         inside = [
             m for c in candidates if part in c.model_fields for m in _models(c.model_fields[str(part)].annotation)
         ]
-        tagged = [c for c in candidates if c.__name__ == part or _has_tag(c, part)]
+        tagged = [c for c in candidates if part in (c.__name__, *_tags(c))]
         candidates = inside or tagged or candidates
     return sorted({name for c in candidates for name in c.model_fields})
+
+
+def _tags(model: type[BaseModel]) -> list[Any]:
+    kinds = (field.annotation for field in model.model_fields.values())
+    return [tag for kind in kinds if get_origin(kind) is Literal for tag in get_args(kind)]
 
 
 def _models(annotation: object) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel) and get_origin(annotation) is None:
         return [annotation]
     return [model for inner in get_args(annotation) for model in _models(inner)]
-
-
-def _has_tag(model: type[BaseModel], tag: int | str) -> bool:
-    return any(
-        get_origin(field.annotation) is Literal and tag in get_args(field.annotation)
-        for field in model.model_fields.values()
-    )
 
 
 def _short(value: object) -> str:

@@ -78,7 +78,7 @@ def refuse_outside(target: str, folders: Sequence[Path]) -> None:
     path = Path(where).resolve()
     if not any(path.is_relative_to(folder.resolve()) for folder in folders):
         raise ConfigError(
-            f"target is {target!r}, which lies neither beside the configuration nor in the working directory; copy the "
+            f"target is {target!r}, which is neither next to the configuration nor in the working directory; copy the "
             "file there, or name it on the command line (--set loss.target=...) where you trust it"
         )
 

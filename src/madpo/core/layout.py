@@ -206,16 +206,14 @@ def value_at(raw: Mapping[str, Any], name: str) -> Any:
     return found
 
 
-def _verbs(value: Any) -> Any:
-    return None if value is None else as_layout(value).given
-
-
 class Reading(Frozen):
     """Which columns of a data set are read as what, for the settings of every command that reads one."""
 
     columns: Layout = added(Layout())
     """Names of columns, verb by verb; where nothing is given, they are recognised."""
-    layout: Annotated[dict[str, Any] | None, BeforeValidator(_verbs)] = added(None)
+    layout: Annotated[
+        dict[str, Any] | None, BeforeValidator(lambda value: None if value is None else as_layout(value).given)
+    ] = added(None)
     """A packaged layout by name, a TOML file with one, or a table of verbs; columns take precedence."""
 
     @property

@@ -22,20 +22,19 @@ Metrics = dict[str, Metric]
 
 def plain_metrics(metrics: Metrics, name: str) -> Metrics:
     """Python numbers for whatever number types the step returned; NaN and infinity are a failed step."""
-    return {key: _plain(value, f"{name}: metric {key}") for key, value in metrics.items()}
-
-
-def _plain(value: object, place: str) -> Metric:
-    if isinstance(value, Estimate):
-        return Estimate(_number(value.mean, place), _number(value.low, place), _number(value.high, place), int(value.n))
-    if isinstance(value, str):
-        return value
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    return _number(value, place)
+    found: Metrics = {}
+    for key, value in metrics.items():
+        place = f"{name}: metric {key}"
+        if isinstance(value, Estimate):
+            found[key] = Estimate(*(float(_number(part, place)) for part in value[:3]), int(value.n))
+        else:
+            found[key] = value if isinstance(value, str) else _number(value, place)
+    return found
 
 
 def _number(value: object, place: str) -> float:
+    if isinstance(value, numbers.Integral):
+        return int(value)
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{place} is {value!r}: a step returns numbers, text and Estimates")
     if not math.isfinite(value):

@@ -21,7 +21,7 @@ class Terminated(KeyboardInterrupt):
 
 
 T = TypeVar("T")
-_REPORTED = "madpo/told"
+_REPORTED = "madpo/reported"
 
 
 def end_in_order() -> None:
@@ -109,9 +109,8 @@ def _plain(error: MadpoError | None) -> list[str] | None:
 def _raise(own: MadpoError | None, fates: list[list[str] | None]) -> None:
     if own is not None:
         raise own
-    for fate in fates:
-        if fate is not None:
-            raise getattr(errors, fate[0], MadpoError)(fate[1])
+    for name, sentence in filter(None, fates):
+        raise getattr(errors, name, MadpoError)(sentence)
 
 
 # One sentence for all: a mistake is often met by every process at once, and one process's end breaks the others'

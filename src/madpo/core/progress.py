@@ -47,20 +47,16 @@ def track(iterable: Iterable[T], *, description: str, total: int | None = None) 
 
 @contextmanager
 def bar(description: str, total: int | None) -> Iterator[Advance]:
-    """A bar over ``total`` parts (None: unknown). Yields the function that advances it."""
+    """A bar over ``total`` parts (None: unknown). Yields the function that advances it; no-op on all ranks but 0."""
     if not processes.is_main_process():
-        yield _nothing
+        yield lambda n=1, **fields: None
         return
     with _live_bar(description, total) if _on_terminal() else _plain_bar(description, total) as advance:
         yield advance
 
 
-def _nothing(n: int = 1, **fields: object) -> None:
-    """Of several processes the first one shows its part."""
-
-
 def say(text: str) -> None:
-    """One line of plain words, above a live bar if there is one; of several processes the first one speaks."""
+    """One line of plain words, above a live bar if there is one. No-op on all ranks but 0."""
     if not processes.is_main_process():
         return
     with _lock:
@@ -101,12 +97,10 @@ def duration(seconds: float) -> str:
     """``0.4 s``, ``41 s``, ``3 min 20 s``, ``2 h 5 min``."""
     if seconds < 10:
         return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _on_terminal() -> bool:

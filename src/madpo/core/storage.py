@@ -1,4 +1,4 @@
-"""Writing to disk so that a reader sees the old file or the new one, and mistakes of the disk told plainly."""
+"""Writing to disk so that a reader sees the old file or the new one; errors of the disk in one sentence."""
 
 import contextlib
 import errno
@@ -46,13 +46,13 @@ def storage_errors(place: Path) -> Iterator[None]:
     except MadpoError:
         raise
     except OSError as error:
-        if (told := disk_error(error, place)) is not None:
-            raise told from error
+        if (sentence := disk_error(error, place)) is not None:
+            raise sentence from error
         if error.errno == errno.ENOENT and (why := _missing(place, error.filename, there=there)) is not None:
             raise StorageError(f"{place}: {why}") from error
         raise
     except Exception as error:
-        # Writers in Rust and C++ (safetensors, torch, Arrow) tell of the disk in an error type of their own.
+        # Writers in Rust and C++ (safetensors, torch, Arrow) report the disk in an error type of their own.
         said = str(error)
         for code, remedy in _REMEDY.items():
             if f"os error {code})" in said or (code == errno.ENOSPC and os.strerror(code) in said):
@@ -81,7 +81,7 @@ def _missing(place: Path, file: object, *, there: bool) -> str | None:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file through a temporary one beside it, and make it durable before this returns.
+    """Write a file through a temporary one next to it, and make it durable before this returns.
 
     A crash leaves the old file or the new one, never a part.
     """
@@ -99,7 +99,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(OSError):  # the first error is the one to tell
+        with contextlib.suppress(OSError):  # the first error is the one to report
             temporary.unlink()
         raise
     sync_folder(path.parent)
