@@ -41,7 +41,7 @@ from transformers.pytorch_utils import Conv1D
 from madpo.core.errors import ConfigError, MadpoError, first_line
 from madpo.core.progress import say_once
 from madpo.models.engine.head import text_model
-from madpo.models.modes import evaluating
+from madpo.models.modes import evaluating, weights_are_here
 
 if TYPE_CHECKING:
     from madpo.models.hyperparameters import LoRA
@@ -110,7 +110,7 @@ def _choose(config: LoraConfig, model: nn.Module) -> None:
         and not _read_past_forward(modules, name, "weight")
         and _is_linear(module)
     ]
-    as_modules = [name for name in linear if _kept(_leaf(name), config, model)]
+    as_modules = [name for name in linear if _kept(name.rpartition(".")[2], config, model)]
     floating = {name for name, p in model.named_parameters() if p.is_floating_point()}
     as_parameters = floating & {*(f"{name}.weight" for name in set(linear) - set(as_modules)), *experts}
     if config.lora_dropout:  # PEFT cannot put it before the adapter of a parameter
@@ -139,7 +139,7 @@ class _Probe(NamedTuple):
 @torch.no_grad()
 def _probe(model: nn.Module) -> _Probe | None:
     """None where the weights are not all here."""
-    if any(p.is_meta or hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in model.parameters()):
+    if not weights_are_here(model):
         return None
     found = _Probe(set(), set())
 
@@ -161,10 +161,6 @@ def _probe(model: nn.Module) -> _Probe | None:
     finally:
         handle.remove()
     return found
-
-
-def _leaf(name: str) -> str:
-    return name.rpartition(".")[2]
 
 
 def _shortened(names: Iterable[str], others: Iterable[str], parts: int = 1) -> list[str]:
@@ -273,14 +269,14 @@ def _stacks(module: nn.Module) -> dict[str, int]:
     """Matrices of a module's own that may be stacked over experts, with their number."""
     if isinstance(module, nn.Linear | Conv1D | nn.Embedding | _ConvNd):
         return {}
-    told = next((n for name, n in vars(module).items() if name.endswith("num_experts") and isinstance(n, int)), 0)
+    count = next((n for name, n in vars(module).items() if name.endswith("num_experts") and isinstance(n, int)), 0)
     found = {}
     for name, parameter in module.named_parameters(recurse=False):
         shape = getattr(parameter, "ds_shape", parameter.shape)
         if len(shape) == 3:
             found[name] = int(shape[0])
-        elif len(shape) == 2 and told and shape[0] > told and shape[0] % told == 0:  # laid one under another
-            found[name] = told
+        elif len(shape) == 2 and count and shape[0] > count and shape[0] % count == 0:  # laid one under another
+            found[name] = count
     return found
 
 
@@ -342,7 +338,7 @@ def adapter_summary(model: nn.Module) -> AdapterSummary | None:
             found = getattr(layer, part, None)
             added.update(id(p) for p in (found.parameters() if isinstance(found, nn.Module) else ()))
         base, short = layer.get_base_layer(), _plain(name)
-        weight, label = getattr(base, "weight", None), _leaf(short)
+        weight, label = getattr(base, "weight", None), short.rpartition(".")[2]
         if isinstance(layer, ParamWrapper):
             weight = layer.get_param()
             label = label if layer.parameter_name == "weight" else f"{label}.{layer.parameter_name}"
@@ -350,7 +346,7 @@ def adapter_summary(model: nn.Module) -> AdapterSummary | None:
             changed[id(weight)] = label
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):  # heads and embeddings that train in full
-            whole = {id(p): _leaf(_plain(name)) for p in module.original_module.parameters()}
+            whole = {id(p): _plain(name).rpartition(".")[2] for p in module.original_module.parameters()}
             added.update({id(p) for p in module.parameters()} - whole.keys())
             changed.update(whole)
     inner: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
@@ -386,7 +382,5 @@ def _size(parameter: Tensor) -> int:
 
 def _count(number: int) -> str:
     """12 thousand, 268 million, 20.9 billion."""
-    for unit, name in ((10**9, "billion"), (10**6, "million"), (10**3, "thousand")):
-        if number >= unit:
-            return f"{number / unit:.3g} {name}"
-    return str(number)
+    units = ((10**9, "billion"), (10**6, "million"), (10**3, "thousand"))
+    return next((f"{number / unit:.3g} {name}" for unit, name in units if number >= unit), str(number))

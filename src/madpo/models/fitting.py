@@ -25,7 +25,7 @@ from transformers.utils import cached_file
 from madpo.core.errors import ConfigError
 from madpo.models.engine.head import text_model
 from madpo.models.loading import loading
-from madpo.models.modes import evaluating
+from madpo.models.modes import evaluating, weights_are_here
 from madpo.models.untrusted import MODEL_WEIGHTS
 
 # For each byte or tensor of the files: weights of 2 bits unpack to 4 numbers a byte, a tensor is registered before and
@@ -65,16 +65,13 @@ def bounded(place: Path | str, *names: str) -> Iterator[None]:
                 "configuration that belongs to these weights"
             )
 
-    def tensor(module: nn.Module, name: str, value: Any) -> None:
+    def registered(module: nn.Module, name: str, value: Any) -> None:
         count(value.numel() if isinstance(value, Tensor) else 0)
 
-    def part(module: nn.Module, name: str, value: Any) -> None:
-        count(0)
-
     handles = [
-        register_module_parameter_registration_hook(tensor),
-        register_module_buffer_registration_hook(tensor),
-        register_module_module_registration_hook(part),
+        register_module_parameter_registration_hook(registered),
+        register_module_buffer_registration_hook(registered),
+        register_module_module_registration_hook(registered),
     ]
     try:
         yield
@@ -85,26 +82,16 @@ def bounded(place: Path | str, *names: str) -> Iterator[None]:
 
 def _stored(place: Path | str, names: tuple[str, ...]) -> tuple[int, int]:
     """Bytes and tensors of the safetensors files next to the first of ``names`` that is there; zeros where none is."""
-    found = next((path for name in names if (path := _here(place, name)) is not None), None)
-    if found is None:
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    files = (cached_file(str(place), name, local_files_only=True, **quiet) for name in names)
+    if (found := next(filter(None, files), None)) is None:
         return 0, 0
     size = tensors = 0
-    for file in found.parent.glob("*.safetensors"):
+    for file in Path(found).parent.glob("*.safetensors"):
         size += file.stat().st_size
         with loading(file, "file"), safe_open(file, framework="numpy") as opened:
             tensors += len(opened.keys())
     return size, tensors
-
-
-def _here(place: Path | str, name: str) -> Path | None:
-    found = cached_file(
-        str(place),
-        name,
-        local_files_only=True,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return None if found is None else Path(found)
 
 
 @torch.no_grad()
@@ -113,8 +100,8 @@ def refuse_uncomputable(place: Path | str, model: nn.Module) -> None:
 
     Raises ConfigError, MemoryShortage: in place of what the forward pass raised.
     """
-    if any(p.is_meta or hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in model.parameters()):
-        return  # not all of its weights are in this process
+    if not weights_are_here(model):
+        return
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if getattr(inner, "is_quantized", False):  # its kernels may need the accelerator that it moves to later
         return

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +36,7 @@ from madpo.core.errors import ConfigError
 from madpo.models.hyperparameters import LoRA
 from madpo.models.loading import loading
 from madpo.models.locate import TINY_FAMILIES, load_tokenizer, resolve_model
-from madpo.models.packaged import cache_dir, packaged, quiet_transformers
+from madpo.models.packaged import cache_dir, made_at_once, packaged, quiet_transformers
 from madpo.models.untrusted import check_model
 from madpo.models.weights import pretrained
 
@@ -110,10 +108,7 @@ def load_model(
     Raises:
         ConfigError, StorageError, MemoryShortage: as :func:`madpo.models.weights.pretrained`.
     """
-    model = pretrained(_language_class(path), path, dtype=dtype or compute_dtype(), adapter=adapter)
-    if torch.cuda.is_available():
-        model = model.to("cuda")
-    return model.eval()
+    return placed(pretrained(_language_class(path), path, dtype=dtype or compute_dtype(), adapter=adapter))
 
 
 def _language_class(path: Path | str) -> Any:
@@ -152,14 +147,8 @@ def load_classifier(
             f"{path} cannot be a reward model: transformers has no sequence classifier for {config.model_type}; give a "
             "model of text"
         )
-    return pretrained(
-        AutoModelForSequenceClassification,
-        path,
-        dtype=dtype or compute_dtype(),
-        adapter=adapter,
-        new_head=new_head,
-        **settings,
-    )
+    settings |= {"dtype": dtype or compute_dtype(), "adapter": adapter, "new_head": new_head}
+    return pretrained(AutoModelForSequenceClassification, path, **settings)
 
 
 def load_quantised(path: Path | str) -> PreTrainedModel:
@@ -174,19 +163,11 @@ def load_quantised(path: Path | str) -> PreTrainedModel:
     from peft import prepare_model_for_kbit_training
     from transformers import BitsAndBytesConfig
 
+    dtype, device = compute_dtype(), {"": torch.cuda.current_device()}
     how = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute_dtype(),
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
-    model = pretrained(
-        _language_class(path),
-        path,
-        quantization_config=how,
-        dtype=compute_dtype(),
-        device_map={"": torch.cuda.current_device()},
-    )
+    model = pretrained(_language_class(path), path, quantization_config=how, dtype=dtype, device_map=device)
     prepared: PreTrainedModel = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return prepared
 
@@ -196,9 +177,7 @@ def merge_adapter(model: nn.Module, out: Path, tokenizer: PreTrainedTokenizerBas
 
     Weights without an adapter keep their bits.
     """
-    for layer in model.modules():
-        if not isinstance(layer, BaseTunerLayer):
-            continue
+    for layer in (module for module in model.modules() if isinstance(module, BaseTunerLayer)):
         weights = [(p, p.dtype) for p in layer.get_base_layer().parameters(recurse=False)]
         for weight, dtype in weights:
             weight.data = weight.data.to(torch.promote_types(dtype, torch.float32))
@@ -276,17 +255,9 @@ def build_tiny(family: str, folder: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     torch.random.set_rng_state(state)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    workspace = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        with quiet_transformers():
-            model.save_pretrained(workspace)
-            tokenizer.save_pretrained(workspace)
-        os.chmod(workspace, 0o755)
-        if not (folder / "config.json").exists():
-            workspace.rename(folder)
-    finally:
-        shutil.rmtree(workspace, ignore_errors=True)
+    with made_at_once(folder) as workspace, quiet_transformers():
+        model.save_pretrained(workspace / "out")
+        tokenizer.save_pretrained(workspace / "out")
     return folder
 
 

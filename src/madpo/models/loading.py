@@ -57,8 +57,8 @@ def cannot_load(name: str, error: BaseException, what: str = "model") -> MadpoEr
     names = {type(cause).__name__ for cause in causes}
     subject = f"the {what} {name!r}"
     for cause in causes:
-        if isinstance(cause, OSError) and cause.errno in _DISK and (told := disk_error(cause, name)) is not None:
-            return told
+        if isinstance(cause, OSError) and cause.errno in _DISK and (sentence := disk_error(cause, name)) is not None:
+            return sentence
         if isinstance(cause, PermissionError) and cause.filename:
             return ConfigError(f"{subject} cannot be loaded: make {cause.filename} readable for you")
     if any(is_shortage(cause) for cause in causes):
@@ -78,7 +78,7 @@ def cannot_load(name: str, error: BaseException, what: str = "model") -> MadpoEr
             f"{subject} has an architecture that transformers {version('transformers')} does not know "
             f"({reason}); install a newer transformers, or give another model"
         )
-    if "automatic conversion of the weights" in said:  # whose details are in a log alone
+    if "automatic conversion of the weights" in said:  # whose details are only in a log
         reason = "the weights of its experts are incomplete, or have other shapes than its config.json asks for"
     folder = expanded(name)
     if not os.path.exists(folder) and (isinstance(error, OSError) or "HFValidationError" in names):

@@ -13,11 +13,16 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
+def weights_are_here(model: nn.Module) -> bool:
+    """Whether all of a model's weights are in this process."""
+    return not any(p.is_meta or hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in model.parameters())
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Without dropout; afterwards every module is in its own mode again.
 
-    The model's own flag does not tell: a fresh adapter trains inside a model that does not.
+    The model's own flag is not enough: a fresh adapter trains inside a model that does not.
     """
     with _set_training(dict.fromkeys(model.modules(), False)):
         yield

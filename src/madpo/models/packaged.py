@@ -94,7 +94,7 @@ def packaged(name: str) -> Path:
     if (folder / "config.json").exists():
         return folder
     parts = [_locate(package, file, name, model) for package, file in model.parts]
-    with _workspace(folder) as workspace:
+    with made_at_once(folder) as workspace:
         gguf = workspace / "model.gguf"
         _assemble(parts, gguf, model.sha256, name)
         say(f"Unpacking {name} once into {folder} ({model.terms}); {'seconds' if kept else 'about a minute'}")
@@ -107,11 +107,6 @@ def packaged(name: str) -> Path:
             whole = gguf.rename(workspace / "whole.gguf")
             cut_gguf(whole, pq.read_table(pa.BufferReader(kept))["id"].to_pylist(), gguf)
         _dequantise(gguf, workspace / "out")
-        try:
-            (workspace / "out").rename(folder)
-        except OSError:
-            if not (folder / "config.json").exists():  # another process that was faster is fine
-                raise
     return folder
 
 
@@ -137,23 +132,28 @@ def _locate(package: str, file: str, name: str, model: PackagedModel) -> Path:
 
 
 @contextlib.contextmanager
-def _workspace(folder: Path) -> Iterator[Path]:
-    """A folder beside the final one (so that the rename is atomic), removed in any case."""
+def made_at_once(folder: Path) -> Iterator[Path]:
+    """A workspace whose ``out`` becomes the model's ``folder`` by one rename; it is removed in any case.
+
+    Raises StorageError: the cache cannot be written.
+    """
+    workspace = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         workspace = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise StorageError(
-            f"{folder.parent} cannot be written ({error.strerror}); set MADPO_CACHE to a folder with 2 GB free"
-        ) from error
-    try:
         yield workspace
+        try:
+            (workspace / "out").rename(folder)
+        except OSError:
+            if not (folder / "config.json").exists():  # another process that was faster is fine
+                raise
     except OSError as error:
         raise StorageError(
             f"{folder} cannot be written ({error.strerror or error}); set MADPO_CACHE to a folder with 2 GB free"
         ) from error
     finally:
-        shutil.rmtree(workspace, ignore_errors=True)
+        if workspace is not None:
+            shutil.rmtree(workspace, ignore_errors=True)
 
 
 def _assemble(parts: list[Path], target: Path, sha256: str, name: str) -> None:
@@ -202,7 +202,7 @@ def _dequantise(gguf: Path, out: Path) -> None:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """transformers without its own progress bars and notices; ours stand in for them."""
+    """transformers without its own progress bars and notices; ours take their place."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()

@@ -66,7 +66,10 @@ def pretrained(
             ignore_mismatched_sizes=True,  # refused below, by name, which transformers' own error does not give
             **settings,
         )
-    made_later = _head(model, found) if new_head else set()
+    made_later: set[str] = set()
+    if new_head and (prefix := model.base_model_prefix):
+        names = found["missing_keys"] | {name for name, *_ in found["mismatched_keys"]}
+        made_later = {name for name in names if not name.startswith(f"{prefix}.")}
     adapted = None
     if adapter is not None:
         adapted, brought = with_adapter(model, adapter)
@@ -100,13 +103,6 @@ class NamedArchitecture:
                 image = AutoModelForImageTextToText
                 auto = image if image.__name__ in remote else AutoModelForCausalLM
         return pretrained(auto, place, **settings)
-
-
-def _head(model: PreTrainedModel, found: Mapping[str, Any]) -> set[str]:
-    """The names of weights outside the backbone."""
-    backbone = f"{model.base_model_prefix}."
-    names = found["missing_keys"] | {name for name, *_ in found["mismatched_keys"]}
-    return {name for name in names if model.base_model_prefix and not name.startswith(backbone)}
 
 
 def _refuse_missing(place: str, model: nn.Module, found: Mapping[str, Any], made_later: Collection[str]) -> None:
