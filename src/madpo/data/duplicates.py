@@ -69,7 +69,7 @@ class Seen:
     ) -> None:
         rows = np.flatnonzero(hits)
         places = [f"{at(self.numbers[row])}, first in {self.numbers[first[row]]}" for row in rows[:EXAMPLES]]
-        findings.add_many(kind, len(rows), places)
+        findings.add(kind, len(rows), places)
 
     def leaks(self, train: Seen, findings: Findings, at: At) -> None:
         """Add the pairs (in either order) and the prompts of this evaluation data that are in ``train``."""
@@ -79,7 +79,7 @@ class Seen:
         }
         for kind, found in hits.items():
             rows = np.flatnonzero(found)
-            findings.add_many(kind, len(rows), [at(self.numbers[row]) for row in rows[:EXAMPLES]])
+            findings.add(kind, len(rows), [at(self.numbers[row]) for row in rows[:EXAMPLES]])
 
 
 def digest(text: Text) -> bytes:

@@ -132,7 +132,7 @@ def _rows_at_once(place: str, path: Path, file: pq.ParquetFile, group: int, colu
 
 
 def _longest_repeated(path: Path, file: pq.ParquetFile, group: int, leaf: int) -> int:
-    """Bytes of the longest value that is stored once and may stand in many places; 0 where there is none."""
+    """Bytes of the longest value that is stored once and may be in many places; 0 where there is none."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -143,10 +143,7 @@ def _longest_repeated(path: Path, file: pq.ParquetFile, group: int, leaf: int) -
         return int(schema.length)
     if schema.physical_type != "BYTE_ARRAY":
         return 0
-    for batch in _batches(path, file, group, leaf, ROWS_AT_ONCE):
-        values = batch.column(0)
-        while values.type.num_fields:
-            _, values = _inside(None, values)
+    for _, values in _leaves(path, file, group, leaf, ROWS_AT_ONCE):
         if not pa.types.is_dictionary(values.type):
             return 0  # a number of many digits
         if len(values.dictionary):  # until then all are null or lists without entries
@@ -158,34 +155,27 @@ def _most_values(path: Path, file: pq.ParquetFile, group: int, leaf: int) -> int
     """The most values of a list column that one row of a row group has."""
     import numpy as np
 
-    most = 0
-    for batch in _batches(path, file, group, leaf, 4096):
-        rows, values = np.arange(batch.num_rows), batch.column(0)
-        while values.type.num_fields:
-            rows, values = _inside(rows, values)
-        most = max(most, int(np.bincount(rows).max(initial=0)))
-    return most
+    batches = _leaves(path, file, group, leaf, 4096)
+    return max((int(np.bincount(rows).max(initial=0)) for rows, _ in batches), default=0)
 
 
-def _batches(path: Path, file: pq.ParquetFile, group: int, leaf: int, rows: int) -> Iterator[pa.RecordBatch]:
-    """One leaf, its values by number: a value that is stored once takes its place in memory once."""
+def _leaves(path: Path, file: pq.ParquetFile, group: int, leaf: int, at_once: int) -> Iterator[tuple[Any, pa.Array]]:
+    """The row of each value of one leaf, and the values; one that is stored once takes its place in memory once."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     name = file.metadata.schema.column(leaf).path
     with pq.ParquetFile(path, pre_buffer=False, read_dictionary=[name], metadata=file.metadata) as own:
-        yield from own.iter_batches(batch_size=rows, row_groups=[group], columns=[name])
-
-
-def _inside(rows: Any, values: pa.Array) -> tuple[Any, pa.Array]:
-    """What a list or a struct holds, and the row of each entry (of ``rows``, unless that is None)."""
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    if pa.types.is_struct(values.type):
-        return rows, values.field(0)
-    if pa.types.is_map(values.type):
-        values = values.cast(pa.list_(pa.struct([values.type.key_field, values.type.item_field])))
-    if rows is not None:
-        rows = np.repeat(rows, pc.fill_null(pc.list_value_length(values), 0).to_numpy(zero_copy_only=False))
-    return rows, values.flatten()
+        for batch in own.iter_batches(batch_size=at_once, row_groups=[group], columns=[name]):
+            rows, values = np.arange(batch.num_rows), batch.column(0)
+            while values.type.num_fields:  # into lists and structs
+                if pa.types.is_struct(values.type):
+                    values = values.field(0)
+                    continue
+                if pa.types.is_map(values.type):
+                    values = values.cast(pa.list_(pa.struct([values.type.key_field, values.type.item_field])))
+                rows = np.repeat(rows, pc.fill_null(pc.list_value_length(values), 0).to_numpy(zero_copy_only=False))
+                values = values.flatten()
+            yield rows, values

@@ -40,23 +40,22 @@ class Survey:
             details["too_long"] = [f"{encoded.length} tokens"]
         for kind, found in details.items():
             text = ", ".join(filter(None, found))
-            self.findings.add(kind, self.at(pair.number) + (f": {text}" if text else ""))
+            self.findings.add(kind, 1, [self.at(pair.number) + (f": {text}" if text else "")])
 
     def finish(self, left_out: Mapping[str, Sequence[int]], at: Callable[[int], str]) -> None:
         """Add what only all pairs together show.
 
         Args:
             left_out: kind of finding -> rows without a pair.
-            at: the place of a row, for messages.
         """
         for kind, numbers in left_out.items():
-            self.findings.add_many(kind, len(numbers), [at(number) for number in numbers[:EXAMPLES]])
+            self.findings.add(kind, len(numbers), [at(number) for number in numbers[:EXAMPLES]])
         if not len(self.seen):
             return
         self.seen.repeats(self.findings, at)
         if len(self.seen) >= FEW and self.seen.distinct_prompts() == 1:
             examples = [at(number) for number in self.seen.numbers[:EXAMPLES]]
-            self.findings.add_many("one_prompt", len(self.seen), examples)
+            self.findings.add("one_prompt", len(self.seen), examples)
 
     def add_leaks(self, evaluation: Survey) -> None:
         """Add the pairs and prompts of evaluation data that are among these."""
