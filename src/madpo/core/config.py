@@ -91,8 +91,6 @@ def load_config(source: Path | None, model: type[T], overrides: Mapping[str, obj
     """Read a TOML file into ``model``.
 
     Args:
-        source: the TOML file; None where the overrides say all.
-        model: the configuration class.
         overrides: ``{"policy.learning_rate": 1e-4}`` or ``["policy.learning_rate=1e-4"]``. A dotted key names a
             field; a number in it, an entry of a list. The value in a text is read as TOML, and as plain text where
             it is none.

@@ -26,11 +26,8 @@ def bootstrap_mean(
     """The mean of ``values`` with a percentile-bootstrap interval.
 
     Args:
-        values: numbers, one per observation.
-        seed: of the resampling.
         clusters: one label per observation; observations of one label (several responses to one prompt) are drawn
             together, and ``n`` of the result counts labels. None: every observation is its own unit.
-        level: coverage of the interval.
 
     The percentile interval of a mean is too short by sqrt((n - 1)/n) and by the normal in place of Student's t, so
     its half-widths are stretched by both factors; skewness stays as the resamples show it. One unit gives an interval
@@ -80,7 +77,6 @@ def bootstrap_statistic(
     Args:
         values: one row per unit (prompt), one column per mean; or units x repetitions x means.
         statistic: means of shape (draws, columns) -> values of shape (draws,).
-        seed: of the resampling.
 
     Raises:
         DataError: no units, or a value that is not finite.

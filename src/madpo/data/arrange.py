@@ -63,7 +63,6 @@ class Arranger:
     def __init__(self, layout: Layout, names: Sequence[str], *, from_text: bool = False) -> None:
         """
         Args:
-            names: the columns of the data set.
             from_text: numbers come as text (CSV).
         """
         self.layout, self.from_text = layout, from_text

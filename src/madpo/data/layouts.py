@@ -106,8 +106,6 @@ def recognise(names: Sequence[str], place: str, given: Layout) -> Recognised | N
     """The layout of a data set by its columns; None where it has ``chosen`` and ``rejected`` and nothing is given.
 
     Args:
-        names: its columns.
-        place: of the data, for messages.
         given: what the user says of it.
 
     Raises:

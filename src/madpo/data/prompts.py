@@ -168,9 +168,6 @@ def read_prompt(
 def whole_prompt(raw: Mapping[str, Any], names: Iterable[str], place: str) -> Text | None:
     """The prompt of a row that is no pair: joined, or None where no column has one.
 
-    Args:
-        names: the columns of the row.
-
     Raises:
         DataError: as :func:`read_prompt` and :func:`refuse_lost_context`.
     """

@@ -18,9 +18,6 @@ from madpo.data.raw import described_name
 def refuse_files_outside(name: str, folder: Path) -> None:
     """Refuse a saved data set whose files are not in its folder, by name or by a link.
 
-    Args:
-        name: of the data set, for the sentence.
-
     Raises:
         DataError: with the file.
     """

@@ -87,9 +87,6 @@ def _ending(file: Path) -> str:
 def opened_shards(name: str, files: Sequence[Path], opened: Callable[[Path], Source]) -> Source:
     """Files as one data set.
 
-    Args:
-        opened: opens one file.
-
     Raises:
         DataError: the first cannot be opened; a later one raises while rows are read.
     """

@@ -92,7 +92,6 @@ def render(tokenizer: Any, messages: list[Message], clock: Clock, place: str, **
     """A conversation as its chat template writes it.
 
     Args:
-        place: of the conversation, for messages.
         options: of the tokenizer's ``apply_chat_template``, before those of a :class:`Conversation`.
 
     Raises:

@@ -41,9 +41,6 @@ def paired_rows(
     The data are read twice: 16 bytes and a number for each row say which rows make a pair, so that only rows whose
     partner is yet to come are in memory. Of scored rows the best and the worst of a prompt make its pair; of labelled
     ones the first good and the first bad, the second and the second, and so on.
-
-    Args:
-        opened: opens the data anew.
     """
     values: dict[bytes, list[tuple[float, int]]] = {}
     for index, _, _, found in _each(opened(), arranger):

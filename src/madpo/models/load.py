@@ -101,7 +101,6 @@ def load_model(
     A model that reads images or sound as well is loaded whole, by the class that its configuration names.
 
     Args:
-        path: folder or hub id.
         dtype: of the weights; None is :func:`compute_dtype`, "auto" is as stored. Adapters stay in float32.
         adapter: folder of a PEFT adapter.
 

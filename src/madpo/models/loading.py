@@ -31,7 +31,6 @@ def loading(name: str | Path, what: str = "model") -> Iterator[None]:
 
     Args:
         name: what the user gave: a folder or a hub id.
-        what: what is loaded, for the sentence.
 
     Raises:
         ConfigError, StorageError, MemoryShortage: in place of the library's error.

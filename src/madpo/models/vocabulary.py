@@ -303,11 +303,7 @@ def _mapped(value: Any, new: Mapping[int, int]) -> Any:
 
 
 def configured_rows(path: Path | str) -> int | None:
-    """Rows of a model's embedding, by its configuration; None where that does not say.
-
-    Args:
-        path: folder or hub id.
-    """
+    """Rows of a model's embedding, by its configuration; None where that does not say."""
     file: Path | str | None = Path(path) / "config.json"
     if isinstance(path, str) and not Path(path).is_dir():
         from transformers.utils import cached_file
@@ -327,7 +323,6 @@ def refuse_unknown(ids: Sequence[int], rows: int, place: str, tokenizer: Any = N
 
     Args:
         rows: of the embedding.
-        place: of the text, for the sentence.
         tokenizer: to show the token.
 
     Raises:

@@ -42,7 +42,6 @@ def pretrained(
 
     Args:
         auto: the class whose ``from_pretrained`` is called, such as ``AutoModelForCausalLM``.
-        place: folder or hub id.
         adapter: folder of a PEFT adapter. A weight that it brings (the head of a reward model) may be missing in
             ``place``.
         new_head: the caller initialises everything outside the backbone itself, so this may be missing.

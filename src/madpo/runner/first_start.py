@@ -20,7 +20,6 @@ def since_first_start(folder: Path, name: str, make: Callable[[], T]) -> T:
 
     Args:
         folder: of the checkpoints; it is no part of the result.
-        name: of the value.
 
     Raises:
         StorageError: the file that holds it is damaged.
