@@ -26,7 +26,8 @@ def plain_metrics(metrics: Metrics, name: str) -> Metrics:
     for key, value in metrics.items():
         place = f"{name}: metric {key}"
         if isinstance(value, Estimate):
-            found[key] = Estimate(*(float(_number(part, place)) for part in value[:3]), int(value.n))
+            mean, low, high = (float(_number(part, place)) for part in value[:3])
+            found[key] = Estimate(mean, low, high, int(value.n))
         else:
             found[key] = value if isinstance(value, str) else _number(value, place)
     return found

@@ -158,26 +158,22 @@ def _plain_bar(description: str, total: int | None) -> Iterator[Advance]:
     done = 0
 
     def advance(n: int = 1, **fields: object) -> None:
+        global _last_line
         nonlocal done
         done += n
-        _plain_line(description, done, total, time.monotonic() - started, fields)
+        with _lock:
+            now = time.monotonic()
+            if now - started < SHOW_AFTER or now - _last_line < LINE_EVERY:
+                return
+            _last_line = now
+        parts = [f"{done}/{total}" if total else f"{done}"]
+        if total and 0 < done < total:
+            parts.append(f"about {duration((now - started) * (total - done) / done)} left")
+        if fields:
+            parts.append(_note(fields))
+        say(f"  {description}: {', '.join(parts)}")
 
     yield advance
-
-
-def _plain_line(description: str, done: int, total: int | None, seconds: float, fields: dict[str, object]) -> None:
-    global _last_line
-    with _lock:
-        now = time.monotonic()
-        if seconds < SHOW_AFTER or now - _last_line < LINE_EVERY:
-            return
-        _last_line = now
-    parts = [f"{done}/{total}" if total else f"{done}"]
-    if total and 0 < done < total:
-        parts.append(f"about {duration(seconds * (total - done) / done)} left")
-    if fields:
-        parts.append(_note(fields))
-    say(f"  {description}: {', '.join(parts)}")
 
 
 def _note(fields: dict[str, object]) -> str:

@@ -89,7 +89,11 @@ class PairStream:
         history = self.columns.prompt.history
         if history and self.layout and self.layout.history:
             history = self.layout.history
-        turns = _any_turns(self._data, history)
+        turns = False  # whether a row has turns before its prompt, which decides how all rows are read
+        if history is not None:
+            source = open_source(self._data, wanted=(history,))
+            with closing(source.rows):
+                turns = any(isinstance(raw, dict) and not is_blank(value_at(raw, history)) for _, raw in source.rows)
         self._reader = Reader(self.columns, self.source.name, from_text=self._from_text, turns=turns)
         return self._reader
 
@@ -200,15 +204,6 @@ NO_PAIR = {
         "completions of one prompt"
     ),
 }
-
-
-def _any_turns(data: str | Path, column: str | None) -> bool:
-    """Whether a row has turns before its prompt, which decides how all rows are read."""
-    if column is None:
-        return False
-    source = open_source(data, wanted=(column,))
-    with closing(source.rows):
-        return any(isinstance(raw, dict) and not is_blank(value_at(raw, column)) for _, raw in source.rows)
 
 
 def raise_first(mistakes: Sequence[DataError], wrong: Sequence[int], source: Source) -> None:

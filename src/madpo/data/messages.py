@@ -58,9 +58,7 @@ def _message(value: Any, name: str, place: str) -> Message:
     if role not in ROLES:
         raise DataError(f"{place}: {name}.role is {described(role)}; use one of {', '.join(ROLES)}")
     if isinstance(content, list):  # parts, as multimodal templates write them
-        if any(
-            not isinstance(p, dict) or p.get("type") != "text" or not isinstance(p.get("text"), str) for p in content
-        ):
+        if not all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content):
             raise DataError(f"{place}: {name}.content holds parts that are not text; only text can be trained on here")
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):

@@ -141,7 +141,11 @@ class Reader:
         """
         if "margin" in raw:
             Columns.found_in(raw, place)
-        values = {ours: self._value(raw, theirs, place) for ours, theirs in self.columns.read_as.items()}
+        values = {}
+        for ours, theirs in self.columns.read_as.items():
+            if (value := raw.get(theirs)) is None:
+                raise null(theirs, place) if theirs in raw else lacks(theirs, place)
+            values[ours] = value
         for name in (*NUMBERS, "pair_id"):
             if name in raw and name not in self.columns.read_as and name not in self.columns.unpaired:
                 raise surplus(name, place)
@@ -158,13 +162,6 @@ class Reader:
             )
         _flag(pair)
         return pair
-
-    def _value(self, raw: Mapping[str, Any], theirs: str, place: str) -> Any:
-        if theirs not in raw:
-            raise lacks(theirs, place)
-        if raw[theirs] is None:
-            raise null(theirs, place)
-        return raw[theirs]
 
     def _split(self, raw: Mapping[str, Any], values: Mapping[str, Any], number: int, index: int, place: str) -> Pair:
         chosen, rejected = (as_text(values[name], name, place) for name in ("chosen", "rejected"))
@@ -253,15 +250,12 @@ def _split_messages(
     shared = min(shared_prefix(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
     if not shared:
         flags.append(("no_shared_prompt", ""))
-    elif isinstance(prompt, str) and not _holds(prompt, chosen[:shared]):
-        flags.append(("prompt_mismatch", ""))
+    elif isinstance(prompt, str):
+        before = [message["content"].strip() for message in chosen[:shared]]
+        # A prompt as text may be one of the shared messages, or hold all of them.
+        if prompt.strip() not in before and not all(text in prompt for text in before):
+            flags.append(("prompt_mismatch", ""))
     return chosen[:shared], chosen[shared:], rejected[shared:]
-
-
-def _holds(prompt: str, shared: Sequence[Message]) -> bool:
-    """Whether a prompt as text is one of the shared messages, or all of them in one text."""
-    said = [m["content"].strip() for m in shared]
-    return prompt.strip() in said or all(text in prompt for text in said)
 
 
 def _pair_id(value: Any, place: str) -> int:
