@@ -29,7 +29,7 @@ def memory_errors(remedy: str) -> Iterator[None]:
 
 
 def is_shortage(error: BaseException) -> bool:
-    """Whether an error, or the one that it was raised from, tells of memory."""
+    """Whether an error, or the one that it was raised from, is a shortage of memory."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:

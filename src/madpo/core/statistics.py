@@ -138,7 +138,7 @@ def fit_temperature(margins: ArrayLike) -> tuple[float, float, float]:
     if not h.any():
         return 1.0, before, before
     if (h >= 0).all() or (h <= 0).all():
-        # The loss is monotone, and so flat near the bound that only its sign tells which one.
+        # The loss is monotone, and so flat near the bound that only its sign says which one.
         s = LOG_TEMPERATURES[0] if h.max() > 0 else LOG_TEMPERATURES[1]
         return float(np.exp(s)), before, _log_loss(h, s)
     from scipy.optimize import minimize_scalar  # a quarter of a second

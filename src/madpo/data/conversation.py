@@ -63,7 +63,7 @@ def unshown(
     sides: Mapping[str, tuple[list[Message], str]],
     place: str,
 ) -> Iterator[tuple[str, str]]:
-    """Findings about what a chat template leaves out besides texts: it writes the same text without it.
+    """Findings about what a chat template leaves out, texts apart: it writes the same text without it.
 
     Args:
         written: what the template makes of a conversation.

@@ -111,7 +111,7 @@ def sft_reviews(corpus: pd.DataFrame, n: int) -> pd.DataFrame:
 def prompt_reviews(corpus: pd.DataFrame, n: int, skip: int = 0) -> pd.DataFrame:
     """The first ``n`` negative IMDB reviews after ``skip`` of them, in the corpus's order, each text once.
 
-    A text that also stands among the positive reviews is left out, so no prompt is an SFT text; a repeated one counts
+    A text that is also a positive review is left out, so no prompt is an SFT text; a repeated one counts
     once, so no prompt is both trained on and held out. Raises ConfigError: there are fewer.
     """
     imdb = corpus[corpus["source"] == IMDB]

@@ -83,7 +83,7 @@ class Seen:
 
 
 def digest(text: Text) -> bytes:
-    """16 bytes that stand for a text or a conversation."""
+    """16 bytes of hash of a text or a conversation."""
     hasher = hashlib.blake2b(digest_size=16)
     if isinstance(text, str):
         hasher.update(text.encode())

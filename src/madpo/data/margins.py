@@ -41,7 +41,7 @@ def read_margins(
     ``sampled`` further pairs, drawn evenly from all by ``seed``, keep their texts too.
 
     A table without chosen and rejected will do (then there are no texts). Without the column, the difference of
-    chosen_score and rejected_score stands for it. Raises DataError: neither is there, or as
+    chosen_score and rejected_score takes its place. Raises DataError: neither is there, or as
     :func:`madpo.data.load_preferences`.
     """
     source = open_source(data, wanted=("pair_id", "reward_margin"))

@@ -1,7 +1,7 @@
 """Saved data sets of others: none of their files lies elsewhere, and no row makes a library open one.
 
 ``datasets.load_from_disk`` reads whatever ``state.json`` names, and decodes an image or a sound by opening the path, or
-the address, that stands in the row.
+the address, in the row.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Raw rows out of files, one at a time: JSON Lines or arrays, CSV, Parquet, saved data sets, data sets of the hub.
 
-Nothing is kept: a million rows pass through in constant memory. A mistake of one row is yielded beside its
+Nothing is kept: a million rows pass through in constant memory. A mistake of one row is yielded with its
 number, so that the reader can count them all; a mistake of the file ends the reading with a DataError.
 """
 

@@ -149,7 +149,7 @@ def _refuse_missing(tokenizer: Any) -> None:
     if not template:
         raise ConfigError(
             f"the data holds messages but the tokenizer{_of(tokenizer)} has no chat template; take an "
-            "instruction-tuned model's tokenizer or set its chat_template (chat_template.jinja beside the model)"
+            "instruction-tuned model's tokenizer or set its chat_template (chat_template.jinja next to the model)"
         )
     if isinstance(template, dict) and "default" not in template:
         raise ConfigError(

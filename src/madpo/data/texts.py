@@ -56,7 +56,7 @@ def _are_pairs(raw: dict[str, Any], given: Layout) -> bool:
     try:
         found = recognise(list(raw), "", given)
     except DataError:
-        return "chosen" in raw and not raw.keys() & {*_WHOLE}  # a mistake, which the reader of pairs tells
+        return "chosen" in raw and not raw.keys() & {*_WHOLE}  # a mistake, which the reader of pairs reports
     layout = found.layout if found is not None else given
     if layout.completions:
         return isinstance(value_at(raw, layout.completions), list | tuple | dict)

@@ -44,8 +44,8 @@ def as_tokenizer(tokenizer: Any) -> Any:
     from madpo.models.locate import light_tokenizer, refuse_unreachable, resolve_model
 
     # A folder may hold a tokenizer and no model.
-    alone = (expanded(tokenizer) / "tokenizer_config.json").is_file()
-    place = expanded(tokenizer) if alone else resolve_model(str(tokenizer))
+    own = (expanded(tokenizer) / "tokenizer_config.json").is_file()
+    place = expanded(tokenizer) if own else resolve_model(str(tokenizer))
     if isinstance(place, str):
         refuse_unreachable(place)
     return light_tokenizer(place)
@@ -110,7 +110,7 @@ class Encoder:
         return found
 
     def prompt_ids(self, prompt: Text, place: str) -> list[int]:
-        """Token ids of a prompt alone, as a response to it is generated.
+        """Token ids of a prompt without a completion, as a response to it is generated.
 
         Raises DataError, ConfigError: the chat template refuses it, at ``place``.
         """
@@ -132,7 +132,7 @@ class Encoder:
                 ids = self._ids([text], special=False)[0]
             except DataError:
                 ids = []
-            # Not all_special_ids alone, which lacks what only tokenizer.json calls special, as Gemma's <end_of_turn>.
+            # all_special_ids lacks what only tokenizer.json calls special, such as Gemma's <end_of_turn>.
             added = self.tokenizer.added_tokens_decoder
             special = {*self.tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
             # Only white space may follow the end token in the template.

@@ -67,7 +67,7 @@ class LossConfig(Frozen):
     needs: ClassVar[frozenset[str]] = frozenset()
     """Optional inputs that the loss reads; the trainer refuses a batch that lacks one."""
     needs_reference: ClassVar[bool] = True
-    """False: the reference log-probs are never read, and zeros may stand in for them."""
+    """False: the reference log-probs are never read, and zeros may take their place."""
     stateful: ClassVar[bool] = False
     """True: the trainer keeps a :class:`LossState` for it."""
     paper: ClassVar[Paper | None] = None
@@ -239,7 +239,7 @@ class LossState:
         return LossState(self.tensors, cut)
 
     def settled(self) -> LossState:
-        """The state between batches: the statistics alone."""
+        """The state between batches: only the statistics."""
         return LossState(self.tensors)
 
 

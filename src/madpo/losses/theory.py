@@ -402,7 +402,7 @@ def _study(samples: int, generator: np.random.Generator) -> _Study:
     for _ in range(25):
         p = _sigmoid(z @ phi)
         # The direction of equal shifts is not identified (Assumption 4.3): the ones keep the sum at 0. The ridge
-        # stands for the bound B where 100 samples leave a response without a loss.
+        # replaces the bound B where 100 samples leave a response without a loss.
         curvature = (z.T * (shown * p * (1 - p))) @ z + np.ones((count, count)) + 1e-3 * np.eye(count)
         phi = phi + np.linalg.solve(curvature, z.T @ (wins - shown * p) - 1e-3 * phi)
     norm = (z.T * shown) @ z / samples + KAPPA * np.eye(count)

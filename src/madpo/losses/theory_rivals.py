@@ -117,11 +117,11 @@ def _beta_dpo() -> Iterator[Claim]:
 
     lowest = {form: least(form) for form in ("madpo_text", "madpo_notebook", "official")}
     said = ", ".join(f"{value:.3g} ({form})" for form, value in lowest.items())
-    told = f"least beta over first batches of mean margin -400 to 50 nats, by version: {said}"
+    computed = f"least beta over first batches of mean margin -400 to 50 nats, by version: {said}"
     yield checked(
         "Appendix B, beta-DPO as written",
         "beta_batch = beta (1 + m (mean h - h_0)) can become negative",
-        told,
+        computed,
         max(0.0, lowest["madpo_text"]),
         0.0,
         relied_on=False,
@@ -129,7 +129,7 @@ def _beta_dpo() -> Iterator[Claim]:
     yield checked(
         "Appendix B, beta-DPO as published",
         "beta-DPO's temperature can become negative",
-        f"{told}; the official code takes at least 0.001",
+        f"{computed}; the official code takes at least 0.001",
         max(0.0, lowest["official"]),
         0.0,
         relied_on=False,

@@ -91,7 +91,7 @@ def log_margin_weight(
     c_min = check_weight_parameters(tau=tau, c_max=c_max, c_min=c_min, lam=lam, part=part)
     h = check_finite(reward_margin, known=finite)
     above = h > -tau
-    # Where the branch is not taken, h = 0 stands in: its value and its gradient are finite.
+    # Where the branch is not taken, h is 0: its value and its gradient are finite.
     inside = torch.where(above, h, torch.zeros_like(h))
     amplified = _amplified(inside, tau=tau, c_max=c_max, c_min=c_min, lam=lam)
     # c * h in two terms: beyond 1e30 the second is 0 in every precision, and its gradient must not overflow.

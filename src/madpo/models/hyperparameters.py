@@ -1,4 +1,4 @@
-"""What a training is told: the size of its adapter, AdamW and its schedule. No torch until one begins."""
+"""Training hyperparameters: LoRA, AdamW, learning-rate schedule. Imports no torch."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ class Vocabulary:
         return Choice(sorted(always.union(taken)), len(always))
 
     def chain(self, token: str) -> list[str]:
-        """The entries that a token is built through, itself last, as often as they are built; itself where alone."""
+        """The entries that a token is built through, itself last, as often as they are built."""
         if not self._bpe or token not in self.spec["model"]["vocab"]:
             return [token]
         parts, built = list(token), list(token)

@@ -109,7 +109,7 @@ def run(
     upload: Upload | None = None,
     on_finished: Callable[[Record], None] | None = None,
 ) -> RunResult:
-    """Bring every step to a finished record; what is finished already is left alone.
+    """Bring every step to a finished record; what is finished already is kept.
 
     Args:
         steps: the graph's steps; upstream steps come along by themselves.
@@ -118,7 +118,7 @@ def run(
         only: groups ("core"), patterns on step names ("policy/high/*") or on both ("ablation/policy/low/*"); their
             upstream steps are included. Empty is everything.
         dry_run: say what would run, and write nothing.
-        about: what the run is (title, experiment), kept in ``run.json`` beside the list of its steps.
+        about: what the run is (title, experiment), kept in ``run.json`` with the list of its steps.
         upload: where finished steps are copied to as well, those that were finished before among them.
         on_finished: called in this process with the record of every step that this run finishes.
 

@@ -114,7 +114,7 @@ def run_step(
     Args:
         overwrite: replace an earlier result in ``out``; its files stay until the new one is finished.
         memory: what to do when the memory is used up, for the sentence.
-        protected: files and folders that the step reads besides its inputs, which must not be removed.
+        protected: further files and folders that the step reads, which must not be removed.
 
     Raises:
         StorageError: another run writes into ``out``, or it holds something else.
