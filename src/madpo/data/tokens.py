@@ -81,32 +81,28 @@ class Encoder:
         Raises ConfigError: there is no chat template for messages, or one that can render none.
         """
         texts: list[str] = []
-        refused: dict[int, DataError] = {}
-        noted: dict[int, list[tuple[str, str]]] = {}
-        for i, pair in enumerate(pairs):
+        noted: list[list[tuple[str, str]] | DataError] = []  # for each pair its findings, or why it is refused
+        for pair in pairs:
+            place = f"{name}, {unit} {pair.number}"
             try:
-                rendered = self._texts(pair, f"{name}, {unit} {pair.number}")
-                noted[i] = list(self._left_out(pair, *rendered[1:], f"{name}, {unit} {pair.number}"))
+                rendered = self._texts(pair, place)
+                noted.append(list(self._left_out(pair, *rendered[1:], place)))
                 texts.extend(rendered)
             except DataError as error:
-                refused[i] = error
-        conversational = bool(pairs) and isinstance(pairs[0].prompt, list)
-        ids = iter(self._ids(texts, special=not conversational))
+                noted.append(error)
+        ids = iter(self._ids(texts, special=isinstance(pairs[0].prompt, str))) if pairs else iter(())
         found: list[Encoded | DataError] = []
-        for i, pair in enumerate(pairs):
-            if i in refused:
-                found.append(refused[i])
-                continue
-            encoded = self._pair(pair, next(ids), next(ids), next(ids))
+        for pair, findings in zip(pairs, noted, strict=True):
             try:
-                self._refuse_unknown(
-                    [*encoded.prompt_ids, *encoded.chosen_ids, *encoded.rejected_ids], f"{name}, {unit} {pair.number}"
-                )
+                if isinstance(findings, DataError):
+                    raise findings
+                encoded = self._pair(pair, next(ids), next(ids), next(ids))
+                whole = [*encoded.prompt_ids, *encoded.chosen_ids, *encoded.rejected_ids]
+                self._refuse_unknown(whole, f"{name}, {unit} {pair.number}")
+                encoded.flags.extend(dict.fromkeys(findings))
+                found.append(encoded)
             except DataError as error:
                 found.append(error)
-                continue
-            encoded.flags.extend(dict.fromkeys(noted[i]))
-            found.append(encoded)
         return found
 
     def prompt_ids(self, prompt: Text, place: str) -> list[int]:
@@ -249,16 +245,12 @@ def truncated(pair: Encoded, max_length: int, policy: Truncation) -> Encoded | N
 
 def check_options(tokenizer: object, max_length: int | None, truncation: str) -> None:
     """Refuse combinations that cannot work. Raises ConfigError."""
-    if truncation not in get_args(Truncation):
-        raise ConfigError(
-            f"truncation is {truncation!r}, but must be one of {', '.join(map(repr, get_args(Truncation)))}"
-        )
+    if truncation not in (known := get_args(Truncation)):
+        raise ConfigError(f"truncation is {truncation!r}, but must be one of {', '.join(map(repr, known))}")
     if max_length is not None and tokenizer is None:
         raise ConfigError("max_length counts tokens, so it needs a tokenizer; give one or leave max_length out")
     if max_length is not None and (isinstance(max_length, bool) or max_length < 2):
-        raise ConfigError(
-            f"max_length is {max_length}, but must be at least 2 (one token each of prompt and completion)"
-        )
+        raise ConfigError(f"max_length is {max_length}, but must be at least 2 (a token each of prompt and completion)")
 
 
 def text_length(text: Text) -> int:
