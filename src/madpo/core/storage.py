@@ -2,14 +2,16 @@
 
 import contextlib
 import errno
+import json
 import os
 import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from madpo.core.errors import MadpoError, StorageError
+from madpo.core.errors import MadpoError, StorageError, first_line
 
 _REMEDY = {
     errno.ENOSPC: "the disk is full; free some space and run the same command again, finished steps are kept",
@@ -103,6 +105,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             temporary.unlink()
         raise
     sync_folder(path.parent)
+
+
+def json_object(path: Path, remedy: str, kind: type[MadpoError] = StorageError) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises ``kind``: it is missing, damaged, or holds something else."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise kind(f"{path} cannot be read ({first_line(error, 120)}); {remedy}") from error
+    if not isinstance(found, dict):
+        raise kind(f"{path} cannot be read (it holds no JSON object); {remedy}")
+    return found
 
 
 def temporary_path(path: Path) -> Path:

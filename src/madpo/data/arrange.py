@@ -50,11 +50,7 @@ class Arranged:
 
 
 class LeftOut(Exception):
-    """A row that holds no preference, by a kind of :data:`madpo.data.findings.KINDS`."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__(kind)
-        self.kind = kind
+    """A row that holds no preference; its text is a kind of :data:`madpo.data.findings.KINDS`."""
 
 
 class Arranger:

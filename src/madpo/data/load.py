@@ -168,7 +168,7 @@ class PairStream:
                 reader = self._reader or self._use(list(row), place)
                 pair = reader.pair(row, number, count if several else index, place, flags)
             except LeftOut as left:
-                self.left_out.setdefault(left.kind, []).append(number)
+                self.left_out.setdefault(str(left), []).append(number)
                 continue
             except DataError as mistake:
                 if self.columns is None and not isinstance(found, DataError):

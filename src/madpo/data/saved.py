@@ -7,12 +7,14 @@ the address, in the row.
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
-from madpo.core.errors import DataError, first_line
+from madpo.core.errors import DataError
+from madpo.core.storage import json_object
 from madpo.data.raw import described_name
+
+_AGAIN = "save the data set again"
 
 
 def refuse_files_outside(name: str, folder: Path) -> None:
@@ -21,7 +23,7 @@ def refuse_files_outside(name: str, folder: Path) -> None:
     Raises:
         DataError: with the file.
     """
-    files = _object(name, folder / "state.json").get("_data_files")
+    files = json_object(folder / "state.json", _AGAIN, DataError).get("_data_files")
     found = [entry.get("filename") if isinstance(entry, dict) else None for entry in _entries(files)]
     if not found or not all(isinstance(file, str) for file in found):
         raise DataError(f"{name}: state.json does not name its files; save the data set again")
@@ -35,7 +37,7 @@ def refuse_files_outside(name: str, folder: Path) -> None:
 
 def saved_splits(name: str, folder: Path) -> str:
     """The splits of a folder with several, for a sentence."""
-    found = _entries(_object(name, folder / "dataset_dict.json").get("splits"))
+    found = _entries(json_object(folder / "dataset_dict.json", _AGAIN, DataError).get("splits"))
     return ", ".join(str(split) if str(split).isprintable() else repr(split) for split in found[:12])
 
 
@@ -62,14 +64,3 @@ def _inside(folder: Path, file: str) -> bool:
 
 def _entries(value: object) -> list[Any]:
     return value if isinstance(value, list) else []
-
-
-def _object(name: str, path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        reason = first_line(error, 120)
-        raise DataError(f"{name}: {path.name} cannot be read ({reason}); save the data set again") from None
-    if not isinstance(found, dict):
-        raise DataError(f"{name}: {path.name} holds no JSON object; save the data set again")
-    return found

@@ -33,16 +33,6 @@ def json_source(name: str, path: Path, zipped: bool) -> Source:
     return Source(name, "line", None, _json_rows(name, _lines(name, path, zipped)))
 
 
-def csv_source(name: str, path: Path, zipped: bool, delimiter: str) -> Source:
-    """A CSV file with a header.
-
-    Args:
-        delimiter: as the file's name says. Where the header has none of it, what the header shows takes its place:
-            spreadsheets write semicolons and tabs into files that end in .csv.
-    """
-    return _csv(name, _lines(name, path, zipped), delimiter)
-
-
 def _opened(path: Path, zipped: bool) -> io.BufferedIOBase:
     return gzip.open(path, "rb") if zipped else path.open("rb")
 
@@ -191,7 +181,7 @@ class _ArrayText:
                 if (in_string or error.pos >= len(self._text) - len("-Infinity")) and self._more():
                     continue
                 at = len(self._text) if in_string else self._at + offset
-                self._refuse(f"is not valid JSON ({error.msg})", at)
+                self.refuse(f"is not valid JSON ({error.msg})", at)
             except RecursionError as error:
                 raise _mistake(f"{self.name}, row {self.row}", error) from None
             if end == len(self._text) and self._more():
@@ -199,11 +189,9 @@ class _ArrayText:
             self._at = end
             return found
 
-    def refuse(self, why: str) -> NoReturn:
-        """End the reading at the next character."""
-        self._refuse(why, self._at)
-
-    def _refuse(self, why: str, at: int) -> NoReturn:
+    def refuse(self, why: str, at: int | None = None) -> NoReturn:
+        """End the reading at a character, by default the next one."""
+        at = self._at if at is None else at
         if at >= len(self._text):
             why = "the file ends inside this row; it is truncated, copy it again"
         line = self._lines + self._text.count("\n", 0, at) + 1
@@ -252,7 +240,14 @@ def _array_rows(text: _ArrayText) -> Generator[RawRow, None, None]:
 # CSV
 
 
-def _csv(name: str, lines: Generator[tuple[int, bytes], None, None], delimiter: str) -> Source:
+def csv_source(name: str, path: Path, zipped: bool, delimiter: str) -> Source:
+    """A CSV file with a header.
+
+    Args:
+        delimiter: as the file's name says. Where the header has none of it, what the header shows takes its place:
+            spreadsheets write semicolons and tabs into files that end in .csv.
+    """
+    lines = _lines(name, path, zipped)
     pending = 0  # bytes since the last row ended: a row may go over many lines
 
     def text() -> Iterator[str]:

@@ -7,12 +7,12 @@ choice. A model of the hub is held to the same rules, by its ``config.json``, be
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from madpo.core.errors import ConfigError, first_line
+from madpo.core.errors import ConfigError
+from madpo.core.storage import json_object
 
 MODEL_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 """What transformers reads a model's weights from, in this order."""
@@ -181,11 +181,4 @@ def refuse_pickles(folder: Path) -> None:
 
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object. Raises ConfigError: it is missing, damaged, or holds something else."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        reason = first_line(error, 120)
-        raise ConfigError(f"{path} cannot be read ({reason}); copy the folder again") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path} holds no JSON object; copy the folder again")
-    return found
+    return json_object(path, "copy the folder again", ConfigError)

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from madpo.core import processes
-from madpo.core.errors import StorageError
-from madpo.core.storage import write_atomically
+from madpo.core.storage import json_object, write_atomically
 
 T = TypeVar("T", int, str)
 FILE = ".first_start.json"
@@ -45,12 +44,4 @@ def fixed_before(folder: Path, name: str) -> int | str | None:
 
 
 def _read(path: Path) -> dict[str, int | str]:
-    try:
-        found = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (ValueError, RecursionError) as error:
-        raise StorageError(f"{path} is damaged ({error}); add --overwrite to begin anew") from error
-    if not isinstance(found, dict):
-        raise StorageError(f"{path} is damaged (it holds no object); add --overwrite to begin anew")
-    return found
+    return json_object(path, "add --overwrite to begin anew") if path.exists() else {}

@@ -19,7 +19,7 @@ from typing import Any
 from madpo.core.config import first_difference
 from madpo.core.errors import StorageError
 from madpo.core.locks import LOCKS
-from madpo.core.storage import remove_leftovers, sync_folder, write_atomically
+from madpo.core.storage import json_object, remove_leftovers, sync_folder, write_atomically
 from madpo.runner.record import RECORD, Record, load_record
 
 UNFINISHED = "unfinished"
@@ -104,8 +104,10 @@ def _open_work(out: Path, begun: Mapping[str, Any], *, overwrite: bool, inputs: 
     work = out / UNFINISHED
     text = json.dumps(begun, sort_keys=True, default=str)
     if (work / BEGUN).is_file():
-        before = _read(work / BEGUN)
-        changed = "it is unreadable" if before is None else what_changed(before, json.loads(text))
+        try:
+            changed = what_changed(json_object(work / BEGUN, ""), json.loads(text))
+        except StorageError:
+            changed = "it is unreadable"
         if changed is None:
             remove_leftovers(work)
             return
@@ -121,14 +123,6 @@ def _open_work(out: Path, begun: Mapping[str, Any], *, overwrite: bool, inputs: 
     _remove_work(work)
     work.mkdir(parents=True)
     write_atomically(work / BEGUN, text)
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def what_changed(

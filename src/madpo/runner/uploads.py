@@ -101,7 +101,7 @@ class Upload:
             raise OSError(f"{place} has {size} bytes in the store and {path.stat().st_size} here")
 
     def _words(self, error: BaseException) -> str:
-        text = (str(error).splitlines() or [""])[0]
+        text = str(error).partition("\n")[0]
         for secret in self._secrets:
             text = text.replace(secret, "***")
         return f"{type(error).__name__}: {text}"[:300]
