@@ -4,14 +4,8 @@ import gc
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 
 from madpo.core.progress import hint
-
-
-@cache
-def _tell() -> None:
-    hint("loading PyTorch and transformers ...")
 
 
 @contextmanager
@@ -22,7 +16,7 @@ def loading_libraries() -> Iterator[None]:
     loaded modules are left out of later collections as well: every trainer asks for one when it starts, and the
     interpreter for several when it ends. Only the command line does so, since a user's process is not ours.
     """
-    _tell()
+    hint("loading PyTorch and transformers ...")
     # Notices from one library about another's names say nothing to the person who runs a command.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl)\.")
     gc.disable()

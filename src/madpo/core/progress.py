@@ -67,9 +67,9 @@ def say(text: str) -> None:
 
 
 def hint(text: str) -> None:
-    """A line for a person who waits at a terminal, of no use in a log."""
+    """A line for a person who waits at a terminal, of no use in a log; once a process."""
     if _on_terminal():
-        say(text)
+        say_once(text)
 
 
 def show(text: str, stream: TextIO | None = None) -> None:

@@ -134,7 +134,7 @@ def stays_inside(path: Path, root: Path) -> bool:
     """Whether a path leads, through all links in it, to something inside ``root``."""
     try:
         return path.resolve().is_relative_to(root.resolve())
-    except (OSError, RuntimeError):  # links in a circle
+    except (OSError, RuntimeError, ValueError):  # links in a circle, or a name that no file can have
         return False
 
 

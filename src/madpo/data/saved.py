@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from madpo.core.errors import DataError
-from madpo.core.storage import json_object
+from madpo.core.storage import json_object, stays_inside
 from madpo.data.raw import described_name
 
 _AGAIN = "save the data set again"
@@ -28,7 +28,7 @@ def refuse_files_outside(name: str, folder: Path) -> None:
     if not found or not all(isinstance(file, str) for file in found):
         raise DataError(f"{name}: state.json does not name its files; save the data set again")
     for file in map(str, found):
-        if not _inside(folder, file):
+        if not stays_inside(folder / file, folder):
             raise DataError(
                 f"{name}: state.json names the file {described_name(file)}, which is outside the folder; copy it there "
                 "if it is yours, or do not use the data set"
@@ -53,13 +53,6 @@ def unopened(feature: Any) -> Any:
     elif hasattr(found, "decode") and type(found).__name__ != "Json":  # which is text in the row itself
         found.decode = False
     return found
-
-
-def _inside(folder: Path, file: str) -> bool:
-    try:
-        return (folder / file).resolve().parent == folder.resolve()
-    except (OSError, ValueError, RuntimeError):  # a name that no file can have, or links in a circle
-        return False
 
 
 def _entries(value: object) -> list[Any]:

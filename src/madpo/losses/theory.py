@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.special import expit
 from torch import Tensor
 
 from madpo.core.seeding import rng
@@ -77,13 +78,8 @@ def _slope(h: np.ndarray, setting: Setting) -> np.ndarray:
     c = _at(margin_coefficient, h, setting)
     share = (c - c_min) / (c_max - c_min)
     bend = c - np.abs(h) * lam * (c_max - c_min) * share * (1 - share)
-    slope = _at(margin_weight, h, setting) * (bend * _sigmoid(-c * h) - _sigmoid(-h))
+    slope = _at(margin_weight, h, setting) * (bend * expit(-c * h) - expit(-h))
     return np.where(h > -tau, slope, 0.0)
-
-
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    value: np.ndarray = np.exp(-np.logaddexp(0, -x))
-    return value
 
 
 def _grid(setting: Setting, count: int = 4001) -> np.ndarray:
@@ -397,10 +393,10 @@ def _study(samples: int, generator: np.random.Generator) -> _Study:
     rows, columns = np.triu_indices(count, 1)
     z = np.eye(count)[rows] - np.eye(count)[columns]
     shown = generator.multinomial(samples, np.full(len(rows), 1 / len(rows)))
-    wins = generator.binomial(shown, _sigmoid(z @ REWARDS))
+    wins = generator.binomial(shown, expit(z @ REWARDS))
     phi = np.zeros(count)
     for _ in range(25):
-        p = _sigmoid(z @ phi)
+        p = expit(z @ phi)
         # The direction of equal shifts is not identified (Assumption 4.3): the ones keep the sum at 0. The ridge
         # replaces the bound B where 100 samples leave a response without a loss.
         curvature = (z.T * (shown * p * (1 - p))) @ z + np.ones((count, count)) + 1e-3 * np.eye(count)

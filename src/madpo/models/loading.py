@@ -10,13 +10,13 @@ import errno
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
 from madpo.core.errors import ConfigError, MadpoError, MemoryShortage, first_line
 from madpo.core.memory import is_shortage
-from madpo.core.storage import disk_error, expanded
+from madpo.core.storage import disk_error, expanded, json_object
 from madpo.core.suggestions import did_you_mean
 from madpo.models.packaged import PACKAGED
 
@@ -82,7 +82,9 @@ def cannot_load(name: str, error: BaseException, what: str = "model") -> MadpoEr
     folder = expanded(name)
     if not os.path.exists(folder) and (isinstance(error, OSError) or "HFValidationError" in names):
         return no_such_model(name, reason)
-    method = _quantisation(folder)
+    method = None  # by which the weights are quantised
+    with suppress(MadpoError, LookupError, TypeError):
+        method = json_object(folder / "config.json", "")["quantization_config"]["quant_method"]
     if method is not None and not isinstance(error, OSError):
         return ConfigError(
             f"{subject} has weights that are quantised by {method}, which cannot be read here ({reason}); install "
@@ -131,16 +133,6 @@ def _chain(error: BaseException) -> list[BaseException]:
         found.append(following)
         following = following.__cause__ or following.__context__
     return found
-
-
-def _quantisation(folder: Path) -> str | None:
-    """The method by which the weights of a model's folder are quantised; None where config.json names none."""
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-        method = config["quantization_config"]["quant_method"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return None
-    return str(method)
 
 
 def _damaged_file(folder: Path) -> str | None:

@@ -47,11 +47,6 @@ def resolve_model(name_or_path: str) -> Path | str:
 
     Raises ConfigError: a path without a model, or with one that could run code.
     """
-    with loading(name_or_path):  # a name that is too long for a path, a folder that may not be read
-        return _resolved(name_or_path)
-
-
-def _resolved(name_or_path: str) -> Path | str:
     if name_or_path in PACKAGED:
         return packaged(name_or_path)
     if name_or_path.startswith("tiny-"):
@@ -65,13 +60,14 @@ def _resolved(name_or_path: str) -> Path | str:
 
         return build_tiny(family, folder)
     path = expanded(name_or_path)
-    if path.is_dir():
-        check_model(path)
-        if not (path / "config.json").exists():
-            raise ConfigError(f"{path} has no config.json; {_instead(path)}")
-        return path
-    if path.exists():
-        raise ConfigError(f"{path} is a file; give the folder of a model")
+    with loading(name_or_path):  # a name that is too long for a path, a folder that may not be read
+        if path.is_dir():
+            check_model(path)
+            if not (path / "config.json").exists():
+                raise ConfigError(f"{path} has no config.json; {_instead(path)}")
+            return path
+        if path.exists():
+            raise ConfigError(f"{path} is a file; give the folder of a model")
     if path.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
         raise ConfigError(f"{path} is no folder; give a model folder, a hub id, or {', '.join(PACKAGED)}")
     return name_or_path

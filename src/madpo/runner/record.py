@@ -183,7 +183,12 @@ def run_status(root: Path) -> RunStatus:
         record = find_record(folder, root)
         steps[name] = record if record is not None and record.identity == entry.identity else None
         if steps[name] is None:
-            unfinished[name] = _unfinished(folder, entry.failed)
+            try:
+                lines = (folder / "error.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+                unfinished[name] = f"failed: {lines[-1] if lines else 'no message'}"
+            except (FileNotFoundError, NotADirectoryError):
+                failed = f"failed: {entry.failed}" if entry.failed else "to run"
+                unfinished[name] = "begun" if folder.is_dir() else failed
     return RunStatus(listing.about, steps, unfinished, holder(root))
 
 
@@ -240,11 +245,3 @@ class _Listing(BaseModel):
 
     about: dict[str, Any]
     steps: dict[str, _Entry]
-
-
-def _unfinished(folder: Path, failed: str) -> str:
-    try:
-        lines = (folder / "error.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    except (FileNotFoundError, NotADirectoryError):
-        return "begun" if folder.is_dir() else f"failed: {failed}" if failed else "to run"
-    return f"failed: {lines[-1] if lines else 'no message'}"
