@@ -18,7 +18,7 @@ from trl import DPOTrainer
 from madpo.core.errors import DataError
 from madpo.data import check, load_preferences
 from madpo.data.conversation import Conversation
-from madpo.data.duplicates import digest
+from madpo.data.findings import digest
 from madpo.data.folds import prompt_key
 from madpo.data.texts import read_texts
 from practice_cases import write

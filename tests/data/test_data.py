@@ -18,8 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from madpo.core.errors import ConfigError, DataError
 from madpo.data import check, load_preferences
-from madpo.data.duplicates import Seen
-from madpo.data.findings import Findings
+from madpo.data.findings import Findings, Seen
 from madpo.data.rows import Pair, shared_prefix
 
 PLAIN = {"prompt": "Say hi.", "chosen": " Hi!", "rejected": " No."}
@@ -385,7 +384,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
         for i in range(60_000):
             file.write(json.dumps(PLAIN | {"prompt": f"{i} " + "word " * 200}) + "\n")
     code = (
-        "import re; from pathlib import Path; from madpo.data import check; from madpo.data.duplicates import Seen\n"
+        "import re; from pathlib import Path; from madpo.data import check; from madpo.data.findings import Seen\n"
         # Of this program alone: what getrusage says begins with the parent's.
         r"peak = lambda: int(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1])"
         "\nbefore = peak()\n"

@@ -16,7 +16,7 @@ from madpo.core.config import load_config
 from madpo.core.errors import ConfigError, StorageError
 from madpo.data import check, load_preferences
 from madpo.data import templates as templates_of
-from madpo.data.survey import Survey
+from madpo.data.findings import Survey
 from madpo.operations import ScoreSettings, TrainSettings, score
 from madpo.operations.inputs import started_clock
 from practice_cases import conversation, text_pairs, write

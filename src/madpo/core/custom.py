@@ -69,8 +69,7 @@ def with_digest(data: Any, info: ValidationInfo) -> Any:
 def refuse_outside(target: str, folders: Sequence[Path]) -> None:
     """Refuse a file that lies in none of ``folders``: a configuration of others may not name files elsewhere.
 
-    Raises:
-        ConfigError: with the target.
+    Raises ConfigError.
     """
     where = target.rpartition(":")[0]
     if not where.endswith(".py"):

@@ -33,8 +33,7 @@ def bootstrap_mean(
     its half-widths are stretched by both factors; skewness stays as the resamples show it. One unit gives an interval
     of no width, as nothing is known of its spread.
 
-    Raises:
-        DataError: no values, or a value that is not finite.
+    Raises DataError: no values, or a value that is not finite.
     """
     x = _finite(values)
     sums, counts = _units(x, clusters)
@@ -78,8 +77,7 @@ def bootstrap_statistic(
         values: one row per unit (prompt), one column per mean; or units x repetitions x means.
         statistic: means of shape (draws, columns) -> values of shape (draws,).
 
-    Raises:
-        DataError: no units, or a value that is not finite.
+    Raises DataError: no units, or a value that is not finite.
     """
     x = np.asarray(values, dtype=np.float64)
     _finite(x)

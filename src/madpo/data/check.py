@@ -16,11 +16,10 @@ from madpo.core.config import Frozen
 from madpo.core.locks import locked
 from madpo.core.reports import Report
 from madpo.core.storage import expanded, remove_leftovers, storage_errors, write_atomically
-from madpo.data.findings import Finding
+from madpo.data.findings import Finding, Survey
 from madpo.data.load import PairStream, TooLong, surveyed, surveyed_pairs
 from madpo.data.raw import COLUMNS
 from madpo.data.rows import Pair
-from madpo.data.survey import Survey
 from madpo.data.tokens import Encoded, Encoder, as_tokenizer, check_options, text_length
 from madpo.models.hyperparameters import Truncation
 

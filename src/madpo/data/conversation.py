@@ -69,8 +69,7 @@ def unshown(
         written: what the template makes of a conversation.
         sides: name -> messages of a completion, and the text of prompt and completion.
 
-    Raises:
-        DataError: it leaves out tools or tool calls, or the reasoning of a completion.
+    Raises DataError: it leaves out tools or tool calls, or the reasoning of a completion.
     """
     (first, text), *_ = sides.values()
     if "tools" in columns_of(prompt):

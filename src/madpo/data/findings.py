@@ -1,14 +1,28 @@
-"""What a check may find in data that can be read: counted, with three examples each, and a remedy."""
+"""What is found in pairs while they stream by: all of it for ``madpo check``, one line of it for a training."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shlex
 import tomllib
-from collections.abc import Iterable
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.resources import files
 from itertools import islice
 
-from madpo.core.config import Frozen
+import numpy as np
+import numpy.typing as npt
 
+from madpo.core.config import Frozen
+from madpo.core.errors import DataError
+from madpo.data.conversation import columns_of
+from madpo.data.messages import Text
+from madpo.data.raw import Source
+from madpo.data.rows import Pair
+from madpo.data.tokens import Encoded
+
+FEW = 3  # pairs of one prompt that may be a coincidence
 EXAMPLES = 3
 
 KINDS: dict[str, tuple[str, str]] = {
@@ -51,3 +65,171 @@ class Findings:
             for kind, (says, remedy) in KINDS.items()
             if (count := self.counts.get(kind)) is not None
         )
+
+
+At = Callable[[int], str]
+"""The place of a row, for messages."""
+
+
+class Seen:
+    """Collects hashes while rows stream by; duplicates, contradictions and leakage come out afterwards.
+
+    The hash of a pair does not depend on the order of its completions; its last bit says which order it was.
+    """
+
+    def __init__(self) -> None:
+        self._pairs = bytearray()
+        self._prompts = bytearray()
+        self.numbers = array("q")
+        """Line or row of each pair."""
+
+    def add(self, pair: Pair) -> None:
+        """Remember a pair."""
+        prompt, chosen, rejected = digest(pair.prompt), digest(pair.chosen), digest(pair.rejected)
+        in_order = chosen <= rejected
+        both = chosen + rejected if in_order else rejected + chosen
+        key = bytearray(hashlib.blake2b(prompt + both, digest_size=16).digest())
+        key[15] = (key[15] & 0xFE) | in_order
+        self._pairs += key
+        self._prompts += prompt
+        self.numbers.append(pair.number)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def _unordered(self) -> npt.NDArray[np.bytes_]:
+        """Keys of the pairs without the order's bit."""
+        keys = np.frombuffer(self._pairs, np.uint8).reshape(-1, 16).copy()
+        keys[:, 15] &= 0xFE
+        return keys.view("S16").ravel()
+
+    def distinct_prompts(self) -> int:
+        """How many different prompts there are."""
+        return len(np.unique(np.frombuffer(self._prompts, "S16")))
+
+    def repeats(self, findings: Findings, at: At) -> None:
+        """Add duplicates, and pairs that are there in both orders."""
+        rows = np.arange(len(self))
+        first = _first(np.frombuffer(self._pairs, "S16"))
+        self._report(findings, "duplicate", first, first != rows, at)
+        orders = np.frombuffer(self._pairs, np.uint8)[15::16] & 1
+        either = _first(self._unordered())
+        self._report(findings, "contradiction", either, (orders != orders[either]) & (first == rows), at)
+
+    def _report(
+        self, findings: Findings, kind: str, first: npt.NDArray[np.intp], hits: npt.NDArray[np.bool_], at: At
+    ) -> None:
+        rows = np.flatnonzero(hits)
+        places = [f"{at(self.numbers[row])}, first in {self.numbers[first[row]]}" for row in rows[:EXAMPLES]]
+        findings.add(kind, len(rows), places)
+
+    def leaks(self, train: Seen, findings: Findings, at: At) -> None:
+        """Add the pairs (in either order) and the prompts of this evaluation data that are in ``train``."""
+        hits = {
+            "leaked_pair": np.isin(self._unordered(), train._unordered()),
+            "leaked_prompt": np.isin(np.frombuffer(self._prompts, "S16"), np.frombuffer(train._prompts, "S16")),
+        }
+        for kind, found in hits.items():
+            rows = np.flatnonzero(found)
+            findings.add(kind, len(rows), [at(self.numbers[row]) for row in rows[:EXAMPLES]])
+
+
+def digest(text: Text) -> bytes:
+    """16 bytes of hash of a text or a conversation."""
+    hasher = hashlib.blake2b(digest_size=16)
+    if isinstance(text, str):
+        hasher.update(text.encode())
+    else:
+        for message in text:
+            content = message["content"].encode()
+            hasher.update(f"{message['role']}:{len(content)}:".encode() + content)
+            if len(message) > 2:
+                hasher.update(json.dumps(message, sort_keys=True, default=str).encode())
+        if columns := columns_of(text):
+            hasher.update(json.dumps(columns, sort_keys=True, default=str).encode())
+    return hasher.digest()
+
+
+def _first(keys: npt.NDArray[np.bytes_]) -> npt.NDArray[np.intp]:
+    """For each row the first one with its key."""
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    rows: npt.NDArray[np.intp] = first[inverse]
+    return rows
+
+
+class Survey:
+    """Counts what a check would warn of.
+
+    Attributes:
+        findings: the counts, with examples.
+        seen: which pairs and prompts there were.
+        at: the place of a row, for messages.
+    """
+
+    def __init__(self) -> None:
+        self.findings = Findings()
+        self.seen = Seen()
+        self.at: Callable[[int], str] = str
+
+    def take(self, pair: Pair, encoded: Encoded | None, source: Source, max_length: int | None = None) -> None:
+        """Look at a pair, in text and, where there are any, in tokens."""
+        self.at = source.at
+        self.seen.add(pair)
+        details: dict[str, list[str]] = {}  # a pair counts once for a kind, whatever is found in it
+        for kind, detail in (*pair.flags, *(encoded.flags if encoded else ())):
+            details.setdefault(kind, []).append(detail)
+        if encoded is not None and max_length is not None and encoded.length > max_length:
+            details["too_long"] = [f"{encoded.length} tokens"]
+        for kind, found in details.items():
+            text = ", ".join(filter(None, found))
+            self.findings.add(kind, 1, [self.at(pair.number) + (f": {text}" if text else "")])
+
+    def finish(self, left_out: Mapping[str, Sequence[int]], at: Callable[[int], str]) -> None:
+        """Add what only all pairs together show.
+
+        Args:
+            left_out: kind of finding -> rows without a pair.
+        """
+        for kind, numbers in left_out.items():
+            self.findings.add(kind, len(numbers), [at(number) for number in numbers[:EXAMPLES]])
+        if not len(self.seen):
+            return
+        self.seen.repeats(self.findings, at)
+        if len(self.seen) >= FEW and self.seen.distinct_prompts() == 1:
+            examples = [at(number) for number in self.seen.numbers[:EXAMPLES]]
+            self.findings.add("one_prompt", len(self.seen), examples)
+
+    def add_leaks(self, evaluation: Survey) -> None:
+        """Add the pairs and prompts of evaluation data that are among these."""
+        evaluation.seen.leaks(self.seen, self.findings, evaluation.at)
+
+    def refuse_findings(self) -> None:
+        """Take the first finding for a mistake (DataError)."""
+        if summary := self.findings.summary():
+            raise DataError(strict_sentence(summary[0]))
+
+    def refuse_nothing_to_learn(self, data: str) -> None:
+        """Refuse pairs that all have the same tokens on both sides, for a training (DataError)."""
+        equal = sum(self.findings.counts.get(kind, 0) for kind in ("identical", "identical_tokens"))
+        if equal == len(self.seen) > 0:
+            raise DataError(
+                f"{data}: the two sides of every pair have the same tokens, so there is nothing to learn; "
+                f"{strict_sentence(self.findings.summary()[0])}"
+            )
+
+    def line(self, data: str, model: str | None = None) -> str | None:
+        """The findings in one line; None if there are none.
+
+        Args:
+            data, model: as the user names them, for the command that shows more.
+        """
+        if not self.findings.counts:
+            return None
+        counts = ", ".join(f"{f.count} {f.kind.replace('_', ' ')}" for f in self.findings.summary())
+        command = ["madpo", "check", data, *(["--model_name_or_path", model] if model else [])]
+        return f"Found in {len(self.seen)} pairs of {data}: {counts} (what and where: {shlex.join(command)})"
+
+
+def strict_sentence(finding: Finding) -> str:
+    """A finding as a mistake."""
+    return f"{finding.examples[0]}: {finding.says} ({finding.count} in all); {finding.remedy}"

@@ -108,8 +108,7 @@ def recognise(names: Sequence[str], place: str, given: Layout) -> Recognised | N
     Args:
         given: what the user says of it.
 
-    Raises:
-        DataError: no layout fits, or two do; with all columns and the option that decides.
+    Raises DataError: no layout fits, or two do; with all columns and the option that decides.
     """
     if given.name and not given.has_completions:
         entry = next(entry for entry in packaged_layouts() if entry.name == given.name)

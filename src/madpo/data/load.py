@@ -13,12 +13,12 @@ from madpo.core.errors import DataError, printable
 from madpo.core.layout import Layout, as_layout, each, head, value_at
 from madpo.core.progress import track
 from madpo.data.arrange import Arranged, Arranger, LeftOut
+from madpo.data.findings import Survey
 from madpo.data.layouts import recognise
 from madpo.data.messages import is_blank
 from madpo.data.raw import Source
 from madpo.data.rows import NUMBERS, WANTED, Columns, Pair, Reader
 from madpo.data.sources import open_source
-from madpo.data.survey import Survey
 from madpo.data.templates import Clock
 from madpo.data.tokens import Encoded, Encoder, as_tokenizer, check_options, text_length, truncated
 from madpo.data.unpaired import paired_rows

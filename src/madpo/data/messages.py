@@ -81,8 +81,7 @@ def with_our_keys(message: dict[str, Any]) -> dict[str, Any]:
 def template_keys(message: Mapping[str, Any], name: str, place: str) -> Message:
     """What a chat template may read of a message besides role and content; keys that say nothing are left out.
 
-    Raises:
-        DataError: with the key and its value.
+    Raises DataError.
     """
     found = {}
     for key in KEYS:

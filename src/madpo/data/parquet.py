@@ -32,8 +32,7 @@ def parquet_source(name: str, path: Path, wanted: Wanted) -> Source:
     Args:
         wanted: columns to read, where each costs time; None reads all.
 
-    Raises:
-        DataError: it is damaged.
+    Raises DataError: it is damaged.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

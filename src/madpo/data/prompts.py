@@ -138,8 +138,7 @@ def read_prompt(
         completion: one side of the pair. A conversation that does not begin with the assistant holds the prompt, and
             a column such as ``messages`` next to it is a copy.
 
-    Raises:
-        DataError: with ``place``, the column, its value and the remedy.
+    Raises DataError.
     """
     text: Text | None = None
     whole = isinstance(completion, list) and completion[0]["role"] != "assistant"
@@ -168,8 +167,7 @@ def read_prompt(
 def whole_prompt(raw: Mapping[str, Any], names: Iterable[str], place: str) -> Text | None:
     """The prompt of a row that is no pair: joined, or None where no column has one.
 
-    Raises:
-        DataError: as :func:`read_prompt` and :func:`refuse_lost_context`.
+    Raises DataError: as :func:`read_prompt` and :func:`refuse_lost_context`.
     """
     found = read_prompt(raw, PromptColumns.found_in(names), place)
     if found.text is None:
@@ -215,8 +213,7 @@ def refuse_lost_context(raw: Mapping[str, Any], names: Sequence[str], pair: Sequ
         names: columns that carry context and are not joined to the prompt.
         pair: prompt, chosen and rejected, which may hold the context already.
 
-    Raises:
-        DataError: naming the column.
+    Raises DataError.
     """
     for name in names:
         needles = [text.strip() for text in texts_within(raw.get(name))]

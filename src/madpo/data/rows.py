@@ -136,8 +136,7 @@ class Reader:
             index: its pair_id where the row has none.
             flags: what is known of the row.
 
-        Raises:
-            DataError: with ``place``, the field, the value and the remedy.
+        Raises DataError.
         """
         if "margin" in raw:
             Columns.found_in(raw, place)

@@ -87,8 +87,7 @@ def _ending(file: Path) -> str:
 def opened_shards(name: str, files: Sequence[Path], opened: Callable[[Path], Source]) -> Source:
     """Files as one data set.
 
-    Raises:
-        DataError: the first cannot be opened; a later one raises while rows are read.
+    Raises DataError: the first cannot be opened; a later one raises while rows are read.
     """
     first = opened(files[0])
     sources, starts = [first], [0]

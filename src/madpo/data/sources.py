@@ -6,6 +6,7 @@ number, so that the reader can count them all; a mistake of the file ends the re
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import stat
@@ -15,10 +16,9 @@ from typing import Any
 
 from madpo.core.errors import DataError, printable
 from madpo.core.memory import is_shortage
-from madpo.core.storage import expanded
+from madpo.core.storage import expanded, json_object, stays_inside
 from madpo.data.parquet import parquet_source
-from madpo.data.raw import RawRow, Source, Wanted, short, without_filled_nulls
-from madpo.data.saved import refuse_files_outside, saved_splits, unopened
+from madpo.data.raw import RawRow, Source, Wanted, described_name, short, without_filled_nulls
 from madpo.data.shards import opened_shards, shards_of
 from madpo.data.text_files import csv_source, json_source
 
@@ -52,8 +52,7 @@ def open_source(data: str | Path, *, wanted: Wanted = None) -> Source:
             "owner/name:configuration:split"). A path that exists wins.
         wanted: columns to read from Parquet, where each costs time.
 
-    Raises:
-        DataError: there is no such file, it cannot be read, or it is not what its name says.
+    Raises DataError: there is no such file, it cannot be read, or it is not what its name says.
     """
     name = printable(str(data))
     if not str(data) or "\0" in str(data):
@@ -162,9 +161,9 @@ def _shards(name: str, path: Path, split: str | None) -> list[Path]:
 
 def _saved(name: str, path: Path) -> Source:
     if not (path / "state.json").is_file():
-        raise DataError(
-            f"{name}: holds the splits {saved_splits(name, path)}; give the folder of one of them, such as {name}/train"
-        )
+        found = _entries(json_object(path / "dataset_dict.json", "save the data set again", DataError).get("splits"))
+        splits = ", ".join(str(split) if str(split).isprintable() else repr(split) for split in found[:12])
+        raise DataError(f"{name}: holds the splits {splits}; give the folder of one of them, such as {name}/train")
     refuse_files_outside(name, path)
     import datasets
 
@@ -213,3 +212,42 @@ def _numbered(name: str, data: Any, remedy: str) -> Generator[RawRow, None, None
         if is_shortage(error):
             raise
         raise DataError(f"{name}, row {number + 1}: reading broke off ({short(error)}); {remedy}") from None
+
+
+# Saved data sets: ``datasets.load_from_disk`` reads whatever ``state.json`` names, and decodes an image or a sound by
+# opening the path, or the address, in the row. So no file may be elsewhere, and nothing is decoded.
+
+
+def refuse_files_outside(name: str, folder: Path) -> None:
+    """Refuse a saved data set whose files are not in its folder, by name or by a link.
+
+    Raises DataError.
+    """
+    files = json_object(folder / "state.json", "save the data set again", DataError).get("_data_files")
+    found = [entry.get("filename") if isinstance(entry, dict) else None for entry in _entries(files)]
+    if not found or not all(isinstance(file, str) for file in found):
+        raise DataError(f"{name}: state.json does not name its files; save the data set again")
+    for file in map(str, found):
+        if not stays_inside(folder / file, folder):
+            raise DataError(
+                f"{name}: state.json names the file {described_name(file)}, which is outside the folder; copy it there "
+                "if it is yours, or do not use the data set"
+            )
+
+
+def unopened(feature: Any) -> Any:
+    """Features of a data set, with images, sounds and the like left as they are stored. No loss reads one."""
+    if isinstance(feature, dict):
+        return type(feature)({key: unopened(inner) for key, inner in feature.items()})
+    if isinstance(feature, list | tuple):
+        return [unopened(inner) for inner in feature]
+    found = copy.copy(feature)
+    if hasattr(found, "feature"):  # a list of something
+        found.feature = unopened(found.feature)
+    elif hasattr(found, "decode") and type(found).__name__ != "Json":  # which is text in the row itself
+        found.decode = False
+    return found
+
+
+def _entries(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []

@@ -27,8 +27,7 @@ LARGEST = 1e6
 def check_weight_parameters(*, tau: float, c_max: float, c_min: float | None, lam: float, part: str) -> float:
     """Refuse parameters outside the paper's ranges; return c_min with its default 1/c_max filled in.
 
-    Raises:
-        ConfigError: with the parameter, its value and the allowed range.
+    Raises ConfigError.
     """
     ranges = (
         ("tau", tau, 0, "(log-odds; the paper uses 2 to 10)"),

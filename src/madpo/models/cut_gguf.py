@@ -21,8 +21,7 @@ def cut_gguf(source: Path, kept: Sequence[int], target: Path) -> None:
     Args:
         kept: ids, ascending. The tokens that the file names (beginning, end, padding, unknown) must be among them.
 
-    Raises:
-        DataError: the file is none of version 3 without merges.
+    Raises DataError: the file is none of version 3 without merges.
     """
     from gguf import GGUFReader, GGUFValueType, GGUFWriter
 

@@ -45,8 +45,7 @@ def bounded(place: Path | str, *names: str) -> Iterator[None]:
         place: folder or hub id. What is not on this machine yet is not bounded.
         names: files of weights; the usual ones of a model where none are given.
 
-    Raises:
-        ConfigError: they are larger.
+    Raises ConfigError: they are larger.
     """
     stored: list[int] = []  # bytes and tensors, once they are needed
     made = [0, 0]

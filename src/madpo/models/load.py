@@ -104,8 +104,7 @@ def load_model(
         dtype: of the weights; None is :func:`compute_dtype`, "auto" is as stored. Adapters stay in float32.
         adapter: folder of a PEFT adapter.
 
-    Raises:
-        ConfigError, StorageError, MemoryShortage: as :func:`madpo.models.weights.pretrained`.
+    Raises ConfigError, StorageError, MemoryShortage: as :func:`madpo.models.weights.pretrained`.
     """
     return placed(pretrained(_language_class(path), path, dtype=dtype or compute_dtype(), adapter=adapter))
 
@@ -137,8 +136,7 @@ def load_classifier(
         path, dtype, adapter: as in :func:`load_model`.
         new_head: the caller initialises the head itself, so ``path`` may be a language model.
 
-    Raises:
-        ConfigError, StorageError, MemoryShortage: as :func:`madpo.models.weights.pretrained`.
+    Raises ConfigError, StorageError, MemoryShortage: as :func:`madpo.models.weights.pretrained`.
     """
     config = load_config(path)
     if type(config) not in AutoModelForSequenceClassification._model_mapping:

@@ -32,8 +32,7 @@ def loading(name: str | Path, what: str = "model") -> Iterator[None]:
     Args:
         name: what the user gave: a folder or a hub id.
 
-    Raises:
-        ConfigError, StorageError, MemoryShortage: in place of the library's error.
+    Raises ConfigError, StorageError, MemoryShortage: in place of the library's error.
     """
     try:
         yield

@@ -113,8 +113,7 @@ def refuse_fetching(base: str | Path, named_in: Path, remedy: str = "") -> None:
         named_in: the folder, of an adapter, a policy or a reward model.
         remedy: another way than fetching it first.
 
-    Raises:
-        ConfigError: naming the command that fetches it.
+    Raises ConfigError.
     """
     if isinstance(base, str) and not expanded(base).exists() and not _in_hub_cache(base):
         raise ConfigError(

@@ -35,8 +35,7 @@ def check_model(place: Path | str, revision: str | None = None) -> None:
         place: a folder, or a hub id. What cannot be reached passes: loading it fails in the same way.
         revision: commit or branch of the hub.
 
-    Raises:
-        ConfigError: one sentence with the file, the field and the remedy.
+    Raises ConfigError: one sentence with the file, the field and the remedy.
     """
     if isinstance(place, Path) or Path(place).is_dir():
         _check_folder(Path(place))

@@ -82,8 +82,7 @@ class Vocabulary:
             drop_reserved: leave out added tokens that are called unused or reserved, unless the corpus has them, or
                 they could not be spelled.
 
-        Raises:
-            ConfigError: ``size`` is smaller than what must be kept.
+        Raises ConfigError: ``size`` is smaller than what must be kept.
         """
         always = self._always(counts, drop_reserved) | {i for i in named if i in self.tokens}
         for i in list(always):
@@ -268,8 +267,7 @@ def renumbered(settings: Any, new: Mapping[int, int], rows: int, kept_rows: int)
 def refuse_untranslated(settings: Mapping[str, Any], name: str) -> None:
     """Refuse a configuration that speaks of ids, or of a second vocabulary, in a way that is not understood here.
 
-    Raises:
-        ConfigError: with the field and the remedy.
+    Raises ConfigError.
     """
     for key, value in settings.items():
         if isinstance(value, Mapping):
@@ -325,8 +323,7 @@ def refuse_unknown(ids: Sequence[int], rows: int, place: str, tokenizer: Any = N
         rows: of the embedding.
         tokenizer: to show the token.
 
-    Raises:
-        DataError: naming the largest (or a negative) one.
+    Raises DataError.
     """
     worst = max(ids, default=0) if min(ids, default=0) >= 0 else min(ids)
     if 0 <= worst < rows:

@@ -164,8 +164,7 @@ def with_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str = "
     Args:
         model: may have adapters of other names.
 
-    Raises:
-        ConfigError: the adapter and the model do not fit each other, with the weights that are missing or left over.
+    Raises ConfigError: the adapter and the model do not fit each other, with the weights that are missing or left over.
     """
     check_adapter(folder)
     with loading(folder, "adapter"), quiet_transformers(), warnings.catch_warnings():

@@ -16,6 +16,7 @@ from madpo.core.seeding import rng
 from madpo.data import load_preferences
 from madpo.data.arrange import Arranger
 from madpo.data.conversation import Conversation
+from madpo.data.findings import Survey
 from madpo.data.folds import prompt_key
 from madpo.data.layouts import listed
 from madpo.data.load import TooLong
@@ -23,7 +24,6 @@ from madpo.data.messages import Text
 from madpo.data.prompts import PromptColumns, whole_prompt
 from madpo.data.raw import described
 from madpo.data.sources import open_source
-from madpo.data.survey import Survey
 from madpo.data.templates import Clock
 from madpo.models.hyperparameters import CHECKPOINTS
 from madpo.models.locate import load_tokenizer, resolve_model

@@ -20,8 +20,7 @@ def since_first_start(folder: Path, name: str, make: Callable[[], T]) -> T:
     Args:
         folder: of the checkpoints; it is no part of the result.
 
-    Raises:
-        StorageError: the file that holds it is damaged.
+    Raises StorageError: the file that holds it is damaged.
     """
 
     def look() -> T:

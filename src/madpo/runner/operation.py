@@ -18,8 +18,7 @@ def operation(name: str) -> Callable[[_Fn], _Fn]:
         name: ``"train_policy/2"``: a name and a version. Raise the version when the meaning of the function changes,
             so that results of the earlier meaning are made again.
 
-    Raises:
-        ValueError: the name has another form.
+    Raises ValueError: the name has another form.
     """
     if not _STABLE.fullmatch(name):
         raise ValueError(f"operation {name!r}: write a name and a version, such as 'train_policy/1'")

@@ -203,8 +203,7 @@ def evaluations_by(root: Path, key: str) -> list[tuple[str, str, Record]]:
     Returns:
         (value, or "" where the setting does not bear on the evaluation; name of the step; record), by value and name.
 
-    Raises:
-        ConfigError: no evaluation is finished, or the setting bears on none of them.
+    Raises ConfigError: no evaluation is finished, or the setting bears on none of them.
     """
     records = [found for path in sorted(root.rglob(f"*-*/{RECORD}")) if (found := load_record(path.parent)) is not None]
     by_identity = {record.identity: record for record in [*exported_records(root).values(), *records]}

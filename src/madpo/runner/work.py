@@ -116,8 +116,7 @@ def run_step(
         memory: what to do when the memory is used up, for the sentence.
         protected: further files and folders that the step reads, which must not be removed.
 
-    Raises:
-        StorageError: another run writes into ``out``, or it holds something else.
+    Raises StorageError: another run writes into ``out``, or it holds something else.
     """
     out = expanded(out)
     there = out.exists()
