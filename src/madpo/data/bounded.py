@@ -1,4 +1,4 @@
-"""Jinja templates of strangers, rendered with an end: no gigabytes, no endless loops, nothing that cannot be repeated.
+"""Rendering of untrusted Jinja templates: bounded in memory and time, and repeatable.
 
 A sandbox keeps a template from running code, and not from ``{{ 'a'.zfill(9999999999) }}``. Everything in a template
 that makes text or lists pays for it from a budget, and before it is made where its size can be foreseen.

@@ -1,4 +1,4 @@
-"""Rows of Parquet files, in bounded memory whatever the file claims.
+"""Rows of Parquet files, in bounded memory.
 
 A Parquet file stores a repeated value once: 1.5 kB can unpack to gigabytes in one batch of 256 rows. So for each row
 group it is found out first how long a stored value and how long a list can be, which takes little memory, and then as

@@ -1,7 +1,7 @@
 """The prompt of a row: which columns make it, and how they are joined.
 
 What a column is in the prompt is declared here by its name, so that a new layout is an entry of a table. A column that
-carries context is joined or refused, and never dropped.
+carries context is joined or refused, never dropped.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ _SEEN: ContextVar[Seen | None] = ContextVar("seen", default=None)
 
 @contextmanager
 def bounded_templates(clock: Clock, seen: Seen | None = None) -> Iterator[None]:
-    """In here, whatever renders a chat template by transformers does so within bounds, and at ``clock``'s time.
+    """Context in which transformers renders chat templates within bounds, and at ``clock``'s time.
 
     Args:
         seen: is shown every conversation that is rendered.

@@ -1,4 +1,4 @@
-"""Does a configuration fit its weights: found out before memory is taken for it, and before hours of work begin.
+"""Whether a configuration fits its weights, checked before memory is taken and before hours of work begin.
 
 A model is built as its ``config.json`` says, and only then filled from its files. A damaged field makes a model of a
 million layers, or one whose layers do not fit one another.
@@ -37,7 +37,7 @@ _PARTS = 2**12
 
 @contextmanager
 def bounded(place: Path | str, *names: str) -> Iterator[None]:
-    """In here, modules that are made for the weights of ``place`` may not be many times larger than those weights.
+    """Context in which modules made for the weights of ``place`` may not be many times larger than these weights.
 
     Modules register a tensor before they write to it, so that what is refused has taken no memory.
 

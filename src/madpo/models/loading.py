@@ -27,7 +27,7 @@ _TERSE = (LookupError, TypeError, AttributeError, AssertionError, NotImplemented
 
 @contextmanager
 def loading(name: str | Path, what: str = "model") -> Iterator[None]:
-    """Turn every error of loading ``name`` into one sentence. Hold nothing but calls of libraries in it.
+    """Turn every error of loading ``name`` into one sentence. Put only calls of libraries into it.
 
     Args:
         name: what the user gave: a folder or a hub id.

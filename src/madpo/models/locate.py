@@ -1,4 +1,4 @@
-"""Where a model lies, and its tokenizer: what can be had without loading PyTorch's models or PEFT.
+"""Finding a model and its tokenizer without loading PyTorch's models or PEFT.
 
 A check of a data set needs a tokenizer and nothing else.
 """

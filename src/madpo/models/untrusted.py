@@ -1,4 +1,4 @@
-"""Models and adapters of others: what in them could run code is refused before a library reads it.
+"""Untrusted models and adapters: what could run code is refused before a library reads it.
 
 ``trust_remote_code`` is off everywhere, and still libraries unpickle weights where safetensors are missing, fetch and
 import attention kernels that ``config.json`` names (CVE-2026-4372), and follow an adapter to a base model of its
