@@ -10,7 +10,7 @@ from madpo.core.progress import hint
 
 @contextmanager
 def loading_libraries() -> Iterator[None]:
-    """Context for the imports of a command: says on a terminal what it waits for, and loads without garbage collections.
+    """Context for the imports of a command: names them on a terminal, and loads without garbage collections.
 
     What is loaded stays, so a garbage collection meanwhile finds nothing, and all of them take a third of the time. The
     loaded modules are left out of later collections as well: every trainer asks for one when it starts, and the
