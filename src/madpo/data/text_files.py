@@ -29,7 +29,7 @@ def json_source(name: str, path: Path, zipped: bool) -> Source:
     with _broken_off(name, "at its beginning"), _opened(path, zipped) as file:
         beginning = file.read(4096).removeprefix(_BOM).lstrip()
     if beginning.startswith(b"["):
-        return Source(name, "row", None, _array_rows(_ArrayText(name, path, zipped)))
+        return Source(name, "row", None, _Array(name, path, zipped).rows())
     return Source(name, "line", None, _json_rows(name, _lines(name, path, zipped)))
 
 
@@ -126,23 +126,44 @@ def _json_rows(name: str, lines: Generator[tuple[int, bytes], None, None]) -> Ge
                 yield number, _mistake(place, error)
 
 
-class _ArrayText:
-    """The text of a file that holds one JSON array; only the part that is being read is in memory."""
+_JSON = json.JSONDecoder(object_pairs_hook=_unique_keys)
+_SKIPPING = json.JSONDecoder(parse_int=str)  # takes all that is well formed
+
+
+class _Array:
+    """A file that holds one JSON array; only the part that is being read is in memory."""
 
     def __init__(self, name: str, path: Path, zipped: bool) -> None:
-        self.name = name
-        self.row = 0
+        self.name, self.row = name, 0
         self._file = _opened(path, zipped)
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self._json = json.JSONDecoder(object_pairs_hook=_unique_keys)
-        self._skipping = json.JSONDecoder(parse_int=str)  # takes all that is well formed
         self._text, self._at = "", 0
         self._bytes = self._lines = 0  # before the text in memory
 
-    def close(self) -> None:
-        self._file.close()
+    @property
+    def place(self) -> str:
+        return f"{self.name}, row {self.row}"
 
-    def peek(self) -> str:
+    def rows(self) -> Generator[RawRow, None, None]:
+        with closing(self._file):
+            self._next()
+            self._at += 1
+            after = self._next()
+            while after != "]":
+                value = self._value()
+                yield self.row, value if isinstance(value, DataError) else _row(self.place, value)
+                after = self._next()
+                if after == ",":
+                    self._at += 1
+                    self.row += 1
+                elif after != "]":
+                    self._refuse("is not valid JSON (a comma or the end of the array must follow)", self._at)
+            self._at += 1
+            if self._next():
+                why = "the array has ended, and more follows; write one array, or one object on each line"
+                self._refuse(why, self._at)
+
+    def _next(self) -> str:
         """The next character that is no white space; "" at the end of the file."""
         while True:
             space = _SPACE.match(self._text, self._at)
@@ -153,26 +174,22 @@ class _ArrayText:
             if not self._more():
                 return ""
 
-    def take(self) -> None:
-        """Go past the next character."""
-        self._at += 1
-
-    def value(self) -> Any:
+    def _value(self) -> Any:
         """The value that begins at the next character, or a DataError in its place.
 
         Raises DataError: it is not valid JSON, so nobody knows where the next one begins.
         """
-        self.peek()
+        self._next()
         while True:
             found: Any
             try:
                 try:
-                    found, end = self._json.raw_decode(self._text, self._at)
+                    found, end = _JSON.raw_decode(self._text, self._at)
                 except json.JSONDecodeError:
                     raise
                 except ValueError as error:
-                    found = _mistake(f"{self.name}, row {self.row}", error)
-                    _, end = self._skipping.raw_decode(self._text, self._at)
+                    found = _mistake(self.place, error)
+                    _, end = _SKIPPING.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
                 # Where the text in memory ends inside the value, the parser stumbles over that end. Strings apart, the
                 # longest thing that it does not name before is "-Infinity".
@@ -181,27 +198,25 @@ class _ArrayText:
                 if (in_string or error.pos >= len(self._text) - len("-Infinity")) and self._more():
                     continue
                 at = len(self._text) if in_string else self._at + offset
-                self.refuse(f"is not valid JSON ({error.msg})", at)
+                self._refuse(f"is not valid JSON ({error.msg})", at)
             except RecursionError as error:
-                raise _mistake(f"{self.name}, row {self.row}", error) from None
+                raise _mistake(self.place, error) from None
             if end == len(self._text) and self._more():
                 continue  # a number may go on
             self._at = end
             return found
 
-    def refuse(self, why: str, at: int | None = None) -> NoReturn:
-        """End the reading at a character, by default the next one."""
-        at = self._at if at is None else at
+    def _refuse(self, why: str, at: int) -> NoReturn:
         if at >= len(self._text):
             why = "the file ends inside this row; it is truncated, copy it again"
         line = self._lines + self._text.count("\n", 0, at) + 1
-        raise DataError(f"{self.name}, row {self.row} (line {line}): {why}")
+        raise DataError(f"{self.place} (line {line}): {why}")
 
     def _more(self) -> bool:
         """Read on; what lies behind is dropped. Reads double, so that a long value is not parsed too often."""
         kept = len(self._text) - self._at
         if kept > MAX_ROW:
-            raise DataError(f"{self.name}, row {self.row}: is longer than {MAX_ROW // 2**20} MB; drop the row")
+            raise DataError(f"{self.place}: is longer than {MAX_ROW // 2**20} MB; drop the row")
         with _broken_off(self.name, lambda: f"in row {self.row}"):
             chunk = self._file.read(max(_CHUNK, kept))
         waiting = len(self._decoder.getstate()[0])  # bytes of a character that is not whole
@@ -209,32 +224,13 @@ class _ArrayText:
             text = self._decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
             raise DataError(
-                f"{self.name}, row {self.row}: byte {self._bytes - waiting + error.start} of the file "
+                f"{self.place}: byte {self._bytes - waiting + error.start} of the file "
                 f"(0x{error.object[error.start]:02x}) is not UTF-8; save the file as UTF-8 text"
             ) from None
         self._bytes += len(chunk)
         self._lines += self._text.count("\n", 0, self._at)
         self._text, self._at = self._text[self._at :] + text, 0
         return bool(chunk)
-
-
-def _array_rows(text: _ArrayText) -> Generator[RawRow, None, None]:
-    with closing(text):
-        text.peek()
-        text.take()
-        if text.peek() != "]":
-            while True:
-                value = text.value()
-                yield text.row, value if isinstance(value, DataError) else _row(f"{text.name}, row {text.row}", value)
-                if (after := text.peek()) == "]":
-                    break
-                if after != ",":
-                    text.refuse("is not valid JSON (a comma or the end of the array must follow)")
-                text.take()
-                text.row += 1
-        text.take()
-        if text.peek():
-            text.refuse("the array has ended, and more follows; write one array, or one object on each line")
 
 
 # CSV
