@@ -17,9 +17,8 @@ from transformers import TrainerCallback
 import soak
 from guarded_cases import build
 from madpo.commands.cli import main
-from madpo.core.errors import MemoryShortage, StorageError
+from madpo.core.errors import MemoryShortage, StorageError, is_shortage, memory_errors
 from madpo.core.locks import LOCK, holder, locked
-from madpo.core.memory import is_shortage, memory_errors
 from madpo.core.storage import storage_errors, write_atomically
 from madpo.training import PreferenceTrainer, preference
 from madpo.training import checkpoints as disk

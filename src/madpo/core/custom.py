@@ -48,9 +48,7 @@ class NamedClass(Frozen):
 def with_digest(data: Any, info: ValidationInfo) -> Any:
     """Values of a configuration with ``target``, and ``source_digest`` filled in.
 
-    Raises:
-        ConfigError: the target is outside the folders that the configuration may name, it is not there, or a digest
-            is given and the file has another.
+    Raises ConfigError: the target is missing or outside the allowed folders, or a given digest is not that of the file.
     """
     if not isinstance(data, Mapping) or not isinstance(data.get("target"), str):
         return data

@@ -5,6 +5,10 @@ the remedy. The command line prints that sentence and exits with status 2; progr
 exceptions with a traceback.
 """
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 def printable(text: str) -> str:
     """Text with everything that a terminal would obey, or could not show, as an escape (``\\x1b``).
@@ -44,3 +48,36 @@ class MemoryShortage(MadpoError):
 def first_line(error: BaseException, length: int | None = None) -> str:
     """What an error says first, at most ``length`` characters of it; its type where it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0][:length]
+
+
+# How the allocators of torch (CPU, CUDA), C++ and the system word it; torch's errors have no type of their own on CPU.
+_WORDS = ("can't allocate memory", "not enough memory", "out of memory", "std::bad_alloc", "cannot allocate memory")
+
+
+@contextmanager
+def memory_errors(remedy: str) -> Iterator[None]:
+    """Turn the many forms of running out of memory into a MemoryShortage; other errors pass through.
+
+    Args:
+        remedy: what makes the work smaller; the sentence ends with it.
+    """
+    try:
+        yield
+    except MadpoError:
+        raise
+    except Exception as error:
+        if not is_shortage(error):
+            raise
+        said = str(error).partition("\n")[0].strip()[:160]
+        raise MemoryShortage(f"the memory is used up{f' ({said})' if said else ''}; {remedy}") from error
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether an error, or the one that it was raised from, is a shortage of memory."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    if isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _WORDS):
+        return True
+    return error.__cause__ is not None and is_shortage(error.__cause__)

@@ -14,11 +14,8 @@ from typing import TYPE_CHECKING, Any
 def attach(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """``__getattr__``, ``__dir__`` and ``__all__`` of a package whose names load on first use.
 
-    The names are those that its ``__init__.py`` imports under ``TYPE_CHECKING``, so that they are written once, where
-    type checkers read them.
-
-    Args:
-        package: its ``__name__``.
+    The names are those that its ``__init__.py`` imports under ``TYPE_CHECKING``: written once, where type checkers read
+    them.
     """
     tree = ast.parse(inspect.getsource(sys.modules[package]))
     imports = (node for branch in tree.body if isinstance(branch, ast.If) for node in branch.body)

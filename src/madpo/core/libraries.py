@@ -12,9 +12,8 @@ from madpo.core.progress import hint
 def loading_libraries() -> Iterator[None]:
     """Context for the imports of a command: names them on a terminal, and loads without garbage collections.
 
-    What is loaded stays, so a garbage collection meanwhile finds nothing, and all of them take a third of the time. The
-    loaded modules are left out of later collections as well: every trainer asks for one when it starts, and the
-    interpreter for several when it ends. Only the command line does so, since a user's process is not ours.
+    What is loaded stays, so collections meanwhile find nothing and take a third of the time; later ones leave the
+    loaded modules out. Only the command line does so, since a user's process is not ours.
     """
     hint("loading PyTorch and transformers ...")
     # Notices from one library about another's names say nothing to the person who runs a command.

@@ -130,9 +130,8 @@ def _create(path: Path, text: str) -> bool:
 def _remove_if_gone(path: Path) -> None:
     """Remove an owner's file whose process has ended.
 
-    Only one process at a time removes, and looks again before it does. So what it removes is still the file of the
-    process that has ended, and never that of a run which took the folder meanwhile. If it is killed in here, its second
-    file stays, and from then on a person has to remove the owner's file, as the refusal says.
+    Only one process at a time removes, and looks again before it does, so it never removes the file of a run that took
+    the folder meanwhile. If it is killed in here, a person has to remove the owner's file, as the refusal says.
     """
     owner = _record(path)
     breaking = path.with_name(f"{path.name}.break")

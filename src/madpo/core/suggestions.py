@@ -50,12 +50,7 @@ _ELSEWHERE = {
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known name that ``word`` most likely means; None where nothing comes near.
-
-    Args:
-        word: a name, dotted or not.
-        known: dotted names; the last part of one is enough.
-    """
+    """The known name that ``word`` most likely means, both dotted or not; None where nothing comes near."""
     names = list(known)
     last = word.rpartition(".")[2]
     for ours, theirs in _ELSEWHERE.items():

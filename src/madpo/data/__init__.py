@@ -1,10 +1,8 @@
 """Preference data of users: reading it, checking it, and rows for training. No torch.
 
-``check`` reads a data set once and reports what training would stumble over; ``load_preferences`` gives the
-rows. Formats, layouts and column names are in ``sources`` and ``rows``; every warning is a line of
-``findings.KINDS``. A new format is a branch of ``sources.open_source``; a new layout, an entry of
-``layouts.toml``; a new name of a number, of ``rows.ALIASES``; and of a part of the prompt, of the tables in
-``prompts``.
+A new format is a branch of ``sources.open_source``; a new layout, an entry of ``layouts.toml``; a new name of a number,
+of ``rows.ALIASES``, and of a part of the prompt, of the tables in ``prompts``. Every warning is an entry of
+``findings.toml``.
 """
 
 from madpo.data.check import CheckReport, check

@@ -37,11 +37,8 @@ class Completion(NamedTuple):
 
 @dataclass
 class Arranged:
-    """A row as it is read: with ``prompt``, ``chosen`` and ``rejected``, and the columns that took no part.
-
-    Attributes:
-        strength: how strongly the chosen side is preferred, by the layout's own measure.
-        flags: kinds of findings, each with a detail.
+    """A row as it is read: ``prompt``, ``chosen``, ``rejected`` and the columns that took no part; how strongly the
+    chosen side is preferred, by the layout's own measure; and kinds of findings with details.
     """
 
     row: dict[str, Any]
@@ -66,12 +63,7 @@ class Arranger:
         self.suffixes = _suffixes(layout.sides)
 
     def pairs(self, raw: Raw, place: str) -> Iterator[Arranged]:
-        """The pairs of a row: one, or several of a tree.
-
-        Raises:
-            LeftOut: the row holds no preference.
-            DataError: with ``place``, the column, the value and the remedy.
-        """
+        """The pairs of a row: one, or several of a tree. Raises DataError, or LeftOut: the row holds no preference."""
         layout = self.layout
         if layout.replies:
             yield from self._tree(raw, place)

@@ -57,11 +57,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def like(
         cls, other: ImmutableSandboxedEnvironment, seen: Callable[[Any, str], None], **names: Callable[..., Any]
     ) -> BoundedEnvironment:
-        """A bounded copy of ``other``.
-
-        Args:
-            seen: is called with the messages and the text of every rendering.
-            names: of globals, in place of the other's.
+        """A bounded copy of ``other`` with some globals replaced by ``names``; ``seen`` is called with the messages and
+        the text of every rendering.
         """
         made = cls.__new__(cls)
         vars(made).update(vars(other))

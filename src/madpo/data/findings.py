@@ -158,13 +158,7 @@ def _first(keys: npt.NDArray[np.bytes_]) -> npt.NDArray[np.intp]:
 
 
 class Survey:
-    """Counts what a check would warn of.
-
-    Attributes:
-        findings: the counts, with examples.
-        seen: which pairs and prompts there were.
-        at: the place of a row, for messages.
-    """
+    """Counts what a check would warn of: findings with examples, and which pairs and prompts there were."""
 
     def __init__(self) -> None:
         self.findings = Findings()

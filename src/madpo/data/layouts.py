@@ -103,10 +103,8 @@ class Recognised(Frozen):
 
 
 def recognise(names: Sequence[str], place: str, given: Layout) -> Recognised | None:
-    """The layout of a data set by its columns; None where it has ``chosen`` and ``rejected`` and nothing is given.
-
-    Args:
-        given: what the user says of it.
+    """The layout of a data set by its columns; None where it has ``chosen`` and ``rejected`` and nothing is ``given``
+    by the user.
 
     Raises DataError: no layout fits, or two do; with all columns and the option that decides.
     """

@@ -42,15 +42,10 @@ class PairStream:
     """
 
     def __init__(self, data: str | Path, columns: Any = None, *, every_column: bool = False) -> None:
-        """
-        Args:
-            every_column: also read the columns of a table that take no part, for :meth:`with_rows`.
-            columns: a :class:`madpo.data.layouts.Layout`, a table of its verbs, a packaged layout's name or a TOML
-                file; None recognises the columns by their names.
+        """Open the data; ``columns`` as for :func:`load_preferences`. ``every_column`` also reads the columns of a
+        table that take no part, for :meth:`with_rows`.
 
-        Raises:
-            DataError: the data cannot be opened, or no layout fits a table's columns.
-            ConfigError: ``columns`` is none of these.
+        Raises DataError or ConfigError: the data cannot be opened, or no layout fits a table's columns.
         """
         self._data, self._given, self._every_column = data, as_layout(columns), every_column
         self.columns: Columns | None = None
@@ -151,9 +146,8 @@ class PairStream:
     def with_rows(self) -> Iterator[tuple[Pair, Mapping[str, Any]]]:
         """Every pair, and its row with all columns that take no part in the layout.
 
-        Raises:
-            DataError: after the last, if rows were wrong or there was none: the first mistake, and where the others
-                are.
+        Raises DataError after the last, if rows were wrong or there was none: the first mistake, and where the others
+        are.
         """
         mistakes: list[DataError] = []
         wrong: list[int] = []

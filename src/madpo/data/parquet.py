@@ -27,13 +27,7 @@ _LONG = 2**20
 
 
 def parquet_source(name: str, path: Path, wanted: Wanted) -> Source:
-    """A Parquet file.
-
-    Args:
-        wanted: columns to read, where each costs time; None reads all.
-
-    Raises DataError: it is damaged.
-    """
+    """A Parquet file, its ``wanted`` columns or all where that is None. Raises DataError: it is damaged."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -132,13 +132,10 @@ def _system_and_turns(messages: Sequence[Message]) -> tuple[list[Message], list[
 def read_prompt(
     raw: Mapping[str, Any], columns: PromptColumns, place: str, *, completion: Text | None = None
 ) -> Prompt:
-    """The parts of a row's prompt.
+    """The parts of a row's prompt. Raises DataError.
 
-    Args:
-        completion: one side of the pair. A conversation that does not begin with the assistant holds the prompt, and
-            a column such as ``messages`` next to it is a copy.
-
-    Raises DataError.
+    A ``completion`` that is a conversation and does not begin with the assistant holds the prompt; a column such as
+    ``messages`` next to it is then a copy.
     """
     text: Text | None = None
     whole = isinstance(completion, list) and completion[0]["role"] != "assistant"
@@ -207,13 +204,8 @@ def _history(raw: Mapping[str, Any], name: str | None, place: str) -> list[Messa
 
 
 def refuse_lost_context(raw: Mapping[str, Any], names: Sequence[str], pair: Sequence[Text], place: str) -> None:
-    """Refuse a row with context that would be lost.
-
-    Args:
-        names: columns that carry context and are not joined to the prompt.
-        pair: prompt, chosen and rejected, which may hold the context already.
-
-    Raises DataError.
+    """Refuse a row with context that would be lost (DataError): text in the columns ``names``, which are not joined to
+    the prompt, that is not in ``pair`` (prompt, chosen and rejected) either.
     """
     for name in names:
         needles = [text.strip() for text in texts_within(raw.get(name))]

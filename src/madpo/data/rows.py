@@ -130,13 +130,8 @@ class Reader:
         place: str,
         flags: Sequence[tuple[str, str]] = (),
     ) -> Pair:
-        """The pair in a row.
-
-        Args:
-            index: its pair_id where the row has none.
-            flags: what is known of the row.
-
-        Raises DataError.
+        """The pair in a row; ``index`` is its pair_id where the row has none, ``flags`` what is known of it. Raises
+        DataError.
         """
         if "margin" in raw:
             Columns.found_in(raw, place)

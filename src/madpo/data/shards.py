@@ -22,9 +22,7 @@ _MOST = 10_000  # files that are looked at
 class Shards(Source):
     """Several files as one data set. A row's number counts through all of them; its place names the file.
 
-    Attributes:
-        files: those opened so far.
-        starts: what is added to the numbers of each file.
+    ``files`` are those opened so far, and ``starts`` is what is added to the numbers of each.
     """
 
     files: list[Source]

@@ -14,8 +14,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-from madpo.core.errors import DataError, printable
-from madpo.core.memory import is_shortage
+from madpo.core.errors import DataError, is_shortage, printable
 from madpo.core.storage import expanded, json_object, stays_inside
 from madpo.data.parquet import parquet_source
 from madpo.data.raw import RawRow, Source, Wanted, described_name, short, without_filled_nulls

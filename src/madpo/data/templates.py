@@ -21,11 +21,8 @@ Seen = Callable[[Sequence[Mapping[str, Any]], str], None]
 
 
 class Clock:
-    """The date and time that a chat template prints: fixed, so that one conversation has one text.
-
-    Attributes:
-        now: local time.
-        read: whether a template has asked for it.
+    """The date and time (local) that a chat template prints: fixed, so that one conversation has one text. ``read``: a
+    template has asked for it.
     """
 
     def __init__(self, now: datetime | None = None) -> None:
@@ -89,14 +86,10 @@ def _show(messages: Sequence[Mapping[str, Any]], text: str) -> None:
 
 
 def render(tokenizer: Any, messages: list[Message], clock: Clock, place: str, **options: Any) -> str:
-    """A conversation as its chat template writes it.
+    """A conversation as its chat template writes it; ``options`` take precedence over those of a :class:`Conversation`.
 
-    Args:
-        options: of the tokenizer's ``apply_chat_template``, before those of a :class:`Conversation`.
-
-    Raises:
-        DataError: the template refuses the conversation.
-        ConfigError: there is no template, or it can render none.
+    Raises DataError: the template refuses the conversation. Raises ConfigError: there is none, or it can render
+    nothing.
     """
     text: str = applied(tokenizer, messages, clock, place, tokenize=False, **options)
     return encodable(text, "what the chat template writes", place)

@@ -239,9 +239,8 @@ class _Array:
 def csv_source(name: str, path: Path, zipped: bool, delimiter: str) -> Source:
     """A CSV file with a header.
 
-    Args:
-        delimiter: as the file's name says. Where the header has none of it, what the header shows takes its place:
-            spreadsheets write semicolons and tabs into files that end in .csv.
+    Where the header has no ``delimiter``, what the header shows takes its place: spreadsheets write semicolons and tabs
+    into files that end in .csv.
     """
     lines = _lines(name, path, zipped)
     pending = 0  # bytes since the last row ended: a row may go over many lines

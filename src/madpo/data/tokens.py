@@ -21,9 +21,7 @@ from madpo.models.vocabulary import refuse_unknown
 class Encoded:
     """A pair in token ids; prompt + chosen and prompt + rejected are the training sequences.
 
-    Attributes:
-        prompt_ids, chosen_ids, rejected_ids: each completion ends with exactly one end token (unless it was cut).
-        flags: kinds of findings with details.
+    Each completion ends with exactly one end token, unless it was cut. ``flags`` are kinds of findings with details.
     """
 
     prompt_ids: list[int]
@@ -54,11 +52,8 @@ def as_tokenizer(tokenizer: Any) -> Any:
 class Encoder:
     """Tokenises pairs the way TRL's DPO does, and says where that goes wrong, for every pair.
 
-    Token ids that the model has no row for are refused where the tokenizer was loaded with its model
-    (:func:`madpo.models.load.load_tokenizer`).
-
-    Args:
-        clock: the date that the chat template prints; None is now.
+    ``clock`` is the date that the chat template prints; None is now. Token ids that the model has no row for are
+    refused where the tokenizer was loaded with its model (:func:`madpo.models.locate.load_tokenizer`).
     """
 
     def __init__(self, tokenizer: Any, clock: Clock | None = None) -> None:

@@ -38,8 +38,7 @@ class RunningLoss(StatefulLoss):
     """What beta-DPO and alpha-DPO share: moving averages of the mean and the standard deviation over a batch.
 
     The averages move before they are used. The spread is the average of standard deviations (with n - 1), not of
-    variances, as in both official codes. Where those divide by zero (identical policy and reference, one pair),
-    the spread has a floor, and a batch of one pair, which has none, leaves it as it is.
+    variances, as in both official codes. It has a floor where those divide by zero, and a batch of one pair leaves it.
     """
 
     momentum: float = Field(default=0.9, ge=0, lt=1)

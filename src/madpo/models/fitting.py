@@ -39,13 +39,8 @@ _PARTS = 2**12
 def bounded(place: Path | str, *names: str) -> Iterator[None]:
     """Context in which modules made for the weights of ``place`` may not be many times larger than these weights.
 
-    Modules register a tensor before they write to it, so that what is refused has taken no memory.
-
-    Args:
-        place: folder or hub id. What is not on this machine yet is not bounded.
-        names: files of weights; the usual ones of a model where none are given.
-
-    Raises ConfigError: they are larger.
+    Modules register a tensor before they write to it, so what is refused has taken no memory. ``names`` are files of
+    weights, by default the usual ones of a model. What is not on this machine yet is not bounded. Raises ConfigError.
     """
     stored: list[int] = []  # bytes and tensors, once they are needed
     made = [0, 0]

@@ -132,11 +132,8 @@ def load_classifier(
 ) -> PreTrainedModel | PeftModel:
     """A sequence classifier from safetensors; ``settings`` such as ``num_labels`` go to its configuration.
 
-    Args:
-        path, dtype, adapter: as in :func:`load_model`.
-        new_head: the caller initialises the head itself, so ``path`` may be a language model.
-
-    Raises ConfigError, StorageError, MemoryShortage: as :func:`madpo.models.weights.pretrained`.
+    With ``new_head`` the caller initialises the head itself, so ``path`` may be a language model. Otherwise as
+    :func:`load_model`.
     """
     config = load_config(path)
     if type(config) not in AutoModelForSequenceClassification._model_mapping:
@@ -224,9 +221,8 @@ _CHAT = (
 def build_tiny(family: str, folder: Path, seed: int = 0) -> Path:
     """Write a random model of two layers with a byte-level tokenizer; the same bytes for the same seed.
 
-    Args:
-        family: "gemma3" (with a sliding window of 8 tokens), "llama" or "qwen3".
-        folder: appears at once and complete.
+    The family is "gemma3" (with a sliding window of 8 tokens), "llama" or "qwen3". The folder appears at once and
+    complete.
     """
     if family not in TINY_FAMILIES:
         raise ConfigError(f"there is no tiny model {family!r}; known are {', '.join(TINY_FAMILIES)}")

@@ -14,8 +14,7 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
-from madpo.core.errors import ConfigError, MadpoError, MemoryShortage, first_line
-from madpo.core.memory import is_shortage
+from madpo.core.errors import ConfigError, MadpoError, MemoryShortage, first_line, is_shortage
 from madpo.core.storage import disk_error, expanded, json_object
 from madpo.core.suggestions import did_you_mean
 from madpo.models.packaged import PACKAGED
@@ -27,10 +26,8 @@ _TERSE = (LookupError, TypeError, AttributeError, AssertionError, NotImplemented
 
 @contextmanager
 def loading(name: str | Path, what: str = "model") -> Iterator[None]:
-    """Turn every error of loading ``name`` into one sentence. Put only calls of libraries into it.
-
-    Args:
-        name: what the user gave: a folder or a hub id.
+    """Turn every error of loading ``name``, a folder or a hub id, into one sentence. Put only calls of libraries into
+    it.
 
     Raises ConfigError, StorageError, MemoryShortage: in place of the library's error.
     """

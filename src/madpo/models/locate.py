@@ -106,14 +106,10 @@ def refuse_unreachable(name: str) -> None:
 
 
 def refuse_fetching(base: str | Path, named_in: Path, remedy: str = "") -> None:
-    """Refuse to fetch from the hub what the user has not named: a base model that only a folder names.
+    """Refuse to fetch a base model from the hub that only the folder ``named_in`` names, and not the user
+    (ConfigError).
 
-    Args:
-        base: as :func:`resolve_model` gives it. A folder passes, and a model that was fetched before.
-        named_in: the folder, of an adapter, a policy or a reward model.
-        remedy: another way than fetching it first.
-
-    Raises ConfigError.
+    A base that is a folder passes, and one that was fetched before. ``remedy`` is another way than fetching it first.
     """
     if isinstance(base, str) and not expanded(base).exists() and not _in_hub_cache(base):
         raise ConfigError(

@@ -30,15 +30,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_own_noise(model: nn.Module) -> Iterator[None]:
-    """Compute with the model as in evaluation while its adapters train.
+    """Compute with the model, one of transformers without wrappers, as in evaluation while its adapters train.
 
     A model adds noise to its training in many ways: modules and functions of dropout, whole layers left out, jitter in
     routers, sampled experts. All of them read the training mode of a module of the model. Adapters keep theirs, and
     with it their dropout, and so does an embedding that adds NEFTune's noise. A decoder layer recomputes its
     activations only while it trains, so it is switched inside its checkpoint.
-
-    Args:
-        model: a transformers model, without wrappers.
     """
     with _set_training({m: _checkpointed(m) and m.training for m in _own(model)}), around_checkpoints(model, _silent):
         yield

@@ -74,16 +74,11 @@ def packaged(name: str) -> Path:
     """The folder of a packaged model, which ``AutoModelForCausalLM.from_pretrained`` loads.
 
     The first call verifies the file's SHA-256 before anything parses it, and dequantises (about a minute for 270M
-    parameters); later calls return at once.
+    parameters); later calls return at once. "gemma-3-270m" is the paper's base model of 4-bit origin,
+    "gemma-3-270m-imdb" the same with the entries of its vocabulary that IMDB's reviews use.
 
-    Args:
-        name: "gemma-3-270m" (the paper's base model, 4-bit origin), "gemma-3-270m-imdb" (the same with the entries of
-            its vocabulary that IMDB's reviews use), or "smollm2-135m-instruct".
-
-    Raises:
-        ConfigError: an unknown name, or the package is not installed; says how to install it.
-        DataError: the installed file is damaged.
-        StorageError: the cache folder cannot be written.
+    Raises ConfigError: an unknown name, or the package is not installed. Raises DataError: the installed file is
+    damaged. Raises StorageError: the cache folder cannot be written.
     """
     if name not in PACKAGED:
         raise ConfigError(f"there is no packaged model {name!r}; known are {', '.join(map(repr, PACKAGED))}")

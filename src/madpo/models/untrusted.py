@@ -29,13 +29,10 @@ _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 
 
 def check_model(place: Path | str, revision: str | None = None) -> None:
-    """Refuse a model folder, or a model of the hub, that could run code when it is loaded.
+    """Refuse a model folder, or a model of the hub (at a ``revision``), that could run code when it is loaded
+    (ConfigError).
 
-    Args:
-        place: a folder, or a hub id. What cannot be reached passes: loading it fails in the same way.
-        revision: commit or branch of the hub.
-
-    Raises ConfigError: one sentence with the file, the field and the remedy.
+    What cannot be reached passes: loading it fails in the same way.
     """
     if isinstance(place, Path) or Path(place).is_dir():
         _check_folder(Path(place))

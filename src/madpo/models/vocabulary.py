@@ -317,13 +317,8 @@ def configured_rows(path: Path | str) -> int | None:
 
 
 def refuse_unknown(ids: Sequence[int], rows: int, place: str, tokenizer: Any = None) -> None:
-    """Refuse token ids that a model's embedding has no row for; on a GPU one would end the process.
-
-    Args:
-        rows: of the embedding.
-        tokenizer: to show the token.
-
-    Raises DataError.
+    """Refuse token ids that a model's embedding of ``rows`` has no row for (DataError); on a GPU one would end the
+    process.
     """
     worst = max(ids, default=0) if min(ids, default=0) >= 0 else min(ids)
     if 0 <= worst < rows:

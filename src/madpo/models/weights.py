@@ -159,12 +159,8 @@ def _say_unused(place: str, model: nn.Module, unexpected: Iterable[str]) -> None
 def with_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str = "default") -> tuple[PeftModel, set[str]]:
     """The model with the adapter of ``folder``, and the weights of the model itself that the adapter brings.
 
-    As ``PeftModel.from_pretrained``, which keeps the result of loading for itself.
-
-    Args:
-        model: may have adapters of other names.
-
-    Raises ConfigError: the adapter and the model do not fit each other, with the weights that are missing or left over.
+    As ``PeftModel.from_pretrained``, which keeps the result of loading for itself. The model may have adapters of other
+    names. Raises ConfigError: the two do not fit, with the weights that are missing or left over.
     """
     check_adapter(folder)
     with loading(folder, "adapter"), quiet_transformers(), warnings.catch_warnings():

@@ -15,10 +15,7 @@ FILE = ".first_start.json"
 
 
 def since_first_start(folder: Path, name: str, make: Callable[[], T]) -> T:
-    """A value that ``make`` gave at the first start, the same on all processes.
-
-    Args:
-        folder: of the checkpoints; it is no part of the result.
+    """A value that ``make`` gave at the first start, the same on all processes; ``folder`` is that of the checkpoints.
 
     Raises StorageError: the file that holds it is damaged.
     """

@@ -128,11 +128,10 @@ def _open_work(out: Path, begun: Mapping[str, Any], *, overwrite: bool, inputs: 
 def what_changed(
     before: Mapping[str, Any], now: Mapping[str, Any], names: Mapping[str, str] | None = None
 ) -> str | None:
-    """The first difference between what decides two results, in words; None if nothing differs.
+    """The first difference in operation, config, inputs and libraries of two results, in words; None if nothing
+    differs.
 
-    Args:
-        before, now: with the keys operation, config, inputs and libraries.
-        names: what to call the inputs, by role.
+    ``names`` says what to call the inputs, by role.
     """
     for part in ("operation", "config", "inputs", "libraries"):
         found = first_difference(before.get(part), json.loads(json.dumps(now.get(part), default=str)))

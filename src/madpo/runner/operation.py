@@ -9,16 +9,10 @@ _STABLE = re.compile(r"[a-z][a-z0-9_]*/[0-9]+")
 
 
 def operation(name: str) -> Callable[[_Fn], _Fn]:
-    """Declare a function as an operation with a stable name.
+    """Declare a function as an operation with a stable name and a version, such as ``"train_policy/2"``.
 
-    The name enters the identity of every step that runs the function, so code can move without making finished
-    results stale.
-
-    Args:
-        name: ``"train_policy/2"``: a name and a version. Raise the version when the meaning of the function changes,
-            so that results of the earlier meaning are made again.
-
-    Raises ValueError: the name has another form.
+    The name enters the identity of every step that runs the function, so code can move without making finished results
+    stale. Raise the version when the meaning of the function changes. Raises ValueError: the name has another form.
     """
     if not _STABLE.fullmatch(name):
         raise ValueError(f"operation {name!r}: write a name and a version, such as 'train_policy/1'")

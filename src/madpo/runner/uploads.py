@@ -26,11 +26,8 @@ _WITHOUT_FOLDERS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "obs
 class Upload:
     """Copies folders to ``url`` in a thread of its own, in the order they come; enter it, and leave it to wait.
 
-    Attributes:
-        failed: what could not be uploaded -> why, in one line.
-
-    Raises:
-        ConfigError: the URL's kind is unknown, or its package is not installed.
+    ``failed`` says what could not be uploaded, and why. Raises ConfigError: a URL of an unknown kind or without its
+    package.
     """
 
     def __init__(self, url: str) -> None:

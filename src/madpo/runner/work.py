@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 from madpo.core import processes
-from madpo.core.errors import MadpoError, StorageError, first_line
+from madpo.core.errors import MadpoError, StorageError, first_line, memory_errors
 from madpo.core.locks import locked
-from madpo.core.memory import memory_errors
 from madpo.core.metrics import plain_metrics
 from madpo.core.progress import say
 from madpo.core.storage import expanded, now, stays_inside, storage_errors, write_atomically
@@ -49,16 +48,11 @@ def job(step: Step, out: Path, root: Path, memory: str) -> Job:
 
 
 def make(job: Job, *, overwrite: bool = False) -> tuple[Record, bool]:
-    """Bring a job to its finished record. The caller holds the lock of ``job.out``.
+    """Bring a job to its finished record, and say whether it was there before. The caller holds the lock of
+    ``job.out``.
 
-    In a launch of several processes all of them call this; the first one writes.
-
-    Returns:
-        The record, and whether it was there before.
-
-    Raises:
-        MadpoError: a mistake in the input, or the folder cannot be written. What the job left is removed, unless it
-            holds a checkpoint, from which the same command continues.
+    In a launch of several processes all of them call this; the first one writes. Raises MadpoError: a mistake in the
+    input, or the folder cannot be written. What the job left is then removed, unless it holds a checkpoint.
     """
     started, clock = now(), time.perf_counter()
     work = job.out / UNFINISHED

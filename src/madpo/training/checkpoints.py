@@ -23,8 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from madpo.core.errors import DataError, MadpoError
-from madpo.core.memory import is_shortage
+from madpo.core.errors import DataError, MadpoError, is_shortage
 from madpo.core.progress import say
 from madpo.core.storage import storage_errors, sync_folder, write_atomically
 from madpo.models.untrusted import PICKLES

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerState
 
-from madpo.core.errors import ConfigError, DataError, StorageError
+from madpo.core.errors import ConfigError, DataError, StorageError, memory_errors
 from madpo.core.locks import locked
-from madpo.core.memory import memory_errors
 from madpo.core.processes import all_gather_object
 from madpo.core.progress import say
 from madpo.core.storage import storage_errors
