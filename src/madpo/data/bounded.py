@@ -68,8 +68,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             for name, function in other.filters.items()
             if name not in _UNREPEATABLE
         }
-        made.finalize = _printed
-        made.filters |= {_COUNTED: _counted, _CONCATENATED: _concatenated, _MADE: _made}
+        made.finalize = _filter(cls.printed)
+        made.filters |= {_COUNTED: _filter(lambda environment, items: _Counted(items, environment))}
+        made.filters |= {_CONCATENATED: _filter(cls.concatenated), _MADE: _filter(cls.made)}
         made.extensions = {name: extension.bind(made) for name, extension in other.extensions.items()}
         made.cache = None
         made.template_class = _BoundedTemplate
@@ -134,6 +135,18 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         """Pay for what was made; the value."""
         self.spend(_cost(value))
         return self.refuse_unfolding(value)
+
+    def printed(self, value: Any) -> Any:
+        """Pay for what Jinja makes text of next, apart from the text, which :meth:`concat` pays for; the value."""
+        if not isinstance(value, str):
+            self.written(value)
+        return value
+
+    def concatenated(self, pieces: Sequence[Any]) -> str:
+        """The pieces of ``a ~ b`` in one text."""
+        for piece in pieces:
+            self.spend(self.written(piece))
+        return "".join(map(str, pieces))
 
     def refuse_unfolding(self, value: Any) -> Any:
         """Refuse a container that is small in memory and has no end where it is compared, hashed or written out.
@@ -275,34 +288,9 @@ class _Counted:
             yield item
 
 
-def _environment(context: Context) -> BoundedEnvironment:
-    return context.environment  # type: ignore[return-value]
-
-
-@pass_context
-def _counted(context: Context, items: Any) -> Any:
-    return _Counted(items, _environment(context))
-
-
-@pass_context
-def _concatenated(context: Context, pieces: Sequence[Any]) -> str:
-    environment = _environment(context)
-    for piece in pieces:
-        environment.spend(environment.written(piece))
-    return "".join(map(str, pieces))
-
-
-@pass_context
-def _printed(context: Context, value: Any) -> Any:
-    """Jinja makes text of it next, which :meth:`BoundedEnvironment.concat` pays for."""
-    if not isinstance(value, str):
-        _environment(context).written(value)
-    return value
-
-
-@pass_context
-def _made(context: Context, value: Any) -> Any:
-    return _environment(context).made(value)
+def _filter(method: Callable[[Any, Any], Any]) -> Callable[[Context, Any], Any]:
+    """A filter that Jinja does not evaluate while it compiles, since it takes the context."""
+    return pass_context(lambda context, value: method(context.environment, value))
 
 
 def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -311,7 +299,7 @@ def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
 
     @pass_context
     def bounded(context: Context, value: Any = "", /, *args: Any, **kwargs: Any) -> Any:
-        environment = _environment(context)
+        environment: Any = context.environment
         environment.spend(STEP)
         given = [*args, *kwargs.values()]
         numbers = _small_numbers(given)

@@ -160,8 +160,9 @@ def _shards(name: str, path: Path, split: str | None) -> list[Path]:
 
 def _saved(name: str, path: Path) -> Source:
     if not (path / "state.json").is_file():
-        found = _entries(json_object(path / "dataset_dict.json", "save the data set again", DataError).get("splits"))
-        splits = ", ".join(str(split) if str(split).isprintable() else repr(split) for split in found[:12])
+        found = json_object(path / "dataset_dict.json", "save the data set again", DataError).get("splits")
+        names = found[:12] if isinstance(found, list) else []
+        splits = ", ".join(str(split) if str(split).isprintable() else repr(split) for split in names)
         raise DataError(f"{name}: holds the splits {splits}; give the folder of one of them, such as {name}/train")
     refuse_files_outside(name, path)
     import datasets
@@ -218,12 +219,10 @@ def _numbered(name: str, data: Any, remedy: str) -> Generator[RawRow, None, None
 
 
 def refuse_files_outside(name: str, folder: Path) -> None:
-    """Refuse a saved data set whose files are not in its folder, by name or by a link.
-
-    Raises DataError.
-    """
+    """Refuse a saved data set whose files are not in its folder, by name or by a link (DataError)."""
     files = json_object(folder / "state.json", "save the data set again", DataError).get("_data_files")
-    found = [entry.get("filename") if isinstance(entry, dict) else None for entry in _entries(files)]
+    entries = files if isinstance(files, list) else []
+    found = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries]
     if not found or not all(isinstance(file, str) for file in found):
         raise DataError(f"{name}: state.json does not name its files; save the data set again")
     for file in map(str, found):
@@ -246,7 +245,3 @@ def unopened(feature: Any) -> Any:
     elif hasattr(found, "decode") and type(found).__name__ != "Json":  # which is text in the row itself
         found.decode = False
     return found
-
-
-def _entries(value: object) -> list[Any]:
-    return value if isinstance(value, list) else []
