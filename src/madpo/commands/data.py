@@ -7,10 +7,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from madpo.commands.from_settings import Configurable, part
-from madpo.commands.shared import Data, Result
+from madpo.commands.from_settings import Configurable
+from madpo.commands.shared import Data, Result, call
 from madpo.core.layout import Reading
-from madpo.core.libraries import loading_libraries
 from madpo.core.options import Cli
 from madpo.core.progress import show
 from madpo.models.hyperparameters import Truncation
@@ -83,20 +82,7 @@ def trim_vocab(options: TrimVocab) -> int:
     Example:
         madpo trim-vocab gemma-3-270m --corpus pairs.jsonl reviews.csv --size 32000 --output_dir trimmed
     """
-    from madpo.operations.preconditions import refuse_missing
-
-    texts = [text for text in (*options.corpus, options.eval_data) if text != "imdb"]
-    refuse_missing(data=texts, models=[options.model], output_dir=options.output_dir)
-    with loading_libraries():
-        from madpo.operations import trim_vocab
-
-    report = trim_vocab(
-        options.model,
-        options.corpus,
-        options.output_dir,
-        part(options, TrimSettings),
-        eval_data=options.eval_data,
-        overwrite=options.overwrite,
-    )
-    show(f"{report.text()}\nwritten to {options.output_dir}")
-    return 0
+    o = options
+    texts = [text for text in (*o.corpus, o.eval_data) if text != "imdb"]
+    refused = {"data": texts, "models": [o.model]}
+    return call("trim_vocab", o, TrimSettings, o.model, o.corpus, refused=refused, eval_data=o.eval_data)

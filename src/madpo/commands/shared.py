@@ -1,12 +1,17 @@
-"""Options that several commands have."""
+"""Options that several commands have, and how a command calls its operation."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+from madpo.commands.from_settings import T, part
+from madpo.core import processes
 from madpo.core.config import Frozen
+from madpo.core.libraries import loading_libraries
 from madpo.core.options import Cli
+from madpo.core.progress import show
 
 
 class Data(Frozen):
@@ -25,3 +30,27 @@ class Result(Frozen):
 class HeldOut(Frozen):
     eval_data: str | None = None
     """Held-out pairs; without them eval_share of the pairs is held out."""
+
+
+def call(
+    name: str, options: Any, settings: type[T], *inputs: Any, refused: dict[str, Any], page: str = "", **given: Any
+) -> int:
+    """Refuse what is missing, call the function of a command, and print its report and where its page is.
+
+    Args:
+        inputs: what comes before the folder of the result.
+        refused: as for :func:`madpo.operations.preconditions.refuse_missing`.
+        given: further arguments of the function.
+    """
+    from madpo.operations.preconditions import refuse_missing
+
+    place: Path = options.output_dir
+    refuse_missing(output_dir=place, **refused)
+    with loading_libraries():
+        function = getattr(import_module("madpo.operations.tuning" if name == "tune" else "madpo.operations"), name)
+    report = function(*inputs, place, part(options, settings), overwrite=options.overwrite, **given)
+    if processes.is_main_process():
+        show(f"{report.text()}\nwritten to {place / getattr(report, 'file', '')}")
+        if page and (place / page).is_file():
+            show(f"Page: {(place / page).resolve().as_uri()}")
+    return 0

@@ -2,44 +2,16 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from madpo.commands.from_settings import Configurable, T, part
-from madpo.commands.shared import Data, HeldOut, Result
-from madpo.core import processes
-from madpo.core.libraries import loading_libraries
+from madpo.commands.from_settings import Configurable
+from madpo.commands.shared import Data, HeldOut, Result, call
 from madpo.core.options import Cli
 from madpo.core.progress import show
 from madpo.core.storage import expanded
 from madpo.operations.settings import EvaluateSettings, RewardSettings, ScoreSettings
 from madpo.operations.train_settings import Auto, TrainSettings
 from madpo.operations.tuning.settings import TuneSettings
-
-
-def _run(
-    name: str, options: Any, settings: type[T], *inputs: str, refused: dict[str, Any], page: str = "", **given: Any
-) -> int:
-    """Refuse what is missing, call the function of a command, and print its report and where its page is.
-
-    Args:
-        inputs: what comes before the folder of the result.
-        refused: as for :func:`madpo.operations.preconditions.refuse_missing`.
-        given: further arguments of the function.
-    """
-    from madpo.operations.preconditions import refuse_missing
-
-    place: Path = options.output_dir
-    refuse_missing(output_dir=place, **refused)
-    with loading_libraries():
-        function = getattr(import_module("madpo.operations.tuning" if name == "tune" else "madpo.operations"), name)
-    report = function(*inputs, place, part(options, settings), overwrite=options.overwrite, **given)
-    if processes.is_main_process():
-        show(f"{report.text()}\nwritten to {place / getattr(report, 'file', '')}")
-        if page and (place / page).is_file():
-            show(f"Page: {(place / page).resolve().as_uri()}")
-    return 0
 
 
 class Reward(Configurable, RewardSettings, HeldOut, Result, Data):
@@ -54,7 +26,7 @@ def reward(options: Reward) -> int:
     """
     o = options
     refused = {"pairs": [o.data, o.eval_data], "reading": o.reading, "models": [o.model]}
-    return _run("reward", o, RewardSettings, o.data, refused=refused, page="report.html", eval_data=o.eval_data)
+    return call("reward", o, RewardSettings, o.data, refused=refused, page="report.html", eval_data=o.eval_data)
 
 
 class Score(Configurable, ScoreSettings, Result, Data):
@@ -78,7 +50,7 @@ def score(options: Score) -> int:
         "models": [o.reward.model if o.reward else o.probe],
         "rewards": [o.reward_model],
     }
-    return _run("score", o, ScoreSettings, o.data, refused=refused)
+    return call("score", o, ScoreSettings, o.data, refused=refused)
 
 
 class Train(Configurable, TrainSettings, HeldOut, Result, Data):
@@ -98,7 +70,7 @@ def train(options: Train) -> int:
     if isinstance(o.loss, Auto):
         o.loss.refuse_held_out(o.eval_data)
     refused = {"pairs": [o.data, o.eval_data], "reading": o.reading, "loss": o.loss, "probe": True, "models": [o.model]}
-    return _run("train", o, TrainSettings, o.data, refused=refused, page="report.html", eval_data=o.eval_data)
+    return call("train", o, TrainSettings, o.data, refused=refused, page="report.html", eval_data=o.eval_data)
 
 
 class Tune(Configurable, TuneSettings, Result, Data):
@@ -117,7 +89,7 @@ def tune(options: Tune) -> int:
     o = options
     rewards = [o.reward.reward_model if o.reward else None]
     refused = {"pairs": [o.data], "reading": o.reading, "loss": o.loss, "models": [o.model], "rewards": rewards}
-    _run("tune", o, TuneSettings, o.data, refused=refused, page="tune.html")
+    call("tune", o, TuneSettings, o.data, refused=refused, page="tune.html")
     show(f"madpo train {o.data} --config {o.output_dir / 'chosen.toml'} --output_dir DIR")
     return 0
 
@@ -143,4 +115,4 @@ def evaluate(options: Evaluate) -> int:
     if expanded(o.prompts).is_file():
         read_prompts(o.prompts, o.max_prompts, o.reading)
     refused = {"data": [o.prompts], "models": [o.reference], "rewards": [o.reward_model]}
-    return _run("evaluate", o, EvaluateSettings, o.policy, o.prompts, refused=refused, page="samples.html")
+    return call("evaluate", o, EvaluateSettings, o.policy, o.prompts, refused=refused, page="samples.html")
