@@ -61,12 +61,20 @@ def module_float32():
         yield
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    """Headless Chromium."""
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory):
+    """Headless Chromium, started once."""
     from browser import open_browser
 
     yield from open_browser(tmp_path_factory.mktemp("profile"))
+
+
+@pytest.fixture(scope="module")
+def browser(chromium):
+    """Headless Chromium, at an empty page and without what earlier modules have logged."""
+    chromium.get("about:blank")
+    chromium.get_log("browser")
+    return chromium
 
 
 @pytest.fixture

@@ -178,17 +178,17 @@ def write(path, content):
 
 @pytest.mark.parametrize("twice", [False, True])
 def test_time_grows_with_the_number_of_names_and_not_faster(twice, tmp_path):
-    names = [f"c{i}" for i in range(200_000)]
-    names += ["c199999"] if twice else []
+    names = [f"c{i}" for i in range(60_000)]
+    names += ["c59999"] if twice else []
     began = time.process_time()
     for name, content in (
         ("d.csv", ",".join(names) + "\n" + ",".join("1" * len(names)) + "\n"),
         ("d.jsonl", "{" + ",".join(f'"{name}": 1' for name in names) + "}\n"),
         ("d.json", "[{" + ",".join(f'"{name}": 1' for name in names) + "}]"),
     ):
-        with pytest.raises(DataError, match="the (column|key) 'c199999' is there twice" if twice else "chosen"):
+        with pytest.raises(DataError, match="the (column|key) 'c59999' is there twice" if twice else "chosen"):
             load_preferences(write(tmp_path / name, content.encode()))
-    assert time.process_time() - began < 10, "4x per doubling would take a quarter of an hour"
+    assert time.process_time() - began < 4, "4x per doubling would take minutes"
 
 
 # ---- Memory ----
@@ -250,7 +250,13 @@ def conversations(roles, contents, offsets):
     return pa.ListArray.from_arrays(pa.array(list(offsets), pa.int32()), messages)
 
 
-@pytest.mark.parametrize("bomb", [many_rows, many_messages, one_long_row, lists_of_text, long_rows, packed])
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        *(one_long_row, lists_of_text, packed),
+        *(pytest.param(bomb, marks=pytest.mark.slow) for bomb in (many_rows, many_messages, long_rows)),
+    ],
+)
 def test_a_parquet_bomb_takes_bounded_memory(bomb, tmp_path):
     columns = bomb()
     rows = len(columns["prompt"])
