@@ -303,23 +303,27 @@ def dying(*words):
 def test_killed_and_started_again_ends_in_the_same_bytes(forked, command, small, tmp_path):
     """SIGKILL in the middle of a training; finished stages are kept, and the results equal the undisturbed run's."""
     root = tmp_path / "run"
+    shutil.copytree(small / "run", root)
+    for step in ("reference", "margins", "policy", "evaluation"):  # what the killed process begins with, and the rest
+        for folder in [*root.glob(f"{step}/low/seed0-*"), *root.glob(f"{step}/low/madpo/seed0-*")]:
+            shutil.rmtree(folder)
     words = ["run", "smoke", "--output_dir", str(root), *SMALL, "--only", "evaluation/low/madpo/*"]
     assert forked(dying, *words, cache=small / "cache").end().status == -signal.SIGKILL
     kept = set(records(root))
-    assert {"sft", "oracle", "responses", "margins/low/seed0"} <= kept
+    assert {"sft", "oracle", "responses", "reference/low/seed0", "margins/low/seed0"} <= kept
     assert "policy/low/madpo/seed0" not in kept
     again = command(*words, cache=small / "cache").end()
     assert again.status == 0, again.err
-    assert f"{len(kept)} of" in again.err
+    assert " are done already; 2 to run" in again.err
     assert_same(root, small / "run")
 
 
-def test_a_mistake_exits_with_status_2_and_leaves_nothing(command, tmp_path):
-    ended = command("run", "smoke", "--output_dir", tmp_path / "run", "--set", "pairs.trian=3", cache=tmp_path).end()
-    assert ended.status == 2
-    assert ended.err.strip().count("\n") == 0
-    assert "did you mean 'train'" in ended.err
-    assert not ended.out
+def test_a_mistake_exits_with_status_2_and_leaves_nothing(tmp_path, capsys):
+    assert main(["run", "smoke", "--output_dir", str(tmp_path / "run"), "--set", "pairs.trian=3"]) == 2
+    said = capsys.readouterr()
+    assert said.err.strip().count("\n") == 0
+    assert "did you mean 'train'" in said.err
+    assert not said.out
     assert not (tmp_path / "run").exists()
 
 

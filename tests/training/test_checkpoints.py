@@ -444,7 +444,10 @@ def stages(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("kind", soak.KINDS)
+@pytest.mark.parametrize(
+    "kind",  # the others do what these do, and more
+    [pytest.param(kind, marks=[pytest.mark.slow] if kind in ("sft", "dpo") else []) for kind in soak.KINDS],
+)
 def test_a_killed_stage_started_again_leaves_the_same_bytes(forked, stages, tmp_path, kind):
     """Every stage undisturbed; and killed by SIGKILL in the middle, then started again."""
     whole, again = tmp_path / "whole", tmp_path / "again"
