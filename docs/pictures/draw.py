@@ -1,8 +1,8 @@
-"""Draws the pictures of README and docs: `make pictures`. Everything on them was computed or printed just now.
+"""Draws the pictures of README and docs: `make pictures`. Everything on them was computed or printed by a run.
 
 weight.svg: MADPO's weight over the margins of the laptop study's Low pairs (docs/results/laptop). terminal.svg: `madpo
-example` and `madpo check`, run in an empty folder. quickstart.svg: the table that `make quickstart` shows, from the
-records in runs/quickstart, where that has been run.
+example` and `madpo check`, run in an empty folder. quickstart.svg: the table that `make quickstart` shows. Its numbers
+are in quickstart.json, which a finished run in runs/quickstart takes the place of.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from rich.text import Text
 from madpo.core.metrics import Estimate
 from madpo.report.charts import Chart, WeightPanel
 from madpo.report.drawing import save_charts
-from madpo.report.live import table_lines
+from madpo.report.live import Result, table_lines
 from madpo.rewards.weight_counts import WeightParameters
 from madpo.runner.record import run_status
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+QUICKSTART = HERE / "quickstart.json"
 WIDTH = 104
 COMMANDS = ("madpo example .", "madpo check pairs.jsonl --eval_data heldout.jsonl")
 THEME = TerminalTheme(
@@ -61,11 +62,20 @@ def terminal() -> None:
 
 
 def quickstart() -> None:
-    """The table of a finished quickstart."""
+    """The table of a quickstart: of the one in runs/quickstart, where it is finished, else of the one before."""
     folder = ROOT / "runs" / "quickstart"
-    if not (folder / "results.json").exists():
-        print("runs/quickstart is not there: quickstart.svg stays as it is")
-        return
+    if (folder / "results.json").exists():
+        rows = [result._asdict() for result in results_of(folder)]
+        QUICKSTART.write_text("[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n")
+    console = Console(record=True, width=WIDTH, file=open(os.devnull, "w"))  # noqa: SIM115
+    rows = json.loads(QUICKSTART.read_text())
+    known = [{name: Estimate(*v) if isinstance(v, list) else v for name, v in row.items()} for row in rows]
+    show(console, "make quickstart", "\n".join(table_lines([Result(**row) for row in known])))
+    save(console, "quickstart", "quickstart")
+
+
+def results_of(folder: Path) -> list[Result]:
+    """The evaluations of a finished run, in the order of their ends."""
     records = [record for record in run_status(folder).steps.values() if record is not None]
     begun = min(pd.Timestamp(record.provenance["started"]) for record in records)
     tiers = json.loads((folder / "results.json").read_bytes())["tiers"]
@@ -74,12 +84,9 @@ def quickstart() -> None:
     for record in records:
         if record.name.startswith("evaluation/"):
             gap = differences.get(str(record.config["method"]))
-            ended = pd.Timestamp(record.provenance["started"]) - begun
-            seconds = ended.total_seconds() + record.seconds
-            rows.append((record, Estimate(**gap) if isinstance(gap, dict) else None, seconds))
-    console = Console(record=True, width=WIDTH, file=open(os.devnull, "w"))  # noqa: SIM115
-    show(console, "make quickstart", "\n".join(table_lines(rows)))
-    save(console, "quickstart", "quickstart")
+            ended = (pd.Timestamp(record.provenance["started"]) - begun).total_seconds() + record.seconds
+            rows.append(Result.of(record, Estimate(**gap) if isinstance(gap, dict) else None, ended))
+    return sorted(rows, key=lambda result: result.seconds)
 
 
 def show(console: Console, command: str, output: str) -> None:

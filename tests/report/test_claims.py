@@ -12,15 +12,14 @@ import pytest
 from claim_cases import by_key, in_second_seed, madpo, row, tier_of, uneven_tier, without
 from madpo.core.metrics import Estimate
 from madpo.report import published
-from madpo.report.caveats import doubtful, empty_cells, idle_parts, weights_from
-from madpo.report.charts import Chart, Level, Levels, Mark, Panel, Series, WeightPanel
+from madpo.report.charts import PAPER, Chart, Mark, Panel, Series, WeightPanel, levels
 from madpo.report.claims import BEYOND, BROKEN, HELD, OPEN, OWN, Claim, claims, counts, ties
 from madpo.report.compare import NOT_RUN, Comparison, choose, less
 from madpo.report.drawing import save_charts
 from madpo.report.results import Tier
 from madpo.report.study_charts import ablation_chart, choices_of, frontier_chart, main_chart, sensitivity_chart
 from madpo.report.study_sections import claims_view, doubts
-from madpo.report.summary import verdict
+from madpo.report.summary import doubtful, empty_cells, idle_parts, verdict, weights_from
 from madpo.report.tables import study_tables, tex
 from madpo.rewards.weight_counts import WeightParameters
 from madpo.runner.record import Record
@@ -76,10 +75,10 @@ def test_the_opposite_is_said_too(paper: list[Tier]) -> None:
     assert found["madpo-first-low"].verdict == BROKEN
     assert found["c-grows-low"].verdict == HELD
     view = claims_view(list(found.values()), turned, 2)
-    (weakest,) = [v for v in view.sections["Main result"] if v.claim.key == "ipo-weakest"]
-    assert weakest.kind == "broken"
-    assert weakest.closest.bar.high < 0  # type: ignore[union-attr]  # the least favourable difference
-    assert "Two training seeds" in view.cautions[-1]
+    (weakest,) = [v for v in view["sections"]["Main result"] if v["claim"].key == "ipo-weakest"]
+    assert weakest["kind"] == "broken"
+    assert weakest["closest"].bar.high < 0  # the least favourable difference
+    assert "Two training seeds" in view["cautions"][-1]
 
 
 def test_what_is_not_there_is_not_run_and_what_is_partly_there_says_so() -> None:
@@ -97,8 +96,8 @@ def test_what_is_not_there_is_not_run_and_what_is_partly_there_says_so() -> None
     broken = by_key(claims([worse]))["madpo-first-high"]
     assert broken.verdict == BROKEN  # one rival above it is enough, whatever the others do
     assert broken.shown == "did not hold, 2 of 3 comparisons are missing"
-    assert any("MADPO beats rDPO." in text for text in view.absent)
-    assert "One training seed" in view.cautions[-1]
+    assert any("MADPO beats rDPO." in text for text in view["absent"])
+    assert "One training seed" in view["cautions"][-1]
 
 
 def test_a_tie_with_a_rival_is_said() -> None:
@@ -158,8 +157,8 @@ def test_reward_models_near_chance_are_said_where_verdicts_are() -> None:
     assert doubtful(found["madpo-first-low"], tiers) == []
     assert doubtful(found["beta-dpo-above-dpo"], tiers) == []  # no weights in it
     view = claims_view(list(found.values()), tiers, 2)
-    assert "High 72 %" in view.cautions[0]
-    remarks = {v.claim.key: v.remarks for views in view.sections.values() for v in views}
+    assert "High 72 %" in view["cautions"][0]
+    remarks = {v["claim"].key: v["remarks"] for views in view["sections"].values() for v in views}
     assert "The reward model on High cannot be distinguished from chance." in remarks["madpo-first-high"]
     assert remarks["madpo-first-low"] == []
     little = [tier_of("low", rows, reward_models=model(Estimate(0.57, 0.51, 0.62, 400)))]
@@ -180,27 +179,32 @@ def test_seeds_that_disagree_separate_nothing() -> None:
     assert replace(claim, comparisons=(Comparison("a", value), optional)).verdict == BROKEN
 
 
+def places(panel: Panel | WeightPanel, *, published: bool = False) -> dict[str, float]:
+    """Name -> value of a panel of values one under the other, this run's or the paper's."""
+    assert isinstance(panel, Panel)
+    return {s.name.removesuffix(PAPER): s.marks[0].x for s in panel.series if s.published == published}
+
+
 def test_figures_show_the_papers_and_the_runs_numbers(paper: list[Tier]) -> None:
     main = main_chart(paper, choices_of(paper, 0.1))
     assert main is not None
     for panel, tier in zip(main.panels, published.TIERS, strict=True):
-        assert isinstance(panel, Levels)
-        lines = {line.name: (line.mean, line.published) for line in panel.lines}
-        assert lines["DPO"] == (pytest.approx(published.TABLE_1["DPO"][tier][0]), published.TABLE_1["DPO"][tier][0])
-        assert [theirs for _, theirs in lines.values()] == [published.TABLE_1[name][tier][0] for name in lines]
+        theirs = {name: published.TABLE_1[name][tier][0] for name in published.METHODS}
+        assert places(panel).keys() == theirs.keys()
+        assert places(panel)["DPO"] == pytest.approx(theirs["DPO"])
+        assert places(panel, published=True) == theirs
     sensitivity = sensitivity_chart(paper, 0.1)
     assert sensitivity is not None
     over_tau, over_c = sensitivity.panels
-    for panel, theirs in ((over_tau, published.OVER_TAU), (over_c, published.OVER_C)):
+    for panel, over in ((over_tau, published.OVER_TAU), (over_c, published.OVER_C)):
         assert isinstance(panel, Panel)
         drawn = {s.name: [(m.x, m.y) for m in s.marks] for s in panel.series}
-        assert drawn["High"] == [pytest.approx(p) for p in theirs["high"].items()]
-        assert drawn["High, the paper"] == [*theirs["high"].items()]
+        assert drawn["High"] == [pytest.approx(p) for p in over["high"].items()]
+        assert drawn["High, the paper"] == [*over["high"].items()]
     ablation = ablation_chart(paper, 0.1)
     assert ablation is not None
     assert [p.title for p in ablation.panels[2:4]] == ["Low, c = 2, τ = 7", "High, c = 4, τ = 7"]
-    parts = {line.name: line.mean for line in ablation.panels[3].lines}  # type: ignore[union-attr]
-    assert parts["Amp-Only"] == pytest.approx(2.20)
+    assert places(ablation.panels[3])["Amp-Only"] == pytest.approx(2.20)
     assert sensitivity_chart([tier_of("high", [row("DPO", 1.0, kind="dpo")])], 0.1) is None
     assert frontier_chart(paper, 0.1) is not None
 
@@ -236,11 +240,12 @@ def test_degeneration_is_noticed() -> None:
 def test_figures_as_files(tmp_path: Path) -> None:
     hostile = "$x_{$ </script> \N{ARABIC LETTER MEEM} \ud800 _hidden"
     marks = (Mark(0.0, 1.0, 0.5, 1.5, -0.2, 0.2), Mark(1.0, -2.0))
-    levels = Levels("levels", "y", (Level("DPO", 0, 1.0, 0.5, 1.5, 1.2), Level(hostile, 2, -1.0)), ("SFT", 0.0))
+    values = [("DPO", 0, Estimate(1.0, 0.5, 1.5, 9), 1.2), (hostile, 2, -1.0, None)]
+    rows = levels("levels", "y", values, ("SFT", 0.0))
     lines = Panel(hostile, "x", "y", (Series(hostile, marks, 2), Series("β", marks[:1], 3)), reference=("r", 0.5))
     decades = Panel("log", "x", "y", (Series("a", (Mark(1e-5, 1.0), Mark(1e-3, 2.0)), 1, raw=True),), log=True)
     weights = WeightPanel("High", np.array([-3.0, 0.5, 9.0]), WeightParameters())
-    charts = [Chart("first", "title", "caption", [levels, lines, decades]), Chart("second", hostile, "", [weights])]
+    charts = [Chart("first", "title", "caption", [rows, lines, decades]), Chart("second", hostile, "", [weights])]
     save_charts(charts, tmp_path / "a")
     save_charts(charts, tmp_path / "b")
     for name in ("first.svg", "second.svg"):
@@ -262,11 +267,9 @@ def test_other_settings_of_the_parts_have_a_panel_without_the_papers_numbers() -
     assert chart is not None
     assert [p.title for p in chart.panels] == ["Low, c = 4, τ = 7", "Low, c = 2, τ = 2"]  # High has no part
     own, other = chart.panels
-    assert isinstance(own, Levels)
-    assert isinstance(other, Levels)
-    assert any(line.published for line in own.lines)
-    assert not any(line.published for line in other.lines)
-    assert {line.name: line.mean for line in other.lines}["Reg-Only"] == pytest.approx(1.2)
+    assert places(own, published=True)
+    assert not places(other, published=True)
+    assert places(other)["Reg-Only"] == pytest.approx(1.2)
 
 
 def test_policies_that_answer_alike_show_nothing() -> None:

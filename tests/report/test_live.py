@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from madpo.core.metrics import Estimate
-from madpo.report.live import LiveReport, table_lines
+from madpo.report.live import LiveReport, Result, table_lines
 from madpo.report.numbers import short
 from madpo.report.results import collect
 from madpo.runner.record import Record, run_status
@@ -37,7 +37,8 @@ def test_every_evaluation_is_a_row_below_the_earlier_ones(tmp_path: Path, capsys
 
 def test_columns_stay_where_they_are() -> None:
     names = ("DPO", "a method with a name that is far too long for its column", "[bold]x[/bold]")
-    rows = [(record(f"evaluation/low/{k}/seed0", method=name, tier="low"), None, 3.0) for k, name in enumerate(names)]
+    records = (record(f"evaluation/low/{k}/seed0", method=name, tier="low") for k, name in enumerate(names))
+    rows = [Result.of(evaluation, None, 3.0) for evaluation in records]
     head, _, *lines = table_lines(rows)
     assert [line.index("0.50 (") for line in lines] == [lines[0].index("0.50 (")] * 3
     assert all(len(line) <= 100 for line in (head, *lines))

@@ -217,7 +217,7 @@ def test_samples_are_in_the_datas_order_and_their_differences_are_marked(
     screen: Chrome, pages: dict[str, Path]
 ) -> None:
     show(screen, pages["samples"], 1280, 900)
-    cards = screen.find_elements(By.CSS_SELECTOR, "#sample-browser .card")
+    cards = screen.find_elements(By.CSS_SELECTOR, "#samples-body .card")
     sides: list[Any] = [card.find_elements(By.CSS_SELECTOR, ".answer") for card in cards]
     firsts = [side[0].find_element(By.TAG_NAME, "p").text for side in sides]
     assert firsts == [f"The film was a wonderful {i} surprise and good." for i in range(8)]

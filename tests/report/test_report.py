@@ -409,7 +409,8 @@ def test_counts_of_known_margins() -> None:
 @pytest.mark.parametrize("values", [[0.0], [1.0, 1.0], [1e-300, 2e-300], [-1e12, 1e12]])
 @pytest.mark.parametrize("categories", [(), ("a", HOSTILE, "c")])
 def test_figures_of_odd_ranges_are_finite(values: list[float], categories: tuple[str, ...]) -> None:
-    marks = tuple(Mark(x, y, says=HOSTILE) for x, y in enumerate(values))
+    places = [(value, float(i)) if categories else (float(i), value) for i, value in enumerate(values)]
+    marks = tuple(Mark(x, y, says=HOSTILE) for x, y in places)
     panel = Panel(HOSTILE, HOSTILE, "y", (Series(HOSTILE, marks, 0),), categories)
     (svg,) = draw(Chart("name", "title", "", [panel])).panels
     assert "nan" not in svg

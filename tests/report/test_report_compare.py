@@ -7,11 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from claim_cases import PROMPT, N, in_second_seed, madpo, row, samples, tier_of, uneven_tier
+from claim_cases import PROMPT, Made, N, in_second_seed, madpo, row, samples, tier_of, uneven_tier
 from madpo.core.metrics import Estimate
 from madpo.core.seeding import rng
 from madpo.core.statistics import bootstrap_mean, bootstrap_statistic
-from madpo.report.charts import Levels
+from madpo.report.charts import Panel
 from madpo.report.claims import claims
 from madpo.report.compare import (
     _interpolated,
@@ -120,8 +120,10 @@ def test_levels_that_are_shown_together_are_over_the_same_seeds() -> None:
     assert ablation is not None
     assert "seed0" in frontier.panels[0].title
     (panel,) = ablation.panels
-    assert isinstance(panel, Levels)
-    assert {line.name: line.mean for line in panel.lines} == pytest.approx({"DPO": 2.0, "Reg-Only": 2.0, "MADPO": 2.1})
+    assert isinstance(panel, Panel)
+    assert {s.name: s.marks[0].x for s in panel.series if not s.published} == pytest.approx(
+        {"DPO": 2.0, "Reg-Only": 2.0, "MADPO": 2.1}
+    )
     words = " ".join(headline([tier]))
     assert "Low: MADPO τ=7 c=4 has the highest mean reward, 1.60" in words
     assert "Three settings of fewer seeds are not ranked here." in words
@@ -213,26 +215,32 @@ CURVE = [
 ]
 
 
-@pytest.mark.parametrize(("kl", "expected"), [(4.0, 1.5), (8.0, 2.1), (6.0, 2.0)])
-def test_equal_kl_interpolates_dpos_curve(kl: float, expected: float) -> None:
-    tier = tier_of("high", [*CURVE, madpo(7.0, 4.0, 2.5, kl=kl)])
-    value = equal_kl("x", tier, choose("MADPO", tier, tier.rows[3:]), interpolation="linear").value
+def on_curve(kl: float, kls: list[float], rewards: list[float]) -> float:
+    """The reward at a KL, by straight lines in its root; the prompts shift all KLs of ``row`` alike."""
+    shift = 0.1 * PROMPT.mean()
+    return float(np.interp(np.sqrt(kl + shift), np.sqrt(np.add(kls, shift)), rewards))
+
+
+@pytest.mark.parametrize("start", [[], [row("SFT", 0.2, kl=0.0)]])
+@pytest.mark.parametrize("kl", [4.0, 6.0, 8.0])
+def test_equal_kl_interpolates_dpos_curve_in_the_root_of_kl(start: list[Made], kl: float) -> None:
+    tier = tier_of("high", [*start, *CURVE, madpo(7.0, 4.0, 2.5, kl=kl)])
+    *base, ours = tier.rows
+    value = equal_kl("x", tier, choose("MADPO", tier, [ours])).value
     assert value is not None
-    assert value.mean == pytest.approx(2.5 - expected, abs=1e-6)
+    kls = [*(0.0 for _ in start), *(made.mean("kl") for made in base[len(start) :])]
+    expected = np.interp(np.sqrt(ours.mean("kl")), np.sqrt(kls), [*(0.2 for _ in start), 1.0, 2.0, 2.2])
+    assert value.mean == pytest.approx(2.5 - expected, abs=1e-9)
     assert value.low < value.mean < value.high
 
 
-def test_the_root_of_kl_interpolates_from_the_sft_model_on() -> None:
-    ours = [madpo(7.0, c, 2.5, kl=kl) for c, kl in ((2.0, 0.5), (4.0, 4.0))]
-    tier = tier_of("high", [row("SFT", 0.2, kl=0.0), *CURVE, *ours])
-    kls = [0.0, *(made.mean("kl") for made in tier.rows[1:4])]
-    for made in tier.rows[4:]:
-        found = equal_kl("x", tier, choose("MADPO", tier, [made]), interpolation="sqrt").value
-        assert found is not None
-        expected = np.interp(np.sqrt(made.mean("kl")), np.sqrt(kls), [0.2, 1.0, 2.0, 2.2])
-        assert found.mean == pytest.approx(2.5 - expected, abs=1e-9)
-    near = choose("MADPO", tier, [tier.rows[4]])
-    assert "0.5 nats, and DPO's curve spans 2.0 to 10.0" in equal_kl("x", tier, near, interpolation="linear").missing
+def test_the_curve_begins_at_the_sft_model() -> None:
+    ours = madpo(7.0, 2.0, 2.5, kl=0.5)
+    tier = tier_of("high", [*CURVE, ours])
+    found = equal_kl("x", tier, choose("MADPO", tier, tier.rows[3:]))
+    assert "0.5 nats, and DPO's curve spans 2.0 to 10.0" in found.missing
+    tier = tier_of("high", [row("SFT", 0.2, kl=0.0), *CURVE, ours])
+    assert equal_kl("x", tier, choose("MADPO", tier, tier.rows[4:])).value is not None
 
 
 def test_two_curves_are_compared_over_the_distances_that_both_reach() -> None:
@@ -312,10 +320,11 @@ def test_equal_kl_compares_over_the_seeds_that_all_rows_have() -> None:
     dpo = in_second_seed(row("DPO", 2.0, kl=6.0, kind="dpo"), reward=-3.0, kl=20.0)
     ours = in_second_seed(madpo(7.0, 4.0, 2.5, kl=4.0), reward=5.0, kl=2.0)
     tier = tier_of("high", [dpo, ours, *ends])
-    found = equal_kl("x", tier, choose("MADPO", tier, tier.rows[1:2]), interpolation="linear")
+    found = equal_kl("x", tier, choose("MADPO", tier, tier.rows[1:2]))
     assert found.value is not None
-    assert found.value.mean == pytest.approx(2.5 - 1.5, abs=1e-6)
-    assert (found.seeds, found.per_seed) == (1, {"seed0": pytest.approx(1.0)})
+    expected = 2.5 - on_curve(4.0, [2.0, 6.0, 10.0], [1.0, 2.0, 2.2])
+    assert found.value.mean == pytest.approx(expected, abs=1e-6)
+    assert (found.seeds, found.per_seed) == (1, {"seed0": pytest.approx(expected)})
 
 
 def test_a_frontier_of_one_seed_is_compared_as_in_a_study_of_one_seed(tmp_path: Path) -> None:
@@ -331,10 +340,11 @@ def test_a_frontier_of_one_seed_is_compared_as_in_a_study_of_one_seed(tmp_path: 
 def test_equal_kl_reports_what_each_seed_says() -> None:
     ours = in_second_seed(madpo(7.0, 4.0, 2.5, kl=4.0), reward=-2.0, kl=4.0)
     tier = tier_of("high", [CURVE[0], CURVE[2], ours])
-    found = equal_kl("x", tier, choose("MADPO", tier, tier.rows[2:]), interpolation="linear")
+    found = equal_kl("x", tier, choose("MADPO", tier, tier.rows[2:]))
     assert found.value is not None
-    assert found.value.mean == pytest.approx(1.5 - 1.6, abs=1e-6)
-    assert found.per_seed == pytest.approx({"seed0": 2.5 - 1.3, "seed1": 0.5 - 1.9}, abs=1e-6)
+    both, first, second = (on_curve(kl, [2.0, 10.0], [1.0, 2.2]) for kl in (6.0, 4.0, 8.0))
+    assert found.value.mean == pytest.approx(1.5 - both, abs=1e-6)
+    assert found.per_seed == pytest.approx({"seed0": 2.5 - first, "seed1": 0.5 - second}, abs=1e-6)
     assert found.seeds == 2
     assert not found.below, "the seeds disagree"
     far = tier_of("high", [CURVE[0], CURVE[2], in_second_seed(madpo(7.0, 4.0, 2.5, kl=4.0), kl=7.0)])

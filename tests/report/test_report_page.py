@@ -71,7 +71,7 @@ def test_text_of_the_data_is_shown_as_text(window: Chrome) -> None:
     assert not window.find_elements(By.CSS_SELECTOR, "img, iframe, [onload], [onerror]")
     assert len(window.find_elements(By.TAG_NAME, "style")) == 1
     assert window.find_element(By.TAG_NAME, "h1").get_property("textContent") == HOSTILE
-    cards = window.find_elements(By.CSS_SELECTOR, "#sample-browser .card")
+    cards = window.find_elements(By.CSS_SELECTOR, "#samples-body .card")
     for card, text in zip(cards, (HOSTILE, ARABIC, LONG), strict=False):
         assert [p.get_property("textContent") for p in card.find_elements(By.CSS_SELECTOR, ".answer p")] == [text] * 2
         assert all(p.get_attribute("dir") == "auto" for p in card.find_elements(By.CSS_SELECTOR, "p"))
@@ -90,7 +90,7 @@ def test_samples_are_searched_and_sorted(window: Chrome, study: Study) -> None:
         return {row["prompt_id"]: round(row["oracle_reward"], 3) for row in sorted(rows, key=lambda r: r["prompt_id"])}
 
     def shown() -> list[int]:
-        prompts = window.find_elements(By.CSS_SELECTOR, "#sample-browser .card p.prompt")
+        prompts = window.find_elements(By.CSS_SELECTOR, "#samples-body .card p.prompt")
         return [int(str(p.get_property("textContent")).split()[1]) for p in prompts]
 
     ours, theirs = rewards("MADPO τ=7 c=4"), rewards("IPO")
@@ -103,12 +103,12 @@ def test_samples_are_searched_and_sorted(window: Chrome, study: Study) -> None:
     order.select_by_value("up")
     behind = sorted(ours, key=lambda i: ours[i] - theirs[i])
     assert shown() == behind[:8]
-    press(window, window.find_element(By.CSS_SELECTOR, "#sample-browser > button"))
+    press(window, window.find_element(By.CSS_SELECTOR, "#samples-body > button"))
     assert shown() == behind[:24]
     search = window.find_element(By.CSS_SELECTOR, ".picker input[type=search]")
     search.send_keys("ANSWERS number 17")
     assert shown() == [17]
-    status = window.find_element(By.CSS_SELECTOR, "#sample-browser [role=status]")
+    status = window.find_element(By.CSS_SELECTOR, "#samples-body [role=status]")
     assert status.text.startswith("1 prompts")
     search.send_keys(Keys.CONTROL, "a", Keys.NULL, "no such words")
     assert shown() == []

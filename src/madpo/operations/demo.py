@@ -42,17 +42,16 @@ class DemoReport(Report):
     deciding: dict[str, Estimate]
     """Held-out log loss of the margins less that of DPO's own implicit margins, nats: below 0 the margins know more."""
 
-    def verdict(self, kind: str) -> str:
-        """What came out with one kind of reward model, in a sentence."""
+    def verdict(self, kind: str) -> tuple[str, str, tuple[str, ...]]:
+        """What came out with one kind of reward model: a sentence, MADPO's side ("above", "below", "open"), remarks."""
         found = {METHODS[name][0]: value for name, value in self.differences[kind].items() if value is not None}
         above = [name for name, value in found.items() if value.low > 0]
         below = [name for name, value in found.items() if value.high < 0]
-        parts = [f"clearly above DPO: {', '.join(above) or 'nothing'}"]
-        if below:
-            parts.append(f"clearly below: {', '.join(below)}")
-        if (deciding := self.deciding.get(kind)) is not None:
-            parts.append(f"held-out log loss of the margins less DPO's: {short(deciding, 'signed', 3)} nats")
-        return "; ".join(parts)
+        less = f"; clearly below: {', '.join(below)}" if below else ""
+        words = f"Clearly above DPO: {', '.join(above) or 'nothing'}{less}."
+        kinds = {METHODS["madpo"][0]: "open", **dict.fromkeys(above, "above"), **dict.fromkeys(below, "below")}
+        deciding = short(self.deciding.get(kind), "signed", 3)
+        return words, kinds[METHODS["madpo"][0]], (f"Held-out log loss of the margins less DPO's, nats: {deciding}.",)
 
     def text(self) -> str:
         """For a person."""
@@ -65,7 +64,8 @@ class DemoReport(Report):
         for kind, found in self.differences.items():
             lines += ["", f"the reward model {SEES[kind]}"]  # type: ignore[index]
             lines += [f"    {METHODS[name][0]:<{width}}  {short(value, 'signed', 3)}" for name, value in found.items()]
-            lines.append(f"    {self.verdict(kind)}")
+            words, _, remarks = self.verdict(kind)
+            lines += [f"    {text}" for text in (words, *remarks)]
         return "\n".join(lines)
 
 

@@ -244,7 +244,6 @@ def write_report(
         says = [f"{said}: {against(right, 0.5, 'chance')}."]
     elif report.evaluation:
         says = [f"It was measured on {report.eval_pairs} held-out pairs."]
-    says.append(f"{report.adapter or 'All weights were trained'}.")
     write_training_page(
         out / PAGE,
         title=title(settings),
@@ -256,6 +255,7 @@ def write_report(
             "mean loss": report.loss,
         },
         evaluation=report.evaluation,
+        trained=f"{report.adapter or 'All weights were trained'}.",
         log=out / "log.jsonl",
         settings=config,
     )

@@ -5,8 +5,8 @@ nothing else, and templates escape all text. It says what it has to say without 
 report of that part, which says what is missing.
 
 ``sources`` reads what steps left behind; ``results`` is the long table of samples, and a tier's methods; ``compare``,
-``claims``, ``caveats`` and ``summary`` say what follows from it; ``charts`` are what figures show, ``drawing`` and
-``svg`` how; ``pages`` renders templates; ``study`` puts a study together, and ``build`` writes its report.
+``claims`` and ``summary`` say what follows from it; ``charts`` are what figures show, ``drawing`` and ``svg`` how;
+``pages`` renders templates; ``study_charts`` puts a study together, and ``build`` writes its report.
 """
 
 from typing import TYPE_CHECKING

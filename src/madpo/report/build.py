@@ -9,13 +9,12 @@ from typing import Any
 
 from madpo.core.errors import DataError, MadpoError, first_line
 from madpo.core.storage import storage_errors, write_atomically
-from madpo.report.caveats import idle_parts, trimmed_base, unfinished_run, weights_from
 from madpo.report.claims import counts, ties
 from madpo.report.drawing import save_charts
 from madpo.report.selection import FILE
-from madpo.report.study import Study
+from madpo.report.study_charts import Study
 from madpo.report.study_page import study_page
-from madpo.report.summary import cautions, headline
+from madpo.report.summary import cautions, headline, idle_parts, trimmed_base, unfinished_run, weights_from
 from madpo.report.tables import claim_json, report_markdown_table, results_json, save_tables, study_tables
 from madpo.runner.record import Record, run_status
 
@@ -97,7 +96,7 @@ def rebuild_report(root: Path, *, figures: bool = True) -> Path:
 
 
 def _notes(study: Study, records: Mapping[str, Record]) -> list[str]:
-    """What a reader of the verdicts must know besides."""
+    """What a reader of the verdicts must know, too."""
     judged = [tier for tier in study.tiers if tier.policies]
     texts = [cautions(judged)] if judged else []
     texts += trimmed_base(records, str(study.experiment.get("model", "")))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from madpo.core.metrics import Estimate
+from madpo.report.numbers import short
 from madpo.rewards.weight_counts import WeightParameters
 
 
@@ -28,7 +30,7 @@ class Series:
     """Marks under one name.
 
     Attributes:
-        colour: number of a colour of the palette; shape: of the points, by the place in the panel where it is None.
+        colour: number of a colour of the palette, which goes with a shape of the points.
         published: the paper's numbers, drawn hollow and dashed; line: joined; dots: drawn as points.
         raw: a pale line behind its running mean, without a place in the legend.
     """
@@ -40,7 +42,6 @@ class Series:
     line: bool = True
     dots: bool = True
     raw: bool = False
-    shape: int | None = None
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,10 @@ class Panel:
     """One pair of axes.
 
     Attributes:
-        names: what x = 0, 1, 2, ... are called, where x is no number.
+        rows: what y = 0, 1, 2, ... are called, from the top, where y is no number: values with intervals, one under the
+            other. All such panels of a chart have one range, so that they compare.
         diagonal: with the line on which x and y are equal, from one half to one.
-        reference: name and height of a line to compare with.
+        reference: name and place of a line to compare with, upright where there are rows.
         log: x is in decades.
     """
 
@@ -58,32 +60,41 @@ class Panel:
     x_label: str
     y_label: str
     series: tuple[Series, ...]
-    names: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
     diagonal: bool = False
     reference: tuple[str, float] | None = None
     log: bool = False
 
 
-@dataclass(frozen=True)
-class Level:
-    """A line of :class:`Levels`: a value with its interval, and the paper's."""
-
-    name: str
-    colour: int
-    mean: float
-    low: float | None = None
-    high: float | None = None
-    published: float | None = None
+def value_mark(value: Estimate | float | None, at: float, what: str, *, across: bool = False) -> Mark | None:
+    """A value with its interval at a place of the other axis, upright or ``across``; None where there is no number."""
+    mean, low, high = value[:3] if isinstance(value, Estimate) else (value, None, None)
+    if mean is None or not np.isfinite(mean):
+        return None
+    says = f"{what}: {short(value)}"
+    return Mark(mean, at, x_low=low, x_high=high, says=says) if across else Mark(at, mean, low, high, says=says)
 
 
-@dataclass(frozen=True)
-class Levels:
-    """Values with intervals, one under the other on a common axis; ``reference``: name and place of a line."""
+PAPER = ", the paper"
 
-    title: str
-    label: str
-    lines: tuple[Level, ...]
-    reference: tuple[str, float] | None = None
+
+def levels(
+    title: str,
+    label: str,
+    lines: Iterable[tuple[str, int, Estimate | float | None, float | None]],
+    reference: tuple[str, float] | None = None,
+) -> Panel:
+    """Values one under the other: (name, colour, value, the paper's value); without those that there is not."""
+    rows: list[str] = []
+    series = []
+    for name, colour, value, paper in lines:
+        if (mark := value_mark(value, len(rows), name, across=True)) is not None:
+            series.append(Series(name, (mark,), colour))
+            if paper is not None:
+                theirs = Mark(paper, len(rows), says=f"{name}{PAPER}: {paper:.2f}")
+                series.append(Series(name + PAPER, (theirs,), colour, published=True, line=False))
+            rows.append(name)
+    return Panel(title, label, "", tuple(series), tuple(rows), reference=reference)
 
 
 @dataclass(frozen=True)
@@ -102,4 +113,4 @@ class Chart:
     name: str
     title: str
     caption: str
-    panels: Sequence[Panel | Levels | WeightPanel]
+    panels: Sequence[Panel | WeightPanel]

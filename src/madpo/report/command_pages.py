@@ -6,16 +6,16 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from xml.etree import ElementTree as ET
 
 import pandas as pd
 
 from madpo.core.metrics import Estimate
 from madpo.data.messages import shown
-from madpo.report.charts import Chart, Level, Levels, Panel
+from madpo.report.charts import Chart, Panel, levels
 from madpo.report.drawing import Drawn, draw
-from madpo.report.margin_page import reliability_table
-from madpo.report.pages import Cell, Table, cell, render, write_page
-from madpo.report.samples import CHARACTERS, STATIC, static
+from madpo.report.pages import Card, Cell, Table, cell, render, write_page
+from madpo.report.samples import browsed, static
 from madpo.report.sources import json_lines
 from madpo.report.study_charts import calibration_panel, curves, reward_curves
 from madpo.rewards.margins import Reliability
@@ -25,16 +25,25 @@ REFRESH = 15
 
 
 class Section(NamedTuple):
-    """A part of a page; ``gist`` says what is inside where it is folded."""
+    """A part of a page, whose heading is hidden where it is the first.
+
+    Attributes:
+        gist: what is inside, where it is folded.
+        cards: figures with verdicts; weight: a weight curve, which a script brings to life.
+        answers: prompts with their answers, as of :func:`madpo.report.samples.static`.
+    """
 
     heading: str
     gist: str = ""
     note: str = ""
+    cards: Sequence[Card] = ()
+    weight: ET.Element | None = None
     charts: Sequence[Drawn] = ()
     table: Table | None = None
+    answers: Sequence[Mapping[str, Any]] | None = None
     text: str = ""
-    samples: Sequence[Mapping[str, Any]] | None = None
     folded: bool = False
+    id: str = ""
 
 
 def command_page(
@@ -43,13 +52,22 @@ def command_page(
     says: Sequence[str],
     tiles: Mapping[str, Cell],
     sections: Sequence[Section],
+    *,
+    scripts: Sequence[str] = ("samples.js", "page.js"),
     data: object = None,
     refresh: int | None = None,
+    warnings: Sequence[str] = (),
 ) -> str:
-    """A page as HTML: sentences, numbers, and sections; a browser loads it again every ``refresh`` seconds."""
-    scripts = ("samples.js", "page.js")
-    parts = [s._asdict() for s in sections]
-    return render("command", title, scripts, data, kind=kind, says=says, tiles=tiles, sections=parts, refresh=refresh)
+    """A page as HTML: warnings, sentences, numbers, sections; a browser loads it again every ``refresh`` seconds."""
+    parts = [{**s._asdict(), "id": s.id or f"section-{number}"} for number, s in enumerate(sections, start=1)]
+    how = {"says": says, "tiles": tiles, "sections": parts, "refresh": refresh, "warnings": warnings}
+    return render("command", title, scripts, data, kind=kind, **how)
+
+
+def settings_section(settings: Mapping[str, Any] | str, gist: str) -> Section:
+    """The settings, which close a page; as text or as JSON."""
+    text = settings if isinstance(settings, str) else json.dumps(settings, indent=2, ensure_ascii=False, default=str)
+    return Section("Settings", gist, text=text, folded=True)
 
 
 def write_reward_page(
@@ -82,18 +100,31 @@ def write_reward_page(
     )
     sections = [
         Section("Calibration and training", charts=[draw(Chart("reward_model", "Reward model", caption, panels))]),
-        Section("Calibration in numbers", table=reliability_table(bins), folded=True, gist="the same bins as a table"),
-        Section("Settings", text=_json(settings), folded=True, gist="data, model and training"),
+        Section("Calibration in numbers", "the same bins as a table", table=reliability_table(bins), folded=True),
+        settings_section(settings, "data, model and training"),
     ]
     shown = {name: cell(value, "share" if name == "accuracy" else "number", digits=3) for name, value in tiles.items()}
-    write_page(path, command_page("reward model", f"Reward model on {model}", says, shown, sections))
+    write_page(path, command_page("reward model", f"Reward model on {Path(model).name}", says, shown, sections))
+
+
+def reliability_table(bins: Iterable[Reliability]) -> Table:
+    """Pairs by the size of their margin: how sure the reward model is, and how often the labels agree."""
+    rows = [
+        [
+            Cell(f"{b.low:.2f} to {b.high:.2f}"),
+            *(cell(f"{b.pairs}"), cell(f"{b.predicted:.1%}"), cell(b.observed, "share")),
+        ]
+        for b in bins
+    ]
+    head = ("|margin| / temperature", "pairs", "the reward model says", "the labels agree")
+    return Table("Calibration", head, rows, plain=True)
 
 
 # What a policy's log says over the steps -> column, its unit, and a line to compare with.
 _COURSES = {
-    "Loss": ("loss", "loss", None),
+    "Loss": ("loss", "mean over pairs", None),
     "Implicit reward margin": ("rewards/margins", "chosen less rejected", ("no preference", 0.0)),
-    "Share of pairs that the policy orders as labelled": ("rewards/accuracies", "share", ("chance", 0.5)),
+    "Accuracy": ("rewards/accuracies", "share of pairs ordered as labelled", ("chance", 0.5)),
     "Mean weight": ("weight/mean", "multiplier of the loss", ("plain DPO", 1.0)),
 }
 _MEASURES = {
@@ -124,6 +155,7 @@ def write_training_page(
     evaluation: Mapping[str, float],
     log: Path,
     settings: str,
+    trained: str = "",
     refresh: int | None = None,
 ) -> None:
     """The course of a training, which may still run: its loss, its margins, and the weights where the loss has any.
@@ -136,18 +168,19 @@ def write_training_page(
         evaluation: of the held-out pairs, as the trainer names it ("eval_loss").
         log: ``log.jsonl`` of the training.
         settings: the configuration as TOML.
+        trained: which weights were trained, in a sentence.
         refresh: seconds after which a browser loads the page again; None for a training that has ended.
     """
     chart = training_chart(log)
     charts = [draw(chart)] if chart is not None else []
     tiles = {name: cell(value, digits=4) for name, value in numbers.items()}
     tiles |= {name: cell(evaluation[key], digits=4) for name, key in _MEASURES.items() if key in evaluation}
-    measured = [[Cell(name.removeprefix("eval_")), cell(value, digits=4)] for name, value in evaluation.items()]
-    table = Table("On the held-out pairs", ("measure", "value"), measured, plain=True)
-    sections = [Section("The course of the training", charts=charts)]
-    if measured:
-        sections.append(Section("On the held-out pairs", table=table, folded=True, gist=f"{len(measured)} measures"))
-    sections.append(Section("Settings", text=settings, folded=True, gist="what repeats this training"))
+    sections = [Section("The course of the training", note=trained, charts=charts)]
+    if evaluation:
+        measured = [[Cell(name.removeprefix("eval_")), cell(value, digits=4)] for name, value in evaluation.items()]
+        table = Table("On the held-out pairs", ("measure", "value"), measured, plain=True)
+        sections.append(Section(table.label, f"{len(measured)} measures", table=table, folded=True))
+    sections.append(settings_section(settings, "what repeats this training"))
     write_page(path, command_page("training", title, says, tiles, sections, refresh=refresh))
 
 
@@ -172,42 +205,29 @@ def write_samples_page(
         samples: lines of ``samples.jsonl``.
         settings: of the evaluation.
     """
-    rewards = measured["reward"]
-    lines = [
-        Level(name, colour, value.mean, value.low, value.high)
-        for name, colour, value in zip(("policy", "reference"), (2, 7), rewards, strict=True)
-        if isinstance(value, Estimate)
-    ]
-    charts = [draw(Chart("rewards", "Reward", "", [Levels("", "mean reward", tuple(lines))]))] if lines else []
-    rows = [[Cell(name), *(cell(value, digits=3) for value in values)] for name, values in measured.items()]
-    prompts = list(_prompts(samples))
     sides = ["policy", "reference"]
+    lines = [(name, colour, value, None) for name, colour, value in zip(sides, (2, 7), measured["reward"], strict=True)]
+    charts = [draw(Chart("rewards", "Reward", "", [levels("", "mean reward", lines)]))]
+    rows = [
+        [Cell(name), *(cell(value, digits=1 if name == "length" else 3) for value in values)]
+        for name, values in measured.items()
+    ]
+    rows_of_samples = (
+        {"id": sample["prompt_id"], "prompt": _flat(sample["prompt"])}
+        | {"responses": [sample["response"], sample["reference_response"]]}
+        | {"rewards": [sample["reward"], sample["reference_reward"]]}
+        | {"notes": ["" if sample.get(key, True) else "cut at the limit" for key in ("ended", "reference_ended")]}
+        for sample in samples
+    )
+    entry = browsed(sides, (0, 1), rows_of_samples, len(samples))
     note = "The same random numbers drew both. All samples are in samples.jsonl."
-    entry = {"methods": sides, "baseline": [0, 1], "prompts": prompts, "of": len(samples)}
     data = {"samples": {"all": entry}, "unit": "its reward"}
     sections = [
         Section("Measured", charts=charts, table=Table("Measured", ("", *sides), rows, plain=True)),
-        Section("Samples", note=note, samples=static(sides, prompts)),
-        Section("Settings", text=_json(settings), folded=True, gist="sampling and the reward model"),
+        Section("Samples", note=note, answers=static(entry), id="samples"),
+        settings_section(settings, "sampling and the reward model"),
     ]
-    write_page(path, command_page("evaluation", title, says, tiles, sections, data))
-
-
-def _prompts(samples: Iterable[Mapping[str, Any]]) -> Iterable[dict[str, Any]]:
-    room = CHARACTERS
-    for number, sample in enumerate(samples):
-        texts = [sample["response"], sample["reference_response"]]
-        room -= sum(map(len, texts))
-        if room < 0 and number >= STATIC:
-            return
-        ended = sample.get("ended", True), sample.get("reference_ended", True)
-        yield {
-            "id": sample["prompt_id"],
-            "prompt": _flat(sample["prompt"]),
-            "responses": texts,
-            "rewards": [round(sample["reward"], 3), round(sample["reference_reward"], 3)],
-            "notes": ["" if own else "cut at the limit" for own in ended],
-        }
+    write_page(path, command_page("evaluation", title, says, tiles, sections, data=data))
 
 
 def _flat(prompt: Any) -> str:
@@ -215,7 +235,3 @@ def _flat(prompt: Any) -> str:
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{message['role']}: {shown([message])}" for message in prompt)
-
-
-def _json(settings: Mapping[str, Any]) -> str:
-    return json.dumps(settings, indent=2, ensure_ascii=False, default=str)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,15 +19,13 @@ from numpy.typing import NDArray
 from madpo.core.metrics import Estimate
 from madpo.core.statistics import bootstrap_mean, bootstrap_statistic
 from madpo.report.methods import SFT
+from madpo.report.numbers import one
 from madpo.report.results import Row, Tier, Value, mean_of, once, over_shared_seeds
 from madpo.report.selection import BOOTSTRAP_SEED, Candidate, select
 
 FEWEST = 10  # prompts; below, an interval says nothing
 PAPER_BETA = 0.1
 NOT_RUN = "not run"
-
-Interpolation = Literal["linear", "sqrt"]
-INTERPOLATION: Interpolation = "sqrt"
 
 
 def base_beta(tiers: Iterable[Tier]) -> float:
@@ -166,6 +164,11 @@ class Comparison:
         """Clearly below the bound: the whole interval, and every seed."""
         return self._clear(-1)
 
+    @property
+    def seeds_in_words(self) -> str:
+        """ "seed0 +0.12, seed1 +0.08"."""
+        return ", ".join(f"{seed} {one(value, 'signed')}".strip() for seed, value in self.per_seed.items())
+
     def _clear(self, sign: int) -> bool:
         if self.value is None or self.value.n < FEWEST or self.same:
             return False
@@ -220,7 +223,6 @@ def equal_kl(
     what: str,
     tier: Tier,
     choice: Choice | None,
-    interpolation: Interpolation = INTERPOLATION,
     *,
     base: str = "DPO",
     line: Sequence[Row] = (),
@@ -228,14 +230,12 @@ def equal_kl(
 ) -> Comparison:
     """A method's reward less what a base method, over its betas, earns at the same KL.
 
-    Prompts and training seeds are resampled for all rows alike. Rewards and KLs are means over the training seeds that
-    all rows have, and every such seed has a curve of its own. Beyond the ends of a curve there is nothing to compare
-    with.
+    Settings are joined, in order of KL, by straight lines in the square root of KL, as which reward grows about. The
+    base's curve begins at the SFT model, which has a KL of 0. Prompts and training seeds are resampled for all rows
+    alike. Rewards and KLs are means over the training seeds that all rows have, and every such seed has a curve of its
+    own. Beyond the ends of a curve there is nothing to compare with.
 
     Args:
-        interpolation: "sqrt" joins a method's settings, in order of KL, by straight lines in the square root of KL, and
-            the base's curve begins at the SFT model, which has a KL of 0. Reward grows about as that root. "linear"
-            takes straight lines in KL and no SFT model, and flatters a method between two settings of the base.
         base: "DPO", or "MADPO" at its setting with the most betas.
         line: further settings of the chosen one over beta. The difference is then the mean over the distances that both
             curves span; else it is taken at the one setting's own distance.
@@ -246,7 +246,7 @@ def equal_kl(
     curve = [row for row in settings if row.key not in keys]
     if choice is None or len(curve) < 2:
         return Comparison(what, missing=f"{NOT_RUN}: it needs the method, and {base} at two or more β", **how)
-    start = [tier.sft] if interpolation == "sqrt" and tier.sft is not None else []
+    start = [tier.sft] if tier.sft is not None else []
     rewards = [tier.cells(row) for row in [*own, *curve, *start]]
     kls = [*(tier.cells(row, "kl") for row in [*own, *curve]), *(tier.cells(row) * 0.0 for row in start)]
     sides = [*rewards, *kls]
@@ -271,7 +271,7 @@ def equal_kl(
             return Comparison(what, missing=f"{where} is {at} nats, and {base}'s curve spans {span}", **how)
 
     def above(draws: NDArray[np.float64], seed: str = "") -> NDArray[np.float64]:
-        return _above_curve(draws, len(own), interpolation, spans[seed])
+        return _above_curve(draws, len(own), spans[seed])
 
     per_seed = {seed: float(above(mean[None], seed)[0]) for seed, mean in means.items() if seed}
     value = bootstrap_statistic(whole, above, seed=BOOTSTRAP_SEED)
@@ -289,25 +289,20 @@ def less_at_its_kl(tier: Tier, row: Row, base: str = "DPO") -> Comparison:
     """Any row's reward less that of the base method's curve at the row's KL; none for the base itself."""
     what = f"{row.name} less {base} at its KL, {tier.label}"
     if row.method in (base, SFT):
-        return Comparison(what, missing=f"{base} is what others are compared with")
+        return Comparison(what, missing="it is the base")
     return equal_kl(what, tier, choose(row.name, tier, [row]), base=base)
 
 
 _DISTANCES = 9  # at which two curves are compared
 
 
-def _above_curve(
-    means: NDArray[np.float64], own: int, interpolation: Interpolation, span: tuple[float, float]
-) -> NDArray[np.float64]:
+def _above_curve(means: NDArray[np.float64], own: int, span: tuple[float, float]) -> NDArray[np.float64]:
     """Columns: rewards of the method's settings and of the curve's points, then their KLs in the same order."""
     k = means.shape[1] // 2
-    rewards, kls = means[:, :k], means[:, k:]
-    x = np.sqrt(np.maximum(kls, 0.0)) if interpolation == "sqrt" else kls
-    low, high = (float(np.sqrt(end)) if interpolation == "sqrt" else end for end in span)
-    grid = x[:, :1] if own == 1 else np.linspace(low, high, _DISTANCES)[None]
-    parts = [_interpolated(grid, x[:, part], rewards[:, part]) for part in (slice(own), slice(own, None))]
-    gap: NDArray[np.float64] = (parts[0] - parts[1]).mean(axis=1)
-    return gap
+    rewards, x = means[:, :k], np.sqrt(np.maximum(means[:, k:], 0.0))
+    grid = x[:, :1] if own == 1 else np.linspace(np.sqrt(span[0]), np.sqrt(span[1]), _DISTANCES)[None]
+    mine, base = (_interpolated(grid, x[:, part], rewards[:, part]) for part in (slice(own), slice(own, None)))
+    return np.asarray((mine - base).mean(axis=1))
 
 
 def _interpolated(grid: NDArray[np.float64], x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from madpo.core.metrics import Estimate
-from madpo.report.charts import Chart, Level, Levels
-from madpo.report.command_pages import Section, command_page
+from madpo.report.charts import Chart, levels
+from madpo.report.command_pages import Section, command_page, settings_section
 from madpo.report.drawing import draw
-from madpo.report.pages import Cell, Table, cell, write_page
+from madpo.report.pages import Card, Cell, Table, cell, write_page
 
 _SIMULATED = (
     "A simulation: no language model, no human labels. The true reward is known, and what is shown was measured by it."
@@ -25,7 +24,7 @@ def write_demo_page(
     prompts: tuple[int, int],
     names: Mapping[str, tuple[str, str]],
     panels: Mapping[str, tuple[Mapping[str, Estimate | None], Estimate | None]],
-    verdicts: Mapping[str, str],
+    verdicts: Mapping[str, tuple[str, str, tuple[str, ...]]],
 ) -> None:
     """Write the page.
 
@@ -34,26 +33,20 @@ def write_demo_page(
         prompts: how many prompts a policy is measured on, and candidates for each.
         names: method -> what it is called, and what it is.
         panels: what the reward model knows -> each method's difference to DPO, and the number that decides.
-        verdicts: what the reward model knows -> a sentence.
+        verdicts: what the reward model knows -> a sentence, its kind, and remarks (:class:`madpo.report.pages.Card`).
     """
     colours = {name: (2, 5, 6, 3, 7)[place % 5] for place, name in enumerate(names)}
-    drawn = [
-        Levels(
-            f"It {knows}",
-            "true reward less DPO's, standard deviations",
-            tuple(
-                Level(names[name][0], colours[name], value.mean, value.low, value.high)
-                for name, value in found.items()
-                if value is not None
-            ),
-            reference=("DPO", 0.0),
-        )
-        for knows, (found, _) in panels.items()
+    label = "gain over DPO, standard deviations"
+    lines = [
+        [(names[name][0], colours[name], value, None) for name, value in found.items()] for found, _ in panels.values()
     ]
-    caption = (
-        "By what the reward model knows. "
-        f"At a KL of {settings['kl']:g} nats from the reference, 95 % intervals over {settings['worlds']} worlds. "
-        "Right of the line a method is better than plain DPO with the same pairs and batches."
+    drawn = [levels(f"It {knows}", label, of, ("DPO", 0.0)) for knows, of in zip(panels, lines, strict=True)]
+    chart = draw(Chart("gain", "Gain over DPO", "", drawn))
+    cards = [Card(f"It {knows}", figure, *verdicts[knows]) for knows, figure in zip(panels, chart.panels, strict=True)]
+    note = (
+        f"By what the reward model knows. At a KL of {settings['kl']:g} nats from the reference, 95 % intervals over "
+        f"{settings['worlds']} worlds. Right of the line a method is better than plain DPO with the same pairs and "
+        "batches."
     )
     rows = [
         [Cell(said, (what,)), *(cell(found.get(name), "signed", digits=3) for found, _ in panels.values())]
@@ -75,10 +68,9 @@ def write_demo_page(
         f"{prompts[0]} new prompts. It tells which way the effects go, and not how large they are in language models."
     )
     sections = [
-        Section("Gain over DPO", charts=[draw(Chart("gain", "Gain over DPO", caption, drawn))]),
+        Section("Gain over DPO", note=note, cards=cards),
         Section("The same in numbers", table=table),
-        Section("How the worlds are made", note=world, folded=True, gist="true reward, labels, policies, measures"),
-        Section("Settings", text=json.dumps(settings, indent=2), folded=True, gist="what repeats this page"),
+        Section("How the worlds are made", "true reward, labels, policies, measures", note=world, folded=True),
+        settings_section(settings, "what repeats this page"),
     ]
-    says = [_SIMULATED, *(f"Where the reward model {knows}: {text}." for knows, text in verdicts.items())]
-    write_page(path, command_page("simulation", "When do reward margins help?", says, {}, sections))
+    write_page(path, command_page("simulation", "When do reward margins help?", [_SIMULATED], {}, sections))

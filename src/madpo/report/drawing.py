@@ -5,42 +5,45 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree as ET
 
+import numpy as np
 from markupsafe import Markup
 
 from madpo.core.storage import write_atomically
 from madpo.report import svg
-from madpo.report.charts import Chart, Levels, Mark, Panel, Series, WeightPanel
-from madpo.report.numbers import one
+from madpo.report.charts import PAPER, Chart, Mark, Panel, Series, WeightPanel
+from madpo.report.numbers import MINUS, one
+from madpo.report.pages import Table, cell
 from madpo.report.svg import PHONE, Scale
-from madpo.report.weight_figure import weight_figure
+from madpo.rewards.weight_counts import WeightParameters, log_weight
 
 HEIGHTS = {360: 240, 540: 320}
 RIGHT, BOTTOM, ROW = 18, 46, 26
 HOVER_FROM = 12  # points of a line from which the page's script reads values under the pointer
 ALT_MARKS = 12  # values that a figure's alternative text spells out; its table has all
-PAPER = ", the paper"
-NUMBERS = ("what", "panel", "at", "value", "95 % interval")
 
 
 class Drawn(NamedTuple):
-    """A chart for a page: its figures, its legend as (swatch, name), and its numbers as rows of text."""
+    """A chart for a page: its figures, its legend as (swatch, name), and its numbers."""
 
     chart: Chart
     columns: int
     panels: list[Markup]
     legend: list[tuple[Markup, str]]
-    numbers: list[tuple[str, ...]]
+    numbers: Table
 
 
 def draw(chart: Chart) -> Drawn:
     """The chart for a page."""
     legend = [(svg.markup(swatch), name) for name, swatch in _legend(chart)]
     panels = [svg.markup(panel) for panel in _panels(chart)]
-    return Drawn(chart, columns_of(chart), panels, legend, list(_numbers(chart)))
+    head = ("what", "panel", "at", "value", "95 % interval")
+    rows = [[cell(text) for text in row] for row in _numbers(chart)]
+    return Drawn(chart, columns_of(chart), panels, legend, Table(f"Numbers, {chart.title}", head, rows, plain=True))
 
 
 def save_charts(charts: Iterable[Chart], folder: Path) -> None:
@@ -58,93 +61,75 @@ def columns_of(chart: Chart) -> int:
     return {1: 1, 2: 2, 3: 3, 4: 2}.get(n, 3)
 
 
+def _axes_of(chart: Chart) -> list[Panel]:
+    return [panel for panel in chart.panels if isinstance(panel, Panel)]
+
+
 def _panels(chart: Chart) -> list[ET.Element]:
-    width = 360 if columns_of(chart) == 3 else 540
-    levels = [panel for panel in chart.panels if isinstance(panel, Levels)]
-    drawn = []
-    for panel in chart.panels:
-        if isinstance(panel, WeightPanel):
-            label = f"Weight curve and margins, {panel.title}"
-            drawn.append(weight_figure(panel.margins, panel.parameters, label=label, title=panel.title))
-        elif isinstance(panel, Levels):
-            drawn.append(_levels(panel, levels, width))
-        else:
-            drawn.append(_axes(panel, width))
-    return drawn
-
-
-# Values with intervals, one under the other
-
-
-def _levels(panel: Levels, together: Sequence[Levels], width: int) -> ET.Element:
-    """All panels of a chart have one range, so that they compare."""
-    values = [v for p in together for ln in p.lines for v in (ln.mean, ln.low, ln.high, ln.published) if v is not None]
-    values += [p.reference[1] for p in together if p.reference]
-    names = [line.name for p in together for line in p.lines]
-    size = PHONE[width]
-    left = min(0.4 * width, max(svg.width_of(name, size) for name in names)) + 12
-    top = 28 if panel.title else 8
-    base = top + ROW * len(panel.lines)
-    figure = svg.figure(width, base + 40, _alt_levels(panel))
-    x = Scale(*svg.value_range(values, 0.05), left, width - RIGHT)
-    if panel.title:
-        svg.text(figure, 0, 18, svg.cut(panel.title, width, size), "panel-title")
-    for value in x.ticks(5):
-        svg.line(figure, x(value), top, x(value), base, "axis")
-        svg.text(figure, x(value), base + 16, svg.number(value), "tick middle")
-    svg.text(figure, width - RIGHT, base + 34, panel.label, "tick end")
-    if panel.reference is not None:
-        svg.line(figure, x(panel.reference[1]), top, x(panel.reference[1]), base, "mark")
-    for i, line in enumerate(panel.lines):
-        y, kind = top + ROW * (i + 0.5), f"s{line.colour}"
-        svg.text(figure, left - 12, y + 4, svg.cut(line.name, left - 12, size), "name end")
-        says = f"{line.name}: {one(line.mean)}"
-        if line.published is not None:
-            svg.dot(
-                figure, x(line.published), y, i, f"dot published {kind}", f"{line.name}{PAPER}: {line.published:.2f}"
-            )
-        if line.low is not None and line.high is not None:
-            svg.line(figure, x(line.low), y, x(line.high), y, f"error {kind}")
-            says += f" ({one(line.low)} to {one(line.high)})"
-        svg.dot(figure, x(line.mean), y, i, f"dot {kind}", says)
-    return figure
+    rows = [panel for panel in _axes_of(chart) if panel.rows]
+    width = 360 if rows or columns_of(chart) == 3 else 540
+    return [
+        _axes(panel, rows, width)
+        if isinstance(panel, Panel)
+        else weight_figure(
+            panel.margins, panel.parameters, label=f"Weight curve and margins, {panel.title}", title=panel.title
+        )
+        for panel in chart.panels
+    ]
 
 
 # Axes
 
 
-def _axes(panel: Panel, width: int) -> ET.Element:
-    height, size = HEIGHTS[width], PHONE[width]
-    top, base = (48 if panel.title else 28), HEIGHTS[width] - BOTTOM
-    y = Scale(*_y_range(panel), base, top)
-    marks = [svg.number(value) for value in y.ticks()]
-    left = max(svg.width_of(mark, size) for mark in marks) + 12
-    hover = _hover(panel)
+def _axes(panel: Panel, together: Sequence[Panel], width: int) -> ET.Element:
+    """A pair of axes; panels ``together`` with it share their range and the room for names where there are rows."""
+    rows, size = panel.rows, PHONE[width]
+    top = (28 if panel.title else 8) if rows else (48 if panel.title else 28)
+    height = top + ROW * len(rows) + BOTTOM if rows else HEIGHTS[width]
+    base = height - BOTTOM
+    y = Scale(-0.5, len(rows) - 0.5, top, base) if rows else Scale(*_y_range(panel), base, top)
+    y_ticks = list(enumerate(rows)) if rows else [(value, svg.number(value)) for value in y.ticks()]
+    names = [name for p in together for name in p.rows] or [words for _, words in y_ticks]
+    left = min(0.4 * width, max(svg.width_of(name, size) for name in names)) + 12
+    x = _x_scale(panel, together if rows else [panel], left, width)
     figure = svg.figure(width, height, _alt(panel))
-    x = _x_scale(panel, left, width)
-    for value, words in zip(y.ticks(), marks, strict=True):
-        svg.line(figure, left, y(value), width - RIGHT, y(value), "axis")
-        svg.text(figure, left - 8, y(value) + 4, words, "tick end")
+    for value, words in y_ticks:
+        if not rows:
+            svg.line(figure, left, y(value), width - RIGHT, y(value), "axis")
+        svg.text(figure, left - 10, y(value) + 4, svg.cut(words, left - 12, size), "name end" if rows else "tick end")
     svg.line(figure, left, base, width - RIGHT, base, "axis strong")
-    for value, words in _x_ticks(panel, x, size):
-        svg.line(figure, x(value), base, x(value), base + 5, "axis strong")
-        svg.text(figure, x(value), base + 19, words, "tick middle")
+    for value in x.ticks():
+        words, room = svg.number(value), svg.width_of(svg.number(value), size) / 2
+        if left - 12 < x(value) - room and x(value) + room < width:  # a label at the edge would leave the figure
+            svg.line(figure, x(value), top if rows else base, x(value), base + 5, "axis" if rows else "axis strong")
+            svg.text(figure, x(value), base + 19, words, "tick middle")
     svg.text(figure, width - RIGHT, height - 8, svg.cut(panel.x_label, width - RIGHT, size), "tick end")
-    if panel.title:
-        svg.text(figure, 0, 18, svg.cut(panel.title, width, size), "panel-title")
+    svg.text(figure, 0, 18, svg.cut(panel.title, width, size), "panel-title")
     svg.text(figure, 0, top - 10, svg.cut(panel.y_label, width, size), "tick")
     if panel.diagonal:
         svg.path(figure, [(x(v), y(v)) for v in (0.5, 1.0)], "mark")
-    for series in sorted(panel.series, key=lambda s: not s.published):
-        _series(figure, series, x, y, _shape(panel, series))
     if panel.reference is not None:
-        name, value = panel.reference
-        svg.line(figure, left, y(value), width - RIGHT, y(value), "mark")
-        svg.text(figure, width - RIGHT, y(value) - 5, name, "tick end halo")
-    if hover:
+        value = panel.reference[1]
+        ends = [(x(value), top), (x(value), base)] if rows else [(left, y(value)), (width - RIGHT, y(value))]
+        svg.path(figure, ends, "mark")
+        if not rows:
+            _reference_name(figure, panel, x, y)
+    for series in sorted(panel.series, key=lambda s: not s.published):
+        _series(figure, series, x, y)
+    if hover := _hover(panel):
         place = {"low": x.low, "high": x.high, "start": x.start, "end": x.end, "top": top, "base": base}
         figure.set("data-series", json.dumps({"series": hover, "x": place}, allow_nan=False))
     return figure
+
+
+def _reference_name(figure: ET.Element, panel: Panel, x: Scale, y: Scale) -> None:
+    """The name of the line to compare with, at the end where fewer marks are in its way."""
+    assert panel.reference is not None
+    name, value = panel.reference
+    room = svg.width_of(name, svg.TICK)
+    near = [x(m.x) for s in panel.series for m in s.marks if -8 < y(value) - y(m.y) < 24]
+    right = sum(at > x.end - room for at in near) <= sum(at < x.start + room for at in near)
+    svg.text(figure, x.end if right else x.start + 4, y(value) - 5, name, f"tick {'end ' * right}halo")
 
 
 def _y_range(panel: Panel) -> tuple[float, float]:
@@ -154,26 +139,17 @@ def _y_range(panel: Panel) -> tuple[float, float]:
     return svg.value_range([*values, *([panel.reference[1]] if panel.reference else [])], 0.06)
 
 
-def _x_scale(panel: Panel, left: float, width: int) -> Scale:
-    points = [v for s in panel.series for m in s.marks for v in (m.x, m.x_low, m.x_high) if v is not None] or [0.0, 1.0]
+def _x_scale(panel: Panel, panels: Sequence[Panel], left: float, width: int) -> Scale:
+    marks = [m for p in panels for s in p.series for m in s.marks]
+    points = [v for m in marks for v in (m.x, m.x_low, m.x_high) if v is not None] or [0.0, 1.0]
+    points += [p.reference[1] for p in panels if p.reference and p.rows]
     if panel.log and min(points) > 0:
         low, high = svg.value_range([math.log10(v) for v in points], 0.06)
         return Scale(10**low, 10**high, left, width - RIGHT, log=True)
-    if panel.names:
-        return Scale(-0.5, len(panel.names) - 0.5, left, width - RIGHT)
-    return Scale(*((0.5, 1.0) if panel.diagonal else svg.value_range(points, 0.04)), left, width - RIGHT)
+    return Scale(*((0.5, 1.0) if panel.diagonal else svg.value_range(points, 0.05)), left, width - RIGHT)
 
 
-def _x_ticks(panel: Panel, x: Scale, size: float) -> list[tuple[float, str]]:
-    if panel.names:
-        room = (x.end - x.start) / len(panel.names)
-        return [(float(i), svg.cut(name, room, size)) for i, name in enumerate(panel.names)]
-    found = [(value, svg.number(value)) for value in x.ticks()]
-    # A label in the middle of a tick at the edge would leave the figure.
-    return [(value, words) for value, words in found if x(value) + svg.width_of(words, size) / 2 < x.end + RIGHT]
-
-
-def _series(figure: ET.Element, series: Series, x: Scale, y: Scale, shape: int) -> None:
+def _series(figure: ET.Element, series: Series, x: Scale, y: Scale) -> None:
     kind = f"s{series.colour}{' published' * series.published}{' raw' * series.raw}"
     if series.line and len(series.marks) > 1:
         svg.path(figure, [(x(m.x), y(m.y)) for m in series.marks], f"line {kind}", series.name)
@@ -181,15 +157,9 @@ def _series(figure: ET.Element, series: Series, x: Scale, y: Scale, shape: int) 
         if mark.low is not None and mark.high is not None:
             svg.line(figure, x(mark.x), y(mark.low), x(mark.x), y(mark.high), f"error thin {kind}")
         if mark.x_low is not None and mark.x_high is not None:
-            svg.line(figure, x(mark.x_low), y(mark.y), x(mark.x_high), y(mark.y), f"error thin {kind}")
-        svg.dot(figure, x(mark.x), y(mark.y), shape, f"dot {kind}", mark.says)
-
-
-def _shape(panel: Panel, series: Series) -> int:
-    if series.shape is not None:
-        return series.shape
-    names = list(dict.fromkeys(s.name.removesuffix(PAPER) for s in panel.series))
-    return names.index(series.name.removesuffix(PAPER))
+            thin = "thin " * (mark.low is not None)
+            svg.line(figure, x(mark.x_low), y(mark.y), x(mark.x_high), y(mark.y), f"error {thin}{kind}")
+        svg.dot(figure, x(mark.x), y(mark.y), series.colour, f"dot {kind}", mark.says)
 
 
 def _hover(panel: Panel) -> dict[str, Any]:
@@ -205,71 +175,59 @@ def _hover(panel: Panel) -> dict[str, Any]:
 
 def _legend(chart: Chart) -> list[tuple[str, ET.Element]]:
     """Name -> a mark as in the figure; the paper last."""
-    entries: dict[str, ET.Element] = {}
-    paper: ET.Element | None = None
-    for panel in chart.panels:
-        if isinstance(panel, Levels) and any(line.published is not None for line in panel.lines):
-            paper = _swatch(Series("", (), 7, published=True, line=False), 0)
-        if not isinstance(panel, Panel):
-            continue
-        for series in panel.series:
+    named: dict[str, Series] = {}
+    paper: dict[str, Series] = {}
+    for panel in _axes_of(chart):
+        drawn = [s for s in panel.series if not s.raw]
+        for series in drawn:
             if series.published:
-                paper = _swatch(Series("", (), 7, published=True, line=series.line), _shape(panel, series))
-            elif not series.raw and len([s for s in panel.series if not s.raw]) > 1:
-                entries.setdefault(series.name, _swatch(series, _shape(panel, series)))
-    return [*entries.items(), *([("the paper's value", paper)] if paper is not None else [])]
+                paper["the paper's value"] = replace(series, colour=7)
+            elif len(drawn) > 1 and series.name not in panel.rows:
+                # A point in one panel may be a line in another.
+                named[series.name] = max(named.get(series.name, series), series, key=lambda s: len(s.marks))
+    return [(name, _swatch(series)) for name, series in (named | paper).items()]
 
 
-def _swatch(series: Series, shape: int) -> ET.Element:
+def _swatch(series: Series) -> ET.Element:
     element = ET.Element("svg", {"viewBox": "0 0 28 16", "class": "swatch", "aria-hidden": "true"})
-    middle = (Mark(14, 8),) if series.dots else ()
     kind = f"s{series.colour}{' published' * series.published}"
-    if series.line:
+    if series.line and len(series.marks) > 1:
         svg.path(element, [(1, 8), (27, 8)], f"line {kind}")
-    for mark in middle:
-        svg.dot(element, mark.x, mark.y, shape, f"dot {kind}")
+    if series.dots:
+        svg.dot(element, 14, 8, series.colour, f"dot {kind}")
     return element
 
 
 def _alt(panel: Panel) -> str:
     parts = []
     for series in panel.series:
-        marks = series.marks
-        if series.raw:
-            continue
-        if len(marks) > ALT_MARKS:
-            parts.append(f"{series.name} from {one(marks[0].y)} to {one(marks[-1].y)}")
-        elif marks:
-            parts.append(f"{series.name} {', '.join(f'{_at(panel, m)} {one(m.y)}' for m in marks)}")
-    return f"{': '.join(filter(None, (panel.title, panel.y_label)))}. {'; '.join(parts)}."
+        said = [] if series.raw else [_said(panel, mark) for mark in series.marks]
+        if len(said) > ALT_MARKS:
+            parts.append(f"{series.name} from {said[0][1]} to {said[-1][1]}")
+        elif said:
+            parts.append(f"{series.name} {', '.join(' '.join(filter(None, words[:2])) for words in said)}")
+    return (
+        f"{': '.join(filter(None, (panel.title, panel.x_label if panel.rows else panel.y_label)))}. {'; '.join(parts)}."
+    )
 
 
-def _alt_levels(panel: Levels) -> str:
-    words = ", ".join(f"{line.name} {one(line.mean)}" for line in panel.lines)
-    return f"{': '.join(filter(None, (panel.title, panel.label)))}. {words}."
-
-
-def _at(panel: Panel, mark: Mark) -> str:
-    return panel.names[int(mark.x)] if panel.names else svg.number(round(mark.x, 3))
+def _said(panel: Panel, mark: Mark) -> tuple[str, str, str]:
+    """Where a mark is, its value, and the value's interval."""
+    if panel.rows:
+        at, value, low, high = panel.rows[int(mark.y)], mark.x, mark.x_low, mark.x_high
+        at = "" if any(series.name.removesuffix(PAPER) == at for series in panel.series) else at
+    else:
+        at, value, low, high = svg.number(round(mark.x, 3)), mark.y, mark.low, mark.high
+    return at, one(value), "" if low is None or high is None else f"{one(low)} to {one(high)}"
 
 
 def _numbers(chart: Chart) -> Iterable[tuple[str, ...]]:
-    """As in ``NUMBERS``."""
-    for panel in chart.panels:
-        if isinstance(panel, Levels):
-            for line in panel.lines:
-                yield line.name, panel.title, "", one(line.mean), _interval(line.low, line.high)
-                if line.published is not None:
-                    yield line.name + PAPER, panel.title, "", one(line.published), ""
-        elif isinstance(panel, Panel):
-            for series in panel.series:
-                marks = series.marks if len(series.marks) <= ALT_MARKS else (series.marks[0], series.marks[-1])
-                for mark in () if series.raw else marks:
-                    yield series.name, panel.title, _at(panel, mark), one(mark.y), _interval(mark.low, mark.high)
-
-
-def _interval(low: float | None, high: float | None) -> str:
-    return "" if low is None or high is None else f"{one(low)} to {one(high)}"
+    """Name of the series, panel, place, value and interval of every mark."""
+    for panel in _axes_of(chart):
+        for series in panel.series:
+            marks = series.marks if len(series.marks) <= ALT_MARKS else (series.marks[0], series.marks[-1])
+            for mark in () if series.raw else marks:
+                yield series.name, panel.title, *_said(panel, mark)
 
 
 # Files
@@ -303,3 +261,43 @@ def _together(chart: Chart) -> ET.Element:
         x += 56 + svg.width_of(name, svg.TICK)
     whole.set("viewBox", f"0 0 {width + 2 * margin:g} {y + margin:g}")
     return whole
+
+
+def weight_figure(margins: np.ndarray, parameters: WeightParameters, *, label: str, title: str = "") -> ET.Element:
+    """The weight curve above the histogram of the margins, coloured by what the weight does."""
+    width, left, end = 720, 50, 706
+    tau = parameters.tau
+    limit = max(float(np.abs(margins).max(initial=1)), tau * 1.15) * 1.04
+    top, curve, gap, bars = 20, 170, 52, 120
+    base = top + curve + gap + bars
+    x, y = svg.Scale(-limit, limit, left, end), svg.Scale(0, 2, top + curve, top)
+    figure = svg.figure(width, base + 44, label)
+    for w in (0, 0.5, 1, 1.5, 2):
+        svg.line(figure, left, y(w), end, y(w), "axis strong" if w == 1 else "axis")
+        svg.text(figure, left - 8, y(w) + 4, f"{w:g}", "tick end")
+    svg.line(figure, left, base, end, base, "axis strong")
+    for value in x.ticks(8):
+        svg.line(figure, x(value), base, x(value), base + 5, "axis strong")
+        svg.text(figure, x(value), base + 19, svg.number(value), "tick middle")
+    for h, name in ((-tau, f"{MINUS}τ"), (tau, "τ")):
+        svg.line(figure, x(h), top, x(h), base, "mark")
+        svg.text(figure, x(h), top + curve + 20, name, "tick middle strong")
+    counts, edges = np.histogram(margins, bins=60, range=(-limit, limit))
+    middles = (edges[:-1] + edges[1:]) / 2
+    log = log_weight(middles, parameters)
+    kinds = np.where(log > 0, "amplified", np.where(middles > 0, "dampened", "turned-down"))
+    kinds = np.where(np.abs(log) < 1e-12, "unchanged", kinds)
+    for count, low, high, kind in zip(counts, edges[:-1], edges[1:], kinds, strict=True):
+        if count:
+            height = bars * count / counts.max()
+            says = f"{count} pair{'' if count == 1 else 's'} with margins from {low:.2f} to {high:.2f}"
+            wide = max(1.0, x(high) - x(low) - 1)
+            svg.box(figure, x(low) + 0.5, base - height, wide, height, f"bar {kind}", says)
+    grid = np.linspace(-limit, limit, 481)
+    curve_points = zip(grid, np.exp(log_weight(grid, parameters)), strict=True)
+    svg.path(figure, [(x(h), y(w)) for h, w in curve_points], "curve")
+    svg.text(figure, end, base + 38, "reward margin h of the pair, log-odds", "tick end")
+    svg.text(figure, 0, 12, "weight w(h)", "tick")
+    svg.text(figure, end, 13, title, "panel-title end")
+    svg.text(figure, 0, base - bars - 6, "pairs", "tick")
+    return figure

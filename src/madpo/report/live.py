@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from madpo.core.errors import MadpoError
 from madpo.core.metrics import Estimate
@@ -16,6 +16,7 @@ from madpo.runner.record import Record
 
 _SHARE = 0.1  # of the run's time that writing the page again may take
 _WHOLE = 8  # rows up to which the table is shown whole every time
+_MEASURES = ("oracle_reward", "kl")
 _WIDTHS = {"policy": 16, "pairs": 7, "reward": 22, "less DPO": 23, "KL": 6, "after": 10}
 
 
@@ -28,7 +29,7 @@ class LiveReport:
 
     def __init__(self, root: Path) -> None:
         self.root, self.begun = root, time.monotonic()
-        self._rows: list[tuple[Record, Estimate | None, float]] = []
+        self._rows: list[Result] = []
         self._not_before = 0.0
 
     def __call__(self, record: Record) -> None:
@@ -36,7 +37,7 @@ class LiveReport:
         if not record.name.startswith("evaluation/"):
             return
         page = self._page()
-        self._rows.append((record, self._less_dpo(record), time.monotonic() - self.begun))
+        self._rows.append(Result.of(record, self._less_dpo(record), time.monotonic() - self.begun))
         lines = table_lines(self._rows)
         say("\n".join(lines if len(self._rows) <= _WHOLE else lines[-1:]))
         if page and len(self._rows) == 1:
@@ -68,25 +69,37 @@ class LiveReport:
         return Estimate(**found) if isinstance(found, dict) else None
 
 
-def _row(record: Record, less_dpo: Estimate | None, seconds: float) -> tuple[str, ...]:
-    reward, kl = (found if isinstance(found := record.metrics.get(key), Estimate) else None for key in _MEASURES)
-    sft = record.name.startswith("evaluation/sft/")
-    return (
-        str(record.config.get("method", record.name.removeprefix("evaluation/"))),
-        DASH if sft else record.name.split("/")[1],
-        short(reward),
-        DASH if less_dpo is None else short(less_dpo, "signed"),
-        DASH if kl is None or sft else f"{kl.mean:.2f}",
-        duration(seconds),
-    )
+class Result(NamedTuple):
+    """A line of the table: a policy with its reward, its paired difference to DPO and its KL.
 
-
-def table_lines(rows: Sequence[tuple[Record, Estimate | None, float]]) -> list[str]:
-    """Evaluations as a table in plain text, in columns that stay where they are.
-
-    Args:
-        rows: the record, its paired difference to DPO, and the seconds since the run began.
+    ``seconds``: since the run began.
     """
+
+    policy: str
+    pairs: str
+    reward: Estimate | None
+    less_dpo: Estimate | None
+    kl: Estimate | None
+    seconds: float
+
+    @classmethod
+    def of(cls, record: Record, less_dpo: Estimate | None, seconds: float) -> Result:
+        """From the record of an evaluation; the SFT model has no pairs and no distance."""
+        found = [value if isinstance(value := record.metrics.get(key), Estimate) else None for key in _MEASURES]
+        sft = record.name.startswith("evaluation/sft/")
+        name = str(record.config.get("method", record.name.removeprefix("evaluation/")))
+        return cls(
+            name, DASH if sft else record.name.split("/")[1], found[0], less_dpo, None if sft else found[1], seconds
+        )
+
+    def cells(self) -> tuple[str, ...]:
+        """As text."""
+        kl = DASH if self.kl is None else f"{self.kl.mean:.2f}"
+        return self.policy, self.pairs, short(self.reward), short(self.less_dpo, "signed"), kl, duration(self.seconds)
+
+
+def table_lines(rows: Sequence[Result]) -> list[str]:
+    """Results as a table in plain text, in columns that stay where they are."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -96,11 +109,8 @@ def table_lines(rows: Sequence[tuple[Record, Estimate | None, float]]) -> list[s
     for name, width in _WIDTHS.items():
         table.add_column(name, width=width, no_wrap=True, justify="left" if name in ("policy", "pairs") else "right")
     for row in rows:
-        table.add_row(*map(Text, _row(*row)))
+        table.add_row(*map(Text, row.cells()))
     console = Console(width=sum(_WIDTHS.values()) + 3 * len(_WIDTHS), color_system=None)
     with console.capture() as drawn:
         console.print(table)
     return [line.rstrip() for line in drawn.get().splitlines() if line.strip()]
-
-
-_MEASURES = ("oracle_reward", "kl")

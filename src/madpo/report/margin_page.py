@@ -9,11 +9,11 @@ import numpy as np
 
 from madpo.data.margins import Margins
 from madpo.report.charts import Chart
-from madpo.report.drawing import draw
-from madpo.report.numbers import DASH
-from madpo.report.pages import Cell, Table, cell, render, shown_margins, write_page
+from madpo.report.command_pages import Section, command_page, reliability_table
+from madpo.report.drawing import draw, weight_figure
+from madpo.report.numbers import DASH, one
+from madpo.report.pages import Cell, Table, cell, shown_margins, write_page
 from madpo.report.study_charts import calibration_panel
-from madpo.report.weight_figure import weight_figure
 from madpo.rewards.margins import MarginReport
 from madpo.rewards.weight_counts import WeightParameters
 
@@ -38,32 +38,49 @@ def margin_page(name: str, report: MarginReport, margins: Margins) -> str:
         "pairs": [{"id": margins.pair_ids[i], "h": float(h[i]), **text} for i, text in sorted(margins.texts.items())],
         "of": len(h),
     }
-    found = f"{report.tau:.3g}", f"{report.c_max:g}"
-    if not report.informative:
-        found = DASH, DASH
     tiles = {
-        "recommended τ": cell(found[0]),
-        "recommended c_max": cell(found[1]),
-        "margin_temperature": cell(f"{report.margin_temperature:.3g}"),
+        "recommended τ": cell(f"{report.tau:.3g}" if report.informative else DASH),
+        "recommended c_max": cell(f"{report.c_max:g}" if report.informative else DASH),
+        "margin temperature": cell(f"{report.margin_temperature:.3g}"),
         "labels contradicted": cell(report.contradicted, "share"),
         "log loss": Cell(f"{report.calibrated_log_loss:.3f}", ("chance: 0.693",)),
         "pairs": cell(f"{report.pairs:,}"),
     }
     if report.deciding is not None:
         tiles["log loss less that of DPO's implicit margin"] = cell(report.deciding.difference, "signed")
-    calibration = Chart("calibration", "Calibration", "", [calibration_panel("", report.reliability, 3)])
-    return render(
-        "margins",
-        f"Reward margins of {Path(name).name or name}",
-        ("weight.js", "margins.js"),
-        data,
-        report=report,
-        tiles=tiles,
-        figure=weight_figure(h, parameters, label="Weight curve and margins"),
-        settings=_settings(report),
-        calibration=draw(calibration),
-        bins=reliability_table(report.reliability),
+    note = (
+        "Every pair has a margin: how sure the reward model is of its label, in log-odds after the margin temperature "
+        f"({report.temperature_reason}). The curve is the weight that MADPO gives to a pair with that margin. Drag τ, "
+        f"c_max, c_min and λ to see what another setting would do. Why {'; '.join(report.reasons)}."
     )
+    suspects = [
+        {
+            "prompt": f"pair {s.pair_id}, margin {one(s.reward_margin)}, weight {one(s.weight)}\n{s.prompt}",
+            "answers": [(side, None, text) for side in ("chosen", "rejected") if (text := getattr(s, side))],
+        }
+        for s in report.suspects
+    ]
+    contradicted = "the labels that the reward model contradicts most: swapped columns and wrong labels are here"
+    other = "the settings of the paper's search, and the recommended one last"
+    sure = "how sure the reward model is, and how often the labels agree"
+    chart = draw(Chart("reliability", "Calibration", "", [calibration_panel("", report.reliability, 3)]))
+    bins = reliability_table(report.reliability)
+    sections = [
+        Section(
+            "Margins and their weights",
+            note=note,
+            weight=weight_figure(h, parameters, label="Weight curve and margins"),
+        ),
+        Section(
+            "Affected pairs", note="With scripts, the pairs that change most in weight are listed here.", id="affected"
+        ),
+        Section("Suspicious pairs", contradicted, answers=suspects, folded=True, id="suspects"),
+        Section("Other settings", other, table=_settings(report), folded=True),
+        Section("Calibration", sure, charts=[chart], table=bins, folded=True),
+    ]
+    title = f"Reward margins of {Path(name).name or name}"
+    scripts = ("weight.js", "page.js", "margins.js")
+    return command_page("margins", title, [], tiles, sections, scripts=scripts, data=data, warnings=report.warnings)
 
 
 def _settings(report: MarginReport) -> Table:
@@ -77,16 +94,3 @@ def _settings(report: MarginReport) -> Table:
         for s in report.settings
     ]
     return Table("Settings", head, rows, plain=True)
-
-
-def reliability_table(bins: Any) -> Table:
-    """Pairs by the size of their margin: how sure the reward model is, and how often the labels agree."""
-    rows = [
-        [
-            Cell(f"{b.low:.2f} to {b.high:.2f}"),
-            *(cell(f"{b.pairs}"), cell(f"{b.predicted:.1%}"), cell(b.observed, "share")),
-        ]
-        for b in bins
-    ]
-    head = ("|margin| / temperature", "pairs", "the reward model says", "the labels agree")
-    return Table("Calibration", head, rows, plain=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -20,10 +20,10 @@ from markupsafe import Markup
 from madpo.core.metrics import Estimate
 from madpo.core.storage import storage_errors, write_atomically
 from madpo.report import svg
-from madpo.report.drawing import NUMBERS
-from madpo.report.numbers import DASH, interval, one, short
+from madpo.report.numbers import DASH, MINUS, interval, one, short
 
 STYLES = ("palette.css", "figure.css", "page.css")
+SHARED = "common.js"
 MARGINS_SHOWN = 50_000  # margins on a page; above, evenly spaced quantiles take their place
 
 
@@ -42,6 +42,11 @@ class Cell(NamedTuple):
     limit: float = 1.0
 
     @property
+    def number(self) -> bool:
+        """Whether it is a number with few words, which tables align on the right."""
+        return (self.text[:1].isdigit() or self.text[:1] in ("+", MINUS)) and len(self.small) < 3
+
+    @property
     def whisker(self) -> Markup:
         """The bar as a small figure."""
         return whisker(self.bar, self.limit) if self.bar is not None else Markup()
@@ -56,17 +61,71 @@ class Table(NamedTuple):
     plain: bool = False
     sortable: bool = False
 
+    @property
+    def numbers(self) -> set[int]:
+        """Places of the columns that hold numbers, or dashes in their place."""
+        columns = enumerate(zip(*self.rows, strict=True))
+        return {
+            i for i, cells in columns if any(c.number for c in cells) and all(c.number or c.text == DASH for c in cells)
+        }
+
+
+class Card(NamedTuple):
+    """A figure and its verdict (``kind``: "above", "below", "open"), with smaller remarks and what to doubt."""
+
+    label: str
+    figure: Markup | None
+    text: str
+    kind: str = "open"
+    asides: tuple[str, ...] = ()
+    doubt: str = ""
+
 
 def cell(
-    value: Estimate | float | str | None, how: str = "number", limit: float | None = None, digits: int = 2
+    value: Estimate | float | str | None,
+    how: str = "number",
+    limit: float | None = None,
+    digits: int = 2,
+    more: Iterable[str] = (),
 ) -> Cell:
-    """A number, its interval below it; with ``limit``, which an interval is drawn within."""
+    """A number, its interval below it and then ``more``; with ``limit``, which an interval is drawn within."""
+    more = tuple(filter(None, more))
     if isinstance(value, str):
-        return Cell(value, plain=True)
+        return Cell(value, more, plain=True)
     if not isinstance(value, Estimate):
-        return Cell(short(value, how, digits))
+        return Cell(short(value, how, digits), more)
     bar = value if limit is not None else None
-    return Cell(one(value.mean, how, digits), (interval(value, how, digits),), bar=bar, limit=limit or 1.0)
+    span = interval(value, how, digits).replace(" ", "\N{NO-BREAK SPACE}")
+    return Cell(one(value.mean, how, digits), (span, *more), bar=bar, limit=limit or 1.0)
+
+
+def limit_of(values: Iterable[object]) -> float:
+    """What the intervals of a table are drawn within: the end that is farthest from 0."""
+    ends = [abs(end) for value in values if isinstance(value, Estimate) for end in (value.low, value.high)]
+    return max(ends, default=1.0)
+
+
+def values_table(
+    label: str,
+    columns: Mapping[str, tuple[str, str]],
+    lines: Sequence[tuple[Cell, Mapping[str, Any], Sequence[Cell]]],
+    first: str = "method",
+    last: Sequence[str] = (),
+    **kind: bool,
+) -> Table | None:
+    """A table of named values, without the columns that no line has a value in; None without any.
+
+    Args:
+        columns: name of a value -> heading, and how it is written; signed values are drawn.
+        lines: heading, values by name, and cells that follow them, under the heads ``last``.
+    """
+    shown = {name: columns[name] for name in columns if any(values.get(name) is not None for _, values, _ in lines)}
+    limit = limit_of(values.get(name) for _, values, _ in lines for name, (_, how) in shown.items() if how == "signed")
+    rows = [
+        [head, *(cell(values.get(n), how, limit if how == "signed" else None) for n, (_, how) in shown.items()), *end]
+        for head, values, end in lines
+    ]
+    return Table(label, [first, *(heading for heading, _ in shown.values()), *last], rows, **kind) if shown else None
 
 
 def whisker(value: Estimate, limit: float) -> Markup:
@@ -100,7 +159,7 @@ def _environment() -> jinja2.Environment:
     found.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     filters: dict[str, Callable[..., str]] = {"one": one, "short": short, "interval": interval}
     found.filters.update(filters)
-    found.globals.update(dash=DASH, svg=svg.markup, NUMBERS=NUMBERS)
+    found.globals.update(svg=svg.markup)
     return found
 
 
@@ -114,7 +173,8 @@ def render(template: str, title: str, scripts: Sequence[str] = (), data: object 
         data: what the scripts read.
         context: names of the template.
     """
-    style, script = "".join(part(name) for name in STYLES), "\n".join(part(name) for name in scripts)
+    style = "".join(part(name) for name in STYLES)
+    script = "\n".join(part(name) for name in (SHARED, *scripts)) if scripts else ""
     allowed = [f"default-src 'none'; style-src {_digest(style)}"]
     allowed += [f"script-src {_digest(script)}"] if script else []
     policy = "; ".join([*allowed, "base-uri 'none'; form-action 'none'"])

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from madpo.core.progress import duration
 from madpo.report.numbers import DASH
@@ -19,18 +19,7 @@ from madpo.runner.record import Record
 FAILURES = 40  # spelled out
 
 
-class Provenance(NamedTuple):
-    """What was run, where, and what is missing."""
-
-    steps: str
-    machines: list[str]
-    kinds: Table
-    every: Table
-    failed: Table | None
-    waiting: list[str]
-
-
-def provenance(root: Path, records: Mapping[str, Record], unfinished: Mapping[str, str]) -> Provenance:
+def provenance(root: Path, records: Mapping[str, Record], unfinished: Mapping[str, str]) -> dict[str, Any]:
     """Steps, versions, machines, hours; what is missing and why."""
     versions = {f"{k} {v}" for record in records.values() for k, v in record.libraries.items()}
     versions |= {f"madpo {record.provenance.get('madpo', '?')}" for record in records.values()}
@@ -43,30 +32,24 @@ def provenance(root: Path, records: Mapping[str, Record], unfinished: Mapping[st
         [Cell(kind), cell(str(len(times))), cell(duration(sum(times)))]
         for kind, times in sorted(seconds.items(), key=lambda item: -sum(item[1]))
     ]
-    rows = [
-        [
-            Cell(record.name),
-            cell(duration(record.seconds)),
-            cell(str(record.threads)),
-            cell(_size(folder_of(root, record))),
-            cell(str(record.provenance.get("host", ""))),
-            cell(str(record.provenance.get("started", ""))),
-            cell(record.identity[:8]),
-        ]
-        for record in records.values()
-    ]
+    rows = []
+    for record in records.values():
+        given = [str(record.provenance.get(name, "")) for name in ("host", "started")]
+        texts = [duration(record.seconds), str(record.threads), _size(folder_of(root, record)), *given]
+        rows.append([Cell(record.name), *map(cell, [*texts, record.identity[:8]])])
     head = ["step", "time", "threads", "on disk", "host", "started", "identity"]
     failed = [
         [Cell(name), cell(why.removeprefix("failed: "))] for name, why in unfinished.items() if why.startswith("failed")
     ]
-    return Provenance(
-        f"{len(records)} steps, {total} of work in all. {', '.join(sorted(versions))}." if records else "",
-        [f"{name} ({n} steps)" for name, n in machines.most_common()],
-        Table("Time by kind of step", ["kind of step", "steps", "time in all"], kinds, plain=True),
-        Table("Steps", head, rows, plain=True),
-        Table("Failed steps", ["step", "why"], failed[:FAILURES], plain=True) if failed else None,
-        [name for name, why in unfinished.items() if not why.startswith("failed")],
-    )
+    steps = f"{len(records)} steps, {total} of work in all. {', '.join(sorted(versions))}." if records else ""
+    return {
+        "steps": steps,
+        "machines": [f"{name} ({n} steps)" for name, n in machines.most_common()],
+        "kinds": Table("Time by kind of step", ["kind of step", "steps", "time in all"], kinds, plain=True),
+        "every": Table("Steps", head, rows, plain=True),
+        "failed": Table("Failed steps", ["step", "why"], failed[:FAILURES], plain=True) if failed else None,
+        "waiting": [name for name, why in unfinished.items() if not why.startswith("failed")],
+    }
 
 
 def _machine(record: Record) -> str:
@@ -87,16 +70,20 @@ def differences(experiment: Mapping[str, Any]) -> tuple[str, Table] | None:
     theirs = _flat({k: v for k, v in tomllib.loads(text).items() if k not in ("title", "method")})
     own = _flat(experiment)
     rows = [
-        [Cell(key.replace("_", " ").replace(".", ", ")), cell(str(own[key])), cell(str(value))]
+        [Cell(key.replace("_", " ").replace(".", ", ")), cell(_words(own[key])), cell(_words(value))]
         for key, value in theirs.items()
         if key in own and own[key] != value
     ]
     seeds = (
-        f"This run has the training seeds {own['seeds']}; the paper has one run of each method. "
+        f"This run has the training seeds {_words(own['seeds'])}; the paper has one run of each method. "
         if "seeds" in own
         else ""
     )
     return (seeds, Table("Differences", ["setting", "this run", "paper"], rows, plain=True)) if rows else None
+
+
+def _words(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -20,6 +20,7 @@ import pandas as pd
 from madpo.core.metrics import Estimate, Metric
 from madpo.core.statistics import bootstrap_mean, paired_difference
 from madpo.report.methods import SFT, method_of
+from madpo.report.numbers import one
 from madpo.report.selection import BOOTSTRAP_SEED, selecting_half
 from madpo.report.sources import Sources
 from madpo.runner.record import Record
@@ -91,6 +92,11 @@ class Row:
     def mean(self, name: str) -> float:
         """The value without its interval; -inf where there is none."""
         return mean_of(self[name])
+
+    @property
+    def seeds_in_words(self) -> str:
+        """ "seed0 1.42, seed1 1.39"."""
+        return ", ".join(f"{seed} {one(value)}" for seed, value in self.per_seed.items())
 
     @property
     def beta(self) -> float | None:

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from madpo.core.metrics import Estimate
 from madpo.report import published
-from madpo.report.charts import Chart, Level, Levels, Mark, Panel, Series
-from madpo.report.compare import Choice, chosen, frontiers, settings_of
+from madpo.report.charts import Chart, Mark, Panel, Series, WeightPanel, levels, value_mark
+from madpo.report.claims import Claim, claims
+from madpo.report.compare import Choice, base_beta, chosen, frontiers, selection_json, selections, settings_of
 from madpo.report.methods import SFT, is_setting
-from madpo.report.results import Row, Tier, Value, shared_seeds
+from madpo.report.results import Row, Tier, collect, mean_of, shared_seeds
+from madpo.report.study_sections import weighting
 from madpo.rewards.margins import Reliability, reliability
+from madpo.runner.record import Record
 
 REWARD = "mean oracle reward"
+FIRST = ("", "core")  # groups whose training curves are shown first
+CORE = ("core", "auto")  # groups whose methods the first screen shows
 COLOURS = {"DPO": 0, "IPO": 1, "MADPO": 2, "β-DPO": 3, "Amp-Only": 4, "Reg-Only": 5, SFT: 7}
 TIER_COLOURS = {"high": 3, "medium": 1, "low": 2}
 SHADES = 8
@@ -25,31 +34,101 @@ PAIRS_PER_BIN = 20  # of a calibration, at least
 PARTS_ONLY = ("Amp-Only", "Reg-Only")
 
 
+@dataclass(frozen=True, eq=False)
+class Study:
+    """What was read from a run and compared.
+
+    Attributes:
+        beta: that methods share in Table 1; choices: (tier, method of Table 1) -> its chosen setting.
+        selections: the experiment's own choices; selection: the same for programs.
+        planned: the experiment's rows; experiment: its settings.
+    """
+
+    tiers: list[Tier]
+    beta: float
+    choices: dict[tuple[str, str], Choice]
+    claims: list[Claim]
+    selections: dict[str, list[Choice]]
+    selection: dict[str, Any]
+    planned: Sequence[Mapping[str, Any]]
+    experiment: dict[str, Any]
+
+    @classmethod
+    def of(cls, root: Path, records: Mapping[str, Record], experiment: Mapping[str, Any]) -> Study:
+        """Read the records and what their steps wrote."""
+        # "rows" has the sweeps of "method" spelled out.
+        rows = experiment.get("rows") or experiment.get("method", [])
+        rows = [row for row in rows if isinstance(row, Mapping) and "name" in row]
+        seed = int(experiment.get("selection_seed", 0))
+        pairs = experiment.get("pairs")
+        planned = pairs.get("tiers", ()) if isinstance(pairs, Mapping) else ()
+        tiers = collect(root, records, rows, seed, map(str, planned))
+        beta = base_beta(tiers)
+        wanted = {str(s["name"]): s["among"] for s in experiment.get("selection", [])}
+        found = selections(tiers, wanted)
+        keys = {str(row["name"]): str(row.get("key", row["name"])) for row in rows}
+        chosen = selection_json(found, wanted, keys, seed)
+        settings = {name: value for name, value in experiment.items() if name != "rows"}
+        return cls(tiers, beta, choices_of(tiers, beta), claims(tiers), found, chosen, rows, settings)
+
+    @property
+    def seeds(self) -> int:
+        """Training seeds of the method that has the most."""
+        return max((len(row.seeds) for tier in self.tiers for row in tier.policies), default=0)
+
+    @cached_property
+    def charts(self) -> list[Chart]:
+        """Every figure that can be drawn."""
+        tiers, beta = self.tiers, self.beta
+        groups = list(dict.fromkeys(row.group for tier in tiers for row in tier.rows if row.group not in FIRST))
+        training = [("", FIRST, ""), *((f"_{group}", (group,), f", {group}") for group in groups)]
+        found = [
+            main_chart(tiers, self.choices),
+            sensitivity_chart(tiers, beta),
+            ablation_chart(tiers, beta),
+            frontier_chart(tiers, beta),
+            calibration_chart(tiers),
+            reward_model_chart(tiers),
+            *(loss_chart(tiers, f"training_loss{end}", f"Training loss{words}", of) for end, of, words in training),
+            *(
+                margin_chart(tiers, f"training_margins{end}", f"Implicit margin{words}", of)
+                for end, of, words in training
+            ),
+        ]
+        panels = [
+            WeightPanel(tier.label, margins, p)
+            for tier in tiers
+            if len(tier.margins)
+            for p, margins in [weighting(tier)]
+        ]
+        weights = [Chart("weights", "Margins and their weights", "", panels)] if panels else []
+        return [*(chart for chart in found if chart is not None), *weights]
+
+
 def main_chart(tiers: Sequence[Tier], choices: Mapping[tuple[str, str], Choice]) -> Chart | None:
     """Figure 1: the reward of every method in every tier, with the paper's value."""
     panels = []
     for tier in tiers:
-        found = [(name, choices[tier.name, name]) for name in published.METHODS if (tier.name, name) in choices]
-        lines = [_level(name, name, choice.value, published.TABLE_1[name].get(tier.name)) for name, choice in found]
-        sft = [_level(SFT, SFT, tier.sft["oracle_reward"], None)] if tier.sft is not None else []
-        shown = [line for line in (*sft, *lines) if line is not None]
-        if any(lines):
-            reference = (SFT, shown[0].mean) if sft and sft[0] else None
-            panels.append(Levels(f"{tier.label} pairs", REWARD, tuple(shown), reference))
+        names = [name for of, name in choices if of == tier.name]
+        lines = [
+            (
+                name,
+                _colour(name, names),
+                choices[tier.name, name].value,
+                published.TABLE_1.get(name, {}).get(tier.name, (None,))[0],
+            )
+            for name in names
+        ]
+        if lines:
+            sft = tier.sft["oracle_reward"] if tier.sft is not None else None
+            reference = None if sft is None else (SFT, mean_of(sft))
+            panels.append(levels(f"{tier.label} pairs", REWARD, [(SFT, COLOURS[SFT], sft, None), *lines], reference))
     caption = (
         "Figure 1 of the paper with this run's numbers: mean oracle reward with 95 % intervals over prompts; hollow "
         "marks are the paper's values, the dashed line is the SFT model. A method with several settings is chosen on "
         "one half of the prompts and shown on the other half."
     )
     return Chart("figure1_main", "Mean oracle reward by tier", caption, panels) if panels else None
-
-
-def _level(name: str, method: str, value: Value, paper: tuple[float, float] | float | None) -> Level | None:
-    theirs = paper[0] if isinstance(paper, tuple) else paper
-    colour = COLOURS.get(method, 6)
-    if isinstance(value, Estimate):
-        return Level(name, colour, value.mean, value.low, value.high, theirs)
-    return Level(name, colour, value, published=theirs) if value is not None and np.isfinite(value) else None
 
 
 def sensitivity_chart(tiers: Sequence[Tier], beta: float) -> Chart | None:
@@ -62,7 +141,7 @@ def sensitivity_chart(tiers: Sequence[Tier], beta: float) -> Chart | None:
             if not rows:
                 continue
             marks = [
-                _mark(float(r.loss[field]), r["oracle_reward"], f"{tier.label}, {name} = {r.loss[field]:g}")
+                value_mark(r["oracle_reward"], float(r.loss[field]), f"{tier.label}, {name} = {r.loss[field]:g}")
                 for r in rows
             ]
             colour = _tier_colour(tier.name)
@@ -104,10 +183,9 @@ def ablation_chart(tiers: Sequence[Tier], beta: float) -> Chart | None:
                 continue
             even = tier.even(rows)
             lines = [
-                _level(r.method, r.method, r["oracle_reward"], paper.get(r.method, {}).get(tier.name)) for r in even
+                (r.method, COLOURS[r.method], r["oracle_reward"], paper.get(r.method, {}).get(tier.name)) for r in even
             ]
-            title = f"{tier.label}, c = {c:g}, τ = {tau:g}{_seeds_only(tier, even)}"
-            panels.append(Levels(title, REWARD, tuple(line for line in lines if line)))
+            panels.append(levels(f"{tier.label}, c = {c:g}, τ = {tau:g}{_seeds_only(tier, even)}", REWARD, lines))
     caption = "Figure 3 of the paper: amplification only and dampening only; hollow marks are the paper's values."
     return Chart("figure3_ablation", "Ablation", caption, panels) if panels else None
 
@@ -138,8 +216,8 @@ def frontier_chart(tiers: Sequence[Tier], beta: float) -> Chart | None:
         series = [one for one in series if one.marks]
         if tier.sft is not None and series:
             reward = tier.even([tier.sft, *rows])[0]["oracle_reward"]
-            if (mark := _mark(0.0, reward, SFT)) is not None:
-                series.append(Series(SFT, (mark,), COLOURS[SFT], shape=methods.index(SFT)))
+            if (mark := value_mark(reward, 0.0, SFT)) is not None:
+                series.append(Series(SFT, (mark,), COLOURS[SFT]))
         if len(series) > 1:
             title = tier.label + _seeds_only(tier, rows)
             panels.append(Panel(title, "KL to the reference, nats", REWARD, tuple(series)))
@@ -158,8 +236,7 @@ def _against_kl(method: str, rows: Sequence[Row], methods: Sequence[str]) -> Ser
         if isinstance(kl, Estimate) and isinstance(reward, Estimate):
             says = f"{row.name}: reward {reward.mean:.2f} ({reward.low:.2f} to {reward.high:.2f}), KL {kl.mean:.1f}"
             marks.append(Mark(kl.mean, reward.mean, reward.low, reward.high, kl.low, kl.high, says))
-    # The same shape in every panel, whatever the panel lacks.
-    return Series(method, tuple(marks), _colour(method, methods), shape=methods.index(method))
+    return Series(method, tuple(marks), _colour(method, methods))
 
 
 def loss_chart(tiers: Sequence[Tier], name: str, title: str, groups: Iterable[str]) -> Chart | None:
@@ -262,16 +339,11 @@ def calibration_panel(title: str, bins: Iterable[Reliability], colour: int) -> P
 
 
 def choices_of(tiers: Sequence[Tier], beta: float) -> dict[tuple[str, str], Choice]:
-    """(tier, method of Table 1) -> its chosen setting, where it was run."""
-    found = {(tier.name, name): chosen(tier, name, beta) for tier in tiers for name in published.METHODS}
+    """(tier, method) -> its chosen setting: the paper's methods that were run, then the others of the core."""
+    core = (row.method for tier in tiers for row in tier.policies if row.group in CORE)
+    names = dict.fromkeys([*published.METHODS, *core])
+    found = {(tier.name, name): chosen(tier, name, beta) for tier in tiers for name in names}
     return {key: choice for key, choice in found.items() if choice is not None}
-
-
-def _mark(x: float, value: Value, what: str) -> Mark | None:
-    if isinstance(value, Estimate):
-        says = f"{what}: {value.mean:.2f} ({value.low:.2f} to {value.high:.2f})"
-        return Mark(x, value.mean, value.low, value.high, says=says)
-    return Mark(x, value, says=f"{what}: {value:.2f}") if value is not None and np.isfinite(value) else None
 
 
 def _tier_colour(name: str) -> int:

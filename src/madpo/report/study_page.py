@@ -5,23 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
-
-from markupsafe import Markup
 
 from madpo.core.metrics import Estimate
 from madpo.report import published
-from madpo.report.caveats import accuracies, empty_cells, idle_parts, near_chance, weights_from
 from madpo.report.charts import WeightPanel
 from madpo.report.compare import NOT_RUN, Choice
 from madpo.report.drawing import Drawn, draw
 from madpo.report.methods import SFT
 from madpo.report.numbers import DASH, count, one, short
-from madpo.report.pages import Cell, Table, cell, render
+from madpo.report.pages import Card, Cell, Table, cell, render
 from madpo.report.provenance import differences, provenance
 from madpo.report.results import Tier, planned_row
-from madpo.report.samples import sample_data, static_samples
-from madpo.report.study import Study
+from madpo.report.samples import sample_data, static
+from madpo.report.study_charts import Study
 from madpo.report.study_sections import (
     claims_view,
     degeneration_table,
@@ -30,10 +26,9 @@ from madpo.report.study_sections import (
     sided,
     temperature_table,
     tier_results,
-    weight_data,
     weights_view,
 )
-from madpo.report.summary import opening, verdict
+from madpo.report.summary import accuracies, empty_cells, idle_parts, near_chance, opening, verdict, weights_from
 from madpo.runner.record import Record
 
 QUESTION = "Does MADPO earn more reward than DPO when the preference pairs differ in quality?"
@@ -47,11 +42,8 @@ def study_page(
     tiers = study.tiers
     charts = {c.name: draw(c) for c in study.charts if not any(isinstance(p, WeightPanel) for p in c.panels)}
     reasons = empty_cells(tiers, study.planned, unfinished)
-    weighted = [tier for tier in tiers if len(tier.margins)]
-    data = {
-        "weights": {f"weight-{tier.name}": weight_data(tier) for tier in weighted},
-        "samples": sample_data(tiers),
-    }
+    weights = [weights_view(tier) for tier in tiers if len(tier.margins)]
+    data = {"weights": {f"weight-{w['name']}": w["data"] for w in weights}, "samples": (samples := sample_data(tiers))}
     return render(
         "report",
         title,
@@ -73,11 +65,11 @@ def study_page(
         temperatures=[table for tier in tiers if (table := temperature_table(tier))],
         results=[tier_results(tier, reasons) for tier in tiers if tier.rows],
         idle=idle_parts(tiers),
-        weights=[weights_view(tier) for tier in weighted],
+        weights=weights,
         reward_models=reward_models_table(tiers),
         reward_model_notes=weights_from(tiers)[1:],
         degeneration=[table for tier in tiers if (table := degeneration_table(tier))],
-        samples=static_samples(tiers),
+        samples=static(next(iter(samples.values()))) if samples else [],
         differences=differences(study.experiment),
         provenance=provenance(root, records, unfinished),
         experiment=json.dumps(study.experiment, indent=2, ensure_ascii=False, default=str),
@@ -88,27 +80,15 @@ def progress(records: Mapping[str, Record], unfinished: Mapping[str, str]) -> tu
     """How far the run is: its state ("done", "open", "failed") and the words for it."""
     total, failed = len(records) + len(unfinished), sum(why.startswith("failed") for why in unfinished.values())
     if not unfinished:
-        return "done", f"all {len(records)} steps done"
-    return ("failed" if failed else "open"), f"{len(records)} of {total} steps done" + f", {failed} failed" * bool(
-        failed
-    )
+        return "done", f"all {total} steps done"
+    words = f"{len(records)} of {total} steps done"
+    return ("failed", f"{words}, {failed} failed") if failed else ("open", words)
 
 
 # The first screen
 
 
-class TierVerdict(NamedTuple):
-    """A tier on the first screen: its figure, its result in words, and what to doubt."""
-
-    label: str
-    figure: Markup | None
-    text: str
-    kind: str
-    equal_kl: str
-    doubt: str
-
-
-def tier_verdicts(study: Study, main: Drawn | None) -> list[TierVerdict]:
+def tier_verdicts(study: Study, main: Drawn | None) -> list[Card]:
     """A figure and a sentence per tier."""
     drawn = zip(main.chart.panels, main.panels, strict=True) if main else ()
     figures = {panel.title.removesuffix(" pairs"): figure for panel, figure in drawn}
@@ -122,7 +102,7 @@ def tier_verdicts(study: Study, main: Drawn | None) -> list[TierVerdict]:
         words = "".join(f"At the same KL, MADPO less DPO is {short(c.value, 'signed')}: {sided(c)}." for c in at)
         doubt = "The reward model is near chance." if near_chance(tier) else ""
         text = said.gap or said.level
-        found.append(TierVerdict(tier.label, figures.get(tier.label), text, said.kind, words, doubt))
+        found.append(Card(tier.label, figures.get(tier.label), text, said.kind, (words,), doubt))
     return found
 
 
@@ -133,7 +113,7 @@ def main_table(study: Study, reasons: Mapping[tuple[str, str], str]) -> Table | 
     why = _of_methods(study, reasons)
     rows = [[Cell(SFT), *(cell(tier.sft["oracle_reward"] if tier.sft else None) for tier in study.tiers)]]
     planned = {planned_row(row).method for row in study.planned} or set(published.METHODS)
-    for name in published.METHODS:
+    for name in dict.fromkeys([*published.METHODS, *(name for _, name in study.choices)]):
         if name not in planned and not any((tier.name, name) in study.choices for tier in study.tiers):
             continue
         cells = [_main_cell(study, tier, name, why.get((tier.name, name), NOT_RUN)) for tier in study.tiers]
@@ -142,37 +122,30 @@ def main_table(study: Study, reasons: Mapping[tuple[str, str], str]) -> Table | 
         right = [
             cell(", ".join(one(v.mean, "share") for v in accuracies(tier).values()) or DASH) for tier in study.tiers
         ]
-        rows.append([Cell("reward model is right", plain=True), *right])
+        rows.append([Cell("reward model accuracy", plain=True), *right])
     return Table("Table 1", ["mean oracle reward", *(tier.label for tier in study.tiers)], rows)
 
 
 def _main_cell(study: Study, tier: Tier, name: str, reason: str) -> Cell:
-    choice, paper = study.choices.get((tier.name, name)), published.TABLE_1[name].get(tier.name)
+    choice, paper = study.choices.get((tier.name, name)), published.TABLE_1.get(name, {}).get(tier.name)
     theirs = f"paper {paper[0]:.2f}" if paper else ""
     if choice is None:
-        return Cell(DASH, tuple(filter(None, (reason, theirs))))
-    own = cell(choice.value)
+        return cell(None, more=[reason, theirs])
     setting = f"{choice.row.name}, of {choice.settings}" if choice.chosen else ""
     few = f"{len(choice.seeds)} of {study.seeds} seeds" if len(choice.seeds) < study.seeds else ""
-    return own._replace(small=tuple(filter(None, (*own.small, theirs, ", ".join(filter(None, (setting, few)))))))
+    return cell(choice.value, more=[theirs, ", ".join(filter(None, (setting, few)))])
 
 
 def chosen_table(study: Study) -> Table | None:
     """How each value of Table 1 came about: setting, seeds, and the mean of the paper's own way of choosing."""
     rows = []
     for tier in study.tiers:
-        for name in published.METHODS:
-            if (choice := study.choices.get((tier.name, name))) is not None:
+        for (of, name), choice in study.choices.items():
+            if of == tier.name:
                 seeds = [f"{seed} {one(v)}" for seed, v in choice.row.per_seed.items() if seed in choice.seeds]
                 settings = f"{choice.row.name}, of {count(choice.settings, 'setting')}"
-                rows.append(
-                    [
-                        Cell(f"{tier.label}: {name}"),
-                        cell(settings),
-                        cell(", ".join(seeds) or DASH),
-                        cell(choice.best_value),
-                    ]
-                )
+                texts = settings, ", ".join(seeds) or DASH, choice.best_value
+                rows.append([Cell(f"{tier.label}: {name}"), *map(cell, texts)])
     head = ["method", "setting", "each seed, all prompts", "the paper's way: the best on all prompts"]
     return Table("How Table 1 was made", head, rows, plain=True) if rows else None
 
@@ -190,9 +163,8 @@ def _selection_cell(choice: Choice | None) -> Cell:
     if choice is None:
         return Cell(DASH, (NOT_RUN,))
     prompts = f", {choice.value.n} prompts" if isinstance(choice.value, Estimate) else ""
-    own = cell(choice.value)
     said = f"{choice.row.name}, of {choice.settings}", f"{', '.join(choice.seeds)}{prompts}"
-    return own._replace(small=(*own.small, *said))
+    return cell(choice.value, more=said)
 
 
 def _of_methods(study: Study, reasons: Mapping[tuple[str, str], str]) -> dict[tuple[str, str], str]:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from madpo.core.metrics import Estimate
-from madpo.report.caveats import doubtful, weights_from
 from madpo.report.claims import Claim, counts, tested
 from madpo.report.compare import NOT_RUN, Comparison, at_equal_kl
+from madpo.report.drawing import weight_figure
 from madpo.report.methods import SFT, settings_words
-from madpo.report.numbers import DASH, count, interval, one, short
-from madpo.report.pages import MARGINS_SHOWN, Cell, Table, cell, shown_margins
+from madpo.report.numbers import DASH, count, one, short
+from madpo.report.pages import MARGINS_SHOWN, Cell, Table, cell, limit_of, shown_margins, values_table
 from madpo.report.results import Row, Tier, Value
-from madpo.report.tables import COLUMNS, UNEVEN, shown_columns
-from madpo.report.weight_figure import weight_figure
+from madpo.report.summary import doubtful, weights_from
+from madpo.report.tables import COLUMNS, UNEVEN
 from madpo.rewards.weight_counts import WeightParameters, count_weights
 
 # Verdict -> class of the style sheet.
@@ -31,31 +30,11 @@ def sided(c: Comparison) -> str:
 # Claims
 
 
-class ClaimView(NamedTuple):
-    """A claim as a line of a table that opens."""
-
-    claim: Claim
-    kind: str
-    closest: Cell
-    remarks: list[str]
-    numbers: Table
-
-
-class ClaimsView(NamedTuple):
-    """Claims by section; those that were not run at all, with the reason; and how to read them."""
-
-    gist: str
-    sections: dict[str, list[ClaimView]]
-    absent: list[str]
-    cautions: list[str]
-
-
-def claims_view(found: Sequence[Claim], tiers: Sequence[Tier], seeds: int) -> ClaimsView:
-    """Every claim with its verdict and its numbers."""
+def claims_view(found: Sequence[Claim], tiers: Sequence[Tier], seeds: int) -> dict[str, Any]:
+    """Claims by section, each with its verdict and its numbers; those that were not run; and how to read them."""
     run = [claim for claim in found if claim.verdict != NOT_RUN or claim.partly]
-    gaps = [v for claim in run for c in claim.made if (v := c.value)]
-    limit = max((max(abs(v.low), abs(v.high)) for v in gaps), default=1.0)
-    sections: dict[str, list[ClaimView]] = {}
+    limit = limit_of(c.value for claim in run for c in claim.made)
+    sections: dict[str, list[dict[str, Any]]] = {}
     for claim in run:
         sections.setdefault(claim.section, []).append(_claim(claim, doubtful(claim, tiers), limit))
     absent = [f"{c.text} {'; '.join(dict.fromkeys(x.missing for x in c.comparisons if x.missing != NOT_RUN))}".strip()
@@ -73,10 +52,10 @@ def claims_view(found: Sequence[Claim], tiers: Sequence[Tier], seeds: int) -> Cl
                 if seeds == 1
                 else "Two training seeds show no significance: a verdict asks that both agree, and no more."
             )
-    return ClaimsView(counts(found), sections, absent, texts)
+    return {"gist": counts(found), "sections": sections, "absent": absent, "cautions": texts}
 
 
-def _claim(claim: Claim, doubted: Sequence[str], limit: float) -> ClaimView:
+def _claim(claim: Claim, doubted: Sequence[str], limit: float) -> dict[str, Any]:
     remarks = ["Some of it has too few prompts to be judged."] if claim.too_few else []
     if same := sum(c.same for c in claim.made):
         remarks.append(f"{same} of {len(claim.made)} comparisons are of policies that answer alike: not a test.")
@@ -84,70 +63,51 @@ def _claim(claim: Claim, doubted: Sequence[str], limit: float) -> ClaimView:
         remarks.append(f"The reward model on {', '.join(doubted)} cannot be distinguished from chance.")
     closest = min(claim.made, key=lambda c: c.value.low - c.bound if c.value else 0.0)
     shown = cell(closest.value, "signed", limit)._replace(small=(closest.what,))
-    rows = [[Cell(c.what), _difference(c, limit), cell(_seeds(c))] for c in claim.comparisons]
-    numbers = Table(
-        f"Numbers for: {claim.text}", ["difference of mean rewards", "this run", "each seed"], rows, plain=True
-    )
-    return ClaimView(claim, KINDS[claim.verdict], shown, remarks, numbers)
+    rows = [[Cell(c.what), *_difference(c, limit)] for c in claim.comparisons]
+    head = ["difference of mean rewards", "this run", "each seed"]
+    numbers = Table(f"Numbers for: {claim.text}", head, rows, plain=True)
+    kind = KINDS[claim.verdict]
+    return {"claim": claim, "kind": kind, "closest": shown, "remarks": remarks, "numbers": numbers}
 
 
-def _difference(c: Comparison, limit: float) -> Cell:
+def _difference(c: Comparison, limit: float) -> tuple[Cell, Cell]:
+    """The difference, and that of each seed."""
     if c.value is None:
-        return Cell(DASH, (c.missing,))
+        return Cell(DASH, (c.missing,)), Cell(DASH)
     beyond = f", to lie above {one(c.bound, 'signed')}" if c.bound else ""
-    words = f"{interval(c.value, 'signed')} over {c.value.n} prompts: {sided(c)}{beyond}"
-    return cell(c.value, "signed", limit)._replace(small=(words,))
-
-
-def _seeds(c: Comparison) -> str:
-    own = "one seed" if c.value is not None else DASH
-    return ", ".join(f"{seed} {one(value, 'signed')}".strip() for seed, value in c.per_seed.items()) or own
+    said = f"{c.value.n} prompts: {sided(c)}{beyond}"
+    return cell(c.value, "signed", limit, more=[said]), cell(c.seeds_in_words or "one seed")
 
 
 # Results
 
 
-class TierResults(NamedTuple):
+def tier_results(tier: Tier, reasons: Mapping[tuple[str, str], str]) -> dict[str, Any]:
     """Every method of a tier, what is missing and why, and each seed's mean reward."""
-
-    label: str
-    table: Table
-    note: str
-    seeds: list[tuple[str, str]]
-    missing: list[tuple[str, str]]
-
-
-def tier_results(tier: Tier, reasons: Mapping[tuple[str, str], str]) -> TierResults:
-    """The table of a tier."""
-    columns = shown_columns(tier)
-    gaps = [gap for row in tier.rows if isinstance(gap := row["difference"], Estimate)]
-    limit = max((max(abs(gap.low), abs(gap.high)) for gap in gaps), default=1.0)
-    rows = []
+    lines = []
     for row in tier.rows:
-        cells = [cell(row[c], how := COLUMNS[c][1], limit if how == "signed" else None) for c in columns]
         words = ", ".join(filter(None, (row.group, settings_words(row.loss))))
-        rows.append([Cell(row.name, (words,) if words else ()), *cells])
-    head = ["method", *(COLUMNS[c][0] for c in columns)]
+        lines.append((Cell(row.name, (words,) if words else ()), row.values, ()))
     measured = [row for row in tier.rows if row.per_seed]
     several = any(len(row.seeds) > 1 for row in measured)
-    seeds = [(r.name, ", ".join(f"{s} {one(v)}" for s, v in r.per_seed.items())) for r in measured] if several else []
-    missing = [(name, reasons.get((tier.name, name), NOT_RUN)) for name in tier.missing]
-    table = Table(f"Results, {tier.label}", head, rows, sortable=True)
-    return TierResults(tier.label, table, UNEVEN if tier.uneven else "", seeds, missing)
+    return {
+        "label": tier.label,
+        "table": values_table(f"Results, {tier.label}", COLUMNS, lines, sortable=True),
+        "note": UNEVEN if tier.uneven else "",
+        "seeds": [(row.name, row.seeds_in_words) for row in measured] if several else [],
+        "missing": [(name, reasons.get((tier.name, name), NOT_RUN)) for name in tier.missing],
+    }
 
 
 def equal_kl_table(tiers: Sequence[Tier], beta: float) -> Table | None:
     """What every setting earns more than DPO's and MADPO's curves at the setting's own distance."""
-    found = [(tier, row, compared) for tier in tiers for row, compared in at_equal_kl(tier, beta)]
-    made = [(tier, row, cs) for tier, row, cs in found if any(c.value for c in cs.values())]
-    gaps = [c.value for *_, cs in made for c in cs.values() if c.value]
-    limit = max((max(abs(gap.low), abs(gap.high)) for gap in gaps), default=1.0)
+    found = [(tier, row, [*by_base.values()]) for tier in tiers for row, by_base in at_equal_kl(tier, beta)]
+    made = [(tier, row, cs) for tier, row, cs in found if any(c.value for c in cs)]
+    limit = limit_of(c.value for *_, cs in made for c in cs)
     rows = [
         [
-            Cell(f"{tier.label}: {row.name}"),
-            cell(row["kl"]),
-            cell(row["oracle_reward"]),
-            *(shown for c in cs.values() for shown in (_difference(c, limit), cell(_seeds(c)))),
+            *(Cell(f"{tier.label}: {row.name}"), cell(row["kl"]), cell(row["oracle_reward"])),
+            *(shown for c in cs for shown in _difference(c, limit)),
         ]
         for tier, row, cs in made
     ]
@@ -162,16 +122,15 @@ def temperature_table(tier: Tier) -> Table | None:
     for row in tier.rows:
         found = [next((own for own in other.rows if own.key == row.key), None) for other in at.values()]
         if any(found):
-            values = [*((own["oracle_reward"], own["win_rate"]) if own else (None, None) for own in found)]
-            values.append((row["oracle_reward"], row["win_rate"]))
-            rows.append([Cell(row.name), *(_rewarded(*value) for value in values)])
+            at_each = [own.values if own else {} for own in found] + [row.values]
+            rows.append([Cell(row.name), *map(_rewarded, at_each)])
     head = ["method", *(f"{temperature:g}" for temperature in at), "as in the other tables"]
     return Table(f"Decoding temperatures, {tier.label}", head, rows) if rows else None
 
 
-def _rewarded(reward: Value, wins: Value) -> Cell:
-    own = cell(reward)
-    return own if wins is None else own._replace(small=(*own.small, f"wins {short(wins, 'share')}"))
+def _rewarded(values: Mapping[str, Value]) -> Cell:
+    wins = values.get("win_rate")
+    return cell(values.get("oracle_reward"), more=[] if wins is None else [f"wins {short(wins, 'share')}"])
 
 
 # Margins, reward models, degeneration
@@ -186,14 +145,8 @@ def weighting(tier: Tier) -> tuple[WeightParameters, np.ndarray]:
     return parameters, tier.margins / float(given.get("margin_temperature", 1.0))
 
 
-def weight_data(tier: Tier) -> dict[str, Any]:
-    """What the sliders of a tier's weight curve need."""
-    parameters, margins = weighting(tier)
-    return {"margins": shown_margins(margins), "parameters": parameters._asdict()}
-
-
 def weights_view(tier: Tier) -> dict[str, Any]:
-    """The weight curve over the tier's margins, which the page's script brings to life."""
+    """The weight curve over the tier's margins, and what the sliders of the page's script need."""
     parameters, margins = weighting(tier)
     n, first = len(margins), " (of the first training seed)" if len(tier.reward_models) > 1 else ""
     found = count_weights(margins, parameters)
@@ -205,31 +158,28 @@ def weights_view(tier: Tier) -> dict[str, Any]:
         f"{found.mean:.3f}, effective sample size {found.effective:.0f}.{few}"
     )
     figure = weight_figure(margins, parameters, label=f"Weight curve and margins, {tier.label}")
-    return {"name": tier.name, "label": tier.label, "text": text, "figure": figure}
+    data = {"margins": shown_margins(margins), "parameters": parameters._asdict()}
+    return {"name": tier.name, "label": tier.label, "text": text, "figure": figure, "data": data}
 
 
 def reward_models_table(tiers: Sequence[Tier]) -> Table | None:
     """Accuracy and calibration, a line per tier and seed."""
-    names = {
-        "heldout_accuracy": ("accuracy on held-out pairs", "share"),
-        "heldout_log_loss": ("log-loss, nats", "number"),
-        "temperature": ("fitted temperature", "number"),
-        "calibrated_log_loss": ("log-loss after calibration", "number"),
-    }
     models = [(tier, seed, model.metrics) for tier in tiers for seed, model in tier.reward_models.items()]
     models += [(tier, f"{seed}, probe", probe.metrics) for tier in tiers for seed, probe in tier.probes.items()]
-    shown = [name for name in names if any(name in metrics for _, _, metrics in models)]
-    rows = []
+    lines = []
     for tier, seed, metrics in models:
         first = seed == next(iter(tier.reward_models), None) and len(tier.margins)
-        agrees = cell(float((tier.margins > 0).mean()), "share") if first else Cell(DASH)
-        values = [value if isinstance(value := metrics.get(name), Estimate | float | int) else None for name in shown]
-        cells = [cell(value, names[name][1]) for name, value in zip(shown, values, strict=True)]
-        rows.append([Cell(f"{tier.label} {seed}".strip()), *cells, agrees])
-    head = ["tier", *(names[name][0] for name in shown), "agrees with its training labels"]
-    return Table("Reward models", head, rows) if shown else None
+        agrees = cell(float((tier.margins > 0).mean()) if first else None, "share")
+        lines.append((Cell(f"{tier.label} {seed}".strip()), metrics, [agrees]))
+    return values_table("Reward models", MODELS, lines, "tier", ["agrees with its training labels"])
 
 
+MODELS = {
+    "heldout_accuracy": ("accuracy on held-out pairs", "share"),
+    "heldout_log_loss": ("log-loss, nats", "number"),
+    "temperature": ("fitted temperature", "number"),
+    "calibrated_log_loss": ("log-loss after calibration", "number"),
+}
 DEGENERATION = {
     "length": ("length, tokens", "number"),
     "ended": ("ended by itself", "share"),
@@ -249,19 +199,11 @@ SIGNS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
 
 def degeneration_table(tier: Tier) -> Table | None:
     """Whether texts fell apart while the reward rose, next to the SFT model."""
-    shown = [name for name in DEGENERATION if any(row[name] is not None for row in tier.rows)]
-    if not shown or not tier.policies:
+    if not tier.policies:
         return None
-    rows = [
-        [
-            Cell(row.name),
-            *(cell(row[name], DEGENERATION[name][1]) for name in shown),
-            cell("; ".join(doubts(row, tier.sft)) or DASH),
-        ]
-        for row in tier.rows
-    ]
-    head = ["method", *(DEGENERATION[name][0] for name in shown), "signs"]
-    return Table(f"Degeneration, {tier.label}", head, rows, plain=True, sortable=True)
+    lines = [(Cell(row.name), row.values, [cell("; ".join(doubts(row, tier.sft)) or DASH)]) for row in tier.rows]
+    label = f"Degeneration, {tier.label}"
+    return values_table(label, DEGENERATION, lines, last=["signs"], plain=True, sortable=True)
 
 
 def doubts(row: Row, sft: Row | None) -> list[str]:

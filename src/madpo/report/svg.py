@@ -78,8 +78,9 @@ def line(parent: ET.Element, x1: float, y1: float, x2: float, y2: float, kind: s
 
 
 def text(parent: ET.Element, x: float, y: float, words: str, kind: str) -> None:
-    """Words."""
-    ET.SubElement(parent, "text", {"x": f"{x:.1f}", "y": f"{y:.1f}", "class": kind}).text = _xml(words)
+    """Words, where there are any."""
+    if words:
+        ET.SubElement(parent, "text", {"x": f"{x:.1f}", "y": f"{y:.1f}", "class": kind}).text = _xml(words)
 
 
 def path(parent: ET.Element, points: Sequence[tuple[float, float]], kind: str, title: str = "") -> None:

@@ -33,6 +33,17 @@ UNEVEN = (
     "Rows have different training seeds. A difference is over the seeds that a row shares with DPO, so it need not be "
     "the difference of the two means; means of different seeds differ by what the seeds differ in."
 )
+CAPTIONS = {
+    "table1": "Mean oracle reward with 95 % intervals over prompts. Of several settings one is chosen on one half of "
+    "the prompts and reported on the other; best_on_all is the setting with the highest mean on all prompts, as the "
+    "paper chooses.",
+    "selections": "The experiment's choices, made on one half of the held-out prompts and reported on the other.",
+    "methods": "Every method of the run: means over held-out prompts with 95 % intervals.",
+    "frontier": "Reward against KL to the reference, nats, over beta, in each tier over the seeds that its rows share; "
+    "and the reward less that of DPO's curve at the same KL.",
+    "claims": "The paper's claims, the comparisons that each is read as, and this run's differences.",
+    "reward_models": "Reward models on pairs that they were not trained on; log-losses in nats.",
+}
 _TEX = str.maketrans({
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
@@ -121,101 +132,66 @@ def study_tables(
     selections: Mapping[str, Sequence[Choice]],
 ) -> list[Table]:
     """Every table of the report; one without rows is left out."""
-    tables = [
-        _main(tiers, choices),
-        _selections(selections),
-        _methods(tiers),
-        _frontier(tiers, beta),
-        _claims(claims),
-        _reward_models(tiers),
-    ]
-    return [table for table in tables if table.rows]
-
-
-def _main(tiers: Sequence[Tier], choices: Mapping[tuple[str, str], Choice]) -> Table:
-    rows = []
-    for tier in tiers:
-        for name in published.METHODS:
-            if (choice := choices.get((tier.name, name))) is not None:
-                mean, error = published.TABLE_1[name].get(tier.name, (None, None))
-                best = {"best_on_all": choice.best.name, "its_reward": choice.best_value}
-                rows.append(
-                    {"tier": tier.label, "method": name, **_chosen(choice), **best, "paper": mean, "paper_se": error}
-                )
-    caption = (
-        "Mean oracle reward with 95 % intervals over prompts. Of several settings one is chosen on one half of the "
-        "prompts and reported on the other; best_on_all is the setting with the highest mean on all prompts, as the "
-        "paper chooses."
+    values = (
+        "oracle_reward",
+        "difference",
+        "win_rate",
+        "kl",
+        "length",
+        "distinct_1",
+        "distinct_2",
+        "repeated",
+        "ended",
     )
-    return Table("table1", caption, rows)
-
-
-def _selections(found: Mapping[str, Sequence[Choice]]) -> Table:
-    rows = [
-        {"tier": choice.tier.label, "choice": name, **_chosen(choice)}
-        for name, choices in found.items()
-        for choice in choices
-    ]
-    caption = "The experiment's choices, made on one half of the held-out prompts and reported on the other."
-    return Table("selections", caption, rows)
+    measures = ("heldout_pairs", "heldout_accuracy", "heldout_log_loss", "temperature", "calibrated_log_loss")
+    found = {
+        "table1": [
+            {"tier": tier.label, "method": name, **_chosen(choice), "best_on_all": choice.best.name}
+            | {"its_reward": choice.best_value}
+            | dict(
+                zip(("paper", "paper_se"), published.TABLE_1.get(name, {}).get(tier.name, (None, None)), strict=True)
+            )
+            for tier in tiers
+            for (of, name), choice in choices.items()
+            if of == tier.name
+        ],
+        "selections": [
+            {"tier": choice.tier.label, "choice": name, **_chosen(choice)}
+            for name, own in selections.items()
+            for choice in own
+        ],
+        "methods": [
+            {"tier": tier.label, "method": row.name, "group": row.group, "seeds": ", ".join(row.seeds)}
+            | {name: row[name] for name in (*values, "perplexity")}
+            for tier in tiers
+            for row in tier.rows
+        ],
+        "frontier": [
+            {"tier": tier.label, "method": row.method, "setting": row.name, "beta": row.beta}
+            | {"seeds": ", ".join(row.seeds), "kl": row["kl"], "reward": row["oracle_reward"]}
+            | {f"less_{base.lower()}_at_equal_kl": less.value for base, less in compared.items()}
+            for tier in tiers
+            for row, compared in at_equal_kl(tier, beta)
+        ],
+        "claims": [
+            {"claim": claim.key, "text": claim.text, "verdict": claim.verdict, "stands_on": claim.shown}
+            | {"comparison": c.what, "difference": c.value, "must_exceed": c.bound}
+            | {"per_seed_or_why_not": c.seeds_in_words or c.missing}
+            for claim in claims
+            for c in claim.comparisons
+        ],
+        "reward_models": [
+            {"tier": tier.label, "seed": seed, **{name: model.metrics.get(name) for name in measures}}
+            for tier in tiers
+            for seed, model in tier.reward_models.items()
+        ],
+    }
+    return [Table(name, CAPTIONS[name], rows) for name, rows in found.items() if rows]
 
 
 def _chosen(choice: Choice) -> dict[str, Any]:
     seeds = ", ".join(choice.seeds)
     return {"setting": choice.row.name, "settings": choice.settings, "seeds": seeds, "reward": choice.value}
-
-
-def _methods(tiers: Sequence[Tier]) -> Table:
-    names = ["oracle_reward", "difference", "win_rate", "kl", "length", "distinct_1", "distinct_2", "repeated"]
-    names += ["ended", "perplexity"]
-    rows = [
-        {"tier": tier.label, "method": row.name, "group": row.group, "seeds": ", ".join(row.seeds)}
-        | {name: row[name] for name in names}
-        for tier in tiers
-        for row in tier.rows
-    ]
-    return Table("methods", "Every method of the run: means over held-out prompts with 95 % intervals.", rows)
-
-
-def _frontier(tiers: Sequence[Tier], beta: float) -> Table:
-    rows = [
-        {
-            **{"tier": tier.label, "method": row.method, "setting": row.name, "beta": row.beta},
-            **{"seeds": ", ".join(row.seeds), "kl": row["kl"], "reward": row["oracle_reward"]},
-            **{f"less_{base.lower()}_at_equal_kl": less.value for base, less in compared.items()},
-        }
-        for tier in tiers
-        for row, compared in at_equal_kl(tier, beta)
-    ]
-    caption = (
-        "Reward against KL to the reference, nats, over beta, in each tier over the seeds that its rows share; and the "
-        "reward less that of DPO's curve at the same KL."
-    )
-    return Table("frontier", caption, rows)
-
-
-def _claims(found: Sequence[Claim]) -> Table:
-    rows = []
-    for claim in found:
-        for c in claim.comparisons:
-            seeds = ", ".join(f"{seed} {one(value, 'signed')}".strip() for seed, value in c.per_seed.items())
-            rows.append(
-                {"claim": claim.key, "text": claim.text, "verdict": claim.verdict, "stands_on": claim.shown}
-                | {"comparison": c.what, "difference": c.value, "must_exceed": c.bound}
-                | {"per_seed_or_why_not": seeds or c.missing}
-            )
-    caption = "The paper's claims, the comparisons that each is read as, and this run's differences."
-    return Table("claims", caption, rows)
-
-
-def _reward_models(tiers: Sequence[Tier]) -> Table:
-    names = ("heldout_pairs", "heldout_accuracy", "heldout_log_loss", "temperature", "calibrated_log_loss")
-    rows = [
-        {"tier": tier.label, "seed": seed, **{name: model.metrics.get(name) for name in names}}
-        for tier in tiers
-        for seed, model in tier.reward_models.items()
-    ]
-    return Table("reward_models", "Reward models on pairs that they were not trained on; log-losses in nats.", rows)
 
 
 # Tables next to the page
@@ -250,27 +226,13 @@ def results_json(
 
 def claim_json(claim: Claim) -> dict[str, Any]:
     """A claim with its comparisons, for programs."""
-    return {
-        "key": claim.key,
-        "section": claim.section,
-        "text": claim.text,
-        "reading": claim.reading,
-        "paper": claim.paper,
-        "verdict": claim.verdict,
-        "shown": claim.shown,
-        "partly": claim.partly,
-        "comparisons": [
-            {
-                "what": c.what,
-                "difference": plain(c.value),
-                "per_seed": dict(c.per_seed),
-                "same": c.same,
-                "must_exceed": c.bound,
-                "missing": c.missing,
-            }
-            for c in claim.comparisons
-        ],
-    }
+    names = ("key", "section", "text", "reading", "paper", "verdict", "shown", "partly")
+    comparisons = [
+        {"what": c.what, "difference": plain(c.value), "per_seed": dict(c.per_seed)}
+        | {"same": c.same, "must_exceed": c.bound, "missing": c.missing}
+        for c in claim.comparisons
+    ]
+    return {**{name: getattr(claim, name) for name in names}, "comparisons": comparisons}
 
 
 def shown_columns(tier: Tier) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +11,8 @@ import pandas as pd
 
 from madpo.core.metrics import Estimate
 from madpo.core.storage import write_atomically
-from madpo.report.charts import Chart, Mark, Panel, Series
-from madpo.report.command_pages import Section, command_page
+from madpo.report.charts import Chart, Mark, Panel, Series, value_mark
+from madpo.report.command_pages import Section, command_page, settings_section
 from madpo.report.drawing import draw
 from madpo.report.numbers import DASH, short
 from madpo.report.pages import Cell, Table, cell, write_page
@@ -103,44 +102,51 @@ def search_page(search: Search) -> str:
     best = next(trial for trial in tried if trial.number == search.chosen)
     says = [
         f"{len(tried)} trials on {search.pairs} pairs in {search.folds} folds. Chosen on {CRITERIA[search.criterion]}: "
-        f"trial {best.number}, {_told(best.values)}."
+        f"trial {best.number}, {in_words(best.values)}."
     ]
     if (gain := search.advantage) is not None:
-        clear = "better than" if gain.low > 0 else "worse than" if gain.high < 0 else "not separated from"
-        says.append(
-            f"On the same held-out pairs it is {clear} plain DPO: {short(gain, 'signed', 4)}, above 0 is better. The "
-            f"best of {len(tried)} flatters itself: measure it on pairs that took no part."
-        )
+        says.append(advantage(gain, len(tried)))
     says += [f"Trial {lost.number} diverged: {lost.diverged}." for lost in search.trials if lost.diverged]
     found = best.measured
-    tiles = {"chosen": Cell(f"trial {best.number}", (_told(best.values),))}
+    tiles = {"chosen": Cell(f"trial {best.number}", (in_words(best.values),))}
     tiles |= {CRITERIA[name]: cell(found.get(name), digits=4) for name in search.criteria if name != "raw_log_loss"}
     panels = [panel for name in search.dimensions if (panel := _panel(search, name)) is not None]
     note = (
         "Held-out pairs of all folds together, 95 % intervals over prompts. The raw log loss is shown and never "
         "selected on: it is plain DPO's own target, and favours it."
     )
-    charts = [draw(Chart("trials", "Trials", "Every trial; the chosen one stands out.", panels))] if panels else []
+    charts = [draw(Chart("trials", "Trials", "Every trial, and the chosen one.", panels))] if panels else []
     sections = [
         Section("Trials", note=note, charts=charts, table=_table(search)),
-        Section("Settings", text=json.dumps(search.settings, indent=2, default=str), folded=True, gist="of the search"),
+        settings_section(search.settings, "of the search"),
     ]
     return command_page("search", f"Search for {search.loss}", says, tiles, sections)
 
 
-def _told(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} = {_shown(value)}" for key, value in values.items())
+def advantage(gain: Estimate, trials: int) -> str:
+    """How the chosen trial compares with plain DPO on the same held-out pairs, in two sentences."""
+    clear = "better than" if gain.low > 0 else "worse than" if gain.high < 0 else "not separated from"
+    return (
+        f"On the same held-out pairs it is {clear} plain DPO: {short(gain, 'signed', 4)}, above 0 is better. The best "
+        f"of {trials} flatters itself: measure it on pairs that took no part."
+    )
 
 
-def _shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def in_words(values: Mapping[str, Any]) -> str:
+    """A trial's settings in one line."""
+    return ", ".join(f"{key} = {shown_value(value)}" for key, value in values.items())
+
+
+def shown_value(value: object) -> str:
+    """A setting's value for a table."""
+    return DASH if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _table(search: Search) -> Table:
     rows = []
     for trial in search.trials:
         mark = "chosen" if trial.number == search.chosen else "diverged" if trial.diverged else ""
-        values = [cell(_shown(trial.values[name]) if name in trial.values else DASH) for name in search.dimensions]
+        values = [cell(shown_value(trial.values.get(name))) for name in search.dimensions]
         missing = DASH if trial.diverged else "not reached"
         measured = [cell(trial.measured.get(name) or missing, digits=4) for name in search.criteria]
         rows.append([Cell(trial.label, (mark,) if mark else ()), *values, *measured])
@@ -154,22 +160,21 @@ def _panel(search: Search, name: str) -> Panel | None:
     shown = [t for t in search.kept if t.number != BASELINE and t.measured.get(search.criterion) is not None]
     if not shown:
         return None
-    names: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()
     if any(isinstance(trial.values[name], str | bool) for trial in shown):
-        names = tuple(str(value) for value in listed or ())
+        rows = tuple(str(value) for value in listed or ())
     marks: dict[bool, list[Mark]] = {False: [], True: []}
     for trial in shown:
-        value = trial.values[name]
-        found = trial.measured[search.criterion]
-        assert found is not None
-        x = float(names.index(str(value))) if names else float(value)
-        says = f"trial {trial.number}: {_told(trial.values)}; {found.mean:.4f}"
-        marks[trial.number == search.chosen].append(Mark(x, found.mean, found.low, found.high, says=says))
+        value, says = trial.values[name], f"trial {trial.number}: {in_words(trial.values)}"
+        at = float(rows.index(str(value)) if rows else value)
+        if (mark := value_mark(trial.measured[search.criterion], at, says, across=bool(rows))) is not None:
+            marks[trial.number == search.chosen].append(mark)
     series = tuple(
-        Series(words, tuple(marks[is_chosen]), colour, line=False, shape=0)
+        Series(words, tuple(marks[is_chosen]), colour, line=False)
         for is_chosen, words, colour in ((False, "trial", 0), (True, "chosen", 2))
         if marks[is_chosen]
     )
     baseline = next((t.measured.get(search.criterion) for t in search.kept if t.number == BASELINE), None)
     reference = ("plain DPO", baseline.mean) if baseline else None
-    return Panel(name, name, CRITERIA[search.criterion], series, names=names, reference=reference, log=log)
+    across, up = (CRITERIA[search.criterion], "") if rows else (name, CRITERIA[search.criterion])
+    return Panel(name, across, up, series, rows, reference=reference, log=log)

@@ -33,12 +33,12 @@ from madpo.runner.run import Planned, RunResult, Step, finished
 from madpo.training.settings import OnlineStage, RewardModelStage
 
 # Tokens a second of Gemma-3-270M with LoRA on two cores with AVX-512 BF16. "sft" scores every token, "train" (a
-# preference loss) completion tokens alone, "reward" no token's word; "score" and "judge" are the passes of a language
+# preference loss) only completion tokens, "reward" no token's word; "score" and "judge" are the passes of a language
 # model and of a reward model without gradients.
 TWO_CORES = {"sft": 120.0, "train": 250.0, "reward": 420.0, "score": 600.0, "judge": 1000.0, "generate": 240.0}
 MACHINE = "two cores with AVX-512 BF16"
-# Weight of a parameter of the output head beside one of the layers. A reward model has no such head; the head is the
-# faster product, and most kinds of work give it completions alone (docs/log.md, the quickstart without BF16).
+# Weight of a parameter of the output head next to one of the layers. A reward model has no such head; the head is the
+# faster product, and most kinds of work give it only completions (docs/log.md, the quickstart without BF16).
 _HEAD = {"sft": 1.0, "reward": 0.0, "judge": 0.0}
 _HEAD_ELSEWHERE = 0.6
 _PRODUCT = 400.0  # their rate at a large product in bfloat16, GFLOP/s
@@ -239,7 +239,7 @@ def estimates(
     """Estimates of the steps that are not done. Finished ones of the same function correct the time, by the median.
 
     Args:
-        graph: steps beside the plan's whose finished ones count as well.
+        graph: further steps, whose finished ones count as well.
     """
     plan = list(plan)
     ratios: dict[str, list[float]] = {}

@@ -23,7 +23,7 @@ from madpo.rewards.oracles import NgramOracle, Oracle
 from madpo.runner.executors import Executor, Inline
 from madpo.runner.run import RunResult, Step, finished, run
 from madpo.runner.uploads import Upload
-from madpo.study.methods import Method, Selection
+from madpo.study.methods import Group, Method, Selection
 
 
 class VocabularySettings(Frozen):
@@ -148,6 +148,8 @@ class Experiment(Frozen):
     reward_model: RewardModelSettings
     policy: PolicySettings
     method: tuple[Method, ...] = Field(min_length=1)
+    extra: tuple[Group, ...] = ()
+    """Groups of methods that a run leaves out unless ``--only`` names them."""
     selection: tuple[Selection, ...] = ()
     """Choices among rows of one method, per tier."""
     selection_seed: int = Field(default=0, ge=0)
@@ -254,6 +256,9 @@ def run_experiment(
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # the same for worker processes
     output_dir = expanded(output_dir)
     experiment = load_config(find_experiment(name_or_path), Experiment, overrides)
+    left_out = {*experiment.extra} - {word.split("/")[0] for word in only}
+    kept = tuple(method for method in experiment.method if method.group not in left_out)
+    experiment = experiment.model_copy(update={"method": kept})
     about = {
         "title": experiment.title,
         "experiment": experiment.model_dump(mode="json"),

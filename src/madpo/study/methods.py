@@ -16,7 +16,7 @@ from madpo.data.corpus import Tier
 from madpo.losses import Custom, Loss, LossAdapter
 from madpo.training.settings import AutoSettings, OnlineSettings
 
-Group = Literal["core", "sensitivity", "ablation", "frontier", "rivals"]
+Group = Literal["core", "sensitivity", "ablation", "frontier", "rivals", "auto"]
 _SIGNS = {"beta": "β", "tau": "τ", "lam": "λ", "c_max": "c", "batch_scale": "m", "keep": "p"}
 
 

@@ -25,8 +25,7 @@ from madpo.operations.running import digest, load_report, run_in_folder
 from madpo.operations.tuning.heldout import Heldout, Measured, Prepared, identity, measure, prepare
 from madpo.operations.tuning.settings import Criterion, TuneSettings, Value, grid_size, with_values
 from madpo.report import tune_page
-from madpo.report.numbers import DASH
-from madpo.report.tune_page import CRITERIA, Search, write_search
+from madpo.report.tune_page import CRITERIA, Search, in_words, shown_value, write_search
 from madpo.runner.operation import operation
 from madpo.runner.record import load_record
 
@@ -96,23 +95,9 @@ class TuneReport(Report):
         lines += [f"trial {lost.number} diverged ({in_words(lost.values)}): {lost.reason}" for lost in self.diverged]
         lines.append(f"chosen: {in_words(best.values)}")
         if self.advantage is not None:
-            a = self.advantage
-            lines.append(
-                f"better than plain DPO on the same pairs by {a.mean:.4f} (95 % interval {a.low:.4f} to {a.high:.4f}); "
-                f"the best of {len(self.trials)} flatters itself, so measure it on pairs that took no part here"
-            )
+            lines.append(tune_page.advantage(self.advantage, len(self.trials)))
         lines.append("the raw log loss favours plain DPO by construction, whose target it is, and chose nothing")
         return "\n".join(lines)
-
-
-def shown_value(value: Value | None) -> str:
-    """A setting's value for a table."""
-    return DASH if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def in_words(values: Mapping[str, Value]) -> str:
-    """A trial's settings in one line."""
-    return ", ".join(f"{key} = {shown_value(value)}" for key, value in values.items())
 
 
 def tune(data: str | Path, output_dir: str | Path, settings: TuneSettings, *, overwrite: bool = False) -> TuneReport:

@@ -1,21 +1,13 @@
 /* The list of affected pairs, which follows the sliders. Text from data enters only by textContent. */
-"use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const place = document.getElementById("weight");
   MadpoWeight.mount(place, data.margins, data.parameters);
 
-  const list = document.getElementById("affected");
+  const list = document.getElementById("affected-body");
   const note = document.getElementById("affected-note");
   const SHOWN = 6; // of each kind
   const CHANGED = Math.log(1.05);
-  const make = (name, className, text) => {
-    const node = document.createElement(name);
-    if (className) node.className = className;
-    if (text !== undefined) node.textContent = text;
-    return node;
-  };
-  const number = (value) => value.toFixed(2).replace("-", "−");
 
   const settings = () => {
     const read = (key) => Number(document.getElementById(`weight-${key}`).value);
@@ -52,7 +44,8 @@
     }
     const kept = data.pairs.length < data.of ? `${data.pairs.length} of the ${data.of} pairs are kept on this page: the lowest margins and a random sample. ` : "";
     const counts = Object.entries(groups).map(([name, entries]) => `${entries.length} are ${name}`).join(", ");
-    note.textContent = `${kept}By more than 5 %, ${counts}. The ones that change most:`;
+    const some = Object.values(groups).some((entries) => entries.length);
+    note.textContent = `${kept}By more than 5 %, ${counts}.${some ? " The ones that change most:" : ""}`;
     list.replaceChildren();
     for (const [name, entries] of Object.entries(groups)) {
       entries.sort((a, b) => Math.abs(b.log) - Math.abs(a.log));

@@ -1,13 +1,6 @@
 /* What a pointer can ask of the page: values under it, sorted tables, samples. */
-"use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const make = (name, className, text) => {
-    const node = document.createElement(name);
-    if (className) node.className = className;
-    if (text !== undefined) node.textContent = text;
-    return node;
-  };
 
   for (const [id, entry] of Object.entries(data.weights || {})) {
     MadpoWeight.mount(document.getElementById(id), entry.margins, entry.parameters);
@@ -63,8 +56,8 @@
     });
   }
 
-  const samples = document.getElementById("sample-browser");
-  if (samples) MadpoSamples.mount(samples, data.samples, data.unit || "the oracle's reward");
+  const samples = document.getElementById("samples-body");
+  if (samples && data.samples) MadpoSamples.mount(samples, data.samples, data.unit || "the oracle's reward");
 
   /* A printed page shows everything. */
   window.addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((one) => { one.open = true; }));

@@ -1,13 +1,5 @@
 /* Samples side by side: two methods, a search, an order; words that differ are marked. Text enters by textContent. */
-"use strict";
 const MadpoSamples = (() => {
-  const make = (name, className, text) => {
-    const node = document.createElement(name);
-    if (className) node.className = className;
-    if (text !== undefined) node.textContent = text;
-    return node;
-  };
-  const number = (value) => value.toFixed(2).replace("-", "−");
   const LONGEST = 1500; // words of a response that are compared
   const ALIKE = 0.3; // share of the words that two responses must share for their differences to be worth a mark
 

@@ -1,6 +1,5 @@
 /* The weight of MADPO over a margin histogram, with sliders. One component, used by every page that shows margins.
    The mathematics comes first and touches no page, so that it can be checked against the library's own weight. */
-"use strict";
 const MadpoWeight = (() => {
   const LN2 = Math.log(2);
   /* log sigma(x), without overflow on either side. */
@@ -49,15 +48,9 @@ const MadpoWeight = (() => {
 
   /* ---- The figure ---- */
   const SVG = "http://www.w3.org/2000/svg";
-  const make = (name, attributes, text) => {
+  const shape = (name, attributes, text) => {
     const node = document.createElementNS(SVG, name);
     for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-    if (text !== undefined) node.textContent = text;
-    return node;
-  };
-  const html = (name, className, text) => {
-    const node = document.createElement(name);
-    if (className) node.className = className;
     if (text !== undefined) node.textContent = text;
     return node;
   };
@@ -86,19 +79,19 @@ const MadpoWeight = (() => {
     const y = (w) => TOP + CURVE - (Math.min(w, 2) / 2) * CURVE;
     const base = TOP + CURVE + GAP + BARS;
     for (const w of [0, 0.5, 1, 1.5, 2]) {
-      svg.append(make("line", { x1: LEFT, x2: W - RIGHT, y1: y(w), y2: y(w), class: w === 1 ? "axis strong" : "axis" }));
-      svg.append(make("text", { x: LEFT - 8, y: y(w) + 4, class: "tick end" }, String(w)));
+      svg.append(shape("line", { x1: LEFT, x2: W - RIGHT, y1: y(w), y2: y(w), class: w === 1 ? "axis strong" : "axis" }));
+      svg.append(shape("text", { x: LEFT - 8, y: y(w) + 4, class: "tick end" }, String(w)));
     }
     const step = nice((hi - lo) / (W / 90));
     for (let h = Math.ceil(lo / step) * step; h <= hi + 1e-9; h += step) {
       const label = String(Math.round(h * 1e6) / 1e6).replace("-", "−");
-      svg.append(make("line", { x1: x(h), x2: x(h), y1: base, y2: base + 5, class: "axis strong" }));
-      svg.append(make("text", { x: x(h), y: base + 19, class: "tick middle" }, label));
+      svg.append(shape("line", { x1: x(h), x2: x(h), y1: base, y2: base + 5, class: "axis strong" }));
+      svg.append(shape("text", { x: x(h), y: base + 19, class: "tick middle" }, label));
     }
     for (const [h, name] of [[-p.tau, "−τ"], [p.tau, "τ"]]) {
       if (h <= lo || h >= hi) continue;
-      svg.append(make("line", { x1: x(h), x2: x(h), y1: TOP, y2: base, class: "mark" }));
-      svg.append(make("text", { x: x(h), y: TOP + CURVE + 20, class: "tick middle strong" }, name));
+      svg.append(shape("line", { x1: x(h), x2: x(h), y1: TOP, y2: base, class: "mark" }));
+      svg.append(shape("text", { x: x(h), y: TOP + CURVE + 20, class: "tick middle strong" }, name));
     }
     const bins = 60;
     const counts = new Array(bins).fill(0);
@@ -115,27 +108,27 @@ const MadpoWeight = (() => {
       const b = lo + ((i + 1) / bins) * (hi - lo);
       for (const [value, name] of [[count, "pairs"], [weights[i], "weighted"]]) {
         const height = (value / most) * BARS;
-        const bar = make("rect", {
+        const bar = shape("rect", {
           x: x(a) + 0.5, y: base - height, width: Math.max(1, x(b) - x(a) - 1), height, class: `bar ${name} ${kind((a + b) / 2, p)}`,
         });
-        bar.append(make("title", {}, `${count} pairs with margins from ${a.toFixed(2)} to ${b.toFixed(2)}, of weight ${weights[i].toFixed(2)} together`));
+        bar.append(shape("title", {}, `${count} pairs with margins from ${a.toFixed(2)} to ${b.toFixed(2)}, of weight ${weights[i].toFixed(2)} together`));
         svg.append(bar);
       }
     });
-    svg.append(make("line", { x1: LEFT, x2: W - RIGHT, y1: base, y2: base, class: "axis strong" }));
+    svg.append(shape("line", { x1: LEFT, x2: W - RIGHT, y1: base, y2: base, class: "axis strong" }));
     let path = "";
     for (let i = 0; i <= 480; i += 1) {
       const h = lo + (i / 480) * (hi - lo);
       path += `${i ? "L" : "M"}${x(h).toFixed(1)} ${y(weight(h, p)).toFixed(2)}`;
     }
-    svg.append(make("path", { d: path, class: "curve" }));
+    svg.append(shape("path", { d: path, class: "curve" }));
     const top = nice(most / 3);
     for (let value = 0; value <= most; value += top) {
-      svg.append(make("text", { x: LEFT - 8, y: base - (value / most) * BARS + 4, class: "tick end" }, String(Math.round(value * 100) / 100)));
+      svg.append(shape("text", { x: LEFT - 8, y: base - (value / most) * BARS + 4, class: "tick end" }, String(Math.round(value * 100) / 100)));
     }
-    svg.append(make("text", { x: W - RIGHT, y: H - 6, class: "tick end" }, "reward margin h of the pair, log-odds"));
-    svg.append(make("text", { x: 0, y: 12, class: "tick" }, "weight w(h)"));
-    svg.append(make("text", { x: 0, y: base - BARS - 8, class: "tick halo" }, "pairs: pale by number, solid by their weights’ sum"));
+    svg.append(shape("text", { x: W - RIGHT, y: H - 6, class: "tick end" }, "reward margin h of the pair, log-odds"));
+    svg.append(shape("text", { x: 0, y: 12, class: "tick" }, "weight w(h)"));
+    svg.append(shape("text", { x: 0, y: base - BARS - 8, class: "tick halo" }, "pairs: pale by number, solid by their weights’ sum"));
   };
 
   const spread = (margins, tau) => {
@@ -153,11 +146,11 @@ const MadpoWeight = (() => {
   const mount = (place, margins, defaults) => {
     const p = { tau: 7, c_max: 2, c_min: null, lam: 1, ...defaults };
     const id = place.id || "weight";
-    const svg = make("svg", { role: "img" });
-    const controls = html("div", "controls");
-    const counts = html("dl", "counts");
+    const svg = shape("svg", { role: "img" });
+    const controls = make("div", "controls");
+    const counts = make("dl", "counts");
     counts.setAttribute("aria-live", "polite");
-    const readout = html("p", "readout", "Move over the figure to read the weight at a margin.");
+    const readout = make("p", "readout", "Move over the figure to read the weight at a margin.");
     let range = spread(margins, p.tau);
 
     const redraw = () => {
@@ -176,31 +169,31 @@ const MadpoWeight = (() => {
         ["", "effective sample size", `${s.effective.toFixed(0)} of ${s.n}`],
       ];
       for (const [name, label, value] of entries) {
-        const box = html("div", name);
-        box.append(html("dt", "", label), html("dd", "", value));
+        const box = make("div", name);
+        box.append(make("dt", "", label), make("dd", "", value));
         counts.append(box);
       }
     };
 
     const slider = (spec, value, change) => {
-      const label = html("label", "slider");
-      const output = html("output", "", String(value));
-      const input = html("input");
+      const label = make("label", "slider");
+      const output = make("output", "", String(value));
+      const input = make("input");
       Object.assign(input, { type: "range", min: Math.min(spec.min, value), max: Math.max(spec.max, value), step: spec.step, value, id: `${id}-${spec.key}` });
       input.addEventListener("input", () => {
         output.textContent = input.value;
         change(Number(input.value));
         redraw();
       });
-      label.append(html("span", "", spec.label), output, input);
+      label.append(make("span", "", spec.label), output, input);
       return { label, input, output };
     };
 
     const reset = () => {
       controls.replaceChildren();
       for (const spec of SLIDERS) controls.append(slider(spec, p[spec.key], (v) => { p[spec.key] = v; }).label);
-      const own = html("label", "check");
-      const box = html("input");
+      const own = make("label", "check");
+      const box = make("input");
       Object.assign(box, { type: "checkbox", checked: p.c_min !== null, id: `${id}-own` });
       const low = slider({ key: "c_min", label: "c_min, coefficient for large margins", min: 0, max: 0.99, step: 0.01 },
         cMin(p).toFixed(2), (v) => { p.c_min = v; });
@@ -210,8 +203,8 @@ const MadpoWeight = (() => {
         low.label.hidden = !box.checked;
         redraw();
       });
-      own.append(box, html("span", "", "c_min of its own (otherwise 1/c_max)"));
-      const again = html("button", "", "Back to the run’s values");
+      own.append(box, make("span", "", "c_min of its own (otherwise 1/c_max)"));
+      const again = make("button", "", "Back to the run’s values");
       again.type = "button";
       again.addEventListener("click", () => { Object.assign(p, { tau: 7, c_max: 2, c_min: null, lam: 1, ...defaults }); reset(); redraw(); });
       controls.append(own, low.label, again);
@@ -227,7 +220,7 @@ const MadpoWeight = (() => {
 
     reset();
     redraw();
-    const side = html("div", "side");
+    const side = make("div", "side");
     side.append(controls, counts);
     place.replaceChildren(svg, readout, side);
   };
