@@ -27,5 +27,7 @@ def test_verdicts_name_what_the_intervals_separate() -> None:
     far, near, below = Estimate(1.0, 0.5, 1.5, 9), Estimate(0.1, -0.1, 0.3, 9), Estimate(-1.0, -2.0, -0.5, 9)
     found = {"madpo": far, "soft_dpo": near, "fast": below, "auto": None}
     report = DemoReport(settings=DemoSettings(), differences={"good": found}, deciding={})
-    said = report.verdict("good")
-    assert said == f"clearly above DPO: {METHODS['madpo'][0]}; clearly below: {METHODS['fast'][0]}"
+    said, kind, remarks = report.verdict("good")
+    assert said == f"Clearly above DPO: {METHODS['madpo'][0]}; clearly below: {METHODS['fast'][0]}."
+    assert kind == "above"
+    assert len(remarks) == 1

@@ -62,6 +62,16 @@ def test_the_quickstarts_graph():
     assert set(steps["policy/low/madpo/seed0"].inputs) == {"pairs", "reference", "logps", "margins"}
 
 
+def test_extra_groups_are_in_the_graph_where_they_are_named():
+    quickstart = load("quickstart")
+    plain = [step.name for step in quickstart.steps()]
+    steps = {step.name: step for step in quickstart.with_groups(["auto"]).steps()}
+    assert [name for name in steps if name not in plain] == ["policy/low/auto/seed0", "evaluation/low/auto/seed0"]
+    assert steps["policy/low/auto/seed0"].groups == ("auto",)
+    assert set(steps["policy/low/auto/seed0"].inputs) == {"pairs", "reference", "logps", "margins"}
+    assert [step.name for step in quickstart.with_groups(["evaluation/*"]).steps()] == plain
+
+
 def test_what_does_not_bear_on_a_result_stays_outside_identities():
     plain = {step.name: step.identity for step in load("smoke").steps()}
     faster = {step.name: step.identity for step in load("smoke", "responses.batch_size=3").steps()}

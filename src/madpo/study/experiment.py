@@ -217,11 +217,17 @@ class Experiment(Frozen):
         """The methods with their sweeps spelled out."""
         return tuple(row for method in self.method for row in method.rows())
 
+    def with_groups(self, only: Sequence[str] = ()) -> Experiment:
+        """Without the extra groups that ``only`` does not name."""
+        left_out = {*self.extra} - {word.split("/")[0] for word in only}
+        kept = tuple(method for method in self.method if method.group not in left_out)
+        return self.model_copy(update={"method": kept, "extra": ()})
+
     def steps(self) -> list[Step]:
-        """The graph, upstream steps first. Building it runs nothing."""
+        """The graph, upstream steps first, without extra groups. Building it runs nothing."""
         from madpo.study import graph  # with the operations and their libraries, which no mistake in a file waits for
 
-        return graph.build(self)
+        return graph.build(self.with_groups())
 
 
 def run_experiment(
@@ -255,10 +261,7 @@ def run_experiment(
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl)\.")
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # the same for worker processes
     output_dir = expanded(output_dir)
-    experiment = load_config(find_experiment(name_or_path), Experiment, overrides)
-    left_out = {*experiment.extra} - {word.split("/")[0] for word in only}
-    kept = tuple(method for method in experiment.method if method.group not in left_out)
-    experiment = experiment.model_copy(update={"method": kept})
+    experiment = load_config(find_experiment(name_or_path), Experiment, overrides).with_groups(only)
     about = {
         "title": experiment.title,
         "experiment": experiment.model_dump(mode="json"),
