@@ -91,7 +91,7 @@ class AutoReport(TrainReport):
 
     def decision(self) -> list[str]:
         """The deciding number and the advice, in sentences."""
-        lines = [f"margins from {self.margins}, temperature {self.margin_temperature:.3g}"]
+        lines = [self.reason, f"margins from {self.margins}, temperature {self.margin_temperature:.3g}"]
         if (s := self.share) is not None:
             d = s.difference
             lines.append(
@@ -100,7 +100,6 @@ class AutoReport(TrainReport):
                 "know more)"
             )
             lines.append(f"label share {s.mean:.2f} (95 % {s.low:.2f} to {s.high:.2f}); {self.label_share:.2f} is used")
-        lines.append(self.reason)
         if self.kl is not None:
             lines.append(
                 f"adapter's strength {self.strength:.3g}: KL {self.kl.mean:.3g} nats ({self.kl.low:.3g} to "
