@@ -20,8 +20,8 @@ for it:
 
 import argparse
 import json
-import resource
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -207,18 +207,42 @@ def scale(arguments: argparse.Namespace) -> None:
                 noise = 0.3 * generator.normal(size=(2, count, arguments.features)).astype(np.float32)
                 writer.write(start, *(sides @ mixing + noise))
         features = FeatureFile.read(path, arguments.pairs, arguments.features)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        with _clock() as spent:
+        before = _own_memory()
+        with _clock() as spent, _peak() as memory:
             fitted = fit_probe(features.chosen, features.rejected, [str(i) for i in range(arguments.pairs)], folds=5)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         known = np.concatenate(true)
         print(
             f"{arguments.pairs} pairs x {arguments.features} features ({path.stat().st_size / 2**30:.2f} GiB on disk): "
-            f"{spent['seconds']:.1f} processor seconds, peak resident {peak:.0f} MiB (before: {before:.0f}); log loss "
-            f"{fitted.report.log_loss.mean:.4f}, of the true margins {np.logaddexp(0, -known).mean():.4f}; correlation "
-            f"with them {np.corrcoef(fitted.margins, known)[0, 1]:.3f}; penalty {fitted.weights.penalty:.3g}",
+            f"{spent['seconds']:.1f} processor seconds, {max(memory):.0f} MiB of own memory (before: {before:.0f}; "
+            f"pages of the file do not count); log loss {fitted.report.log_loss.mean:.4f}, of the true margins "
+            f"{np.logaddexp(0, -known).mean():.4f}; correlation {np.corrcoef(fitted.margins, known)[0, 1]:.3f}; "
+            f"penalty {fitted.weights.penalty:.3g}",
             flush=True,
         )
+
+
+def _own_memory() -> float:
+    """MiB that belong to this process and to no file (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) / 1024
+
+
+@contextmanager
+def _peak() -> Iterator[list[float]]:
+    """Looks at the memory ten times a second."""
+    found, done = [_own_memory()], threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.1):
+            found.append(_own_memory())
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        thread.join()
 
 
 @contextmanager

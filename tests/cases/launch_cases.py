@@ -141,6 +141,17 @@ def probed(folder: Path, out: Path) -> int:
     return main(["score", str(out / "pairs.jsonl"), "--probe", str(folder), "--output_dir", str(out / "probed")])
 
 
+def auto(folder: Path, out: Path) -> int:
+    """``madpo train`` with no loss named, on the same pairs without margins, in steps of 8 pairs."""
+    args = {"bf16": "false", "num_train_epochs": "1", "learning_rate": "1e-2", "adam_epsilon": "1e-5"}
+    args |= {"per_device_train_batch_size": str(BATCH // processes.world_size()), "max_steps": "2"}
+    args["precompute_ref_batch_size"] = str(BATCH)
+    options = [word for name, value in args.items() for word in (f"--args.{name}", value)]
+    place = ["--model_name_or_path", str(folder), "--output_dir", str(out / "auto"), "--loss.kl", "0.01"]
+    short = ["--loss.kl_prompts", "2", "--loss.kl_tokens", "4", "--lora.rank", "2", "--dtype", "float32"]
+    return main(["train", str(out / "pairs.jsonl"), *place, *short, *options])
+
+
 def weights(trainer):
     model = trainer.accelerator.unwrap_model(trainer.model)
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
@@ -176,6 +187,7 @@ def launched(folder: Path, out: Path) -> None:
     }
     (out / f"{processes.rank()}.json").write_text(json.dumps(found))
     assert score(out, "scored") == score(out, "continued") == score(out, "scored") == probed(folder, out) == 0
+    assert auto(folder, out) == 0
     if processes.rank() == 1:
         load = scoring.load_scorer
 

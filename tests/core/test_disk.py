@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from guarded_cases import build
 from madpo.commands.cli import main
 from madpo.core.errors import MemoryShortage, StorageError, is_shortage, memory_errors
 from madpo.core.locks import LOCK, holder, locked
-from madpo.core.storage import storage_errors, write_atomically
+from madpo.core.storage import remove_oldest, storage_errors, write_atomically
 from madpo.training import PreferenceTrainer, preference
 from madpo.training import checkpoints as disk
 from practice_cases import classifier, text_pairs, write
@@ -371,3 +372,15 @@ def test_writing_leaves_the_old_file_or_the_new_one(small_disk):
         write_atomically(path, b"new" * 10**5)
     assert path.read_text() == "old"
     assert sorted(p.name for p in small_disk.iterdir()) == ["ballast", "file"]
+
+
+def test_what_was_used_longest_ago_makes_room(tmp_path):
+    week = 8 * 24 * 3600
+    ages = {"a": 4, "b": 3, "c": 2, ".d.7.tmp": week, ".e.8.tmp": 5}
+    for name, age in ages.items():
+        (tmp_path / name).write_bytes(b"x" * 10)
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    assert remove_oldest(tmp_path, 50) == 0
+    assert remove_oldest(tmp_path, 40) == 1
+    assert remove_oldest(tmp_path, 15, keep=[tmp_path / "b"]) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".e.8.tmp", "b"], "one is in use, one is to be kept"

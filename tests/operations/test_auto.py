@@ -15,7 +15,7 @@ from madpo.core.errors import ConfigError
 from madpo.core.statistics import fit_temperature
 from madpo.losses import DPO, MADPO
 from madpo.models.load import load_model, load_tokenizer
-from madpo.operations import TrainSettings, auto, train
+from madpo.operations import TrainSettings, auto, inspect, train
 from madpo.operations.averaging import averaged_adapter, save_average, strength_for
 from madpo.operations.train_settings import Auto
 from madpo.rewards.label_share import label_share
@@ -93,17 +93,24 @@ def test_the_share_is_that_of_the_held_out_pairs(done, data):
     assert report["label_share"] == report["share"]["mean"] == pytest.approx(found.mean)
     assert report["share"]["difference"]["mean"] == pytest.approx(found.difference.mean)
     assert report["advice"] == "auto"
+    shown = inspect(done / "dpo" / "heldout.jsonl")
+    assert shown.share.mean == pytest.approx(found.mean)
+    assert shown.share.difference.mean == pytest.approx(found.difference.mean)
+    assert shown.share.difference.n == found.difference.n
+    assert shown.share.text() in shown.text()
     assert found.mean < 0.4, "the margins are exact"
     aside = {line["pair_id"] for line in lines}
     rest = [margin for i, margin in enumerate(margins) if i not in aside]
     assert report["margin_temperature"] == pytest.approx(fit_temperature(rest)[0])
-    # Both trainings hold out the same pairs.
-    assert [line["pair_id"] for line in read(done / "mixed" / "heldout.jsonl")] == [line["pair_id"] for line in lines]
+    # The second training sees all pairs, those that have decided its share among them.
+    assert report["pairs"] == 160
+    assert not (done / "mixed" / "heldout.jsonl").exists()
+    assert json.loads((done / "mixed" / "report.json").read_bytes())["eval_pairs"] == 0
 
 
 def test_record_card_and_configuration_say_all_of_it(done, llama, data):
     record = json.loads((done / "record.json").read_bytes())
-    assert record["operation"] == "train_auto/1"
+    assert record["operation"] == "train_auto/2"
     assert {"label_share", "deciding", "advice"} <= record["metrics"].keys()
     assert {"adapter/adapter_model.safetensors", "dpo/adapter/adapter_model.safetensors"} <= record["provenance"][
         "files"
@@ -138,10 +145,9 @@ def test_pairs_without_margins_get_them_from_a_probe(llama, tmp_path, fast):
     assert np.mean([line["reward_margin"] > 0 for line in probed]) > 0.6
     if not fast:
         heldout = read(tmp_path / "P" / "dpo" / "heldout.jsonl")
-        assert not {line["pair_id"] for line in heldout} & {line["pair_id"] for line in probed}
-        assert (tmp_path / "P" / "dpo" / "margins.jsonl").read_bytes() == (
-            tmp_path / "P" / "mixed" / "margins.jsonl"
-        ).read_bytes()
+        first = read(tmp_path / "P" / "dpo" / "margins.jsonl")
+        assert not {line["pair_id"] for line in heldout} & {line["pair_id"] for line in first}
+        assert {line["pair_id"] for line in [*heldout, *first]} == {line["pair_id"] for line in probed}
         assert report.share.margin_loss < math.log(2)
 
 
@@ -228,6 +234,8 @@ def test_the_strength_for_a_kl_is_found(power):
 def test_what_auto_refuses(llama, data, tmp_path, capsys):
     with pytest.raises(ConfigError, match="holds out itself"):
         train(data, tmp_path / "P", settings(llama), eval_data=data)
+    with pytest.raises(ConfigError, match="load_best_model_at_end"):
+        train(data, tmp_path / "P", settings(llama, args={"load_best_model_at_end": True}))
     with pytest.raises(ValueError, match="fast holds out none"):
         Auto(fast=True, kl=1.0)
     with pytest.raises(ValueError, match="full training has not"):

@@ -15,9 +15,9 @@ from madpo.operations.verify_auto import AUTO, SEARCHED, Cell, VerifyAutoSetting
 @pytest.fixture(scope="module")
 def metrics(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Estimate]:
     out = tmp_path_factory.mktemp("cell")
-    cell = Cell(setting=Setting(pairs=200), worlds=6, kl=1.0, seed=0)
+    cell = Cell(setting=Setting(pairs=400), worlds=8, kl=1.0, seed=0)
     found = simulate(cell, {}, out)
-    assert len(json.loads((out / "gains.json").read_bytes())["good"][AUTO]) == 6
+    assert len(json.loads((out / "gains.json").read_bytes())["good"][AUTO]) == 8
     return {key: value for key, value in found.items() if isinstance(value, Estimate)}
 
 

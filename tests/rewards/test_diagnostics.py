@@ -21,7 +21,7 @@ from madpo.core.errors import ConfigError, DataError
 from madpo.core.seeding import rng
 from madpo.data.margins import read_margins
 from madpo.operations.inspection import inspect as inspect_data
-from madpo.rewards.margins import ENOUGH, PAPER_SETTINGS, SURE, deciding, inspect
+from madpo.rewards.margins import ENOUGH, PAPER_SETTINGS, SURE, inspect
 from madpo.rewards.weight_counts import WeightParameters, log_weight
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u2028&amp;{{data}}"
@@ -123,27 +123,6 @@ def test_no_temperature_is_fitted_to_pairs_that_the_reward_model_was_trained_on(
     assert not report.temperature_fitted
     assert "--probe" in report.temperature_reason
     assert inspect(h, margin_temperature=3.0, trained_on=True).margin_temperature == 3
-
-
-def test_the_deciding_number_knows_the_better_teacher_in_any_unit() -> None:
-    generator = np.random.default_rng(0)
-    truth = generator.normal(0, 2, 3000)
-    label = np.where(generator.random(3000) < 1 / (1 + np.exp(-truth)), 1.0, -1.0)
-    good, poor = label * truth * 7, label * (truth + generator.normal(0, 4, 3000)) * 0.01
-    found = deciding(good, poor)
-    assert found.margins == pytest.approx(np.logaddexp(0, -label * truth).mean(), abs=1e-3)
-    assert found.difference.high < 0
-    assert found.difference.mean == pytest.approx(found.margins - found.implicit)
-    swapped = deciding(poor, good)
-    assert swapped.difference.low > 0
-    assert "plain DPO is the better choice" in swapped.text()
-    again = deciding(good * 1000, poor)
-    assert again.difference.mean == pytest.approx(found.difference.mean, abs=1e-6)
-    assert deciding(good, good).difference.mean == 0
-    prompts = [f"p{i // 30}" for i in range(3000)]
-    assert deciding(good, poor, prompts).difference.n == 100
-    with pytest.raises(DataError, match="give one of each"):
-        deciding(good, poor[:5])
 
 
 def _effective(h: np.ndarray, tau: float, c_max: float) -> float:

@@ -74,7 +74,9 @@ def test_exchanging_the_teachers_exchanges_the_shares() -> None:
 @settings(max_examples=15, deadline=None)
 def test_units_of_the_margins_do_not_matter(one: float, other: float) -> None:
     m0, m1 = labelled(30, quality=(0.7, 0.5))
-    assert label_share(one * m0, other * m1).mean == pytest.approx(label_share(m0, m1).mean, abs=1e-4)
+    found, again = label_share(m0, m1), label_share(one * m0, other * m1 * 1e4)
+    assert again.mean == pytest.approx(found.mean, abs=1e-4)
+    assert again.difference.mean == pytest.approx(found.difference.mean, abs=1e-6)
 
 
 def test_the_deciding_number_is_the_difference_of_calibrated_losses() -> None:

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
 from madpo.core.errors import DataError
+from madpo.core.feature_file import FeatureFile, FeatureWriter
 from madpo.rewards import probe
-from madpo.rewards.probe import PENALTIES, ProbeWeights, fit_probe, out_of_fold
+from madpo.rewards.probe import PENALTIES, ProbeWeights, fit_probe
 
 PAIRS, FEATURES = 60, 200
 
@@ -28,6 +29,11 @@ def made(pairs=PAIRS, features=FEATURES, seed=0, size=2.0):
     return chosen, rejected, np.where(swapped, -true, true)
 
 
+def out_of_fold(chosen, rejected, fold):
+    data = probe._Pairs(chosen, rejected, np.asarray(fold), "d")
+    return probe._out_of_fold(data, data.paths())
+
+
 def prompts(pairs=PAIRS):
     return [f"p{i // 2}" for i in range(pairs)]
 
@@ -42,7 +48,7 @@ def test_weights_are_those_of_scikit_learn(place, features):
     signs = np.where(np.arange(PAIRS) % 3, 1, -1)  # without an intercept the order of the sides does not matter
     fitted = LogisticRegression(C=1 / PENALTIES[place], fit_intercept=False, tol=1e-10, max_iter=10_000)
     expected = fitted.fit(difference / scale * signs[:, None], signs).coef_[0] / scale
-    found = pairs.path(None, 0)[:, place]
+    found = pairs.paths()[:, -1, place]
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
 
@@ -56,13 +62,16 @@ def test_a_margin_comes_from_the_other_folds_only():
     if before.penalties[1] == after.penalties[1]:
         np.testing.assert_allclose(after.margins[fold == 1], -before.margins[fold == 1], rtol=1e-9)
     assert np.abs(after.margins[fold == 0] - before.margins[fold == 0]).max() > 1e-6
-    # The same by hand: the weights of the others, at the penalty that the others chose.
+    # The same by hand: the weights of the others, at the penalty that the others chose, in the metric of all pairs.
     pairs = probe._Pairs(chosen, rejected, fold, "d")
     place = int(np.flatnonzero(after.penalties[2] == PENALTIES)[0])
-    others = probe._Pairs(*(x[fold != 2] for x in (chosen, rejected)), np.arange((fold != 2).sum()) % 2, "d")
-    weights = others.path(None, 0)[:, place]
-    np.testing.assert_allclose(weights, pairs.path(2, 0)[:, place], rtol=1e-4, atol=1e-5 * np.abs(weights).max())
-    np.testing.assert_allclose(after.margins[fold == 2], ((chosen - rejected) @ weights)[fold == 2], rtol=1e-3)
+    others = (chosen - rejected)[fold != 2] * pairs.inverse
+    fitted = LogisticRegression(C=1 / PENALTIES[place], fit_intercept=False, tol=1e-10, max_iter=10_000)
+    signs = np.where(np.arange(len(others)) % 2, 1, -1)
+    weights = fitted.fit(others * signs[:, None], signs).coef_[0] * pairs.inverse
+    np.testing.assert_allclose(
+        after.margins[fold == 2], ((chosen - rejected) @ weights)[fold == 2], rtol=1e-3, atol=1e-4
+    )
 
 
 def test_margins_know_what_can_be_known_and_coins_give_none():
@@ -106,19 +115,28 @@ def test_equal_sides_have_a_margin_of_exactly_zero_and_constant_features_no_weig
     assert np.isfinite(found.weights.weights).all()
 
 
-def test_many_pairs_are_spanned_by_some_of_them(monkeypatch):
-    chosen, rejected, true = made(600)
-    exact = fit_probe(chosen, rejected, prompts(600))
-    monkeypatch.setattr(probe, "SPAN", 120)
-    monkeypatch.setattr(probe, "_BLOCK", 100)
-    found = fit_probe(chosen, rejected, prompts(600))
-    assert np.corrcoef(found.margins, exact.margins)[0, 1] > 0.95
-    assert found.report.log_loss.mean < exact.report.log_loss.mean + 0.02
-    monkeypatch.setattr(probe, "SPAN", 480)  # as many as a fold trains on: the same solution by the other way
-    np.testing.assert_allclose(fit_probe(chosen, rejected, prompts(600)).margins, exact.margins, atol=1e-6)
-    monkeypatch.setattr(probe, "SPAN", 300)  # more than there are features: they span everything
-    np.testing.assert_allclose(fit_probe(chosen, rejected, prompts(600)).margins, exact.margins, atol=2e-2)
-    assert np.corrcoef(true, found.margins)[0, 1] > 0.5
+@pytest.mark.parametrize("pairs", [150, 250])
+def test_the_streamed_fit_is_the_direct_one(pairs, monkeypatch, tmp_path):
+    """In blocks from a file, by either metric, in float32 or float64; against scikit-learn on the whole."""
+    chosen, rejected, _ = made(pairs)
+    direct = fit_probe(chosen, rejected, prompts(pairs))
+    with FeatureWriter(tmp_path / "f.safetensors", pairs, FEATURES) as writer:
+        for start in range(0, pairs, 40):
+            writer.write(start, chosen[start : start + 40], rejected[start : start + 40])
+    features = FeatureFile.read(tmp_path / "f.safetensors", pairs, FEATURES)
+    monkeypatch.setattr(probe, "_BLOCK", 32)
+    for exact in (2**22, 16):
+        monkeypatch.setattr(probe, "_EXACT", exact)
+        streamed = fit_probe(features.chosen, features.rejected, prompts(pairs))
+        assert streamed.weights.penalty == direct.weights.penalty
+        np.testing.assert_array_equal(streamed.out_of_fold.penalties, direct.out_of_fold.penalties)
+        np.testing.assert_allclose(streamed.margins, direct.margins, rtol=2e-3, atol=2e-3)
+    scaled = (chosen - rejected) * probe._Pairs(chosen, rejected, np.arange(pairs) % 2, "d").inverse
+    signs = np.where(np.arange(pairs) % 2, 1, -1)
+    fitted = LogisticRegression(C=1 / direct.weights.penalty, fit_intercept=False, tol=1e-10, max_iter=10_000)
+    expected = scaled @ fitted.fit(scaled * signs[:, None], signs).coef_[0]
+    found = direct.weights.rewards(chosen) - direct.weights.rewards(rejected)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_mistakes_are_named():

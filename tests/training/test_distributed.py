@@ -70,6 +70,7 @@ def one(root, llama):
         found = {"columns": launch_cases.columns(llama, Path())}
         found["trajectories"] = launch_cases.trajectories(llama, Path(), 1, launch_cases.CLASSES)
         assert launch_cases.score(Path(), "scored") == launch_cases.probed(llama, Path()) == 0
+        assert launch_cases.auto(llama, Path()) == 0
     return found
 
 
@@ -156,6 +157,36 @@ def test_scores_have_the_bytes_of_one_process(root, one, driven):
     assert left == ["record.json", "report.json", "scored.jsonl"]
     assert driven.stdout.count("pairs scored") == 4, "scored, continued, the report of what is complete, and by a probe"
     assert driven.stderr.count("scored is complete; nothing to do") == 1
+
+
+def test_auto_on_two_processes_is_that_of_one(root, one, driven):
+    """The decision, the strength, all three adapters and the margins of the held-out pairs."""
+    first, second = (root / name / "auto" for name in ("one", "two"))
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (first, second)]
+    for key in ("label_share", "margin_temperature", "strength"):
+        assert reports[1][key] == pytest.approx(reports[0][key], rel=1e-4), key
+    for key in ("share", "kl", "probe"):
+        np.testing.assert_allclose(*(list(flat(report[key])) for report in reports), rtol=1e-3, atol=1e-6)
+    for key in ("pairs", "eval_pairs", "steps", "advice", "averaged"):
+        assert reports[0][key] == reports[1][key], key
+    lines = [read(folder / "dpo" / "heldout.jsonl") for folder in (first, second)]
+    assert len(lines[0]) == len(lines[1]) == reports[0]["eval_pairs"]
+    for a, b in zip(*lines, strict=True):
+        assert b == pytest.approx(a, rel=1e-4, abs=1e-6)
+    for name in ("adapter", "dpo/adapter", "mixed/adapter"):
+        expected, found = (load_file(folder / name / "adapter_model.safetensors") for folder in (first, second))
+        assert found.keys() == expected.keys()
+        for key, weight in expected.items():
+            np.testing.assert_allclose(found[key], weight, rtol=0, atol=3e-5, err_msg=f"{name} {key}")
+
+
+def flat(values):
+    """The numbers of nested values."""
+    if isinstance(values, dict | list):
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from flat(value)
+    else:
+        yield values
 
 
 def test_scoring_continues_from_the_parts_that_are_there(root, one, driven):

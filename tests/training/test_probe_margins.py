@@ -1,14 +1,15 @@
 """Data without ``reward_margin``: a probe gives it, from the pass that computes the reference columns."""
 
-import hashlib
+import os
 
 import numpy as np
 import pytest
 import torch
 
 from madpo import DPO, MADPO
-from madpo.core.errors import DataError, StorageError
+from madpo.core.errors import ConfigError, DataError, StorageError
 from madpo.core.feature_file import FeatureFile, FeatureWriter
+from madpo.data.folds import prompt_ids_key
 from madpo.models.engine.features import feature_layers, feature_width
 from madpo.models.engine.logprobs import completion_features, unwrapped
 from madpo.rewards.probe import fit_probe
@@ -47,8 +48,7 @@ def test_margins_are_those_of_a_probe_by_hand(llama, tmp_path, passes, monkeypat
             with torch.no_grad(), trainer.model.disable_adapter():
                 found.append(completion_features(model, ids, torch.ones_like(ids), inside, layers)[0].numpy())
         sides.append(np.stack(found))
-    prompts = [hashlib.sha256(np.asarray(ids, dtype=np.int64).tobytes()).hexdigest() for ids in rows["prompt_ids"]]
-    expected = fit_probe(*sides, prompts)
+    expected = fit_probe(*sides, [prompt_ids_key(ids) for ids in rows["prompt_ids"]])
     np.testing.assert_allclose(trainer.train_dataset["reward_margin"], expected.margins, rtol=1e-3, atol=1e-5)
     assert len(passes) == 2, "one pass for each data set gives the columns and the features"
     assert len(said) == 1
@@ -83,6 +83,36 @@ def test_a_cached_pass_serves_again_and_a_damaged_one_does_not(llama, tmp_path, 
     assert "has changed since it was written" in said[0]
     assert repaired.train_dataset["reward_margin"] == first_one.train_dataset["reward_margin"]
     assert path.read_bytes() == content
+
+
+def test_the_cache_is_bounded_and_what_was_used_last_stays(llama, tmp_path, passes, monkeypatch):
+    said = []
+    monkeypatch.setattr(reference, "say", said.append)
+    folder, data = tmp_path / "cache" / "columns", [pairs(8, seed=seed) for seed in range(3)]
+
+    def trained(number):
+        return build(llama, tmp_path / str(number), loss=MADPO(), train_dataset=data[number], eval_dataset=None)
+
+    for number in (0, 1):
+        trained(number)
+        for path in folder.iterdir():  # as if an hour had passed
+            os.utime(path, (path.stat().st_atime, path.stat().st_mtime - 3600))
+    assert (len(passes), said) == (2, [])
+    first = set(folder.iterdir())
+    trained(0)
+    size = sum(path.stat().st_size for path in first)
+    monkeypatch.setenv("MADPO_CACHE_GB", str(size / 1e9))
+    trained(2)
+    assert len(passes) == 3
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= size
+    assert "2 files that were used longest ago are removed" in said[0]
+    trained(0)
+    assert len(passes) == 3, "the second one had gone"
+    trained(1)
+    assert len(passes) == 4
+    monkeypatch.setenv("MADPO_CACHE_GB", "much")
+    with pytest.raises(ConfigError, match="'much'; give a number"):
+        build(llama, tmp_path / "x", loss=MADPO(), train_dataset=pairs(8, seed=9), eval_dataset=None)
 
 
 def test_only_what_is_missing_is_computed(llama, tmp_path, passes):

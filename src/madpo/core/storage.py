@@ -6,7 +6,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,27 @@ def remove_leftovers(folder: Path) -> None:
     for path in folder.rglob(".*.tmp"):
         if _TEMPORARY.fullmatch(path.name) and not path.is_dir():
             path.unlink()
+
+
+def remove_oldest(folder: Path, limit: int, keep: Collection[Path] = ()) -> int:
+    """Remove files of a folder until at most ``limit`` bytes are left, those that were used longest ago first.
+
+    Args:
+        keep: never removed, and counted. Temporary files of the last week may be in use and are kept as well.
+
+    Returns:
+        How many files were removed.
+    """
+    found = sorted((path.stat().st_mtime, path) for path in folder.iterdir() if path.is_file())
+    total, removed = sum(path.stat().st_size for _, path in found), 0
+    for used, path in found:
+        if total <= limit:
+            break
+        if path in keep or (_TEMPORARY.fullmatch(path.name) and time.time() - used < 7 * 24 * 3600):
+            continue
+        total, removed = total - path.stat().st_size, removed + 1
+        path.unlink()
+    return removed
 
 
 def stays_inside(path: Path, root: Path) -> bool:

@@ -97,7 +97,7 @@ class Seen:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def _unordered(self) -> npt.NDArray[np.bytes_]:
+    def unordered(self) -> npt.NDArray[np.bytes_]:
         """Keys of the pairs without the order's bit."""
         keys = np.frombuffer(self._pairs, np.uint8).reshape(-1, 16).copy()
         keys[:, 15] &= 0xFE
@@ -113,7 +113,7 @@ class Seen:
         first = _first(np.frombuffer(self._pairs, "S16"))
         self._report(findings, "duplicate", first, first != rows, at)
         orders = np.frombuffer(self._pairs, np.uint8)[15::16] & 1
-        either = _first(self._unordered())
+        either = _first(self.unordered())
         self._report(findings, "contradiction", either, (orders != orders[either]) & (first == rows), at)
 
     def _report(
@@ -126,7 +126,7 @@ class Seen:
     def leaks(self, train: Seen, findings: Findings, at: At) -> None:
         """Add the pairs (in either order) and the prompts of this evaluation data that are in ``train``."""
         hits = {
-            "leaked_pair": np.isin(self._unordered(), train._unordered()),
+            "leaked_pair": np.isin(self.unordered(), train.unordered()),
             "leaked_prompt": np.isin(np.frombuffer(self._prompts, "S16"), np.frombuffer(train._prompts, "S16")),
         }
         for kind, found in hits.items():

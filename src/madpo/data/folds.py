@@ -1,7 +1,11 @@
 """What makes two prompts the same, and folds that no prompt crosses."""
 
+import hashlib
 import json
 from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
 
 from madpo.core.errors import ConfigError
 from madpo.core.seeding import rng
@@ -15,6 +19,11 @@ def prompt_key(prompt: Text) -> str:
         return prompt
     whole = [prompt, columns] if (columns := columns_of(prompt)) else prompt
     return json.dumps(whole, sort_keys=True, ensure_ascii=False)
+
+
+def prompt_ids_key(ids: Any) -> str:
+    """What makes two prompts the same to a probe, which sees their token ids."""
+    return hashlib.sha256(np.asarray(ids, dtype=np.int64).tobytes()).hexdigest()
 
 
 def folds_by_prompt(prompts: Iterable[str], folds: int, seed: int, name: str) -> list[int]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import heapq
 from array import array
+from contextlib import closing
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,9 @@ from madpo.core.errors import DataError
 from madpo.core.layout import as_layout
 from madpo.core.progress import track
 from madpo.core.seeding import rng
-from madpo.data.folds import prompt_key
 from madpo.data.load import PairStream
 from madpo.data.messages import Text, shown
-from madpo.data.raw import Source, as_number
+from madpo.data.raw import RawRow, Source, as_number
 from madpo.data.sources import open_source
 
 SUSPICIOUS = 20
@@ -28,7 +29,7 @@ class Margins(Frozen):
     values: tuple[float, ...]
     texts: dict[int, dict[str, str]]
     implicit: tuple[float, ...] | None = None
-    """DPO's implicit margins (column ``log_ratio_margin``, nats), where every pair has one."""
+    """DPO's implicit margins (column ``implicit_margin``, log-odds), where a bare table has them."""
     prompts: tuple[str, ...] | None = None
     """The same text for the same prompt, with ``implicit``."""
 
@@ -40,18 +41,21 @@ def read_margins(
 
     ``sampled`` further pairs, drawn evenly from all by ``seed``, keep their texts too.
 
-    A table without chosen and rejected will do (then there are no texts). Without the column, the difference of
-    chosen_score and rejected_score takes its place. Raises DataError: neither is there, or as
-    :func:`madpo.data.load_preferences`.
+    A table without chosen and rejected will do (then there are no texts), as ``heldout.jsonl`` of a training, which
+    has DPO's implicit margins too. Without the column, the difference of chosen_score and rejected_score replaces it.
+
+    Raises:
+        DataError: neither is there, or as :func:`madpo.data.load_preferences`.
     """
-    source = open_source(data, wanted=("pair_id", "reward_margin"))
-    bare = "reward_margin" in (source.columns or ()) and "chosen" not in (source.columns or ())
-    if bare and not as_layout(columns).has_completions:
-        return _bare(source)
-    source.rows.close()
+    source = open_source(data, wanted=("pair_id", "prompt", "reward_margin", "implicit_margin"))
+    with closing(source.rows):
+        first = next(source.rows, None)
+        row = first[1] if first is not None and isinstance(first[1], dict) else {}
+        names = source.columns or tuple(row)
+        if "reward_margin" in names and "chosen" not in names and not as_layout(columns).has_completions:
+            return _bare(source, first)
     stream = PairStream(data, columns)
-    ids, values, implicit = array("q"), array("d"), array("d")
-    prompts: list[str] = []
+    ids, values = array("q"), array("d")
     lowest: list[tuple[float, int, dict[str, str]]] = []  # a heap whose first has the largest margin
     reservoir: dict[int, tuple[int, dict[str, str]]] = {}
     draws = rng(seed, "inspect", "sampled")
@@ -65,9 +69,6 @@ def read_margins(
             )
         ids.append(pair.pair_id)
         values.append(margin)
-        if (ratio := pair.numbers.get("log_ratio_margin")) is not None:
-            implicit.append(ratio)
-            prompts.append(prompt_key(pair.prompt))
         low = len(lowest) < shown or (shown > 0 and margin < -lowest[0][0])
         # Reservoir sampling: every pair is kept with the same probability, in one pass.
         place = (i if i < sampled else int(draws.integers(i + 1))) if sampled else 0
@@ -78,20 +79,19 @@ def read_margins(
             if place < sampled:
                 reservoir[place] = (i, text)
     stream.refuse_no_pair(len(values))
-    whole = len(implicit) == len(values)
     return Margins(
         pair_ids=tuple(ids),
         values=tuple(values),
         texts=dict(reservoir.values()) | {-i: text for _, i, text in lowest},
-        implicit=tuple(implicit) if whole else None,
-        prompts=tuple(prompts) if whole else None,
     )
 
 
-def _bare(source: Source) -> Margins:
+def _bare(source: Source, first: RawRow | None) -> Margins:
     ids: list[int] = []
     values: list[float] = []
-    for number, raw in source.rows:
+    implicit: list[float] = []
+    prompts: list[str] = []
+    for number, raw in chain([] if first is None else [first], source.rows):
         if isinstance(raw, DataError):
             raise raw
         place = source.at(number)
@@ -99,7 +99,18 @@ def _bare(source: Source) -> Margins:
             raise DataError(f"{place}: reward_margin is null; score the pair or drop the row")
         values.append(as_number(raw["reward_margin"], "reward_margin", place, from_text=source.unit == "line"))
         ids.append(int(as_number(raw.get("pair_id", len(ids)), "pair_id", place, from_text=source.unit == "line")))
-    return Margins(pair_ids=tuple(ids), values=tuple(values), texts={})
+        if raw.get("implicit_margin") is not None:
+            text = source.unit == "line"
+            implicit.append(as_number(raw["implicit_margin"], "implicit_margin", place, from_text=text))
+            prompts.append(str(raw.get("prompt", number)))
+    both = len(implicit) == len(values)
+    return Margins(
+        pair_ids=tuple(ids),
+        values=tuple(values),
+        texts={},
+        implicit=tuple(implicit) if both else None,
+        prompts=tuple(prompts) if both else None,
+    )
 
 
 def _flat(text: Text, limit: int = 600) -> str:

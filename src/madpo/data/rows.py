@@ -15,10 +15,7 @@ from madpo.data.messages import SYSTEM_ROLES, Message, Text, as_text, contents, 
 from madpo.data.prompts import KNOWN, PromptColumns, read_prompt, refuse_lost_context
 from madpo.data.raw import COLUMNS, as_number, described, lacks, null, surplus
 
-NUMBERS = (
-    *("chosen_score", "rejected_score", "reward_margin", "weight", "ref_chosen_logps", "ref_rejected_logps"),
-    "log_ratio_margin",
-)
+NUMBERS = ("chosen_score", "rejected_score", "reward_margin", "weight", "ref_chosen_logps", "ref_rejected_logps")
 _SCORES = ("{}_score", "score_{}", "{}_rating", "rating_{}", "{}-rating", "{}_avg_rating")
 # Our name first, then what known data sets call it; the report says which name was read. Those of the prompt are in
 # madpo.data.prompts, and where the completions are called otherwise, in madpo.data.layouts.

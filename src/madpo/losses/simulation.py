@@ -44,7 +44,7 @@ class Setting(Frozen):
     """A kind of world."""
 
     pairs: int = Field(default=1000, ge=10)
-    """For training; a fifth of the number, and 40 at least, is held out in addition."""
+    """For training; a fifth of the number, and 40 at least, decides in addition when a reward model stops."""
     reward_sd: float = Field(default=1.5, gt=0)
     """Standard deviation of the true reward, log-odds: larger makes labels less noisy."""
     tier: Literal["high", "low"] = "high"
@@ -255,12 +255,10 @@ class Margins:
     Attributes:
         inside: of the training pairs, by the model that was trained on all of them.
         outside: of the training pairs, each by the model of a fold that it is not in.
-        heldout: of the held-out pairs, by the model that was trained on all training pairs.
     """
 
     inside: Float[Tensor, "worlds pairs"]
     outside: Float[Tensor, "worlds pairs"]
-    heldout: Float[Tensor, "worlds heldout"]
 
 
 def reward_margins(worlds: Worlds, knowledge: Knowledge, *, seed: int) -> Margins:
@@ -282,7 +280,7 @@ def reward_margins(worlds: Worlds, knowledge: Knowledge, *, seed: int) -> Margin
     chosen = looks.gather(0, best)[0]
     own = train_features @ chosen
     outside = own[..., 1:].gather(-1, fold[None, :, None].expand(len(own), -1, 1))[..., 0]
-    return Margins(own[..., 0], outside, (heldout_features @ chosen)[..., 0])
+    return Margins(own[..., 0], outside)
 
 
 @torch.no_grad()

@@ -70,6 +70,19 @@ def cache_dir() -> Path:
     return Path(os.environ.get("MADPO_CACHE") or Path.home() / ".cache" / "madpo")
 
 
+def cache_limit() -> int:
+    """Bytes of columns and features that the cache keeps: ``$MADPO_CACHE_GB``, by default 20 GB.
+
+    Raises:
+        ConfigError: the variable holds no size.
+    """
+    told = os.environ.get("MADPO_CACHE_GB") or "20"
+    try:
+        return round(float(told) * 1e9)
+    except (ValueError, OverflowError):
+        raise ConfigError(f"MADPO_CACHE_GB is {told!r}; give a number of GB, such as 20") from None
+
+
 def packaged(name: str) -> Path:
     """The folder of a packaged model, which ``AutoModelForCausalLM.from_pretrained`` loads.
 

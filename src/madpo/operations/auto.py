@@ -4,10 +4,11 @@
    temperature makes them log-odds.
 2. Plain DPO on 85 % of the prompts. Its implicit margins and the reward margins explain the held-out labels: their
    difference in log loss is the deciding number, and the posterior of ``label_share`` follows from the same labels.
-3. A second training with the mixed target of :class:`madpo.losses.SoftDPO`, with another seed.
+3. A second training with the mixed target of :class:`madpo.losses.SoftDPO`, with another seed, on all pairs.
 4. The average of the two policies.
 
-Each training is the operation of ``madpo train``, so an interruption continues inside it.
+Each training is the operation of ``madpo train``, so an interruption continues inside it, and several processes share
+it. The leading one averages.
 """
 
 from __future__ import annotations
@@ -92,14 +93,8 @@ class AutoReport(TrainReport):
     def decision(self) -> list[str]:
         """The deciding number and the advice, in sentences."""
         lines = [self.reason, f"margins from {self.margins}, temperature {self.margin_temperature:.3g}"]
-        if (s := self.share) is not None:
-            d = s.difference
-            lines.append(
-                f"held-out log loss: margins {s.margin_loss:.4f}, plain DPO {s.implicit_loss:.4f}; difference "
-                f"{d.mean:+.4f} (95 % interval {d.low:+.4f} to {d.high:+.4f} over {d.n} prompts; below 0 the margins "
-                "know more)"
-            )
-            lines.append(f"label share {s.mean:.2f} (95 % {s.low:.2f} to {s.high:.2f}); {self.label_share:.2f} is used")
+        if self.share is not None:
+            lines += f"{self.share.text()}; {self.label_share:.2f} is used".splitlines()
         if self.kl is not None:
             lines.append(
                 f"adapter's strength {self.strength:.3g}: KL {self.kl.mean:.3g} nats ({self.kl.low:.3g} to "
@@ -113,16 +108,20 @@ class AutoReport(TrainReport):
 
     def text(self) -> str:
         """The report for a person."""
-        return "\n".join([f"{self.pairs} pairs, {self.eval_pairs} held out, {self.steps} steps", *self.decision()])
+        held = "held out" if self.share is None else "of them not in DPO's training"
+        return "\n".join([f"{self.pairs} pairs, {self.eval_pairs} {held}, {self.steps} steps", *self.decision()])
 
 
-@operation("train_auto/1")
+@operation("train_auto/2")
 def train_auto(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """The operation behind ``madpo train`` with no loss named."""
     assert isinstance(settings.loss, Auto)
-    if processes.world_size() > 1:
-        raise ConfigError("auto trains in one process; start it without accelerate launch, or name a loss: --loss dpo")
     settings.loss.refuse_held_out(inputs.get("eval_data"))
+    if settings.args.get("load_best_model_at_end") and not settings.loss.fast:
+        raise ConfigError(
+            "auto's second training holds nothing out, so it has no best step; leave load_best_model_at_end out, or "
+            "name a loss: --loss dpo"
+        )
     data, state, eval_data = str(inputs["data"]), out / CHECKPOINTS, inputs.get("eval_data")
     if (first := first_pair(data, settings.reading)) is None:
         raise DataError(f"{data}: no row has two different scores, so there is no pair; score the completions first")
@@ -141,9 +140,13 @@ def train_auto(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) -
     seed = int(settings.args.get("seed", 42))
     work = _Work(shared, settings.loss, data, eval_data, source, column, state, seed)
     report = _fast(work) if settings.loss.fast else _two(work)
-    report = _finish(work, report, settings, out)
     args = trainer_arguments(settings, out, evaluated=report.eval_pairs > 0)
-    write_report(out, data, eval_data, settings, args, report, clock)
+
+    def finish() -> None:
+        final = _finish(work, report, settings, out)
+        write_report(out, data, eval_data, settings, args, final, clock)
+
+    processes.on_main_process(finish)
     metrics: Metrics = {"pairs": report.pairs, "steps": report.steps, "label_share": report.label_share}
     if report.share is not None:
         metrics |= {"deciding": report.share.difference, "advice": report.advice}
@@ -181,12 +184,14 @@ def _column(path: Path, name: str) -> NDArray[np.float64]:
     return np.array([json.loads(line)[name] for line in path.read_text("utf-8").splitlines()], dtype=np.float64)
 
 
-def _trained(work: _Work, name: str, loss: LossConfig, seed: int) -> TrainReport:
+def _trained(work: _Work, name: str, loss: LossConfig, seed: int, share: float) -> TrainReport:
+    """Train with ``share`` of the prompts held out."""
     settings = work.settings
     args = {**settings.args, "seed": seed}
     if "data_seed" in args:
         args["data_seed"] = seed
-    share = settings.eval_share if work.auto.fast else settings.eval_share or HELDOUT_SHARE
+    if not share and not work.eval_data:
+        args.pop("eval_strategy", None)
     how = settings.model_copy(
         update={
             "loss": loss,
@@ -202,9 +207,9 @@ def _trained(work: _Work, name: str, loss: LossConfig, seed: int) -> TrainReport
     return load_report(folder / "report.json", TrainReport)
 
 
-def _mixed(work: _Work, share: float, temperature: float, seed: int) -> TrainReport:
+def _mixed(work: _Work, share: float, temperature: float, seed: int, heldout: float = 0.0) -> TrainReport:
     loss = SoftDPO(beta=work.auto.beta, margin_temperature=temperature, label_share=share)
-    return _trained(work, MIXED_FOLDER, loss, seed)
+    return _trained(work, MIXED_FOLDER, loss, seed, heldout)
 
 
 COIN = "the margins explain labels no better than a coin: plain DPO is as good"
@@ -215,7 +220,7 @@ def _fast(work: _Work) -> AutoReport:
     values = None if work.column is None else np.array([*work.column.values()])
     temperature = 1.0 if values is None else inspect(values).margin_temperature
     share = FAST_SHARE if values is None or better_than_coin(values) else 1.0
-    report = _mixed(work, share, temperature, work.seed)
+    report = _mixed(work, share, temperature, work.seed, work.settings.eval_share)
     useful = better_than_coin(work.margins_out_of(MIXED_FOLDER)) if values is None else share < 1
     return AutoReport(
         **report.model_dump(),
@@ -231,7 +236,8 @@ def _fast(work: _Work) -> AutoReport:
 
 def _two(work: _Work) -> AutoReport:
     # With label_share 1 the loss is DPO; it reads the margins, so that a probe's are there for the decision.
-    dpo = _trained(work, DPO_FOLDER, SoftDPO(beta=work.auto.beta, label_share=1.0), work.seed)
+    aside = work.settings.eval_share or HELDOUT_SHARE
+    dpo = _trained(work, DPO_FOLDER, SoftDPO(beta=work.auto.beta, label_share=1.0), work.seed, aside)
     lines = work.state / DPO_FOLDER / HELDOUT
     implicit, margins, prompts = (_column(lines, name) for name in ("implicit_margin", MARGIN, "prompt"))
     seen = work.margins_out_of(DPO_FOLDER)
@@ -244,7 +250,7 @@ def _two(work: _Work) -> AutoReport:
         advice = "dpo"
         reason = f"the label's share is above {AS_GOOD:g} with 97.5 % probability: plain DPO is as good"
     mixed = _mixed(work, share, temperature, derived_seed(work.seed, "auto", "second training") % 2**31)
-    report = mixed.model_dump() | {"steps": dpo.steps + mixed.steps, "evaluation": {}}
+    report = mixed.model_dump() | {"steps": dpo.steps + mixed.steps, "eval_pairs": dpo.eval_pairs, "evaluation": {}}
     return AutoReport(
         **report,
         margins=work.source,

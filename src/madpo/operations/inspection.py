@@ -8,7 +8,8 @@ from typing import Any
 
 from madpo.core.storage import expanded
 from madpo.data.margins import SUSPICIOUS, read_margins
-from madpo.rewards.margins import MarginReport, deciding
+from madpo.rewards.label_share import label_share
+from madpo.rewards.margins import MarginReport
 from madpo.rewards.margins import inspect as inspect_margins
 
 
@@ -18,6 +19,7 @@ def inspect(
     """:func:`madpo.rewards.margins.inspect` for a file or hub data set; ``output`` is one HTML page to play with.
 
     Margins that a reward model gave to its own training pairs, as ``madpo score`` reports them, are not calibrated.
+    The file ``heldout.jsonl`` of a training has DPO's implicit margins too, so the report has the deciding number.
 
     Raises:
         DataError, ConfigError: as :func:`read_margins` and :func:`madpo.rewards.margins.inspect`.
@@ -32,8 +34,8 @@ def inspect(
         trained_on=_trained_on(expanded(data)),
     )
     if margins.implicit is not None:
-        found = deciding(margins.values, margins.implicit, margins.prompts)
-        report = report.model_copy(update={"deciding": found})
+        found = label_share(margins.implicit, margins.values, prompts=margins.prompts)
+        report = report.model_copy(update={"share": found})
     if output is not None:
         from madpo.report.margin_page import write_margin_page
 

@@ -376,7 +376,8 @@ def implicit_margins(trainer: PreferenceTrainer, rows: Dataset) -> NDArray[np.fl
         with trainer.compute_loss_context_manager():
             masks = (inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"])
             scores = completion_logps(trainer.model, *masks, pairs=True)
-        found.append(trainer.loss.implicit_margin(trainer._loss_inputs(scores, inputs)).double().cpu().numpy())
+        own = trainer.loss.implicit_margin(trainer._loss_inputs(scores, inputs))
+        found.append(trainer.accelerator.gather_for_metrics(own).double().cpu().numpy())
     margins: NDArray[np.float64] = np.concatenate(found)
     return margins
 
@@ -386,8 +387,9 @@ def _write_margins(trainer: PreferenceTrainer, heldout: Sequence[Row], out: Path
     if trainer.probe is not None:  # on the leading process
         columns = {name: trainer.train_dataset[name] for name in ("pair_id", MARGIN)}
         write_atomically(out / MARGINS, _lines(columns))
-    if heldout and processes.world_size() == 1:
-        write_atomically(out / HELDOUT, heldout_lines(trainer, heldout))
+    if heldout:
+        lines = heldout_lines(trainer, heldout)
+        processes.on_main_process(lambda: write_atomically(out / HELDOUT, lines))
 
 
 def heldout_lines(trainer: PreferenceTrainer, rows: Sequence[Row]) -> str:

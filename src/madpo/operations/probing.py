@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from madpo.core.feature_file import FeatureFile, FeatureWriter
-from madpo.data.folds import prompt_key
+from madpo.data.folds import prompt_ids_key
 from madpo.data.rows import Pair
 from madpo.data.templates import Clock
 from madpo.models.engine.features import feature_layers
 from madpo.models.hyperparameters import CHECKPOINTS
 from madpo.models.load import load_model, load_tokenizer, placed, resolve_model
-from madpo.operations.reward_model import PairEncoder
+from madpo.operations.reward_model import PairEncoder, remember_pairs
 from madpo.operations.running import digest
 from madpo.operations.settings import ScoreSettings
 from madpo.rewards.probe import FOLDS, FittedProbe, fit_probe
@@ -41,7 +41,7 @@ class FeatureScorer:
         self.model, self.batch_size = placed(load_model(base)), batch_size
         self.encoder = PairEncoder(load_tokenizer(base), own=True, clock=clock)
         self.layers = feature_layers(self.model)
-        self.kept = {"layers": np.array(self.layers)}
+        self.kept: dict[str, NDArray[Any]] = {}
 
     def score_pairs(self, pairs: Sequence[Pair], name: str, unit: str) -> tuple[NDArray[Any], NDArray[Any]]:
         """Features of the chosen and of the rejected, float32, ``pairs x features``.
@@ -50,9 +50,11 @@ class FeatureScorer:
             ConfigError, DataError: as :meth:`PairEncoder.ids`.
         """
         pad = self.encoder.tokenizer.pad_token_id
-        chosen, rejected = pair_features(
-            self.model, pad, self.layers, *self.encoder.ids(pairs, name, unit), self.batch_size
-        )
+        ids = self.encoder.ids(pairs, name, unit)
+        keys = [prompt_ids_key(whole[:length]) for whole, length in zip(ids[0], ids[2], strict=True)]
+        prompts = np.frombuffer(bytes.fromhex("".join(keys)), dtype=np.uint8).reshape(len(pairs), -1)
+        self.kept = {"layers": np.array(self.layers), "prompts": prompts}
+        chosen, rejected = pair_features(self.model, pad, self.layers, *ids, self.batch_size)
         return chosen, rejected
 
 
@@ -62,7 +64,7 @@ def fit_from_parts(
     """Fit a probe to features that were kept in parts, and leave it frozen in ``out``.
 
     Args:
-        parts: rows of ``chosen`` and ``rejected``, and ``layers``; read one after the other, into a file.
+        parts: rows of ``chosen``, ``rejected`` and ``prompts``, and ``layers``; read one after the other, into a file.
         name: of the data, their file or hub id.
 
     Raises:
@@ -73,18 +75,17 @@ def fit_from_parts(
     with ExitStack() as opened:
         writer, start, width = None, 0, 0
         layers: tuple[int, ...] = ()
+        prompts: list[str] = []
         for part in parts:
             if writer is None:
                 layers, width = tuple(map(int, part["layers"])), part["chosen"].shape[1]
                 writer = opened.enter_context(FeatureWriter(scratch, len(pairs), width))
             writer.write(start, part["chosen"], part["rejected"])
+            prompts += [row.tobytes().hex() for row in part["prompts"]]
             start += len(part["chosen"])
     features = FeatureFile.read(scratch, len(pairs), width)
-    prompts = [prompt_key(pair.prompt) for pair in pairs]
     folds = settings.folds or FOLDS
     fitted = fit_probe(features.chosen, features.rejected, prompts, folds=folds, seed=settings.probe_seed, name=name)
-    model_digest = digest(resolve_model(settings.probe))
-    save_probe(
-        out / FOLDER, settings.probe, layers, fitted.weights, model_digest=model_digest, data_digest=digest(name)
-    )
+    save_probe(out / FOLDER, settings.probe, layers, fitted.weights, model_digest=digest(resolve_model(settings.probe)))
+    remember_pairs(out / FOLDER, pairs)
     return fitted

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,14 +12,17 @@ import numpy as np
 import torch
 from datasets import Dataset
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from madpo.core.errors import ConfigError, DataError
+from madpo.core.errors import ConfigError, DataError, StorageError, first_line
 from madpo.core.metrics import Estimate, Metrics
 from madpo.core.progress import say
 from madpo.core.reports import Report
 from madpo.core.statistics import bootstrap_mean, bootstrap_temperature, proportion
 from madpo.core.storage import expanded, write_atomically
+from madpo.data.findings import Seen
 from madpo.data.folds import prompt_key
 from madpo.data.rows import Pair
 from madpo.data.templates import Clock, render
@@ -44,6 +47,8 @@ from madpo.training.settings import RewardModelStage
 if TYPE_CHECKING:
     from madpo.training.run import Page
 
+TRAINED_ON = "trained_on.safetensors"
+"""In the folder of a reward model: keys of the pairs that decided its weights, or when to stop."""
 EVALUATIONS = 10
 """Evaluations on the held-out pairs during the training, where ``eval_every`` does not say otherwise."""
 
@@ -170,6 +175,8 @@ def reward_pairs(settings: RewardSettings, inputs: Mapping[str, Path], out: Path
         )
 
     steps = fit(settings, train, stopping, out, page)
+    used = (Pair(row["pair_id"], 0, row["prompt"], row["chosen"], row["rejected"], {}) for row in [*train, *stopping])
+    remember_pairs(out, used)
     model = RewardModel.load(out)
     measured = _measure(model, reported)
     report = RewardReport(
@@ -418,13 +425,25 @@ def reward_model_digest(place: str) -> str | None:
     return digest(folder / "adapter") if own else digest(folder)
 
 
-def trained_on_data(place: str | Path, data: str | Path) -> bool:
-    """Whether a reward model of ours, or a probe, was made from these very data, by their digests."""
-    folder = expanded(place)
-    probe = (folder / PROBE).is_file()
+def _keys(pairs: Iterable[Pair]) -> NDArray[np.bytes_]:
+    seen = Seen()
+    for pair in pairs:
+        seen.add(pair)
+    return seen.unordered()
+
+
+def remember_pairs(folder: Path, pairs: Iterable[Pair]) -> None:
+    """Keep which pairs a reward model was trained on, as keys, for :func:`seen_pairs`."""
+    write_atomically(folder / TRAINED_ON, save({"pairs": _keys(pairs).view(np.uint8).reshape(-1, 16)}))
+
+
+def seen_pairs(place: str | Path, pairs: Iterable[Pair]) -> int | None:
+    """How many of the pairs, in either order, a reward model was trained on; None where its folder does not say."""
+    path = expanded(place) / TRAINED_ON
+    if not path.is_file():
+        return None
     try:
-        told = json.loads((folder / ("reward_model.json" if probe else "report.json")).read_bytes())
-        made_from = told["probe"]["data_digest"] if probe else told["data_digest"]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return False
-    return made_from is not None and (folder / "reward_model.json").is_file() and made_from == digest(data)
+        trained = load_file(path)["pairs"].view("S16").ravel()
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        raise StorageError(f"{path} is damaged ({first_line(error)}); copy the reward model again") from error
+    return int(np.isin(_keys(pairs), trained).sum())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from madpo.core.metrics import Estimate
 from madpo.core.reports import Report
-from madpo.rewards.margins import Deciding
 from madpo.rewards.probe import ProbeReport
 
 
@@ -29,9 +28,9 @@ class ScoreReport(Report):
     ties: int = 0
     """Margins of exactly 0: of a reward model that has learned nothing, or scores that are equal."""
     trained_on: bool = False
-    """True if the reward model was trained on these very data, so that nothing here is calibrated."""
-    deciding: Deciding | None = None
-    """Where the data have a column ``log_ratio_margin``, DPO's implicit margin."""
+    """True if the reward model was trained on more than 5 % of these pairs, so that nothing here is calibrated."""
+    seen: int | None = None
+    """Pairs, in either order, that the reward model was trained on; None where it does not say."""
     probe: ProbeReport | None = None
     """With ``probe``: what it is, and how good out of fold."""
 
@@ -51,12 +50,11 @@ class ScoreReport(Report):
             )
         if self.probe is not None:
             lines += self.probe.text().splitlines()
-        if self.deciding is not None:
-            lines.append(self.deciding.text())
-        if self.trained_on:
+        if self.seen:
             lines.append(
-                "the reward model was trained on these pairs: all of this flatters it; --probe and --folds do not"
+                f"the reward model was trained on {self.seen} of these pairs: all of this flatters it; --probe and "
+                "--folds do not"
             )
-        elif not self.heldout:
+        elif self.seen is None and not self.heldout:
             lines.append("if the reward model was trained on these pairs, all of this flatters it; --folds does not")
         return "\n".join(lines)

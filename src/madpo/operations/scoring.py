@@ -43,13 +43,13 @@ from madpo.operations.reward_model import (
     load_pair_encoder,
     load_scorer,
     reward_model_digest,
-    trained_on_data,
+    seen_pairs,
 )
 from madpo.operations.row_files import Raw, json_line, write_parquet
 from madpo.operations.running import digest, load_report, run_in_folder
 from madpo.operations.score_report import ScoreReport
 from madpo.operations.settings import RewardSettings, ScoreSettings
-from madpo.rewards.margins import deciding, inspect
+from madpo.rewards.margins import inspect
 from madpo.rewards.probe import ProbeReport
 from madpo.runner.operation import operation
 from madpo.runner.step import Source, Step
@@ -57,6 +57,8 @@ from madpo.runner.work import run_step
 
 PART = 512
 """Pairs per part: what an interruption can cost."""
+FEW = 0.05
+"""Share of the pairs up to which a temperature is fitted though the reward model was trained on them."""
 MEMORY_REMEDY = "give a smaller --batch_size, and run the same command again: parts that are scored stay"
 
 
@@ -84,7 +86,7 @@ def score(data: str | Path, output_dir: str | Path, settings: ScoreSettings, *, 
     return load_report(out / "report.json", ScoreReport)
 
 
-@operation("score_pairs/1")
+@operation("score_pairs/2")
 def score_pairs(settings: ScoreSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """The operation behind :func:`score`."""
     data = str(inputs["data"])
@@ -312,21 +314,22 @@ def _finish(
 ) -> Raw:
     """Write the rows, and last of all the report."""
     with storage_errors(output_dir):
-        report = _report(data, chosen, rejected, settings, output_dir)
-        implicit = [pair.numbers["log_ratio_margin"] for pair in pairs if "log_ratio_margin" in pair.numbers]
-        decides = None
-        if len(implicit) == len(pairs):
-            decides = deciding(chosen - rejected, implicit, [prompt_key(pair.prompt) for pair in pairs])
-        report = report.model_copy(update={"probe": probe, "deciding": decides})
+        report = _report(data, pairs, chosen, rejected, settings, output_dir).model_copy(update={"probe": probe})
         report.write(output_dir / "report.json")
     return report.plain()
 
 
 def _report(
-    data: str | Path, chosen: NDArray[Any], rejected: NDArray[Any], settings: ScoreSettings, output_dir: Path
+    data: str | Path,
+    pairs: Sequence[Pair],
+    chosen: NDArray[Any],
+    rejected: NDArray[Any],
+    settings: ScoreSettings,
+    output_dir: Path,
 ) -> ScoreReport:
     difference = chosen - rejected
-    trained_on = settings.reward_model is not None and trained_on_data(settings.reward_model, data)
+    seen = None if settings.reward_model is None else seen_pairs(settings.reward_model, pairs)
+    trained_on = (seen or 0) > FEW * len(pairs)
     fitted = inspect(difference, margin_temperature=settings.margin_temperature, trained_on=trained_on)
     scale = fitted.margin_temperature if settings.score_columns is not None else 1.0
     margins = difference / scale
@@ -348,6 +351,7 @@ def _report(
         calibrated_log_loss=fitted.calibrated_log_loss,
         heldout=settings.folds is not None or settings.probe is not None,
         trained_on=trained_on,
+        seen=seen,
         ties=int((margins == 0).sum()),
         data_digest=digest(data),
         reward_model_digest=None if settings.reward_model is None else reward_model_digest(settings.reward_model),

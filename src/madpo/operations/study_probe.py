@@ -54,7 +54,7 @@ def fit_pairs_probe(config: ProbeStage, inputs: Mapping[str, Path], out: Path) -
     heldout = fitted.weights.rewards(chosen[~train]) - fitted.weights.rewards(rejected[~train])
     _write(pairs.loc[~train, "pair_id"], heldout, out / MARGINS)
     _write(pairs.loc[train, "pair_id"], fitted.margins, out / OUT_OF_FOLD)
-    save_probe(out, str(place), layers, fitted.weights, model_digest=None, data_digest=None, made=True)
+    save_probe(out, str(place), layers, fitted.weights, model_digest=None, made=True)
     return {
         "penalty": fitted.report.penalty,
         "training_accuracy": fitted.report.accuracy,

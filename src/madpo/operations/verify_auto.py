@@ -38,7 +38,7 @@ from madpo.losses.simulation import (
 )
 from madpo.operations.settings import VerifyAutoSettings
 from madpo.report.numbers import DASH
-from madpo.rewards.label_share import better_than_coin, label_share
+from madpo.rewards.label_share import HELDOUT_SHARE, better_than_coin, label_share
 from madpo.rewards.margins import PAPER_SETTINGS
 from madpo.runner.executors import Executor
 from madpo.runner.operation import operation
@@ -206,7 +206,7 @@ def _row(method: str, cells: Mapping[str, Mapping[str, Estimate]]) -> Row:
     )
 
 
-@operation("simulate_auto/2")
+@operation("simulate_auto/3")
 def simulate(cell: Cell, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """All methods in the worlds of one setting; writes ``gains.json``, the true reward of each world at the KL."""
     worlds = draw(cell.setting, [derived_seed(cell.seed, "verify-auto", k) for k in range(cell.worlds)])
@@ -258,9 +258,13 @@ def gains(worlds: Worlds, cell: Cell, margins: Margins) -> Compared:
     (first,) = train(worlds.train.policy, list(methods.values()), betas, seed=seeds[0])
     trained = {name: first[:, :, k] for k, name in enumerate(methods)}
 
+    # As the product: every method has the same pairs, and the first policy of auto leaves out those that decide.
+    kept = setting.pairs - round(HELDOUT_SHARE * setting.pairs)
+    (partly,) = train(worlds.train.policy[:, :kept], [dpo], betas, seed=seeds[0])
     middle = betas[RELATIVE_BETAS.index(0.35)]
-    implicit = middle * (worlds.heldout.policy @ trained["dpo"][..., betas.index(middle), None])[..., 0]
-    found = [label_share(m0.numpy(), m1.numpy()) for m0, m1 in zip(implicit, margins.heldout, strict=True)]
+    implicit = middle * (worlds.train.policy[:, kept:] @ partly[:, :, 0, betas.index(middle), None])[..., 0]
+    aside = zip(implicit, margins.outside[:, kept:], strict=True)
+    found = [label_share(m0.numpy(), m1.numpy()) for m0, m1 in aside]
     shares = [
         share.mean if better_than_coin(outside.numpy()) else 1.0
         for share, outside in zip(found, margins.outside, strict=True)
@@ -268,7 +272,7 @@ def gains(worlds: Worlds, cell: Cell, margins: Margins) -> Compared:
     mixed = Method([SoftDPO(beta=1.0, label_share=share) for share in shares], calibrated)
     (second,) = train(worlds.train.policy, [mixed, dpo], betas, seed=seeds[1])
     trained["auto, one policy"] = second[:, :, 0]
-    trained[AUTO] = (trained["dpo"] + second[:, :, 0]) / 2  # a log-linear policy is linear in its parameters
+    trained[AUTO] = (partly[:, :, 0] + second[:, :, 0]) / 2  # a log-linear policy is linear in its parameters
     trained[AVERAGED] = (trained["dpo"] + second[:, :, 1]) / 2
 
     measured = {name: at_kl(*measure(worlds, theta), cell.kl) / setting.reward_sd for name, theta in trained.items()}

@@ -45,6 +45,15 @@ class LabelShare(Frozen):
     """The deciding number: ``margin_loss`` less ``implicit_loss``, nats, with its interval over prompts. Below 0 the
     margins know more about the labels than plain DPO has learned."""
 
+    def text(self) -> str:
+        """The deciding number and the share, a line each."""
+        d = self.difference
+        return (
+            f"held-out log loss: margins {self.margin_loss:.4f}, plain DPO {self.implicit_loss:.4f}; difference "
+            f"{d.mean:+.4f} (95 % interval {d.low:+.4f} to {d.high:+.4f} over {d.n} prompts; below 0 the margins know "
+            f"more)\nlabel share {self.mean:.2f} (95 % {self.low:.2f} to {self.high:.2f})"
+        )
+
 
 def label_share(
     implicit: ArrayLike, margins: ArrayLike, *, prompts: ArrayLike | None = None, seed: int = 0
@@ -52,8 +61,8 @@ def label_share(
     """The label's share of the target, from held-out pairs that neither teacher was trained on.
 
     Args:
-        implicit: plain DPO's implicit margins of the pairs, log-odds.
-        margins: the reward margins of the same pairs.
+        implicit: plain DPO's implicit margins of the pairs, in any unit.
+        margins: the reward margins of the same pairs, in any unit.
         prompts: one label per pair; pairs of one prompt are resampled together for the interval of the difference.
             The posterior takes pairs as independent.
         seed: of the resampling.
@@ -64,6 +73,8 @@ def label_share(
     m0, m1 = np.asarray(implicit, dtype=np.float64).ravel(), np.asarray(margins, dtype=np.float64).ravel()
     if len(m0) != len(m1):
         raise DataError(f"there are {len(m0)} implicit margins but {len(m1)} reward margins; give one for each pair")
+    # A temperature is looked for near 1.
+    m0, m1 = (m / (float(np.sqrt(np.mean(np.square(m)))) or 1.0) if m.size else m for m in (m0, m1))
     losses = [np.logaddexp(0.0, -m / fit_temperature(m)[0]) for m in (m0, m1)]
     shares, density = posterior(m0, m1)
     # Between grid points the density is linear; its integral over each interval, summed.

@@ -15,8 +15,9 @@ from madpo.core.config import Frozen
 from madpo.core.errors import ConfigError, DataError
 from madpo.core.metrics import Estimate
 from madpo.core.reports import Report
-from madpo.core.statistics import LOG_TEMPERATURES, bootstrap_mean, fit_temperature, proportion
+from madpo.core.statistics import LOG_TEMPERATURES, fit_temperature, proportion
 from madpo.data.margins import SUSPICIOUS
+from madpo.rewards.label_share import LabelShare
 from madpo.rewards.weight_counts import WeightParameters, count_weights, log_weight
 
 SURE = math.log(0.999 / 0.001)  # logit(0.999) = 6.907, what the paper rounds to tau = 7
@@ -50,30 +51,6 @@ class Reliability(Frozen):
     """Mean of sigma(|margin|)."""
     observed: Estimate
     """Share of pairs where the sign of the margin agrees with the label."""
-
-
-class Deciding(Frozen):
-    """Whether the margins know more than DPO: held-out log losses, each after one temperature of its own, nats."""
-
-    pairs: int
-    margins: float
-    implicit: float
-    """Of DPO's implicit margin, the log-ratio of the chosen side less that of the rejected one."""
-    difference: Estimate
-    """``margins`` less ``implicit``, with its 95 % interval over prompts: below 0 the margins know more."""
-
-    def text(self) -> str:
-        """The numbers and what they mean."""
-        d = self.difference
-        meaning = "no clear difference: plain DPO may be as good"
-        if d.high < 0:
-            meaning = "the margins know more than DPO's implicit ones"
-        elif d.low > 0:
-            meaning = "the margins know less than DPO's implicit ones: plain DPO is the better choice"
-        return (
-            f"log loss after one temperature: margins {self.margins:.3f}, DPO's implicit margin {self.implicit:.3f}, "
-            f"difference {d.mean:+.3f} ({d.low:+.3f} to {d.high:+.3f}): {meaning} (if neither saw these pairs)"
-        )
 
 
 class Suspect(Frozen):
@@ -121,8 +98,8 @@ class MarginReport(Report):
     reasons: tuple[str, ...]
     warnings: tuple[str, ...]
     suspects: tuple[Suspect, ...]
-    deciding: Deciding | None = None
-    """Where the data have DPO's implicit margin as well."""
+    share: LabelShare | None = None
+    """The deciding number, where the data have DPO's implicit margins as well (column ``implicit_margin``)."""
 
     @property
     def informative(self) -> bool:
@@ -155,8 +132,8 @@ class MarginReport(Report):
             lines += [f"    {reason}" for reason in self.reasons]
         else:
             lines.append("no recommendation: a coin would order these pairs as well; train with --loss dpo")
-        if self.deciding is not None:
-            lines.append(self.deciding.text())
+        if self.share is not None:
+            lines += self.share.text().splitlines()
         lines += [f"warning: {warning}" for warning in self.warnings]
         if self.suspects:
             lines.append("most suspicious pairs:")
@@ -257,25 +234,6 @@ def _margins(values: ArrayLike) -> NDArray[np.float64]:
         row = int(np.abs(h).argmax())
         raise DataError(f"reward_margin in row {row} is {h[row]}: no log-odds are that large; score the pair again")
     return h
-
-
-def deciding(margins: ArrayLike, implicit: ArrayLike, prompts: Sequence[str] | None = None) -> Deciding:
-    """Compare margins with DPO's implicit margins as predictions of the labels.
-
-    Args:
-        margins, implicit: chosen less rejected, one per pair, each in a unit of its own.
-        prompts: one per pair, for the interval; None takes every pair for itself.
-
-    Raises:
-        DataError: no pairs, other numbers of pairs, or a value that is not finite.
-    """
-    sides = [_margins(margins), _margins(implicit)]
-    if len(sides[0]) != len(sides[1]):
-        raise DataError(f"there are {len(sides[0])} margins but {len(sides[1])} implicit ones; give one of each")
-    units = (h / (float(np.sqrt(np.mean(h**2))) or 1.0) for h in sides)  # a temperature is looked for near 1
-    own, theirs = (np.logaddexp(0.0, -h / fit_temperature(h)[0]) for h in units)
-    difference = bootstrap_mean(own - theirs, clusters=prompts)
-    return Deciding(pairs=len(own), margins=float(own.mean()), implicit=float(theirs.mean()), difference=difference)
 
 
 def _temperature(h: NDArray[np.float64], given: float | None, *, trained_on: bool) -> tuple[float, str, bool]:

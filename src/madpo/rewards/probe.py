@@ -7,17 +7,19 @@ P(chosen over rejected) = sigma(w . (x_chosen - x_rejected)). The weights minimi
     sum over pairs of -log sigma(w . d) + penalty / 2 |w|^2,    d = (x_chosen - x_rejected) / scale,
 
 without an intercept, so that swapping the sides of a pair only changes a sign. ``scale`` is the root mean square of the
-training pairs' differences, feature by feature, times the root of the number of features: a pair then has |d| of about
-1, and penalties mean the same for every model.
+pairs' differences, feature by feature, times the root of the number of features: a pair then has |d| of about 1, and
+penalties mean the same for every model. It reads no labels, so all folds share it.
 
-There are thousands of features and often only hundreds of pairs. The best weights are a combination of the training
-differences, so the problem is solved in their span, in as many dimensions as there are pairs. Of more than ``SPAN``
-pairs, ``SPAN`` drawn by seed give the span. Rows are read in blocks: features may be a file mapped into memory.
+The regressions of all folds at all penalties are solved together by accelerated gradient steps in the metric of the
+curvature at zero (Boehning and Lindsay 1988; restarts of O'Donoghue and Candes 2015). Every step is one pass over the
+pairs in blocks, which may come from a file that is mapped into memory. The metric takes the eigenvectors of a matrix of
+pairs x pairs or of features x features, whichever is smaller. So with more pairs than features, memory hardly grows
+with the number of pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,7 +30,6 @@ from scipy.special import expit
 from madpo.core.errors import DataError
 from madpo.core.metrics import Estimate
 from madpo.core.reports import Report
-from madpo.core.seeding import rng
 from madpo.core.statistics import bootstrap_mean, fit_temperature, proportion
 from madpo.data.folds import folds_by_prompt
 from madpo.rewards.margins import Reliability, reliability
@@ -38,10 +39,16 @@ Floats = NDArray[np.float64]
 PENALTIES: Floats = np.logspace(-3, 5, 17)
 """From nearly none to one that leaves every margin near 0; the prior variance of a margin is about 1 / penalty."""
 FOLDS = 5
-SPAN = 1024
-"""Training pairs whose differences span the weights; up to so many pairs the solution is exact."""
+STEPS = {np.float64: 300, np.float32: 60}
+"""Passes over the pairs at most, by the numbers that the fit is computed in. Regressions that need more have a penalty
+that is too weak for their pairs; to end here restrains them a little more."""
+TOLERANCE = {np.float64: 1e-5, np.float32: 1e-4}
+"""Length of the last step in the metric, per root of the number of pairs, by the numbers that the fit is computed in. A
+pair's mean loss is then above the least by about the square of it."""
 _BLOCK = 2048
 """Rows that are read at once."""
+_EXACT = 2**22
+"""Values in a table of differences, up to which the fit is computed in float64."""
 _NOISE = 1e-5
 """A feature whose differences are smaller than this share of its values holds rounding errors only."""
 
@@ -142,7 +149,7 @@ def fit_probe(
         chosen, rejected: features of both sides, ``pairs x features``: arrays, or anything that gives rows as one.
         prompts: one per pair; pairs of one prompt share a fold.
         folds: at most; as many as there are prompts where these are fewer.
-        seed: of the folds, and of the draw of ``SPAN`` pairs.
+        seed: of the folds.
         name: of the data, for messages.
 
     Raises:
@@ -154,18 +161,17 @@ def fit_probe(
             f"{name}: all pairs have one prompt, so no margin is out of fold; give the column reward_margin"
         )
     folds = min(folds, distinct)
-    fold = np.array(folds_by_prompt(keys, folds, seed, name))
-    data = _Pairs(chosen, rejected, fold, name)
-    found = _out_of_fold(data, seed)
+    data = _Pairs(chosen, rejected, np.array(folds_by_prompt(keys, folds, seed, name)), name)
+    paths = data.paths()
+    found = _out_of_fold(data, paths)
     best = int((found.counts @ found.losses).argmin())
-    path = data.path(None, seed)
-    weights = ProbeWeights(np.ascontiguousarray(path[:, best]), data.centre(), float(PENALTIES[best]))
+    weights = ProbeWeights(np.ascontiguousarray(paths[:, -1, best]), data.centre(), float(PENALTIES[best]))
     margins = found.margins
     temperature, _, calibrated = fit_temperature(margins)
     report = ProbeReport(
         pairs=len(keys),
         prompts=distinct,
-        features=len(path),
+        features=len(paths),
         folds=folds,
         penalty=weights.penalty,
         fold_penalties=tuple(map(float, found.penalties)),
@@ -178,31 +184,19 @@ def fit_probe(
     return FittedProbe(found, weights, report)
 
 
-def out_of_fold(chosen: Any, rejected: Any, fold: Sequence[int], *, seed: int = 0, name: str = "the data") -> OutOfFold:
-    """Margins of each fold by a probe of the others.
+def _out_of_fold(data: _Pairs, paths: Floats) -> OutOfFold:
+    """Margins of each fold by the regression of the others.
 
     The penalty of a fold is the best one on the other folds, each held out in its turn: no fold chooses its own.
-
-    Args:
-        chosen, rejected: as in :func:`fit_probe`.
-        fold: of each pair, from 0; the pairs of one prompt must share one.
-        seed: of the draw of ``SPAN`` pairs.
-
-    Raises:
-        DataError: fewer than two folds, an empty one, or a feature that is not finite.
     """
-    return _out_of_fold(_Pairs(chosen, rejected, np.asarray(fold), name), seed)
-
-
-def _out_of_fold(data: _Pairs, seed: int) -> OutOfFold:
     folds = len(data.counts)
-    shape = len(data.fold), len(PENALTIES)
-    margins, chosen = np.zeros(shape), np.zeros(shape)
-    for k in range(folds):
-        path, centre = data.path(k, seed), data.centre(k)
-        for rows, left, right in data.blocks(data.fold == k):
-            margins[rows] = (left - right) @ path
-            chosen[rows] = (left - centre) @ path
+    margins, chosen = (np.zeros((len(data.fold), len(PENALTIES))) for _ in range(2))
+    centres = [data.centre(k) for k in range(folds)]
+    for rows, left, right in data.blocks():
+        for k in np.unique(data.fold[rows]):
+            own = data.fold[rows] == k
+            margins[rows][own] = (left[own] - right[own]) @ paths[:, k]
+            chosen[rows][own] = (left[own] - centres[k]) @ paths[:, k]
     losses = np.stack([np.logaddexp(0.0, -margins[data.fold == k]).mean(0) for k in range(folds)])
     total = data.counts @ losses
     best = np.array([(total - data.counts[k] * losses[k]).argmin() for k in range(folds)])
@@ -220,88 +214,133 @@ class _Pairs:
         self.counts = np.bincount(fold)
         if len(self.counts) < 2 or not self.counts.all():
             raise DataError(f"{name}: out-of-fold margins need at least two folds with pairs in each")
-        shape = len(self.counts), chosen.shape[1]
-        self.differences, self.squares, self.values = np.zeros(shape), np.zeros(shape), np.zeros(shape)
-        for k in range(len(self.counts)):
-            for rows, left, right in self.blocks(fold == k):
-                if not (np.isfinite(left).all() and np.isfinite(right).all()):
-                    bad = rows[~(np.isfinite(left) & np.isfinite(right)).all(1)][0]
-                    raise DataError(
-                        f"{name}: the model's states for pair {bad} are not finite; run it in bfloat16 or float32"
-                    )
-                self.differences[k] += ((left - right) ** 2).sum(0)
-                self.squares[k] += (left**2).sum(0) + (right**2).sum(0)
-                self.values[k] += left.sum(0) + right.sum(0)
+        width = chosen.shape[1]
+        self.values, differences, squares = np.zeros((len(self.counts), width)), np.zeros(width), np.zeros(width)
+        for rows, left, right in self.blocks():
+            finite = (np.isfinite(left) & np.isfinite(right)).all(1)
+            if not finite.all():
+                bad = rows.start + int(np.flatnonzero(~finite)[0])
+                raise DataError(
+                    f"{name}: the model's states for pair {bad} are not finite; run it in bfloat16 or float32"
+                )
+            differences += ((left - right) ** 2).sum(0)
+            squares += (left**2).sum(0) + (right**2).sum(0)
+            self.values += (fold[rows] == np.arange(len(self.counts))[:, None]).astype(np.float64) @ (left + right)
+        used = differences > _NOISE**2 * squares
+        self.inverse = np.zeros(width)
+        self.inverse[used] = 1 / np.sqrt(differences[used] / len(fold) * used.sum())
+        small = len(fold) * min(len(fold), width) <= _EXACT
+        self.dtype: type[np.float64 | np.float32] = np.float64 if small else np.float32
 
-    def blocks(self, mask: NDArray[np.bool_]) -> Iterator[tuple[NDArray[np.int64], Floats, Floats]]:
-        """(rows, chosen, rejected) of the pairs in ``mask``, float64."""
-        found = np.flatnonzero(mask)
-        for start in range(0, len(found), _BLOCK):
-            rows = found[start : start + _BLOCK]
+    def blocks(self) -> Iterator[tuple[slice, Floats, Floats]]:
+        """(rows, chosen, rejected) of all pairs in their order, float64."""
+        for rows in _parts(len(self.fold)):
             yield rows, np.asarray(self.chosen[rows], np.float64), np.asarray(self.rejected[rows], np.float64)
 
-    def _others(self, sums: NDArray[Any], fold: int | None) -> Floats:
-        rest: Floats = sums.sum(0) if fold is None else np.delete(sums, fold, axis=0).sum(0)
-        return rest
+    def differences(self) -> Iterator[tuple[slice, NDArray[Any]]]:
+        """(rows, scaled differences) of all pairs in their order."""
+        inverse = self.inverse.astype(self.dtype)
+        for rows in _parts(len(self.fold)):
+            yield rows, (self.chosen[rows] - self.rejected[rows]).astype(self.dtype, copy=False) * inverse
 
     def centre(self, fold: int | None = None) -> Floats:
         """Mean features of the responses outside ``fold``."""
-        return self._others(self.values, fold) / (2 * self._others(self.counts, fold))
+        values, counts = self.values.sum(0), self.counts.sum()
+        if fold is not None:
+            values, counts = values - self.values[fold], counts - self.counts[fold]
+        mean: Floats = values / (2 * counts)
+        return mean
 
-    def path(self, fold: int | None, seed: int) -> Floats:
-        """Weights by penalty, ``features x penalties``, of the pairs outside ``fold``."""
-        count = int(self._others(self.counts, fold))
-        squares, values = self._others(self.differences, fold), self._others(self.squares, fold)
-        used = squares > _NOISE**2 * values
-        inverse = np.zeros_like(squares)
-        inverse[used] = 1 / np.sqrt(squares[used] / count * used.sum())
-        train = np.ones(len(self.fold), dtype=bool) if fold is None else self.fold != fold
-        drawn = train
-        if count > SPAN:
-            drawn = np.zeros_like(train)
-            name = "all" if fold is None else fold
-            drawn[rng(seed, "probe", "span", name).choice(np.flatnonzero(train), SPAN, replace=False)] = True
-        spanning = np.concatenate([(left - right) * inverse for _, left, right in self.blocks(drawn)])
-        size, vectors = np.linalg.eigh(spanning @ spanning.T)
-        kept = size > 1e-10 * max(size[-1], 1e-300)
-        root, vectors = np.sqrt(size[kept]), vectors[:, kept]
-        if count <= SPAN:
-            rows = vectors * root
-            basis = None
+    def paths(self) -> Floats:
+        """Weights by fold that is left out (the last: none) and penalty, ``features x (folds + 1) x penalties``."""
+        pairs, width = len(self.fold), len(self.inverse)
+        keep = np.ones((pairs, len(self.counts) + 1), dtype=np.float32)
+        keep[np.arange(pairs), self.fold] = 0
+        if pairs > width:
+            size, vectors = _moments((block.T for _, block in self.differences()), width, self.dtype)
+            found = _solve(self.differences, size / 4, vectors, keep, self.dtype)
         else:
-            basis = spanning.T @ (vectors / root)
-            single = basis.astype(np.float32)
-            rows = np.concatenate(
-                [((left - right) * inverse).astype(np.float32) @ single for _, left, right in self.blocks(train)]
+            # The best weights are a combination of the differences: as many dimensions as there are pairs.
+            differences = ((self.chosen[:, c] - self.rejected[:, c]) * self.inverse[c] for c in _parts(width))
+            size, vectors = _moments(differences, pairs, np.float64)
+            kept = size > 1e-10 * max(size[-1], 1e-300)
+            root, vectors = np.sqrt(size[kept]), vectors[:, kept]
+            inside = (vectors * root).astype(self.dtype)
+            found = np.zeros((width, keep.shape[1] * len(PENALTIES)))
+            solved = _solve(
+                lambda: ((part, inside[part]) for part in _parts(pairs)),
+                root**2 / 4,
+                None,
+                keep,
+                self.dtype,
             )
-        found = _solve(rows)
-        path: Floats = inverse[:, None] * (spanning.T @ (vectors / root @ found) if basis is None else basis @ found)
-        return path
+            combined = (vectors / root) @ solved.reshape(len(root), -1)
+            for rows, block in self.differences():
+                found += block.T @ combined[rows]
+            found = found.reshape(width, keep.shape[1], -1)
+        scaled: Floats = self.inverse[:, None, None] * found
+        return scaled
 
 
-def _solve(rows: NDArray[Any]) -> Floats:
-    """Weights by penalty, ``columns x penalties``, for differences ``rows`` with columns that hardly correlate.
+def _moments(parts: Iterable[NDArray[Any]], size: int, dtype: type) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Eigenvalues and eigenvectors of the sum of ``part @ part.T``; every part has ``size`` rows."""
+    from scipy.linalg import eigh, get_blas_funcs
 
-    The strongest penalty comes first, and each solution begins at the one before. In the variables that make the
-    curvature at zero the same in every direction, few steps are needed.
-    """
-    curvature = np.einsum("ij,ij->j", rows, rows, dtype=np.float64) / 4
-    found = np.zeros((rows.shape[1], len(PENALTIES)))
-    weights = found[:, 0]
-    for place in reversed(range(len(PENALTIES))):
-        penalty = float(PENALTIES[place])
-        stretch = np.sqrt(curvature + penalty)
-
-        def objective(x: Floats, penalty: float = penalty, stretch: Floats = stretch) -> tuple[float, Floats]:
-            w = x / stretch
-            margins = (rows @ w.astype(rows.dtype)).astype(np.float64)
-            pull = (rows.T @ expit(-margins).astype(rows.dtype)).astype(np.float64)
-            loss = np.logaddexp(0.0, -margins).sum() + penalty / 2 * float(w @ w)
-            return float(loss), (penalty * w - pull) / stretch
-
-        from scipy.optimize import minimize
-
-        begin, tolerances = weights * stretch, {"maxiter": 500, "ftol": 1e-12, "gtol": 1e-6}
-        weights = minimize(objective, begin, jac=True, method="L-BFGS-B", options=tolerances).x / stretch  # type: ignore[call-overload]
-        found[:, place] = weights
+    total = np.zeros((size, size), dtype=dtype, order="F")
+    update = get_blas_funcs("syrk", (total,))  # in place, and the upper half only
+    for part in parts:
+        total = update(1.0, part, beta=1.0, c=total, overwrite_c=1)
+    found: tuple[NDArray[Any], NDArray[Any]] = eigh(total, lower=False, overwrite_a=True, check_finite=False)
     return found
+
+
+def _parts(count: int) -> Iterator[slice]:
+    """Slices of up to ``_BLOCK`` rows, which cover all."""
+    return (slice(start, start + _BLOCK) for start in range(0, count, _BLOCK))
+
+
+def _solve(
+    blocks: Callable[[], Iterator[tuple[slice, NDArray[Any]]]],
+    curvature: NDArray[Any],
+    vectors: NDArray[Any] | None,
+    keep: NDArray[np.float32],
+    dtype: type[np.float64 | np.float32],
+) -> Floats:
+    """Ridge logistic regressions on differences, all together, ``columns x sets x penalties``.
+
+    Args:
+        blocks: a pass over the differences, ``pairs x columns`` in parts.
+        curvature, vectors: eigenvalues and eigenvectors of a quarter of all differences' second moments (summed), which
+            bounds the curvature of every regression; None where the columns are the eigenvectors.
+        keep: 1 where a pair belongs to a set, ``pairs x sets``.
+        dtype: of the blocks.
+    """
+    sets, count = keep.shape[1], len(PENALTIES)
+    which = np.repeat(np.arange(sets), count)
+    penalty = np.tile(PENALTIES, sets)
+    solution = np.zeros((len(curvature), sets * count))
+    active = np.arange(sets * count)
+    weights, ahead = solution.copy(), solution.copy()
+    momentum = np.ones(sets * count)
+    enough = TOLERANCE[dtype] * np.sqrt(len(keep))
+    for _ in range(STEPS[dtype]):
+        slope, point = penalty[active] * ahead, ahead.astype(dtype)
+        for rows, block in blocks():
+            pull = expit(-(block @ point)) * keep[rows][:, which[active]]
+            slope -= block.T @ pull.astype(dtype, copy=False)
+        inside = slope if vectors is None else vectors.T @ slope.astype(vectors.dtype)
+        step = inside / (np.maximum(curvature, 0)[:, None] + penalty[active])
+        size = np.sqrt(np.einsum("ij,ij->j", inside, step, dtype=np.float64))
+        new = ahead - (step if vectors is None else vectors @ step.astype(vectors.dtype))
+        moved = new - weights
+        turned = np.einsum("ij,ij->j", slope, moved) > 0  # the momentum leads uphill: begin it anew
+        momentum = np.where(turned, 1.0, momentum)
+        following = (1 + np.sqrt(1 + 4 * momentum**2)) / 2
+        weights, ahead = new, new + np.where(turned, 0.0, (momentum - 1) / following) * moved
+        momentum = following
+        done = size < enough
+        solution[:, active] = weights
+        weights, ahead, momentum, active = weights[:, ~done], ahead[:, ~done], momentum[~done], active[~done]
+        if not len(active):
+            break
+    return solution.reshape(-1, sets, count)

@@ -77,22 +77,20 @@ def save_probe(
     weights: ProbeWeights,
     *,
     model_digest: str | None,
-    data_digest: str | None,
     made: bool = False,
 ) -> None:
     """Write ``probe.safetensors`` and ``reward_model.json``, which :meth:`RewardModel.load` reads.
 
     Args:
         model: packaged name, folder or hub id of the model that the features come from.
-        model_digest, data_digest: SHA-256 of the files of the model and of the pairs, where they are files.
+        model_digest: SHA-256 of the files of the model, where they are here.
         made: another step made the model, and both may move together: its place is kept as seen from here.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tables = {"weights": weights.weights, "centre": weights.centre}
     contiguous = {name: np.ascontiguousarray(table) for name, table in tables.items()}  # safetensors ignores strides
     write_atomically(folder / PROBE, save(contiguous))
-    digests = {"model_digest": model_digest, "data_digest": data_digest}
-    probe = {"layers": list(layers), "pooling": POOLING, "penalty": weights.penalty, **digests}
+    probe = {"layers": list(layers), "pooling": POOLING, "penalty": weights.penalty, "model_digest": model_digest}
     told = {"base": lasting(model), "pooling": "mean", "probe": probe}
     if made:
         told["base_folder"] = os.path.relpath(model, final_folder(folder))

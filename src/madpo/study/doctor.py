@@ -19,7 +19,7 @@ from madpo import __version__
 from madpo.core.config import find_experiment, load_config
 from madpo.core.progress import duration
 from madpo.models.load import compute_dtype
-from madpo.models.packaged import PACKAGED, cache_dir
+from madpo.models.packaged import PACKAGED, cache_dir, cache_limit
 from madpo.runner.run import plan
 from madpo.study.estimates import TWO_CORES, Machine, estimates, this_machine
 from madpo.study.experiment import Experiment
@@ -100,8 +100,13 @@ def _cache(folder: Path) -> str:
     where = next(path for path in (folder, *folder.parents) if path.exists())
     free = f"{shutil.disk_usage(where).free / 1e9:.1f} GB free there"
     models = [path for path in (folder / "models").glob("*") if path.is_dir() and path.name[0] != "."]
-    size = sum(file.stat().st_size for path in models for file in path.rglob("*") if file.is_file())
-    return f"{folder}, {len(models)} models of {size / 1e9:.1f} GB, {free}"
+
+    def size(*places: Path) -> str:
+        total = sum(file.stat().st_size for place in places for file in place.rglob("*") if file.is_file())
+        return f"{total / 1e9:.1f} GB"
+
+    columns = f"columns of {size(folder / 'columns')} (at most {cache_limit() / 1e9:g})"
+    return f"{folder}, {len(models)} models of {size(*models)}, {columns}, {free}"
 
 
 def _rate(dtype: torch.dtype) -> str:

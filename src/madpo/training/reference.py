@@ -10,14 +10,17 @@ So one batch that is computed again must give the same bits. Where it does not, 
 
 The same pass gives the features of a probe (:mod:`madpo.models.engine.features`) where they are asked for. They are
 cached in a file of their own, under the same key plus the layers and the pooling. The leading process keeps them.
+
+The cache is bounded (:func:`madpo.models.packaged.cache_limit`): files that were used longest ago go first.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,11 +36,11 @@ from madpo.core.errors import ConfigError, DataError, StorageError
 from madpo.core.feature_file import FeatureFile, FeatureWriter
 from madpo.core.processes import all_gather_object, on_main_process
 from madpo.core.progress import bar, say
-from madpo.core.storage import storage_errors, write_atomically
+from madpo.core.storage import remove_oldest, storage_errors, write_atomically
 from madpo.models.engine.features import POOLING, feature_width
 from madpo.models.engine.logprobs import completion_logps, unwrapped
-from madpo.models.load import cache_dir
 from madpo.models.modes import evaluating
+from madpo.models.packaged import cache_dir, cache_limit
 from madpo.runner.record import conditions, libraries
 from madpo.training.columns import ID_COLUMNS, REFERENCE_COLUMNS, PreferenceCollator
 from madpo.training.digests import reference_digest
@@ -102,6 +105,9 @@ def cached_reference(
                 columns.update(_read(path, len(dataset)))
                 if layers:
                     features.append(_features(beside, len(dataset), width))
+                for used in (path, beside) if layers else (path,):
+                    with suppress(OSError):  # a cache that cannot be written
+                        os.utime(used)
                 _verify(model, dataset, collator, accelerator, batch_size, columns, path)
             except _UnusableCache as error:
                 columns.clear()
@@ -125,6 +131,11 @@ def cached_reference(
         with storage_errors(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, save(columns, metadata={"sha256": _checksum(columns)}))
+            if gone := remove_oldest(path.parent, cache_limit(), (path, beside)):
+                say(
+                    f"{path.parent} keeps at most {cache_limit() / 1e9:g} GB (MADPO_CACHE_GB): {gone} files that were "
+                    "used longest ago are removed."
+                )
     return Reference(columns, digest, next(iter(features), None))
 
 
@@ -144,7 +155,7 @@ def _read(path: Path, rows: int) -> dict[str, np.ndarray]:
         with safe_open(path, framework="np") as file:
             columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
             checksum = (file.metadata() or {}).get("sha256")
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise _UnusableCache(f"cannot be read ({error})") from error
     if columns.keys() != set(REFERENCE_COLUMNS):
         raise _UnusableCache(f"holds the columns {', '.join(sorted(columns)) or 'nothing'}")

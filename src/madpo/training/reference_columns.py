@@ -7,7 +7,6 @@ Where a loss reads ``reward_margin`` and the data have none, a probe of the refe
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,6 +24,7 @@ from madpo.core.errors import DataError
 from madpo.core.feature_file import FeatureFile
 from madpo.core.processes import on_main_process
 from madpo.core.progress import say
+from madpo.data.folds import prompt_ids_key
 from madpo.models.engine.features import feature_layers
 from madpo.models.engine.logprobs import embedding_rows, unwrapped
 from madpo.rewards.probe import FittedProbe, fit_probe
@@ -133,7 +133,7 @@ class ReferenceColumns(ExactResume):
             weights = self.probe.weights
             margins: list[float] = (weights.rewards(features.chosen) - weights.rewards(features.rejected)).tolist()
             return margins
-        prompts = [hashlib.sha256(np.asarray(ids, dtype=np.int64).tobytes()).hexdigest() for ids in rows["prompt_ids"]]
+        prompts = [prompt_ids_key(ids) for ids in rows["prompt_ids"]]
         self.probe = fit_probe(features.chosen, features.rejected, prompts, seed=self.probe_seed, name=name)
         a, loss = self.probe.report.accuracy, self.probe.report.log_loss
         say(
