@@ -286,7 +286,7 @@ def _moments(parts: Iterable[NDArray[Any]], size: int, dtype: type) -> tuple[NDA
     """Eigenvalues and eigenvectors of the sum of ``part @ part.T``; every part has ``size`` rows."""
     from scipy.linalg import eigh, get_blas_funcs
 
-    total = np.zeros((size, size), dtype=dtype, order="F")
+    total: NDArray[Any] = np.zeros((size, size), dtype=dtype, order="F")
     update = get_blas_funcs("syrk", (total,))  # in place, and the upper half only
     for part in parts:
         total = update(1.0, part, beta=1.0, c=total, overwrite_c=1)
