@@ -14,7 +14,7 @@ from practice_cases import text_pairs, write
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_terminal_is_told_once_that_libraries_are_loaded(terminal, monkeypatch, capsys):
     monkeypatch.setattr(progress, "_on_terminal", lambda: terminal)
-    libraries._tell.cache_clear()
+    progress.say_once.cache_clear()
     for _ in range(2):
         with libraries.loading_libraries():
             assert not gc.isenabled()

@@ -190,16 +190,16 @@ def test_what_is_continued_on_another_day_keeps_its_date_and_ends_in_the_same_by
         return main([*commands(chats, dated, out)[name], *save])
 
     assert run(tmp_path / "whole") == 0
-    train, ended = ExactResume._train, []
+    train, ended = ExactResume.train, []
 
     def killed(self: Any, *args: Any, **kwargs: Any) -> Any:
         raise Killed
 
     # Killed when the texts are made and the training is about to begin, and started again the next day.
-    monkeypatch.setattr(ExactResume, "_train", killed)
+    monkeypatch.setattr(ExactResume, "train", killed)
     with pytest.raises(Killed):
         run(tmp_path / "cut")
-    monkeypatch.setattr(ExactResume, "_train", lambda self, *a, **k: (ended.append(1), train(self, *a, **k))[1])
+    monkeypatch.setattr(ExactResume, "train", lambda self, *a, **k: (ended.append(1), train(self, *a, **k))[1])
     day.today = datetime(2026, 3, 2, 9)
     assert run(tmp_path / "cut") == 0
     assert ended
