@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from madpo.commands.from_settings import Configurable
+from pydantic import ByteSize
+
+from madpo.commands.from_settings import Configurable, part
 from madpo.commands.shared import Data, HeldOut, Result, call
+from madpo.core.libraries import loading_libraries
 from madpo.core.options import Cli
 from madpo.core.progress import show
 from madpo.core.storage import expanded
@@ -54,7 +57,12 @@ def score(options: Score) -> int:
 
 
 class Train(Configurable, TrainSettings, HeldOut, Result, Data):
-    pass
+    dry_run: bool = False
+    """Say how much memory a step needs and which micro-batch fits, and write nothing."""
+    memory: ByteSize | None = None
+    """For dry_run: what must do, such as 80GB; none is all that this machine has."""
+    lengths: tuple[int, int] | None = None
+    """For dry_run: tokens of prompt and completion in place of those of the longest pairs, which are then not read."""
 
 
 def train(options: Train) -> int:
@@ -65,11 +73,22 @@ def train(options: Train) -> int:
         madpo train scored/scored.jsonl --model_name_or_path gemma-3-270m --loss madpo --loss.tau 7 \
             --loss.c_max 4 --learning_rate 1e-4 --eval_share 0.1 --merge --output_dir policy
         madpo train scored/scored.jsonl --config tuned/chosen.toml --output_dir policy
+        madpo train pairs.jsonl --model_name_or_path MODEL --output_dir policy --dry_run --memory 80GB
     """
     o = options
     if isinstance(o.loss, Auto):
         o.loss.refuse_held_out(o.eval_data)
-    refused = {"pairs": [o.data, o.eval_data], "reading": o.reading, "loss": o.loss, "probe": True, "models": [o.model]}
+    refused: dict[str, Any] = {"pairs": [o.data, o.eval_data], "reading": o.reading, "loss": o.loss}
+    refused |= {"probe": True, "models": [o.model]}
+    if o.dry_run:
+        from madpo.operations.preconditions import refuse_missing
+
+        refuse_missing(output_dir=o.output_dir, **refused | ({"pairs": []} if o.lengths else {}))
+        with loading_libraries():
+            from madpo.operations.memory_plan import memory_plan
+
+        show(memory_plan(o.data, part(o, TrainSettings), lengths=o.lengths, memory=o.memory).text())
+        return 0
     return call("train", o, TrainSettings, o.data, refused=refused, page="report.html", eval_data=o.eval_data)
 
 

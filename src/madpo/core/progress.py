@@ -93,6 +93,15 @@ def say_once(text: str) -> None:
     say(text)
 
 
+LIBRARIES = 0.6e9
+"""Bytes of a process that has loaded its libraries; the context of a GPU is about as large."""
+
+
+def gigabytes(size: float) -> str:
+    """12.3 GB."""
+    return f"{size / 1e9:.1f} GB"
+
+
 def duration(seconds: float) -> str:
     """``0.4 s``, ``41 s``, ``3 min 20 s``, ``2 h 5 min``."""
     if seconds < 10:

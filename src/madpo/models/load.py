@@ -106,10 +106,10 @@ def load_model(
 
     Raises ConfigError, StorageError, MemoryShortage: as :func:`madpo.models.weights.pretrained`.
     """
-    return placed(pretrained(_language_class(path), path, dtype=dtype or compute_dtype(), adapter=adapter))
+    return placed(pretrained(language_class(path), path, dtype=dtype or compute_dtype(), adapter=adapter))
 
 
-def _language_class(path: Path | str) -> Any:
+def language_class(path: Path | str) -> Any:
     """The class to load a model with that writes text. Raises ConfigError: an encoder-decoder."""
     config = load_config(path)
     if config.is_encoder_decoder:
@@ -161,7 +161,7 @@ def load_quantised(path: Path | str) -> PreTrainedModel:
     how = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
-    model = pretrained(_language_class(path), path, quantization_config=how, dtype=dtype, device_map=device)
+    model = pretrained(language_class(path), path, quantization_config=how, dtype=dtype, device_map=device)
     prepared: PreTrainedModel = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return prepared
 
@@ -226,7 +226,7 @@ def build_tiny(family: str, folder: Path, seed: int = 0) -> Path:
     """
     if family not in TINY_FAMILIES:
         raise ConfigError(f"there is no tiny model {family!r}; known are {', '.join(TINY_FAMILIES)}")
-    tokenizer = _tiny_tokenizer()
+    tokenizer = small_tokenizer()
     shape = {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,
@@ -254,7 +254,8 @@ def build_tiny(family: str, folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def _tiny_tokenizer() -> PreTrainedTokenizerFast:
+def small_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of 400 entries at most."""
     special = ["<pad>", "<s>", "</s>"]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

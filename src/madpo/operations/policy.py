@@ -307,7 +307,19 @@ def build_trainer(
     heldout: Sequence[Row],
 ) -> PreferenceTrainer:
     """The trainer of ``settings``: the model, its adapter, and the rows with token ids."""
-    model = load_quantised(base) if settings.qlora else load_model(base, dtype=_dtype(settings))
+    model = load_quantised(base) if settings.qlora else load_model(base, dtype=chosen_dtype(settings))
+    return trainer_of(settings, args, model, tokenizer, rows, heldout)
+
+
+def trainer_of(
+    settings: TrainSettings,
+    args: PreferenceConfig,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    heldout: Sequence[Row],
+) -> PreferenceTrainer:
+    """The same of a model that is loaded."""
     if not settings.full:
         _refuse_head(model, settings)
     torch.manual_seed(args.seed)  # the adapter starts at random
@@ -343,7 +355,8 @@ def _refuse_head(model: nn.Module, settings: TrainSettings) -> None:
     )
 
 
-def _dtype(settings: TrainSettings) -> torch.dtype | None:
+def chosen_dtype(settings: TrainSettings) -> torch.dtype | None:
+    """Of the loaded weights; None is what the processor multiplies natively."""
     return DTYPES.get(settings.dtype, torch.float32 if settings.full else None)
 
 
@@ -429,7 +442,7 @@ def _save(trainer: PreferenceTrainer, settings: TrainSettings, tokenizer: PreTra
         if settings.merges:
             model: nn.Module = trainer.model
             if settings.qlora:  # the sum is taken with the weights as they were before they had 4 bits
-                model = load_model(resolve_model(settings.model), dtype=_dtype(settings), adapter=out / "adapter")
+                model = load_model(resolve_model(settings.model), dtype=chosen_dtype(settings), adapter=out / "adapter")
             merge_adapter(model, out / "merged", tokenizer)
         if settings.export == "gguf":
             write_gguf(out / "merged", out / GGUF)

@@ -17,7 +17,7 @@ import torch
 
 from madpo import __version__
 from madpo.core.config import find_experiment, load_config
-from madpo.core.progress import duration
+from madpo.core.progress import duration, gigabytes
 from madpo.models.load import compute_dtype
 from madpo.models.packaged import PACKAGED, cache_dir, cache_limit
 from madpo.runner.run import plan
@@ -49,7 +49,7 @@ def diagnose() -> Iterator[Line]:
     load = "" if not hasattr(os, "getloadavg") else f", load {os.getloadavg()[0]:.1f} in the last minute"
     yield Line("CPU", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads used{load}")
     memory = psutil.virtual_memory()
-    yield Line("memory", f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB are free")
+    yield Line("memory", f"{gigabytes(memory.available)} of {gigabytes(memory.total)} are free")
     yield Line("cache", _cache(cache_dir()))
     dtype = compute_dtype()
     native = "multiplied natively" if dtype is torch.bfloat16 else "not native here, so models run in float32"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from madpo.core.errors import ConfigError
-from madpo.core.progress import duration
+from madpo.core.progress import LIBRARIES, duration, gigabytes
 from madpo.core.suggestions import did_you_mean
 from madpo.models.packaged import cache_dir, cut_report
 from madpo.operations.study_auto import AutoStage
@@ -46,7 +46,6 @@ _PRODUCT = 400.0  # their rate at a large product in bfloat16, GFLOP/s
 _PRODUCTS = 0.52
 _SIDE = 512  # of the matrices that are multiplied to know a machine
 _LOADING = 8.0  # seconds for a model and its libraries
-_LIBRARIES = 0.6e9  # bytes of a process that has loaded them
 
 
 class Shape(NamedTuple):
@@ -225,7 +224,7 @@ def estimate(step: Step, rates: Mapping[str, float]) -> Estimated:
     # bfloat16 weights; of a trained token, what the backward pass reads again in every layer; a cache of two bytes.
     kept = shape.layers * (24 * shape.hidden + 8 * shape.inner) * 2 * needed.trained_at_once
     cache = shape.layers * shape.cached * 2 * needed.cached_at_once
-    return Estimated(seconds, _LIBRARIES + needed.models * 2 * shape.parameters + kept + cache)
+    return Estimated(seconds, LIBRARIES + needed.models * 2 * shape.parameters + kept + cache)
 
 
 def _oracle_seconds(config: OracleStage) -> float:
@@ -274,7 +273,7 @@ def dry_run_lines(result: RunResult, machine: Machine) -> list[str]:
     rows = []
     for step, status in result.plan:
         guess = found.get(step.name)
-        memory = "" if guess is None or guess.memory is None else f"{guess.memory / 1e9:.1f} GB"
+        memory = "" if guess is None or guess.memory is None else gigabytes(guess.memory)
         time = "" if guess is None else duration(guess.seconds)
         inputs = ", ".join(upstream.name for upstream in step.upstream.values())
         rows.append((step.name, status, time, memory, f"from {inputs}" if inputs else ""))

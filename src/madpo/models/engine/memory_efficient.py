@@ -24,10 +24,13 @@ from typing import Any, NamedTuple
 import torch
 from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 _HALF = (torch.bfloat16, torch.float16)
+_WHOLE = (nn.Parameter, FakeTensor)
+"""Types of weights that are neither sharded nor quantised; the second one on paper (:mod:`madpo.models.on_paper`)."""
 
 
 @dataclass(frozen=True)
@@ -314,7 +317,7 @@ def _rms_norm(module: nn.Module, plain: Callable[..., Tensor], x: Tensor, *args:
     weight = module.weight
     assert isinstance(weight, Tensor)
     # Transformers' norms compute in float32 even for float64; a float64 model stays what it was to the last digit.
-    if args or kwargs or x.dtype == torch.float64 or type(weight) is not nn.Parameter:
+    if args or kwargs or x.dtype == torch.float64 or type(weight) not in _WHOLE:
         return plain(x, *args, **kwargs)
     y: Tensor = _RMSNorm.apply(x, weight, _eps(module), module._madpo_offset)  # type: ignore[no-untyped-call]
     return y
@@ -329,7 +332,7 @@ def _norm_offset(module: nn.Module) -> float | None:
     """0 or 1: what the norm adds to its weight; None where it computes something else. Found on two rows."""
     weight = module.weight
     assert isinstance(weight, Tensor)
-    if weight.dim() != 1 or weight.is_meta or type(weight) is not nn.Parameter:
+    if weight.dim() != 1 or weight.is_meta or type(weight) not in _WHOLE:
         return None
     rows = _probe(2, weight)
     rows[1] *= 1e-3  # where eps matters
@@ -344,13 +347,13 @@ def _norm_offset(module: nn.Module) -> float | None:
 def _gate_of(module: nn.Module) -> int | None:
     """Which activation a module down(act(gate(x)) * up(x)) has; None where it is another one. Found on two rows."""
     gate = getattr(module.gate_proj, "base_layer", module.gate_proj)
-    if type(gate) is not nn.Linear or gate.weight.is_meta or type(gate.weight) is not nn.Parameter:
+    if type(gate) is not nn.Linear or gate.weight.is_meta or type(gate.weight) not in _WHOLE:
         return None
     steps = torch.linspace(-6, 6, 97, device=gate.weight.device)
     rows = _probe(2, gate.weight)
     for index, activation in enumerate(_ACTIVATIONS):
         # Two kinds of GELU are 5e-4 apart, so in float32; the whole in the module's own precision.
-        if float((module.act_fn(steps) - activation.value(steps)).abs().max()) < 1e-5:  # type: ignore[operator]
+        if bool(((module.act_fn(steps) - activation.value(steps)).abs() < 1e-5).all()):  # type: ignore[operator]
             product = activation.value(module.gate_proj(rows)) * module.up_proj(rows)  # type: ignore[operator]
             return index if _same(module.down_proj(product), module(rows)) else None  # type: ignore[operator]
     return None

@@ -1,0 +1,184 @@
+"""``madpo train --dry_run``: the memory of a training step, before a weight is loaded.
+
+The trainer itself takes steps on paper (:mod:`madpo.models.on_paper`), with the arguments, the loss and the adapter of
+the training. What it cannot see is scratch space inside operators, and what an allocator holds back.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
+
+from madpo.core.errors import ConfigError
+from madpo.core.progress import LIBRARIES, gigabytes
+from madpo.data import load_preferences
+from madpo.losses import DPO
+from madpo.models.load import compute_dtype, small_tokenizer
+from madpo.models.locate import load_tokenizer, resolve_model
+from madpo.models.on_paper import Answers, LiveBytes, on_paper, paper_model
+from madpo.operations.policy import chosen_dtype, trainer_arguments, trainer_of
+from madpo.operations.train_settings import Auto, TrainSettings
+from madpo.training import PreferenceConfig, PreferenceTrainer
+from madpo.training.columns import ID_COLUMNS, MARGIN, REFERENCE_COLUMNS
+
+MOST = 4096
+"""Pairs of the largest micro-batch that is tried."""
+_NUMBERS: dict[str, Any] = dict.fromkeys((MARGIN, "chosen_score", "rejected_score", *REFERENCE_COLUMNS), 1.0)
+"""What a loss may read of a pair."""
+
+
+class StepMemory(NamedTuple):
+    """Bytes of a training step from the second on, when the optimizer has its state.
+
+    Attributes:
+        weights: of the model and its adapter.
+        gradients, optimizer: of what trains.
+        saved: what the forward pass keeps for the backward pass.
+        peak: the most at one time, all of these included.
+    """
+
+    pairs: int
+    weights: int
+    gradients: int
+    optimizer: int
+    saved: int
+    peak: int
+
+
+class MemoryPlan(NamedTuple):
+    """A step's memory, and the largest micro-batch whose peak leaves room for the libraries; 0 where none does."""
+
+    step: StepMemory
+    lengths: tuple[int, int]
+    memory: int
+    largest: int
+
+    def text(self) -> str:
+        """For a person."""
+        step = self.step
+        parts = {"weights": step.weights, "gradients": step.gradients, "optimizer": step.optimizer, "saved": step.saved}
+        shown = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items())
+        fits = f"micro-batches of up to {self.largest} such pairs fit" if self.largest else "not one such pair fits"
+        return (
+            f"A step of {step.pairs} pairs, the longest of {self.lengths[0]} + {self.lengths[1]} tokens, needs "
+            f"{gigabytes(step.peak)} at its peak ({shown} for the backward pass).\n"
+            f"With {gigabytes(LIBRARIES)} for the libraries, {fits} into {gigabytes(self.memory)}."
+        )
+
+
+def memory_plan(
+    data: str | Path,
+    settings: TrainSettings,
+    *,
+    lengths: tuple[int, int] | None = None,
+    memory: int | None = None,
+) -> MemoryPlan:
+    """What a step on the longest pairs needs, on the device of this machine.
+
+    Args:
+        settings: of the training; ``settings.model`` may be a folder that has only a ``config.json``.
+        lengths: tokens of the prompt and of each completion in place of those of ``data``, which is then not read.
+        memory: bytes that must do; None is what this machine has.
+
+    Raises:
+        ConfigError: the model cannot be put on paper.
+    """
+    if settings.qlora:
+        raise ConfigError("weights of 4 bits cannot be put on paper; leave out --qlora, or --dry_run")
+    if isinstance(settings.loss, Auto):
+        settings = settings.model_copy(update={"loss": DPO(beta=settings.loss.beta)})
+    base = resolve_model(settings.model)
+    with tempfile.TemporaryDirectory() as out:
+        args = trainer_arguments(settings, Path(out), evaluated=True)
+        if lengths is None:
+            tokenizer, reading = load_tokenizer(base), settings.reading
+            rows = load_preferences(
+                data, columns=reading, tokenizer=tokenizer, max_length=args.max_length, truncation=settings.truncation
+            )
+            rows = sorted(rows, key=lambda row: -sum(len(row[name]) for name in ID_COLUMNS))
+        else:
+            prompt, completion = lengths
+            ids = {"prompt_ids": [1] * prompt, "chosen_ids": [1] * completion, "rejected_ids": [2] * completion}
+            rows = [{"pair_id": 0, **ids}]
+        if args.pair_weights:
+            rows = [{"weight": 1.0, **row} for row in rows]
+        need = cache(steps_of(_on_paper(settings, args, base, rows[0]), rows))
+        step, memory = need(int(args.per_device_train_batch_size)), memory or _memory()
+        largest = _largest(lambda pairs: need(pairs).peak + LIBRARIES, memory)
+    longest = rows[0]
+    completion = max(len(longest["chosen_ids"]), len(longest["rejected_ids"]))
+    return MemoryPlan(step, (len(longest["prompt_ids"]), completion), memory, largest)
+
+
+def _on_paper(
+    settings: TrainSettings, args: PreferenceConfig, base: Path | str, row: dict[str, Any]
+) -> PreferenceTrainer:
+    """The trainer of a model that only has a configuration."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    model = paper_model(base, dtype=chosen_dtype(settings) or compute_dtype(), mode=mode)
+    with on_paper(mode):
+        trainer = trainer_of(settings, args, model, small_tokenizer(), [_NUMBERS | row], [])
+        trainer.create_optimizer()
+        trainer.model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
+    return trainer
+
+
+def steps_of(trainer: PreferenceTrainer, rows: Sequence[dict[str, Any]]) -> Callable[[int], StepMemory]:
+    """A function that takes a step on the first so many of ``rows``, again and again, and says what it held.
+
+    Args:
+        trainer: on paper or not, with its optimizer.
+        rows: token ids.
+    """
+    parameters = list(trainer.model.parameters())
+    live = LiveBytes([*parameters, *trainer.model.buffers()])
+    weights = live.now
+
+    def step(pairs: int) -> StepMemory:
+        batch = trainer.data_collator([_NUMBERS | row for row in islice(cycle(rows), pairs)])
+        batch, count = trainer._prepare_inputs(batch), torch.tensor(pairs, device=trainer.args.device)
+        trainer.model.train()
+        with Answers(), live:  # type: ignore[no-untyped-call]
+            live.peak = before = live.now
+            with trainer.compute_loss_context_manager():
+                loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=count)
+            saved = live.now - before
+            trainer.accelerator.backward(loss)
+            trainer.accelerator.clip_grad_norm_(parameters, trainer.args.max_grad_norm)
+            trainer.optimizer.step()
+            gradients = _bytes(p.grad for p in parameters)
+            optimizer = _bytes(tree_leaves([*trainer.optimizer.state.values()]))
+            trainer.optimizer.zero_grad()
+        return StepMemory(pairs, weights, gradients, optimizer, saved, live.peak)
+
+    step(1)  # the optimizer makes its state in the first step
+    return step
+
+
+def _bytes(tensors: Iterable[Any]) -> int:
+    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
+
+
+def _memory() -> int:
+    """Bytes that the device of this machine has."""
+    return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else psutil.virtual_memory().total
+
+
+def _largest(need: Callable[[int], float], memory: float) -> int:
+    """The most pairs whose need fits; it is nearly linear in the pairs, so that a line finds them in few steps."""
+    low, high, guess = 0, MOST + 1, 2
+    while high - low > 1:
+        low, high = (guess, high) if need(guess) <= memory else (low, guess)
+        slope = (need(guess) - need(1)) / max(guess - 1, 1) or 1.0
+        guess = min(max(1 + int((memory - need(1)) / slope), low + 1), high - 1)
+    return low
