@@ -141,11 +141,14 @@ def test_a_reward_model_that_is_trained_outlives_a_kill_of_its_measurement(
     assert sorted(p.name for p in (tmp_path / "R").iterdir()) == sorted(p.name for p in (tmp_path / "whole").iterdir())
 
 
+SHORT = {"epochs": 1}  # a checkpoint, and two steps more
+
+
 def test_a_studys_reward_model_keeps_its_checkpoints_until_it_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     soak.prepare(tmp_path / "made")
-    soak.train("reward_model", tmp_path / "made", tmp_path / "whole")
+    soak.train("reward_model", tmp_path / "made", tmp_path / "whole", SHORT)
     measured = stages.margin_table
 
     def killed(*_: object) -> None:
@@ -153,10 +156,10 @@ def test_a_studys_reward_model_keeps_its_checkpoints_until_it_is_measured(
 
     monkeypatch.setattr(stages, "margin_table", killed)
     with pytest.raises(KeyboardInterrupt):
-        soak.train("reward_model", tmp_path / "made", tmp_path / "out")
+        soak.train("reward_model", tmp_path / "made", tmp_path / "out", SHORT)
     assert newest(tmp_path / "out" / "checkpoints") is not None
     monkeypatch.setattr(stages, "margin_table", measured)
-    soak.train("reward_model", tmp_path / "made", tmp_path / "out")
+    soak.train("reward_model", tmp_path / "made", tmp_path / "out", SHORT)
     assert not (tmp_path / "out" / "checkpoints").exists()
     assert soak.result(tmp_path / "out") == soak.result(tmp_path / "whole")
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from datasets import Dataset
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
@@ -251,7 +250,9 @@ def fit(
     Args:
         page: written while it runs.
     """
-    from madpo.training.reward import fit_reward_model  # which loads TRL: scoring does without
+    from datasets import Dataset
+
+    from madpo.training.reward import fit_reward_model  # which loads TRL: scoring does without both
 
     planned = ceil(len(train) * settings.optimisation.epochs / settings.optimisation.batch_size)
     stage = RewardModelStage(
