@@ -98,9 +98,9 @@ def test_columns_that_no_loss_reads_change_nothing(llama, tmp_path, said):
     plain = losses(build(llama, tmp_path))
     text = [f"row-{i}" for i in range(16)]
     extra = {
-        "pair_id": [text, [None, *text[1:]], list(range(16)), [0.5] * 16],
-        "weight": [["high"] * 16, [0.5] * 16, [None] * 16],
-        "margin": [[1.0] * 16, text],
+        "pair_id": [text, [None, *text[1:]]],
+        "weight": [["high"] * 16, [0.5] * 16],
+        "margin": [text],
         "reward_margin": [[None] * 16, text],
     }
     for name, values in extra.items():

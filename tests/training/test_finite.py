@@ -337,9 +337,10 @@ MARGINS = {
     "negative": [-0.1 * (i + 1) for i in range(24)],
     "zero": [0.0] * 24,
 }
+CASES = [pytest.param(case, marks=[pytest.mark.slow] if case in ("zero", "negative") else []) for case in MARGINS]
 
 
-@pytest.mark.parametrize("case", MARGINS)
+@pytest.mark.parametrize("case", CASES)
 def test_the_commands_with_odd_margins(llama, tmp_path, case, capsys):
     rows = [row | {"reward_margin": m} for row, m in zip(text_pairs(24), MARGINS[case], strict=True)]
     data = write(tmp_path / "pairs.jsonl", rows)
@@ -386,7 +387,7 @@ def study(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("case", MARGINS)
+@pytest.mark.parametrize("case", CASES)
 def test_the_studys_policy_with_odd_margins(study, tmp_path, case):
     table = pd.read_parquet(study / "pairs" / "pairs.parquet")
     values = [MARGINS[case][i % 24] for i in range(len(table))]
