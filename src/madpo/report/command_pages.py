@@ -91,7 +91,7 @@ def write_reward_page(
         log: ``log.jsonl`` of the training.
         settings: of the training, with the data.
     """
-    panels = [calibration_panel("Calibration", bins, 3)]
+    panels = [calibration_panel("Calibration", bins, 4)]
     if series := reward_curves(pd.DataFrame(json_lines(log, "step")) if log.exists() else pd.DataFrame()):
         panels.append(Panel("Training", "step", "loss, nats", series, reference=("chance", 0.6931)))
     caption = (

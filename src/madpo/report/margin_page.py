@@ -63,7 +63,7 @@ def margin_page(name: str, report: MarginReport, margins: Margins) -> str:
     contradicted = "the labels that the reward model contradicts most: swapped columns and wrong labels are here"
     other = "the settings of the paper's search, and the recommended one last"
     sure = "how sure the reward model is, and how often the labels agree"
-    chart = draw(Chart("reliability", "Calibration", "", [calibration_panel("", report.reliability, 3)]))
+    chart = draw(Chart("reliability", "Calibration", "", [calibration_panel("", report.reliability, 4)]))
     bins = reliability_table(report.reliability)
     sections = [
         Section(
