@@ -23,6 +23,7 @@ from madpo.data.margins import read_margins
 from madpo.operations.inspection import inspect as inspect_data
 from madpo.rewards.margins import ENOUGH, PAPER_SETTINGS, SURE, inspect
 from madpo.rewards.weight_counts import WeightParameters, log_weight
+from practice_cases import write
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u2028&amp;{{data}}"
 
@@ -213,6 +214,16 @@ def test_margins_come_from_every_shape(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "margins.parquet")
     bare = read_margins(tmp_path / "margins.parquet")
     assert (bare.pair_ids, bare.values, bare.texts) == ((4, 2), (0.5, -1.5), {})
+    lines = [{"pair_id": i, "prompt": i // 2, "implicit_margin": i - 1, "reward_margin": 2 - i} for i in range(4)]
+    path = write(tmp_path / "heldout.jsonl", lines)
+    heldout = read_margins(path)
+    assert (heldout.implicit, heldout.values) == ((-1, 0, 1, 2), (2, 1, 0, -1))
+    assert inspect_data(path).share.difference.n == 2
+    del lines[2]["implicit_margin"]
+    assert read_margins(write(path, lines)).implicit is None
+    del lines[3]["reward_margin"]
+    with pytest.raises(DataError, match="line 4: reward_margin is null"):
+        read_margins(write(path, lines))
     row = {"prompt": "a", "chosen": "b", "rejected": "c"}
     (tmp_path / "scores.jsonl").write_text(json.dumps(row | {"chosen_score": 3, "rejected_score": 1.5}))
     assert read_margins(tmp_path / "scores.jsonl").values == (1.5,)

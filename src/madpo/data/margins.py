@@ -91,16 +91,16 @@ def _bare(source: Source, first: RawRow | None) -> Margins:
     values: list[float] = []
     implicit: list[float] = []
     prompts: list[str] = []
+    text = source.unit == "line"
     for number, raw in chain([] if first is None else [first], source.rows):
         if isinstance(raw, DataError):
             raise raw
         place = source.at(number)
-        if raw["reward_margin"] is None:
+        if raw.get("reward_margin") is None:
             raise DataError(f"{place}: reward_margin is null; score the pair or drop the row")
-        values.append(as_number(raw["reward_margin"], "reward_margin", place, from_text=source.unit == "line"))
-        ids.append(int(as_number(raw.get("pair_id", len(ids)), "pair_id", place, from_text=source.unit == "line")))
+        values.append(as_number(raw["reward_margin"], "reward_margin", place, from_text=text))
+        ids.append(int(as_number(raw.get("pair_id", len(ids)), "pair_id", place, from_text=text)))
         if raw.get("implicit_margin") is not None:
-            text = source.unit == "line"
             implicit.append(as_number(raw["implicit_margin"], "implicit_margin", place, from_text=text))
             prompts.append(str(raw.get("prompt", number)))
     both = len(implicit) == len(values)

@@ -90,7 +90,7 @@ def score(data: str | Path, output_dir: str | Path, settings: ScoreSettings, *, 
 def score_pairs(settings: ScoreSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """The operation behind :func:`score`."""
     data = str(inputs["data"])
-    if settings.folds is not None and processes.world_size() > 1:
+    if settings.reward is not None and processes.world_size() > 1:
         raise ConfigError(
             "folds trains its reward models in one process; start it without accelerate launch (with --reward_model, "
             "scoring runs on several)"
