@@ -218,6 +218,24 @@ def test_a_model_against_itself_is_a_draw(chain, llama, tmp_path, capsys):
     assert not (tmp_path / "F").exists()
 
 
+def test_a_further_temperature_is_an_evaluation_at_it(chain, llama, tmp_path):
+    settings = EvaluateSettings(reward_model=str(chain / "R"), reference=str(llama), max_new_tokens=6, temperature=1)
+    given = chain / "P", chain / "prompts.jsonl"
+    both = evaluate(*given, tmp_path / "both", settings.model_copy(update={"temperatures": (0.0, 1.0, 0.5)}))
+    assert [at.temperature for at in both.temperatures] == [0.0, 0.5]
+    rows = read(tmp_path / "both" / "samples.jsonl")
+    for at in both.temperatures:
+        one = evaluate(
+            *given, tmp_path / "one", settings.model_copy(update={"temperature": at.temperature}), overwrite=True
+        )
+        own = [row for row in rows if row.get("temperature") == at.temperature]
+        same = [row["response"] for row in read(tmp_path / "one" / "samples.jsonl")]
+        assert [row["response"] for row in own] == same
+        assert at.win_rate == one.win_rate
+        assert at.policy_reward.mean == pytest.approx(one.policy_side.reward.mean, abs=1e-5)
+    assert sum("temperature" not in row for row in rows) == both.prompts
+
+
 def test_scoring_goes_on_where_it_was_killed(chain, tmp_path, monkeypatch):
     monkeypatch.setattr(scoring, "PART", 16)
     settings = ScoreSettings(reward_model=str(chain / "R"))

@@ -21,7 +21,7 @@ from madpo.core.config import find_experiment, load_config, packaged_experiments
 from madpo.core.errors import ConfigError
 from madpo.core.metrics import Estimate
 from madpo.models.hyperparameters import Optimisation, Schedule
-from madpo.operations.settings import RewardOptimisation
+from madpo.operations.settings import AdapterOptimisation
 from madpo.runner.record import Record
 from madpo.study.experiment import Experiment
 
@@ -202,7 +202,7 @@ def test_every_schedule_needs_no_more_than_steps():
 
 
 def test_a_batch_is_whole_micro_batches_everywhere():
-    for kind in (Optimisation, RewardOptimisation):
+    for kind in (Optimisation, AdapterOptimisation):
         with pytest.raises(ValidationError, match="batch_size 8 is no multiple of micro_batch_size 3; give a divisor"):
             kind(learning_rate=1, epochs=1, batch_size=8, micro_batch_size=3)
         assert kind(learning_rate=1, epochs=1, batch_size=8, micro_batch_size=16).per_pass == 8

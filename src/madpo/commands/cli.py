@@ -28,6 +28,7 @@ COMMANDS = {
     "train": ("train a policy on preference pairs: auto, or any loss", "train:train"),
     "tune": ("choose a loss's parameters by cross-validation on preference pairs", "train:tune"),
     "evaluate": ("compare what a policy and its reference write", "train:evaluate"),
+    "compare": ("compare losses on your own pairs: does it help, and which one", "compare:compare"),
     "chat": ("talk to a policy and its reference, side by side", "chat:chat"),
     "trim-vocab": (
         "write a smaller copy of a model, whose vocabulary keeps what a corpus uses",

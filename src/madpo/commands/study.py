@@ -19,13 +19,9 @@ if TYPE_CHECKING:
     from madpo.runner.run import RunResult
 
 
-class Run(Frozen):
-    experiment: Annotated[str, Cli(positional=True)]
-    """Name of a packaged experiment, or a TOML file."""
-    output_dir: Path | None = None
-    """Where results go; none is runs/NAME."""
-    set: tuple[str, ...] = ()
-    """KEY=VALUE: a setting of the experiment, for example policy.optimisation.learning_rate=1e-4."""
+class Graph(Frozen):
+    """How a graph of steps is run."""
+
     only: tuple[str, ...] = ()
     """Only groups (core), or steps with such a name (policy/low/*), and what they need."""
     dry_run: bool = False
@@ -46,10 +42,24 @@ class Run(Frozen):
     """Cores that a step asks Ray for."""
     step_gpus: float = Field(default=0.0, ge=0, lt=10_000)
     """Accelerators that a step asks Ray for."""
-    report_to: tuple[str, ...] = ()
-    """Trackers that are installed, such as tensorboard, trackio or wandb: every training is a run of them."""
     upload: str | None = None
     """Copy finished steps, record last, and the report to a store (s3://..., file://...)."""
+
+    def arguments(self) -> dict[str, Any]:
+        """For the function that runs it."""
+        executor = None if self.dry_run else _executor(self)
+        return {"only": list(self.only), "dry_run": self.dry_run, "executor": executor, "upload": self.upload}
+
+
+class Run(Graph):
+    experiment: Annotated[str, Cli(positional=True)]
+    """Name of a packaged experiment, or a TOML file."""
+    output_dir: Path | None = None
+    """Where results go; none is runs/NAME."""
+    set: tuple[str, ...] = ()
+    """KEY=VALUE: a setting of the experiment, for example policy.optimisation.learning_rate=1e-4."""
+    report_to: tuple[str, ...] = ()
+    """Trackers that are installed, such as tensorboard, trackio or wandb: every training is a run of them."""
 
 
 def run(options: Run) -> int:
@@ -62,11 +72,13 @@ def run(options: Run) -> int:
         options.experiment,
         output_dir,
         overrides=[*options.set, *([f"report_to={json.dumps(options.report_to)}"] if options.report_to else [])],
-        only=list(options.only),
-        dry_run=options.dry_run,
-        executor=None if options.dry_run else _executor(options),
-        upload=options.upload,
+        **options.arguments(),
     )
+    return print_graph(result, options)
+
+
+def print_graph(result: RunResult, options: Graph) -> int:
+    """What a graph would run, or what its report says; the exit status."""
     if options.dry_run:
         with loading_libraries():
             from madpo.study.estimates import dry_run_lines, machine_of
@@ -78,7 +90,7 @@ def run(options: Run) -> int:
     return _print_run(result)
 
 
-def _executor(options: Run) -> Any:
+def _executor(options: Graph) -> Any:
     from madpo.runner.executors import Cluster, Processes
 
     if options.executor == "ray":

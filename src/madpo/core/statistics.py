@@ -54,6 +54,14 @@ def bootstrap_share(values: ArrayLike, *, seed: int = 0, clusters: ArrayLike | N
     return found._replace(low=max(0.0, found.low), high=min(1.0, found.high))
 
 
+def share_of(values: ArrayLike, *, seed: int = 0) -> Estimate:
+    """The mean of independent shares: with Wilson's interval where each is 0 or 1, which keeps its width where all are
+    equal, else with that of :func:`bootstrap_share`."""
+    x = _finite(values)
+    whole = bool(np.isin(x, (0.0, 1.0)).all())
+    return proportion(float(x.sum()), len(x)) if whole else bootstrap_share(x, seed=seed)
+
+
 def paired_difference(a: ArrayLike, b: ArrayLike, *, seed: int = 0) -> Estimate:
     """Mean of ``a - b`` over units measured under both (the same prompts), with its bootstrap interval.
 

@@ -45,6 +45,16 @@ class Side(Frozen):
     """Responses that ended before max_new_tokens."""
 
 
+class AtTemperature(Frozen):
+    """Both models' responses at another temperature; the fields are those of :class:`EvaluateReport`."""
+
+    temperature: float
+    win_rate: Estimate
+    reward_difference: Estimate
+    policy_reward: Estimate
+    reference_reward: Estimate
+
+
 class EvaluateReport(Report):
     """What :func:`evaluate` measured; intervals are over prompts."""
 
@@ -65,6 +75,7 @@ class EvaluateReport(Report):
     policy_side: Side
     reference_side: Side
     settings: EvaluateSettings
+    temperatures: tuple[AtTemperature, ...] = ()
 
     def text(self) -> str:
         """A table for a person."""
@@ -82,6 +93,11 @@ class EvaluateReport(Report):
         for name in ("distinct_1", "distinct_2", "ended_share"):
             numbers = [getattr(side, name) for side in (self.policy_side, self.reference_side)]
             lines.append(f"{name:12}{numbers[0]:>28.3f}{numbers[1]:>28.3f}")
+        lines += [
+            f"at temperature {at.temperature:g}: win rate {at.win_rate.mean:.1%} ({at.win_rate.low:.1%} to "
+            f"{at.win_rate.high:.1%}), reward {short(at.policy_reward)} against {short(at.reference_reward)}"
+            for at in self.temperatures
+        ]
         return "\n".join(lines)
 
 
@@ -156,8 +172,12 @@ def evaluate_responses(settings: EvaluateSettings, inputs: Mapping[str, Path], o
         measured={
             name.replace("_", " "): (getattr(sides[0], name), getattr(sides[1], name))
             for name in ("reward", "length", "distinct_1", "distinct_2", "ended_share")
+        }
+        | {
+            f"reward at temperature {at.temperature:g}": (at.policy_reward, at.reference_reward)
+            for at in report.temperatures
         },
-        samples=samples,
+        samples=[sample for sample in samples if "temperature" not in sample],
         settings={"policy": report.policy, "reference": report.reference, **settings.model_dump(mode="json")},
     )
     report.write(out / "evaluation.json")
@@ -178,28 +198,33 @@ def _responses(place: Place, prompts: Sequence[Prompt], settings: EvaluateSettin
     if any(isinstance(prompt.content, list) for prompt in prompts):
         ends.add(encoder.end_id())
     samples: list[dict[str, Any]] = []
-    drawn = (
-        respond(
-            model,
-            tokenizer,
-            prompt_ids,
-            settings,
-            keys=[prompt.prompt_id for prompt in prompts],
-            draw=0,
-            samples=settings.samples_per_prompt,
-            ends=ends,
-            description=f"{who}: responses",
+    for temperature in (None, *(other for other in settings.temperatures if other != settings.temperature)):
+        drawn = (
+            respond(
+                model,
+                tokenizer,
+                prompt_ids,
+                settings,
+                keys=[prompt.prompt_id for prompt in prompts],
+                draw=0,
+                samples=settings.samples_per_prompt,
+                ends=ends,
+                description=f"{who}: responses",
+                temperature=temperature,
+            )
+            for model, who in ((policy, "Policy"), (reference, "Reference"))
         )
-        for model, who in ((policy, "Policy"), (reference, "Reference"))
-    )
-    for draw, (mine, theirs) in enumerate(zip(*drawn, strict=True)):
-        written, size = [response.ids for response in mine], settings.score_batch_size
-        kl = divergence(policy, reference, prompt_ids, written, pad=tokenizer.pad_token_id, batch_size=size)[1]
-        for prompt, a, b, apart in zip(prompts, mine, theirs, kl, strict=True):
-            sample = {"prompt_id": prompt.prompt_id, "sample": draw, "prompt": prompt.content, "kl": float(apart)}
-            for who, said in (("", a), ("reference_", b)):
-                sample |= {f"{who}response": said.text, f"{who}tokens": len(said.ids), f"{who}ended": said.ended}
-            samples.append(sample)
+        for draw, (mine, theirs) in enumerate(zip(*drawn, strict=True)):
+            at: list[dict[str, float]] = [{"temperature": temperature}] * len(mine) if temperature is not None else []
+            if temperature is None:
+                written, how = [said.ids for said in mine], {"batch_size": settings.score_batch_size}
+                kl = divergence(policy, reference, prompt_ids, written, pad=tokenizer.pad_token_id, **how)[1]
+                at = [{"kl": apart} for apart in kl.tolist()]
+            for prompt, a, b, more in zip(prompts, mine, theirs, at, strict=True):
+                sample = {"prompt_id": prompt.prompt_id, "sample": draw, "prompt": prompt.content, **more}
+                for who, said in (("", a), ("reference_", b)):
+                    sample |= {f"{who}response": said.text, f"{who}tokens": len(said.ids), f"{who}ended": said.ended}
+                samples.append(sample)
     return samples
 
 
@@ -218,10 +243,13 @@ def _refuse_unscored(prompts: Sequence[Prompt], settings: EvaluateSettings) -> N
 def _report(
     place: Place, settings: EvaluateSettings, samples: pd.DataFrame, prompts_digest: str | None
 ) -> EvaluateReport:
-    prompts, how = samples["prompt_id"].to_numpy(), {"seed": settings.seed}
+    others = samples.groupby("temperature") if "temperature" in samples else ()
+    further = [AtTemperature(temperature=at, **_compared(own, settings)) for at, own in others]
+    samples = samples[samples["kl"].notna()]
+    found, prompts = _compared(samples, settings), samples["prompt_id"]
 
     def mean(values: Any) -> Estimate:
-        return bootstrap_mean(values, clusters=prompts, **how)
+        return bootstrap_mean(values, clusters=prompts, seed=settings.seed)
 
     def side(who: str) -> Side:
         texts = samples[f"{who}response"].tolist()
@@ -233,11 +261,6 @@ def _report(
             ended_share=float(samples[f"{who}ended"].mean()),
         )
 
-    mine, theirs = (samples[name].to_numpy() for name in ("reward", "reference_reward"))
-    wins = np.where(mine > theirs, 1.0, np.where(mine < theirs, 0.0, 0.5))
-    single = settings.samples_per_prompt == 1
-    # Wilson's interval keeps its width where one side wins everything.
-    whole = single and not (wins == 0.5).any()
     return EvaluateReport(
         policy=place.name,
         reference=place.reference,
@@ -247,10 +270,28 @@ def _report(
         policy_digest=digest(place.name) or digest(resolve_model(place.base)),
         reference_digest=digest(resolve_model(place.reference)),
         reward_model_digest=reward_model_digest(settings.reward_model),
-        win_rate=proportion(int(wins.sum()), len(wins)) if whole else bootstrap_share(wins, clusters=prompts, **how),
-        reward_difference=paired_difference(mine, theirs, **how) if single else mean(mine - theirs),
+        win_rate=found["win_rate"],
+        reward_difference=found["reward_difference"],
         kl=mean(samples["kl"]),
         policy_side=side(""),
         reference_side=side("reference_"),
         settings=settings,
+        temperatures=tuple(further),
     )
+
+
+def _compared(samples: pd.DataFrame, settings: EvaluateSettings) -> dict[str, Estimate]:
+    """Win rate, difference of rewards, and both sides' rewards."""
+    how: dict[str, Any] = {"seed": settings.seed, "clusters": samples["prompt_id"].to_numpy()}
+    mine, theirs = (samples[name].to_numpy() for name in ("reward", "reference_reward"))
+    wins = np.where(mine > theirs, 1.0, np.where(mine < theirs, 0.0, 0.5))
+    single = settings.samples_per_prompt == 1
+    # Wilson's interval keeps its width where one side wins everything.
+    whole = single and not (wins == 0.5).any()
+    paired = paired_difference(mine, theirs, seed=settings.seed) if single else bootstrap_mean(mine - theirs, **how)
+    return {
+        "win_rate": proportion(int(wins.sum()), len(wins)) if whole else bootstrap_share(wins, **how),
+        "reward_difference": paired,
+        "policy_reward": bootstrap_mean(mine, **how),
+        "reference_reward": bootstrap_mean(theirs, **how),
+    }

@@ -34,7 +34,7 @@ def refuse_missing(
     data: Sequence[str | None] = (),
     models: Sequence[str | None] = (),
     rewards: Sequence[str | None] = (),
-    output_dir: Path,
+    output_dir: Path | None = None,
 ) -> None:
     """Refuse what the settings name and is not there or of another kind, and an output folder that is in use.
 
@@ -54,7 +54,8 @@ def refuse_missing(
     for place in (*pairs, *data):
         if place is not None:
             look_at(place)
-    refuse_foreign(expanded(output_dir))
+    if output_dir is not None:
+        refuse_foreign(expanded(output_dir))
     for reward in rewards:
         if reward is not None and own_reward_model(reward) is None and isinstance(found := _found(reward), Path):
             refuse_other_config(reward, found)

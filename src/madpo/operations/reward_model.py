@@ -23,6 +23,7 @@ from madpo.core.statistics import bootstrap_mean, bootstrap_temperature, proport
 from madpo.core.storage import expanded, write_atomically
 from madpo.data.findings import Seen
 from madpo.data.folds import prompt_key
+from madpo.data.messages import Text, answered
 from madpo.data.rows import Pair
 from madpo.data.templates import Clock, render
 from madpo.data.tokens import Encoded, Encoder
@@ -349,6 +350,17 @@ class PairScorer:
         """
         chosen, rejected = self.model.score_pairs(*self.encoder.ids(pairs, name, unit), self.batch_size)
         return chosen.astype(np.float64), rejected.astype(np.float64)
+
+    def score_responses(self, prompts: Sequence[Text], responses: Sequence[str]) -> NDArray[np.float64]:
+        """One reward per response, in the reward model's unit; messages are answered by a message.
+
+        Raises:
+            ConfigError, DataError: as :meth:`PairEncoder.ids`.
+        """
+        said = [answered(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        pairs = [Pair(i, i, prompt, one, one, {}) for i, (prompt, one) in enumerate(zip(prompts, said, strict=True))]
+        ids, _, lengths = self.encoder.ids(pairs, "the responses", "response")
+        return self.model.score_ids(ids, self.batch_size, prompt_lengths=lengths).astype(np.float64)
 
 
 def load_scorer(place: str | Path, *, batch_size: int = 16, clock: Clock | None = None) -> PairScorer:

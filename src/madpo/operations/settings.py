@@ -10,11 +10,11 @@ from pydantic import Field, model_validator
 from madpo.core.config import Frozen, added
 from madpo.core.layout import Reading
 from madpo.core.options import Cli
-from madpo.models.hyperparameters import LoRA, Optimisation, Pooling, Truncation
+from madpo.models.hyperparameters import LoRA, Optimisation, Pooling, Temperature, Truncation
 
 
-class RewardOptimisation(Optimisation):
-    """AdamW and its schedule for a reward model."""
+class AdapterOptimisation(Optimisation):
+    """AdamW and its schedule, with defaults for an adapter."""
 
     learning_rate: float = Field(default=1e-4, gt=0)
     """The largest of the schedule."""
@@ -68,7 +68,7 @@ class Sampling(Drawing):
 class RewardSettings(Training):
     """How a reward model is trained."""
 
-    optimisation: Annotated[RewardOptimisation, Cli(short=True)] = RewardOptimisation()
+    optimisation: Annotated[AdapterOptimisation, Cli(short=True)] = AdapterOptimisation()
     lora: LoRA = LoRA()
     eval_share: float = Field(default=0.1, gt=0, lt=1)
     """Share of the pairs held out (whole prompts at a time) where no evaluation data are given."""
@@ -142,6 +142,36 @@ class EvaluateSettings(Sampling, Reading):
     """The first so many different prompts; None is all of them."""
     samples_per_prompt: int = Field(default=1, ge=1)
     """Responses of each side to a prompt."""
+    temperatures: tuple[Temperature, ...] = added(())
+    """Further temperatures at which every prompt is answered, for rewards and win rates; the KL is measured only at
+    ``temperature``."""
+
+
+class Decoding(Frozen):
+    """How responses are sampled in a study."""
+
+    max_new_tokens: int = Field(default=128, ge=1)
+    """Tokens of a response at most."""
+    temperature: float = Field(default=1.0, ge=0)
+    """At 1 (with top_p 1 and no top_k) the KL is that of the policy; elsewhere it is taken along another text."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Only the most likely tokens that make up this probability can be drawn; 1 is all of them."""
+    top_k: int | None = Field(default=None, ge=1)
+    """Only so many most likely tokens can be drawn. The author samples with Gemma 3's generation settings, top-k 64 and
+    top-p 0.95."""
+    batch_size: int = Field(default=32, ge=1)
+    """Responses at once; changes the speed alone."""
+
+
+class EvaluationSettings(Frozen):
+    """Sampling for the measurement of policies."""
+
+    prompts: int | None = Field(default=None, ge=1)
+    """The first so many held-out prompts; all of them when left out."""
+    samples_per_prompt: int = Field(default=1, ge=1)
+    """Responses to every prompt, which share the prompt's computation; a row may have its own number."""
+    temperatures: tuple[Temperature, ...] = ()
+    """Further decoding temperatures, for a table of rewards and win rates, such as [0.25, 0.5, 0.75]."""
 
 
 class TrimSettings(Reading):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from pydantic import Field
 
 from madpo.core.config import Frozen
@@ -23,7 +24,14 @@ from madpo.losses import DPO, Loss, SoftDPO
 from madpo.models.hyperparameters import CHECKPOINTS, LoRA, Optimisation
 from madpo.models.load import load_tokenizer
 from madpo.operations.averaging import averaged_adapter
-from madpo.operations.study_training import PolicyStage, fit_policy, pair_logps, training_rows
+from madpo.operations.study_training import (
+    PolicyStage,
+    fit_policy,
+    pair_logps,
+    prompts_of,
+    reference_model,
+    training_rows,
+)
 from madpo.rewards.label_share import AS_GOOD, HELDOUT_SHARE, better_than_coin, label_share
 from madpo.rewards.margins import inspect
 from madpo.runner.operation import operation
@@ -51,8 +59,12 @@ def train_auto_policy(config: AutoStage, inputs: Mapping[str, Path], out: Path) 
     With a fixed one, both take all pairs; at 1 the result is the average of two DPO policies of different seeds.
     Inputs: "pairs", "logps", "reference" and, unless the share is fixed at 1, "margins".
     """
-    rows, reference, fixed = training_rows(inputs), inputs["reference"] / "model", config.settings.label_share
-    aside = set() if fixed is not None else _aside([row["pair_id"] for row in rows], config.seed)
+    rows, reference, fixed = training_rows(inputs), reference_model(inputs), config.settings.label_share
+    pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet")
+    prompts = dict(zip(pairs["pair_id"], prompts_of(pairs), strict=True))
+    aside = (
+        set() if fixed is not None else _aside({row["pair_id"]: prompts[row["pair_id"]] for row in rows}, config.seed)
+    )
     seen = [row for row in rows if row["pair_id"] not in aside]
     beta = config.settings.beta
     path = out / DECISION
@@ -61,7 +73,7 @@ def train_auto_policy(config: AutoStage, inputs: Mapping[str, Path], out: Path) 
         found: dict[str, Any] = {"steps": int(result.global_step), "label_share": fixed, "temperature": 1.0}
         if fixed is None:
             heldout = [row for row in rows if row["pair_id"] in aside]
-            found |= _decided(config, model.eval(), heldout, seen, reference)
+            found |= _decided(config, model.eval(), heldout, seen, reference, prompts)
         write_atomically(path, json.dumps(found, indent=1, sort_keys=True) + "\n")
         del result, model
         gc.collect()  # the trainer's model is in a cycle
@@ -84,14 +96,20 @@ def _policy(config: AutoStage, loss: Loss, seed: int) -> PolicyStage:
     return PolicyStage(method=config.method, loss=loss, optimisation=config.optimisation, lora=config.lora, seed=seed)
 
 
-def _aside(pair_ids: list[int], seed: int) -> set[int]:
-    """The pairs that decide; a pair has the id of its prompt."""
-    drawn = rng(seed, "auto", "held-out pairs").permutation(np.sort(pair_ids))
-    return {int(pair) for pair in drawn[: max(1, round(HELDOUT_SHARE * len(pair_ids)))]}
+def _aside(prompts: Mapping[int, int], seed: int) -> set[int]:
+    """The pairs that decide, whole prompts at a time; ``prompts`` has every pair's."""
+    drawn = rng(seed, "auto", "held-out pairs").permutation(np.unique([*prompts.values()]))
+    aside = set(drawn[: max(1, round(HELDOUT_SHARE * len(drawn)))].tolist())
+    return {pair for pair, prompt in prompts.items() if prompt in aside}
 
 
 def _decided(
-    config: AutoStage, model: Any, heldout: list[dict[str, Any]], seen: list[dict[str, Any]], reference: Path
+    config: AutoStage,
+    model: Any,
+    heldout: list[dict[str, Any]],
+    seen: list[dict[str, Any]],
+    reference: Path | str,
+    prompts: Mapping[int, int],
 ) -> dict[str, Any]:
     from madpo.training.columns import REFERENCE_COLUMNS
 
@@ -100,7 +118,7 @@ def _decided(
     ratios = logps - before
     implicit = config.settings.beta * (ratios[0] - ratios[1])
     margins, own = (np.array([row["reward_margin"] for row in part]) for part in (heldout, seen))
-    found = label_share(implicit, margins, prompts=[row["pair_id"] for row in heldout], seed=config.seed)
+    found = label_share(implicit, margins, prompts=[prompts[row["pair_id"]] for row in heldout], seed=config.seed)
     share = found.mean if better_than_coin(np.concatenate([own, margins])) else 1.0
     difference = found.difference
     return {

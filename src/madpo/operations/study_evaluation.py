@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,14 @@ from madpo.core.errors import ConfigError
 from madpo.core.metrics import Metrics
 from madpo.core.statistics import bootstrap_mean
 from madpo.core.storage import write_atomically
-from madpo.data.corpus import Tier
+from madpo.data.tokens import Encoder
 from madpo.models.engine.logprobs import completion_logps
 from madpo.models.engine.responses import Response, completion_batches, divergence, end_tokens, respond
 from madpo.models.hyperparameters import Temperature
 from madpo.models.load import load_model, load_tokenizer
+from madpo.operations.own_pairs import pairs_clock, prompt_contents
+from madpo.operations.reward_model import load_scorer
+from madpo.operations.study_training import prompts_of, reference_model
 from madpo.rewards.oracles import load_oracle
 from madpo.rewards.reward_model import RewardModel
 from madpo.runner.operation import operation
@@ -37,7 +40,7 @@ class EvaluationStage(Frozen):
 
     method: str
     """Name in tables and figures."""
-    tier: Tier
+    tier: str
     prompts: int | None = Field(default=None, ge=1)
     """The first so many held-out prompts; None is all of them."""
     samples_per_prompt: int = Field(default=1, ge=1)
@@ -64,9 +67,9 @@ def evaluate_policy(config: EvaluationStage, inputs: Mapping[str, Path], out: Pa
     """Sample responses to held-out prompts and measure them; writes ``samples.jsonl``, in which the responses at
     further temperatures have the key ``temperature``.
 
-    Inputs: "reference" (a folder with ``model``), "oracle", "pairs", and "policy" (a folder with ``adapter``); without
-    it the reference itself is measured; "reward_model" for ``best_of``. The random numbers depend on the seed, the
-    prompt and the sample alone, so methods are compared on common ones.
+    Inputs: "reference" (a folder with ``model``, or a model), "oracle" or "judge" (a reward model), "pairs", and
+    "policy" (a folder with ``adapter``); without it the reference itself is measured; "reward_model" for ``best_of``.
+    The random numbers depend on the seed, the prompt and the sample alone, so methods are compared on common ones.
 
     The KL of the best of n is not measured: its upper bound log n - (n - 1)/n (arXiv 2401.01879) stands in its place,
     and the metric ``kl_is_a_bound`` is there.
@@ -75,12 +78,20 @@ def evaluate_policy(config: EvaluationStage, inputs: Mapping[str, Path], out: Pa
         ConfigError: more prompts are asked for than are held out.
     """
     prompts = _heldout_prompts(inputs["pairs"], config.prompts)
-    place = inputs["reference"] / "model"
+    place = reference_model(inputs)
     tokenizer, reference = load_tokenizer(place), load_model(place)
     policy = load_model(place, adapter=inputs["policy"] / "adapter") if "policy" in inputs else reference
     ends = end_tokens(reference, tokenizer)
     judge = None if config.best_of is None else RewardModel.load(inputs["reward_model"])
-    oracle = load_oracle(inputs["oracle"])
+    score: Callable[[Sequence[Any], Sequence[str]], NDArray[np.float64]]
+    if "judge" in inputs:
+        clock = pairs_clock(inputs["pairs"])
+        score = load_scorer(inputs["judge"], batch_size=config.score_batch_size, clock=clock).score_responses
+    else:
+        score = load_oracle(inputs["oracle"])
+    contents = dict(zip(prompts["prompt_id"], prompt_contents(prompts), strict=True))
+    if any(isinstance(content, list) for content in contents.values()):
+        ends.add(Encoder(tokenizer).end_id())
 
     def sampled(temperature: float) -> pd.DataFrame:
         drawn = respond(
@@ -88,7 +99,7 @@ def evaluate_policy(config: EvaluationStage, inputs: Mapping[str, Path], out: Pa
             tokenizer,
             prompts["prompt_ids"].tolist(),
             config,
-            keys=prompts["pair_id"].tolist(),
+            keys=prompts["prompt_id"].tolist(),
             draw=FIRST_DRAW,
             samples=config.samples_per_prompt * (config.best_of or 1),
             ends=ends,
@@ -96,7 +107,8 @@ def evaluate_policy(config: EvaluationStage, inputs: Mapping[str, Path], out: Pa
             temperature=temperature,
         )
         found = _judged(prompts, drawn, config.samples_per_prompt, judge)
-        return found.assign(oracle_reward=oracle(list(found["prompt"]), list(found["response"])))
+        asked = [contents[prompt] for prompt in found["prompt_id"]]
+        return found.assign(oracle_reward=score(asked, list(found["response"])))
 
     samples = sampled(config.temperature)
     written = samples.pop("ids").tolist()
@@ -136,7 +148,7 @@ def _judged(
     for sample in range(samples):
         among = drawn[sample::samples]
         responses = among[0] if judge is None else best_responses(judge, prompts["prompt_ids"].tolist(), among)
-        for prompt_id, prompt, said in zip(prompts["pair_id"], prompts["prompt"], responses, strict=True):
+        for prompt_id, prompt, said in zip(prompts["prompt_id"], prompts["prompt"], responses, strict=True):
             row = {"prompt_id": int(prompt_id), "sample": sample, "prompt": prompt, "response": said.text}
             rows.append({**row, "tokens": len(said.ids), "ended": said.ended, "ids": said.ids})
     return pd.DataFrame(rows)
@@ -165,10 +177,10 @@ def distinct(texts: Sequence[str], n: int) -> float:
 
 
 def _heldout_prompts(folder: Path, count: int | None) -> pd.DataFrame:
-    pairs = pd.read_parquet(folder / "pairs.parquet", columns=["pair_id", "split", "prompt", "prompt_ids"])
-    heldout = pairs[pairs["split"] == "heldout"]
+    pairs = pd.read_parquet(folder / "pairs.parquet")
+    heldout = pairs.assign(prompt_id=prompts_of(pairs))[pairs["split"] == "heldout"].drop_duplicates("prompt_id")
     if count is not None and count > len(heldout):
-        raise ConfigError(f"prompts is {count}, but only {len(heldout)} pairs are held out; ask for fewer")
+        raise ConfigError(f"prompts is {count}, but only {len(heldout)} prompts are held out; ask for fewer")
     heldout = heldout.iloc[:count]
     lists = [[int(i) for i in ids] for ids in heldout["prompt_ids"]]
     return heldout.assign(prompt_ids=pd.Series(lists, index=heldout.index, dtype=object))

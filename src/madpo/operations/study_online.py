@@ -11,6 +11,7 @@ import pandas as pd
 
 from madpo.core.metrics import Metrics
 from madpo.models.load import load_model, load_tokenizer
+from madpo.operations.study_training import reference_model
 from madpo.rewards.reward_model import RewardModel
 from madpo.runner.operation import operation
 from madpo.training.settings import OnlineStage
@@ -29,7 +30,7 @@ def train_online(config: OnlineStage, inputs: Mapping[str, Path], out: Path) -> 
     def reward(prompt_ids: Sequence[Sequence[int]], response_ids: Sequence[Sequence[int]]) -> Sequence[float]:
         return [float(value) for value in reward_model.score_responses(prompt_ids, response_ids)]
 
-    place = inputs["reference"] / "model"
+    place = reference_model(inputs)
     trainer = fit_online(config, load_model(place), load_tokenizer(place), prompts, reward, out)
     trainer.model.save_pretrained(out / "adapter", safe_serialization=True)
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from madpo.core.config import Frozen
+from madpo.core.config import Frozen, added
 from madpo.core.metrics import Metrics
 from madpo.models.engine.features import feature_layers
 from madpo.models.load import load_model, load_tokenizer
-from madpo.operations.study_training import MARGINS
+from madpo.operations.study_training import MARGINS, prompts_of, reference_model
 from madpo.rewards.probe import FOLDS, fit_probe
 from madpo.rewards.probe_reward import pair_features, save_probe
 from madpo.runner.operation import operation
@@ -30,31 +31,35 @@ class ProbeStage(Frozen):
     seed: int = 0
     batch_size: int = Field(default=16, ge=1, exclude=True)
     """Sequences per forward pass."""
+    part: Literal["train", "judge"] = added("train")
+    """Which pairs it is fitted to: those that the policies learn from, or others."""
 
 
 @operation("fit_pairs_probe/1")
 def fit_pairs_probe(config: ProbeStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
-    """Fit a probe to the training pairs; writes it as a reward model, with margins of all pairs.
+    """Fit a probe to the pairs of ``config.part``; writes it as a reward model, with margins of all pairs.
 
-    ``margins.parquet`` holds those of the held-out pairs, by the probe of all training pairs; ``out_of_fold.parquet``
-    those of the training pairs, each by a probe that has not seen the pair. Inputs: "pairs", "reference".
+    ``margins.parquet`` holds those of the held-out pairs, by the probe of all those; ``out_of_fold.parquet``
+    those of its own pairs, each by a probe that has not seen the pair. Inputs: "pairs", "reference".
     """
     pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet")
-    place = inputs["reference"] / "model"
+    pairs = pairs[pairs["split"].isin([config.part, "heldout"])]
+    place = reference_model(inputs)
     model, tokenizer = load_model(place), load_tokenizer(place)
     layers = feature_layers(model)
     sides = sequences(pairs.to_dict("records"))
     ids = sides["chosen_ids"], sides["rejected_ids"], sides["prompt_length"]
     chosen, rejected = pair_features(model, tokenizer.pad_token_id, layers, *ids, config.batch_size)
-    train = (pairs["split"] == "train").to_numpy()
-    prompts = [str(pair) for pair in pairs.loc[train, "pair_id"]]  # a pair has the id of its prompt
+    train = (pairs["split"] == config.part).to_numpy()
+    prompts = [str(prompt) for prompt in prompts_of(pairs[train])]
     fitted = fit_probe(
-        chosen[train], rejected[train], prompts, folds=config.folds, seed=config.seed, name="the training pairs"
+        chosen[train], rejected[train], prompts, folds=config.folds, seed=config.seed, name=f"the {config.part} pairs"
     )
     heldout = fitted.weights.rewards(chosen[~train]) - fitted.weights.rewards(rejected[~train])
     _write(pairs.loc[~train, "pair_id"], heldout, out / MARGINS)
     _write(pairs.loc[train, "pair_id"], fitted.margins, out / OUT_OF_FOLD)
-    save_probe(out, str(place), layers, fitted.weights, model_digest=None, made=True)
+    made = (inputs["reference"] / "model").is_dir()
+    save_probe(out, str(place), layers, fitted.weights, model_digest=None, made=made)
     return {
         "penalty": fitted.report.penalty,
         "training_accuracy": fitted.report.accuracy,

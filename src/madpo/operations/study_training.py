@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -156,14 +156,26 @@ def score_margins(config: MarginStage, inputs: Mapping[str, Path], out: Path) ->
     return {"pairs": len(pairs), "mean_train_margin": float(train.mean()), "negative_share": float((train < 0).mean())}
 
 
+def reference_model(inputs: Mapping[str, Path]) -> Path | str:
+    """The model of the input "reference": what a step made, or a model that the user names."""
+    given = inputs["reference"]
+    return made if (made := given / "model").is_dir() else resolve_model(str(given))
+
+
+def prompts_of(pairs: pd.DataFrame) -> pd.Series[int]:
+    """The prompt of every pair; where a prompt has one pair, this has its id."""
+    return pairs["prompt_id"] if "prompt_id" in pairs else pairs["pair_id"]
+
+
 class ReferenceStage(Frozen):
-    """Reference log-probabilities of every training pair."""
+    """Reference log-probabilities of the pairs of one part."""
 
     batch_size: int = Field(default=8, ge=1)
     """Pairs per forward pass; it decides the padding, and so the last digits."""
     micro_batch_size: int | None = Field(default=None, ge=1, exclude=True)
     """Fewer pairs per forward pass where memory is short, as in the policies' trainings, whose results count as the
     same."""
+    split: Literal["train", "heldout"] = added("train")
 
 
 @operation("reference_logps/1")
@@ -173,11 +185,11 @@ def reference_logps(config: ReferenceStage, inputs: Mapping[str, Path], out: Pat
     from madpo.training.reference import refuse_not_finite
 
     pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet")
-    pairs = pairs[pairs["split"] == "train"]
-    place = inputs["reference"] / "model"
+    pairs = pairs[pairs["split"] == config.split]
+    place = reference_model(inputs)
     size = min(config.micro_batch_size or config.batch_size, config.batch_size)
     said = "Reference log-probabilities"
-    chosen, rejected = pair_logps(load_model(place).eval(), load_tokenizer(place), _ids(pairs), size, said)
+    chosen, rejected = pair_logps(load_model(place).eval(), load_tokenizer(place), pair_ids(pairs), size, said)
     refuse_not_finite(dict(zip(REFERENCE_COLUMNS, (chosen, rejected), strict=True)), pairs["pair_id"].to_list())
     table = pd.DataFrame({"pair_id": pairs["pair_id"], REFERENCE_COLUMNS[0]: chosen, REFERENCE_COLUMNS[1]: rejected})
     table.to_parquet(out / "reference.parquet", index=False)
@@ -208,7 +220,8 @@ def pair_logps(
     return table
 
 
-def _ids(pairs: pd.DataFrame) -> list[dict[str, Any]]:
+def pair_ids(pairs: pd.DataFrame) -> list[dict[str, Any]]:
+    """Pairs as the trainer takes them: pair_id, and the token ids of prompt and sides."""
     from madpo.training.columns import ID_COLUMNS
 
     return [
@@ -232,7 +245,7 @@ class PolicyStage(Frozen):
 def train_policy(config: PolicyStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Train on the tier's training pairs from the reference; writes ``out/adapter``."""
     rows = training_rows(inputs)
-    result, _ = fit_policy(config, rows, inputs["reference"] / "model", out)
+    result, _ = fit_policy(config, rows, reference_model(inputs), out)
     last = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     margins = [row["rewards/margins"] for row in last if "rewards/margins" in row]
     return {
@@ -260,10 +273,12 @@ def training_rows(inputs: Mapping[str, Path]) -> list[dict[str, Any]]:
             table = pd.read_parquet(inputs[role] / file)
             pairs = pairs.merge(table, on="pair_id", validate="one_to_one")
             columns += [str(name) for name in table if name != "pair_id"]
-    return [{**ids, **{name: float(pairs[name].iloc[i]) for name in columns}} for i, ids in enumerate(_ids(pairs))]
+    return [{**ids, **{name: float(pairs[name].iloc[i]) for name in columns}} for i, ids in enumerate(pair_ids(pairs))]
 
 
-def fit_policy(config: PolicyStage, rows: list[dict[str, Any]], reference: Path, out: Path) -> tuple[Any, nn.Module]:
+def fit_policy(
+    config: PolicyStage, rows: list[dict[str, Any]], reference: Path | str, out: Path
+) -> tuple[Any, nn.Module]:
     """Train on ``rows``, from the newest checkpoint in ``out``; writes ``out/adapter``.
 
     Returns:

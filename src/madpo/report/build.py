@@ -11,6 +11,7 @@ from madpo.core.errors import DataError, MadpoError, first_line
 from madpo.core.storage import storage_errors, write_atomically
 from madpo.report.claims import counts, ties
 from madpo.report.drawing import save_charts
+from madpo.report.own import own_notes, own_opening, own_verdict
 from madpo.report.selection import FILE
 from madpo.report.study_charts import Study
 from madpo.report.study_page import study_page
@@ -50,7 +51,9 @@ def build_report(
     tiers = study.tiers
     notes = _notes(study, records)
     state = unfinished_run(records, unfinished)
-    summary = [*([state] if state else []), *headline(tiers), *notes]
+    judged = [tier for tier in tiers if tier.policies]
+    found = [text for tier in judged for text in (own_opening(tier), own_verdict(tier).level)]
+    summary = [*([state] if state else []), *(found if study.own and judged else headline(tiers)), *notes]
     data = {
         **results_json(tiers, title, summary, study.experiment),
         "claims": [claim_json(claim) for claim in study.claims],
@@ -101,5 +104,7 @@ def _notes(study: Study, records: Mapping[str, Record]) -> list[str]:
     texts = [cautions(judged)] if judged else []
     texts += trimmed_base(records, str(study.experiment.get("model", "")))
     if any(claim.made for claim in study.claims):
-        texts += [*weights_from(study.tiers)[1:], *idle_parts(study.tiers), counts(study.claims), *ties(study.claims)]
+        texts += [*weights_from(study.tiers)[1:], *idle_parts(study.tiers)]
+        texts += [] if study.own else [counts(study.claims), *ties(study.claims)]
+    texts += own_notes(study.experiment, records) if study.own else []
     return [text for text in texts if text]

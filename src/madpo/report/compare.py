@@ -176,15 +176,17 @@ class Comparison:
         return sign * (edge - self.bound) > 0 and all(sign * (v - self.bound) > 0 for v in self.per_seed.values())
 
 
-def less(what: str, sides: Sequence[Choice | None], **how: Any) -> Comparison:
+def less(what: str, sides: Sequence[Choice | None], column: str = "reward", **how: Any) -> Comparison:
     """The first side's reward less the second's, paired by prompt; of four sides, (a - b) - (c - d).
+
+    ``column`` is what is compared in the place of the reward.
 
     A comparison in which something was chosen is over the prompts that all sides may report.
     """
     given = [side for side in sides if side is not None]
     if len(given) < len(sides):
         return Comparison(what, missing=NOT_RUN, **how)
-    cells = [side.tier.cells(side.row) for side in given]
+    cells = [side.tier.cells(side.row, column) for side in given]
     values, seeds = over_shared_seeds(cells)
     if any(side.chosen for side in given):
         values = values[values.index.isin(frozenset.intersection(*(side.tier.reporting for side in given)))]

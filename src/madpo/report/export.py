@@ -24,7 +24,7 @@ from madpo.core.errors import DataError, StorageError
 from madpo.core.progress import say
 from madpo.core.storage import expanded, stays_inside, storage_errors, write_atomically
 from madpo.report.build import rebuild_report
-from madpo.report.sources import MARGINS, SAMPLES, Sources
+from madpo.report.sources import HELDOUT, MARGINS, MEASURES, SAMPLES, Sources
 from madpo.report.tables import markdown_cell
 from madpo.runner.record import EXPORTED, RECORD, RECORDS, Record, RunStatus, run_status
 
@@ -190,20 +190,20 @@ def _write_tables(root: Path, place: Path, records: Mapping[str, Record]) -> Non
     for name, record in records.items():
         kind = name.split("/")[0]
         found = {
-            "samples": _few_texts(sources.samples([record])) if kind == "evaluation" else pd.DataFrame(),
+            "samples": _few_texts(sources.samples([record])) if name.startswith(MEASURES) else pd.DataFrame(),
             "curves": _logged(sources.log(record)),
             "margins": sources.margins(record, records) if kind in ("margins", "reward_model") else pd.DataFrame(),
         }
         for table, frame in found.items():
             if len(frame):
                 tables[table].append(frame.assign(folder=f"{record.name}-{record.identity[:8]}"))
-    columns = {"samples": SAMPLES, "curves": LOGGED, "margins": MARGINS}
+    columns = {"samples": (*SAMPLES, *HELDOUT), "curves": LOGGED, "margins": MARGINS}
     for table, frames in tables.items():
         if frames:
             names = ["folder", *columns[table]]
             whole = pd.concat(frames, ignore_index=True).reindex(columns=names)
-            if table == "samples" and whole["temperature"].isna().all():
-                names.remove("temperature")
+            if table == "samples":
+                names = [n for n in names if n not in ("temperature", *HELDOUT) or whole[n].notna().any()]
             schema = pa.schema([(name, KINDS.get(name, pa.float64())) for name in names])
             written = pa.Table.from_pandas(whole, schema=schema, preserve_index=False).replace_schema_metadata(None)
             pq.write_table(written, place / f"{table}.parquet", compression="zstd")

@@ -12,11 +12,13 @@ from madpo.core.errors import MadpoError
 from madpo.core.metrics import Estimate
 from madpo.core.progress import duration, say
 from madpo.report.numbers import DASH, short
+from madpo.report.sources import MEASURES
 from madpo.runner.record import Record
 
 _SHARE = 0.1  # of the run's time that writing the page again may take
 _WHOLE = 8  # rows up to which the table is shown whole every time
 _MEASURES = ("oracle_reward", "kl")
+_ON_PAIRS = ("heldout_accuracy", "heldout_log_loss")
 _WIDTHS = {"policy": 16, "pairs": 7, "reward": 22, "less DPO": 23, "KL": 6, "after": 10}
 
 
@@ -34,9 +36,12 @@ class LiveReport:
 
     def __call__(self, record: Record) -> None:
         """Show an evaluation. Whatever hinders the page is left to the report at the end, which says it."""
-        if not record.name.startswith("evaluation/"):
+        if not record.name.startswith(MEASURES):
             return
         page = self._page()
+        if record.name.startswith("heldout/"):
+            say(heldout_line(record, self._less_dpo(record, "log_loss_difference")))
+            return
         self._rows.append(Result.of(record, self._less_dpo(record), time.monotonic() - self.begun))
         lines = table_lines(self._rows)
         say("\n".join(lines if len(self._rows) <= _WHOLE else lines[-1:]))
@@ -57,7 +62,7 @@ class LiveReport:
         self._not_before = ended + (ended - started) * (1 / _SHARE - 1) if self._rows else 0.0
         return page
 
-    def _less_dpo(self, record: Record) -> Estimate | None:
+    def _less_dpo(self, record: Record, name: str = "difference") -> Estimate | None:
         """The paired difference to DPO on the same prompts, from the page that was just written."""
         try:
             tiers = json.loads((self.root / "results.json").read_bytes())["tiers"]
@@ -65,8 +70,18 @@ class LiveReport:
             return None
         _, tier, key, *_ = [*record.name.split("/"), ""]
         methods = tiers.get(tier, {}).get("methods", [])
-        found: Any = next((row["difference"] for row in methods if row["key"] == key), None)
+        found: Any = next((row[name] for row in methods if row["key"] == key), None)
         return Estimate(**found) if isinstance(found, dict) else None
+
+
+def heldout_line(record: Record, less_dpo: Estimate | None) -> str:
+    """What a policy makes of held-out pairs, in one line."""
+    right, loss = (found if isinstance(found := record.metrics.get(key), Estimate) else None for key in _ON_PAIRS)
+    gap = "" if less_dpo is None else f"; less DPO's {short(less_dpo, 'signed')}"
+    return (
+        f"{record.config.get('method')}: {short(right, 'share')} of held-out pairs are ordered as labelled, log loss "
+        f"{short(loss)} nats{gap}"
+    )
 
 
 class Result(NamedTuple):

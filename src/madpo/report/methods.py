@@ -6,12 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 SFT = "SFT"
+REFERENCE = "Reference"
+"""How the model that policies start from is called where it is no SFT model of the study."""
+OWN = "own"
+"""The tier of a user's own pairs."""
 AGREEING, REDRAWN = "DPO on agreeing pairs", "DPO on re-drawn labels"
 _MARGINS = {"out_of_fold": "out-of-fold margins", "probe": "probe margins"}
 AVERAGED = "DPO, two averaged"
 RIVALS = (
     *(AGREEING, REDRAWN, "rDPO", "RE-DPO", "Soft labels", "Soft MADPO", "cDPO", AVERAGED),
-    *(f"Auto, {words}" for words in _MARGINS.values()),
+    *("Auto", *(f"Auto, {words}" for words in _MARGINS.values())),
     *("RLOO", "GRPO", "Best of n"),
 )
 
@@ -34,7 +38,7 @@ def method_of(key: str, name: str, loss: Mapping[str, Any], pairs: str, margins:
     """
     kind = loss.get("kind", key)
     if trainer == "auto":
-        return AVERAGED if loss.get("label_share") == 1 else f"Auto, {_MARGINS[margins]}"
+        return AVERAGED if loss.get("label_share") == 1 else ", ".join(["Auto", *filter(None, [_MARGINS.get(margins)])])
     if trainer != "offline":
         return _ONLINE.get(trainer, name)
     if pairs != "all":

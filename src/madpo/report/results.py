@@ -18,20 +18,23 @@ import numpy as np
 import pandas as pd
 
 from madpo.core.metrics import Estimate, Metric
-from madpo.core.statistics import bootstrap_mean, paired_difference
+from madpo.core.statistics import bootstrap_mean, paired_difference, share_of
 from madpo.report.methods import SFT, method_of
 from madpo.report.numbers import one
 from madpo.report.selection import BOOTSTRAP_SEED, selecting_half
-from madpo.report.sources import Sources
+from madpo.report.sources import MEASURES, Sources
 from madpo.runner.record import Record
 
 TIERS = ("high", "medium", "low")  # the paper's order; other tiers follow in the order of the records
-_EVALUATION = re.compile(r"evaluation/(?!sft/)(?P<tier>[^/]+)/(?P<method>[^/]+)/(?P<seed>[^/]+)")
+_EVALUATION = re.compile(r"(?:evaluation|heldout)/(?!sft/)(?P<tier>[^/]+)/(?P<method>[^/]+)/(?P<seed>[^/]+)")
 # With several seeds these steps carry the seed's name, with one they do without.
 _PER_SEED = r"{}/{}(?:/(?P<seed>[^/]+))?"
 
 # Value of a row -> (column of the samples, metric of the evaluation that takes its place where no samples are kept).
-MEASURED = {"oracle_reward": ("reward", "oracle_reward"), "kl": ("kl", "kl"), "length": ("tokens", "length")}
+MEASURED = {
+    **{"oracle_reward": ("reward", "oracle_reward"), "kl": ("kl", "kl"), "length": ("tokens", "length")},
+    **{"heldout_accuracy": ("right", "heldout_accuracy"), "heldout_log_loss": ("log_loss", "heldout_log_loss")},
+}
 METRICS = {
     "distinct_1": "distinct_1",
     "distinct_2": "distinct_2",
@@ -71,7 +74,9 @@ class Row:
             tokens; ``distinct_1``, ``distinct_2``, share of different words and word pairs; ``ended``, share of
             responses with an end token; ``perplexity`` under the reference; ``repeated``, share of responses that
             another prompt got too; ``win_rate``, share of prompts with a higher reward than SFT, ties count half;
-            ``difference``, paired difference of the reward to DPO, None for SFT and DPO.
+            ``difference``, paired difference of the reward to DPO, None for SFT and DPO; ``heldout_accuracy``, share of
+            held-out pairs that are ordered as labelled; ``heldout_log_loss``, nats per pair, after one temperature;
+            ``log_loss_difference``, paired difference of that to DPO's.
     """
 
     key: str
@@ -143,12 +148,12 @@ class Tier:
     @property
     def policies(self) -> list[Row]:
         """The rows except SFT."""
-        return [row for row in self.rows if row.name != SFT]
+        return [row for row in self.rows if row.method != SFT]
 
     @property
     def sft(self) -> Row | None:
         """The row of the SFT model, which is the reference of all policies."""
-        return next((row for row in self.rows if row.name == SFT), None)
+        return next((row for row in self.rows if row.method == SFT), None)
 
     @property
     def seeds(self) -> tuple[str, ...]:
@@ -232,7 +237,7 @@ class Tier:
     def estimate(self, row: Row, name: str, seeds: Sequence[str] | None = None) -> Estimate | None:
         """A value with its interval over prompts, over the given training seeds or all; None without samples."""
         cells = self.cells(row, MEASURED[name][0])
-        return _estimate(cells if seeds is None else cells[list(seeds)])
+        return _estimate(cells if seeds is None else cells[list(seeds)], share=name == "heldout_accuracy")
 
 
 def over_shared_seeds(cells: Sequence[pd.DataFrame]) -> tuple[pd.DataFrame, list[str]]:
@@ -280,7 +285,7 @@ def collect(
         DataError: a damaged file of a step, with its row.
     """
     planned = {str(row["name"]): row for row in rows}
-    evaluations = {record.name: record for record in records.values() if record.name.startswith("evaluation/")}
+    evaluations = {record.name: record for record in records.values() if record.name.startswith(MEASURES)}
     sources = Sources(root)
     samples = sources.samples(evaluations.values())
     names = [m["tier"] for name in evaluations if (m := _EVALUATION.fullmatch(name))]
@@ -306,10 +311,14 @@ def _tier(
     groups: dict[str, dict[str, Record]] = {}
     if sft := _by_seed(records, "evaluation", "sft"):
         groups[SFT.lower()] = sft
+    steps = {record.name: (SFT.lower(), seed) for seed, record in sft.items()}
     for record in records.values():
         match = _EVALUATION.fullmatch(record.name)
         if match and match["tier"] == name:
-            groups.setdefault(match["method"], {})[match["seed"]] = record
+            key, seed = steps[record.name] = match["method"], match["seed"]
+            other = groups.setdefault(key, {}).get(seed)  # of held-out pairs, where this is of responses
+            metrics = record.metrics if other is None else {**other.metrics, **record.metrics}
+            groups[key][seed] = record.model_copy(update={"metrics": metrics})
     rows, curves = [], []
     for key, by_seed in groups.items():
         policy = next((p for seed in by_seed if (p := records.get(f"policy/{name}/{key}/{seed}"))), None)
@@ -318,8 +327,7 @@ def _tier(
         if policy is not None:
             curves.append(sources.log(policy).assign(name=row.name))
     places = {shown: position for position, shown in enumerate(planned)}
-    rows.sort(key=lambda row: places.get(row.name, -1 if row.name == SFT else len(places)))  # as in the experiment
-    steps = {record.name: (key, seed) for key, by_seed in groups.items() for seed, record in by_seed.items()}
+    rows.sort(key=lambda row: places.get(row.name, -1 if row.method == SFT else len(places)))  # as in the experiment
     own = samples[samples["step"].isin(list(steps))]
     own = own.assign(**{n: own["step"].map({s: place[i] for s, place in steps.items()}) for i, n in enumerate(_PLACE)})
     swept = own["temperature"].notna()
@@ -360,7 +368,8 @@ def _described(
 ) -> Row:
     """The row's names and settings, by the records and the experiment."""
     if key == SFT.lower():
-        return Row(key, SFT, SFT, {}, seeds=tuple(by_seed), per_seed=_rewards(by_seed))
+        name = str(next(iter(by_seed.values())).config.get("method", SFT))
+        return Row(key, name, SFT, {}, seeds=tuple(by_seed), per_seed=_rewards(by_seed))
     given = [r for r in (policy, *by_seed.values()) if r is not None]
     name = next((str(r.config["method"]) for r in given if r.config.get("method")), key)
     row = planned_row({**planned.get(name, {}), "name": name, "key": key})
@@ -383,7 +392,8 @@ def planned_row(method: Mapping[str, Any]) -> Row:
 
 
 def _rewards(by_seed: Mapping[str, Record]) -> dict[str, float]:
-    return {seed: _plain(record.metrics.get("oracle_reward")) for seed, record in by_seed.items()}
+    given = {seed: record.metrics.get("oracle_reward") for seed, record in by_seed.items()}
+    return {seed: _plain(reward) for seed, reward in given.items() if reward is not None}
 
 
 def _metrics(row: Row, by_seed: Mapping[str, Record]) -> dict[str, Value]:
@@ -410,9 +420,10 @@ def measured(tier: Tier) -> Tier:
         if len(own):
             prompts = own.groupby(["seed", "text"])["prompt_id"].transform("nunique")
             values["repeated"] = float((prompts > 1).groupby(own["seed"]).mean().mean())
-        if row.name != SFT:
+        if row.method != SFT:
             values["win_rate"] = _win_rate(tier, row)
             values["difference"] = _difference(tier, row)
+            values["log_loss_difference"] = _difference(tier, row, "log_loss")
         rows.append(replace(row, values=values))
     return replace(tier, rows=rows)
 
@@ -428,20 +439,21 @@ def _win_rate(tier: Tier, row: Row) -> Estimate | None:
     return _estimate(ahead / 2 + 0.5)
 
 
-def _difference(tier: Tier, row: Row) -> Estimate | None:
+def _difference(tier: Tier, row: Row, column: str = "reward") -> Estimate | None:
     baseline = tier.baseline
     if baseline is None or row.key == baseline.key:
         return None
-    values, _ = over_shared_seeds([tier.cells(row), tier.cells(baseline)])
+    values, _ = over_shared_seeds([tier.cells(row, column), tier.cells(baseline, column)])
     if len(values) < 2:
         return None
     return paired_difference(values[0].to_numpy(), values[1].to_numpy(), seed=BOOTSTRAP_SEED)
 
 
-def _estimate(cells: pd.DataFrame) -> Estimate | None:
+def _estimate(cells: pd.DataFrame, share: bool = False) -> Estimate | None:
     # A prompt counts only where every seed answered it: otherwise seeds would weigh differently per prompt.
     values = cells.mean(axis=1, skipna=False).dropna().sort_index().to_numpy(dtype=float)
-    return bootstrap_mean(values, seed=BOOTSTRAP_SEED) if len(values) > 1 else None
+    mean = share_of if share else bootstrap_mean
+    return mean(values, seed=BOOTSTRAP_SEED) if len(values) > 1 else None
 
 
 def _plain(value: Metric | None) -> float:

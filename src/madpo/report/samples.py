@@ -45,13 +45,14 @@ def static(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def sample_data(tiers: Sequence[Tier]) -> dict[str, dict[str, Any]]:
     """Tier -> per prompt the first seed's first response of every method, in the order of the prompts."""
-    given = [tier for tier in tiers if len(tier.samples)]
+    given = [tier for tier in tiers if tier.samples["reward"].notna().any()]
     return {tier.label: _of_tier(tier, CHARACTERS // len(given)) for tier in given}
 
 
 def _of_tier(tier: Tier, characters: int) -> dict[str, Any]:
     first = {row.key: row.seeds[0] for row in tier.rows if row.seeds}
-    of_first = tier.samples[tier.samples["seed"] == tier.samples["key"].map(first)]
+    judged = tier.samples[tier.samples["reward"].notna()]
+    of_first = judged[judged["seed"] == judged["key"].map(first)]
     of_first = of_first.drop_duplicates(["key", "prompt_id"])
     methods = [row for row in tier.rows if row.key in set(of_first["key"])]
     keys, names = [row.key for row in methods], [row.method for row in methods]

@@ -21,7 +21,9 @@ import pyarrow.parquet as pq
 from madpo.core.errors import DataError
 from madpo.runner.record import Record
 
+MEASURES = ("evaluation/", "heldout/")  # steps that leave samples
 SAMPLES = ("prompt_id", "sample", "reward", "kl", "tokens", "text", "prompt", "response", "temperature")
+HELDOUT = ("right", "log_loss")  # of a held-out pair
 NULLABLE = {"text": "Int64", "train": "boolean"}
 MARGINS = ("pair_id", "reward_margin", "train")
 TEXTS = 200  # prompts of an evaluation that keep their first response as text
@@ -49,15 +51,18 @@ class Sources:
 
         ``reward`` is the oracle's; ``kl`` is summed nats; ``text`` numbers the different texts of one evaluation, NA
         where the text is not known; ``prompt`` and ``response`` are kept of the first samples of some prompts;
-        ``temperature`` is that of a response at a further temperature, NaN for the others.
+        ``temperature`` is that of a response at a further temperature, NaN for the others. ``HELDOUT`` are those of a
+        line that is a held-out pair and no response.
         """
         frames = []
         for record in records:
             path = folder_of(self.root, record) / "samples.jsonl"
-            frame = _evaluation(path) if path.exists() else self._kept("samples", record)
+            frame = _evaluation(path, record) if path.exists() else self._kept("samples", record)
             if frame is not None:
-                frames.append(frame.reindex(columns=[*SAMPLES]).assign(step=record.name))
-        columns = {"step": object} | {name: object if name in ("prompt", "response") else float for name in SAMPLES}
+                frames.append(frame.reindex(columns=[*SAMPLES, *HELDOUT]).assign(step=record.name))
+        columns = {"step": object} | {
+            name: object if name in ("prompt", "response") else float for name in (*SAMPLES, *HELDOUT)
+        }
         empty = pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in columns.items()})
         return pd.concat(frames, ignore_index=True) if frames else empty
 
@@ -118,10 +123,10 @@ def _parquet(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
     return table
 
 
-def _evaluation(path: Path) -> pd.DataFrame:
+def _evaluation(path: Path, record: Record) -> pd.DataFrame:
     """The samples of one evaluation, by prompt and number of the sample."""
-    rows = json_lines(path, "prompt_id", "oracle_reward")
-    same = ("prompt_id", "sample", "kl", "tokens", "temperature")
+    rows = json_lines(path, "prompt_id", "log_loss" if record.name.startswith("heldout/") else "oracle_reward")
+    same = ("prompt_id", "sample", "kl", "tokens", "temperature", *HELDOUT)
     numbers = {"reward": "oracle_reward"} | {name: name for name in same}
     frame = pd.DataFrame({name: [row.get(column) for row in rows] for name, column in numbers.items()})
     frame["sample"] = frame["sample"].fillna(0)

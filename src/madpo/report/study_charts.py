@@ -14,7 +14,7 @@ import pandas as pd
 from madpo.core.metrics import Estimate
 from madpo.report import published
 from madpo.report.charts import Chart, Mark, Panel, Series, WeightPanel, levels, value_mark
-from madpo.report.claims import Claim, claims
+from madpo.report.claims import EQUAL_KL, Claim, claims
 from madpo.report.compare import Choice, base_beta, chosen, frontiers, selection_json, selections, settings_of
 from madpo.report.methods import SFT, is_setting
 from madpo.report.results import Row, Tier, collect, mean_of, shared_seeds
@@ -41,7 +41,7 @@ class Study:
     Attributes:
         beta: that methods share in Table 1; choices: (tier, method of Table 1) -> its chosen setting.
         selections: the experiment's own choices; selection: the same for programs.
-        planned: the experiment's rows; experiment: its settings.
+        planned: the experiment's rows; experiment: its settings; own: whether the pairs are a user's own.
     """
 
     tiers: list[Tier]
@@ -52,11 +52,13 @@ class Study:
     selection: dict[str, Any]
     planned: Sequence[Mapping[str, Any]]
     experiment: dict[str, Any]
+    own: bool = False
 
     @classmethod
     def of(cls, root: Path, records: Mapping[str, Record], experiment: Mapping[str, Any]) -> Study:
         """Read the records and what their steps wrote."""
         # "rows" has the sweeps of "method" spelled out.
+        own = "data" in experiment
         rows = experiment.get("rows") or experiment.get("method", [])
         rows = [row for row in rows if isinstance(row, Mapping) and "name" in row]
         seed = int(experiment.get("selection_seed", 0))
@@ -69,7 +71,9 @@ class Study:
         keys = {str(row["name"]): str(row.get("key", row["name"])) for row in rows}
         chosen = selection_json(found, wanted, keys, seed)
         settings = {name: value for name, value in experiment.items() if name != "rows"}
-        return cls(tiers, beta, choices_of(tiers, beta), claims(tiers), found, chosen, rows, settings)
+        said = [claim for claim in claims(tiers) if not own or claim.section == EQUAL_KL]
+        choices = {} if own else choices_of(tiers, beta)
+        return cls(tiers, beta, choices, said, found, chosen, rows, settings, own)
 
     @property
     def seeds(self) -> int:
@@ -216,8 +220,8 @@ def frontier_chart(tiers: Sequence[Tier], beta: float) -> Chart | None:
         series = [one for one in series if one.marks]
         if tier.sft is not None and series:
             reward = tier.even([tier.sft, *rows])[0]["oracle_reward"]
-            if (mark := value_mark(reward, 0.0, SFT)) is not None:
-                series.append(Series(SFT, (mark,), COLOURS[SFT]))
+            if (mark := value_mark(reward, 0.0, tier.sft.name)) is not None:
+                series.append(Series(tier.sft.name, (mark,), COLOURS[SFT]))
         if len(series) > 1:
             title = tier.label + _seeds_only(tier, rows)
             panels.append(Panel(title, "KL to the reference, nats", REWARD, tuple(series)))

@@ -13,6 +13,7 @@ from madpo.report.compare import NOT_RUN, Choice
 from madpo.report.drawing import Drawn, draw
 from madpo.report.methods import SFT
 from madpo.report.numbers import DASH, count, one, short
+from madpo.report.own import own_opening, own_table, own_verdict
 from madpo.report.pages import Card, Cell, Table, cell, render
 from madpo.report.provenance import differences, provenance
 from madpo.report.results import Tier, planned_row
@@ -32,6 +33,7 @@ from madpo.report.summary import accuracies, empty_cells, idle_parts, near_chanc
 from madpo.runner.record import Record
 
 QUESTION = "Does MADPO earn more reward than DPO when the preference pairs differ in quality?"
+OWN_QUESTION = "Does preference training help on these pairs, and which loss?"
 SCRIPTS = ("weight.js", "samples.js", "page.js")
 
 
@@ -39,7 +41,7 @@ def study_page(
     root: Path, study: Study, records: Mapping[str, Record], unfinished: Mapping[str, str], title: str, notes: list[str]
 ) -> str:
     """The page as HTML; ``notes`` are the sentences of the summary that no verdict holds."""
-    tiers = study.tiers
+    tiers, judged = study.tiers, [tier for tier in study.tiers if tier.policies]
     charts = {c.name: draw(c) for c in study.charts if not any(isinstance(p, WeightPanel) for p in c.panels)}
     reasons = empty_cells(tiers, study.planned, unfinished)
     weights = [weights_view(tier) for tier in tiers if len(tier.margins)]
@@ -49,13 +51,15 @@ def study_page(
         title,
         SCRIPTS,
         data,
-        question=QUESTION,
-        opening=opening(tiers),
+        own=study.own,
+        reference="the model as it is" if study.own else "the SFT model",
+        question=OWN_QUESTION if study.own else QUESTION,
+        opening=" ".join(map(own_opening, judged)) if study.own and judged else opening(tiers),
         progress=progress(records, unfinished),
         notes=notes,
         untrained=str(study.experiment.get("model", "")).startswith("tiny-"),
-        verdicts=tier_verdicts(study, charts.get("figure1_main")),
-        main=main_table(study, reasons),
+        verdicts=tier_verdicts(study, charts.get("frontier" if study.own else "figure1_main")),
+        main=next(map(own_table, judged), None) if study.own else main_table(study, reasons),
         chosen=chosen_table(study),
         selections=selections_table(study),
         charts=charts,
@@ -70,7 +74,7 @@ def study_page(
         reward_model_notes=weights_from(tiers)[1:],
         degeneration=[table for tier in tiers if (table := degeneration_table(tier))],
         samples=static(next(iter(samples.values()))) if samples else [],
-        differences=differences(study.experiment),
+        differences=None if study.own else differences(study.experiment),
         provenance=provenance(root, records, unfinished),
         experiment=json.dumps(study.experiment, indent=2, ensure_ascii=False, default=str),
     )
@@ -97,9 +101,11 @@ def tier_verdicts(study: Study, main: Drawn | None) -> list[Card]:
     for tier in study.tiers:
         if not tier.policies:
             continue
-        said = verdict(tier)
+        said = own_verdict(tier) if study.own else verdict(tier)
         at = [c for c in (same_distance.made if same_distance else []) if c.what.endswith(f", {tier.label}")]
-        words = "".join(f"At the same KL, MADPO less DPO is {short(c.value, 'signed')}: {sided(c)}." for c in at)
+        words = "".join(
+            f"At the same KL, MADPO less DPO is {short(c.value, 'signed')}: {sided(c)}." for c in at if not study.own
+        )
         doubt = "The reward model is near chance." if near_chance(tier) else ""
         text = said.gap or said.level
         found.append(Card(tier.label, figures.get(tier.label), text, said.kind, (words,), doubt))

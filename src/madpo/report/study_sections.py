@@ -208,7 +208,7 @@ def degeneration_table(tier: Tier) -> Table | None:
 
 def doubts(row: Row, sft: Row | None) -> list[str]:
     """Signs that a policy's text fell apart, against the SFT model; thresholds are rules of thumb, not statistics."""
-    if sft is None or row.name == SFT:
+    if sft is None or row.method == SFT:
         return []
     values = {name: (row.mean(name), sft.mean(name)) for name in SIGNS}
     return [

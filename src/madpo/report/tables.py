@@ -28,7 +28,11 @@ COLUMNS = {
     "length": ("length, tokens", "number"),
     "distinct_2": ("distinct-2", "number"),
     "ended": ("ended by itself", "share"),
+    "heldout_accuracy": ("held-out pairs right", "share"),
+    "heldout_log_loss": ("held-out log loss, nats", "number"),
+    "log_loss_difference": ("log loss less DPO's", "signed"),
 }
+HELDOUT = ("heldout_accuracy", "heldout_log_loss", "log_loss_difference")
 UNEVEN = (
     "Rows have different training seeds. A difference is over the seeds that a row shares with DPO, so it need not be "
     "the difference of the two means; means of different seeds differ by what the seeds differ in."
@@ -143,6 +147,7 @@ def study_tables(
         "repeated",
         "ended",
     )
+    heldout = [name for name in HELDOUT if any(row[name] is not None for tier in tiers for row in tier.rows)]
     measures = ("heldout_pairs", "heldout_accuracy", "heldout_log_loss", "temperature", "calibrated_log_loss")
     found = {
         "table1": [
@@ -162,7 +167,7 @@ def study_tables(
         ],
         "methods": [
             {"tier": tier.label, "method": row.name, "group": row.group, "seeds": ", ".join(row.seeds)}
-            | {name: row[name] for name in (*values, "perplexity")}
+            | {name: row[name] for name in (*values, "perplexity", *heldout)}
             for tier in tiers
             for row in tier.rows
         ],

@@ -20,6 +20,7 @@ from madpo.core.errors import ConfigError
 from madpo.core.progress import LIBRARIES, duration, gigabytes
 from madpo.core.suggestions import did_you_mean
 from madpo.models.packaged import cache_dir, cut_report
+from madpo.operations.own_pairs import HeldoutStage, OwnPairsStage
 from madpo.operations.study_auto import AutoStage
 from madpo.operations.study_evaluation import EvaluationStage
 from madpo.operations.study_folds import OutOfFoldStage, ScoreStage
@@ -45,6 +46,7 @@ _PRODUCT = 400.0  # their rate at a large product in bfloat16, GFLOP/s
 # Share of a training step's time there that its products would take at that rate (docs/performance.md).
 _PRODUCTS = 0.52
 _SIDE = 512  # of the matrices that are multiplied to know a machine
+_CHARACTERS = 4  # of a token
 _LOADING = 8.0  # seconds for a model and its libraries
 
 
@@ -180,7 +182,10 @@ def work(step: Step) -> Work:
     if isinstance(config, OutOfFoldStage | ScoreStage | ProbeStage):
         return Work({"judge": 2 * pairs.all * length})
     if isinstance(config, ReferenceStage):
-        return Work({"score": 2 * pairs.train * length})
+        count = pairs.train if config.split == "train" else pairs.all - pairs.train
+        return Work({"score": 2 * count * length})
+    if isinstance(config, HeldoutStage):
+        return Work({"score": 2 * (pairs.all - pairs.train) * length})
     if isinstance(config, PolicyStage):
         seen = 2 * pairs.train * config.optimisation.epochs
         return Work({"train": seen * length}, 1, 2 * config.optimisation.per_pass * length)
@@ -292,12 +297,13 @@ def dry_run_lines(result: RunResult, machine: Machine) -> list[str]:
 class _Pairs(NamedTuple):
     train: int
     all: int
+    prompts: int
+    """Of the held-out ones."""
 
 
 def heldout_prompts(step: Step) -> int:
     """Prompts that an evaluation answers."""
-    pairs = _pairs(step)
-    return getattr(step.config, "prompts", None) or pairs.all - pairs.train
+    return getattr(step.config, "prompts", None) or _pairs(step).prompts
 
 
 def _held_out(config: RewardModelStage, pairs: _Pairs) -> tuple[float, float]:
@@ -315,18 +321,31 @@ def _upstream(step: Step) -> Iterable[Step]:
 
 def _length(step: Step) -> int:
     """Tokens of prompt and response."""
+    if (own := _own(step)) is not None and own.size is not None:
+        tokens = math.ceil(own.size.characters / _CHARACTERS)
+        return min(tokens, own.max_length or tokens)
     config = next((s.config for s in _upstream(step) if isinstance(s.config, ResponseStage)), None)
     return config.prompt_tokens + config.max_new_tokens if config is not None else 0
 
 
+def _own(step: Step) -> OwnPairsStage | None:
+    return next((s.config for s in _upstream(step) if isinstance(s.config, OwnPairsStage)), None)
+
+
 def _pairs(step: Step) -> _Pairs:
+    if (own := _own(step)) is not None and own.size is not None:
+        train, heldout = 1 - own.eval_share - own.judge_share, own.eval_share
+        count = own.size.pairs
+        return _Pairs(round(train * count), round((train + heldout) * count), round(heldout * own.size.prompts))
     train = next((s.config.train for s in _upstream(step) if hasattr(s.config, "train")), 0)
     whole = next((s.config.prompts for s in _upstream(step) if isinstance(s.config, ResponseStage)), train)
-    return _Pairs(train, whole)
+    return _Pairs(train, whole, whole - train)
 
 
 def _shape(step: Step) -> Shape | None:
-    model = next((s.config.model for s in _upstream(step) if isinstance(s.config, SFTStage | TrimStage)), "")
+    model = next(
+        (s.config.model for s in _upstream(step) if isinstance(s.config, SFTStage | TrimStage | OwnPairsStage)), ""
+    )
     trimmed = next((s.config.size for s in _upstream(step) if isinstance(s.config, TrimStage)), None)
     shape = _shape_of(model)
     if shape is None or trimmed is None or isinstance(step.config, TrimStage):

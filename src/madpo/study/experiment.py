@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -15,7 +15,8 @@ from madpo.core.config import Frozen, find_experiment, load_config
 from madpo.core.progress import say
 from madpo.core.storage import expanded
 from madpo.data.corpus import Corpus, PackagedIMDB, Tier
-from madpo.models.hyperparameters import EarlyStopping, LoRA, Optimisation, Pooling, Temperature
+from madpo.models.hyperparameters import EarlyStopping, LoRA, Optimisation, Pooling
+from madpo.operations.settings import Decoding, EvaluationSettings
 from madpo.operations.trackers import reporting_to
 from madpo.report import rebuild_report
 from madpo.report.live import LiveReport
@@ -49,18 +50,12 @@ class SFTSettings(Frozen):
     """None trains all epochs; the author's notebook stops (every 20 updates, patience 3)."""
 
 
-class ResponseSettings(Frozen):
+class ResponseSettings(Decoding):
     """Prompts from negative reviews, and how responses are sampled, for the pairs and for every evaluation."""
 
     prompt_tokens: int = Field(default=20, ge=1)
     max_new_tokens: int = Field(default=48, ge=1)
-    temperature: float = Field(default=1.0, ge=0)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=1)
-    """Only so many most likely tokens can be drawn. The author samples with Gemma 3's generation settings, top-k 64 and
-    top-p 0.95."""
     batch_size: int = Field(default=128, ge=1)
-    """Prompts at once; changes the speed alone."""
 
 
 class PairSettings(Frozen):
@@ -117,17 +112,6 @@ class PolicySettings(Frozen):
     lora: LoRA = LoRA()
 
 
-class EvaluationSettings(Frozen):
-    """Sampling for the measurement of policies."""
-
-    prompts: int | None = Field(default=None, ge=1)
-    """The first so many held-out prompts; all of them when left out."""
-    samples_per_prompt: int = Field(default=1, ge=1)
-    """Responses to every prompt, which share the prompt's computation; a row may have its own number."""
-    temperatures: tuple[Temperature, ...] = ()
-    """Further decoding temperatures, for a table of rewards and win rates, such as [0.25, 0.5, 0.75]."""
-
-
 class Experiment(Frozen):
     """The whole of an experiment, as a TOML file spells it out."""
 
@@ -181,6 +165,8 @@ class Experiment(Frozen):
                 "have equal sides; give a temperature above 0, or pairs.tiers = ['low']"
             )
         for row in self.rows():
+            if row.margins == "column":
+                raise ValueError(f"method {row.name!r}: margins = 'column' is for a user's own pairs, in madpo compare")
             if row.margins == "out_of_fold" and self.reward_model.folds is None:
                 raise ValueError(f"method {row.name!r} reads out_of_fold margins, so reward_model.folds must be set")
             if self.reward_model.kind == "probe" and row.reads & {"chosen_score", "rejected_score"}:
@@ -257,17 +243,37 @@ def run_experiment(
     Raises:
         ConfigError: a mistake in the experiment or in the URL, before any model loads.
     """
-    # Notices from one library about another's names say nothing to the person who runs an experiment.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl)\.")
-    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # the same for worker processes
-    output_dir = expanded(output_dir)
     experiment = load_config(find_experiment(name_or_path), Experiment, overrides).with_groups(only)
     about = {
         "title": experiment.title,
         "experiment": experiment.model_dump(mode="json"),
         "rows": [{"key": row.key, **row.model_dump(mode="json")} for row in experiment.rows()],
     }
-    steps = experiment.steps()
+    how: dict[str, Any] = {"only": only, "dry_run": dry_run, "executor": executor, "upload": upload}
+    return run_steps(experiment.steps, output_dir, about, report_to=experiment.report_to, **how)
+
+
+def run_steps(
+    build: Callable[[], list[Step]],
+    output_dir: Path,
+    about: Mapping[str, Any],
+    *,
+    only: Sequence[str] = (),
+    dry_run: bool = False,
+    executor: AbstractContextManager[Executor] | None = None,
+    upload: str | None = None,
+    report_to: Sequence[str] = (),
+) -> RunResult:
+    """Run a study's graph, or continue it, show results as they come, and write the report.
+
+    Args:
+        build: gives the graph.
+        about: title, settings and rows, for the report; the other arguments are those of :func:`run_experiment`.
+    """
+    # Notices from one library about another's names say nothing to the person who runs an experiment.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|trl)\.")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # the same for worker processes
+    output_dir, steps = expanded(output_dir), build()
     from madpo.study.estimates import first_words
 
     if dry_run:
@@ -275,7 +281,7 @@ def run_experiment(
     store = Upload(upload) if upload else None
     if executor is None and (words := first_words(run(steps, output_dir, only=only, dry_run=True))):
         say(words)
-    with store or nullcontext(), reporting_to(experiment.report_to):
+    with store or nullcontext(), reporting_to(report_to):
         with executor or Inline() as place:
             live = LiveReport(output_dir)
             result = run(steps, output_dir, place, only=only, about=about, upload=store, on_finished=live)

@@ -10,18 +10,22 @@ sft -> responses -> pairs/<tier>/seed<n> -> reward_model/... -> margins/... --+ 
  |                    |                        +-> probe -> probe_margins
  +--------------------+--> reference/... --> policy/<tier>/<row>/seed<n> --> evaluation/<tier>/<row>/seed<n>
 
+A user's own pairs (:mod:`madpo.study.own_graph`) take the place of what is above and left of them: the reference is
+the model as it is, and a reward model judges in the oracle's place.
+
 Names carry tier and seed always, and identities know nothing of the other rows, tiers and seeds: adding some to an
 experiment leaves every finished step valid and where it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from madpo.core.config import Frozen
-from madpo.data.corpus import Tier
+from madpo.operations.own_pairs import HeldoutStage, measure_heldout, read_own_pairs
 from madpo.operations.relabelling import AgreeingStage, RedrawnStage, keep_agreeing, redraw_labels
 from madpo.operations.study_auto import AutoStage, train_auto_policy
 from madpo.operations.study_evaluation import EvaluationStage, evaluate_policy
@@ -41,44 +45,112 @@ from madpo.operations.study_training import (
     train_sft,
 )
 from madpo.operations.trimming.trim import TrimStage, trim_base
+from madpo.report.methods import SFT
 from madpo.rewards.oracles import OracleStage, fit_oracle
 from madpo.runner.run import StageFn, Step, needed_by
+from madpo.runner.step import Source
 from madpo.study.methods import Method
 from madpo.training.settings import OnlineStage, RewardModelStage
 
 if TYPE_CHECKING:
-    from madpo.study.experiment import Experiment
+    from madpo.operations.settings import Decoding, EvaluationSettings
+    from madpo.study.experiment import Experiment, PolicySettings, RewardModelSettings
+
+
+class Design(Protocol):
+    """What the graph asks of a study's settings."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def seeds(self) -> tuple[int, ...]: ...
+    @property
+    def responses(self) -> Decoding: ...
+    @property
+    def reward_model(self) -> RewardModelSettings: ...
+    @property
+    def policy(self) -> PolicySettings: ...
+    @property
+    def evaluation(self) -> EvaluationSettings: ...
+
+
+class Trunk(ABC):
+    """What every tier and seed shares.
+
+    Attributes:
+        sft: the reference of all policies; base: of reward models, where it is no model that the user names.
+        judge: the input of evaluations that gives rewards; empty where nothing does.
+        reference: how it is called.
+        heldout: whether policies are also measured on held-out pairs.
+    """
+
+    sft: Step | Source
+    judge: Mapping[str, Step | Source]
+    reference = SFT
+    heldout = False
+
+    def __init__(self, experiment: Design) -> None:
+        self.experiment = experiment
+        self.steps: dict[str, Step] = {}
+        self.base: dict[str, Step] = {}
+
+    @abstractmethod
+    def pairs(self, tier: str, seed: int) -> Step:
+        """The step whose pairs the rows of a tier and seed learn from."""
+
+    @abstractmethod
+    def rows(self) -> tuple[Method, ...]:
+        """The methods that are compared."""
+
+    def build(self, tiers: Sequence[str]) -> list[Step]:
+        """Every step that a measurement needs, upstream steps first."""
+        rows, seeds = self.rows(), self.experiment.seeds
+        extra = [seed for row in rows for seed in row.seeds or () if seed not in seeds]
+        for seed in (*seeds, *dict.fromkeys(extra)):
+            for tier in tiers:
+                bench = _Bench(self, tier, seed)
+                if tier == tiers[0]:  # the held-out prompts are the same in every tier
+                    groups = tuple(dict.fromkeys(row.group for row in rows))
+                    bench.evaluation(self.reference, f"evaluation/sft/seed{seed}", {}, groups)
+                for row in rows:
+                    if seed in (row.seeds or seeds) and tier in (row.tiers or tiers):
+                        bench.row(row)
+        measured = (step for step in self.steps.values() if step.fn in (evaluate_policy, measure_heldout))
+        return needed_by(measured, self.steps.values())
+
+    def add(
+        self,
+        name: str,
+        fn: StageFn,
+        config: Frozen,
+        inputs: Mapping[str, Step | Source] | None = None,
+        *,
+        says: str,
+        groups: tuple[str, ...] = (),
+    ) -> Step:
+        """The step of this name, built once."""
+        if name not in self.steps:
+            light = fn in (fit_oracle, label_pairs, keep_agreeing, redraw_labels, probe_margins, read_own_pairs)
+            self.steps[name] = Step(name, fn, config, inputs or {}, says=says, groups=groups, light=light)
+        return self.steps[name]
 
 
 def build(experiment: Experiment) -> list[Step]:
-    """Every step that a measurement needs, upstream steps first."""
-    trunk = _Trunk(experiment)
-    rows = experiment.rows()
-    extra = [seed for row in rows for seed in row.seeds or () if seed not in experiment.seeds]
-    for seed in (*experiment.seeds, *dict.fromkeys(extra)):
-        for tier in experiment.pairs.tiers:
-            bench = _Bench(trunk, tier, seed)
-            if tier == experiment.pairs.tiers[0]:  # the held-out prompts are the same in every tier
-                groups = tuple(dict.fromkeys(row.group for row in rows))
-                bench.evaluation("SFT", f"evaluation/sft/seed{seed}", {}, groups)
-            for row in rows:
-                if seed in (row.seeds or experiment.seeds) and tier in (row.tiers or experiment.pairs.tiers):
-                    bench.row(row)
-    measured = (step for step in trunk.steps.values() if step.fn is evaluate_policy)
-    return needed_by(measured, trunk.steps.values())
+    """The steps of a study on a corpus, upstream steps first."""
+    return _CorpusTrunk(experiment).build(experiment.pairs.tiers)
 
 
-class _Trunk:
-    """What every tier and seed shares: the oracle, the SFT model and its responses."""
+class _CorpusTrunk(Trunk):
+    """The oracle, the SFT model and its responses."""
 
     def __init__(self, experiment: Experiment) -> None:
-        self.experiment = e = experiment
-        self.steps: dict[str, Step] = {}
+        super().__init__(experiment)
+        self.labels = experiment
+        e = experiment
         used = e.pairs.skip + e.pairs.prompts
         stopping = 0 if e.sft.early_stopping is None else e.sft.early_stopping.texts
         oracle = OracleStage(oracle=e.oracle, corpus=e.corpus, sft=e.sft.reviews + stopping, prompts=used, seed=e.seed)
-        self.oracle = self.add("oracle", fit_oracle, oracle, says="the oracle, which judges every response")
-        self.base: dict[str, Step] = {}
+        self.judge = {"oracle": self.add("oracle", fit_oracle, oracle, says="the oracle, which judges every response")}
         if e.vocabulary is not None:
             trim = TrimStage(model=e.model, **e.vocabulary.model_dump())
             says = "the base model, with the vocabulary that the corpus uses"
@@ -102,51 +174,48 @@ class _Trunk:
             "responses",
             sample_responses,
             responses,
-            {"sft": self.sft, "oracle": self.oracle},
+            {"sft": self.sft, **self.judge},
             says="two responses to the beginning of every negative review",
         )
 
-    def add(
-        self,
-        name: str,
-        fn: StageFn,
-        config: Frozen,
-        inputs: Mapping[str, Step] | None = None,
-        *,
-        says: str,
-        groups: tuple[str, ...] = (),
-    ) -> Step:
-        """The step of this name, built once."""
-        if name not in self.steps:
-            light = fn in (fit_oracle, label_pairs, keep_agreeing, redraw_labels, probe_margins)
-            self.steps[name] = Step(name, fn, config, inputs or {}, says=says, groups=groups, light=light)
-        return self.steps[name]
+    def rows(self) -> tuple[Method, ...]:
+        """Those of the experiment, with their sweeps spelled out."""
+        return self.labels.rows()
+
+    def pairs(self, tier: str, seed: int) -> Step:
+        """Two responses, or the best of them and a review's own words, labelled by the oracle."""
+        e = self.labels
+        given = {"tier": tier, "train": e.pairs.train, "label_noise": e.pairs.label_noise}
+        labels = PairStage.model_validate({**given, "seed": seed, "seed_permutation": e.seed})
+        name, says = f"pairs/{tier}/seed{seed}", f"pairs of the {tier} tier, labelled"
+        return self.add(name, label_pairs, labels, {"responses": self.responses}, says=says)
 
 
 class _Bench:
     """One tier with one seed: its pairs, its reward model, and the rows that are trained on them."""
 
-    def __init__(self, trunk: _Trunk, tier: Tier, seed: int) -> None:
+    def __init__(self, trunk: Trunk, tier: str, seed: int) -> None:
         self.trunk, self.experiment, self.tier, self.seed = trunk, trunk.experiment, tier, seed
         self.place = f"{tier}/seed{seed}"
-        e = self.experiment
-        labels = PairStage(
-            tier=tier, train=e.pairs.train, label_noise=e.pairs.label_noise, seed=seed, seed_permutation=e.seed
-        )
-        self.pairs = self._add(
-            "pairs", label_pairs, labels, {"responses": trunk.responses}, f"pairs of the {tier} tier, labelled"
-        )
+        self.pairs = trunk.pairs(tier, seed)
 
     # Each just before the first row that reads it: results do not wait for what they do not need.
     @cached_property
     def logps(self) -> Step:
         """The reference's log-probabilities of its pairs."""
+        return self._reference("reference")
+
+    @cached_property
+    def heldout_logps(self) -> Step:
+        """The same of the held-out pairs."""
+        return self._reference("heldout_reference", split="heldout")
+
+    def _reference(self, kind: str, **split: str) -> Step:
         optimisation = self.experiment.policy.optimisation
-        stage = ReferenceStage(batch_size=optimisation.batch_size, micro_batch_size=optimisation.per_pass)
+        sizes = {"batch_size": optimisation.batch_size, "micro_batch_size": optimisation.per_pass}
         inputs = {"pairs": self.pairs, "reference": self.trunk.sft}
-        return self._add(
-            "reference", reference_logps, stage, inputs, "reference log-probabilities, once for all methods"
-        )
+        says = "reference log-probabilities, once for all methods"
+        return self._add(kind, reference_logps, ReferenceStage.model_validate(sizes | split), inputs, says)
 
     @cached_property
     def reward_model(self) -> Step:
@@ -169,7 +238,7 @@ class _Bench:
             return self._add("margins", probe_margins, ProbeMarginStage(), inputs, says)
         return self._add("margins", score_margins, MarginStage(), inputs, says)
 
-    def _add(self, kind: str, fn: StageFn, config: Frozen, inputs: Mapping[str, Step], says: str) -> Step:
+    def _add(self, kind: str, fn: StageFn, config: Frozen, inputs: Mapping[str, Step | Source], says: str) -> Step:
         return self.trunk.add(f"{kind}/{self.place}", fn, config, inputs, says=says)
 
     def _reward_model_stage(self, **fold: int) -> RewardModelStage:
@@ -181,11 +250,10 @@ class _Bench:
         """A row's training and its evaluation."""
         name = f"{self.tier}/{method.key}/seed{self.seed}"
         if method.trainer == "best_of_n":
-            inputs = {"reward_model": self.reward_model}
             self.evaluation(
                 method.name,
                 f"evaluation/{name}",
-                inputs,
+                {"reward_model": self.reward_model},
                 (method.group,),
                 best_of=method.n,
                 samples=method.samples_per_prompt,
@@ -201,6 +269,12 @@ class _Bench:
             says=f"{method.name} on the {self.tier} pairs",
             groups=(method.group,),
         )
+        if self.trunk.heldout:
+            given = {"pairs": self.pairs, "reference": self.trunk.sft, "logps": self.heldout_logps, "policy": policy}
+            size = self.experiment.policy.optimisation.per_pass
+            stage = HeldoutStage(method=method.name, seed=self.seed, batch_size=size)
+            says = f"{method.name} on held-out pairs"
+            self.trunk.add(f"heldout/{name}", measure_heldout, stage, given, says=says, groups=policy.groups)
         self.evaluation(
             method.name,
             f"evaluation/{name}",
@@ -209,10 +283,10 @@ class _Bench:
             samples=method.samples_per_prompt,
         )
 
-    def _offline(self, method: Method) -> tuple[StageFn, Frozen, dict[str, Step]]:
+    def _offline(self, method: Method) -> tuple[StageFn, Frozen, dict[str, Step | Source]]:
         e = self.experiment
         assert method.loss is not None
-        inputs = {"pairs": self.pairs, "reference": self.trunk.sft, "logps": self.logps}
+        inputs: dict[str, Step | Source] = {"pairs": self.pairs, "reference": self.trunk.sft, "logps": self.logps}
         if "reward_margin" in method.reads:
             inputs["margins"] = self._margins_of(method)
         if method.reads & {"chosen_score", "rejected_score"}:
@@ -227,15 +301,15 @@ class _Bench:
         config = PolicyStage(method=method.name, loss=method.loss, seed=self.seed, **fields(e.policy))
         return train_policy, config, inputs
 
-    def _auto(self, method: Method) -> tuple[StageFn, Frozen, dict[str, Step]]:
-        inputs = {"pairs": self.pairs, "reference": self.trunk.sft, "logps": self.logps}
+    def _auto(self, method: Method) -> tuple[StageFn, Frozen, dict[str, Step | Source]]:
+        inputs: dict[str, Step | Source] = {"pairs": self.pairs, "reference": self.trunk.sft, "logps": self.logps}
         if "reward_margin" in method.reads:
             inputs["margins"] = self._margins_of(method)
         policy = fields(self.experiment.policy)
         config = AutoStage(method=method.name, settings=method.averaging, seed=self.seed, **policy)
         return train_auto_policy, config, inputs
 
-    def _online(self, method: Method) -> tuple[StageFn, Frozen, dict[str, Step]]:
+    def _online(self, method: Method) -> tuple[StageFn, Frozen, dict[str, Step | Source]]:
         e, settings = self.experiment, method.settings
         config = OnlineStage(
             method=method.name,
@@ -256,6 +330,8 @@ class _Bench:
         )
 
     def _scores(self) -> Step:
+        if self.trunk.heldout:  # those of the data: a probe has none
+            return self.pairs
         inputs = {"pairs": self.pairs, "reward_model": self.reward_model}
         return self._add("scores", score_sides, ScoreStage(), inputs, "the reward model's score of either side")
 
@@ -289,6 +365,8 @@ class _Bench:
         return self._add("probe_margins", probe_margins, ProbeMarginStage(), inputs, "the probe's margins, out of fold")
 
     def _margins_of(self, method: Method) -> Step:
+        if method.margins == "column":
+            return self.pairs
         if method.margins == "probe" and self.experiment.reward_model.kind == "trained":
             return self._probe()
         whole = method.margins == "in_sample" or self.experiment.reward_model.kind == "probe"  # out of fold by itself
@@ -310,8 +388,10 @@ class _Bench:
         groups: tuple[str, ...],
         best_of: int | None = None,
         samples: int | None = None,
-    ) -> Step:
-        """Samples and measures of one policy on the held-out prompts."""
+    ) -> None:
+        """Samples and measures of one policy on the held-out prompts, where something judges them."""
+        if not self.trunk.judge:
+            return
         e = self.experiment
         config = EvaluationStage(
             method=method,
@@ -321,9 +401,9 @@ class _Bench:
             **e.evaluation.model_dump() | ({} if samples is None else {"samples_per_prompt": samples}),
             **e.responses.model_dump(exclude={"prompt_tokens"}),
         )
-        common = {"reference": self.trunk.sft, "oracle": self.trunk.oracle, "pairs": self.pairs}
+        common = {"reference": self.trunk.sft, **self.trunk.judge, "pairs": self.pairs}
         says = f"measuring {method} on held-out prompts"
-        return self.trunk.add(name, evaluate_policy, config, {**common, **inputs}, says=says, groups=groups)
+        self.trunk.add(name, evaluate_policy, config, {**common, **inputs}, says=says, groups=groups)
 
 
 def fields(settings: Frozen) -> dict[str, Any]:

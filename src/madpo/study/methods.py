@@ -35,10 +35,10 @@ class Method(Frozen):
     pairs: Literal["all", "agreeing", "redrawn"] = "all"
     """"agreeing": the training pairs whose label the reward model agrees with. "redrawn": all, with labels drawn anew
     from the reward model's probabilities."""
-    margins: Literal["in_sample", "out_of_fold", "probe"] = "in_sample"
+    margins: Literal["in_sample", "out_of_fold", "probe", "column"] = "in_sample"
     """Whose margins the loss and ``pairs`` read: those of the tier's own reward model, which has been trained on the
-    same pairs; of the fold that has not (``reward_model.folds``); or of a probe of the SFT model's states, out of
-    fold."""
+    same pairs; of the fold that has not (``reward_model.folds``); of a probe of the SFT model's states, out of fold;
+    or those that a user's own pairs have as a column."""
     auto: AutoSettings | None = None
     """Of the trainer "auto"."""
     online: OnlineSettings | None = None

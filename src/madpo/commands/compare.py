@@ -1,0 +1,37 @@
+"""``madpo compare``: the study on a user's own pairs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from madpo.commands.from_settings import Configurable, part
+from madpo.commands.shared import Data, HeldOut
+from madpo.commands.study import Graph, print_graph
+from madpo.core.libraries import loading_libraries
+from madpo.study.compare import PROBE, CompareSettings
+
+
+class Compare(Configurable, CompareSettings, HeldOut, Graph, Data):
+    output_dir: Path
+    """Where results go; finished steps in it are kept."""
+
+
+def compare(options: Compare) -> int:
+    r"""Train several losses on your pairs, compare the policies, and write the report; or continue.
+
+    Example:
+        madpo compare pairs.jsonl --model gemma-3-270m --output_dir comparison
+        madpo compare pairs.jsonl --model gemma-3-270m --judge probe --samples_per_prompt 4 --output_dir comparison
+        madpo compare pairs.jsonl --model gemma-3-270m --losses dpo '{ kind = "madpo", tau = 4 }' --dry_run \
+            --output_dir comparison
+    """
+    from madpo.operations.preconditions import refuse_missing
+
+    o = options
+    judge = None if o.judge == PROBE else o.judge
+    refuse_missing(pairs=[o.data, o.eval_data], reading=o.reading, models=[o.model], rewards=[judge])
+    with loading_libraries():
+        from madpo.study.compare import compare
+
+    settings = part(o, CompareSettings)
+    return print_graph(compare(o.data, o.output_dir, settings, eval_data=o.eval_data, **o.arguments()), o)

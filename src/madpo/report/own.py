@@ -1,0 +1,136 @@
+"""What a comparison on a user's own pairs found: does preference training help on them, and which loss?
+
+Losses are compared with DPO at the same distance from the reference, where a judge and several betas give a curve of
+reward against KL; else by the log loss of held-out pairs, from which a temperature has taken beta's scale. Reward at
+equal beta is no criterion, since what moves farther earns more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from madpo.core.metrics import Estimate
+from madpo.core.statistics import paired_difference
+from madpo.report.compare import FEWEST, Comparison, base_beta, choose, equal_kl, frontiers, less
+from madpo.report.numbers import count, listed, short
+from madpo.report.pages import Table, cell
+from madpo.report.results import Tier, over_shared_seeds
+from madpo.report.selection import BOOTSTRAP_SEED
+from madpo.report.summary import Verdict
+from madpo.runner.record import Record
+
+HEAD = {
+    "heldout_accuracy": ("held-out pairs right", "share"),
+    "log_loss_difference": ("held-out log loss less DPO's, nats", "signed"),
+    "oracle_reward": ("reward by the judge", "number"),
+    "kl": ("KL, nats", "number"),
+}
+
+
+def own_opening(tier: Tier) -> str:
+    """What was compared, on what."""
+    methods = listed(list(dict.fromkeys(row.method for row in tier.policies)))
+    betas = {row.beta for row in tier.policies if row.beta is not None}
+    parts = [f"{methods} at {count(len(betas), 'value')} of β, {count(len(tier.seeds), 'training seed')} each"]
+    found = [row[name] for row in tier.policies for name in ("heldout_log_loss", "oracle_reward")]
+    prompts = max((value.n for value in found if isinstance(value, Estimate)), default=0)
+    return f"{parts[0]}, on {prompts} held-out prompts, with 95 % intervals over prompts."
+
+
+def comparisons(tier: Tier) -> dict[str, Comparison]:
+    """Method -> how far it is above DPO: in reward at equal KL, else in held-out log loss (DPO's less its own)."""
+    beta = base_beta([tier])
+    lines = frontiers(tier, beta)
+    judged = len(lines.get("DPO", ())) > 1
+    found = {}
+    for method in dict.fromkeys(row.method for row in tier.policies):
+        own = [row for row in tier.policies if row.method == method]
+        row = next((row for row in own if row.beta == beta), own[0])
+        if tier.baseline is None or method == tier.baseline.method:
+            continue
+        what = f"{method} less DPO at equal KL" if judged else f"{row.name}, held-out log loss"
+        line = lines.get(method, [])
+        if judged and line:
+            choice = choose(method, tier, line[:1])
+            found[method] = equal_kl(what, tier, choice, line=line if len(line) > 1 else [])
+        if found.get(method, Comparison(what)).value is None:
+            sides = [choose("DPO", tier, [tier.baseline]), choose(method, tier, [row])]
+            found[method] = less(f"{row.name}, held-out log loss", sides, "log_loss")
+    return found
+
+
+def own_verdict(tier: Tier) -> Verdict:
+    """One sentence: whether DPO helps, and whether some loss is clearly better."""
+    helps, kind = _helps(tier)
+    made = {method: c for method, c in comparisons(tier).items() if c.value is not None}
+    clear = {method: c for method, c in made.items() if c.above}
+    said = {method: f"{method} {_words(c)}" for method, c in made.items()}
+    if not made:
+        which = "no other loss has been measured yet"
+    elif clear:
+        best = max(clear, key=lambda method: clear[method].value.mean)  # type: ignore[union-attr]
+        which, kind = f"clearly better than DPO is {listed([said[m] for m in clear])}: take {best}", "above"
+    else:
+        which = f"no loss is clearly better than DPO ({'; '.join(said.values())}): plain DPO is as good"
+    return Verdict("Own pairs", f"{helps}; {which}.", kind=kind)
+
+
+def _words(c: Comparison) -> str:
+    """ "+0.02 (...) in reward at the same KL", from the method's side."""
+    unit = "nats of held-out log loss gained" if c.what.endswith("log loss") else "in reward at the same KL"
+    few = f", too few prompts ({c.value.n})" if c.value is not None and c.value.n < FEWEST else ""
+    return f"{short(c.value, 'signed')} {unit}{few}"
+
+
+def _helps(tier: Tier) -> tuple[str, str]:
+    """What DPO changes, in words, and on which side it is."""
+    dpo, start = tier.baseline, tier.sft
+    if dpo is None:
+        return "There is no plain DPO to compare with yet", "open"
+    if start is not None:
+        values, _ = over_shared_seeds([tier.cells(dpo), tier.cells(start)])
+        if len(values) > 1:
+            gap = paired_difference(values[0].to_numpy(), values[1].to_numpy(), seed=BOOTSTRAP_SEED)
+            words = f"DPO changes the judge's reward by {short(gap, 'signed')}"
+            return _sided(gap, 0.0, words)
+    right = dpo["heldout_accuracy"]
+    if not isinstance(right, Estimate):
+        return "DPO has not been measured yet", "open"
+    return _sided(right, 0.5, f"DPO orders {short(right, 'share')} of the held-out pairs as labelled")
+
+
+def _sided(value: Estimate, bound: float, words: str) -> tuple[str, str]:
+    if value.n < FEWEST or value.low <= bound <= value.high:
+        return f"It is not clear that preference training helps on these pairs: {words}", "open"
+    if value.low > bound:
+        return f"Preference training helps on these pairs: {words}", "above"
+    return f"Preference training does not help on these pairs: {words}", "below"
+
+
+def own_table(tier: Tier) -> Table:
+    """Every policy by what it is compared by."""
+    names = [name for name in HEAD if any(row[name] is not None for row in tier.rows)]
+    gaps = [gap for row in tier.rows if isinstance(gap := row["log_loss_difference"], Estimate)]
+    limit = max((max(abs(gap.low), abs(gap.high)) for gap in gaps), default=1.0)
+    rows = [
+        [cell(row.name), *(cell(row[n], HEAD[n][1], limit if HEAD[n][1] == "signed" else None) for n in names)]
+        for row in tier.rows
+    ]
+    return Table("Own pairs", ["policy", *(HEAD[name][0] for name in names)], rows)
+
+
+def own_notes(experiment: Mapping[str, Any], records: Mapping[str, Record]) -> list[str]:
+    """What to know of the judge."""
+    if experiment.get("judge_saw_pairs"):
+        return ["The judge was trained on these very pairs, the held-out ones among them: it knows their labels."]
+    if experiment.get("judge") == "probe":
+        right = records["judge"].metrics.get("heldout_accuracy") if "judge" in records else None
+        known = (
+            f"It orders {short(right, 'share')} of held-out pairs as labelled." if isinstance(right, Estimate) else ""
+        )
+        return [
+            "The judge is a probe of the reference's states, fitted to pairs that no policy has seen. Margins from a "
+            f"probe may share its mistakes. {known}".strip()
+        ]
+    return []

@@ -1,0 +1,156 @@
+"""``madpo compare``: the study on a user's own pairs. Does it help on these data, and which loss?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
+
+from madpo.core.options import Cli
+from madpo.core.suggestions import did_you_mean
+from madpo.losses import Loss
+from madpo.models.hyperparameters import LoRA, Optimisation
+from madpo.operations.settings import AdapterOptimisation, Decoding, EvaluationSettings, Training
+from madpo.training.settings import AutoSettings
+
+if TYPE_CHECKING:
+    from madpo.runner.executors import Executor
+    from madpo.runner.run import RunResult
+    from madpo.runner.step import Step
+    from madpo.study.experiment import PolicySettings, RewardModelSettings
+
+PROBE = "probe"
+
+
+class AutoLoss(AutoSettings):
+    """What ``madpo train`` does with no loss named."""
+
+    kind: Literal["auto"] = "auto"
+
+
+class CompareSettings(Training):
+    """Which losses are compared on a user's own pairs, and how they are judged."""
+
+    losses: tuple[str | dict[str, Any], ...] = ("dpo", "madpo", "auto")
+    """Kinds of losses, or tables with their settings such as '{ kind = "madpo", tau = 4 }'. DPO is always among
+    them: others are compared with it."""
+    betas: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    """Each loss is trained at each of them. None is 0.1, and with a judge 0.03, 0.1 and 0.3, since rewards compare at
+    equal KL only."""
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0,), min_length=1)
+    """One training of every loss and beta for each of them."""
+    judge: str | None = None
+    """What scores the policies' responses to held-out prompts: a folder that ``madpo reward`` wrote, a sequence
+    classifier with one output, or ``probe``, which is fitted to pairs that no policy sees. None compares by held-out
+    pairs only."""
+    eval_share: float = Field(default=0.2, gt=0, lt=1)
+    """Share of the pairs held out (whole prompts at a time) where no evaluation data are given."""
+    judge_share: float = Field(default=0.2, gt=0, lt=1)
+    """Share of the pairs that a judge ``probe`` is fitted to."""
+    split_seed: int = Field(default=0, ge=0)
+    """Of the choice of these prompts."""
+    max_length: int | None = Field(default=1024, ge=2)
+    """Tokens of prompt and completion; None is no limit."""
+    optimisation: Annotated[AdapterOptimisation, Cli(short=True)] = AdapterOptimisation()
+    lora: LoRA = LoRA()
+    responses: Annotated[Decoding, Cli(short=True)] = Decoding()
+    evaluation: Annotated[EvaluationSettings, Cli(short=True)] = EvaluationSettings()
+    report_to: tuple[str, ...] = Field(default=(), exclude=True)
+    """Trackers that are installed, such as tensorboard, trackio or wandb: every training is a run of them."""
+
+    @model_validator(mode="after")
+    def _check(self) -> CompareSettings:
+        for name in ("seeds", "betas"):
+            values = getattr(self, name)
+            if values is not None and (len(set(values)) != len(values) or not values):
+                raise ValueError(f"{name} must hold one value or more, each once")
+        taken = self.eval_share + (self.judge_share if self.judge == PROBE else 0)
+        if taken >= 1:
+            raise ValueError(f"eval_share and judge_share take {taken:g} of the pairs, and leave none to train on")
+        for loss in self.losses:
+            known_loss(loss)
+        return self
+
+    @property
+    def policy(self) -> PolicySettings:
+        """What every loss's training shares."""
+        from madpo.study.experiment import PolicySettings
+
+        own = {name: getattr(self.optimisation, name) for name in Optimisation.model_fields}
+        return PolicySettings(optimisation=Optimisation(**own), lora=self.lora)
+
+    @property
+    def reward_model(self) -> RewardModelSettings:
+        """Where margins come from, if the pairs have none."""
+        from madpo.study.experiment import RewardModelSettings
+
+        return RewardModelSettings(kind="probe")
+
+
+_KINDS = {"auto": AutoLoss, **{kind.model_fields["kind"].default: kind for kind in get_args(get_args(Loss)[0])}}
+
+
+def known_loss(given: str | Mapping[str, Any]) -> Any:
+    """A loss by its kind, or a table of its settings.
+
+    Raises:
+        ValueError: there is none such.
+    """
+    table = {"kind": given} if isinstance(given, str) else dict(given)
+    kind = str(table.get("kind"))
+    if kind not in _KINDS:
+        near = did_you_mean(kind, _KINDS) or f"; there are {', '.join(_KINDS)}"
+        raise ValueError(f"losses has {kind!r}, which is no kind of loss{near}")
+    try:
+        return TypeAdapter(_KINDS[kind]).validate_python(table)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, [kind, *first["loc"]]))
+        value = f" = {first['input']!r}" if first["loc"] else ""  # else it is the whole table
+        raise ValueError(f"losses: {where}{value}: {first['msg'].removeprefix('Value error, ')}") from None
+
+
+def compare(
+    data: str | Path,
+    output_dir: str | Path,
+    settings: CompareSettings,
+    *,
+    eval_data: str | Path | None = None,
+    only: Sequence[str] = (),
+    dry_run: bool = False,
+    executor: AbstractContextManager[Executor] | None = None,
+    upload: str | None = None,
+) -> RunResult:
+    """Train every loss on a user's pairs, measure the policies, and write the report; or continue.
+
+    Policies are compared by held-out pairs (accuracy, and log loss of the implicit reward after one temperature) and,
+    with a judge, by the reward of their responses to held-out prompts against their KL to the reference.
+
+    Args:
+        data: as in :func:`madpo.data.load_preferences`, text or messages.
+        output_dir: the folder of the run; finished steps in it are kept.
+        eval_data: held-out pairs; without it ``settings.eval_share`` of the pairs is held out.
+        only, dry_run, executor, upload: as in :func:`madpo.study.experiment.run_experiment`.
+
+    Raises:
+        ConfigError, DataError: a mistake in settings, pairs or judge, before any model loads.
+    """
+    from madpo.report.methods import OWN
+    from madpo.study.experiment import run_steps
+
+    about: dict[str, Any] = {"title": f"Preference losses on {Path(data).name}"}
+
+    def build() -> list[Step]:
+        from madpo.study.own_graph import OwnTrunk
+
+        trunk = OwnTrunk(settings, str(data), None if eval_data is None else str(eval_data))
+        given = {"data": str(data), **settings.model_dump(mode="json"), "judge_saw_pairs": trunk.judge_saw_pairs}
+        rows = [{"key": row.key, **row.model_dump(mode="json")} for row in trunk.rows()]
+        about.update(experiment=given, rows=rows)
+        return trunk.build([OWN])
+
+    how: dict[str, Any] = {"only": only, "dry_run": dry_run, "executor": executor, "upload": upload}
+    return run_steps(build, Path(output_dir), about, report_to=settings.report_to, **how)

@@ -1,0 +1,201 @@
+"""``madpo compare``: a user's own pairs as a study, against independent computations."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from peft import PeftModel
+from scipy.optimize import minimize_scalar
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from madpo.core.config import load_config
+from madpo.core.errors import ConfigError, DataError
+from madpo.data.rows import Pair
+from madpo.operations.reward_model import load_scorer
+from madpo.report.own import own_verdict
+from madpo.report.results import Row, Tier, measured
+from madpo.report.sources import HELDOUT, SAMPLES
+from madpo.study.compare import CompareSettings, compare
+from practice_cases import conversation, text_pairs, write
+
+PAIRS = 60
+SMALL = {
+    "betas": [0.1, 0.5],
+    "losses": ["madpo", {"kind": "auto", "beta": 0.1}],
+    "optimisation": {"learning_rate": 2e-3, "batch_size": 12, "checkpoint_every": 0},
+    "lora": {"rank": 2},
+    "responses": {"max_new_tokens": 6},
+}
+
+
+def settings(model, **changes):
+    return load_config(None, CompareSettings, {"model": str(model), **SMALL, **changes})
+
+
+@pytest.fixture(scope="module")
+def run(llama, tmp_path_factory, module_float32):
+    """Conversations, of which a prompt has two or three, compared with a probe as the judge."""
+    root = tmp_path_factory.mktemp("compare")
+    data = write(root / "pairs.jsonl", [conversation(row) for row in text_pairs(PAIRS)])
+    how = settings(llama, judge="probe", eval_share=0.3, judge_share=0.3, evaluation={"temperatures": [0.5]})
+    result = compare(data, root / "out", how)
+    assert not result.failed
+    return data, how, result
+
+
+def folder(result, name):
+    return next(step for step in result.graph if step.name == name).folder(result.root)
+
+
+def lines(result, name):
+    text = (folder(result, name) / "samples.jsonl").read_text(encoding="utf-8")
+    return pd.DataFrame([json.loads(line) for line in text.splitlines()])
+
+
+def test_no_prompt_is_in_two_parts_and_no_pair_is_lost(run) -> None:
+    pairs = pd.read_parquet(folder(run[2], "pairs") / "pairs.parquet")
+    assert sorted(pairs["row"]) == list(range(PAIRS))
+    assert pairs.groupby("prompt_id")["split"].nunique().max() == 1
+    shares = pairs["split"].value_counts(normalize=True)
+    assert set(shares.index) == {"train", "heldout", "judge"}
+    assert shares["heldout"] == pytest.approx(0.3, abs=0.06)
+    assert shares["judge"] == pytest.approx(0.3, abs=0.06)
+    judged = pd.read_parquet(folder(run[2], "judge") / "out_of_fold.parquet")["pair_id"]
+    assert set(judged) == set(pairs.loc[pairs["split"] == "judge", "pair_id"]), "no policy has seen the judge's pairs"
+
+
+def test_tokens_are_those_of_the_chat_template(run, llama) -> None:
+    data, _, result = run
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    for pair in pd.read_parquet(folder(result, "pairs") / "pairs.parquet").head(8).itertuples():
+        row = rows[pair.row]
+        text = tokenizer.apply_chat_template(row["prompt"] + row["rejected"], tokenize=False)
+        assert text.startswith(tokenizer.decode([*pair.prompt_ids, *pair.rejected_ids]))
+        assert row["rejected"][0]["content"].strip() in tokenizer.decode(pair.rejected_ids)
+
+
+@torch.no_grad()
+def _logps(model, prompt, completion):
+    ids = torch.tensor([[*prompt, *completion]])
+    words = model(ids).logits[0, :-1].double().log_softmax(-1)
+    return float(words.gather(1, ids[0, 1:, None])[len(prompt) - 1 :].sum())
+
+
+@pytest.mark.parametrize("key", ["dpo", "auto"])
+def test_heldout_margins_and_their_log_loss(run, llama, key) -> None:
+    result = run[2]
+    pairs = pd.read_parquet(folder(result, "pairs") / "pairs.parquet").query("split == 'heldout'")
+    base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    found = {}
+    for name in ("reference", "policy"):
+        model = base
+        if name == "policy":
+            model = PeftModel.from_pretrained(base, folder(result, f"policy/own/{key}/seed0") / "adapter").eval()
+        found[name] = [
+            _logps(model, p.prompt_ids, p.chosen_ids) - _logps(model, p.prompt_ids, p.rejected_ids)
+            for p in pairs.itertuples()
+        ]
+    expected = np.array(found["policy"]) - found["reference"]
+    table = lines(result, f"heldout/own/{key}/seed0")
+    np.testing.assert_allclose(table["log_ratio_margin"], expected, atol=2e-4)
+    best = minimize_scalar(lambda s: np.logaddexp(0, -expected * np.exp(s)).mean(), bounds=(-6, 6), method="bounded")
+    losses = pd.Series(np.logaddexp(0, -expected * np.exp(best.x)))
+    prompts = pairs["prompt_id"].to_numpy()
+    metrics = result.records[f"heldout/own/{key}/seed0"].metrics
+    assert metrics["heldout_log_loss"].mean == pytest.approx(losses.groupby(prompts).mean().mean(), abs=1e-4)
+    right = pd.Series(expected > 0).groupby(prompts).mean()
+    assert metrics["heldout_accuracy"].mean == pytest.approx(right.mean())
+    assert metrics["heldout_accuracy"].n == len(right) < len(pairs)
+
+
+def test_responses_have_the_judges_rewards(run) -> None:
+    data, _, result = run
+    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    pairs = pd.read_parquet(folder(result, "pairs") / "pairs.parquet").drop_duplicates("prompt_id")
+    said = {pair.prompt_id: rows[pair.row]["prompt"] for pair in pairs.itertuples()}
+    table = lines(result, "evaluation/own/madpo/seed0")
+    assert table["temperature"].value_counts(dropna=False).nunique() == 1, "as many at 0.5 as at 1"
+    scorer = load_scorer(folder(result, "judge"))
+    answers = [[{"role": "assistant", "content": text}] for text in table["response"]]
+    given = [Pair(i, i, said[p], a, a, {}) for i, (p, a) in enumerate(zip(table["prompt_id"], answers, strict=True))]
+    rewards, _ = scorer.score_pairs(given, "responses", "row")
+    np.testing.assert_allclose(table["oracle_reward"], rewards, atol=1e-5)
+
+
+def test_the_report_has_the_paired_differences_and_a_verdict(run) -> None:
+    result = run[2]
+    told = json.loads((result.root / "results.json").read_bytes())
+    methods = {row["key"]: row for row in told["tiers"]["own"]["methods"]}
+    tables = {key: lines(result, f"heldout/own/{key}/seed0").groupby("prompt_id")["log_loss"].mean() for key in methods
+              if key != "sft"}  # fmt: skip
+    assert set(tables) == {"dpo", "dpo-beta=0.5", "madpo", "madpo-beta=0.5", "auto"}
+    difference = methods["madpo"]["log_loss_difference"]
+    assert difference["mean"] == pytest.approx((tables["madpo"] - tables["dpo"]).mean())
+    assert methods["sft"]["name"] == "Reference"
+    assert all(row["oracle_reward"] for row in methods.values())
+    assert "preference training" in told["summary"][1].lower()
+    page = (result.root / "report.html").read_text(encoding="utf-8")
+    assert told["summary"][1].split(";")[0].replace("'", "&#39;") in page
+    assert "Figure 1 of the paper" not in page
+
+
+def test_a_further_loss_leaves_what_is_finished(run, llama) -> None:
+    data, how, result = run
+    again = compare(data, result.root, how)
+    assert not again.ran
+    more = how.model_copy(update={"losses": (*how.losses, "ipo"), "seeds": (0, 1)})
+    plan = {step.name: status for step, status in compare(data, result.root, more, dry_run=True).plan}
+    assert all(plan[name] == "done" for name in result.records)
+    assert plan["policy/own/ipo/seed0"] == plan["policy/own/dpo/seed1"] == "to run"
+
+
+def test_margins_of_the_pairs_take_the_place_of_a_probe(llama, tmp_path) -> None:
+    rows = [{**row, "reward_margin": float(i)} for i, row in enumerate(text_pairs(PAIRS))]
+    result = compare(write(tmp_path / "p.jsonl", rows), tmp_path / "out", settings(llama), only=["pairs"])
+    names = [step.name for step in result.graph]
+    assert not any(name.startswith(("margins", "probe", "evaluation", "judge")) for name in names), "no judge is given"
+    pairs = pd.read_parquet(folder(result, "pairs") / "pairs.parquet")
+    margins = pd.read_parquet(folder(result, "pairs") / "margins.parquet")
+    assert (margins["reward_margin"] == pairs["row"]).all()
+    step = next(step for step in result.graph if step.name == "policy/own/madpo/seed0")
+    assert step.inputs["margins"].name == "pairs"
+
+
+def test_mistakes_are_told_before_a_model_loads(tmp_path) -> None:
+    data = write(tmp_path / "p.jsonl", text_pairs(20))
+    with pytest.raises(ConfigError, match="did you mean 'madpo'"):
+        settings("tiny-llama", losses=["mapdo"])
+    with pytest.raises(ConfigError, match=r"losses: madpo: tau is -1"):
+        settings("tiny-llama", losses=[{"kind": "madpo", "tau": -1}])
+    with pytest.raises(DataError, match="chosen_score"):
+        compare(data, tmp_path / "out", settings("tiny-llama", losses=["omni_dpo"]), dry_run=True)
+    with pytest.raises(ConfigError, match="twice"):
+        compare(data, tmp_path / "out", settings("tiny-llama", losses=["ipo", "ipo"]), dry_run=True)
+    assert not (tmp_path / "out").exists()
+
+
+def _tier(gain, prompts=60):
+    """DPO, and MADPO whose held-out log loss is lower by ``gain`` on average."""
+    draw = np.random.default_rng(0)
+    base = draw.normal(0.6, 0.1, prompts)
+    losses = {"dpo": base, "madpo": base - gain + draw.normal(0, 0.05, prompts)}
+    parts = [
+        pd.DataFrame({"prompt_id": range(prompts), "sample": 0, "log_loss": x, "right": 1.0 * (x < 0.69)}).assign(
+            key=key, seed="seed0"
+        )
+        for key, x in losses.items()
+    ]
+    samples = pd.concat(parts).reindex(columns=["key", "seed", *SAMPLES, *HELDOUT])
+    rows = [Row(key, key.upper(), key.upper(), {"kind": key, "beta": 0.1}, seeds=("seed0",)) for key in losses]
+    return measured(Tier("own", rows, samples))
+
+
+@pytest.mark.parametrize(("gain", "kind", "words"), [(0.1, "above", "take MADPO"), (0.0, "above", "plain DPO is as")])
+def test_the_verdict_follows_the_paired_difference(gain, kind, words) -> None:
+    found = own_verdict(_tier(gain))
+    assert found.kind == kind
+    assert words in found.level
+    assert found.level.startswith("Preference training helps on these pairs: DPO orders 8")
