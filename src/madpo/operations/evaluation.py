@@ -217,8 +217,8 @@ def _responses(place: Place, prompts: Sequence[Prompt], settings: EvaluateSettin
         for draw, (mine, theirs) in enumerate(zip(*drawn, strict=True)):
             at: list[dict[str, float]] = [{"temperature": temperature}] * len(mine) if temperature is not None else []
             if temperature is None:
-                written, how = [said.ids for said in mine], {"batch_size": settings.score_batch_size}
-                kl = divergence(policy, reference, prompt_ids, written, pad=tokenizer.pad_token_id, **how)[1]
+                written, size = [said.ids for said in mine], settings.score_batch_size
+                kl = divergence(policy, reference, prompt_ids, written, pad=tokenizer.pad_token_id, batch_size=size)[1]
                 at = [{"kl": apart} for apart in kl.tolist()]
             for prompt, a, b, more in zip(prompts, mine, theirs, at, strict=True):
                 sample = {"prompt_id": prompt.prompt_id, "sample": draw, "prompt": prompt.content, **more}

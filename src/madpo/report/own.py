@@ -122,8 +122,8 @@ def own_table(tier: Tier) -> Table:
 
 def own_notes(experiment: Mapping[str, Any], records: Mapping[str, Record]) -> list[str]:
     """What to know of the judge."""
-    if experiment.get("judge_saw_pairs"):
-        return ["The judge was trained on these very pairs, the held-out ones among them: it knows their labels."]
+    if seen := experiment.get("judge_saw_pairs"):
+        return [f"The judge was trained on {seen} of these pairs: it may know the labels of held-out ones."]
     if experiment.get("judge") == "probe":
         right = records["judge"].metrics.get("heldout_accuracy") if "judge" in records else None
         known = (

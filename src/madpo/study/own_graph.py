@@ -11,7 +11,7 @@ from madpo.data.load import PairStream
 from madpo.data.tokens import text_length
 from madpo.operations.own_pairs import OwnPairsStage, Size, read_own_pairs
 from madpo.operations.preconditions import require_columns
-from madpo.operations.reward_model import load_pair_encoder, trained_on_data
+from madpo.operations.reward_model import load_pair_encoder, seen_pairs
 from madpo.operations.running import digest
 from madpo.operations.study_probe import ProbeStage, fit_pairs_probe
 from madpo.report.methods import REFERENCE, method_of, settings_words
@@ -28,7 +28,7 @@ class OwnTrunk(Trunk):
     """The pairs, the model, and the judge.
 
     Attributes:
-        judge_saw_pairs: whether the judge was trained on these very pairs.
+        judge_saw_pairs: how many of the pairs the judge was trained on, as far as its folder says.
 
     Raises:
         ConfigError, DataError: the pairs cannot be read, a loss reads a column that they lack, or the judge is none.
@@ -56,7 +56,7 @@ class OwnTrunk(Trunk):
         given: dict[str, Step | Source] = {"data": _source(data), "reference": self.sft}
         given |= {} if eval_data is None else {"eval_data": _source(eval_data)}
         self._pairs = self.add("pairs", read_own_pairs, stage, given, says=f"reading {size.pairs} pairs")
-        self.judge, self.judge_saw_pairs = {}, False
+        self.judge, self.judge_saw_pairs = {}, 0
         if probed:
             says = "the judge, a probe on pairs that no policy sees"
             inputs: dict[str, Step | Source] = {"pairs": self._pairs, "reference": self.sft}
@@ -65,7 +65,7 @@ class OwnTrunk(Trunk):
         elif settings.judge is not None:
             load_pair_encoder(settings.judge)
             self.judge = {"judge": _source(settings.judge)}
-            self.judge_saw_pairs = trained_on_data(settings.judge, data)
+            self.judge_saw_pairs = seen_pairs(settings.judge, PairStream(data, settings.reading)) or 0
 
     def rows(self) -> tuple[Method, ...]:
         """The losses at every beta."""
