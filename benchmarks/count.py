@@ -7,10 +7,15 @@ A dispatch mode follows every aten operator of one step (forward, backward, clip
   a size from ``bincount``). The batch and the model are on the device, and so is what is computed from them. Tensors
   that the host made for itself are not;
 - bytes that the operators read and write, each operand once, without caches;
-- floating-point operations of products and attention (torch's own counter);
+- floating-point operations of products and attention (torch's own formulas);
+- the roofline: of every operator the longer of operations over ``--rate`` and bytes over ``--bandwidth``, summed. An
+  estimate from below: launches, waits, small shapes and the share of its peak that a kernel reaches are not in it;
 - bytes of saved tensors: what autograd keeps for the backward pass at the most, parameters left out.
 
+With ``--paper`` the weights are fake tensors, so that a ``config.json`` of any size can be counted.
+
     python benchmarks/count.py --model gemma-3-270m --prompt 20 --completion 176 --batch 8 --json out.json
+    python benchmarks/count.py --paper --model FOLDER --prompt 512 --completion 512 --batch 4 --dtype bfloat16
     python benchmarks/count.py --tiny                # a model of 18 narrow layers: operators and waits in seconds
 """
 
@@ -19,6 +24,8 @@ from __future__ import annotations
 import json
 import traceback
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 from train_step import build
 from workers import Worker, serve, step_options, step_spec, write_steps
@@ -34,19 +41,32 @@ from workers import Worker, serve, step_options, step_spec, write_steps
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "equal", "unique_consecutive", "_unique2"}
 
 
+HOPPER = (989e12, 3.35e12)
+"""Dense bfloat16 operations and bytes of memory a second of an H100 SXM, as NVIDIA publishes them."""
+
+_FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+# torch has formulas for GPUs' kernels only. Two products; five in the backward pass, which computes scores again.
+flop_registry[_FUSED] = lambda q, k, *rest, **named: 4 * q.numel() * k.shape[-2]
+flop_registry[_FUSED_BACKWARD] = lambda grad, q, k, *rest, **named: 10 * q.numel() * k.shape[-2]
+
+
 class Counts(TorchDispatchMode):
-    """Operators, waits and bytes of what runs inside.
+    """Operators, waits, bytes, operations and roofline seconds of what runs inside.
 
     Args:
         device: tensors that are on the device at the start.
+        rate, bandwidth: operations and bytes a second.
     """
 
-    def __init__(self, device: list[Tensor]) -> None:
+    def __init__(self, device: list[Tensor], rate: float = HOPPER[0], bandwidth: float = HOPPER[1]) -> None:
         super().__init__()
         self.operators: Counter[str] = Counter()
         self.views = 0
         self.waits: Counter[str] = Counter()
-        self.bytes = 0
+        self.bytes = self.flops = 0
+        self.seconds = 0.0
+        self._rate, self._bandwidth = rate, bandwidth
         self._device = WeakIdKeyDictionary()
         for tensor in device:
             self._device[tensor] = True
@@ -54,6 +74,8 @@ class Counts(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if func.namespace == "prim":  # the device of a tensor on paper
+            return out
         if not any(t in self._device for t in read):
             return out  # the host's own
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
@@ -66,7 +88,12 @@ class Counts(TorchDispatchMode):
             self.views += 1
             return out
         self.operators[name] += 1
-        self.bytes += sum(t.numel() * t.element_size() for t in [*read, *made])
+        moved = sum(t.numel() * t.element_size() for t in [*read, *made])
+        formula = flop_registry.get(func.overloadpacket)
+        flops = 0 if formula is None else formula(*args, **(kwargs or {}), out_val=out)
+        self.bytes += moved
+        self.flops += flops
+        self.seconds += max(flops / self._rate, moved / self._bandwidth)
         return out
 
 
@@ -80,13 +107,13 @@ class Saved(torch.autograd.graph.saved_tensors_hooks):
     """Bytes that autograd holds for the backward pass: storages once, parameters and what was there before not."""
 
     def __init__(self, known: list[Tensor]) -> None:
-        seen = {t.untyped_storage().data_ptr() for t in known}
+        seen = {t.untyped_storage()._cdata for t in known}
         self.bytes = 0
 
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in seen:
-                seen.add(storage.data_ptr())
+            if storage._cdata not in seen:
+                seen.add(storage._cdata)
                 self.bytes += storage.nbytes()
             return tensor
 
@@ -144,35 +171,34 @@ def tiny_model() -> str:
 def work(spec: dict[str, Any]) -> None:
     """Serve the counts of one contender."""
     from madpo.losses import MADPO
+    from madpo.models.on_paper import Answers
 
     trainer, _ = build(spec)
     if spec["name"] == "ours":
         trainer.loss = MADPO()
     rows = list(trainer.train_dataset)[: spec["batch"]]
 
+    kept: list[Any] = []
+
+    @contextmanager
+    def watched(there: list[Tensor]) -> Iterator[None]:
+        kept[:] = Counts(there, spec["rate"], spec["bandwidth"]), Saved(there)
+        with kept[0], kept[1]:
+            yield
+
     def counts() -> dict[str, Any]:
-        from contextlib import nullcontext
-
-        step(trainer, rows, lambda there: nullcontext())  # what is decided once per model is decided here
-        kept: list[Any] = []
-
-        def around(make: Any) -> Any:
-            def enter(there: list[Tensor]) -> Any:
-                kept.append(make(there))
-                return kept[-1]
-
-            return enter
-
-        step(trainer, rows, around(Counts))
-        step(trainer, rows, around(Saved))
-        step(trainer, rows, around(lambda there: FlopCounterMode(display=False)))
-        seen, saved, flops = kept
+        if not spec["paper"]:
+            step(trainer, rows, lambda there: nullcontext())  # what is decided once per model is decided here
+        with Answers() if spec["paper"] else nullcontext():
+            step(trainer, rows, watched)
+        seen, saved = kept
         return {
             "operators": sum(seen.operators.values()),
             "views": seen.views,
             "waits": dict(seen.waits),
             "bytes": seen.bytes,
-            "flops": flops.get_total_flops(),
+            "flops": seen.flops,
+            "seconds": seen.seconds,
             "saved": saved.bytes,
             "common": dict(seen.operators.most_common(12)),
         }
@@ -184,12 +210,16 @@ def main() -> None:
     parser = step_options(__doc__)
     parser.add_argument("--tiny", action="store_true", help="a model of 18 narrow layers in place of --model")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--paper", action="store_true", help="weights without numbers: only config.json is read")
+    parser.add_argument("--rate", type=float, default=HOPPER[0], help="operations a second; an H100's in bfloat16")
+    parser.add_argument("--bandwidth", type=float, default=HOPPER[1], help="bytes a second; an H100's")
     options = parser.parse_args()
     if options.worker:
         return work(json.loads(options.worker))
     if options.tiny:
         options.model = tiny_model()
-    base = {**step_spec(options), "dtype": options.dtype}
+    own = {key: getattr(options, key) for key in ("dtype", "paper", "rate", "bandwidth")}
+    base = {**step_spec(options), **own}
     found = {}
     for name in ("ours", "trl"):
         worker = Worker(__file__, {**base, "name": name})
@@ -203,6 +233,7 @@ def main() -> None:
         ("waits", "", 1),
         ("bytes", "GB", 1e9),
         ("flops", "GFLOP", 1e9),
+        ("seconds", "ms, roofline", 1e-3),
         ("saved", "MiB", 2**20),
     ):
         a, b = (rows[name][key] / scale for name in ("ours", "trl"))

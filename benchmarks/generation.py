@@ -63,7 +63,7 @@ def work(spec: dict[str, Any]) -> None:
         tokens = 0
         size = max(1, batch // samples)
         for first in range(0, min(count, len(prompts)), size):
-            ids = torch.tensor(prompts[first : min(first + size, count)])
+            ids = torch.tensor(prompts[first : min(first + size, count)], device=model.device)
             out = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -75,7 +75,7 @@ def work(spec: dict[str, Any]) -> None:
                 min_new_tokens=spec["completion"],
                 num_return_sequences=samples,
             )
-            tokens += out[:, ids.shape[1] :].numel()
+            tokens += len(out[:, ids.shape[1] :].flatten().tolist())
         return tokens / (time.perf_counter() - start)
 
     serve({"tokens_per_second": stock if spec["name"] == "stock" else ours})

@@ -15,9 +15,9 @@ from train_step import pairs_of_reviews
 from workers import (
     Worker,
     forget_peak,
+    held,
     memory_above,
     ready,
-    resident,
     same_losses,
     serve,
     show_ratio,
@@ -30,13 +30,13 @@ from workers import (
 
 
 def build(spec: dict[str, Any]) -> tuple[Any, float]:
-    """A trainer ready to step, and the resident memory with only its model loaded, MiB."""
+    """A trainer ready to step, and the memory held with only its model loaded, MiB."""
     import torch
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
     from madpo.models.hyperparameters import LoRA
-    from madpo.models.load import load_classifier, load_tokenizer, resolve_model
+    from madpo.models.load import load_classifier, load_tokenizer, placed, resolve_model
     from madpo.training.reward import RewardModelTrainer
 
     path = resolve_model(spec["model"])
@@ -53,14 +53,14 @@ def build(spec: dict[str, Any]) -> tuple[Any, float]:
             for i, row in enumerate(rows)
         ]
     )
-    model = load_classifier(path, num_labels=1, new_head=True, dtype=getattr(torch, spec["dtype"]))
+    model = placed(load_classifier(path, num_labels=1, new_head=True, dtype=getattr(torch, spec["dtype"])))
     model.config.pad_token_id = tokenizer.pad_token_id
     with torch.no_grad():
         for weight in model.parameters():  # the file's pages count as resident only once they are read
             weight.data = weight.data.clone()
         # The same head in both, small enough for rewards of about one log-odds.
         model.score.weight.copy_(1e-3 * torch.sin(torch.arange(model.score.weight.numel()))[None])
-    loaded = resident("VmRSS")
+    loaded = held()
     arguments = RewardConfig(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=spec["batch"],

@@ -12,14 +12,15 @@ import json
 import statistics
 import tempfile
 import time
+from importlib.util import find_spec
 from typing import Any
 
 from workers import (
     Worker,
     forget_peak,
+    held,
     memory_above,
     ready,
-    resident,
     same_losses,
     serve,
     show_ratio,
@@ -55,31 +56,51 @@ def pairs_of_reviews(path: Any, count: int, prompt: int, completion: int) -> lis
     ]
 
 
+def pairs_on_paper(count: int, prompt: int, completion: int) -> list[dict[str, Any]]:
+    """Pairs of these lengths for a model without weights, with the columns that need some."""
+    ids = {"prompt_ids": [5] * prompt, "chosen_ids": [6] * completion, "rejected_ids": [7] * completion}
+    numbers = {"reward_margin": 1.0, "ref_chosen_logps": -9.0, "ref_rejected_logps": -9.0}
+    return [{**ids, **numbers} for _ in range(count)]
+
+
 def build(spec: dict[str, Any]) -> tuple[Any, float]:
-    """A trainer ready to step, and the resident memory with only its model loaded, MiB."""
+    """A trainer ready to step, and the memory held with only its model loaded, MiB."""
+    from contextlib import nullcontext
+
     import torch
     from datasets import Dataset
+    from torch._subclasses.fake_tensor import FakeTensorMode
     from trl import DPOConfig, DPOTrainer
 
     from madpo.losses import MADPO
-    from madpo.models.load import LoRA, load_model, load_tokenizer, resolve_model
+    from madpo.models.load import LoRA, load_model, load_tokenizer, resolve_model, small_tokenizer
+    from madpo.models.on_paper import on_paper, paper_model
     from madpo.training import PreferenceConfig, PreferenceTrainer
 
     class TakesIds(DPOTrainer):
-        """Stock TRL on the same token ids."""
+        """Stock TRL on the same token ids, with the reference columns that there are."""
 
         def _prepare_dataset(self, dataset, *args, **kwargs):
             return dataset
 
+        def _precompute_ref_logps(self, dataset, *args):
+            known = "ref_chosen_logps" in dataset.column_names
+            return dataset if known else super()._precompute_ref_logps(dataset, *args)
+
     path = resolve_model(spec["model"])
-    data = Dataset.from_list(
-        pairs_of_reviews(path, spec["batch"] * spec["batches"], spec["prompt"], spec["completion"])
-    )
+    count, lengths = spec["batch"] * spec["batches"], (spec["prompt"], spec["completion"])
     dtype = getattr(torch, spec["dtype"])
-    model = load_model(path, dtype=dtype)
-    for weight in model.parameters():  # the file's pages count as resident only once they are read
-        weight.data = weight.data.clone()
-    loaded = resident("VmRSS")
+    making: Any = nullcontext()
+    if spec.get("paper"):
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        model, tokenizer, making = paper_model(path, dtype=dtype, mode=mode), small_tokenizer(), on_paper(mode)
+        data = Dataset.from_list(pairs_on_paper(count, *lengths))
+    else:
+        model, tokenizer = load_model(path, dtype=dtype), load_tokenizer(path)
+        data = Dataset.from_list(pairs_of_reviews(path, count, *lengths))
+        for weight in model.parameters():  # the file's pages count as resident only once they are read
+            weight.data = weight.data.clone()
+    loaded = held()
     arguments = {
         "output_dir": tempfile.mkdtemp(),
         "per_device_train_batch_size": spec["batch"],
@@ -97,19 +118,22 @@ def build(spec: dict[str, Any]) -> tuple[Any, float]:
             "precompute_ref_log_probs": True,
             "precompute_ref_batch_size": spec["batch"],
         }
+    if spec["name"] == "trl liger":
+        arguments["use_liger_kernel"] = True
     ours = spec["name"] == "ours"
     cls, args_cls, extra = (
         (PreferenceTrainer, PreferenceConfig, {"loss": MADPO()}) if ours else (TakesIds, DPOConfig, {})
     )
-    built = cls(
-        model,
-        args=args_cls(**arguments),
-        train_dataset=data,
-        processing_class=load_tokenizer(path),
-        peft_config=LoRA().peft_config("CAUSAL_LM", model),
-        **extra,
-    )
-    return ready(built), loaded
+    with making:
+        built = cls(
+            model,
+            args=args_cls(**arguments),
+            train_dataset=data,
+            processing_class=tokenizer,
+            peft_config=LoRA().peft_config("CAUSAL_LM", model),
+            **extra,
+        )
+        return ready(built), loaded
 
 
 def work(spec: dict[str, Any]) -> None:
@@ -169,18 +193,24 @@ def main() -> None:
         "--weight-repeats", type=int, default=0, help="interleaved DPO and MADPO steps (40 for the claim)"
     )
     parser.add_argument("--default", action="store_true", help="also time TRL's defaults")
+    parser.add_argument("--liger", action="store_true", help="also time tuned TRL with Liger's kernels, on a GPU")
     parser.add_argument("--ours-model", help="another model for ours alone: a copy with a trimmed vocabulary")
     parser.add_argument("--unchecked", action="store_true", help="skip the float32 comparison")
     options = parser.parse_args()
     if options.worker:
         return work(json.loads(options.worker))
+    import torch
+
     from madpo.models.load import compute_dtype
 
     base = step_spec(options)
     # A trimmed copy has other tokens: its losses are not TRL's, which its exactness tests speak of.
     gap = None if options.unchecked or options.ours_model else same_losses(__file__, base, loss="dpo")
     dtype = str(compute_dtype()).removeprefix("torch.")
-    names = ["ours", "trl", *(["trl default"] if options.default else [])]
+    liger = options.liger and torch.cuda.is_available() and find_spec("liger_kernel") is not None
+    if options.liger and not liger:
+        print("Liger's kernels are left out: they need a GPU and the package liger-kernel")
+    names = ["ours", "trl", *["trl liger"] * liger, *["trl default"] * options.default]
     models = {"ours": options.ours_model or options.model}
     workers = {
         name: Worker(__file__, {**base, "name": name, "dtype": dtype, "model": models.get(name, options.model)})

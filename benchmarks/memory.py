@@ -1,0 +1,48 @@
+"""The memory of a training step on paper (``madpo train --dry_run``) against the measured one, above the model.
+
+python benchmarks/memory.py --model gemma-3-270m --prompt 20 --completion 48 --batch 8 --json out.json
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from workers import Worker, serve, step_options, step_spec, write_steps
+
+
+def work(spec: dict[str, Any]) -> None:
+    """Serve what a step needs on paper, MiB above the model."""
+    from madpo.operations.memory_plan import memory_plan
+    from madpo.operations.train_settings import TrainSettings
+
+    def paper() -> float:
+        arguments = {"per_device_train_batch_size": spec["batch"], "bf16": spec["dtype"] == "bfloat16"}
+        settings = TrainSettings(model=spec["model"], dtype=spec["dtype"], loss={"kind": "dpo"}, args=arguments)
+        step = memory_plan("", settings, lengths=(spec["prompt"], spec["completion"]), memory=1).step
+        return (step.peak - (step.weights - step.gradients)) / 2**20  # an adapter is as large as its gradients
+
+    serve({"paper": paper})
+
+
+def main() -> None:
+    options = step_options(__doc__).parse_args()
+    if options.worker:
+        return work(json.loads(options.worker))
+    from madpo.models.load import compute_dtype
+
+    spec = {**step_spec(options), "name": "ours", "dtype": str(compute_dtype()).removeprefix("torch.")}
+    worker = Worker(str(Path(__file__).with_name("train_step.py")), spec)
+    for _ in range(options.repeats):
+        worker.ask("step", loss="dpo")
+    measured = worker.ask("memory")
+    worker.close()
+    worker = Worker(__file__, spec)
+    paper = worker.ask("paper")
+    worker.close()
+    shape = f"{options.model}, {options.prompt} + {options.completion} tokens, batch {options.batch}, {spec['dtype']}"
+    print(f"{shape}: {paper:.0f} MiB on paper, {measured:.0f} measured, {paper / measured - 1:+.1%}")
+    write_steps(options, dtype=spec["dtype"], paper_mib=paper, measured_mib=measured)
+
+
+if __name__ == "__main__":
+    main()
