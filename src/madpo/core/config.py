@@ -153,9 +153,7 @@ def key_values(overrides: Mapping[str, object] | Sequence[str]) -> dict[str, obj
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
-            raise ConfigError(
-                f"--set {text!r} is not key=value; write for example --set policy.optimisation.learning_rate=1e-4"
-            )
+            raise ConfigError(f"--set {text!r} is not key=value, such as --set policy.optimisation.learning_rate=1e-4")
         pairs[key.strip()] = toml_value(value.strip())
     return pairs
 

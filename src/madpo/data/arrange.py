@@ -329,9 +329,7 @@ class Arranger:
             path = [*before, {"role": message.get("role"), "content": self._text_of(message, place)}]
             replies = message.get(layout.replies) or []
             if not isinstance(replies, list | tuple) or not all(isinstance(reply, Mapping) for reply in replies):
-                raise DataError(
-                    f"{place}: {layout.replies} is {described(replies)}, not a list of messages; correct it"
-                )
+                raise DataError(f"{place}: {layout.replies} is {described(replies)}, no list of messages; correct it")
             left += [(reply, path) for reply in reversed(replies)]
             key = (layout.rank or _RANKS)[0]
             ranked = [
@@ -352,9 +350,7 @@ class Arranger:
     def _text_of(self, message: Raw, place: str) -> str:
         text = next((message[key] for key in ("text", "content", "value") if message.get(key) is not None), None)
         if not isinstance(text, str):
-            raise DataError(
-                f"{place}: a message of the tree has {described(text)} for text; fill it in or drop the row"
-            )
+            raise DataError(f"{place}: a message of the tree has the text {described(text)}; fill it in or drop it")
         return text
 
 

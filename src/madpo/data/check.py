@@ -134,9 +134,7 @@ class CheckReport(Report):
             lines.append(f"max_length {t.max_length}: {t.too_long} pairs are longer; {t.dropped} dropped, {t.cut} cut")
         lines += [f"as the model sees it: {shown}" for shown in self.rendered]
         if self.date is not None:
-            lines.append(
-                f"the chat template prints the date, here {self.date}; a training keeps that of its first start"
-            )
+            lines.append(f"the chat template prints the date, here {self.date}; a training keeps its first start's")
         for finding in self.findings:
             of = self.eval_pairs if finding.kind.startswith("leaked") and self.eval_pairs else self.pairs
             lines.append(f"warning: {finding.count} of {of} pairs: {finding.says}; {finding.remedy}")

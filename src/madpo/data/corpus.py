@@ -130,7 +130,7 @@ def oracle_reviews(corpus: pd.DataFrame, *, sft: int, prompts: int) -> pd.DataFr
     for positive, word in ((True, "positive"), (False, "negative")):
         if not (left.loc[left["source"] == IMDB, "positive"] == positive).any():
             raise ConfigError(
-                f"{sft} reviews for SFT and {prompts} prompts leave the oracle no {word} review; use fewer of them"
+                f"{sft} reviews for SFT and {prompts} prompts leave the oracle no {word} review; use fewer"
             )
     return left
 

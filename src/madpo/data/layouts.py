@@ -163,9 +163,7 @@ def _ordered(given: Layout, names: Sequence[str], place: str) -> Layout:
     for column, verb in given.columns(names).items():
         if column not in names:
             near = did_you_mean(column, names)
-            raise DataError(
-                f"{place}: has no column {column!r}, which columns.{verb} names (found {listed(names)}){near}"
-            )
+            raise DataError(f"{place}: no column {column!r}, which columns.{verb} names (found {listed(names)}){near}")
     if given.chosen or given.label or given.score or given.rank or given.order:
         return given
     words = layout_table()["words"]

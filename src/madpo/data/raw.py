@@ -113,9 +113,7 @@ def as_number(value: Any, name: str, place: str, *, from_text: bool = False) -> 
         try:
             number = float(value)
         except ValueError:
-            raise DataError(
-                f"{place}: {name} is {described(value)}, not a number; correct it or drop the row"
-            ) from None
+            raise DataError(f"{place}: {name} is {described(value)}, not a number; correct or drop the row") from None
     if isinstance(number, bool) or not isinstance(number, int | float):
         hint = "write it without quotes" if isinstance(value, str) else "give a number"
         raise DataError(f"{place}: {name} is {described(value)}, not a number; {hint}")

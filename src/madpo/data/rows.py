@@ -148,9 +148,7 @@ class Reader:
             theirs = self.columns.read_as.get(ours, ours)
             pair.numbers[ours] = as_number(values[ours], theirs, place, from_text=self.from_text)
         if pair.numbers.get("weight", 0.0) < 0:
-            raise DataError(
-                f"{place}: weight is {pair.numbers['weight']}, but must be 0 or more; correct it or drop the row"
-            )
+            raise DataError(f"{place}: weight is {pair.numbers['weight']}, and must be 0 or more; correct it")
         _flag(pair)
         return pair
 
@@ -253,9 +251,7 @@ def _pair_id(value: Any, place: str) -> int:
     if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit() and len(value) < 19:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-        raise DataError(
-            f"{place}: pair_id is {described(value)}, not a whole number from 0; correct or drop the column"
-        )
+        raise DataError(f"{place}: pair_id is {described(value)}, no whole number from 0; correct or drop the column")
     return value
 
 

@@ -55,9 +55,7 @@ def open_source(data: str | Path, *, wanted: Wanted = None) -> Source:
     """
     name = printable(str(data))
     if not str(data) or "\0" in str(data):
-        raise DataError(
-            f"{name!r} is no path; give a .jsonl, .parquet or .csv file or a hub data set such as owner/name"
-        )
+        raise DataError(f"{name!r} is no path; give a .jsonl, .parquet or .csv file or a hub data set owner/name")
     path = expanded(data)
     try:
         mode = os.stat(path).st_mode
@@ -66,9 +64,7 @@ def open_source(data: str | Path, *, wanted: Wanted = None) -> Source:
             return _folder(name, *part, wanted)
         if _is_hub_name(data):
             return _hub(name)
-        raise DataError(
-            f"{name}: there is no such file; check the path, or give a hub data set as owner/name"
-        ) from None
+        raise DataError(f"{name}: there is no such file; check the path, or give a hub data set owner/name") from None
     except OSError as error:
         raise DataError(f"{name}: cannot be opened ({error.strerror}); give the path of a readable file") from None
     except UnicodeEncodeError:
@@ -128,9 +124,7 @@ def _file(name: str, path: Path, wanted: Wanted) -> Source:
         if head.startswith(magic):
             raise DataError(f"{name}: {remedy}")
     if zipped != head.startswith(b"\x1f\x8b"):
-        remedy = (
-            "ends in .gz but is not gzip; rename it" if zipped else "is compressed with gzip; rename it to end in .gz"
-        )
+        remedy = "ends in .gz but is no gzip; rename it" if zipped else "is compressed with gzip; let it end in .gz"
         raise DataError(f"{name}: {remedy}")
     if kind == "jsonl":
         return json_source(name, path, zipped)

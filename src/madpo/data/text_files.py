@@ -55,9 +55,7 @@ def _lines(name: str, path: Path, zipped: bool) -> Generator[tuple[int, bytes], 
         while line := file.readline(MAX_ROW + 1):
             number += 1
             if len(line) > MAX_ROW:
-                raise DataError(
-                    f"{name}, line {number}: is longer than {MAX_ROW // 2**20} MB; write one pair on each line"
-                )
+                raise DataError(f"{name}, line {number}: is longer than {MAX_ROW // 2**20} MB; write one pair per line")
             yield number, line.removeprefix(_BOM) if number == 1 else line
 
 

@@ -47,7 +47,7 @@ class Combined(LossConfig):
         for part in self.parts:
             if part.stateful:
                 raise ConfigError(
-                    f"{_kind(part)} keeps running statistics, so it is no part of a sum; train with it as the only loss"
+                    f"{_kind(part)} keeps running statistics, so it cannot be part of a sum; use it by itself"
                 )
         return self
 

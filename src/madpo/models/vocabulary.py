@@ -275,9 +275,7 @@ def refuse_untranslated(settings: Mapping[str, Any], name: str) -> None:
         if key in _UNTRANSLATED and value:
             raise ConfigError(f"{name}: {key} in its configuration holds ids of tokens; remove it before trimming")
         if "vocab_size" in str(key) and key != "vocab_size" and isinstance(value, int) and value > 0:
-            raise ConfigError(
-                f"{name}: {key} is {value}: the model has a second vocabulary, which cannot be trimmed yet"
-            )
+            raise ConfigError(f"{name}: {key} is {value}: the model has a second vocabulary, which cannot be trimmed")
 
 
 def _is_id(key: Any) -> bool:
