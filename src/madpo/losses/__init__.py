@@ -12,8 +12,7 @@ from pydantic import Field, TypeAdapter
 
 from madpo.losses.adaptive import REDPO, AlphaDPO, BetaDPO
 from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState, PreferenceLoss
-from madpo.losses.combined import Combined
-from madpo.losses.custom import Custom
+from madpo.losses.composed import Combined, Custom
 from madpo.losses.direct import BCO, DPO, IPO, RDPO, WPO, SimPO
 from madpo.losses.margin import MADPO, ODPO, RPO, OmniDPO, SoftDPO, SoftMADPO
 from madpo.losses.weight import log_margin_weight, margin_coefficient, margin_weight
