@@ -40,6 +40,10 @@ Name = Annotated[str, BeforeValidator(_name)]
 Names = Annotated[tuple[Name, ...], BeforeValidator(_names)]
 
 
+COMPLETIONS = ("chosen", "rejected", "sides", "completions", "completion", "replies")
+"""Verbs that say where the completions are."""
+
+
 class Layout(Frozen):
     """Where the parts of a pair are. A name may lead into an object or a list: ``question.full_text``, ``answers.0``.
 
@@ -113,8 +117,7 @@ class Layout(Frozen):
         if (self.chosen is None) != (self.rejected is None):
             missing = "rejected" if self.rejected is None else "chosen"
             raise ValueError(f"columns.{missing} is missing; give chosen and rejected, or neither")
-        ways = [bool(way) for way in (self.chosen, self.sides, self.completions, self.completion, self.replies)]
-        if sum(ways) > 1:
+        if sum(bool(getattr(self, way)) for way in COMPLETIONS if way != "rejected") > 1:
             raise ValueError(
                 "completions are given in two ways; give one of chosen and rejected, sides, completions, completion "
                 "and replies"
@@ -130,7 +133,7 @@ class Layout(Frozen):
     @property
     def has_completions(self) -> bool:
         """Whether it says where the completions are."""
-        return bool(self.chosen or self.sides or self.completions or self.completion or self.replies)
+        return any(getattr(self, way) for way in COMPLETIONS)
 
     @property
     def given(self) -> dict[str, Any]:
@@ -146,7 +149,7 @@ class Layout(Frozen):
 
     def columns(self, names: Container[str]) -> dict[str, str]:
         """Column -> the verb that reads it, of everything that leaves a row when its pair is made."""
-        verbs = ("prompt", "system", "history", "tools", "chosen", "rejected", "sides", "completions", "completion")
+        verbs = ("prompt", "system", "history", "tools", *COMPLETIONS[:-1])
         found = {head(name, names): verb for verb in verbs for name in each(getattr(self, verb))}
         return found | {head(name, names): verb for verb in ("pair_id", *NUMBERS) if (name := getattr(self, verb))}
 
@@ -157,8 +160,8 @@ class Layout(Frozen):
 
     def spelled(self, separator: str = ", ") -> dict[str, str]:
         """Where the completions are and what orders them, verb by verb."""
-        verbs = ("chosen", "rejected", "sides", "completions", "completion", "replies", "label", "score", "rank")
-        return {verb: separator.join(each(value)) for verb in (*verbs, "order") if (value := getattr(self, verb))}
+        verbs = (*COMPLETIONS, "label", "score", "rank", "order")
+        return {verb: separator.join(each(value)) for verb in verbs if (value := getattr(self, verb))}
 
     def strength_name(self) -> str | None:
         """What the strength of a preference is called as a candidate for ``reward_margin``."""

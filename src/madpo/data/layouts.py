@@ -10,7 +10,7 @@ from itertools import product
 
 from madpo.core.config import Frozen
 from madpo.core.errors import DataError
-from madpo.core.layout import Layout, Packaged, each, layout_table, packaged_layouts
+from madpo.core.layout import COMPLETIONS, Layout, Packaged, each, layout_table, packaged_layouts
 from madpo.core.suggestions import did_you_mean
 from madpo.data.prompts import QUESTIONS
 
@@ -19,8 +19,7 @@ USUAL = tuple(name for names in QUESTIONS for name in names[:1])
 
 
 _WORD = re.compile(r"\{(\w+)\}")
-_VERBS: tuple[str, ...] = ("prompt", "system", "history", "chosen", "rejected", "sides", "completions", "completion")
-_VERBS += ("label", "score", "rank", "strength", "requires")
+_VERBS = ("prompt", "system", "history", *COMPLETIONS[:-1], "label", "score", "rank", "strength", "requires")
 
 
 def plain_name(name: str) -> str:
@@ -145,8 +144,7 @@ def _joined(found: Layout, given: Layout) -> Layout:
 
 
 def _completions(layout: Layout) -> tuple[str, ...]:
-    sides = (layout.chosen, layout.rejected, layout.completions, layout.completion, layout.replies)
-    return (*layout.sides, *(side for side in sides if side))
+    return tuple(name for way in COMPLETIONS for name in each(getattr(layout, way)))
 
 
 def _inside(other: Layout, first: Layout) -> bool:
