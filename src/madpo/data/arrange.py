@@ -9,20 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from madpo.core.errors import DataError
-from madpo.core.layout import NUMBERS, Layout, value_at
+from madpo.core.layout import NUMBERS, Layout, layout_table, value_at
 from madpo.data.layouts import plain_name
 from madpo.data.messages import ASSISTANT, as_json, is_blank, said, shared_prefix
 from madpo.data.raw import as_number, described, lacks, null
 
 Raw = Mapping[str, Any]
-_TEXTS = (
-    *("response", "completion", "text", "content", "answer", "output", "message", "messages", "summary"),
-    "generation",
-)
-_SYSTEM = ("custom_system_prompt", "system_prompt", "system")
-_SCORES = ("overall_score", "score", "rating", "fine-grained_score", "pm_score", "reward", "votes")
-_RANKS = ("rank", "ranking")
-_TIES = ("tie", "tied", "ties", "both", "bothbad", "bothgood", "neither", "equal", "same", "draw", "none", "no")
+_INSIDE = {kind: tuple(names) for kind, names in layout_table()["inside"].items()}
 
 
 class Completion(NamedTuple):
@@ -174,7 +167,8 @@ class Arranger:
         if word in map(_spelled, layout.tie):
             raise LeftOut("tie")
         tokens = re.findall(r"[a-z]+|\d+(?:\.\d+)?|[<>=]+", word)
-        if not tokens or "".join(tokens) in _TIES or tokens[0] in _TIES or any("=" in t for t in tokens):
+        ties = _INSIDE["ties"]
+        if not tokens or "".join(tokens) in ties or tokens[0] in ties or any("=" in t for t in tokens):
             raise LeftOut("tie")
         if layout.first and not layout.second:
             return 1
@@ -250,14 +244,14 @@ class Arranger:
         given = {key for key, found in entry.items() if found is not None}
         if self.layout.text is not None:
             return self.side(entry, self.layout.text, f"{place}: {name}")
-        text = next((key for key in _TEXTS if key in given), None)
+        text = next((key for key in _INSIDE["texts"] if key in given), None)
         return entry if text is None or "role" in given else entry[text]
 
     def _entry(self, entry: Any, name: str, place: str) -> Completion:
         layout = self.layout
         # A table gives every object all keys, with null where it had none.
         given = {key for key, found in entry.items() if found is not None} if isinstance(entry, dict) else set()
-        text = next((key for key in ((layout.text,) if layout.text else _TEXTS) if key in given), None)
+        text = next((key for key in ((layout.text,) if layout.text else _INSIDE["texts"]) if key in given), None)
         value, scored = (None, False) if text is None else self._value(entry, name, place)
         if text is None or value is None:
             remedy = "give both, add chosen and rejected, or name its keys with --columns.text KEY --columns.score KEY"
@@ -267,14 +261,14 @@ class Arranger:
                     "--columns.order best-first if the best comes first"
                 )
             raise DataError(f"{place}: {name} lacks response or overall_score; {remedy}")
-        system = next((entry[key] for key in _SYSTEM if isinstance(entry.get(key), str)), "")
+        system = next((entry[key] for key in _INSIDE["system"] if isinstance(entry.get(key), str)), "")
         return Completion(value, self.side(entry, text, f"{place}: {name}"), system, scored)
 
     def _value(self, entry: Raw, name: str, place: str) -> tuple[float | None, bool]:
         """What orders an entry, and whether it is a score: its score, its rank, or the mean rating of its aspects."""
         layout = self.layout
-        for names, sign in ((layout.score or _SCORES, 1), (layout.rank or _RANKS, -1)):
-            if (names is _SCORES and layout.rank) or (names is _RANKS and layout.score):
+        for names, sign in ((layout.score or _INSIDE["scores"], 1), (layout.rank or _INSIDE["ranks"], -1)):
+            if (names is _INSIDE["scores"] and layout.rank) or (names is _INSIDE["ranks"] and layout.score):
                 continue
             key = next((key for key in names if value_at(entry, key) is not None), None)
             if key is not None:
@@ -331,7 +325,7 @@ class Arranger:
             if not isinstance(replies, list | tuple) or not all(isinstance(reply, Mapping) for reply in replies):
                 raise DataError(f"{place}: {layout.replies} is {described(replies)}, no list of messages; correct it")
             left += [(reply, path) for reply in reversed(replies)]
-            key = (layout.rank or _RANKS)[0]
+            key = (layout.rank or _INSIDE["ranks"])[0]
             ranked = [
                 Completion(-self.number(reply[key], key, place), self._text_of(reply, place))
                 for reply in replies

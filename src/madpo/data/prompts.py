@@ -1,7 +1,7 @@
 """The prompt of a row: which columns make it, and how they are joined.
 
-What a column is in the prompt is declared here by its name, so that a new layout is an entry of a table. A column that
-carries context is joined or refused, never dropped.
+What a column is in the prompt is declared by its name in ``layouts.toml``. A column that carries context is joined or
+refused, never dropped.
 """
 
 from __future__ import annotations
@@ -9,37 +9,17 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 from madpo.core.errors import DataError
+from madpo.core.layout import layout_table
 from madpo.data.messages import SYSTEM_ROLES, Message, Text, as_text, contents, encodable, is_blank, said, texts_within
 from madpo.data.raw import described, lacks, null, surplus
 
-# The column with the prompt (text or a conversation), and the columns whose texts go below it: "instruction" and
-# "input" are Alpaca's, "context" is Dolly's. The first entry of which a data set has the first column counts.
-QUESTIONS: tuple[tuple[str, ...], ...] = (
-    ("prompt",),
-    ("instruction", "input", "query", "context"),
-    ("question",),
-    ("query",),
-    ("input",),
-    ("messages",),
-    ("conversations",),
-    ("conversation",),
-    ("trajectory",),
-    ("context",),
-    ("history",),
-)
-# A system prompt: the first message, or in front of a text.
-SYSTEM = ("system", "system_prompt", "system_message", "sys_prompt", "custom_system_prompt")
-# Turns before the prompt: messages, or pairs of a question and its answer.
-HISTORY = ("history", "chat_history", "conversation_history", "dialogue_history")
-# Context that no rule joins; where another column of the tables above is left over, it is treated as one of these.
-CONTEXT = (
-    *("contexts", "document", "documents", "passage", "passages", "background", "knowledge", "persona"),
-    *("dialogue", "dialog", "previous_messages", "previous_turns", "instructions"),
-)
-KNOWN = tuple(dict.fromkeys((*(name for names in QUESTIONS for name in names), *SYSTEM, *HISTORY, *CONTEXT)))
+_TABLE = layout_table()["prompt"]
+QUESTIONS = tuple(map(tuple, _TABLE["questions"]))
+KNOWN = tuple(dict.fromkeys([*chain(*QUESTIONS), *_TABLE["system"], *_TABLE["history"], *_TABLE["context"]]))
 _REQUIRED = ("prompt", "instruction", "question")
 """Columns that hold nothing but a prompt: null in one of them is a mistake. The others may be empty, or hold a copy of
 the whole conversation."""
@@ -68,8 +48,8 @@ class PromptColumns:
         there = set(names)
         begins = next((entry for entry in QUESTIONS if entry[0] in there), ())
         question = tuple(name for name in begins if name in there)
-        system = next((name for name in SYSTEM if name in there), None)
-        history = next((name for name in HISTORY if name in there.difference(question)), None)
+        system = next((name for name in _TABLE["system"] if name in there), None)
+        history = next((name for name in _TABLE["history"] if name in there.difference(question)), None)
         joined = {*question, system, history}
         return cls(question, system, history, tuple(name for name in KNOWN if name in there.difference(joined)))
 

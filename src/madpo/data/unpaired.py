@@ -9,28 +9,13 @@ from contextlib import closing
 from typing import Any
 
 from madpo.core.errors import DataError
-from madpo.core.layout import value_at
+from madpo.core.layout import layout_table, value_at
 from madpo.data.arrange import Arranged, Arranger, Completion, LeftOut
 from madpo.data.messages import ASSISTANT
 from madpo.data.prompts import PromptColumns
 from madpo.data.raw import Source, described, null
 
-GOOD = (
-    "true",
-    "1",
-    "1.0",
-    "yes",
-    "good",
-    "desirable",
-    "chosen",
-    "thumbs_up",
-    "up",
-    "safe",
-    "positive",
-    "like",
-    "liked",
-)
-BAD = ("false", "0", "0.0", "-1", "no", "bad", "undesirable", "rejected", "thumbs_down", "down", "unsafe", "negative")
+GOOD, BAD = (tuple(layout_table()["inside"][kind]) for kind in ("good", "bad"))
 
 
 def paired_rows(
