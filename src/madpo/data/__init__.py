@@ -1,8 +1,7 @@
 """Preference data of users: reading it, checking it, and rows for training. No torch.
 
-A new format is a branch of ``sources.open_source``; a new layout, an entry of ``layouts.toml``; a new name of a number,
-of ``rows.ALIASES``, and of a part of the prompt, of the tables in ``prompts``. Every warning is an entry of
-``findings.toml``.
+A new format is a branch of ``sources.open_source``; a new layout, or a new name of a part of the prompt, an entry of
+``layouts.toml``; a new name of a number, of ``rows.ALIASES``; a new warning, of ``findings.toml``.
 """
 
 from madpo.data.check import CheckReport, check
