@@ -13,10 +13,11 @@ from selenium.webdriver.common.by import By
 from madpo.core.metrics import Estimate
 from madpo.core.seeding import rng
 from madpo.operations.inspection import inspect as inspect_data
+from madpo.operations.tuning.report import Diverged, Heldout, Trial, TuneReport, write_search
+from madpo.operations.tuning.settings import TuneSettings
 from madpo.report import rebuild_report
 from madpo.report.command_pages import write_reward_page, write_samples_page
 from madpo.report.pages import cell
-from madpo.report.tune_page import BASELINE, Search, Trial, write_search
 from madpo.rewards.margins import inspect
 from report_cases import HOSTILE, LONG, make_study
 
@@ -91,18 +92,21 @@ def samples_page(folder: Path) -> Path:
 
 
 def tune_page(folder: Path) -> Path:
-    def measured(value: float) -> dict[str, Estimate | None]:
-        return {"log_loss": Estimate(value, value - 2e-5, value + 2e-5, 150), "reward": None}
+    def measured(value: float) -> Heldout:
+        loss = Estimate(value, value - 2e-5, value + 2e-5, 150)
+        return Heldout(accuracy=loss, log_loss=loss, temperature=1.1, raw_log_loss=loss, mean_margin=0.2)
 
-    values = ({"loss.tau": tau, "optimisation.learning_rate": rate} for tau, rate in ((2.0, 1e-5), (7.0, 1e-3)))
-    trials = [Trial(i, one, measured(0.69316 - 1e-5 * i), 1.1, 0.2) for i, one in enumerate(values)]
-    search = Search(
-        **{"loss": "madpo", "pairs": 150, "folds": 3, "criterion": "log_loss", "chosen": 1, "settings": {}},
-        dimensions={"loss.tau": (None, False), "optimisation.learning_rate": (None, True)},
-        trials=[Trial(BASELINE, {}, measured(0.6932)), *trials, Trial(2, {"loss.tau": 1.0}, diverged=HOSTILE)],
+    values = ({"loss.tau": tau, "args.learning_rate": rate} for tau, rate in ((2.0, 1e-5), (7.0, 1e-3)))
+    space = {"loss.tau": {"values": [1.0, 2.0, 7.0]}, "args.learning_rate": {"low": 1e-5, "high": 1e-3, "log": True}}
+    report = TuneReport(
+        **{"data_digest": None, "pairs": 150, "dropped": 0, "criterion": "log_loss", "chosen": 1},
+        trials=[Trial(number=i, values=v, heldout=measured(0.69316 - 1e-5 * i)) for i, v in enumerate(values)],
+        baseline=Trial(number=-1, values={}, heldout=measured(0.6932)),
         advantage=Estimate(0.001, -0.001, 0.003, 150),
+        settings=TuneSettings(model=HOSTILE, space=space),
+        diverged=[Diverged(number=2, values={"loss.tau": 1.0}, reason=HOSTILE)],
     )
-    write_search(folder, search)
+    write_search(folder, report)
     return folder / "tune.html"
 
 

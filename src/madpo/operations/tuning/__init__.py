@@ -1,8 +1,8 @@
 """The search over a loss's parameters: ``madpo tune``.
 
-``settings`` says what is tried, ``heldout`` measures one setting by cross-validation,
-``reward`` reads the reward of samples at equal KL, ``study`` lets Optuna search, ``page`` shows every trial. Names load
-on first use, so that a mistake in a configuration is reported before TRL is loaded.
+``settings`` says what is tried, ``heldout`` measures one setting by cross-validation, ``reward`` reads the reward of
+samples at equal KL, ``search`` lets Optuna search, ``report`` shows every trial. Names load on first use, so that a
+mistake in a configuration is reported before TRL is loaded.
 """
 
 from typing import TYPE_CHECKING
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from madpo.core.lazy import attach
 
 if TYPE_CHECKING:
-    from madpo.operations.tuning.search import TuneReport as TuneReport
+    from madpo.operations.tuning.report import TuneReport as TuneReport
     from madpo.operations.tuning.search import tune as tune
     from madpo.operations.tuning.settings import Dimension as Dimension
     from madpo.operations.tuning.settings import RewardCriterion as RewardCriterion

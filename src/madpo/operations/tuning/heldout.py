@@ -16,9 +16,7 @@ from safetensors.numpy import load_file, save
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from madpo.core.config import Frozen
 from madpo.core.errors import DivergedError
-from madpo.core.metrics import Estimate
 from madpo.core.statistics import bootstrap_mean, bootstrap_share, fit_temperature, proportion
 from madpo.core.storage import write_atomically
 from madpo.data.folds import folds_by_prompt, prompt_key
@@ -29,6 +27,7 @@ from madpo.operations.policy import as_dataset, build_trainer, implicit_margins,
 from madpo.operations.preconditions import require_columns
 from madpo.operations.reward_model import PairScorer, load_scorer
 from madpo.operations.train_settings import TrainSettings
+from madpo.operations.tuning.report import Heldout
 from madpo.operations.tuning.reward import RewardCurve, reward_curve
 from madpo.operations.tuning.settings import TuneSettings
 from madpo.training.columns import REFERENCE_COLUMNS
@@ -53,24 +52,6 @@ class Prepared(NamedTuple):
     scorer: PairScorer | None
     dropped: int
     clock: Clock
-
-
-class Heldout(Frozen):
-    """What a setting's policies make of the pairs that they did not see; intervals are over prompts."""
-
-    accuracy: Estimate
-    """Share of pairs whose chosen side has the higher implicit reward; a margin of 0 is half right."""
-    log_loss: Estimate
-    """Mean of -log sigma(margin / temperature), nats, at the one temperature that fits all held-out pairs."""
-    temperature: float
-    raw_log_loss: Estimate
-    """The same at temperature 1. Never selected on: it is lowest for plain DPO by construction."""
-    mean_margin: float
-    """Mean implicit margin, log-odds."""
-    reward: Estimate | None = None
-    """Of samples at the KL that all are compared at; None where it was not asked for, or no strength reached it."""
-    kl: Estimate | None = None
-    """KL(policy || reference) per response of the strongest adapter that was sampled, nats."""
 
 
 class Measured(NamedTuple):

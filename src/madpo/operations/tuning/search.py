@@ -11,21 +11,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field
 
-from madpo.core.config import Frozen
 from madpo.core.errors import ConfigError, DivergedError
 from madpo.core.metrics import Estimate, Metrics
 from madpo.core.progress import say
-from madpo.core.reports import Report
 from madpo.core.seeding import derived_seed
 from madpo.core.statistics import bootstrap_mean
 from madpo.core.storage import expanded, write_atomically
 from madpo.models.hyperparameters import CHECKPOINTS
 from madpo.operations.policy import MEMORY_REMEDY, resolved
 from madpo.operations.running import digest, load_report, run_in_folder
-from madpo.operations.tuning.heldout import Heldout, Measured, Prepared, identity, measure, prepare
+from madpo.operations.tuning.heldout import Measured, Prepared, identity, measure, prepare
+from madpo.operations.tuning.report import Diverged, Trial, TuneReport, in_words, write_search
 from madpo.operations.tuning.settings import Criterion, TuneSettings, Value, grid_size, with_values
-from madpo.report import tune_page
-from madpo.report.tune_page import CRITERIA, Search, in_words, shown_value, write_search
 from madpo.runner.operation import operation
 from madpo.runner.record import load_record
 
@@ -35,69 +32,6 @@ if TYPE_CHECKING:
 JOURNAL = "study.journal"
 SEARCH = "search"
 """Journal and measured folds of a finished search, from which a search with more trials goes on."""
-
-
-class Trial(Frozen):
-    """One setting, and what was measured of it; number -1 is plain DPO, the baseline."""
-
-    number: int
-    values: dict[str, Value]
-    heldout: Heldout
-
-
-class Diverged(Frozen):
-    """A setting whose training did not stay finite: nothing is measured of it, and it is never chosen."""
-
-    number: int
-    values: dict[str, Value]
-    reason: str
-
-
-class TuneReport(Report):
-    """What :func:`tune` found."""
-
-    data_digest: str | None
-    pairs: int
-    dropped: int
-    """Pairs of more than max_length tokens."""
-    criterion: Criterion
-    trials: tuple[Trial, ...]
-    baseline: Trial | None
-    chosen: int
-    """Number of the best trial."""
-    advantage: Estimate | None
-    """How much better the chosen trial is than the baseline on the same held-out pairs (or prompts), in the
-    criterion's unit; above 0 is better. It flatters: the chosen one is the best of several."""
-    settings: TuneSettings
-    diverged: tuple[Diverged, ...] = ()
-    """Trials without a measurement."""
-
-    def best(self) -> Trial:
-        """The chosen trial."""
-        return next(trial for trial in self.trials if trial.number == self.chosen)
-
-    def text(self) -> str:
-        """The report for a person."""
-        best, s = self.best(), self.settings
-        lines = [f"{len(self.trials)} trials, {s.folds} folds, {self.pairs} pairs; chosen on held-out {self.criterion}"]
-        if self.dropped:
-            lines.append(f"{self.dropped} pairs were longer than max_length and left out")
-        names = list(s.searched)
-        lines.append(f"{'trial':>8}  {'  '.join(f'{n:>14}' for n in names)}  accuracy  log loss  raw log loss")
-        for trial in (*([self.baseline] if self.baseline else []), *self.trials):
-            h = trial.heldout
-            shown = "  ".join(f"{shown_value(trial.values.get(n)):>14}" for n in names)
-            name = "dpo" if trial.number < 0 else str(trial.number)
-            mark = "  chosen" if trial.number == self.chosen else ""
-            lines.append(
-                f"{name:>8}  {shown}  {h.accuracy.mean:8.1%}  {h.log_loss.mean:8.4f}  {h.raw_log_loss.mean:12.4f}{mark}"
-            )
-        lines += [f"trial {lost.number} diverged ({in_words(lost.values)}): {lost.reason}" for lost in self.diverged]
-        lines.append(f"chosen: {in_words(best.values)}")
-        if self.advantage is not None:
-            lines.append(tune_page.advantage(self.advantage, len(self.trials)))
-        lines.append("the raw log loss favours plain DPO by construction, whose target it is, and chose nothing")
-        return "\n".join(lines)
 
 
 def tune(data: str | Path, output_dir: str | Path, settings: TuneSettings, *, overwrite: bool = False) -> TuneReport:
@@ -178,7 +112,7 @@ def _search(data_digest: str | None, output_dir: Path, settings: TuneSettings, p
 
     def written() -> TuneReport:
         report = _report(data_digest, settings, prepared, found, _diverged(study, settings), baseline)
-        write_search(output_dir, _page(report))
+        write_search(output_dir, report)
         return report
 
     for trial in _trials(study, settings):
@@ -217,34 +151,6 @@ def _end(study: optuna.Study, trial: optuna.Trial, value: float | None, **attrib
     study.sampler = samplers.RandomSampler(seed=0)
     without = TrialState.FAIL if "diverged" in attributes else TrialState.PRUNED
     study.tell(trial, value, state=without if value is None else None)
-
-
-def _page(report: TuneReport) -> Search:
-    """What the page and the table of trials show."""
-    measured = [*([report.baseline] if report.baseline else []), *report.trials]
-    trials = [
-        tune_page.Trial(
-            trial.number,
-            trial.values,
-            {name: getattr(trial.heldout, name) for name in CRITERIA},
-            trial.heldout.temperature,
-            trial.heldout.mean_margin,
-        )
-        for trial in measured
-    ]
-    lost = [tune_page.Trial(one.number, one.values, diverged=one.reason) for one in report.diverged]
-    settings = report.settings
-    return Search(
-        loss=settings.loss.kind,
-        pairs=report.pairs,
-        folds=settings.folds,
-        criterion=report.criterion,
-        dimensions={name: (dimension.values, dimension.log) for name, dimension in settings.searched.items()},
-        trials=[*trials, *lost],
-        chosen=report.chosen,
-        advantage=report.advantage,
-        settings=settings.model_dump(mode="json"),
-    )
 
 
 def _diverged(study: optuna.Study, settings: TuneSettings) -> tuple[Diverged, ...]:
