@@ -12,9 +12,13 @@ from madpo.core.reports import Report
 from madpo.losses.simulation import CANDIDATES, KNOWLEDGE, PROMPTS, Knowledge, Setting
 from madpo.operations.running import load_report, run_in_folder
 from madpo.operations.settings import DemoSettings
-from madpo.operations.verify_auto import AUTO, AVERAGED, Cell, simulate
-from madpo.report.demo_page import write_demo_page
+from madpo.operations.verify_auto import AUTO, AVERAGED, simulate
+from madpo.operations.verify_auto import Cell as Worlds
+from madpo.report.charts import Chart, levels
+from madpo.report.command_pages import Section, command_page, settings_section
+from madpo.report.drawing import draw
 from madpo.report.numbers import short
+from madpo.report.pages import Card, Cell, Table, cell, write_page
 from madpo.runner.operation import operation
 
 METHODS = {
@@ -31,6 +35,10 @@ SEES: dict[Knowledge, str] = {
     "poor": "sees half of the response",
 }
 """Kind of reward model -> in words."""
+
+_SIMULATED = (
+    "A simulation: no language model, no human labels. The true reward is known, and what is shown was measured by it."
+)
 
 
 class DemoReport(Report):
@@ -88,7 +96,7 @@ def run_demo(settings: DemoSettings, inputs: Mapping[str, Path], out: Path) -> M
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the products are small: a second thread mostly waits
     try:
-        metrics = simulate(Cell(setting=setting, worlds=settings.worlds, kl=settings.kl, seed=settings.seed), {}, out)
+        metrics = simulate(Worlds(setting=setting, worlds=settings.worlds, kl=settings.kl, seed=settings.seed), {}, out)
     finally:
         torch.set_num_threads(threads)
 
@@ -102,12 +110,50 @@ def run_demo(settings: DemoSettings, inputs: Mapping[str, Path], out: Path) -> M
         deciding={kind: found for kind in KNOWLEDGE if (found := estimate(f"{kind}: deciding")) is not None},
     )
     report.write(out / "demo.json")
-    write_demo_page(
-        out / "report.html",
-        settings=settings.model_dump(),
-        prompts=(PROMPTS, CANDIDATES),
-        names=METHODS,
-        panels={SEES[kind]: (report.differences[kind], report.deciding.get(kind)) for kind in KNOWLEDGE},
-        verdicts={SEES[kind]: report.verdict(kind) for kind in KNOWLEDGE},
-    )
+    _write_page(report, out / "report.html")
     return metrics
+
+
+def _write_page(report: DemoReport, path: Path) -> None:
+    """How much each method gains over DPO, by what its reward model knows."""
+    settings, heads = report.settings, {str(kind): f"It {SEES[kind]}" for kind in KNOWLEDGE}
+    colours = {name: (2, 5, 6, 3, 7)[place % 5] for place, name in enumerate(METHODS)}
+    label = "gain over DPO, standard deviations"
+    lines = {
+        heads[kind]: [(METHODS[name][0], colours[name], value, None) for name, value in found.items()]
+        for kind, found in report.differences.items()
+    }
+    drawn = [levels(head, label, of, ("DPO", 0.0)) for head, of in lines.items()]
+    figures = zip(heads, draw(Chart("gain", "Gain over DPO", "", drawn)).panels, strict=True)
+    cards = [Card(heads[kind], figure, *report.verdict(kind)) for kind, figure in figures]
+    note = (
+        f"By what the reward model knows. At a KL of {settings.kl:g} nats from the reference, 95 % intervals over "
+        f"{settings.worlds} worlds. Right of the line a method is better than plain DPO with the same pairs and "
+        "batches."
+    )
+    rows = [
+        [Cell(said, (what,)), *(cell(found[name], "signed", digits=3) for found in report.differences.values())]
+        for name, (said, what) in METHODS.items()
+    ]
+    rows.append(
+        [
+            Cell("held-out log loss, margins less DPO", ("nats; below 0 the margins know more than DPO has learned",)),
+            *(cell(report.deciding.get(kind), "signed", digits=3) for kind in heads),
+        ]
+    )
+    table = Table("Differences to DPO", ("method", *(f"it {SEES[kind]}" for kind in KNOWLEDGE)), rows, plain=True)
+    world = (
+        f"A prompt and a response are vectors. The true reward is quadratic in the response and depends on the prompt, "
+        f"with a standard deviation of {settings.reward_sd:g} log-odds; labels of {settings.pairs} pairs follow "
+        "Bradley-Terry. Policies are log-linear in 150 features, so none can express the reward. They start at the "
+        "reference and are trained by the losses of madpo.losses. Reward models are linear in what they see, and are "
+        f"trained on the same pairs. Reward and KL are exact sums over {CANDIDATES} candidates for each of "
+        f"{PROMPTS} new prompts. It tells which way the effects go, and not how large they are in language models."
+    )
+    sections = [
+        Section("Gain over DPO", note=note, cards=cards),
+        Section("The same in numbers", table=table),
+        Section("How the worlds are made", "true reward, labels, policies, measures", note=world, folded=True),
+        settings_section(settings.model_dump(), "what repeats this page"),
+    ]
+    write_page(path, command_page("simulation", "When do reward margins help?", [_SIMULATED], {}, sections))
