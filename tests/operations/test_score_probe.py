@@ -63,7 +63,7 @@ def test_a_second_run_is_complete_and_an_interrupted_one_ends_with_the_same_byte
         patch.setattr(scoring, "fit_from_parts", lambda *args: pytest.fail("interrupted"))
         with pytest.raises(pytest.fail.Exception):
             score(data, out, settings)
-    monkeypatch.setattr(scoring, "FeatureScorer", None)  # features are not computed again
+    monkeypatch.setattr(scoring, "feature_reader", None)  # features are not computed again
     score(data, out, settings)
     for name in ("scored.jsonl", "report.json", "probe/probe.safetensors"):
         assert (out / name).read_bytes() == (scored / "S" / name).read_bytes(), name

@@ -46,7 +46,7 @@ def inspect(
 def _trained_on(data: Path) -> bool:
     """Whether ``madpo score`` wrote the file and says that its reward model was trained on these pairs."""
     try:
-        told = json.loads((data.parent / "report.json").read_bytes())
-        return bool(told["file"] == data.name and told["trained_on"])
+        about = json.loads((data.parent / "report.json").read_bytes())
+        return bool(about["file"] == data.name and about["trained_on"])
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return False

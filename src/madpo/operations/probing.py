@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -27,35 +27,33 @@ FOLDER = "probe"
 """Of the frozen probe, inside the result."""
 
 
-class FeatureScorer:
-    """Features of pairs of text or messages, in the place of rewards.
+def feature_reader(
+    place: str, name: str, *, batch_size: int, clock: Clock | None = None
+) -> Callable[[Sequence[Pair]], dict[str, NDArray[Any]]]:
+    """Load a model that gives features of pairs of text or messages, in the place of rewards.
 
     Args:
         place: packaged name, folder or hub id of a causal language model.
+        name: of the data.
         batch_size: sequences per forward pass.
         clock: the date that the chat template prints.
+
+    Returns:
+        Pairs -> ``chosen`` and ``rejected`` (float32, ``pairs x features``), ``layers``, and the keys of ``prompts``.
+        It raises what :meth:`PairEncoder.ids` raises.
     """
+    base = resolve_model(place)
+    model, encoder = placed(load_model(base)), PairEncoder(load_tokenizer(base), own=True, clock=clock)
+    layers = feature_layers(model)
 
-    def __init__(self, place: str, *, batch_size: int, clock: Clock | None = None) -> None:
-        base = resolve_model(place)
-        self.model, self.batch_size = placed(load_model(base)), batch_size
-        self.encoder = PairEncoder(load_tokenizer(base), own=True, clock=clock)
-        self.layers = feature_layers(self.model)
-        self.kept: dict[str, NDArray[Any]] = {}
-
-    def score_pairs(self, pairs: Sequence[Pair], name: str, unit: str) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Features of the chosen and of the rejected, float32, ``pairs x features``.
-
-        Raises:
-            ConfigError, DataError: as :meth:`PairEncoder.ids`.
-        """
-        pad = self.encoder.tokenizer.pad_token_id
-        ids = self.encoder.ids(pairs, name, unit)
+    def read(pairs: Sequence[Pair]) -> dict[str, NDArray[Any]]:
+        ids = encoder.ids(pairs, name, "row")
         keys = [prompt_ids_key(whole[:length]) for whole, length in zip(ids[0], ids[2], strict=True)]
         prompts = np.frombuffer(bytes.fromhex("".join(keys)), dtype=np.uint8).reshape(len(pairs), -1)
-        self.kept = {"layers": np.array(self.layers), "prompts": prompts}
-        chosen, rejected = pair_features(self.model, pad, self.layers, *ids, self.batch_size)
-        return chosen, rejected
+        chosen, rejected = pair_features(model, encoder.tokenizer.pad_token_id, layers, *ids, batch_size)
+        return {"chosen": chosen, "rejected": rejected, "layers": np.array(layers), "prompts": prompts}
+
+    return read
 
 
 def fit_from_parts(

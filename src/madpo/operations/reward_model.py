@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -281,15 +281,6 @@ def _measure(model: RewardModel, rows: Sequence[Row]) -> tuple[Estimate, MarginR
     return proportion(int((margins > 0).sum()), len(margins)), found, log_loss, temperature
 
 
-class Scorer(Protocol):
-    """Rewards of pairs (or features of theirs): what scoring and evaluation ask of a reward model."""
-
-    kept: dict[str, NDArray[Any]]
-    """What is kept with each part of the scores."""
-
-    def score_pairs(self, pairs: Sequence[Pair], name: str, unit: str) -> tuple[NDArray[Any], NDArray[Any]]: ...
-
-
 class PairEncoder:
     """Tokenises pairs of text or messages as a reward model was trained.
 
@@ -339,7 +330,6 @@ class PairScorer:
 
     def __init__(self, model: RewardModel, *, own: bool, batch_size: int = 16, clock: Clock | None = None) -> None:
         self.model, self.batch_size = model, batch_size
-        self.kept: dict[str, NDArray[Any]] = {}
         self.encoder = PairEncoder(model.tokenizer, own=own, clock=clock)
 
     def score_pairs(self, pairs: Sequence[Pair], name: str, unit: str) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -388,8 +378,8 @@ def _refuse_other_model(folder: Path, base: Path | str) -> None:
     Raises:
         DataError: naming both.
     """
-    told = json.loads((folder / "reward_model.json").read_bytes()).get("probe")
-    if told is None or not isinstance(base, Path) or told.get("model_digest") in (None, digest(base)):
+    about = json.loads((folder / "reward_model.json").read_bytes()).get("probe")
+    if about is None or not isinstance(base, Path) or about.get("model_digest") in (None, digest(base)):
         return
     raise DataError(f"{folder} is a probe of another model than {base} holds now; fit it again with --probe {base}")
 

@@ -36,9 +36,8 @@ from madpo.models.hyperparameters import CHECKPOINTS
 from madpo.models.load import load_tokenizer, resolve_model
 from madpo.operations.inputs import split_by_prompt, started_clock, tell_date, tell_findings
 from madpo.operations.preconditions import refuse_other_row
-from madpo.operations.probing import FeatureScorer, fit_from_parts
+from madpo.operations.probing import feature_reader, fit_from_parts
 from madpo.operations.reward_model import (
-    Scorer,
     fit,
     load_pair_encoder,
     load_scorer,
@@ -55,6 +54,8 @@ from madpo.runner.operation import operation
 from madpo.runner.step import Source, Step
 from madpo.runner.work import run_step
 
+Reader = Callable[[Sequence[Pair]], dict[str, NDArray[Any]]]
+"""Pairs -> ``chosen`` and ``rejected``, rewards or features, and what else is kept with a part."""
 PART = 512
 """Pairs per part: what an interruption can cost."""
 FEW = 0.05
@@ -161,11 +162,11 @@ def _scores(
 def _by_probe(data: str, pairs: Sequence[Pair], settings: ScoreSettings, out: Path, clock: Clock) -> Raw:
     """Features of all processes, a probe of the leading one, and the report."""
 
-    def load() -> Scorer:
+    def load() -> Reader:
         assert settings.probe is not None
-        return FeatureScorer(settings.probe, batch_size=settings.batch_size, clock=clock)
+        return feature_reader(settings.probe, data, batch_size=settings.batch_size, clock=clock)
 
-    made = _parts(settings, data, pairs, np.arange(len(pairs)), out / CHECKPOINTS / "parts", load)
+    made = _parts(pairs, np.arange(len(pairs)), out / CHECKPOINTS / "parts", load)
 
     def finish() -> Raw:
         fitted = fit_from_parts(pairs, map(_part, made), settings, data, out)
@@ -185,21 +186,16 @@ def _in_parts(
     clock: Clock,
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """Scores of ``rows`` by a reward model."""
-    made = _parts(
-        settings, name, pairs, rows, folder, lambda: load_scorer(model, batch_size=settings.batch_size, clock=clock)
-    )
-    parts = [_part(path) for path in made]
+
+    def load() -> Reader:
+        scorer = load_scorer(model, batch_size=settings.batch_size, clock=clock)
+        return lambda chunk: dict(zip(("chosen", "rejected"), scorer.score_pairs(chunk, name, "row"), strict=True))
+
+    parts = [_part(path) for path in _parts(pairs, rows, folder, load)]
     return np.concatenate([p["chosen"] for p in parts]), np.concatenate([p["rejected"] for p in parts])
 
 
-def _parts(
-    settings: ScoreSettings,
-    name: str,
-    pairs: Sequence[Pair],
-    rows: NDArray[Any],
-    folder: Path,
-    load: Callable[[], Scorer],
-) -> list[Path]:
+def _parts(pairs: Sequence[Pair], rows: NDArray[Any], folder: Path, load: Callable[[], Reader]) -> list[Path]:
     """Files with the scores of ``PART`` pairs each; one that is there is not computed again."""
     paths = {start: folder / f"part-{start:08d}.safetensors" for start in range(0, len(rows), PART)}
 
@@ -210,14 +206,14 @@ def _parts(
     mine = processes.on_main_process(missing)[processes.rank() :: processes.world_size()]
 
     def compute() -> None:
-        scorer: Scorer | None = None
+        read: Reader | None = None
         with bar("Scoring", sum(len(rows[start : start + PART]) for start in mine)) as advance:
             for start in mine:
                 chunk = [pairs[int(i)] for i in rows[start : start + PART]]
-                scorer = scorer or load()
-                chosen, rejected = scorer.score_pairs(chunk, name, "row")
-                _refuse_not_finite(chosen, rejected, chunk)
-                write_atomically(paths[start], save({"chosen": chosen, "rejected": rejected, **scorer.kept}))
+                read = read or load()
+                found = read(chunk)
+                _refuse_not_finite(found["chosen"], found["rejected"], chunk)
+                write_atomically(paths[start], save(found))
                 advance(len(chunk))
 
     processes.on_every_process(compute)

@@ -51,15 +51,15 @@ class ProbeReward(RewardModel):
         """
         base, _ = reward_base(folder)
         try:
-            told = json.loads((folder / "reward_model.json").read_bytes())["probe"]
-            layers, penalty = tuple(int(layer) for layer in told["layers"]), float(told["penalty"])
+            about = json.loads((folder / "reward_model.json").read_bytes())["probe"]
+            layers, penalty = tuple(int(layer) for layer in about["layers"]), float(about["penalty"])
             table = load_file(folder / PROBE)
             weights = ProbeWeights(table["weights"].astype(np.float64), table["centre"].astype(np.float64), penalty)
         except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
             reason = first_line(error, 160)
             raise DataError(f"{folder} holds no probe that can be read ({reason}); fit it again") from error
         model = placed(load_model(base))
-        if told.get("pooling") != POOLING or weights.weights.shape != (feature_width(model, layers),):
+        if about.get("pooling") != POOLING or weights.weights.shape != (feature_width(model, layers),):
             raise DataError(f"{folder} is a probe of another model, or of another version; fit it again")
         return cls(model, load_tokenizer(base), layers, weights)
 
@@ -91,10 +91,10 @@ def save_probe(
     contiguous = {name: np.ascontiguousarray(table) for name, table in tables.items()}  # safetensors ignores strides
     write_atomically(folder / PROBE, save(contiguous))
     probe = {"layers": list(layers), "pooling": POOLING, "penalty": weights.penalty, "model_digest": model_digest}
-    told = {"base": lasting(model), "pooling": "mean", "probe": probe}
+    about = {"base": lasting(model), "pooling": "mean", "probe": probe}
     if made:
-        told["base_folder"] = os.path.relpath(model, final_folder(folder))
-    write_atomically(folder / "reward_model.json", json.dumps(told, indent=1) + "\n")
+        about["base_folder"] = os.path.relpath(model, final_folder(folder))
+    write_atomically(folder / "reward_model.json", json.dumps(about, indent=1) + "\n")
 
 
 @torch.inference_mode()
