@@ -84,8 +84,8 @@ def print_graph(result: RunResult, options: Graph) -> int:
             from madpo.study.estimates import dry_run_lines, machine_of
             from madpo.study.power import detectable_lines
 
-        told = detectable_lines(result.graph, result.root, options.pilot)
-        show("\n".join([*dry_run_lines(result, machine_of(list(options.rate))), *told]))
+        detectable = detectable_lines(result.graph, result.root, options.pilot)
+        show("\n".join([*dry_run_lines(result, machine_of(list(options.rate))), *detectable]))
         return 0
     return _print_run(result)
 

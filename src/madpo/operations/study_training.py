@@ -125,7 +125,7 @@ def train_reward_model(config: RewardModelStage, inputs: Mapping[str, Path], out
 
 
 def fold_of_pairs(pair_ids: np.ndarray, folds: int, seed: int) -> np.ndarray:
-    """The fold of every training pair, 0 to folds - 1: parts of equal size (within one), by (seed, set of ids) alone.
+    """The fold of every training pair, 0 to folds - 1: parts of equal size (within one), by seed and set of ids.
 
     Args:
         pair_ids: [pairs], in any order.

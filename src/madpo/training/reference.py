@@ -95,17 +95,17 @@ def cached_reference(
     path = _path(digest, dataset, collator, accelerator, batch_size)
     width = feature_width(unwrapped(model), layers) if layers else 0
     what = hashlib.sha256(json.dumps([path.name, FEATURES_VERSION, POOLING, list(layers)]).encode()).hexdigest()
-    beside = path.with_name(f"features-{what[:32]}.safetensors")
+    feature_path = path.with_name(f"features-{what[:32]}.safetensors")
     columns: dict[str, np.ndarray] = {}
     features: list[FeatureFile] = []
 
     def look() -> bool:
-        if path.exists() and (not layers or beside.exists()):
+        if path.exists() and (not layers or feature_path.exists()):
             try:
                 columns.update(_read(path, len(dataset)))
                 if layers:
-                    features.append(_features(beside, len(dataset), width))
-                for used in (path, beside) if layers else (path,):
+                    features.append(_features(feature_path, len(dataset), width))
+                for used in (path, feature_path) if layers else (path,):
                     with suppress(OSError):  # a cache that cannot be written
                         os.utime(used)
                 _verify(model, dataset, collator, accelerator, batch_size, columns, path)
@@ -119,19 +119,19 @@ def cached_reference(
     features.clear()
     leads = accelerator.is_main_process
     with storage_errors(path.parent):
-        writer = FeatureWriter(beside, len(dataset), width) if layers and leads else None
+        writer = FeatureWriter(feature_path, len(dataset), width) if layers and leads else None
         with writer or nullcontext():
             asked = (model, dataset, collator, accelerator, batch_size, description)
             columns = _compute(*asked, layers, width, writer) if layers else _compute(*asked)
     if writer is not None:
-        features.append(_features(beside, len(dataset), width))
+        features.append(_features(feature_path, len(dataset), width))
     named = "pair_id" in dataset.column_names
     refuse_not_finite(columns, dataset["pair_id"] if named else [f"in row {row}" for row in range(len(dataset))])
     if leads:
         with storage_errors(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, save(columns, metadata={"sha256": _checksum(columns)}))
-            if gone := remove_oldest(path.parent, cache_limit(), (path, beside)):
+            if gone := remove_oldest(path.parent, cache_limit(), (path, feature_path)):
                 say(
                     f"{path.parent} keeps at most {cache_limit() / 1e9:g} GB (MADPO_CACHE_GB): {gone} files that were "
                     "used longest ago are removed."
