@@ -8,7 +8,8 @@ from madpo.commands.from_settings import Configurable, part
 from madpo.commands.shared import Data, HeldOut
 from madpo.commands.study import Graph, print_graph
 from madpo.core.libraries import loading_libraries
-from madpo.study.compare import PROBE, CompareSettings
+from madpo.operations.settings import PROBE
+from madpo.study.compare import CompareSettings
 
 
 class Compare(Configurable, CompareSettings, HeldOut, Graph, Data):

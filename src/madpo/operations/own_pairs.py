@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from madpo.core.config import Frozen
+from madpo.core.config import Frozen, added
 from madpo.core.metrics import Metrics
 from madpo.core.statistics import bootstrap_mean, fit_temperature, share_of
 from madpo.core.storage import write_atomically
@@ -46,6 +46,10 @@ class OwnPairsStage(Training):
     """Of the pairs that no policy sees and that a judge is fitted to."""
     seed: int = Field(default=0, ge=0)
     """Of the parts."""
+    max_train: int | None = added(None, ge=1)
+    """The first so many training pairs; None is all."""
+    max_heldout: int | None = added(None, ge=1)
+    """The first so many held-out pairs; None is all."""
     max_length: int | None = Field(default=None, ge=2)
     size: Size | None = Field(default=None, exclude=True)
 
@@ -66,6 +70,8 @@ def read_own_pairs(config: OwnPairsStage, inputs: Mapping[str, Path], out: Path)
     if config.judge_share:
         left = 1.0 if "eval_data" in inputs else 1 - config.eval_share
         parts["train"], parts["judge"] = split_by_prompt(loaded.train, config.judge_share / left, config.seed, data)
+    for split, most in (("train", config.max_train), ("heldout", config.max_heldout)):
+        parts[split] = parts[split][:most]
     rows = [{**row, "split": split} for split, part in parts.items() for row in part]
     keys = [prompt_key(row["prompt"]) for row in rows]
     number = {key: i for i, key in enumerate(dict.fromkeys(keys))}

@@ -5,12 +5,15 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from madpo.core.config import Frozen, added
 from madpo.core.layout import Reading
 from madpo.core.options import Cli
 from madpo.models.hyperparameters import LoRA, Optimisation, Pooling, Temperature, Truncation
+
+PROBE = "probe"
+"""The judge that is fitted to a part of the pairs."""
 
 
 class AdapterOptimisation(Optimisation):
@@ -172,6 +175,46 @@ class EvaluationSettings(Frozen):
     """Responses to every prompt, which share the prompt's computation; a row may have its own number."""
     temperatures: tuple[Temperature, ...] = ()
     """Further decoding temperatures, for a table of rewards and win rates, such as [0.25, 0.5, 0.75]."""
+
+
+class PairCorpus(Reading):
+    """Pairs that others have made and ordered, such as people, in the place of a corpus of which a study makes its own.
+
+    Prompts and held-out pairs are theirs as well, and a reward model judges.
+    """
+
+    kind: Literal["pairs"] = "pairs"
+    data: str
+    """File, folder or data set of the hub, as every command reads them ("owner/name:split")."""
+    eval_data: str | None = None
+    """Held-out pairs; None, or false in TOML, holds out ``eval_share`` of the prompts of ``data``."""
+    eval_share: float = Field(default=0.2, gt=0, lt=1)
+    train: int = Field(ge=1)
+    """Training pairs at most: the first ones, and those of which times are estimated."""
+    heldout: int = Field(ge=1)
+    """The same of held-out pairs."""
+    judge: str
+    """What scores responses to held-out prompts: a folder that ``madpo reward`` wrote, a sequence classifier with one
+    output (folder or hub id), or ``probe``, which is fitted to pairs that no policy sees."""
+    judge_share: float = Field(default=0.2, gt=0, lt=1)
+    """Share of the pairs that a judge ``probe`` is fitted to."""
+    max_length: int | None = Field(default=512, ge=2)
+    """Tokens of prompt and completion; None is no limit."""
+    truncation: Truncation = "drop"
+    """What happens to a pair of more than max_length tokens: drop it, cut its completions, or refuse it."""
+
+    @field_validator("eval_data", mode="before")
+    @classmethod
+    def _none(cls, value: object) -> object:
+        return None if value is False else value
+
+    @model_validator(mode="after")
+    def _check(self) -> PairCorpus:
+        taken = self.judge_share if self.judge == PROBE else 0.0
+        taken += self.eval_share if self.eval_data is None else 0.0
+        if taken >= 1:
+            raise ValueError(f"eval_share and judge_share take {taken:g} of the pairs, and leave none to train on")
+        return self
 
 
 class TrimSettings(Reading):

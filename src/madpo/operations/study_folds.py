@@ -37,7 +37,7 @@ def score_out_of_fold(config: OutOfFoldStage, inputs: Mapping[str, Path], out: P
     """
     pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet")
     train = pairs[pairs["split"] == "train"]
-    fold = stages.fold_of_pairs(train["pair_id"].to_numpy(), config.folds, config.seed)
+    fold = stages.fold_of_pairs(stages.prompts_of(train).to_numpy(), config.folds, config.seed)
     heldout = pairs[pairs["split"] == "heldout"]
     tables, others = [], []
     for k in range(config.folds):

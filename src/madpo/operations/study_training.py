@@ -62,28 +62,70 @@ def train_sft(config: SFTStage, inputs: Mapping[str, Path], out: Path) -> Metric
     Raises:
         ConfigError: no text is longer than ``prompt_tokens``.
     """
-    from madpo.training.run import run_training
-    from madpo.training.sft import CompletionSFT, SFTConfig
-
     base = inputs["base"] / "model" if "base" in inputs else resolve_model(config.model)
     tokenizer = load_tokenizer(base)
-    stopping = config.early_stopping
-    texts = list(sft_reviews(load_corpus(config.corpus), config.reviews + (stopping.texts if stopping else 0))["text"])
+    stopping = config.early_stopping.texts if config.early_stopping else 0
+    texts = list(sft_reviews(load_corpus(config.corpus), config.reviews + stopping)["text"])
     rows = [row for text in texts[-config.reviews :] if (row := _scored(text, tokenizer, config)) is not None]
     if not rows:
         raise ConfigError(f"no review has more than prompt_tokens = {config.prompt_tokens} tokens; use fewer")
+    held = [row for text in texts[:stopping] if (row := _scored(text, tokenizer, config))]
+    return {"reviews": len(rows), **fit_sft(config, base, rows, held, out)}
+
+
+class PairSFTStage(Frozen):
+    """Supervised fine-tuning on the chosen completions of training pairs."""
+
+    model: str
+    reviews: int = Field(ge=1)
+    """Pairs at most, the first ones after those of ``early_stopping``."""
+    score_prompt: bool = False
+    optimisation: Optimisation
+    lora: LoRA = LoRA()
+    seed: int = 0
+    early_stopping: EarlyStopping | None = None
+    """Its texts are the first training pairs."""
+
+
+@operation("train_sft_on_pairs/1")
+def train_sft_on_pairs(config: PairSFTStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
+    """As :func:`train_sft`, on what was preferred. Inputs: "pairs" and perhaps "base".
+
+    Raises:
+        ConfigError: no pair is left to train on.
+    """
+    base = inputs["base"] / "model" if "base" in inputs else resolve_model(config.model)
+    pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet").query("split == 'train'")
+    rows = []
+    for prompt, chosen in zip(pairs["prompt_ids"], pairs["chosen_ids"], strict=True):
+        ids = [*map(int, prompt), *map(int, chosen)]
+        first = 0 if config.score_prompt else len(prompt)
+        rows.append({"input_ids": ids, "labels": [*[-100] * first, *ids[first:]]})
+    stopping = config.early_stopping.texts if config.early_stopping else 0
+    held, rows = rows[:stopping], rows[stopping:][: config.reviews]
+    if not rows:
+        raise ConfigError(f"sft.early_stopping.texts = {stopping} leaves none of {len(pairs)} pairs; use fewer")
+    return {"pairs": len(rows), **fit_sft(config, base, rows, held, out)}
+
+
+def fit_sft(
+    config: SFTStage | PairSFTStage, base: Path | str, rows: list[Any], held: list[Any], out: Path
+) -> dict[str, float]:
+    """Fine-tune on rows of ``input_ids`` and ``labels``, and merge; ``held`` decides when to stop."""
+    from madpo.training.run import run_training
+    from madpo.training.sft import CompletionSFT, SFTConfig
+
     arguments = config.optimisation.arguments(out, config.seed)
     arguments.pop("disable_dropout")
-    held: Dataset | None = None
+    stopping = config.early_stopping
     if stopping is not None:
-        held = Dataset.from_list([row for text in texts[: stopping.texts] if (row := _scored(text, tokenizer, config))])
         arguments |= {"eval_strategy": "steps", "eval_steps": stopping.eval_every}
-    model = load_model(base)
+    model, tokenizer = load_model(base), load_tokenizer(base)
     trainer = CompletionSFT(
         model=model,
         args=SFTConfig(max_length=None, **arguments),
         train_dataset=Dataset.from_list(rows),
-        eval_dataset=held,
+        eval_dataset=None if stopping is None else Dataset.from_list(held),
         processing_class=tokenizer,
         peft_config=config.lora.peft_config("CAUSAL_LM", model),
     )
@@ -93,7 +135,7 @@ def train_sft(config: SFTStage, inputs: Mapping[str, Path], out: Path) -> Metric
     result = run_training(trainer, config, "SFT", out)
     stopped = {} if trainer.best is None else {"steps": trainer.take_best(), "stopping_loss": trainer.best.best}
     merge_adapter(trainer.model, out / "model", tokenizer)
-    return {"reviews": len(rows), "loss": float(result.training_loss), **stopped}
+    return {"loss": float(result.training_loss), **stopped}
 
 
 def _scored(text: str, tokenizer: PreTrainedTokenizerBase, config: SFTStage) -> dict[str, list[int]] | None:
@@ -116,7 +158,7 @@ def train_reward_model(config: RewardModelStage, inputs: Mapping[str, Path], out
     stopping = heldout.iloc[: max(1, round(len(heldout) * config.stopping_share))]
     train = pairs[pairs["split"] == "train"]
     if config.folds is not None:
-        train = train[fold_of_pairs(train["pair_id"].to_numpy(), config.folds, config.seed) != config.fold]
+        train = train[fold_of_pairs(prompts_of(train).to_numpy(), config.folds, config.seed) != config.fold]
     steps = fit_reward_model(config, _sequences(train), _sequences(stopping), out, inputs.get("base"))
     reported = heldout.iloc[len(stopping) :] if len(stopping) < len(heldout) else heldout
     table = margin_table(RewardModel.load(out), reported)
@@ -124,15 +166,16 @@ def train_reward_model(config: RewardModelStage, inputs: Mapping[str, Path], out
     return {"steps": steps, **margin_metrics(table["reward_margin"].to_numpy())}
 
 
-def fold_of_pairs(pair_ids: np.ndarray, folds: int, seed: int) -> np.ndarray:
-    """The fold of every training pair, 0 to folds - 1: parts of equal size (within one), by seed and set of ids.
+def fold_of_pairs(prompts: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """The fold of every training pair, 0 to folds - 1: equally many prompts (within one), by seed and set of ids.
 
     Args:
-        pair_ids: [pairs], in any order.
+        prompts: [pairs], the id of each pair's prompt, in any order.
     """
-    found = np.empty(len(pair_ids), dtype=np.int64)
-    found[np.argsort(pair_ids)[rng(seed, "folds").permutation(len(pair_ids))]] = np.arange(len(pair_ids)) % folds
-    return found
+    ids, place = np.unique(prompts, return_inverse=True)
+    found = np.empty(len(ids), dtype=np.int64)
+    found[rng(seed, "folds").permutation(len(ids))] = np.arange(len(ids)) % folds
+    return found[place]
 
 
 def _sequences(pairs: pd.DataFrame) -> Dataset:

@@ -52,7 +52,7 @@ def study_page(
         SCRIPTS,
         data,
         own=study.own,
-        reference="the model as it is" if study.own else "the SFT model",
+        reference="the model as it is" if study.own and "sft" not in study.experiment else "the SFT model",
         question=OWN_QUESTION if study.own else QUESTION,
         opening=" ".join(map(own_opening, judged)) if study.own and judged else opening(tiers),
         progress=progress(records, unfinished),

@@ -13,7 +13,7 @@ from madpo.core.options import Cli
 from madpo.core.suggestions import did_you_mean
 from madpo.losses import Loss
 from madpo.models.hyperparameters import LoRA, Optimisation
-from madpo.operations.settings import AdapterOptimisation, Decoding, EvaluationSettings, Training
+from madpo.operations.settings import PROBE, AdapterOptimisation, Decoding, EvaluationSettings, Training
 from madpo.training.settings import AutoSettings
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from madpo.runner.run import RunResult
     from madpo.runner.step import Step
     from madpo.study.experiment import PolicySettings, RewardModelSettings
-
-PROBE = "probe"
 
 
 class AutoLoss(AutoSettings):

@@ -26,7 +26,7 @@ from madpo.operations.study_evaluation import EvaluationStage
 from madpo.operations.study_folds import OutOfFoldStage, ScoreStage
 from madpo.operations.study_pairs import ResponseStage
 from madpo.operations.study_probe import ProbeStage
-from madpo.operations.study_training import MarginStage, PolicyStage, ReferenceStage, SFTStage
+from madpo.operations.study_training import MarginStage, PairSFTStage, PolicyStage, ReferenceStage, SFTStage
 from madpo.operations.trimming.trim import TrimStage
 from madpo.rewards.label_share import HELDOUT_SHARE
 from madpo.rewards.oracles import OracleStage
@@ -47,6 +47,7 @@ _PRODUCT = 400.0  # their rate at a large product in bfloat16, GFLOP/s
 _PRODUCTS = 0.52
 _SIDE = 512  # of the matrices that are multiplied to know a machine
 _CHARACTERS = 4  # of a token
+_LONG = 512  # tokens of a pair's side of which nothing is known
 _LOADING = 8.0  # seconds for a model and its libraries
 
 
@@ -165,6 +166,9 @@ def work(step: Step) -> Work:
     if isinstance(config, SFTStage):
         seen = config.reviews * config.optimisation.epochs
         return Work({"sft": seen * config.max_tokens}, 1, config.optimisation.per_pass * config.max_tokens)
+    if isinstance(config, PairSFTStage):
+        seen = min(config.reviews, pairs.train) * config.optimisation.epochs
+        return Work({"sft": seen * length}, 1, config.optimisation.per_pass * length)
     if isinstance(config, ResponseStage):
         rows = min(config.batch_size, config.prompts)
         return Work({"generate": 2 * config.prompts * config.max_new_tokens}, 1, 0, rows * length)
@@ -321,9 +325,9 @@ def _upstream(step: Step) -> Iterable[Step]:
 
 def _length(step: Step) -> int:
     """Tokens of prompt and response."""
-    if (own := _own(step)) is not None and own.size is not None:
-        tokens = math.ceil(own.size.characters / _CHARACTERS)
-        return min(tokens, own.max_length or tokens)
+    if (own := _own(step)) is not None:
+        tokens = own.max_length or _LONG
+        return tokens if own.size is None else min(math.ceil(own.size.characters / _CHARACTERS), tokens)
     config = next((s.config for s in _upstream(step) if isinstance(s.config, ResponseStage)), None)
     return config.prompt_tokens + config.max_new_tokens if config is not None else 0
 
@@ -333,7 +337,10 @@ def _own(step: Step) -> OwnPairsStage | None:
 
 
 def _pairs(step: Step) -> _Pairs:
-    if (own := _own(step)) is not None and own.size is not None:
+    own = _own(step)
+    if own is not None and own.max_train is not None and own.max_heldout is not None:
+        return _Pairs(own.max_train, own.max_train + own.max_heldout, own.max_heldout)
+    if own is not None and own.size is not None:
         train, heldout = 1 - own.eval_share - own.judge_share, own.eval_share
         count = own.size.pairs
         return _Pairs(round(train * count), round((train + heldout) * count), round(heldout * own.size.prompts))

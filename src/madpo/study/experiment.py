@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -16,7 +16,7 @@ from madpo.core.progress import say
 from madpo.core.storage import expanded
 from madpo.data.corpus import Corpus, PackagedIMDB, Tier
 from madpo.models.hyperparameters import EarlyStopping, LoRA, Optimisation, Pooling
-from madpo.operations.settings import Decoding, EvaluationSettings
+from madpo.operations.settings import PROBE, Decoding, EvaluationSettings, PairCorpus
 from madpo.operations.trackers import reporting_to
 from madpo.report import rebuild_report
 from madpo.report.live import LiveReport
@@ -38,9 +38,10 @@ class VocabularySettings(Frozen):
 
 
 class SFTSettings(Frozen):
-    """Supervised fine-tuning on the corpus's last positive reviews."""
+    """Supervised fine-tuning on the corpus's last positive reviews, or on the chosen completions of training pairs."""
 
     reviews: int = Field(ge=1)
+    """Texts to train on; of pairs at most so many."""
     optimisation: Optimisation
     lora: LoRA = LoRA()
     score_prompt: bool = True
@@ -120,7 +121,9 @@ class Experiment(Frozen):
     """Packaged name, folder or hub id of the base model."""
     vocabulary: VocabularySettings | None = None
     """None, or false in TOML, which has no word for nothing, is the whole model."""
-    corpus: Corpus = PackagedIMDB()
+    corpus: Annotated[Corpus | PairCorpus, Field(discriminator="kind")] = PackagedIMDB()
+    """Where texts come from; or pairs as they are (``kind = "pairs"``), which take the place of ``pairs``, the prompts
+    and, with a judge of their own, ``oracle``."""
     oracle: Oracle = NgramOracle()
     seed: int = Field(default=0, ge=0)
     """Decides SFT, responses and the permutation, which all runs share."""
@@ -128,7 +131,8 @@ class Experiment(Frozen):
     """One run each of labels, reward model, policies and evaluation draws."""
     sft: SFTSettings
     responses: ResponseSettings = ResponseSettings()
-    pairs: PairSettings
+    pairs: PairSettings | None = None
+    """What is made of the corpus; None where it has pairs."""
     reward_model: RewardModelSettings
     policy: PolicySettings
     method: tuple[Method, ...] = Field(min_length=1)
@@ -148,7 +152,21 @@ class Experiment(Frozen):
         twice = sorted({key for key in keys if keys.count(key) > 1})
         if twice:
             raise ValueError(f"two methods are called {twice[0]!r}; give each a name of its own")
-        heldout = self.pairs.prompts - self.pairs.train
+        if isinstance(self.corpus, PairCorpus):
+            heldout, sampled = self.corpus.heldout, []
+            parts = {
+                "pairs": self.pairs is not None,
+                "oracle": "oracle" in self.model_fields_set,
+                "responses.prompt_tokens": "prompt_tokens" in self.responses.model_fields_set,
+                "tiers of methods": any(row.tiers for row in self.rows()),
+            }
+            if given := [name for name, there in parts.items() if there]:
+                raise ValueError(f"the corpus has pairs and a judge, so nothing reads {', '.join(given)}; remove it")
+        elif self.pairs is None:
+            raise ValueError("pairs is missing; say how many of which tiers are made, or give a corpus that has pairs")
+        else:
+            heldout = self.pairs.prompts - self.pairs.train
+            sampled = [tier for tier in self.pairs.tiers if tier != "low"]
         if self.evaluation.prompts is not None and self.evaluation.prompts > heldout:
             raise ValueError(f"evaluation.prompts = {self.evaluation.prompts}, but only {heldout} pairs are held out")
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
@@ -158,7 +176,6 @@ class Experiment(Frozen):
                 "vocabulary is for the corpus that comes as a package; trim the model by `madpo trim-vocab`, and give "
                 "that folder as model"
             )
-        sampled = [tier for tier in self.pairs.tiers if tier != "low"]
         if self.responses.temperature == 0 and sampled:
             raise ValueError(
                 f"responses.temperature = 0 samples the same response twice, so pairs of the tier {sampled[0]!r} would "
@@ -211,9 +228,11 @@ class Experiment(Frozen):
 
     def steps(self) -> list[Step]:
         """The graph, upstream steps first, without extra groups. Building it runs nothing."""
-        from madpo.study import graph  # with the operations and their libraries, which no mistake in a file waits for
+        # With the operations and their libraries, which no mistake in a file waits for.
+        from madpo.study import graph, own_graph
 
-        return graph.build(self.with_groups())
+        build = graph.build if self.pairs is not None else own_graph.build
+        return build(self.with_groups())
 
 
 def run_experiment(
@@ -244,13 +263,24 @@ def run_experiment(
         ConfigError: a mistake in the experiment or in the URL, before any model loads.
     """
     experiment = load_config(find_experiment(name_or_path), Experiment, overrides).with_groups(only)
-    about = {
+    about: dict[str, Any] = {
         "title": experiment.title,
         "experiment": experiment.model_dump(mode="json"),
         "rows": [{"key": row.key, **row.model_dump(mode="json")} for row in experiment.rows()],
     }
+    if isinstance(experiment.corpus, PairCorpus):  # which the report knows by these
+        about["experiment"] |= {"data": experiment.corpus.data, "judge": experiment.corpus.judge}
     how: dict[str, Any] = {"only": only, "dry_run": dry_run, "executor": executor, "upload": upload}
-    return run_steps(experiment.steps, output_dir, about, report_to=experiment.report_to, **how)
+
+    def build() -> list[Step]:
+        steps = experiment.steps()
+        if not dry_run and isinstance(experiment.corpus, PairCorpus) and experiment.corpus.judge != PROBE:
+            from madpo.operations.reward_model import load_pair_encoder
+
+            load_pair_encoder(experiment.corpus.judge)  # which is asked only after hours
+        return steps
+
+    return run_steps(build, output_dir, about, report_to=experiment.report_to, **how)
 
 
 def run_steps(

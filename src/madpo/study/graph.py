@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from madpo.core.config import Frozen
 from madpo.operations.own_pairs import HeldoutStage, measure_heldout, read_own_pairs
 from madpo.operations.relabelling import AgreeingStage, RedrawnStage, keep_agreeing, redraw_labels
+from madpo.operations.settings import PairCorpus
 from madpo.operations.study_auto import AutoStage, train_auto_policy
 from madpo.operations.study_evaluation import EvaluationStage, evaluate_policy
 from madpo.operations.study_folds import OutOfFoldStage, ScoreStage, score_out_of_fold, score_sides
@@ -54,7 +55,7 @@ from madpo.training.settings import OnlineStage, RewardModelStage
 
 if TYPE_CHECKING:
     from madpo.operations.settings import Decoding, EvaluationSettings
-    from madpo.study.experiment import Experiment, PolicySettings, RewardModelSettings
+    from madpo.study.experiment import Experiment, PairSettings, PolicySettings, RewardModelSettings
 
 
 class Design(Protocol):
@@ -137,17 +138,19 @@ class Trunk(ABC):
 
 def build(experiment: Experiment) -> list[Step]:
     """The steps of a study on a corpus, upstream steps first."""
-    return _CorpusTrunk(experiment).build(experiment.pairs.tiers)
+    assert experiment.pairs is not None
+    return _CorpusTrunk(experiment, experiment.pairs).build(experiment.pairs.tiers)
 
 
 class _CorpusTrunk(Trunk):
     """The oracle, the SFT model and its responses."""
 
-    def __init__(self, experiment: Experiment) -> None:
+    def __init__(self, experiment: Experiment, pairs: PairSettings) -> None:
         super().__init__(experiment)
-        self.labels = experiment
-        e = experiment
-        used = e.pairs.skip + e.pairs.prompts
+        self.labels = e = experiment
+        self.made = pairs
+        assert not isinstance(e.corpus, PairCorpus)
+        used = pairs.skip + pairs.prompts
         stopping = 0 if e.sft.early_stopping is None else e.sft.early_stopping.texts
         oracle = OracleStage(oracle=e.oracle, corpus=e.corpus, sft=e.sft.reviews + stopping, prompts=used, seed=e.seed)
         self.judge = {"oracle": self.add("oracle", fit_oracle, oracle, says="the oracle, which judges every response")}
@@ -168,7 +171,7 @@ class _CorpusTrunk(Trunk):
         )
         self.sft = self.add("sft", train_sft, sft, self.base, says="fine-tuning the base model on positive reviews")
         responses = ResponseStage(
-            corpus=e.corpus, prompts=e.pairs.prompts, skip=e.pairs.skip, seed=e.seed, **e.responses.model_dump()
+            corpus=e.corpus, prompts=pairs.prompts, skip=pairs.skip, seed=e.seed, **e.responses.model_dump()
         )
         self.responses = self.add(
             "responses",
@@ -184,9 +187,8 @@ class _CorpusTrunk(Trunk):
 
     def pairs(self, tier: str, seed: int) -> Step:
         """Two responses, or the best of them and a review's own words, labelled by the oracle."""
-        e = self.labels
-        given = {"tier": tier, "train": e.pairs.train, "label_noise": e.pairs.label_noise}
-        labels = PairStage.model_validate({**given, "seed": seed, "seed_permutation": e.seed})
+        given = {"tier": tier, "train": self.made.train, "label_noise": self.made.label_noise}
+        labels = PairStage.model_validate({**given, "seed": seed, "seed_permutation": self.labels.seed})
         name, says = f"pairs/{tier}/seed{seed}", f"pairs of the {tier} tier, labelled"
         return self.add(name, label_pairs, labels, {"responses": self.responses}, says=says)
 
@@ -330,7 +332,7 @@ class _Bench:
         )
 
     def _scores(self) -> Step:
-        if self.trunk.heldout:  # those of the data: a probe has none
+        if self.experiment.reward_model.kind == "probe":  # which has none: those of the data
             return self.pairs
         inputs = {"pairs": self.pairs, "reward_model": self.reward_model}
         return self._add("scores", score_sides, ScoreStage(), inputs, "the reward model's score of either side")

@@ -2,29 +2,102 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from madpo.core.errors import ConfigError
 from madpo.core.storage import expanded
 from madpo.data.folds import prompt_key
 from madpo.data.load import PairStream
+from madpo.data.sources import look_at
 from madpo.data.tokens import text_length
 from madpo.operations.own_pairs import OwnPairsStage, Size, read_own_pairs
 from madpo.operations.preconditions import require_columns
 from madpo.operations.reward_model import load_pair_encoder, seen_pairs
 from madpo.operations.running import digest
+from madpo.operations.settings import PROBE, PairCorpus
 from madpo.operations.study_probe import ProbeStage, fit_pairs_probe
-from madpo.report.methods import REFERENCE, method_of, settings_words
+from madpo.operations.study_training import PairSFTStage, train_sft_on_pairs
+from madpo.report.methods import OWN, REFERENCE, method_of, settings_words
 from madpo.runner.step import Source, Step
-from madpo.study.compare import PROBE, AutoLoss, CompareSettings, known_loss
-from madpo.study.graph import Trunk
+from madpo.study.compare import AutoLoss, CompareSettings, known_loss
+from madpo.study.graph import Trunk, fields
 from madpo.study.methods import Method
 from madpo.training.settings import AutoSettings
+
+if TYPE_CHECKING:
+    from madpo.study.experiment import Experiment
 
 BETA = 0.1  # at which losses compare at equal beta, where it is among the given ones; else the first
 
 
-class OwnTrunk(Trunk):
+class _PairsTrunk(Trunk):
+    """Pairs that are read, held-out ones among them, and a reward model that judges."""
+
+    heldout = True
+    _pairs: Step
+
+    def pairs(self, tier: str, seed: int) -> Step:
+        """The same for all seeds, which decide trainings and responses only."""
+        return self._pairs
+
+    def read(self, stage: OwnPairsStage, data: str, eval_data: str | None) -> None:
+        """The step that reads the pairs, once for all."""
+        given: dict[str, Step | Source] = {"data": _source(data), "reference": _source(stage.model)}
+        given |= {} if eval_data is None else {"eval_data": _source(eval_data)}
+        self._pairs = self.add("pairs", read_own_pairs, stage, given, says="reading the pairs")
+
+    def judged_by(self, judge: str | None, seed: int) -> None:
+        """The judge: what the user names, or a probe of the reference, which must be known before."""
+        self.judge = {}
+        if judge == PROBE:
+            says = "the judge, a probe on pairs that no policy sees"
+            inputs: dict[str, Step | Source] = {"pairs": self._pairs, "reference": self.sft}
+            probe = ProbeStage(seed=seed, part="judge")
+            self.judge = {"judge": self.add("judge", fit_pairs_probe, probe, inputs, says=says)}
+        elif judge is not None:
+            self.judge = {"judge": _source(judge)}
+
+
+class ExperimentTrunk(_PairsTrunk):
+    """An experiment whose corpus is pairs: fine-tuning on the chosen completions comes before everything else.
+
+    Building it reads neither pairs nor judge, which may be on the hub.
+
+    Raises:
+        DataError: a file of the pairs is not there.
+    """
+
+    def __init__(self, experiment: Experiment, corpus: PairCorpus) -> None:
+        super().__init__(experiment)
+        self.labels = e = experiment
+        for data in filter(None, (corpus.data, corpus.eval_data)):
+            look_at(data)
+        stage = OwnPairsStage(
+            **{name: getattr(corpus, name) for name in ("columns", "layout", "eval_share", "max_length", "truncation")},
+            model=e.model,
+            judge_share=corpus.judge_share if corpus.judge == PROBE else 0.0,
+            max_train=corpus.train,
+            max_heldout=corpus.heldout,
+            seed=e.seed,
+        )
+        self.read(stage, corpus.data, corpus.eval_data)
+        sft = PairSFTStage(model=e.model, seed=e.seed, **fields(e.sft))
+        says = "fine-tuning the base model on what was preferred"
+        self.sft = self.add("sft", train_sft_on_pairs, sft, {"pairs": self._pairs}, says=says)
+        self.judged_by(corpus.judge, e.seed)
+
+    def rows(self) -> tuple[Method, ...]:
+        """Those of the experiment, with their sweeps spelled out."""
+        return self.labels.rows()
+
+
+def build(experiment: Experiment) -> list[Step]:
+    """The steps of a study on pairs that are there, upstream steps first."""
+    assert isinstance(experiment.corpus, PairCorpus)
+    return ExperimentTrunk(experiment, experiment.corpus).build([OWN])
+
+
+class OwnTrunk(_PairsTrunk):
     """The pairs, the model, and the judge.
 
     Attributes:
@@ -34,7 +107,6 @@ class OwnTrunk(Trunk):
         ConfigError, DataError: the pairs cannot be read, a loss reads a column that they lack, or the judge is none.
     """
 
-    heldout = True
     reference = REFERENCE
 
     def __init__(self, settings: CompareSettings, data: str, eval_data: str | None) -> None:
@@ -53,27 +125,16 @@ class OwnTrunk(Trunk):
             seed=settings.split_seed,
             size=size,
         )
-        given: dict[str, Step | Source] = {"data": _source(data), "reference": self.sft}
-        given |= {} if eval_data is None else {"eval_data": _source(eval_data)}
-        self._pairs = self.add("pairs", read_own_pairs, stage, given, says=f"reading {size.pairs} pairs")
-        self.judge, self.judge_saw_pairs = {}, 0
-        if probed:
-            says = "the judge, a probe on pairs that no policy sees"
-            inputs: dict[str, Step | Source] = {"pairs": self._pairs, "reference": self.sft}
-            probe = ProbeStage(seed=settings.split_seed, part="judge")
-            self.judge = {"judge": self.add("judge", fit_pairs_probe, probe, inputs, says=says)}
-        elif settings.judge is not None:
+        self.read(stage, data, eval_data)
+        self.judge_saw_pairs = 0
+        if settings.judge is not None and not probed:
             load_pair_encoder(settings.judge)
-            self.judge = {"judge": _source(settings.judge)}
             self.judge_saw_pairs = seen_pairs(settings.judge, PairStream(data, settings.reading)) or 0
+        self.judged_by(settings.judge, settings.split_seed)
 
     def rows(self) -> tuple[Method, ...]:
         """The losses at every beta."""
         return rows_of(self.settings, self._margins)
-
-    def pairs(self, tier: str, seed: int) -> Step:
-        """The same for all seeds, which decide trainings and responses only."""
-        return self._pairs
 
 
 def rows_of(settings: CompareSettings, margins: bool) -> tuple[Method, ...]:
