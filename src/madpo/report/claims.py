@@ -204,7 +204,7 @@ class _Study:
             text = f"{method} earns more than {base} at the same distance from the reference."
             reading = (
                 f"{method}'s curve of reward against the root of KL, over its betas, less that of {base}, which begins "
-                "at the SFT model: the mean over the distances that both reach, on each tier that was run. With one "
+                "at the reference: the mean over the distances that both reach, on each tier that was run. With one "
                 "beta, the difference at its distance."
             )
             key = f"{_slug(method)}-at-equal-kl" if base == "DPO" else f"{_slug(method)}-above-madpo-at-equal-kl"

@@ -32,10 +32,15 @@ def own_opening(tier: Tier) -> str:
     """What was compared, on what."""
     methods = listed(list(dict.fromkeys(row.method for row in tier.policies)))
     betas = {row.beta for row in tier.policies if row.beta is not None}
-    parts = [f"{methods} at {count(len(betas), 'value')} of β, {count(len(tier.seeds), 'training seed')} each"]
-    found = [row[name] for row in tier.policies for name in ("heldout_log_loss", "oracle_reward")]
-    prompts = max((value.n for value in found if isinstance(value, Estimate)), default=0)
-    return f"{parts[0]}, on {prompts} held-out prompts, with 95 % intervals over prompts."
+    prompts = {
+        name: max((value.n for row in tier.policies if isinstance(value := row[name], Estimate)), default=0)
+        for name in ("heldout_log_loss", "oracle_reward")
+    }
+    judged = f", and the judge's reward on {n} of them" if (n := prompts["oracle_reward"]) else ""
+    return (
+        f"{methods} at {count(len(betas), 'value')} of β, {count(len(tier.seeds), 'training seed')} each: held-out "
+        f"pairs of {prompts['heldout_log_loss']} prompts{judged}, with 95 % intervals over prompts."
+    )
 
 
 def comparisons(tier: Tier) -> dict[str, Comparison]:
