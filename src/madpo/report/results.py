@@ -175,7 +175,8 @@ class Tier:
     @cached_property
     def _means(self) -> dict[str, pd.DataFrame]:
         """Key of a row -> mean over a prompt's samples, by prompt and seed."""
-        cells = self.samples.groupby(["key", "prompt_id", "seed"])[[column for column, _ in MEASURED.values()]].mean()
+        columns = [column for column, _ in MEASURED.values() if column in self.samples]
+        cells = self.samples.groupby(["key", "prompt_id", "seed"])[columns].mean()
         return {
             str(key): cast(pd.DataFrame, own.droplevel("key").unstack("seed")).dropna(axis=1, how="all")
             for key, own in cells.dropna(how="all").groupby("key", sort=False)
