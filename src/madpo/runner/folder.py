@@ -85,7 +85,9 @@ def refuse_foreign(out: Path) -> None:
     if not out.is_dir() or (out / RECORD).is_file() or (work / RECORD).is_file():
         return
     if entries := sorted(entry.name for entry in out.iterdir() if entry.name not in _OURS):
-        raise StorageError(f"{out} is not empty and holds no result ({entries[0]!r} is in it); choose another one")
+        raise StorageError(
+            f"{out} is not empty and holds no result (it holds {entries[0]!r}); choose another --output_dir"
+        )
 
 
 def _remove_work(work: Path) -> None:
