@@ -109,7 +109,7 @@ def named_class(target: str, digest: str, base: type[T]) -> type[T]:
     module = load_file(Path(where), digest) if where.endswith(".py") else importlib.import_module(where)
     found = getattr(module, name, None)
     if not (isinstance(found, type) and issubclass(found, base)):
-        raise ConfigError(f"target is {target!r}, but {name!r} is no {base.__module__}.{base.__qualname__} there")
+        raise ConfigError(f"target is {target!r}, but {name!r} is no subclass of {base.__module__}.{base.__qualname__}")
     return found
 
 
