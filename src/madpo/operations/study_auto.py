@@ -51,12 +51,12 @@ class AutoStage(Frozen):
     seed: int = Field(default=0, ge=0)
 
 
-@operation("train_auto_policy/1")
+@operation("train_auto_policy/2")
 def train_auto_policy(config: AutoStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Train twice and average; writes ``out/adapter`` and ``out/decision.json``.
 
-    Without a fixed ``label_share``, both trainings leave out 15 % of the training pairs, whose labels decide the share.
-    With a fixed one, both take all pairs; at 1 the result is the average of two DPO policies of different seeds.
+    Without a fixed ``label_share``, the first training leaves out 15 % of the prompts, whose labels decide the share. The
+    second, and both with a fixed one, take all pairs; at 1 the result is the average of two DPO policies of different seeds.
     Inputs: "pairs", "logps", "reference" and, unless the share is fixed at 1, "margins".
     """
     rows, reference, fixed = training_rows(inputs), reference_model(inputs), config.settings.label_share
@@ -82,14 +82,14 @@ def train_auto_policy(config: AutoStage, inputs: Mapping[str, Path], out: Path) 
     mixed: Loss = SoftDPO(beta=beta, margin_temperature=decision["temperature"], label_share=share)
     loss = mixed if "margins" in inputs else DPO(beta=beta)
     other = derived_seed(config.seed, "auto", "second training") % 2**31
-    result, _ = fit_policy(_policy(config, loss, other), seen, reference, out / SECOND)
+    result, _ = fit_policy(_policy(config, loss, other), rows, reference, out / SECOND)
     averaged = averaged_adapter(reference, out / FIRST / "adapter", out / SECOND / "adapter", dtype=None)
     averaged.save_pretrained(out / "adapter", safe_serialization=True)
     (out / SECOND / "log.jsonl").replace(out / "log.jsonl")
     for name in (FIRST, SECOND):
         shutil.rmtree(out / name / CHECKPOINTS, ignore_errors=True)
     numbers = {name: value for name, value in decision.items() if isinstance(value, int | float)}
-    return {**numbers, "pairs": len(seen), "steps": decision["steps"] + int(result.global_step)}
+    return {**numbers, "pairs": len(rows), "steps": decision["steps"] + int(result.global_step)}
 
 
 def _policy(config: AutoStage, loss: Loss, seed: int) -> PolicyStage:

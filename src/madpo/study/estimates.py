@@ -194,9 +194,9 @@ def work(step: Step) -> Work:
         seen = 2 * pairs.train * config.optimisation.epochs
         return Work({"train": seen * length}, 1, 2 * config.optimisation.per_pass * length)
     if isinstance(config, AutoStage):
-        kept = 1 - HELDOUT_SHARE if config.settings.label_share is None else 1.0
-        seen = 2 * 2 * pairs.train * kept * config.optimisation.epochs
-        tokens = {"train": seen * length, "score": 2 * pairs.train * (1 - kept) * length}
+        aside = HELDOUT_SHARE if config.settings.label_share is None else 0.0
+        seen = 2 * (2 - aside) * pairs.train * config.optimisation.epochs
+        tokens = {"train": seen * length, "score": 2 * aside * pairs.train * length}
         return Work(tokens, 2, 2 * config.optimisation.per_pass * length)
     if isinstance(config, OnlineStage):
         seen = pairs.train * config.settings.generations * config.optimisation.epochs
