@@ -55,8 +55,9 @@ class AutoStage(Frozen):
 def train_auto_policy(config: AutoStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Train twice and average; writes ``out/adapter`` and ``out/decision.json``.
 
-    Without a fixed ``label_share``, the first training leaves out 15 % of the prompts, whose labels decide the share. The
-    second, and both with a fixed one, take all pairs; at 1 the result is the average of two DPO policies of different seeds.
+    Without a fixed ``label_share``, the first training leaves out 15 % of the prompts, whose labels decide the share.
+    The second, and both with a fixed one, take all pairs; at 1 the result is the average of two DPO policies of
+    different seeds.
     Inputs: "pairs", "logps", "reference" and, unless the share is fixed at 1, "margins".
     """
     rows, reference, fixed = training_rows(inputs), reference_model(inputs), config.settings.label_share
