@@ -4,6 +4,7 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -482,3 +483,34 @@ def test_an_oracle_of_ones_own_is_one_class(tmp_path: Path, monkeypatch: pytest.
     assert identity_settings(changed) != before
     with pytest.raises(DataError, match=r"source of .* has changed"):
         load_oracle(tmp_path)
+
+
+@pytest.mark.usefixtures("toy")
+@pytest.mark.parametrize("kind", get_args(get_args(Oracle)[0]))
+def test_every_oracle_keeps_the_contract(kind, tmp_path, monkeypatch, roberta) -> None:
+    """Same stage, same bytes; a folder that can move; one finite reward per response, whatever is scored with it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(LENGTH)
+    settings = {
+        NgramOracle: {"min_count": 1},
+        ClassifierOracle: {"name": str(roberta), "heldout": 8},
+        CustomOracle: {"target": "mine.py:LengthOracle"},
+    }
+    oracle = kind(**settings[kind])
+    assert TypeAdapter(Oracle).validate_json(oracle.model_dump_json()) == oracle
+    found = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        metrics = fit_oracle(stage(oracle, seed=3), {}, tmp_path / name)
+        found.append((metrics, {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()}))
+    assert found[0] == found[1]
+    assert metrics["heldout_reviews"] == metrics["accuracy"].n == metrics["snippet_accuracy"].n > 0
+    score = load_oracle((tmp_path / "a").rename(tmp_path / "moved"))
+    texts = ["wonderful, moving", "", "a terrible film " * 20, "Großartig 😀"]
+    together = score(["The film"] * 4, texts)
+    assert together.shape == (4,)
+    assert together.dtype == np.float64
+    assert np.all(np.abs(together) <= 3)  # and none is NaN
+    one_by_one = [score(["The film"], [text])[0] for text in texts]
+    np.testing.assert_allclose(one_by_one, together, atol=1e-5)
+    assert score([], []).shape == (0,)

@@ -35,7 +35,7 @@ class Combined(LossConfig):
     kind: Literal["combined"] = "combined"
     paper = published("2411.10442")
     parts: tuple[Part, ...] = Field(min_length=1)
-    """The losses; those with running statistics (beta_dpo, alpha_dpo) are refused."""
+    """The losses; those with running statistics (beta_dpo, alpha_dpo, re_dpo) are refused."""
     weights: tuple[Annotated[float, Field(ge=0)], ...] | None = None
     """One per part, not normalised; all 1 where left out."""
     nll: float = Field(default=0.0, ge=0)
