@@ -44,6 +44,8 @@ WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "equal",
 HOPPER = (989e12, 3.35e12)
 """Dense bfloat16 operations and bytes of memory a second of an H100 SXM, as NVIDIA publishes them."""
 
+# torch counts a product that is added in place as none.
+flop_registry[torch.ops.aten.addmm_] = flop_registry[torch.ops.aten.addmm]
 _FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 # torch has formulas for GPUs' kernels only. Two products; five in the backward pass, which computes scores again.

@@ -6,6 +6,7 @@ shape its result has, so a step runs as it would, autograd included, in seconds 
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from madpo.models.load import language_class, load_config
+
+LARGE = 2**16
+"""Numbers from which on a buffer of a step on paper is on paper itself."""
 
 
 def paper_model(path: Path | str, *, dtype: torch.dtype, mode: FakeTensorMode) -> PreTrainedModel:
@@ -58,11 +62,18 @@ def _moved(module: nn.Module, move: Callable[[Tensor], Tensor], recurse: bool = 
 class Answers(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """What the host asks of tensors on paper is answered: a number is 1, a condition true, a selection everything.
 
-    So a check of the numbers finds nothing wrong, and what depends on them is as large as it can be.
+    So a check of the numbers finds nothing wrong, and what depends on them is as large as it can be. Large buffers are
+    on paper as well, or what fills them would be computed.
     """
 
+    _mode: FakeTensorMode | None = None
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.empty.memory_format and self._mode and math.prod(args[0]) >= LARGE:
+            with self._mode:
+                return func(*args, **(kwargs or {}))
         if args and isinstance(args[0], FakeTensor):
+            self._mode = args[0].fake_mode
             if func is torch.ops.aten._local_scalar_dense.default and args[0].constant is None:
                 return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
             if func is torch.ops.aten.nonzero.default:
