@@ -26,7 +26,7 @@ def test_the_guide_goes_through_every_command_on_ones_own_data() -> None:
         *("example", "check", "reward", "score", "score", "inspect", "train", "evaluate", "tune", "train")
     ]
     sections = re.findall(r"^## (\w+)$", GUIDE, re.M)
-    assert sections == ["check", "reward", "score", "inspect", "train", "evaluate", "tune"]
+    assert sections == ["check", "reward", "score", "inspect", "train", "evaluate", "tune", "compare"]
 
 
 @pytest.mark.slow  # a chain of sixteen trainings

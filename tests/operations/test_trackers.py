@@ -97,8 +97,8 @@ def test_trainings_without_an_option_take_trackers_from_the_environment(tmp_path
 def test_the_page_of_a_training_has_its_curves(llama, tmp_path, own_cache, monkeypatch):
     monkeypatch.setattr(running, "PAGE_SECONDS", 0.0)
     data = write(tmp_path / "<b>pairs.jsonl", [row | {"reward_margin": 1.0} for row in text_pairs(12)])
-    run("train", data, "--model_name_or_path", llama, "--eval_share", "0.3", "--output_dir", tmp_path / "P",
-        "--batch_size", "4", "--args.logging_steps", "1")  # fmt: skip
+    run("train", data, "--model_name_or_path", llama, "--loss", "dpo", "--eval_share", "0.3",
+        "--output_dir", tmp_path / "P", "--batch_size", "4", "--args.logging_steps", "1")  # fmt: skip
     page = (tmp_path / "P" / "report.html").read_text()
     assert "held-out pairs" in page
     assert "<b>pairs" not in page

@@ -167,13 +167,16 @@ def test_the_command_uploads_a_run_and_says_so_where_it_could_not(
     from madpo.study import experiment
 
     class Small:
-        title, seed, report_to = "small", 0, ()
+        title, seed, report_to, corpus = "small", 0, (), None
 
         def model_dump(self, mode: str) -> dict[str, Any]:
             return {}
 
         def rows(self) -> tuple[()]:
             return ()
+
+        def with_groups(self, only: object) -> "Small":
+            return self
 
         def steps(self) -> list[Step]:
             return [Step("part/0", write, Config())]

@@ -45,7 +45,7 @@ def _message(value: Any, name: str, place: str) -> Message:
     if not isinstance(value, dict):
         entry = "" if not isinstance(value, str) else ", or name one of several texts: --columns.rejected rejected.0"
         raise DataError(
-            f"{place}: {name} is {described(value)}, no message; give an object with role and content{entry}"
+            f"{place}: {name} is {described(value)}, not a message; give an object with role and content{entry}"
         )
     value = with_our_keys(value)
     more = template_keys(value, name, place)

@@ -251,7 +251,9 @@ def _pair_id(value: Any, place: str) -> int:
     if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit() and len(value) < 19:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-        raise DataError(f"{place}: pair_id is {described(value)}, no whole number from 0; correct or drop the column")
+        raise DataError(
+            f"{place}: pair_id is {described(value)}, not a whole number from 0; correct or drop the column"
+        )
     return value
 
 
