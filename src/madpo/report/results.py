@@ -143,7 +143,12 @@ class Tier:
     @property
     def label(self) -> str:
         """For people: "high" -> "High"."""
-        return self.name.replace("_", " ").capitalize()
+        return "Your pairs" if self.name == "own" else self.name.replace("_", " ").capitalize()
+
+    @property
+    def reward(self) -> str:
+        """What the reward of responses is called: a study has an oracle, and a user's own pairs have a judge."""
+        return "judge's reward" if self.name == "own" else "oracle reward"
 
     @property
     def policies(self) -> list[Row]:

@@ -224,7 +224,7 @@ def frontier_chart(tiers: Sequence[Tier], beta: float) -> Chart | None:
                 series.append(Series(tier.sft.name, (mark,), COLOURS[SFT]))
         if len(series) > 1:
             title = tier.label + _seeds_only(tier, rows)
-            panels.append(Panel(title, "KL to the reference, nats", REWARD, tuple(series)))
+            panels.append(Panel(title, "KL to the reference, nats", f"mean {tier.reward}", tuple(series)))
     caption = (
         "Reward against distance. A method that moves further from the reference usually earns more, so methods are "
         "compared at the same distance: to the left and above is better. A line joins one method's settings of β; of "

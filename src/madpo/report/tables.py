@@ -245,10 +245,15 @@ def shown_columns(tier: Tier) -> list[str]:
     return [name for name in COLUMNS if any(row[name] is not None for row in tier.rows)]
 
 
+def headings(tier: Tier) -> dict[str, tuple[str, str]]:
+    """``COLUMNS`` with the tier's own name of the reward."""
+    return {**COLUMNS, "oracle_reward": (tier.reward, "number")}
+
+
 def report_markdown_table(tier: Tier) -> str:
     """The tier's table in Markdown; with a column of seeds where they differ."""
     columns = shown_columns(tier)
-    head = ["method", *(["seeds"] if tier.uneven else []), *(COLUMNS[c][0] for c in columns)]
+    head = ["method", *(["seeds"] if tier.uneven else []), *(headings(tier)[c][0] for c in columns)]
     lines = [head, ["---"] * len(head)]
     for row in tier.rows:
         seeds = [", ".join(row.seeds)] if tier.uneven else []
