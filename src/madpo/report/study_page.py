@@ -45,16 +45,13 @@ def study_page(
     charts = {c.name: draw(c) for c in study.charts if not any(isinstance(p, WeightPanel) for p in c.panels)}
     reasons = empty_cells(tiers, study.planned, unfinished)
     weights = [weights_view(tier) for tier in tiers if len(tier.margins)]
-    data: dict[str, Any] = {
-        "weights": {f"weight-{w['name']}": w["data"] for w in weights},
-        "samples": (samples := sample_data(tiers)),
-    }
-    data |= {"unit": "the judge's reward"} if study.own else {}
+    data = {"weights": {f"weight-{w['name']}": w["data"] for w in weights}, "samples": (samples := sample_data(tiers))}
+    unit = {"unit": "the judge's reward"} if study.own else {}
     return render(
         "report",
         title,
         SCRIPTS,
-        data,
+        {**data, **unit},
         own=study.own,
         reference="the model as it is" if study.own and "sft" not in study.experiment else "the SFT model",
         question=OWN_QUESTION if study.own else QUESTION,
