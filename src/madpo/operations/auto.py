@@ -63,7 +63,7 @@ from madpo.operations.running import load_report, run_in_folder
 from madpo.operations.settings import Sampling
 from madpo.operations.train_settings import Auto, TrainSettings
 from madpo.operations.verify_auto import FAST_SHARE
-from madpo.rewards.label_share import AS_GOOD, HELDOUT_SHARE, LabelShare, better_than_coin, label_share
+from madpo.rewards.label_share import AS_GOOD, HELDOUT_SHARE, LabelShare, better_than_coin, decide
 from madpo.rewards.margins import inspect
 from madpo.runner.operation import operation
 from madpo.training.columns import MARGIN
@@ -213,6 +213,12 @@ def _mixed(work: _Work, share: float, temperature: float, seed: int, heldout: fl
 
 
 COIN = "the margins explain labels no better than a coin: plain DPO is as good"
+REASONS = {
+    "margins": "the margins add to the labels: take the average of both policies",
+    "coin": f"{COIN}, and both trainings take labels only",
+    "labels": f"the label's share is above {AS_GOOD:g} with 97.5 % probability: plain DPO is as good",
+}
+"""Of the advice, by why it is given."""
 
 
 def _fast(work: _Work) -> AutoReport:
@@ -242,13 +248,7 @@ def _two(work: _Work) -> AutoReport:
     implicit, margins, prompts = (_column(lines, name) for name in ("implicit_margin", MARGIN, "prompt"))
     seen = work.margins_out_of(DPO_FOLDER)
     temperature = inspect(seen).margin_temperature
-    found = label_share(implicit, margins, prompts=prompts, seed=work.seed)
-    share, advice, reason = found.mean, "auto", "the margins add to the labels: take the average of both policies"
-    if not better_than_coin(np.concatenate([seen, margins])):
-        share, advice, reason = 1.0, "dpo", f"{COIN}, and both trainings take labels only"
-    elif found.low > AS_GOOD:
-        advice = "dpo"
-        reason = f"the label's share is above {AS_GOOD:g} with 97.5 % probability: plain DPO is as good"
+    found, share, why = decide(implicit, margins, seen, prompts=prompts, seed=work.seed)
     mixed = _mixed(work, share, temperature, derived_seed(work.seed, "auto", "second training") % 2**31)
     report = mixed.model_dump() | {"steps": dpo.steps + mixed.steps, "eval_pairs": dpo.eval_pairs, "evaluation": {}}
     return AutoReport(
@@ -257,8 +257,8 @@ def _two(work: _Work) -> AutoReport:
         margin_temperature=temperature,
         label_share=share,
         share=found,
-        advice=advice,
-        reason=reason,
+        advice="auto" if why == "margins" else "dpo",
+        reason=REASONS[why],
         averaged=True,
     )
 

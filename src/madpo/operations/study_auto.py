@@ -1,6 +1,6 @@
 """``auto`` as a row of a study: two trainings, the label's share from held-out pairs, and the average of both policies.
 
-The commands' version is :mod:`madpo.operations.auto`; both decide by :func:`madpo.rewards.label_share.label_share`.
+The commands' version is :mod:`madpo.operations.auto`; both decide by :func:`madpo.rewards.label_share.decide`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from madpo.operations.study_training import (
     reference_model,
     training_rows,
 )
-from madpo.rewards.label_share import AS_GOOD, HELDOUT_SHARE, better_than_coin, label_share
+from madpo.rewards.label_share import HELDOUT_SHARE, decide
 from madpo.rewards.margins import inspect
 from madpo.runner.operation import operation
 from madpo.training.settings import AutoSettings
@@ -119,8 +119,8 @@ def _decided(
     ratios = logps - before
     implicit = config.settings.beta * (ratios[0] - ratios[1])
     margins, own = (np.array([row["reward_margin"] for row in part]) for part in (heldout, seen))
-    found = label_share(implicit, margins, prompts=[prompts[row["pair_id"]] for row in heldout], seed=config.seed)
-    share = found.mean if better_than_coin(np.concatenate([own, margins])) else 1.0
+    of = [prompts[row["pair_id"]] for row in heldout]
+    found, share, why = decide(implicit, margins, own, prompts=of, seed=config.seed)
     difference = found.difference
     return {
         "label_share": share,
@@ -133,5 +133,5 @@ def _decided(
         "log_loss_difference_high": difference.high,
         "label_share_low": found.low,
         "label_share_high": found.high,
-        "advises_dpo": int(share == 1.0 or found.low > AS_GOOD),
+        "advises_dpo": int(why != "margins"),
     }

@@ -38,7 +38,7 @@ from madpo.losses.simulation import (
 )
 from madpo.operations.settings import VerifyAutoSettings
 from madpo.report.numbers import DASH
-from madpo.rewards.label_share import HELDOUT_SHARE, better_than_coin, label_share
+from madpo.rewards.label_share import HELDOUT_SHARE, decide
 from madpo.rewards.margins import PAPER_SETTINGS
 from madpo.runner.executors import Executor
 from madpo.runner.operation import operation
@@ -263,13 +263,9 @@ def gains(worlds: Worlds, cell: Cell, margins: Margins) -> Compared:
     (partly,) = train(worlds.train.policy[:, :kept], [dpo], betas, seed=seeds[0])
     middle = betas[RELATIVE_BETAS.index(0.35)]
     implicit = middle * (worlds.train.policy[:, kept:] @ partly[:, :, 0, betas.index(middle), None])[..., 0]
-    aside = zip(implicit, margins.outside[:, kept:], strict=True)
-    found = [label_share(m0.numpy(), m1.numpy()) for m0, m1 in aside]
-    shares = [
-        share.mean if better_than_coin(outside.numpy()) else 1.0
-        for share, outside in zip(found, margins.outside, strict=True)
-    ]
-    mixed = Method([SoftDPO(beta=1.0, label_share=share) for share in shares], calibrated)
+    parts = zip(implicit, margins.outside[:, kept:], margins.outside[:, :kept], strict=True)
+    decided = [decide(m0.numpy(), m1.numpy(), seen.numpy()) for m0, m1, seen in parts]
+    mixed = Method([SoftDPO(beta=1.0, label_share=decision.share) for decision in decided], calibrated)
     (second,) = train(worlds.train.policy, [mixed, dpo], betas, seed=seeds[1])
     trained["auto, one policy"] = second[:, :, 0]
     trained[AUTO] = (partly[:, :, 0] + second[:, :, 0]) / 2  # a log-linear policy is linear in its parameters
@@ -282,4 +278,5 @@ def gains(worlds: Worlds, cell: Cell, margins: Margins) -> Compared:
     reached = np.where(np.isfinite(six), six, -np.inf)
     best = reached.argmax(0)[:, ::-1]
     measured[SEARCHED] = np.take_along_axis(six, best[None], 0)[0]
-    return Compared(measured, np.array(shares), np.array([share.difference.mean for share in found]))
+    shares, deciding = [d.share for d in decided], [d.found.difference.mean for d in decided]
+    return Compared(measured, np.array(shares), np.array(deciding))

@@ -8,6 +8,7 @@ learns (``label_share`` of :class:`madpo.losses.SoftDPO`). No torch.
 from __future__ import annotations
 
 import math
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -89,6 +90,36 @@ def label_share(
         implicit_loss=float(losses[0].mean()),
         difference=bootstrap_mean(losses[1] - losses[0], seed=seed, clusters=prompts),
     )
+
+
+class Decision(NamedTuple):
+    """What ``auto`` does with the margins.
+
+    Attributes:
+        found: what the held-out labels say.
+        share: the label's share of the second training's target.
+        why: "margins": they add to the labels. "coin": they explain labels no better than a coin, and the share is 1.
+            "labels": the share is above :data:`AS_GOOD` with 97.5 % probability. Plain DPO is as good in the last two.
+    """
+
+    found: LabelShare
+    share: float
+    why: Literal["margins", "coin", "labels"]
+
+
+def decide(
+    implicit: ArrayLike, margins: ArrayLike, seen: ArrayLike, *, prompts: ArrayLike | None = None, seed: int = 0
+) -> Decision:
+    """The label's share that ``auto`` takes, and why.
+
+    Args:
+        implicit, margins, prompts, seed: as for :func:`label_share`.
+        seen: margins of the pairs that plain DPO was trained on, from reward models that have not seen them.
+    """
+    found = label_share(implicit, margins, prompts=prompts, seed=seed)
+    if not better_than_coin(np.concatenate([np.asarray(seen), np.asarray(margins)])):
+        return Decision(found, 1.0, "coin")
+    return Decision(found, found.mean, "labels" if found.low > AS_GOOD else "margins")
 
 
 def posterior(implicit: Floats, margins: Floats) -> tuple[Floats, Floats]:
