@@ -56,14 +56,20 @@ class Clock:
         self._last = now
 
 
-def ours(model: str, root: str, settings: dict[str, str]) -> dict[str, list[float]]:
+def experiment_of(model: str, settings: dict[str, str]) -> Any:
+    """The quickstart with a trained reward model and the user's settings."""
     from madpo.core.config import find_experiment, load_config
-    from madpo.runner.executors import Inline
-    from madpo.runner.run import run
     from madpo.study.experiment import Experiment
 
     wanted = [f"{name}={value}" for name, value in {**SETTINGS, "model": model, **settings}.items()]
-    experiment = load_config(find_experiment("quickstart"), Experiment, wanted)
+    return load_config(find_experiment("quickstart"), Experiment, wanted)
+
+
+def ours(model: str, root: str, settings: dict[str, str]) -> dict[str, list[float]]:
+    from madpo.runner.executors import Inline
+    from madpo.runner.run import run
+
+    experiment = experiment_of(model, settings)
     clock = Clock()
     with Inline() as place:
         result = run(
@@ -87,18 +93,15 @@ def script(model: str, root: str, settings: dict[str, str]) -> dict[str, list[fl
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-    from madpo.core.config import find_experiment, load_config
     from madpo.data.corpus import load_corpus, sft_reviews
     from madpo.models.hyperparameters import LoRA
     from madpo.models.load import compute_dtype, load_tokenizer, resolve_model
-    from madpo.study.experiment import Experiment
 
     class TakesIds(DPOTrainer):
         def _prepare_dataset(self, dataset, *args, **kwargs):
             return dataset
 
-    wanted = [f"{name}={value}" for name, value in {**SETTINGS, "model": model, **settings}.items()]
-    e = load_config(find_experiment("quickstart"), Experiment, wanted)
+    e = experiment_of(model, settings)
     place, dtype = resolve_model(model), compute_dtype()
     tokenizer = load_tokenizer(place)
     reviews = list(sft_reviews(load_corpus(e.corpus), e.sft.reviews)["text"])

@@ -28,7 +28,7 @@ def test_collections_are_on_again_after_an_import_that_fails():
     assert gc.isenabled()
 
 
-# Loaded one after the other in one interpreter: whoever comes later may have what the earlier ones have not.
+# Loaded one after the other in one interpreter: a later module may load what an earlier one does not.
 ABSENT = {
     "madpo.training.settings": {"torch"},
     "madpo.operations.train_settings": {"trl", "sklearn", "transformers", "peft"},

@@ -310,7 +310,7 @@ def _finish(
 ) -> Raw:
     """Write the rows, and last of all the report."""
     with storage_errors(output_dir):
-        report = _report(data, pairs, chosen, rejected, settings, output_dir).model_copy(update={"probe": probe})
+        report = _report(data, pairs, chosen, rejected, settings, output_dir, probe)
         report.write(output_dir / "report.json")
     return report.plain()
 
@@ -322,6 +322,7 @@ def _report(
     rejected: NDArray[Any],
     settings: ScoreSettings,
     output_dir: Path,
+    probe: ProbeReport | None,
 ) -> ScoreReport:
     difference = chosen - rejected
     seen = None if settings.reward_model is None else seen_pairs(settings.reward_model, pairs)
@@ -351,6 +352,7 @@ def _report(
         ties=int((margins == 0).sum()),
         data_digest=digest(data),
         reward_model_digest=None if settings.reward_model is None else reward_model_digest(settings.reward_model),
+        probe=probe,
     )
 
 

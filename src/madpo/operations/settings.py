@@ -16,6 +16,17 @@ PROBE = "probe"
 """The judge that is fitted to a part of the pairs."""
 
 
+def refuse_all_taken(eval_share: float, judge: str | None, judge_share: float) -> None:
+    """Refuse parts for evaluation and for a probe as judge that leave no pair to train on.
+
+    Raises:
+        ValueError: with both shares' sum.
+    """
+    taken = eval_share + (judge_share if judge == PROBE else 0.0)
+    if taken >= 1:
+        raise ValueError(f"eval_share and judge_share take {taken:g} of the pairs, and leave none to train on")
+
+
 class AdapterOptimisation(Optimisation):
     """AdamW and its schedule, with defaults for an adapter."""
 
@@ -163,7 +174,7 @@ class Decoding(Frozen):
     """Only so many most likely tokens can be drawn. The author samples with Gemma 3's generation settings, top-k 64 and
     top-p 0.95."""
     batch_size: int = Field(default=32, ge=1)
-    """Responses at once; changes the speed alone."""
+    """Responses at once; changes only the speed."""
 
 
 class EvaluationSettings(Frozen):
@@ -210,10 +221,7 @@ class PairCorpus(Reading):
 
     @model_validator(mode="after")
     def _check(self) -> PairCorpus:
-        taken = self.judge_share if self.judge == PROBE else 0.0
-        taken += self.eval_share if self.eval_data is None else 0.0
-        if taken >= 1:
-            raise ValueError(f"eval_share and judge_share take {taken:g} of the pairs, and leave none to train on")
+        refuse_all_taken(self.eval_share if self.eval_data is None else 0.0, self.judge, self.judge_share)
         return self
 
 

@@ -69,9 +69,9 @@ def evaluate_policy(config: EvaluationStage, inputs: Mapping[str, Path], out: Pa
 
     Inputs: "reference" (a folder with ``model``, or a model), "oracle" or "judge" (a reward model), "pairs", and
     "policy" (a folder with ``adapter``); without it the reference itself is measured; "reward_model" for ``best_of``.
-    The random numbers depend on the seed, the prompt and the sample alone, so methods are compared on common ones.
+    The random numbers depend only on the seed, the prompt and the sample, so methods are compared on common ones.
 
-    The KL of the best of n is not measured: its upper bound log n - (n - 1)/n (arXiv 2401.01879) stands in its place,
+    The KL of the best of n is not measured: its upper bound log n - (n - 1)/n (arXiv 2401.01879) takes its place,
     and the metric ``kl_is_a_bound`` is there.
 
     Raises:

@@ -13,7 +13,7 @@ from madpo.core.options import Cli
 from madpo.core.suggestions import did_you_mean
 from madpo.losses import Loss
 from madpo.models.hyperparameters import LoRA, Optimisation
-from madpo.operations.settings import PROBE, AdapterOptimisation, Decoding, EvaluationSettings, Training
+from madpo.operations.settings import AdapterOptimisation, Decoding, EvaluationSettings, Training, refuse_all_taken
 from madpo.training.settings import AutoSettings
 
 if TYPE_CHECKING:
@@ -65,9 +65,7 @@ class CompareSettings(Training):
             values = getattr(self, name)
             if values is not None and (len(set(values)) != len(values) or not values):
                 raise ValueError(f"{name} must hold one value or more, each once")
-        taken = self.eval_share + (self.judge_share if self.judge == PROBE else 0)
-        if taken >= 1:
-            raise ValueError(f"eval_share and judge_share take {taken:g} of the pairs, and leave none to train on")
+        refuse_all_taken(self.eval_share, self.judge, self.judge_share)
         for loss in self.losses:
             known_loss(loss)
         return self

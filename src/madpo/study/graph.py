@@ -288,9 +288,7 @@ class _Bench:
     def _offline(self, method: Method) -> tuple[StageFn, Frozen, dict[str, Step | Source]]:
         e = self.experiment
         assert method.loss is not None
-        inputs: dict[str, Step | Source] = {"pairs": self.pairs, "reference": self.trunk.sft, "logps": self.logps}
-        if "reward_margin" in method.reads:
-            inputs["margins"] = self._margins_of(method)
+        inputs = self._learns_from(method)
         if method.reads & {"chosen_score", "rejected_score"}:
             inputs["scores"] = self._scores()
         if method.pairs == "agreeing":
@@ -304,12 +302,15 @@ class _Bench:
         return train_policy, config, inputs
 
     def _auto(self, method: Method) -> tuple[StageFn, Frozen, dict[str, Step | Source]]:
+        policy = fields(self.experiment.policy)
+        config = AutoStage(method=method.name, settings=method.averaging, seed=self.seed, **policy)
+        return train_auto_policy, config, self._learns_from(method)
+
+    def _learns_from(self, method: Method) -> dict[str, Step | Source]:
         inputs: dict[str, Step | Source] = {"pairs": self.pairs, "reference": self.trunk.sft, "logps": self.logps}
         if "reward_margin" in method.reads:
             inputs["margins"] = self._margins_of(method)
-        policy = fields(self.experiment.policy)
-        config = AutoStage(method=method.name, settings=method.averaging, seed=self.seed, **policy)
-        return train_auto_policy, config, inputs
+        return inputs
 
     def _online(self, method: Method) -> tuple[StageFn, Frozen, dict[str, Step | Source]]:
         e, settings = self.experiment, method.settings

@@ -129,7 +129,7 @@ def _search(data_digest: str | None, output_dir: Path, settings: TuneSettings, p
             say(f"Trial {trial.number} diverged: {reason}")
             _end(study, trial, None, diverged=reason)
             continue
-        # For whoever opens the journal with Optuna's own tools.
+        # For people who open the journal with Optuna's own tools.
         shown = {name: getattr(measured.heldout, name).mean for name in ("accuracy", "log_loss", "raw_log_loss")}
         _end(study, trial, _value(measured, settings.criterion), **shown)
         if any(_value(one, settings.criterion) is not None for _, one in found.values()):
