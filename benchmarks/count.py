@@ -211,7 +211,7 @@ def work(spec: dict[str, Any]) -> None:
 def main() -> None:
     parser = step_options(__doc__)
     parser.add_argument("--tiny", action="store_true", help="a model of 18 narrow layers in place of --model")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.set_defaults(dtype="float32")
     parser.add_argument("--paper", action="store_true", help="weights without numbers: only config.json is read")
     parser.add_argument("--rate", type=float, default=HOPPER[0], help="operations a second; an H100's in bfloat16")
     parser.add_argument("--bandwidth", type=float, default=HOPPER[1], help="bytes a second; an H100's")
@@ -220,7 +220,7 @@ def main() -> None:
         return work(json.loads(options.worker))
     if options.tiny:
         options.model = tiny_model()
-    own = {key: getattr(options, key) for key in ("dtype", "paper", "rate", "bandwidth")}
+    own = {key: getattr(options, key) for key in ("paper", "rate", "bandwidth")}
     base = {**step_spec(options), **own}
     found = {}
     for name in ("ours", "trl"):

@@ -28,9 +28,7 @@ def main() -> None:
     options = step_options(__doc__).parse_args()
     if options.worker:
         return work(json.loads(options.worker))
-    from madpo.models.load import compute_dtype
-
-    spec = {**step_spec(options), "name": "ours", "dtype": str(compute_dtype()).removeprefix("torch.")}
+    spec = {**step_spec(options), "name": "ours"}
     worker = Worker(str(Path(__file__).with_name("train_step.py")), spec)
     for _ in range(options.repeats):
         worker.ask("step", loss="dpo")

@@ -98,13 +98,10 @@ def main() -> None:
     options = step_options(__doc__).parse_args()
     if options.worker:
         return work(json.loads(options.worker))
-    from madpo.models.load import compute_dtype
-
     base = step_spec(options)
     gap = same_losses(__file__, base)
-    dtype = str(compute_dtype()).removeprefix("torch.")
     names = ["ours", "trl"]
-    workers = {name: Worker(__file__, {**base, "name": name, "dtype": dtype}) for name in names}
+    workers = {name: Worker(__file__, {**base, "name": name}) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for repeat in range(options.repeats + 1):
         for name in names if repeat % 2 else reversed(names):
@@ -114,10 +111,10 @@ def main() -> None:
     memory = {name: workers[name].ask("memory") for name in names}
     for worker in workers.values():
         worker.close()
-    print(f"{options.model}, {options.prompt} + {options.completion} tokens, batch {options.batch}, {dtype}:")
+    print(f"{options.model}, {options.prompt} + {options.completion} tokens, batch {options.batch}, {base['dtype']}:")
     show_steps(seconds, memory, options.batch)
     ratio = show_ratio(seconds, memory)
-    write_steps(options, dtype=dtype, seconds=seconds, ratio=ratio, memory_mib=memory, float32_gap=gap)
+    write_steps(options, dtype=base["dtype"], seconds=seconds, ratio=ratio, memory_mib=memory, float32_gap=gap)
 
 
 if __name__ == "__main__":

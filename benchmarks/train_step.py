@@ -201,20 +201,17 @@ def main() -> None:
         return work(json.loads(options.worker))
     import torch
 
-    from madpo.models.load import compute_dtype
-
     base = step_spec(options)
     # A trimmed copy has other tokens: its losses are not TRL's, which its exactness tests speak of.
     gap = None if options.unchecked or options.ours_model else same_losses(__file__, base, loss="dpo")
-    dtype = str(compute_dtype()).removeprefix("torch.")
+    dtype = base["dtype"]
     liger = options.liger and torch.cuda.is_available() and find_spec("liger_kernel") is not None
     if options.liger and not liger:
         print("Liger's kernels are left out: they need a GPU and the package liger-kernel")
     names = ["ours", "trl", *["trl liger"] * liger, *["trl default"] * options.default]
     models = {"ours": options.ours_model or options.model}
     workers = {
-        name: Worker(__file__, {**base, "name": name, "dtype": dtype, "model": models.get(name, options.model)})
-        for name in names
+        name: Worker(__file__, {**base, "name": name, "model": models.get(name, options.model)}) for name in names
     }
     seconds: dict[str, list[float]] = {name: [] for name in names}
     peaks = []

@@ -151,14 +151,19 @@ def step_options(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--completion", type=int, default=48)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: what commands use on this machine")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser
 
 
 def step_spec(options: argparse.Namespace) -> dict[str, Any]:
-    """What a worker of either contender is told."""
-    return {key: getattr(options, key) for key in ("model", "prompt", "completion", "batch")} | {"batches": 2}
+    """What a worker of either contender is given."""
+    from madpo.models.load import compute_dtype
+
+    dtype = options.dtype or str(compute_dtype()).removeprefix("torch.")
+    found = {key: getattr(options, key) for key in ("model", "prompt", "completion", "batch")}
+    return found | {"batches": 2, "dtype": dtype}
 
 
 def show_steps(seconds: dict[str, list[float]], memory: dict[str, float], batch: int) -> None:
