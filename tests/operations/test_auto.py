@@ -80,37 +80,47 @@ def test_the_policy_is_the_mean_of_both_updates(done, llama):
     torch.testing.assert_close(load_model(done / "merged", dtype=torch.float32)(ids).logits, adapted)
 
 
-def test_the_share_is_that_of_the_held_out_pairs(done, data):
+def test_the_share_is_that_of_pairs_that_the_policy_had_not_seen(done, data):
     report = json.loads((done / "report.json").read_bytes())
-    lines, margins = read(done / "dpo" / "heldout.jsonl"), [row["reward_margin"] for row in read(data)]
+    lines, margins = read(done / "dpo" / "first_look.jsonl"), [row["reward_margin"] for row in read(data)]
     assert [line["reward_margin"] for line in lines] == [margins[line["pair_id"]] for line in lines]
-    assert report["eval_pairs"] == len(lines)
-    assert 0.1 * 160 < len(lines) < 0.2 * 160
+    assert len({line["pair_id"] for line in lines}) == len(lines)
     prompts = [read(data)[line["pair_id"]]["prompt"] for line in lines]
-    assert len(set(prompts)) == len({line["prompt"] for line in lines}) == report["share"]["difference"]["n"]
+    assert len(set(prompts)) == len(lines) == report["share"]["difference"]["n"], "the first pair of each prompt"
+    assert 20 <= len(lines) <= 40, "of half of 60 prompts, about"
     implicit = [line["implicit_margin"] for line in lines]
     found = label_share(implicit, [line["reward_margin"] for line in lines], prompts=prompts, seed=7)
     assert report["label_share"] == report["share"]["mean"] == pytest.approx(found.mean)
     assert report["share"]["difference"]["mean"] == pytest.approx(found.difference.mean)
     assert report["advice"] == "auto"
-    shown = inspect(done / "dpo" / "heldout.jsonl")
+    shown = inspect(done / "dpo" / "first_look.jsonl")
     assert shown.share.mean == pytest.approx(found.mean)
     assert shown.share.difference.mean == pytest.approx(found.difference.mean)
     assert shown.share.difference.n == found.difference.n
     assert shown.share.text() in shown.text()
     assert found.mean < 0.4, "the margins are exact"
-    aside = {line["pair_id"] for line in lines}
-    rest = [margin for i, margin in enumerate(margins) if i not in aside]
-    assert report["margin_temperature"] == pytest.approx(fit_temperature(rest)[0])
-    # The second training sees all pairs, those that have decided its share among them.
+    assert report["margin_temperature"] == pytest.approx(fit_temperature(margins)[0])
     assert report["pairs"] == 160
-    assert not (done / "mixed" / "heldout.jsonl").exists()
-    assert json.loads((done / "mixed" / "report.json").read_bytes())["eval_pairs"] == 0
+    for name in ("dpo", "mixed"):
+        own = json.loads((done / name / "report.json").read_bytes())
+        assert (own["pairs"], own["eval_pairs"]) == (160, 0)
+
+
+def test_held_out_pairs_are_in_neither_training(llama, data, tmp_path):
+    report = train(data, tmp_path / "P", settings(llama, eval_share=0.2))
+    held = [{line["pair_id"] for line in read(tmp_path / "P" / name / "heldout.jsonl")} for name in ("dpo", "mixed")]
+    assert held[0] == held[1]
+    assert len(held[0]) == report.eval_pairs > 20
+    assert report.pairs == 160 - report.eval_pairs
+    looked = {line["pair_id"] for line in read(tmp_path / "P" / "dpo" / "first_look.jsonl")}
+    assert not looked & held[0]
+    rest = [row["reward_margin"] for i, row in enumerate(read(data)) if i not in held[0]]
+    assert report.margin_temperature == pytest.approx(fit_temperature(rest)[0])
 
 
 def test_record_card_and_configuration_say_all_of_it(done, llama, data):
     record = json.loads((done / "record.json").read_bytes())
-    assert record["operation"] == "train_auto/2"
+    assert record["operation"] == "train_auto/3"
     assert {"label_share", "deciding", "advice"} <= record["metrics"].keys()
     assert {"adapter/adapter_model.safetensors", "dpo/adapter/adapter_model.safetensors"} <= record["provenance"][
         "files"
@@ -144,10 +154,10 @@ def test_pairs_without_margins_get_them_from_a_probe(llama, tmp_path, fast):
     assert len(probed) == report.pairs
     assert np.mean([line["reward_margin"] > 0 for line in probed]) > 0.6
     if not fast:
-        heldout = read(tmp_path / "P" / "dpo" / "heldout.jsonl")
-        first = read(tmp_path / "P" / "dpo" / "margins.jsonl")
-        assert not {line["pair_id"] for line in heldout} & {line["pair_id"] for line in first}
-        assert {line["pair_id"] for line in [*heldout, *first]} == {line["pair_id"] for line in probed}
+        known = {line["pair_id"]: line["reward_margin"] for line in read(tmp_path / "P" / "dpo" / "margins.jsonl")}
+        assert known == {line["pair_id"]: line["reward_margin"] for line in probed}, "one pass gives both trainings'"
+        looked = read(tmp_path / "P" / "dpo" / "first_look.jsonl")
+        assert all(line["reward_margin"] == known[line["pair_id"]] for line in looked)
         assert report.share.margin_loss < math.log(2)
 
 
@@ -173,7 +183,7 @@ def test_an_interruption_in_the_second_training_ends_in_the_same_bytes(done, lla
             train(data, tmp_path / "P", settings(llama, merge=True))
         except KeyboardInterrupt:
             assert not (tmp_path / "P" / "record.json").exists()
-    for name in ("adapter/adapter_model.safetensors", "report.json", "mixed/log.jsonl", "dpo/heldout.jsonl"):
+    for name in ("adapter/adapter_model.safetensors", "report.json", "mixed/log.jsonl", "dpo/first_look.jsonl"):
         assert (tmp_path / "P" / name).read_bytes() == (done / name).read_bytes()
 
 
@@ -232,11 +242,9 @@ def test_the_strength_for_a_kl_is_found(power):
 
 
 def test_what_auto_refuses(llama, data, tmp_path, capsys):
-    with pytest.raises(ConfigError, match="holds out itself"):
-        train(data, tmp_path / "P", settings(llama), eval_data=data)
-    with pytest.raises(ConfigError, match="load_best_model_at_end"):
-        train(data, tmp_path / "P", settings(llama, args={"load_best_model_at_end": True}))
-    with pytest.raises(ValueError, match="fast holds out none"):
+    with pytest.raises(ConfigError, match="eval_strategy"):
+        train(data, tmp_path / "P", settings(llama, args={"eval_strategy": "epoch"}))
+    with pytest.raises(ValueError, match="fast trains one policy"):
         Auto(fast=True, kl=1.0)
     with pytest.raises(ValueError, match="full training has not"):
         settings(llama, Auto(kl=1.0), full=True)

@@ -63,7 +63,7 @@ def test_the_result_is_the_mean_of_the_two_policies_and_the_share_is_used(inputs
     out.mkdir()
     stage = AutoStage(method="Auto", settings=AutoSettings(beta=0.2), optimisation=OPTIMISATION, seed=3)
     metrics = train_auto_policy(stage, inputs, out)
-    assert [metrics[name] for name in ("pairs", "decided_on_pairs", "steps")] == [40, 6, 10]
+    assert [metrics[name] for name in ("pairs", "decided_on_pairs", "steps")] == [40, 20, 10]
     assert 0 <= metrics["label_share_low"] < metrics["label_share"] < metrics["label_share_high"] <= 1
     place = inputs["reference"] / "model"
     parts = {name: _weights(place, out / name / "adapter", tmp_path / name) for name in ("dpo", "mixed")}

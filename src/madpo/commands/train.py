@@ -13,7 +13,7 @@ from madpo.core.options import Cli
 from madpo.core.progress import show
 from madpo.core.storage import expanded
 from madpo.operations.settings import EvaluateSettings, RewardSettings, ScoreSettings
-from madpo.operations.train_settings import Auto, TrainSettings
+from madpo.operations.train_settings import TrainSettings
 from madpo.operations.tuning.settings import TuneSettings
 
 
@@ -76,8 +76,6 @@ def train(options: Train) -> int:
         madpo train pairs.jsonl --model_name_or_path MODEL --output_dir policy --dry_run --memory 80GB
     """
     o = options
-    if isinstance(o.loss, Auto):
-        o.loss.refuse_held_out(o.eval_data)
     refused: dict[str, Any] = {"pairs": [o.data, o.eval_data], "reading": o.reading, "loss": o.loss}
     refused |= {"probe": True, "models": [o.model]}
     if o.dry_run:

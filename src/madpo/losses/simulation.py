@@ -12,7 +12,7 @@ policies). Pure torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -209,6 +209,7 @@ def train(
     epochs: float = 2,
     budget: float = BUDGET,
     looks: int = 1,
+    note: Callable[[Tensor, Tensor], None] | None = None,
 ) -> list[Float[Tensor, "worlds features methods betas"]]:
     """Train every method at every beta in every world, by mini-batch Adam from theta = 0.
 
@@ -218,6 +219,7 @@ def train(
         seed: of the order of the pairs.
         budget: sum of the learning rates.
         looks: how many times theta is kept on the way, evenly spaced.
+        note: gets the rows of every batch, and their log-ratio margins (worlds, rows, methods, betas) before the step.
 
     Returns:
         theta at each look, the last one at the end.
@@ -238,6 +240,8 @@ def train(
     found = []
     for step, rows in enumerate(batches):
         margins = (features[:, rows] @ theta).reshape(shape)
+        if note is not None:
+            note(rows, margins.detach())
         per_pair = [method.per_pair(scale * margins[:, :, k], rows) for k, method in enumerate(methods)]
         adam.zero_grad()
         torch.stack([values.sum() for values in per_pair]).sum().div(size).backward()  # type: ignore[no-untyped-call]

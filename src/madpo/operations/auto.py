@@ -2,9 +2,10 @@
 
 1. Reward margins of all pairs: the column ``reward_margin``, or a probe of the reference's states, out of fold. One
    temperature makes them log-odds.
-2. Plain DPO on 85 % of the prompts. Its implicit margins and the reward margins explain the held-out labels: their
-   difference in log loss is the deciding number, and the posterior of ``label_share`` follows from the same labels.
-3. A second training with the mixed target of :class:`madpo.losses.SoftDPO`, with another seed, on all pairs.
+2. Plain DPO. What it says of the pairs of half of the prompts before it is trained on them, and the reward margins,
+   explain those pairs' labels: their difference in log loss is the deciding number, and the posterior of
+   ``label_share`` follows from the same labels.
+3. A second training with the mixed target of :class:`madpo.losses.SoftDPO`, with another seed.
 4. The average of the two policies.
 
 Each training is the operation of ``madpo train``, so an interruption continues inside it, and several processes share
@@ -25,10 +26,10 @@ from numpy.typing import NDArray
 from peft import PeftModel
 
 from madpo.core import processes
-from madpo.core.errors import ConfigError, DataError
+from madpo.core.errors import DataError
 from madpo.core.metrics import Estimate, Metrics
 from madpo.core.progress import say
-from madpo.core.seeding import derived_seed
+from madpo.core.seeding import derived_seed, rng
 from madpo.data import load_preferences
 from madpo.data.folds import prompt_key
 from madpo.data.margins import read_margins
@@ -50,6 +51,7 @@ from madpo.operations.export import GGUF, refuse_unconvertible, write_gguf
 from madpo.operations.inputs import split_by_prompt, started_clock
 from madpo.operations.policy import (
     DTYPES,
+    FIRST_LOOK,
     HELDOUT,
     MARGINS,
     MEMORY_REMEDY,
@@ -63,13 +65,13 @@ from madpo.operations.running import load_report, run_in_folder
 from madpo.operations.settings import Sampling
 from madpo.operations.train_settings import Auto, TrainSettings
 from madpo.operations.verify_auto import FAST_SHARE
-from madpo.rewards.label_share import AS_GOOD, HELDOUT_SHARE, LabelShare, better_than_coin, decide
+from madpo.rewards.label_share import AS_GOOD, LabelShare, better_than_coin, decide
 from madpo.rewards.margins import inspect
 from madpo.runner.operation import operation
 from madpo.training.columns import MARGIN
 
 DPO_FOLDER, MIXED_FOLDER = "dpo", "mixed"
-_KEPT = ("adapter", "model", "report.json", "log.jsonl", "report.html", HELDOUT, MARGINS, "dropped.jsonl")
+_KEPT = ("adapter", "model", "report.json", "log.jsonl", "report.html", HELDOUT, FIRST_LOOK, MARGINS, "dropped.jsonl")
 
 
 class AutoReport(TrainReport):
@@ -108,20 +110,14 @@ class AutoReport(TrainReport):
 
     def text(self) -> str:
         """The report for a person."""
-        held = "held out" if self.share is None else "of them not in DPO's training"
-        return "\n".join([f"{self.pairs} pairs, {self.eval_pairs} {held}, {self.steps} steps", *self.decision()])
+        head = f"{self.pairs} pairs, {self.eval_pairs} held out, {self.steps} steps"
+        return "\n".join([head, *self.decision()])
 
 
-@operation("train_auto/2")
+@operation("train_auto/3")
 def train_auto(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """The operation behind ``madpo train`` with no loss named."""
     assert isinstance(settings.loss, Auto)
-    settings.loss.refuse_held_out(inputs.get("eval_data"))
-    if settings.args.get("load_best_model_at_end") and not settings.loss.fast:
-        raise ConfigError(
-            "auto's second training holds nothing out, so it has no best step; leave load_best_model_at_end out, or "
-            "name a loss: --loss dpo"
-        )
     data, state, eval_data = str(inputs["data"]), out / CHECKPOINTS, inputs.get("eval_data")
     if (first := first_pair(data, settings.reading)) is None:
         raise DataError(f"{data}: no row has two different scores, so there is no pair; score the completions first")
@@ -184,21 +180,24 @@ def _column(path: Path, name: str) -> NDArray[np.float64]:
     return np.array([json.loads(line)[name] for line in path.read_text("utf-8").splitlines()], dtype=np.float64)
 
 
-def _trained(work: _Work, name: str, loss: LossConfig, seed: int, share: float) -> TrainReport:
-    """Train with ``share`` of the prompts held out."""
+def _trained(work: _Work, name: str, loss: LossConfig, seed: int, *, in_order: bool = False) -> TrainReport:
+    """Train with all pairs that are not held out, ``in_order`` of the rows.
+
+    Two trainings have their rows in one order, so that the reference of the first is that of the second.
+    """
     settings = work.settings
     args = {**settings.args, "seed": seed}
     if "data_seed" in args:
         args["data_seed"] = seed
-    if not share and not work.eval_data:
-        args.pop("eval_strategy", None)
+    if in_order:
+        args.setdefault("train_sampling_strategy", "sequential")
     how = settings.model_copy(
         update={
             "loss": loss,
             "args": args,
-            "eval_share": share,
-            "split_seed": work.seed if share else None,
+            "split_seed": work.seed,
             "probe": work.column is None,
+            "first_look": not work.auto.fast,
         }
     )
     inputs = {"data": work.data, "eval_data": work.eval_data, "model": settings.model}
@@ -207,9 +206,9 @@ def _trained(work: _Work, name: str, loss: LossConfig, seed: int, share: float) 
     return load_report(folder / "report.json", TrainReport)
 
 
-def _mixed(work: _Work, share: float, temperature: float, seed: int, heldout: float = 0.0) -> TrainReport:
+def _mixed(work: _Work, share: float, temperature: float, seed: int) -> TrainReport:
     loss = SoftDPO(beta=work.auto.beta, margin_temperature=temperature, label_share=share)
-    return _trained(work, MIXED_FOLDER, loss, seed, heldout)
+    return _trained(work, MIXED_FOLDER, loss, seed)
 
 
 COIN = "the margins explain labels no better than a coin: plain DPO is as good"
@@ -226,7 +225,7 @@ def _fast(work: _Work) -> AutoReport:
     values = None if work.column is None else np.array([*work.column.values()])
     temperature = 1.0 if values is None else inspect(values).margin_temperature
     share = FAST_SHARE if values is None or better_than_coin(values) else 1.0
-    report = _mixed(work, share, temperature, work.seed, work.settings.eval_share)
+    report = _mixed(work, share, temperature, work.seed)
     useful = better_than_coin(work.margins_out_of(MIXED_FOLDER)) if values is None else share < 1
     return AutoReport(
         **report.model_dump(),
@@ -242,15 +241,14 @@ def _fast(work: _Work) -> AutoReport:
 
 def _two(work: _Work) -> AutoReport:
     # With label_share 1 the loss is DPO; it reads the margins, so that a probe's are there for the decision.
-    aside = work.settings.eval_share or HELDOUT_SHARE
-    dpo = _trained(work, DPO_FOLDER, SoftDPO(beta=work.auto.beta, label_share=1.0), work.seed, aside)
-    lines = work.state / DPO_FOLDER / HELDOUT
+    dpo = _trained(work, DPO_FOLDER, SoftDPO(beta=work.auto.beta, label_share=1.0), work.seed, in_order=True)
+    lines = work.state / DPO_FOLDER / FIRST_LOOK
     implicit, margins, prompts = (_column(lines, name) for name in ("implicit_margin", MARGIN, "prompt"))
-    seen = work.margins_out_of(DPO_FOLDER)
-    temperature = inspect(seen).margin_temperature
-    found, share, why = decide(implicit, margins, seen, prompts=prompts, seed=work.seed)
+    every = work.margins_out_of(DPO_FOLDER)
+    temperature = inspect(every).margin_temperature
+    found, share, why = decide(implicit, margins, every, prompts=prompts, seed=work.seed)
     mixed = _mixed(work, share, temperature, derived_seed(work.seed, "auto", "second training") % 2**31)
-    report = mixed.model_dump() | {"steps": dpo.steps + mixed.steps, "eval_pairs": dpo.eval_pairs, "evaluation": {}}
+    report = mixed.model_dump() | {"steps": dpo.steps + mixed.steps, "evaluation": {}}
     return AutoReport(
         **report,
         margins=work.source,
@@ -318,15 +316,17 @@ def _at_kl(work: _Work, model: PeftModel, base: Path | str) -> Reached:
     tokenizer = load_tokenizer(base)
     args = trainer_arguments(settings, work.state, evaluated=True)
     rows = load_preferences(
-        work.data,
+        work.eval_data or work.data,
         columns=settings.reading,
         tokenizer=tokenizer,
         max_length=args.max_length,
         truncation=settings.truncation,
     )
-    _, heldout = split_by_prompt(rows, settings.eval_share or HELDOUT_SHARE, work.seed, work.data)
-    different = {prompt_key(row["prompt"]): row for row in heldout}
-    chosen = list(different.values())[: work.auto.kl_prompts]
+    if settings.eval_share and not work.eval_data:
+        rows = split_by_prompt(rows, settings.eval_share, work.seed, work.data)[1]
+    different = [*{prompt_key(row["prompt"]): row for row in rows}.values()]
+    drawn = rng(work.seed, "auto", "prompts of the KL").permutation(len(different))
+    chosen = [different[k] for k in drawn[: work.auto.kl_prompts]]
     ends = [Encoder(tokenizer).end_id()] if isinstance(chosen[0]["prompt"], list) else []
     reference = load_model(base, dtype=DTYPES.get(settings.dtype))
     how = Sampling(seed=work.seed, max_new_tokens=work.auto.kl_tokens)

@@ -48,6 +48,7 @@ from madpo.runner.operation import operation
 from madpo.training import PreferenceConfig, PreferenceTrainer
 from madpo.training.columns import ID_COLUMNS, MARGIN, PAIR_COLUMNS, REFERENCE_COLUMNS
 from madpo.training.digests import BATCH, decisive_arguments
+from madpo.training.first_look import FirstLook, in_halves
 from madpo.training.run import keep_tracked, run_training
 
 PAGE = "report.html"
@@ -56,6 +57,8 @@ HELDOUT = "heldout.jsonl"
 """One line for each held-out pair: its implicit margin, and its reward margin where the data have one."""
 MARGINS = "margins.jsonl"
 """One line for each training pair: its margin out of fold, where a probe gave it."""
+FIRST_LOOK = "first_look.jsonl"
+"""As ``HELDOUT``, of training pairs: what the policy said of them before it was trained on them."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MEMORY_REMEDY = (
     "halve --batch_size and double --args.gradient_accumulation_steps, which leaves the result as it is unless "
@@ -163,9 +166,13 @@ def train_pairs(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) 
     if settings.export == "gguf":
         refuse_unconvertible(base)
     require_columns(rows, settings.loss, str(data), probed=probed)
+    prompts = {row["pair_id"]: prompt_key(row["prompt"]) for row in [*rows, *heldout]}
+    if settings.first_look:
+        rows = in_halves(rows, [prompts[row["pair_id"]] for row in rows], split_seed(settings, args))
     if heldout:
         require_columns(heldout, settings.loss, str(eval_data or data), probed=probed)
     trainer = build_trainer(settings, args, base, tokenizer, rows, heldout)
+    trainer.first_look = FirstLook() if settings.first_look else None
     if trainer.sharded and settings.merges:
         raise ConfigError(
             "--merge needs the whole model in one process, and FSDP or DeepSpeed has split it; leave --merge out "
@@ -177,7 +184,7 @@ def train_pairs(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) 
     page = partial(_write_curves, out, settings, len(rows), resolved(data, settings, clock))
     result = run_training(trainer, stage, f"Training ({settings.loss.kind})", out, page)
     evaluation = _evaluation(trainer) if heldout else {}
-    _write_margins(trainer, heldout, out)
+    _write_margins(trainer, prompts, out)
     report = TrainReport(
         pairs=len(trainer.train_dataset),
         eval_pairs=len(trainer.eval_dataset) if heldout else 0,
@@ -287,7 +294,13 @@ def decisive(settings: TrainSettings) -> dict[str, Any]:
     defaults = {field.name: field.default for field in dataclasses.fields(PreferenceConfig)}
     pairs, micro_batches = (int(values.get(name, defaults[name])) for name in BATCH)
     found = settings.model_dump(mode="json") | {"loss": identity_settings(settings.loss)}
-    for name in ("split_seed", "probe", "columns", "layout"):  # a result without them is as before the fields existed
+    for name in (
+        "split_seed",
+        "probe",
+        "first_look",
+        "columns",
+        "layout",
+    ):  # a result without them is as before the fields existed
         if getattr(settings, name) == TrainSettings.model_fields[name].default:
             found.pop(name)
     return {**found, "args": decisive_arguments(values), "batch": pairs * micro_batches * processes.world_size()}
@@ -395,27 +408,35 @@ def implicit_margins(trainer: PreferenceTrainer, rows: Dataset) -> NDArray[np.fl
     return margins
 
 
-def _write_margins(trainer: PreferenceTrainer, heldout: Sequence[Row], out: Path) -> None:
-    """``MARGINS`` and ``HELDOUT``, where there are such margins."""
-    if trainer.probe is not None:  # on the leading process
+def _write_margins(trainer: PreferenceTrainer, prompts: Mapping[int, str], out: Path) -> None:
+    """``MARGINS``, ``HELDOUT`` and ``FIRST_LOOK``, where there are such margins; ``prompts`` are by pair_id."""
+    judged = {}
+    if trainer.eval_dataset is not None:
+        implicit = implicit_margins(trainer, trainer.eval_dataset).tolist()
+        judged[HELDOUT] = trainer.eval_dataset, dict(zip(trainer.eval_dataset["pair_id"], implicit, strict=True))
+    if trainer.first_look is not None:
+        judged[FIRST_LOOK] = trainer.train_dataset, trainer.first_look.deciding(prompts)
+    if not processes.is_main_process():
+        return
+    if trainer.probe is not None:
         columns = {name: trainer.train_dataset[name] for name in ("pair_id", MARGIN)}
         write_atomically(out / MARGINS, _lines(columns))
-    if heldout:
-        lines = heldout_lines(trainer, heldout)
-        processes.on_main_process(lambda: write_atomically(out / HELDOUT, lines))
+    for name, (dataset, margins) in judged.items():
+        write_atomically(out / name, _judged_lines(dataset, margins, prompts))
 
 
-def heldout_lines(trainer: PreferenceTrainer, rows: Sequence[Row]) -> str:
-    """The text of ``HELDOUT``; ``prompt`` numbers the different prompts."""
-    dataset = trainer.eval_dataset
-    prompts = {row["pair_id"]: prompt_key(row["prompt"]) for row in rows}
-    number = {key: place for place, key in enumerate(dict.fromkeys(prompts.values()))}
+def _judged_lines(dataset: Dataset, margins: Mapping[int, float], prompts: Mapping[int, str]) -> str:
+    """Pairs with their implicit margins, and their reward margins where there are such; ``prompt`` is a number."""
+    number = {key: place for place, key in enumerate(dict.fromkeys(prompts[pair] for pair in margins))}
     columns: dict[str, Sequence[Any]] = {
-        "pair_id": dataset["pair_id"],
-        "prompt": [number[prompts[pair]] for pair in dataset["pair_id"]],
-        "implicit_margin": implicit_margins(trainer, dataset).tolist(),
+        "pair_id": [*margins],
+        "prompt": [number[prompts[pair]] for pair in margins],
+        "implicit_margin": [*margins.values()],
     }
-    return _lines(columns | ({MARGIN: dataset[MARGIN]} if MARGIN in dataset.column_names else {}))
+    if MARGIN in dataset.column_names:
+        known = dict(zip(dataset["pair_id"], dataset[MARGIN], strict=True))
+        columns[MARGIN] = [known[pair] for pair in margins]
+    return _lines(columns)
 
 
 def _lines(columns: Mapping[str, Sequence[Any]]) -> str:

@@ -1,4 +1,5 @@
-"""``auto`` as a row of a study: two trainings, the label's share from held-out pairs, and the average of both policies.
+"""``auto`` as a row of a study: two trainings, the label's share from the first one's first look at its pairs, and the
+average of both policies.
 
 The commands' version is :mod:`madpo.operations.auto`; both decide by :func:`madpo.rewards.label_share.decide`.
 """
@@ -18,21 +19,19 @@ from pydantic import Field
 
 from madpo.core.config import Frozen
 from madpo.core.metrics import Metrics
-from madpo.core.seeding import derived_seed, rng
+from madpo.core.seeding import derived_seed
 from madpo.core.storage import write_atomically
 from madpo.losses import DPO, Loss, SoftDPO
 from madpo.models.hyperparameters import CHECKPOINTS, LoRA, Optimisation
-from madpo.models.load import load_tokenizer
 from madpo.operations.averaging import averaged_adapter
 from madpo.operations.study_training import (
     PolicyStage,
     fit_policy,
-    pair_logps,
     prompts_of,
     reference_model,
     training_rows,
 )
-from madpo.rewards.label_share import HELDOUT_SHARE, decide
+from madpo.rewards.label_share import decide
 from madpo.rewards.margins import inspect
 from madpo.runner.operation import operation
 from madpo.training.settings import AutoSettings
@@ -51,39 +50,37 @@ class AutoStage(Frozen):
     seed: int = Field(default=0, ge=0)
 
 
-@operation("train_auto_policy/2")
+@operation("train_auto_policy/3")
 def train_auto_policy(config: AutoStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Train twice and average; writes ``out/adapter`` and ``out/decision.json``.
 
-    Without a fixed ``label_share``, the first training leaves out 15 % of the prompts, whose labels decide the share.
-    The second, and both with a fixed one, take all pairs; at 1 the result is the average of two DPO policies of
-    different seeds.
+    Without a fixed ``label_share``, what the first training says of pairs before it is trained on them decides the
+    share. At 1 the result is the average of two DPO policies of different seeds.
     Inputs: "pairs", "logps", "reference" and, unless the share is fixed at 1, "margins".
     """
+    from madpo.training.first_look import FirstLook, in_halves
+
     rows, reference, fixed = training_rows(inputs), reference_model(inputs), config.settings.label_share
     pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet")
     prompts = dict(zip(pairs["pair_id"], prompts_of(pairs), strict=True))
-    aside = (
-        set() if fixed is not None else _aside({row["pair_id"]: prompts[row["pair_id"]] for row in rows}, config.seed)
-    )
-    seen = [row for row in rows if row["pair_id"] not in aside]
     beta = config.settings.beta
     path = out / DECISION
     if not path.is_file():  # else a run before this one came further
-        result, model = fit_policy(_policy(config, DPO(beta=beta), config.seed), seen, reference, out / FIRST)
+        look = FirstLook() if fixed is None else None
+        first = rows if look is None else in_halves(rows, [prompts[row["pair_id"]] for row in rows], config.seed)
+        result = fit_policy(_policy(config, DPO(beta=beta), config.seed), first, reference, out / FIRST, look)
         found: dict[str, Any] = {"steps": int(result.global_step), "label_share": fixed, "temperature": 1.0}
-        if fixed is None:
-            heldout = [row for row in rows if row["pair_id"] in aside]
-            found |= _decided(config, model.eval(), heldout, seen, reference, prompts)
+        if look is not None:
+            found |= _decided(look.deciding(prompts), rows, prompts, config.seed)
         write_atomically(path, json.dumps(found, indent=1, sort_keys=True) + "\n")
-        del result, model
+        del result
         gc.collect()  # the trainer's model is in a cycle
     decision = json.loads(path.read_bytes())
     share = decision["label_share"]
     mixed: Loss = SoftDPO(beta=beta, margin_temperature=decision["temperature"], label_share=share)
     loss = mixed if "margins" in inputs else DPO(beta=beta)
     other = derived_seed(config.seed, "auto", "second training") % 2**31
-    result, _ = fit_policy(_policy(config, loss, other), rows, reference, out / SECOND)
+    result = fit_policy(_policy(config, loss, other), rows, reference, out / SECOND)
     averaged = averaged_adapter(reference, out / FIRST / "adapter", out / SECOND / "adapter", dtype=None)
     averaged.save_pretrained(out / "adapter", safe_serialization=True)
     (out / SECOND / "log.jsonl").replace(out / "log.jsonl")
@@ -97,34 +94,18 @@ def _policy(config: AutoStage, loss: Loss, seed: int) -> PolicyStage:
     return PolicyStage(method=config.method, loss=loss, optimisation=config.optimisation, lora=config.lora, seed=seed)
 
 
-def _aside(prompts: Mapping[int, int], seed: int) -> set[int]:
-    """The pairs that decide, whole prompts at a time; ``prompts`` has every pair's."""
-    drawn = rng(seed, "auto", "held-out pairs").permutation(np.unique([*prompts.values()]))
-    aside = set(drawn[: max(1, round(HELDOUT_SHARE * len(drawn)))].tolist())
-    return {pair for pair, prompt in prompts.items() if prompt in aside}
-
-
 def _decided(
-    config: AutoStage,
-    model: Any,
-    heldout: list[dict[str, Any]],
-    seen: list[dict[str, Any]],
-    reference: Path | str,
-    prompts: Mapping[int, int],
+    implicit: Mapping[int, float], rows: list[dict[str, Any]], prompts: Mapping[int, int], seed: int
 ) -> dict[str, Any]:
-    from madpo.training.columns import REFERENCE_COLUMNS
-
-    logps = pair_logps(model, load_tokenizer(reference), heldout, config.optimisation.per_pass, "Held-out pairs")
-    before = np.array([[row[name] for row in heldout] for name in REFERENCE_COLUMNS])
-    ratios = logps - before
-    implicit = config.settings.beta * (ratios[0] - ratios[1])
-    margins, own = (np.array([row["reward_margin"] for row in part]) for part in (heldout, seen))
-    of = [prompts[row["pair_id"]] for row in heldout]
-    found, share, why = decide(implicit, margins, own, prompts=of, seed=config.seed)
+    margins = {row["pair_id"]: row["reward_margin"] for row in rows}
+    every, own = np.array([*margins.values()]), [margins[pair] for pair in implicit]
+    found, share, why = decide(
+        [*implicit.values()], own, every, prompts=[prompts[pair] for pair in implicit], seed=seed
+    )
     difference = found.difference
     return {
         "label_share": share,
-        "temperature": inspect(own).margin_temperature,
+        "temperature": inspect(every).margin_temperature,
         "decided_on_pairs": found.pairs,
         "margin_log_loss": found.margin_loss,
         "implicit_log_loss": found.implicit_loss,

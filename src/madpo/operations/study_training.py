@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -34,6 +34,9 @@ from madpo.rewards.reward_model import RewardModel
 from madpo.runner.operation import operation
 from madpo.training.margins import margin_metrics, margin_table, sequences
 from madpo.training.settings import RewardModelStage
+
+if TYPE_CHECKING:
+    from madpo.training.first_look import FirstLook
 
 MARGINS, SCORES = "margins.parquet", "scores.parquet"
 
@@ -288,7 +291,7 @@ class PolicyStage(Frozen):
 def train_policy(config: PolicyStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Train on the tier's training pairs from the reference; writes ``out/adapter``."""
     rows = training_rows(inputs)
-    result, _ = fit_policy(config, rows, reference_model(inputs), out)
+    result = fit_policy(config, rows, reference_model(inputs), out)
     last = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     margins = [row["rewards/margins"] for row in last if "rewards/margins" in row]
     return {
@@ -320,17 +323,26 @@ def training_rows(inputs: Mapping[str, Path]) -> list[dict[str, Any]]:
 
 
 def fit_policy(
-    config: PolicyStage, rows: list[dict[str, Any]], reference: Path | str, out: Path
-) -> tuple[Any, nn.Module]:
+    config: PolicyStage,
+    rows: list[dict[str, Any]],
+    reference: Path | str,
+    out: Path,
+    first_look: FirstLook | None = None,
+) -> Any:
     """Train on ``rows``, from the newest checkpoint in ``out``; writes ``out/adapter``.
 
+    Args:
+        first_look: gets the implicit margins of the first epoch; the rows are then taken in their order.
+
     Returns:
-        What the trainer says of the training, and the trained model.
+        What the trainer says of the training.
     """
     from madpo.training import PreferenceConfig, PreferenceTrainer
     from madpo.training.run import run_training
 
     arguments = config.optimisation.arguments(out, config.seed)
+    if first_look is not None:
+        arguments["train_sampling_strategy"] = "sequential"
     model = load_model(reference)
     trainer = PreferenceTrainer(
         model,
@@ -340,6 +352,7 @@ def fit_policy(
         processing_class=load_tokenizer(reference),
         peft_config=config.lora.peft_config("CAUSAL_LM", model),
     )
+    trainer.first_look = first_look
     result = run_training(trainer, config, config.method, out)
     trainer.model.save_pretrained(out / "adapter", safe_serialization=True)
-    return result, trainer.model
+    return result

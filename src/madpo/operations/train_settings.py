@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from madpo.core.config import added
-from madpo.core.errors import ConfigError
 from madpo.core.options import Cli
 from madpo.losses import Loss, LossConfig
 from madpo.models.hyperparameters import ADAPTER_LEARNING_RATE, FULL_LEARNING_RATE, LoRA
@@ -16,7 +15,7 @@ from madpo.operations.settings import Training
 
 
 class Auto(LossConfig):
-    """No loss of its own: DPO and a target that mixes labels with margins, as held-out labels advise.
+    """No loss of its own: DPO and a target that mixes labels with margins, as labels that DPO has not seen advise.
 
     See :mod:`madpo.operations.auto`. Pairs without ``reward_margin`` get margins from a probe of the reference.
     """
@@ -25,30 +24,18 @@ class Auto(LossConfig):
     beta: float = Field(default=0.1, gt=0)
     """Strength of the pull to the reference in all trainings; larger keeps the policy closer to it."""
     fast: Annotated[bool, Cli(alone=("fast",))] = False
-    """One training, with a fixed label_share of 0.75, and nothing held out."""
+    """One training, with a fixed label_share of 0.75."""
     kl: Annotated[float | None, Cli(alone=("kl",))] = Field(default=None, gt=0)
     """KL(policy || reference) per response, in nats, that the adapter's strength is set to; None leaves it at 1."""
     kl_prompts: int = Field(default=64, ge=1)
-    """Held-out prompts that the KL is measured on, at most."""
+    """Prompts that the KL is measured on, at most: held-out ones where there are any."""
     kl_tokens: int = Field(default=64, ge=1)
     """Tokens of each response, at most."""
-
-    def refuse_held_out(self, eval_data: Any) -> None:
-        """Refuse held-out pairs of the user's own, except with ``fast``.
-
-        Raises:
-            ConfigError: naming what to do.
-        """
-        if eval_data is not None and not self.fast:
-            raise ConfigError(
-                "auto chooses on pairs that it holds out itself; leave --eval_data out (--eval_share says how many), "
-                "or name a loss: --loss dpo"
-            )
 
     @model_validator(mode="after")
     def _fits(self) -> Auto:
         if self.fast and self.kl is not None:
-            raise ValueError("kl is measured on held-out prompts, and fast holds out none; give one of them")
+            raise ValueError("kl sets the strength of an average, and fast trains one policy; give one of them")
         return self
 
 
@@ -73,6 +60,9 @@ class TrainSettings(Training):
     probe: bool = added(False)
     """A probe gives missing margins also where the data have scores, whose difference could be taken instead (without
     scores it does so in any case)."""
+    first_look: bool = added(False)
+    """Take the pairs of half of the prompts first, and keep what the policy says of the others before it is trained on
+    them (first_look.jsonl)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the loaded weights; auto is float32 in full training, else what the processor multiplies natively."""
 

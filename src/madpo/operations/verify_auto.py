@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from madpo.core.config import Frozen
 from madpo.core.errors import MadpoError
@@ -38,7 +39,7 @@ from madpo.losses.simulation import (
 )
 from madpo.operations.settings import VerifyAutoSettings
 from madpo.report.numbers import DASH
-from madpo.rewards.label_share import HELDOUT_SHARE, decide
+from madpo.rewards.label_share import decide
 from madpo.rewards.margins import PAPER_SETTINGS
 from madpo.runner.executors import Executor
 from madpo.runner.operation import operation
@@ -206,7 +207,7 @@ def _row(method: str, cells: Mapping[str, Mapping[str, Estimate]]) -> Row:
     )
 
 
-@operation("simulate_auto/3")
+@operation("simulate_auto/4")
 def simulate(cell: Cell, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """All methods in the worlds of one setting; writes ``gains.json``, the true reward of each world at the KL."""
     worlds = draw(cell.setting, [derived_seed(cell.seed, "verify-auto", k) for k in range(cell.worlds)])
@@ -240,7 +241,7 @@ class Compared(NamedTuple):
     shares: np.ndarray
     """The label's share, a world."""
     deciding: np.ndarray
-    """Held-out calibrated log loss of the margins less that of DPO's implicit margins, nats, a world."""
+    """Calibrated log loss of the margins less that of DPO's implicit margins before its steps, nats, a world."""
 
 
 def gains(worlds: Worlds, cell: Cell, margins: Margins) -> Compared:
@@ -255,20 +256,24 @@ def gains(worlds: Worlds, cell: Cell, margins: Margins) -> Compared:
     methods["fast"] = Method((SoftDPO(beta=1.0, label_share=FAST_SHARE),), calibrated)
     searched = {f"madpo {tau:g} {c:g}": MADPO(beta=1.0, tau=tau, c_max=c) for tau, c in PAPER_SETTINGS}
     methods |= {name: Method((loss,), margins.inside) for name, loss in searched.items()}
-    (first,) = train(worlds.train.policy, list(methods.values()), betas, seed=seeds[0])
+    middle = RELATIVE_BETAS.index(0.35)
+    batches: list[tuple[Tensor, Tensor]] = []
+
+    def note(rows: Tensor, found: Tensor) -> None:
+        batches.append((rows, betas[middle] * found[:, :, 0, middle]))
+
+    (first,) = train(worlds.train.policy, list(methods.values()), betas, seed=seeds[0], note=note)
     trained = {name: first[:, :, k] for k, name in enumerate(methods)}
 
-    # As the product: every method has the same pairs, and the first policy of auto leaves out those that decide.
-    kept = setting.pairs - round(HELDOUT_SHARE * setting.pairs)
-    (partly,) = train(worlds.train.policy[:, :kept], [dpo], betas, seed=seeds[0])
-    middle = betas[RELATIVE_BETAS.index(0.35)]
-    implicit = middle * (worlds.train.policy[:, kept:] @ partly[:, :, 0, betas.index(middle), None])[..., 0]
-    parts = zip(implicit, margins.outside[:, kept:], margins.outside[:, :kept], strict=True)
-    decided = [decide(m0.numpy(), m1.numpy(), seen.numpy()) for m0, m1, seen in parts]
+    # As the product: DPO's margins of the second half of the first epoch, from before the pairs were trained on.
+    rows, looked = (torch.cat(parts, dim)[..., : setting.pairs] for dim, parts in enumerate(zip(*batches, strict=True)))
+    late = slice(setting.pairs // 2, None)
+    parts = zip(looked[:, late], margins.outside[:, rows[late]], margins.outside, strict=True)
+    decided = [decide(m0.numpy(), m1.numpy(), every.numpy()) for m0, m1, every in parts]
     mixed = Method([SoftDPO(beta=1.0, label_share=decision.share) for decision in decided], calibrated)
     (second,) = train(worlds.train.policy, [mixed, dpo], betas, seed=seeds[1])
     trained["auto, one policy"] = second[:, :, 0]
-    trained[AUTO] = (partly[:, :, 0] + second[:, :, 0]) / 2  # a log-linear policy is linear in its parameters
+    trained[AUTO] = (trained["dpo"] + second[:, :, 0]) / 2  # a log-linear policy is linear in its parameters
     trained[AVERAGED] = (trained["dpo"] + second[:, :, 1]) / 2
 
     measured = {name: at_kl(*measure(worlds, theta), cell.kl) / setting.reward_sd for name, theta in trained.items()}

@@ -18,8 +18,6 @@ from madpo.core.errors import DataError
 from madpo.core.metrics import Estimate
 from madpo.core.statistics import LOG_TEMPERATURES, bootstrap_mean, fit_temperature
 
-HELDOUT_SHARE = 0.15
-"""Of the prompts, whose labels decide the share."""
 GRID = 101
 AS_GOOD = 0.8
 """Where the label's share is above this with 97.5 % probability, plain DPO is as good."""
@@ -108,16 +106,16 @@ class Decision(NamedTuple):
 
 
 def decide(
-    implicit: ArrayLike, margins: ArrayLike, seen: ArrayLike, *, prompts: ArrayLike | None = None, seed: int = 0
+    implicit: ArrayLike, margins: ArrayLike, every: ArrayLike, *, prompts: ArrayLike | None = None, seed: int = 0
 ) -> Decision:
     """The label's share that ``auto`` takes, and why.
 
     Args:
         implicit, margins, prompts, seed: as for :func:`label_share`.
-        seen: margins of the pairs that plain DPO was trained on, from reward models that have not seen them.
+        every: margins of all pairs, those that decide among them, each from a reward model that has not seen it.
     """
     found = label_share(implicit, margins, prompts=prompts, seed=seed)
-    if not better_than_coin(np.concatenate([np.asarray(seen), np.asarray(margins)])):
+    if not better_than_coin(every):
         return Decision(found, 1.0, "coin")
     return Decision(found, found.mean, "labels" if found.low > AS_GOOD else "margins")
 

@@ -28,7 +28,6 @@ from madpo.operations.study_pairs import ResponseStage
 from madpo.operations.study_probe import ProbeStage
 from madpo.operations.study_training import MarginStage, PairSFTStage, PolicyStage, ReferenceStage, SFTStage
 from madpo.operations.trimming.trim import TrimStage
-from madpo.rewards.label_share import HELDOUT_SHARE
 from madpo.rewards.oracles import OracleStage
 from madpo.runner.run import Planned, RunResult, Step, finished
 from madpo.training.settings import OnlineStage, RewardModelStage
@@ -194,10 +193,8 @@ def work(step: Step) -> Work:
         seen = 2 * pairs.train * config.optimisation.epochs
         return Work({"train": seen * length}, 1, 2 * config.optimisation.per_pass * length)
     if isinstance(config, AutoStage):
-        aside = HELDOUT_SHARE if config.settings.label_share is None else 0.0
-        seen = 2 * (2 - aside) * pairs.train * config.optimisation.epochs
-        tokens = {"train": seen * length, "score": 2 * aside * pairs.train * length}
-        return Work(tokens, 2, 2 * config.optimisation.per_pass * length)
+        seen = 2 * 2 * pairs.train * config.optimisation.epochs
+        return Work({"train": seen * length}, 2, 2 * config.optimisation.per_pass * length)
     if isinstance(config, OnlineStage):
         seen = pairs.train * config.settings.generations * config.optimisation.epochs
         tokens = {"generate": seen * config.max_new_tokens, "train": seen * length, "score": 2 * seen * length}

@@ -46,6 +46,7 @@ from madpo.training.columns import (
     weights_are_used,
 )
 from madpo.training.config import PreferenceConfig, own_noise
+from madpo.training.first_look import FirstLook
 from madpo.training.metrics import Movement, WindowMetrics
 from madpo.training.nan_guard import drop_unscored
 from madpo.training.padding_pairs import REPEATED, each_marked, marked, observed, refuse_uneven
@@ -88,6 +89,8 @@ class PreferenceTrainer(WindowMetrics, ReferenceColumns, DPOTrainer):  # type: i
     loss_is_scaled_for_ga = True
     aux_loss_enabled: bool
     continues = True
+    first_look: FirstLook | None = None
+    """Set before a training, it gets the implicit margins of the first epoch; pairs need an integer ``pair_id``."""
 
     def __init__(
         self,
@@ -283,6 +286,9 @@ class PreferenceTrainer(WindowMetrics, ReferenceColumns, DPOTrainer):  # type: i
         else:  # gradients are averaged over processes, the sum of losses is not
             loss = per_pair.sum() * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
         self._note(mode, inputs, scores, pairs, output)
+        if self.first_look is not None and mode == "train" and (self.state.epoch or 0) < 1:
+            margin = self.loss.implicit_margin(pairs)
+            self.first_look.note(self.accelerator, inputs["pair_id"], margin, _scored(inputs))
         self._explain = functools.partial(self._loss_not_finite, inputs, pairs, output.per_pair.detach(), changed)
         return (loss, scores) if return_outputs else loss
 
@@ -340,7 +346,8 @@ class PreferenceTrainer(WindowMetrics, ReferenceColumns, DPOTrainer):  # type: i
     def _extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         state = {f"loss.{name}": value for name, value in self.loss_state.state_dict().items()}
         moved = {f"reference_model.{name}": value for name, value in self._moving_reference().items()}
-        return {**state, **self._reference_tensors(), **moved}, {}
+        looked = {} if self.first_look is None else self.first_look.state()
+        return {**state, **self._reference_tensors(), **moved, **looked}, {}
 
     def _moving_reference(self) -> dict[str, Tensor]:
         """The weights of a reference that follows the policy."""
@@ -349,6 +356,8 @@ class PreferenceTrainer(WindowMetrics, ReferenceColumns, DPOTrainer):  # type: i
     def _load_extra_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         state = {name.removeprefix("loss."): value for name, value in tensors.items() if name.startswith("loss.")}
         self.loss_state = LossState.from_state_dict(state)
+        if self.first_look is not None:
+            self.first_look.load(tensors)
         for name, value in self._moving_reference().items():
             value.data.copy_(tensors[f"reference_model.{name}"])
 
