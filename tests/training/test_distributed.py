@@ -160,7 +160,7 @@ def test_scores_have_the_bytes_of_one_process(root, one, driven):
 
 
 def test_auto_on_two_processes_is_that_of_one(root, one, driven):
-    """The decision, the strength, all three adapters and the margins of the held-out pairs."""
+    """The decision, the strength, all three adapters and the margins of the pairs that decide."""
     first, second = (root / name / "auto" for name in ("one", "two"))
     reports = [json.loads((folder / "report.json").read_text()) for folder in (first, second)]
     for key in ("label_share", "margin_temperature", "strength"):
@@ -169,15 +169,17 @@ def test_auto_on_two_processes_is_that_of_one(root, one, driven):
         np.testing.assert_allclose(*(list(flat(report[key])) for report in reports), rtol=1e-3, atol=1e-6)
     for key in ("pairs", "eval_pairs", "steps", "advice", "averaged"):
         assert reports[0][key] == reports[1][key], key
-    lines = [read(folder / "dpo" / "heldout.jsonl") for folder in (first, second)]
-    assert len(lines[0]) == len(lines[1]) == reports[0]["eval_pairs"]
+    lines = [read(folder / "dpo" / "first_look.jsonl") for folder in (first, second)]
+    assert len(lines[0]) == len(lines[1]) == reports[0]["share"]["pairs"] > 4
     for a, b in zip(*lines, strict=True):
         assert b == pytest.approx(a, rel=1e-4, abs=1e-6)
     for name in ("adapter", "dpo/adapter", "mixed/adapter"):
         expected, found = (load_file(folder / name / "adapter_model.safetensors") for folder in (first, second))
         assert found.keys() == expected.keys()
         for key, weight in expected.items():
-            np.testing.assert_allclose(found[key], weight, rtol=0, atol=3e-5, err_msg=f"{name} {key}")
+            # Where a gradient is almost 0, Adam divides its rounding by itself.
+            np.testing.assert_allclose(found[key], weight, rtol=0, atol=5e-4, err_msg=f"{name} {key}")
+            assert np.quantile(np.abs(found[key] - weight), 0.98) < 3e-5, f"{name} {key}"
 
 
 def flat(values):
