@@ -1,4 +1,4 @@
-"""``madpo train`` with no loss named: DPO, and what reward margins add to it where held-out labels say that they do.
+"""``madpo train`` with no loss named: DPO, and what reward margins add to it where labels say that they do.
 
 1. Reward margins of all pairs: the column ``reward_margin``, or a probe of the reference's states, out of fold. One
    temperature makes them log-odds.
