@@ -19,8 +19,8 @@ def inspect(
     """:func:`madpo.rewards.margins.inspect` for a file or hub data set; ``output`` is one HTML page to play with.
 
     Margins that a reward model gave to its own training pairs, as ``madpo score`` reports them, are not calibrated.
-    The files ``heldout.jsonl`` and ``first_look.jsonl`` of a training have DPO's implicit margins too, so the report has
-    the deciding number.
+    ``heldout.jsonl`` and ``first_look.jsonl`` of a training have DPO's implicit margins too, so the report has the
+    deciding number.
 
     Raises:
         DataError, ConfigError: as :func:`read_margins` and :func:`madpo.rewards.margins.inspect`.
