@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from madpo.commands.cli import main
 from madpo.core.errors import ConfigError
 from madpo.core.statistics import fit_temperature
+from madpo.data import load_preferences
 from madpo.losses import DPO, MADPO
 from madpo.models.load import load_model, load_tokenizer
 from madpo.operations import TrainSettings, auto, inspect, train
@@ -106,12 +107,33 @@ def test_the_share_is_that_of_pairs_that_the_policy_had_not_seen(done, data):
         assert (own["pairs"], own["eval_pairs"]) == (160, 0)
 
 
+@torch.no_grad()
+def implicit_margin(model, row):
+    """log pi / ref of the chosen side less that of the rejected one, token by token."""
+
+    def logps(side):
+        ids = torch.tensor([[*row["prompt_ids"], *row[f"{side}_ids"]]])
+        found = model(ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
+        return float(found[len(row["prompt_ids"]) - 1 :].sum())
+
+    policy = logps("chosen") - logps("rejected")
+    with model.disable_adapter():
+        return policy - (logps("chosen") - logps("rejected"))
+
+
 def test_held_out_pairs_are_in_neither_training(llama, data, tmp_path):
     report = train(data, tmp_path / "P", settings(llama, eval_share=0.2))
     held = [{line["pair_id"] for line in read(tmp_path / "P" / name / "heldout.jsonl")} for name in ("dpo", "mixed")]
     assert held[0] == held[1]
     assert len(held[0]) == report.eval_pairs > 20
     assert report.pairs == 160 - report.eval_pairs
+    # The average is measured on them.
+    model = PeftModel.from_pretrained(load_model(llama, dtype=torch.float32), tmp_path / "P" / "adapter")
+    rows = {row["pair_id"]: row for row in load_preferences(str(data), tokenizer=load_tokenizer(llama))}
+    margins = [implicit_margin(model, rows[pair]) for pair in sorted(held[0])]
+    assert report.evaluation["eval_rewards/margins"] == pytest.approx(0.1 * np.mean(margins), rel=1e-3)
+    assert report.evaluation["eval_rewards/accuracies"] == np.mean(np.array(margins) > 0)
+    assert report.evaluation["eval_loss"] == pytest.approx(np.logaddexp(0, -0.1 * np.array(margins)).mean(), rel=1e-4)
     looked = {line["pair_id"] for line in read(tmp_path / "P" / "dpo" / "first_look.jsonl")}
     assert not looked & held[0]
     rest = [row["reward_margin"] for i, row in enumerate(read(data)) if i not in held[0]]

@@ -18,10 +18,12 @@ import gc
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from peft import PeftModel
 
@@ -48,7 +50,7 @@ from madpo.operations.averaging import (
     strength_for,
 )
 from madpo.operations.export import GGUF, refuse_unconvertible, write_gguf
-from madpo.operations.inputs import split_by_prompt, started_clock
+from madpo.operations.inputs import Row, split_by_prompt, started_clock
 from madpo.operations.policy import (
     DTYPES,
     FIRST_LOOK,
@@ -106,12 +108,13 @@ class AutoReport(TrainReport):
 
     def measured(self) -> list[str]:
         """What was measured, in Markdown for the model card."""
-        return [f"- {line}" for line in self.decision()]
+        lines = [f"- {line}" for line in self.decision()]
+        return [*lines, "", *super().measured()] if self.evaluation else lines
 
     def text(self) -> str:
         """The report for a person."""
         head = f"{self.pairs} pairs, {self.eval_pairs} held out, {self.steps} steps"
-        return "\n".join([head, *self.decision()])
+        return "\n".join([head, *self.decision(), *self.evaluated()])
 
 
 @operation("train_auto/3")
@@ -248,7 +251,7 @@ def _two(work: _Work) -> AutoReport:
     temperature = inspect(every).margin_temperature
     found, share, why = decide(implicit, margins, every, prompts=prompts, seed=work.seed)
     mixed = _mixed(work, share, temperature, derived_seed(work.seed, "auto", "second training") % 2**31)
-    report = mixed.model_dump() | {"steps": dpo.steps + mixed.steps, "evaluation": {}}
+    report = mixed.model_dump() | {"steps": dpo.steps + mixed.steps}
     return AutoReport(
         **report,
         margins=work.source,
@@ -266,6 +269,7 @@ def _finish(work: _Work, report: AutoReport, settings: TrainSettings, out: Path)
     base, state = resolve_model(settings.model), work.state
     kind = "model" if settings.full else "adapter"
     changes: dict[str, Any] = {}
+    held_out = _rows(work, base) if report.eval_pairs and report.averaged else []
     first, second = state / DPO_FOLDER / kind, state / MIXED_FOLDER / kind
     average = report.averaged and (settings.full or can_average(second))
     if report.averaged and not average:
@@ -273,6 +277,10 @@ def _finish(work: _Work, report: AutoReport, settings: TrainSettings, out: Path)
         changes["averaged"] = False
     if average and settings.full:
         save_average(first, second, out / kind)
+        if held_out:
+            model = load_model(out / kind, dtype=DTYPES.get(settings.dtype, torch.float32))
+            reference = load_model(base, dtype=DTYPES.get(settings.dtype, torch.float32))
+            changes["evaluation"] = _evaluation(work, model, held_out, reference)
     elif average:
         tokenizer = load_tokenizer(second)
         model = averaged_adapter(base, first, second, dtype=DTYPES.get(settings.dtype))
@@ -284,6 +292,8 @@ def _finish(work: _Work, report: AutoReport, settings: TrainSettings, out: Path)
                 if hasattr(layer, "scale_layer"):
                     layer.scale_layer(reached.strength)
             changes |= {"strength": reached.strength, "kl": reached.kl}
+        if held_out:
+            changes["evaluation"] = _evaluation(work, model, held_out)
         changes["adapter"] = adapter_text(model)
         model.save_pretrained(str(out / kind), safe_serialization=True)
         tokenizer.save_pretrained(out / kind)
@@ -308,22 +318,49 @@ def _finish(work: _Work, report: AutoReport, settings: TrainSettings, out: Path)
     return report.model_copy(update=changes)
 
 
+def _rows(work: _Work, base: Path | str) -> list[Row]:
+    """Pairs that both trainings held out; all pairs where they held out none."""
+    settings = work.settings
+    rows = load_preferences(
+        work.eval_data or work.data,
+        columns=settings.reading,
+        tokenizer=load_tokenizer(base),
+        max_length=trainer_arguments(settings, work.state, evaluated=True).max_length,
+        truncation=settings.truncation,
+        clock=started_clock(work.state, settings.date),
+    )
+    if settings.eval_share and not work.eval_data:
+        rows = split_by_prompt(rows, settings.eval_share, work.seed, work.data)[1]
+    return rows
+
+
+@torch.no_grad()
+def _evaluation(work: _Work, model: Any, rows: list[Row], reference: Any = None) -> dict[str, float]:
+    """The average on held-out pairs, by the trainer's names; an adapter's reference is the model without it."""
+    from madpo.operations.study_training import pair_logps
+
+    size = int(work.settings.args.get("per_device_eval_batch_size", 8))
+    tokenizer, said = load_tokenizer(resolve_model(work.settings.model)), "The average: held-out pairs"
+    own = pair_logps(model.eval(), tokenizer, rows, size, said)
+    with nullcontext() if reference is not None else model.disable_adapter():
+        before = pair_logps((reference or model).eval(), tokenizer, rows, size, f"{said}, reference")
+    chosen, rejected = work.auto.beta * (own - before)
+    margins = chosen - rejected
+    return {
+        "eval_loss": float(np.logaddexp(0.0, -margins).mean()),
+        "eval_rewards/chosen": float(chosen.mean()),
+        "eval_rewards/rejected": float(rejected.mean()),
+        "eval_rewards/accuracies": float((margins > 0).mean()),
+        "eval_rewards/margins": float(margins.mean()),
+    }
+
+
 def _at_kl(work: _Work, model: PeftModel, base: Path | str) -> Reached:
     from madpo.operations.tuning.reward import strengthened
 
     settings, wanted = work.settings, work.auto.kl
     assert wanted is not None
-    tokenizer = load_tokenizer(base)
-    args = trainer_arguments(settings, work.state, evaluated=True)
-    rows = load_preferences(
-        work.eval_data or work.data,
-        columns=settings.reading,
-        tokenizer=tokenizer,
-        max_length=args.max_length,
-        truncation=settings.truncation,
-    )
-    if settings.eval_share and not work.eval_data:
-        rows = split_by_prompt(rows, settings.eval_share, work.seed, work.data)[1]
+    tokenizer, rows = load_tokenizer(base), _rows(work, base)
     different = [*{prompt_key(row["prompt"]): row for row in rows}.values()]
     drawn = rng(work.seed, "auto", "prompts of the KL").permutation(len(different))
     chosen = [different[k] for k in drawn[: work.auto.kl_prompts]]

@@ -108,10 +108,12 @@ class TrainReport(Report):
             lines.append(f"longer than max_length: {self.dropped} pairs dropped (dropped.jsonl), {self.cut} cut")
         if self.probe is not None:
             lines.append(f"margins by a {self.probe.text()}")
-        if self.evaluation:
-            lines.append(f"on {self.eval_pairs} held-out pairs:")
-            lines += [f"    {name}  {value:.4f}" for name, value in self.evaluation.items()]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.evaluated()])
+
+    def evaluated(self) -> list[str]:
+        """What was found on held-out pairs, a line each; empty without such pairs."""
+        found = [f"    {name}  {value:.4f}" for name, value in self.evaluation.items()]
+        return [f"on {self.eval_pairs} held-out pairs:", *found] if found else []
 
 
 def train(
