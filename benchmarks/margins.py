@@ -114,7 +114,7 @@ def _reward(
     arguments: argparse.Namespace, pooling: Any, train: Sequence[Any], heldout: Sequence[Any], out: Path
 ) -> Iterator[Scored]:
     from madpo.operations import RewardSettings, ScoreSettings, reward, score
-    from madpo.operations.settings import RewardOptimisation
+    from madpo.operations.settings import AdapterOptimisation
 
     files = {"heldout": heldout, "in sample": train}
     out.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ def _reward(
         lines = ({name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows)
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_atomically(out / f"{part}.jsonl", text)
-    optimisation = RewardOptimisation(
+    optimisation = AdapterOptimisation(
         learning_rate=arguments.learning_rate, epochs=arguments.epochs, batch_size=8, micro_batch_size=8
     )
     settings = RewardSettings(

@@ -1,5 +1,7 @@
 """The documentation: links and anchors lead somewhere, and the code of the Python page runs."""
 
+import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -42,6 +44,15 @@ def test_python_blocks_compile(page: Path) -> None:
 def test_every_page_of_the_site_is_in_its_menu() -> None:
     menu = set(re.findall(r": ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.M))
     assert menu == {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda script: script.name)
+def test_benchmarks_import_what_is_there(script: Path) -> None:
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "madpo":
+            module = importlib.import_module(str(node.module))
+            for name in node.names:
+                assert hasattr(module, name.name), f"{script.name}: {node.module} has no {name.name}"
 
 
 @pytest.mark.slow  # three trainings
