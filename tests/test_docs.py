@@ -1,7 +1,6 @@
 """The documentation: links and anchors lead somewhere, and the code of the Python page runs."""
 
 import ast
-import importlib
 import re
 from pathlib import Path
 
@@ -50,9 +49,7 @@ def test_every_page_of_the_site_is_in_its_menu() -> None:
 def test_benchmarks_import_what_is_there(script: Path) -> None:
     for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "madpo":
-            module = importlib.import_module(str(node.module))
-            for name in node.names:
-                assert hasattr(module, name.name), f"{script.name}: {node.module} has no {name.name}"
+            exec(ast.unparse(node), {})
 
 
 @pytest.mark.slow  # three trainings
