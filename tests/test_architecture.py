@@ -5,12 +5,17 @@ import inspect
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 import madpo
+from madpo.core import columns
+from madpo.core.columns import PAIR_COLUMNS
 from madpo.core.config import load_config, packaged_experiments
+from madpo.core.layout import Layout
+from madpo.losses import LossInputs
 from repository import ROOT, TESTS
 
 SOURCE = ROOT / "src" / "madpo"
@@ -66,6 +71,17 @@ def loaded_after(code: str) -> set[str]:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split())
+
+
+def test_one_table_of_columns() -> None:
+    """A column has a verb, for users whose data call it otherwise, and an input of the losses."""
+    assert set(PAIR_COLUMNS) <= set(Layout.model_fields) & {field.name for field in fields(LossInputs)}
+    way = re.findall(r"^\d\. ``([\w/.]+)``: ``([\w.]+)``", columns.__doc__ or "", re.M)
+    assert len(way) >= 6
+    for file, name in way:
+        code = (SOURCE / file).read_text(encoding="utf-8")
+        for part in name.split("."):
+            assert re.search(rf"(?:def|class) {part}\b", code), f"{file} has no {name}"
 
 
 def test_importing_madpo_is_cheap() -> None:

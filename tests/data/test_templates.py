@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from madpo.core.errors import ConfigError, DataError, MadpoError
+from madpo.core.errors import ConfigError, DataError, MadpoError, located
 from madpo.data import check, load_preferences
 from madpo.data.messages import said
 from madpo.data.templates import Clock, left_out, render
@@ -47,9 +47,9 @@ def test_the_text_is_that_of_transformers(template: Path, tokenizer: Any) -> Non
                 refused = str(error).splitlines()[0]
             if refused is not None:
                 with pytest.raises(DataError, match=re.escape(refused)):
-                    render(tokenizer, messages, Clock(), "here", add_generation_prompt=prompted)
+                    render(tokenizer, messages, Clock(), add_generation_prompt=prompted)
             else:
-                assert render(tokenizer, messages, Clock(), "here", add_generation_prompt=prompted) == expected
+                assert render(tokenizer, messages, Clock(), add_generation_prompt=prompted) == expected
 
 
 def test_there_are_templates_to_compare_with() -> None:
@@ -117,8 +117,11 @@ BOMBS = [
 def test_a_template_that_builds_gigabytes_is_stopped(bomb: str, tokenizer: Any) -> None:
     tokenizer.chat_template = bomb
     began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ConfigError, match=r"d.jsonl, line 7: the chat template of .*llama cannot be used"):
-        render(tokenizer, [USER], Clock(), "d.jsonl, line 7")
+    with (
+        pytest.raises(ConfigError, match=r"d.jsonl, line 7: the chat template of .*llama cannot be used"),
+        located("d.jsonl, line 7"),
+    ):
+        render(tokenizer, [USER], Clock())
     assert time.monotonic() - began < 30
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000  # kB
 
@@ -150,8 +153,8 @@ ODD = [
 @pytest.mark.parametrize("template", ODD)
 def test_whatever_a_template_raises_is_one_sentence_with_row_and_template(template: str, tokenizer: Any) -> None:
     tokenizer.chat_template = template
-    with pytest.raises(MadpoError, match=r"d.jsonl, line 7: ") as found:
-        render(tokenizer, [USER], Clock(), "d.jsonl, line 7")
+    with pytest.raises(MadpoError, match=r"d.jsonl, line 7: ") as found, located("d.jsonl, line 7"):
+        render(tokenizer, [USER], Clock())
     assert "llama" in str(found.value) or "half of a surrogate" in str(found.value)
     assert str(found.value).isprintable()
 
@@ -163,9 +166,9 @@ def test_the_budget_grows_with_the_conversation(tokenizer: Any) -> None:
         "{% endfor %}{{ ns.x }}"
     )
     messages = [{"role": ("user", "assistant")[i % 2], "content": "word " * 40} for i in range(400)]
-    assert render(tokenizer, messages, Clock(), "here").count("word") == 16_000
+    assert render(tokenizer, messages, Clock()).count("word") == 16_000
     (long,) = [{"role": "user", "content": "word " * 1_000_000}]
-    assert len(render(tokenizer, [long], Clock(), "here")) > 5_000_000
+    assert len(render(tokenizer, [long], Clock())) > 5_000_000
 
 
 def test_several_templates_without_a_default_are_named_and_the_remedy_works(llama: Path, tmp_path: Path) -> None:
@@ -263,7 +266,7 @@ def test_what_the_template_does_to_the_text_is_counted(
 def test_a_text_in_another_order_is_all_there(tokenizer: Any) -> None:
     messages = [*said("system", "Be brief."), *TURNS[:3]]
     tokenizer.chat_template = MERGED
-    text = render(tokenizer, messages, Clock(), "here")
+    text = render(tokenizer, messages, Clock())
     assert text.index("Say <hi>.") < text.index("Be brief.")
     assert left_out(messages, text) == []
 
@@ -309,10 +312,10 @@ def test_turns_of_others_inside_a_completion_are_counted(row: dict[str, Any], co
 
 def test_a_clock_is_one_moment_and_knows_whether_it_was_read(tokenizer: Any) -> None:
     clock = Clock(datetime(2026, 2, 3, 4, 5, 6))
-    render(tokenizer, [USER], clock, "here")
+    render(tokenizer, [USER], clock)
     assert not clock.read
     tokenizer.chat_template = "{{ strftime_now('%Y-%m-%d %H:%M:%S') }}"
-    assert render(tokenizer, [USER], clock, "here") == "2026-02-03 04:05:06"
+    assert render(tokenizer, [USER], clock) == "2026-02-03 04:05:06"
     assert clock.read
     # Outside, transformers renders as ever.
     assert tokenizer.apply_chat_template([USER], tokenize=False) > "2026-02-04"

@@ -94,8 +94,8 @@ def encoded(load):
         tokenizer = load(folder)
         encoder = Encoder(tokenizer)
         for pair in (TEXT, CHAT):
-            encoder.encode([pair], "data", "row")
-        encoder.prompt_ids("a prompt", "a place")
+            encoder.encode([pair], str)
+        encoder.prompt_ids("a prompt")
 
     return read
 

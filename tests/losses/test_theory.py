@@ -61,7 +61,7 @@ def test_a_broken_weight_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(margin: torch.Tensor, **settings: float) -> torch.Tensor:
         return true(margin, **settings) + 1e-3  # type: ignore[arg-type]
 
-    monkeypatch.setattr("madpo.losses.margin.log_margin_weight", wrong)
+    monkeypatch.setattr("madpo.losses.madpo.log_margin_weight", wrong)
     monkeypatch.setattr(theory, "log_margin_weight", wrong)
     # A constant factor on every weight cancels in the minimiser, and shifts the closed form.
     failed = {claim.name for claim in theory._targets() if claim.relied_on and not claim.holds}

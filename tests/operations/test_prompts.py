@@ -94,7 +94,7 @@ def test_token_ids_of_a_prompt(llama):
     encoder = Encoder(tokenizer)
     assert encoder.prompt_ids("The film", "here") == tokenizer("The film")["input_ids"]
     text = tokenizer.apply_chat_template(said("Hi"), tokenize=False, add_generation_prompt=True)
-    assert encoder.prompt_ids(said("Hi"), "here") == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert encoder.prompt_ids(said("Hi")) == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def test_a_refused_prompt_is_told_before_a_model_is_loaded(llama, rewarding, tmp_path, untouched):

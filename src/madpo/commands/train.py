@@ -77,7 +77,7 @@ def train(options: Train) -> int:
     """
     o = options
     refused: dict[str, Any] = {"pairs": [o.data, o.eval_data], "reading": o.reading, "loss": o.loss}
-    refused |= {"probe": True, "models": [o.model]}
+    refused |= {"probe": o.probe, "models": [o.model]}
     if o.dry_run:
         from madpo.operations.preconditions import refuse_missing
 

@@ -21,6 +21,9 @@ def printable(text: str) -> str:
 class MadpoError(ValueError):
     """A mistake in what the user gave us: one sentence with the place, the value and the remedy."""
 
+    placed = True
+    """False: the sentence does not say yet where the mistake is; see :func:`located`."""
+
     def __init__(self, sentence: str = "") -> None:
         super().__init__(printable(sentence))
 
@@ -33,6 +36,12 @@ class DataError(MadpoError):
     """A data set that cannot be used: a missing column, a row with a bad value, a corrupted file."""
 
 
+class RowError(DataError):
+    """A mistake in a row, found by code that does not know which row it reads; see :func:`located`."""
+
+    placed = False
+
+
 class DivergedError(DataError):
     """A training whose numbers stopped being finite: other settings may not."""
 
@@ -43,6 +52,21 @@ class StorageError(MadpoError):
 
 class MemoryShortage(MadpoError):
     """Work that needs more memory than there is; the sentence says which setting makes it smaller."""
+
+
+@contextmanager
+def located(place: str) -> Iterator[None]:
+    """Where a row is read: its mistakes begin with its place, as in ``pairs.jsonl, line 7: chosen is null; ...``.
+
+    What parses a row raises :class:`RowError` without a place, and whoever knows the place says it once, here. An error
+    that has its place passes unchanged.
+    """
+    try:
+        yield
+    except MadpoError as error:
+        if not error.placed:
+            error.args, error.placed = (f"{printable(place)}: {error}",), True
+        raise
 
 
 def first_line(error: BaseException, length: int | None = None) -> str:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, model_serializer, model_validator
 
+from madpo.core.columns import PAIR_COLUMNS
 from madpo.core.config import Frozen, added, read_toml, validate
 from madpo.core.errors import ConfigError
 from madpo.core.suggestions import did_you_mean
@@ -151,7 +152,7 @@ class Layout(Frozen):
         """Column -> the verb that reads it, of everything that leaves a row when its pair is made."""
         verbs = ("prompt", "system", "history", "tools", *COMPLETIONS[:-1])
         found = {head(name, names): verb for verb in verbs for name in each(getattr(self, verb))}
-        return found | {head(name, names): verb for verb in ("pair_id", *NUMBERS) if (name := getattr(self, verb))}
+        return found | {head(name, names): verb for verb in ("pair_id", *PAIR_COLUMNS) if (name := getattr(self, verb))}
 
     def ordering(self, names: Container[str]) -> tuple[str, ...]:
         """Columns that order the completions or say how strongly; keys inside a list of completions are none."""
@@ -186,9 +187,6 @@ class Packaged(Layout):
 def each(value: Any) -> tuple[str, ...]:
     """The names that a verb gives."""
     return () if value is None else (value,) if isinstance(value, str) else tuple(value)
-
-
-NUMBERS = ("chosen_score", "rejected_score", "reward_margin", "weight")
 
 
 def head(name: str, names: Container[str]) -> str:

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from madpo.core.errors import DataError
-from madpo.core.layout import NUMBERS, Layout, layout_table, value_at
+from madpo.core.columns import MARGIN, PAIR_COLUMNS, SCORES
+from madpo.core.errors import RowError
+from madpo.core.layout import Layout, layout_table, value_at
 from madpo.data.layouts import plain_name
-from madpo.data.messages import ASSISTANT, as_json, is_blank, said, shared_prefix
+from madpo.data.messages import ASSISTANT, alike, as_json, is_blank, said, shared_prefix
 from madpo.data.raw import as_number, described, lacks, null
 
 Raw = Mapping[str, Any]
@@ -55,54 +56,54 @@ class Arranger:
         self.taken = set(layout.columns(names))
         self.suffixes = _suffixes(layout.sides)
 
-    def pairs(self, raw: Raw, place: str) -> Iterator[Arranged]:
-        """The pairs of a row: one, or several of a tree. Raises DataError, or LeftOut: the row holds no preference."""
+    def pairs(self, raw: Raw) -> Iterator[Arranged]:
+        """The pairs of a row: one, or several of a tree. Raises RowError, or LeftOut: the row holds no preference."""
         layout = self.layout
         if layout.replies:
-            yield from self._tree(raw, place)
+            yield from self._tree(raw)
         elif layout.chosen and layout.rejected:
-            sides = [self.side(raw, name, place) for name in (layout.chosen, layout.rejected)]
-            yield self.pair(raw, Completion(1, sides[0]), Completion(0, sides[1]), place)
+            sides = [self.side(raw, name) for name in (layout.chosen, layout.rejected)]
+            yield self.pair(raw, Completion(1, sides[0]), Completion(0, sides[1]))
         else:
-            found = self._sides(raw, place) if layout.sides else self._listed(raw, place)
+            found = self._sides(raw) if layout.sides else self._listed(raw)
             if (ends := _ends(found)) is None:
                 raise LeftOut("tie" if layout.label else "unranked")
-            pair = self.pair(raw, *ends, place)
-            self.measure(pair, raw, *ends, place)
+            pair = self.pair(raw, *ends)
+            self.measure(pair, raw, *ends)
             yield pair
 
-    def pair(self, raw: Raw, best: Completion, worst: Completion, place: str) -> Arranged:
+    def pair(self, raw: Raw, best: Completion, worst: Completion) -> Arranged:
         """A row with these two sides."""
-        row = self.rest(raw, place)
+        row = self.rest(raw)
         chosen, rejected = best.text, worst.text
         if isinstance(row.get("prompt"), list) and _texts(row["prompt"]) and _texts(chosen) and _texts(rejected):
             turns = row.pop("prompt")  # one text for each turn: the sides are conversations
-            chosen, rejected = (_interleaved(turns, side, place) for side in (chosen, rejected))
-        row["chosen"], row["rejected"] = _alike(chosen, rejected)
+            chosen, rejected = (_interleaved(turns, side) for side in (chosen, rejected))
+        row["chosen"], row["rejected"] = alike(chosen, rejected)
         found = Arranged(row)
         if best.system != worst.system:
             found.flags.append(("system_prompts", ""))
         elif best.system.strip() and is_blank(row.get("system")):
             row["system"] = best.system
-        for name in NUMBERS:
+        for name in PAIR_COLUMNS:
             if (column := getattr(self.layout, name)) and column != self.layout.strength_name():
                 row[name] = value_at(raw, column)
         return found
 
-    def rest(self, raw: Raw, place: str) -> dict[str, Any]:
+    def rest(self, raw: Raw) -> dict[str, Any]:
         """The columns that make no completion, those of the prompt under their usual names."""
         layout = self.layout
         row = {name: value for name, value in raw.items() if name not in self.taken and name not in layout.ignore}
         if layout.prompt and not layout.replies:
-            row["prompt"] = self._prompt(raw, place)
+            row["prompt"] = self._prompt(raw)
         for verb in ("system", "history", "tools", "pair_id"):
             if (name := getattr(layout, verb)) is not None:
                 row[verb] = value_at(raw, name)
         if layout.decode and "prompt" in row:
-            row["prompt"] = _decoded(row["prompt"], "prompt", place)
+            row["prompt"] = _decoded(row["prompt"], "prompt")
         return row
 
-    def _prompt(self, raw: Raw, place: str) -> Any:
+    def _prompt(self, raw: Raw) -> Any:
         found = [(name, value_at(raw, name)) for name in self.layout.prompt]
         there = [(name, value) for name, value in found if value is not None and value != ""]
         if not there:
@@ -111,51 +112,51 @@ class Arranger:
             return there[0][1]
         if not all(isinstance(value, str) for _, value in there):
             names = " and ".join(name for name, _ in there)
-            raise DataError(f"{place}: {names} are not all text, so they cannot be joined; name one of them as prompt")
+            raise RowError(f"{names} are not all text, so they cannot be joined; name one of them as prompt")
         return "\n".join(value for _, value in there)
 
-    def side(self, raw: Raw, name: str, place: str) -> Any:
-        """A completion in a column. Raises DataError: there is none."""
-        value = value_at(raw, name)
+    def side(self, raw: Raw, name: str, inside: str = "") -> Any:
+        """A completion in a column, or in an entry that is itself at ``inside``. Raises RowError: there is none."""
+        value, whole = value_at(raw, name), inside + name
         if value is None:
-            raise null(name, place) if name in raw or name.partition(".")[0] in raw else lacks(name, place)
-        return _decoded(value, name, place) if self.layout.decode else value
+            raise null(whole) if name in raw or name.partition(".")[0] in raw else lacks(whole)
+        return _decoded(value, whole) if self.layout.decode else value
 
     # What orders the completions
 
-    def number(self, value: Any, name: str, place: str) -> float:
-        """What orders a completion: a finite number, or true or false. Raises DataError: it is none."""
+    def number(self, value: Any, name: str) -> float:
+        """What orders a completion: a finite number, or true or false. Raises RowError: it is none."""
         if isinstance(value, bool):
             return float(value)
-        return as_number(value, name, place, from_text=self.from_text)
+        return as_number(value, name, from_text=self.from_text)
 
-    def _sides(self, raw: Raw, place: str) -> list[Completion]:
+    def _sides(self, raw: Raw) -> list[Completion]:
         layout = self.layout
-        texts = [self._text(self.side(raw, name, place), name, place) for name in layout.sides]
+        texts = [self._text(self.side(raw, name), name) for name in layout.sides]
         if len(layout.label) == 1:
-            better = self._better(value_at(raw, layout.label[0]), place)
+            better = self._better(value_at(raw, layout.label[0]))
             values = [float(i == better) for i in range(len(texts))]
         else:
             names, sign = (layout.rank, -1) if layout.rank else (layout.label or layout.score, 1)
             if len(names) != len(texts):
-                raise DataError(
-                    f"{place}: {len(texts)} sides and {len(names)} columns that order them; name one for each side, or "
+                raise RowError(
+                    f"{len(texts)} sides and {len(names)} columns that order them; name one for each side, or "
                     "one label: --columns.label NAME"
                 )
             numbers = [value_at(raw, name) for name in names]
             if any(number is None for number in numbers):
                 raise LeftOut("no_winner")
-            values = [sign * self.number(n, name, place) for n, name in zip(numbers, names, strict=True)]
+            values = [sign * self.number(n, name) for n, name in zip(numbers, names, strict=True)]
         scored = not layout.label and not layout.rank
         return [Completion(value, text, scored=scored) for value, text in zip(values, texts, strict=True)]
 
-    def _better(self, value: Any, place: str) -> int:
+    def _better(self, value: Any) -> int:
         """The side that a label names. Raises LeftOut: it names none."""
         layout, name = self.layout, self.layout.label[0]
         if value is None or value == "":
             raise LeftOut("no_winner")
         if layout.positive:
-            preference = as_number(value, name, place, from_text=True)
+            preference = as_number(value, name, from_text=True)
             if preference == 0:
                 raise LeftOut("tie")
             return int((preference > 0) == (layout.positive == "second"))
@@ -185,74 +186,72 @@ class Arranger:
                 return int(number > 1.5)
         one, two = layout.sides[:2]
         word = shlex.quote(str(value))
-        raise DataError(
-            f"{place}: {name} is {described(value)}, which names neither {one} nor {two}; say what it means: "
+        raise RowError(
+            f"{name} is {described(value)}, which names neither {one} nor {two}; say what it means: "
             f"--columns.first {word} if it prefers {one}, or --columns.second {word} if it prefers {two}, or "
             f"--columns.tie {word} if it prefers neither"
         )
 
-    def _listed(self, raw: Raw, place: str) -> list[Completion]:
+    def _listed(self, raw: Raw) -> list[Completion]:
         layout = self.layout
         assert layout.completions is not None
         name = layout.completions
-        value = _rows_of(self.side(raw, name, place), name, place)
+        value = _rows_of(self.side(raw, name), name)
         if layout.order:
-            return [Completion(-i, self._text(text, f"{name}[{i}]", place)) for i, text in enumerate(value)]
+            return [Completion(-i, self._text(text, f"{name}[{i}]")) for i, text in enumerate(value)]
         if layout.label:
-            return self._labelled(value, raw, name, place)
+            return self._labelled(value, raw, name)
         for names, sign in ((layout.score, 1), (layout.rank, -1)):
             if names and (numbers := value_at(raw, names[0])) is not None:
-                return self._side_by_side(value, numbers, name, names[0], sign, place)
-        return [self._entry(entry, f"{name}[{i}]", place) for i, entry in enumerate(value)]
+                return self._side_by_side(value, numbers, name, names[0], sign)
+        return [self._entry(entry, f"{name}[{i}]") for i, entry in enumerate(value)]
 
     def _side_by_side(
-        self, value: Sequence[Any], numbers: Any, name: str, ordering: str, sign: int, place: str
+        self, value: Sequence[Any], numbers: Any, name: str, ordering: str, sign: int
     ) -> list[Completion]:
         if not isinstance(numbers, list | tuple):
-            raise DataError(f"{place}: {ordering} is {described(numbers)}, not a list; give a list")
+            raise RowError(f"{ordering} is {described(numbers)}, not a list; give a list")
         if len(value) != len(numbers):
             counts = f"{name} holds {len(value)} entries and {ordering} {len(numbers)}"
-            raise DataError(f"{place}: {counts}; give a score for each response")
+            raise RowError(f"{counts}; give a score for each response")
         return [
             Completion(
-                sign * self.number(n, f"{ordering}[{i}]", place),
-                self._text(text, f"{name}[{i}]", place),
+                sign * self.number(n, f"{ordering}[{i}]"),
+                self._text(text, f"{name}[{i}]"),
                 scored=sign > 0,
             )
             for i, (text, n) in enumerate(zip(value, numbers, strict=True))
             if n is not None
         ]
 
-    def _labelled(self, value: Sequence[Any], raw: Raw, name: str, place: str) -> list[Completion]:
+    def _labelled(self, value: Sequence[Any], raw: Raw, name: str) -> list[Completion]:
         label = value_at(raw, self.layout.label[0])
         if label is None:
             raise LeftOut("no_winner")
-        index = as_number(label, self.layout.label[0], place, from_text=True)
+        index = as_number(label, self.layout.label[0], from_text=True)
         if index not in range(len(value)):
-            raise DataError(
-                f"{place}: {self.layout.label[0]} is {described(label)}, but {name} has {len(value)} entries, counted "
+            raise RowError(
+                f"{self.layout.label[0]} is {described(label)}, but {name} has {len(value)} entries, counted "
                 "from 0; correct it or drop the row"
             )
-        return [
-            Completion(float(i == index), self._text(entry, f"{name}[{i}]", place)) for i, entry in enumerate(value)
-        ]
+        return [Completion(float(i == index), self._text(entry, f"{name}[{i}]")) for i, entry in enumerate(value)]
 
-    def _text(self, entry: Any, name: str, place: str) -> Any:
+    def _text(self, entry: Any, name: str) -> Any:
         """The text of an entry of a list: the entry, or what its key for texts holds."""
         if not isinstance(entry, dict):
             return entry
         given = {key for key, found in entry.items() if found is not None}
         if self.layout.text is not None:
-            return self.side(entry, self.layout.text, f"{place}: {name}")
+            return self.side(entry, self.layout.text, f"{name}.")
         text = next((key for key in _INSIDE["texts"] if key in given), None)
         return entry if text is None or "role" in given else entry[text]
 
-    def _entry(self, entry: Any, name: str, place: str) -> Completion:
+    def _entry(self, entry: Any, name: str) -> Completion:
         layout = self.layout
         # A table gives every object all keys, with null where it had none.
         given = {key for key, found in entry.items() if found is not None} if isinstance(entry, dict) else set()
         text = next((key for key in ((layout.text,) if layout.text else _INSIDE["texts"]) if key in given), None)
-        value, scored = (None, False) if text is None else self._value(entry, name, place)
+        value, scored = (None, False) if text is None else self._value(entry, name)
         if text is None or value is None:
             remedy = "give both, add chosen and rejected, or name its keys with --columns.text KEY --columns.score KEY"
             if not isinstance(entry, dict):
@@ -260,11 +259,11 @@ class Arranger:
                     "name what orders the list: --columns.score NAME or --columns.label NAME, or give "
                     "--columns.order best-first if the best comes first"
                 )
-            raise DataError(f"{place}: {name} lacks response or overall_score; {remedy}")
+            raise RowError(f"{name} lacks response or overall_score; {remedy}")
         system = next((entry[key] for key in _INSIDE["system"] if isinstance(entry.get(key), str)), "")
-        return Completion(value, self.side(entry, text, f"{place}: {name}"), system, scored)
+        return Completion(value, self.side(entry, text, f"{name}."), system, scored)
 
-    def _value(self, entry: Raw, name: str, place: str) -> tuple[float | None, bool]:
+    def _value(self, entry: Raw, name: str) -> tuple[float | None, bool]:
         """What orders an entry, and whether it is a score: its score, its rank, or the mean rating of its aspects."""
         layout = self.layout
         for names, sign in ((layout.score or _INSIDE["scores"], 1), (layout.rank or _INSIDE["ranks"], -1)):
@@ -272,7 +271,7 @@ class Arranger:
                 continue
             key = next((key for key in names if value_at(entry, key) is not None), None)
             if key is not None:
-                return sign * self.number(value_at(entry, key), f"{name}.{key}", place), sign > 0
+                return sign * self.number(value_at(entry, key), f"{name}.{key}"), sign > 0
         aspects = entry.get("annotations")
         ratings = []
         for aspect in aspects.values() if isinstance(aspects, dict) else ():
@@ -280,54 +279,52 @@ class Arranger:
             if isinstance(rating, str) and rating.strip() in ("N/A", ""):  # an aspect that does not apply
                 continue
             if rating is not None:
-                ratings.append(as_number(rating, f"{name}.annotations.Rating", place, from_text=True))
+                ratings.append(as_number(rating, f"{name}.annotations.Rating", from_text=True))
         return (sum(ratings) / len(ratings) if ratings else None), True
 
-    def measure(self, pair: Arranged, raw: Raw, best: Completion, worst: Completion, place: str) -> None:
+    def measure(self, pair: Arranged, raw: Raw, best: Completion, worst: Completion) -> None:
         """Add the strength of a preference and, where they order the sides, the scores of both."""
         layout = self.layout
         if layout.strength is not None:
             strength = value_at(raw, layout.strength)
-            pair.strength = (
-                None if strength is None else abs(as_number(strength, layout.strength, place, from_text=True))
-            )
+            pair.strength = None if strength is None else abs(as_number(strength, layout.strength, from_text=True))
         elif layout.label and len(layout.score) == len(layout.sides) == 2:
             scores = [value_at(raw, name) for name in layout.score]
             if None not in scores:
-                one, two = (self.number(s, name, place) for s, name in zip(scores, layout.score, strict=True))
+                one, two = (self.number(s, name) for s, name in zip(scores, layout.score, strict=True))
                 pair.strength = abs(one - two)
         elif not layout.label and not layout.order:
             pair.strength = best.value - worst.value
             if best.scored:
-                pair.row |= {"chosen_score": best.value, "rejected_score": worst.value}
+                pair.row |= dict(zip(SCORES, (best.value, worst.value), strict=True))
         self._take_margin(pair)
 
     def _take_margin(self, pair: Arranged) -> None:
         layout = self.layout
         if layout.reward_margin is not None and layout.reward_margin == layout.strength_name():
-            pair.row["reward_margin"] = pair.strength
+            pair.row[MARGIN] = pair.strength
 
     # Trees
 
-    def _tree(self, raw: Raw, place: str) -> Iterator[Arranged]:
+    def _tree(self, raw: Raw) -> Iterator[Arranged]:
         layout = self.layout
         assert layout.replies is not None
         name = (layout.prompt or ("prompt",))[0]
         root = value_at(raw, name)
         if not isinstance(root, Mapping):
-            raise DataError(f"{place}: {name} is {described(root)}, not a tree of messages")
-        rest, found = self.rest(raw, place), 0
+            raise RowError(f"{name} is {described(root)}, not a tree of messages")
+        rest, found = self.rest(raw), 0
         left: list[tuple[Raw, list[Any]]] = [(root, [])]
         while left:
             message, before = left.pop()
-            path = [*before, {"role": message.get("role"), "content": self._text_of(message, place)}]
+            path = [*before, {"role": message.get("role"), "content": self._text_of(message)}]
             replies = message.get(layout.replies) or []
             if not isinstance(replies, list | tuple) or not all(isinstance(reply, Mapping) for reply in replies):
-                raise DataError(f"{place}: {layout.replies} is {described(replies)}, no list of messages; correct it")
+                raise RowError(f"{layout.replies} is {described(replies)}, no list of messages; correct it")
             left += [(reply, path) for reply in reversed(replies)]
             key = (layout.rank or _INSIDE["ranks"])[0]
             ranked = [
-                Completion(-self.number(reply[key], key, place), self._text_of(reply, place))
+                Completion(-self.number(reply[key], key), self._text_of(reply))
                 for reply in replies
                 if reply.get(key) is not None and reply.get("role") in ASSISTANT and not reply.get("deleted")
             ]
@@ -341,10 +338,10 @@ class Arranger:
         if not found:
             raise LeftOut("unranked")
 
-    def _text_of(self, message: Raw, place: str) -> str:
+    def _text_of(self, message: Raw) -> str:
         text = next((message[key] for key in ("text", "content", "value") if message.get(key) is not None), None)
         if not isinstance(text, str):
-            raise DataError(f"{place}: a message of the tree has the text {described(text)}; fill it in or drop it")
+            raise RowError(f"a message of the tree has the text {described(text)}; fill it in or drop it")
         return text
 
 
@@ -376,55 +373,31 @@ def _spelled(value: Any) -> str:
     return said.removesuffix(".0") if re.fullmatch(r"-?\d+\.0", said) else said
 
 
-def _rows_of(value: Any, name: str, place: str) -> Sequence[Any]:
+def _rows_of(value: Any, name: str) -> Sequence[Any]:
     """The entries of a list, or of an object of lists, as some writers turn a list of objects around."""
     if isinstance(value, dict):
         lengths = {len(entry) for entry in value.values() if isinstance(entry, list | tuple)}
         if len(lengths) != 1 or not all(isinstance(entry, list | tuple) for entry in value.values()):
-            raise DataError(f"{place}: {name} is {described(value)}, not a list of responses; give a list")
+            raise RowError(f"{name} is {described(value)}, not a list of responses; give a list")
         return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
     if not isinstance(value, list | tuple):
-        raise DataError(f"{place}: {name} is {described(value)}, not a list; a pair needs two completions, give a list")
+        raise RowError(f"{name} is {described(value)}, not a list; a pair needs two completions, give a list")
     return value
 
 
-def _decoded(value: Any, name: str, place: str) -> Any:
+def _decoded(value: Any, name: str) -> Any:
     encoded = isinstance(value, str) and value.lstrip().startswith(("[", "{"))
-    return as_json(value, name, place) if encoded else value
+    return as_json(value, name) if encoded else value
 
 
 def _texts(value: Any) -> bool:
     return isinstance(value, list | tuple) and bool(value) and all(isinstance(t, str | None) for t in value)
 
 
-def _interleaved(turns: Sequence[Any], answers: Sequence[Any], place: str) -> list[dict[str, Any]]:
+def _interleaved(turns: Sequence[Any], answers: Sequence[Any]) -> list[dict[str, Any]]:
     if len(turns) != len(answers):
-        raise DataError(f"{place}: there are {len(turns)} prompts and {len(answers)} answers; give one for each turn")
+        raise RowError(f"there are {len(turns)} prompts and {len(answers)} answers; give one for each turn")
     if any(text is None for text in (*turns, *answers)):
         raise LeftOut("no_completion")
     pairs = zip(turns, answers, strict=True)
     return [message for turn, answer in pairs for message in (*said("user", turn), *said("assistant", answer))]
-
-
-def _alike(chosen: Any, rejected: Any) -> tuple[Any, Any]:
-    """Both sides as conversations of one length, where one is a whole conversation and the other its last answer."""
-    if _is_whole(chosen):
-        return chosen, _with_last(chosen, rejected)
-    return (_with_last(rejected, chosen), rejected) if _is_whole(rejected) else (chosen, rejected)
-
-
-def _is_whole(side: Any) -> bool:
-    return isinstance(side, list) and len(side) > 1 and isinstance(side[0], dict) and _role(side[0]) not in ASSISTANT
-
-
-def _role(message: Mapping[str, Any]) -> Any:
-    return message.get("role", message.get("from"))
-
-
-def _with_last(whole: list[Any], last: Any) -> Any:
-    if isinstance(last, str):
-        return [*whole[:-1], *said("assistant", last)]
-    if isinstance(last, dict):
-        last = [last]
-    one = isinstance(last, list) and len(last) == 1 and isinstance(last[0], dict) and _role(last[0]) in ASSISTANT
-    return [*whole[:-1], *last] if one else last

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
+from madpo.core.columns import MARGIN, SCORES
 from madpo.core.config import Frozen
 from madpo.core.locks import locked
 from madpo.core.reports import Report
@@ -24,7 +25,7 @@ from madpo.data.tokens import Encoded, Encoder, as_tokenizer, check_options, tex
 from madpo.models.hyperparameters import Truncation
 
 SIDES = ("prompt", "chosen", "rejected")
-SCORES = "chosen_score - rejected_score"
+DIFFERENCE = " - ".join(SCORES)
 ORDERS = 1000  # of roles that are counted each for itself
 ROLES_SHOWN = 5
 RENDERED = 3  # pairs that the report shows as the model will see them
@@ -236,11 +237,10 @@ class _Tally:
             order = " > ".join(", ".join(m["role"] for m in side if isinstance(m, dict)) for side in sides)
             # Conversations of every length would fill the memory: what is not known by then counts as others.
             self.roles[order if order in self.roles or len(self.roles) < ORDERS else "others"] += 1
-        numbers, layout = pair.numbers, self.stream.layout
-        if "reward_margin" not in numbers and "chosen_score" in numbers:
-            difference = numbers["chosen_score"] - numbers["rejected_score"]
-            self.strengths.setdefault(SCORES, array("d")).append(difference)
-        elif "reward_margin" not in numbers and pair.strength is not None and layout is not None:
+        layout, difference = self.stream.layout, pair.score_difference
+        if MARGIN not in pair.numbers and difference is not None:
+            self.strengths.setdefault(DIFFERENCE, array("d")).append(difference)
+        elif MARGIN not in pair.numbers and pair.strength is not None and layout is not None:
             self.strengths.setdefault(layout.strength_name() or "rank", array("d")).append(pair.strength)
         for side in SIDES:
             part = getattr(pair, side) if encoded is None else getattr(encoded, f"{side}_ids")
@@ -262,8 +262,8 @@ class _Tally:
     def candidates(self) -> Iterator[MarginCandidate]:
         for name, values in self.strengths.items():
             remedy = f"to use it, give --columns.reward_margin {shlex.quote(name)}"
-            if name == SCORES:
-                remedy = "to calibrate and use it, run madpo score with --score_columns chosen_score rejected_score"
+            if name == DIFFERENCE:
+                remedy = f"to calibrate and use it, run madpo score with --score_columns {' '.join(SCORES)}"
             numbers = np.frombuffer(values)
             low, mean, high = (float(function(numbers)) for function in (np.min, np.mean, np.max))
             yield MarginCandidate(name=name, pairs=len(values), mean=mean, lowest=low, highest=high, remedy=remedy)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 
 from madpo.core.config import Frozen
-from madpo.core.errors import DataError
+from madpo.core.errors import RowError
 from madpo.core.layout import COMPLETIONS, Layout, Packaged, each, layout_table, packaged_layouts
 from madpo.core.suggestions import did_you_mean
 from madpo.data.prompts import QUESTIONS
@@ -101,23 +101,23 @@ class Recognised(Frozen):
     other_labels: tuple[str, ...] = ()
 
 
-def recognise(names: Sequence[str], place: str, given: Layout) -> Recognised | None:
+def recognise(names: Sequence[str], given: Layout) -> Recognised | None:
     """The layout of a data set by its columns; None where it has ``chosen`` and ``rejected`` and nothing is ``given``
     by the user.
 
-    Raises DataError: no layout fits, or two do; with all columns and the option that decides.
+    Raises RowError: no layout fits, or two do; with all columns and the option that decides.
     """
     if given.name and not given.has_completions:
         entry = next(entry for entry in packaged_layouts() if entry.name == given.name)
         found = next(_Columns(names).filled(entry), None)
         if found is None:
-            raise DataError(
-                f"{place}: the layout {given.name!r} does not fit the columns {listed(names)}; leave --layout out, or "
+            raise RowError(
+                f"the layout {given.name!r} does not fit the columns {listed(names)}; leave --layout out, or "
                 "give the columns: --columns.chosen NAME --columns.rejected NAME"
             )
         return Recognised(layout=_Columns(names).with_prompt(_joined(found[0], given)), other_labels=found[1])
     if given.has_completions:
-        return Recognised(layout=_Columns(names).with_prompt(_ordered(given, names, place)))
+        return Recognised(layout=_Columns(names).with_prompt(_ordered(given, names)))
     columns = _Columns(names)
     if {"chosen", "rejected"} <= columns.exact and not given.given and columns.usual_prompt() is None:
         return None
@@ -127,12 +127,12 @@ def recognise(names: Sequence[str], place: str, given: Layout) -> Recognised | N
     fitting = [found for entry in packaged_layouts() for found in columns.filled(entry)]
     if not fitting:
         missing = "rejected" if "chosen" in columns.exact else "chosen"
-        raise DataError(f"{place}: has no column {missing!r} (found {listed(names)}); {_proposal(columns, given)}")
+        raise RowError(f"has no column {missing!r} (found {listed(names)}); {_proposal(columns, given)}")
     first = fitting[0][0]
     for other, _ in fitting[1:]:
         if _completions(other) != _completions(first) and not _inside(other, first):
             one, two = (_as_options(layout) for layout in (first, other))
-            raise DataError(f"{place}: two layouts fit the columns {listed(names)}; say which: {one}, or {two}")
+            raise RowError(f"two layouts fit the columns {listed(names)}; say which: {one}, or {two}")
     return Recognised(layout=columns.with_prompt(_joined(first, given)), other_labels=fitting[0][1])
 
 
@@ -156,12 +156,12 @@ def _inside(other: Layout, first: Layout) -> bool:
     return bool(first.chosen or first.sides) and bool(other.completion or other.completions)
 
 
-def _ordered(given: Layout, names: Sequence[str], place: str) -> Layout:
+def _ordered(given: Layout, names: Sequence[str]) -> Layout:
     """What a user gives, with its columns there, and something that orders them."""
     for column, verb in given.columns(names).items():
         if column not in names:
             near = did_you_mean(column, names)
-            raise DataError(f"{place}: no column {column!r}, which columns.{verb} names (found {listed(names)}){near}")
+            raise RowError(f"no column {column!r}, which columns.{verb} names (found {listed(names)}){near}")
     if given.chosen or given.label or given.score or given.rank or given.order:
         return given
     words = layout_table()["words"]
@@ -178,8 +178,8 @@ def _ordered(given: Layout, names: Sequence[str], place: str) -> Layout:
         return given.model_copy(update={"label": (label,)})
     says = "columns.sides" if given.sides else "columns.completion"
     left = [name for name in names if name not in given.columns(names)]
-    raise DataError(
-        f"{place}: {says} is given and nothing that says which is better (found {listed(names)}); add "
+    raise RowError(
+        f"{says} is given and nothing that says which is better (found {listed(names)}); add "
         f"--columns.label {shlex.quote(left[-1]) if left else 'NAME'}"
     )
 

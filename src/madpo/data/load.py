@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from madpo.core.errors import DataError, printable
+from madpo.core.columns import ID_COLUMNS, NUMBERS
+from madpo.core.errors import DataError, located, printable
 from madpo.core.layout import Layout, as_layout, each, head, value_at
 from madpo.core.progress import track
 from madpo.data.arrange import Arranged, Arranger, LeftOut
@@ -17,7 +18,7 @@ from madpo.data.findings import Survey
 from madpo.data.layouts import recognise
 from madpo.data.messages import is_blank
 from madpo.data.raw import Source
-from madpo.data.rows import NUMBERS, WANTED, Columns, Pair, Reader
+from madpo.data.rows import WANTED, Columns, Pair, Reader
 from madpo.data.sources import open_source
 from madpo.data.templates import Clock
 from madpo.data.tokens import Encoded, Encoder, as_tokenizer, check_options, text_length, truncated
@@ -58,29 +59,31 @@ class PairStream:
         self.source: Source = self._open()
         self._from_text = self.source.columns is not None and self.source.unit == "line"
         if self.source.columns is not None:
-            self._recognise(self.source.columns, self.source.name)
+            with located(self.source.name):
+                self._recognise(self.source.columns)
 
     def _open(self) -> Source:
         return open_source(self._data, wanted=None if self._every_column else self._wanted)
 
     def _wanted(self, names: Sequence[str]) -> Container[str]:
         """The columns of a table that are worth reading."""
-        found = recognise(names, printable(str(self._data)), self._given)
+        with located(printable(str(self._data))):
+            found = recognise(names, self._given)
         if found is None:
             return WANTED
         return {*WANTED, *found.layout.columns(names), *found.layout.ordering(names)}
 
-    def _recognise(self, names: Sequence[str], place: str) -> None:
+    def _recognise(self, names: Sequence[str]) -> None:
         self.names = tuple(map(str, names))
-        found = recognise(self.names, place, self._given)
+        found = recognise(self.names, self._given)
         if found is None:
-            self._use(self.names, place)
+            self._use(self.names)
         else:
             self.layout, self.other_labels = found.layout, found.other_labels
             self._arranger = Arranger(found.layout, self.names, from_text=self._from_text)
 
-    def _use(self, names: Sequence[str], place: str) -> Reader:
-        self.columns = Columns.found_in(names, place)
+    def _use(self, names: Sequence[str]) -> Reader:
+        self.columns = Columns.found_in(names)
         history = self.columns.prompt.history
         if history and self.layout and self.layout.history:
             history = self.layout.history
@@ -89,7 +92,7 @@ class PairStream:
             source = open_source(self._data, wanted=(history,))
             with closing(source.rows):
                 turns = any(isinstance(raw, dict) and not is_blank(value_at(raw, history)) for _, raw in source.rows)
-        self._reader = Reader(self.columns, self.source.name, from_text=self._from_text, turns=turns)
+        self._reader = Reader(self.columns, from_text=self._from_text, turns=turns)
         return self._reader
 
     @property
@@ -127,15 +130,17 @@ class PairStream:
                     yield number, index, raw
                     continue
                 if self.names is None:
-                    self._recognise(list(raw), self.source.at(number))
+                    with located(self.source.at(number)):
+                        self._recognise(list(raw))
                 if self._arranger is None:
                     yield number, index, raw
                     continue
                 if self._arranger.layout.completion:
                     break
                 try:
-                    for arranged in self._arranger.pairs(raw, self.source.at(number)):
-                        yield number, index, arranged
+                    with located(self.source.at(number)):
+                        for arranged in self._arranger.pairs(raw):
+                            yield number, index, arranged
                 except (DataError, LeftOut) as why:
                     yield number, index, why
         if index < 0:
@@ -157,10 +162,10 @@ class PairStream:
             try:
                 if isinstance(found, DataError | LeftOut):
                     raise found
-                place = self.source.at(number)
                 row, flags = (found.row, found.flags) if isinstance(found, Arranged) else (found, ())
-                reader = self._reader or self._use(list(row), place)
-                pair = reader.pair(row, number, count if several else index, place, flags)
+                with located(self.source.at(number)):
+                    reader = self._reader or self._use(list(row))
+                    pair = reader.pair(row, number, count if several else index, flags)
             except LeftOut as left:
                 self.left_out.setdefault(str(left), []).append(number)
                 continue
@@ -234,7 +239,7 @@ def encoded_pairs(stream: PairStream, encoder: Encoder) -> Iterator[tuple[Pair, 
     mistakes: list[DataError] = []
     wrong: list[int] = []
     for batch in batches(stream):
-        results = encoder.encode(batch, stream.source.name, stream.source.unit)
+        results = encoder.encode(batch, stream.source.at)
         for pair, result in zip(batch, results, strict=True):
             if isinstance(result, DataError):
                 mistakes[:] = mistakes or [result]
@@ -356,8 +361,7 @@ def load_preferences(
         if encoded is None:
             rows.append(pair.row())
         elif kept := too_long.fitted(pair, encoded, max_length, truncation, stream.source):
-            ids = {"prompt_ids": kept.prompt_ids, "chosen_ids": kept.chosen_ids, "rejected_ids": kept.rejected_ids}
-            rows.append(pair.row() | ids)
+            rows.append(pair.row() | {name: getattr(kept, name) for name in ID_COLUMNS})
     if not rows:
         raise DataError(f"{stream.source.name}: no pair fits into max_length {max_length}; raise it")
     return rows

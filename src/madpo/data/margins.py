@@ -9,14 +9,15 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from madpo.core.columns import MARGIN
 from madpo.core.config import Frozen
-from madpo.core.errors import DataError
+from madpo.core.errors import DataError, located
 from madpo.core.layout import as_layout
 from madpo.core.progress import track
 from madpo.core.seeding import rng
 from madpo.data.load import PairStream
 from madpo.data.messages import Text, shown
-from madpo.data.raw import RawRow, Source, as_number
+from madpo.data.raw import RawRow, Source, as_number, null
 from madpo.data.sources import open_source
 
 SUSPICIOUS = 20
@@ -47,12 +48,12 @@ def read_margins(
     Raises:
         DataError: neither is there, or as :func:`madpo.data.load_preferences`.
     """
-    source = open_source(data, wanted=("pair_id", "prompt", "reward_margin", "implicit_margin"))
+    source = open_source(data, wanted=("pair_id", "prompt", MARGIN, "implicit_margin"))
     with closing(source.rows):
         first = next(source.rows, None)
         row = first[1] if first is not None and isinstance(first[1], dict) else {}
         names = source.columns or tuple(row)
-        if "reward_margin" in names and "chosen" not in names and not as_layout(columns).has_completions:
+        if MARGIN in names and "chosen" not in names and not as_layout(columns).has_completions:
             return _bare(source, first)
     stream = PairStream(data, columns)
     ids, values = array("q"), array("d")
@@ -60,9 +61,7 @@ def read_margins(
     reservoir: dict[int, tuple[int, dict[str, str]]] = {}
     draws = rng(seed, "inspect", "sampled")
     for i, pair in enumerate(track(stream, description=f"reading {source.name}")):
-        margin = pair.numbers.get("reward_margin")
-        if margin is None and "chosen_score" in pair.numbers:
-            margin = pair.numbers["chosen_score"] - pair.numbers["rejected_score"]
+        margin = pair.numbers.get(MARGIN, pair.score_difference)
         if margin is None:
             raise DataError(
                 f"{source.name}: has no column 'reward_margin' and no scores; score the pairs with a reward model first"
@@ -95,14 +94,14 @@ def _bare(source: Source, first: RawRow | None) -> Margins:
     for number, raw in chain([] if first is None else [first], source.rows):
         if isinstance(raw, DataError):
             raise raw
-        place = source.at(number)
-        if raw.get("reward_margin") is None:
-            raise DataError(f"{place}: reward_margin is null; score the pair or drop the row")
-        values.append(as_number(raw["reward_margin"], "reward_margin", place, from_text=text))
-        ids.append(int(as_number(raw.get("pair_id", len(ids)), "pair_id", place, from_text=text)))
-        if raw.get("implicit_margin") is not None:
-            implicit.append(as_number(raw["implicit_margin"], "implicit_margin", place, from_text=text))
-            prompts.append(str(raw.get("prompt", number)))
+        with located(source.at(number)):
+            if raw.get(MARGIN) is None:
+                raise null(MARGIN)
+            values.append(as_number(raw[MARGIN], MARGIN, from_text=text))
+            ids.append(int(as_number(raw.get("pair_id", len(ids)), "pair_id", from_text=text)))
+            if raw.get("implicit_margin") is not None:
+                implicit.append(as_number(raw["implicit_margin"], "implicit_margin", from_text=text))
+                prompts.append(str(raw.get("prompt", number)))
     both = len(implicit) == len(values)
     return Margins(
         pair_ids=tuple(ids),

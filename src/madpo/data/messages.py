@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from madpo.core.errors import DataError, first_line
+from madpo.core.errors import RowError, first_line
 from madpo.data.raw import CALLS, KEYS, described
 
 Message = dict[str, Any]
@@ -25,45 +25,43 @@ def answered(prompt: Text, response: str) -> Text:
     return response if isinstance(prompt, str) else [{"role": "assistant", "content": response}]
 
 
-def as_text(value: Any, name: str, place: str) -> Text:
+def as_text(value: Any, name: str) -> Text:
     """A field of a row: text, or messages (text parts of a message joined).
 
-    One message without a list around it is a conversation of one. Raises DataError: anything else.
+    One message without a list around it is a conversation of one. Raises RowError: anything else.
     """
     if isinstance(value, str):
-        return encodable(value, name, place)
+        return encodable(value, name)
     if isinstance(value, dict):
-        return [_message(value, name, place)]
+        return [_message(value, name)]
     if not isinstance(value, list | tuple):
-        raise DataError(f"{place}: {name} is {described(value)}, not text; give text or a list of messages")
+        raise RowError(f"{name} is {described(value)}, not text; give text or a list of messages")
     if not value:
-        raise DataError(f"{place}: {name} is a list without messages; fill it in or drop the row")
-    return [_message(m, f"{name}[{i}]", place) for i, m in enumerate(value)]
+        raise RowError(f"{name} is a list without messages; fill it in or drop the row")
+    return [_message(m, f"{name}[{i}]") for i, m in enumerate(value)]
 
 
-def _message(value: Any, name: str, place: str) -> Message:
+def _message(value: Any, name: str) -> Message:
     if not isinstance(value, dict):
         entry = "" if not isinstance(value, str) else ", or name one of several texts: --columns.rejected rejected.0"
-        raise DataError(
-            f"{place}: {name} is {described(value)}, not a message; give an object with role and content{entry}"
-        )
+        raise RowError(f"{name} is {described(value)}, not a message; give an object with role and content{entry}")
     value = with_our_keys(value)
-    more = template_keys(value, name, place)
+    more = template_keys(value, name)
     if more and value.get("content") is None:  # a tool call or a thought without words
         value = {**value, "content": ""}
     if "role" not in value or "content" not in value:
         keys = ", ".join(repr(str(key)[:40]) for key in list(value)[:6]) or "nothing"
-        raise DataError(f"{place}: {name} has {keys}, not role and content; give both role and content")
+        raise RowError(f"{name} has {keys}, not role and content; give both role and content")
     role, content = value["role"], value["content"]
     if role not in ROLES:
-        raise DataError(f"{place}: {name}.role is {described(role)}; use one of {', '.join(ROLES)}")
+        raise RowError(f"{name}.role is {described(role)}; use one of {', '.join(ROLES)}")
     if isinstance(content, list):  # parts, as multimodal templates write them
         if not all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content):
-            raise DataError(f"{place}: {name}.content holds parts that are not text; only text can be trained on here")
+            raise RowError(f"{name}.content holds parts that are not text; only text can be trained on here")
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
-        raise DataError(f"{place}: {name}.content is {described(content)}, not text; fill it in or drop the row")
-    return {"role": role, "content": encodable(content, f"{name}.content", place), **more}
+        raise RowError(f"{name}.content is {described(content)}, not text; fill it in or drop the row")
+    return {"role": role, "content": encodable(content, f"{name}.content"), **more}
 
 
 def with_our_keys(message: dict[str, Any]) -> dict[str, Any]:
@@ -78,10 +76,10 @@ def with_our_keys(message: dict[str, Any]) -> dict[str, Any]:
     return found | {"role": _RENAME[role.lower()]} if isinstance(role, str) and role.lower() in _RENAME else found
 
 
-def template_keys(message: Mapping[str, Any], name: str, place: str) -> Message:
+def template_keys(message: Mapping[str, Any], name: str) -> Message:
     """What a chat template may read of a message besides role and content; keys that say nothing are left out.
 
-    Raises DataError.
+    Raises RowError.
     """
     found = {}
     for key in KEYS:
@@ -89,32 +87,32 @@ def template_keys(message: Mapping[str, Any], name: str, place: str) -> Message:
             continue
         where, value = f"{name}.{key}", message[key]
         if key in CALLS:
-            value = as_json(value, where, place)
+            value = as_json(value, where)
             calls = value if isinstance(value, list | tuple) else [value]
             if not all(isinstance(call, Mapping) for call in calls):
-                raise DataError(f"{place}: {where} is {described(value)}; give a list of calls, each an object")
+                raise RowError(f"{where} is {described(value)}; give a list of calls, each an object")
         elif not isinstance(value, str):
-            raise DataError(f"{place}: {where} is {described(value)}, not text; correct it or remove the key")
+            raise RowError(f"{where} is {described(value)}, not text; correct it or remove the key")
         try:
             text = json.dumps(value, ensure_ascii=False)
         except (TypeError, ValueError, RecursionError) as error:
-            raise DataError(f"{place}: {where} is no JSON ({first_line(error, 120)}); correct it") from None
-        encodable(text, where, place)
+            raise RowError(f"{where} is no JSON ({first_line(error, 120)}); correct it") from None
+        encodable(text, where)
         found[key] = value
     return found
 
 
-def as_json(value: Any, name: str, place: str) -> Any:
+def as_json(value: Any, name: str) -> Any:
     """A value that data sets keep as an object, or as the text of its JSON.
 
-    Raises DataError: it is text, and no JSON.
+    Raises RowError: it is text, and no JSON.
     """
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: {name} is text, but no JSON ({first_line(error, 120)}); correct it") from None
+        raise RowError(f"{name} is text, but no JSON ({first_line(error, 120)}); correct it") from None
 
 
 def is_blank(value: Any) -> bool:
@@ -124,14 +122,14 @@ def is_blank(value: Any) -> bool:
     return value is None or (isinstance(value, str) and value.strip() in ("", "null", "[]", "{}"))
 
 
-def encodable(text: str, name: str, place: str) -> str:
+def encodable(text: str, name: str) -> str:
     """The text, unless it holds half of a surrogate pair, which no tokenizer and no file can take."""
     if not text.isascii():
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise DataError(
-                f"{place}: {name} holds half of a surrogate pair (\\u{ord(text[error.start]):04x}); the text was cut "
+            raise RowError(
+                f"{name} holds half of a surrogate pair (\\u{ord(text[error.start]):04x}); the text was cut "
                 "inside an emoji, repair it or drop the row"
             ) from None
     return text
@@ -196,3 +194,28 @@ def texts_within(value: Any) -> Iterator[str]:
             left.extend(entry.values() if content is None else (entry[content],))
         elif isinstance(entry, list | tuple):
             left.extend(entry)
+
+
+def role_of(message: Mapping[str, Any]) -> Any:
+    """Who speaks in a message that nobody has read yet, of ours or of ShareGPT's form."""
+    return message.get("role", message.get("from"))
+
+
+def alike(chosen: Any, rejected: Any) -> tuple[Any, Any]:
+    """Both sides as conversations of one length, where one is a whole conversation and the other its last answer."""
+    if _is_whole(chosen):
+        return chosen, _with_last(chosen, rejected)
+    return (_with_last(rejected, chosen), rejected) if _is_whole(rejected) else (chosen, rejected)
+
+
+def _is_whole(side: Any) -> bool:
+    return isinstance(side, list) and len(side) > 1 and isinstance(side[0], dict) and role_of(side[0]) not in ASSISTANT
+
+
+def _with_last(whole: list[Any], last: Any) -> Any:
+    if isinstance(last, str):
+        return [*whole[:-1], *said("assistant", last)]
+    if isinstance(last, dict):
+        last = [last]
+    one = isinstance(last, list) and len(last) == 1 and isinstance(last[0], dict) and role_of(last[0]) in ASSISTANT
+    return [*whole[:-1], *last] if one else last

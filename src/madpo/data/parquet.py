@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from madpo.core.errors import DataError
+from madpo.core.errors import DataError, RowError, located
 from madpo.data.raw import MAX_ROW, RawRow, Source, Wanted, refuse_repeats, short, without_filled_nulls
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ def parquet_source(name: str, path: Path, wanted: Wanted) -> Source:
         number = 0
         try:
             for group in range(file.num_row_groups):
-                at_once = _rows_at_once(f"{name}, row {number}", path, file, group, read)
+                with located(f"{name}, row {number}"):
+                    at_once = _rows_at_once(path, file, group, read)
                 for batch in file.iter_batches(batch_size=at_once, row_groups=[group], columns=read):
                     for row in _plain(name, number, batch):
                         yield number, without_filled_nulls(row)
@@ -84,10 +85,10 @@ def _plain(name: str, number: int, batch: pa.RecordBatch) -> Iterator[dict[str, 
             yield DataError(f"{name}, row {number + i}: a value cannot be read ({short(error)}); drop the row")
 
 
-def _rows_at_once(place: str, path: Path, file: pq.ParquetFile, group: int, columns: Sequence[str]) -> int:
+def _rows_at_once(path: Path, file: pq.ParquetFile, group: int, columns: Sequence[str]) -> int:
     """How many rows of a row group fit into the memory that unpacking may take.
 
-    Raises DataError: a single row may not fit.
+    Raises RowError: a single row may not fit.
     """
     found = file.metadata.row_group(group)
     row = 0  # bytes that one row may unpack to, beyond what the file holds for it
@@ -99,12 +100,11 @@ def _rows_at_once(place: str, path: Path, file: pq.ParquetFile, group: int, colu
             packed, unpacked = leaf.total_compressed_size, leaf.total_uncompressed_size
             held += unpacked
             if unpacked > max(UNPACKED, _MAX_RATIO * packed, _LONG * leaf.num_values):
-                raise DataError(
-                    f"{place}: its column {column!r} unpacks {packed} bytes to {unpacked}, which is no text; do not "
-                    "use the file"
+                raise RowError(
+                    f"its column {column!r} unpacks {packed} bytes to {unpacked}, which is no text; do not use the file"
                 )
             if leaf.num_values > max(_MAX_VALUES, found.num_rows):
-                raise DataError(f"{place}: a row group has {leaf.num_values} values; write the file in smaller ones")
+                raise RowError(f"a row group has {leaf.num_values} values; write the file in smaller ones")
             if "DELTA_BYTE_ARRAY" in leaf.encodings:  # a value may repeat the beginning of one before it, at any length
                 most = 1
         longest = sum(_longest_repeated(path, file, group, i) for i in own)
@@ -117,9 +117,9 @@ def _rows_at_once(place: str, path: Path, file: pq.ParquetFile, group: int, colu
             longest *= values
         row += longest
     if row > 4 * UNPACKED:
-        raise DataError(
-            f"{place}: one of the next {found.num_rows} rows may unpack to {row / 1e9:.1f} GB; write the file as JSON "
-            "Lines if it is yours, or do not use it"
+        raise RowError(
+            f"one of the next {found.num_rows} rows may unpack to {row / 1e9:.1f} GB; write the file as JSON Lines if "
+            "it is yours, or do not use it"
         )
     return max(1, min(most, UNPACKED // int(row + held // max(1, found.num_rows) + 1)))
 

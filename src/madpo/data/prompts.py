@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
 
-from madpo.core.errors import DataError
+from madpo.core.errors import RowError
 from madpo.core.layout import layout_table
 from madpo.data.messages import SYSTEM_ROLES, Message, Text, as_text, contents, encodable, is_blank, said, texts_within
 from madpo.data.raw import described, lacks, null, surplus
@@ -58,14 +58,14 @@ class PromptColumns:
         """The columns that the prompt is made of, in its order."""
         return tuple(name for name in (self.system, self.history, *self.question) if name is not None)
 
-    def refuse_another(self, later: PromptColumns, place: str) -> None:
-        """Refuse a row that has its prompt in another column than the first row (DataError)."""
+    def refuse_another(self, later: PromptColumns) -> None:
+        """Refuse a row that has its prompt in another column than the first row (RowError)."""
         mine, theirs = self.question[:1], later.question[:1]
         if mine == theirs:
             return
         if mine and mine[0] not in later.context:
-            raise lacks(mine[0], place)
-        raise surplus(theirs[0], place)
+            raise lacks(mine[0])
+        raise surplus(theirs[0])
 
 
 class Prompt(NamedTuple):
@@ -83,10 +83,10 @@ class Prompt(NamedTuple):
     history: Sequence[Message] = ()
     context: tuple[str, ...] = ()
 
-    def joined(self, prompt: Text, place: str) -> Text:
+    def joined(self, prompt: Text) -> Text:
         """``prompt`` with the system prompt and the history in front, unless they are there already.
 
-        Raises DataError: there are two system prompts.
+        Raises RowError: there are two system prompts.
         """
         if isinstance(prompt, str):
             assert not self.history, "a text has no turns"
@@ -96,9 +96,8 @@ class Prompt(NamedTuple):
         if self.system and not any(self.system in system for system in systems):
             systems.append(self.system)
         if len(set(systems)) > 1:
-            raise DataError(
-                f"{place}: there are two system prompts, {described(systems[0])} and {described(systems[1])}; keep one "
-                "of them"
+            raise RowError(
+                f"there are two system prompts, {described(systems[0])} and {described(systems[1])}; keep one of them"
             )
         head = own or before or (said("system", self.system) if self.system else [])
         return [*head, *turns] if turns[: len(history)] == history else [*head, *history, *turns]
@@ -109,10 +108,8 @@ def _system_and_turns(messages: Sequence[Message]) -> tuple[list[Message], list[
     return list(messages[:count]), list(messages[count:])
 
 
-def read_prompt(
-    raw: Mapping[str, Any], columns: PromptColumns, place: str, *, completion: Text | None = None
-) -> Prompt:
-    """The parts of a row's prompt. Raises DataError.
+def read_prompt(raw: Mapping[str, Any], columns: PromptColumns, *, completion: Text | None = None) -> Prompt:
+    """The parts of a row's prompt. Raises RowError.
 
     A ``completion`` that is a conversation and does not begin with the assistant holds the prompt; a column such as
     ``messages`` next to it is then a copy.
@@ -122,69 +119,69 @@ def read_prompt(
     for name in columns.question:
         value = raw.get(name)
         if name in _REQUIRED and value is None and not whole:
-            raise null(name, place)
+            raise null(name)
         if value is None or (value == [] and name not in _REQUIRED):
             continue
-        part = as_text(value, name, place)
+        part = as_text(value, name)
         if text is None or (isinstance(text, str) and not text.strip() and part):
             text = part
         elif isinstance(text, str) and isinstance(part, str):
             text = f"{text}\n{part}" if part.strip() else text
         elif part:
-            raise DataError(
-                f"{place}: {columns.question[0]} and {name} are not both text, so they cannot be joined; write "
+            raise RowError(
+                f"{columns.question[0]} and {name} are not both text, so they cannot be joined; write "
                 f"{name} into {columns.question[0]}, or remove it"
             )
     context = columns.context
     if whole and isinstance(text, list) and columns.question[0] not in _REQUIRED:
         text, context = None, (*context, columns.question[0])
-    return Prompt(text, _system(raw, columns.system, place), _history(raw, columns.history, place), context)
+    return Prompt(text, _system(raw, columns.system), _history(raw, columns.history), context)
 
 
-def whole_prompt(raw: Mapping[str, Any], names: Iterable[str], place: str) -> Text | None:
+def whole_prompt(raw: Mapping[str, Any]) -> Text | None:
     """The prompt of a row that is no pair: joined, or None where no column has one.
 
-    Raises DataError: as :func:`read_prompt` and :func:`refuse_lost_context`.
+    Raises RowError: as :func:`read_prompt` and :func:`refuse_lost_context`.
     """
-    found = read_prompt(raw, PromptColumns.found_in(names), place)
+    found = read_prompt(raw, PromptColumns.found_in(raw))
     if found.text is None:
         return None
     text = said("user", found.text) if found.history and isinstance(found.text, str) else found.text
-    prompt = found.joined(text, place)
-    refuse_lost_context(raw, found.context, (prompt,), place)
+    prompt = found.joined(text)
+    refuse_lost_context(raw, found.context, (prompt,))
     return prompt
 
 
-def _system(raw: Mapping[str, Any], name: str | None, place: str) -> str:
+def _system(raw: Mapping[str, Any], name: str | None) -> str:
     if name is None or (value := raw.get(name)) is None:
         return ""
-    text = as_text(value, name, place)
+    text = as_text(value, name)
     if not isinstance(text, str):
-        raise DataError(f"{place}: {name} is {described(value)}, not text; give the system prompt as text")
+        raise RowError(f"{name} is {described(value)}, not text; give the system prompt as text")
     return text if text.strip() else ""
 
 
-def _history(raw: Mapping[str, Any], name: str | None, place: str) -> list[Message]:
+def _history(raw: Mapping[str, Any], name: str | None) -> list[Message]:
     if name is None or is_blank(value := raw.get(name)):
         return []
     remedy = "give a list of messages, or of pairs of a question and its answer"
     if not isinstance(value, list | tuple):
-        raise DataError(f"{place}: {name} is {described(value)}, not a list of turns; {remedy}")
+        raise RowError(f"{name} is {described(value)}, not a list of turns; {remedy}")
     if any(isinstance(turn, Mapping) for turn in value):
-        messages = as_text(value, name, place)
+        messages = as_text(value, name)
         assert isinstance(messages, list)
         return messages
     turns: list[Message] = []
     for i, turn in enumerate(value):
         if not isinstance(turn, list | tuple) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
-            raise DataError(f"{place}: {name}[{i}] is {described(turn)}, not a question and its answer; {remedy}")
+            raise RowError(f"{name}[{i}] is {described(turn)}, not a question and its answer; {remedy}")
         for role, text in zip(("user", "assistant"), turn, strict=True):
-            turns += said(role, encodable(text, f"{name}[{i}]", place))
+            turns += said(role, encodable(text, f"{name}[{i}]"))
     return turns
 
 
-def refuse_lost_context(raw: Mapping[str, Any], names: Sequence[str], pair: Sequence[Text], place: str) -> None:
-    """Refuse a row with context that would be lost (DataError): text in the columns ``names``, which are not joined to
+def refuse_lost_context(raw: Mapping[str, Any], names: Sequence[str], pair: Sequence[Text]) -> None:
+    """Refuse a row with context that would be lost (RowError): text in the columns ``names``, which are not joined to
     the prompt, that is not in ``pair`` (prompt, chosen and rejected) either.
     """
     for name in names:
@@ -193,8 +190,8 @@ def refuse_lost_context(raw: Mapping[str, Any], names: Sequence[str], pair: Sequ
             continue
         given = [content for part in pair for content in contents(part)]
         if not all(any(needle in content for content in given) for needle in needles):
-            raise DataError(
-                f"{place}: {name} is {described(raw[name])}, which may belong to the prompt, and nothing says how to "
+            raise RowError(
+                f"{name} is {described(raw[name])}, which may belong to the prompt, and nothing says how to "
                 f"join them; give --columns.ignore {shlex.quote(name)} if the model need not see it, or name all "
                 "columns of the prompt in their order (--columns.prompt A,B)"
             )

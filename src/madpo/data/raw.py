@@ -7,7 +7,7 @@ from collections.abc import Callable, Container, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from madpo.core.errors import DataError, printable
+from madpo.core.errors import DataError, RowError, printable
 
 MAX_ROW = 64 * 2**20
 """Bytes of one row: more is a file without line ends or an unpacked bomb, not a preference pair."""
@@ -19,6 +19,8 @@ NAMES = ("name",)
 KEYS = (*CALLS, *REASONING, *NAMES, "tool_call_id")
 COLUMNS = ("tools", "chat_template_kwargs")
 
+At = Callable[[int], str]
+"""The place of a row by its number, for messages: ``pairs.jsonl, line 7``."""
 RawRow = tuple[int, "dict[str, Any] | DataError"]
 Wanted = Container[str] | Callable[[Sequence[str]], Container[str]] | None
 """Columns to read, or a function that chooses them from all; None reads all."""
@@ -42,7 +44,7 @@ class Source:
     rows: Generator[RawRow, None, None]
 
     def at(self, number: int) -> str:
-        """The place of a row, as messages begin: ``pairs.jsonl, line 7``."""
+        """As :data:`At`."""
         return f"{self.name}, {self.unit} {number}"
 
 
@@ -62,19 +64,19 @@ def repeated(names: Sequence[str]) -> str | None:
     return None
 
 
-def null(name: str, place: str) -> DataError:
+def null(name: str) -> RowError:
     """The mistake of a field that says nothing."""
-    return DataError(f"{place}: {name} is null; fill it in or drop the row")
+    return RowError(f"{name} is null; fill it in or drop the row")
 
 
-def lacks(name: str, place: str) -> DataError:
+def lacks(name: str) -> RowError:
     """The mistake of a row without a field that the first row has."""
-    return DataError(f"{place}: lacks the field {name!r}, which the first row has; fill it in or drop the row")
+    return RowError(f"lacks the field {name!r}, which the first row has; fill it in or drop the row")
 
 
-def surplus(name: str, place: str) -> DataError:
+def surplus(name: str) -> RowError:
     """The mistake of a row with a field that the first row lacks."""
-    return DataError(f"{place}: has the field {name!r}, which the first row lacks; give it in every row or in none")
+    return RowError(f"has the field {name!r}, which the first row lacks; give it in every row or in none")
 
 
 def described(value: object) -> str:
@@ -106,23 +108,23 @@ def short(value: object) -> str:
     return text if len(text) <= 160 else f"{text[:157]}…"
 
 
-def as_number(value: Any, name: str, place: str, *, from_text: bool = False) -> float:
-    """A finite number, or a DataError; text counts only where the format has nothing else (CSV)."""
+def as_number(value: Any, name: str, *, from_text: bool = False) -> float:
+    """A finite number; text counts only where the format has nothing else (CSV). Raises RowError."""
     number = value
     if isinstance(value, str) and from_text:
         try:
             number = float(value)
         except ValueError:
-            raise DataError(f"{place}: {name} is {described(value)}, not a number; correct or drop the row") from None
+            raise RowError(f"{name} is {described(value)}, not a number; correct or drop the row") from None
     if isinstance(number, bool) or not isinstance(number, int | float):
         hint = "write it without quotes" if isinstance(value, str) else "give a number"
-        raise DataError(f"{place}: {name} is {described(value)}, not a number; {hint}")
+        raise RowError(f"{name} is {described(value)}, not a number; {hint}")
     try:
         number = float(number)
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        raise DataError(f"{place}: {name} is {number}, but must be finite; score the pair again or drop the row")
+        raise RowError(f"{name} is {number}, but must be finite; score the pair again or drop the row")
     return number
 
 

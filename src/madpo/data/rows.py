@@ -8,24 +8,17 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from madpo.core.errors import DataError
+from madpo.core.columns import MARGIN, NUMBERS, SCORES
+from madpo.core.errors import RowError
 from madpo.data.conversation import Conversation, columns_of
 from madpo.data.layouts import listed
 from madpo.data.messages import SYSTEM_ROLES, Message, Text, as_text, contents, is_silent, said, shared_prefix
 from madpo.data.prompts import KNOWN, PromptColumns, read_prompt, refuse_lost_context
 from madpo.data.raw import COLUMNS, as_number, described, lacks, null, surplus
 
-NUMBERS = ("chosen_score", "rejected_score", "reward_margin", "weight", "ref_chosen_logps", "ref_rejected_logps")
-_SCORES = ("{}_score", "score_{}", "{}_rating", "rating_{}", "{}-rating", "{}_avg_rating")
 # Our name first, then what known data sets call it; the report says which name was read. Those of the prompt are in
 # madpo.data.prompts, and where the completions are called otherwise, in madpo.data.layouts.
-ALIASES: dict[str, tuple[str, ...]] = {
-    "pair_id": ("pair_id",),
-    "chosen": ("chosen",),
-    "rejected": ("rejected",),
-    **{f"{side}_score": tuple(form.format(side) for form in _SCORES) for side in ("chosen", "rejected")},
-    **{name: (name,) for name in NUMBERS[2:]},
-}
+ALIASES: dict[str, tuple[str, ...]] = {name: (name,) for name in ("pair_id", "chosen", "rejected")} | NUMBERS
 WANTED = (*{alias for names in ALIASES.values() for alias in names}, *KNOWN, *COLUMNS, "margin")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 LONG = 1_000_000  # characters
@@ -59,6 +52,12 @@ class Pair:
     flags: list[tuple[str, str]] = field(default_factory=list)
     strength: float | None = None
 
+    @property
+    def score_difference(self) -> float | None:
+        """Score of the chosen side less that of the rejected one; None where the data have no scores."""
+        chosen, rejected = map(self.numbers.get, SCORES)
+        return None if chosen is None or rejected is None else chosen - rejected
+
     def row(self) -> dict[str, Any]:
         """The pair as a flat row: pair_id, prompt, chosen, rejected, the numbers, and what the chat template reads."""
         row = {"pair_id": self.pair_id, "prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected}
@@ -75,15 +74,15 @@ class Columns:
     """Scores of one side without one of the other, which nothing reads."""
 
     @classmethod
-    def found_in(cls, names: Iterable[str], name: str) -> Columns:
+    def found_in(cls, names: Iterable[str]) -> Columns:
         """Find our columns among ``names``.
 
-        Raises DataError: chosen or rejected is missing, or there is a column "margin".
+        Raises RowError: chosen or rejected is missing, or there is a column "margin".
         """
         names = [str(n) for n in names]
         if "margin" in names:
-            raise DataError(
-                f"{name}: rename the column 'margin' to 'reward_margin': TRL's RewardTrainer subtracts a column "
+            raise RowError(
+                "rename the column 'margin' to 'reward_margin': TRL's RewardTrainer subtracts a column "
                 "named margin inside its loss; or give --columns.reward_margin margin, or --columns.ignore margin"
             )
         read_as = {}
@@ -94,9 +93,9 @@ class Columns:
         prompt = PromptColumns.found_in(names)
         for ours in ("chosen", "rejected"):
             if ours not in read_as:
-                raise DataError(f"{name}: has no column {ours!r} (found {listed(names)}); add it, or name its column")
-        sides = {"chosen_score", "rejected_score"}
-        unpaired = sides & read_as.keys() if len(sides & read_as.keys()) == 1 else set()
+                raise RowError(f"has no column {ours!r} (found {listed(names)}); add it, or name its column")
+        sides = {*SCORES} & read_as.keys()
+        unpaired = sides if len(sides) == 1 else set()
         kept = {ours: theirs for ours, theirs in read_as.items() if ours not in unpaired}
         return cls(kept, prompt, tuple(read_as[name] for name in unpaired))
 
@@ -109,11 +108,10 @@ class Columns:
 class Reader:
     """Parses rows into pairs; every row must have the form (text or messages) of the first valid one."""
 
-    def __init__(self, columns: Columns, name: str, *, from_text: bool = False, turns: bool = False) -> None:
+    def __init__(self, columns: Columns, *, from_text: bool = False, turns: bool = False) -> None:
         """``from_text``: numbers come as text (CSV), not as numbers. ``turns``: some row has turns before its prompt,
         so that text is read as messages."""
         self.columns = columns
-        self.name = name
         self.from_text = from_text
         self.turns = turns
         self.conversational: bool | None = None
@@ -124,46 +122,45 @@ class Reader:
         raw: Mapping[str, Any],
         number: int,
         index: int,
-        place: str,
         flags: Sequence[tuple[str, str]] = (),
     ) -> Pair:
         """The pair in a row; ``index`` is its pair_id where the row has none, ``flags`` what is known of it. Raises
-        DataError.
+        RowError.
         """
         if "margin" in raw:
-            Columns.found_in(raw, place)
+            Columns.found_in(raw)
         values = {}
         for ours, theirs in self.columns.read_as.items():
             if (value := raw.get(theirs)) is None:
-                raise null(theirs, place) if theirs in raw else lacks(theirs, place)
+                raise null(theirs) if theirs in raw else lacks(theirs)
             values[ours] = value
         for name in (*NUMBERS, "pair_id"):
             if name in raw and name not in self.columns.read_as and name not in self.columns.unpaired:
-                raise surplus(name, place)
-        pair = self._split(raw, values, number, index, place)
+                raise surplus(name)
+        pair = self._split(raw, values, number, index)
         pair.flags.extend(flags)
         if isinstance(pair.prompt, list):
-            pair.prompt = Conversation.of(pair.prompt, raw, place)
+            pair.prompt = Conversation.of(pair.prompt, raw)
         for ours in self.columns.numbers:
             theirs = self.columns.read_as.get(ours, ours)
-            pair.numbers[ours] = as_number(values[ours], theirs, place, from_text=self.from_text)
+            pair.numbers[ours] = as_number(values[ours], theirs, from_text=self.from_text)
         if pair.numbers.get("weight", 0.0) < 0:
-            raise DataError(f"{place}: weight is {pair.numbers['weight']}, and must be 0 or more; correct it")
+            raise RowError(f"weight is {pair.numbers['weight']}, and must be 0 or more; correct it")
         _flag(pair)
         return pair
 
-    def _split(self, raw: Mapping[str, Any], values: Mapping[str, Any], number: int, index: int, place: str) -> Pair:
-        chosen, rejected = (as_text(values[name], name, place) for name in ("chosen", "rejected"))
+    def _split(self, raw: Mapping[str, Any], values: Mapping[str, Any], number: int, index: int) -> Pair:
+        chosen, rejected = (as_text(values[name], name) for name in ("chosen", "rejected"))
         if isinstance(chosen, list) != isinstance(rejected, list):
-            raise DataError(f"{place}: chosen and rejected must both be text or both be messages; write them alike")
+            raise RowError("chosen and rejected must both be text or both be messages; write them alike")
         flags: list[tuple[str, str]] = []
-        columns = self._prompt_columns(raw, place)
-        found = read_prompt(raw, columns, place, completion=chosen)
+        columns = self._prompt_columns(raw)
+        found = read_prompt(raw, columns, completion=chosen)
         text = found.text
         if (self.turns or found.history) and isinstance(chosen, str):
             if text is None:
-                raise DataError(
-                    f"{place}: some rows have turns in {columns.history!r}, and there is no column prompt that follows "
+                raise RowError(
+                    f"some rows have turns in {columns.history!r}, and there is no column prompt that follows "
                     "them; add one, or give chosen and rejected as messages"
                 )
             text = said("user", text) if isinstance(text, str) else text
@@ -172,8 +169,8 @@ class Reader:
             self.conversational = conversational
         elif self.conversational != conversational:
             form, before = ("messages", "text") if conversational else ("text", "messages")
-            raise DataError(f"{place}: holds {form} where the rows before hold {before}; use one form in the file")
-        pair_id = _pair_id(values.get("pair_id", index), place)
+            raise RowError(f"holds {form} where the rows before hold {before}; use one form in the file")
+        pair_id = _pair_id(values.get("pair_id", index))
         if isinstance(chosen, str) and isinstance(rejected, str):
             prompt, chosen, rejected = _split_text(text, chosen, rejected, flags)
         else:
@@ -182,17 +179,17 @@ class Reader:
             prompt, chosen, rejected = _split_messages(text, chosen, rejected, flags)
         if is_silent(prompt) and ("no_shared_prompt", "") not in flags:
             flags.append(("empty_prompt", ""))
-        prompt = found.joined(prompt, place)
-        refuse_lost_context(raw, found.context, (prompt, chosen, rejected), place)
+        prompt = found.joined(prompt)
+        refuse_lost_context(raw, found.context, (prompt, chosen, rejected))
         return Pair(pair_id, number, prompt, chosen, rejected, {}, flags)
 
-    def _prompt_columns(self, raw: Mapping[str, Any], place: str) -> PromptColumns:
+    def _prompt_columns(self, raw: Mapping[str, Any]) -> PromptColumns:
         names = tuple(raw)
         if names not in self._prompts:
             if len(self._prompts) > 1000:  # rows of random keys would fill the memory
                 self._prompts.clear()
             found = PromptColumns.found_in(map(str, names))
-            self.columns.prompt.refuse_another(found, place)
+            self.columns.prompt.refuse_another(found)
             self._prompts[names] = found
         return self._prompts[names]
 
@@ -247,13 +244,11 @@ def _split_messages(
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
-def _pair_id(value: Any, place: str) -> int:
+def _pair_id(value: Any) -> int:
     if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit() and len(value) < 19:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-        raise DataError(
-            f"{place}: pair_id is {described(value)}, not a whole number from 0; correct or drop the column"
-        )
+        raise RowError(f"pair_id is {described(value)}, not a whole number from 0; correct or drop the column")
     return value
 
 
@@ -277,12 +272,11 @@ def _flag(pair: Pair) -> None:
     if isinstance(pair.prompt, list):
         flags.extend(("role_order", problem) for problem in _role_problems(pair))
     numbers = pair.numbers
-    if "chosen_score" in numbers:
-        gap = numbers["chosen_score"] - numbers["rejected_score"]
+    if (gap := pair.score_difference) is not None:
         if gap < 0:
-            flags.append(("score_order", f"{numbers['chosen_score']:g} < {numbers['rejected_score']:g}"))
-        if abs(numbers.get("reward_margin", gap) - gap) > 1e-3 * max(1.0, abs(gap)):
-            flags.append(("margin_mismatch", f"{numbers['reward_margin']:g} against {gap:g}"))
+            flags.append(("score_order", " < ".join(f"{numbers[name]:g}" for name in SCORES)))
+        if abs(numbers.get(MARGIN, gap) - gap) > 1e-3 * max(1.0, abs(gap)):
+            flags.append(("margin_mismatch", f"{numbers[MARGIN]:g} against {gap:g}"))
 
 
 def _has_other_turns(pair: Pair, side: str) -> bool:

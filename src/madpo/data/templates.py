@@ -11,7 +11,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-from madpo.core.errors import ConfigError, DataError, MadpoError, first_line
+from madpo.core.errors import ConfigError, MadpoError, RowError, first_line
 from madpo.data.conversation import Conversation
 from madpo.data.messages import Message, content_of, encodable
 
@@ -85,19 +85,17 @@ def _show(messages: Sequence[Mapping[str, Any]], text: str) -> None:
         seen(messages, text)
 
 
-def render(tokenizer: Any, messages: list[Message], clock: Clock, place: str, **options: Any) -> str:
+def render(tokenizer: Any, messages: list[Message], clock: Clock, **options: Any) -> str:
     """A conversation as its chat template writes it; ``options`` take precedence over those of a :class:`Conversation`.
 
-    Raises DataError: the template refuses the conversation. Raises ConfigError: there is none, or it can render
+    Raises RowError: the template refuses the conversation. Raises ConfigError: there is none, or it can render
     nothing.
     """
-    text: str = applied(tokenizer, messages, clock, place, tokenize=False, **options)
-    return encodable(text, "what the chat template writes", place)
+    text: str = applied(tokenizer, messages, clock, tokenize=False, **options)
+    return encodable(text, "what the chat template writes")
 
 
-def applied(
-    tokenizer: Any, messages: list[Message], clock: Clock, place: str, seen: Seen | None = None, **options: Any
-) -> Any:
+def applied(tokenizer: Any, messages: list[Message], clock: Clock, seen: Seen | None = None, **options: Any) -> Any:
     """What the tokenizer's ``apply_chat_template`` returns, within bounds; arguments and errors as for :func:`render`.
 
     Args:
@@ -112,11 +110,11 @@ def applied(
     except MadpoError:
         raise
     except Exception as error:  # the template's own program: anything
-        raise refusal(tokenizer, error, place) from error
+        raise refusal(tokenizer, error) from error
 
 
-def refusal(tokenizer: Any, error: Exception, place: str) -> MadpoError:
-    """The sentence for what a chat template raised."""
+def refusal(tokenizer: Any, error: Exception) -> MadpoError:
+    """The sentence for what a chat template raised, without the place of the conversation."""
     from jinja2 import TemplateError, TemplateSyntaxError
 
     from madpo.data.bounded import TooMuch
@@ -127,13 +125,15 @@ def refusal(tokenizer: Any, error: Exception, place: str) -> MadpoError:
         reason = f"{type(error).__name__}: {reason}"
     # These are no matter of the row.
     if isinstance(error, TooMuch | TemplateSyntaxError | SyntaxError | MemoryError | RecursionError):
-        return ConfigError(
-            f"{place}: the chat template{_of(tokenizer)} cannot be used ({reason}); correct it (chat_template.jinja "
-            "next to the model), or take another model's tokenizer"
+        broken = ConfigError(
+            f"the chat template{_of(tokenizer)} cannot be used ({reason}); correct it (chat_template.jinja next to the "
+            "model), or take another model's tokenizer"
         )
-    return DataError(
-        f"{place}: the chat template{_of(tokenizer)} refuses the conversation ({reason}); correct the roles or use "
-        "another template"
+        broken.placed = False
+        return broken
+    return RowError(
+        f"the chat template{_of(tokenizer)} refuses the conversation ({reason}); correct the roles or use another "
+        "template"
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from madpo.core.errors import DataError
+from madpo.core.errors import DataError, RowError, located
 from madpo.core.layout import Layout, as_layout, value_at
 from madpo.data.conversation import Conversation
 from madpo.data.layouts import listed, recognise
@@ -37,24 +37,26 @@ def read_texts(data: str | Path, columns: Any = None) -> Iterator[tuple[str, Tex
             pairs = _are_pairs(raw, given) if pairs is None else pairs
             if pairs:
                 break
-            place = source.at(number)
-            text = _text(raw, place)
-            yield place, Conversation.of(text, raw, place) if isinstance(text, list) else text
+            with located(place := source.at(number)):
+                text = _text(raw)
+                text = Conversation.of(text, raw) if isinstance(text, list) else text
+            yield place, text
         else:
             if pairs is None:
                 raise DataError(f"{source.name}: has no rows; give at least one text")
             return
     stream = PairStream(data, columns)
     for pair in stream:
-        place = stream.source.at(pair.number)
-        yield from ((place, _joined(pair.prompt, side, place)) for side in (pair.chosen, pair.rejected))
+        with located(place := stream.source.at(pair.number)):
+            sides = [_joined(pair.prompt, side) for side in (pair.chosen, pair.rejected)]
+        yield from ((place, side) for side in sides)
 
 
 def _are_pairs(raw: dict[str, Any], given: Layout) -> bool:
     if given.has_completions or {"chosen", "rejected"} <= raw.keys():
         return True  # a column messages next to them is a copy of one side
     try:
-        found = recognise(list(raw), "", given)
+        found = recognise(list(raw), given)
     except DataError:
         return "chosen" in raw and not raw.keys() & {*_WHOLE}  # a mistake, which the reader of pairs reports
     layout = found.layout if found is not None else given
@@ -63,28 +65,28 @@ def _are_pairs(raw: dict[str, Any], given: Layout) -> bool:
     return not layout.completion
 
 
-def _text(raw: dict[str, Any], place: str) -> Text:
+def _text(raw: dict[str, Any]) -> Text:
     if "text" in raw:
-        return as_text(raw["text"], "text", place)
+        return as_text(raw["text"], "text")
     if whole := next((name for name in _WHOLE if name in raw), None):
         front = replace(PromptColumns.found_in(raw), question=())
-        return read_prompt(raw, front, place).joined(as_text(raw[whole], whole, place), place)
+        return read_prompt(raw, front).joined(as_text(raw[whole], whole))
     completion = next((name for name in _COMPLETIONS if name in raw), None)
-    prompt = whole_prompt(raw, raw, place)
+    prompt = whole_prompt(raw)
     parts = [prompt] if prompt is not None else []
     if completion is not None:
-        parts.append(as_text(raw[completion], completion, place))
+        parts.append(as_text(raw[completion], completion))
     if not parts:
-        raise DataError(
-            f"{place}: has no 'text', 'messages', 'prompt' or 'chosen' and 'rejected' (found {listed(list(raw))}); "
-            "name the column: --columns.prompt NAME"
+        raise RowError(
+            f"has no 'text', 'messages', 'prompt' or 'chosen' and 'rejected' (found {listed(list(raw))}); name the "
+            "column: --columns.prompt NAME"
         )
-    return parts[0] if len(parts) == 1 else _joined(parts[0], parts[1], place)
+    return parts[0] if len(parts) == 1 else _joined(parts[0], parts[1])
 
 
-def _joined(prompt: Text, completion: Text, place: str) -> Text:
+def _joined(prompt: Text, completion: Text) -> Text:
     if isinstance(prompt, str) and isinstance(completion, str):
         return prompt + completion
     if isinstance(prompt, list) and isinstance(completion, list):
         return prompt + completion
-    raise DataError(f"{place}: prompt and completion must both be text or both be messages; write them alike")
+    raise RowError("prompt and completion must both be text or both be messages; write them alike")

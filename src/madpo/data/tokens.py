@@ -6,15 +6,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from madpo.core.errors import ConfigError, DataError
+from madpo.core.errors import ConfigError, DataError, RowError, located
 from madpo.core.storage import expanded
 from madpo.data.conversation import columns_of, unshown
 from madpo.data.messages import Text, content_of, shared_prefix
+from madpo.data.raw import At
 from madpo.data.rows import Pair
 from madpo.data.templates import Clock, left_out, render
 from madpo.models.hyperparameters import Truncation
 from madpo.models.loading import loading
 from madpo.models.vocabulary import refuse_unknown
+
+NO_PROMPT = (
+    "chosen and rejected share no message at their beginning, so there is no prompt for the chat template; add a "
+    "column prompt, or begin both sides with the same messages"
+)
 
 
 @dataclass(slots=True)
@@ -70,7 +76,7 @@ class Encoder:
         self.closes_texts = probe[-1:] == [self.eos] and len(probe) > 1
         self._turn_end: int | None = None
 
-    def encode(self, pairs: Sequence[Pair], name: str, unit: str) -> list[Encoded | DataError]:
+    def encode(self, pairs: Sequence[Pair], at: At) -> list[Encoded | DataError]:
         """Token ids of each pair; a DataError in place of a pair that the chat template refuses.
 
         Raises ConfigError: there is no chat template for messages, or one that can render none.
@@ -78,10 +84,10 @@ class Encoder:
         texts: list[str] = []
         noted: list[list[tuple[str, str]] | DataError] = []  # for each pair its findings, or why it is refused
         for pair in pairs:
-            place = f"{name}, {unit} {pair.number}"
             try:
-                rendered = self._texts(pair, place)
-                noted.append(list(self._left_out(pair, *rendered[1:], place)))
+                with located(at(pair.number)):
+                    rendered = self._texts(pair)
+                    noted.append(list(self._left_out(pair, *rendered[1:])))
                 texts.extend(rendered)
             except DataError as error:
                 noted.append(error)
@@ -92,26 +98,26 @@ class Encoder:
                 if isinstance(findings, DataError):
                     raise findings
                 encoded = self._pair(pair, next(ids), next(ids), next(ids))
-                whole = [*encoded.prompt_ids, *encoded.chosen_ids, *encoded.rejected_ids]
-                self._refuse_unknown(whole, f"{name}, {unit} {pair.number}")
+                with located(at(pair.number)):
+                    self._refuse_unknown([*encoded.prompt_ids, *encoded.chosen_ids, *encoded.rejected_ids])
                 encoded.flags.extend(dict.fromkeys(findings))
                 found.append(encoded)
             except DataError as error:
                 found.append(error)
         return found
 
-    def prompt_ids(self, prompt: Text, place: str) -> list[int]:
+    def prompt_ids(self, prompt: Text) -> list[int]:
         """Token ids of a prompt without a completion, as a response to it is generated.
 
-        Raises DataError, ConfigError: the chat template refuses it, at ``place``.
+        Raises RowError, ConfigError: the chat template refuses it.
         """
         if isinstance(prompt, str):
             ids = self._ids([prompt], special=True)[0]
             ids = ids[:-1] if self.closes_texts and ids[-1:] == [self.eos] else ids
         else:
-            text = render(self.tokenizer, prompt, self.clock, place, add_generation_prompt=True)
+            text = render(self.tokenizer, prompt, self.clock, add_generation_prompt=True)
             ids = self._ids([text], special=False)[0]
-        self._refuse_unknown(ids, place)
+        self._refuse_unknown(ids)
         return ids
 
     def end_id(self) -> int:
@@ -119,8 +125,8 @@ class Encoder:
         if self._turn_end is None:
             probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
             try:
-                text = render(self.tokenizer, probe, self.clock, "a conversation of two messages")
-                ids = self._ids([text], special=False)[0]
+                with located("a conversation of two messages"):
+                    ids = self._ids([render(self.tokenizer, probe, self.clock)], special=False)[0]
             except DataError:
                 ids = []
             # all_special_ids lacks what only tokenizer.json calls special, such as Gemma's <end_of_turn>.
@@ -131,27 +137,24 @@ class Encoder:
             self._turn_end = tail if tail in special else self.eos
         return self._turn_end
 
-    def _texts(self, pair: Pair, place: str) -> tuple[str, str, str]:
+    def _texts(self, pair: Pair) -> tuple[str, str, str]:
         prompt, chosen, rejected = pair.prompt, pair.chosen, pair.rejected
         if isinstance(prompt, list):
             assert isinstance(chosen, list)
             assert isinstance(rejected, list)
             if not prompt:
-                raise DataError(
-                    f"{place}: chosen and rejected share no message at their beginning, so there is no prompt for the "
-                    "chat template; add a column prompt, or begin both sides with the same messages"
-                )
-            start = render(self.tokenizer, prompt, self.clock, place, add_generation_prompt=True)
-            whole = [render(self.tokenizer, prompt + side, self.clock, place) for side in (chosen, rejected)]
+                raise RowError(NO_PROMPT)
+            start = render(self.tokenizer, prompt, self.clock, add_generation_prompt=True)
+            whole = [render(self.tokenizer, prompt + side, self.clock) for side in (chosen, rejected)]
             return start, whole[0], whole[1]
         assert isinstance(chosen, str)
         assert isinstance(rejected, str)
         return prompt, prompt + chosen, prompt + rejected
 
-    def _left_out(self, pair: Pair, chosen: str, rejected: str, place: str) -> Iterator[tuple[str, str]]:
+    def _left_out(self, pair: Pair, chosen: str, rejected: str) -> Iterator[tuple[str, str]]:
         """Findings about what the chat template does not show of the messages.
 
-        Raises DataError: it leaves out tools, tool calls or the reasoning of a completion.
+        Raises RowError: it leaves out tools, tool calls or the reasoning of a completion.
         """
         prompt = pair.prompt
         if not isinstance(prompt, list):
@@ -166,9 +169,7 @@ class Encoder:
         if columns_of(prompt) or any(
             len(message) > 2 for part in (prompt, pair.chosen, pair.rejected) for message in part
         ):
-            yield from unshown(
-                lambda messages: render(self.tokenizer, messages, self.clock, place), prompt, sides, place
-            )
+            yield from unshown(lambda messages: render(self.tokenizer, messages, self.clock), prompt, sides)
 
     def _ids(self, texts: Sequence[str], *, special: bool) -> list[list[int]]:
         if not texts:
@@ -177,9 +178,9 @@ class Encoder:
             ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
         return ids
 
-    def _refuse_unknown(self, ids: Sequence[int], place: str) -> None:
+    def _refuse_unknown(self, ids: Sequence[int]) -> None:
         if self.rows is not None:
-            refuse_unknown(ids, self.rows, place, self.tokenizer)
+            refuse_unknown(ids, self.rows, tokenizer=self.tokenizer)
 
     def _pair(self, pair: Pair, prompt: list[int], chosen: list[int], rejected: list[int]) -> Encoded:
         conversational = isinstance(pair.prompt, list)

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from typing import Any
 
-from madpo.core.errors import DataError
+from madpo.core.errors import DataError, RowError, located
 from madpo.core.layout import layout_table, value_at
 from madpo.data.arrange import Arranged, Arranger, Completion, LeftOut
-from madpo.data.messages import ASSISTANT
+from madpo.data.messages import ASSISTANT, role_of
 from madpo.data.prompts import PromptColumns
 from madpo.data.raw import Source, described, null
 
@@ -40,22 +40,23 @@ def paired_rows(
             partner[max(rows, key=lambda row: row[0])[1]] = min(rows, key=lambda row: row[0])[1]
     values.clear()
     partner |= {second: first for first, second in partner.items()}
-    waiting: dict[int, tuple[Mapping[str, Any], Completion, str]] = {}
-    for index, number, raw, found in _each(opened(), arranger):
+    waiting: dict[int, tuple[Mapping[str, Any], Completion]] = {}
+    source = opened()
+    for index, number, raw, found in _each(source, arranger):
         if isinstance(found, DataError):
             yield number, index, found
         elif index not in partner:
             yield number, index, LeftOut("unpaired")
-        elif partner[index] not in waiting:
-            waiting[index] = (raw, _completion(arranger, raw, found[1], found[2]), found[2])
         else:
-            place = found[2]
-            one = waiting.pop(partner[index])
-            two = (raw, _completion(arranger, raw, found[1], place), place)
-            (row, best, _), (_, worst, _) = (one, two) if one[1].value > two[1].value else (two, one)
             try:
-                pair = arranger.pair(row, best, worst, place)
-                arranger.measure(pair, row, best, worst, place)
+                with located(source.at(number)):
+                    own = (raw, _completion(arranger, raw, found[1]))
+                    if (other := waiting.pop(partner[index], None)) is None:
+                        waiting[index] = own
+                        continue
+                    (row, best), (_, worst) = (other, own) if other[1].value > own[1].value else (own, other)
+                    pair = arranger.pair(row, best, worst)
+                    arranger.measure(pair, row, best, worst)
             except DataError as mistake:
                 yield number, index, mistake
             else:
@@ -64,23 +65,25 @@ def paired_rows(
 
 def _each(
     source: Source, arranger: Arranger
-) -> Iterator[tuple[int, int, Mapping[str, Any], DataError | tuple[bytes, float, str]]]:
-    """(index, number, row, what is wrong with it or the key of its prompt, what orders it, and its place)."""
+) -> Iterator[tuple[int, int, Mapping[str, Any], DataError | tuple[bytes, float]]]:
+    """(index, number, row, what is wrong with it or the key of its prompt and what orders it)."""
     with closing(source.rows):
         for index, (number, raw) in enumerate(source.rows):
             if isinstance(raw, DataError):
                 yield index, number, {}, raw
                 continue
-            place = source.at(number)
             try:
-                yield index, number, raw, (_key(arranger, raw, place), _value(arranger, raw, place), place)
+                with located(source.at(number)):
+                    found = _key(arranger, raw), _value(arranger, raw)
             except DataError as mistake:
                 yield index, number, raw, mistake
+            else:
+                yield index, number, raw, found
 
 
-def _key(arranger: Arranger, raw: Mapping[str, Any], place: str) -> bytes:
+def _key(arranger: Arranger, raw: Mapping[str, Any]) -> bytes:
     """A hash of everything that makes the prompt."""
-    row = arranger.rest(raw, place)
+    row = arranger.rest(raw)
     said = [row.get(name) for name in PromptColumns.found_in(row).joined]
     completion = value_at(raw, str(arranger.layout.completion))
     if isinstance(completion, list) and len(completion) > 1:
@@ -88,31 +91,29 @@ def _key(arranger: Arranger, raw: Mapping[str, Any], place: str) -> bytes:
     return hashlib.blake2b(json.dumps(said, sort_keys=True, default=str).encode(), digest_size=16).digest()
 
 
-def _value(arranger: Arranger, raw: Mapping[str, Any], place: str) -> float:
+def _value(arranger: Arranger, raw: Mapping[str, Any]) -> float:
     layout = arranger.layout
     if not layout.label:
         name = (layout.score or layout.rank)[0]
         value = value_at(raw, name)
         if value is None:
-            raise null(name, place)
-        return arranger.number(value, name, place) * (-1 if layout.rank else 1)
+            raise null(name)
+        return arranger.number(value, name) * (-1 if layout.rank else 1)
     value = value_at(raw, layout.label[0])
     said = str(value).strip().lower()
     if said in map(str.lower, layout.first) or (not layout.first and said in GOOD):
         return 1.0
     if said in map(str.lower, layout.second) or (not layout.second and said in BAD) or (layout.first and said):
         return 0.0
-    raise DataError(
-        f"{place}: {layout.label[0]} is {described(value)}, which says neither good nor bad; correct it, or say which "
+    raise RowError(
+        f"{layout.label[0]} is {described(value)}, which says neither good nor bad; correct it, or say which "
         f"value is good: --columns.first VALUE"
     )
 
 
-def _completion(arranger: Arranger, raw: Mapping[str, Any], value: float, place: str) -> Completion:
+def _completion(arranger: Arranger, raw: Mapping[str, Any], value: float) -> Completion:
     name = str(arranger.layout.completion)
-    text = arranger.side(raw, name, place)
-    if isinstance(text, list) and text and isinstance(text[-1], dict):
-        last = text[-1].get("role", text[-1].get("from"))
-        if last not in ASSISTANT:
-            raise DataError(f"{place}: {name} ends with {described(last)}, not with the assistant; correct the row")
+    text = arranger.side(raw, name)
+    if isinstance(text, list) and text and isinstance(text[-1], dict) and role_of(text[-1]) not in ASSISTANT:
+        raise RowError(f"{name} ends with {described(role_of(text[-1]))}, not with the assistant; correct the row")
     return Completion(value, text, scored=not arranger.layout.label and not arranger.layout.rank)

@@ -1,11 +1,12 @@
-"""Losses that read a reward model's margin or scores: MADPO and its relatives."""
+"""Losses that read a reward model's margin or scores: MADPO's relatives."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
+from madpo.core.columns import MARGIN, SCORES
 from madpo.core.config import added
 from madpo.core.errors import DataError
 from madpo.core.lazy import F, torch
@@ -18,80 +19,11 @@ from madpo.losses.base import (
     published,
     soft_logistic,
 )
-from madpo.losses.weight import Part, check_finite, check_weight_parameters, log_margin_weight, margin_coefficient
+from madpo.losses.madpo import MADPO, MarginLoss, check_finite, margin_coefficient
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
-
-
-class MarginLoss(BetaLoss):
-    """A loss with MADPO's coefficient c(|h|), see :func:`madpo.losses.margin_coefficient`."""
-
-    needs = frozenset({"reward_margin"})
-
-    tau: float = 7.0
-    """|margin| at which coefficient and weight are exactly 1, log-odds; larger treats more pairs as hard."""
-    c_max: float = 4.0
-    """Amplification of small margins, above 1; larger learns more from them."""
-    c_min: float | None = None
-    """Dampening of large margins, in [0, 1); None is 1/c_max."""
-    lam: float = 1.0
-    """Steepness of the change from amplification to dampening around tau."""
-    margin_temperature: float = Field(default=1.0, gt=0)
-    """Divides the margins first: the temperature that calibrates the reward model to log-odds."""
-
-    @model_validator(mode="after")
-    def _check(self) -> MarginLoss:
-        check_weight_parameters(**self.coefficient, part=getattr(self, "part", "full"))
-        return self
-
-    @property
-    def coefficient(self) -> dict[str, Any]:
-        """The parameters of :func:`madpo.losses.margin_coefficient`."""
-        return {"tau": self.tau, "c_max": self.c_max, "c_min": self.c_min, "lam": self.lam}
-
-    def margin(self, inputs: LossInputs) -> Tensor:
-        """h per pair, log-odds, a constant to the gradient."""
-        return inputs.required("reward_margin").detach() / self.margin_temperature
-
-
-class MADPO(MarginLoss):
-    """MADPO (Rho, arXiv 2510.05342, Eq. 5): L = -w(h_phi) log sigma(beta h), the weight a constant.
-
-    The mean over pairs divides by their number, not by the sum of the weights, as in the paper. Log-probs are
-    summed. ``part`` gives the two ablations of Figure 3. See :func:`madpo.margin_weight` for what the weight does.
-    """
-
-    kind: Literal["madpo"] = "madpo"
-    paper = published("2510.05342")
-    part: Part = "full"
-    """"full", "amplify" (the paper's Amp-Only) or "dampen" (Reg-Only)."""
-
-    def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
-        margin = self.margin(inputs)
-        known = inputs.finite_columns
-        weight = log_margin_weight(margin, **self.coefficient, part=self.part, finite=known).exp()
-        per_pair = -weight * F.logsigmoid(self.beta * inputs.log_ratio_margin)
-        return LossOutput(per_pair, weight_metrics(margin, weight))
-
-
-def weight_metrics(margin: Tensor, weight: Tensor) -> dict[str, Tensor]:
-    """What to log of a batch's weights, one value per pair; the trainer reduces them over the logging window.
-
-    ``weight/mean`` well below 1 means more label noise than Bradley-Terry, or a reward model that is not
-    calibrated, and acts as a smaller learning rate. ``weight/square`` lets the trainer compute the effective
-    sample size (sum w)^2 / sum w^2 over the window.
-    """
-    weight, margin = weight.detach(), margin.detach()
-    return {
-        "weight/mean": weight,
-        "weight/square": weight.square(),
-        "margin/negative": (margin < 0).to(weight.dtype),
-        "weight/amplified": (weight > 1).to(weight.dtype),
-        "weight/dampened": ((weight < 1) & (margin > 0)).to(weight.dtype),
-        "weight/turned_down": ((weight < 1) & (margin < 0)).to(weight.dtype),
-    }
 
 
 class SoftMADPO(MarginLoss):
@@ -129,7 +61,7 @@ class SoftDPO(BetaLoss):
     label_share: float = added(0.0, ge=0, le=1)
     """Weight of the label in the target, the margin has the rest: 0 is the margin's probability, 1 is DPO."""
 
-    needs = frozenset({"reward_margin"})
+    needs = frozenset({MARGIN})
 
     def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
         target, logits = finite_margin(inputs) / self.margin_temperature, self.beta * inputs.log_ratio_margin
@@ -154,7 +86,7 @@ class ODPO(BetaLoss):
     offset: Literal["log", "linear"] = "log"
     """f: "log" (official; every margin must be positive) or "linear"."""
 
-    needs = frozenset({"reward_margin"})
+    needs = frozenset({MARGIN})
 
     def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
         margin = finite_margin(inputs)
@@ -185,7 +117,7 @@ class RPO(BetaLoss):
     form: Literal["sq", "fwd_kl", "bwd_kl"] = "bwd_kl"
     """Distance between the policy's margin and the reward model's."""
 
-    needs = frozenset({"reward_margin"})
+    needs = frozenset({MARGIN})
 
     def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
         target, logits = self.eta * finite_margin(inputs), self.beta * inputs.log_ratio_margin
@@ -224,7 +156,7 @@ class OmniDPO(BetaLoss):
     detach_weight: bool = False
     """False: the gradient flows through the focal weight (official code). True: the weight is a constant."""
 
-    needs = frozenset({"chosen_score", "rejected_score"})
+    needs = frozenset(SCORES)
 
     def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
         chosen_score = inputs.required("chosen_score").detach()
@@ -255,4 +187,4 @@ def bernoulli_kl(p: Tensor, q: Tensor) -> Tensor:
 
 def finite_margin(inputs: LossInputs) -> Tensor:
     """The column reward_margin as a constant; a NaN or infinite value is refused with its row."""
-    return check_finite(inputs.required("reward_margin").detach(), known=inputs.finite_columns)
+    return check_finite(inputs.required(MARGIN).detach(), known=inputs.finite_columns)

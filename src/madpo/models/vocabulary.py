@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from madpo.core.errors import ConfigError, DataError
+from madpo.core.errors import ConfigError, RowError, located
 from madpo.models.loading import loading
 from madpo.models.untrusted import read_object
 
@@ -314,16 +315,17 @@ def configured_rows(path: Path | str) -> int | None:
     return found[0] if found else None
 
 
-def refuse_unknown(ids: Sequence[int], rows: int, place: str, tokenizer: Any = None) -> None:
-    """Refuse token ids that a model's embedding of ``rows`` has no row for (DataError); on a GPU one would end the
-    process.
+def refuse_unknown(ids: Sequence[int], rows: int, place: str | None = None, tokenizer: Any = None) -> None:
+    """Refuse token ids that a model's embedding of ``rows`` has no row for (RowError, which says ``place`` if there is
+    one); on a GPU one would end the process.
     """
     worst = max(ids, default=0) if min(ids, default=0) >= 0 else min(ids)
     if 0 <= worst < rows:
         return
     token = None if tokenizer is None or worst < 0 else tokenizer.convert_ids_to_tokens(worst)
-    raise DataError(
-        f"{place}: the token id {worst}{'' if token is None else f' ({token!r})'} is not in the model's embedding, "
-        f"which has {rows} rows; use the tokenizer of this model, or give it the rows (model.resize_token_embeddings("
-        "len(tokenizer))) and save it"
-    )
+    with nullcontext() if place is None else located(place):
+        raise RowError(
+            f"the token id {worst}{'' if token is None else f' ({token!r})'} is not in the model's embedding, which "
+            f"has {rows} rows; use the tokenizer of this model, or give it the rows (model.resize_token_embeddings("
+            "len(tokenizer))) and save it"
+        )

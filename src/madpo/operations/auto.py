@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from peft import PeftModel
 
 from madpo.core import processes
+from madpo.core.columns import MARGIN
 from madpo.core.errors import DataError
 from madpo.core.metrics import Estimate, Metrics
 from madpo.core.progress import say
@@ -70,7 +71,6 @@ from madpo.operations.verify_auto import FAST_SHARE
 from madpo.rewards.label_share import AS_GOOD, LabelShare, better_than_coin, decide
 from madpo.rewards.margins import inspect
 from madpo.runner.operation import operation
-from madpo.training.columns import MARGIN
 
 DPO_FOLDER, MIXED_FOLDER = "dpo", "mixed"
 _KEPT = ("adapter", "model", "report.json", "log.jsonl", "report.html", HELDOUT, FIRST_LOOK, MARGINS, "dropped.jsonl")
@@ -134,7 +134,7 @@ def train_auto(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) -
     base = resolve_model(settings.model)
     if settings.export == "gguf":
         refuse_unconvertible(base)
-    Encoder(load_tokenizer(base), clock).encode([first], data, "row")
+    Encoder(load_tokenizer(base), clock).encode([first], lambda number: f"{data}, row {number}")
     shared = settings.model_copy(update={"date": clock.now if clock.read else None, "merge": False, "export": None})
     seed = int(settings.args.get("seed", 42))
     work = _Work(shared, settings.loss, data, eval_data, source, column, state, seed)

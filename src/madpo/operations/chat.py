@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text as Styled
 
-from madpo.core.errors import ConfigError
+from madpo.core.errors import ConfigError, located
 from madpo.data.messages import Text, said
 from madpo.data.tokens import Encoder
 from madpo.models.engine.responses import end_tokens, respond
@@ -74,7 +74,8 @@ class Chat:
             encoder, asked = Encoder(tokenizer), said("user", words)
             prompt: Text = [*history, *asked] if self.remembers else words
             ends = {*end_tokens(model, tokenizer), *((encoder.end_id(),) if self.remembers else ())}
-            ids = encoder.prompt_ids(prompt, "the conversation")
+            with located("the conversation"):
+                ids = encoder.prompt_ids(prompt)
             ((response,),) = respond(
                 model, tokenizer, [ids], self.settings, keys=[self.turn], draw=0, ends=ends, description="Answering"
             )

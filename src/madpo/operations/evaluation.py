@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from madpo.core.config import Frozen
-from madpo.core.errors import ConfigError
+from madpo.core.errors import ConfigError, located
 from madpo.core.metrics import Estimate, Metrics
 from madpo.core.reports import Report
 from madpo.core.statistics import bootstrap_mean, bootstrap_share, paired_difference, proportion
@@ -191,7 +191,10 @@ def _responses(place: Place, prompts: Sequence[Prompt], settings: EvaluateSettin
     if load_tokenizer(base).get_vocab() != tokenizer.get_vocab():
         raise ConfigError(f"{place.name} and {place.reference} have different tokenizers, so there is no KL")
     encoder = Encoder(tokenizer)
-    prompt_ids = [encoder.prompt_ids(prompt.content, prompt.place) for prompt in prompts]
+    prompt_ids = []
+    for prompt in prompts:
+        with located(prompt.place):
+            prompt_ids.append(encoder.prompt_ids(prompt.content))
     _refuse_unscored(prompts, settings)
     reference, policy = load_model(source), load_model(base, adapter=place.adapter)
     ends = {*end_tokens(reference, tokenizer), *end_tokens(policy, tokenizer)}

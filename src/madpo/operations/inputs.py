@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from madpo.core.errors import DataError, StorageError
+from madpo.core.errors import DataError, RowError, StorageError, located
 from madpo.core.layout import as_layout
 from madpo.core.progress import say
 from madpo.core.seeding import rng
@@ -167,22 +167,11 @@ def read_prompts(data: str | Path, count: int | None = None, columns: Any = None
         for index, (number, raw) in enumerate(source.rows):
             if isinstance(raw, DataError):
                 raise raw
-            place = source.at(number)
-            raw = Arranger(given, tuple(raw)).rest(raw, place) if given.given else raw
-            names = PromptColumns.found_in(raw).question
-            if not names:
-                remedy = "name the column that holds it: --columns.prompt " + (
-                    shlex.quote(next(iter(raw))) if raw else "NAME"
-                )
-                raise DataError(f"{place}: has no 'prompt' (found {listed(list(raw))}); {remedy}")
-            content = whole_prompt(raw, raw, place)
-            if not content:
-                raise DataError(f"{place}: {names[0]} is {described(raw[names[0]])}; fill it in or drop the row")
-            if isinstance(content, list):
-                content = Conversation.of(content, raw, place)
-            first = next(iter(found.values()), None)
-            if first is not None and isinstance(content, str) != isinstance(first.content, str):
-                raise DataError(f"{place}: text and messages are mixed; use one form in the whole file")
+            with located(place := source.at(number)):
+                content = _prompt(Arranger(given, tuple(raw)).rest(raw) if given.given else raw)
+                first = next(iter(found.values()), None)
+                if first is not None and isinstance(content, str) != isinstance(first.content, str):
+                    raise RowError("text and messages are mixed; use one form in the whole file")
             found.setdefault(prompt_key(content), Prompt(index, content, place))
             if count is not None and len(found) == count:
                 break
@@ -191,3 +180,16 @@ def read_prompts(data: str | Path, count: int | None = None, columns: Any = None
     if count is not None and len(found) < count:
         raise DataError(f"{source.name}: has only {len(found)} different prompts, but {count} are asked for")
     return list(found.values())
+
+
+def _prompt(raw: Row) -> Text:
+    names = PromptColumns.found_in(raw).question
+    if not names:
+        column = shlex.quote(next(iter(raw))) if raw else "NAME"
+        raise RowError(
+            f"has no 'prompt' (found {listed(list(raw))}); name the column that holds it: --columns.prompt {column}"
+        )
+    content = whole_prompt(raw)
+    if not content:
+        raise RowError(f"{names[0]} is {described(raw[names[0]])}; fill it in or drop the row")
+    return Conversation.of(content, raw) if isinstance(content, list) else content

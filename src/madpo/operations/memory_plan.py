@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+from madpo.core.columns import ID_COLUMNS, NUMBERS
 from madpo.core.errors import ConfigError
 from madpo.core.progress import LIBRARIES, gigabytes
 from madpo.data import load_preferences
@@ -29,11 +30,10 @@ from madpo.models.on_paper import Answers, LiveBytes, on_paper, paper_model
 from madpo.operations.policy import chosen_dtype, trainer_arguments, trainer_of
 from madpo.operations.train_settings import Auto, TrainSettings
 from madpo.training import PreferenceConfig, PreferenceTrainer
-from madpo.training.columns import ID_COLUMNS, MARGIN, REFERENCE_COLUMNS
 
 MOST = 4096
 """Pairs of the largest micro-batch that is tried."""
-_NUMBERS: dict[str, Any] = dict.fromkeys((MARGIN, "chosen_score", "rejected_score", *REFERENCE_COLUMNS), 1.0)
+_NUMBERS: dict[str, Any] = {name: 1.0 for name in NUMBERS if name != "weight"}
 """What a loss may read of a pair."""
 
 

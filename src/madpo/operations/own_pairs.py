@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
+from madpo.core.columns import REFERENCE_COLUMNS
 from madpo.core.config import Frozen, added
 from madpo.core.metrics import Metrics
 from madpo.core.statistics import bootstrap_mean, fit_temperature, share_of
@@ -144,7 +145,7 @@ def measure_heldout(config: HeldoutStage, inputs: Mapping[str, Path], out: Path)
     of any loss and beta compare. Prompts weigh alike, whatever their number of pairs. Inputs: "pairs", "reference",
     "logps" (:func:`madpo.operations.study_training.reference_logps` of the held-out pairs), "policy".
     """
-    from madpo.training.columns import REFERENCE_COLUMNS
+
     from madpo.training.reference import refuse_not_finite
 
     pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet").query("split == 'heldout'")

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from madpo.core import processes
+from madpo.core.columns import ID_COLUMNS, MARGIN, NUMBERS, probe_gives_margin
 from madpo.core.config import identity_settings
 from madpo.core.errors import ConfigError
 from madpo.core.metrics import Metrics
@@ -46,7 +47,6 @@ from madpo.rewards.probe import ProbeReport
 from madpo.runner.first_start import since_first_start
 from madpo.runner.operation import operation
 from madpo.training import PreferenceConfig, PreferenceTrainer
-from madpo.training.columns import ID_COLUMNS, MARGIN, PAIR_COLUMNS, REFERENCE_COLUMNS
 from madpo.training.digests import BATCH, decisive_arguments
 from madpo.training.first_look import FirstLook, in_halves
 from madpo.training.run import keep_tracked, run_training
@@ -163,8 +163,7 @@ def train_pairs(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) 
     base, tokenizer, rows, heldout, too_long, clock = load_training(
         settings, data, eval_data, out, seed=split_seed(settings, args), max_length=args.max_length
     )
-    # A probe gives the margins that nothing else can.
-    probed = settings.probe or not {MARGIN, "chosen_score"} & rows[0].keys()
+    probed = probe_gives_margin(rows[0], past_scores=settings.probe)
     if settings.export == "gguf":
         refuse_unconvertible(base)
     require_columns(rows, settings.loss, str(data), probed=probed)
@@ -383,7 +382,7 @@ def model_digest(base: Path | str, model: nn.Module) -> str | None:
 
 def as_dataset(rows: Sequence[Row]) -> Dataset:
     """The columns that the trainer reads."""
-    columns = [name for name in ("pair_id", *ID_COLUMNS, *PAIR_COLUMNS, *REFERENCE_COLUMNS) if name in rows[0]]
+    columns = [name for name in ("pair_id", *ID_COLUMNS, *NUMBERS) if name in rows[0]]
     return Dataset.from_dict({name: [row[name] for row in rows] for name in columns})
 
 

@@ -9,13 +9,14 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from madpo.core.errors import ConfigError, DataError, first_line
+from madpo.core.columns import MARGIN, NUMBERS, SCORES, probe_gives_margin
+from madpo.core.errors import ConfigError, DataError, RowError, first_line, located
 from madpo.core.layout import Layout
 from madpo.core.storage import expanded
 from madpo.core.suggestions import did_you_mean
 from madpo.data.layouts import listed
 from madpo.data.load import PairStream
-from madpo.data.rows import NUMBERS, Pair
+from madpo.data.rows import Pair
 from madpo.data.sources import look_at
 from madpo.losses import LossConfig
 from madpo.models.locate import refuse_fetching, refuse_unreachable, resolve_model
@@ -29,7 +30,7 @@ def refuse_missing(
     pairs: Sequence[str | None] = (),
     reading: Layout | None = None,
     loss: LossConfig | None = None,
-    probe: bool = False,
+    probe: bool | None = None,
     columns: Sequence[str] = (),
     data: Sequence[str | None] = (),
     models: Sequence[str | None] = (),
@@ -42,7 +43,7 @@ def refuse_missing(
         pairs: preference data, the training pairs first; the first good row of a file is read.
         reading: which of their columns are read as what.
         loss: what reads the pairs.
-        probe: whether a probe gives the margins of pairs without any.
+        probe: whether the trainer's probe gives margins also where the pairs have scores; None is no such trainer.
         columns: what the rows must have.
         data: other data.
         models: of which a model is to be loaded.
@@ -64,7 +65,7 @@ def refuse_missing(
     files = [place for place in pairs if place is not None and expanded(place).is_file()]
     first = [first_pair(place, reading, columns) for place in files]
     known = first[0].numbers.keys() if first and first[0] else set[str]()
-    probed = probe and not {"reward_margin", "chosen_score"} & known
+    probed = probe is not None and probe_gives_margin(known, past_scores=probe)
     for place, pair in zip(files, first, strict=True):
         if loss is not None and pair is not None:
             require_columns([pair.numbers], loss, place, probed=probed)
@@ -95,22 +96,23 @@ def first_pair(data: str | Path, columns: Layout | None, names: Sequence[str] = 
     with closing(stream.source.rows):
         pair, raw = next(stream.with_rows(), (None, {}))
         if pair is not None:
-            refuse_other_row(raw, names, stream.source.at(pair.number))
+            with located(stream.source.at(pair.number)):
+                refuse_other_row(raw, names)
         return pair
 
 
-def refuse_other_row(raw: Mapping[str, Any], names: Sequence[str], place: str) -> None:
+def refuse_other_row(raw: Mapping[str, Any], names: Sequence[str]) -> None:
     """Refuse a row without some column.
 
     Raises:
-        DataError: with the columns that there are.
+        RowError: with the columns that there are.
     """
     for name in names:
         if name not in raw:
             numbers = [n for n, value in raw.items() if isinstance(value, int | float) and n != "pair_id"]
             give = " ".join(map(shlex.quote, numbers[:2])) if len(numbers) > 1 else "CHOSEN REJECTED"
             near = did_you_mean(name, list(raw)) or f"; give --score_columns {give}"
-            raise DataError(f"{place}: has no column {name!r} (found {listed(list(raw))}){near}")
+            raise RowError(f"has no column {name!r} (found {listed(list(raw))}){near}")
 
 
 def require_columns(rows: Sequence[Mapping[str, Any]], loss: LossConfig, name: str, *, probed: bool = False) -> None:
@@ -124,11 +126,11 @@ def require_columns(rows: Sequence[Mapping[str, Any]], loss: LossConfig, name: s
     """
     kind = getattr(loss, "kind", type(loss).__name__)
     for column in sorted(set(loss.needs) & set(NUMBERS)):
-        if column in rows[0] or (column == "reward_margin" and probed):
+        if column in rows[0] or (column == MARGIN and probed):
             continue
         remedy = f"add it: madpo score {name} --probe MODEL --output_dir DIR"
-        if column == "reward_margin" and "chosen_score" in rows[0]:
-            remedy += ", or with the scores that are there: --score_columns chosen_score rejected_score"
+        if column == MARGIN and SCORES[0] in rows[0]:
+            remedy += f", or with the scores that are there: --score_columns {' '.join(SCORES)}"
         elif column == "weight":
             remedy = "add it to the data"
         raise DataError(f"{name}: has no column {column!r}, which the loss {kind} reads; {remedy}")

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from madpo.core.errors import ConfigError, DataError, StorageError, first_line
+from madpo.core.errors import ConfigError, DataError, StorageError, first_line, located
 from madpo.core.metrics import Estimate, Metrics
 from madpo.core.progress import say
 from madpo.core.reports import Report
@@ -301,7 +301,7 @@ class PairEncoder:
             ConfigError: the pairs are messages, and the reward model has no chat template.
             DataError: its chat template refuses a conversation.
         """
-        encoded = self.encoder.encode(pairs, name, unit)
+        encoded = self.encoder.encode(pairs, lambda number: f"{name}, {unit} {number}")
         for result in encoded:
             if isinstance(result, DataError):
                 raise result
@@ -313,9 +313,11 @@ class PairEncoder:
         return chosen, rejected, [len(e.prompt_ids) for e in good]
 
     def _rendered(self, pairs: Sequence[Pair], side: str) -> list[list[int]]:
-        tokenizer, clock = self.tokenizer, self.encoder.clock
-        texts = [render(tokenizer, pair.prompt + getattr(pair, side), clock, f"pair {pair.pair_id}") for pair in pairs]
-        return [list(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        texts = []
+        for pair in pairs:
+            with located(f"pair {pair.pair_id}"):
+                texts.append(render(self.tokenizer, pair.prompt + getattr(pair, side), self.encoder.clock))
+        return [list(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 
 class PairScorer:

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save
 
 from madpo.core import processes
 from madpo.core.config import Frozen
-from madpo.core.errors import ConfigError, DataError, StorageError
+from madpo.core.errors import ConfigError, DataError, StorageError, located
 from madpo.core.layout import Layout
 from madpo.core.metrics import Estimate, Metrics
 from madpo.core.progress import bar, say
@@ -142,10 +142,10 @@ def _columns(data: str | Path, columns: Layout, names: tuple[str, str]) -> tuple
     sides: tuple[list[float], list[float]] = ([], [])
     stream = PairStream(data, columns, every_column=True)
     for pair, raw in stream.with_rows():
-        place = stream.source.at(pair.number)
-        refuse_other_row(raw, names, place)
-        for name, found in zip(names, sides, strict=True):
-            found.append(as_number(raw[name], name, place, from_text=stream.source.columns is not None))
+        with located(stream.source.at(pair.number)):
+            refuse_other_row(raw, names)
+            for name, found in zip(names, sides, strict=True):
+                found.append(as_number(raw[name], name, from_text=stream.source.columns is not None))
     return np.array(sides[0]), np.array(sides[1])
 
 

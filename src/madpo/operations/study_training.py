@@ -20,6 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from madpo.core.columns import ID_COLUMNS, REFERENCE_COLUMNS
 from madpo.core.config import Frozen, added
 from madpo.core.errors import ConfigError
 from madpo.core.metrics import Metrics
@@ -227,7 +228,6 @@ class ReferenceStage(Frozen):
 @operation("reference_logps/1")
 def reference_logps(config: ReferenceStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Write ``reference.parquet``: pair_id, ref_chosen_logps, ref_rejected_logps (nats, summed)."""
-    from madpo.training.columns import REFERENCE_COLUMNS
     from madpo.training.reference import refuse_not_finite
 
     pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet")
@@ -268,8 +268,6 @@ def pair_logps(
 
 def pair_ids(pairs: pd.DataFrame) -> list[dict[str, Any]]:
     """Pairs as the trainer takes them: pair_id, and the token ids of prompt and sides."""
-    from madpo.training.columns import ID_COLUMNS
-
     return [
         {"pair_id": p.pair_id, **{name: [int(i) for i in getattr(p, name)] for name in ID_COLUMNS}}
         for p in pairs.itertuples()
@@ -307,8 +305,6 @@ def training_rows(inputs: Mapping[str, Path]) -> list[dict[str, Any]]:
 
     Inputs: "pairs", "logps", and where a loss reads them "margins" and "scores".
     """
-    from madpo.training.columns import REFERENCE_COLUMNS
-
     pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet")
     pairs = pairs[pairs["split"] == "train"].merge(
         pd.read_parquet(inputs["logps"] / "reference.parquet"), on="pair_id", validate="one_to_one"

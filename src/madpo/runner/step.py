@@ -1,4 +1,9 @@
-"""A step: an operation with its configuration and inputs, and the identity that follows from them."""
+"""A step: an operation with its configuration and inputs, and the identity that follows from them.
+
+The identity (:attr:`Step.decisive`) decides whether a result is done, or an unfinished one may go on. It needs no
+library and is the same on every machine. A checkpoint has an identity of its own, which also holds the weights, the
+device, the precision and the number of processes: ``training/digests.py``, which says why the two are computed apart.
+"""
 
 import hashlib
 import json
@@ -82,7 +87,12 @@ class Step:
 
     @property
     def decisive(self) -> dict[str, Any]:
-        """Everything that bears on the result, as plain values."""
+        """Everything that bears on the result, as plain values.
+
+        The operation's name with its version; the configuration, resolved, without fields of ``exclude=True`` and
+        without :func:`madpo.core.config.added` ones at their default; the content of every input; the versions of
+        torch, transformers, TRL and PEFT. Other libraries, the processor and its threads go into the record only.
+        """
         return {
             "operation": self.operation,
             "config": self.settings,

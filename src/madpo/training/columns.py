@@ -14,17 +14,14 @@ from torch import Tensor
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from madpo.core.columns import ID_COLUMNS, MARGIN, PAIR_COLUMNS, REFERENCE_COLUMNS, probe_gives_margin
 from madpo.core.errors import DataError
 from madpo.core.progress import say_once
 from madpo.models.engine.packing import HostRows
 from madpo.models.vocabulary import refuse_unknown
 from madpo.training.refusals import refuse_images
 
-ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
-MARGIN = "reward_margin"
 HOST_ROWS = "host_rows"
-PAIR_COLUMNS = (MARGIN, "chosen_score", "rejected_score", "weight")
 
 
 @dataclass
@@ -134,8 +131,8 @@ def check_tokens(dataset: Any, name: str, rows: int) -> None:
 
 
 def lacks_margin(dataset: Any) -> bool:
-    """Whether a data set has no ``reward_margin`` and can be read as a whole, so that a probe can give it."""
-    return isinstance(dataset, Dataset) and not {MARGIN, "margin"} & set(dataset.column_names)
+    """Whether a probe gives the margins of a data set, which it must read as a whole for that."""
+    return isinstance(dataset, Dataset) and probe_gives_margin(dataset.column_names, past_scores=True)
 
 
 def check_columns(dataset: Any, name: str, needs: Iterable[str], *, probed: bool = False) -> None:

@@ -1,6 +1,13 @@
-"""What a training and a reference depend on, as digests and plain values: the identity of checkpoints and of caches.
+"""What a resumed training depends on (:func:`training_identity`), and what cached columns of a reference depend on.
 
-Everything that changes a number belongs in here. Names, paths and versions of a configuration do not.
+Everything that changes a number belongs in here. Names, paths and versions of a configuration do not. What changes last
+digits only is reported at a resume and not refused: ``SavesCheckpoints._conditions``.
+
+A step has an identity of its own, in :mod:`madpo.runner.step`. It must be known before a library is loaded and be the
+same on every machine, so that plans, pages and finished results can be compared. A checkpoint is bytes of one training:
+its identity needs the model on its device, refuses another device, precision or number of processes, lets a training go
+on for longer, and serves trainers in scripts, which have no step. So the two are computed apart. They share the
+versions of the libraries, the rule for arguments (:func:`decisive_arguments`), and the search for the first difference.
 """
 
 from __future__ import annotations
@@ -247,15 +254,15 @@ def training_identity(trainer: Any) -> dict[str, Any]:
     Args:
         trainer: an :class:`madpo.training.resume.ExactResume`.
     """
-    groups = trainer._column_groups()
+    rows, groups = trainer.train_dataset, trainer.column_groups
     apart = {name for names in groups.values() for name in names}
-    columns = set(trainer.train_dataset.column_names or ())
+    columns = set(rows.column_names or ())
     arguments = decisive_arguments(trainer.args.to_dict())
     adapters = getattr(trainer.model, "peft_config", None) or {}
     return {
-        "data": trainer._rows_digest(trainer.train_dataset, columns - apart),
-        **{field: trainer._rows_digest(trainer.train_dataset, names) for field, names in groups.items()},
-        "evaluation data": _evaluation_digest(trainer, trainer.eval_dataset),
+        "data": _columns(trainer, rows, columns - apart),
+        **{field: _columns(trainer, rows, names) for field, names in groups.items()},
+        "evaluation data": _evaluation(trainer, trainer.eval_dataset),
         "configuration": json.loads(json.dumps(arguments, default=str)),
         "stage": trainer.stage_settings,
         "loss": trainer.loss.model_dump(mode="json") if hasattr(trainer, "loss") else None,
@@ -270,9 +277,17 @@ def training_identity(trainer: Any) -> dict[str, Any]:
     }
 
 
-def _evaluation_digest(trainer: Any, dataset: Any) -> Any:
+def _evaluation(trainer: Any, dataset: Any) -> Any:
     if dataset is None:
         return None
     if isinstance(dataset, dict):
-        return {name: _evaluation_digest(trainer, part) for name, part in dataset.items()}
-    return trainer._rows_digest(dataset, dataset.column_names or ())
+        return {name: _evaluation(trainer, part) for name, part in dataset.items()}
+    return _columns(trainer, dataset, dataset.column_names or ())
+
+
+def _columns(trainer: Any, dataset: Any, columns: Iterable[str]) -> str | None:
+    """Columns by their values; those that the trainer computed by what they were computed with, not by last digits."""
+    names, computed = set(columns), trainer.computed_columns(dataset)
+    given = rows_digest(dataset, names - computed.keys())
+    sources = dict.fromkeys(computed[name] for name in sorted(names & computed.keys()))
+    return ", ".join([*([] if given is None else [given]), *sources]) or None

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from madpo.core.columns import MARGIN
 from madpo.core.metrics import Metrics
 from madpo.core.statistics import fit_temperature, proportion
 from madpo.rewards.reward_model import RewardModel
@@ -41,8 +42,8 @@ def margin_table(model: RewardModel, pairs: pd.DataFrame) -> pd.DataFrame:
 
     chosen, rejected = side_scores(model, pairs)
     margins = np.asarray(chosen - rejected, dtype=np.float64)
-    refuse_not_finite({"reward_margin": margins}, pairs["pair_id"].to_list(), "the reward model")
-    return pd.DataFrame({"pair_id": pairs["pair_id"].to_numpy(), "reward_margin": margins})
+    refuse_not_finite({MARGIN: margins}, pairs["pair_id"].to_list(), "the reward model")
+    return pd.DataFrame({"pair_id": pairs["pair_id"].to_numpy(), MARGIN: margins})
 
 
 def margin_metrics(margins: np.ndarray) -> Metrics:

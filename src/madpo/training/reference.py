@@ -32,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor, nn
 
+from madpo.core.columns import ID_COLUMNS, REFERENCE_COLUMNS
 from madpo.core.errors import ConfigError, DataError, StorageError
 from madpo.core.feature_file import FeatureFile, FeatureWriter
 from madpo.core.processes import all_gather_object, on_main_process
@@ -42,7 +43,7 @@ from madpo.models.engine.logprobs import completion_logps, unwrapped
 from madpo.models.modes import evaluating
 from madpo.models.packaged import cache_dir, cache_limit
 from madpo.runner.record import conditions, libraries
-from madpo.training.columns import ID_COLUMNS, REFERENCE_COLUMNS, PreferenceCollator
+from madpo.training.columns import PreferenceCollator
 from madpo.training.digests import reference_digest
 
 VERSION = 4

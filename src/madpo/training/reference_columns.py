@@ -7,7 +7,7 @@ Where a loss reads ``reward_margin`` and the data have none, a probe of the refe
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -20,6 +20,7 @@ from trl.data_utils import get_dataset_column_names
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import use_adapter
 
+from madpo.core.columns import MARGIN, REFERENCE_COLUMNS
 from madpo.core.errors import DataError
 from madpo.core.feature_file import FeatureFile
 from madpo.core.processes import on_main_process
@@ -28,7 +29,7 @@ from madpo.data.folds import prompt_ids_key
 from madpo.models.engine.features import feature_layers
 from madpo.models.engine.logprobs import embedding_rows, unwrapped
 from madpo.rewards.probe import FittedProbe, fit_probe
-from madpo.training.columns import MARGIN, REFERENCE_COLUMNS, AnyCollator, PreferenceCollator, check_tokens
+from madpo.training.columns import AnyCollator, PreferenceCollator, check_tokens
 from madpo.training.digests import reference_digest
 from madpo.training.reference import batch_logps, cached_reference
 from madpo.training.resume import ExactResume
@@ -124,7 +125,7 @@ class ReferenceColumns(ExactResume):
 
     def _probed(self) -> bool:
         """Whether the margins of the training pairs come from a probe."""
-        return MARGIN in self._sources.get(getattr(self.train_dataset, "_fingerprint", ""), {})
+        return MARGIN in self.computed_columns(self.train_dataset)
 
     def _margins(self, name: str, rows: Dataset, features: FeatureFile | None) -> list[float]:
         """Margins by the probe: out of fold for the training pairs, by the frozen one for others."""
@@ -223,17 +224,12 @@ class ReferenceColumns(ExactResume):
         every = {"train": self.train_dataset, **named}
         return {k: v for k, v in every.items() if getattr(v, "_fingerprint", None) in self._sources}
 
-    def _rows_digest(self, dataset: Any, columns: Iterable[str]) -> str | None:
-        """Columns that this trainer computed are identified by what they were computed with, not by digits."""
-        names = set(columns)
-        sources = self._sources.get(getattr(dataset, "_fingerprint", ""), {})
-        if self._live is not None and not names & set(dataset.column_names or ()):
-            sources = sources | dict.fromkeys(REFERENCE_COLUMNS, f"reference {self._live}")
-        if not names & sources.keys():
-            return super()._rows_digest(dataset, names)
-        rest = super()._rows_digest(dataset, names - sources.keys())
-        computed = dict.fromkeys(sources[column] for column in sorted(names & sources.keys()))
-        return ", ".join([*([] if rest is None else [rest]), *computed])
+    def computed_columns(self, dataset: Any) -> dict[str, str]:
+        """As :meth:`SavesCheckpoints.computed_columns`; with each batch, those of the first reference."""
+        found = self._sources.get(getattr(dataset, "_fingerprint", ""), {})
+        if self._live is not None and not {*REFERENCE_COLUMNS} & {*(getattr(dataset, "column_names", None) or ())}:
+            found = found | dict.fromkeys(REFERENCE_COLUMNS, f"reference {self._live}")
+        return found
 
 
 def _column(dataset: Dataset, name: str) -> Any:

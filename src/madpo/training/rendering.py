@@ -24,12 +24,13 @@ from numpy.typing import NDArray
 from trl.data_utils import extract_prompt, is_conversational
 
 from madpo.core import processes
-from madpo.core.errors import DataError, MadpoError
+from madpo.core.columns import ID_COLUMNS
+from madpo.core.errors import MadpoError, RowError, located
 from madpo.core.progress import say
 from madpo.data.messages import content_of
 from madpo.data.templates import Clock, applied, bounded_templates, left_out, render
+from madpo.data.tokens import NO_PROMPT
 from madpo.runner.first_start import fixed_before, since_first_start
-from madpo.training.columns import ID_COLUMNS
 
 _STARTED = "started"
 FIRST_ROWS = 256
@@ -128,7 +129,8 @@ def _with_prompt(example: dict[str, Any], name: str) -> dict[str, Any]:
     found: dict[str, Any] = example if "prompt" in example else extract_prompt(example)
     if found["prompt"] == []:
         start = content_of(found["chosen"][0])[:40] if found["chosen"] else ""
-        raise _no_prompt(f"{name} data set (streamed), the pair whose chosen begins {start!r}")
+        with located(f"{name} data set (streamed), the pair whose chosen begins {start!r}"):
+            raise RowError(NO_PROMPT)
     return found
 
 
@@ -136,15 +138,8 @@ def _applied_in_stream(
     tokenizer: Any, clock: Clock, findings: TextFindings, name: str, messages: list[Any], **options: Any
 ) -> Any:
     """``apply_chat_template`` for a row of a stream, which has no number: its beginning names it."""
-    place = f"{name} data set (streamed), the conversation that begins {content_of(messages[0])[:40]!r}"
-    return applied(tokenizer, messages, clock, place, findings.see, **options)
-
-
-def _no_prompt(place: str) -> DataError:
-    return DataError(
-        f"{place}: chosen and rejected share no message at their beginning, so there is no prompt for the chat "
-        "template; add a column prompt, or begin both sides with the same messages"
-    )
+    with located(f"{name} data set (streamed), the conversation that begins {content_of(messages[0])[:40]!r}"):
+        return applied(tokenizer, messages, clock, findings.see, **options)
 
 
 def _first_refused(dataset: Any, tokenizer: Any, clock: Clock, name: str) -> MadpoError | None:
@@ -156,13 +151,13 @@ def _first_refused(dataset: Any, tokenizer: Any, clock: Clock, name: str) -> Mad
         tools = example.get("tools")
         options = {"tools": json.loads(tools) if isinstance(tools, str) else tools}
         options |= example.get("chat_template_kwargs") or {}
-        place = f"{name} data set, row {row}"
-        if not parts["prompt"]:
-            return _no_prompt(place)
         try:
-            render(tokenizer, parts["prompt"], clock, place, add_generation_prompt=True, **options)
-            for side in ("chosen", "rejected"):
-                render(tokenizer, parts["prompt"] + parts[side], clock, place, **options)
+            with located(f"{name} data set, row {row}"):
+                if not parts["prompt"]:
+                    raise RowError(NO_PROMPT)
+                render(tokenizer, parts["prompt"], clock, add_generation_prompt=True, **options)
+                for side in ("chosen", "rejected"):
+                    render(tokenizer, parts["prompt"] + parts[side], clock, **options)
         except MadpoError as error:
             return error
     return None

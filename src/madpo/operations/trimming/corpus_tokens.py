@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from madpo.core.errors import DataError
+from madpo.core.errors import DataError, located
 from madpo.core.layout import Layout
 from madpo.core.progress import bar
 from madpo.data.corpus import IMDB, PackagedIMDB, load_corpus
@@ -122,7 +122,9 @@ def _rendered(data: str, tokenizer: Any, columns: Layout) -> Iterator[str]:
         elif not tokenizer.chat_template:
             yield from contents(text)
         else:
-            yield render(tokenizer, text, clock, place)
+            with located(place):
+                text = render(tokenizer, text, clock)
+            yield text
 
 
 def _batches(texts: Iterator[str]) -> Iterator[list[str]]:

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from madpo.core.columns import REFERENCE_COLUMNS
 from madpo.core.errors import DivergedError
 from madpo.core.statistics import bootstrap_mean, bootstrap_share, fit_temperature, proportion
 from madpo.core.storage import write_atomically
@@ -30,7 +31,6 @@ from madpo.operations.train_settings import TrainSettings
 from madpo.operations.tuning.report import Heldout
 from madpo.operations.tuning.reward import RewardCurve, reward_curve
 from madpo.operations.tuning.settings import TuneSettings
-from madpo.training.columns import REFERENCE_COLUMNS
 from madpo.training.nan_guard import drop_unscored
 from madpo.training.run import TRACKED, run_training
 

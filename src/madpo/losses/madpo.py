@@ -1,18 +1,21 @@
-"""The margin-adaptive weight of MADPO (arXiv 2510.05342, Eq. 4), in log-space.
+"""MADPO (Rho, arXiv 2510.05342): DPO weighted pair by pair by what a reward model says of the pair.
 
-The paper writes w = sigma(c h) / sigma(h). Evaluated literally it is inf * 0 for strongly negative margins
-(below -88 in float32), so it is computed as exp(log sigma(c h) - log sigma(h)), and the branch that is not
-taken sees a harmless argument, so that gradients stay finite as well.
+The paper writes the weight (Eq. 4) as w = sigma(c h) / sigma(h). Evaluated literally it is inf * 0 for strongly
+negative margins (below -88 in float32), so it is computed as exp(log sigma(c h) - log sigma(h)), and the branch that is
+not taken sees a harmless argument, so that gradients stay finite as well.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import Field, model_validator
+
+from madpo.core.columns import MARGIN
 from madpo.core.errors import ConfigError, DataError
 from madpo.core.lazy import F, torch
-from madpo.losses.base import widen
+from madpo.losses.base import BetaLoss, LossInputs, LossOutput, LossState, published, widen
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -22,6 +25,75 @@ Part = Literal["full", "amplify", "dampen"]
 PARTS: tuple[Part, ...] = ("full", "amplify", "dampen")
 LARGEST = 1e6
 """Largest tau, c_max and lam: far beyond any use, and no float32 product overflows."""
+
+
+class MarginLoss(BetaLoss):
+    """A loss with MADPO's coefficient c(|h|), see :func:`madpo.losses.margin_coefficient`."""
+
+    needs = frozenset({MARGIN})
+
+    tau: float = 7.0
+    """|margin| at which coefficient and weight are exactly 1, log-odds; larger treats more pairs as hard."""
+    c_max: float = 4.0
+    """Amplification of small margins, above 1; larger learns more from them."""
+    c_min: float | None = None
+    """Dampening of large margins, in [0, 1); None is 1/c_max."""
+    lam: float = 1.0
+    """Steepness of the change from amplification to dampening around tau."""
+    margin_temperature: float = Field(default=1.0, gt=0)
+    """Divides the margins first: the temperature that calibrates the reward model to log-odds."""
+
+    @model_validator(mode="after")
+    def _check(self) -> MarginLoss:
+        check_weight_parameters(**self.coefficient, part=getattr(self, "part", "full"))
+        return self
+
+    @property
+    def coefficient(self) -> dict[str, Any]:
+        """The parameters of :func:`madpo.losses.margin_coefficient`."""
+        return {"tau": self.tau, "c_max": self.c_max, "c_min": self.c_min, "lam": self.lam}
+
+    def margin(self, inputs: LossInputs) -> Tensor:
+        """h per pair, log-odds, a constant to the gradient."""
+        return inputs.required(MARGIN).detach() / self.margin_temperature
+
+
+class MADPO(MarginLoss):
+    """MADPO (Rho, arXiv 2510.05342, Eq. 5): L = -w(h_phi) log sigma(beta h), the weight a constant.
+
+    The mean over pairs divides by their number, not by the sum of the weights, as in the paper. Log-probs are
+    summed. ``part`` gives the two ablations of Figure 3. See :func:`madpo.margin_weight` for what the weight does.
+    """
+
+    kind: Literal["madpo"] = "madpo"
+    paper = published("2510.05342")
+    part: Part = "full"
+    """"full", "amplify" (the paper's Amp-Only) or "dampen" (Reg-Only)."""
+
+    def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
+        margin = self.margin(inputs)
+        known = inputs.finite_columns
+        weight = log_margin_weight(margin, **self.coefficient, part=self.part, finite=known).exp()
+        per_pair = -weight * F.logsigmoid(self.beta * inputs.log_ratio_margin)
+        return LossOutput(per_pair, weight_metrics(margin, weight))
+
+
+def weight_metrics(margin: Tensor, weight: Tensor) -> dict[str, Tensor]:
+    """What to log of a batch's weights, one value per pair; the trainer reduces them over the logging window.
+
+    ``weight/mean`` well below 1 means more label noise than Bradley-Terry, or a reward model that is not
+    calibrated, and acts as a smaller learning rate. ``weight/square`` lets the trainer compute the effective
+    sample size (sum w)^2 / sum w^2 over the window.
+    """
+    weight, margin = weight.detach(), margin.detach()
+    return {
+        "weight/mean": weight,
+        "weight/square": weight.square(),
+        "margin/negative": (margin < 0).to(weight.dtype),
+        "weight/amplified": (weight > 1).to(weight.dtype),
+        "weight/dampened": ((weight < 1) & (margin > 0)).to(weight.dtype),
+        "weight/turned_down": ((weight < 1) & (margin < 0)).to(weight.dtype),
+    }
 
 
 def check_weight_parameters(*, tau: float, c_max: float, c_min: float | None, lam: float, part: str) -> float:
