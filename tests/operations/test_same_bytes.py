@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 from madpo import PreferenceConfig, PreferenceTrainer
 from madpo.core.errors import MadpoError
 from madpo.models.load import load_tokenizer
-from madpo.training.adapters import SortedSet, sort_sets
 from madpo.training.run import MEMORY_REMEDY
+from madpo.training.saving import SortedSet, sort_sets
 from small_trainers import SETTINGS, build, pairs, reward_trainer
 
 pytestmark = pytest.mark.usefixtures("own_cache")

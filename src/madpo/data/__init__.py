@@ -1,7 +1,7 @@
 """Preference data of users: reading it, checking it, and rows for training. No torch.
 
 A new format is a branch of ``sources.open_source``; a new layout, or a new name of a part of the prompt, an entry of
-``layouts.toml``; a new name of a number, of ``rows.ALIASES``; a new warning, of ``findings.toml``.
+``layouts.toml``; a new name of a number, of ``core/columns.py``; a new warning, of ``findings.toml``.
 """
 
 from madpo.data.check import CheckReport, check

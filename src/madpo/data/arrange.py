@@ -48,10 +48,7 @@ class Arranger:
     """Rows of one layout."""
 
     def __init__(self, layout: Layout, names: Sequence[str], *, from_text: bool = False) -> None:
-        """
-        Args:
-            from_text: numbers come as text (CSV).
-        """
+        """``from_text``: numbers come as text (CSV)."""
         self.layout, self.from_text = layout, from_text
         self.taken = set(layout.columns(names))
         self.suffixes = _suffixes(layout.sides)

@@ -29,9 +29,6 @@ class _OwnSampling(ExactResume):
 
     _rows: list[dict[str, Any]]
 
-    def _send_telemetry(self) -> None:
-        """Nothing leaves the machine."""
-
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> Any:
         self._rows = inputs
         return super()._generate_and_score_completions(inputs)

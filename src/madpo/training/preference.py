@@ -166,9 +166,6 @@ class PreferenceTrainer(PairLoss, DPOTrainer):  # type: ignore[misc]
             card.data.tags = sorted(card.data.tags)
             card.save(path)
 
-    def _send_telemetry(self) -> None:
-        """Nothing leaves the machine."""
-
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: Any, dataset_name: str) -> Dataset:
         if not set(ID_COLUMNS) <= set(get_dataset_column_names(dataset)):
             with rendering(dataset, processing_class, args, dataset_name) as (findings, tokenizer):

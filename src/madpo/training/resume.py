@@ -24,9 +24,8 @@ from madpo.core.storage import storage_errors
 from madpo.models.adapters import adapting
 from madpo.models.untrusted import refuse_pickles
 from madpo.training import checkpoints as disk
-from madpo.training.adapters import sort_sets
 from madpo.training.digests import check_identity, training_identity
-from madpo.training.saving import SavesCheckpoints
+from madpo.training.saving import SavesCheckpoints, sort_sets
 from madpo.training.states import check_groups, restore_callbacks, restore_random_states, restored_metrics, unpack
 
 

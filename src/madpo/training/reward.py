@@ -110,9 +110,6 @@ class RewardModelTrainer(KeepsBest, RewardTrainer):  # type: ignore[misc]
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["chosen_ids", "rejected_ids", "prompt_length"]
 
-    def _send_telemetry(self) -> None:
-        """Nothing leaves the machine."""
-
 
 def fit_reward_model(
     config: RewardModelStage,

@@ -7,8 +7,9 @@ keeps as pickle (optimizer, schedule, random states, arguments), under the ident
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +23,25 @@ from madpo.training import checkpoints as disk
 from madpo.training.digests import training_identity
 from madpo.training.nan_guard import FiniteTraining
 from madpo.training.states import pack, random_states, stored_callbacks, stored_metrics
+
+
+class SortedSet(set[str]):
+    """A set that is iterated in order.
+
+    PEFT keeps target modules in a set and writes it as a list. The order of a plain set of strings follows the hash
+    seed of the process, so that equal trainings would leave different bytes in ``adapter_config.json``.
+    """
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(super().__iter__()))
+
+
+def sort_sets(adapter: Any) -> None:
+    """Give an adapter's configuration (a ``PeftConfig``) sorted sets, in place."""
+    for field in dataclasses.fields(adapter):
+        value = getattr(adapter, field.name)
+        if isinstance(value, set) and all(isinstance(item, str) for item in value):
+            setattr(adapter, field.name, SortedSet(value))
 
 
 class SavesCheckpoints(FiniteTraining):
@@ -82,6 +102,9 @@ class SavesCheckpoints(FiniteTraining):
             "per_device_train_batch_size": self.args.per_device_train_batch_size,
             "per_device_eval_batch_size": self.args.per_device_eval_batch_size,
         }
+
+    def _send_telemetry(self) -> None:
+        """Nothing of TRL's trainers leaves the machine."""
 
     # ---- Saving ----
 

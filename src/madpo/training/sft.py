@@ -18,9 +18,6 @@ class CompletionSFT(KeepsBest, SFTTrainer):  # type: ignore[misc]
 
     loss_is_scaled_for_ga = True
 
-    def _send_telemetry(self) -> None:
-        """Nothing leaves the machine."""
-
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
