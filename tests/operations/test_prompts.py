@@ -92,7 +92,7 @@ def test_text_and_messages_do_not_mix(tmp_path):
 def test_token_ids_of_a_prompt(llama):
     tokenizer = load_tokenizer(llama)
     encoder = Encoder(tokenizer)
-    assert encoder.prompt_ids("The film", "here") == tokenizer("The film")["input_ids"]
+    assert encoder.prompt_ids("The film") == tokenizer("The film")["input_ids"]
     text = tokenizer.apply_chat_template(said("Hi"), tokenize=False, add_generation_prompt=True)
     assert encoder.prompt_ids(said("Hi")) == tokenizer(text, add_special_tokens=False)["input_ids"]
 

@@ -190,48 +190,44 @@ class Arranger:
         )
 
     def _listed(self, raw: Raw) -> list[Completion]:
-        layout = self.layout
-        assert layout.completions is not None
-        name = layout.completions
-        value = _rows_of(self.side(raw, name), name)
-        if layout.order:
-            return [Completion(-i, self._text(text, f"{name}[{i}]")) for i, text in enumerate(value)]
-        if layout.label:
-            return self._labelled(value, raw, name)
-        for names, sign in ((layout.score, 1), (layout.rank, -1)):
-            if names and (numbers := value_at(raw, names[0])) is not None:
-                return self._side_by_side(value, numbers, name, names[0], sign)
-        return [self._entry(entry, f"{name}[{i}]") for i, entry in enumerate(value)]
-
-    def _side_by_side(
-        self, value: Sequence[Any], numbers: Any, name: str, ordering: str, sign: int
-    ) -> list[Completion]:
-        if not isinstance(numbers, list | tuple):
-            raise RowError(f"{ordering} is {described(numbers)}, not a list; give a list")
-        if len(value) != len(numbers):
-            counts = f"{name} holds {len(value)} entries and {ordering} {len(numbers)}"
-            raise RowError(f"{counts}; give a score for each response")
+        assert self.layout.completions is not None
+        name = self.layout.completions
+        entries = _rows_of(self.side(raw, name), name)
+        values, scored = self._orders(raw, name, len(entries))
+        if values is None:
+            return [self._entry(entry, f"{name}[{i}]") for i, entry in enumerate(entries)]
         return [
-            Completion(
-                sign * self.number(n, f"{ordering}[{i}]"),
-                self._text(text, f"{name}[{i}]"),
-                scored=sign > 0,
-            )
-            for i, (text, n) in enumerate(zip(value, numbers, strict=True))
-            if n is not None
+            Completion(value, self._text(entry, f"{name}[{i}]"), scored=scored)
+            for i, (entry, value) in enumerate(zip(entries, values, strict=True))
+            if value is not None
         ]
 
-    def _labelled(self, value: Sequence[Any], raw: Raw, name: str) -> list[Completion]:
-        label = value_at(raw, self.layout.label[0])
-        if label is None:
-            raise LeftOut("no_winner")
-        index = as_number(label, self.layout.label[0], from_text=True)
-        if index not in range(len(value)):
-            raise RowError(
-                f"{self.layout.label[0]} is {described(label)}, but {name} has {len(value)} entries, counted "
-                "from 0; correct it or drop the row"
-            )
-        return [Completion(float(i == index), self._text(entry, f"{name}[{i}]")) for i, entry in enumerate(value)]
+    def _orders(self, raw: Raw, name: str, count: int) -> tuple[list[float | None] | None, bool]:
+        """What orders ``count`` entries from outside of them, and whether it is a score; None where they say it."""
+        layout = self.layout
+        if layout.order:
+            return [-float(i) for i in range(count)], False
+        if layout.label:
+            if (label := value_at(raw, layout.label[0])) is None:
+                raise LeftOut("no_winner")
+            index = as_number(label, layout.label[0], from_text=True)
+            if index not in range(count):
+                raise RowError(
+                    f"{layout.label[0]} is {described(label)}, but {name} has {count} entries, counted from 0; correct "
+                    "it or drop the row"
+                )
+            return [float(i == index) for i in range(count)], False
+        for ordering, sign in ((layout.score, 1), (layout.rank, -1)):
+            if not ordering or (numbers := value_at(raw, ordering[0])) is None:
+                continue
+            if not isinstance(numbers, list | tuple):
+                raise RowError(f"{ordering[0]} is {described(numbers)}, not a list; give a list")
+            if len(numbers) != count:
+                counts = f"{name} holds {count} entries and {ordering[0]} {len(numbers)}"
+                raise RowError(f"{counts}; give a score for each response")
+            found = enumerate(numbers)
+            return [None if n is None else sign * self.number(n, f"{ordering[0]}[{i}]") for i, n in found], sign > 0
+        return None, False
 
     def _text(self, entry: Any, name: str) -> Any:
         """The text of an entry of a list: the entry, or what its key for texts holds."""
