@@ -4,7 +4,8 @@ import json
 
 from madpo.core.metrics import Estimate
 from madpo.losses.simulation import KNOWLEDGE
-from madpo.operations.demo import METHODS, SEES, DemoReport, DemoSettings, demo
+from madpo.operations.demo import METHODS, DemoReport, DemoSettings, demo
+from madpo.report.simulation_page import SEES
 
 
 def test_the_demo_writes_a_page_of_what_it_simulated(tmp_path) -> None:

@@ -1,5 +1,6 @@
 """The main rows of the simulation keep their direction, in one small cell."""
 
+import html
 import json
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 from madpo.core.metrics import Estimate
 from madpo.core.seeding import derived_seed
 from madpo.losses.simulation import Setting, draw, reward_margins
-from madpo.operations.verify_auto import AUTO, SEARCHED, Cell, VerifyAutoSettings, gains, simulate, verify_auto
+from madpo.operations.verify_auto import AUTO, ROWS, SEARCHED, Cell, VerifyAutoSettings, gains, simulate, verify_auto
+from madpo.report.simulation_page import SEES
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +59,5 @@ def test_the_report_counts_cells_and_continues(tmp_path: Path, monkeypatch: pyte
     assert verify_auto(settings, tmp_path) == report
     assert json.loads((tmp_path / "report.json").read_bytes())["rows"][0]["method"] == AUTO
     assert len(report.text().splitlines()) == 4 + len(rows) + 1 + 3
+    page = html.unescape((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert all(words in page for words in (*ROWS.values(), *SEES.values(), "n 20, sd 1.5"))

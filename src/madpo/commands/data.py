@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from madpo.commands.from_settings import Configurable
-from madpo.commands.shared import Data, Result, call
+from madpo.commands.shared import Data, Result, call, show_page
 from madpo.core.layout import Reading
 from madpo.core.options import Cli
 from madpo.core.progress import show
@@ -63,7 +63,7 @@ def inspect(options: Inspect) -> int:
     report = inspect(o.data, columns=o.reading, margin_temperature=o.margin_temperature, output=o.output)
     show(report.text())
     if options.output is not None:
-        show(f"Page: {options.output.resolve().as_uri()}")
+        show_page(options.output)
     return 0
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import Field
 
 from madpo.commands.from_settings import Configurable, part
+from madpo.commands.shared import show_page
 from madpo.core.config import Frozen
 from madpo.core.libraries import loading_libraries
 from madpo.core.options import Cli
@@ -66,7 +67,7 @@ def demo(options: Demo) -> int:
         from madpo.operations.demo import demo
 
     show(demo(options.output_dir, part(options, DemoSettings), overwrite=options.overwrite).text())
-    show(f"Page: {(options.output_dir / 'report.html').resolve().as_uri()}")
+    show_page(options.output_dir / "report.html")
     return 0
 
 
@@ -107,20 +108,23 @@ def verify_theory(options: VerifyTheory) -> int:
 
 
 class VerifyAuto(Configurable, VerifyAutoSettings):
-    output_dir: Path | None = None
-    """Keep the results in this folder, and continue from them."""
+    output_dir: Path = Path("verify-auto")
+    """Where report.html is written, and a folder for every setting, from which the same command continues."""
     processes: int = Field(default=1, ge=1)
     """Settings at once, each in a process of its own."""
 
 
 def verify_auto(options: VerifyAuto) -> int:
-    """Simulate, and print a table."""
+    """Simulate, and print a table and where its page is.
+
+    Example:
+        madpo verify-auto --worlds 16 --processes 2
+    """
     with loading_libraries():
         from madpo.operations.verify_auto import verify_auto
     from madpo.runner.executors import Processes
 
     executor = Processes(options.processes) if options.processes > 1 else None
     show(verify_auto(part(options, VerifyAutoSettings), options.output_dir, executor=executor).text())
-    if options.output_dir:
-        show(f"written to {options.output_dir / 'report.json'}")
+    show_page(options.output_dir / "report.html")
     return 0

@@ -52,5 +52,10 @@ def call(
     if processes.is_main_process():
         show(f"{report.text()}\nwritten to {place / getattr(report, 'file', '')}")
         if page and (place / page).is_file():
-            show(f"Page: {(place / page).resolve().as_uri()}")
+            show_page(place / page)
     return 0
+
+
+def show_page(path: Path) -> None:
+    """Say where a page is."""
+    show(f"Page: {path.resolve().as_uri()}")

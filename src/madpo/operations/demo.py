@@ -9,16 +9,13 @@ import torch
 
 from madpo.core.metrics import Estimate, Metrics
 from madpo.core.reports import Report
-from madpo.losses.simulation import CANDIDATES, KNOWLEDGE, PROMPTS, Knowledge, Setting
+from madpo.losses.simulation import KNOWLEDGE, Knowledge, Setting
 from madpo.operations.running import load_report, run_in_folder
 from madpo.operations.settings import DemoSettings
 from madpo.operations.verify_auto import AUTO, AVERAGED, simulate
 from madpo.operations.verify_auto import Cell as Worlds
-from madpo.report.charts import Chart, levels
-from madpo.report.command_pages import Section, command_page, settings_section
-from madpo.report.drawing import draw
 from madpo.report.numbers import short
-from madpo.report.pages import Card, Cell, Table, cell, write_page
+from madpo.report.simulation_page import DECIDING, SEES, differences_table, write_simulation_page
 from madpo.runner.operation import operation
 
 METHODS = {
@@ -29,28 +26,18 @@ METHODS = {
     AVERAGED: ("two DPOs", "averaged over two seeds, without margins"),
 }
 """Row of :func:`madpo.operations.verify_auto.simulate` -> its name here, and what it is."""
-SEES: dict[Knowledge, str] = {
-    "good": "knows the reward's terms",
-    "same": "sees what the policy sees",
-    "poor": "sees half of the response",
-}
-"""Kind of reward model -> in words."""
-
-_SIMULATED = (
-    "A simulation: no language model, no human labels. The true reward is known, and what is shown was measured by it."
-)
 
 
 class DemoReport(Report):
     """True reward less that of DPO at the same KL, in standard deviations of the reward, paired by world."""
 
     settings: DemoSettings
-    differences: dict[str, dict[str, Estimate | None]]
+    differences: dict[Knowledge, dict[str, Estimate | None]]
     """Kind of reward model -> method -> difference; None where too few worlds reached the KL."""
-    deciding: dict[str, Estimate]
+    deciding: dict[Knowledge, Estimate]
     """Held-out log loss of the margins less that of DPO's own implicit margins, nats: below 0 the margins know more."""
 
-    def verdict(self, kind: str) -> tuple[str, str, tuple[str, ...]]:
+    def verdict(self, kind: Knowledge) -> tuple[str, str, tuple[str, ...]]:
         """What came out with one kind of reward model: a sentence, MADPO's side ("above", "below", "open"), remarks."""
         found = {METHODS[name][0]: value for name, value in self.differences[kind].items() if value is not None}
         above = [name for name, value in found.items() if value.low > 0]
@@ -66,11 +53,11 @@ class DemoReport(Report):
         s = self.settings
         lines = [
             f"A SIMULATION: {s.worlds} worlds with a known reward, {s.pairs} pairs each; log-linear policies by",
-            f"madpo.losses. True reward less DPO's at a KL of {s.kl:g} nats, in standard deviations of the reward:",
+            f"madpo.losses. True reward less DPO's at KL {s.kl:g} (nats), in standard deviations of the reward:",
         ]
         width = max(len(name) for name, _ in METHODS.values())
         for kind, found in self.differences.items():
-            lines += ["", f"the reward model {SEES[kind]}"]  # type: ignore[index]
+            lines += ["", f"the reward model {SEES[kind]}"]
             lines += [f"    {METHODS[name][0]:<{width}}  {short(value, 'signed', 3)}" for name, value in found.items()]
             words, _, remarks = self.verdict(kind)
             lines += [f"    {text}" for text in (words, *remarks)]
@@ -107,7 +94,7 @@ def run_demo(settings: DemoSettings, inputs: Mapping[str, Path], out: Path) -> M
     report = DemoReport(
         settings=settings,
         differences={kind: {name: estimate(f"{kind}: {name} - dpo") for name in METHODS} for kind in KNOWLEDGE},
-        deciding={kind: found for kind in KNOWLEDGE if (found := estimate(f"{kind}: deciding")) is not None},
+        deciding={kind: found for kind in KNOWLEDGE if (found := estimate(f"{kind}: {DECIDING}")) is not None},
     )
     report.write(out / "demo.json")
     _write_page(report, out / "report.html")
@@ -116,44 +103,26 @@ def run_demo(settings: DemoSettings, inputs: Mapping[str, Path], out: Path) -> M
 
 def _write_page(report: DemoReport, path: Path) -> None:
     """How much each method gains over DPO, by what its reward model knows."""
-    settings, heads = report.settings, {str(kind): f"It {SEES[kind]}" for kind in KNOWLEDGE}
-    colours = {name: (2, 5, 6, 3, 7)[place % 5] for place, name in enumerate(METHODS)}
-    label = "gain over DPO, standard deviations"
-    lines = {
-        heads[kind]: [(METHODS[name][0], colours[name], value, None) for name, value in found.items()]
-        for kind, found in report.differences.items()
-    }
-    drawn = [levels(head, label, of, ("DPO", 0.0)) for head, of in lines.items()]
-    figures = zip(heads, draw(Chart("gain", "Gain over DPO", "", drawn)).panels, strict=True)
-    cards = [Card(heads[kind], figure, *report.verdict(kind)) for kind, figure in figures]
-    note = (
-        f"By what the reward model knows. At a KL of {settings.kl:g} nats from the reference, 95 % intervals over "
-        f"{settings.worlds} worlds. Right of the line a method is better than plain DPO with the same pairs and "
-        "batches."
+    settings = report.settings
+    colours = dict(zip(METHODS, (2, 5, 6, 3, 7), strict=True))
+    found = {kind: {**report.differences[kind], DECIDING: report.deciding.get(kind)} for kind in KNOWLEDGE}
+    write_simulation_page(
+        path,
+        title="When do reward margins help?",
+        says=(),
+        note=(
+            f"At KL {settings.kl:g} (nats) to the reference, 95 % intervals over {settings.worlds} worlds. Right "
+            "of the line a method is better than plain DPO with the same pairs and batches."
+        ),
+        lines={
+            kind: [(METHODS[name][0], colours[name], report.differences[kind][name]) for name in METHODS]
+            for kind in KNOWLEDGE
+        },
+        verdicts={kind: report.verdict(kind) for kind in KNOWLEDGE},
+        table=differences_table("Differences to DPO", METHODS, found),
+        worlds=(
+            f"Its standard deviation is {settings.reward_sd:g} log-odds, and labels of {settings.pairs} pairs follow "
+            "Bradley-Terry."
+        ),
+        settings=settings.model_dump(),
     )
-    rows = [
-        [Cell(said, (what,)), *(cell(found[name], "signed", digits=3) for found in report.differences.values())]
-        for name, (said, what) in METHODS.items()
-    ]
-    rows.append(
-        [
-            Cell("held-out log loss, margins less DPO", ("nats; below 0 the margins know more than DPO has learned",)),
-            *(cell(report.deciding.get(kind), "signed", digits=3) for kind in heads),
-        ]
-    )
-    table = Table("Differences to DPO", ("method", *(f"it {SEES[kind]}" for kind in KNOWLEDGE)), rows, plain=True)
-    world = (
-        f"A prompt and a response are vectors. The true reward is quadratic in the response and depends on the prompt, "
-        f"with a standard deviation of {settings.reward_sd:g} log-odds; labels of {settings.pairs} pairs follow "
-        "Bradley-Terry. Policies are log-linear in 150 features, so none can express the reward. They start at the "
-        "reference and are trained by the losses of madpo.losses. Reward models are linear in what they see, and are "
-        f"trained on the same pairs. Reward and KL are exact sums over {CANDIDATES} candidates for each of "
-        f"{PROMPTS} new prompts. It tells which way the effects go, and not how large they are in language models."
-    )
-    sections = [
-        Section("Gain over DPO", note=note, cards=cards),
-        Section("The same in numbers", table=table),
-        Section("How the worlds are made", "true reward, labels, policies, measures", note=world, folded=True),
-        settings_section(settings.model_dump(), "what repeats this page"),
-    ]
-    write_page(path, command_page("simulation", "When do reward margins help?", [_SIMULATED], {}, sections))

@@ -7,8 +7,7 @@ equal KL, by the true reward, paired by world.
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +37,11 @@ from madpo.losses.simulation import (
     train,
 )
 from madpo.operations.settings import VerifyAutoSettings
-from madpo.report.numbers import DASH
+from madpo.report.command_pages import Section
+from madpo.report.numbers import DASH, count, one
+from madpo.report.pages import Cell as TableCell
+from madpo.report.pages import Table, cell
+from madpo.report.simulation_page import differences_table, write_simulation_page
 from madpo.rewards.label_share import decide
 from madpo.rewards.margins import PAPER_SETTINGS
 from madpo.runner.executors import Executor
@@ -140,21 +143,17 @@ class VerifyAutoReport(Report):
 
 
 def verify_auto(
-    settings: VerifyAutoSettings, output_dir: str | Path | None = None, *, executor: Executor | None = None
+    settings: VerifyAutoSettings, output_dir: str | Path, *, executor: Executor | None = None
 ) -> VerifyAutoReport:
     """Compare ``auto`` with DPO, MADPO and its relatives in simulated worlds.
 
     Args:
-        output_dir: keeps a folder for every setting, from which an interrupted run continues, and ``report.json``.
-            None keeps nothing.
+        output_dir: gets ``report.html``, ``report.json``, and a folder for every setting, from which an interrupted run
+            continues.
         executor: where settings are simulated; one after another by default.
     """
-    if output_dir is None:
-        with tempfile.TemporaryDirectory() as folder:
-            return verify_auto(settings, folder, executor=executor)
     root = expanded(output_dir)
     root.mkdir(parents=True, exist_ok=True)
-    grid = WHOLE if settings.whole else REDUCED
     steps = {
         setting: Step(
             f"cell/{_name(setting)}",
@@ -163,7 +162,7 @@ def verify_auto(
             says=f"{setting.pairs} pairs, {settings.worlds} worlds",
             light=True,
         )
-        for setting in grid
+        for setting in _grid(settings)
     }
     result = run(steps.values(), root, executor, about={"title": "verify-auto"})
     if result.failed:
@@ -173,14 +172,100 @@ def verify_auto(
         for key, value in result.records[step.name].metrics.items():
             kind, _, quantity = key.partition(": ")
             assert isinstance(value, Estimate)
-            cells.setdefault(f"{_name(setting)} {kind}", {})[quantity] = value
-    report = VerifyAutoReport(settings=settings, rows=tuple(_row(name, cells) for name in ROWS), cells=cells)
+            cells.setdefault(cell_name(setting, kind), {})[quantity] = value
+    report = summed_up(settings, cells)
     report.write(root / "report.json")
+    write_gains(report, root / "report.html")
     return report
+
+
+def _grid(settings: VerifyAutoSettings) -> Sequence[Setting]:
+    return WHOLE if settings.whole else REDUCED
+
+
+def cell_name(setting: Setting, kind: str) -> str:
+    """The name of a setting with one kind of reward model, in a report."""
+    return f"{_name(setting)} {kind}"
+
+
+def summed_up(settings: VerifyAutoSettings, cells: dict[str, dict[str, Estimate]]) -> VerifyAutoReport:
+    """The report on all cells, which are named by :func:`cell_name`."""
+    return VerifyAutoReport(settings=settings, rows=tuple(_row(name, cells) for name in ROWS), cells=cells)
 
 
 def _name(setting: Setting) -> str:
     return f"{setting.tier}-n{setting.pairs}-sd{setting.reward_sd:g}-flips{setting.flips:g}"
+
+
+def write_gains(report: VerifyAutoReport, path: Path) -> None:
+    """A page: what ``auto`` gains in every setting, the methods over all cells, and every setting in numbers."""
+    s = report.settings
+    found = {setting: {kind: report.cells[cell_name(setting, kind)] for kind in KNOWLEDGE} for setting in _grid(s)}
+    methods = {f"{name} - dpo": (name, about) for name, about in ROWS.items()}
+    auto = next(row for row in report.rows if row.method == AUTO)
+    write_simulation_page(
+        path,
+        title="Is auto better than DPO and than a searched MADPO?",
+        says=[
+            f"Of {count(auto.cells, 'cell')}, auto is clearly above plain DPO in {auto.above} and below it in "
+            f"{auto.below}. Against the best of MADPO's six settings it is above in {auto.above_searched} and below in "
+            f"{auto.below_searched}; against two averaged DPO policies, which cost as much, above in "
+            f"{auto.above_averaged} and below in {auto.below_averaged}."
+        ],
+        note=(
+            f"auto less DPO at KL {s.kl:g} (nats), 95 % intervals over {s.worlds} worlds. n: training pairs; sd: "
+            "standard deviation of the true reward in log-odds, 1.5 where it is not named; flipped: one label in five "
+            "is turned around; Low: the better of two responses against a worse text of another style."
+        ),
+        lines={
+            kind: [(_words(setting), 3, of[kind].get(f"{AUTO} - dpo")) for setting, of in found.items()]
+            for kind in KNOWLEDGE
+        },
+        verdicts={kind: _verdict([of[kind] for of in found.values()]) for kind in KNOWLEDGE},
+        table=Table("Methods over all cells", _HEAD, [_table_row(row) for row in report.rows], plain=True),
+        sections=[
+            Section(said, "every method", table=differences_table(said, methods, of), folded=True)
+            for setting, of in found.items()
+            if (said := _words(setting))
+        ],
+        worlds="Labels follow Bradley-Terry.",
+        settings=s.model_dump(),
+    )
+
+
+def _words(setting: Setting) -> str:
+    """A setting in the 18 letters that a chart has room for."""
+    about = "flipped" if setting.flips else "Low" if setting.tier == "low" else f"sd {setting.reward_sd:g}"
+    return f"n {setting.pairs:,}, {about}"
+
+
+def _verdict(cells: Sequence[Mapping[str, Estimate]]) -> tuple[str, str, tuple[str, ...]]:
+    """Of the settings with one kind of reward model: in how many ``auto`` is above DPO, and what decides there."""
+    gains = [of[key] for of in cells if (key := f"{AUTO} - dpo") in of]
+    above, below = sum(e.low > 0 for e in gains), sum(e.high < 0 for e in gains)
+    deciding = [one(end(of["deciding"].mean for of in cells), "signed", 3) for end in (min, max)]
+    side = "above" if above and not below else "below" if below and not above else "open"
+    return (
+        f"auto is clearly above DPO in {above} of {count(len(gains), 'setting')}, clearly below in {below or 'none'}.",
+        side,
+        (f"Held-out log loss of the margins less DPO's, nats: {' to '.join(deciding)}.",),
+    )
+
+
+_HEAD = (
+    *("cells clearly above / below", "plain DPO", "searched MADPO", "two averaged DPO"),
+    *("mean gain over DPO", "in the worst cell"),
+)
+
+
+def _table_row(row: Row) -> list[TableCell]:
+    searched = DASH if row.method == SEARCHED else f"{row.above_searched} / {row.below_searched}"
+    averaged = DASH if row.method == AVERAGED else f"{row.above_averaged} / {row.below_averaged}"
+    return [
+        TableCell(row.method, (row.about,)),
+        *(cell(words) for words in (f"{row.above} / {row.below}", searched, averaged)),
+        *(cell(value, "signed", digits=3) for value in (row.mean, row.worst)),
+    ]
 
 
 def _signed(value: float | None) -> str:
