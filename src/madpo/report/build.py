@@ -52,7 +52,8 @@ def build_report(
     notes = _notes(study, records)
     state = unfinished_run(records, unfinished)
     judged = [tier for tier in tiers if tier.policies]
-    found = [text for tier in judged for text in (own_opening(tier), own_verdict(tier).level)]
+    verdicts = [(tier, own_verdict(tier)) for tier in judged]
+    found = [text for tier, v in verdicts for text in (own_opening(tier), f"{v.level} {v.left}".strip())]
     summary = [*([state] if state else []), *(found if study.own and judged else headline(tiers)), *notes]
     data = {
         **results_json(tiers, title, summary, study.experiment),

@@ -31,22 +31,24 @@ class LiveReport:
 
     def __init__(self, root: Path) -> None:
         self.root, self.begun = root, time.monotonic()
-        self._rows: list[Result] = []
-        self._not_before = 0.0
+        self._rows: list[tuple[Record, float]] = []
+        self._not_before, self._linked = 0.0, False
 
     def __call__(self, record: Record) -> None:
         """Show an evaluation. Whatever hinders the page is left to the report at the end, which says it."""
         if not record.name.startswith(MEASURES):
             return
         page = self._page()
+        if page and not self._linked:
+            self._linked = True
+            say(f"The page grows with every result: {page.resolve().as_uri()}")
         if record.name.startswith("heldout/"):
             say(heldout_line(record, self._less_dpo(record, "log_loss_difference")))
             return
-        self._rows.append(Result.of(record, self._less_dpo(record), time.monotonic() - self.begun))
-        lines = table_lines(self._rows)
+        self._rows.append((record, time.monotonic() - self.begun))
+        # A difference to DPO is known from the first page after the evaluation.
+        lines = table_lines([Result.of(done, self._less_dpo(done), seconds) for done, seconds in self._rows])
         say("\n".join(lines if len(self._rows) <= _WHOLE else lines[-1:]))
-        if page and len(self._rows) == 1:
-            say(f"The page grows with every result: {page.resolve().as_uri()}")
 
     def _page(self) -> Path | None:
         from madpo.report.build import rebuild_report
@@ -59,7 +61,7 @@ class LiveReport:
         except MadpoError:
             return None
         ended = time.monotonic()
-        self._not_before = ended + (ended - started) * (1 / _SHARE - 1) if self._rows else 0.0
+        self._not_before = ended + (ended - started) * (1 / _SHARE - 1) if self._linked else 0.0
         return page
 
     def _less_dpo(self, record: Record, name: str = "difference") -> Estimate | None:
@@ -77,10 +79,10 @@ class LiveReport:
 def heldout_line(record: Record, less_dpo: Estimate | None) -> str:
     """What a policy makes of held-out pairs, in one line."""
     right, loss = (found if isinstance(found := record.metrics.get(key), Estimate) else None for key in _ON_PAIRS)
-    gap = "" if less_dpo is None else f"; less DPO's {short(less_dpo, 'signed')}"
+    gap = "" if less_dpo is None else f"; less DPO's {short(less_dpo, 'signed', 3)}"
     return (
         f"{record.config.get('method')}: {short(right, 'share')} of held-out pairs are ordered as labelled, log loss "
-        f"{short(loss)} nats{gap}"
+        f"{short(loss, digits=3)} nats{gap}"
     )
 
 

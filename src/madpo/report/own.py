@@ -12,6 +12,7 @@ from typing import Any
 
 from madpo.core.metrics import Estimate
 from madpo.core.statistics import paired_difference
+from madpo.report.charts import Chart, levels
 from madpo.report.compare import FEWEST, Comparison, base_beta, choose, equal_kl, frontiers, less
 from madpo.report.numbers import count, listed, short
 from madpo.report.pages import Table, cell
@@ -66,26 +67,26 @@ def comparisons(tier: Tier) -> dict[str, Comparison]:
 
 
 def own_verdict(tier: Tier) -> Verdict:
-    """One sentence: whether DPO helps, and whether some loss is clearly better."""
+    """Whether DPO helps, and whether some loss is clearly better; then every difference to DPO."""
     helps, kind = _helps(tier)
     made = {method: c for method, c in comparisons(tier).items() if c.value is not None}
-    clear = {method: c for method, c in made.items() if c.above}
-    said = {method: f"{method} {_words(c)}" for method, c in made.items()}
+    clear = {method: c.value.mean for method, c in made.items() if c.above and c.value is not None}
+    fewest = min((c.value.n for c in made.values() if c.value is not None), default=FEWEST)
     if not made:
-        which = "no other loss has been measured yet"
+        which = "No other loss has been measured yet."
+    elif fewest < FEWEST:
+        which = f"{count(fewest, 'held-out prompt').capitalize()} cannot tell losses apart."
     elif clear:
-        best = max(clear, key=lambda method: clear[method].value.mean)  # type: ignore[union-attr]
-        which, kind = f"clearly better than DPO is {listed([said[m] for m in clear])}: take {best}", "above"
+        best = max(clear, key=lambda method: clear[method])
+        which, kind = f"Clearly better than DPO is {listed(list(clear))}: take {best}.", "above"
     else:
-        which = f"no loss is clearly better than DPO ({'; '.join(said.values())}): plain DPO is as good"
-    return Verdict("Own pairs", f"{helps}; {which}.", kind=kind)
-
-
-def _words(c: Comparison) -> str:
-    """ "+0.02 (...) in reward at the same KL", from the method's side."""
-    unit = "nats of held-out log loss gained" if c.what.endswith("log loss") else "in reward at the same KL"
-    few = f", too few prompts ({c.value.n})" if c.value is not None and c.value.n < FEWEST else ""
-    return f"{short(c.value, 'signed')} {unit}{few}"
+        which = "No loss is clearly better than DPO: plain DPO is as good."
+    said = []
+    for digits, unit in ((2, "reward at the same KL"), (3, "held-out log loss, nats")):
+        of = {method: c for method, c in made.items() if c.what.endswith("log loss") == (digits == 3)}
+        words = "; ".join(f"{method} {short(c.value, 'signed', digits)}" for method, c in of.items())
+        said += [f"Gained over DPO in {unit}: {words}."] * bool(of)
+    return Verdict("Own pairs", f"{helps}. {which}", kind=kind, left=" ".join(said))
 
 
 def _helps(tier: Tier) -> tuple[str, str]:
@@ -93,13 +94,15 @@ def _helps(tier: Tier) -> tuple[str, str]:
     dpo, start = tier.baseline, tier.sft
     if dpo is None:
         return "There is no plain DPO to compare with yet", "open"
+    right = dpo["heldout_accuracy"]
+    if isinstance(right, Estimate) and right.low == right.high == 0.5:
+        return "DPO left its policy where it was; give more --epochs or a higher --learning_rate", "open"
     if start is not None:
         values, _ = over_shared_seeds([tier.cells(dpo), tier.cells(start)])
         if len(values) > 1:
             gap = paired_difference(values[0].to_numpy(), values[1].to_numpy(), seed=BOOTSTRAP_SEED)
             words = f"DPO changes the judge's reward by {short(gap, 'signed')}"
             return _sided(gap, 0.0, words)
-    right = dpo["heldout_accuracy"]
     if not isinstance(right, Estimate):
         return "DPO has not been measured yet", "open"
     return _sided(right, 0.5, f"DPO orders {short(right, 'share')} of the held-out pairs as labelled")
@@ -119,10 +122,27 @@ def own_table(tier: Tier) -> Table:
     gaps = [gap for row in tier.rows if isinstance(gap := row["log_loss_difference"], Estimate)]
     limit = max((max(abs(gap.low), abs(gap.high)) for gap in gaps), default=1.0)
     rows = [
-        [cell(row.name), *(cell(row[n], HEAD[n][1], limit if HEAD[n][1] == "signed" else None) for n in names)]
+        [
+            cell(row.name),
+            *(cell(row[n], how, *((limit, 3) if how == "signed" else ())) for n in names for how in (HEAD[n][1],)),
+        ]
         for row in tier.rows
     ]
     return Table("Own pairs", ["policy", *(HEAD[name][0] for name in names)], rows)
+
+
+def own_chart(tier: Tier, colours: Mapping[str, int]) -> Chart | None:
+    """What every policy gains over DPO in held-out log loss; before there is any, how often DPO is right."""
+    gained = [(row, gap) for row in tier.policies if isinstance(gap := row["log_loss_difference"], Estimate)]
+    right = [(row, share) for row in tier.policies if isinstance(share := row["heldout_accuracy"], Estimate)]
+    if gained:
+        label, line = "gained over DPO in held-out log loss, nats", ("DPO", 0.0)
+        values = [(row, Estimate(-gap.mean, -gap.high, -gap.low, gap.n)) for row, gap in gained]
+    else:
+        label, line, values = "held-out pairs ordered as labelled", ("chance", 0.5), right
+    lines = [(row.name, colours[row.method], value, None) for row, value in values]
+    caption = "Held-out pairs, 95 % intervals over prompts."
+    return Chart("own", "Held-out pairs", caption, [levels(tier.label, label, lines, line)]) if lines else None
 
 
 def own_notes(experiment: Mapping[str, Any], records: Mapping[str, Record]) -> list[str]:

@@ -17,6 +17,7 @@ from madpo.report.charts import Chart, Mark, Panel, Series, WeightPanel, levels,
 from madpo.report.claims import EQUAL_KL, Claim, claims
 from madpo.report.compare import Choice, base_beta, chosen, frontiers, selection_json, selections, settings_of
 from madpo.report.methods import SFT, is_setting
+from madpo.report.own import own_chart
 from madpo.report.results import Row, Tier, collect, mean_of, shared_seeds
 from madpo.report.study_sections import weighting
 from madpo.rewards.margins import Reliability, reliability
@@ -86,7 +87,10 @@ class Study:
         tiers, beta = self.tiers, self.beta
         groups = list(dict.fromkeys(row.group for tier in tiers for row in tier.rows if row.group not in FIRST))
         training = [("", FIRST, ""), *((f"_{group}", (group,), f", {group}") for group in groups)]
+        names = list(dict.fromkeys(row.method for tier in tiers for row in tier.rows))
+        colours = {name: _colour(name, names) for name in names}
         found = [
+            *(own_chart(tier, colours) for tier in tiers if self.own),
             main_chart(tiers, self.choices),
             sensitivity_chart(tiers, beta),
             ablation_chart(tiers, beta),

@@ -59,7 +59,9 @@ def study_page(
         progress=progress(records, unfinished),
         notes=notes,
         untrained=str(study.experiment.get("model", "")).startswith("tiny-"),
-        verdicts=tier_verdicts(study, charts.get("frontier" if study.own else "figure1_main")),
+        verdicts=tier_verdicts(
+            study, charts.get("frontier", charts.get("own")) if study.own else charts.get("figure1_main")
+        ),
         main=next(map(own_table, judged), None) if study.own else main_table(study, reasons),
         chosen=chosen_table(study),
         selections=selections_table(study),
@@ -109,7 +111,9 @@ def tier_verdicts(study: Study, main: Drawn | None) -> list[Card]:
         )
         doubt = "The reward model is near chance." if near_chance(tier) else ""
         text = said.gap or said.level
-        found.append(Card(tier.label, figures.get(tier.label), text, said.kind, (words,), doubt))
+        found.append(
+            Card(tier.label, figures.get(tier.label), text, said.kind, (said.left if study.own else words,), doubt)
+        )
     return found
 
 

@@ -15,7 +15,7 @@ from madpo.report.numbers import DASH, count, one, short
 from madpo.report.pages import MARGINS_SHOWN, Cell, Table, cell, limit_of, shown_margins, values_table
 from madpo.report.results import Row, Tier, Value
 from madpo.report.summary import doubtful, weights_from
-from madpo.report.tables import UNEVEN, headings
+from madpo.report.tables import OF_TEXTS, UNEVEN, headings
 from madpo.rewards.weight_counts import WeightParameters, count_weights
 
 # Verdict -> class of the style sheet.
@@ -88,11 +88,14 @@ def tier_results(tier: Tier, reasons: Mapping[tuple[str, str], str]) -> dict[str
     for row in tier.rows:
         words = ", ".join(filter(None, (row.group, settings_words(row.loss))))
         lines.append((Cell(row.name, (words,) if words else ()), row.values, ()))
+    # With held-out pairs there are more columns than fit; the texts have a table of their own.
+    crowded = any(row["heldout_accuracy"] is not None for row in tier.rows)
+    columns = {name: how for name, how in headings(tier).items() if not crowded or name not in OF_TEXTS}
     measured = [row for row in tier.rows if row.per_seed]
     several = any(len(row.seeds) > 1 for row in measured)
     return {
         "label": tier.label,
-        "table": values_table(f"Results, {tier.label}", headings(tier), lines, sortable=True),
+        "table": values_table(f"Results, {tier.label}", columns, lines, sortable=True),
         "note": UNEVEN if tier.uneven else "",
         "seeds": [(row.name, row.seeds_in_words) for row in measured] if several else [],
         "missing": [(name, reasons.get((tier.name, name), NOT_RUN)) for name in tier.missing],

@@ -32,6 +32,7 @@ COLUMNS = {
     "heldout_log_loss": ("held-out log loss, nats", "number"),
     "log_loss_difference": ("log loss less DPO's", "signed"),
 }
+OF_TEXTS = ("length", "distinct_2", "ended")
 HELDOUT = ("heldout_accuracy", "heldout_log_loss", "log_loss_difference")
 UNEVEN = (
     "Rows have different training seeds. A difference is over the seeds that a row shares with DPO, so it need not be "

@@ -20,6 +20,7 @@ from madpo.core.config import find_experiment, load_config
 from madpo.core.progress import duration, gigabytes
 from madpo.models.load import compute_dtype
 from madpo.models.packaged import PACKAGED, cache_dir, cache_limit
+from madpo.report.numbers import count
 from madpo.runner.run import plan
 from madpo.study.estimates import TWO_CORES, Machine, estimates, this_machine
 from madpo.study.experiment import Experiment
@@ -47,7 +48,7 @@ def diagnose() -> Iterator[Line]:
     )
     yield Line("accelerator", _accelerator())
     load = "" if not hasattr(os, "getloadavg") else f", load {os.getloadavg()[0]:.1f} in the last minute"
-    yield Line("CPU", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads used{load}")
+    yield Line("CPU", f"{os.cpu_count()} cores, {count(torch.get_num_threads(), 'thread')} used{load}")
     memory = psutil.virtual_memory()
     yield Line("memory", f"{gigabytes(memory.available)} of {gigabytes(memory.total)} are free")
     yield Line("cache", _cache(cache_dir()))
@@ -106,7 +107,7 @@ def _cache(folder: Path) -> str:
         return f"{total / 1e9:.1f} GB"
 
     columns = f"columns of {size(folder / 'columns')} (at most {cache_limit() / 1e9:g})"
-    return f"{folder}, {len(models)} models of {size(*models)}, {columns}, {free}"
+    return f"{folder}, {count(len(models), 'model')} of {size(*models)}, {columns}, {free}"
 
 
 def _rate(dtype: torch.dtype) -> str:

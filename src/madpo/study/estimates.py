@@ -68,6 +68,10 @@ class Shape(NamedTuple):
 
 _GEMMA = Shape(268e6, 18, 640, 2048, 2 * 256, 262_144)
 _TINY = Shape(2e5, 2, 64, 128, 2 * 32, 512)
+_KNOWN = {
+    **dict.fromkeys(("gemma-3-270m", "google/gemma-3-270m"), _GEMMA),
+    "smollm2-135m-instruct": Shape(134.5e6, 30, 576, 1536, 2 * 192, 49_152),
+}
 
 
 class Work(NamedTuple):
@@ -269,7 +273,10 @@ def first_words(result: RunResult) -> str | None:
     seconds = sum(guess.seconds for guess in estimates(result.plan, machine.rates, result.root, result.graph).values())
     if seconds < 60:
         return None
-    return f"About {duration(seconds)} of work for {machine.name}; finished steps are kept when it is stopped."
+    return (
+        f"About {duration(seconds)} for {machine.name}, when nothing else runs on it; finished steps are kept when the "
+        "run is stopped."
+    )
 
 
 def dry_run_lines(result: RunResult, machine: Machine) -> list[str]:
@@ -360,8 +367,8 @@ def _shape(step: Step) -> Shape | None:
 def _shape_of(model: str) -> Shape | None:
     if (cut := cut_report(model)) is not None:
         return _GEMMA._replace(parameters=float(cut["parameters"]), words=int(cut["entries"]))
-    if model in ("gemma-3-270m", "google/gemma-3-270m") and not Path(model).is_dir():
-        return _GEMMA
+    if model in _KNOWN and not Path(model).is_dir():
+        return _KNOWN[model]
     folder = cache_dir() / "models" / f"{model}-v1" if model.startswith("tiny-") else Path(model)
     try:
         raw = json.loads((folder / "config.json").read_bytes())
