@@ -12,16 +12,19 @@ from selenium.webdriver.common.by import By
 
 from madpo.core.metrics import Estimate
 from madpo.core.seeding import rng
+from madpo.losses.simulation import KNOWLEDGE
 from madpo.operations.inspection import inspect as inspect_data
+from madpo.operations.settings import VerifyAutoSettings
 from madpo.operations.tuning.report import Diverged, Heldout, Trial, TuneReport, write_search
 from madpo.operations.tuning.settings import TuneSettings
+from madpo.operations.verify_auto import AVERAGED, REDUCED, ROWS, SEARCHED, cell_name, summed_up, write_gains
 from madpo.report import rebuild_report
-from madpo.report.command_pages import write_reward_page, write_samples_page
+from madpo.report.command_pages import write_reward_page, write_samples_page, write_training_page
 from madpo.report.pages import cell
 from madpo.rewards.margins import inspect
 from report_cases import HOSTILE, LONG, make_study
 
-PAGES = ("report", "margins", "reward", "samples", "tune")
+PAGES = ("report", "margins", "reward", "training", "samples", "tune", "simulation", "own")
 FIRST_SCREEN = 900  # pixels
 
 # Text of a figure that reaches beyond it: [text, by how much].
@@ -66,6 +69,50 @@ def reward_page(folder: Path) -> Path:
         path, model=HOSTILE, says=["so and so"], tiles=tiles, bins=bins, log=folder / "log.jsonl", settings=settings
     )
     return path
+
+
+def training_page(folder: Path) -> Path:
+    steps = range(1, 120)
+    log = [{"step": s, "loss": 0.69 - 0.002 * s, "rewards/margins": 0.01 * s, "weight/mean": 1.1} for s in steps]
+    log += [{"step": s, "eval_loss": 0.68, "eval_rewards/margins": 0.1} for s in (40, 80)]
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    numbers = {"loss": "madpo", "training pairs": "1,400", "steps": "119", "mean loss": 0.571234}
+    evaluation = {"eval_loss": 0.68123456, "eval_rewards/accuracies": 0.7123456, "eval_rewards/margins": 0.1}
+    write_training_page(
+        folder / "training.html",
+        title=HOSTILE,
+        says=["The policy has the lower loss on held-out pairs."],
+        numbers=numbers,
+        evaluation=evaluation,
+        log=folder / "log.jsonl",
+        settings=f"model = {LONG}",
+        refresh=15,
+    )
+    return folder / "training.html"
+
+
+def simulation_page(folder: Path) -> Path:
+    gain = Estimate(0.0123456, -0.012, 0.034, 12)
+    names = [f"{method} - {other}" for method in ROWS for other in ("dpo", SEARCHED, AVERAGED) if method != other]
+    cell_of = dict.fromkeys([*names, "deciding", "label_share"], gain)
+    cells = {cell_name(setting, kind): cell_of for setting in REDUCED for kind in KNOWLEDGE}
+    write_gains(summed_up(VerifyAutoSettings(), cells), folder / "simulation.html")
+    return folder / "simulation.html"
+
+
+def own_page(folder: Path) -> Path:
+    study = make_study(folder / "own", ("own",), seeds=1, groups=("core", "frontier"))
+    study.experiment |= {"data": "pairs.jsonl", "judge": "probe"}
+    for number, method in enumerate(study.methods):
+        rows = rng(number, "heldout").normal(0.4, 1.0, 40)
+        lines = [
+            {"prompt_id": i, "sample": 0, "pair_id": i, "log_ratio_margin": h, "right": float(h > 0)}
+            | {"log_loss": float(np.logaddexp(0, -h))}
+            for i, h in enumerate(rows)
+        ]
+        place = study.add(f"heldout/own/method{number}/seed0", {}, {"method": method["name"]})
+        (place / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return rebuild_report(study.write("Preference losses on pairs.jsonl"), figures=False)
 
 
 def samples_page(folder: Path) -> Path:
@@ -118,8 +165,9 @@ def study_page(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    makers = (study_page, margins_page, reward_page, samples_page, tune_page)
-    return {name: make(tmp_path_factory.mktemp(name)) for name, make in zip(PAGES, makers, strict=True)}
+    makers = {"report": study_page, "margins": margins_page, "reward": reward_page, "training": training_page}
+    makers |= {"samples": samples_page, "tune": tune_page, "simulation": simulation_page, "own": own_page}
+    return {name: makers[name](tmp_path_factory.mktemp(name)) for name in PAGES}
 
 
 def show(browser: Chrome, page: Path, width: int, height: int, scheme: str = "light") -> None:
@@ -160,6 +208,7 @@ def test_the_answer_is_on_the_first_screen(screen: Chrome, pages: dict[str, Path
         ("reward", "#reward_model"),
         ("samples", "[aria-label=Measured]"),
         ("tune", "#trials"),
+        ("training", "#training"),
     ],
 )
 def test_a_commands_page_answers_on_the_first_screen(
@@ -177,7 +226,7 @@ def test_nothing_is_cut_and_nothing_scrolls_sideways(
 ) -> None:
     show(screen, pages[name], width, 844)
     screen.execute_script(OPEN)
-    assert screen.execute_script(CUT) == []
+    assert not (cut := screen.execute_script(CUT)), cut
     assert screen.execute_script(SIDEWAYS) == []
     heights = screen.execute_script(
         "return [...document.querySelectorAll('svg.figure text')].map((t) => t.getBoundingClientRect().height)"
@@ -200,7 +249,7 @@ def test_dark_and_light_differ_and_are_readable(screen: Chrome, pages: dict[str,
         show(screen, pages[name], 1280, 900, scheme)
         ground = colour("body", "backgroundColor")
         grounds.append(tuple(ground))
-        places = (("body", "color"), ("svg.figure .tick", "fill"), (".tile dt, .question", "color"))
+        places = (("body", "color"), ("svg.figure .tick", "fill"), (".tile dt, .question, .aside", "color"))
         for selector, kind in places:
             assert contrast(colour(selector, kind), ground) > 4.5, (scheme, selector)
     assert len(set(grounds)) == 2

@@ -29,7 +29,7 @@ from madpo.operations.settings import EvaluateSettings
 from madpo.operations.study_evaluation import distinct
 from madpo.report.command_pages import write_samples_page
 from madpo.report.numbers import against, short
-from madpo.report.pages import cell
+from madpo.report.pages import Table, cell
 from madpo.runner.operation import operation
 
 
@@ -87,7 +87,8 @@ class EvaluateReport(Report):
             f"{'':12}{'policy':>28}{'reference':>28}",
         ]
         for name in ("reward", "length"):
-            sides = [short(getattr(side, name), digits=3) for side in (self.policy_side, self.reference_side)]
+            digits = 1 if name == "length" else 3
+            sides = [short(getattr(side, name), digits=digits) for side in (self.policy_side, self.reference_side)]
             lines.append(f"{name:12}{sides[0]:>28}{sides[1]:>28}")
         lines.append(f"{'KL (nats)':12}{short(self.kl, digits=3):>28}{'0':>28}")
         for name in ("distinct_1", "distinct_2", "ended_share"):
@@ -172,16 +173,35 @@ def evaluate_responses(settings: EvaluateSettings, inputs: Mapping[str, Path], o
         measured={
             name.replace("_", " "): (getattr(sides[0], name), getattr(sides[1], name))
             for name in ("reward", "length", "distinct_1", "distinct_2", "ended_share")
-        }
-        | {
-            f"reward at temperature {at.temperature:g}": (at.policy_reward, at.reference_reward)
-            for at in report.temperatures
         },
+        temperatures=_temperatures(report),
         samples=[sample for sample in samples if "temperature" not in sample],
         settings={"policy": report.policy, "reference": report.reference, **settings.model_dump(mode="json")},
     )
     report.write(out / "evaluation.json")
     return {"win_rate": report.win_rate, "reward_difference": report.reward_difference, "kl": report.kl}
+
+
+def _temperatures(report: EvaluateReport) -> Table | None:
+    """Win rate and rewards at each decoding temperature, the first one among them; None where there is one only."""
+    if not report.temperatures:
+        return None
+    first = AtTemperature(
+        temperature=report.settings.temperature,
+        win_rate=report.win_rate,
+        reward_difference=report.reward_difference,
+        policy_reward=report.policy_side.reward,
+        reference_reward=report.reference_side.reward,
+    )
+    rows = [
+        [
+            *(cell(f"{at.temperature:g}"), cell(at.win_rate, "share"), cell(at.reward_difference, "signed", digits=3)),
+            *(cell(value, digits=3) for value in (at.policy_reward, at.reference_reward)),
+        ]
+        for at in sorted((first, *report.temperatures), key=lambda at: at.temperature)
+    ]
+    head = ("temperature", "win rate", "reward difference", "policy's reward", "reference's reward")
+    return Table("Decoding temperatures", head, rows, plain=True)
 
 
 def _responses(place: Place, prompts: Sequence[Prompt], settings: EvaluateSettings) -> list[dict[str, Any]]:

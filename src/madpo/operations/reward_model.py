@@ -221,7 +221,7 @@ def _write_page(report: RewardReport, out: Path) -> None:
             "accuracy": report.accuracy,
             "log loss": report.log_loss_interval,
             "log loss after the temperature": report.calibrated_log_loss,
-            "temperature": report.temperature_interval or report.temperature,
+            "temperature": report.temperature_interval or f"{report.temperature:.3g}",
             "training pairs": f"{report.train_pairs:,}",
             "held-out pairs": f"{report.heldout_pairs:,}",
         },

@@ -95,8 +95,8 @@ def write_reward_page(
     if series := reward_curves(pd.DataFrame(json_lines(log, "step")) if log.exists() else pd.DataFrame()):
         panels.append(Panel("Training", "step", "loss, nats", series, reference=("chance", 0.6931)))
     caption = (
-        "Left: held-out pairs in bins of equal number with 95 % intervals; a calibrated model lies on the line. Right: "
-        "the loss on training pairs (a pale line and its running mean) and on held-out pairs."
+        "Calibration: held-out pairs in bins of equal number with 95 % intervals; a calibrated model lies on the line. "
+        "Training: the loss on training pairs (a pale line and its running mean) and on held-out pairs."
     )
     sections = [
         Section("Calibration and training", charts=[draw(Chart("reward_model", "Reward model", caption, panels))]),
@@ -173,14 +173,16 @@ def write_training_page(
     """
     chart = training_chart(log)
     charts = [draw(chart)] if chart is not None else []
-    tiles = {name: cell(value, digits=4) for name, value in numbers.items()}
-    tiles |= {name: cell(evaluation[key], digits=4) for name, key in _MEASURES.items() if key in evaluation}
-    sections = [Section("The course of the training", note=trained, charts=charts)]
+    tiles = {name: cell(value, digits=3) for name, value in numbers.items()}
+    for name, key in _MEASURES.items():
+        if key in evaluation:
+            tiles[name] = cell(evaluation[key], "share" if name == "held-out accuracy" else "number", digits=3)
+    sections = [Section("The course of the training", charts=charts)]
     if evaluation:
         measured = [[Cell(name.removeprefix("eval_")), cell(value, digits=4)] for name, value in evaluation.items()]
         table = Table("On the held-out pairs", ("measure", "value"), measured, plain=True)
         sections.append(Section(table.label, f"{len(measured)} measures", table=table, folded=True))
-    sections.append(settings_section(settings, "what repeats this training"))
+    sections.append(settings_section(settings, "what repeats this training")._replace(note=trained))
     write_page(path, command_page("training", title, says, tiles, sections, refresh=refresh))
 
 
@@ -193,6 +195,7 @@ def write_samples_page(
     measured: Mapping[str, tuple[Estimate | float, Estimate | float]],
     samples: Sequence[Mapping[str, Any]],
     settings: Mapping[str, Any],
+    temperatures: Table | None = None,
 ) -> None:
     """What policy and reference wrote to the same prompts, in the order of the data.
 
@@ -204,12 +207,19 @@ def write_samples_page(
         measured: quantity -> the policy's and the reference's value.
         samples: lines of ``samples.jsonl``.
         settings: of the evaluation.
+        temperatures: what was measured at further decoding temperatures.
     """
     sides = ["policy", "reference"]
     lines = [(name, colour, value, None) for name, colour, value in zip(sides, (2, 7), measured["reward"], strict=True)]
     charts = [draw(Chart("rewards", "Reward", "", [levels("", "mean reward", lines)]))]
     rows = [
-        [Cell(name), *(cell(value, digits=1 if name == "length" else 3) for value in values)]
+        [
+            Cell(name),
+            *(
+                cell(v, "share" if name == "ended share" else "number", digits=1 if name == "length" else 3)
+                for v in values
+            ),
+        ]
         for name, values in measured.items()
     ]
     rows_of_samples = (
@@ -224,6 +234,7 @@ def write_samples_page(
     data = {"samples": {"all": entry}, "unit": "its reward"}
     sections = [
         Section("Measured", charts=charts, table=Table("Measured", ("", *sides), rows, plain=True)),
+        *([Section(temperatures.label, table=temperatures)] if temperatures is not None else []),
         Section("Samples", note=note, answers=static(entry), id="samples"),
         settings_section(settings, "sampling and the reward model"),
     ]

@@ -22,6 +22,7 @@ from madpo.report.svg import PHONE, Scale
 from madpo.rewards.weight_counts import WeightParameters, log_weight
 
 HEIGHTS = {360: 240, 540: 320}
+LOW = 230  # of a panel of 540 where there are two rows of them, so that both are on the first screen
 RIGHT, BOTTOM, ROW = 18, 46, 26
 HOVER_FROM = 12  # points of a line from which the page's script reads values under the pointer
 ALT_MARKS = 12  # values that a figure's alternative text spells out; its table has all
@@ -69,7 +70,7 @@ def _panels(chart: Chart) -> list[ET.Element]:
     rows = [panel for panel in _axes_of(chart) if panel.rows]
     width = 360 if rows or columns_of(chart) == 3 else 540
     return [
-        _axes(panel, rows, width)
+        _axes(panel, rows, width, LOW if width == 540 and len(chart.panels) > 2 else HEIGHTS[width])
         if isinstance(panel, Panel)
         else weight_figure(
             panel.margins, panel.parameters, label=f"Weight curve and margins, {panel.title}", title=panel.title
@@ -81,11 +82,12 @@ def _panels(chart: Chart) -> list[ET.Element]:
 # Axes
 
 
-def _axes(panel: Panel, together: Sequence[Panel], width: int) -> ET.Element:
-    """A pair of axes; panels ``together`` with it share their range and the room for names where there are rows."""
+def _axes(panel: Panel, together: Sequence[Panel], width: int, height: int) -> ET.Element:
+    """A pair of axes; panels ``together`` with it share their range and the room for names where there are rows, which
+    decide the height there."""
     rows, size = panel.rows, PHONE[width]
     top = (28 if panel.title else 8) if rows else (48 if panel.title else 28)
-    height = top + ROW * len(rows) + BOTTOM if rows else HEIGHTS[width]
+    height = top + ROW * len(rows) + BOTTOM if rows else height
     base = height - BOTTOM
     y = Scale(-0.5, len(rows) - 0.5, top, base) if rows else Scale(*_y_range(panel), base, top)
     y_ticks = list(enumerate(rows)) if rows else [(value, svg.number(value)) for value in y.ticks()]
@@ -104,8 +106,8 @@ def _axes(panel: Panel, together: Sequence[Panel], width: int) -> ET.Element:
             svg.line(figure, x(value), top if rows else base, x(value), base + 5, "axis" if rows else "axis strong")
             svg.text(figure, x(value), base + 19, words, "tick middle")
     svg.text(figure, width - RIGHT, height - 8, svg.cut(panel.x_label, width - RIGHT, size), "tick end")
-    svg.text(figure, 0, 18, svg.cut(panel.title, width, size), "panel-title")
-    svg.text(figure, 0, top - 10, svg.cut(panel.y_label, width, size), "tick")
+    svg.text(figure, 2, 18, svg.cut(panel.title, width - 2, size), "panel-title")  # a bold Y reaches to its left
+    svg.text(figure, 2, max(18, top - 13), svg.cut(panel.y_label, width - 2, size), "tick")
     if panel.diagonal:
         svg.path(figure, [(x(v), y(v)) for v in (0.5, 1.0)], "mark")
     if panel.reference is not None:

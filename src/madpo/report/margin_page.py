@@ -30,8 +30,9 @@ def write_margin_page(path: Path, name: str, report: MarginReport, margins: Marg
 def margin_page(name: str, report: MarginReport, margins: Margins) -> str:
     """The page as HTML. Margins are shown in log-odds, divided by the report's temperature."""
     h = np.asarray(margins.values) / report.margin_temperature
-    # Two decimals, as a slider shows them.
-    parameters = WeightParameters(tau=max(0.01, round(report.tau, 2)), c_max=report.c_max)
+    # Two decimals, as a slider shows them; without a recommendation the library's own.
+    given = {"tau": max(0.01, round(report.tau, 2)), "c_max": report.c_max} if report.informative else {}
+    parameters = WeightParameters(**given)
     data: dict[str, Any] = {
         "margins": shown_margins(h),
         "parameters": parameters._asdict(),
@@ -51,7 +52,8 @@ def margin_page(name: str, report: MarginReport, margins: Margins) -> str:
     note = (
         "Every pair has a margin: how sure the reward model is of its label, in log-odds after the margin temperature "
         f"({report.temperature_reason}). The curve is the weight that MADPO gives to a pair with that margin. Drag τ, "
-        f"c_max, c_min and λ to see what another setting would do. Why {'; '.join(report.reasons)}."
+        "c_max, c_min and λ to see what another setting would do."
+        + (f" Why {'; '.join(report.reasons)}." if report.informative else "")
     )
     suspects = [
         {
@@ -61,7 +63,7 @@ def margin_page(name: str, report: MarginReport, margins: Margins) -> str:
         for s in report.suspects
     ]
     contradicted = "the labels that the reward model contradicts most: swapped columns and wrong labels are here"
-    other = "the settings of the paper's search, and the recommended one last"
+    other = f"the settings of the paper's search{', and the recommended one last' if report.informative else ''}"
     sure = "how sure the reward model is, and how often the labels agree"
     chart = draw(Chart("reliability", "Calibration", "", [calibration_panel("", report.reliability, 4)]))
     bins = reliability_table(report.reliability)
@@ -91,6 +93,6 @@ def _settings(report: MarginReport) -> Table:
             *(cell(f"{s.c_max:g}"), cell(f"{s.mean_weight:.3f}"), cell(f"{s.effective_share:.1%} of the pairs")),
             *(cell(f"{share:.1%}") for share in (s.amplified, s.dampened, s.turned_down)),
         ]
-        for s in report.settings
+        for s in report.shown
     ]
     return Table("Settings", head, rows, plain=True)

@@ -106,20 +106,25 @@ class MarginReport(Report):
         """Whether the margins order these pairs better than a coin would (by the interval of ``contradicted``)."""
         return self.contradicted.high < 0.5
 
+    @property
+    def shown(self) -> tuple[Setting, ...]:
+        """The paper's settings, and the recommended one last where there is one."""
+        return self.settings if self.informative else self.settings[:-1]
+
     def text(self) -> str:
         """The report for a person."""
         c = self.contradicted
         lines = [
-            f"{self.pairs} margins: median {self.median:.2f}, mean {self.mean:.2f}, standard deviation "
-            f"{self.deviation:.2f}, from {self.smallest:.2f} to {self.largest:.2f}",
+            f"{self.pairs} margins: median {self.median:.3g}, mean {self.mean:.3g}, standard deviation "
+            f"{self.deviation:.3g}, from {self.smallest:.3g} to {self.largest:.3g}",
             f"the reward model contradicts {c.mean:.1%} of the labels (95 % interval {c.low:.1%} to {c.high:.1%})",
             f"margin temperature {self.margin_temperature:.3g}: {self.temperature_reason}",
             f"log loss {self.log_loss:.3f}, {self.calibrated_log_loss:.3f} after the temperature (a coin: 0.693); "
             f"calibration error {self.calibration_error:.1%}",
             "   tau  c_max  mean weight  effective  amplified  dampened  turned down",
         ]
-        for s in self.settings:
-            mark = "  recommended" if self.informative and s is self.settings[-1] else ""
+        for s in self.shown:
+            mark = "  recommended" if s is self.settings[-1] else ""
             lines.append(
                 f"{s.tau:6.2f}  {s.c_max:5.2f}  {s.mean_weight:11.3f}  {s.effective_share:9.1%}  {s.amplified:9.1%}  "
                 f"{s.dampened:8.1%}  {s.turned_down:11.1%}{mark}"

@@ -75,7 +75,7 @@ def respond(
         top_k=config.top_k,
         samples=samples,
         batch_size=config.batch_size,
-        description=description,
+        description=f"{description}, tokens",
     )
     responses = [Response(ids, decode(tokenizer, ids), ids[-1] in ends) for ids in found]
     return [responses[k::samples] for k in range(samples)]

@@ -160,15 +160,15 @@ def search_page(report: TuneReport) -> str:
     says += [f"Trial {lost.number} diverged: {lost.reason}." for lost in report.diverged]
     tiles = {"chosen": Cell(f"trial {best.number}", (in_words(best.values),))}
     shown = [name for name in report.criteria if name != "raw_log_loss"]
-    tiles |= {CRITERIA[name]: cell(getattr(best.heldout, name), digits=4) for name in shown}
+    tiles |= {CRITERIA[name]: _measured(best.heldout, name) for name in shown}
     panels = [panel for name in settings.searched if (panel := _panel(report, name)) is not None]
     note = (
         "Held-out pairs of all folds together, 95 % intervals over prompts. The raw log loss is shown and never "
         "selected on: it is plain DPO's own target, and favours it."
     )
-    charts = [draw(Chart("trials", "Trials", "Every trial, and the chosen one.", panels))] if panels else []
+    charts = [draw(Chart("trials", "Trials", note, panels))] if panels else []
     sections = [
-        Section("Trials", note=note, charts=charts, table=_table(report)),
+        Section("Trials", note="" if charts else note, charts=charts, table=_table(report)),
         settings_section(settings.model_dump(mode="json"), "of the search"),
     ]
     return command_page("search", f"Search for {settings.loss.kind}", says, tiles, sections)
@@ -193,6 +193,10 @@ def shown_value(value: object) -> str:
     return DASH if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def _measured(heldout: Heldout | None, name: str, missing: str = "not reached") -> Cell:
+    return cell(getattr(heldout, name, None) or missing, "share" if name == "accuracy" else "number", digits=4)
+
+
 def _table(report: TuneReport) -> Table:
     rows, searched, criteria = [], report.settings.searched, report.criteria
     for trial in report.tried:
@@ -200,8 +204,8 @@ def _table(report: TuneReport) -> Table:
         mark = "chosen" if trial.number == report.chosen else "diverged" if lost else ""
         name = Cell("plain DPO" if trial.number == BASELINE else str(trial.number), (mark,) if mark else ())
         values = [cell(shown_value(trial.values.get(setting))) for setting in searched]
-        heldout, missing = (None, DASH) if isinstance(trial, Diverged) else (trial.heldout, "not reached")
-        rows.append([name, *values, *(cell(getattr(heldout, c, None) or missing, digits=4) for c in criteria)])
+        measured = (None, DASH) if isinstance(trial, Diverged) else (trial.heldout, "not reached")
+        rows.append([name, *values, *(_measured(measured[0], c, measured[1]) for c in criteria)])
     return Table("Trials", ["trial", *searched, *map(CRITERIA.__getitem__, criteria)], rows, plain=True, sortable=True)
 
 

@@ -43,13 +43,13 @@
       groups[log > 0 ? "amplified" : pair.h > 0 ? "dampened" : "turned down"].push({ pair, log });
     }
     const kept = data.pairs.length < data.of ? `${data.pairs.length} of the ${data.of} pairs are kept on this page: the lowest margins and a random sample. ` : "";
-    const counts = Object.entries(groups).map(([name, entries]) => `${entries.length} are ${name}`).join(", ");
-    const some = Object.values(groups).some((entries) => entries.length);
-    note.textContent = `${kept}By more than 5 %, ${counts}.${some ? " The ones that change most:" : ""}`;
+    const changed = Object.entries(groups).filter(([, entries]) => entries.length);
+    const counts = changed.map(([name, entries]) => `${entries.length} ${entries.length > 1 ? "are" : "is"} ${name}`).join(", ");
+    note.textContent = `${kept}${counts ? `By more than 5 %, ${counts}. The ones that change most:` : "No weight differs from 1 by more than 5 %."}`;
     list.replaceChildren();
-    for (const [name, entries] of Object.entries(groups)) {
+    for (const [name, entries] of changed) {
       entries.sort((a, b) => Math.abs(b.log) - Math.abs(a.log));
-      if (entries.length) list.append(make("h3", "", name));
+      list.append(make("h3", "", name));
       list.append(...entries.slice(0, SHOWN).map(({ pair, log }) => card(pair, Math.exp(log))));
     }
   };
