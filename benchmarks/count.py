@@ -12,7 +12,9 @@ A dispatch mode follows every aten operator of one step (forward, backward, clip
   estimate from below: launches, waits, small shapes and the share of its peak that a kernel reaches are not in it;
 - bytes of saved tensors: what autograd keeps for the backward pass at the most, parameters left out.
 
-With ``--paper`` the weights are fake tensors, so that a ``config.json`` of any size can be counted.
+With ``--paper`` the weights are fake tensors, so that a ``config.json`` of any size can be counted, and both sides take
+the path of an NVIDIA GPU: our engine its tiles, products and FlexAttention, TRL its Triton kernels. Each of these
+kernels is one operator of the bytes that it reads and writes. Without it, both are counted as they run here.
 
     python benchmarks/count.py --model gemma-3-270m --prompt 20 --completion 176 --batch 8 --json out.json
     python benchmarks/count.py --paper --model FOLDER --prompt 512 --completion 512 --batch 4 --dtype bfloat16
@@ -24,10 +26,12 @@ from __future__ import annotations
 import json
 import traceback
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -40,7 +44,11 @@ from workers import Worker, serve, step_options, step_spec, write_steps
 
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "equal", "unique_consecutive", "_unique2"}
 
-
+FREE = {
+    *("detach", "lift_fresh", "alias", "_unsafe_view", "_reshape_alias"),
+    *("empty_like", "new_empty", "new_empty_strided"),
+}
+"""Operators that launch nothing, as views do."""
 HOPPER = (989e12, 3.35e12)
 """Dense bfloat16 operations and bytes of memory a second of an H100 SXM, as NVIDIA publishes them."""
 
@@ -49,8 +57,118 @@ flop_registry[torch.ops.aten.addmm_] = flop_registry[torch.ops.aten.addmm]
 _FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 # torch has formulas for GPUs' kernels only. Two products; five in the backward pass, which computes scores again.
-flop_registry[_FUSED] = lambda q, k, *rest, **named: 4 * q.numel() * k.shape[-2]
-flop_registry[_FUSED_BACKWARD] = lambda grad, q, k, *rest, **named: 10 * q.numel() * k.shape[-2]
+# Causal kernels leave out the blocks above the diagonal.
+flop_registry[_FUSED] = lambda q, k, v, dropout=0.0, causal=False, **named: _scores(q, k, 0.5 if causal else 1, 4)
+flop_registry[_FUSED_BACKWARD] = lambda grad, q, k, v, out, lse, dropout, causal, **named: _scores(
+    q, k, 0.5 if causal else 1, 10
+)
+
+
+def _scores(q: Tensor, k: Tensor, share: float, operations: int) -> int:
+    return int(operations * q.numel() * k.shape[-2] * share)
+
+
+# Kernels of GPUs on paper, where a processor has none: what they read, what they write, and their products.
+def _on_paper(name: str, function: Callable[..., Any], formula: Callable[..., int] | None = None) -> Callable[..., Any]:
+    found = torch.library.custom_op(f"paper::{name}", function, mutates_args=())
+    found.register_fake(function)
+    if formula is not None:
+        flop_registry[getattr(torch.ops.paper, name)] = formula
+    return found
+
+
+def _fold(tile: Tensor, rows: Sequence[Tensor]) -> Tensor:
+    return torch.empty_like(rows[0])
+
+
+def _of_logits(tile: Tensor, rows: Sequence[Tensor]) -> Tensor:
+    return torch.empty_like(tile)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+def _flex_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, share: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+FOLD, OF_LOGITS = _on_paper("fold", _fold), _on_paper("of_logits", _of_logits)
+FLEX = _on_paper("flex", _flex, lambda q, k, v, share, **named: _scores(q, k, share, 4))
+FLEX_BACKWARD = _on_paper(
+    "flex_backward", _flex_backward, lambda grad, q, k, v, lse, delta, share, **named: _scores(q, k, share, 10)
+)
+
+
+class Launched:
+    """A Triton kernel ``kernel[grid](tile, ...)`` as one operator."""
+
+    def __init__(self, kernel: Callable[..., Any]) -> None:
+        self._kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Launched:
+        return self
+
+    def __call__(self, tile: Tensor, *rest: Any, **named: Any) -> None:
+        self._kernel(tile, [value for value in rest if isinstance(value, Tensor)])
+
+
+class Flex(torch.autograd.Function):
+    """FlexAttention and its backward pass, with this share of blocks in which a token may look at another."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, share: float) -> Tensor:
+        out, lse = FLEX(q, k, v, share)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.share = share
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        q, k, v, out, lse = ctx.saved_tensors
+        return *FLEX_BACKWARD(grad, q, k, v, lse, (out * grad).sum(-1), ctx.share), None
+
+
+def block_share(prompt: int, completion: int) -> float:
+    """The share of FlexAttention's blocks that are computed for pairs of such lengths."""
+    from madpo.models.engine.packed_attention import PackedMask
+    from madpo.models.engine.packing import pack
+
+    ids = torch.ones(2, prompt + completion, dtype=torch.long)
+    of_completion = (torch.arange(prompt + completion) >= prompt).long().expand_as(ids)
+    mask = PackedMask(pack(ids, ids, of_completion), lambda group, head, query, key: key <= query)
+    return 1 - float(mask.blocks.sparsity()) / 100
+
+
+@contextmanager
+def path_of_gpus(prompt: int, completion: int) -> Iterator[None]:
+    """Both sides compute as on an NVIDIA GPU, where their code asks for one."""
+    from trl.kernels import chunked_logprob
+    from trl.trainer import utils
+
+    from madpo.models.engine import devices, packed_attention
+
+    share = block_share(prompt, completion)
+
+    def flex(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Any]:
+        return Flex.apply(q, k, v, share), SimpleNamespace(lse=None)
+
+    kernels = {
+        "_use_triton": lambda device: True,
+        "triton": SimpleNamespace(cdiv=lambda a, b: -(-a // b)),
+        "_forward_kernel": Launched(FOLD),
+        "_backward_kernel": Launched(OF_LOGITS),
+        "_addmm_fp32": lambda acc, a, b: torch.addmm(acc, a, b, out_dtype=torch.float32, out=acc),
+    }
+    with (
+        mock.patch.multiple(chunked_logprob, create=True, **kernels),
+        mock.patch.object(utils, "_use_triton", return_value=True),
+        mock.patch.object(devices, "kind", return_value="cuda"),
+        mock.patch.object(packed_attention, "_compiled_flex", return_value=flex),
+    ):
+        yield
 
 
 class Counts(TorchDispatchMode):
@@ -86,13 +204,14 @@ class Counts(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in WAITS or (name in ("index", "index_put_") and any(t.dtype == torch.bool for t in read[1:])):
             self.waits[f"{name} in {_caller()}"] += 1
-        if func.is_view or name in ("detach", "lift_fresh", "alias", "_unsafe_view", "_reshape_alias"):
+        if func.is_view or name in FREE:
             self.views += 1
             return out
         self.operators[name] += 1
         moved = sum(t.numel() * t.element_size() for t in [*read, *made])
         formula = flop_registry.get(func.overloadpacket)
-        flops = 0 if formula is None else formula(*args, **(kwargs or {}), out_val=out)
+        given = [value for value in args if not isinstance(value, torch.dtype)]  # of a product's result
+        flops = 0 if formula is None else formula(*given, **(kwargs or {}), out_val=out)
         self.bytes += moved
         self.flops += flops
         self.seconds += max(flops / self._rate, moved / self._bandwidth)
@@ -189,9 +308,13 @@ def work(spec: dict[str, Any]) -> None:
             yield
 
     def counts() -> dict[str, Any]:
-        if not spec["paper"]:
-            step(trainer, rows, lambda there: nullcontext())  # what is decided once per model is decided here
-        with Answers() if spec["paper"] else nullcontext():
+        with ExitStack() as stack:
+            if spec["paper"]:
+                stack.enter_context(Answers())
+                stack.enter_context(path_of_gpus(spec["prompt"], spec["completion"]))
+            step(
+                trainer, rows, lambda there: nullcontext()
+            )  # decides what is decided once, and has the optimizer's state
             step(trainer, rows, watched)
         seen, saved = kept
         return {
@@ -202,7 +325,7 @@ def work(spec: dict[str, Any]) -> None:
             "flops": seen.flops,
             "seconds": seen.seconds,
             "saved": saved.bytes,
-            "common": dict(seen.operators.most_common(12)),
+            "common": dict(seen.operators.most_common(40)),
         }
 
     serve({"counts": counts})

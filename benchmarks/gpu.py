@@ -150,21 +150,25 @@ def half() -> dict[str, float]:
 
 
 def heads() -> dict[str, float]:
-    """The frozen and the training head give the log-probabilities and gradients of a softmax over all logits."""
+    """Both heads give the log-probabilities and gradients of a softmax over all logits, in one tile and in many."""
     from madpo.models.engine.head import Head, token_logps
 
     draw = torch.Generator().manual_seed(0)
     table = torch.randn(9_001, 64, generator=draw).to(DEVICE)
-    states = torch.randn(700, 64, generator=draw).to(DEVICE).requires_grad_()
+    given = torch.randn(700, 64, generator=draw).to(DEVICE)
     labels = torch.randint(0, 9_001, (700,), generator=draw).to(DEVICE)
-    wanted = (states @ table.T).log_softmax(-1).gather(1, labels[:, None])[:, 0]
-    (gradient,) = torch.autograd.grad(wanted.sum(), states)
     found = {}
-    for name in ("frozen", "training"):
-        head = Head(table.clone().requires_grad_(name == "training"), None, None, 1.0)
-        logps = token_logps(states, head, labels).logps
-        found[name] = near(logps, wanted, 1e-4)
-        found[f"{name}, gradient"] = near(torch.autograd.grad(logps.sum(), states)[0], gradient, 1e-4)
+    for dtype, bound in ((torch.float32, 1e-4), (torch.bfloat16, 5e-2)):
+        weight, states = table.to(dtype), given.to(dtype).requires_grad_()
+        exact = states.detach().float().requires_grad_()
+        wanted = (exact @ weight.float().T).log_softmax(-1).gather(1, labels[:, None])[:, 0]
+        (gradient,) = torch.autograd.grad(wanted.sum(), exact)
+        for name, trains, tile in (("frozen", False, None), ("frozen, tiles", False, 1_024), ("training", True, None)):
+            head = Head(weight.clone().requires_grad_(trains), None, None, 1.0)
+            logps = token_logps(states, head, labels, tile=tile).logps
+            kind = f"{name}, {str(dtype).removeprefix('torch.')}"
+            found[kind] = near(logps, wanted, bound)
+            found[f"{kind}, gradient"] = near(torch.autograd.grad(logps.sum(), states)[0], gradient, bound)
     return found
 
 

@@ -1,5 +1,8 @@
 """The memory of a training step on paper (``madpo train --dry_run``) against the measured one, above the model.
 
+The measured process gives freed blocks back at once, so that what is compared is what the step needs; with
+``--held`` it keeps them as processes do.
+
 python benchmarks/memory.py --model gemma-3-270m --prompt 20 --completion 48 --batch 8 --json out.json
 """
 
@@ -8,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from workers import Worker, serve, step_options, step_spec, write_steps
+
+RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""For glibc, which else holds freed blocks."""
 
 
 def work(spec: dict[str, Any]) -> None:
@@ -25,11 +31,13 @@ def work(spec: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    options = step_options(__doc__).parse_args()
+    parser = step_options(__doc__)
+    parser.add_argument("--held", action="store_true", help="leave glibc its own thresholds")
+    options = parser.parse_args()
     if options.worker:
         return work(json.loads(options.worker))
     spec = {**step_spec(options), "name": "ours"}
-    worker = Worker(str(Path(__file__).with_name("train_step.py")), spec)
+    worker = Worker(str(Path(__file__).with_name("train_step.py")), spec, **({} if options.held else RETURNED))
     for _ in range(options.repeats):
         worker.ask("step", loss="dpo")
     measured = worker.ask("memory")

@@ -23,12 +23,13 @@ TOLERANCE = {"cpu": 1e-5, "cuda": 1e-4}
 class Worker:
     """One contender: ``python script --worker SPEC``, asked through its standard input."""
 
-    def __init__(self, script: str, spec: dict[str, Any]) -> None:
+    def __init__(self, script: str, spec: dict[str, Any], **variables: str) -> None:
         environment = {
             **os.environ,
             "HF_HUB_OFFLINE": "1",
             "TRANSFORMERS_VERBOSITY": "error",
             "PYTHONWARNINGS": "ignore",
+            **variables,
         }
         self._process = subprocess.Popen(
             [sys.executable, script, "--worker", json.dumps(spec)],

@@ -20,6 +20,7 @@ from peft import LoraConfig
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.tensor import DTensor
+from torch.nn.attention import flex_attention as flex
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from losses_cases import EVERY_LOSS, UNION, first_of_each_class
@@ -27,6 +28,7 @@ from madpo import DPO, MADPO, PreferenceConfig, PreferenceTrainer
 from madpo.commands.cli import main
 from madpo.core import processes
 from madpo.losses import Custom
+from madpo.models.engine import packed_attention
 from madpo.models.load import load_tokenizer
 from madpo.operations import scoring
 from madpo.training import checkpoints as disk
@@ -67,7 +69,18 @@ def pairs(count, seed, *, positive=False):
 
 
 def trainer_of(
-    folder, out, loss, *, micro, accumulation, dropout=0.0, reference=True, peft=True, collator=None, **changes
+    folder,
+    out,
+    loss,
+    *,
+    micro,
+    accumulation,
+    dropout=0.0,
+    reference=True,
+    peft=True,
+    collator=None,
+    data=None,
+    **changes,
 ):
     settings = {
         **QUIET,
@@ -83,6 +96,8 @@ def trainer_of(
         "adam_epsilon": 1e-5,  # a gradient that is rounding alone must not become a step of full length
     }
     train, heldout = (pairs(n, seed, positive=loss.kind == "odpo") for seed, n in enumerate((PAIRS, HELDOUT)))
+    if data is not None:
+        train, heldout = data, None
     if not reference:
         train, heldout = train.remove_columns(["ref_chosen_logps", "ref_rejected_logps"]), None
     torch.manual_seed(0)
@@ -265,8 +280,8 @@ def resumable(folder: Path, out: Path, death: Dies | None = None) -> None:
     disk.save_tensors(weights(trainer), out / f"weights{processes.rank()}.safetensors")
 
 
-def sharded(folder: Path, out: Path, loss, **settings) -> None:
-    """The same under FSDP2. accelerate keeps FSDP from processors, though torch can do it: the test opens that gate."""
+def open_fsdp() -> dict:
+    """Settings of FSDP2. accelerate keeps FSDP from processors, though torch can do it: this opens that gate."""
     made, plugins = AcceleratorState.__init__, []
 
     def init(self, *args, **kwargs):
@@ -284,7 +299,12 @@ def sharded(folder: Path, out: Path, loss, **settings) -> None:
         "cpu_ram_efficient_loading": False,
         "state_dict_type": "FULL_STATE_DICT",
     }
-    trainer = trainer_of(folder, out / "trainer", loss, fsdp=True, fsdp_config=wrapping, **settings)
+    return {"fsdp": True, "fsdp_config": wrapping}
+
+
+def sharded(folder: Path, out: Path, loss, **settings) -> None:
+    """The same under FSDP2."""
+    trainer = trainer_of(folder, out / "trainer", loss, **open_fsdp(), **settings)
     trainer.train()
     assert trainer.sharded
     assert all(isinstance(p, DTensor) for p in trainer.model.parameters())
@@ -292,6 +312,52 @@ def sharded(folder: Path, out: Path, loss, **settings) -> None:
     trainer.save_model(str(out / "saved"))
     if processes.is_main_process():
         (out / "found.json").write_text(json.dumps(found))
+
+
+def long_course(folder: Path, out: Path, micro: int, **settings) -> dict:
+    """Losses and final weights of two steps of 4 pairs, each longer than a block of FlexAttention."""
+    generator = np.random.default_rng(3)
+    names, columns = ("prompt_ids", "chosen_ids", "rejected_ids"), ("ref_chosen_logps", "ref_rejected_logps")
+    rows = [
+        {name: generator.integers(5, 200, generator.integers(45, 90)).tolist() for name in names}
+        | dict.fromkeys(columns, -100.0)
+        | {"weight": 1.0}
+        for _ in range(8)
+    ]
+    settings = {"max_length": None, "num_train_epochs": 1, **settings}
+    data = Dataset.from_list(rows)
+    trainer = trainer_of(folder, out / "trainer", DPO(), micro=micro, accumulation=1, data=data, **settings)
+    trainer.train()
+    whole = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in weights(trainer).items()}
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    return {"losses": losses, "weights": {name: p.flatten().tolist() for name, p in whole.items()}}
+
+
+def flexed(folder: Path, out: Path, *, fsdp: bool) -> None:
+    """The same in one of two processes, with FlexAttention, whose operator has gradients on a processor as well."""
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(args[0].shape[2])
+        return flex.flex_attention(*args, **kwargs)
+
+    os.environ[packed_attention.ATTENTION] = "flex"
+    flex._validate_device, packed_attention._compiled_flex = lambda *tensors: None, lambda device: counted
+    found = long_course(folder, out, 2, **(open_fsdp() if fsdp else {}))
+    (out / f"{processes.rank()}.json").write_text(json.dumps(found | {"calls": calls}))
+
+
+def drive_flexed(folder: Path, out: Path) -> None:
+    """Both launches of that, from one process."""
+    for name in ("ddp", "fsdp"):
+        (out / name).mkdir()
+
+        @functools.wraps(flexed)
+        def entry(name=name):
+            flexed(folder, out / name, fsdp=name == "fsdp")
+
+        if ended := launch(entry):
+            raise SystemExit(f"{name}: {ended}")
 
 
 def drive_others(folder: Path, out: Path) -> None:

@@ -1,6 +1,7 @@
 """What the start of a command costs, and what a person sees meanwhile."""
 
 import gc
+import json
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import sys
 import pytest
 
 from madpo.core import libraries, progress
-from practice_cases import text_pairs, write
+from practice_cases import classifier, text_pairs, write
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -37,25 +38,40 @@ ABSENT = {
     "madpo.operations.scoring": {"trl", "sklearn"},
     "madpo.operations.evaluation": {"trl", "sklearn"},
 }
+COMMANDS = ("score", "inspect", "compare", "run", "evaluate")
 CODE = """
-import gc, importlib, sys
+import contextlib, gc, importlib, io, json, sys
 for name in sys.argv[1].split():
     importlib.import_module(name)
     print(*sys.modules)
 from madpo.commands.cli import main
-assert main(sys.argv[2:]) == 0
+for words in json.loads(sys.argv[2]):
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert main(words) == 0
+    print(*sys.modules)
 print(gc.isenabled(), gc.get_freeze_count() > 100_000, len(gc.get_objects()) < 100_000)
 """
 
 
 @pytest.fixture(scope="module")
-def lines(tmp_path_factory):
-    """What a new interpreter says that loads these modules, and then scores."""
-    folder = tmp_path_factory.mktemp("scores")
-    data = write(folder / "pairs.jsonl", [row | {"a": 2.0, "b": 1.0} for row in text_pairs(4)])
-    words = ["score", str(data), "--score_columns", "a", "b", "--output_dir", str(folder / "S")]
+def lines(tmp_path_factory, llama):
+    """What a new interpreter says that loads these modules, and then runs the commands."""
+    folder = tmp_path_factory.mktemp("commands")
+    data = write(folder / "pairs.jsonl", [row | {"a": 2.0, "b": 1.0} for row in text_pairs(24)])
+    scored, judge = folder / "score" / "scored.jsonl", classifier(llama, folder / "judge")
+    commands = {
+        "score": [data, "--score_columns", "a", "b", "--output_dir", scored.parent],
+        "inspect": [scored, "--output", folder / "page.html"],
+        "compare": [data, "--model", llama, "--dry_run", "--output_dir", folder / "compare"],
+        "run": ["smoke", "--dry_run", "--output_dir", folder / "run"],
+        "evaluate": [
+            *(llama, "--reference", llama, "--prompts", data, "--reward", judge),
+            *("--max_new_tokens", 2, "--output_dir", folder / "evaluate"),
+        ],
+    }
+    words = json.dumps([[name, *map(str, commands[name])] for name in COMMANDS])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", CODE, " ".join(ABSENT), *words]
+    command = [sys.executable, "-c", CODE, " ".join(ABSENT), words]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
@@ -64,6 +80,11 @@ def lines(tmp_path_factory):
 @pytest.mark.parametrize("module", ABSENT)
 def test_what_a_module_does_not_need_is_not_loaded(lines, module):
     assert not ABSENT[module] & set(lines[[*ABSENT].index(module)].split())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_that_train_nothing_load_no_trainer(lines, command):
+    assert not {"trl", "sklearn", "optuna", "ray"} & set(lines[len(ABSENT) + COMMANDS.index(command)].split())
 
 
 def test_what_a_command_has_loaded_is_left_out_of_collections(lines):

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine_cases import MODELS, VOCAB, brute_force, build
+from madpo.models.engine import devices
+from madpo.models.engine import head as engine_head
 from madpo.models.engine.head import Head, _WideProduct, token_logps
 from madpo.models.engine.kl import completion_kl
 from madpo.models.engine.logprobs import completion_logps
@@ -89,6 +91,27 @@ def test_details_equal_the_full_softmax_for_every_tile(tile, softcap, frozen):
     torch.testing.assert_close(found.entropy, -(logp.exp() * logp).sum(-1), **close)
     torch.testing.assert_close(found.mean_logit, z.mean(-1), **close)
     assert found.top1.tolist() == (z.argmax(-1) == labels).double().tolist()
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_tiles_of_an_accelerator_give_the_same(frozen, monkeypatch):
+    draw = torch.Generator().manual_seed(1)
+    weight, hidden = (torch.randn(n, 16, generator=draw, dtype=torch.float64) for n in (1_700, 33))
+    head = Head(weight.requires_grad_(not frozen), None, 5.0, 0.5)
+    hidden, labels = hidden.requires_grad_(), torch.randint(0, 1_700, (33,), generator=draw)
+
+    def found():
+        scores = token_logps(hidden, head, labels, log_sum_sq=True, details=True)
+        return *scores, *torch.autograd.grad(scores.logps.sum(), hidden)
+
+    here = found()
+    monkeypatch.setattr(devices, "kind", lambda tensor: "cuda")
+    monkeypatch.setattr(engine_head, "ACCELERATOR_TOKENS", 20)
+    for rows in (1, 700, 4_096):
+        for size in (2**28, 4 * 20 * 512):
+            monkeypatch.setattr(engine_head, "ACCELERATOR_BYTES", size)
+            assert head.tile(rows) == 512 or 4 * rows * head.tile(rows) <= size
+        torch.testing.assert_close(found(), here, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

@@ -33,6 +33,8 @@ from madpo.training import PreferenceConfig, PreferenceTrainer
 
 MOST = 4096
 """Pairs of the largest micro-batch that is tried."""
+HELD_BACK = 0.4
+"""What glibc held of a step's freed blocks, as a share of what the step needs above the weights (measured at most)."""
 _NUMBERS: dict[str, Any] = {name: 1.0 for name in NUMBERS if name != "weight"}
 """What a loss may read of a pair."""
 
@@ -68,11 +70,18 @@ class MemoryPlan(NamedTuple):
         step = self.step
         parts = {"weights": step.weights, "gradients": step.gradients, "optimizer": step.optimizer, "saved": step.saved}
         shown = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items())
+        held = gigabytes(HELD_BACK * (step.peak - step.weights))
+        allocator = (
+            ""
+            if torch.cuda.is_available()
+            else f"\nA process on a processor may hold {held} more, of blocks that it has freed; less with "
+            "MALLOC_MMAP_THRESHOLD_=65536 and MALLOC_TRIM_THRESHOLD_=65536 in its environment."
+        )
         fits = f"micro-batches of up to {self.largest} such pairs fit" if self.largest else "not one such pair fits"
         return (
             f"A step of {step.pairs} pairs, the longest of {self.lengths[0]} + {self.lengths[1]} tokens, needs "
             f"{gigabytes(step.peak)} at its peak ({shown} for the backward pass).\n"
-            f"With {gigabytes(LIBRARIES)} for the libraries, {fits} into {gigabytes(self.memory)}."
+            f"With {gigabytes(LIBRARIES)} for the libraries, {fits} into {gigabytes(self.memory)}.{allocator}"
         )
 
 

@@ -6,7 +6,6 @@ are taken in blocks whose logits are computed again in backward. Sums over the v
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,11 +19,16 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from madpo.core.errors import ConfigError
+from madpo.models.engine import devices
 
 TILE = 4_096
-"""Vocabulary entries per tile: small enough for a processor's cache at a few hundred tokens."""
+"""Vocabulary entries per tile on a processor: small enough for its cache at a few hundred tokens."""
 TOKENS = 1_024
-"""Tokens per pass over the vocabulary: bounds the memory of one tile (4 Mi entries)."""
+"""Tokens per walk over the vocabulary on a processor: bounds the memory of one tile (4 Mi entries)."""
+ACCELERATOR_TOKENS = 4_096
+"""Tokens per walk on an accelerator, which reads the head's weights once more for each walk."""
+ACCELERATOR_BYTES = 2**28
+"""Memory of one tile's logits in float32 on an accelerator: launches cost time there, and its caches hold no tile."""
 FEW = 128
 """Rows up to which a half-precision product is taken with the vocabulary's entries as its rows, on a processor."""
 
@@ -92,23 +96,32 @@ class Head:
         """Whether a gradient must reach the head itself."""
         return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
 
+    @property
+    def on_processor(self) -> bool:
+        """Whether the weights lie where small tiles are faster."""
+        return devices.kind(self.weight) == "cpu"
+
+    def tile(self, rows: int) -> int:
+        """Vocabulary entries per tile of the logits of so many rows."""
+        return TILE if self.on_processor else max(ACCELERATOR_BYTES // (4 * max(rows, 1)) // 512, 1) * 512
+
     def logits(self, hidden: Tensor, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor | None]:
         """Logits of a tile of the vocabulary, and d logits / d (W h + b) where that is not constant."""
         weight = self.weight[start:stop].to(hidden.dtype)
         half = hidden.dtype in (torch.bfloat16, torch.float16)
-        if half and hidden.is_cuda:
+        if half and devices.kind(hidden) == "cuda":
             raw = _WideProduct.apply(hidden, weight)  # type: ignore[no-untyped-call]
-        elif hidden.device.type != "cpu" or (self.trains and torch.is_grad_enabled()) or (half and len(hidden) > FEW):
+        elif not self.on_processor or (self.trains and torch.is_grad_enabled()) or (half and len(hidden) > FEW):
             raw = hidden @ weight.T
         else:
             raw = _entries_first(hidden, weight)
         if self.bias is not None:
-            raw = raw + self.bias[start:stop].to(raw.dtype)
+            raw = raw.add_(self.bias[start:stop])
         if self.scale != 1.0:
-            raw = raw * self.scale
+            raw = raw.mul_(self.scale)
         if self.softcap is None:
             return raw, None
-        squashed = torch.tanh(raw / self.softcap)
+        squashed = raw.div_(self.softcap).tanh_()
         return squashed * self.softcap, 1 - squashed.square()
 
     def logits_of(self, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -130,7 +143,7 @@ class _WideProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        if x.is_cuda:
+        if devices.kind(x) == "cuda":
             return torch.mm(x, weight.T, out_dtype=torch.float32)
         return x.float() @ weight.float().T
 
@@ -164,7 +177,7 @@ def token_logps(
     *,
     log_sum_sq: bool = False,
     details: bool = False,
-    tile: int = TILE,
+    tile: int | None = None,
 ) -> TokenScores:
     """log p(label | hidden) of each token, nats, without the logits of the whole vocabulary.
 
@@ -174,45 +187,40 @@ def token_logps(
         labels: the token that each row predicts.
         log_sum_sq: also return log sum_v p_v^2.
         details: also return entropy, mean logit and whether the label was the most likely token.
-        tile: vocabulary entries per tile.
+        tile: vocabulary entries per tile; by default those of :meth:`Head.tile`.
     """
     half = torch.is_autocast_enabled(hidden.device.type)
     dtype = torch.get_autocast_dtype(hidden.device.type) if half else head.weight.dtype
     hidden = hidden.to(dtype)
+    size = TOKENS if head.on_processor else ACCELERATOR_TOKENS
+    trains = head.trains and torch.is_grad_enabled()
+    if trains:
+        size = 256 if head.on_processor else max(ACCELERATOR_BYTES // (4 * head.weight.shape[0]), 1)
+    parts: list[tuple[Tensor | None, ...]] = []
     with torch.autocast(hidden.device.type, enabled=False):
-        if head.trains and torch.is_grad_enabled():
-            parts = [
-                checkpoint(
-                    *(_block_scores, head, rows, ids, log_sum_sq, details),
-                    use_reentrant=False,
-                    preserve_rng_state=False,
-                )
-                for rows, ids in _blocks(hidden, labels, 256)
-            ]
-        else:
-            parts = [
-                _FrozenHeadLogps.apply(rows, head, ids, tile, log_sum_sq, details)  # type: ignore[no-untyped-call]
-                for rows, ids in _blocks(hidden, labels, TOKENS)
-            ]
-    logps, squares, *rest = (torch.cat(column) for column in zip(*parts, strict=True))
-    return TokenScores(logps, squares if log_sum_sq else None, *(rest if details else ()))
+        for rows, ids in zip(torch.split(hidden, size), torch.split(labels, size), strict=True):
+            if trains:
+                given = (_block_scores, head, rows, ids, log_sum_sq, details)
+                parts.append(checkpoint(*given, use_reentrant=False, preserve_rng_state=False))
+            else:
+                entries = tile or head.tile(len(rows))
+                parts.append(_FrozenHeadLogps.apply(rows, head, ids, entries, log_sum_sq, details))  # type: ignore[no-untyped-call]
+    columns = ([part for part in column if part is not None] for column in zip(*parts, strict=True))
+    return TokenScores(*(torch.cat(column) if column else None for column in columns))  # type: ignore[arg-type]
 
 
-def _blocks(hidden: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(torch.split(hidden, size), torch.split(labels, size), strict=True)
-
-
-def _block_scores(head: Head, hidden: Tensor, labels: Tensor, log_sum_sq: bool, details: bool) -> tuple[Tensor, ...]:
+def _block_scores(
+    head: Head, hidden: Tensor, labels: Tensor, log_sum_sq: bool, details: bool
+) -> tuple[Tensor | None, ...]:
     """Plain scores of a block of tokens; checkpointed, so that its logits live only while they are used."""
     z = head.logits(hidden)[0]
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     logp = F.log_softmax(z, dim=-1)
     own = logp.gather(-1, labels[:, None]).squeeze(-1)
-    none = torch.zeros_like(own)
     with torch.no_grad():
-        squares = torch.logsumexp(2 * logp, dim=-1) if log_sum_sq else none
+        squares = torch.logsumexp(2 * logp, dim=-1) if log_sum_sq else None
         if not details:
-            return own, squares, none, none, none
+            return own, squares, None, None, None
         top1 = (z.argmax(-1) == labels).to(z.dtype)
         return own, squares, -(logp.exp() * logp).sum(-1), z.mean(-1), top1
 
@@ -223,28 +231,31 @@ class _FrozenHeadLogps(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, head: Head, labels: Tensor, tile: int, log_sum_sq: bool, details: bool
-    ) -> tuple[Tensor, ...]:
-        sums = _Softmax.of(hidden, stash=ctx.needs_input_grad[0])
+    ) -> tuple[Tensor | None, ...]:
+        sums = _Softmax.of(hidden, stash=ctx.needs_input_grad[0], log_sum_sq=log_sum_sq, details=details)
         for start in range(0, head.weight.shape[0], tile):
-            sums.add_tile(head, hidden, labels, start, tile, log_sum_sq=log_sum_sq, details=details)
+            sums.add_tile(head, hidden, labels, start, tile)
         label_logit, label_slope = head.logits_of(hidden, labels)
         if sums.rounds:
             sums.exchange(head, labels, (label_logit, label_slope), head.logits_of(hidden, sums.arg))
-        logps = label_logit - (sums.top + sums.total.log())
+        norm = sums.total.log()
+        logps = label_logit - (sums.top + norm)
         if sums.stash is not None:
             own = head.weight[labels].to(sums.stash.dtype)
             own = own if label_slope is None else own * label_slope[:, None]
-            ctx.save_for_backward((own - sums.stash / sums.total[:, None]).mul_(head.scale).to(hidden.dtype))
+            stash = own.sub_(sums.stash.div_(sums.total[:, None]))
+            ctx.save_for_backward((stash if head.scale == 1.0 else stash.mul_(head.scale)).to(hidden.dtype))
         extras = (
-            sums.total_sq.log() - 2 * sums.total.log(),
-            sums.total.log() - sums.weighted / sums.total,
-            sums.plain / head.weight.shape[0],
-            (sums.own == sums.top).to(logps.dtype),
+            None if sums.total_sq is None else sums.total_sq.log() - 2 * norm,
+            None if sums.weighted is None else norm - sums.weighted / sums.total,
+            None if sums.plain is None else sums.plain / head.weight.shape[0],
+            None if sums.own is None else (sums.own == sums.top).to(logps.dtype),
         )
-        ctx.mark_non_differentiable(*extras)
+        ctx.mark_non_differentiable(*(extra for extra in extras if extra is not None))
         return logps, *extras
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (stash,) = ctx.saved_tensors
         return (grads[0][:, None] * stash).to(stash.dtype), None, None, None, None, None
@@ -252,86 +263,99 @@ class _FrozenHeadLogps(torch.autograd.Function):
 
 @dataclass
 class _Softmax:
-    """Sums over the vocabulary tiles seen so far, one row per token.
+    """Sums over the vocabulary tiles seen so far, one row per token; what nobody asked for is None.
 
     Attributes:
-        top, arg: the largest logit, and its entry (followed only where products are rounded).
-        own: the label's logit as the tile's product gave it.
-        share: the label's e, where products are rounded.
+        top: the largest logit.
+        arg, share: its entry, and the label's e, where products are rounded.
         total, total_sq, weighted: sums of e, e^2 and e (z - top), where e = exp(z - top).
-        plain: sum of z.
+        plain, own: sum of z, and the label's logit as the tile's product gave it.
         stash: sum of e W[v], less the label's own row d logp / d hidden once divided by ``total``. Where products are
             rounded it lacks the label's term until :meth:`exchange`.
         rounds: whether a product of half-precision matrices comes back in half precision.
     """
 
     top: Tensor
-    arg: Tensor
-    own: Tensor
-    share: Tensor
     total: Tensor
-    total_sq: Tensor
-    weighted: Tensor
-    plain: Tensor
+    arg: Tensor | None
+    share: Tensor | None
+    total_sq: Tensor | None
+    weighted: Tensor | None
+    plain: Tensor | None
+    own: Tensor | None
     stash: Tensor | None
     rounds: bool
 
     @classmethod
-    def of(cls, hidden: Tensor, *, stash: bool) -> _Softmax:
+    def of(cls, hidden: Tensor, *, stash: bool, log_sum_sq: bool, details: bool) -> _Softmax:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        own, share, total, total_sq, weighted, plain = (hidden.new_zeros(len(hidden), dtype=wide) for _ in range(6))
+        rounds = hidden.dtype in (torch.bfloat16, torch.float16) and devices.kind(hidden) != "cuda"
+
+        def zeros(wanted: bool) -> Tensor | None:
+            return hidden.new_zeros(len(hidden), dtype=wide) if wanted else None
+
         return cls(
-            top=torch.full_like(own, -torch.inf),
-            arg=torch.zeros_like(own, dtype=torch.long),
-            own=own,
-            share=share,
-            total=total,
-            total_sq=total_sq,
-            weighted=weighted,
-            plain=plain,
+            top=hidden.new_full((len(hidden),), -torch.inf, dtype=wide),
+            total=hidden.new_zeros(len(hidden), dtype=wide),
+            arg=hidden.new_zeros(len(hidden), dtype=torch.long) if rounds else None,
+            share=zeros(rounds),
+            total_sq=zeros(log_sum_sq),
+            weighted=zeros(details),
+            plain=zeros(details),
+            own=zeros(details),
             stash=hidden.new_zeros(hidden.shape, dtype=wide) if stash else None,
-            rounds=hidden.dtype in (torch.bfloat16, torch.float16) and not hidden.is_cuda,
+            rounds=rounds,
         )
 
-    def add_tile(
-        self, head: Head, hidden: Tensor, labels: Tensor, start: int, tile: int, *, log_sum_sq: bool, details: bool
-    ) -> None:
+    def add_tile(self, head: Head, hidden: Tensor, labels: Tensor, start: int, tile: int) -> None:
         """Take in vocabulary entries ``start`` to ``start + tile``."""
         stop, wide = min(start + tile, head.weight.shape[0]), self.top.dtype
         z, slope = head.logits(hidden, start, stop)
         peak = z.amax(-1).to(wide)
-        if self.rounds:
+        if self.arg is not None:
             rows = (peak > self.top).nonzero().squeeze(-1)
             self.arg[rows] = start + z[rows].max(-1).indices
-        here = (labels >= start) & (labels < stop)
-        column = (labels - start).clamp(0, stop - start - 1)
-        self.own = torch.where(here, z.gather(-1, column[:, None]).squeeze(-1).to(wide), self.own)
-        if details:
-            self.plain += z.to(wide).sum(-1)
+        if self.rounds or self.own is not None:
+            here = (labels >= start) & (labels < stop)
+            column = (labels - start).clamp(0, stop - start - 1)[:, None]
+        if self.own is not None and self.plain is not None:
+            self.own = torch.where(here, z.gather(-1, column).squeeze(-1).to(wide), self.own)
+            self.plain += _row_sums(z, wide)
         self._rescale(torch.maximum(self.top, peak))
         z = z.sub_(self.top.to(z.dtype)[:, None])
-        if details:
-            self.weighted += (z.exp() * z).to(wide).sum(-1)
-        e = z.exp_()
+        e = z.exp_() if self.weighted is None else z.exp()
+        if self.weighted is not None:
+            self.weighted += _row_sums(z.mul_(e), wide)
         self.total += _row_sums(e, wide)
-        if log_sum_sq:
-            self.total_sq += e.to(wide).square().sum(-1)
+        if self.total_sq is not None:
+            self.total_sq += torch.linalg.vector_norm(e, dim=-1, dtype=wide).square_()
+        if self.share is not None:
+            self.share += torch.where(here, e.gather(-1, column).squeeze(-1).to(wide), 0.0)
+        if self.stash is None:
+            return
+        e = e if slope is None else e.mul_(slope)
+        if self.rounds:  # a likely label's row would be rounded in the product by more than the gradient's size
+            e.scatter_(-1, column, e.gather(-1, column).masked_fill_(here[:, None], 0.0))
+        weight = head.weight[start:stop].to(hidden.dtype)
         if self.rounds:
-            self.share += torch.where(here, e.gather(-1, column[:, None]).squeeze(-1).to(wide), 0.0)
-        if self.stash is not None:
-            e = e if slope is None else e * slope
-            if self.rounds:  # a likely label's row would be rounded in the product by more than the gradient's size
-                e.scatter_(-1, column[:, None], e.gather(-1, column[:, None]).masked_fill_(here[:, None], 0.0))
-            self.stash += (e.to(hidden.dtype) @ head.weight[start:stop].to(hidden.dtype)).to(wide)
+            self.stash += e @ weight
+        elif hidden.dtype == wide:
+            self.stash.addmm_(e, weight)
+        else:  # half precision on a GPU, whose products come back in float32
+            torch.addmm(self.stash, e.to(hidden.dtype), weight, out_dtype=wide, out=self.stash)
 
     def _rescale(self, top: Tensor) -> None:
-        shift = (self.top - top).exp()
-        # weighted = sum e (z - top): a moved top changes the factor as well as the exponent.
-        moved = torch.where(self.total > 0, self.total * (self.top - top), torch.zeros_like(self.total))
-        self.weighted = (self.weighted + moved) * shift
-        self.total = self.total * shift
-        self.total_sq = self.total_sq * shift.square()
-        self.share = self.share * shift
+        apart = self.top - top
+        shift = apart.exp()
+        if self.weighted is not None:
+            # weighted = sum e (z - top): a moved top changes the factor as well as the exponent.
+            moved = torch.where(self.total > 0, self.total * apart, 0.0)
+            self.weighted.add_(moved).mul_(shift)
+        self.total *= shift
+        if self.total_sq is not None:
+            self.total_sq *= shift.square()
+        if self.share is not None:
+            self.share *= shift
         if self.stash is not None:
             self.stash *= shift[:, None]
         self.top = top
@@ -352,13 +376,17 @@ class _Softmax:
         Args:
             label, top: logits and their slopes, as :meth:`Head.logits_of` gives them.
         """
+        assert self.arg is not None
+        assert self.share is not None
         alike = labels == self.arg
         own, peak = label[0] - self.top, top[0] - self.top
         new, highest = own.exp(), torch.where(alike, 1.0, peak.exp())
         self.total = self.total + (new - self.share) + (highest - 1)
-        self.total_sq = self.total_sq + (new.square() - self.share.square()) + (highest.square() - 1)
-        self.weighted = self.weighted + (new * own - self.share * (self.own - self.top))
-        self.weighted = self.weighted + torch.where(alike, 0.0, highest * peak)
+        if self.total_sq is not None:
+            self.total_sq = self.total_sq + (new.square() - self.share.square()) + (highest.square() - 1)
+        if self.weighted is not None and self.own is not None:
+            self.weighted += new * own - self.share * (self.own - self.top)
+            self.weighted += torch.where(alike, 0.0, highest * peak)
         if self.stash is not None:
             for entries, change, slope in ((labels, new, label[1]), (self.arg, highest - 1, top[1])):
                 change = change if slope is None else change * slope
@@ -367,10 +395,9 @@ class _Softmax:
 
 def _row_sums(values: Tensor, wide: torch.dtype) -> Tensor:
     """Sums of rows in a wider type, some rows at a time: the copy stays in a processor's cache."""
-    if values.dtype == wide:
-        return values.sum(-1)
-    size = 64 if values.device.type == "cpu" else len(values)
-    return torch.cat([part.to(wide).sum(-1) for part in torch.split(values, max(size, 1))])
+    if values.dtype == wide or devices.kind(values) != "cpu":
+        return values.sum(-1, dtype=wide)
+    return torch.cat([part.to(wide).sum(-1) for part in torch.split(values, 64)])
 
 
 def _logit_scale(config: Any) -> float:

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from madpo.core.errors import ConfigError
-from madpo.models.engine.head import TILE, Head
+from madpo.models.engine.head import Head
 from madpo.models.engine.logprobs import check_reading, hidden_states, unwrapped
 
 
@@ -61,7 +61,7 @@ def completion_kl(
 
 
 def _token_kl(
-    heads: list[Head], states: list[Tensor], labels: Tensor, tile: int = TILE
+    heads: list[Head], states: list[Tensor], labels: Tensor, tile: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log p(label), sum_v p (log p - log q) and log q(label) of each token, by one walk over the vocabulary.
 
@@ -73,7 +73,7 @@ def _token_kl(
     zeros = [hidden[0].new_zeros(len(labels), dtype=wide) for _ in range(5)]
     own, other, gap, total_p, total_q = zeros
     top_p, top_q = (torch.full_like(own, -torch.inf) for _ in range(2))
-    vocabulary = heads[0].weight.shape[0]
+    vocabulary, tile = heads[0].weight.shape[0], tile or heads[0].tile(len(labels))
     for start in range(0, vocabulary, tile):
         stop = min(start + tile, vocabulary)
         z_p, z_q = (head.logits(x, start, stop)[0].to(wide) for head, x in zip(heads, hidden, strict=True))

@@ -28,6 +28,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from madpo.models.engine import devices
+
 _HALF = (torch.bfloat16, torch.float16)
 _WHOLE = (nn.Parameter, FakeTensor)
 """Types of weights that are neither sharded nor quantised; the second one on paper (:mod:`madpo.models.on_paper`)."""
@@ -68,7 +70,17 @@ class _Projection:
     def of_adapter(self, grad: Tensor, x: Tensor, inner: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The gradient behind B, d A and d B. The long factor stands first, which a processor multiplies faster."""
         through = grad @ b
-        return through, (x.T @ through).mul_(self.scale).T, (grad.T @ inner).mul_(self.scale)
+        return through, _scaled_product(x.T, through, self.scale).T, _scaled_product(grad.T, inner, self.scale)
+
+
+def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """scale left right, without a pass of its own for the scale."""
+    return left.new_empty(len(left), right.shape[1]).addmm_(left, right, beta=0, alpha=scale)
+
+
+def _gradient(found: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight's gradient in its type and row by row, or autograd would lay it out once more."""
+    return found.to(dtype, memory_format=torch.contiguous_format)
 
 
 def _as(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -97,7 +109,7 @@ class _LoRALinear(torch.autograd.Function):
                 dx, d_a, d_b = ctx.projection.backward(grad, x, inner, a, b, None)
             else:  # the first layer's input
                 dx, (_, d_a, d_b) = None, ctx.projection.of_adapter(grad, x, inner, b)
-        return dx, None, d_a.to(ctx.dtypes[0]), d_b.to(ctx.dtypes[1])
+        return dx, None, _gradient(d_a, ctx.dtypes[0]), _gradient(d_b, ctx.dtypes[1])
 
 
 class _Activation(NamedTuple):
@@ -157,12 +169,12 @@ class _GatedMLP(torch.autograd.Function):
             dx, d_ga, d_gb = gate.backward(d_before, x, gate_inner, ga, gb, None)
             dx, d_ua, d_ub = up.backward(d_factor, x, up_inner, ua, ub, dx)
         grads = (d_ga, d_gb, d_ua, d_ub, d_da, d_db)
-        cast = (None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
+        cast = (None if g is None else _gradient(g, dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
         return dx if ctx.needs_input_grad[0] else None, None, None, *cast
 
 
 class _RMSNorm(torch.autograd.Function):
-    """x / rms(x) * (offset + weight), computed in float32 or wider."""
+    """x / rms(x) * (offset + weight), the offset 0 or 1, computed in float32 or wider."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
@@ -171,18 +183,20 @@ class _RMSNorm(torch.autograd.Function):
         factor = mean.add_(eps).rsqrt_()
         ctx.offset = offset
         ctx.save_for_backward(x, weight, factor)
-        return torch.mul(x.to(wide), factor).mul_(weight.to(wide) + offset).to(x.dtype)
+        normed = torch.mul(x, factor)
+        return (normed.addcmul_(normed, weight) if offset else normed.mul_(weight)).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, factor = ctx.saved_tensors
-        of_norm = _layer_norm_gradients if x.device.type == "cpu" else _norm_gradients
-        scale, wanted = weight.to(factor.dtype) + ctx.offset, ctx.needs_input_grad[1]
+        of_norm = _layer_norm_gradients if devices.kind(x) == "cpu" else _norm_gradients
+        scale, wanted = weight.to(factor.dtype), ctx.needs_input_grad[1]
+        scale = scale + ctx.offset if ctx.offset else scale
         swapped = x.dim() == 4 and not x.is_contiguous()  # heads before tokens, in a layout of tokens before heads
         if swapped:
             x, grad, factor = (t.transpose(1, 2) for t in (x, grad, factor))
-        dx, d_weight = of_norm(grad.to(factor.dtype), x.to(factor.dtype), factor, scale, wanted)
+        dx, d_weight = of_norm(grad, x, factor, scale, wanted)
         dx = dx.to(x.dtype)
         return (
             dx.transpose(1, 2) if swapped else dx,
@@ -197,9 +211,9 @@ def _norm_gradients(
 ) -> tuple[Tensor, Tensor | None]:
     """d x and d scale of n scale, n = x factor, factor = 1 / rms(x); d x = factor (h - n mean(h n)), h = grad scale."""
     normed, inner = x * factor, grad * scale
-    along = (inner * normed).mean(-1, keepdim=True)
+    along = (inner * normed).sum(-1, keepdim=True)
     d_scale = (grad * normed).flatten(0, -2).sum(0) if weight_too else None
-    return inner.sub_(normed.mul_(along)).mul_(factor), d_scale
+    return inner.addcmul_(normed, along, value=-1 / x.shape[-1]).mul_(factor), d_scale
 
 
 def _layer_norm_gradients(
@@ -209,7 +223,7 @@ def _layer_norm_gradients(
 
     Told that the mean is 0, it differs by the derivative through that mean alone, - factor mean(grad scale).
     """
-    factor = factor.contiguous()  # the kernel reads it as it lies
+    grad, x, factor = grad.to(factor.dtype), x.to(factor.dtype), factor.contiguous()  # the kernel reads it as it lies
     dx, d_scale, _ = torch.ops.aten.native_layer_norm_backward(
         grad, x, x.shape[-1:], torch.zeros_like(factor), factor, scale, None, [True, weight_too, False]
     )

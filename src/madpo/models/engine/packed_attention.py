@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from madpo.models.engine import devices
 from madpo.models.engine.head import backbone
 from madpo.models.engine.packing import PROMPT, Packing
 from madpo.models.modes import around_checkpoints
@@ -143,9 +144,9 @@ def packed_attention(
     q, k, v = (packing.split(states) for states in (query, key, value))
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     longest, groups = q.shape[2], q.shape[1] // k.shape[1]
-    if longest > BLOCK and not (dropout or packing.probes) and _flexes(q.device):
+    if longest > BLOCK and not (dropout or packing.probes) and _flexes(q):
         return packing.join(_flex_attention(q, k, v, mask.blocks, scale, softcap, s_aux).transpose(1, 2)), None
-    if softcap is None and (q.device.type != "cpu" or longest > SHORT or packing.probes):
+    if softcap is None and (devices.kind(q) != "cpu" or longest > SHORT or packing.probes):
         allowed = mask.allowed
         if s_aux is not None:
             q, k, v, allowed = _with_sinks(q, k, v, allowed, s_aux, scale)
@@ -168,8 +169,8 @@ def packed_attention(
     return packing.join(out.view(*q.shape[:3], -1).transpose(1, 2)), None
 
 
-def _flexes(device: torch.device) -> bool:
-    return os.environ.get(ATTENTION, "flex" if device.type in FLEX else "dense") == "flex"
+def _flexes(q: Tensor) -> bool:
+    return os.environ.get(ATTENTION, "flex" if devices.kind(q) in FLEX else "dense") == "flex"
 
 
 def _flex_attention(
