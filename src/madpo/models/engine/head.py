@@ -236,7 +236,7 @@ class _FrozenHeadLogps(torch.autograd.Function):
         for start in range(0, head.weight.shape[0], tile):
             sums.add_tile(head, hidden, labels, start, tile)
         label_logit, label_slope = head.logits_of(hidden, labels)
-        if sums.rounds:
+        if sums.arg is not None:
             sums.exchange(head, labels, (label_logit, label_slope), head.logits_of(hidden, sums.arg))
         norm = sums.total.log()
         logps = label_logit - (sums.top + norm)
