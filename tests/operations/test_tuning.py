@@ -58,7 +58,7 @@ def tuned(llama, data, tmp_path_factory):
             "training_step",
             lambda self, *a, **k: (trained.append(self.loss), step(self, *a, **k))[1],
         )
-        patch.setattr(reference, "_compute", lambda *a, **k: (asked.append(len(a[1])), compute(*a, **k))[1])
+        patch.setattr(reference, "_compute", lambda *a, **k: (asked.append(len(a[0].dataset)), compute(*a, **k))[1])
         out = tmp_path_factory.mktemp("tuned") / "T"
         report = tune(data, out, settings_for(llama))
     return out, report, trained, asked

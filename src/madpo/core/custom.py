@@ -37,31 +37,23 @@ class NamedClass(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _fill_digest(cls, data: Any, info: ValidationInfo) -> Any:
-        return with_digest(data, info)
+        if not isinstance(data, Mapping) or not isinstance(data.get("target"), str):
+            return data
+        target, given = data["target"], data.get("source_digest", "")
+        if info.context and FOLDERS in info.context:
+            refuse_outside(target, info.context[FOLDERS])
+        digest = hashlib.sha256(source_file(target).read_bytes()).hexdigest()
+        if given and given != digest:
+            raise ConfigError(
+                f"the source of {target!r} has changed: its SHA-256 is {digest}, but source_digest is {given}; "
+                "remove source_digest to use the present file"
+            )
+        return {**data, "source_digest": digest}
 
     def built(self, base: type[T]) -> T:
         """The named class with its parameters; it must be a subclass of ``base``, a configuration."""
         own: T = named_class(self.target, self.source_digest, base).model_validate(self.parameters)
         return own
-
-
-def with_digest(data: Any, info: ValidationInfo) -> Any:
-    """Values of a configuration with ``target``, and ``source_digest`` filled in.
-
-    Raises ConfigError: the target is missing or outside the allowed folders, or a given digest is not that of the file.
-    """
-    if not isinstance(data, Mapping) or not isinstance(data.get("target"), str):
-        return data
-    target, given = data["target"], data.get("source_digest", "")
-    if info.context and FOLDERS in info.context:
-        refuse_outside(target, info.context[FOLDERS])
-    digest = hashlib.sha256(source_file(target).read_bytes()).hexdigest()
-    if given and given != digest:
-        raise ConfigError(
-            f"the source of {target!r} has changed: its SHA-256 is {digest}, but source_digest is {given}; "
-            "remove source_digest to use the present file"
-        )
-    return {**data, "source_digest": digest}
 
 
 def refuse_outside(target: str, folders: Sequence[Path]) -> None:

@@ -7,7 +7,6 @@ the statistics of the batch, or what is logged.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -38,12 +37,6 @@ def marked(batch: dict[str, Any], accelerator: Any, *, drop_last: bool) -> dict[
         return batch
     position = accelerator.process_index * pairs + torch.arange(pairs, device=batch["input_ids"].device)
     return {**batch, REPEATED: position >= real}
-
-
-def each_marked(batches: Iterator[dict[str, Any]], accelerator: Any, *, drop_last: bool) -> Iterator[dict[str, Any]]:
-    """The same for every batch of an epoch, as it comes."""
-    for batch in batches:
-        yield marked(batch, accelerator, drop_last=drop_last)
 
 
 def refuse_uneven(accelerator: Any, *, even_batches: bool, drop_last: bool) -> None:

@@ -24,7 +24,7 @@ from madpo.training.columns import HOST_ROWS
 from madpo.training.config import own_noise
 from madpo.training.first_look import FirstLook
 from madpo.training.metrics import WindowMetrics
-from madpo.training.padding_pairs import REPEATED, each_marked, marked, observed
+from madpo.training.padding_pairs import REPEATED, marked, observed
 from madpo.training.reference_columns import ReferenceColumns
 
 NO_METRICS = (
@@ -123,8 +123,9 @@ class PairLoss(WindowMetrics, ReferenceColumns):
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], Tensor | None]:
         """The micro-batches of a step; a loss with running statistics sees all of them before the first is used."""
-        epoch_iterator = each_marked(epoch_iterator, self.accelerator, drop_last=self.args.dataloader_drop_last)
-        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        drop_last = self.args.dataloader_drop_last
+        epoch = (marked(batch, self.accelerator, drop_last=drop_last) for batch in epoch_iterator)
+        batches, count = super().get_batch_samples(epoch, num_batches, device)
         self._observed, self._position = None, 0
         if self.loss.stateful and len(batches) > 1:
             self._observed = self._observe(batches)

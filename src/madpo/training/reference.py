@@ -66,6 +66,31 @@ class Reference(NamedTuple):
     features: FeatureFile | None
 
 
+class _Pass(NamedTuple):
+    """A reference that reads a data set once."""
+
+    model: nn.Module
+    dataset: Dataset
+    collator: Any
+    accelerator: Any
+    batch_size: int
+
+    def batches(self, starts: Sequence[int]) -> Iterator[dict[str, Any]]:
+        """The batches that begin at these rows."""
+        for start in starts:
+            yield self.collator(list(self.dataset.select(range(start, min(start + self.batch_size, self.rows)))))
+
+    @property
+    def rows(self) -> int:
+        """Pairs of the data set."""
+        return len(self.dataset)
+
+    @property
+    def starts(self) -> range:
+        """Where the batches begin."""
+        return range(0, self.rows, self.batch_size)
+
+
 def cached_reference(
     model: nn.Module,
     dataset: Dataset,
@@ -93,7 +118,8 @@ def cached_reference(
             "the processes hold different weights, so they have no common reference; load the whole model on each "
             "(fsdp_cpu_ram_efficient_loading: false), or give the columns ref_chosen_logps and ref_rejected_logps"
         )
-    path = _path(digest, dataset, collator, accelerator, batch_size)
+    asked = _Pass(model, dataset, collator, accelerator, batch_size)
+    path = _path(digest, asked)
     width = feature_width(unwrapped(model), layers) if layers else 0
     what = hashlib.sha256(json.dumps([path.name, FEATURES_VERSION, POOLING, list(layers)]).encode()).hexdigest()
     feature_path = path.with_name(f"features-{what[:32]}.safetensors")
@@ -103,31 +129,30 @@ def cached_reference(
     def look() -> bool:
         if path.exists() and (not layers or feature_path.exists()):
             try:
-                columns.update(_read(path, len(dataset)))
+                columns.update(_read(path, asked.rows))
                 if layers:
-                    features.append(_features(feature_path, len(dataset), width))
+                    features.append(_features(feature_path, asked.rows, width))
                 for used in (path, feature_path) if layers else (path,):
                     with suppress(OSError):  # a cache that cannot be written
                         os.utime(used)
-                _verify(model, dataset, collator, accelerator, batch_size, columns, path)
+                _verify(asked, columns, path)
             except _UnusableCache as error:
                 columns.clear()
                 say(f"{path} {error}; the reference is computed again")
         return bool(columns)
 
     if on_main_process(look):  # on the leading process: the others may not see its disk
-        return Reference(_everywhere(columns, len(dataset), accelerator), digest, next(iter(features), None))
+        return Reference(_everywhere(columns, asked.rows, accelerator), digest, next(iter(features), None))
     features.clear()
     leads = accelerator.is_main_process
     with storage_errors(path.parent):
-        writer = FeatureWriter(feature_path, len(dataset), width) if layers and leads else None
+        writer = FeatureWriter(feature_path, asked.rows, width) if layers and leads else None
         with writer or nullcontext():
-            asked = (model, dataset, collator, accelerator, batch_size, description)
-            columns = _compute(*asked, layers, width, writer) if layers else _compute(*asked)
+            columns = _compute(asked, description, layers, width, writer)
     if writer is not None:
-        features.append(_features(feature_path, len(dataset), width))
+        features.append(_features(feature_path, asked.rows, width))
     named = "pair_id" in dataset.column_names
-    refuse_not_finite(columns, dataset["pair_id"] if named else [f"in row {row}" for row in range(len(dataset))])
+    refuse_not_finite(columns, dataset["pair_id"] if named else [f"in row {row}" for row in range(asked.rows)])
     if leads:
         with storage_errors(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -189,40 +214,35 @@ def refuse_not_finite(
             )
 
 
-def _path(model: str, dataset: Dataset, collator: Any, accelerator: Any, batch_size: int) -> Path:
+def _path(model: str, asked: _Pass) -> Path:
     what = {
         "version": VERSION,
         "model": model,
-        "batches": _batches_digest(dataset, collator, batch_size),
-        "precision": accelerator.mixed_precision,
-        "environment": _environment(accelerator.device.type),
+        "batches": _batches_digest(asked),
+        "precision": asked.accelerator.mixed_precision,
+        "environment": _environment(asked.accelerator.device.type),
     }
     key = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
     return cache_dir() / "columns" / f"reference-{key[:32]}.safetensors"
 
 
-def _batches_digest(dataset: Dataset, collator: Any, batch_size: int) -> str:
+def _batches_digest(asked: _Pass) -> str:
     """SHA-256 of what the model reads: of our own collator, its input and its settings; of any other, its batches."""
-    digest = hashlib.sha256(f"{batch_size}".encode())
+    digest, collator = hashlib.sha256(f"{asked.batch_size}".encode()), asked.collator
     if type(collator) is PreferenceCollator:
         settings = (collator.max_length, collator.truncation_mode, collator.pad_to_multiple_of, collator.pad_token_id)
         digest.update(repr(settings).encode())
         for name in ID_COLUMNS:
-            for ids in dataset[name]:
+            for ids in asked.dataset[name]:
                 digest.update(np.asarray(ids, dtype=np.int64).tobytes() + b"|")
         return digest.hexdigest()
-    for batch in _batches(dataset, collator, range(0, len(dataset), batch_size), batch_size):
+    for batch in asked.batches(asked.starts):
         for name in _READ:
             digest.update(repr(tuple(batch[name].shape)).encode() + batch[name].to(torch.int64).numpy().tobytes())
     return digest.hexdigest()
 
 
 _READ = ("input_ids", "attention_mask", "completion_mask")
-
-
-def _batches(dataset: Dataset, collator: Any, starts: Sequence[int], size: int) -> Iterator[dict[str, Any]]:
-    for start in starts:
-        yield collator(list(dataset.select(range(start, min(start + size, len(dataset))))))
 
 
 def _environment(device: str) -> dict[str, Any]:
@@ -251,36 +271,29 @@ def batch_logps(
 
 
 def _compute(
-    model: nn.Module,
-    dataset: Dataset,
-    collator: Any,
-    accelerator: Any,
-    batch_size: int,
-    description: str,
-    layers: Sequence[int] = (),
-    width: int = 0,
-    writer: FeatureWriter | None = None,
+    asked: _Pass, description: str, layers: Sequence[int], width: int, writer: FeatureWriter | None
 ) -> dict[str, np.ndarray]:
-    count, starts = accelerator.num_processes, range(0, len(dataset), batch_size)
-    rounds = -(-len(starts) // count)
-    found = torch.zeros(2, rounds, batch_size, dtype=torch.float64)
-    model.to(accelerator.device)
-    keep = _keeper(accelerator, len(dataset), batch_size, width, writer)
-    with bar(f"Reference log-probabilities ({description})", len(dataset)) as advance:
-        own = starts[accelerator.process_index :: count]
-        for turn, batch in enumerate(_batches(dataset, collator, own, batch_size)):
-            chosen, rejected, *features = batch_logps(model, batch, accelerator, *([layers] if layers else []))
+    accelerator, size = asked.accelerator, asked.batch_size
+    count = accelerator.num_processes
+    rounds = -(-len(asked.starts) // count)
+    found = torch.zeros(2, rounds, size, dtype=torch.float64)
+    asked.model.to(accelerator.device)
+    keep = _keeper(accelerator, asked.rows, size, width, writer)
+    with bar(f"Reference log-probabilities ({description})", asked.rows) as advance:
+        own = asked.starts[accelerator.process_index :: count]
+        for turn, batch in enumerate(asked.batches(own)):
+            chosen, rejected, *features = batch_logps(asked.model, batch, accelerator, *([layers] if layers else []))
             pair = torch.stack([chosen, rejected])
             found[:, turn, : pair.shape[1]] = pair.cpu()
             if layers:
                 keep(turn, features[0])
-            advance(min(count * batch_size, len(dataset) - own[turn]))
+            advance(min(count * size, asked.rows - own[turn]))
         if layers and len(own) < rounds:
             keep(rounds - 1, torch.zeros(0, width))  # the others of the last round wait for this process
     if count > 1:
         gathered = accelerator.gather(found[None].to(accelerator.device)).cpu()
         found = gathered.permute(1, 2, 0, 3)  # process 0's batch of a round, then that of process 1, ...
-    table = found.reshape(2, -1)[:, : len(dataset)].contiguous().numpy()
+    table = found.reshape(2, -1)[:, : asked.rows].contiguous().numpy()
     return dict(zip(REFERENCE_COLUMNS, table, strict=True))
 
 
@@ -314,29 +327,20 @@ def _everywhere(columns: dict[str, np.ndarray], rows: int, accelerator: Any) -> 
     return dict(zip(REFERENCE_COLUMNS, shared.cpu().numpy(), strict=True))
 
 
-def _verify(
-    model: nn.Module,
-    dataset: Dataset,
-    collator: Any,
-    accelerator: Any,
-    batch_size: int,
-    columns: dict[str, np.ndarray],
-    path: Path,
-) -> None:
+def _verify(asked: _Pass, columns: dict[str, np.ndarray], path: Path) -> None:
     """Compute one batch again: an engine that changed must not pass.
 
     A difference is allowed only where the model itself does not repeat its bits, as kernels with atomic additions do.
     """
-    batches = (len(dataset) + batch_size - 1) // batch_size
-    start = (int(hashlib.sha256(path.name.encode()).hexdigest(), 16) % batches) * batch_size
-    (batch,) = _batches(dataset, collator, [start], batch_size)
-    model.to(accelerator.device)
+    start = asked.starts[int(hashlib.sha256(path.name.encode()).hexdigest(), 16) % len(asked.starts)]
+    (batch,) = asked.batches([start])
+    asked.model.to(asked.accelerator.device)
 
     def computed() -> Tensor:
-        return torch.stack(batch_logps(model, batch, accelerator)).cpu()
+        return torch.stack(batch_logps(asked.model, batch, asked.accelerator)).cpu()
 
-    stored = torch.from_numpy(np.stack([columns[name][start : start + batch_size] for name in REFERENCE_COLUMNS]))
+    stored = np.stack([columns[name][start : start + asked.batch_size] for name in REFERENCE_COLUMNS])
     found = computed()
-    gap = float((found - stored).abs().max())
+    gap = float((found - torch.from_numpy(stored)).abs().max())
     if gap > 0 and not gap <= 4 * float((found - computed()).abs().max()):
         raise _UnusableCache(f"disagrees with the model by {gap:.3g} nats")

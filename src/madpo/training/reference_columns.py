@@ -195,7 +195,7 @@ class ReferenceColumns(ExactResume):
     def _reference_tensors(self) -> dict[str, Tensor]:
         """The computed columns, for a checkpoint."""
         return {
-            f"reference.{name}.{column}": torch.tensor(_column(dataset, column))
+            f"reference.{name}.{column}": torch.tensor(np.array(dataset.with_format("arrow")[column], dtype=np.float64))
             for name, dataset in self._with_computed().items()
             for column in self._sources[dataset._fingerprint]
         }
@@ -230,7 +230,3 @@ class ReferenceColumns(ExactResume):
         if self._live is not None and not {*REFERENCE_COLUMNS} & {*(getattr(dataset, "column_names", None) or ())}:
             found = found | dict.fromkeys(REFERENCE_COLUMNS, f"reference {self._live}")
         return found
-
-
-def _column(dataset: Dataset, name: str) -> Any:
-    return np.array(dataset.with_format("arrow")[name], dtype=np.float64)
