@@ -33,30 +33,14 @@ from transformers.utils import (
 )
 
 from madpo.core.errors import ConfigError
-from madpo.models.hyperparameters import LoRA
+from madpo.models.hyperparameters import LoRA as LoRA
 from madpo.models.loading import loading
-from madpo.models.locate import TINY_FAMILIES, load_tokenizer, resolve_model
-from madpo.models.packaged import cache_dir, made_at_once, packaged, quiet_transformers
+from madpo.models.locate import TINY_FAMILIES
+from madpo.models.locate import load_tokenizer as load_tokenizer
+from madpo.models.locate import resolve_model as resolve_model
+from madpo.models.packaged import made_at_once, quiet_transformers
 from madpo.models.untrusted import check_model
 from madpo.models.weights import pretrained
-
-__all__ = [
-    "TINY_FAMILIES",
-    "LoRA",
-    "build_tiny",
-    "cache_dir",
-    "compute_dtype",
-    "load_classifier",
-    "load_config",
-    "load_model",
-    "load_quantised",
-    "load_tokenizer",
-    "merge_adapter",
-    "packaged",
-    "resolve_model",
-    "save_model",
-]
-
 
 _COMPANIONS = sorted(
     {PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME, VIDEO_PROCESSOR_NAME, AUDIO_TOKENIZER_NAME}
