@@ -195,7 +195,7 @@ def main() -> None:
     )
     parser.add_argument("--default", action="store_true", help="also time TRL's defaults")
     parser.add_argument("--liger", action="store_true", help="also time tuned TRL with Liger's kernels, on a GPU")
-    parser.add_argument("--ours-model", help="another model for ours alone: a copy with a trimmed vocabulary")
+    parser.add_argument("--ours-model", help="another model for ours only: a copy with a trimmed vocabulary")
     parser.add_argument("--unchecked", action="store_true", help="skip the float32 comparison")
     options = parser.parse_args()
     if options.worker:

@@ -184,8 +184,8 @@ def show_ratio(seconds: dict[str, list[float]], memory: dict[str, float]) -> flo
 def write_steps(options: argparse.Namespace, **result: Any) -> None:
     """The run's JSON, where one was asked for."""
     if options.json:
-        told = {key: value for key, value in vars(options).items() if key not in ("json", "worker")}
-        whole = {"options": told, "machine": platform.processor() or platform.machine(), **result}
+        given = {key: value for key, value in vars(options).items() if key not in ("json", "worker")}
+        whole = {"options": given, "machine": platform.processor() or platform.machine(), **result}
         options.json.write_text(json.dumps(whole, indent=1), encoding="utf-8")
 
 

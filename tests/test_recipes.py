@@ -64,8 +64,9 @@ COMMAND = '''"""``madpo count``."""
 
 from __future__ import annotations
 
-from madpo.commands.from_settings import Configurable, part
+from madpo.commands.from_settings import Configurable
 from madpo.commands.shared import Data, Result
+from madpo.core.config import part
 from madpo.core.progress import show
 from madpo.operations.counting import CountSettings, count_pairs
 from madpo.operations.running import run_in_folder

@@ -29,7 +29,7 @@ def command(*words, **environment):
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """An environment that holds the wheel alone; the libraries are those of the tests, through ``PYTHONPATH``."""
+    """An environment that holds only the wheel; the libraries are those of the tests, through ``PYTHONPATH``."""
     root = tmp_path_factory.mktemp("wheel")
     for name in ("src", "pyproject.toml", "README.md", "LICENSE"):
         place = ROOT / name

@@ -1,6 +1,6 @@
 """Kill the study at random moments, continue it, and compare everything it leaves with an undisturbed run.
 
-Part of ``make soak``. The smoke study runs three ways besides undisturbed: killed by SIGKILL again and again, in a
+Part of ``make soak``. The smoke study runs undisturbed and in three other ways: killed by SIGKILL again and again, in a
 cluster whose workers are killed in the middle of steps, and in several processes. Every step's files and records
 (outside ``provenance``) and the tables of the report must have the bytes of the undisturbed run.
 """
@@ -148,7 +148,7 @@ def main() -> None:
 def add_to_page(page: Path, rows: list[tuple[str, str, list[str]]], files: int) -> None:
     """The section of docs/reliability.md."""
     lines = [
-        f"The smoke study leaves {files} files besides its page: every step's, and the tables of the report. They are",
+        f"The smoke study leaves {files} files and its page: every step's, and the tables of the report. They are",
         "compared with those of an undisturbed run: weights, samples, logs and tables byte for byte, records without",
         "their provenance, PEFT's `adapter_config.json` without the path of the base model. PEFT's card is left out.",
         "",

@@ -122,8 +122,8 @@ UNBUILT = {
     "gemma3n": "needs timm; its text model is gemma3n_text",
     "gemma4_assistant": "a draft model, which reads states of another one",
     "gemma4_unified_assistant": "a draft model, which reads states of another one",
-    "musicgen": "a model of sound, which is not built from its configuration alone",
-    "musicgen_melody": "a model of sound, which is not built from its configuration alone",
+    "musicgen": "a model of sound, which is not built from its configuration only",
+    "musicgen_melody": "a model of sound, which is not built from its configuration only",
     "qwen4_exp": "its n-gram embeddings need sizes that have no defaults",
     "qwen4_exp_text": "its n-gram embeddings need sizes that have no defaults",
 }

@@ -93,7 +93,7 @@ def trainer_of(
         "logging_steps": 1,
         "max_length": LIMIT,
         "pair_weights": True,
-        "adam_epsilon": 1e-5,  # a gradient that is rounding alone must not become a step of full length
+        "adam_epsilon": 1e-5,  # a gradient that is only rounding must not become a step of full length
     }
     train, heldout = (pairs(n, seed, positive=loss.kind == "odpo") for seed, n in enumerate((PAIRS, HELDOUT)))
     if data is not None:

@@ -10,7 +10,7 @@ def put_section(page: Path, heading: str, lines: list[str]) -> None:
 
     Args:
         heading: its second-level heading, with ``## ``.
-        lines: what stands below it.
+        lines: what is below it.
     """
     text = page.read_text(encoding="utf-8") if page.exists() else FIRST
     before, *rest = text.split("\n## ")

@@ -1,4 +1,4 @@
-"""What every trainer of the tests is told: float32 on the CPU, nothing logged to services, no bars."""
+"""What every trainer of the tests is given: float32 on the CPU, nothing logged to services, no bars."""
 
 from typing import Any
 

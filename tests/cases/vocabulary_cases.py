@@ -117,7 +117,7 @@ def _llama2():
 
 
 def _characters():
-    """BPE on characters alone: what is not in its alphabet is unknown."""
+    """BPE on characters only: what is not in its alphabet is unknown."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")

@@ -1,4 +1,4 @@
-"""Options of the practitioner's commands: what they stand for, and mistakes in one sentence. No model is loaded."""
+"""Options of the practitioner's commands: what they mean, and mistakes in one sentence. No model is loaded."""
 
 import dataclasses
 import enum
@@ -167,7 +167,7 @@ def test_the_arguments_of_the_trainer_are_those_of_its_class():
 def test_none_is_none_where_no_other_text_may_stand(tmp_path):
     from madpo.core.config import load_config
     from madpo.operations import TrainSettings
-    from madpo.operations.policy import resolved
+    from madpo.operations.train_report import resolved
 
     given = {"max_length": "none", "gradient_checkpointing": "none", "report_to": "none", "optim": "adamw_torch"}
     base = {"model": "m", "loss": {"kind": "dpo"}}
@@ -186,7 +186,7 @@ def test_none_is_none_where_no_other_text_may_stand(tmp_path):
 
 def test_a_resolved_configuration_finds_its_model_from_elsewhere(llama, tmp_path, monkeypatch):
     from madpo.operations import TrainSettings
-    from madpo.operations.policy import resolved
+    from madpo.operations.train_report import resolved
 
     monkeypatch.chdir(llama.parent)
     for given, kept in ((llama.name, str(llama.resolve())), ("owner/name", "owner/name"), ("tiny-llama", "tiny-llama")):

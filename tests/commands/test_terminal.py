@@ -25,7 +25,7 @@ EVIL = "\x1b]0;TITLE\x07\x1b[2J\x9b31m\u202eevil\r\udcff"
 
 
 @given(st.text() | st.text(alphabet="\x1b\x9b\u202e\ud800\r\n\t\\x1b "))
-def test_what_is_printable_is_left_alone_and_all_else_is_escaped(text):
+def test_what_is_printable_stays_and_all_else_is_escaped(text):
     shown = printable(text)
     assert shown.isprintable()
     assert printable(shown) == shown

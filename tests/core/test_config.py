@@ -1,4 +1,4 @@
-"""Configuration files: what is read, and how mistakes are told."""
+"""Configuration files: what is read, and how mistakes are reported."""
 
 from pathlib import Path
 from typing import Annotated, Literal

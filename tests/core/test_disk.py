@@ -38,7 +38,7 @@ def small_disk(tmp_path):
     place.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(place)]
     if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("a file system of one's own can be mounted by root alone")
+        pytest.skip("only root can mount a file system of its own")
     yield place
     subprocess.run(["umount", "--lazy", str(place)], check=True)
 
@@ -193,7 +193,7 @@ def test_a_trainer_of_ones_own_in_a_read_only_folder(small_disk, llama):
         build(llama, small_disk / "run")
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, which root alone can")
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, which only root can")
 def test_a_folder_of_somebody_else(llama, tmp_path, tmp_path_factory):
     """In a process that has given up its rights: root may write anywhere."""
     for place in (tmp_path, *tmp_path.parents[:3], llama, llama.parent, *llama.iterdir()):

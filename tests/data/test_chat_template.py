@@ -54,7 +54,7 @@ SEVERAL = {
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """From the unpacked model where there is one, else out of the packaged file, whose weights are left alone."""
+    """From the unpacked model where there is one, else out of the packaged file, whose weights are not read."""
     unpacked = cache_dir() / "models" / f"smollm2-135m-instruct-{PACKAGED['smollm2-135m-instruct'].sha256[:8]}"
     if (unpacked / "tokenizer_config.json").is_file():
         return load_tokenizer(unpacked)
@@ -134,7 +134,7 @@ def test_a_million_rows_fit_into_500_megabytes_beside_a_tokenizer(tokenizer: Any
     code = (
         "import re, sys; from pathlib import Path; from madpo.data import check;"
         "check(sys.argv[1], tokenizer=sys.argv[2]);"
-        # Of this program alone: what getrusage says begins with the parent's.
+        # Of this program only: what getrusage says begins with the parent's.
         r"print(1024 * int(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1]))"
     )
     peaks = []

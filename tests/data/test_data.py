@@ -385,7 +385,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
             file.write(json.dumps(PLAIN | {"prompt": f"{i} " + "word " * 200}) + "\n")
     code = (
         "import re; from pathlib import Path; from madpo.data import check; from madpo.data.findings import Seen\n"
-        # Of this program alone: what getrusage says begins with the parent's.
+        # Of this program only: what getrusage says begins with the parent's.
         r"peak = lambda: int(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1])"
         "\nbefore = peak()\n"
         f"assert check({str(path)!r}).pairs == 60000\n"

@@ -101,9 +101,9 @@ def test_the_prompt_of_a_known_layout(layout: str, form: str, tmp_path: Path) ->
     assert texts == ["The Po.", "Italy."]
     # What prompts are read from, and what a vocabulary is cut for, are the same texts.
     if any(name in row for name in ("prompt", "instruction", "question", "input", "messages", "conversations")):
-        alone = {name: value for name, value in row.items() if not name.startswith(("chosen", "rejected"))}
-        if alone.get("messages") != WHOLE["chosen"] and "ultra" not in layout:
-            asked = read_prompts(write(tmp_path / "p.jsonl", [alone]))[0].content
+        bare = {name: value for name, value in row.items() if not name.startswith(("chosen", "rejected"))}
+        if bare.get("messages") != WHOLE["chosen"] and "ultra" not in layout:
+            asked = read_prompts(write(tmp_path / "p.jsonl", [bare]))[0].content
             given = found[0]["prompt"]
             assert asked == given or contents(asked) == contents(given)
     for (_, whole), side in zip(read_texts(path), ("chosen", "rejected"), strict=False):

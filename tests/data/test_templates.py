@@ -232,7 +232,7 @@ def thinking(thought: str, answer: str) -> list[dict[str, str]]:
          {"dropped_content": 1}),
         (ROLES, {"prompt": [USER, HI, *said("tool", "31 degrees")], "chosen": [HI], "rejected": [NO]},
          {"dropped_content": 1}),
-        # A text that is there once stands for one message only.
+        # A text that occurs once is one message only.
         (ROLES, {"prompt": [*said("tool", "Hi!"), USER], "chosen": [HI], "rejected": [NO]},
          {"dropped_content": 1, "role_order": 1}),
         (TRIM, {"prompt": [USER], "chosen": said("assistant", "Hi! "), "rejected": said("assistant", "Hi!")},

@@ -19,7 +19,7 @@ from madpo.models.engine.responses import end_tokens
 from madpo.models.load import LoRA, build_tiny, load_classifier, load_config, load_model, load_tokenizer
 from madpo.models.locate import light_tokenizer
 from madpo.operations.evaluation import find_policy
-from madpo.operations.reward_model import load_scorer
+from madpo.operations.pair_scorer import load_scorer
 from madpo.operations.trimming.trim import _Whole
 
 TEXT = Pair(0, 0, "A film", " is good.", " is <s> bad \u00e9\n\U0001f600", {})

@@ -106,7 +106,7 @@ def programs(draw):
 
 @st.composite
 def templates(draw):
-    """A shipped template with programs put in or bytes damaged, or a program alone."""
+    """A shipped template with programs put in or bytes damaged, or only a program."""
     base = draw(st.sampled_from(SHIPPED) | st.just(""))
     for _ in range(draw(st.integers(0 if base else 1, 2))):
         places = [i for i in range(len(base)) if base.startswith(("{%", "{{"), i)] or [0]

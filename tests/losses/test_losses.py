@@ -242,7 +242,7 @@ def test_gradcheck(name: str) -> None:
     here = with_columns(*policy, *reference, margin=margin)
     state = loss.observe(loss.statistic(here), loss.init_state(0))
     if name.startswith("wpo"):
-        # A zero mean log-prob shift of both completions leaves the weight, so move h alone.
+        # A zero mean log-prob shift of both completions leaves the weight, so move only h.
         shift = f64(0, 0, 0, 0).requires_grad_()
         assert torch.autograd.gradcheck(
             lambda d: loss(with_columns(policy[0] + d, policy[1] - d, *reference, margin=margin)).per_pair, shift

@@ -96,7 +96,7 @@ def test_minimiser_at_known_points() -> None:
     assert found.tolist() == pytest.approx([-7, -3.963184, 0, 3.963184, 7, 7.989577], abs=1e-6)
 
 
-def test_theory_rests_on_the_losses_alone() -> None:
+def test_theory_imports_only_the_losses() -> None:
     import ast
     from pathlib import Path
 

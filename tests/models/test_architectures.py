@@ -161,7 +161,7 @@ def test_log_probabilities_and_gradients_are_those_of_the_plain_forward_pass(fam
     for logps, batch in ((packed, both), (padded, both), (padded, turned)):
         nats, share = apart(measured(half, logps, batch, half=True), truth)
         # A mixture may route a single token otherwise after rounding, which moved a gradient by 0.22 of its norm where
-        # rounding alone moved it by 0.02. What is wrong shows in float32, above.
+        # only rounding moved it by 0.02. What is wrong shows in float32, above.
         assert nats < 3 * rounding[0] + 0.2, (logps, nats, rounding)
         assert share < 3 * rounding[1] + 0.25, (logps, share, rounding)
     assert getattr(half.get_base_model(), "_madpo_packs", False) == shares

@@ -128,8 +128,8 @@ def test_a_walk_over_tiles_draws_the_tokens_of_whole_logits(vocabulary, form, te
     whole = sample(head.logits(states)[0] / temperature, uniform)
     assert sample_by_tiles(head, states, uniform, temperature).equal(whole)
     assert Sampling(temperature).draw_from(head, states, uniform).equal(whole)
-    alone = [sample_by_tiles(head, states[i : i + 1], uniform[i : i + 1], temperature) for i in range(60)]
-    assert torch.cat(alone).equal(whole)
+    single = [sample_by_tiles(head, states[i : i + 1], uniform[i : i + 1], temperature) for i in range(60)]
+    assert torch.cat(single).equal(whole)
 
 
 CUTS = [
@@ -177,7 +177,7 @@ def test_half_precision_states_are_drawn_with_exact_probabilities_inside_a_block
         assert float(drawn.sum()) == pytest.approx(float(known.sum()), abs=2e-3)
         wanted = drawn.sum() * law / law.sum()
         assert float((drawn - wanted).abs().max()) < 1.1 / count
-    assert float((rounded - exact).abs().max()) > 5 / count, "the two laws should be told apart"
+    assert float((rounded - exact).abs().max()) > 5 / count, "the two laws should be distinguishable"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

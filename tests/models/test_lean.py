@@ -1,4 +1,4 @@
-"""Lean layers against the modules whose place they take: values, gradients, what is kept, and when they stand aside."""
+"""Lean layers against the modules that they replace: values, gradients, what is kept, and when they are not used."""
 
 import copy
 
@@ -264,7 +264,7 @@ def test_gradients_may_be_watched_by_hooks():
     assert len(seen) == 1
 
 
-def test_a_norm_or_mlp_of_another_form_is_left_alone():
+def test_a_norm_or_mlp_of_another_form_is_not_replaced():
     class CubicRMSNorm(nn.Module):
         def __init__(self):
             super().__init__()

@@ -23,7 +23,7 @@ def raised_from(cause: BaseException, said: str = "could not load") -> OSError:
 
 
 class GatedRepoError(OSError):
-    """By its name alone: the hub's own takes a response of the network."""
+    """By its name only: the hub's own takes a response of the network."""
 
 
 @pytest.mark.parametrize(
@@ -46,9 +46,9 @@ class GatedRepoError(OSError):
     ],
 )
 def test_the_remedy_fits_the_cause_of_a_failed_load(error, kind, words):
-    told = cannot_load("a/b", error)
-    assert type(told) is kind
-    assert words in str(told)
+    found = cannot_load("a/b", error)
+    assert type(found) is kind
+    assert words in str(found)
 
 
 @pytest.mark.parametrize(

@@ -66,8 +66,8 @@ def test_a_row_does_not_depend_on_its_batch(rows, seed):
     together = batch(rows, "right", seed)
     scores = completion_logps(model, **together).logps
     for row, (prompt, completion) in enumerate(rows):
-        alone = {name: value[row : row + 1, : prompt + completion] for name, value in together.items()}
-        torch.testing.assert_close(completion_logps(model, **alone).logps[0], scores[row], rtol=1e-6, atol=1e-6)
+        single = {name: value[row : row + 1, : prompt + completion] for name, value in together.items()}
+        torch.testing.assert_close(completion_logps(model, **single).logps[0], scores[row], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("tile", [1, 7, 50, VOCAB, 1000])

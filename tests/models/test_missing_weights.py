@@ -132,9 +132,9 @@ def test_tensors_of_the_models_own_modules_that_it_does_not_use_are_said(folder,
     """A configuration of fewer layers, without biases or without quantisation makes another model of the weights."""
     UNUSED[what](folder)
     load_model(folder)
-    told = capsys.readouterr().err
-    assert f"{folder}: " in told
-    assert "not used by LlamaForCausalLM (model.layers." in told
+    said = capsys.readouterr().err
+    assert f"{folder}: " in said
+    assert "not used by LlamaForCausalLM (model.layers." in said
     load_model(folder)
     assert not capsys.readouterr().err
 
@@ -193,10 +193,10 @@ def test_no_command_goes_on_with_a_weight_at_random(command, data, folder, polic
     places = {"data": data, "model": folder, "reward": reward, "policy": policy}
     words = [word.format(**places) for word in COMMANDS[command]]
     assert main([*words, "--output_dir", str(out)]) == 2
-    told = capsys.readouterr().err.splitlines()
-    assert not any("Traceback" in line for line in told)
-    assert told[-1].startswith(f"madpo: {folder}: ")
-    assert NORM in told[-1]
+    said = capsys.readouterr().err.splitlines()
+    assert not any("Traceback" in line for line in said)
+    assert said[-1].startswith(f"madpo: {folder}: ")
+    assert NORM in said[-1]
     assert not out.exists()
 
 

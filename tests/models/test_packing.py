@@ -53,7 +53,7 @@ def test_checkpointed_layers_recompute_what_they_computed(family, reentrant):
         loss = (completion_logps(model, **rows, pairs=True).logps * weight).sum()
         return torch.autograd.grad(loss, inside, allow_unused=True) if not reentrant else collected(loss)
 
-    def collected(loss):  # reentrant checkpoints know ``backward`` alone
+    def collected(loss):  # reentrant checkpoints know only ``backward``
         model.zero_grad()
         loss.backward()
         return [None if p.grad is None else p.grad.clone() for p in inside]
@@ -138,7 +138,7 @@ def test_each_needed_token_is_computed_once():
 
 
 def test_a_completion_sees_neither_its_sibling_nor_another_pair():
-    """Exactly: other tokens in the rejected rows leave the chosen rows' bits alone."""
+    """Exactly: other tokens in the rejected rows leave the chosen rows' bits as they are."""
     rows = pair_batch(PAIRS, "right")
     before = completion_logps(SLIDING, **rows, pairs=True).logps[: len(PAIRS)]
     rejected = rows["completion_mask"].bool().clone()

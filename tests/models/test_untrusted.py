@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 class Opens:
-    """Unpickled, it writes a file: what stands for any code."""
+    """Unpickled, it writes a file, in the place of any code."""
 
     def __init__(self, marker):
         self.marker = str(marker)
@@ -343,7 +343,7 @@ def test_contents_that_madpo_does_not_write_end_in_a_sentence(llama, trained, na
 
 
 def test_the_best_checkpoint_lies_in_the_trainings_own_folder(llama, trained, tmp_path, marker):
-    """The path stands in trainer_state.json; following it would unpickle what lies there."""
+    """The path is in trainer_state.json; following it would unpickle what lies there."""
     evil = tmp_path / "evil"
     evil.mkdir()
     (evil / "adapter_model.bin").write_bytes(pickle.dumps(Opens(marker)))

@@ -268,7 +268,7 @@ def test_what_auto_refuses(llama, data, tmp_path, capsys):
         train(data, tmp_path / "P", settings(llama, args={"eval_strategy": "epoch"}))
     with pytest.raises(ValueError, match="fast trains one policy"):
         Auto(fast=True, kl=1.0)
-    with pytest.raises(ValueError, match="full training has not"):
+    with pytest.raises(ValueError, match="full training does not have"):
         settings(llama, Auto(kl=1.0), full=True)
     words = ["--model_name_or_path", str(llama), "--output_dir", str(tmp_path / "P"), "--loss", "dpo", "--loss.fast"]
     assert main(["train", str(data), *words, "true"]) == 2

@@ -104,8 +104,8 @@ def test_further_temperatures_leave_the_measurement_as_it_is(inputs, tmp_path) -
         own = both[both["temperature"] == temperature]
         assert metrics[f"oracle_reward_at_{temperature:g}"].mean == pytest.approx(own["oracle_reward"].mean())
         assert metrics[f"oracle_reward_at_{temperature:g}"].n == 8
-        _, alone = evaluate(inputs, tmp_path / f"at{temperature}", temperature=temperature, samples_per_prompt=3)
-        assert list(own["response"]) == list(alone["response"])
+        _, single = evaluate(inputs, tmp_path / f"at{temperature}", temperature=temperature, samples_per_prompt=3)
+        assert list(own["response"]) == list(single["response"])
     greedy = both[both["temperature"] == 0].groupby("prompt_id")["response"].nunique()
     assert (greedy == 1).all()
 

@@ -12,7 +12,7 @@ from madpo.core.errors import ConfigError
 from madpo.core.metrics import Estimate
 from madpo.core.reports import Report
 from madpo.data import check
-from madpo.operations.policy import TrainReport
+from madpo.operations.train_report import TrainReport
 from practice_cases import text_pairs, write
 
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "pairs_to_policy.ipynb"

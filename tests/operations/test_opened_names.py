@@ -17,7 +17,7 @@ from madpo.models.load import LoRA, load_model
 from madpo.models.untrusted import ADAPTER_WEIGHTS, MODEL_WEIGHTS, check_model
 from madpo.operations import load_scorer
 from madpo.operations.evaluation import find_policy
-from madpo.operations.reward_model import load_pair_encoder
+from madpo.operations.pair_scorer import load_pair_encoder
 from practice_cases import text_pairs, write
 
 pytestmark = pytest.mark.usefixtures("own_cache")

@@ -135,7 +135,7 @@ def test_a_reward_model_that_is_trained_outlives_a_kill_of_its_measurement(
     assert 25 < taken < 68, "it stopped early, after a checkpoint"
     monkeypatch.setattr(reward_module, "_measure", measure)
     assert reward(data, tmp_path / "R", settings) == whole
-    assert steps[taken:] == steps[25:taken], "what is after the checkpoint alone"
+    assert steps[taken:] == steps[25:taken], "only what is after the checkpoint"
     for name in ("adapter/adapter_model.safetensors", "log.jsonl", "report.json"):
         assert (tmp_path / "R" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     assert sorted(p.name for p in (tmp_path / "R").iterdir()) == sorted(p.name for p in (tmp_path / "whole").iterdir())

@@ -31,6 +31,7 @@ from madpo.operations import (
     scoring,
     train,
 )
+from madpo.operations import pair_scorer as scorer_module
 from madpo.operations import reward_model as reward_module
 from madpo.operations.inputs import split_by_prompt
 from madpo.rewards.reward_model import RewardModel
@@ -240,7 +241,7 @@ def test_scoring_goes_on_where_it_was_killed(chain, tmp_path, monkeypatch):
     monkeypatch.setattr(scoring, "PART", 16)
     settings = ScoreSettings(reward_model=str(chain / "R"))
     score(chain / "pairs.jsonl", tmp_path / "whole", settings)
-    original, calls = reward_module.PairScorer.score_pairs, []
+    original, calls = scorer_module.PairScorer.score_pairs, []
 
     def killed_in_the_third_part(self, pairs, name, unit):
         calls.append(pairs[0].pair_id)
@@ -248,7 +249,7 @@ def test_scoring_goes_on_where_it_was_killed(chain, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return original(self, pairs, name, unit)
 
-    monkeypatch.setattr(reward_module.PairScorer, "score_pairs", killed_in_the_third_part)
+    monkeypatch.setattr(scorer_module.PairScorer, "score_pairs", killed_in_the_third_part)
     with pytest.raises(KeyboardInterrupt):
         score(chain / "pairs.jsonl", tmp_path / "S", settings)
     assert not (tmp_path / "S" / "scored.jsonl").exists()

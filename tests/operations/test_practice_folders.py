@@ -19,7 +19,7 @@ from practice_cases import text_pairs, write
 
 
 def test_a_checkpoint_outlives_another_split_and_is_never_dropped(llama, own_cache, tmp_path, monkeypatch, capsys):
-    """Of a step into micro-batches: continued. Other settings are refused by name; to begin anew is asked for."""
+    """Of a step into micro-batches: continued. Other settings are refused by name; to start over is asked for."""
     data = write(tmp_path / "pairs.jsonl", text_pairs(40))  # their reference is computed, in batches of the split
     args = {"learning_rate": 1e-2, "max_steps": 6, "save_steps": 2, "bf16": False, "adam_epsilon": 1e-5}
 

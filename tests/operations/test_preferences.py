@@ -189,7 +189,7 @@ def test_tiers_share_one_permutation_and_pair_what_they_should(tmp_path) -> None
                 assert getattr(row, f"{side}_oracle_reward") == expected
 
 
-def test_a_label_depends_on_its_prompt_and_the_seed_alone(tmp_path) -> None:
+def test_a_label_depends_only_on_its_prompt_and_the_seed(tmp_path) -> None:
     few = label(tmp_path, responses(tmp_path / "few", 50))[1].set_index("pair_id")
     many = label(tmp_path, responses(tmp_path / "many", 90))[1].set_index("pair_id")
     assert (few["chosen"] == many.loc[few.index, "chosen"]).all()

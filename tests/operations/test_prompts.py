@@ -11,7 +11,7 @@ from madpo.data.tokens import Encoder
 from madpo.models.load import load_tokenizer
 from madpo.operations import EvaluateSettings, evaluate
 from madpo.operations.inputs import read_prompts
-from madpo.operations.reward_model import load_pair_encoder, load_scorer
+from madpo.operations.pair_scorer import load_pair_encoder, load_scorer
 from practice_cases import write
 
 USERS_FIRST = (
@@ -44,7 +44,7 @@ def untouched(monkeypatch):
     """Fails where a language model is loaded."""
 
     def loaded(*_, **__):
-        pytest.fail("a model was loaded before the mistake was told")
+        pytest.fail("a model was loaded before the mistake was reported")
 
     monkeypatch.setattr(measuring, "load_model", loaded)
 
@@ -184,5 +184,5 @@ def test_a_base_that_was_moved_is_looked_for_and_named(llama, tmp_path):
     adapter.write_text(json.dumps({"base_model_name_or_path": str(llama)}))
     assert measuring.find_policy(policy, None).base == str(llama)
     adapter.write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "gone too")}))
-    with pytest.raises(ConfigError, match=r"config.toml: model is '.*gone', which is there no more; write where it is"):
+    with pytest.raises(ConfigError, match=r"config.toml: model is '.*gone', which no longer exists; write where it is"):
         measuring.find_policy(policy, str(llama))

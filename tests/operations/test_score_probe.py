@@ -22,7 +22,7 @@ from madpo.operations import (
     train,
 )
 from madpo.operations import policy as policy_module
-from madpo.operations.reward_model import reward_model_digest
+from madpo.operations.pair_scorer import reward_model_digest
 from madpo.rewards.probe_reward import ProbeReward
 from madpo.rewards.reward_model import RewardModel
 from practice_cases import read, run, text_pairs, write
@@ -164,13 +164,13 @@ def test_mistakes(scored, llama, tmp_path):
     (tmp_path / "F").mkdir()
     for file in (scored / "S" / "probe").iterdir():
         (tmp_path / "F" / file.name).write_bytes(file.read_bytes())
-    told = json.loads((tmp_path / "F" / "reward_model.json").read_text())
-    told["probe"]["model_digest"] = "0" * 64
-    (tmp_path / "F" / "reward_model.json").write_text(json.dumps(told))
+    about = json.loads((tmp_path / "F" / "reward_model.json").read_text())
+    about["probe"]["model_digest"] = "0" * 64
+    (tmp_path / "F" / "reward_model.json").write_text(json.dumps(about))
     with pytest.raises(DataError, match="another model than"):
         load_scorer(tmp_path / "F")
-    told["probe"]["layers"] = [1]
-    (tmp_path / "F" / "reward_model.json").write_text(json.dumps(told))
+    about["probe"]["layers"] = [1]
+    (tmp_path / "F" / "reward_model.json").write_text(json.dumps(about))
     with pytest.raises(DataError, match="of another model"):
         RewardModel.load(tmp_path / "F")
     assert score(scored / "pairs.jsonl", tmp_path / "S", ScoreSettings(probe=str(llama), folds=40)).probe.folds == 25

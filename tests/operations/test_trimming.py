@@ -356,7 +356,7 @@ def test_damaged_folders_are_told_in_one_sentence(small_model, tmp_path, file, c
 
 
 def test_a_model_that_came_out_as_another_is_not_written(small_model, tmp_path, monkeypatch):
-    # As if it had weights for each word besides embedding and head, which kept their old numbers.
+    # As if it had weights for each word outside embedding and head, which kept their old numbers.
     def turned_round(model, kept):
         trim_rows(model, kept)
         weight = model.get_input_embeddings().weight
@@ -425,7 +425,7 @@ def test_an_experiment_trims_its_base_model(tmp_path, module_cache, monkeypatch)
     (base,) = (tmp_path / "run").glob("base-*/model")
     (sft,) = (tmp_path / "run").glob("sft-*/model")
     assert {AutoConfig.from_pretrained(place).vocab_size for place in (base, sft)} == {words - 40}
-    # The reward model finds its base beside it, also when the run's folder has moved.
+    # The reward model finds its base next to it, also when the run's folder has moved.
     (tmp_path / "run").rename(tmp_path / "moved")
     (rewards,) = (tmp_path / "moved").glob("reward_model/high/seed0-*")
     assert RewardModel.load(rewards).inner.config.vocab_size == words - 40

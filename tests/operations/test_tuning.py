@@ -181,7 +181,7 @@ def test_a_finished_study_goes_on_with_more_trials_and_refuses_other_settings(ll
     assert more.trials[:1] == first.trials
     assert len(more.trials) == 2
     whole = tune(data, tmp_path / "whole", settings_for(llama, trials=2, **changes))
-    assert whole.trials == more.trials, "what is proposed depends on seed, number and results alone"
+    assert whole.trials == more.trials, "what is proposed depends only on seed, number and results"
     for trial in more.trials:
         assert 1 <= trial.values["loss.tau"] <= 9
         assert trial.values["lora.rank"] in (2, 3, 4)
@@ -267,14 +267,14 @@ def test_implicit_margins_are_the_losses_own():
         **{f"ref_{k}_logps": v for k, v in ref.items()},
         **{f"{k}_lengths": v.long() for k, v in lengths.items()},
     )
-    per_token, alone = 2 / 4 + 2 / 5, -10 / 4 + 20 / 5
+    per_token, mean = 2 / 4 + 2 / 5, -10 / 4 + 20 / 5
     for loss, expected in (
         (DPO(beta=0.5), 2.0),
         (IPO(beta=0.1), 0.4),
         (IPO(beta=0.1, reduction="mean"), 0.1 * per_token),
         (OmniDPO(beta=2.0), 2 * per_token),
-        (SimPO(beta=2.0), 2 * alone),
-        (AlphaDPO(beta=3.0), 3 * alone),
+        (SimPO(beta=2.0), 2 * mean),
+        (AlphaDPO(beta=3.0), 3 * mean),
     ):
         assert loss.implicit_margin(inputs).item() == pytest.approx(expected), loss
 
@@ -337,7 +337,7 @@ def test_rewards_need_their_settings():
     ):
         with pytest.raises(ValueError, match=says):
             RewardCriterion(**{"reward_model": "R", "kl": 1.0, **bad})
-    with pytest.raises(ValueError, match="full training has not"):
+    with pytest.raises(ValueError, match="full training does not have"):
         TuneSettings(model="m", full=True, criterion="reward", reward=RewardCriterion(reward_model="R", kl=1.0))
 
 

@@ -1,4 +1,4 @@
-"""A trial that diverges costs itself alone, and the output head is no target of an adapter."""
+"""A trial that diverges costs only itself, and the output head is no target of an adapter."""
 
 import csv
 

@@ -33,7 +33,7 @@ WORDS = r"1: the token id 401 \('<\|im_end\|>'\) is not in the model's embedding
 
 @pytest.fixture
 def large(llama, tmp_path):
-    """A model with the tokens of ChatML added to its tokenizer alone."""
+    """A model with the tokens of ChatML added to its tokenizer only."""
     folder = shutil.copytree(llama, tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokens = [AddedToken(token, special=True, normalized=False) for token in ("<|im_start|>", "<|im_end|>")]
@@ -82,9 +82,9 @@ def test_every_command_names_the_row_and_the_token(command, data, large, tmp_pat
     places = {"data": data, "model": large, "reward": reward, "classifier": classifier}
     words = [word.format(**places) for word in COMMANDS[command]]
     assert main([*words, "--output_dir", str(tmp_path / "out")]) == 2
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert told.startswith("madpo: ")
-    assert re.search(WORDS, told)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("madpo: ")
+    assert re.search(WORDS, line)
 
 
 def test_one_row_with_such_a_token_is_named(large, tmp_path):
@@ -96,7 +96,7 @@ def test_one_row_with_such_a_token_is_named(large, tmp_path):
         with pytest.raises(DataError, match=r"d\.jsonl, line 4: the token id 401 \('<\|im_end\|>'\)"):
             read(path, tokenizer=str(large))
     rows[3]["chosen"] = "so"
-    assert check(write(path, rows), tokenizer=str(large)).pairs == 6  # a larger tokenizer alone is no mistake
+    assert check(write(path, rows), tokenizer=str(large)).pairs == 6  # only a larger tokenizer is no mistake
 
 
 def test_the_number_of_rows_is_that_of_the_embedding(llama, large, tmp_path):

@@ -61,7 +61,7 @@ def test_the_papers_own_numbers_give_the_papers_own_claims(paper: list[Tier]) ->
     first = found["madpo-first-high"]
     assert [c.what for c in first.comparisons] == [f"MADPO less {name}, High" for name in ("DPO", "IPO", "β-DPO")]
     assert first.comparisons[0].value is not None
-    # Both are exact on all prompts; on the reporting half they differ from that by their own noise alone.
+    # Both are exact on all prompts; on the reporting half they differ from that only by their own noise.
     assert first.comparisons[0].value.mean == pytest.approx(2.23 - 1.62, abs=0.05)
     assert set(first.comparisons[0].per_seed) == {"seed0", "seed1"}
 

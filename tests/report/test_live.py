@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from madpo.core.metrics import Estimate
+from madpo.report.collect import collect
 from madpo.report.live import LiveReport, Result, table_lines
 from madpo.report.numbers import short
-from madpo.report.results import collect
 from madpo.runner.record import Record, run_status
 from report_cases import make_study
 

@@ -46,7 +46,7 @@ def page(margins: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(window: Chrome) -> dict[str, Any]:
-    """What the sliders stand at, as arguments of ``margin_weight``."""
+    """The values of the sliders, as arguments of ``margin_weight``."""
     read = {key: float(window.find_element(By.ID, f"weight-{key}").get_property("value")) for key in ("tau", "c_max")}
     read["lam"] = float(window.find_element(By.ID, "weight-lam").get_property("value"))
     own = window.find_element(By.ID, "weight-own").is_selected()

@@ -19,10 +19,10 @@ from madpo.core.errors import ConfigError, DataError
 from madpo.core.metrics import Estimate
 from madpo.report import build_report, rebuild_report
 from madpo.report.charts import Chart, Mark, Panel, Series
+from madpo.report.collect import collect
 from madpo.report.drawing import draw
 from madpo.report.numbers import one
 from madpo.report.pages import STYLES, part
-from madpo.report.results import collect
 from madpo.report.sources import folder_of
 from madpo.report.summary import cautions, headline
 from madpo.report.tables import report_markdown_table
@@ -220,7 +220,7 @@ def test_nothing_from_data_becomes_markup(run_folder: tuple[Path, dict[str, Reco
     assert data["samples"]["High"]["baseline"] == [2, 1]
 
 
-def test_the_page_stands_alone(run_folder: tuple[Path, dict[str, Record], str]) -> None:
+def test_the_page_needs_no_other_file(run_folder: tuple[Path, dict[str, Record], str]) -> None:
     _, _, text = run_folder
     page = Page(text)
     outside = re.findall(r"(?:https?:)?//[a-z0-9.-]+\.[a-z]{2,}[^\s\"'<]*", text)
@@ -248,7 +248,7 @@ def test_it_says_something_without_scripts(run_folder: tuple[Path, dict[str, Rec
     assert len([1 for tag, a in page.tags if tag == "th" and a.get("scope") in ("row", "col")]) > 20
 
 
-def test_tables_beside_the_page(run_folder: tuple[Path, dict[str, Record], str]) -> None:
+def test_tables_next_to_the_page(run_folder: tuple[Path, dict[str, Record], str]) -> None:
     root, records, _ = run_folder
     data = json.loads((root / "results.json").read_text())
     methods = {m["key"]: m for m in data["tiers"]["high"]["methods"]}
@@ -287,7 +287,7 @@ def test_an_unfinished_run_has_a_page_too(tmp_path: Path) -> None:
 
 def test_steps_that_carry_the_seeds_name(tmp_path: Path) -> None:
     records = make_run(tmp_path, seeds=2)
-    alone = collect(tmp_path, records)
+    single = collect(tmp_path, records)
     renamed = {}
     for name, record in records.items():
         if name.startswith(("evaluation/sft", "margins/", "reward_model/")):
@@ -300,12 +300,12 @@ def test_steps_that_carry_the_seeds_name(tmp_path: Path) -> None:
     assert [tier.name for tier in several] == ["high", "low"]
     assert list(several[0].reward_models) == ["seed0", "seed1"]
     assert several[0].rows[0].seeds == ("seed0", "seed1")
-    assert several[0].rows[1:] == alone[0].rows[1:]
-    assert several[0].margins.tolist() == alone[0].margins.tolist()
+    assert several[0].rows[1:] == single[0].rows[1:]
+    assert several[0].margins.tolist() == single[0].margins.tolist()
     assert "High seed1" in build_report(tmp_path, renamed, "t", {}, figures=False).read_text()
 
 
-def test_metrics_alone_are_enough(tmp_path: Path) -> None:
+def test_metrics_are_enough(tmp_path: Path) -> None:
     records = make_run(tmp_path)
     for path in tmp_path.rglob("samples.jsonl"):
         path.unlink()

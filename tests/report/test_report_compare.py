@@ -13,6 +13,7 @@ from madpo.core.seeding import rng
 from madpo.core.statistics import bootstrap_mean, bootstrap_statistic
 from madpo.report.charts import Panel
 from madpo.report.claims import claims
+from madpo.report.collect import collect
 from madpo.report.compare import (
     _interpolated,
     base_beta,
@@ -25,7 +26,7 @@ from madpo.report.compare import (
     selections,
     settings_of,
 )
-from madpo.report.results import Row, Tier, collect, measured
+from madpo.report.results import Row, Tier, measured
 from madpo.report.selection import selecting_half
 from madpo.report.study_charts import ablation_chart, frontier_chart
 from madpo.report.summary import headline
@@ -144,9 +145,9 @@ def test_a_setting_is_chosen_over_the_seeds_that_all_settings_have() -> None:
     own = tier.cells(tier.rows[0])["seed0"]
     report = own[own.index.isin(tier.reporting)]
     assert found.candidates[lucky.row.key].reporting.mean == pytest.approx(report.mean())
-    alone = choose("MADPO", tier, tier.rows[:1])
-    assert alone is not None
-    assert alone.value == tier.rows[0]["oracle_reward"], "where nothing is compared, all seeds count"
+    single = choose("MADPO", tier, tier.rows[:1])
+    assert single is not None
+    assert single.value == tier.rows[0]["oracle_reward"], "where nothing is compared, all seeds count"
 
 
 # Choices

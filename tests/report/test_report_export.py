@@ -16,7 +16,7 @@ from madpo.commands.cli import main
 from madpo.core.errors import ConfigError, DataError, StorageError
 from madpo.core.metrics import Estimate
 from madpo.report import export, export_report, rebuild_report
-from madpo.report.results import collect
+from madpo.report.collect import collect
 from madpo.report.sources import folder_of
 from madpo.report.study_sections import temperature_table
 from madpo.runner.record import run_status
@@ -172,8 +172,8 @@ def test_a_name_moves_no_cursor(tmp_path: Path, capsys: pytest.CaptureFixture[st
     study = small_study(tmp_path / "run")
     page = rebuild_report(study.write("one"), figures=False)
     results = study.root / "results.json"
-    told = json.loads(results.read_text(encoding="utf-8")) | {"summary": ["a\x1b[2Jb\u202ec\nd"]}
-    results.write_text(json.dumps(told), encoding="utf-8")
+    changed = json.loads(results.read_text(encoding="utf-8")) | {"summary": ["a\x1b[2Jb\u202ec\nd"]}
+    results.write_text(json.dumps(changed), encoding="utf-8")
     study_commands._print_results(page)
     assert capsys.readouterr().out.splitlines()[0] == r"a\x1b[2Jb\u202ec\nd"
 

@@ -235,7 +235,7 @@ def test_margins_come_from_every_shape(tmp_path: Path) -> None:
         read_margins(tmp_path / "bad.csv")
 
 
-def test_page_stands_alone_and_escapes(pairs: Path, tmp_path: Path) -> None:
+def test_the_page_needs_no_other_file_and_escapes(pairs: Path, tmp_path: Path) -> None:
     page = tmp_path / "new" / "margins.html"
     report = inspect_data(pairs, output=page)
     html = page.read_text()

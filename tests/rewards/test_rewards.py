@@ -132,8 +132,8 @@ def test_the_same_seed_gives_the_same_bytes_and_held_out_reviews_are_not_fitted_
 def test_the_prompt_counts_only_if_asked_for(tmp_path, scores) -> None:
     fit_oracle(stage(NgramOracle(min_count=1, scores=scores)), {}, tmp_path)
     score = load_oracle(tmp_path)
-    alone, after = score(["", "terrible awful "], ["great film", "great film"])
-    assert (alone == after) == (scores == "completion")
+    bare, after = score(["", "terrible awful "], ["great film", "great film"])
+    assert (bare == after) == (scores == "completion")
     if scores == "prompt+completion":
         assert after == score([""], ["terrible awful great film"])[0]
 
@@ -252,7 +252,7 @@ def test_pooled_states_are_those_of_the_definition(data) -> None:
     prompts = [data.draw(st.integers(0, count)) for count in counts]
     mask = (torch.arange(length) < torch.tensor(counts)[:, None]).long()
     states = torch.randn(rows, length, 3, generator=torch.Generator().manual_seed(length))
-    states[mask == 0] = torch.inf  # what stands in padding must not matter
+    states[mask == 0] = torch.inf  # what is in padding must not matter
     last = pooled(torch.nan_to_num(states), mask, "last", torch.tensor(prompts))
     mean = pooled(states, mask, "mean", torch.tensor(prompts))
     for row, (count, prompt) in enumerate(zip(counts, prompts, strict=True)):
@@ -268,10 +268,10 @@ def test_a_mean_is_that_of_the_completions_tokens(trained, tmp_path) -> None:
     from peft import PeftModel
 
     shutil.copytree(trained, tmp_path / "R")
-    told = json.loads((trained / "reward_model.json").read_text())
-    (tmp_path / "R" / "reward_model.json").write_text(json.dumps({**told, "pooling": "mean"}))
+    about = json.loads((trained / "reward_model.json").read_text())
+    (tmp_path / "R" / "reward_model.json").write_text(json.dumps({**about, "pooling": "mean"}))
     model = RewardModel.load(tmp_path / "R")
-    plain = AutoModelForSequenceClassification.from_pretrained(told["base"], num_labels=1, dtype=torch.float32)
+    plain = AutoModelForSequenceClassification.from_pretrained(about["base"], num_labels=1, dtype=torch.float32)
     plain = PeftModel.from_pretrained(plain, trained / "adapter").eval()
     generator = np.random.default_rng(1)
     sequences = [list(map(int, generator.integers(3, 300, n))) for n in (9, 30, 7, 12, 2, 19)]
@@ -283,7 +283,7 @@ def test_a_mean_is_that_of_the_completions_tokens(trained, tmp_path) -> None:
             expected.append(plain.get_base_model().score(states)[prompt:].mean().item())
     np.testing.assert_allclose(model.score_ids(sequences, 4, prompt_lengths=lengths), expected, atol=2e-5)
     assert np.abs(model.score_ids(sequences) - np.array(expected)).max() > 1e-2
-    (tmp_path / "R" / "reward_model.json").write_text(json.dumps({**told, "pooling": "median"}))
+    (tmp_path / "R" / "reward_model.json").write_text(json.dumps({**about, "pooling": "median"}))
     with pytest.raises(DataError, match="holds no reward model"):
         RewardModel.load(tmp_path / "R")
 

@@ -52,7 +52,7 @@ needs_ray = pytest.mark.skipif(
 @pytest.fixture(scope="module", params=["inline", "processes", pytest.param("ray", marks=needs_ray)])
 def executor(request: pytest.FixtureRequest) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
-        # Ray's workers are told where this file is; the others find it by themselves.
+        # Ray's workers are given the place of this file; the others find it by themselves.
         patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
         with {"inline": Inline, "processes": lambda: Processes(1), "ray": Cluster}[request.param]() as chosen:
             yield chosen

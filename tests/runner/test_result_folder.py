@@ -142,7 +142,7 @@ def test_a_failure_leaves_nothing_unless_there_is_a_checkpoint(tmp_path: Path) -
     with pytest.raises(DataError, match="line 3"):
         make(out, fail=True, checkpoint=True)
     assert (out / "unfinished" / "checkpoints" / "checkpoint-1").is_dir()
-    with pytest.raises(StorageError, match=r"unfinished.checkpoints.*--overwrite to begin anew"):
+    with pytest.raises(StorageError, match=r"unfinished.checkpoints.*--overwrite to start over"):
         make(out, text="b")
     assert not make(out, text="b", overwrite=True)
     assert tree(out) == {"model/weights": "b", "b.txt": "x"}
@@ -162,7 +162,7 @@ def test_a_second_run_is_refused(tmp_path: Path) -> None:
 
 
 class Killed(BaseException):
-    """Stands for a SIGKILL: no handler of ours catches it."""
+    """In the place of a SIGKILL: no handler of ours catches it."""
 
 
 def interruptions(monkeypatch: pytest.MonkeyPatch, at: int) -> Callable[[], int]:

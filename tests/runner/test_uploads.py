@@ -67,7 +67,7 @@ def test_a_store_gets_every_file_and_the_record_last(
         assert memory.cat_file(f"/madpo/study/{folder}/record.json") == local
 
 
-def test_a_second_run_uploads_what_is_missing_alone(tmp_path: Path) -> None:
+def test_a_second_run_uploads_only_what_is_missing(tmp_path: Path) -> None:
     root, url = tmp_path / "run", f"file://{tmp_path}/store"
     run(root, url, count=1)
     (first,) = (tmp_path / "store").glob("part/*")
@@ -135,7 +135,7 @@ def test_a_store_that_fails_costs_no_result_and_tells_no_secret(
 
 
 def test_a_bucket_is_never_created(tmp_path: Path, memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    # s3fs and gcsfs create the bucket of a folder that they are told to make: a mistyped name would pass unnoticed.
+    # s3fs and gcsfs create the bucket of a folder that they are asked to make: a mistyped name would pass unnoticed.
     def create(self: Any, path: str, exist_ok: bool = False) -> None:
         raise AssertionError(f"the bucket of {path} would be created")
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from madpo.core.config import load_config
 from madpo.core.errors import ConfigError, DataError
 from madpo.data.rows import Pair
-from madpo.operations.reward_model import load_scorer
+from madpo.operations.pair_scorer import load_scorer
 from madpo.report.own import own_verdict
 from madpo.report.results import Row, Tier, measured
 from madpo.report.sources import HELDOUT, SAMPLES
@@ -127,8 +127,8 @@ def test_responses_have_the_judges_rewards(run) -> None:
 
 def test_the_report_has_the_paired_differences_and_a_verdict(run) -> None:
     result = run[2]
-    told = json.loads((result.root / "results.json").read_bytes())
-    methods = {row["key"]: row for row in told["tiers"]["own"]["methods"]}
+    results = json.loads((result.root / "results.json").read_bytes())
+    methods = {row["key"]: row for row in results["tiers"]["own"]["methods"]}
     tables = {key: lines(result, f"heldout/own/{key}/seed0").groupby("prompt_id")["log_loss"].mean() for key in methods
               if key != "sft"}  # fmt: skip
     assert set(tables) == {"dpo", "dpo-beta=0.5", "madpo", "madpo-beta=0.5", "auto"}
@@ -136,9 +136,9 @@ def test_the_report_has_the_paired_differences_and_a_verdict(run) -> None:
     assert difference["mean"] == pytest.approx((tables["madpo"] - tables["dpo"]).mean())
     assert methods["sft"]["name"] == "Reference"
     assert all(row["oracle_reward"] for row in methods.values())
-    assert "preference training" in told["summary"][1].lower()
+    assert "preference training" in results["summary"][1].lower()
     page = (result.root / "report.html").read_text(encoding="utf-8")
-    assert told["summary"][1].split(";")[0].replace("'", "&#39;") in page
+    assert results["summary"][1].split(";")[0].replace("'", "&#39;") in page
     assert "Figure 1 of the paper" not in page
 
 

@@ -1,4 +1,4 @@
-"""Experiments: what their files may say, the graph they stand for, and the smoke experiment end to end."""
+"""Experiments: what their files may say, their graph, and the smoke experiment end to end."""
 
 import json
 import re
@@ -100,7 +100,7 @@ def test_a_smaller_vocabulary_is_the_base_of_all_that_is_trained_from_the_named_
 
 
 def test_memory_bears_on_no_identity():
-    """What a training that ran out of memory is told to change leaves every finished step where it is."""
+    """The change that a training out of memory is advised to make leaves every finished step where it is."""
     found = [load("smoke", f"policy.optimisation.micro_batch_size={micro}").steps() for micro in (2, 8)]
     first, second, plain = ({step.name: step.identity for step in steps} for steps in (*found, load("smoke").steps()))
     assert first == second == plain
@@ -109,7 +109,7 @@ def test_memory_bears_on_no_identity():
 
 
 def test_only_what_a_measurement_needs_is_trained():
-    """A study of DPO alone trains no reward model, and a row of one tier none of the others'."""
+    """A study of DPO only trains no reward model, and a row of one tier none of the others'."""
     plain = {"name": "DPO", "loss": {"kind": "dpo"}}
     steps = load_config(find_experiment("smoke"), Experiment, {"method": [plain], "selection": []}).steps()
     kinds = {step.name.split("/")[0] for step in steps}
@@ -208,7 +208,7 @@ def test_a_batch_is_whole_micro_batches_everywhere():
         assert kind(learning_rate=1, epochs=1, batch_size=8, micro_batch_size=16).per_pass == 8
 
 
-def test_greedy_responses_make_pairs_of_the_low_tier_alone():
+def test_greedy_responses_make_only_pairs_of_the_low_tier():
     low = ("responses.temperature=0", "pairs.tiers=['low']")
     with pytest.raises(ConfigError, match="method 'RLOO' learns from how responses to a prompt differ"):
         load("smoke", *low)
@@ -407,7 +407,7 @@ def test_records_are_the_same_wherever_steps_run(command, small, tmp_path, place
 
 
 def test_several_values_of_a_setting_share_a_folder(tmp_path, capsys):
-    """What the setting does not touch keeps its folder; every value's own results stay beside one another's."""
+    """What the setting does not touch keeps its folder; every value's own results stay next to the others."""
     key = "policy.optimisation.learning_rate"
     graphs = [load("smoke", f"{key}={value}").steps() for value in (0.5, 0.25)]
     folders = [{str(step.folder(tmp_path)): step for step in steps} for steps in graphs]

@@ -18,9 +18,9 @@ from madpo.core.errors import ConfigError
 from madpo.core.progress import duration
 from madpo.losses import Combined, Custom
 from madpo.models.engine.responses import Response
-from madpo.operations import study_folds as folds
-from madpo.operations.relabelling import AgreeingStage, RedrawnStage, keep_agreeing, redraw_labels
+from madpo.operations import study_margins as folds
 from madpo.operations.study_evaluation import best_responses
+from madpo.operations.study_margins import AgreeingStage, RedrawnStage, keep_agreeing, redraw_labels
 from madpo.operations.study_pairs import PAIRS
 from madpo.operations.study_training import fold_of_pairs
 from madpo.runner.run import Planned, Record, run
@@ -193,7 +193,7 @@ def test_labels_are_redrawn_with_the_reward_models_probability(folders, tmp_path
 # Folds and scores
 
 
-def test_folds_are_equal_parts_that_depend_on_the_set_of_pairs_alone():
+def test_folds_are_equal_parts_that_depend_only_on_the_set_of_pairs():
     ids = np.array([5, 900, 12, 7, 33, 41, 2])
     found = dict(zip(ids, fold_of_pairs(ids, 3, seed=1), strict=True))
     assert sorted(np.bincount(list(found.values()))) == [2, 2, 3]
@@ -323,5 +323,5 @@ def test_finished_steps_correct_the_estimates_of_their_kind(tmp_path, monkeypatc
     assert found["policy/low/ipo/seed0"].seconds == pytest.approx(2 * plain)
     assert found["sft"].seconds == estimates.estimate(steps["sft"], estimates.TWO_CORES).seconds
     assert list(found) == ["policy/low/ipo/seed0", "sft"]
-    alone = estimates.estimates(plan[1:], estimates.TWO_CORES, tmp_path, [done])  # finished, and not of this selection
-    assert alone["policy/low/ipo/seed0"].seconds == pytest.approx(2 * plain)
+    part = estimates.estimates(plan[1:], estimates.TWO_CORES, tmp_path, [done])  # finished, and not of this selection
+    assert part["policy/low/ipo/seed0"].seconds == pytest.approx(2 * plain)

@@ -328,7 +328,7 @@ def test_full_fine_tuning_and_a_damaged_newest(llama, tmp_path, said):
     again.train(resume_from_checkpoint=True)
     assert_same(whole, again)
     assert any("optimizer.safetensors" in line and "continuing from" in line for line in said)
-    assert disk.verify(tmp_path / "checkpoint-6").step == 6, "the damaged one was written anew"
+    assert disk.verify(tmp_path / "checkpoint-6").step == 6, "the damaged one was written again"
 
 
 def test_a_missing_optimizer_state_is_an_error(llama, tmp_path):

@@ -106,8 +106,8 @@ def others(forked, llama, tmp_path_factory):
     root = tmp_path_factory.mktemp("others")
     ended = forked(launch_cases.drive_others, llama, root).end()
     assert ended.status == 0, ended.err[-4000:]
-    alone = launch_cases.trajectories(llama, root / "one", 1, launch_cases.OTHERS)
-    return alone, *(json.loads((root / f"{rank}.json").read_text()) for rank in range(2))
+    single = launch_cases.trajectories(llama, root / "one", 1, launch_cases.OTHERS)
+    return single, *(json.loads((root / f"{rank}.json").read_text()) for rank in range(2))
 
 
 @pytest.mark.parametrize("name", launch_cases.CLASSES)
@@ -121,20 +121,20 @@ def test_two_processes_follow_one_with_every_loss(others, name):
     assert_same_course(*(found[name] for found in others))
 
 
-def assert_same_course(alone, first, second):
+def assert_same_course(single, first, second):
     """Losses, gradient norms, logged means, running statistics and final weights; the last step has 5 of 8 pairs."""
-    losses = [[row["loss"] for row in run["rows"] if "loss" in row] for run in (alone, first)]
+    losses = [[row["loss"] for row in run["rows"] if "loss" in row] for run in (single, first)]
     assert len(losses[0]) == 6
     np.testing.assert_allclose(losses[1], losses[0], rtol=5e-6)
     residual = np.subtract(*losses) / np.abs(losses[0])  # a factor that is missing shifts every step the same way
     assert abs(residual.mean()) < 2e-6
-    for a, b in zip(alone["rows"], first["rows"], strict=True):
+    for a, b in zip(single["rows"], first["rows"], strict=True):
         assert a.keys() == b.keys()
         for key in a.keys() - {"total_flos"}:  # which counts the repeated pairs' work
             assert b[key] == pytest.approx(a[key], rel=5e-5, abs=2e-5), key
-    assert first["evaluation"] == pytest.approx(alone["evaluation"], rel=5e-5, abs=2e-5)
-    assert first["state"] == pytest.approx(alone["state"], rel=1e-5, abs=1e-6)
-    for key, values in alone["weights"].items():
+    assert first["evaluation"] == pytest.approx(single["evaluation"], rel=5e-5, abs=2e-5)
+    assert first["state"] == pytest.approx(single["state"], rel=1e-5, abs=1e-6)
+    for key, values in single["weights"].items():
         np.testing.assert_allclose(first["weights"][key], values, rtol=0, atol=3e-5, err_msg=key)
     assert first["weights"] == second["weights"], "the processes hold the same weights, bit for bit"
     assert first["state"] == second["state"]
@@ -202,7 +202,7 @@ def test_scoring_continues_from_the_parts_that_are_there(root, one, driven):
 def test_a_mistake_that_one_process_meets_ends_all_with_one_sentence(root, driven):
     ((codes, _),) = driven.ends["two"]
     assert codes
-    assert set(codes.values()) <= {2, -15}, "told, or ended by the launcher"
+    assert set(codes.values()) <= {2, -15}, "reported, or ended by the launcher"
     scored, trained = [line for line in driven.stderr.splitlines() if line.startswith("madpo: ")]
     assert scored == (
         "madpo: the reward of pair 8 is not finite; the reward model has diverged, train it with a lower learning rate"
@@ -235,12 +235,12 @@ def files(folder):
 def test_fsdp2_follows_one_process(root, one, driven):
     """The head lies in a shard of its own; its forward sees the whole weight, and the adapter is saved as a whole."""
     assert [codes for codes, _ in driven.ends["fsdp"]] == [{}], driven.stderr[-3000:]
-    alone, found = one["trajectories"]["beta_dpo"], json.loads((root / "fsdp" / "found.json").read_text())
-    np.testing.assert_allclose(found["losses"], [row["loss"] for row in alone["rows"] if "loss" in row], rtol=5e-6)
-    assert found["eval_loss"] == pytest.approx(alone["evaluation"]["eval_loss"], rel=5e-6)
+    single, found = one["trajectories"]["beta_dpo"], json.loads((root / "fsdp" / "found.json").read_text())
+    np.testing.assert_allclose(found["losses"], [row["loss"] for row in single["rows"] if "loss" in row], rtol=5e-6)
+    assert found["eval_loss"] == pytest.approx(single["evaluation"]["eval_loss"], rel=5e-6)
     saved = load_file(root / "fsdp" / "saved" / "adapter_model.safetensors")
-    assert saved.keys() == {name.replace(".default", "") for name in alone["weights"]}
-    for name, values in alone["weights"].items():
+    assert saved.keys() == {name.replace(".default", "") for name in single["weights"]}
+    for name, values in single["weights"].items():
         np.testing.assert_allclose(saved[name.replace(".default", "")].ravel(), values, rtol=0, atol=3e-5, err_msg=name)
 
 

@@ -119,10 +119,10 @@ def test_a_pairs_weight_multiplies_its_loss_where_it_is_asked_for(llama, tmp_pat
     assert not said
     with pytest.raises(DataError, match=r"train_dataset has no column 'weight'"):
         build(llama, tmp_path, pairs(4), **batch)
-    for value, told in (("high", "no number"), (None, "empty"), (math.inf, "finite"), (1e39, "finite")):
+    for value, message in (("high", "no number"), (None, "empty"), (math.inf, "finite"), (1e39, "finite")):
         data = pairs(4).add_column("pair_id", list("abcd")).add_column("weight", [value] * 4)
         with pytest.raises(
-            DataError, match=rf"'weight' is .*for pair [abcd].*{told}|'weight' is {told} for pair [abcd]"
+            DataError, match=rf"'weight' is .*for pair [abcd].*{message}|'weight' is {message} for pair [abcd]"
         ):
             build(llama, tmp_path, data, **batch).train()
 
@@ -241,7 +241,7 @@ def test_adapters_that_change_no_weights_are_refused_when_the_trainer_is_made(ll
 
 
 @pytest.mark.parametrize(
-    ("option", "told"),
+    ("option", "message"),
     [
         ({"loss_type": "hinge"}, r"loss_type=\['hinge'\].*madpo has no loss like hinge"),
         ({"loss_type": ["sigmoid", "nca_pair"]}, "madpo has no loss like nca_pair"),
@@ -253,10 +253,10 @@ def test_adapters_that_change_no_weights_are_refused_when_the_trainer_is_made(ll
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_options_of_trl_without_a_loss_of_ours_are_refused(llama, tmp_path, option, told):
-    with pytest.raises(ConfigError, match=told):
+def test_options_of_trl_without_a_loss_of_ours_are_refused(llama, tmp_path, option, message):
+    with pytest.raises(ConfigError, match=message):
         build(llama, tmp_path, **option)
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         PreferenceTrainer(load(llama), args=DPOConfig(output_dir=str(tmp_path), **QUIET, **option))
 
 

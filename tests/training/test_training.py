@@ -385,7 +385,7 @@ def test_logged_margins_are_those_that_a_search_measures(llama, tmp_path, loss):
     assert found["eval_rewards/accuracies"] == pytest.approx((expected > 0).mean())
 
 
-def test_evaluation_leaves_running_statistics_alone(llama, tmp_path):
+def test_evaluation_leaves_running_statistics_unchanged(llama, tmp_path):
     trainer, _ = run_ours(llama, tmp_path, BetaDPO(), pairs(16), max_steps=3)
     before = {name: value.clone() for name, value in trainer.loss_state.tensors.items()}
     trainer.evaluate(pairs(6, seed=3))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
-from madpo.commands.from_settings import Configurable, part
+from madpo.commands.from_settings import Configurable
+from madpo.core.config import part
 from madpo.core.errors import DataError
 from madpo.core.libraries import loading_libraries
 from madpo.core.options import Cli
@@ -23,7 +24,7 @@ class Chat(Configurable, ChatSettings):
 def chat(options: Chat) -> int:
     """Answer one question, or every line of standard input.
 
-    Lines that begin with a slash are for the program: /new begins both conversations anew, /quit ends.
+    Lines that begin with a slash are for the program: /new starts both conversations over, /quit ends.
 
     Example:
         madpo chat policy
@@ -60,7 +61,7 @@ def chat(options: Chat) -> int:
         if words == "/new":
             conversation.forget()
         elif words.startswith("/"):
-            show(f"there is no {words.split()[0]}; /new begins anew, /quit ends")
+            show(f"there is no {words.split()[0]}; /new starts over, /quit ends")
         elif words:
             try:
                 conversation.show(words, console)

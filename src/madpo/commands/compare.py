@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from madpo.commands.from_settings import Configurable, part
+from madpo.commands.from_settings import Configurable
 from madpo.commands.shared import Data, HeldOut
 from madpo.commands.study import Graph, print_graph
+from madpo.core.config import part
 from madpo.core.libraries import loading_libraries
 from madpo.operations.settings import PROBE
 from madpo.study.compare import CompareSettings

@@ -8,7 +8,8 @@ from typing import Annotated
 from pydantic import Field
 
 from madpo.commands.from_settings import Configurable
-from madpo.commands.shared import Data, Result, call, show_page
+from madpo.commands.shared import Data, Result, finished, loading, show_page
+from madpo.core.config import part
 from madpo.core.layout import Reading
 from madpo.core.options import Cli
 from madpo.core.progress import show
@@ -84,5 +85,8 @@ def trim_vocab(options: TrimVocab) -> int:
     """
     o = options
     texts = [text for text in (*o.corpus, o.eval_data) if text != "imdb"]
-    refused = {"data": texts, "models": [o.model]}
-    return call("trim_vocab", o, TrimSettings, o.model, o.corpus, refused=refused, eval_data=o.eval_data)
+    with loading(o, data=texts, models=[o.model]):
+        from madpo.operations.trimming.trim import trim_vocab
+    settings = part(o, TrimSettings)
+    report = trim_vocab(o.model, o.corpus, o.output_dir, settings, eval_data=o.eval_data, overwrite=o.overwrite)
+    return finished(report, o)

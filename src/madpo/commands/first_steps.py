@@ -8,9 +8,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from madpo.commands.from_settings import Configurable, part
+from madpo.commands.from_settings import Configurable
 from madpo.commands.shared import show_page
-from madpo.core.config import Frozen
+from madpo.core.config import Frozen, part
 from madpo.core.libraries import loading_libraries
 from madpo.core.options import Cli
 from madpo.core.progress import show

@@ -15,7 +15,7 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel
 
@@ -24,8 +24,6 @@ from madpo.core.errors import ConfigError
 from madpo.core.options import Cli
 from madpo.core.storage import expanded, stays_inside
 from madpo.core.suggestions import did_you_mean
-
-T = TypeVar("T", bound=BaseModel)
 
 
 class Configurable(Frozen):
@@ -42,11 +40,6 @@ def configuration(function: Callable[..., int]) -> type[BaseModel]:
     hints = get_type_hints(function)
     found: type[BaseModel] = next(kind for name, kind in hints.items() if name != "return")
     return found
-
-
-def part(options: BaseModel, model: type[T]) -> T:
-    """The fields of ``model`` out of a command's options."""
-    return model.model_validate({name: getattr(options, name) for name in model.model_fields})
 
 
 class Option(NamedTuple):
@@ -130,7 +123,7 @@ def options_of(model: type[BaseModel], kinds: Mapping[str, str]) -> list[Option]
         kinds: key of a field that is one of several classes -> the kind that was chosen; without it, the default's.
 
     Raises:
-        ConfigError: there is no such kind.
+        ConfigError: the kind does not exist.
     """
     found = list(_options(model, "", (), kinds, None))
     return sorted(found, key=lambda option: bool(option.table))
@@ -163,7 +156,7 @@ def _options(
         elif name != "kind":
             names = [place + each for each in (name, *cli.also)]
             shorter = [each.removeprefix(start) for start in droppable for each in names if each.startswith(start)]
-            yield plain._replace(shorter=(*names[1:], *shorter, *cli.alone))
+            yield plain._replace(shorter=(*names[1:], *shorter, *cli.bare))
             within = f"{key}: {sentence(plain.about).rstrip('.')}"
             for each, kind in cli.keys.items():
                 short = (each,) if cli.short else ()
@@ -267,7 +260,7 @@ class CommandLine:
         """Key -> value, of all that the command line gives.
 
         Raises:
-            ConfigError: a word that is no option's, or an option without its value.
+            ConfigError: a word that belongs to no option, or an option without its value.
         """
         found: dict[str, Any] = {}
         rest, free = list(self.words), list[str]()

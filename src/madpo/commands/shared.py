@@ -1,12 +1,12 @@
-"""Options that several commands have, and how a command calls its operation."""
+"""Options that several commands have, and what a command does before and after its operation."""
 
 from __future__ import annotations
 
-from importlib import import_module
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-from madpo.commands.from_settings import T, part
 from madpo.core import processes
 from madpo.core.config import Frozen
 from madpo.core.libraries import loading_libraries
@@ -32,23 +32,24 @@ class HeldOut(Frozen):
     """Held-out pairs; without them eval_share of the pairs is held out."""
 
 
-def call(
-    name: str, options: Any, settings: type[T], *inputs: Any, refused: dict[str, Any], page: str = "", **given: Any
-) -> int:
-    """Refuse what is missing, call the function of a command, and print its report and where its page is.
+@contextmanager
+def loading(options: Any, **named: Any) -> Iterator[None]:
+    """Refuse what the options name and is not there, then load the libraries of the operation that is imported in here.
 
     Args:
-        inputs: what comes before the folder of the result.
-        refused: as for :func:`madpo.operations.preconditions.refuse_missing`.
-        given: further arguments of the function.
+        options: of a command with :class:`Result`.
+        named: as for :func:`madpo.operations.preconditions.refuse_missing`.
     """
     from madpo.operations.preconditions import refuse_missing
 
-    place: Path = options.output_dir
-    refuse_missing(output_dir=place, **refused)
+    refuse_missing(output_dir=options.output_dir, **named)
     with loading_libraries():
-        function = getattr(import_module("madpo.operations.tuning" if name == "tune" else "madpo.operations"), name)
-    report = function(*inputs, place, part(options, settings), overwrite=options.overwrite, **given)
+        yield
+
+
+def finished(report: Any, options: Any, page: str = "") -> int:
+    """Print a report, where it is, and where its page is; the exit status."""
+    place: Path = options.output_dir
     if processes.is_main_process():
         show(f"{report.text()}\nwritten to {place / getattr(report, 'file', '')}")
         if page and (place / page).is_file():

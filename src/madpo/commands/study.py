@@ -35,7 +35,7 @@ class Graph(Frozen):
     executor: Literal["local", "ray"] = "local"
     """Where steps run; local is this machine."""
     processes: Annotated[int, Cli(also=("jobs",))] = Field(default=1, ge=1)
-    """Steps at once, each in a process of its own; of no meaning with --ray_address."""
+    """Steps at once, each in a process of its own; without effect with --ray_address."""
     ray_address: str | None = None
     """HOST:PORT of a running Ray cluster; without it --executor ray starts one here."""
     step_cpus: float = Field(default=1.0, ge=0, lt=10_000)

@@ -1,4 +1,10 @@
-"""``madpo reward``, ``score``, ``train``, ``tune`` and ``evaluate``: thin calls of the functions of these names."""
+"""``madpo reward``, ``score``, ``train``, ``tune`` and ``evaluate``: what needs preference data and a model.
+
+Each refuses mistakes before the libraries load, calls its operation, and prints the report. The way of ``madpo train``
+from here: ``train`` in :mod:`madpo.operations.policy` runs ``train_pairs`` in the folder of the result (with no loss
+named, :mod:`madpo.operations.auto` runs it twice), and that builds and runs ``PreferenceTrainer`` of
+:mod:`madpo.training.preference`. Pairs come from ``load_training`` in :mod:`madpo.operations.inputs`.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +12,9 @@ from typing import Annotated, Any
 
 from pydantic import ByteSize
 
-from madpo.commands.from_settings import Configurable, part
-from madpo.commands.shared import Data, HeldOut, Result, call
-from madpo.core.libraries import loading_libraries
+from madpo.commands.from_settings import Configurable
+from madpo.commands.shared import Data, HeldOut, Result, finished, loading
+from madpo.core.config import part
 from madpo.core.options import Cli
 from madpo.core.progress import show
 from madpo.core.storage import expanded
@@ -28,8 +34,11 @@ def reward(options: Reward) -> int:
         madpo reward pairs.jsonl --model_name_or_path gemma-3-270m --output_dir rm
     """
     o = options
-    refused = {"pairs": [o.data, o.eval_data], "reading": o.reading, "models": [o.model]}
-    return call("reward", o, RewardSettings, o.data, refused=refused, page="report.html", eval_data=o.eval_data)
+    with loading(o, pairs=[o.data, o.eval_data], reading=o.reading, models=[o.model]):
+        from madpo.operations.reward_model import reward
+    settings = part(o, RewardSettings)
+    report = reward(o.data, o.output_dir, settings, eval_data=o.eval_data, overwrite=o.overwrite)
+    return finished(report, o, "report.html")
 
 
 class Score(Configurable, ScoreSettings, Result, Data):
@@ -46,21 +55,18 @@ def score(options: Score) -> int:
         madpo score pairs.jsonl --score_columns chosen_score rejected_score --output_dir scored
     """
     o = options
-    refused = {
-        "pairs": [o.data],
-        "reading": o.reading,
-        "columns": o.score_columns or (),
-        "models": [o.reward.model if o.reward else o.probe],
-        "rewards": [o.reward_model],
-    }
-    return call("score", o, ScoreSettings, o.data, refused=refused)
+    model, columns = o.reward.model if o.reward else o.probe, o.score_columns or ()
+    named = {"pairs": [o.data], "reading": o.reading, "columns": columns}
+    with loading(o, **named, models=[model], rewards=[o.reward_model]):
+        from madpo.operations.scoring import score
+    return finished(score(o.data, o.output_dir, part(o, ScoreSettings), overwrite=o.overwrite), o)
 
 
 class Train(Configurable, TrainSettings, HeldOut, Result, Data):
     dry_run: bool = False
     """Say how much memory a step needs and which micro-batch fits, and write nothing."""
     memory: ByteSize | None = None
-    """For dry_run: what must do, such as 80GB; none is all that this machine has."""
+    """For dry_run: the memory that the step must fit into, such as 80GB; none is all that this machine has."""
     lengths: tuple[int, int] | None = None
     """For dry_run: tokens of prompt and completion in place of those of the longest pairs, which are then not read."""
 
@@ -76,18 +82,17 @@ def train(options: Train) -> int:
         madpo train pairs.jsonl --model_name_or_path MODEL --output_dir policy --dry_run --memory 80GB
     """
     o = options
-    refused: dict[str, Any] = {"pairs": [o.data, o.eval_data], "reading": o.reading, "loss": o.loss}
-    refused |= {"probe": o.probe, "models": [o.model]}
+    named: dict[str, Any] = {"reading": o.reading, "loss": o.loss, "probe": o.probe, "models": [o.model]}
+    settings, pairs = part(o, TrainSettings), [o.data, o.eval_data]
     if o.dry_run:
-        from madpo.operations.preconditions import refuse_missing
-
-        refuse_missing(output_dir=o.output_dir, **refused | ({"pairs": []} if o.lengths else {}))
-        with loading_libraries():
+        with loading(o, **named, pairs=[] if o.lengths else pairs):
             from madpo.operations.memory_plan import memory_plan
-
-        show(memory_plan(o.data, part(o, TrainSettings), lengths=o.lengths, memory=o.memory).text())
+        show(memory_plan(o.data, settings, lengths=o.lengths, memory=o.memory).text())
         return 0
-    return call("train", o, TrainSettings, o.data, refused=refused, page="report.html", eval_data=o.eval_data)
+    with loading(o, **named, pairs=pairs):
+        from madpo.operations.policy import train
+    report = train(o.data, o.output_dir, settings, eval_data=o.eval_data, overwrite=o.overwrite)
+    return finished(report, o, "report.html")
 
 
 class Tune(Configurable, TuneSettings, Result, Data):
@@ -105,8 +110,10 @@ def tune(options: Tune) -> int:
     """
     o = options
     rewards = [o.reward.reward_model if o.reward else None]
-    refused = {"pairs": [o.data], "reading": o.reading, "loss": o.loss, "models": [o.model], "rewards": rewards}
-    call("tune", o, TuneSettings, o.data, refused=refused, page="tune.html")
+    named = {"pairs": [o.data], "reading": o.reading, "loss": o.loss}
+    with loading(o, **named, models=[o.model], rewards=rewards):
+        from madpo.operations.tuning.search import tune
+    finished(tune(o.data, o.output_dir, part(o, TuneSettings), overwrite=o.overwrite), o, "tune.html")
     show(f"madpo train {o.data} --config {o.output_dir / 'chosen.toml'} --output_dir DIR")
     return 0
 
@@ -131,5 +138,8 @@ def evaluate(options: Evaluate) -> int:
     find_policy(o.policy, o.reference)
     if expanded(o.prompts).is_file():
         read_prompts(o.prompts, o.max_prompts, o.reading)
-    refused = {"data": [o.prompts], "models": [o.reference], "rewards": [o.reward_model]}
-    return call("evaluate", o, EvaluateSettings, o.policy, o.prompts, refused=refused, page="samples.html")
+    with loading(o, data=[o.prompts], models=[o.reference], rewards=[o.reward_model]):
+        from madpo.operations.evaluation import evaluate
+    settings = part(o, EvaluateSettings)
+    report = evaluate(o.policy, o.prompts, o.output_dir, settings, overwrite=o.overwrite)
+    return finished(report, o, "samples.html")

@@ -87,6 +87,11 @@ def first_difference(before: Any, after: Any, key: str = "") -> tuple[str, Any, 
     return None if before == after else (key, before, after)
 
 
+def part(whole: BaseModel, model: type[T]) -> T:
+    """The fields of ``model`` out of a configuration that has more: a command's options, or a subclass."""
+    return model.model_validate({name: getattr(whole, name) for name in model.model_fields})
+
+
 def load_config(source: Path | None, model: type[T], overrides: Mapping[str, object] | Sequence[str] = ()) -> T:
     """Read a TOML file into ``model``.
 

@@ -53,7 +53,7 @@ class Layout(Frozen):
     """
 
     name: Name = ""
-    """Of a packaged layout; without other keys, it takes that one."""
+    """Name of a packaged layout; without other keys, it takes that one."""
 
     prompt: Names = ()
     """Columns with the prompt, joined by a line break; none looks for the usual names."""

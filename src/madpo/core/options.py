@@ -13,7 +13,7 @@ class Cli:
 
     Attributes:
         also: further names of the option, next to the field's own.
-        alone: further names of the option, without the names of tables.
+        bare: further names of the option, without the names of tables.
         positional: the value is also taken without the option's name.
         short: of a table: the fields in it are options without the table's name as well.
         keys: of a free table: key -> the type of its value; empty where any key may be given.
@@ -23,7 +23,7 @@ class Cli:
     """
 
     also: tuple[str, ...] = ()
-    alone: tuple[str, ...] = ()
+    bare: tuple[str, ...] = ()
     positional: bool = False
     short: bool = False
     keys: Mapping[str, Any] = field(default_factory=dict)

@@ -87,7 +87,7 @@ class CheckReport(Report):
     ignored: tuple[str, ...]
     """Columns that nothing reads."""
     unit: str
-    """Of the lengths: "tokens" or "characters"."""
+    """Unit of the lengths: "tokens" or "characters"."""
     lengths: dict[str, Lengths]
     truncation: TruncationReport | None
     eval_pairs: int | None

@@ -106,7 +106,7 @@ class PairStream:
 
     @property
     def texts(self) -> set[str]:
-        """Of the rows of :meth:`with_rows`, the columns that the pair was read from."""
+        """Columns that the pair was read from, in the rows of :meth:`with_rows`."""
         assert self.columns is not None
         sides = {theirs for ours, theirs in self.columns.read_as.items() if ours not in NUMBERS}
         return sides | {*self.columns.prompt.joined}

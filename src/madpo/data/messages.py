@@ -77,7 +77,7 @@ def with_our_keys(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def template_keys(message: Mapping[str, Any], name: str) -> Message:
-    """What a chat template may read of a message besides role and content; keys that say nothing are left out.
+    """What a chat template may read of a message, other than role and content; keys that say nothing are left out.
 
     Raises RowError.
     """

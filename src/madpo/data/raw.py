@@ -12,7 +12,7 @@ from madpo.core.errors import DataError, RowError, printable
 MAX_ROW = 64 * 2**20
 """Bytes of one row: more is a file without line ends or an unpacked bomb, not a preference pair."""
 
-# What a chat template may read besides role and content: keys of a message, and columns of its row.
+# What a chat template may read other than role and content: keys of a message, and columns of its row.
 CALLS = ("tool_calls", "function_calls", "function_call", "functions")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 NAMES = ("name",)

@@ -31,7 +31,7 @@ from madpo.models.untrusted import MODEL_WEIGHTS
 # For each byte or tensor of the files: weights of 2 bits unpack to 4 numbers a byte, a tensor is registered before and
 # after it is read, and fused ones are split.
 _TIMES = 16
-_NUMBERS = 2**25  # besides: buffers, and what a tiny model computes itself
+_NUMBERS = 2**25  # also: buffers, and what a tiny model computes itself
 _PARTS = 2**12
 
 

@@ -36,9 +36,9 @@ Temperature = Annotated[float, Field(ge=0)]
 
 
 FULL_LEARNING_RATE = 1e-6
-"""Of a preference training of all weights, as in TRL."""
+"""Default of a preference training of all weights, as in TRL."""
 ADAPTER_LEARNING_RATE = 1e-4
-"""Of a preference training of an adapter, which TRL's default leaves where it was."""
+"""Default of a preference training of an adapter. TRL's own default hardly moves one."""
 
 
 class LoRA(Frozen):

@@ -76,11 +76,11 @@ def cache_limit() -> int:
     Raises:
         ConfigError: the variable holds no size.
     """
-    told = os.environ.get("MADPO_CACHE_GB") or "20"
+    given = os.environ.get("MADPO_CACHE_GB") or "20"
     try:
-        return round(float(told) * 1e9)
+        return round(float(given) * 1e9)
     except (ValueError, OverflowError):
-        raise ConfigError(f"MADPO_CACHE_GB is {told!r}; give a number of GB, such as 20") from None
+        raise ConfigError(f"MADPO_CACHE_GB is {given!r}; give a number of GB, such as 20") from None
 
 
 def packaged(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""The practitioner's chain on preference data of one's own: check, reward, score, inspect, train, evaluate.
+"""The practitioner's chain on own preference data: check, reward, score, inspect, train, evaluate.
 
 Each function is a command of the same name (``tune`` is in ``madpo.operations.tuning``) and gives a report; its
 ``text()`` is what the command prints. Those that train or measure take a frozen
@@ -15,10 +15,9 @@ if TYPE_CHECKING:
     from madpo.operations.evaluation import EvaluateReport as EvaluateReport
     from madpo.operations.evaluation import evaluate as evaluate
     from madpo.operations.inspection import inspect as inspect
-    from madpo.operations.policy import TrainReport as TrainReport
+    from madpo.operations.pair_scorer import load_scorer as load_scorer
     from madpo.operations.policy import train as train
     from madpo.operations.reward_model import RewardReport as RewardReport
-    from madpo.operations.reward_model import load_scorer as load_scorer
     from madpo.operations.reward_model import reward as reward
     from madpo.operations.score_report import ScoreReport as ScoreReport
     from madpo.operations.scoring import score as score
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from madpo.operations.settings import RewardSettings as RewardSettings
     from madpo.operations.settings import ScoreSettings as ScoreSettings
     from madpo.operations.settings import TrimSettings as TrimSettings
+    from madpo.operations.train_report import TrainReport as TrainReport
     from madpo.operations.train_settings import TrainSettings as TrainSettings
     from madpo.operations.trimming.trim import TrimReport as TrimReport
     from madpo.operations.trimming.trim import trim_vocab as trim_vocab

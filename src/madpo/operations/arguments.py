@@ -93,7 +93,7 @@ ARGUMENTS = Cli(
     short=True,
     keys={name: TYPES[name] for name in sorted(TYPES) if name not in _REFUSED},
     about={
-        "learning_rate": "Of AdamW, the largest of the schedule (default: 1e-4, with --full 1e-6).",
+        "learning_rate": "The largest learning rate of the schedule (default: 1e-4, with --full 1e-6).",
         "num_train_epochs": "Passes over the pairs (default: 3).",
         "per_device_train_batch_size": "Pairs per forward pass (default: 8).",
         "gradient_accumulation_steps": "Forward passes per optimiser step (default: 1).",
@@ -103,7 +103,7 @@ ARGUMENTS = Cli(
         "save_steps": "Optimiser steps between two checkpoints (default: 100).",
         "logging_steps": "Optimiser steps between two lines of log.jsonl (default: 10).",
         "report_to": "A tracker that is installed, such as tensorboard (default: none).",
-        "seed": "Of the training (default: 42).",
+        "seed": "Seed of the training (default: 42).",
     },
     names={
         "learning_rate": "learning_rate",
@@ -163,6 +163,6 @@ def written_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _reads_none(name: str) -> bool:
-    """Whether the text ``none`` is None here; where any text may stand it is itself."""
+    """Whether the text ``none`` is None here; where any text is allowed, it is itself."""
     kinds = get_args(TYPES[name])
     return NoneType in kinds and str not in kinds

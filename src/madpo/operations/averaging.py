@@ -21,7 +21,7 @@ from madpo.models.packaged import quiet_transformers
 from madpo.models.weights import with_adapter
 
 STRENGTHS = (0.1, 4.0)
-"""Of an adapter: where one with the wanted KL is looked for."""
+"""Range of an adapter's strengths in which one with the wanted KL is looked for."""
 _CLOSE = 0.1
 """A KL within this share of the wanted one is near enough, as it is itself measured on samples."""
 

@@ -25,7 +25,7 @@ from madpo.report.numbers import short
 from madpo.runner.record import load_record
 
 if TYPE_CHECKING:
-    from madpo.operations.policy import TrainReport
+    from madpo.operations.train_report import TrainReport
     from madpo.operations.train_settings import TrainSettings
 
 Kind = Literal["adapter", "merged", "model"]

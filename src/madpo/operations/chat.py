@@ -59,7 +59,7 @@ class Chat:
         self.forget()
 
     def forget(self) -> None:
-        """Begin both conversations anew."""
+        """Start both conversations over."""
         before = said("system", self.settings.system) if self.settings.system is not None else []
         self._said = [list(before), list(before)]
 

@@ -22,8 +22,8 @@ from madpo.data.tokens import Encoder
 from madpo.models.engine.responses import divergence, end_tokens, respond
 from madpo.models.load import load_model, load_tokenizer, resolve_model
 from madpo.operations.inputs import Prompt, read_prompts
+from madpo.operations.pair_scorer import load_pair_encoder, load_scorer, reward_model_digest
 from madpo.operations.preconditions import Place, find_policy
-from madpo.operations.reward_model import load_pair_encoder, load_scorer, reward_model_digest
 from madpo.operations.running import digest, load_report, run_in_folder
 from madpo.operations.settings import EvaluateSettings
 from madpo.operations.study_evaluation import distinct

@@ -61,7 +61,7 @@ def started_clock(folder: Path, fixed: datetime | None = None) -> Clock:
     try:
         return Clock(datetime.fromisoformat(started))
     except ValueError as error:
-        raise StorageError(f"{folder / FILE} is damaged ({error}); add --overwrite to begin anew") from error
+        raise StorageError(f"{folder / FILE} is damaged ({error}); add --overwrite to start over") from error
 
 
 def tell_date(clock: Clock) -> None:

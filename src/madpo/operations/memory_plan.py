@@ -97,7 +97,7 @@ def memory_plan(
     Args:
         settings: of the training; ``settings.model`` may be a folder that has only a ``config.json``.
         lengths: tokens of the prompt and of each completion in place of those of ``data``, which is then not read.
-        memory: bytes that must do; None is what this machine has.
+        memory: bytes that the step must fit into; None is what this machine has.
 
     Raises:
         ConfigError: the model cannot be put on paper.
@@ -143,7 +143,7 @@ def _on_paper(
 
 
 def steps_of(trainer: PreferenceTrainer, rows: Sequence[dict[str, Any]]) -> Callable[[int], StepMemory]:
-    """A function that takes a step on the first so many of ``rows``, again and again, and says what it held.
+    """A function that takes a step on the given number of the first ``rows`` and says what it held.
 
     Args:
         trainer: on paper or not, with its optimizer.

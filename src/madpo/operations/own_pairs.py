@@ -37,20 +37,20 @@ class Size(Frozen):
     pairs: int
     prompts: int
     characters: int
-    """Of a prompt with one completion, on average."""
+    """Mean length of a prompt with one completion."""
 
 
 class OwnPairsStage(Training):
     """Preference data as the pairs of a study: token ids, and parts that no prompt crosses."""
 
     judge_share: float = Field(default=0.0, ge=0, lt=1)
-    """Of the pairs that no policy sees and that a judge is fitted to."""
+    """Share of the pairs that no policy sees and that a judge is fitted to."""
     seed: int = Field(default=0, ge=0)
-    """Of the parts."""
+    """Seed of the division into parts."""
     max_train: int | None = added(None, ge=1)
-    """The first so many training pairs; None is all."""
+    """Training pairs at most, the first ones; None is all."""
     max_heldout: int | None = added(None, ge=1)
-    """The first so many held-out pairs; None is all."""
+    """Held-out pairs at most, the first ones; None is all."""
     max_length: int | None = Field(default=None, ge=2)
     size: Size | None = Field(default=None, exclude=True)
 

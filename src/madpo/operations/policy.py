@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -19,40 +18,30 @@ from transformers.pytorch_utils import Conv1D
 
 from madpo.core import processes
 from madpo.core.columns import ID_COLUMNS, MARGIN, NUMBERS, probe_gives_margin
-from madpo.core.config import identity_settings
 from madpo.core.errors import ConfigError
 from madpo.core.metrics import Metrics
-from madpo.core.reports import Report
-from madpo.core.statistics import proportion
 from madpo.core.storage import write_atomically
 from madpo.data.folds import prompt_key
-from madpo.data.templates import Clock
 from madpo.models.adapters import adapter_text
 from madpo.models.engine.logprobs import completion_logps, unwrapped
 from madpo.models.hyperparameters import CHECKPOINTS
 from madpo.models.load import copy_companions, load_model, load_quantised, merge_adapter, resolve_model, save_model
-from madpo.models.locate import lasting
 from madpo.models.packaged import quiet_transformers
-from madpo.operations.arguments import written_arguments
-from madpo.operations.card import write_cards
 from madpo.operations.export import GGUF, refuse_unconvertible, write_gguf
 from madpo.operations.inputs import Row, load_training
 from madpo.operations.preconditions import require_columns
-from madpo.operations.running import digest, load_report, run_in_folder, toml
+from madpo.operations.running import digest, load_report, run_in_folder
 from madpo.operations.trackers import refuse_missing_trackers
+from madpo.operations.train_report import TrainReport as TrainReport
+from madpo.operations.train_report import resolved, write_curves
+from madpo.operations.train_report import write_report as write_report
 from madpo.operations.train_settings import TrainSettings
-from madpo.report.command_pages import REFRESH, write_training_page
-from madpo.report.numbers import against, short
-from madpo.rewards.probe import ProbeReport
 from madpo.runner.first_start import since_first_start
 from madpo.runner.operation import operation
 from madpo.training import PreferenceConfig, PreferenceTrainer
-from madpo.training.digests import BATCH, decisive_arguments
 from madpo.training.first_look import FirstLook, in_halves
 from madpo.training.run import keep_tracked, run_training
 
-PAGE = "report.html"
-CONFIG_HEADING = "# madpo train "
 HELDOUT = "heldout.jsonl"
 """One line for each held-out pair: its implicit margin, and its reward margin where the data have one."""
 MARGINS = "margins.jsonl"
@@ -64,56 +53,6 @@ MEMORY_REMEDY = (
     "halve --batch_size and double --args.gradient_accumulation_steps, which leaves the result as it is unless "
     "--lora.dropout is on, or lower --max_length"
 )
-
-
-class TrainReport(Report):
-    """What :func:`train` did. Evaluation numbers are the trainer's, by its names; empty without held-out pairs."""
-
-    pairs: int
-    eval_pairs: int
-    steps: int
-    loss: float
-    """Mean over the training."""
-    evaluation: dict[str, float]
-    dropped: int
-    """Pairs of more than max_length tokens that were left out; ``dropped.jsonl`` names them."""
-    cut: int
-    """Pairs whose completions were cut to max_length."""
-    data_digest: str | None
-    """SHA-256 of the data; None for a data set of the hub."""
-    model_digest: str | None
-    """SHA-256 of the files of the base model, or its commit on the hub."""
-    learning_rate: float | None = None
-    """The largest of the schedule."""
-    adapter: str | None = None
-    """Which weights the adapter changes, and their share of the model's parameters; None in full training."""
-    probe: ProbeReport | None = None
-    """How good the margins are, where a probe of the reference's states gave them."""
-
-    def decision(self) -> list[str]:
-        """What was decided on the way, in sentences."""
-        return []
-
-    def measured(self) -> list[str]:
-        """What was measured, in Markdown for the model card."""
-        if not self.evaluation:
-            return ["Nothing: no pairs were held out. `madpo evaluate` measures what the policy writes."]
-        lines = ["| on the held-out pairs | value |", "| --- | --- |"]
-        return lines + [f"| {name.removeprefix('eval_')} | {value:.6g} |" for name, value in self.evaluation.items()]
-
-    def text(self) -> str:
-        """The report for a person."""
-        lines = [f"{self.pairs} pairs, {self.steps} steps, mean loss {self.loss:.4f}"]
-        if self.dropped or self.cut:
-            lines.append(f"longer than max_length: {self.dropped} pairs dropped (dropped.jsonl), {self.cut} cut")
-        if self.probe is not None:
-            lines.append(f"margins by a {self.probe.text()}")
-        return "\n".join([*lines, *self.evaluated()])
-
-    def evaluated(self) -> list[str]:
-        """What was found on held-out pairs, a line each; empty without such pairs."""
-        found = [f"    {name}  {value:.4f}" for name, value in self.evaluation.items()]
-        return [f"on {self.eval_pairs} held-out pairs:", *found] if found else []
 
 
 def train(
@@ -182,7 +121,7 @@ def train_pairs(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) 
 
     # The trainer knows by itself what of its arguments decides the result.
     stage = settings.model_copy(update={"args": {}})
-    page = partial(_write_curves, out, settings, len(rows), resolved(data, settings, clock))
+    page = partial(write_curves, out, settings, len(rows), resolved(data, settings, clock))
     result = run_training(trainer, stage, f"Training ({settings.loss.kind})", out, page)
     evaluation = _evaluation(trainer) if heldout else {}
     _write_margins(trainer, prompts, out)
@@ -210,65 +149,6 @@ def train_pairs(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) 
     return {"pairs": report.pairs, "steps": report.steps, "loss": report.loss, **evaluation}
 
 
-def _write_curves(out: Path, settings: TrainSettings, pairs: int, config: str, said: str) -> None:
-    """The page of a training that runs; :func:`write_report` takes its place."""
-    write_training_page(
-        out / PAGE,
-        title=title(settings),
-        says=[said],
-        numbers={"pairs": f"{pairs:,}"},
-        evaluation={},
-        log=out / "log.jsonl",
-        settings=config,
-        refresh=REFRESH,
-    )
-
-
-def title(settings: TrainSettings) -> str:
-    """Of a training's page."""
-    return f"{Path(settings.model).name}, trained with {settings.loss.kind}"
-
-
-def write_report(
-    out: Path,
-    data: str,
-    eval_data: Path | None,
-    settings: TrainSettings,
-    args: PreferenceConfig,
-    report: TrainReport,
-    clock: Clock,
-) -> None:
-    """The model cards, ``report.json``, ``config.toml`` and the page of a training."""
-    write_cards(out, data=data, eval_data=eval_data, settings=settings, arguments=args.to_dict(), report=report)
-    report.write(out / "report.json")
-    config = resolved(data, settings, clock)
-    write_atomically(out / "config.toml", config)
-    says = report.decision() or [
-        "No pairs were held out, so nothing here says what the policy does with pairs that it has not seen."
-    ]
-    if (share := report.evaluation.get("eval_rewards/accuracies")) is not None:
-        right = proportion(round(share * report.eval_pairs), report.eval_pairs)
-        said = f"It orders {short(right, 'share')} of {report.eval_pairs} held-out pairs as labelled"
-        says = [f"{said}: {against(right, 0.5, 'chance')}."]
-    elif report.evaluation:
-        says = [f"It was measured on {report.eval_pairs} held-out pairs."]
-    write_training_page(
-        out / PAGE,
-        title=title(settings),
-        says=says,
-        numbers={
-            "pairs": f"{report.pairs:,}",
-            "steps": f"{report.steps:,}",
-            "learning rate": f"{report.learning_rate:g}",
-            "mean loss": report.loss,
-        },
-        evaluation=report.evaluation,
-        trained=f"{report.adapter or 'All weights were trained'}.",
-        log=out / "log.jsonl",
-        settings=config,
-    )
-
-
 def trainer_arguments(settings: TrainSettings, out: Path, *, evaluated: bool) -> PreferenceConfig:
     """The trainer's arguments; checkpoints go into ``out``.
 
@@ -287,24 +167,6 @@ def trainer_arguments(settings: TrainSettings, out: Path, *, evaluated: bool) ->
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"args: {(str(error).splitlines() or ['?'])[0]}; change the arguments") from error
-
-
-def decisive(settings: TrainSettings) -> dict[str, Any]:
-    """What of the settings decides the result: of the two that split a step into micro-batches, their product only."""
-    values = settings.arguments()
-    defaults = {field.name: field.default for field in dataclasses.fields(PreferenceConfig)}
-    pairs, micro_batches = (int(values.get(name, defaults[name])) for name in BATCH)
-    found = settings.model_dump(mode="json") | {"loss": identity_settings(settings.loss)}
-    for name in (
-        "split_seed",
-        "probe",
-        "first_look",
-        "columns",
-        "layout",
-    ):  # a result without them is as before the fields existed
-        if getattr(settings, name) == TrainSettings.model_fields[name].default:
-            found.pop(name)
-    return {**found, "args": decisive_arguments(values), "batch": pairs * micro_batches * processes.world_size()}
 
 
 def split_seed(settings: TrainSettings, args: PreferenceConfig) -> int:
@@ -370,7 +232,7 @@ def _refuse_head(model: nn.Module, settings: TrainSettings) -> None:
 
 
 def chosen_dtype(settings: TrainSettings) -> torch.dtype | None:
-    """Of the loaded weights; None is what the processor multiplies natively."""
+    """Type of the loaded weights; None is what the processor multiplies natively."""
     return DTYPES.get(settings.dtype, torch.float32 if settings.full else None)
 
 
@@ -468,19 +330,3 @@ def _save(trainer: PreferenceTrainer, settings: TrainSettings, tokenizer: PreTra
             merge_adapter(model, out / "merged", tokenizer)
         if settings.export == "gguf":
             write_gguf(out / "merged", out / GGUF)
-
-
-def resolved(data: str | Path, settings: TrainSettings, clock: Clock | None = None) -> str:
-    """The configuration as TOML, with every default that is ours: ``madpo train DATA --config`` repeats it.
-
-    Args:
-        clock: of the training, which the configuration fixes if the chat template prints a date.
-    """
-    resolved = settings.model_dump(mode="json")
-    if clock is not None and clock.read:
-        resolved["date"] = clock.text()
-    if settings.full:
-        resolved.pop("lora")
-    resolved["model"] = lasting(settings.model)
-    resolved["args"] = written_arguments(settings.arguments())
-    return f"{CONFIG_HEADING}{json.dumps(str(data))} --config config.toml --output_dir DIR\n{toml(resolved)}"

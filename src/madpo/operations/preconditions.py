@@ -46,7 +46,7 @@ def refuse_missing(
         probe: whether the trainer's probe gives margins also where the pairs have scores; None is no such trainer.
         columns: what the rows must have.
         data: other data.
-        models: of which a model is to be loaded.
+        models: that will be loaded.
         rewards: reward models, ours or others'.
 
     Raises:
@@ -159,7 +159,7 @@ def refuse_other_config(place: str | Path, folder: Path) -> None:
 
 
 def refuse_other_outputs(place: str | Path, architectures: Sequence[str] | None, outputs: int) -> None:
-    """Refuse a model that is no sequence classifier with one output.
+    """Refuse a model that is not a sequence classifier with one output.
 
     Raises:
         ConfigError: with its architecture.
@@ -196,7 +196,7 @@ def find_policy(policy: str | Path, reference: str | None) -> Place:
         if started is not None and _moved(started):
             said, started = started, adapter_base(adapter)
             if _moved(started):
-                raise ConfigError(f"{made}: model is {said!r}, which is there no more; write where it is now")
+                raise ConfigError(f"{made}: model is {said!r}, which no longer exists; write where it is now")
         started = started or adapter_base(adapter)
         base = started
     else:
@@ -213,7 +213,7 @@ def find_policy(policy: str | Path, reference: str | None) -> Place:
 
 
 def _moved(model: str) -> bool:
-    """Whether a model was a folder and is there no more."""
+    """Whether a model was a folder that no longer exists."""
     path = expanded(model)
     return path.is_absolute() and not path.exists()
 

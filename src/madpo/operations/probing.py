@@ -17,14 +17,14 @@ from madpo.data.templates import Clock
 from madpo.models.engine.features import feature_layers
 from madpo.models.hyperparameters import CHECKPOINTS
 from madpo.models.load import load_model, load_tokenizer, placed, resolve_model
-from madpo.operations.reward_model import PairEncoder, remember_pairs
+from madpo.operations.pair_scorer import PairEncoder, remember_pairs
 from madpo.operations.running import digest
 from madpo.operations.settings import ScoreSettings
 from madpo.rewards.probe import FOLDS, FittedProbe, fit_probe
 from madpo.rewards.probe_reward import pair_features, save_probe
 
 FOLDER = "probe"
-"""Of the frozen probe, inside the result."""
+"""Folder of the frozen probe, inside the result."""
 
 
 def feature_reader(

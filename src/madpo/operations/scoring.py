@@ -35,15 +35,10 @@ from madpo.data.tokens import Encoder
 from madpo.models.hyperparameters import CHECKPOINTS
 from madpo.models.load import load_tokenizer, resolve_model
 from madpo.operations.inputs import split_by_prompt, started_clock, tell_date, tell_findings
+from madpo.operations.pair_scorer import load_pair_encoder, load_scorer, reward_model_digest, seen_pairs
 from madpo.operations.preconditions import refuse_other_row
 from madpo.operations.probing import feature_reader, fit_from_parts
-from madpo.operations.reward_model import (
-    fit,
-    load_pair_encoder,
-    load_scorer,
-    reward_model_digest,
-    seen_pairs,
-)
+from madpo.operations.reward_model import fit
 from madpo.operations.row_files import Raw, json_line, write_parquet
 from madpo.operations.running import digest, load_report, run_in_folder
 from madpo.operations.score_report import ScoreReport
@@ -120,7 +115,7 @@ def _read(data: str | Path, columns: Layout) -> list[Pair]:
 
 
 def _look(data: str | Path, settings: ScoreSettings, clock: Clock) -> bool:
-    """Say what a check would warn of: a row that the chat template refuses must show before hours of scoring, too.
+    """Say what a check would warn of: a row that the chat template refuses must also show before hours of scoring.
 
     Returns:
         Whether the chat template prints a date.

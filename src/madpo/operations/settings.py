@@ -45,7 +45,7 @@ class Training(Reading):
     """Packaged name, folder or hub id of the model that the training starts from."""
     eval_share: float = Field(default=0.0, ge=0, lt=1)
     """Share of the pairs held out (whole prompts at a time) where no evaluation data are given. ``auto`` always holds
-    some out, 0.15 where nothing is said."""
+    some out, 0.15 by default."""
     truncation: Truncation = "drop"
     """What happens to a pair of more than max_length tokens: drop it, cut its completions, or refuse it."""
     date: datetime | None = added(None)
@@ -54,10 +54,10 @@ class Training(Reading):
     """Treat what ``madpo check`` would warn of as an error."""
 
 
-class Drawing(Frozen):
-    """How responses are drawn."""
+class Decoding(Frozen):
+    """How the tokens of a response are drawn."""
 
-    max_new_tokens: int = Field(default=256, ge=1)
+    max_new_tokens: int = Field(default=128, ge=1)
     """Tokens of a response at most."""
     temperature: float = Field(default=1.0, ge=0)
     """0 takes the most likely token; larger draws more freely. A KL is that of the policy at 1 (with top_p 1 and no
@@ -65,9 +65,16 @@ class Drawing(Frozen):
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Sample from the most probable tokens that have this share of the probability."""
     top_k: int | None = added(None, ge=1)
-    """Only so many most likely tokens can be drawn; None is all of them."""
+    """At most this many of the most likely tokens can be drawn; None is all of them."""
+
+
+class Drawing(Decoding):
+    """How responses are drawn."""
+
+    max_new_tokens: int = Field(default=256, ge=1)
+    """Tokens of a response at most."""
     seed: int = Field(default=0, ge=0)
-    """Of the sampling: the same prompts get the same responses."""
+    """Seed of the sampling: the same prompts get the same responses."""
 
 
 class Sampling(Drawing):
@@ -100,7 +107,7 @@ class RewardSettings(Training):
     report_to: tuple[str, ...] = Field(default=(), exclude=True)
     """Trackers that are installed, such as tensorboard, trackio or wandb."""
     seed: int = Field(default=0, ge=0)
-    """Of split and training."""
+    """Seed of split and training."""
 
 
 class ScoreSettings(Reading):
@@ -118,13 +125,13 @@ class ScoreSettings(Reading):
     """A causal language model (packaged name, folder or hub id) whose states give the margins, out of fold and without
     a training; best the model that will be trained."""
     probe_seed: int = added(0, ge=0)
-    """Of the parts."""
+    """Seed of the division into parts."""
     reward: Annotated[RewardSettings | None, Cli(short=True)] = None
     """How those are trained."""
     margin_temperature: float | None = Field(default=None, gt=0)
     """For ``score_columns``: what the difference is divided by; None fits it to the labels."""
     format: Literal["jsonl", "parquet"] = "jsonl"
-    """Of the scored file."""
+    """Format of the scored file."""
     batch_size: int = Field(default=16, ge=1)
     """Sequences per forward pass; it decides the padding, and so the last digits."""
     strict: bool = Field(default=False, exclude=True)
@@ -153,7 +160,7 @@ class EvaluateSettings(Sampling, Reading):
     reference: str | None = None
     """Model to compare with; None is the one that the policy started from, where its folder says so."""
     max_prompts: int | None = Field(default=None, ge=1)
-    """The first so many different prompts; None is all of them."""
+    """Different prompts at most, the first ones; None is all of them."""
     samples_per_prompt: int = Field(default=1, ge=1)
     """Responses of each side to a prompt."""
     temperatures: tuple[Temperature, ...] = added(())
@@ -161,31 +168,26 @@ class EvaluateSettings(Sampling, Reading):
     ``temperature``."""
 
 
-class Decoding(Frozen):
-    """How responses are sampled in a study."""
+class StudyDecoding(Decoding):
+    """How responses are sampled in a study.
 
-    max_new_tokens: int = Field(default=128, ge=1)
-    """Tokens of a response at most."""
-    temperature: float = Field(default=1.0, ge=0)
-    """At 1 (with top_p 1 and no top_k) the KL is that of the policy; elsewhere it is taken along another text."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    """Only the most likely tokens that make up this probability can be drawn; 1 is all of them."""
-    top_k: int | None = Field(default=None, ge=1)
-    """Only so many most likely tokens can be drawn. The author samples with Gemma 3's generation settings, top-k 64 and
-    top-p 0.95."""
+    The author samples with Gemma 3's generation settings, top-k 64 and top-p 0.95.
+    """
+
     batch_size: int = Field(default=32, ge=1)
-    """Responses at once; changes only the speed."""
+    """Responses generated at once; changes only the speed."""
 
 
 class EvaluationSettings(Frozen):
     """Sampling for the measurement of policies."""
 
     prompts: int | None = Field(default=None, ge=1)
-    """The first so many held-out prompts; all of them when left out."""
+    """Held-out prompts at most, the first ones; None is all of them."""
     samples_per_prompt: int = Field(default=1, ge=1)
     """Responses to every prompt, which share the prompt's computation; a row may have its own number."""
-    temperatures: tuple[Temperature, ...] = ()
-    """Further decoding temperatures, for a table of rewards and win rates, such as [0.25, 0.5, 0.75]."""
+    temperatures: tuple[Temperature, ...] = added(())
+    """Further temperatures at which every prompt is answered with the same random numbers, for a table of rewards and
+    win rates, such as [0.25, 0.5, 0.75]; the KL is measured only at ``temperature``."""
 
 
 class PairCorpus(Reading):
@@ -226,7 +228,7 @@ class PairCorpus(Reading):
 
 
 class TrimSettings(Reading):
-    """What of a vocabulary is kept, and on what it is measured."""
+    """What is kept of a vocabulary, and what it is measured on."""
 
     size: int | None = Field(default=None, ge=1)
     """Entries to keep at most; None keeps all that the corpus uses."""
@@ -237,7 +239,7 @@ class TrimSettings(Reading):
     eval_texts: int = Field(default=128, ge=1)
     """Held-out texts to measure on at most."""
     eval_characters: int = Field(default=1000, ge=1)
-    """Of each of them, the first so many (up to a white space)."""
+    """Characters of each at most, up to a white space."""
     batch_size: int = Field(default=8, ge=1)
     """Texts per forward pass."""
 
@@ -252,7 +254,7 @@ class VerifyAutoSettings(Frozen):
     kl: float = Field(default=1.0, gt=0)
     """KL to the reference, in nats, at which methods are compared."""
     seed: int = 0
-    """Of worlds and trainings."""
+    """Seed of worlds and trainings."""
 
 
 class DemoSettings(Frozen):
@@ -267,7 +269,7 @@ class DemoSettings(Frozen):
     kl: float = Field(default=1.0, gt=0)
     """KL to the reference, in nats, at which methods are compared."""
     seed: int = 0
-    """Of worlds and trainings."""
+    """Seed of worlds and trainings."""
 
 
 class ChatSettings(Drawing):

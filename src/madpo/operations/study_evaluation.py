@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import nn
 
-from madpo.core.config import Frozen, added
+from madpo.core.config import added
 from madpo.core.errors import ConfigError
 from madpo.core.metrics import Metrics
 from madpo.core.statistics import bootstrap_mean
@@ -23,10 +23,10 @@ from madpo.core.storage import write_atomically
 from madpo.data.tokens import Encoder
 from madpo.models.engine.logprobs import completion_logps
 from madpo.models.engine.responses import Response, completion_batches, divergence, end_tokens, respond
-from madpo.models.hyperparameters import Temperature
 from madpo.models.load import load_model, load_tokenizer
 from madpo.operations.own_pairs import pairs_clock, prompt_contents
-from madpo.operations.reward_model import load_scorer
+from madpo.operations.pair_scorer import load_scorer
+from madpo.operations.settings import Drawing, EvaluationSettings
 from madpo.operations.study_training import prompts_of, reference_model
 from madpo.rewards.oracles import load_oracle
 from madpo.rewards.reward_model import RewardModel
@@ -35,31 +35,19 @@ from madpo.runner.operation import operation
 FIRST_DRAW = 2  # draws 0 and 1 of a prompt made the pairs
 
 
-class EvaluationStage(Frozen):
+class EvaluationStage(EvaluationSettings, Drawing):
     """How responses are drawn to measure a policy; the same for every method that is compared."""
 
     method: str
     """Name in tables and figures."""
     tier: str
-    prompts: int | None = Field(default=None, ge=1)
-    """The first so many held-out prompts; None is all of them."""
-    samples_per_prompt: int = Field(default=1, ge=1)
     max_new_tokens: int = Field(default=48, ge=1)
-    temperature: float = Field(default=1.0, ge=0)
-    """At 1 (with top_p 1 and no top_k) the KL is that of the policy; elsewhere it is taken along another text."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    seed: int = 0
     batch_size: int = Field(default=128, ge=1, exclude=True)
     """Responses generated at once."""
     score_batch_size: int = Field(default=16, ge=1, exclude=True)
     """Responses per forward pass for the KL."""
     best_of: int | None = added(None, ge=2)
-    """Of so many responses the one that the reward model likes best counts; None is one response."""
-    top_k: int | None = added(None, ge=1)
-    """Only so many most likely tokens can be drawn; None is all of them."""
-    temperatures: tuple[Temperature, ...] = added(())
-    """Further temperatures at which every prompt is answered with the same random numbers, for rewards and win rates;
-    the KL is measured only at ``temperature``."""
+    """Responses per sample, of which the one with the highest reward counts; None is one response."""
 
 
 @operation("evaluate_policy/1")

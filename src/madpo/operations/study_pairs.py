@@ -25,6 +25,7 @@ from madpo.core.storage import write_atomically
 from madpo.data.corpus import Corpus, Tier, load_corpus, prompt_reviews
 from madpo.models.engine.responses import decode, end_tokens, respond
 from madpo.models.load import load_model, load_tokenizer
+from madpo.operations.settings import Drawing
 from madpo.rewards.oracles import RewardFn, load_oracle
 from madpo.runner.operation import operation
 
@@ -49,7 +50,7 @@ PAIRS = _schema(
 )
 
 
-class ResponseStage(Frozen):
+class ResponseStage(Drawing):
     """Two sampled responses to the beginning of every prompt review, and the review's own continuation."""
 
     corpus: Corpus
@@ -60,13 +61,8 @@ class ResponseStage(Frozen):
     prompt_tokens: int = Field(default=20, ge=1)
     """Tokens of a prompt, the beginning-of-text token included."""
     max_new_tokens: int = Field(default=48, ge=1)
-    temperature: float = Field(default=1.0, ge=0)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    seed: int = 0
     batch_size: int = Field(default=128, ge=1, exclude=True)
     """Prompts generated for at once, and kept when the run is interrupted."""
-    top_k: int | None = added(None, ge=1)
-    """Only so many most likely tokens can be drawn; None is all of them."""
 
 
 @operation("sample_responses/1")

@@ -7,7 +7,7 @@ function imports the trainer that it runs: describing a study loads no TRL.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,7 +34,7 @@ from madpo.models.load import load_model, load_tokenizer, merge_adapter, resolve
 from madpo.rewards.reward_model import RewardModel
 from madpo.runner.operation import operation
 from madpo.training.margins import margin_metrics, margin_table, sequences
-from madpo.training.settings import RewardModelStage
+from madpo.training.settings import OnlineStage, RewardModelStage
 
 if TYPE_CHECKING:
     from madpo.training.first_look import FirstLook
@@ -186,23 +186,6 @@ def _sequences(pairs: pd.DataFrame) -> Dataset:
     return Dataset.from_dict(sequences(pairs.to_dict("records")))
 
 
-class MarginStage(Frozen):
-    """Margins of every pair under the trained reward model."""
-
-
-@operation("score_margins/1")
-def score_margins(config: MarginStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
-    """Write ``margins.parquet``: pair_id, reward_margin (log-odds)."""
-    pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet")
-    known = pd.read_parquet(inputs["reward_model"] / MARGINS)  # of the held-out pairs that measured the reward model
-    others = pairs[~pairs["pair_id"].isin(known["pair_id"])]
-    table = pd.concat([known, margin_table(RewardModel.load(inputs["reward_model"]), others)])
-    table = pairs[["pair_id", "split"]].merge(table, on="pair_id", validate="one_to_one")
-    table[["pair_id", "reward_margin"]].to_parquet(out / MARGINS, index=False)
-    train = table.loc[table["split"] == "train", "reward_margin"]
-    return {"pairs": len(pairs), "mean_train_margin": float(train.mean()), "negative_share": float((train < 0).mean())}
-
-
 def reference_model(inputs: Mapping[str, Path]) -> Path | str:
     """The model of the input "reference": what a step made, or a model that the user names."""
     given = inputs["reference"]
@@ -290,13 +273,11 @@ def train_policy(config: PolicyStage, inputs: Mapping[str, Path], out: Path) -> 
     """Train on the tier's training pairs from the reference; writes ``out/adapter``."""
     rows = training_rows(inputs)
     result = fit_policy(config, rows, reference_model(inputs), out)
-    last = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    margins = [row["rewards/margins"] for row in last if "rewards/margins" in row]
     return {
         "pairs": len(rows),
         "steps": int(result.global_step),
         "loss": float(result.training_loss),
-        "final_reward_margin": float(np.mean(margins[-max(1, len(margins) // 10) :])),
+        "final_reward_margin": _last_tenth(out, "rewards/margins"),
     }
 
 
@@ -352,3 +333,37 @@ def fit_policy(
     result = run_training(trainer, config, config.method, out)
     trainer.model.save_pretrained(out / "adapter", safe_serialization=True)
     return result
+
+
+@operation("train_online/1")
+def train_online(config: OnlineStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
+    """Train on the policy's own responses to the training prompts; writes ``out/adapter``.
+
+    Inputs: "pairs", "reference", "reward_model".
+    """
+    from madpo.training.online import fit_online
+
+    pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet", columns=["pair_id", "split", "prompt_ids"])
+    pairs = pairs[pairs["split"] == "train"]
+    prompts = {int(i): [int(t) for t in ids] for i, ids in zip(pairs["pair_id"], pairs["prompt_ids"], strict=True)}
+    reward_model = RewardModel.load(inputs["reward_model"])
+
+    def reward(prompt_ids: Sequence[Sequence[int]], response_ids: Sequence[Sequence[int]]) -> Sequence[float]:
+        return [float(value) for value in reward_model.score_responses(prompt_ids, response_ids)]
+
+    place = reference_model(inputs)
+    trainer = fit_online(config, load_model(place), load_tokenizer(place), prompts, reward, out)
+    trainer.model.save_pretrained(out / "adapter", safe_serialization=True)
+    return {
+        "prompts": len(prompts),
+        "steps": int(trainer.state.global_step),
+        "final_reward": _last_tenth(out, "reward"),
+        "final_kl_per_token": _last_tenth(out, "kl"),
+    }
+
+
+def _last_tenth(out: Path, name: str) -> float:
+    """Mean of a logged number over the last tenth of its entries."""
+    rows = map(json.loads, (out / "log.jsonl").read_text(encoding="utf-8").splitlines())
+    values = [row[name] for row in rows if name in row]
+    return float(np.mean(values[-max(1, len(values) // 10) :]))

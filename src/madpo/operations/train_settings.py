@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from madpo.core.config import added
+from madpo.core import processes
+from madpo.core.config import added, identity_settings
 from madpo.core.options import Cli
 from madpo.losses import Loss, LossConfig
 from madpo.models.hyperparameters import ADAPTER_LEARNING_RATE, FULL_LEARNING_RATE, LoRA
@@ -23,9 +25,9 @@ class Auto(LossConfig):
     kind: Literal["auto"] = "auto"
     beta: float = Field(default=0.1, gt=0)
     """Strength of the pull to the reference in all trainings; larger keeps the policy closer to it."""
-    fast: Annotated[bool, Cli(alone=("fast",))] = False
+    fast: Annotated[bool, Cli(bare=("fast",))] = False
     """One training, with a fixed label_share of 0.75."""
-    kl: Annotated[float | None, Cli(alone=("kl",))] = Field(default=None, gt=0)
+    kl: Annotated[float | None, Cli(bare=("kl",))] = Field(default=None, gt=0)
     """KL(policy || reference) per response, in nats, that the adapter's strength is set to; None leaves it at 1."""
     kl_prompts: int = Field(default=64, ge=1)
     """Prompts that the KL is measured on, at most: held-out ones where there are any."""
@@ -56,7 +58,7 @@ class TrainSettings(Training):
     export: Literal["gguf"] | None = added(None)
     """Also write policy.gguf for llama.cpp and Ollama, by llama.cpp's converter; an adapter is merged for it."""
     split_seed: int | None = added(None)
-    """Of the choice of held-out prompts; None is ``args.seed``."""
+    """Seed of the choice of held-out prompts; None is ``args.seed``."""
     probe: bool = added(False)
     """A probe gives missing margins also where the data have scores, whose difference could be taken instead (without
     scores it does so in any case)."""
@@ -64,7 +66,7 @@ class TrainSettings(Training):
     """Take the pairs of half of the prompts first, and keep what the policy says of the others before it is trained on
     them (first_look.jsonl)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the loaded weights; auto is float32 in full training, else what the processor multiplies natively."""
+    """Type of the loaded weights; auto is float32 in full training, else what the processor multiplies natively."""
 
     @property
     def merges(self) -> bool:
@@ -83,7 +85,7 @@ class TrainSettings(Training):
         if self.full and self.merge:
             raise ValueError("full training has no adapter to merge: out/model is the whole model; leave --merge out")
         if self.full and getattr(self.loss, "kl", None) is not None:
-            raise ValueError("loss.kl is reached by the strength of an adapter, which full training has not")
+            raise ValueError("loss.kl is reached by the strength of an adapter, which full training does not have")
         if self.full and self.qlora:
             raise ValueError("weights of 4 bits cannot be trained themselves; give full or qlora, not both")
         return self
@@ -96,10 +98,20 @@ class TrainSettings(Training):
         return ours | self.args
 
     def decisive(self) -> dict[str, Any]:
-        """What bears on the result, as plain values: of the arguments those that do."""
-        from madpo.operations.policy import decisive
+        """What bears on the result, as plain values: of the arguments those that do, and of the two that split a step
+        into micro-batches their product only."""
+        from madpo.training import PreferenceConfig
+        from madpo.training.digests import BATCH, decisive_arguments
 
-        return decisive(self)
+        values, found = self.arguments(), self.model_dump(mode="json")
+        defaults = {field.name: field.default for field in fields(PreferenceConfig)}
+        pairs, micro_batches = (int(values.get(name, defaults[name])) for name in BATCH)
+        # A result without these is as it was before they existed.
+        for name in ("split_seed", "probe", "first_look", "columns", "layout"):
+            if getattr(self, name) == TrainSettings.model_fields[name].default:
+                found.pop(name)
+        batch = pairs * micro_batches * processes.world_size()
+        return {**found, "loss": identity_settings(self.loss), "args": decisive_arguments(values), "batch": batch}
 
     @field_validator("args")
     @classmethod

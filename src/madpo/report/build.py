@@ -33,7 +33,7 @@ def build_report(
 
     Args:
         root: the folder of the run; the records' samples, margins and logs are read from their steps' folders.
-        records: finished records by step name. What is missing is said to be missing.
+        records: finished records by step name. The page names what is missing.
         title: of the page.
         experiment: the resolved experiment, which knows the methods that were planned.
         unfinished: step without a record -> "to run", "begun" or "failed: ...".
@@ -100,7 +100,7 @@ def rebuild_report(root: Path, *, figures: bool = True) -> Path:
 
 
 def _notes(study: Study, records: Mapping[str, Record]) -> list[str]:
-    """What a reader of the verdicts must know, too."""
+    """What a reader of the verdicts must also know."""
     judged = [tier for tier in study.tiers if tier.policies]
     texts = [cautions(judged)] if judged else []
     texts += trimmed_base(records, str(study.experiment.get("model", "")))

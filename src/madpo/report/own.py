@@ -2,7 +2,7 @@
 
 Losses are compared with DPO at the same distance from the reference, where a judge and several betas give a curve of
 reward against KL; else by the log loss of held-out pairs, from which a temperature has taken beta's scale. Reward at
-equal beta is no criterion, since what moves farther earns more.
+equal beta is no criterion, since what moves farther from the reference earns more.
 """
 
 from __future__ import annotations

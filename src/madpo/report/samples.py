@@ -1,4 +1,4 @@
-"""Samples for a page's browser; three of them are shown without scripts, too."""
+"""Samples for a page's browser; three of them are also shown without scripts."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ def json_lines(path: Path, *needed: str) -> list[dict[str, Any]]:
     """The objects of a JSON Lines file.
 
     Raises:
-        DataError: a row that is no object or lacks a needed key, with its number.
+        DataError: a row that is not an object or lacks a needed key, with its number.
     """
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):

@@ -15,10 +15,11 @@ from madpo.core.metrics import Estimate
 from madpo.report import published
 from madpo.report.charts import Chart, Mark, Panel, Series, WeightPanel, levels, value_mark
 from madpo.report.claims import EQUAL_KL, Claim, claims
+from madpo.report.collect import collect
 from madpo.report.compare import Choice, base_beta, chosen, frontiers, selection_json, selections, settings_of
 from madpo.report.methods import SFT, is_setting
 from madpo.report.own import own_chart
-from madpo.report.results import Row, Tier, collect, mean_of, shared_seeds
+from madpo.report.results import Row, Tier, mean_of, shared_seeds
 from madpo.report.study_sections import weighting
 from madpo.rewards.margins import Reliability, reliability
 from madpo.runner.record import Record

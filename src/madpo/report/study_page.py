@@ -9,6 +9,7 @@ from pathlib import Path
 from madpo.core.metrics import Estimate
 from madpo.report import published
 from madpo.report.charts import WeightPanel
+from madpo.report.collect import planned_row
 from madpo.report.compare import NOT_RUN, Choice
 from madpo.report.drawing import Drawn, draw
 from madpo.report.methods import SFT
@@ -16,7 +17,7 @@ from madpo.report.numbers import DASH, count, one, short
 from madpo.report.own import own_opening, own_table, own_verdict
 from madpo.report.pages import Card, Cell, Table, cell, render
 from madpo.report.provenance import differences, provenance
-from madpo.report.results import Tier, planned_row
+from madpo.report.results import Tier
 from madpo.report.samples import sample_data, static
 from madpo.report.study_charts import Study
 from madpo.report.study_sections import (

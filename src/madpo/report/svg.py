@@ -31,7 +31,7 @@ class Scale:
         return self.start + (value - low) * (self.end - self.start) / ((high - low) or 1.0)
 
     def ticks(self, about: int = 5) -> list[float]:
-        """Round numbers from the lowest to the highest value, about so many."""
+        """About this many round numbers from the lowest to the highest value."""
         if self.log and self.high / self.low > 10:
             decades = range(math.ceil(math.log10(self.low)), math.floor(math.log10(self.high)) + 1)
             return [10.0**decade for decade in decades][:: math.ceil(len(decades) / about)]
@@ -96,7 +96,7 @@ def box(parent: ET.Element, x: float, y: float, width: float, height: float, kin
 
 
 def dot(parent: ET.Element, x: float, y: float, shape: int, kind: str, title: str = "", r: float = 5) -> None:
-    """A mark that says by its shape, too, which series it belongs to."""
+    """A mark whose shape also says which series it belongs to."""
     if shape % 4 == 0:
         at = {"cx": f"{x:.1f}", "cy": f"{y:.1f}", "r": f"{r:g}", "class": kind}
         _titled(ET.SubElement(parent, "circle", at), title)

@@ -60,7 +60,7 @@ class Suspect(Frozen):
     reward_margin: float
     """As given."""
     probability: float
-    """Of the label, under the reward model after the temperature."""
+    """Probability of the label under the reward model, after the temperature."""
     weight: float
     """At the recommended setting; 1 where the margin is at or below -tau."""
     prompt: str = ""
@@ -86,7 +86,7 @@ class MarginReport(Report):
     temperature_reason: str
     temperature_fitted: bool
     log_loss: float
-    """Of the margins as given, nats per pair; a coin's is 0.693."""
+    """Log loss of the margins as given, nats per pair; a coin's is 0.693."""
     calibrated_log_loss: float
     calibration_error: float
     """Mean over pairs of |observed - predicted| by bin, after the temperature."""

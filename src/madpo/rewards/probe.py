@@ -99,12 +99,12 @@ class ProbeReport(Report):
     features: int
     folds: int
     penalty: float
-    """Of the frozen probe."""
+    """Penalty of the frozen probe."""
     fold_penalties: tuple[float, ...]
     accuracy: Estimate
     """Share of pairs with an out-of-fold margin above 0, with its Wilson interval."""
     log_loss: Estimate
-    """Of the out-of-fold margins, nats per pair, with its interval over prompts; a coin's is 0.693."""
+    """Log loss of the out-of-fold margins, nats per pair, with its interval over prompts; a coin's is 0.693."""
     temperature: float
     """What would calibrate the margins further; 1 means that they are log-odds."""
     calibrated_log_loss: float

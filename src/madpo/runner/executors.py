@@ -142,7 +142,7 @@ class Cluster:
         os.environ.setdefault("RAY_worker_niceness", "0")
         import ray
 
-        # Ray sets these for a task by itself where they are not said.
+        # Ray sets these for a task where they are not set.
         kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
         on_sigterm = signal.getsignal(signal.SIGTERM)
         own: dict[str, Any] = {"num_cpus": self._own_cpus, "include_dashboard": False}

@@ -40,4 +40,4 @@ def fixed_before(folder: Path, name: str) -> int | str | None:
 
 
 def _read(path: Path) -> dict[str, int | str]:
-    return json_object(path, "add --overwrite to begin anew") if path.exists() else {}
+    return json_object(path, "add --overwrite to start over") if path.exists() else {}

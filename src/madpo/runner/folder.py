@@ -115,7 +115,7 @@ def _open_work(out: Path, begun: Mapping[str, Any], *, overwrite: bool, inputs: 
         if kept and not overwrite:
             raise StorageError(
                 f"{out} holds an interrupted run of other settings ({changed}), with checkpoints in {kept}; set "
-                f"that back to continue it, choose another --output_dir, or pass --overwrite to begin anew"
+                f"that back to continue it, choose another --output_dir, or pass --overwrite to start over"
             )
         for path in inputs:
             if work.resolve() in (path := path.resolve()).parents or path == work.resolve():

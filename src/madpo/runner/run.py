@@ -19,25 +19,10 @@ from madpo.core.storage import storage_errors, write_atomically
 from madpo.core.suggestions import did_you_mean
 from madpo.runner.executors import Executor, Inline
 from madpo.runner.folder import what_changed
-from madpo.runner.record import RECORD, Record, exported_records, find_record, libraries, load_record
-from madpo.runner.step import StageFn, Step, needed_by, ordered
+from madpo.runner.record import RECORD, Record, exported_records, find_record, load_record
+from madpo.runner.step import Step, needed_by, ordered
 from madpo.runner.uploads import Upload
 from madpo.runner.work import attempt, job
-
-__all__ = [
-    "Planned",
-    "Record",
-    "RunResult",
-    "StageFn",
-    "Step",
-    "finished",
-    "libraries",
-    "load_record",
-    "needed_by",
-    "ordered",
-    "plan",
-    "run",
-]
 
 _LESS_MEMORY = "use a smaller batch size, or run fewer steps at once (--jobs), and run the same command again"
 AGAIN = "to run again"
@@ -176,7 +161,7 @@ def _run_all(
 
     def has_room() -> bool:
         # No step is queued behind busy workers: whoever is free takes the first of the graph's order that is ready, so
-        # one seed is whole before the next, and a step is not said to start before it does.
+        # one seed is whole before the next, and a step is announced only when it starts.
         return executor.slots is None or len(running) < executor.slots
 
     try:
@@ -254,7 +239,7 @@ def _matching(steps: list[Step], only: Sequence[str]) -> list[Step]:
 
 
 def _status(step: Step, root: Path) -> str:
-    """Of a step that is not finished: what has changed since one of its name was, if one was."""
+    """The status of a step that is not finished: what has changed since a step of its name was finished, if one was."""
     own = step.folder(root)
     others = own.parent.glob(f"{own.name[:-8]}[0-9a-f]*/{RECORD}") if own.parent.is_dir() else []
     folders = [(path.stat().st_mtime, path.parent) for path in others if path.parent != own]

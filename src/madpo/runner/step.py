@@ -139,7 +139,7 @@ def ordered(steps: Iterable[Step]) -> list[Step]:
 
 
 def needed_by(chosen: Iterable[Step], steps: Iterable[Step]) -> list[Step]:
-    """Of ``steps``, those that are chosen and their upstreams, in the order that they have there."""
+    """The chosen steps and their upstreams, in the order that they have in ``steps``."""
     names = {step.name for step in ordered(chosen)}
     return [step for step in steps if step.name in names]
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
+from madpo.core.config import part
 from madpo.core.options import Cli
 from madpo.core.suggestions import did_you_mean
 from madpo.losses import Loss
 from madpo.models.hyperparameters import LoRA, Optimisation
-from madpo.operations.settings import AdapterOptimisation, Decoding, EvaluationSettings, Training, refuse_all_taken
+from madpo.operations.settings import AdapterOptimisation, EvaluationSettings, StudyDecoding, Training, refuse_all_taken
 from madpo.training.settings import AutoSettings
 
 if TYPE_CHECKING:
@@ -49,12 +50,12 @@ class CompareSettings(Training):
     judge_share: float = Field(default=0.2, gt=0, lt=1)
     """Share of the pairs that a judge ``probe`` is fitted to."""
     split_seed: int = Field(default=0, ge=0)
-    """Of the choice of these prompts."""
+    """Seed of the choice of these prompts."""
     max_length: int | None = Field(default=1024, ge=2)
     """Tokens of prompt and completion; None is no limit."""
     optimisation: Annotated[AdapterOptimisation, Cli(short=True)] = AdapterOptimisation()
     lora: LoRA = LoRA()
-    responses: Annotated[Decoding, Cli(short=True)] = Decoding()
+    responses: Annotated[StudyDecoding, Cli(short=True)] = StudyDecoding()
     evaluation: Annotated[EvaluationSettings, Cli(short=True)] = EvaluationSettings()
     report_to: tuple[str, ...] = Field(default=(), exclude=True)
     """Trackers that are installed, such as tensorboard, trackio or wandb: every training is a run of them."""
@@ -75,8 +76,7 @@ class CompareSettings(Training):
         """What every loss's training shares."""
         from madpo.study.experiment import PolicySettings
 
-        own = {name: getattr(self.optimisation, name) for name in Optimisation.model_fields}
-        return PolicySettings(optimisation=Optimisation(**own), lora=self.lora)
+        return PolicySettings(optimisation=part(self.optimisation, Optimisation), lora=self.lora)
 
     @property
     def reward_model(self) -> RewardModelSettings:

@@ -23,13 +23,13 @@ from madpo.models.packaged import cache_dir, cut_report
 from madpo.operations.own_pairs import HeldoutStage, OwnPairsStage
 from madpo.operations.study_auto import AutoStage
 from madpo.operations.study_evaluation import EvaluationStage
-from madpo.operations.study_folds import OutOfFoldStage, ScoreStage
+from madpo.operations.study_margins import MarginStage, OutOfFoldStage, ProbeStage, ScoreStage
 from madpo.operations.study_pairs import ResponseStage
-from madpo.operations.study_probe import ProbeStage
-from madpo.operations.study_training import MarginStage, PairSFTStage, PolicyStage, ReferenceStage, SFTStage
+from madpo.operations.study_training import PairSFTStage, PolicyStage, ReferenceStage, SFTStage
 from madpo.operations.trimming.trim import TrimStage
 from madpo.rewards.oracles import OracleStage
-from madpo.runner.run import Planned, RunResult, Step, finished
+from madpo.runner.run import Planned, RunResult, finished
+from madpo.runner.step import Step
 from madpo.training.settings import OnlineStage, RewardModelStage
 
 # Tokens a second of Gemma-3-270M with LoRA on two cores with AVX-512 BF16. "sft" scores every token, "train" (a
@@ -135,7 +135,7 @@ def machine_of(options: Iterable[str]) -> Machine:
     """This machine; or the one of which ``options`` ("train=9000") gives rates, the two cores' for the others.
 
     Raises:
-        ConfigError: an option is no rate.
+        ConfigError: an option is not a rate.
     """
     options = list(options)
     return Machine(rates_of(options), "the rates given") if options else this_machine()
@@ -145,7 +145,7 @@ def rates_of(options: Iterable[str]) -> dict[str, float]:
     """The default rates with those of ``options`` ("train=9000") in their place.
 
     Raises:
-        ConfigError: an option is no rate.
+        ConfigError: an option is not a rate.
     """
     rates = dict(TWO_CORES)
     for option in options:
@@ -306,7 +306,7 @@ class _Pairs(NamedTuple):
     train: int
     all: int
     prompts: int
-    """Of the held-out ones."""
+    """Prompts of the held-out pairs."""
 
 
 def heldout_prompts(step: Step) -> int:

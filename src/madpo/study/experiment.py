@@ -1,4 +1,4 @@
-"""An experiment: its configuration, and running it. :mod:`madpo.study.graph` builds the steps that it stands for."""
+"""An experiment: its configuration, and running it. :mod:`madpo.study.graph` builds its steps."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from madpo.core.progress import say
 from madpo.core.storage import expanded
 from madpo.data.corpus import Corpus, PackagedIMDB, Tier
 from madpo.models.hyperparameters import EarlyStopping, LoRA, Optimisation, Pooling
-from madpo.operations.settings import PROBE, Decoding, EvaluationSettings, PairCorpus
+from madpo.operations.settings import PROBE, EvaluationSettings, PairCorpus, StudyDecoding
 from madpo.operations.trackers import reporting_to
 from madpo.report import rebuild_report
 from madpo.report.live import LiveReport
 from madpo.rewards.oracles import NgramOracle, Oracle
 from madpo.runner.executors import Executor, Inline
-from madpo.runner.run import RunResult, Step, finished, run
+from madpo.runner.run import RunResult, finished, run
+from madpo.runner.step import Step
 from madpo.runner.uploads import Upload
 from madpo.study.methods import Group, Method, Selection
 
@@ -41,7 +42,7 @@ class SFTSettings(Frozen):
     """Supervised fine-tuning on the corpus's last positive reviews, or on the chosen completions of training pairs."""
 
     reviews: int = Field(ge=1)
-    """Texts to train on; of pairs at most so many."""
+    """Texts, or pairs at most, to train on."""
     optimisation: Optimisation
     lora: LoRA = LoRA()
     score_prompt: bool = True
@@ -51,7 +52,7 @@ class SFTSettings(Frozen):
     """None trains all epochs; the author's notebook stops (every 20 updates, patience 3)."""
 
 
-class ResponseSettings(Decoding):
+class ResponseSettings(StudyDecoding):
     """Prompts from negative reviews, and how responses are sampled, for the pairs and for every evaluation."""
 
     prompt_tokens: int = Field(default=20, ge=1)
@@ -66,7 +67,7 @@ class PairSettings(Frozen):
     prompts: int = Field(ge=2)
     """Negative reviews that prompts are cut from: one pair each, in every tier."""
     skip: int = Field(default=0, ge=0)
-    """Negative reviews before those, which are left alone: a pilot's prompts are then used nowhere else."""
+    """Negative reviews before those, which are left out: a pilot's prompts are then used nowhere else."""
     train: int = Field(ge=1)
     """Pairs for training; the others are held out."""
     label_noise: float = Field(default=1.0, ge=0)
@@ -88,7 +89,7 @@ class RewardModelSettings(Frozen):
     """trained: an adapter with a head. probe: a regression on the states of the SFT model, which takes seconds; its
     margins of training pairs are out of fold, and of the settings below it reads ``folds``."""
     optimisation: Optimisation | None = None
-    """Of a trained one."""
+    """How a trained reward model is trained; a probe has none."""
     lora: LoRA = LoRA()
     eval_every: int = Field(default=20, ge=1)
     patience: int = Field(default=3, ge=1)
@@ -107,7 +108,7 @@ class RewardModelSettings(Frozen):
 
 
 class PolicySettings(Frozen):
-    """What every method's training shares: the comparison differs in the loss alone."""
+    """What every method's training shares: the comparison differs in the loss only."""
 
     optimisation: Optimisation
     lora: LoRA = LoRA()
@@ -257,7 +258,7 @@ def run_experiment(
         dry_run: say what would run, and write nothing.
         executor: where steps run, entered and left here; in this process, one after another, when left out.
         upload: URL of an object store that finished steps, and in the end the report, are copied to; see
-            :mod:`madpo.runner.uploads`. What it did not take stands in the result's ``not_uploaded``.
+            :mod:`madpo.runner.uploads`. What it did not take is in the result's ``not_uploaded``.
 
     Raises:
         ConfigError: a mistake in the experiment or in the URL, before any model loads.
@@ -275,7 +276,7 @@ def run_experiment(
     def build() -> list[Step]:
         steps = experiment.steps()
         if not dry_run and isinstance(experiment.corpus, PairCorpus) and experiment.corpus.judge != PROBE:
-            from madpo.operations.reward_model import load_pair_encoder
+            from madpo.operations.pair_scorer import load_pair_encoder
 
             load_pair_encoder(experiment.corpus.judge)  # which is asked only after hours
         return steps

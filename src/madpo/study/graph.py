@@ -1,4 +1,4 @@
-"""The graph of steps that an experiment stands for: the one place where it is built.
+"""The steps of an experiment as a graph: the one place where it is built.
 
 (base, where the vocabulary is cut, comes before sft and every reward model)
 
@@ -22,57 +22,33 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from madpo.core.config import Frozen
+from madpo.operations import study_margins as margins
+from madpo.operations import study_training as training
 from madpo.operations.own_pairs import HeldoutStage, measure_heldout, read_own_pairs
-from madpo.operations.relabelling import AgreeingStage, RedrawnStage, keep_agreeing, redraw_labels
 from madpo.operations.settings import PairCorpus
 from madpo.operations.study_auto import AutoStage, train_auto_policy
 from madpo.operations.study_evaluation import EvaluationStage, evaluate_policy
-from madpo.operations.study_folds import OutOfFoldStage, ScoreStage, score_out_of_fold, score_sides
-from madpo.operations.study_online import train_online
 from madpo.operations.study_pairs import PairStage, ResponseStage, label_pairs, sample_responses
-from madpo.operations.study_probe import ProbeMarginStage, ProbeStage, fit_pairs_probe, probe_margins
-from madpo.operations.study_training import (
-    MarginStage,
-    PolicyStage,
-    ReferenceStage,
-    SFTStage,
-    reference_logps,
-    score_margins,
-    train_policy,
-    train_reward_model,
-    train_sft,
-)
 from madpo.operations.trimming.trim import TrimStage, trim_base
 from madpo.report.methods import SFT
 from madpo.rewards.oracles import OracleStage, fit_oracle
-from madpo.runner.run import StageFn, Step, needed_by
-from madpo.runner.step import Source
+from madpo.runner.step import Source, StageFn, Step, needed_by
 from madpo.study.methods import Method
 from madpo.training.settings import OnlineStage, RewardModelStage
 
 if TYPE_CHECKING:
-    from madpo.operations.settings import Decoding, EvaluationSettings
-    from madpo.study.experiment import Experiment, PairSettings, PolicySettings, RewardModelSettings
+    from madpo.study.compare import CompareSettings
+    from madpo.study.experiment import Experiment, PairSettings
 
 
-class Design(Protocol):
-    """What the graph asks of a study's settings."""
-
-    @property
-    def model(self) -> str: ...
-    @property
-    def seeds(self) -> tuple[int, ...]: ...
-    @property
-    def responses(self) -> Decoding: ...
-    @property
-    def reward_model(self) -> RewardModelSettings: ...
-    @property
-    def policy(self) -> PolicySettings: ...
-    @property
-    def evaluation(self) -> EvaluationSettings: ...
+_LIGHT = (
+    *(fit_oracle, label_pairs, read_own_pairs),
+    *(margins.keep_agreeing, margins.redraw_labels, margins.probe_margins),
+)
+"""Operations that need a core and no accelerator."""
 
 
 class Trunk(ABC):
@@ -90,7 +66,7 @@ class Trunk(ABC):
     reference = SFT
     heldout = False
 
-    def __init__(self, experiment: Design) -> None:
+    def __init__(self, experiment: Experiment | CompareSettings) -> None:
         self.experiment = experiment
         self.steps: dict[str, Step] = {}
         self.base: dict[str, Step] = {}
@@ -131,7 +107,7 @@ class Trunk(ABC):
     ) -> Step:
         """The step of this name, built once."""
         if name not in self.steps:
-            light = fn in (fit_oracle, label_pairs, keep_agreeing, redraw_labels, probe_margins, read_own_pairs)
+            light = fn in _LIGHT
             self.steps[name] = Step(name, fn, config, inputs or {}, says=says, groups=groups, light=light)
         return self.steps[name]
 
@@ -158,7 +134,7 @@ class _CorpusTrunk(Trunk):
             trim = TrimStage(model=e.model, **e.vocabulary.model_dump())
             says = "the base model, with the vocabulary that the corpus uses"
             self.base["base"] = self.add("base", trim_base, trim, says=says)
-        sft = SFTStage(
+        sft = training.SFTStage(
             model=e.model,
             corpus=e.corpus,
             reviews=e.sft.reviews,
@@ -169,7 +145,8 @@ class _CorpusTrunk(Trunk):
             prompt_tokens=0 if e.sft.score_prompt else e.responses.prompt_tokens,
             early_stopping=e.sft.early_stopping,
         )
-        self.sft = self.add("sft", train_sft, sft, self.base, says="fine-tuning the base model on positive reviews")
+        says = "fine-tuning the base model on positive reviews"
+        self.sft = self.add("sft", training.train_sft, sft, self.base, says=says)
         responses = ResponseStage(
             corpus=e.corpus, prompts=pairs.prompts, skip=pairs.skip, seed=e.seed, **e.responses.model_dump()
         )
@@ -216,35 +193,33 @@ class _Bench:
         optimisation = self.experiment.policy.optimisation
         sizes = {"batch_size": optimisation.batch_size, "micro_batch_size": optimisation.per_pass}
         inputs = {"pairs": self.pairs, "reference": self.trunk.sft}
+        stage = training.ReferenceStage.model_validate(sizes | split)
         says = "reference log-probabilities, once for all methods"
-        return self._add(kind, reference_logps, ReferenceStage.model_validate(sizes | split), inputs, says)
+        return self._add(kind, training.reference_logps, stage, inputs, says)
 
     @cached_property
     def reward_model(self) -> Step:
         """The tier's reward model."""
-        settings = self.experiment.reward_model
-        if settings.kind == "probe":
-            stage = ProbeStage(seed=self.seed, **({"folds": settings.folds} if settings.folds else {}))
-            inputs = {"pairs": self.pairs, "reference": self.trunk.sft}
-            return self._add("reward_model", fit_pairs_probe, stage, inputs, f"a probe on the {self.tier} pairs")
+        if self.experiment.reward_model.kind == "probe":
+            return self._probe("reward_model")
         inputs = {"pairs": self.pairs, **self.trunk.base}
         says = f"a reward model on the {self.tier} pairs"
-        return self._add("reward_model", train_reward_model, self._reward_model_stage(), inputs, says)
+        return self._add("reward_model", training.train_reward_model, self._reward_model_stage(), inputs, says)
 
     @cached_property
-    def margins(self) -> Step:
+    def own_margins(self) -> Step:
         """The margins of its pairs."""
         inputs = {"pairs": self.pairs, "reward_model": self.reward_model}
         says = "how strongly the reward model prefers each pair"
         if self.experiment.reward_model.kind == "probe":
-            return self._add("margins", probe_margins, ProbeMarginStage(), inputs, says)
-        return self._add("margins", score_margins, MarginStage(), inputs, says)
+            return self._add("margins", margins.probe_margins, margins.ProbeMarginStage(), inputs, says)
+        return self._add("margins", margins.score_margins, margins.MarginStage(), inputs, says)
 
     def _add(self, kind: str, fn: StageFn, config: Frozen, inputs: Mapping[str, Step | Source], says: str) -> Step:
         return self.trunk.add(f"{kind}/{self.place}", fn, config, inputs, says=says)
 
     def _reward_model_stage(self, **fold: int) -> RewardModelStage:
-        settings = fields(self.experiment.reward_model)
+        settings = dict(self.experiment.reward_model)
         del settings["folds"], settings["kind"]
         return RewardModelStage(model=self.experiment.model, seed=self.seed, **settings, **fold)
 
@@ -292,17 +267,17 @@ class _Bench:
         if method.reads & {"chosen_score", "rejected_score"}:
             inputs["scores"] = self._scores()
         if method.pairs == "agreeing":
-            inputs["pairs"] = self._relabelled(method, keep_agreeing, AgreeingStage(), {})
+            inputs["pairs"] = self._relabelled(method, margins.keep_agreeing, margins.AgreeingStage(), {})
         elif method.pairs == "redrawn":
             sides = {"logps": self.logps, "scores": self._scores() if "scores" in inputs else None}
             given = {role: step for role, step in sides.items() if step is not None}
-            turned = self._relabelled(method, redraw_labels, RedrawnStage(seed=self.seed), given)
+            turned = self._relabelled(method, margins.redraw_labels, margins.RedrawnStage(seed=self.seed), given)
             inputs |= {role: turned for role in inputs if role != "reference"}
-        config = PolicyStage(method=method.name, loss=method.loss, seed=self.seed, **fields(e.policy))
-        return train_policy, config, inputs
+        config = training.PolicyStage(method=method.name, loss=method.loss, seed=self.seed, **dict(e.policy))
+        return training.train_policy, config, inputs
 
     def _auto(self, method: Method) -> tuple[StageFn, Frozen, dict[str, Step | Source]]:
-        policy = fields(self.experiment.policy)
+        policy = dict(self.experiment.policy)
         config = AutoStage(method=method.name, settings=method.averaging, seed=self.seed, **policy)
         return train_auto_policy, config, self._learns_from(method)
 
@@ -327,7 +302,7 @@ class _Bench:
             seed=self.seed,
         )
         return (
-            train_online,
+            training.train_online,
             config,
             {"pairs": self.pairs, "reference": self.trunk.sft, "reward_model": self.reward_model},
         )
@@ -336,7 +311,8 @@ class _Bench:
         if self.experiment.reward_model.kind == "probe":  # which has none: those of the data
             return self.pairs
         inputs = {"pairs": self.pairs, "reward_model": self.reward_model}
-        return self._add("scores", score_sides, ScoreStage(), inputs, "the reward model's score of either side")
+        says = "the reward model's score of either side"
+        return self._add("scores", margins.score_sides, margins.ScoreStage(), inputs, says)
 
     def _out_of_fold(self) -> Step:
         folds = self.experiment.reward_model.folds
@@ -344,7 +320,7 @@ class _Bench:
         models = {
             f"fold{k}": self.trunk.add(
                 f"reward_model/{self.place}/fold{k}",
-                train_reward_model,
+                training.train_reward_model,
                 self._reward_model_stage(folds=folds, fold=k),
                 {"pairs": self.pairs, **self.trunk.base},
                 says=f"a reward model on the {self.tier} pairs, less part {k + 1} of {folds}",
@@ -353,27 +329,27 @@ class _Bench:
         }
         return self._add(
             "out_of_fold",
-            score_out_of_fold,
-            OutOfFoldStage(folds=folds, seed=self.seed),
+            margins.score_out_of_fold,
+            margins.OutOfFoldStage(folds=folds, seed=self.seed),
             {"pairs": self.pairs, **models},
             "margins from reward models that have not seen the pair",
         )
 
-    def _probe(self) -> Step:
-        inputs = {"pairs": self.pairs, "reference": self.trunk.sft}
+    def _probe(self, kind: str) -> Step:
         folds = self.experiment.reward_model.folds
-        stage = ProbeStage(seed=self.seed, **({"folds": folds} if folds else {}))
-        probe = self._add("probe", fit_pairs_probe, stage, inputs, f"a probe on the {self.tier} pairs")
-        inputs = {"pairs": self.pairs, "reward_model": probe}
-        return self._add("probe_margins", probe_margins, ProbeMarginStage(), inputs, "the probe's margins, out of fold")
+        stage = margins.ProbeStage(seed=self.seed, **({"folds": folds} if folds else {}))
+        inputs = {"pairs": self.pairs, "reference": self.trunk.sft}
+        return self._add(kind, margins.fit_pairs_probe, stage, inputs, f"a probe on the {self.tier} pairs")
 
     def _margins_of(self, method: Method) -> Step:
         if method.margins == "column":
             return self.pairs
         if method.margins == "probe" and self.experiment.reward_model.kind == "trained":
-            return self._probe()
+            inputs = {"pairs": self.pairs, "reward_model": self._probe("probe")}
+            says = "the probe's margins, out of fold"
+            return self._add("probe_margins", margins.probe_margins, margins.ProbeMarginStage(), inputs, says)
         whole = method.margins == "in_sample" or self.experiment.reward_model.kind == "probe"  # out of fold by itself
-        return self.margins if whole else self._out_of_fold()
+        return self.own_margins if whole else self._out_of_fold()
 
     def _relabelled(self, method: Method, fn: StageFn, config: Frozen, inputs: Mapping[str, Step]) -> Step:
         kind = method.pairs if method.margins == "in_sample" else f"{method.pairs}_{method.margins}"
@@ -407,8 +383,3 @@ class _Bench:
         common = {"reference": self.trunk.sft, **self.trunk.judge, "pairs": self.pairs}
         says = f"measuring {method} on held-out prompts"
         self.trunk.add(name, evaluate_policy, config, {**common, **inputs}, says=says, groups=groups)
-
-
-def fields(settings: Frozen) -> dict[str, Any]:
-    """The fields as objects (a dump would lose fields that stay outside identities)."""
-    return {name: getattr(settings, name) for name in type(settings).model_fields}

@@ -1,4 +1,4 @@
-"""The rows of a study: which method, on which pairs, in which group, and the sweeps that stand for many rows."""
+"""The rows of a study: which method, on which pairs, in which group, and sweeps, each of which is many rows."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ class Method(Frozen):
     and their average. "rloo", "grpo": policy optimisation against the reward model with a KL penalty. "best_of_n": no
     training; of n responses the one that the reward model likes best."""
     loss: Loss | None = None
-    """Of the trainer "offline" alone."""
+    """Only of the trainer "offline"."""
     pairs: Literal["all", "agreeing", "redrawn"] = "all"
-    """"agreeing": the training pairs whose label the reward model agrees with. "redrawn": all, with labels drawn anew
+    """"agreeing": the training pairs whose label the reward model agrees with. "redrawn": all, with labels drawn again
     from the reward model's probabilities."""
     margins: Literal["in_sample", "out_of_fold", "probe", "column"] = "in_sample"
     """Whose margins the loss and ``pairs`` read: those of the tier's own reward model, which has been trained on the
     same pairs; of the fold that has not (``reward_model.folds``); of a probe of the SFT model's states, out of fold;
     or those that a user's own pairs have as a column."""
     auto: AutoSettings | None = None
-    """Of the trainer "auto"."""
+    """Settings of the trainer "auto"."""
     online: OnlineSettings | None = None
-    """Of the trainers "rloo" and "grpo"."""
+    """Settings of the trainers "rloo" and "grpo"."""
     n: int | None = Field(default=None, ge=2)
-    """Responses per prompt, of the trainer "best_of_n"."""
+    """Responses per prompt that the trainer "best_of_n" chooses from."""
     sweep: dict[str, tuple[JsonValue, ...]] = Field(default_factory=dict)
     """Field -> values: one row for every combination. Fields are those of the loss (of ``online`` for "rloo" and
     "grpo", of ``auto`` for "auto"; ``n`` for "best_of_n")."""
@@ -92,12 +92,12 @@ class Method(Frozen):
 
     @property
     def settings(self) -> OnlineSettings:
-        """Those of "rloo" and "grpo", defaults where nothing is said."""
+        """Those of "rloo" and "grpo", or the defaults."""
         return self.online or OnlineSettings()
 
     @property
     def averaging(self) -> AutoSettings:
-        """Those of "auto", defaults where nothing is said."""
+        """Those of "auto", or the defaults."""
         return self.auto or AutoSettings()
 
     @property
@@ -109,7 +109,7 @@ class Method(Frozen):
         return frozenset() if self.loss is None else frozenset(self.loss.needs & columns)
 
     def rows(self) -> tuple[Method, ...]:
-        """This row, or those that its sweep stands for; none of them has a sweep."""
+        """This row, or those of its sweep; none of them has a sweep."""
         if not self.sweep:
             return (self,)
         for name, values in self.sweep.items():
@@ -126,9 +126,8 @@ class Method(Frozen):
             fields, parts = {"n": self.n}, dict(values)
             changes |= parts
         elif self.loss is None:
-            # As objects: a dump would lose fields that stay outside identities.
             where, settings = ("auto", self.averaging) if self.trainer == "auto" else ("online", self.settings)
-            fields = {name: getattr(settings, name) for name in type(settings).model_fields}
+            fields = dict(settings)  # as objects: a dump would lose fields that stay outside identities
             changes[where] = {**fields, **values}
         elif isinstance(self.loss, Custom):
             fields = type(self.loss.loss).model_fields
@@ -140,7 +139,7 @@ class Method(Frozen):
             if name not in fields:
                 known = did_you_mean(name, list(fields)) or f"; there are {', '.join(fields)}"
                 raise ValueError(f"method {self.name!r}: sweep.{name} is no field to vary{known}")
-        return Method.model_validate({**{name: getattr(self, name) for name in Method.model_fields}, **changes})
+        return Method.model_validate({**dict(self), **changes})
 
 
 def _loss(method: Method, values: Mapping[str, Any], fields: Mapping[str, Any]) -> Any:

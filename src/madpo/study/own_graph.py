@@ -11,16 +11,16 @@ from madpo.data.load import PairStream
 from madpo.data.sources import look_at
 from madpo.data.tokens import text_length
 from madpo.operations.own_pairs import OwnPairsStage, Size, read_own_pairs
+from madpo.operations.pair_scorer import load_pair_encoder, seen_pairs
 from madpo.operations.preconditions import require_columns
-from madpo.operations.reward_model import load_pair_encoder, seen_pairs
 from madpo.operations.running import digest
 from madpo.operations.settings import PROBE, PairCorpus
-from madpo.operations.study_probe import ProbeStage, fit_pairs_probe
+from madpo.operations.study_margins import ProbeStage, fit_pairs_probe
 from madpo.operations.study_training import PairSFTStage, train_sft_on_pairs
 from madpo.report.methods import OWN, REFERENCE, method_of, settings_words
 from madpo.runner.step import Source, Step
 from madpo.study.compare import AutoLoss, CompareSettings, known_loss
-from madpo.study.graph import Trunk, fields
+from madpo.study.graph import Trunk
 from madpo.study.methods import Method
 from madpo.training.settings import AutoSettings
 
@@ -81,7 +81,7 @@ class ExperimentTrunk(_PairsTrunk):
             seed=e.seed,
         )
         self.read(stage, corpus.data, corpus.eval_data)
-        sft = PairSFTStage(model=e.model, seed=e.seed, **fields(e.sft))
+        sft = PairSFTStage(model=e.model, seed=e.seed, **dict(e.sft))
         says = "fine-tuning the base model on what was preferred"
         self.sft = self.add("sft", train_sft_on_pairs, sft, {"pairs": self._pairs}, says=says)
         self.judged_by(corpus.judge, e.seed)

@@ -19,9 +19,10 @@ from scipy.special import ndtri
 
 from madpo.core.errors import ConfigError
 from madpo.operations.study_evaluation import EvaluationStage
-from madpo.report.results import Row, Tier, collect
+from madpo.report.collect import collect
+from madpo.report.results import Row, Tier
 from madpo.runner.record import run_status
-from madpo.runner.run import Step
+from madpo.runner.step import Step
 from madpo.study.estimates import heldout_prompts
 
 POWER, LEVEL = 0.8, 0.05
@@ -85,7 +86,7 @@ def detectable_lines(graph: Iterable[Step], root: Path, pilot: Path | None = Non
         pilot: a run's folder or an export to read them from instead.
 
     Raises:
-        ConfigError: ``pilot`` is no run.
+        ConfigError: ``pilot`` is not a run.
     """
     planned = _planned(graph)
     folder = root if pilot is None else pilot

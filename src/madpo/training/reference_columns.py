@@ -57,7 +57,7 @@ class ReferenceColumns(ExactResume):
     probe: FittedProbe | None = None
     """The probe of the training pairs, on the leading process, where ``reward_margin`` was missing."""
     probe_seed = 0
-    """Of its folds: margins do not depend on the training's seed."""
+    """Seed of its folds: margins do not depend on the training's seed."""
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """Reference columns and margins: as given, from the cache, or computed now."""

@@ -57,8 +57,8 @@ class AutoSettings(Frozen):
 
     beta: float = Field(default=0.1, gt=0)
     label_share: float | None = Field(default=None, ge=0, le=1)
-    """Of the second training's target. None decides it by the labels of held-out pairs; 1 is the control: two DPO
-    policies of different seeds, averaged, which read no margins."""
+    """Weight of the label in the second training's target. None decides it by the labels of held-out pairs; 1 is the
+    control: two DPO policies of different seeds, averaged, which read no margins."""
 
 
 class OnlineStage(Frozen):

@@ -79,7 +79,7 @@ class Head:
         if isinstance(head, BaseTunerLayer):  # whose weight is that of the base
             raise ConfigError(
                 f"the adapter changes the output head ({type(head).__name__}); merge it into its base model and give "
-                "the merged folder, or train one that leaves the head alone"
+                "the merged folder, or train one that leaves the head unchanged"
             )
         weight, bias = head.weight, getattr(head, "bias", None)
         if hasattr(weight, "full_tensor"):  # FSDP2 shards parameters as DTensors; the tiles need the whole

@@ -63,7 +63,7 @@ class CompletionScores(NamedTuple):
 def install_completion_head(model: nn.Module) -> None:
     """Teach a transformers causal language model to answer ``model(..., completion_mask=m)`` with its scores.
 
-    With ``completion_mask`` the forward runs the backbone, then the head on completion positions alone, and returns
+    With ``completion_mask`` the forward runs the backbone, then the head on completion positions only, and returns
     :class:`CompletionScores`; without it the forward is the one it had. Idempotent. Install before wrapping with DDP.
     """
     if getattr(model, "_madpo_completion_head", False):

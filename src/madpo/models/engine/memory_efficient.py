@@ -6,7 +6,7 @@ to that of its frozen layer in three passes, a gated MLP keeps both factors and 
 autograd function with the same formula in the same precision:
 
 - :class:`_LoRALinear` adds the adapter inside a matrix product, y = x W^T + s (x A^T) B^T;
-- :class:`_GatedMLP` keeps the two factors before the activation alone and computes the rest again;
+- :class:`_GatedMLP` keeps only the two factors before the activation and computes the rest again;
 - :class:`_RMSNorm` keeps its input and one factor per row.
 
 :func:`install` puts them in place of the ``forward`` of the modules that it recognises; parameters, names and state
@@ -68,7 +68,7 @@ class _Projection:
         return dx.addmm_(through, a, alpha=self.scale), d_a, d_b
 
     def of_adapter(self, grad: Tensor, x: Tensor, inner: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradient behind B, d A and d B. The long factor stands first, which a processor multiplies faster."""
+        """The gradient behind B, d A and d B. The long factor comes first: a processor multiplies this order faster."""
         through = grad @ b
         return through, _scaled_product(x.T, through, self.scale).T, _scaled_product(grad.T, inner, self.scale)
 
@@ -221,7 +221,7 @@ def _layer_norm_gradients(
 ) -> tuple[Tensor, Tensor | None]:
     """The same by torch's kernel for layer norms, which walks once over its inputs on a processor.
 
-    Told that the mean is 0, it differs by the derivative through that mean alone, - factor mean(grad scale).
+    Where it is given a mean of 0, it differs only by the derivative through that mean, - factor mean(grad scale).
     """
     grad, x, factor = grad.to(factor.dtype), x.to(factor.dtype), factor.contiguous()  # the kernel reads it as it lies
     dx, d_scale, _ = torch.ops.aten.native_layer_norm_backward(

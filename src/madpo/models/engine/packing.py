@@ -2,7 +2,7 @@
 
 The rows of a preference batch hold every prompt twice and padding behind every shorter row. Here the tokens that
 matter are laid end to end in one row: the prompt, then the chosen completion, then the rejected one, pair after pair.
-Every linear layer and norm then works on real tokens alone. In attention a token sees its own prompt and its own
+Every linear layer and norm then works on real tokens only. In attention a token sees its own prompt and its own
 completion, by position and not by index, so that sliding windows are right as well. The last token of a completion
 predicts nothing and is left out, unless the states of the tokens themselves are wanted, as reward models want them.
 
@@ -50,7 +50,7 @@ class HostRows:
 class Packing:
     """Where each token of a batch of rows lies in one packed row.
 
-    A group is a set of tokens that may see one another: a prompt and its two completions, or one row alone.
+    A group is a set of tokens that may see one another: a prompt and its two completions, or a single row.
 
     Attributes:
         input_ids, position_ids: the packed row.

@@ -1,4 +1,4 @@
-"""What a model writes to prompts: token ids beside their text, and how far they are from the reference."""
+"""What a model writes to prompts: token ids with their text, and how far they are from the reference."""
 
 from __future__ import annotations
 

@@ -24,9 +24,9 @@ from madpo.data.folds import folds_by_prompt, prompt_key
 from madpo.data.templates import Clock
 from madpo.models.load import load_model
 from madpo.operations.inputs import Row, load_training
+from madpo.operations.pair_scorer import PairScorer, load_scorer
 from madpo.operations.policy import as_dataset, build_trainer, implicit_margins, trainer_arguments
 from madpo.operations.preconditions import require_columns
-from madpo.operations.reward_model import PairScorer, load_scorer
 from madpo.operations.train_settings import TrainSettings
 from madpo.operations.tuning.report import Heldout
 from madpo.operations.tuning.reward import RewardCurve, reward_curve

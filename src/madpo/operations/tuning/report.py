@@ -43,7 +43,7 @@ class Heldout(Frozen):
     mean_margin: float
     """Mean implicit margin, log-odds."""
     reward: Estimate | None = None
-    """Of samples at the KL that all are compared at; None where it was not asked for, or no strength reached it."""
+    """Mean reward of samples at the common KL; None where it was not asked for, or no strength reached that KL."""
     kl: Estimate | None = None
     """KL(policy || reference) per response of the strongest adapter that was sampled, nats."""
 

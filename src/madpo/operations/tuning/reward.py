@@ -19,7 +19,7 @@ from madpo.data.rows import Pair
 from madpo.data.tokens import Encoder
 from madpo.models.engine.responses import Response, divergence, end_tokens, respond
 from madpo.operations.inputs import Row
-from madpo.operations.reward_model import PairScorer
+from madpo.operations.pair_scorer import PairScorer
 from madpo.operations.tuning.settings import RewardCriterion
 
 Floats = NDArray[np.float64]

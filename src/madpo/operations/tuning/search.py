@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field
 
+from madpo.core.config import part
 from madpo.core.errors import ConfigError, DivergedError
 from madpo.core.metrics import Estimate, Metrics
 from madpo.core.progress import say
@@ -18,8 +19,9 @@ from madpo.core.seeding import derived_seed
 from madpo.core.statistics import bootstrap_mean
 from madpo.core.storage import expanded, write_atomically
 from madpo.models.hyperparameters import CHECKPOINTS
-from madpo.operations.policy import MEMORY_REMEDY, resolved
+from madpo.operations.policy import MEMORY_REMEDY
 from madpo.operations.running import digest, load_report, run_in_folder
+from madpo.operations.train_report import resolved
 from madpo.operations.tuning.heldout import Measured, Prepared, identity, measure, prepare
 from madpo.operations.tuning.report import Diverged, Trial, TuneReport, in_words, write_search
 from madpo.operations.tuning.settings import Criterion, TuneSettings, Value, grid_size, with_values
@@ -86,7 +88,7 @@ def tune_pairs(settings: TuneConfig, inputs: Mapping[str, Path], out: Path) -> M
         shutil.copytree(settings.earlier / SEARCH, state)
     state.mkdir(exist_ok=True)
     prepared = prepare(data, settings, state)
-    asked = TuneSettings.model_validate({name: getattr(settings, name) for name in TuneSettings.model_fields})
+    asked = part(settings, TuneSettings)
     report = _search(digest(data), out, asked, prepared)
     chosen = with_values(settings.training, report.best().values)
     write_atomically(out / "chosen.toml", resolved(data, chosen, prepared.clock))

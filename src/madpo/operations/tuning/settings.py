@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from madpo.core.config import Frozen
+from madpo.core.config import Frozen, part
 from madpo.core.options import Cli
 from madpo.losses import MADPO, Loss
 from madpo.operations.settings import Sampling
@@ -79,7 +79,7 @@ _TAU = Dimension(values=(2.0, 4.0, 7.0, 10.0))
 _C_MAX = Dimension(values=(2.0, 3.0, 4.0))
 _BETA = Dimension(low=0.01, high=1.0, log=True)
 
-# What is searched where nothing else is said: for MADPO and beta-DPO the values of the paper's own searches.
+# The default search spaces: for MADPO and beta-DPO the values of the paper's own searches.
 SPACES: dict[str, Space] = {
     "madpo": {"loss.tau": _TAU, "loss.c_max": _C_MAX},
     "soft_madpo": {"loss.tau": _TAU, "loss.c_max": _C_MAX},
@@ -123,8 +123,8 @@ def with_values(settings: T, values: Mapping[str, Any]) -> T:
     for key, value in values.items():
         *parents, last = key.split(".")
         here = data
-        for part in parents:
-            here = here.setdefault(part, {})
+        for parent in parents:
+            here = here.setdefault(parent, {})
         here[last] = value
     return type(settings).model_validate(data)
 
@@ -145,13 +145,13 @@ class RewardCriterion(Sampling):
     kl: float = Field(gt=0)
     """KL(policy || reference) per response, nats, at which rewards are compared."""
     strengths: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0)
-    """Of the adapter, rising; sampled up to the first whose KL reaches ``kl``."""
+    """Strengths of the adapter, rising; sampled up to the first whose KL reaches ``kl``."""
     prompts: int = Field(default=64, ge=1)
     """Held-out prompts of each fold, at most."""
     max_new_tokens: int = Field(default=64, ge=1)
     """Tokens of a response at most."""
     temperature: float = Field(default=1.0, gt=0)
-    """Of the sampling."""
+    """Temperature of the sampling."""
 
     @field_validator("strengths")
     @classmethod
@@ -183,7 +183,7 @@ class TuneSettings(TrainSettings):
     baseline: bool = True
     """Also measure plain DPO with the same arguments: shown, compared with, never chosen."""
     search_seed: int = Field(default=0, ge=0)
-    """Of folds and search; ``args.seed`` is that of each training, the same in all."""
+    """Seed of folds and search; ``args.seed`` is that of each training, the same in all."""
 
     @field_validator("loss", mode="before")
     @classmethod
@@ -210,7 +210,9 @@ class TuneSettings(TrainSettings):
         if (self.criterion == "reward") != (self.reward is not None):
             raise ValueError('criterion "reward" and the table reward go together; give both or neither')
         if self.reward is not None and self.full:
-            raise ValueError("the reward at equal KL weakens and strengthens an adapter, which full training has not")
+            raise ValueError(
+                "the reward at equal KL changes an adapter's strength, and full training does not have an adapter"
+            )
         if not self.searched:
             raise ValueError(f"the loss {self.loss.kind} has no search space of its own; give one in [space]")
         for key, dimension in self.searched.items():
@@ -237,7 +239,7 @@ class TuneSettings(TrainSettings):
     @property
     def training(self) -> TrainSettings:
         """What ``madpo train`` would take, before any trial's values."""
-        return TrainSettings.model_validate({name: getattr(self, name) for name in TrainSettings.model_fields})
+        return part(self, TrainSettings)
 
     @property
     def baseline_training(self) -> TrainSettings:

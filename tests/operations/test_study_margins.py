@@ -7,7 +7,7 @@ import pytest
 from madpo.core.config import find_experiment, load_config
 from madpo.core.errors import ConfigError
 from madpo.models.load import build_tiny
-from madpo.operations.study_probe import ProbeMarginStage, ProbeStage, fit_pairs_probe, probe_margins
+from madpo.operations.study_margins import ProbeMarginStage, ProbeStage, fit_pairs_probe, probe_margins
 from madpo.rewards.reward_model import RewardModel
 from madpo.study.experiment import Experiment
 from madpo.training.margins import sequences

@@ -1,0 +1,151 @@
+"""What a training reports: ``report.json``, the page with its curves, the model cards, and its settings as TOML."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from madpo.core.reports import Report
+from madpo.core.statistics import proportion
+from madpo.core.storage import write_atomically
+from madpo.data.templates import Clock
+from madpo.models.locate import lasting
+from madpo.operations.arguments import written_arguments
+from madpo.operations.card import write_cards
+from madpo.operations.running import toml
+from madpo.operations.train_settings import TrainSettings
+from madpo.report.command_pages import REFRESH, write_training_page
+from madpo.report.numbers import against, short
+from madpo.rewards.probe import ProbeReport
+
+if TYPE_CHECKING:
+    from madpo.training import PreferenceConfig
+
+PAGE = "report.html"
+CONFIG_HEADING = "# madpo train "
+
+
+class TrainReport(Report):
+    """What :func:`train` did. Evaluation numbers are the trainer's, by its names; empty without held-out pairs."""
+
+    pairs: int
+    eval_pairs: int
+    steps: int
+    loss: float
+    """Mean over the training."""
+    evaluation: dict[str, float]
+    dropped: int
+    """Pairs of more than max_length tokens that were left out; ``dropped.jsonl`` names them."""
+    cut: int
+    """Pairs whose completions were cut to max_length."""
+    data_digest: str | None
+    """SHA-256 of the data; None for a data set of the hub."""
+    model_digest: str | None
+    """SHA-256 of the files of the base model, or its commit on the hub."""
+    learning_rate: float | None = None
+    """The largest of the schedule."""
+    adapter: str | None = None
+    """Which weights the adapter changes, and their share of the model's parameters; None in full training."""
+    probe: ProbeReport | None = None
+    """How good the margins are, where a probe of the reference's states gave them."""
+
+    def decision(self) -> list[str]:
+        """What was decided on the way, in sentences."""
+        return []
+
+    def measured(self) -> list[str]:
+        """What was measured, in Markdown for the model card."""
+        if not self.evaluation:
+            return ["Nothing: no pairs were held out. `madpo evaluate` measures what the policy writes."]
+        lines = ["| on the held-out pairs | value |", "| --- | --- |"]
+        return lines + [f"| {name.removeprefix('eval_')} | {value:.6g} |" for name, value in self.evaluation.items()]
+
+    def text(self) -> str:
+        """The report for a person."""
+        lines = [f"{self.pairs} pairs, {self.steps} steps, mean loss {self.loss:.4f}"]
+        if self.dropped or self.cut:
+            lines.append(f"longer than max_length: {self.dropped} pairs dropped (dropped.jsonl), {self.cut} cut")
+        if self.probe is not None:
+            lines.append(f"margins by a {self.probe.text()}")
+        return "\n".join([*lines, *self.evaluated()])
+
+    def evaluated(self) -> list[str]:
+        """What was found on held-out pairs, a line each; empty without such pairs."""
+        found = [f"    {name}  {value:.4f}" for name, value in self.evaluation.items()]
+        return [f"on {self.eval_pairs} held-out pairs:", *found] if found else []
+
+
+def write_curves(out: Path, settings: TrainSettings, pairs: int, config: str, said: str) -> None:
+    """The page of a training that runs; :func:`write_report` takes its place."""
+    write_training_page(
+        out / PAGE,
+        title=title(settings),
+        says=[said],
+        numbers={"pairs": f"{pairs:,}"},
+        evaluation={},
+        log=out / "log.jsonl",
+        settings=config,
+        refresh=REFRESH,
+    )
+
+
+def title(settings: TrainSettings) -> str:
+    """The title of a training's page."""
+    return f"{Path(settings.model).name}, trained with {settings.loss.kind}"
+
+
+def write_report(
+    out: Path,
+    data: str,
+    eval_data: Path | None,
+    settings: TrainSettings,
+    args: PreferenceConfig,
+    report: TrainReport,
+    clock: Clock,
+) -> None:
+    """The model cards, ``report.json``, ``config.toml`` and the page of a training."""
+    write_cards(out, data=data, eval_data=eval_data, settings=settings, arguments=args.to_dict(), report=report)
+    report.write(out / "report.json")
+    config = resolved(data, settings, clock)
+    write_atomically(out / "config.toml", config)
+    says = report.decision() or [
+        "No pairs were held out, so nothing here says what the policy does with pairs that it has not seen."
+    ]
+    if (share := report.evaluation.get("eval_rewards/accuracies")) is not None:
+        right = proportion(round(share * report.eval_pairs), report.eval_pairs)
+        said = f"It orders {short(right, 'share')} of {report.eval_pairs} held-out pairs as labelled"
+        says = [f"{said}: {against(right, 0.5, 'chance')}."]
+    elif report.evaluation:
+        says = [f"It was measured on {report.eval_pairs} held-out pairs."]
+    write_training_page(
+        out / PAGE,
+        title=title(settings),
+        says=says,
+        numbers={
+            "pairs": f"{report.pairs:,}",
+            "steps": f"{report.steps:,}",
+            "learning rate": f"{report.learning_rate:g}",
+            "mean loss": report.loss,
+        },
+        evaluation=report.evaluation,
+        trained=f"{report.adapter or 'All weights were trained'}.",
+        log=out / "log.jsonl",
+        settings=config,
+    )
+
+
+def resolved(data: str | Path, settings: TrainSettings, clock: Clock | None = None) -> str:
+    """The configuration as TOML, with every default that is ours: ``madpo train DATA --config`` repeats it.
+
+    Args:
+        clock: of the training, which the configuration fixes if the chat template prints a date.
+    """
+    resolved = settings.model_dump(mode="json")
+    if clock is not None and clock.read:
+        resolved["date"] = clock.text()
+    if settings.full:
+        resolved.pop("lora")
+    resolved["model"] = lasting(settings.model)
+    resolved["args"] = written_arguments(settings.arguments())
+    return f"{CONFIG_HEADING}{json.dumps(str(data))} --config config.toml --output_dir DIR\n{toml(resolved)}"
