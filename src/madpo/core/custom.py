@@ -106,16 +106,16 @@ def named_class(target: str, digest: str, base: type[T]) -> type[T]:
 
 
 def load_file(path: Path, digest: str) -> ModuleType:
-    """Run a Python file as a module under a name of its own, known to sys.modules (pydantic looks there)."""
-    name = f"madpo_custom_{digest[:16]}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"{str(path)!r} cannot be loaded as a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+    """Run a Python file as a module under a name of its own, known to sys.modules (pydantic looks there).
+
+    Compiled anew: Python's own cache takes a file that was edited within a second for the one before.
+    """
+    module = ModuleType(f"madpo_custom_{digest[:16]}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module
     try:
-        spec.loader.exec_module(module)
+        exec(compile(path.read_bytes(), path, "exec", dont_inherit=True), vars(module))
     except BaseException:
-        del sys.modules[name]
+        del sys.modules[module.__name__]
         raise
     return module
