@@ -140,7 +140,8 @@ def test_affected_pairs_follow_the_sliders(window: Chrome, margins: np.ndarray) 
             ("amplified", log >= np.log(1.05)),
             ("dampened", (log <= -np.log(1.05)) & (margins > 0)),
         ):
-            assert f"{group.sum()} are {name}" in note
+            count = int(group.sum())
+            assert (f"{count} {'are' if count > 1 else 'is'} {name}" in note) == (count > 0)
             expected += sorted(np.flatnonzero(group), key=lambda i: -abs(log[i]))[:6]
         cards = window.find_elements(By.CSS_SELECTOR, "#affected .card p.prompt")
         assert [int(re.match(r"pair (\d+),", card.text)[1]) for card in cards] == expected  # type: ignore[index]

@@ -138,7 +138,7 @@ def test_the_report_has_the_paired_differences_and_a_verdict(run) -> None:
     assert all(row["oracle_reward"] for row in methods.values())
     assert "preference training" in results["summary"][1].lower()
     page = (result.root / "report.html").read_text(encoding="utf-8")
-    assert results["summary"][1].split(";")[0].replace("'", "&#39;") in page
+    assert results["summary"][1].split(". ")[0].replace("'", "&#39;") in page
     assert "Figure 1 of the paper" not in page
 
 
