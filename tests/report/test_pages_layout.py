@@ -202,21 +202,23 @@ def test_the_answer_is_on_the_first_screen(screen: Chrome, pages: dict[str, Path
 
 
 @pytest.mark.parametrize(
-    ("name", "selector"),
+    ("name", "selectors"),
     [
-        ("margins", "#weight svg"),
-        ("reward", "#reward_model"),
-        ("samples", "[aria-label=Measured]"),
-        ("tune", "#trials"),
-        ("training", "#training"),
+        ("margins", (".tiles", "#weight svg")),
+        ("reward", (".tiles", "#reward_model")),
+        ("samples", (".tiles", "[aria-label=Measured]")),
+        ("tune", (".tiles", "#trials")),
+        ("training", (".tiles", "#training")),
+        ("simulation", ("#verdicts", "[aria-label='Methods over all cells']")),
+        ("own", ("#figure1_main svg", "#main table")),
     ],
 )
 def test_a_commands_page_answers_on_the_first_screen(
-    screen: Chrome, pages: dict[str, Path], name: str, selector: str
+    screen: Chrome, pages: dict[str, Path], name: str, selectors: tuple[str, ...]
 ) -> None:
     show(screen, pages[name], 1280, FIRST_SCREEN)
-    assert bottom(screen, ".tiles") <= FIRST_SCREEN
-    assert bottom(screen, selector) <= FIRST_SCREEN
+    for selector in ("h1", *selectors):
+        assert bottom(screen, selector) <= FIRST_SCREEN, selector
 
 
 @pytest.mark.parametrize("name", PAGES)

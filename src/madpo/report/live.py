@@ -19,7 +19,7 @@ _SHARE = 0.1  # of the run's time that writing the page again may take
 _WHOLE = 8  # rows up to which the table is shown whole every time
 _MEASURES = ("oracle_reward", "kl")
 _ON_PAIRS = ("heldout_accuracy", "heldout_log_loss")
-_WIDTHS = {"policy": 16, "pairs": 7, "reward": 22, "less DPO": 23, "KL": 6, "after": 10}
+_WIDTHS = {"policy": 15, "pairs": 7, "reward": 22, "less DPO": 23, "KL": 6, "after": 11}
 
 
 class LiveReport:

@@ -136,7 +136,7 @@ def own_chart(tier: Tier, colours: Mapping[str, int]) -> Chart | None:
     gained = [(row, gap) for row in tier.policies if isinstance(gap := row["log_loss_difference"], Estimate)]
     right = [(row, share) for row in tier.policies if isinstance(share := row["heldout_accuracy"], Estimate)]
     if gained:
-        label, line = "gained over DPO in held-out log loss, nats", ("DPO", 0.0)
+        label, line = "log loss gained over DPO, nats", ("DPO", 0.0)
         values = [(row, Estimate(-gap.mean, -gap.high, -gap.low, gap.n)) for row, gap in gained]
     else:
         label, line, values = "held-out pairs ordered as labelled", ("chance", 0.5), right

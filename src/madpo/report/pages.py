@@ -71,7 +71,8 @@ class Table(NamedTuple):
 
 
 class Card(NamedTuple):
-    """A figure and its verdict (``kind``: "above", "below", "open"), with smaller remarks and what to doubt."""
+    """A figure and its verdict (``kind``: "above", "below", "open"), with smaller remarks and what to doubt; and the
+    figure's legend, where its marks are not named."""
 
     label: str
     figure: Markup | None
@@ -79,6 +80,7 @@ class Card(NamedTuple):
     kind: str = "open"
     asides: tuple[str, ...] = ()
     doubt: str = ""
+    legend: Sequence[tuple[Markup, str]] = ()
 
 
 def cell(

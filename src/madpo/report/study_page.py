@@ -8,7 +8,7 @@ from pathlib import Path
 
 from madpo.core.metrics import Estimate
 from madpo.report import published
-from madpo.report.charts import WeightPanel
+from madpo.report.charts import Panel, WeightPanel
 from madpo.report.collect import planned_row
 from madpo.report.compare import NOT_RUN, Choice
 from madpo.report.drawing import Drawn, draw
@@ -60,9 +60,7 @@ def study_page(
         progress=progress(records, unfinished),
         notes=notes,
         untrained=str(study.experiment.get("model", "")).startswith("tiny-"),
-        verdicts=tier_verdicts(
-            study, charts.get("frontier", charts.get("own")) if study.own else charts.get("figure1_main")
-        ),
+        verdicts=tier_verdicts(study, charts.get(own_main(charts) if study.own else "figure1_main")),
         main=next(map(own_table, judged), None) if study.own else main_table(study, reasons),
         chosen=chosen_table(study),
         selections=selections_table(study),
@@ -84,6 +82,13 @@ def study_page(
     )
 
 
+def own_main(charts: Mapping[str, Drawn]) -> str:
+    """The figure of a comparison: reward against KL where some method has a curve, else held-out pairs."""
+    panels = charts["frontier"].chart.panels if "frontier" in charts else ()
+    curves = [s for panel in panels if isinstance(panel, Panel) for s in panel.series if len(s.marks) > 1]
+    return "frontier" if curves else "own"
+
+
 def progress(records: Mapping[str, Record], unfinished: Mapping[str, str]) -> tuple[str, str]:
     """How far the run is: its state ("done", "open", "failed") and the words for it."""
     total, failed = len(records) + len(unfinished), sum(why.startswith("failed") for why in unfinished.values())
@@ -99,8 +104,9 @@ def progress(records: Mapping[str, Record], unfinished: Mapping[str, str]) -> tu
 def tier_verdicts(study: Study, main: Drawn | None) -> list[Card]:
     """A figure and a sentence per tier."""
     drawn = zip(main.chart.panels, main.panels, strict=True) if main else ()
-    figures = {panel.title.removesuffix(" pairs"): figure for panel, figure in drawn}
+    figures = {panel.title: figure for panel, figure in drawn}
     same_distance = next((c for c in study.claims if c.key == "madpo-at-equal-kl"), None)
+    legend = main.legend if main and study.own else ()
     found = []
     for tier in study.tiers:
         if not tier.policies:
@@ -112,9 +118,9 @@ def tier_verdicts(study: Study, main: Drawn | None) -> list[Card]:
         )
         doubt = "The reward model is near chance." if near_chance(tier) else ""
         text = said.gap or said.level
-        found.append(
-            Card(tier.label, figures.get(tier.label), text, said.kind, (said.left if study.own else words,), doubt)
-        )
+        figure = figures.get(f"{tier.label} pairs", figures.get(tier.label))
+        aside = said.left if study.own else words
+        found.append(Card(tier.label, figure, text, said.kind, (aside,), doubt, legend))
     return found
 
 
