@@ -219,13 +219,10 @@ class Reading(Frozen):
 
     @property
     def reading(self) -> Layout:
-        """Both together."""
-        return self.columns if self.layout is None else merged(Layout(**self.layout), self.columns)
-
-
-def merged(layout: Layout, columns: Layout) -> Layout:
-    """``layout`` with the verbs that ``columns`` gives. Raises ConfigError: they give the completions in two ways."""
-    return validate(layout.given | columns.given, Layout, place="columns and layout together")
+        """Both together. Raises ConfigError: they give the completions in two ways."""
+        if self.layout is None:
+            return self.columns
+        return validate(self.layout | self.columns.given, Layout, place="columns and layout together")
 
 
 def as_layout(value: Any) -> Layout:

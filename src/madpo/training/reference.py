@@ -82,12 +82,10 @@ class _Pass(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Pairs of the data set."""
         return len(self.dataset)
 
     @property
     def starts(self) -> range:
-        """Where the batches begin."""
         return range(0, self.rows, self.batch_size)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from peft import PeftConfig, PeftType
 from torch import nn
@@ -52,7 +51,9 @@ def refuse_options(args: DPOConfig, *, loss_given: bool) -> None:
         remedy = (_MISSING | (_REPLACED if loss_given else {})).get(option.name)
         default = option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
         value = getattr(args, option.name)
-        if remedy is not None and not _same(value, default):
+        # TRL turns a single loss type into a list of one.
+        found, usual = (x[0] if isinstance(x, list) and len(x) == 1 else x for x in (value, default))
+        if remedy is not None and found != usual:
             reason = ", since the loss is an object of its own" if option.name in _REPLACED else ""
             raise ConfigError(f"{option.name}={value!r} has no effect here{reason}; remove it: {remedy}")
 
@@ -85,12 +86,6 @@ def loss_of(args: DPOConfig) -> LossConfig:
     if len(terms) == 1 and terms[0][1] == 1 and not nll:
         return terms[0][0]
     return Combined(parts=tuple(term for term, _ in terms), weights=tuple(weight for _, weight in terms), nll=nll)
-
-
-def _same(value: Any, default: Any) -> bool:
-    # TRL turns a single loss type into a list of one.
-    first, second = (x[0] if isinstance(x, list) and len(x) == 1 else x for x in (value, default))
-    return bool(first == second)
 
 
 def refuse_adapter(model: str | nn.Module, peft_config: PeftConfig | None, *, sync_ref_model: bool) -> None:
