@@ -41,7 +41,8 @@ def bootstrap_mean(
     mean = float(x.mean())
     if n == 1 or (np.ptp(sums) == 0 and np.ptp(counts) == 0):
         return Estimate(mean, mean, mean, n)
-    draws = _resampled_means(sums, counts, seed)
+    whole, parts = (counts == 1).all(), _draws(n, seed, max(1, _BLOCK // n))
+    draws = np.concatenate([sums[d].sum(-1) / (n if whole else counts[d].sum(-1)) for d in parts])
     tail = (1 - level) / 2
     low, high = np.quantile(draws, [tail, 1 - tail])
     stretch = float(np.sqrt(n / (n - 1)) * stdtrit(n - 1, tail) / ndtri(tail))
@@ -201,12 +202,6 @@ def _units(x: NDArray[np.float64], clusters: ArrayLike | None) -> tuple[NDArray[
     _, index = np.unique(labels, return_inverse=True)
     sums = np.bincount(index, weights=x).astype(np.float64)
     return sums, np.bincount(index).astype(np.float64)
-
-
-def _resampled_means(sums: NDArray[np.float64], counts: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
-    whole = (counts == 1).all()
-    parts = _draws(len(sums), seed, max(1, _BLOCK // len(sums)))
-    return np.concatenate([sums[d].sum(-1) / (len(sums) if whole else counts[d].sum(-1)) for d in parts])
 
 
 def _draws(n: int, seed: int, rows: int) -> Iterator[NDArray[np.int64]]:

@@ -62,7 +62,8 @@ def cut_gguf(source: Path, kept: Sequence[int], target: Path) -> None:
                 # No padding between rows, and less than a row of it after the last.
                 width = (end - place) // shape[-1]
                 shape = [*shape[:-1], len(kept)]
-                parts.append(lambda first=begin + place, n=width: _rows(data, first, n, kept))  # type: ignore[misc]
+                starts = [begin + place + i * width for i in kept]
+                parts.append(lambda at=starts, n=width: b"".join(data[a : a + n] for a in at))  # type: ignore[misc]
                 size = width * len(kept)
             else:
                 parts.append(lambda a=begin + place, b=begin + end: data[a:b])  # type: ignore[misc]
@@ -121,7 +122,3 @@ def _tensors(data: mmap.mmap, at: int, count: int) -> tuple[list[tuple[str, list
         at += 4 + 8 * dimensions + 12
         found.append((name, list(shape), kind, offset))
     return sorted(found, key=lambda info: info[3]), at
-
-
-def _rows(data: mmap.mmap, first: int, width: int, kept: Sequence[int]) -> bytes:
-    return b"".join(data[first + i * width : first + (i + 1) * width] for i in kept)

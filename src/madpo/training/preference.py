@@ -22,7 +22,7 @@ from trl.data_utils import get_dataset_column_names
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import get_config_model_id
 
-from madpo.core.columns import ID_COLUMNS, PAIR_COLUMNS, REFERENCE_COLUMNS
+from madpo.core.columns import ID_COLUMNS, MARGIN, PAIR_COLUMNS, REFERENCE_COLUMNS
 from madpo.core.errors import ConfigError
 from madpo.core.progress import say_once
 from madpo.losses import DPO, Custom, LossConfig, LossState
@@ -202,7 +202,7 @@ class PreferenceTrainer(PairLoss, DPOTrainer):  # type: ignore[misc]
         return PredictionOutput(None, None, {**(output.metrics or {}), **means})
 
     def _prepared_late(self, rows: Any, name: str) -> Any:
-        check_columns(rows, name, self._needs, probed=self._probed())
+        check_columns(rows, name, self._needs, probed=MARGIN in self.computed_columns(self.train_dataset))
         rows = self._prepare_dataset(rows, self.processing_class, self.args, name)
         batch_size = self.args.precompute_ref_batch_size or self.args.per_device_eval_batch_size
         return self._precompute_ref_logps(rows, name, batch_size)

@@ -123,10 +123,6 @@ class ReferenceColumns(ExactResume):
             columns = batch_logps(model, batch, self.accelerator)
         return batch | dict(zip(REFERENCE_COLUMNS, columns, strict=True))
 
-    def _probed(self) -> bool:
-        """Whether the margins of the training pairs come from a probe."""
-        return MARGIN in self.computed_columns(self.train_dataset)
-
     def _margins(self, name: str, rows: Dataset, features: FeatureFile | None) -> list[float]:
         """Margins by the probe: out of fold for the training pairs, by the frozen one for others."""
         assert features is not None
