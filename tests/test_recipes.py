@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from practice_cases import write
 from repository import CASES, ROOT, TESTS
 
 LOSS = '''"""A logistic loss with a steeper margin."""
@@ -152,7 +153,7 @@ def test_an_operation_and_a_command_are_a_function_each(package: Path) -> None:
         'COMMANDS = {\n    "count": ("count pairs", "count:count"),\n',
     )
     rows = [{"prompt": "p", "chosen": "long", "rejected": "r"}, {"prompt": "q", "chosen": "c", "rejected": "r"}]
-    (package.parent / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(package.parent / "d.jsonl", rows)
     code = (
         "from madpo.commands.cli import main\n"
         "assert main(['--help']) == main(['count', '--help']) == 0\n"

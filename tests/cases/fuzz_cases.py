@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from madpo.core.errors import MadpoError
+from practice_cases import everything
 from sections import put_section
 
 EXECUTIONS: Counter[str] = Counter()
@@ -65,11 +66,6 @@ values = st.recursive(
     max_leaves=8,
 )
 TOKENS = [b"null", b"NaN", b"-Infinity", b"{}", b"[]", b'"', b"1e999", b"\\ud800", b"\x00", b"../", b"9" * 40, b"true"]
-
-
-def everything(folder: Path) -> dict[str, bytes | None]:
-    """All files and folders with their contents."""
-    return {str(p): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
 
 
 class Reader(NamedTuple):

@@ -16,7 +16,13 @@ def write(path, rows):
 
 
 def read(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def everything(folder):
+    """All files and folders in a folder, with the contents of the files."""
+    return {str(p): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
 
 
 def text_pairs(count=60):
@@ -35,6 +41,16 @@ def run(*words):
 
 def ids_of(tokenizer, prompt, completion):
     return [*tokenizer(prompt + completion)["input_ids"], tokenizer.eos_token_id]
+
+
+def logps(model, tokenizer, prompt, completion):
+    """Summed log-probability of the completion and its end token, from the full logits."""
+    import torch
+
+    ids = torch.tensor([ids_of(tokenizer, prompt, completion)])
+    start = len(tokenizer(prompt)["input_ids"])
+    found = model(ids).logits[0, start - 1 : -1].log_softmax(-1)
+    return found.gather(-1, ids[0, start:, None]).sum().item()
 
 
 def conversation(row):

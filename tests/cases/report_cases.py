@@ -12,6 +12,7 @@ from madpo.core.seeding import rng
 from madpo.report import published
 from madpo.report.sources import folder_of
 from madpo.runner.record import Record
+from practice_cases import write
 
 HOSTILE = "</script><script>document.title='owned'</script><!-- & \u2028 \u202e 'quoted\" <img src=x onerror=alert(2)>"
 ARABIC = "\u0645\u0631\u062d\u0628\u0627 \u0628\u0627\u0644\u0639\u0627\u0644\u0645"
@@ -148,7 +149,7 @@ def _tier(study: Study, tier: str, seed: int, *, frontier: bool) -> None:
     log = [{"step": s, "loss": 0.7 - 0.01 * s} for s in range(1, 20)] + [
         {"step": s, "eval_loss": 0.69} for s in (10, 20)
     ]
-    (model / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    write(model / "log.jsonl", log)
     margins = study.add(f"margins/{place}", {"pairs": 70}, inputs={"pairs": study.records[f"pairs/{place}"].identity})
     pq.write_table(pa.table({"pair_id": ids, "reward_margin": h}), margins / "margins.parquet")
     for number, method in enumerate(study.methods):
@@ -157,5 +158,5 @@ def _tier(study: Study, tier: str, seed: int, *, frontier: bool) -> None:
         key, kl = f"method{number}", 0.5 / method["loss"]["beta"] + 1.0 * (method["loss"]["kind"] == "madpo")
         policy = study.add(f"policy/{tier}/{key}/seed{seed}", {}, {"method": method["name"], "loss": method["loss"]})
         curve = [{"step": s, "loss": 0.7 / s, "rewards/margins": 0.1 * s} for s in range(1, 31)]
-        (policy / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in curve))
+        write(policy / "log.jsonl", curve)
         study.evaluate(f"evaluation/{tier}/{key}/seed{seed}", method["name"], level(method, tier), kl, seed)

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 import soak
 from guarded_cases import build
+from holding import another_process_in
 from madpo.commands.cli import main
 from madpo.core.errors import MemoryShortage, StorageError, is_shortage, memory_errors
 from madpo.core.locks import LOCK, holder, locked
@@ -247,26 +248,6 @@ def test_what_is_missing_elsewhere_is_no_vanished_folder(tmp_path):
 
 
 # ---- Two runs at once ----
-
-HELD = """
-import sys, time
-from pathlib import Path
-from madpo.core.locks import locked
-with locked(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
-
-@contextlib.contextmanager
-def another_process_in(folder):
-    process = subprocess.Popen([sys.executable, "-c", HELD, str(folder)], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout.readline() == "held\n"
-        yield process
-    finally:
-        process.kill()
-        process.wait()
 
 
 def test_a_second_run_is_refused_with_pid_and_host_everywhere(llama, tmp_path, capsys):

@@ -1,7 +1,6 @@
 """One run at a time in a folder: with the system's file lock, and where there is none."""
 
 import ast
-import contextlib
 import errno
 import fcntl
 import json
@@ -13,10 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from holding import another_process_in
 from madpo.commands.cli import main
 from madpo.core import locks
 from madpo.core.errors import StorageError
 from madpo.core.locks import LOCK, OWNER, holder, locked
+from practice_cases import write
 
 ERRORS = [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL]
 NO_FLOCK = """
@@ -24,14 +25,6 @@ import fcntl
 def refuse(*_):
     raise OSError({code}, "no file locks here")
 fcntl.flock = refuse
-"""
-HOLD = """
-import sys, time
-from pathlib import Path
-from madpo.core.locks import locked
-with locked(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(60)
 """
 
 
@@ -55,18 +48,6 @@ def system(request, monkeypatch):
 def no_flock(monkeypatch):
     monkeypatch.setattr(fcntl, "flock", refusing(errno.ENOSYS))
     monkeypatch.setattr(locks, "_said", set())
-
-
-@contextlib.contextmanager
-def another_process_in(folder, system=""):
-    command = [sys.executable, "-c", system + HOLD, str(folder)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    try:
-        assert process.stdout.readline() == "held\n"
-        yield process
-    finally:
-        process.kill()
-        process.wait()
 
 
 def test_a_second_run_is_refused_until_the_first_is_killed(system, tmp_path):
@@ -244,9 +225,8 @@ def test_a_link_in_place_of_a_lock_is_not_followed(name, no_flock, tmp_path):
 
 
 def test_commands_work_without_file_locks(no_flock, tmp_path, capsys):
-    data = tmp_path / "pairs.jsonl"
     rows = [{"prompt": "p", "chosen": f"c{i}", "rejected": "r", "a": float(i), "b": 1.0} for i in range(8)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = write(tmp_path / "pairs.jsonl", rows)
     command = ["score", str(data), "--score_columns", "a", "b", "--output_dir", str(tmp_path / "out")]
     with another_process_in(tmp_path / "out", NO_FLOCK.format(code=errno.ENOSYS)) as other:
         assert main(command) == 2
@@ -298,9 +278,8 @@ for place, name in ((os, "fork"), (os, "O_NOFOLLOW"), (os, "O_NONBLOCK"), (signa
 
 
 def test_a_command_runs_without_what_windows_lacks(tmp_path):
-    data = tmp_path / "pairs.jsonl"
     rows = [{"prompt": f"p{i}", "chosen": "c", "rejected": "r", "a": float(i), "b": 1.0} for i in range(8)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = write(tmp_path / "pairs.jsonl", rows)
     arguments = ["score", str(data), "--score_columns", "a", "b", "--output_dir", str(tmp_path / "out")]
     program = f"{WITHOUT}\nfrom madpo.commands.cli import main\nraise SystemExit(main({arguments!r}))"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True)

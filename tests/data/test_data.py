@@ -20,6 +20,7 @@ from madpo.core.errors import ConfigError, DataError
 from madpo.data import check, load_preferences
 from madpo.data.findings import Findings, Seen
 from madpo.data.rows import Pair, shared_prefix
+from practice_cases import read, write
 
 PLAIN = {"prompt": "Say hi.", "chosen": " Hi!", "rejected": " No."}
 USER = {"role": "user", "content": "Say hi."}
@@ -29,11 +30,6 @@ CHATML = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
-
-
-def write(path: Path, *rows: dict[str, Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -68,7 +64,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     ],
 )
 def test_every_layout_gives_the_same_pair(raw: dict[str, Any], expected: dict[str, Any], tmp_path: Path) -> None:
-    assert load_preferences(write(tmp_path / "d.jsonl", raw)) == [{"pair_id": 0} | expected]
+    assert load_preferences(write(tmp_path / "d.jsonl", [raw])) == [{"pair_id": 0} | expected]
     pq.write_table(pa.Table.from_pylist([raw]), tmp_path / "d.parquet")
     assert load_preferences(tmp_path / "d.parquet") == [{"pair_id": 0} | expected]
 
@@ -80,8 +76,10 @@ def test_ultrafeedback_ranks_best_against_worst(tmp_path: Path) -> None:
     tied = [{"response": "x", "overall_score": 5}] * 2
     path = write(
         tmp_path / "d.jsonl",
-        {"instruction": "q", "completions": completions, "source": "s"},
-        {"instruction": "r", "completions": tied, "source": "s"},
+        [
+            {"instruction": "q", "completions": completions, "source": "s"},
+            {"instruction": "r", "completions": tied, "source": "s"},
+        ],
     )
     scores = {"chosen_score": 9.5, "rejected_score": 1.0}
     assert load_preferences(path) == [{"pair_id": 0, "prompt": "q", "chosen": "c", "rejected": "a"} | scores]
@@ -118,20 +116,20 @@ def test_nested_shapes_of_scored_responses(columns: dict[str, Any], tmp_path: Pa
     row = {"instruction": "q"} | columns
     expected = {"pair_id": 0, "prompt": "q", "chosen": "better", "rejected": "worse"}
     scores = {"chosen_score": 4.5, "rejected_score": 2.0}
-    assert load_preferences(write(tmp_path / "d.jsonl", row)) == [expected | scores]
+    assert load_preferences(write(tmp_path / "d.jsonl", [row])) == [expected | scores]
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "d.parquet")
     assert load_preferences(tmp_path / "d.parquet") == [expected | scores]
 
 
 def test_binarized_ultrafeedback(tmp_path: Path) -> None:
     row = {"prompt": "Say hi.", "prompt_id": "f0", "chosen": [USER, HI], "rejected": [USER, NO], "messages": [USER, HI]}
-    path = write(tmp_path / "d.jsonl", row | {"score_chosen": 8, "score_rejected": 2.5})
+    path = write(tmp_path / "d.jsonl", [row | {"score_chosen": 8, "score_rejected": 2.5}])
     assert load_preferences(path) == [{"pair_id": 0, **CHAT, "chosen_score": 8.0, "rejected_score": 2.5}]
     report = check(path)
     assert report.read_as["chosen_score"] == "score_chosen"
     assert report.ignored == ("prompt_id", "messages")
     assert "'score_chosen' as chosen_score" in report.text()
-    assert check(write(path, row | {"prompt": "Something else"})).count("prompt_mismatch") == 1
+    assert check(write(path, [row | {"prompt": "Something else"}])).count("prompt_mismatch") == 1
 
 
 def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
@@ -146,7 +144,7 @@ def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
         },
         {"pair_id": 3, "prompt": "", "chosen": "x,y", "rejected": "z", "reward_margin": 1e-9, "weight": 0.0},
     ]
-    write(tmp_path / "d.jsonl", *rows)
+    write(tmp_path / "d.jsonl", rows)
     (tmp_path / "e.jsonl.gz").write_bytes(gzip.compress((tmp_path / "d.jsonl").read_bytes()))
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
     for name, delimiter in (("d.csv", ","), ("d.tsv", "\t")):
@@ -186,7 +184,7 @@ def test_saved_and_hub_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_counts_of_repeats_and_leaks(tmp_path: Path) -> None:
     a, b, c = (PLAIN | {"prompt": p} for p in "abc")
     swapped = b | {"chosen": b["rejected"], "rejected": b["chosen"]}
-    path = write(tmp_path / "train.jsonl", a, b, a, swapped, c, a, swapped)
+    path = write(tmp_path / "train.jsonl", [a, b, a, swapped, c, a, swapped])
     report = check(path)
     assert (report.pairs, report.prompts) == (7, 3)
     assert {f.kind: f.count for f in report.findings} == {"duplicate": 3, "contradiction": 1}
@@ -194,7 +192,7 @@ def test_counts_of_repeats_and_leaks(tmp_path: Path) -> None:
         f"{path}, line {later}, first in {first}" for later, first in ((3, 1), (6, 1), (7, 4))
     )
     assert report.findings[1].examples == (f"{path}, line 4, first in 2",)
-    evaluation = write(tmp_path / "eval.jsonl", c | {"chosen": " new"}, swapped, PLAIN | {"prompt": "d"})
+    evaluation = write(tmp_path / "eval.jsonl", [c | {"chosen": " new"}, swapped, PLAIN | {"prompt": "d"}])
     leaks = check(path, eval_data=evaluation)
     assert (leaks.eval_pairs, leaks.count("leaked_pair"), leaks.count("leaked_prompt")) == (3, 1, 2)
     assert leaks.findings[-1].examples == (f"{evaluation}, line 1", f"{evaluation}, line 2")
@@ -226,14 +224,14 @@ def test_repeats_and_leaks_are_those_of_sets(train: list[Any], evaluation: list[
 
 def test_three_examples_and_every_count(tmp_path: Path) -> None:
     rows = [PLAIN | {"prompt": str(i), "rejected": "" if i % 2 else " No."} for i in range(20)]
-    finding = check(write(tmp_path / "d.jsonl", *rows)).findings[0]
+    finding = check(write(tmp_path / "d.jsonl", rows)).findings[0]
     assert (finding.kind, finding.count, len(finding.examples)) == ("empty_completion", 10, 3)
     assert finding.examples[0].endswith("d.jsonl, line 2: rejected")
 
 
 def test_implicit_prompts_that_look_wrong(tmp_path: Path) -> None:
     report = check(
-        write(tmp_path / "d.jsonl", {"chosen": "Say hello", "rejected": "Say help"}, {"chosen": "a", "rejected": "b"})
+        write(tmp_path / "d.jsonl", [{"chosen": "Say hello", "rejected": "Say help"}, {"chosen": "a", "rejected": "b"}])
     )
     assert (report.count("split_word"), report.count("no_shared_prompt")) == (1, 1)
 
@@ -247,7 +245,7 @@ def test_shared_prefix_is_the_longest(start: str, one: str, other: str) -> None:
 
 
 def test_lengths_without_tokenizer_are_characters(tmp_path: Path) -> None:
-    report = check(write(tmp_path / "d.jsonl", *(PLAIN | {"prompt": "x" * n} for n in (1, 2, 3, 10))))
+    report = check(write(tmp_path / "d.jsonl", [PLAIN | {"prompt": "x" * n} for n in (1, 2, 3, 10)]))
     assert report.unit == "characters"
     prompt = report.lengths["prompt"]
     assert (prompt.mean, prompt.median, prompt.longest) == (4.0, 2.5, 10)
@@ -255,7 +253,7 @@ def test_lengths_without_tokenizer_are_characters(tmp_path: Path) -> None:
 
 def test_plain_text_gets_exactly_one_end_token(tokenizer: Any, tmp_path: Path) -> None:
     eos = tokenizer.eos_token_id
-    path = write(tmp_path / "d.jsonl", PLAIN, PLAIN | {"chosen": " Hi!<eos>", "rejected": " N<eos>o.<eos><eos>"})
+    path = write(tmp_path / "d.jsonl", [PLAIN, PLAIN | {"chosen": " Hi!<eos>", "rejected": " N<eos>o.<eos><eos>"}])
     first, second = load_preferences(path, tokenizer=tokenizer)
     assert tokenizer.decode(first["prompt_ids"] + first["chosen_ids"]) == "Say hi. Hi!<eos>"
     assert second["chosen_ids"] == first["chosen_ids"]
@@ -263,11 +261,11 @@ def test_plain_text_gets_exactly_one_end_token(tokenizer: Any, tmp_path: Path) -
     assert tokenizer.decode(second["rejected_ids"]) == " N<eos>o.<eos>"
     report = check(path, tokenizer=tokenizer)
     assert {f.kind: f.count for f in report.findings} == {"doubled_end": 1}
-    assert check(write(path, PLAIN | {"chosen": "a<eos>b"}), tokenizer=tokenizer).count("inner_end") == 1
+    assert check(write(path, [PLAIN | {"chosen": "a<eos>b"}]), tokenizer=tokenizer).count("inner_end") == 1
 
 
 def test_chat_template_ids_end_with_the_turn(tokenizer: Any, tmp_path: Path) -> None:
-    path = write(tmp_path / "d.jsonl", CHAT)
+    path = write(tmp_path / "d.jsonl", [CHAT])
     (row,) = load_preferences(path, tokenizer=tokenizer)
     assert tokenizer.decode(row["prompt_ids"]) == "<|start|>user\nSay hi.<|end|>\n<|start|>assistant\n"
     assert tokenizer.decode(row["chosen_ids"]) == "Hi!<|end|>"
@@ -279,13 +277,13 @@ def test_chat_template_ids_end_with_the_turn(tokenizer: Any, tmp_path: Path) -> 
     assert report.rendered[0].endswith("| 'Hi!<|end|>'")
     # Two answers in one completion: an end token after each is no fault, but the question between them is.
     longer = CHAT | {"chosen": [HI, USER, HI]}
-    findings = check(write(path, longer), tokenizer=tokenizer).findings
+    findings = check(write(path, [longer]), tokenizer=tokenizer).findings
     assert [(finding.kind, finding.count) for finding in findings] == [("other_turns", 1)]
 
 
 def test_prompt_that_is_no_prefix_is_counted_for_every_pair(tokenizer: Any, tmp_path: Path) -> None:
     path = write(
-        tmp_path / "d.jsonl", *({"prompt": f"{i}b", "chosen": "cat", "rejected": "dog"} for i in range(5)), PLAIN
+        tmp_path / "d.jsonl", [*({"prompt": f"{i}b", "chosen": "cat", "rejected": "dog"} for i in range(5)), PLAIN]
     )
     report = check(path, tokenizer=tokenizer)
     assert report.count("boundary") == 5
@@ -303,7 +301,7 @@ def test_prompt_that_is_no_prefix_is_counted_for_every_pair(tokenizer: Any, tmp_
 def test_missing_end_token_of_a_template(tokenizer: Any, tmp_path: Path) -> None:
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>")
     bare.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    path = write(tmp_path / "d.jsonl", CHAT)
+    path = write(tmp_path / "d.jsonl", [CHAT])
     assert check(path, tokenizer=bare).count("missing_end") == 1
     (row,) = load_preferences(path, tokenizer=bare)
     assert bare.decode(row["chosen_ids"]).endswith("Hi!\n<eos>")
@@ -315,7 +313,7 @@ def test_template_that_refuses_a_conversation(tokenizer: Any, tmp_path: Path) ->
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system\n!') }}{% endif %}<eos>"
     )
     system = CHAT | {"prompt": [{"role": "system", "content": "x"}, USER]}
-    path = write(tmp_path / "d.jsonl", CHAT, system, system)
+    path = write(tmp_path / "d.jsonl", [CHAT, system, system])
     with pytest.raises(DataError, match=r"line 2: the chat template refuses .*no system.*1 more line with mistakes: 3"):
         check(path, tokenizer=strict)
     strict.chat_template = None
@@ -330,13 +328,13 @@ def test_truncation_policies(tokenizer: Any, tmp_path: Path) -> None:
         {"pair_id": 12, "prompt": "a" * 8, "chosen": "x", "rejected": "y"},  # no room
         {"pair_id": 13, "prompt": "aaaa", "chosen": "xxxxxx", "rejected": "xxxxyy"},  # the same after the cut
     ]
-    path = write(tmp_path / "d.jsonl", *rows)
+    path = write(tmp_path / "d.jsonl", rows)
     options = {"tokenizer": tokenizer, "max_length": 8}
 
     dropped = check(path, **options, truncation="drop", output=tmp_path / "out")
     assert dropped.truncation is not None
     assert (dropped.truncation.too_long, dropped.truncation.dropped, dropped.truncation.cut) == (3, 3, 0)
-    saved = [json.loads(line) for line in (tmp_path / "out/dropped.jsonl").read_text().splitlines()]
+    saved = read(tmp_path / "out/dropped.jsonl")
     assert saved == [{"pair_id": i, "line": i - 9, "tokens": n} for i, n in ((11, 11), (12, 10), (13, 11))]
     assert json.loads((tmp_path / "out/check.json").read_text())["truncation"]["dropped"] == 3
     assert [row["pair_id"] for row in load_preferences(path, **options)] == [10]
@@ -349,9 +347,9 @@ def test_truncation_policies(tokenizer: Any, tmp_path: Path) -> None:
     assert tokenizer.decode(kept[1]["chosen_ids"]) == "xxxx", "a cut completion must not teach the end"
     assert tokenizer.decode(kept[1]["rejected_ids"]) == "y<eos>"
 
-    for read in (check, load_preferences):
+    for function in (check, load_preferences):
         with pytest.raises(DataError, match=r"line 2: .* 11 tokens, more than max_length 8; raise max_length"):
-            read(path, **options, truncation="refuse")
+            function(path, **options, truncation="refuse")
     with pytest.raises(DataError, match="no pair fits into max_length 2"):
         load_preferences(path, tokenizer=tokenizer, max_length=2)
 
@@ -366,11 +364,11 @@ def test_truncation_policies(tokenizer: Any, tmp_path: Path) -> None:
 )
 def test_options_that_do_not_fit(options: dict[str, Any], says: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=says):
-        check(write(tmp_path / "d.jsonl", PLAIN), **options)
+        check(write(tmp_path / "d.jsonl", [PLAIN]), **options)
 
 
 def test_checking_imports_no_torch(tmp_path: Path) -> None:
-    path = write(tmp_path / "d.jsonl", PLAIN)
+    path = write(tmp_path / "d.jsonl", [PLAIN])
     heavy = {"torch", "transformers", "datasets", "pyarrow"}
     code = f"import sys; from madpo.data import check; check({str(path)!r}); assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -397,7 +395,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
 
 def test_tokenizer_by_folder(tokenizer: Any, tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path / "model")
-    path = write(tmp_path / "d.jsonl", CHAT)
+    path = write(tmp_path / "d.jsonl", [CHAT])
     for name in (tmp_path / "model", str(tmp_path / "model")):
         assert check(path, tokenizer=name) == check(path, tokenizer=tokenizer)
     with pytest.raises(ConfigError, match="gone"):

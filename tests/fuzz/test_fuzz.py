@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fuzz_cases import as_toml, damaged, everything, fresh, fuzzed, mutated, survives, values
+from fuzz_cases import as_toml, damaged, fresh, fuzzed, mutated, survives, values
 from madpo.core.config import find_experiment, load_config
 from madpo.data import check, load_preferences
 from madpo.data.margins import read_margins
@@ -32,6 +32,7 @@ from madpo.study.experiment import Experiment
 from madpo.training import checkpoints as disk
 from madpo.training.digests import check_identity
 from madpo.training.states import check_groups, pack, unpack
+from practice_cases import everything, write
 
 EXPERIMENT = tomllib.loads(find_experiment("smoke").read_text(encoding="utf-8"))
 COMMANDS = {
@@ -96,7 +97,7 @@ def run_folder(root):
         (folder / "record.json").write_text(record.model_dump_json())
         row = {"prompt": "p", "response": "r", "kl": 1.0, "tokens": 4, "ended": True}
         rows = [row | {"prompt_id": i, "oracle_reward": 0.5 * i} for i in range(3)]
-        (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write(folder / "samples.jsonl", rows)
         (folder / "log.jsonl").write_text(json.dumps({"step": 1, "loss": 0.7, "rewards/margins": 0.1}) + "\n")
         if name.startswith("margins"):
             table = pd.DataFrame({"pair_id": [1, 2, 3], "reward_margin": [0.5, -1.0, 2.0]})

@@ -1,6 +1,5 @@
 """A policy measured on held-out prompts: against closed forms, and itself against itself."""
 
-import json
 import math
 
 import numpy as np
@@ -18,6 +17,7 @@ from madpo.models.load import LoRA, build_tiny, load_model, load_tokenizer
 from madpo.operations import study_evaluation as evaluation
 from madpo.operations.study_evaluation import EvaluationStage, distinct, evaluate_policy
 from madpo.operations.study_pairs import PAIRS
+from practice_cases import read
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3"])
@@ -56,8 +56,7 @@ def evaluate(inputs, out, **changes):
     settings = {"method": "DPO", "tier": "high", "max_new_tokens": 10, "seed": 2, "score_batch_size": 3, **changes}
     out.mkdir(exist_ok=True)
     metrics = evaluate_policy(EvaluationStage(**settings), inputs, out)
-    lines = (out / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-    return metrics, pd.DataFrame([json.loads(line) for line in lines])
+    return metrics, pd.DataFrame(read(out / "samples.jsonl"))
 
 
 def test_the_reference_has_no_distance_to_itself(inputs, tmp_path) -> None:

@@ -1,6 +1,5 @@
 """The memory of a step on paper is that of the same step on real tensors, and plans follow from it."""
 
-import json
 import shutil
 
 import pytest
@@ -12,6 +11,7 @@ from madpo.models.load import build_tiny, load_model, load_tokenizer
 from madpo.operations import memory_plan
 from madpo.operations.policy import trainer_arguments, trainer_of
 from madpo.operations.train_settings import TrainSettings
+from practice_cases import write
 
 ROWS = [{"prompt_ids": [5] * 9, "chosen_ids": [6] * (4 + i), "rejected_ids": [7] * 8} for i in range(3)]
 
@@ -55,7 +55,7 @@ def test_the_largest_micro_batch_is_the_last_that_fits(need, pairs):
 def test_the_command_reads_the_longest_pairs_and_writes_nothing(llama, tmp_path, capsys):
     pairs = tmp_path / "pairs.jsonl"
     rows = [{"prompt": "The film", "chosen": " was good" * n, "rejected": " was bad"} for n in (1, 9, 4)]
-    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(pairs, rows)
     out = tmp_path / "policy"
     words = ["train", str(pairs), "--model_name_or_path", str(llama), "--output_dir", str(out), "--dry_run"]
     assert main([*words, "--memory", "2GB"]) == 0

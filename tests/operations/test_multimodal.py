@@ -16,6 +16,7 @@ from madpo.models.engine.head import text_model
 from madpo.models.hyperparameters import LoRA
 from madpo.models.load import load_classifier, load_model, load_tokenizer, resolve_model
 from madpo.operations import TrainSettings, train
+from practice_cases import write
 
 PROCESSORS = {
     "preprocessor_config.json": '{"do_resize": true}',
@@ -58,7 +59,7 @@ def test_a_reward_model_without_a_classifier_in_transformers_is_refused_before_i
 @pytest.mark.parametrize("family", ["gemma3", "gemma4", "qwen2_5_vl", "qwen3_5", "mistral3", "llama4"])
 def test_a_checkpoint_of_images_and_text_is_trained_on_text_and_stays_whole(family, tmp_path):
     base = checkpoint(family, tmp_path / "base")
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    write(tmp_path / "pairs.jsonl", PAIRS)
     args = {"learning_rate": 1e-2, "num_train_epochs": 2, "per_device_train_batch_size": 4, "bf16": False}
     settings = TrainSettings(model=str(base), loss=DPO(), args=args, lora=LoRA(rank=2), merge=True, dtype="float32")
     out = tmp_path / "out"

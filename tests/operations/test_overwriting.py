@@ -17,11 +17,7 @@ from madpo.runner.step import Source, Step
 from madpo.runner.work import run_step
 from madpo.training.checkpoints import newest
 from madpo.training.reward import RewardModelTrainer
-from practice_cases import classifier, text_pairs, write
-
-
-def tree(folder: Path) -> dict[str, bytes | None]:
-    return {str(p): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+from practice_cases import classifier, everything, text_pairs, write
 
 
 class Base(Frozen):
@@ -84,13 +80,13 @@ def test_no_command_removes_what_it_reads(
     line: str, with_inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(with_inputs)
-    before = tree(with_inputs)
+    before = everything(with_inputs)
     assert main([*line.split(), "--output_dir", "P", "--overwrite"]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     place = next((p for p in ("P/scored.jsonl", "P/adapter", "P/classifier") if p in line), "P/merged")
     assert said.startswith("madpo: ")
     assert f"{place} is an input and would be removed with the result in P" in said
-    assert tree(with_inputs) == before
+    assert everything(with_inputs) == before
 
 
 def test_records_and_locks_do_not_change_a_digest(tmp_path: Path) -> None:

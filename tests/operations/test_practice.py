@@ -37,7 +37,7 @@ from madpo.operations.inputs import split_by_prompt
 from madpo.rewards.reward_model import RewardModel
 from madpo.training import PreferenceTrainer
 from madpo.training.margins import sequences
-from practice_cases import FORMATS, ids_of, read, run, text_pairs, write
+from practice_cases import FORMATS, ids_of, logps, read, run, text_pairs, write
 
 BATCH = 8
 
@@ -117,14 +117,6 @@ def test_scored_rows_hold_the_reward_models_margins(chain, llama):
 
 
 @torch.no_grad()
-def logps(llama, tokenizer, prompt, completion):
-    """Summed log-probability of the completion and its end token, from the full logits."""
-    ids = torch.tensor([ids_of(tokenizer, prompt, completion)])
-    start = len(tokenizer(prompt)["input_ids"])
-    logits = llama(ids).logits[0, start - 1 : -1].log_softmax(-1)
-    return logits.gather(-1, ids[0, start:, None]).sum().item()
-
-
 def test_the_policys_numbers(chain, llama):
     policy_dir, tokenizer = chain / "P", load_tokenizer(llama)
     base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()

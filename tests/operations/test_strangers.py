@@ -1,6 +1,5 @@
 """What somebody else's folder or configuration cannot make madpo do: read or write elsewhere, or remove anything."""
 
-import json
 import os
 import shutil
 import stat
@@ -21,6 +20,7 @@ from madpo.runner import run as pipeline
 from madpo.runner.operation import operation
 from madpo.runner.run import Step
 from madpo.runner.uploads import Upload
+from practice_cases import write
 from report_cases import make_study
 
 SECRET = "the secret of another folder"
@@ -29,9 +29,7 @@ PAIRS = [{"prompt": f"p{i}", "chosen": "c", "rejected": "r", "a": float(i), "b":
 
 @pytest.fixture
 def pairs(tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
-    return path
+    return write(tmp_path / "pairs.jsonl", PAIRS)
 
 
 @pytest.fixture(scope="module")
@@ -110,14 +108,14 @@ def test_what_is_in_the_way_of_an_export_is_never_removed(name, kind, study, tmp
     assert not (tmp_path / "export").exists()
 
 
-@operation("write/1")
-def write(config, inputs, out):
+@operation("one_value/1")
+def one_value(config, inputs, out):
     (out / "value.txt").write_text("1")
     return {"value": 1}
 
 
 def test_a_link_in_place_of_a_steps_folder_is_not_emptied(tmp_path):
-    step = Step("part/one", write, Frozen())
+    step = Step("part/one", one_value, Frozen())
     for place in (step.folder(tmp_path / "run"), tmp_path / "run" / "part"):
         mine = tmp_path / "mine"
         mine.mkdir()
@@ -156,12 +154,12 @@ def test_an_unfinished_folder_of_somebody_else_is_not_emptied(kind, tmp_path):
         (tmp_path / "out" / "unfinished").symlink_to(mine)
     for overwrite in (False, True):
         with pytest.raises(StorageError, match="unfinished was not made by madpo"):
-            run_in_folder(write, Frozen(), {}, tmp_path / "out", memory="", overwrite=overwrite)
+            run_in_folder(one_value, Frozen(), {}, tmp_path / "out", memory="", overwrite=overwrite)
     assert (mine / "precious.txt").read_text() == "precious"
 
 
 def test_an_upload_carries_nothing_from_outside_the_run(tmp_path):
-    step = Step("part/one", write, Frozen())
+    step = Step("part/one", one_value, Frozen())
     pipeline.run([step], tmp_path / "run")
     folder = step.folder(tmp_path / "run")
     (tmp_path / "secret.txt").write_text(SECRET)
@@ -227,7 +225,6 @@ def test_a_token_is_refused_and_told_to_nobody(tmp_path):
     with pytest.raises(ValueError, match=r"args\.hub_token would be kept with the result.*hf auth login") as error:
         TrainSettings(model="m", args={"hub_token": "hf_SECRET"})
     assert "hf_SECRET" not in str(error.value).split("[type=")[0]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
 
 
 def test_a_token_on_the_command_line_is_not_printed(pairs, tmp_path, capsys):
@@ -260,8 +257,7 @@ def test_a_place_where_nothing_can_be_written_is_one_sentence(command, place, pa
         "run": ["run", "smoke", "--only", "responses", "--output_dir", place],
     }[command]
     if command == "inspect":
-        rows = [row | {"reward_margin": row["a"] - 3.5} for row in PAIRS]
-        pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write(pairs, [row | {"reward_margin": row["a"] - 3.5} for row in PAIRS])
     if command == "run" and place in (".", "..", "/"):
         return  # a run may be made in any folder
     assert main(words) == 2

@@ -1,6 +1,5 @@
 """What a check finds, every training says at its start; the date that a chat template prints stays the first one."""
 
-import json
 import re
 import shutil
 import tomllib
@@ -19,7 +18,7 @@ from madpo.data import templates as templates_of
 from madpo.data.findings import Survey
 from madpo.operations import ScoreSettings, TrainSettings, score
 from madpo.operations.inputs import started_clock
-from practice_cases import conversation, text_pairs, write
+from practice_cases import conversation, read, text_pairs, write
 
 CLOCK = (
     "{{ bos_token }}Today: {{ strftime_now('%Y-%m-%d') }}\n{% for m in messages %}{{ '<' + m.role + '>' + m.content }}"
@@ -82,7 +81,7 @@ def test_a_training_says_in_one_line_what_a_check_would_warn_of(
 def test_scoring_says_it_too_and_refuses_late_rows_before_it_scores(
     odd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [json.loads(line) | {"a": 2.0, "b": 1.0} for line in odd.read_text().splitlines()]
+    rows = [row | {"a": 2.0, "b": 1.0} for row in read(odd)]
     data = write(tmp_path / "d.jsonl", rows)
     how = {"score_columns": ("a", "b"), "margin_temperature": 1.0}
     score(data, tmp_path / "S", ScoreSettings(**how))

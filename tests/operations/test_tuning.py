@@ -26,7 +26,7 @@ from madpo.operations.tuning import search as study
 from madpo.operations.tuning.reward import RewardCurve, strengthened
 from madpo.operations.tuning.settings import grid_size, with_values
 from madpo.training import PreferenceTrainer, reference
-from practice_cases import ids_of, read, run, text_pairs, write
+from practice_cases import logps, read, run, text_pairs, write
 
 ARGS = {"learning_rate": 1e-2, "max_steps": 3, "per_device_train_batch_size": 8, "bf16": False}
 SPACE = {"loss.tau": {"values": [2.0, 4.0]}}
@@ -65,13 +65,6 @@ def tuned(llama, data, tmp_path_factory):
 
 
 @torch.no_grad()
-def logps(llama, tokenizer, prompt, completion):
-    ids = torch.tensor([ids_of(tokenizer, prompt, completion)])
-    start = len(tokenizer(prompt)["input_ids"])
-    logits = llama(ids).logits[0, start - 1 : -1].log_softmax(-1)
-    return logits.gather(-1, ids[0, start:, None]).sum().item()
-
-
 def test_the_criteria_are_those_of_policies_that_madpo_train_makes(tuned, llama, data, tmp_path):
     _, report, _, _ = tuned
     rows, tokenizer = read(data), load_tokenizer(llama)
@@ -236,8 +229,8 @@ def test_pairs_that_no_policy_scores_are_left_out_of_every_fold(llama, tmp_path)
         ids = torch.tensor([[*row["prompt_ids"], *row["chosen_ids"]]])
         start = len(row["prompt_ids"]) - 1
         with torch.no_grad():
-            logps = reference(ids).logits[0, start:-1].log_softmax(-1).gather(1, ids[0, start + 1 :, None])
-        assert row["ref_chosen_logps"] == pytest.approx(float(logps.sum()), abs=1e-3)
+            terms = reference(ids).logits[0, start:-1].log_softmax(-1).gather(1, ids[0, start + 1 :, None])
+        assert row["ref_chosen_logps"] == pytest.approx(float(terms.sum()), abs=1e-3)
 
 
 def test_spaces():

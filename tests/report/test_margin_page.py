@@ -15,6 +15,7 @@ from selenium.webdriver.common.keys import Keys
 import madpo
 from madpo.core.seeding import rng
 from madpo.operations.inspection import inspect as inspect_data
+from practice_cases import read, write
 
 HOSTILE = [
     "</script><script>document.title='owned'</script>",
@@ -40,7 +41,7 @@ def page(margins: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
          "reward_margin": float(h)}
         for i, h in enumerate(margins)
     ]  # fmt: skip
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(folder / "pairs.jsonl", rows)
     inspect_data(folder / "pairs.jsonl", margin_temperature=1.0, output=folder / "margins.html")
     return folder / "margins.html"
 
@@ -148,7 +149,7 @@ def test_affected_pairs_follow_the_sliders(window: Chrome, margins: np.ndarray) 
 
 
 def test_text_of_the_data_is_shown_as_text(window: Chrome, page: Path, margins: np.ndarray) -> None:
-    given = {json.loads(line)["pair_id"]: json.loads(line) for line in (page.parent / "pairs.jsonl").open()}
+    given = {row["pair_id"]: row for row in read(page.parent / "pairs.jsonl")}
     window.execute_script("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
     for place in ("#affected .card", "#suspects .card"):
         cards = window.find_elements(By.CSS_SELECTOR, place)

@@ -1,6 +1,5 @@
 """Every kind of page in headless Chromium: the answer on the first screen, no cut label, no scrolling sideways."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from madpo.report import rebuild_report
 from madpo.report.command_pages import write_reward_page, write_samples_page, write_training_page
 from madpo.report.pages import cell
 from madpo.rewards.margins import inspect
+from practice_cases import write
 from report_cases import HOSTILE, LONG, make_study
 
 PAGES = ("report", "margins", "reward", "training", "samples", "tune", "simulation", "own")
@@ -51,7 +51,7 @@ def margins_page(folder: Path) -> Path:
         {"pair_id": i, "prompt": f"p{i}", "chosen": "yes " * 30, "rejected": HOSTILE, "reward_margin": float(v)}
         for i, v in enumerate(h)
     ]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(folder / "pairs.jsonl", rows)
     inspect_data(folder / "pairs.jsonl", output=folder / "margins.html")
     return folder / "margins.html"
 
@@ -60,7 +60,7 @@ def reward_page(folder: Path) -> Path:
     log = [{"step": s, "loss": 0.7 - 0.002 * s} for s in range(1, 80)] + [
         {"step": s, "eval_loss": 0.6} for s in (20, 60)
     ]
-    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    write(folder / "log.jsonl", log)
     bins = inspect(rng(1, "margins").normal(1.0, 2.0, 300)).reliability
     tiles = {"accuracy": Estimate(0.67, 0.59, 0.74, 160), "log loss": 0.63, "training pairs": "400"}
     path = folder / "reward.html"

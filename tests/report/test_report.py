@@ -28,6 +28,7 @@ from madpo.report.summary import cautions, headline
 from madpo.report.tables import report_markdown_table
 from madpo.rewards.weight_counts import WeightParameters, count_weights, log_weight
 from madpo.runner.record import Record
+from practice_cases import write
 
 HOSTILE = "</script><script>alert(1)</script><!-- & \u2028 \u202e 'quoted\" <img src=x onerror=alert(2)>"
 ARABIC = "\u0645\u0631\u062d\u0628\u0627 \u0628\u0627\u0644\u0639\u0627\u0644\u0645"
@@ -99,7 +100,7 @@ def make_run(root: Path, *, seeds: int = 1, title: str = HOSTILE) -> dict[str, R
                 log = [
                     {"step": s, "loss": 0.7 / s + number, "rewards/margins": 0.1 * s, "epoch": 1} for s in range(1, 9)
                 ]
-                (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+                write(folder / "log.jsonl", log)
                 evaluate(f"evaluation/{tier}/{method}/seed{seed}", method, seed)
     listing = {
         n: {"folder": str(folder_of(root, r).relative_to(root)), "identity": r.identity} for n, r in records.items()

@@ -20,6 +20,7 @@ from madpo.report.collect import collect
 from madpo.report.sources import folder_of
 from madpo.report.study_sections import temperature_table
 from madpo.runner.record import run_status
+from practice_cases import read, write
 from report_cases import PROMPTS, Study, make_study
 
 
@@ -128,8 +129,8 @@ def test_steps_that_are_run_after_an_export_take_the_place_of_its_lines(
     folder = next(path.relative_to(root) for path in root.glob("evaluation/high/method0/seed0-*"))
     shutil.copytree(root / folder, copy / folder)
     path = copy / folder / "samples.jsonl"
-    rows = [json.loads(line) | {"oracle_reward": 3.0} for line in path.open(encoding="utf-8")]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    rows = [row | {"oracle_reward": 3.0} for row in read(path)]
+    write(path, rows)
     status = run_status(copy)
     assert not status.steps["evaluation/high/method0/seed0"].stripped  # type: ignore[union-attr]
     records = {name: record for name, record in status.steps.items() if record is not None}
@@ -283,11 +284,11 @@ def test_repeated_texts_are_counted_without_texts(tmp_path: Path, digests: bool)
     """From an export, and from an older one, whose samples have digests in the place of texts."""
     study = small_study(tmp_path / "run")
     for path in study.root.glob("evaluation/low/method0/*/samples.jsonl"):
-        rows = [json.loads(line) | {"response": "the same"} for line in path.open(encoding="utf-8")]
+        rows = [row | {"response": "the same"} for row in read(path)]
         if digests:
             for row in rows[5:]:
                 row["response_sha256"] = hashlib.sha256(row.pop("response").encode()).hexdigest()[:16]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write(path, rows)
     study.write("one")
     export_report(study.root, tmp_path / "out")
     records = {name: record for name, record in run_status(tmp_path / "out").steps.items() if record is not None}

@@ -12,6 +12,7 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.select import Select
 
 from madpo.report import rebuild_report
+from practice_cases import read
 from report_cases import ARABIC, HOSTILE, LONG, PROMPTS, Study, make_study
 
 
@@ -86,7 +87,7 @@ def test_samples_are_searched_and_sorted(window: Chrome, study: Study) -> None:
     def rewards(name: str) -> dict[int, float]:
         number = [m["name"] for m in study.experiment["method"]].index(name)
         folder = next(study.root.glob(f"evaluation/high/method{number}/seed0-*"))
-        rows = [json.loads(line) for line in (folder / "samples.jsonl").open(encoding="utf-8")]
+        rows = read(folder / "samples.jsonl")
         return {row["prompt_id"]: round(row["oracle_reward"], 3) for row in sorted(rows, key=lambda r: r["prompt_id"])}
 
     def shown() -> list[int]:

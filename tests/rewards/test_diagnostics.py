@@ -23,7 +23,7 @@ from madpo.data.margins import read_margins
 from madpo.operations.inspection import inspect as inspect_data
 from madpo.rewards.margins import ENOUGH, PAPER_SETTINGS, SURE, inspect
 from madpo.rewards.weight_counts import WeightParameters, log_weight
-from practice_cases import write
+from practice_cases import read, write
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u2028&amp;{{data}}"
 
@@ -195,12 +195,11 @@ def pairs(tmp_path: Path) -> Path:
         }
         for i, h in enumerate(margins)
     ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write(path, rows)
 
 
 def test_suspects_are_the_20_lowest_with_their_texts(pairs: Path) -> None:
-    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    rows = read(pairs)
     lowest = sorted(rows, key=lambda row: row["reward_margin"])[:20]
     report = inspect_data(pairs)
     assert [s.pair_id for s in report.suspects] == [row["pair_id"] for row in lowest]
@@ -246,7 +245,7 @@ def test_the_page_needs_no_other_file_and_escapes(pairs: Path, tmp_path: Path) -
     assert data["of"] == 900
     assert 500 <= len(data["pairs"]) <= 520
     assert data["parameters"]["tau"] == round(report.tau, 2)
-    given = {json.loads(line)["pair_id"]: json.loads(line) for line in pairs.read_text().splitlines()}
+    given = {row["pair_id"]: row for row in read(pairs)}
     for pair in data["pairs"]:
         assert pair["prompt"] == given[pair["id"]]["prompt"]
         assert pair["h"] * report.margin_temperature == pytest.approx(given[pair["id"]]["reward_margin"])

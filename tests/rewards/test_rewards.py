@@ -42,6 +42,7 @@ from madpo.rewards.reward_model import RewardModel, pooled
 from madpo.study.experiment import Experiment
 from madpo.training.reward import RewardModelTrainer, fit_reward_model
 from madpo.training.settings import RewardModelStage
+from practice_cases import read
 
 GOOD = ["wonderful", "great", "moving", "funny", "best"]
 BAD = ["terrible", "boring", "awful", "worst", "dull"]
@@ -336,7 +337,7 @@ def test_training_and_scoring_read_the_same_reward(tmp_path, pooling) -> None:
     optimisation = Optimisation(learning_rate=1e-2, epochs=6, batch_size=8, micro_batch_size=4)
     config = RewardModelStage(model=str(base), optimisation=optimisation, eval_every=4, patience=9, pooling=pooling)
     fit_reward_model(config, data, data, tmp_path)
-    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    log = read(tmp_path / "log.jsonl")
     model = RewardModel.load(tmp_path)
     assert model.pooling == pooling
     chosen, rejected = (
@@ -404,7 +405,7 @@ def test_a_step_does_not_depend_on_its_micro_batches(tmp_path) -> None:
         optimisation = Optimisation(learning_rate=1e-2, epochs=2, batch_size=8, micro_batch_size=micro)
         config = RewardModelStage(model=str(base), optimisation=optimisation, patience=9)
         fit_reward_model(config, data, data, out)
-        rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        rows = read(out / "log.jsonl")
         found.append(
             [row["loss"] for row in rows if "loss" in row] + [row["grad_norm"] for row in rows if "grad_norm" in row]
         )

@@ -18,7 +18,7 @@ from madpo.report.own import own_verdict
 from madpo.report.results import Row, Tier, measured
 from madpo.report.sources import HELDOUT, SAMPLES
 from madpo.study.compare import CompareSettings, compare
-from practice_cases import conversation, text_pairs, write
+from practice_cases import conversation, read, text_pairs, write
 
 PAIRS = 60
 SMALL = {
@@ -50,8 +50,7 @@ def folder(result, name):
 
 
 def lines(result, name):
-    text = (folder(result, name) / "samples.jsonl").read_text(encoding="utf-8")
-    return pd.DataFrame([json.loads(line) for line in text.splitlines()])
+    return pd.DataFrame(read(folder(result, name) / "samples.jsonl"))
 
 
 def test_no_prompt_is_in_two_parts_and_no_pair_is_lost(run) -> None:
@@ -69,7 +68,7 @@ def test_no_prompt_is_in_two_parts_and_no_pair_is_lost(run) -> None:
 def test_tokens_are_those_of_the_chat_template(run, llama) -> None:
     data, _, result = run
     tokenizer = AutoTokenizer.from_pretrained(llama)
-    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    rows = read(data)
     for pair in pd.read_parquet(folder(result, "pairs") / "pairs.parquet").head(8).itertuples():
         row = rows[pair.row]
         text = tokenizer.apply_chat_template(row["prompt"] + row["rejected"], tokenize=False)
@@ -113,7 +112,7 @@ def test_heldout_margins_and_their_log_loss(run, llama, key) -> None:
 
 def test_responses_have_the_judges_rewards(run) -> None:
     data, _, result = run
-    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    rows = read(data)
     pairs = pd.read_parquet(folder(result, "pairs") / "pairs.parquet").drop_duplicates("prompt_id")
     said = {pair.prompt_id: rows[pair.row]["prompt"] for pair in pairs.itertuples()}
     table = lines(result, "evaluation/own/madpo/seed0")

@@ -24,6 +24,7 @@ from madpo.models.hyperparameters import Optimisation, Schedule
 from madpo.operations.settings import AdapterOptimisation
 from madpo.runner.record import Record
 from madpo.study.experiment import Experiment
+from practice_cases import read
 
 
 def load(name, *overrides):
@@ -264,7 +265,7 @@ def test_smoke_end_to_end(command, tmp_path):
         assert set(margins.index) == set(pairs.index)
         train = margins.loc[pairs.index[pairs["split"] == "train"], "reward_margin"]
         # The mean weight of the log is the mean of the weight over the epoch's batches.
-        log = [json.loads(line) for line in (folder_of(root, f"policy/{tier}/madpo/seed0") / "log.jsonl").open()]
+        log = read(folder_of(root, f"policy/{tier}/madpo/seed0") / "log.jsonl")
         logged = np.mean([row["weight/mean"] for row in log if "weight/mean" in row])
         expected = margin_weight(torch.tensor(train.to_numpy()), tau=7, c_max=4).mean()
         assert logged == pytest.approx(float(expected), abs=1e-5)
@@ -275,7 +276,7 @@ def test_smoke_end_to_end(command, tmp_path):
     assert sft["kl"]["mean"] == 0
     for name in ("evaluation/high/dpo/seed0", "evaluation/low/madpo/seed0"):
         metrics = done[name]["metrics"]
-        samples = [json.loads(line) for line in (folder_of(root, name) / "samples.jsonl").open()]
+        samples = read(folder_of(root, name) / "samples.jsonl")
         rewards = [row["oracle_reward"] for row in samples]
         reward = metrics["oracle_reward"]
         assert reward["mean"] == pytest.approx(np.mean(rewards))

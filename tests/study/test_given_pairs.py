@@ -15,6 +15,7 @@ from madpo.models.hyperparameters import EarlyStopping, Optimisation
 from madpo.operations import study_training
 from madpo.operations.study_training import PairSFTStage, fold_of_pairs, train_sft_on_pairs
 from madpo.study.experiment import Experiment, run_experiment
+from practice_cases import write
 
 POSTS = [
     "I lost my keys at the station",
@@ -32,8 +33,7 @@ def written(path, count=40):
         prompt = f"POST: {POSTS[post % 4]}, number {post}, and nobody helped.\nTL;DR:"
         chosen, rejected = f" {POSTS[post % 4]}, {i}.", f" Somebody wrote {i} things and more."
         rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write(path, rows)
 
 
 def load(*overrides):

@@ -25,6 +25,7 @@ from madpo.operations.study_training import Optimisation
 from madpo.training import checkpoints as disk
 from madpo.training.digests import rows_digest
 from madpo.training.states import check_groups, pack, random_states, restore_random_states, unpack
+from practice_cases import read
 from trainer_settings import QUIET
 
 SETTINGS = {
@@ -465,7 +466,7 @@ def test_a_killed_stage_started_again_leaves_the_same_bytes(forked, stages, tmp_
     assert not (again / "checkpoints").exists()
     name = {"sft": "SFT", "sft_stopped": "SFT", "reward_model": "Reward model"}.get(kind, kind)
     assert f"{name}: continues after step 4 of" in ended.err
-    rows = [json.loads(line) for line in (again / "log.jsonl").read_text().splitlines()]
+    rows = read(again / "log.jsonl")
     assert not [key for row in rows for key in row if key.endswith(("_runtime", "_per_second"))]
 
 

@@ -11,7 +11,7 @@ import launch_cases
 from losses_cases import EVERY_LOSS
 from madpo.operations import TrainSettings, train
 from madpo.training.columns import PreferenceCollator
-from practice_cases import text_pairs, write
+from practice_cases import read, text_pairs, write
 
 LOSSES = ("dpo", "madpo", "wpo", "beta_dpo", "alpha_dpo")
 NEEDS = ("reward_margin", "weight", "ref_chosen_logps", "ref_rejected_logps")
@@ -98,4 +98,4 @@ def test_two_trainings_by_one_command_are_the_same_bytes(llama, tmp_path, monkey
     different = [str(name) for name in files[0] if files[0][name].replace(b"/one", b"/two") != files[1][name]]
     assert not different
     assert records[0] == records[1]
-    assert len([json.loads(line) for line in (tmp_path / "one" / "log.jsonl").open()]) > 8
+    assert len(read(tmp_path / "one" / "log.jsonl")) > 8

@@ -1,6 +1,5 @@
 """A training that leaves its policy where it was says so, and an adapter has a learning rate that moves it."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +10,7 @@ from madpo import DPO, PreferenceConfig
 from madpo.losses import LossInputs, SimPO
 from madpo.operations import TrainSettings, train
 from madpo.training.metrics import Movement
+from practice_cases import write
 from small_trainers import build, reward_trainer
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -81,7 +81,7 @@ def test_adapters_have_a_default_learning_rate_of_their_own(llama, tmp_path):
     assert TrainSettings(**base, args={"learning_rate": 3e-4}).arguments()["learning_rate"] == 3e-4
 
     rows = [{"prompt": f"Film {i}", "chosen": " is good.", "rejected": " is bad."} for i in range(4)]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(tmp_path / "pairs.jsonl", rows)
     report = train(tmp_path / "pairs.jsonl", tmp_path / "out", TrainSettings(**base, args={"max_steps": 2}))
     assert report.learning_rate == adapter["learning_rate"]
     rate = adapter["learning_rate"]
