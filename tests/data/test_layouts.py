@@ -113,8 +113,8 @@ def test_other_names_are_recognised_by_what_they_say(
         path = written(tmp_path, [row])
         assert pairs(path) == [TEXT]
         assert [m.mean for m in check(path).reward_margins] == ([] if strength is None else [strength])
-    except DataError as refused:
-        columns = proposed(str(refused))[0]
+    except DataError as caught:
+        columns = proposed(str(caught))[0]
         assert pairs(path, columns) == [TEXT]
 
 
@@ -122,9 +122,9 @@ def test_two_layouts_that_fit_are_refused_until_one_is_named(tmp_path: Path) -> 
     row = {"prompt": ASK, "response_a": GOOD, "response_b": BAD, "winner": "a"}
     row |= {"responses": [BAD, GOOD, "?"], "scores": [3, 1, 2], "answer_a": BAD, "answer_b": GOOD}
     path = written(tmp_path, [row])
-    with pytest.raises(DataError, match="two layouts fit the columns 'prompt', 'response_a'") as refused:
+    with pytest.raises(DataError, match="two layouts fit the columns 'prompt', 'response_a'") as caught:
         load_preferences(path)
-    first, second = proposed(str(refused.value))
+    first, second = proposed(str(caught.value))
     assert pairs(path, first) == [TEXT]
     assert pairs(path, second) == [(ASK, BAD, GOOD)]
 
@@ -276,12 +276,12 @@ def test_the_option_that_a_refusal_proposes_works(
 ) -> None:
     rows, pair = REFUSED[name]
     path = written(tmp_path, rows, form)
-    with pytest.raises(DataError) as refused:
+    with pytest.raises(DataError) as caught:
         load_preferences(path)
-    if "found" in str(refused.value):
-        assert all(repr(column) in str(refused.value) for column in rows[0]), "a refusal lists all columns"
-    columns = proposed(str(refused.value))
-    assert columns, refused.value
+    if "found" in str(caught.value):
+        assert all(repr(column) in str(caught.value) for column in rows[0]), "a refusal lists all columns"
+    columns = proposed(str(caught.value))
+    assert columns, caught.value
     for options in columns:
         if "tie" not in options:
             assert load_preferences(path, columns=options), options
@@ -293,17 +293,17 @@ def test_the_option_that_a_refusal_proposes_works(
 
 def test_a_prompt_file_of_other_names_says_which_option_reads_it(tmp_path: Path) -> None:
     path = write(tmp_path / "p.jsonl", [{"text": ASK}])
-    with pytest.raises(DataError) as refused:
+    with pytest.raises(DataError) as caught:
         read_prompts(path)
-    assert [p.content for p in read_prompts(path, columns=proposed(str(refused.value))[0])] == [ASK]
+    assert [p.content for p in read_prompts(path, columns=proposed(str(caught.value))[0])] == [ASK]
 
 
 def test_score_columns_that_are_not_there_name_those_that_are(tmp_path: Path) -> None:
     rows = [{"prompt": f"{ASK}{i}", "chosen": GOOD, "rejected": BAD, "good one": 3, "other": 1} for i in range(3)]
     path = written(tmp_path, rows)
-    with pytest.raises(DataError, match="has no column 'a' ") as refused:
+    with pytest.raises(DataError, match="has no column 'a' ") as caught:
         score(path, tmp_path / "S", ScoreSettings(score_columns=("a", "b"), margin_temperature=1.0))
-    option = re.search(r"--score_columns (.*)", str(refused.value))
+    option = re.search(r"--score_columns (.*)", str(caught.value))
     assert option is not None
     one, two = shlex.split(option[1])
     score(path, tmp_path / "S", ScoreSettings(score_columns=(one, two), margin_temperature=1.0))

@@ -87,9 +87,9 @@ def test_rows_of_one_prompt_pair_across_files(tmp_path: Path) -> None:
 def test_what_a_folder_does_not_say_is_refused_with_a_name_that_works(hub_like: Path, tmp_path: Path) -> None:
     for path in (hub_like / "data").glob("train*"):
         path.rename(path.with_name(path.name.replace("train", "train_prefs")))
-    with pytest.raises(DataError, match="is a folder with test, train_prefs; give one of them, such as") as refused:
+    with pytest.raises(DataError, match="is a folder with test, train_prefs; give one of them, such as") as caught:
         load_preferences(hub_like)
-    assert prompts(str(refused.value).rsplit(" ", 1)[1]) == ["p99"]
+    assert prompts(str(caught.value).rsplit(" ", 1)[1]) == ["p99"]
     parquet(hub_like / "data" / "test-00001-of-00001.parquet", [pair(1) | {"note": "x"}])
     with pytest.raises(DataError, match="has other columns than"):
         load_preferences(f"{hub_like}:test")
@@ -111,9 +111,9 @@ def test_configurations_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     # A stranger follows the remedies: first the configuration, then the split.
     data = "a/b"
     for words in ("give a configuration of", "give one of the splits"):
-        with pytest.raises(DataError, match=words) as refused:
+        with pytest.raises(DataError, match=words) as caught:
             load_preferences(data)
-        found = re.search(r"such as (\S+)$", str(refused.value))
-        assert found is not None, refused.value
+        found = re.search(r"such as (\S+)$", str(caught.value))
+        assert found is not None, caught.value
         data = found[1]
     assert prompts(data) == ["p114"]

@@ -40,13 +40,13 @@ def test_the_text_is_that_of_transformers(template: Path, tokenizer: Any) -> Non
     tokenizer.chat_template = template.read_text()
     for messages in (TURNS, [*said("system", "Be brief."), *TURNS[:3]]):
         for prompted in (False, True):
-            refused = None
+            caught = None
             try:
                 expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompted)
             except Exception as error:
-                refused = str(error).splitlines()[0]
-            if refused is not None:
-                with pytest.raises(DataError, match=re.escape(refused)):
+                caught = str(error).splitlines()[0]
+            if caught is not None:
+                with pytest.raises(DataError, match=re.escape(caught)):
                     render(tokenizer, messages, Clock(), add_generation_prompt=prompted)
             else:
                 assert render(tokenizer, messages, Clock(), add_generation_prompt=prompted) == expected

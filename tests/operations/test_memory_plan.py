@@ -53,16 +53,15 @@ def test_the_largest_micro_batch_is_the_last_that_fits(need, pairs):
 
 
 def test_the_command_reads_the_longest_pairs_and_writes_nothing(llama, tmp_path, capsys):
-    pairs = tmp_path / "pairs.jsonl"
     rows = [{"prompt": "The film", "chosen": " was good" * n, "rejected": " was bad"} for n in (1, 9, 4)]
-    write(pairs, rows)
+    pairs = write(tmp_path / "pairs.jsonl", rows)
     out = tmp_path / "policy"
     words = ["train", str(pairs), "--model_name_or_path", str(llama), "--output_dir", str(out), "--dry_run"]
-    assert main([*words, "--memory", "2GB"]) == 0
+    assert main([*words, "--memory", "700MB"]) == 0
     said = capsys.readouterr().out
     longest = len(load_tokenizer(llama)(" was good" * 9, add_special_tokens=False)["input_ids"])
     assert f"+ {longest} tokens" in said or f"+ {longest + 1} tokens" in said
-    assert "into 2.0 GB" in said
+    assert "into 0.7 GB" in said
     assert not out.exists()
 
 

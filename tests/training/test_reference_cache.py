@@ -113,16 +113,13 @@ def test_names_paths_and_memory_settings_do_not_change_the_reference(llama, tmp_
     assert len(computed) == 1
 
 
-def test_the_way_to_compute_enters_the_key(llama, tmp_path, computed):
+def test_the_way_to_compute_enters_the_key(llama, tmp_path, computed, monkeypatch):
     build(llama, tmp_path, load(llama))
     eager = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32, attn_implementation="eager")
     build(llama, tmp_path, eager)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(threads + 1)
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: 64)
         build(llama, tmp_path, load(llama))
-    finally:
-        torch.set_num_threads(threads)
     frequencies = load(llama)
     frequencies.model.rotary_emb.inv_freq.mul_(0.5)  # a buffer that is in no state dict
     build(llama, tmp_path, frequencies)

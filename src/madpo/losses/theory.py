@@ -119,11 +119,11 @@ def _targets() -> Iterator[Claim]:
     for setting in SETTINGS:
         tau = setting.tau
         low = np.linspace(-tau, tau, 202)[1:-1]
-        below = max(below, float(np.abs(minimiser(setting, low) - _at(margin_coefficient, low, setting) * low).max()))
         high = np.linspace(tau, tau + 12, 100)
-        target = minimiser(setting, high)
+        inside, target, mirrored = np.split(minimiser(setting, np.concatenate([low, high, -high])), [200, 300])
+        below = max(below, float(np.abs(inside - _at(margin_coefficient, low, setting) * low).max()))
         closed = max(closed, float(np.abs(target - high - _at(log_margin_weight, high, setting)).max()))
-        closed = max(closed, float(np.abs(minimiser(setting, -high) + target).max()))
+        closed = max(closed, float(np.abs(mirrored + target).max()))
         shortfall = max(shortfall, float((high - target).max()))
         scaled = max(scaled, float(np.abs(target - _at(margin_coefficient, high, setting) * high).max()))
         rise = min(rise, _rise(setting, high[1:]))

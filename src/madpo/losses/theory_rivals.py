@@ -58,10 +58,11 @@ def minimiser_of(loss: Callable[[Tensor, Tensor], Tensor], margins: np.ndarray) 
         margins: h of the first response less that of the second, log-odds.
     """
     h = torch.as_tensor(margins, dtype=torch.float64)
+    sides = torch.cat([h, -h])  # each pair with its label either way
     low, high = torch.full_like(h, -200.0), torch.full_like(h, 200.0)
     for _ in range(60):  # 400 / 2^60: the precision of float64
         u = ((low + high) / 2).requires_grad_()
-        expected = torch.sigmoid(h) * loss(h, u) + torch.sigmoid(-h) * loss(-h, -u)
+        expected = torch.sigmoid(sides) * loss(sides, torch.cat([u, -u]))
         (slope,) = torch.autograd.grad(expected.sum(), u)
         with torch.no_grad():
             low, high = torch.where(slope < 0, u, low), torch.where(slope < 0, high, u)
@@ -95,8 +96,8 @@ def _ipo(beta: float = 0.1) -> Iterator[Claim]:
         "infinity; 1/2 is the target of a pair whose label is never drawn the other way",
         float(np.abs(found - 0.5).max()),
     )
-    hard = h[(h > 0) & (h < 0.5)]
-    ratio = minimiser_of(loss, hard) / hard
+    hard = (h > 0) & (h < 0.5)
+    ratio = found[hard] / h[hard]
     yield checked(
         "Section 2.4, IPO on hard pairs",
         f"the largest minimiser / h below 1/2 is {ratio.max():.4f}: sigma(h) - 1/2 <= h/4, so IPO never amplifies",
