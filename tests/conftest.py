@@ -23,6 +23,18 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start programs come first, then those with a browser: they take long, and begin in one process of
+    two, so that the fork server and the browser are started once.
+    """
+
+    def users(fixture: str) -> set[Path]:
+        return {item.path for item in items if fixture in getattr(item, "fixturenames", ())}
+
+    forked, browser = users("forked"), users("chromium")
+    items.sort(key=lambda item: (item.path not in forked, item.path not in browser))
+
+
 @pytest.fixture(autouse=True)
 def nothing_said_yet():
     """Lines that are said once a process are said once a test."""

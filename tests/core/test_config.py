@@ -10,6 +10,7 @@ from pydantic import Field, PositiveFloat, ValidationError, field_validator
 
 from madpo.core.config import Frozen, added, identity_settings, load_config
 from madpo.core.errors import ConfigError
+from refusals import refused
 
 
 class Plain(Frozen):
@@ -126,12 +127,12 @@ def test_a_bad_override_names_itself(tmp_path: Path, override: str, words: list[
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no such file"):
+    with refused(ConfigError, "absent.toml"):
         load_config(tmp_path / "absent.toml", Experiment)
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with refused(ConfigError, tmp_path):
         load_config(tmp_path, Experiment)
     (tmp_path / "latin.toml").write_bytes(b'title = "caf\xe9"')
-    with pytest.raises(ConfigError, match="not UTF-8"):
+    with refused(ConfigError, "latin.toml", "UTF-8"):
         load_config(tmp_path / "latin.toml", Experiment)
 
 
@@ -169,5 +170,5 @@ def test_an_added_field_enters_an_identity_only_where_it_differs_from_its_defaul
     }
     assert identity_settings(Outer(fold=1))["fold"] == 1
     assert config.model_dump(mode="json")["fold"] == 0, "a resolved configuration shows everything"
-    with pytest.raises(ValidationError, match="greater than or equal to 1"):
+    with refused(ValidationError, "later", "1"):
         Inner(later=0)

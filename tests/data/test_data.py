@@ -21,6 +21,7 @@ from madpo.data import check, load_preferences
 from madpo.data.findings import Findings, Seen
 from madpo.data.rows import Pair, shared_prefix
 from practice_cases import read, write
+from refusals import refused
 
 PLAIN = {"prompt": "Say hi.", "chosen": " Hi!", "rejected": " No."}
 USER = {"role": "user", "content": "Say hi."}
@@ -164,7 +165,7 @@ def test_saved_and_hub_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     data.save_to_disk(tmp_path / "saved")
     datasets.DatasetDict({"train": data}).save_to_disk(tmp_path / "splits")
     assert load_preferences(tmp_path / "saved") == [{"pair_id": 0} | PLAIN]
-    with pytest.raises(DataError, match="holds the splits train; give the folder of one of them"):
+    with refused(DataError, tmp_path / "splits", tmp_path / "splits" / "train"):
         check(tmp_path / "splits")
     asked = []
 
@@ -176,7 +177,7 @@ def test_saved_and_hub_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert load_preferences("a/b") == load_preferences("a/b:test_prefs") == [{"pair_id": 0} | PLAIN]
-    with pytest.raises(DataError, match=r"a/gone: cannot be loaded from the hub .*give a local file"):
+    with refused(DataError, "a/gone"):
         check("a/gone")
     assert asked == [("a/b", "train", True), ("a/b", "test_prefs", True), ("a/gone", "train", True)]
 
@@ -294,7 +295,7 @@ def test_prompt_that_is_no_prefix_is_counted_for_every_pair(tokenizer: Any, tmp_
         "bcat<eos>",
         "bdog<eos>",
     ]
-    with pytest.raises(DataError, match=r"line 1: the prompt ends in 'b': .* \(5 in all\); use a chat template"):
+    with refused(DataError, "d.jsonl", "line 1", "'b'", "5"):
         check(path, tokenizer=tokenizer, strict=True)
 
 
@@ -314,10 +315,10 @@ def test_template_that_refuses_a_conversation(tokenizer: Any, tmp_path: Path) ->
     )
     system = CHAT | {"prompt": [{"role": "system", "content": "x"}, USER]}
     path = write(tmp_path / "d.jsonl", [CHAT, system, system])
-    with pytest.raises(DataError, match=r"line 2: the chat template refuses .*no system.*1 more line with mistakes: 3"):
+    with refused(DataError, "d.jsonl", "line 2", "no system", "1", "3"):
         check(path, tokenizer=strict)
     strict.chat_template = None
-    with pytest.raises(ConfigError, match="no chat template"):
+    with refused(ConfigError, "chat_template"):
         check(path, tokenizer=strict)
 
 
@@ -348,9 +349,9 @@ def test_truncation_policies(tokenizer: Any, tmp_path: Path) -> None:
     assert tokenizer.decode(kept[1]["rejected_ids"]) == "y<eos>"
 
     for function in (check, load_preferences):
-        with pytest.raises(DataError, match=r"line 2: .* 11 tokens, more than max_length 8; raise max_length"):
+        with refused(DataError, "d.jsonl", "line 2", "11", "max_length 8", "truncation"):
             function(path, **options, truncation="refuse")
-    with pytest.raises(DataError, match="no pair fits into max_length 2"):
+    with refused(DataError, "d.jsonl", "max_length 2"):
         load_preferences(path, tokenizer=tokenizer, max_length=2)
 
 

@@ -22,6 +22,7 @@ from madpo.data.tokens import Encoder
 from madpo.operations import ScoreSettings, TrimSettings, score, scoring
 from madpo.operations.trimming.corpus_tokens import encoded, read_corpus
 from practice_cases import read, text_pairs, write
+from refusals import refused
 from vocabulary_cases import LINES, write_model
 
 USER = {"role": "user", "content": "hi"}
@@ -127,7 +128,7 @@ def test_keys_and_columns_that_say_nothing_are_no_mistake(form: str, tmp_path: P
 )
 def test_half_a_surrogate_pair_in_a_corpus_is_one_sentence(row: dict[str, Any], where: str, tmp_path: Path) -> None:
     data = write(tmp_path / "c.jsonl", [row])
-    with pytest.raises(DataError, match=rf"line 1: {where} holds half of a surrogate pair \(\\ud.*repair it or drop"):
+    with pytest.raises(DataError, match=rf"line 1: {where} .*\(\\ud"):
         read_corpus([str(data)], turns_tokenizer("<t>", "<e>", GEMMA), TrimSettings())
 
 
@@ -223,7 +224,7 @@ def test_an_interrupted_scoring_goes_on(by_model: Any, tmp_path: Path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         score(data, tmp_path / "S", settings)
     asked.fail_after = None
-    with pytest.raises(StorageError, match="batch_size is 4, was 16"):
+    with refused(StorageError, "batch_size", "4", "16"):
         score(data, tmp_path / "S", settings.model_copy(update={"batch_size": 4}))
     score(data, tmp_path / "S", settings)
     assert asked.pairs == 12, "the parts that were there are not scored again"
@@ -265,5 +266,5 @@ def test_parquet_loses_no_column_of_rows_that_bring_their_own(tmp_path: Path, mo
     # Behind the first group of rows it is too late.
     monkeypatch.setattr(scoring, "PART", 1)
     write(data, [*SCORED[:9], SCORED[9] | {"late": "here"}])
-    with pytest.raises(DataError, match=r"line 10: has the column 'late', which none of the rows before.*jsonl"):
+    with refused(DataError, "line 10", "'late'"):
         score(data, tmp_path / "T", settings)

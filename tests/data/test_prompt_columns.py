@@ -18,6 +18,7 @@ from madpo.data.texts import read_texts
 from madpo.operations import ScoreSettings, score
 from madpo.operations.inputs import read_prompts
 from practice_cases import read, write
+from refusals import refused
 
 
 def user(text: str) -> dict[str, str]:
@@ -150,7 +151,7 @@ def test_columns_of_the_prompt_may_be_missing_in_some_rows(tmp_path: Path) -> No
     rows = [TEXTS | {"question": "a"}, TEXTS | {"question": "b", "system": "S"}, TEXTS | {"question": "c"}]
     assert [row["prompt"] for row in load_preferences(write(tmp_path / "d.jsonl", rows))] == ["a", "S\n\nb", "c"]
     later = TEXTS | {"instruction": "a", "question": "b"}
-    with pytest.raises(DataError, match="line 2: has the field 'instruction', which the first row lacks"):
+    with refused(DataError, "d.jsonl", "line 2", "'instruction'"):
         load_preferences(write(tmp_path / "d.jsonl", [rows[0], later]))
 
 

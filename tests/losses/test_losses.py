@@ -32,6 +32,7 @@ from madpo.losses import (
     SoftDPO,
     SoftMADPO,
 )
+from refusals import refused
 
 GOLDEN = [
     *[(DPO(), case, value) for case, value in zip("ABDE", (0.493249, 0.928057, 0.693147, 150.0), strict=True)],
@@ -324,7 +325,7 @@ def test_a_bad_margin_is_refused_with_its_row(name: str, value: float) -> None:
 
 def test_odpo_refuses_margins_without_a_logarithm() -> None:
     logps = f64(-1, -1)
-    with pytest.raises(DataError, match=r"row 1 of the batch is -0\.5.*linear"):
+    with refused(DataError, "row 1", "-0.5", "linear"):
         ODPO()(with_columns(logps, logps, logps, logps, margin=f64(1, -0.5)))
 
 
@@ -358,7 +359,7 @@ def test_bad_parameters_are_refused_with_value_and_range(kind: str, field: str, 
 
 
 def test_simpo_takes_gamma_or_the_ratio() -> None:
-    with pytest.raises(ValidationError, match=r"gamma is 1\.0 and gamma_beta_ratio is 0\.5"):
+    with refused(ValidationError, "gamma", "1.0", "gamma_beta_ratio", "0.5"):
         SimPO(gamma=1.0, gamma_beta_ratio=0.5)
     inputs = batch(*CASES)
     assert torch.equal(SimPO(beta=4, gamma=2.0)(inputs).per_pair, SimPO(beta=4, gamma_beta_ratio=0.5)(inputs).per_pair)
@@ -406,7 +407,7 @@ def test_custom_loss_from_a_file(tmp_path: Path) -> None:
     changed = Custom(target=f"{path}:Hinge", parameters={"beta": 0.1})
     assert changed.source_digest != loss.source_digest
     assert changed(batch("D")).per_pair.item() == 2
-    with pytest.raises(ValidationError, match="has changed"):
+    with refused(ValidationError, "own.py"):
         LossAdapter.validate_python(record)
 
 
@@ -429,12 +430,12 @@ def test_custom_loss_from_a_module_and_its_errors(tmp_path: Path) -> None:
     ]:
         with pytest.raises(ValidationError, match=says):
             Custom(target=target)
-    with pytest.raises(ValidationError, match=r"less than 0\.5"):
+    with refused(ValidationError, "flip_rate", "0.5"):
         Custom(target="madpo.losses:RDPO", parameters={"flip_rate": 0.7})
 
 
 def test_inputs_refuse_other_shapes_and_keep_float64() -> None:
-    with pytest.raises(ValueError, match="ref_chosen_logps has shape"):
+    with refused(ValueError, "ref_chosen_logps"):
         LossInputs(f64(1, 2), f64(1, 2), f64(1), f64(1, 2), torch.tensor([1, 1]), torch.tensor([1, 1]))
     assert batch("A").log_ratio_margin.dtype == torch.float64
     half = torch.tensor([-300.0], dtype=torch.bfloat16)
@@ -456,5 +457,5 @@ def test_soft_madpo_golden_target() -> None:
 def test_config_errors_are_one_sentence_naming_the_remedy() -> None:
     from madpo.losses import margin_weight
 
-    with pytest.raises(ConfigError, match=r"c_max is 1, .* use DPO\(\)"):
+    with refused(ConfigError, "c_max", "1", "DPO()"):
         margin_weight(f64(1.0), tau=1, c_max=1)

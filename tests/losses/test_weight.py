@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from madpo.core.errors import ConfigError, DataError
 from madpo.losses import log_margin_weight, margin_coefficient, margin_weight
+from refusals import refused
 
 SETTINGS = [(4, 0.25, 7), (2, 0.5, 7), (2, 0.5, 2), (2, 0, 2)]
 # margin, then c and w of each setting
@@ -265,7 +266,7 @@ def test_bad_parameters(change: dict[str, object], says: str) -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_bad_margins_are_named_by_row(bad: float) -> None:
-    with pytest.raises(DataError, match=rf"reward_margin in row 2 is {bad}"):
+    with refused(DataError, "reward_margin", "row 2", bad):
         margin_weight(torch.tensor([0.0, 1.0, bad, bad]), **HEADLINE)
     with pytest.raises(DataError, match="row 0"):
         margin_coefficient(torch.tensor([bad]), **HEADLINE)

@@ -15,6 +15,7 @@ from families import tiny
 from madpo.core.errors import ConfigError, MemoryShortage
 from madpo.models.fitting import bounded
 from madpo.models.load import LoRA, load_classifier, load_model
+from refusals import refused
 
 HUGE = 10**9
 FIELDS = [
@@ -36,7 +37,7 @@ def changed(good: Path, folder: Path, file: str = "config.json", **fields: objec
 def test_a_model_that_is_larger_than_its_weights_takes_no_memory(load, fields, llama, tmp_path):
     folder = changed(llama, tmp_path / "m", **fields)
     held, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    with pytest.raises(ConfigError, match=r"many times larger than its weights \(20 tensors"):
+    with refused(ConfigError, folder, "20 tensors"):
         load(folder, dtype=torch.float32)
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held) * 1024 < 2**28
     assert time.process_time() - began < 20
@@ -59,7 +60,7 @@ def test_a_model_that_computes_nothing_is_refused_when_it_is_loaded(tmp_path):
     assert load_model(tmp_path / "good")
     bad = changed(tmp_path / "good", tmp_path / "bad", num_experts_per_tok=99)
     assert AutoModelForCausalLM.from_pretrained(bad)
-    with pytest.raises(ConfigError, match=r"bad' cannot be loaded .*files are damaged or do not belong together"):
+    with refused(ConfigError, bad):
         load_model(bad)
 
 

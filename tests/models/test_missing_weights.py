@@ -21,6 +21,7 @@ from madpo.rewards.classifier import Classifier
 from madpo.rewards.oracles import ClassifierOracle
 from madpo.rewards.reward_model import RewardModel
 from practice_cases import text_pairs, write
+from refusals import refused
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -234,7 +235,7 @@ def test_a_head_is_new_only_where_a_command_makes_it(llama, tmp_path):
     assert Classifier(oracle)
     for place, load in ((whole, lambda: load_scorer(whole)), (two, lambda: Classifier(oracle))):
         rewrite(place, without("score.weight"))
-        with pytest.raises(ConfigError, match=r"\(score\.weight\), and would be random"):
+        with refused(ConfigError, "score.weight"):
             load()
     assert load_classifier(llama, num_labels=1, new_head=True)
     assert load_classifier(two, num_labels=1, new_head=True)
@@ -277,11 +278,11 @@ def test_a_reward_model_without_its_head_is_refused(reward_folder, tmp_path):
     folder = shutil.copytree(reward_folder, tmp_path / "reward")
     assert RewardModel.load(folder)
     adapter_tensors(folder / "adapter", without("base_model.model.score.weight"))
-    with pytest.raises(ConfigError, match=r"the adapter lacks 1 weights \(base_model\.model\.score\.weight\)"):
+    with refused(ConfigError, "1", "base_model.model.score.weight"):
         RewardModel.load(folder)
     # Nor where its configuration does not ask for a head: then the base model is asked, and has none.
     edit(folder / "adapter" / "adapter_config.json", modules_to_save=None, task_type=None)
-    with pytest.raises(ConfigError, match=r"\(score\.weight\), and would be random"):
+    with refused(ConfigError, "score.weight"):
         RewardModel.load(folder)
 
 
@@ -290,7 +291,7 @@ def test_tokens_that_an_adapter_trains_are_missed_as_well(llama, tmp_path):
     get_peft_model(load_model(llama, dtype=torch.float32), config).save_pretrained(tmp_path)
     assert load_model(llama, adapter=tmp_path)
     adapter_tensors(tmp_path, lambda t: {n: v for n, v in t.items() if "trainable_tokens" not in n})
-    with pytest.raises(ConfigError, match=r"the adapter lacks 1 weights \(\S+trainable_tokens_delta\)"):
+    with refused(ConfigError, "1", "trainable_tokens_delta"):
         load_model(llama, adapter=tmp_path)
 
 

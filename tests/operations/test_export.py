@@ -12,6 +12,7 @@ from madpo.core.errors import ConfigError
 from madpo.models.packaged import PACKAGED, cache_dir
 from madpo.operations.export import CLONE, gguf_converter
 from practice_cases import run, text_pairs, write
+from refusals import refused
 
 PLACE = cache_dir() / "models" / f"gemma-3-270m-{PACKAGED['gemma-3-270m'].sha256[:8]}"
 
@@ -36,7 +37,7 @@ def test_a_missing_converter_is_told_before_the_training(
     assert CLONE in said
     assert not list((tmp_path / "P").rglob("log.jsonl"))
     monkeypatch.setenv(CLONE, str(tmp_path))
-    with pytest.raises(ConfigError, match="has no convert_hf_to_gguf"):
+    with refused(ConfigError, "convert_hf_to_gguf"):
         gguf_converter()
 
 

@@ -19,6 +19,7 @@ from madpo.operations import load_scorer
 from madpo.operations.evaluation import find_policy
 from madpo.operations.pair_scorer import load_pair_encoder
 from practice_cases import text_pairs, write
+from refusals import refused
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -57,7 +58,7 @@ NEARLY = ["model.safetensors.bak", "model-00001-of-00002.safetensors", "model.sa
 def test_a_file_that_nobody_opens_excuses_no_pickle(folder, name):
     pickled(folder / "model.safetensors", "pytorch_model.bin")
     (folder / "model.safetensors").rename(folder / name)
-    with pytest.raises(ConfigError, match=r"holds its weights as pytorch_model\.bin, a pickle"):
+    with refused(ConfigError, "pytorch_model.bin"):
         load_model(folder)
 
 
@@ -69,7 +70,7 @@ def test_a_configuration_names_no_pickle(folder, name):
     with pytest.raises(ConfigError):
         load_model(folder)
     if name != "other.safetensors":
-        with pytest.raises(ConfigError, match=r"config\.json: transformers_weights is .* read as a pickle"):
+        with refused(ConfigError, "config.json", "transformers_weights"):
             check_model(folder)
 
 
@@ -85,7 +86,7 @@ def test_an_index_names_no_pickle_and_nothing_outside(folder, shard, explicit):
         edit(folder / "config.json", transformers_weights=index.name)
     else:
         (folder / "model.safetensors").unlink()
-    with pytest.raises(ConfigError, match=rf"{re.escape(index.name)} names the file {re.escape(repr(shard))}"):
+    with refused(ConfigError, index.name, repr(shard)):
         load_model(folder)
 
 
@@ -98,7 +99,7 @@ def test_the_index_of_a_model_of_the_hub_is_held_to_the_same(folder, monkeypatch
     monkeypatch.setattr("transformers.utils.cached_file", cached)
     monkeypatch.setattr("transformers.utils.hub.cached_file", cached)
     monkeypatch.setattr("transformers.configuration_utils.cached_file", cached)
-    with pytest.raises(ConfigError, match=r"the index of some/model names the file 'm\.bin'"):
+    with refused(ConfigError, "some/model", "'m.bin'"):
         check_model("some/model")
 
 
@@ -118,7 +119,7 @@ def test_an_adapter_has_the_one_name_that_peft_opens(llama, adapter, tmp_path, n
     assert main(["score", data, "--reward_model", str(reward), "--output_dir", str(tmp_path / "out")]) == 2
     assert re.search(words, capsys.readouterr().err)
     (adapter / "adapter_model.bin").unlink()
-    with pytest.raises(ConfigError, match=r"adapter has no adapter_model\.safetensors"):
+    with refused(ConfigError, "adapter_model.safetensors"):
         load_model(llama, adapter=adapter)
 
 
@@ -180,25 +181,25 @@ def hub(monkeypatch, tmp_path):
 def test_a_base_that_only_a_folder_names_is_not_fetched(llama, adapter, hub, tmp_path):
     edit(adapter / "adapter_config.json", base_model_name_or_path="evil-org/model")
     for policy in (adapter, adapter.parent):
-        with pytest.raises(ConfigError, match=r"names the base model 'evil-org/model'.*hf download evil-org/model, or"):
+        with refused(ConfigError, "'evil-org/model'", "hf download evil-org/model"):
             find_policy(policy, None)
-        with pytest.raises(ConfigError, match=r"names the base model 'evil-org/model'"):
+        with refused(ConfigError, "'evil-org/model'"):
             find_policy(policy, str(llama))  # the reference is another one
         assert find_policy(policy, "evil-org/model").base == "evil-org/model"
     (tmp_path / "config.toml").write_text('model = "evil-org/other"\n')
-    with pytest.raises(ConfigError, match=r"names the base model 'evil-org/other'"):
+    with refused(ConfigError, "'evil-org/other'"):
         find_policy(tmp_path, None)
     full = tmp_path / "full"
     shutil.copytree(llama, full / "model")
     (full / "config.toml").write_text('model = "evil-org/other"\n')
-    with pytest.raises(ConfigError, match=r"names the base model 'evil-org/other'"):
+    with refused(ConfigError, "'evil-org/other'"):
         find_policy(full, None)
     assert find_policy(full, str(llama)).reference == str(llama)
     reward = tmp_path / "reward"
     shutil.copytree(adapter, reward / "adapter")
     (reward / "reward_model.json").write_text(json.dumps({"base": "evil-org/model"}))
     for load in (load_scorer, load_pair_encoder):
-        with pytest.raises(ConfigError, match=r"reward names the base model 'evil-org/model'"):
+        with refused(ConfigError, "'evil-org/model'"):
             load(reward)
 
 

@@ -38,6 +38,7 @@ from madpo.rewards.reward_model import RewardModel
 from madpo.training import PreferenceTrainer
 from madpo.training.margins import sequences
 from practice_cases import FORMATS, ids_of, logps, read, run, text_pairs, write
+from refusals import refused
 
 BATCH = 8
 
@@ -204,9 +205,9 @@ def test_a_model_against_itself_is_a_draw(chain, llama, tmp_path, capsys):
     for policy in (chain / "P" / "merged", chain / "P" / "adapter"):
         found = evaluate(policy, chain / "prompts.jsonl", tmp_path / policy.name, settings)
         assert found.kl.mean > 0
-    with pytest.raises(ConfigError, match="does not say which model it started from"):
+    with refused(ConfigError, "--reference"):
         evaluate(llama, chain / "prompts.jsonl", tmp_path / "F", EvaluateSettings(reward_model=str(chain / "R")))
-    with pytest.raises(DataError, match="only 4 different prompts, but 9"):
+    with refused(DataError, "4", "9"):
         evaluate(llama, chain / "prompts.jsonl", tmp_path / "F", settings.model_copy(update={"max_prompts": 9}))
     assert not (tmp_path / "F").exists()
 
@@ -256,13 +257,13 @@ def test_a_finished_folder_with_other_settings_is_refused(chain, tmp_path):
     data = write(tmp_path / "pairs.jsonl", text_pairs(8))
     settings = ScoreSettings(reward_model=str(chain / "R"))
     score(data, tmp_path / "S", settings)
-    with pytest.raises(StorageError, match=r"batch_size is 4, was 16.*--overwrite"):
+    with refused(StorageError, "batch_size", "4", "16", "--overwrite"):
         score(data, tmp_path / "S", settings.model_copy(update={"batch_size": 4}))
     write(data, text_pairs(9)[1:])
-    with pytest.raises(StorageError, match="its input data changed"):
+    with refused(StorageError, "input data", "--overwrite"):
         score(data, tmp_path / "S", settings)
     score(data, tmp_path / "S", settings, overwrite=True)
-    with pytest.raises(ConfigError, match=r"has no config\.json"):
+    with refused(ConfigError, "config.json"):
         score(data, tmp_path / "new", ScoreSettings(reward_model=str(tmp_path / "S")))
     assert not (tmp_path / "new").exists(), "a mistake leaves nothing"
 
@@ -315,7 +316,7 @@ def test_columns_of_scores_are_brought_to_log_odds(tmp_path):
         write(tmp_path / "o.jsonl", ordered), tmp_path / "O", ScoreSettings(score_columns=("mine", "theirs"))
     )
     assert report.temperature == 1, "pairs ordered by their scores show no calibration"
-    with pytest.raises(DataError, match=r"line 1: has no column 'yours'"):
+    with refused(DataError, "line 1", "'yours'"):
         score(data, tmp_path / "X", ScoreSettings(score_columns=("mine", "yours")))
     for bad in ({}, {"reward_model": "R", "folds": 2}, {"folds": 2}, {"reward_model": "R", "margin_temperature": 2.0}):
         with pytest.raises(ValueError, match=r"give one of|needs the base model|goes with score_columns"):
@@ -416,7 +417,7 @@ def test_pairs_that_are_too_long_are_dropped_cut_or_refused(llama, tmp_path):
     cut = train(data, tmp_path / "cut", TrainSettings(**shared, truncation="cut"))
     assert (cut.pairs, cut.dropped, cut.cut) == (9, 0, 1)
     assert not (tmp_path / "cut" / "dropped.jsonl").exists()
-    with pytest.raises(DataError, match=r"line 5: .* more than max_length 40"):
+    with refused(DataError, "line 5", "max_length 40"):
         train(data, tmp_path / "refuse", TrainSettings(**shared, truncation="refuse"))
     assert not (tmp_path / "refuse").exists()
 
@@ -425,9 +426,9 @@ def test_qlora_needs_a_gpu_and_says_so(llama, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     data = write(tmp_path / "pairs.jsonl", text_pairs(8))
-    with pytest.raises(ConfigError, match="weights of 4 bits need a GPU"):
+    with refused(ConfigError, "4", "GPU"):
         train(data, tmp_path / "P", TrainSettings(model=str(llama), loss={"kind": "dpo"}, qlora=True))
-    with pytest.raises(ValueError, match="give full or qlora, not both"):
+    with refused(ValueError, "full", "qlora"):
         TrainSettings(model=str(llama), full=True, qlora=True)
 
 

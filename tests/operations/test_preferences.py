@@ -23,6 +23,7 @@ from madpo.operations.study_pairs import (
     sample_responses,
 )
 from madpo.operations.study_training import ReferenceStage, reference_logps
+from refusals import refused
 
 WORDS = ["the", "film", "was", "good", "bad", "story", "and", "it", "is", "what", "I like", "to see", "in a cinema"]
 
@@ -126,7 +127,7 @@ def test_the_seed_decides_the_responses(study) -> None:
 
 
 def test_prompts_longer_than_every_review_are_refused(study) -> None:
-    with pytest.raises(ConfigError, match="none of the 10 prompt reviews has 508 tokens"):
+    with refused(ConfigError, "10", "508"):
         study("a", study.config.model_copy(update={"prompt_tokens": 500}))
 
 
@@ -222,7 +223,7 @@ def test_pairs_with_equal_sides_are_counted_where_there_are_some(tmp_path) -> No
 
 
 def test_some_pairs_must_be_held_out(tmp_path) -> None:
-    with pytest.raises(ConfigError, match="train is 40, but there are 40 pairs"):
+    with refused(ConfigError, "train", "40"):
         label(tmp_path, responses(tmp_path / "r", 40))
 
 

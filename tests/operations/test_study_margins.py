@@ -11,6 +11,7 @@ from madpo.operations.study_margins import ProbeMarginStage, ProbeStage, fit_pai
 from madpo.rewards.reward_model import RewardModel
 from madpo.study.experiment import Experiment
 from madpo.training.margins import sequences
+from refusals import refused
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +66,9 @@ def test_a_training_pair_has_the_margin_of_a_probe_that_has_not_seen_it(made, tm
 def test_a_probe_takes_no_training_settings_and_a_trained_model_needs_them() -> None:
     quickstart = find_experiment("quickstart")
     assert load_config(quickstart, Experiment, ()).reward_model.kind == "probe"
-    with pytest.raises(ConfigError, match="optimisation is missing: add it"):
+    with refused(ConfigError, "optimisation", "add"):
         load_config(quickstart, Experiment, ["reward_model.kind=trained"])
-    with pytest.raises(ConfigError, match="optimisation is given: remove it"):
+    with refused(ConfigError, "optimisation", "remove"):
         load_config(find_experiment("smoke"), Experiment, ["reward_model.kind=probe"])
     scores = ["method.1.loss={ kind = 'omni_dpo', beta = 0.1 }", "method.1.name=Omni"]
     with pytest.raises(ConfigError, match="reads scores of either side"):

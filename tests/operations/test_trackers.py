@@ -13,6 +13,7 @@ from madpo.operations import RewardSettings, reward
 from madpo.operations.trackers import reporting_to
 from madpo.training import run as running
 from practice_cases import read, run, text_pairs, write
+from refusals import refused
 
 
 def scalars(folder):
@@ -87,10 +88,10 @@ def test_trainings_without_an_option_take_trackers_from_the_environment(tmp_path
     assert optimisation.arguments(tmp_path, 0)["report_to"] == ["none"]
     with reporting_to(("tensorboard",)):
         assert optimisation.arguments(tmp_path, 0)["report_to"] == ["tensorboard"]
-    with pytest.raises(ConfigError, match="'tensorbord', which is no tracker"), reporting_to(("tensorbord",)):
+    with refused(ConfigError, "'tensorbord'"), reporting_to(("tensorbord",)):
         pass
     monkeypatch.setenv(REPORT_TO, "wandbb")
-    with pytest.raises(ConfigError, match="did you mean 'wandb'"), reporting_to(()):
+    with refused(ConfigError, "'wandb'"), reporting_to(()):
         pass
 
 

@@ -19,6 +19,7 @@ from madpo.data.findings import Survey
 from madpo.operations import ScoreSettings, TrainSettings, score
 from madpo.operations.inputs import started_clock
 from practice_cases import conversation, read, text_pairs, write
+from refusals import refused
 
 CLOCK = (
     "{{ bos_token }}Today: {{ strftime_now('%Y-%m-%d') }}\n{% for m in messages %}{{ '<' + m.role + '>' + m.content }}"
@@ -86,7 +87,7 @@ def test_scoring_says_it_too_and_refuses_late_rows_before_it_scores(
     how = {"score_columns": ("a", "b"), "margin_temperature": 1.0}
     score(data, tmp_path / "S", ScoreSettings(**how))
     assert f"Found in 24 pairs of {data}: 1 duplicate (what" in capsys.readouterr().err
-    with pytest.raises(Exception, match="line 4, first in 2"):
+    with refused(Exception, "line 4", "2"):
         score(data, tmp_path / "T", ScoreSettings(**how, strict=True))
 
 

@@ -27,6 +27,7 @@ from madpo.operations.tuning.reward import RewardCurve, strengthened
 from madpo.operations.tuning.settings import grid_size, with_values
 from madpo.training import PreferenceTrainer, reference
 from practice_cases import logps, read, run, text_pairs, write
+from refusals import refused
 
 ARGS = {"learning_rate": 1e-2, "max_steps": 3, "per_device_train_batch_size": 8, "bf16": False}
 SPACE = {"loss.tau": {"values": [2.0, 4.0]}}
@@ -178,7 +179,7 @@ def test_a_finished_study_goes_on_with_more_trials_and_refuses_other_settings(ll
     for trial in more.trials:
         assert 1 <= trial.values["loss.tau"] <= 9
         assert trial.values["lora.rank"] in (2, 3, 4)
-    with pytest.raises(StorageError, match="folds is 3, was 2"):
+    with refused(StorageError, "folds", "3", "2"):
         tune(data, tmp_path / "T", settings_for(llama, folds=3, **changes))
 
 
@@ -209,7 +210,7 @@ def test_mistakes(llama, data, tmp_path, capsys, words, says):
 
 def test_a_missing_column_is_told_before_anything_is_trained(llama, tmp_path):
     bare = write(tmp_path / "pairs.jsonl", text_pairs(8))
-    with pytest.raises(DataError, match=r"reward_margin.*madpo score"):
+    with refused(DataError, "reward_margin", "madpo score"):
         tune(bare, tmp_path / "T", settings_for(llama))
     assert not (tmp_path / "T").exists()
 
@@ -301,7 +302,7 @@ def test_the_reward_of_samples_at_equal_kl(llama, data, tmp_path):
     curve = RewardCurve.of(heldout.load_file(saved))
     assert (np.diff(curve.kl.mean(-1)) > 0).all(), "a stronger adapter is further from the reference"
     far = reward | {"kl": 1e6, "strengths": [0.5]}
-    with pytest.raises(ConfigError, match="no policy reached a KL of 1e\\+06 nats"):
+    with refused(ConfigError, "1e+06"):
         tune(data, tmp_path / "F", settings_for(llama, criterion="reward", reward=far, baseline=False))
 
 
@@ -330,7 +331,7 @@ def test_rewards_need_their_settings():
     ):
         with pytest.raises(ValueError, match=says):
             RewardCriterion(**{"reward_model": "R", "kl": 1.0, **bad})
-    with pytest.raises(ValueError, match="full training does not have"):
+    with refused(ValueError, "adapter", "full"):
         TuneSettings(model="m", full=True, criterion="reward", reward=RewardCriterion(reward_model="R", kl=1.0))
 
 

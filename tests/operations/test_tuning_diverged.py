@@ -12,6 +12,7 @@ from madpo.operations.tuning import TuneSettings, tune
 from madpo.operations.tuning import search as study
 from madpo.training import PreferenceTrainer
 from practice_cases import text_pairs, write
+from refusals import refused
 
 pytestmark = pytest.mark.usefixtures("module_cache")
 ARGS = {"max_steps": 2, "per_device_train_batch_size": 4, "bf16": False}
@@ -66,7 +67,7 @@ def test_where_all_diverge_one_sentence_says_so_each_time(llama, data, tmp_path,
     args = ARGS | {"max_steps": 1}  # the loss of the only step is good, what it leaves is not
     settings = settings_for(llama, [3e37], args=args)
     for _ in range(2):
-        with pytest.raises(DivergedError, match=r"all 1 trials diverged, the first since the margins of 5 of 5 held-"):
+        with refused(DivergedError, "1", "5"):
             tune(data, tmp_path / "T", settings)
 
 
@@ -83,7 +84,7 @@ def test_the_output_head_is_no_target(llama, data, tmp_path, capsys):
     targets = {"targets": ["q_proj", "lm_head"]}
     settings = TrainSettings(model=str(llama), loss=DPO(), args=ARGS, dtype="float32", lora=targets)
     possible = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj, or take all-linear"
-    with pytest.raises(ConfigError, match=rf"output head lm_head is never a target; name some of {possible}"):
+    with refused(ConfigError, "lm_head", possible):
         train(data, tmp_path / "P", settings)
     words = [
         "--loss",

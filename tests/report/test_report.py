@@ -29,6 +29,7 @@ from madpo.report.tables import report_markdown_table
 from madpo.rewards.weight_counts import WeightParameters, count_weights, log_weight
 from madpo.runner.record import Record
 from practice_cases import write
+from refusals import refused
 
 HOSTILE = "</script><script>alert(1)</script><!-- & \u2028 \u202e 'quoted\" <img src=x onerror=alert(2)>"
 ARABIC = "\u0645\u0631\u062d\u0628\u0627 \u0628\u0627\u0644\u0639\u0627\u0644\u0645"
@@ -275,7 +276,7 @@ def test_rebuild_reads_the_runs_own_list(tmp_path: Path) -> None:
     make_run(tmp_path, title="from run.json")
     text = rebuild_report(tmp_path, figures=False).read_text(encoding="utf-8")
     assert "<title>from run.json</title>" in text
-    with pytest.raises(ConfigError, match="holds no run"):
+    with refused(ConfigError, tmp_path):
         rebuild_report(tmp_path / "other")
 
 
@@ -319,7 +320,7 @@ def test_a_damaged_sample_names_its_row(tmp_path: Path) -> None:
     records = make_run(tmp_path)
     path = folder_of(tmp_path, records["evaluation/sft"]) / "samples.jsonl"
     path.write_text('{"prompt_id": 1, "oracle_reward": 2}\n{"prompt_id": 2\n')
-    with pytest.raises(DataError, match=r"samples\.jsonl row 2"):
+    with refused(DataError, "samples.jsonl", "row 2"):
         build_report(tmp_path, records, "t", {}, figures=False)
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -21,6 +20,7 @@ from madpo.report.sources import folder_of
 from madpo.report.study_sections import temperature_table
 from madpo.runner.record import run_status
 from practice_cases import read, write
+from refusals import refused
 from report_cases import PROMPTS, Study, make_study
 
 
@@ -248,7 +248,7 @@ def test_an_earlier_export_is_replaced_as_a_whole_and_nothing_else_is(tmp_path: 
     assert main(["report", str(study.root), "--export", str(target)]) == 0
     assert not (target / "tables" / "left.csv").exists()
     (target / "notes.md").write_text("mine")
-    with pytest.raises(StorageError, match=r"out holds notes.md and an earlier export.*move it away"):
+    with refused(StorageError, "notes.md"):
         export_report(study.root, target)
     assert (target / "notes.md").read_text() == "mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
@@ -259,7 +259,7 @@ def test_an_earlier_export_is_replaced_as_a_whole_and_nothing_else_is(tmp_path: 
         with pytest.raises(StorageError, match=words):
             export_report(study.root, place)
     assert (other / "thesis.tex").read_text() == "x"
-    with pytest.raises(ConfigError, match="holds no run"):
+    with refused(ConfigError, tmp_path):
         export_report(other, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
@@ -269,12 +269,12 @@ def test_what_is_too_large_or_damaged_writes_nothing(tmp_path: Path, monkeypatch
     study.write("one")
     monkeypatch.setattr(export, "rebuild_report", lambda place: rebuild_report(place, figures=False))
     monkeypatch.setattr(export, "LIMIT", 10_000)
-    with pytest.raises(DataError, match=r"would take \d.* MB \(limit 0.01\).*nothing was written"):
+    with refused(DataError, "0.01"):
         export_report(study.root, tmp_path / "out")
     damaged = next(study.root.glob("evaluation/low/*/*/samples.jsonl"))
     damaged.write_text(damaged.read_text(encoding="utf-8") + "{", encoding="utf-8")
     rows = PROMPTS + 1
-    with pytest.raises(DataError, match=re.escape(f"samples.jsonl row {rows}")):
+    with refused(DataError, "samples.jsonl", f"row {rows}"):
         export_report(study.root, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 

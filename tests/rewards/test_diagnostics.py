@@ -24,6 +24,7 @@ from madpo.operations.inspection import inspect as inspect_data
 from madpo.rewards.margins import ENOUGH, PAPER_SETTINGS, SURE, inspect
 from madpo.rewards.weight_counts import WeightParameters, log_weight
 from practice_cases import read, write
+from refusals import refused
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u2028&amp;{{data}}"
 
@@ -221,16 +222,16 @@ def test_margins_come_from_every_shape(tmp_path: Path) -> None:
     del lines[2]["implicit_margin"]
     assert read_margins(write(path, lines)).implicit is None
     del lines[3]["reward_margin"]
-    with pytest.raises(DataError, match="line 4: reward_margin is null"):
+    with refused(DataError, "line 4", "reward_margin", "null"):
         read_margins(write(path, lines))
     row = {"prompt": "a", "chosen": "b", "rejected": "c"}
     (tmp_path / "scores.jsonl").write_text(json.dumps(row | {"chosen_score": 3, "rejected_score": 1.5}))
     assert read_margins(tmp_path / "scores.jsonl").values == (1.5,)
     (tmp_path / "none.jsonl").write_text(json.dumps(row))
-    with pytest.raises(DataError, match="no column 'reward_margin' and no scores; score the pairs"):
+    with refused(DataError, "'reward_margin'", "madpo score"):
         read_margins(tmp_path / "none.jsonl")
     (tmp_path / "bad.csv").write_text("reward_margin\nhigh\n")
-    with pytest.raises(DataError, match="line 2: reward_margin is 'high'"):
+    with refused(DataError, "line 2", "reward_margin", "'high'"):
         read_margins(tmp_path / "bad.csv")
 
 

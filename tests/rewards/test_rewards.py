@@ -43,6 +43,7 @@ from madpo.study.experiment import Experiment
 from madpo.training.reward import RewardModelTrainer, fit_reward_model
 from madpo.training.settings import RewardModelStage
 from practice_cases import read
+from refusals import refused
 
 GOOD = ["wonderful", "great", "moving", "funny", "best"]
 BAD = ["terrible", "boring", "awful", "worst", "dull"]
@@ -140,14 +141,14 @@ def test_the_prompt_counts_only_if_asked_for(tmp_path, scores) -> None:
 
 
 def test_refusals_name_the_place(tmp_path) -> None:
-    with pytest.raises(DataError, match="holds no oracle"):
+    with refused(DataError, tmp_path):
         load_oracle(tmp_path)
     (tmp_path / "oracle.json").write_text(NgramOracle().model_dump_json())
     with pytest.raises(DataError, match=r"vocabulary\.json"):
         load_oracle(tmp_path)
     with pytest.raises(DataError, match="no reward model"):
         RewardModel.load(tmp_path)
-    with pytest.raises(DataError, match="2 prompts but 1"):
+    with refused(DataError, "2", "1"):
         rewards._OracleReward(lambda texts: np.ones(len(texts)), "completion")(["", ""], [""])
 
 
@@ -191,7 +192,7 @@ def test_classifier_oracle_is_six_times_the_probability_of_positive(tmp_path, ro
 
 @pytest.mark.usefixtures("toy")
 def test_a_label_that_the_classifier_lacks(tmp_path, roberta) -> None:
-    with pytest.raises(ConfigError, match=r"'good', but .* has the labels negative, neutral, positive"):
+    with refused(ConfigError, "'good'", "negative", "neutral", "positive"):
         fit_oracle(stage(ClassifierOracle(name=str(roberta), positive_label="good")), {}, tmp_path)
 
 
@@ -312,7 +313,7 @@ def test_rewards_of_pairs_are_those_of_their_sides(trained, pooling) -> None:
     assert model.inner._madpo_packs
     assert np.ptp(found) > 0.1
     assert [part.shape for part in model.score_pairs([], [], [])] == [(0,), (0,)]
-    with pytest.raises(DataError, match="text 1 has no tokens"):
+    with refused(DataError, "text 1"):
         model.score_pairs([[1], []], [[2], [3]], [0, 0])
 
 
@@ -427,7 +428,7 @@ def test_text_is_scored_as_its_tokens(trained) -> None:
     ids = [*model.tokenizer(prompt)["input_ids"], *model.tokenizer(completion, add_special_tokens=False)["input_ids"]]
     assert model([prompt], [completion])[0] == model.score_ids([ids])[0]
     assert model.score_ids([]).shape == (0,)
-    with pytest.raises(DataError, match="text 1 has no tokens"):
+    with refused(DataError, "text 1"):
         model.score_ids([[1], []])
 
 
@@ -482,7 +483,7 @@ def test_an_oracle_of_ones_own_is_one_class(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "mine.py").write_text(LENGTH.replace("* 6", "* 5"))
     changed = stage(TypeAdapter(Oracle).validate_python(given))
     assert identity_settings(changed) != before
-    with pytest.raises(DataError, match=r"source of .* has changed"):
+    with refused(DataError, "own.py"):
         load_oracle(tmp_path)
 
 

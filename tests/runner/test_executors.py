@@ -12,6 +12,7 @@ import pytest
 
 from madpo.core.errors import ConfigError, DataError
 from madpo.runner.executors import Cluster, Inline, Processes
+from refusals import refused
 
 
 def add(a: int, b: int) -> int:
@@ -106,12 +107,12 @@ def test_a_dead_worker_is_an_error_and_the_next_task_runs(monkeypatch: pytest.Mo
 
 @needs_ray
 def test_no_cluster_is_one_sentence() -> None:
-    with pytest.raises(ConfigError, match=r"no Ray cluster can be used at 127\.0\.0\.1:1"), Cluster("127.0.0.1:1"):
+    with refused(ConfigError, "127.0.0.1:1"), Cluster("127.0.0.1:1"):
         pass
 
 
 def test_needs_a_worker() -> None:
-    with pytest.raises(ConfigError, match="the first two must be above 0"):
+    with refused(ConfigError, "0"):
         Cluster(slots=0)
-    with pytest.raises(ConfigError, match="0 worker processes"):
+    with refused(ConfigError, "0"):
         Processes(0)

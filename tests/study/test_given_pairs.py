@@ -16,6 +16,7 @@ from madpo.operations import study_training
 from madpo.operations.study_training import PairSFTStage, fold_of_pairs, train_sft_on_pairs
 from madpo.study.experiment import Experiment, run_experiment
 from practice_cases import write
+from refusals import refused
 
 POSTS = [
     "I lost my keys at the station",
@@ -93,7 +94,7 @@ def test_what_does_not_go_with_given_pairs_is_refused(override, message):
 
 
 def test_a_missing_file_and_a_missing_judge_are_reported_before_anything_runs(tmp_path):
-    with pytest.raises(DataError, match="there is no such file"):
+    with refused(DataError, "gone"):
         load("corpus.data=nowhere.jsonl").steps()
     pairs = written(tmp_path / "pairs.jsonl")
     given = (*TINY, f"corpus.data={pairs}", "corpus.judge=./no-judge")
@@ -121,7 +122,7 @@ def test_fine_tuning_learns_chosen_completions_and_prompts_where_they_count(tmp_
     few = PairSFTStage(reviews=2, score_prompt=True, early_stopping=EarlyStopping(texts=2), **how)
     train_sft_on_pairs(few, {"pairs": tmp_path}, tmp_path)
     none = few.model_copy(update={"early_stopping": EarlyStopping(texts=5)})
-    with pytest.raises(ConfigError, match="leaves none of 5 pairs"):
+    with refused(ConfigError, "5"):
         train_sft_on_pairs(none, {"pairs": tmp_path}, tmp_path)
     masked = [{"input_ids": [2, k, 9, 1], "labels": [-100, -100, 9, 1]} for k in range(5)]
     whole = [{**row, "labels": row["input_ids"]} for row in masked]

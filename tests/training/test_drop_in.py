@@ -21,6 +21,7 @@ from madpo.losses import BCO, IPO, RDPO, WPO, Combined, Custom
 from madpo.models.load import load_tokenizer
 from madpo.training import columns as trainer_columns
 from madpo.training.refusals import loss_of
+from refusals import refused
 from small_trainers import SETTINGS, pairs
 from trainer_settings import QUIET
 
@@ -117,7 +118,7 @@ def test_a_pairs_weight_multiplies_its_loss_where_it_is_asked_for(llama, tmp_pat
     ]
     assert losses(build(llama, tmp_path, pairs(4).add_column("weight", [0.5] * 4), **{**batch, "pair_weights": False}))
     assert not said
-    with pytest.raises(DataError, match=r"train_dataset has no column 'weight'"):
+    with refused(DataError, "train_dataset", "'weight'"):
         build(llama, tmp_path, pairs(4), **batch)
     for value, message in (("high", "no number"), (None, "empty"), (math.inf, "finite"), (1e39, "finite")):
         data = pairs(4).add_column("pair_id", list("abcd")).add_column("weight", [value] * 4)
@@ -129,13 +130,13 @@ def test_a_pairs_weight_multiplies_its_loss_where_it_is_asked_for(llama, tmp_pat
 
 def test_a_margin_is_refused_only_by_a_loss_that_reads_one(llama, tmp_path):
     data = pairs().add_column("margin", [1.0] * 16)
-    with pytest.raises(DataError, match=r"'margin' and no 'reward_margin', which the loss reads; rename it"):
+    with refused(DataError, "'margin'", "'reward_margin'"):
         build(llama, tmp_path, data, loss=MADPO(tau=2, c_max=4))
     both = data.add_column("reward_margin", [1.0] * 16)
     assert losses(build(llama, tmp_path, both, loss=MADPO(tau=2, c_max=4), max_steps=1))
     rows = list(data)
     stream = IterableDataset.from_generator(lambda: iter(rows))
-    with pytest.raises(DataError, match="'margin' and no 'reward_margin'"):
+    with refused(DataError, "'margin'", "'reward_margin'"):
         build(llama, tmp_path, stream, loss=MADPO(tau=2, c_max=4))
 
 
@@ -144,7 +145,7 @@ def test_a_bad_number_names_its_pairs_by_text(llama, tmp_path):
     data = data.add_column("ref_chosen_logps", [math.nan, -9.0, -9.0, -9.0]).add_column(
         "ref_rejected_logps", [-9.0] * 4
     )
-    with pytest.raises(DataError, match=r"pairs \[a\].*reference log-probabilities are not finite"):
+    with refused(DataError, "[a]"):
         build(llama, tmp_path, data).train()
 
 
@@ -193,7 +194,7 @@ def test_predict_measures_without_compute_metrics(llama, tmp_path):
     again = trainer.evaluate(pairs(8, seed=1))
     assert again["eval_loss"] == pytest.approx(evaluated["eval_loss"], rel=1e-6), "nothing of predict is left over"
     trainer.compute_metrics = lambda p: {}
-    with pytest.raises(ConfigError, match="compute_metrics takes logits"):
+    with refused(ConfigError, "compute_metrics"):
         trainer.predict(pairs(8, seed=1))
 
 
@@ -234,7 +235,7 @@ VIRTUAL = {
 def test_adapters_that_change_no_weights_are_refused_when_the_trainer_is_made(llama, tmp_path, kind):
     args = PreferenceConfig(output_dir=str(tmp_path), **PLAIN)
     given = {"args": args, "train_dataset": pairs(), "processing_class": load_tokenizer(llama)}
-    with pytest.raises(ConfigError, match=rf"{kind} is not supported.*such as LoRA"):
+    with refused(ConfigError, kind, "LoRA"):
         PreferenceTrainer(load(llama), peft_config=VIRTUAL[kind](), **given)
     with pytest.raises(ConfigError, match=kind):
         PreferenceTrainer(get_peft_model(load(llama), VIRTUAL[kind]()), **given)
@@ -274,7 +275,7 @@ def test_every_other_loss_type_of_trl_is_refused(tmp_path):
     args = DPOConfig(output_dir=str(tmp_path), **QUIET)
     for kind in ("hinge", "exo_pair", "nca_pair", "sppo_hard", "aot", "apo_zero", "apo_down", "discopop"):
         args.loss_type = [kind]
-        with pytest.raises(ConfigError, match=f"madpo has no loss like {kind}"):
+        with refused(ConfigError, kind):
             loss_of(args)
 
 
@@ -366,9 +367,9 @@ def test_a_stream_computes_its_reference_as_it_goes(llama, tmp_path, make):
 @pytest.mark.parametrize("name", ["image", "images"])
 def test_images_are_refused_in_a_sentence_that_can_be_followed(llama, tmp_path, name):
     data = pairs().add_column(name, [[0]] * 16)
-    with pytest.raises(DataError, match=rf"train_dataset has a column '{name}'.*remove the column"):
+    with refused(DataError, "train_dataset", repr(name)):
         build(llama, tmp_path, data)
-    with pytest.raises(DataError, match=rf"eval_dataset has a column '{name}'"):
+    with refused(DataError, "eval_dataset", repr(name)):
         build(llama, tmp_path, eval_dataset=data)
     trainer = build(llama, tmp_path, data.remove_columns(name))
     with pytest.raises(DataError, match=rf"has a column '{name}'"):

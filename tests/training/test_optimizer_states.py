@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from madpo.core.errors import ConfigError
 from madpo.training import checkpoints as disk
 from madpo.training.states import pack, unpack
+from refusals import refused
 from small_trainers import build
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -43,7 +44,7 @@ def test_a_nested_state_is_put_together_again_exactly(tmp_path):
 def test_an_object_is_refused_by_its_place(bad):
     if isinstance(bad, torch.Tensor):
         bad = torch.nn.UninitializedParameter()
-    with pytest.raises(ConfigError, match=r"optimizer's state\.0\.odd is a .*without pickle"):
+    with refused(ConfigError, "state.0.odd"):
         pack({"state": {0: {"odd": bad}}}, "optimizer")
 
 
@@ -65,9 +66,7 @@ def test_a_state_that_cannot_be_kept_is_refused_after_one_step(llama, tmp_path, 
         trainer.train()
         assert trainer.state.global_step == 6
         return
-    with pytest.raises(
-        ConfigError, match=r"optimizer's state\.0\.moments is a object.*adamw_torch.*save_strategy='no'"
-    ):
+    with refused(ConfigError, "state.0.moments", "adamw_torch", "save_strategy='no'"):
         trainer.train()
     assert trainer.state.global_step == 1
     assert not disk.folders(tmp_path)
