@@ -289,7 +289,7 @@ def test_the_reward_is_read_off_between_two_strengths():
 def test_the_reward_of_samples_at_equal_kl(llama, data, tmp_path):
     run("reward", data, "--model_name_or_path", llama, "--output_dir", tmp_path / "R", "--eval_share", "0.4",
         "--learning_rate", "1e-2")  # fmt: skip
-    reward = {"reward_model": str(tmp_path / "R"), "kl": 0.001, "max_new_tokens": 4, "prompts": 5}
+    reward = {"reward_model": str(tmp_path / "R"), "kl": 0.001, "max_new_tokens": 4, "prompts": 5, "strengths": [1, 2]}
     settings = settings_for(llama, criterion="reward", reward=reward)
     settings = settings.model_copy(update={"args": ARGS | {"max_steps": 1}})
     report = tune(data, tmp_path / "T", settings)

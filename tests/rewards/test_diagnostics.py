@@ -228,7 +228,7 @@ def test_margins_come_from_every_shape(tmp_path: Path) -> None:
     (tmp_path / "scores.jsonl").write_text(json.dumps(row | {"chosen_score": 3, "rejected_score": 1.5}))
     assert read_margins(tmp_path / "scores.jsonl").values == (1.5,)
     (tmp_path / "none.jsonl").write_text(json.dumps(row))
-    with refused(DataError, "'reward_margin'", "madpo score"):
+    with refused(DataError, "none.jsonl", "'reward_margin'", "scores"):
         read_margins(tmp_path / "none.jsonl")
     (tmp_path / "bad.csv").write_text("reward_margin\nhigh\n")
     with refused(DataError, "line 2", "reward_margin", "'high'"):

@@ -483,7 +483,7 @@ def test_an_oracle_of_ones_own_is_one_class(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "mine.py").write_text(LENGTH.replace("* 6", "* 5"))
     changed = stage(TypeAdapter(Oracle).validate_python(given))
     assert identity_settings(changed) != before
-    with refused(DataError, "own.py"):
+    with refused(DataError, "oracle.json", "mine.py:LengthOracle", "changed"):
         load_oracle(tmp_path)
 
 

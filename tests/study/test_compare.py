@@ -168,7 +168,7 @@ def test_mistakes_are_told_before_a_model_loads(tmp_path) -> None:
     data = write(tmp_path / "p.jsonl", text_pairs(20))
     with refused(ConfigError, "'madpo'"):
         settings("tiny-llama", losses=["mapdo"])
-    with refused(ConfigError, "losses", "madpo", "tau", "-1"):
+    with refused(ConfigError, "losses", "madpo", "tau", "-1.0"):
         settings("tiny-llama", losses=[{"kind": "madpo", "tau": -1}])
     with pytest.raises(DataError, match="chosen_score"):
         compare(data, tmp_path / "out", settings("tiny-llama", losses=["omni_dpo"]), dry_run=True)

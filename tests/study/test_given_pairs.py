@@ -94,7 +94,7 @@ def test_what_does_not_go_with_given_pairs_is_refused(override, message):
 
 
 def test_a_missing_file_and_a_missing_judge_are_reported_before_anything_runs(tmp_path):
-    with refused(DataError, "gone"):
+    with refused(DataError, "nowhere.jsonl"):
         load("corpus.data=nowhere.jsonl").steps()
     pairs = written(tmp_path / "pairs.jsonl")
     given = (*TINY, f"corpus.data={pairs}", "corpus.judge=./no-judge")
