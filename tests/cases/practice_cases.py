@@ -49,7 +49,8 @@ def logps(model, tokenizer, prompt, completion):
 
     ids = torch.tensor([ids_of(tokenizer, prompt, completion)])
     start = len(tokenizer(prompt)["input_ids"])
-    found = model(ids).logits[0, start - 1 : -1].log_softmax(-1)
+    with torch.no_grad():
+        found = model(ids).logits[0, start - 1 : -1].log_softmax(-1)
     return found.gather(-1, ids[0, start:, None]).sum().item()
 
 

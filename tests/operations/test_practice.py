@@ -117,7 +117,6 @@ def test_scored_rows_hold_the_reward_models_margins(chain, llama):
     assert not (chain / "S" / "parts").exists()
 
 
-@torch.no_grad()
 def test_the_policys_numbers(chain, llama):
     policy_dir, tokenizer = chain / "P", load_tokenizer(llama)
     base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()

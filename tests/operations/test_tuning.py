@@ -65,7 +65,6 @@ def tuned(llama, data, tmp_path_factory):
     return out, report, trained, asked
 
 
-@torch.no_grad()
 def test_the_criteria_are_those_of_policies_that_madpo_train_makes(tuned, llama, data, tmp_path):
     _, report, _, _ = tuned
     rows, tokenizer = read(data), load_tokenizer(llama)

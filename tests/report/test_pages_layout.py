@@ -75,7 +75,7 @@ def training_page(folder: Path) -> Path:
     steps = range(1, 120)
     log = [{"step": s, "loss": 0.69 - 0.002 * s, "rewards/margins": 0.01 * s, "weight/mean": 1.1} for s in steps]
     log += [{"step": s, "eval_loss": 0.68, "eval_rewards/margins": 0.1} for s in (40, 80)]
-    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    write(folder / "log.jsonl", log)
     numbers = {"loss": "madpo", "training pairs": "1,400", "steps": "119", "mean loss": 0.571234}
     evaluation = {"eval_loss": 0.68123456, "eval_rewards/accuracies": 0.7123456, "eval_rewards/margins": 0.1}
     write_training_page(
@@ -111,7 +111,7 @@ def own_page(folder: Path) -> Path:
             for i, h in enumerate(rows)
         ]
         place = study.add(f"heldout/own/method{number}/seed0", {}, {"method": method["name"]})
-        (place / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write(place / "samples.jsonl", lines)
     return rebuild_report(study.write("Preference losses on pairs.jsonl"), figures=False)
 
 
