@@ -231,29 +231,6 @@ def test_weights_that_deepspeed_keeps_in_parts_have_no_digest(llama):
         weights_digest(model)
 
 
-@pytest.mark.parametrize(
-    "loss",
-    [
-        MADPO(tau=2, c_max=4),
-        BetaDPO(filter=True, keep=0.5),
-        *(pytest.param(loss, marks=pytest.mark.slow) for loss in (DPO(), IPO(beta=0.5), SimPO(beta=2.0, gamma=0.5))),
-        pytest.param(BetaDPO.preset("madpo_notebook"), marks=pytest.mark.slow),
-    ],
-    ids=lambda loss: loss.kind,
-)
-def test_accumulation_does_not_change_the_step(llama, tmp_path, loss):
-    data = pairs(20, reward_margin=[0.3 * i - 2 for i in range(20)], weight=[1.0 + (i % 3) for i in range(20)])
-    runs = {}
-    for micro, steps in ((8, 1), (4, 2), (1, 8)):
-        batch = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": steps, "pair_weights": True}
-        # 20 pairs in batches of 8: the last step of the epoch has 4
-        _, runs[micro] = run_ours(llama, tmp_path / str(micro), loss, data, max_steps=6, learning_rate=5e-3, **batch)
-    for micro in (4, 1):
-        for a, b in zip(runs[8], runs[micro], strict=True):
-            assert b["loss"] == pytest.approx(a["loss"], rel=2e-4, abs=1e-6)
-            assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=2e-3, abs=1e-6)
-
-
 def test_text_pairs_are_tokenised_as_trl_does(llama, tmp_path):
     rows = [{"prompt": "The film", "chosen": " was good", "rejected": " was bad"}] * 4
     rows += [{"prompt": "A story", "chosen": " of hope and joy", "rejected": " of"}] * 4
