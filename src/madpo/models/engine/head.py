@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from madpo.core.errors import ConfigError
 from madpo.models.engine import devices
+from madpo.models.engine.tiles import RoundedSums, Sums
 
 TILE = 4_096
 """Vocabulary entries per tile on a processor: small enough for its cache at a few hundred tokens."""
@@ -232,25 +233,21 @@ class _FrozenHeadLogps(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, head: Head, labels: Tensor, tile: int, log_sum_sq: bool, details: bool
     ) -> tuple[Tensor | None, ...]:
-        sums = _Softmax.of(hidden, stash=ctx.needs_input_grad[0], log_sum_sq=log_sum_sq, details=details)
-        for start in range(0, head.weight.shape[0], tile):
-            sums.add_tile(head, hidden, labels, start, tile)
-        label_logit, label_slope = head.logits_of(hidden, labels)
-        if sums.arg is not None:
-            sums.exchange(head, labels, (label_logit, label_slope), head.logits_of(hidden, sums.arg))
-        norm = sums.total.log()
-        logps = label_logit - (sums.top + norm)
-        if sums.stash is not None:
-            own = head.weight[labels].to(sums.stash.dtype)
-            own = own if label_slope is None else own * label_slope[:, None]
-            stash = own.sub_(sums.stash.div_(sums.total[:, None]))
-            ctx.save_for_backward((stash if head.scale == 1.0 else stash.mul_(head.scale)).to(hidden.dtype))
-        extras = (
-            None if sums.total_sq is None else sums.total_sq.log() - 2 * norm,
-            None if sums.weighted is None else norm - sums.weighted / sums.total,
-            None if sums.plain is None else sums.plain / head.weight.shape[0],
-            None if sums.own is None else (sums.own == sums.top).to(logps.dtype),
+        half = hidden.dtype in (torch.bfloat16, torch.float16)
+        sums = (RoundedSums if half and devices.kind(hidden) != "cuda" else Sums).of(
+            hidden, stash=ctx.needs_input_grad[0], log_sum_sq=log_sum_sq, details=details
         )
+        for start in range(0, head.weight.shape[0], tile):
+            sums.add_tile(head, hidden, labels, start, min(start + tile, head.weight.shape[0]))
+        label_logit, label_slope = head.logits_of(hidden, labels)
+        found = sums.result(head, hidden, labels, (label_logit, label_slope))
+        logps = label_logit - found.norm
+        if found.stash is not None:
+            own = head.weight[labels].to(found.stash.dtype)
+            own = own if label_slope is None else own * label_slope[:, None]
+            stash = own.sub_(found.stash)
+            ctx.save_for_backward((stash if head.scale == 1.0 else stash.mul_(head.scale)).to(hidden.dtype))
+        extras = found.log_sum_sq, found.entropy, found.mean_logit, found.top1
         ctx.mark_non_differentiable(*(extra for extra in extras if extra is not None))
         return logps, *extras
 
@@ -259,145 +256,6 @@ class _FrozenHeadLogps(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (stash,) = ctx.saved_tensors
         return (grads[0][:, None] * stash).to(stash.dtype), None, None, None, None, None
-
-
-@dataclass
-class _Softmax:
-    """Sums over the vocabulary tiles seen so far, one row per token; what nobody asked for is None.
-
-    Attributes:
-        top: the largest logit.
-        arg, share: its entry, and the label's e, where products are rounded.
-        total, total_sq, weighted: sums of e, e^2 and e (z - top), where e = exp(z - top).
-        plain, own: sum of z, and the label's logit as the tile's product gave it.
-        stash: sum of e W[v], less the label's own row d logp / d hidden once divided by ``total``. Where products are
-            rounded it lacks the label's term until :meth:`exchange`.
-        rounds: whether a product of half-precision matrices comes back in half precision.
-    """
-
-    top: Tensor
-    total: Tensor
-    arg: Tensor | None
-    share: Tensor | None
-    total_sq: Tensor | None
-    weighted: Tensor | None
-    plain: Tensor | None
-    own: Tensor | None
-    stash: Tensor | None
-    rounds: bool
-
-    @classmethod
-    def of(cls, hidden: Tensor, *, stash: bool, log_sum_sq: bool, details: bool) -> _Softmax:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        rounds = hidden.dtype in (torch.bfloat16, torch.float16) and devices.kind(hidden) != "cuda"
-
-        def zeros(wanted: bool) -> Tensor | None:
-            return hidden.new_zeros(len(hidden), dtype=wide) if wanted else None
-
-        return cls(
-            top=hidden.new_full((len(hidden),), -torch.inf, dtype=wide),
-            total=hidden.new_zeros(len(hidden), dtype=wide),
-            arg=hidden.new_zeros(len(hidden), dtype=torch.long) if rounds else None,
-            share=zeros(rounds),
-            total_sq=zeros(log_sum_sq),
-            weighted=zeros(details),
-            plain=zeros(details),
-            own=zeros(details),
-            stash=hidden.new_zeros(hidden.shape, dtype=wide) if stash else None,
-            rounds=rounds,
-        )
-
-    def add_tile(self, head: Head, hidden: Tensor, labels: Tensor, start: int, tile: int) -> None:
-        """Take in vocabulary entries ``start`` to ``start + tile``."""
-        stop, wide = min(start + tile, head.weight.shape[0]), self.top.dtype
-        z, slope = head.logits(hidden, start, stop)
-        peak = z.amax(-1).to(wide)
-        if self.arg is not None:
-            rows = (peak > self.top).nonzero().squeeze(-1)
-            self.arg[rows] = start + z[rows].max(-1).indices
-        if self.rounds or self.own is not None:
-            here = (labels >= start) & (labels < stop)
-            column = (labels - start).clamp(0, stop - start - 1)[:, None]
-        if self.own is not None and self.plain is not None:
-            self.own = torch.where(here, z.gather(-1, column).squeeze(-1).to(wide), self.own)
-            self.plain += _row_sums(z, wide)
-        self._rescale(torch.maximum(self.top, peak))
-        z = z.sub_(self.top.to(z.dtype)[:, None])
-        e = z.exp_() if self.weighted is None else z.exp()
-        if self.weighted is not None:
-            self.weighted += _row_sums(z.mul_(e), wide)
-        self.total += _row_sums(e, wide)
-        if self.total_sq is not None:
-            self.total_sq += torch.linalg.vector_norm(e, dim=-1, dtype=wide).square_()
-        if self.share is not None:
-            self.share += torch.where(here, e.gather(-1, column).squeeze(-1).to(wide), 0.0)
-        if self.stash is None:
-            return
-        e = e if slope is None else e.mul_(slope)
-        if self.rounds:  # a likely label's row would be rounded in the product by more than the gradient's size
-            e.scatter_(-1, column, e.gather(-1, column).masked_fill_(here[:, None], 0.0))
-        weight = head.weight[start:stop].to(hidden.dtype)
-        if self.rounds:
-            self.stash += e @ weight
-        elif hidden.dtype == wide:
-            self.stash.addmm_(e, weight)
-        else:  # half precision on a GPU, whose products come back in float32
-            torch.addmm(self.stash, e.to(hidden.dtype), weight, out_dtype=wide, out=self.stash)
-
-    def _rescale(self, top: Tensor) -> None:
-        apart = self.top - top
-        shift = apart.exp()
-        if self.weighted is not None:
-            # weighted = sum e (z - top): a moved top changes the factor as well as the exponent.
-            moved = torch.where(self.total > 0, self.total * apart, 0.0)
-            self.weighted.add_(moved).mul_(shift)
-        self.total *= shift
-        if self.total_sq is not None:
-            self.total_sq *= shift.square()
-        if self.share is not None:
-            self.share *= shift
-        if self.stash is not None:
-            self.stash *= shift[:, None]
-        self.top = top
-
-    def exchange(
-        self,
-        head: Head,
-        labels: Tensor,
-        label: tuple[Tensor, Tensor | None],
-        top: tuple[Tensor, Tensor | None],
-    ) -> None:
-        """Put the exact logits of the label and of the most likely token in place of their rounded ones, in every sum.
-
-        A bfloat16 product rounds a logit of 20 to steps of 1/8. Over a quarter of a million entries that averages
-        out in the softmax sum; for the two entries that carry the result it does not. The gradient has to follow:
-        where the label is likely, it is a small difference of these terms.
-
-        Args:
-            label, top: logits and their slopes, as :meth:`Head.logits_of` gives them.
-        """
-        assert self.arg is not None
-        assert self.share is not None
-        alike = labels == self.arg
-        own, peak = label[0] - self.top, top[0] - self.top
-        new, highest = own.exp(), torch.where(alike, 1.0, peak.exp())
-        self.total = self.total + (new - self.share) + (highest - 1)
-        if self.total_sq is not None:
-            self.total_sq = self.total_sq + (new.square() - self.share.square()) + (highest.square() - 1)
-        if self.weighted is not None and self.own is not None:
-            self.weighted += new * own - self.share * (self.own - self.top)
-            self.weighted += torch.where(alike, 0.0, highest * peak)
-        if self.stash is not None:
-            for entries, change, slope in ((labels, new, label[1]), (self.arg, highest - 1, top[1])):
-                change = change if slope is None else change * slope
-                self.stash += change[:, None] * head.weight[entries].to(self.stash.dtype)
-
-
-def _row_sums(values: Tensor, wide: torch.dtype) -> Tensor:
-    """Sums of rows in a wider type, some rows at a time: the copy stays in a processor's cache."""
-    if values.dtype == wide or devices.kind(values) != "cpu":
-        return values.sum(-1, dtype=wide)
-    return torch.cat([part.to(wide).sum(-1) for part in torch.split(values, 64)])
 
 
 def _logit_scale(config: Any) -> float:
