@@ -29,7 +29,7 @@ from madpo.operations.settings import EvaluateSettings
 from madpo.operations.study_evaluation import distinct
 from madpo.report.command_pages import write_samples_page
 from madpo.report.numbers import against, short
-from madpo.report.pages import Table, cell
+from madpo.report.pages import Cell, Table, cell
 from madpo.runner.operation import operation
 
 
@@ -195,12 +195,16 @@ def _temperatures(report: EvaluateReport) -> Table | None:
     )
     rows = [
         [
-            *(cell(f"{at.temperature:g}"), cell(at.win_rate, "share"), cell(at.reward_difference, "signed", digits=3)),
+            *(
+                Cell(f"temperature {at.temperature:g}"),
+                cell(at.win_rate, "share"),
+                cell(at.reward_difference, "signed", digits=3),
+            ),
             *(cell(value, digits=3) for value in (at.policy_reward, at.reference_reward)),
         ]
         for at in sorted((first, *report.temperatures), key=lambda at: at.temperature)
     ]
-    head = ("temperature", "win rate", "reward difference", "policy's reward", "reference's reward")
+    head = ("responses at", "win rate", "reward difference", "policy's reward", "reference's reward")
     return Table("Decoding temperatures", head, rows, plain=True)
 
 

@@ -22,6 +22,7 @@ from madpo.report.svg import PHONE, Scale
 from madpo.rewards.weight_counts import WeightParameters, log_weight
 
 HEIGHTS = {360: 240, 540: 320}
+LEAST = 1e-3  # height of a panel, as a share of its largest value
 LOW = 230  # of a panel of 540 where there are two rows of them, so that both are on the first screen
 RIGHT, BOTTOM, ROW = 18, 46, 26
 HOVER_FROM = 12  # points of a line from which the page's script reads values under the pointer
@@ -138,7 +139,10 @@ def _y_range(panel: Panel) -> tuple[float, float]:
     if panel.diagonal:
         return 0.0, 1.0
     values = [v for s in panel.series for m in s.marks for v in (m.y, m.low, m.high) if v is not None] or [0.0, 1.0]
-    return svg.value_range([*values, *([panel.reference[1]] if panel.reference else [])], 0.06)
+    low, high = svg.value_range([*values, *([panel.reference[1]] if panel.reference else [])], 0.06)
+    # Closer together, values would differ in digits that nobody reads.
+    more = max(0.0, LEAST * max(abs(low), abs(high)) - (high - low)) / 2
+    return low - more, high + more
 
 
 def _x_scale(panel: Panel, panels: Sequence[Panel], left: float, width: int) -> Scale:
