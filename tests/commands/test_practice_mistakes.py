@@ -48,7 +48,7 @@ def place(llama: Path, module_cache: None, tmp_path_factory: pytest.TempPathFact
 TRAIN = "train scored.jsonl --output_dir out --loss madpo --model_name_or_path"
 AUTO = "train scored.jsonl --output_dir out --model_name_or_path"
 MISTAKES = {
-    f"{AUTO} model --eval_data pairs.jsonl": "auto chooses on pairs that it holds out itself",
+    f"{AUTO} model --eval_data pairs.jsonl": "pairs.jsonl: has no column 'reward_margin', which the loss auto",
     f"{AUTO} model --loss.tau 3": "--loss.tau is a field of madpo, soft_madpo; add --loss madpo",
     f"{AUTO} endless": "the tokenizer 'endless' has neither a padding token nor an end token",
     f"{AUTO} model --report_to wandbb": "report_to names 'wandbb', which is no tracker; did you mean 'wandb'?",

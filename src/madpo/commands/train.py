@@ -82,7 +82,8 @@ def train(options: Train) -> int:
         madpo train pairs.jsonl --model_name_or_path MODEL --output_dir policy --dry_run --memory 80GB
     """
     o = options
-    named: dict[str, Any] = {"reading": o.reading, "loss": o.loss, "probe": o.probe, "models": [o.model]}
+    probe = o.probe or o.loss.kind == "auto"
+    named: dict[str, Any] = {"reading": o.reading, "loss": o.loss, "probe": probe, "models": [o.model]}
     settings, pairs = part(o, TrainSettings), [o.data, o.eval_data]
     if o.dry_run:
         with loading(o, **named, pairs=[] if o.lengths else pairs):

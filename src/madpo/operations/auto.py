@@ -63,7 +63,7 @@ from madpo.operations.policy import (
     trainer_arguments,
     write_report,
 )
-from madpo.operations.preconditions import first_pair
+from madpo.operations.preconditions import first_pair, require_columns
 from madpo.operations.running import load_report, run_in_folder
 from madpo.operations.settings import Sampling
 from madpo.operations.train_settings import Auto, TrainSettings
@@ -124,6 +124,8 @@ def train_auto(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) -
     data, state, eval_data = str(inputs["data"]), out / CHECKPOINTS, inputs.get("eval_data")
     if (first := first_pair(data, settings.reading)) is None:
         raise DataError(f"{data}: no row has two different scores, so there is no pair; score the completions first")
+    if eval_data is not None and (held := first_pair(eval_data, settings.reading)) is not None:
+        require_columns([held.numbers], settings.loss, str(eval_data), probed=MARGIN not in first.numbers)
     column = None
     source = "a probe of the reference's states, out of fold"
     if MARGIN in first.numbers:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from madpo.core import processes
+from madpo.core.columns import MARGIN
 from madpo.core.config import added, identity_settings
 from madpo.core.options import Cli
 from madpo.losses import Loss, LossConfig
@@ -23,6 +24,7 @@ class Auto(LossConfig):
     """
 
     kind: Literal["auto"] = "auto"
+    needs = frozenset({MARGIN})
     beta: float = Field(default=0.1, gt=0)
     """Strength of the pull to the reference in all trainings; larger keeps the policy closer to it."""
     fast: Annotated[bool, Cli(bare=("fast",))] = False
