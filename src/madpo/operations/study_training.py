@@ -42,17 +42,23 @@ if TYPE_CHECKING:
 MARGINS, SCORES = "margins.parquet", "scores.parquet"
 
 
-class SFTStage(Frozen):
-    """Supervised fine-tuning on the corpus's last positive reviews; the merged model starts every policy."""
+class FineTuning(Frozen):
+    """What both kinds of supervised fine-tuning share; the merged model starts every policy."""
 
     model: str
-    corpus: Corpus
     reviews: int = Field(ge=1)
-    max_tokens: int = Field(ge=2)
-    """Texts are cut to this many tokens, the first token included; an end token only at a review's real end."""
+    """Texts to train on; of pairs at most, the first ones after those of ``early_stopping``."""
     optimisation: Optimisation
     lora: LoRA = LoRA()
     seed: int = 0
+
+
+class SFTStage(FineTuning):
+    """Supervised fine-tuning on the corpus's last positive reviews."""
+
+    corpus: Corpus
+    max_tokens: int = Field(ge=2)
+    """Texts are cut to this many tokens, the first token included; an end token only at a review's real end."""
     prompt_tokens: int = added(0, ge=0)
     """Tokens at the beginning of a text that are read and not scored."""
     early_stopping: EarlyStopping | None = added(None)
@@ -77,16 +83,10 @@ def train_sft(config: SFTStage, inputs: Mapping[str, Path], out: Path) -> Metric
     return {"reviews": len(rows), **fit_sft(config, base, rows, held, out)}
 
 
-class PairSFTStage(Frozen):
+class PairSFTStage(FineTuning):
     """Supervised fine-tuning on the chosen completions of training pairs."""
 
-    model: str
-    reviews: int = Field(ge=1)
-    """Pairs at most, the first ones after those of ``early_stopping``."""
     score_prompt: bool = False
-    optimisation: Optimisation
-    lora: LoRA = LoRA()
-    seed: int = 0
     early_stopping: EarlyStopping | None = None
     """Its texts are the first training pairs."""
 

@@ -224,41 +224,27 @@ class _Bench:
         return RewardModelStage(model=self.experiment.model, seed=self.seed, **settings, **fold)
 
     def row(self, method: Method) -> None:
-        """A row's training and its evaluation."""
-        name = f"{self.tier}/{method.key}/seed{self.seed}"
+        """A row's training, where it has one, and its evaluation."""
+        name, given = f"{self.tier}/{method.key}/seed{self.seed}", dict[str, Step]()
         if method.trainer == "best_of_n":
-            self.evaluation(
-                method.name,
-                f"evaluation/{name}",
-                {"reward_model": self.reward_model},
-                (method.group,),
-                best_of=method.n,
-                samples=method.samples_per_prompt,
-            )
-            return
-        made = {"offline": self._offline, "auto": self._auto}.get(method.trainer, self._online)
-        fn, config, inputs = made(method)
-        policy = self.trunk.add(
-            f"policy/{name}",
-            fn,
-            config,
-            inputs,
-            says=f"{method.name} on the {self.tier} pairs",
-            groups=(method.group,),
-        )
+            given["reward_model"] = self.reward_model
+        else:
+            given["policy"] = self._policy(method, name)
+        groups, samples = (method.group,), method.samples_per_prompt
+        self.evaluation(method.name, f"evaluation/{name}", given, groups, best_of=method.n, samples=samples)
+
+    def _policy(self, method: Method, name: str) -> Step:
+        """The policy, and its measurement on held-out pairs where there are such."""
+        fn, config, inputs = {"offline": self._offline, "auto": self._auto}.get(method.trainer, self._online)(method)
+        says, groups = f"{method.name} on the {self.tier} pairs", (method.group,)
+        policy = self.trunk.add(f"policy/{name}", fn, config, inputs, says=says, groups=groups)
         if self.trunk.heldout:
             given = {"pairs": self.pairs, "reference": self.trunk.sft, "logps": self.heldout_logps, "policy": policy}
             size = self.experiment.policy.optimisation.per_pass
             stage = HeldoutStage(method=method.name, seed=self.seed, batch_size=size)
             says = f"{method.name} on held-out pairs"
-            self.trunk.add(f"heldout/{name}", measure_heldout, stage, given, says=says, groups=policy.groups)
-        self.evaluation(
-            method.name,
-            f"evaluation/{name}",
-            {"policy": policy},
-            policy.groups,
-            samples=method.samples_per_prompt,
-        )
+            self.trunk.add(f"heldout/{name}", measure_heldout, stage, given, says=says, groups=groups)
+        return policy
 
     def _offline(self, method: Method) -> tuple[StageFn, Frozen, dict[str, Step | Source]]:
         e = self.experiment

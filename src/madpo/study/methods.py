@@ -64,12 +64,10 @@ class Method(Frozen):
             )
         if self.trainer == "best_of_n" and self.n is None and "n" not in self.sweep:
             raise ValueError(f"method {self.name!r}: best_of_n needs n, or values of n in sweep")
-        if self.trainer != "best_of_n" and self.n is not None:
-            raise ValueError(f"method {self.name!r}: n belongs to the trainer best_of_n; remove it")
-        if self.trainer not in ("rloo", "grpo") and self.online is not None:
-            raise ValueError(f"method {self.name!r}: online belongs to the trainers rloo and grpo; remove it")
-        if self.trainer != "auto" and self.auto is not None:
-            raise ValueError(f"method {self.name!r}: auto belongs to the trainer auto; remove it")
+        for field, trainers in {"n": ["best_of_n"], "online": ["rloo", "grpo"], "auto": ["auto"]}.items():
+            if getattr(self, field) is not None and self.trainer not in trainers:
+                whose = f"trainer{'s' * (len(trainers) > 1)} {' and '.join(trainers)}"
+                raise ValueError(f"method {self.name!r}: {field} belongs to the {whose}; remove it")
         if self.trainer == "auto" and self.pairs != "all":
             raise ValueError(f"method {self.name!r}: auto takes all pairs; remove pairs")
         if self.reads and self.trainer == "auto" and self.margins == "in_sample":

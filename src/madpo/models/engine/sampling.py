@@ -8,7 +8,7 @@ chosen block again. Greedy, top-k and top-p draws look only into the blocks with
 a cut keeps.
 
 The uniform numbers belong to (seed, prompt, draw, position) and to nothing else, so that a prompt gets the same
-completion alone, in any batch, in any order, and for every method that is compared on it.
+completion by itself, in any batch, in any order, and for every method that is compared on it.
 """
 
 from __future__ import annotations
