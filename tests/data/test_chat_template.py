@@ -127,7 +127,7 @@ def test_ids_are_those_of_trl_less_the_line_break_after_the_end_token(
 
 
 @pytest.mark.slow
-def test_a_million_rows_fit_into_500_megabytes_beside_a_tokenizer(tokenizer: Any, tmp_path: Path) -> None:
+def test_a_million_rows_fit_into_500_megabytes_with_a_tokenizer(tokenizer: Any, tmp_path: Path) -> None:
     """What a small file takes, and a million times what a row adds to it (text, tokens, hashes), in bytes."""
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     row = {"prompt": "Question {}: what is it?", "chosen": " It is {}.", "rejected": " I do not know {}."}

@@ -84,7 +84,7 @@ def test_a_model_of_pickles_is_refused_and_not_read(folder, marker, tmp_path, ca
     assert not (tmp_path / "P").exists()
 
 
-def test_a_pickle_beside_safetensors_is_never_read(folder, marker):
+def test_a_pickle_next_to_safetensors_is_never_read(folder, marker):
     for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt"):
         (folder / name).write_bytes(pickle.dumps(Opens(marker)))
     assert load_model(folder).config.model_type == "llama"
@@ -250,7 +250,7 @@ def test_a_saved_data_set_without_files_is_one_sentence(saved, files):
 LOSS = "from madpo.losses import DPO\nclass Mine(DPO):\n    kind: str = 'mine'\n"
 
 
-def test_a_custom_loss_lies_beside_its_toml_or_where_the_user_is(tmp_path, monkeypatch, marker):
+def test_a_custom_loss_lies_next_to_its_toml_or_where_the_user_is(tmp_path, monkeypatch, marker):
     for place in ("away", "here"):
         (tmp_path / place).mkdir()
     (tmp_path / "away" / "evil.py").write_text(f"from pathlib import Path\nPath({str(marker)!r}).write_text('ran')\n")

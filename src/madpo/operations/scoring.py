@@ -7,7 +7,6 @@ writes the result: the same bytes again.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,7 +100,14 @@ def score_pairs(settings: ScoreSettings, inputs: Mapping[str, Path], out: Path) 
     if settings.probe is not None:
         report = _by_probe(data, pairs, settings, out, clock)
     else:
-        chosen, rejected = there or _scores(data, pairs, settings, out, clock)
+        if there is not None:
+            chosen, rejected = there
+        elif settings.folds is not None:
+            chosen, rejected = _out_of_fold(data, pairs, settings, out, clock)
+        else:
+            assert settings.reward_model is not None
+            parts, rows = out / CHECKPOINTS / "parts", np.arange(len(pairs))
+            chosen, rejected = _in_parts(settings, data, pairs, rows, parts, settings.reward_model, clock)
         report = processes.on_main_process(lambda: _finish(data, pairs, chosen, rejected, settings, out))
     return {"pairs": report["pairs"], "accuracy": Estimate(**report["accuracy"]), "log_loss": report["log_loss"]}
 
@@ -142,16 +148,6 @@ def _columns(data: str | Path, columns: Layout, names: tuple[str, str]) -> tuple
             for name, found in zip(names, sides, strict=True):
                 found.append(as_number(raw[name], name, from_text=stream.source.columns is not None))
     return np.array(sides[0]), np.array(sides[1])
-
-
-def _scores(
-    data: str | Path, pairs: Sequence[Pair], settings: ScoreSettings, output_dir: Path, clock: Clock
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    if settings.folds is not None:
-        return _out_of_fold(data, pairs, settings, output_dir, clock)
-    assert settings.reward_model is not None
-    parts, rows = output_dir / CHECKPOINTS / "parts", np.arange(len(pairs))
-    return _in_parts(settings, str(data), pairs, rows, parts, settings.reward_model, clock)
 
 
 def _by_probe(data: str, pairs: Sequence[Pair], settings: ScoreSettings, out: Path, clock: Clock) -> Raw:
@@ -304,51 +300,33 @@ def _finish(
     probe: ProbeReport | None = None,
 ) -> Raw:
     """Write the rows, and last of all the report."""
-    with storage_errors(output_dir):
-        report = _report(data, pairs, chosen, rejected, settings, output_dir, probe)
+    with storage_errors(output_dir):  # the runner moves both files up when both are whole
+        difference = chosen - rejected
+        seen = None if settings.reward_model is None else seen_pairs(settings.reward_model, pairs)
+        trained_on = (seen or 0) > FEW * len(pairs)
+        fitted = inspect(difference, margin_temperature=settings.margin_temperature, trained_on=trained_on)
+        scale = fitted.margin_temperature if settings.score_columns is not None else 1.0
+        margins = difference / scale
+        report = ScoreReport(
+            file=f"scored.{settings.format}",
+            pairs=len(margins),
+            accuracy=proportion(int((margins > 0).sum()), len(margins)),
+            mean_margin=float(margins.mean()),
+            log_loss=fitted.log_loss,
+            temperature=fitted.margin_temperature,
+            temperature_reason=fitted.temperature_reason,
+            calibrated_log_loss=fitted.calibrated_log_loss,
+            heldout=settings.folds is not None or settings.probe is not None,
+            trained_on=trained_on,
+            seen=seen,
+            ties=int((margins == 0).sum()),
+            data_digest=digest(data),
+            reward_model_digest=None if settings.reward_model is None else reward_model_digest(settings.reward_model),
+            probe=probe,
+        )
+        _write(output_dir / report.file, settings, data, margins, chosen, rejected)
         report.write(output_dir / "report.json")
     return report.plain()
-
-
-def _report(
-    data: str | Path,
-    pairs: Sequence[Pair],
-    chosen: NDArray[Any],
-    rejected: NDArray[Any],
-    settings: ScoreSettings,
-    output_dir: Path,
-    probe: ProbeReport | None,
-) -> ScoreReport:
-    difference = chosen - rejected
-    seen = None if settings.reward_model is None else seen_pairs(settings.reward_model, pairs)
-    trained_on = (seen or 0) > FEW * len(pairs)
-    fitted = inspect(difference, margin_temperature=settings.margin_temperature, trained_on=trained_on)
-    scale = fitted.margin_temperature if settings.score_columns is not None else 1.0
-    margins = difference / scale
-    path = output_dir / f"scored.{settings.format}"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        _write(temporary, settings, data, margins, chosen, rejected)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return ScoreReport(
-        file=path.name,
-        pairs=len(margins),
-        accuracy=proportion(int((margins > 0).sum()), len(margins)),
-        mean_margin=float(margins.mean()),
-        log_loss=fitted.log_loss,
-        temperature=fitted.margin_temperature,
-        temperature_reason=fitted.temperature_reason,
-        calibrated_log_loss=fitted.calibrated_log_loss,
-        heldout=settings.folds is not None or settings.probe is not None,
-        trained_on=trained_on,
-        seen=seen,
-        ties=int((margins == 0).sum()),
-        data_digest=digest(data),
-        reward_model_digest=None if settings.reward_model is None else reward_model_digest(settings.reward_model),
-        probe=probe,
-    )
 
 
 def _rehearse(data: str | Path, pairs: int, settings: ScoreSettings, output_dir: Path) -> None:
