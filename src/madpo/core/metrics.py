@@ -1,5 +1,7 @@
 """What an operation measures: numbers, words, and estimates with their intervals."""
 
+from __future__ import annotations
+
 import math
 import numbers
 from typing import NamedTuple
@@ -14,6 +16,10 @@ class Estimate(NamedTuple):
     low: float
     high: float
     n: int
+
+    def __neg__(self) -> Estimate:
+        """The same of the other sign."""
+        return Estimate(-self.mean, -self.high, -self.low, self.n)
 
 
 Metric = float | int | str | Estimate

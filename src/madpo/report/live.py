@@ -79,7 +79,7 @@ class LiveReport:
 def heldout_line(record: Record, less_dpo: Estimate | None) -> str:
     """What a policy makes of held-out pairs, in one line."""
     right, loss = (found if isinstance(found := record.metrics.get(key), Estimate) else None for key in _ON_PAIRS)
-    gap = "" if less_dpo is None else f"; less DPO's {short(less_dpo, 'signed', 3)}"
+    gap = "" if less_dpo is None else f", {short(-less_dpo, 'signed', 3)} gained over DPO"
     return (
         f"{record.config.get('method')}: {short(right, 'share')} of held-out pairs are ordered as labelled, log loss "
         f"{short(loss, digits=3)} nats{gap}"

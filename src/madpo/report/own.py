@@ -15,15 +15,15 @@ from madpo.core.statistics import paired_difference
 from madpo.report.charts import Chart, levels
 from madpo.report.compare import FEWEST, Comparison, base_beta, choose, equal_kl, frontiers, less
 from madpo.report.numbers import count, listed, short
-from madpo.report.pages import Table, cell
-from madpo.report.results import Tier, over_shared_seeds
+from madpo.report.pages import Cell, Table, cell, limit_of
+from madpo.report.results import Row, Tier, over_shared_seeds
 from madpo.report.selection import BOOTSTRAP_SEED
 from madpo.report.summary import Verdict
 from madpo.runner.record import Record
 
 HEAD = {
     "heldout_accuracy": ("held-out pairs right", "share"),
-    "log_loss_difference": ("held-out log loss less DPO's, nats", "signed"),
+    "log_loss_difference": ("log loss gained over DPO, nats", "signed"),
     "oracle_reward": ("reward by the judge", "number"),
     "kl": ("KL, nats", "number"),
 }
@@ -119,15 +119,15 @@ def _sided(value: Estimate, bound: float, words: str) -> tuple[str, str]:
 def own_table(tier: Tier) -> Table:
     """Every policy by what it is compared by."""
     names = [name for name in HEAD if any(row[name] is not None for row in tier.rows)]
-    gaps = [gap for row in tier.rows if isinstance(gap := row["log_loss_difference"], Estimate)]
-    limit = max((max(abs(gap.low), abs(gap.high)) for gap in gaps), default=1.0)
-    rows = [
-        [
-            cell(row.name),
-            *(cell(row[n], how, *((limit, 3) if how == "signed" else ())) for n in names for how in (HEAD[n][1],)),
-        ]
-        for row in tier.rows
-    ]
+    limit = limit_of(row["log_loss_difference"] for row in tier.rows)
+
+    def shown(row: Row, name: str) -> Cell:
+        value, how = row[name], HEAD[name][1]
+        if how == "signed":
+            return cell(None if value is None else -value, how, limit, 3)
+        return cell(value, how)
+
+    rows = [[cell(row.name), *(shown(row, name) for name in names)] for row in tier.rows]
     return Table("Own pairs", ["policy", *(HEAD[name][0] for name in names)], rows)
 
 
@@ -137,7 +137,7 @@ def own_chart(tier: Tier, colours: Mapping[str, int]) -> Chart | None:
     right = [(row, share) for row in tier.policies if isinstance(share := row["heldout_accuracy"], Estimate)]
     if gained:
         label, line = "log loss gained over DPO, nats", ("DPO", 0.0)
-        values = [(row, Estimate(-gap.mean, -gap.high, -gap.low, gap.n)) for row, gap in gained]
+        values = [(row, -gap) for row, gap in gained]
     else:
         label, line, values = "held-out pairs ordered as labelled", ("chance", 0.5), right
     lines = [(row.name, colours[row.method], value, None) for row, value in values]
