@@ -33,7 +33,7 @@ from madpo.training import PreferenceConfig, PreferenceTrainer
 
 MOST = 4096
 """Pairs of the largest micro-batch that is tried."""
-HELD_BACK = 0.4
+HELD_BACK = 0.5
 """What glibc held of a step's freed blocks, as a share of what the step needs above the weights (measured at most)."""
 _NUMBERS: dict[str, Any] = {name: 1.0 for name in NUMBERS if name != "weight"}
 """What a loss may read of a pair."""
