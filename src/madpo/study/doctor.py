@@ -20,7 +20,6 @@ from madpo.core.config import find_experiment, load_config
 from madpo.core.progress import duration, gigabytes
 from madpo.models.load import compute_dtype
 from madpo.models.packaged import PACKAGED, cache_dir, cache_limit
-from madpo.report.numbers import count
 from madpo.runner.run import plan
 from madpo.study.estimates import TWO_CORES, Machine, estimates, this_machine
 from madpo.study.experiment import Experiment
@@ -48,7 +47,7 @@ def diagnose() -> Iterator[Line]:
     )
     yield Line("accelerator", _accelerator())
     load = "" if not hasattr(os, "getloadavg") else f", load {os.getloadavg()[0]:.1f} in the last minute"
-    yield Line("CPU", f"{os.cpu_count()} cores, {count(torch.get_num_threads(), 'thread')} used{load}")
+    yield Line("CPU", f"{os.cpu_count()} cores, {_several(torch.get_num_threads(), 'thread')} used{load}")
     memory = psutil.virtual_memory()
     yield Line("memory", f"{gigabytes(memory.available)} of {gigabytes(memory.total)} are free")
     yield Line("cache", _cache(cache_dir()))
@@ -97,6 +96,10 @@ def _accelerator() -> str:
     return f"none: everything runs on the CPU{f' ({built})' if built else ''}"
 
 
+def _several(n: int, noun: str) -> str:
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
 def _cache(folder: Path) -> str:
     where = next(path for path in (folder, *folder.parents) if path.exists())
     free = f"{shutil.disk_usage(where).free / 1e9:.1f} GB free there"
@@ -107,7 +110,7 @@ def _cache(folder: Path) -> str:
         return f"{total / 1e9:.1f} GB"
 
     columns = f"columns of {size(folder / 'columns')} (at most {cache_limit() / 1e9:g})"
-    return f"{folder}, {count(len(models), 'model')} of {size(*models)}, {columns}, {free}"
+    return f"{folder}, {_several(len(models), 'model')} of {size(*models)}, {columns}, {free}"
 
 
 def _rate(dtype: torch.dtype) -> str:
