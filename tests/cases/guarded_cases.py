@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from madpo import DPO, PreferenceConfig, PreferenceTrainer
 from madpo.models.load import LoRA, load_tokenizer
@@ -33,6 +33,17 @@ def pairs(count=8, *, tokens=(2, 9), **columns):
         {"pair_id": list(range(100, 100 + count)), **rows, **reference, **scores, "reward_margin": [1.0] * count}
         | columns
     )
+
+
+class At(TrainerCallback):
+    """Does something to the model after a step."""
+
+    def __init__(self, step, what):
+        self.step, self.what = step, what
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        if state.global_step == self.step:
+            self.what(model)
 
 
 def build(folder, out, loss=None, data=None, *, peft=True, dtype=torch.float32, callback=None, **changes):

@@ -69,6 +69,11 @@ def build(folder, out, callbacks=(), loss=None, *, stock=False, **changes):
     )
 
 
+def weights(trainer):
+    """Copies of what a trainer trains."""
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
 def reward_trainer(folder, out, callbacks=(), patience=2):
     torch.manual_seed(0)
     rows = pairs()

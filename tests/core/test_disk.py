@@ -13,10 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import TrainerCallback
 
 import soak
-from guarded_cases import build
+from guarded_cases import At, build
 from holding import another_process_in
 from madpo.commands.cli import main
 from madpo.core.errors import MemoryShortage, StorageError, is_shortage, memory_errors
@@ -58,17 +57,6 @@ def remount(place, options):
     subprocess.run(["mount", "-o", f"remount,{options}", str(place)], check=True)
 
 
-class At(TrainerCallback):
-    """Does something after a step."""
-
-    def __init__(self, step, what):
-        self.step, self.what = step, what
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            self.what()
-
-
 def words(data, model, out):
     """``madpo train`` with a checkpoint after every step."""
     options = ["--loss", "dpo", "--args.save_steps", "1", "--args.bf16", "false", "--dtype", "float32", "--epochs", "1"]
@@ -81,7 +69,7 @@ def disturbed(monkeypatch, step, what):
 
     def with_disturbance(self, *args, **kwargs):
         real(self, *args, **kwargs)
-        self.add_callback(At(step, what))
+        self.add_callback(At(step, lambda model: what()))
 
     monkeypatch.setattr(PreferenceTrainer, "__init__", with_disturbance)
     return lambda: monkeypatch.setattr(PreferenceTrainer, "__init__", real)
@@ -233,7 +221,7 @@ def test_a_folder_that_vanishes_under_a_training(llama, tmp_path, capsys, monkey
 
 def test_a_trainers_folder_that_vanishes(llama, tmp_path):
     root = tmp_path / "run"
-    trainer = build(llama, root, callback=At(2, lambda: shutil.rmtree(root)))
+    trainer = build(llama, root, callback=At(2, lambda model: shutil.rmtree(root)))
     with refused(StorageError, root, "vanished"):
         trainer.train()
     assert not root.exists()

@@ -27,6 +27,7 @@ from madpo.training.digests import rows_digest
 from madpo.training.states import check_groups, pack, random_states, restore_random_states, unpack
 from practice_cases import read
 from refusals import refused
+from small_trainers import weights
 from trainer_settings import QUIET
 
 SETTINGS = {
@@ -76,10 +77,6 @@ def build(folder, out, loss=None, data=None, *, dropout=0.1, peft=True, **change
         processing_class=load_tokenizer(folder),
         peft_config=lora if peft else None,
     )
-
-
-def weights(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
 def log(trainer):

@@ -9,11 +9,11 @@ import pytest
 import torch
 from datasets import Dataset
 from pydantic import Field
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl import RewardConfig, SFTConfig
 
 import soak
-from guarded_cases import SETTINGS, build, pairs
+from guarded_cases import SETTINGS, At, build, pairs
 from losses_cases import EVERY_LOSS, for_trainers
 from madpo import DPO, MADPO, PreferenceConfig, PreferenceTrainer
 from madpo.commands.cli import main
@@ -33,17 +33,6 @@ HUGE = [1e6 + 1, -3e6, 1e30, -1e30, 2.5, -2.5, 0.0, 1e12]
 
 
 pytestmark = pytest.mark.usefixtures("own_cache")
-
-
-class At(TrainerCallback):
-    """Does something to the model after a step."""
-
-    def __init__(self, step, what):
-        self.step, self.what = step, what
-
-    def on_step_end(self, args, state, control, model, **kwargs):
-        if state.global_step == self.step:
-            self.what(model)
 
 
 def spoil_gradient(model):

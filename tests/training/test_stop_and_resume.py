@@ -11,7 +11,7 @@ from madpo.losses import BetaDPO
 from madpo.training import checkpoints as disk
 from madpo.training import digests
 from refusals import refused
-from small_trainers import build, pairs, reward_trainer
+from small_trainers import build, pairs, reward_trainer, weights
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -35,10 +35,6 @@ class Evaluations(TrainerCallback):
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         metrics["eval_loss"] = self.losses[state.global_step - 1]
-
-
-def weights(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
 def assert_same(a, b):
