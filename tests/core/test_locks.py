@@ -89,7 +89,7 @@ from madpo.core.locks import locked
 root, mine = Path(sys.argv[1]), Path(sys.argv[1]) / "inside"
 entered = 0
 until = time.monotonic() + 60
-while entered < 150 and time.monotonic() < until:
+while entered < 60 and time.monotonic() < until:
     try:
         with locked(root):
             mine.touch(exist_ok=False)
@@ -109,7 +109,7 @@ from madpo.core.locks import locked
 root, mine = Path(sys.argv[1]), Path(sys.argv[1]) / "inside"
 entered = 0
 until = time.monotonic() + 60
-while entered < 40 and time.monotonic() < until:
+while entered < 15 and time.monotonic() < until:
     child = os.fork()
     if not child:
         try:
