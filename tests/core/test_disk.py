@@ -21,7 +21,7 @@ from madpo.commands.cli import main
 from madpo.core.errors import MemoryShortage, StorageError, is_shortage, memory_errors
 from madpo.core.locks import LOCK, holder, locked
 from madpo.core.storage import remove_oldest, storage_errors, write_atomically
-from madpo.training import PreferenceTrainer, preference
+from madpo.training import PreferenceTrainer, pair_loss
 from madpo.training import checkpoints as disk
 from practice_cases import classifier, text_pairs, write
 from refusals import refused
@@ -316,8 +316,8 @@ def test_memory_that_runs_out_in_a_training(llama, tmp_path, monkeypatch, capsys
         def close():
             used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
             resource.setrlimit(resource.RLIMIT_AS, (used + 2**22, resource.RLIM_INFINITY))
-            real = preference.completion_logps
-            monkeypatch.setattr(preference, "completion_logps", lambda *a, **k: (torch.empty(2**28), real(*a, **k))[1])
+            real = pair_loss.completion_logps
+            monkeypatch.setattr(pair_loss, "completion_logps", lambda *a, **k: (torch.empty(2**28), real(*a, **k))[1])
 
         disturbed(monkeypatch, 2, close)
         return main(words(data, llama, tmp_path / "P"))
