@@ -49,7 +49,9 @@ def test_a_step_on_paper_holds_what_a_real_one_holds(family, full, tmp_path):
 @pytest.mark.parametrize("need", [lambda pairs: 10 + 3 * pairs, lambda pairs: max(70 + pairs, 9 + 4 * pairs)])
 def test_the_largest_micro_batch_is_the_last_that_fits(need, pairs):
     for memory in (need(pairs), need(pairs + 1) - 1):
-        assert memory_plan._largest(need, memory) == pairs
+        assert memory_plan._largest(need, memory, 4096) == pairs
+        for most in (1, 20):
+            assert memory_plan._largest(need, memory, most) == min(pairs, most)
 
 
 def test_the_command_reads_the_longest_pairs_and_writes_nothing(llama, tmp_path, capsys):

@@ -31,8 +31,8 @@ from madpo.operations.policy import chosen_dtype, trainer_arguments, trainer_of
 from madpo.operations.train_settings import Auto, TrainSettings
 from madpo.training import PreferenceConfig, PreferenceTrainer
 
-MOST = 4096
-"""Pairs of the largest micro-batch that is tried."""
+MOST = 512
+"""Pairs of the largest micro-batch that is tried; of data with fewer pairs it is all of them."""
 HELD_BACK = 0.5
 """What glibc held of a step's freed blocks, as a share of what the step needs above the weights (measured at most)."""
 _NUMBERS: dict[str, Any] = {name: 1.0 for name in NUMBERS if name != "weight"}
@@ -58,12 +58,17 @@ class StepMemory(NamedTuple):
 
 
 class MemoryPlan(NamedTuple):
-    """A step's memory, and the largest micro-batch whose peak leaves room for the libraries; 0 where none does."""
+    """A step's memory, and the largest micro-batch whose peak leaves room for the libraries; 0 where none does.
+
+    Attributes:
+        tried: pairs of the largest micro-batch that was looked at.
+    """
 
     step: StepMemory
     lengths: tuple[int, int]
     memory: int
     largest: int
+    tried: int
 
     def text(self) -> str:
         """For a person."""
@@ -78,6 +83,8 @@ class MemoryPlan(NamedTuple):
             "MALLOC_MMAP_THRESHOLD_=65536 and MALLOC_TRIM_THRESHOLD_=65536 in its environment."
         )
         fits = f"micro-batches of up to {self.largest} such pairs fit" if self.largest else "not one such pair fits"
+        if self.largest == self.tried:
+            fits = f"a micro-batch of {self.tried} such pairs fits (more were not tried)"
         return (
             f"A step of {step.pairs} pairs, the longest of {self.lengths[0]} + {self.lengths[1]} tokens, needs "
             f"{gigabytes(step.peak)} at its peak ({shown} for the backward pass).\n"
@@ -123,10 +130,11 @@ def memory_plan(
             rows = [{"weight": 1.0, **row} for row in rows]
         need = cache(steps_of(_on_paper(settings, args, base, rows[0]), rows))
         step, memory = need(int(args.per_device_train_batch_size)), memory or _memory()
-        largest = _largest(lambda pairs: need(pairs).peak + LIBRARIES, memory)
+        tried = MOST if lengths is not None else min(MOST, len(rows))
+        largest = _largest(lambda pairs: need(pairs).peak + LIBRARIES, memory, tried)
     longest = rows[0]
     completion = max(len(longest["chosen_ids"]), len(longest["rejected_ids"]))
-    return MemoryPlan(step, (len(longest["prompt_ids"]), completion), memory, largest)
+    return MemoryPlan(step, (len(longest["prompt_ids"]), completion), memory, largest, tried)
 
 
 def _on_paper(
@@ -183,9 +191,9 @@ def _memory() -> int:
     return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else psutil.virtual_memory().total
 
 
-def _largest(need: Callable[[int], float], memory: float) -> int:
-    """The most pairs whose need fits; it is nearly linear in the pairs, so that a line finds them in few steps."""
-    low, high, guess = 0, MOST + 1, 2
+def _largest(need: Callable[[int], float], memory: float, most: int) -> int:
+    """The most pairs, up to ``most``, whose need fits; it is nearly linear, so that a line finds them in few steps."""
+    low, high, guess = 0, most + 1, min(2, most)
     while high - low > 1:
         low, high = (guess, high) if need(guess) <= memory else (low, guess)
         slope = (need(guess) - need(1)) / max(guess - 1, 1) or 1.0
