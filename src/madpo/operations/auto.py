@@ -58,14 +58,13 @@ from madpo.operations.policy import (
     HELDOUT,
     MARGINS,
     MEMORY_REMEDY,
-    TrainReport,
     train_pairs,
     trainer_arguments,
-    write_report,
 )
 from madpo.operations.preconditions import first_pair, require_columns
 from madpo.operations.running import load_report, run_in_folder
 from madpo.operations.settings import Sampling
+from madpo.operations.train_report import TrainReport, write_report
 from madpo.operations.train_settings import Auto, TrainSettings
 from madpo.operations.verify_auto import FAST_SHARE
 from madpo.rewards.label_share import AS_GOOD, LabelShare, better_than_coin, decide

@@ -32,9 +32,7 @@ from madpo.operations.inputs import Row, load_training
 from madpo.operations.preconditions import require_columns
 from madpo.operations.running import digest, load_report, run_in_folder
 from madpo.operations.trackers import refuse_missing_trackers
-from madpo.operations.train_report import TrainReport as TrainReport
-from madpo.operations.train_report import resolved, write_curves
-from madpo.operations.train_report import write_report as write_report
+from madpo.operations.train_report import TrainReport, resolved, write_curves, write_report
 from madpo.operations.train_settings import TrainSettings
 from madpo.runner.first_start import since_first_start
 from madpo.runner.operation import operation
