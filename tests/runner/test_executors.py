@@ -53,8 +53,10 @@ needs_ray = pytest.mark.skipif(
 @pytest.fixture(scope="module", params=["inline", "processes", pytest.param("ray", marks=needs_ray)])
 def executor(request: pytest.FixtureRequest) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
-        # Ray's workers are given the place of this file; the others find it by themselves.
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+        # Ray's workers are given the places of this file and of what it imports; the others find them by themselves.
+        here = Path(__file__).parent
+        places = [str(here), str(here.parent / "cases"), os.environ.get("PYTHONPATH", "")]
+        patch.setenv("PYTHONPATH", os.pathsep.join(places))
         with {"inline": Inline, "processes": lambda: Processes(1), "ray": Cluster}[request.param]() as chosen:
             yield chosen
 
@@ -84,6 +86,7 @@ def test_a_lost_workers_task_starts_again_on_a_cluster(executor: Any, tmp_path: 
         pytest.skip("only a cluster starts a task again; on one machine the next run continues")
     future = executor.submit(slow, tmp_path)
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert not future.done(), future.exception()
         time.sleep(0.05)
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
     assert future.result() == "again"
