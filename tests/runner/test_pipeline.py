@@ -309,7 +309,7 @@ def test_a_record_states_what_its_bytes_depend_on(tmp_path: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1] / "cases")]!r}
 from test_pipeline import graph
 from madpo.runner.run import run
 without = run(graph(), Path({str(tmp_path / "without")!r})).records["sum"]

@@ -36,6 +36,7 @@ from madpo.core.seeding import derived_seed, rng
 from madpo.data import load_preferences
 from madpo.data.folds import prompt_key
 from madpo.data.margins import read_margins
+from madpo.data.templates import Clock
 from madpo.data.tokens import Encoder
 from madpo.losses import LossConfig, SoftDPO
 from madpo.models.adapters import adapter_text
@@ -138,7 +139,7 @@ def train_auto(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) -
     Encoder(load_tokenizer(base), clock).encode([first], lambda number: f"{data}, row {number}")
     shared = settings.model_copy(update={"date": clock.now if clock.read else None, "merge": False, "export": None})
     seed = int(settings.args.get("seed", 42))
-    work = _Work(shared, settings.loss, data, eval_data, source, column, state, seed)
+    work = _Work(shared, settings.loss, data, eval_data, source, column, state, seed, clock)
     report = _fast(work) if settings.loss.fast else _two(work)
     args = trainer_arguments(settings, out, evaluated=report.eval_pairs > 0)
 
@@ -170,6 +171,7 @@ class _Work(NamedTuple):
     column: dict[int, float] | None
     state: Path
     seed: int
+    clock: Clock
 
     def margins_out_of(self, folder: str) -> NDArray[np.float64]:
         """Margins of the pairs that a training saw, out of fold where a probe gave them."""
@@ -328,7 +330,7 @@ def _rows(work: _Work, base: Path | str) -> list[Row]:
         tokenizer=load_tokenizer(base),
         max_length=trainer_arguments(settings, work.state, evaluated=True).max_length,
         truncation=settings.truncation,
-        clock=started_clock(work.state, settings.date),
+        clock=work.clock,
     )
     if settings.eval_share and not work.eval_data:
         rows = split_by_prompt(rows, settings.eval_share, work.seed, work.data)[1]
