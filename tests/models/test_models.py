@@ -19,10 +19,9 @@ from madpo.models.load import (
     load_model,
     load_tokenizer,
     merge_adapter,
-    packaged,
     resolve_model,
 )
-from madpo.models.packaged import PACKAGED, PackagedModel
+from madpo.models.packaged import PACKAGED, PackagedModel, packaged
 from refusals import refused
 
 IDS = torch.tensor([[1, 17, 80, 33, 5]])
