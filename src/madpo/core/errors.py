@@ -58,8 +58,8 @@ class MemoryShortage(MadpoError):
 def located(place: str) -> Iterator[None]:
     """Where a row is read: its mistakes begin with its place, as in ``pairs.jsonl, line 7: chosen is null; ...``.
 
-    What parses a row raises :class:`RowError` without a place, and whoever knows the place says it once, here. An error
-    that has its place passes unchanged.
+    What parses a row raises :class:`RowError` without a place, and the code that knows the place gives it
+    once, here. An error that has its place passes unchanged.
     """
     try:
         yield

@@ -272,31 +272,32 @@ def _finish(work: _Work, report: AutoReport, settings: TrainSettings, out: Path)
     base, state = resolve_model(settings.model), work.state
     kind = "model" if settings.full else "adapter"
     changes: dict[str, Any] = {}
-    held_out = _rows(work, base) if report.eval_pairs and report.averaged else []
     first, second = state / DPO_FOLDER / kind, state / MIXED_FOLDER / kind
     average = report.averaged and (settings.full or can_average(second))
+    evaluated = average and report.eval_pairs > 0
+    rows = _rows(work, base) if evaluated or (average and work.auto.kl is not None) else []
     if report.averaged and not average:
         say("PEFT cannot average adapters of experts' weights, so the second training's policy is the result.")
         changes["averaged"] = False
     if average and settings.full:
         save_average(first, second, out / kind)
-        if held_out:
+        if evaluated:
             model = load_model(out / kind, dtype=DTYPES.get(settings.dtype, torch.float32))
             reference = load_model(base, dtype=DTYPES.get(settings.dtype, torch.float32))
-            changes["evaluation"] = _evaluation(work, model, held_out, reference)
+            changes["evaluation"] = _evaluation(work, model, rows, reference)
     elif average:
         tokenizer = load_tokenizer(second)
         model = averaged_adapter(base, first, second, dtype=DTYPES.get(settings.dtype))
         if work.auto.kl is not None:
-            reached = _at_kl(work, model, base)
+            reached = _at_kl(work, model, base, rows)
             config = model.peft_config["default"]
             config.lora_alpha *= reached.strength  # as loading it will scale the update
             for layer in model.modules():
                 if hasattr(layer, "scale_layer"):
                     layer.scale_layer(reached.strength)
             changes |= {"strength": reached.strength, "kl": reached.kl}
-        if held_out:
-            changes["evaluation"] = _evaluation(work, model, held_out)
+        if evaluated:
+            changes["evaluation"] = _evaluation(work, model, rows)
         changes["adapter"] = adapter_text(model)
         model.save_pretrained(str(out / kind), safe_serialization=True)
         tokenizer.save_pretrained(out / kind)
@@ -358,12 +359,12 @@ def _evaluation(work: _Work, model: Any, rows: list[Row], reference: Any = None)
     }
 
 
-def _at_kl(work: _Work, model: PeftModel, base: Path | str) -> Reached:
+def _at_kl(work: _Work, model: PeftModel, base: Path | str, rows: list[Row]) -> Reached:
     from madpo.operations.tuning.reward import strengthened
 
     settings, wanted = work.settings, work.auto.kl
     assert wanted is not None
-    tokenizer, rows = load_tokenizer(base), _rows(work, base)
+    tokenizer = load_tokenizer(base)
     different = [*{prompt_key(row["prompt"]): row for row in rows}.values()]
     drawn = rng(work.seed, "auto", "prompts of the KL").permutation(len(different))
     chosen = [different[k] for k in drawn[: work.auto.kl_prompts]]

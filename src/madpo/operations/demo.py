@@ -22,7 +22,7 @@ METHODS = {
     "madpo": ("MADPO", "tau 7, c_max 4"),
     "soft_dpo": ("soft labels", "the margins in the place of the labels"),
     "fast": ("mixed", "three parts label, one part margin"),
-    AUTO: ("auto", "the share that held-out labels support; averaged with DPO"),
+    AUTO: ("auto", "the share that labels support which DPO has not seen; averaged with DPO"),
     AVERAGED: ("two DPOs", "averaged over two seeds, without margins"),
 }
 """Row of :func:`madpo.operations.verify_auto.simulate` -> its name here, and what it is."""
