@@ -74,7 +74,7 @@ def loaded_after(code: str) -> set[str]:
 
 
 def test_one_table_of_columns() -> None:
-    """A column has a verb, for users whose data call it otherwise, and an input of the losses."""
+    """A column has a field, for users whose data call it otherwise, and an input of the losses."""
     assert set(PAIR_COLUMNS) <= set(Layout.model_fields) & {field.name for field in fields(LossInputs)}
     way = re.findall(r"^\d\. ``([\w/.]+)``: ``([\w.]+)``", columns.__doc__ or "", re.M)
     assert len(way) >= 6

@@ -5,36 +5,17 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 
+from madpo import losses
 from practice_cases import write
 from repository import CASES, ROOT, TESTS
 
-LOSS = '''"""A logistic loss with a steeper margin."""
-
-from __future__ import annotations
-
-from typing import Literal
-
-from pydantic import Field
-
-from madpo.core.lazy import F
-from madpo.losses.base import LossConfig, LossInputs, LossOutput, LossState
-
-
-class Cubic(LossConfig):
-    """Cubic: L = -log sigma(m + m^3) with m = beta h, summed log-probs."""
-
-    kind: Literal["cubic"] = "cubic"
-    beta: float = Field(default=0.1, gt=0)
-    """Scale of the log-ratio margin."""
-
-    def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
-        margin = self.beta * inputs.log_ratio_margin
-        return LossOutput(F.softplus(-margin - margin**3), {})
-'''
+# The class at the top of losses/__init__.py.
+LOSS = textwrap.dedent(str(losses.__doc__).split("::\n", 1)[1].rsplit("\n\nIt reads", 1)[0])
 COUNT = '''"""Counts pairs."""
 
 from __future__ import annotations

@@ -16,10 +16,10 @@ def table() -> str:
 
 def _row(layout: Packaged) -> str:
     found = layout.spelled()
-    ordering = {verb: found.pop(verb) for verb in ("label", "score", "rank", "order") if verb in found}
+    ordering = {field: found.pop(field) for field in ("label", "score", "rank", "order") if field in found}
     prompt = [f"prompt {_code(', '.join(layout.prompt))}"] if layout.prompt else []
-    completions = ", ".join([f"{verb} {_code(name)}" for verb, name in found.items()] + prompt)
-    order = ", ".join(f"{verb} {_code(name)}" for verb, name in ordering.items())
+    completions = ", ".join([f"{field} {_code(name)}" for field, name in found.items()] + prompt)
+    order = ", ".join(f"{field} {_code(name)}" for field, name in ordering.items())
     return f"| `{layout.name}` | {completions} | {order} | {'; '.join(layout.of)} |\n"
 
 

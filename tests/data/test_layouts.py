@@ -287,7 +287,7 @@ def test_the_option_that_a_refusal_proposes_works(
         if "tie" not in options:
             assert load_preferences(path, columns=options), options
     assert pairs(path, columns[0]) == [pair]
-    words = [word for verb, value in columns[0].items() for word in (f"--columns.{verb}", value)]
+    words = [word for field, value in columns[0].items() for word in (f"--columns.{field}", value)]
     assert main(["check", str(path), *words]) == 0
     assert "1 pairs" in capsys.readouterr().out
 

@@ -34,6 +34,7 @@ from madpo.losses import (
 )
 from refusals import refused
 
+# At beta 0.1 the cases have beta h = A 0.45, B -0.425, C 150, D 0, E -150, F 0.15. A reward margin is 2 in all of them.
 GOLDEN = [
     *[(DPO(), case, value) for case, value in zip("ABDE", (0.493249, 0.928057, 0.693147, 150.0), strict=True)],
     *[

@@ -1,16 +1,19 @@
 """The columns of preference data: their names, which every room takes from here, and how a number gets to the loss.
 
-A margin's way from a file to the gradient, file by file:
+A margin's way from a line of a file to the gradient, file by file, with every function that touches it:
 
-1. ``data/load.py``: ``load_preferences`` goes through the rows, and a mistake in one learns its place;
-2. ``data/rows.py``: ``Reader.pair`` finds the column by its names below and refuses what is no finite number;
-3. ``operations/policy.py``: ``as_dataset`` hands all columns below to the trainer (a script does the same itself);
-4. ``training/columns.py``: ``PreferenceCollator`` puts one float32 per pair into the batch;
-5. ``training/pair_loss.py``: ``compute_loss`` gives it to the loss and takes the mean over the step, which transformers
-   sends backward;
-6. ``losses/madpo.py``: ``MADPO`` makes a weight of it, and multiplies DPO's loss by that.
+1. ``data/load.py``: ``load_preferences`` reads ``PairStream.with_rows``, which adds file and line to a row's mistake;
+2. ``data/rows.py``: ``Columns.found_in`` finds the column by its names below, ``Reader.pair`` makes a finite float of it
+   (``as_number``), ``Pair.row`` puts that into a row for training;
+3. ``operations/policy.py``: ``train_pairs`` gets the rows from ``load_training``, which holds some prompts out, and
+   ``as_dataset`` hands all columns below to the trainer (a script does the same itself);
+4. ``training/columns.py``: ``PreferenceCollator.torch_call`` puts one float32 per pair into the batch (``completed``);
+5. ``training/pair_loss.py``: ``_loss_inputs`` hands it to the loss, and ``compute_loss`` takes the mean over the step,
+   which the ``training_step`` of transformers sends backward;
+6. ``losses/madpo.py``: ``MADPO.margin`` detaches it, ``log_margin_weight`` makes a weight of it, and ``MADPO.__call__``
+   multiplies DPO's loss by that: the gradient is the weight times DPO's.
 
-A new numeric column is a name in ``PAIR_COLUMNS``, a verb of :class:`madpo.core.layout.Layout` and, where a loss reads
+A new numeric column is a name in ``PAIR_COLUMNS``, a field of :class:`madpo.core.layout.Layout` and, where a loss reads
 it, a field of :class:`madpo.losses.LossInputs`.
 """
 

@@ -1,4 +1,4 @@
-"""Where a data set has its prompt and its completions, and what orders them: a layout is a few verbs.
+"""Where a data set has its prompt and its completions, and what orders them: a layout is a few fields.
 
 The packaged layouts are in ``data/layouts.toml``, and :mod:`madpo.data.layouts` recognises them. A user gives one as
 options (``--columns.chosen best``), as a table ``[layout]`` of a TOML file, or as a file of its own.
@@ -138,21 +138,21 @@ class Layout(Frozen):
 
     @property
     def given(self) -> dict[str, Any]:
-        """The verbs that are set."""
+        """The fields that are set."""
         return {name: getattr(self, name) for name in self.model_fields_set if getattr(self, name) not in (None, ())}
 
-    def keeps_inside(self, verb: str) -> bool:
-        """Whether a verb names a key of each completion, and no column."""
+    def keeps_inside(self, field: str) -> bool:
+        """Whether a field names a key of each completion, and no column."""
         inside = self.completions is not None or self.replies is not None
         return (
-            inside and verb in ("score", "rank") and not any(re.search(r"[{.]", name) for name in getattr(self, verb))
+            inside and field in ("score", "rank") and not any(re.search(r"[{.]", name) for name in getattr(self, field))
         )
 
     def columns(self, names: Container[str]) -> dict[str, str]:
-        """Column -> the verb that reads it, of everything that leaves a row when its pair is made."""
-        verbs = ("prompt", "system", "history", "tools", *COMPLETIONS[:-1])
-        found = {head(name, names): verb for verb in verbs for name in each(getattr(self, verb))}
-        return found | {head(name, names): verb for verb in ("pair_id", *PAIR_COLUMNS) if (name := getattr(self, verb))}
+        """Column -> the field that reads it, of everything that leaves a row when its pair is made."""
+        fields = ("prompt", "system", "history", "tools", *COMPLETIONS[:-1])
+        found = {head(name, names): field for field in fields for name in each(getattr(self, field))}
+        return found | {head(name, names): field for field in ("pair_id", *PAIR_COLUMNS) if (name := getattr(self, field))}
 
     def ordering(self, names: Container[str]) -> tuple[str, ...]:
         """Columns that order the completions or say how strongly; keys inside a list of completions are none."""
@@ -160,9 +160,9 @@ class Layout(Frozen):
         return tuple(dict.fromkeys(column for name in found if (column := head(name, names)) in names))
 
     def spelled(self, separator: str = ", ") -> dict[str, str]:
-        """Where the completions are and what orders them, verb by verb."""
-        verbs = (*COMPLETIONS, "label", "score", "rank", "order")
-        return {verb: separator.join(each(value)) for verb in verbs if (value := getattr(self, verb))}
+        """Where the completions are and what orders them, field by field."""
+        fields = (*COMPLETIONS, "label", "score", "rank", "order")
+        return {field: separator.join(each(value)) for field in fields if (value := getattr(self, field))}
 
     def strength_name(self) -> str | None:
         """What the strength of a preference is called as a candidate for ``reward_margin``."""
@@ -185,7 +185,7 @@ class Packaged(Layout):
 
 
 def each(value: Any) -> tuple[str, ...]:
-    """The names that a verb gives."""
+    """The names that a field gives."""
     return () if value is None else (value,) if isinstance(value, str) else tuple(value)
 
 
@@ -211,11 +211,11 @@ class Reading(Frozen):
     """Which columns of a data set are read as what, for the settings of every command that reads one."""
 
     columns: Layout = added(Layout())
-    """Names of columns, verb by verb; where nothing is given, they are recognised."""
+    """Names of columns, field by field; where nothing is given, they are recognised."""
     layout: Annotated[
         dict[str, Any] | None, BeforeValidator(lambda value: None if value is None else as_layout(value).given)
     ] = added(None)
-    """A packaged layout by name, a TOML file with one, or a table of verbs; columns take precedence."""
+    """A packaged layout by name, a TOML file with one, or a table of fields; columns take precedence."""
 
     @property
     def reading(self) -> Layout:
@@ -226,9 +226,9 @@ class Reading(Frozen):
 
 
 def as_layout(value: Any) -> Layout:
-    """What a caller gives for ``columns``: a layout, a table of its verbs, a packaged name or a TOML file.
+    """What a caller gives for ``columns``: a layout, a table of its fields, a packaged name or a TOML file.
 
-    Raises ConfigError: an unknown verb or name.
+    Raises ConfigError: an unknown field or name.
     """
     if value is None:
         return Layout()

@@ -93,9 +93,9 @@ class Arranger:
         row = {name: value for name, value in raw.items() if name not in self.taken and name not in layout.ignore}
         if layout.prompt and not layout.replies:
             row["prompt"] = self._prompt(raw)
-        for verb in ("system", "history", "tools", "pair_id"):
-            if (name := getattr(layout, verb)) is not None:
-                row[verb] = value_at(raw, name)
+        for own in ("system", "history", "tools", "pair_id"):
+            if (name := getattr(layout, own)) is not None:
+                row[own] = value_at(raw, name)
         if layout.decode and "prompt" in row:
             row["prompt"] = _decoded(row["prompt"], "prompt")
         return row

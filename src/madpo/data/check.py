@@ -111,7 +111,7 @@ class CheckReport(Report):
         if renamed:
             lines.append(f"read {', '.join(renamed)}")
         if self.layout:
-            lines.append("layout: " + ", ".join(f"{verb} {name!r}" for verb, name in self.layout.items()))
+            lines.append("layout: " + ", ".join(f"{field} {name!r}" for field, name in self.layout.items()))
         lines += [
             f"not used: {label!r} is a label too; to order by it, give --columns.label {shlex.quote(label)}"
             for label in self.other_labels

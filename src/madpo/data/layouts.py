@@ -19,7 +19,7 @@ USUAL = tuple(name for names in QUESTIONS for name in names[:1])
 
 
 _WORD = re.compile(r"\{(\w+)\}")
-_VERBS = ("prompt", "system", "history", *COMPLETIONS[:-1], "label", "score", "rank", "strength", "requires")
+_FIELDS = ("prompt", "system", "history", *COMPLETIONS[:-1], "label", "score", "rank", "strength", "requires")
 
 
 def plain_name(name: str) -> str:
@@ -60,11 +60,11 @@ class _Columns:
 
     def filled(self, entry: Packaged) -> Iterator[tuple[Layout, tuple[str, ...]]]:
         """An entry with every choice of its words that fits, and the labels that would fit too."""
-        verbs = {verb: each(getattr(entry, verb)) for verb in _VERBS}
-        prompts = verbs.pop("prompt")
+        fields = {field: each(getattr(entry, field)) for field in _FIELDS}
+        prompts = fields.pop("prompt")
         if prompts and not any(self.find(name) for name in prompts):  # one of several is enough
             return
-        needed = [name for verb, names in verbs.items() if not entry.keeps_inside(verb) for name in names]
+        needed = [name for field, names in fields.items() if not entry.keeps_inside(field) for name in names]
         words = dict.fromkeys(word for name in needed for word in _WORD.findall(name))
         fitting = {
             word: [
@@ -81,13 +81,13 @@ class _Columns:
         for chosen in product(*(found[:1] if word in orders else found for word, found in fitting.items())):
             names = dict(zip(words, chosen, strict=True))
             filled = {
-                verb: [self.find(_put(name, names)) or _put(name, names) for name in found]
-                for verb, found in (verbs | {"prompt": prompts}).items()
+                field: [self.find(_put(name, names)) or _put(name, names) for name in found]
+                for field, found in (fields | {"prompt": prompts}).items()
                 if found
             }
-            single = {verb: filled[verb][0] for verb in filled if not isinstance(getattr(entry, verb), tuple)}
+            single = {field: filled[field][0] for field in filled if not isinstance(getattr(entry, field), tuple)}
             said = entry.given | filled | single
-            yield Layout.model_validate({verb: said[verb] for verb in said.keys() & Layout.model_fields}), others
+            yield Layout.model_validate({field: said[field] for field in said.keys() & Layout.model_fields}), others
 
 
 def _put(name: str, words: Mapping[str, str]) -> str:
@@ -158,18 +158,18 @@ def _inside(other: Layout, first: Layout) -> bool:
 
 def _ordered(given: Layout, names: Sequence[str]) -> Layout:
     """What a user gives, with its columns there, and something that orders them."""
-    for column, verb in given.columns(names).items():
+    for column, field in given.columns(names).items():
         if column not in names:
             near = did_you_mean(column, names)
-            raise RowError(f"no column {column!r}, which columns.{verb} names (found {listed(names)}){near}")
+            raise RowError(f"no column {column!r}, which columns.{field} names (found {listed(names)}){near}")
     if given.chosen or given.label or given.score or given.rank or given.order:
         return given
     words = layout_table()["words"]
     columns = _Columns(names)
     if given.completions or given.replies:
-        for verb, kind in (("score", "scores"), ("rank", "ranks")):
+        for field, kind in (("score", "scores"), ("rank", "ranks")):
             if given.completions and (found := next((c for w in words[kind] if (c := columns.find(w))), None)):
-                return given.model_copy(update={verb: (found,)})
+                return given.model_copy(update={field: (found,)})
         return given
     label = next(
         (found for word in words["good" if given.completion else "label"] if (found := columns.find(word))), None
@@ -191,7 +191,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def _as_options(layout: Layout) -> str:
-    return " ".join(f"--columns.{verb} {shlex.quote(names)}" for verb, names in layout.spelled(",").items())
+    return " ".join(f"--columns.{field} {shlex.quote(names)}" for field, names in layout.spelled(",").items())
 
 
 def _proposal(columns: _Columns, given: Layout) -> str:

@@ -38,7 +38,7 @@ class RewardFn(Protocol):
 
 
 class OracleConfig(Frozen):
-    """An oracle is its configuration, with two verbs.
+    """An oracle is its configuration, with two methods.
 
     :meth:`fit` prepares it from labelled reviews and leaves what it needs in a folder; :meth:`load` gives the
     :class:`RewardFn`. A subclass has a ``kind`` of its own and overrides what it needs.

@@ -1,8 +1,15 @@
 """A step: an operation with its configuration and inputs, and the identity that follows from them.
 
 The identity (:attr:`Step.decisive`) decides whether a result is done, or an unfinished one may go on. It needs no
-library and is the same on every machine. A checkpoint has an identity of its own, which also holds the weights, the
-device, the precision and the number of processes: ``training/digests.py``, which says why the two are computed apart.
+library and is the same on every machine.
+
+``madpo run`` compares it step by step: a step whose identity changed is made in a folder of its own, with all that
+follow from it, and the others are kept. May change: where and how steps run (executor, ``--jobs``, machine, threads),
+which are chosen, and fields that say how and not what (``exclude=True``, such as micro-batches and ``report_to``).
+A command of one operation, such as ``madpo train``, refuses a folder with another identity, with the first difference.
+
+A checkpoint inside a step has an identity of its own, which also holds the weights, the device, the precision and the
+number of processes: ``training/digests.py``, which says what may change in ``madpo train``.
 """
 
 import hashlib
@@ -33,7 +40,7 @@ class Source:
 
     Attributes:
         place: where it is, as the user named it.
-        identity: what its content is: a digest, the identity of the record in it, or the name with its commit.
+        identity: what its content is: a digest, or the name on the hub.
     """
 
     place: str

@@ -3,6 +3,15 @@
 Everything that changes a number belongs in here. Names, paths and versions of a configuration do not. What changes last
 digits only is reported at a resume and not refused: ``SavesCheckpoints._conditions``.
 
+``madpo train`` continues if both identities are those of its first start: that of its step, and the one below.
+
+- May not change: data and evaluation data (by content, wherever they are), the model (by content and by name), loss,
+  adapter and every other setting; the pairs of a step; the arguments that :func:`decisive_arguments` keeps, such as the learning rate and the
+  number of epochs; the device, the precision, the number of processes, the versions of the libraries.
+- May change: the arguments in ``_FREE`` and ``_FREE_PREFIXES``: how a step is split into micro-batches, how often it
+  logs and saves, workers, recomputed activations; and threads, processor and machine.
+- A trainer in a script has no step. It may also go on for longer, or with other evaluations: ``_CONTINUING``.
+
 A step has an identity of its own, in :mod:`madpo.runner.step`. It must be known before a library is loaded and be the
 same on every machine, so that plans, pages and finished results can be compared. A checkpoint is bytes of one training:
 its identity needs the model on its device, refuses another device, precision or number of processes, lets a training go
