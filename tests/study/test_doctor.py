@@ -19,7 +19,7 @@ def test_every_line_is_of_this_machine(monkeypatch, tmp_path) -> None:
     assert f"torch {version('torch')}" in found["libraries"]
     assert "missing" not in found["libraries"]
     assert f"of {psutil.virtual_memory().total / 1e9:.1f} GB are free" in found["memory"]
-    assert found["cache"].startswith(f"{tmp_path / 'cache'}, 0 models of 0.0 GB")
+    assert found["cache"].startswith(f"{tmp_path / 'cache'}, 0 models of 0 B")
     if not torch.cuda.is_available() and not torch.backends.mps.is_available():
         assert found["accelerator"].startswith("none")
         assert found["speed"].startswith("1.00 of the two cores")

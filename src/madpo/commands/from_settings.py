@@ -156,7 +156,7 @@ def _options(
         elif name != "kind":
             names = [place + each for each in (name, *cli.also)]
             shorter = [each.removeprefix(start) for start in droppable for each in names if each.startswith(start)]
-            yield plain._replace(shorter=(*names[1:], *shorter, *cli.bare))
+            yield plain._replace(shorter=tuple(dict.fromkeys((*names[1:], *shorter, *cli.bare))))
             within = f"{key}: {sentence(plain.about).rstrip('.')}"
             for each, kind in cli.keys.items():
                 short = (each,) if cli.short else ()
@@ -215,9 +215,10 @@ class CommandLine:
         return found
 
     def _spellings(self) -> dict[str, str]:
-        """Name -> key. A field's own name goes before names that a table adds, and those before shortened ones."""
+        """Name -> key. A field's own name goes before names that a note adds, and those before shortened ones."""
         own = {option.key: option.key for option in self.options}
-        added = {name: f"{option.key}.{key}" for option in self.options for name, key in option.cli.names.items()}
+        added = {name: option.key for option in self.options for name in option.cli.bare}
+        added |= {name: f"{option.key}.{key}" for option in self.options for name, key in option.cli.names.items()}
         shorter: dict[str, set[str]] = {}
         for option in self.options:
             for name in option.shorter:

@@ -152,7 +152,8 @@ class Layout(Frozen):
         """Column -> the field that reads it, of everything that leaves a row when its pair is made."""
         fields = ("prompt", "system", "history", "tools", *COMPLETIONS[:-1])
         found = {head(name, names): field for field in fields for name in each(getattr(self, field))}
-        return found | {head(name, names): field for field in ("pair_id", *PAIR_COLUMNS) if (name := getattr(self, field))}
+        own = {field: getattr(self, field) for field in ("pair_id", *PAIR_COLUMNS)}
+        return found | {head(name, names): field for field, name in own.items() if name}
 
     def ordering(self, names: Container[str]) -> tuple[str, ...]:
         """Columns that order the completions or say how strongly; keys inside a list of completions are none."""

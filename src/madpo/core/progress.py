@@ -97,9 +97,11 @@ LIBRARIES = 0.6e9
 """Bytes of a process that has loaded its libraries; the context of a GPU is about as large."""
 
 
-def gigabytes(size: float) -> str:
-    """12.3 GB."""
-    return f"{size / 1e9:.1f} GB"
+def memory_text(size: float) -> str:
+    """``12.3 GB``, ``4.5 MB``."""
+    from pydantic import ByteSize  # madpo --help does without it
+
+    return ByteSize(size).human_readable(decimal=True, separator=" ")
 
 
 def duration(seconds: float) -> str:

@@ -332,7 +332,7 @@ def load_preferences(
         data: JSONL, CSV or Parquet file, a folder of such files, a saved data set, or a hub data set "owner/name",
             "owner/name:split" or "owner/name:configuration:split".
         columns: which columns hold the pair, such as ``{"prompt": "question", "chosen": "best", "rejected": "worse"}``
-            (the fields of :class:`madpo.data.layouts.Layout`), a packaged layout's name, or a TOML file; None recognises
+            (fields of :class:`madpo.core.layout.Layout`), a packaged layout's name, or a TOML file; None recognises
             them by their names.
         tokenizer: a tokenizer, or the name or folder of one. With it the rows also hold token ids, each completion
             with exactly one end token, which the trainer takes as they are.

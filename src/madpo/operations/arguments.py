@@ -24,7 +24,7 @@ _REFUSED = {
     "loss_type": "has no effect here, since the loss is chosen by its kind; did you mean '--loss'?",
     "label_smoothing": "has no effect here; did you mean '--loss.label_smoothing' (of the loss dpo)?",
     "use_weighting": "has no effect here; did you mean '--loss wpo'?",
-    "loss_weights": "has no effect here, since madpo adds no losses up; write one of your own (--loss custom)",
+    "loss_weights": "has no effect here; did you mean '--loss combined', with --loss.parts and --loss.weights?",
     **dict.fromkeys(("ld_alpha", "discopop_tau", "f_divergence_type", "f_alpha_divergence_coef"), _NO_SUCH_LOSS),
 }
 
@@ -109,6 +109,7 @@ ARGUMENTS = Cli(
         "learning_rate": "learning_rate",
         "epochs": "num_train_epochs",
         "batch_size": "per_device_train_batch_size",
+        "train_batch_size": "per_device_train_batch_size",
         "seed": "seed",
     },
     refused=_REFUSED,

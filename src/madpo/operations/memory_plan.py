@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from madpo.core.columns import ID_COLUMNS, NUMBERS
 from madpo.core.errors import ConfigError
-from madpo.core.progress import LIBRARIES, gigabytes
+from madpo.core.progress import LIBRARIES, memory_text
 from madpo.data import load_preferences
 from madpo.losses import DPO
 from madpo.models.load import compute_dtype, small_tokenizer
@@ -74,8 +74,8 @@ class MemoryPlan(NamedTuple):
         """For a person."""
         step = self.step
         parts = {"weights": step.weights, "gradients": step.gradients, "optimizer": step.optimizer, "saved": step.saved}
-        shown = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items())
-        held = gigabytes(HELD_BACK * (step.peak - step.weights))
+        shown = ", ".join(f"{name} {memory_text(size)}" for name, size in parts.items())
+        held = memory_text(HELD_BACK * (step.peak - step.weights))
         allocator = (
             ""
             if torch.cuda.is_available()
@@ -87,8 +87,8 @@ class MemoryPlan(NamedTuple):
             fits = f"a micro-batch of {self.tried} such pairs fits (more were not tried)"
         return (
             f"A step of {step.pairs} pairs, the longest of {self.lengths[0]} + {self.lengths[1]} tokens, needs "
-            f"{gigabytes(step.peak)} at its peak ({shown} for the backward pass).\n"
-            f"With {gigabytes(LIBRARIES)} for the libraries, {fits} into {gigabytes(self.memory)}.{allocator}"
+            f"{memory_text(step.peak)} at its peak ({shown} for the backward pass).\n"
+            f"With {memory_text(LIBRARIES)} for the libraries, {fits} into {memory_text(self.memory)}.{allocator}"
         )
 
 

@@ -34,8 +34,10 @@ class AdapterOptimisation(Optimisation):
     """The largest of the schedule."""
     epochs: Annotated[float, Cli(also=("num_train_epochs",))] = Field(default=1.0, gt=0)
     """Passes over the pairs at most."""
-    batch_size: Annotated[int, Cli(also=("train_batch_size",))] = Field(default=16, ge=1)
-    """Pairs per optimiser step."""
+    batch_size: Annotated[
+        int, Cli(also=("train_batch_size", "per_device_train_batch_size"), bare=("batch_size",))
+    ] = Field(default=16, ge=1)
+    """Pairs per optimiser step; micro_batch_size splits them."""
 
 
 class Training(Reading):

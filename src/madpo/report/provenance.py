@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from madpo.core.progress import duration
+from madpo.core.progress import duration, memory_text
 from madpo.report.numbers import DASH
 from madpo.report.pages import Cell, Table, cell
 from madpo.report.sources import folder_of
@@ -99,9 +99,4 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _size(folder: Path) -> str:
     if not folder.is_dir():
         return DASH
-    size = float(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
+    return memory_text(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))

@@ -17,7 +17,7 @@ import torch
 
 from madpo import __version__
 from madpo.core.config import find_experiment, load_config
-from madpo.core.progress import duration, gigabytes
+from madpo.core.progress import duration, memory_text
 from madpo.models.load import compute_dtype
 from madpo.models.packaged import PACKAGED, cache_dir, cache_limit
 from madpo.runner.run import plan
@@ -49,7 +49,7 @@ def diagnose() -> Iterator[Line]:
     load = "" if not hasattr(os, "getloadavg") else f", load {os.getloadavg()[0]:.1f} in the last minute"
     yield Line("CPU", f"{os.cpu_count()} cores, {_several(torch.get_num_threads(), 'thread')} used{load}")
     memory = psutil.virtual_memory()
-    yield Line("memory", f"{gigabytes(memory.available)} of {gigabytes(memory.total)} are free")
+    yield Line("memory", f"{memory_text(memory.available)} of {memory_text(memory.total)} are free")
     yield Line("cache", _cache(cache_dir()))
     dtype = compute_dtype()
     native = "multiplied natively" if dtype is torch.bfloat16 else "not native here, so models run in float32"
@@ -102,12 +102,11 @@ def _several(n: int, noun: str) -> str:
 
 def _cache(folder: Path) -> str:
     where = next(path for path in (folder, *folder.parents) if path.exists())
-    free = f"{shutil.disk_usage(where).free / 1e9:.1f} GB free there"
+    free = f"{memory_text(shutil.disk_usage(where).free)} free there"
     models = [path for path in (folder / "models").glob("*") if path.is_dir() and path.name[0] != "."]
 
     def size(*places: Path) -> str:
-        total = sum(file.stat().st_size for place in places for file in place.rglob("*") if file.is_file())
-        return f"{total / 1e9:.1f} GB"
+        return memory_text(sum(file.stat().st_size for place in places for file in place.rglob("*") if file.is_file()))
 
     columns = f"columns of {size(folder / 'columns')} (at most {cache_limit() / 1e9:g})"
     return f"{folder}, {_several(len(models), 'model')} of {size(*models)}, {columns}, {free}"

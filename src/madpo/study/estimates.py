@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from madpo.core.errors import ConfigError
-from madpo.core.progress import LIBRARIES, duration, gigabytes
+from madpo.core.progress import LIBRARIES, duration, memory_text
 from madpo.core.suggestions import did_you_mean
 from madpo.models.packaged import cache_dir, cut_report
 from madpo.operations.own_pairs import HeldoutStage, OwnPairsStage
@@ -286,7 +286,7 @@ def dry_run_lines(result: RunResult, machine: Machine) -> list[str]:
     rows = []
     for step, status in result.plan:
         guess = found.get(step.name)
-        memory = "" if guess is None or guess.memory is None else gigabytes(guess.memory)
+        memory = "" if guess is None or guess.memory is None else memory_text(guess.memory)
         time = "" if guess is None else duration(guess.seconds)
         inputs = ", ".join(upstream.name for upstream in step.upstream.values())
         rows.append((step.name, status, time, memory, f"from {inputs}" if inputs else ""))

@@ -6,8 +6,9 @@ digits only is reported at a resume and not refused: ``SavesCheckpoints._conditi
 ``madpo train`` continues if both identities are those of its first start: that of its step, and the one below.
 
 - May not change: data and evaluation data (by content, wherever they are), the model (by content and by name), loss,
-  adapter and every other setting; the pairs of a step; the arguments that :func:`decisive_arguments` keeps, such as the learning rate and the
-  number of epochs; the device, the precision, the number of processes, the versions of the libraries.
+  adapter and every other setting; the pairs of a step; the arguments that :func:`decisive_arguments` keeps, such as
+  the learning rate and the number of epochs; the device, the precision, the number of processes, and the versions of
+  the libraries.
 - May change: the arguments in ``_FREE`` and ``_FREE_PREFIXES``: how a step is split into micro-batches, how often it
   logs and saves, workers, recomputed activations; and threads, processor and machine.
 - A trainer in a script has no step. It may also go on for longer, or with other evaluations: ``_CONTINUING``.
