@@ -76,7 +76,7 @@ class Optimisation(Frozen):
     """AdamW and its schedule, the same for every training of the study."""
 
     learning_rate: float = Field(gt=0)
-    """The largest of the schedule."""
+    """Largest learning rate of the schedule."""
     epochs: float = Field(gt=0)
     """Passes over the examples."""
     batch_size: int = Field(ge=1)

@@ -31,7 +31,7 @@ class AdapterOptimisation(Optimisation):
     """AdamW and its schedule, with defaults for an adapter."""
 
     learning_rate: float = Field(default=1e-4, gt=0)
-    """The largest of the schedule."""
+    """Largest learning rate of the schedule."""
     epochs: Annotated[float, Cli(also=("num_train_epochs",))] = Field(default=1.0, gt=0)
     """Passes over the pairs at most."""
     batch_size: Annotated[
@@ -51,7 +51,7 @@ class Training(Reading):
     truncation: Truncation = "drop"
     """What happens to a pair of more than max_length tokens: drop it, cut its completions, or refuse it."""
     date: datetime | None = added(None)
-    """What a chat template that prints the date takes for now; None is the first start of the training."""
+    """The date that a chat template prints; None is that of the training's first start."""
     strict: bool = Field(default=False, exclude=True)
     """Treat what ``madpo check`` would warn of as an error."""
 
@@ -62,8 +62,8 @@ class Decoding(Frozen):
     max_new_tokens: int = Field(default=128, ge=1)
     """Tokens of a response at most."""
     temperature: float = Field(default=1.0, ge=0)
-    """0 takes the most likely token; larger draws more freely. A KL is that of the policy at 1 (with top_p 1 and no
-    top_k); elsewhere it is taken along another text."""
+    """0 takes the most likely token; larger draws more freely. The KL is the policy's own only at 1, with top_p 1 and
+    no top_k."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Sample from the most probable tokens that have this share of the probability."""
     top_k: int | None = added(None, ge=1)
@@ -96,7 +96,7 @@ class RewardSettings(Training):
     eval_share: float = Field(default=0.1, gt=0, lt=1)
     """Share of the pairs held out (whole prompts at a time) where no evaluation data are given."""
     stopping_share: float = Field(default=0.5, gt=0, lt=1)
-    """Share of the held-out pairs that decides when to stop; only the others give the report."""
+    """Share of the held-out pairs that decides when to stop; only the others are reported."""
     eval_every: int | None = Field(default=None, ge=1)
     """Optimiser steps between two evaluations on them; None is 10 evaluations at most."""
     patience: int = Field(default=3, ge=1)
@@ -124,14 +124,14 @@ class ScoreSettings(Reading):
     """Reward models to train, each of which scores the part of the pairs that it did not see. With ``probe``: parts, 5
     by default."""
     probe: str | None = added(None)
-    """A causal language model (packaged name, folder or hub id) whose states give the margins, out of fold and without
+    """A causal language model (packaged name, folder or hub id) whose hidden states give the margins, out of fold and without
     a training; best the model that will be trained."""
     probe_seed: int = added(0, ge=0)
     """Seed of the division into parts."""
     reward: Annotated[RewardSettings | None, Cli(short=True)] = None
     """How those are trained."""
     margin_temperature: float | None = Field(default=None, gt=0)
-    """For ``score_columns``: what the difference is divided by; None fits it to the labels."""
+    """For ``score_columns``: the difference of the scores is divided by it; None fits it to the labels."""
     format: Literal["jsonl", "parquet"] = "jsonl"
     """Format of the scored file."""
     batch_size: int = Field(default=16, ge=1)
@@ -205,9 +205,9 @@ class PairCorpus(Reading):
     """Held-out pairs; None, or false in TOML, holds out ``eval_share`` of the prompts of ``data``."""
     eval_share: float = Field(default=0.2, gt=0, lt=1)
     train: int = Field(ge=1)
-    """Training pairs at most: the first ones, and those of which times are estimated."""
+    """Training pairs at most, the first ones; estimates of time assume this number."""
     heldout: int = Field(ge=1)
-    """The same of held-out pairs."""
+    """Held-out pairs at most, in the same way."""
     judge: str
     """What scores responses to held-out prompts: a folder that ``madpo reward`` wrote, a sequence classifier with one
     output (folder or hub id), or ``probe``, which is fitted to pairs that no policy sees."""
@@ -237,7 +237,7 @@ class TrimSettings(Reading):
     drop_reserved: bool = False
     """Leave out added tokens that are called unused or reserved and do not occur in the corpus."""
     held_out_share: float = Field(default=0.05, gt=0, lt=1)
-    """Share of the corpus's different texts that takes no part and is measured on, where no other text is given."""
+    """Share of the corpus's different texts that is held out and measured on, where no other text is given."""
     eval_texts: int = Field(default=128, ge=1)
     """Held-out texts to measure on at most."""
     eval_characters: int = Field(default=1000, ge=1)

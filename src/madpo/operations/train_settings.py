@@ -18,7 +18,7 @@ from madpo.operations.settings import Training
 
 
 class Auto(LossConfig):
-    """No loss of its own: DPO and a target that mixes labels with margins, as labels that DPO has not seen advise.
+    """The average of DPO and of a training on labels mixed with margins, in a share that unseen labels choose.
 
     See :mod:`madpo.operations.auto`. Pairs without ``reward_margin`` get margins from a probe of the reference.
     """
@@ -30,7 +30,7 @@ class Auto(LossConfig):
     fast: Annotated[bool, Cli(bare=("fast",))] = False
     """One training, with a fixed label_share of 0.75."""
     kl: Annotated[float | None, Cli(bare=("kl",))] = Field(default=None, gt=0)
-    """KL(policy || reference) per response, in nats, that the adapter's strength is set to; None leaves it at 1."""
+    """The adapter is scaled so that KL(policy || reference) per response is this, in nats; None leaves its scale at 1."""
     kl_prompts: int = Field(default=64, ge=1)
     """Prompts that the KL is measured on, at most: held-out ones where there are any."""
     kl_tokens: int = Field(default=64, ge=1)
@@ -68,7 +68,7 @@ class TrainSettings(Training):
     """Take the pairs of half of the prompts first, and keep what the policy says of the others before it is trained on
     them (first_look.jsonl)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the loaded weights; auto is float32 in full training, else what the processor multiplies natively."""
+    """Type of the loaded weights; auto is float32 in full training, else bfloat16 where the hardware multiplies it."""
 
     @property
     def merges(self) -> bool:
@@ -100,8 +100,8 @@ class TrainSettings(Training):
         return ours | self.args
 
     def decisive(self) -> dict[str, Any]:
-        """What bears on the result, as plain values: of the arguments those that do, and of the two that split a step
-        into micro-batches their product only."""
+        """What bears on the result, as plain values: only arguments that change it, and in place of the two that split a
+        step into micro-batches their product."""
         from madpo.training import PreferenceConfig
         from madpo.training.digests import BATCH, decisive_arguments
 
