@@ -105,7 +105,8 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
 
 
 def _inner(kinds: Sequence[Any]) -> list[Any]:
-    return [inside for kind in kinds if get_origin(kind) is tuple for inside in get_args(kind) if inside is not ...]
+    found = [inside for kind in kinds if get_origin(kind) is tuple for inside in get_args(kind) if inside is not ...]
+    return [get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in found]
 
 
 def _read(word: str, kinds: Sequence[Any], *, optional: bool = False) -> Any:
@@ -117,7 +118,7 @@ def _read(word: str, kinds: Sequence[Any], *, optional: bool = False) -> Any:
 
 
 def options_of(model: type[BaseModel], kinds: Mapping[str, str]) -> list[Option]:
-    """All options of a configuration, those of the tables in it last.
+    """All options of a configuration: what needs no option's name, then the tables in it, that of columns last.
 
     Args:
         kinds: key of a field that is one of several classes -> the kind that was chosen; without it, the default's.
@@ -126,7 +127,7 @@ def options_of(model: type[BaseModel], kinds: Mapping[str, str]) -> list[Option]
         ConfigError: the kind does not exist.
     """
     found = list(_options(model, "", (), kinds, None))
-    return sorted(found, key=lambda option: bool(option.table))
+    return sorted(found, key=lambda option: (not option.cli.positional, bool(option.table), "columns." in option.key))
 
 
 def _options(

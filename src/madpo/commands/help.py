@@ -31,12 +31,15 @@ def help_text(line: CommandLine, says: str, function: Callable[..., int]) -> str
     )
     groups = {"": parser.add_argument_group("options")}
     for option in line.options:
+        if ".columns." in option.key:
+            continue  # of a step inside the command, which reads as the command does
         if option.table not in groups:
             groups[option.table] = parser.add_argument_group(option.table)
         if option.default is ... and not option.about:
             continue  # a key of a free table, which lists it
         short = [name for name in option.shorter if "." not in name and line.names.get(name) == option.key]
-        first, *others = [option.key.upper()] if option.cli.positional else [*short[:1], *short[1:], option.key]
+        names = [*short, option.key] if "." in option.key else [option.key, *short]
+        first, *others = [option.key.upper()] if option.cli.positional else names
         about = " ".join(
             [
                 sentence(option.about),
@@ -45,7 +48,8 @@ def help_text(line: CommandLine, says: str, function: Callable[..., int]) -> str
                 *([f"({_default(option.default)})"] if option.default is not ... else []),
             ]
         )
-        name = first if option.cli.positional else f"--{first}{'.NAME' if option.free else ''}"
+        keys = option.free and option.default is not None  # else it is given as a whole
+        name = first if option.cli.positional else f"--{first}{'.NAME' if keys else ''}"
         metavar = None if option.cli.positional else f"[{option.metavar}]" if option.flag else option.metavar
         groups[option.table].add_argument(name, help=about.replace("%", "%%"), metavar=metavar)
     return parser.format_help().rstrip()

@@ -3,8 +3,8 @@
 A margin's way from a line of a file to the gradient, file by file, with every function that touches it:
 
 1. ``data/load.py``: ``load_preferences`` reads ``PairStream.with_rows``, which adds file and line to a mistake;
-2. ``data/rows.py``: ``Columns.found_in`` finds the column by its names below, ``Reader.pair`` makes a finite float of it
-   (``as_number``), ``Pair.row`` puts that into a row for training;
+2. ``data/rows.py``: ``Columns.found_in`` finds the column by its names below, ``Reader.pair`` makes a finite float of
+   it (``as_number``), ``Pair.row`` puts that into a row for training;
 3. ``operations/policy.py``: ``train_pairs`` gets the rows from ``load_training``, which holds some prompts out, and
    ``as_dataset`` hands all columns below to the trainer (a script does the same itself);
 4. ``training/columns.py``: ``PreferenceCollator.torch_call`` puts one float32 per pair into the batch (``completed``);

@@ -34,9 +34,9 @@ class AdapterOptimisation(Optimisation):
     """Largest learning rate of the schedule."""
     epochs: Annotated[float, Cli(also=("num_train_epochs",))] = Field(default=1.0, gt=0)
     """Passes over the pairs at most."""
-    batch_size: Annotated[
-        int, Cli(also=("train_batch_size", "per_device_train_batch_size"), bare=("batch_size",))
-    ] = Field(default=16, ge=1)
+    batch_size: Annotated[int, Cli(also=("train_batch_size", "per_device_train_batch_size"), bare=("batch_size",))] = (
+        Field(default=16, ge=1)
+    )
     """Pairs per optimiser step; micro_batch_size splits them."""
 
 
@@ -124,8 +124,8 @@ class ScoreSettings(Reading):
     """Reward models to train, each of which scores the part of the pairs that it did not see. With ``probe``: parts, 5
     by default."""
     probe: str | None = added(None)
-    """A causal language model (packaged name, folder or hub id) whose hidden states give the margins, out of fold and without
-    a training; best the model that will be trained."""
+    """A causal language model (packaged name, folder or hub id) whose hidden states give the margins, out of fold and
+    without a training; best the model that will be trained."""
     probe_seed: int = added(0, ge=0)
     """Seed of the division into parts."""
     reward: Annotated[RewardSettings | None, Cli(short=True)] = None
@@ -149,6 +149,8 @@ class ScoreSettings(Reading):
             raise ValueError("probe trains no reward model; leave out its settings, or give folds in its place")
         if (folds is None) != (self.reward is None):
             raise ValueError("folds trains reward models, so it needs the base model (--model_name_or_path)")
+        if self.reward is not None and (self.reward.columns.given or self.reward.layout):
+            raise ValueError("reward.columns and reward.layout have no effect; give columns and layout")
         if self.margin_temperature is not None and self.score_columns is None:
             raise ValueError("margin_temperature goes with score_columns; the losses take it for other margins")
         return self

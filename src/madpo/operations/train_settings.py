@@ -30,7 +30,7 @@ class Auto(LossConfig):
     fast: Annotated[bool, Cli(bare=("fast",))] = False
     """One training, with a fixed label_share of 0.75."""
     kl: Annotated[float | None, Cli(bare=("kl",))] = Field(default=None, gt=0)
-    """The adapter is scaled so that KL(policy || reference) per response is this, in nats; None leaves its scale at 1."""
+    """The adapter is scaled so that KL(policy || reference) per response is this, in nats; None scales nothing."""
     kl_prompts: int = Field(default=64, ge=1)
     """Prompts that the KL is measured on, at most: held-out ones where there are any."""
     kl_tokens: int = Field(default=64, ge=1)
@@ -100,8 +100,8 @@ class TrainSettings(Training):
         return ours | self.args
 
     def decisive(self) -> dict[str, Any]:
-        """What bears on the result, as plain values: only arguments that change it, and in place of the two that split a
-        step into micro-batches their product."""
+        """What bears on the result, as plain values: only arguments that change it, and in place of the two that split
+        a step into micro-batches their product."""
         from madpo.training import PreferenceConfig
         from madpo.training.digests import BATCH, decisive_arguments
 

@@ -50,7 +50,7 @@ class CompareSettings(Training):
     judge_share: float = Field(default=0.2, gt=0, lt=1)
     """Share of the pairs that a judge ``probe`` is fitted to."""
     split_seed: int = Field(default=0, ge=0)
-    """Seed of the choice of these prompts."""
+    """Seed of the choice of the prompts that are held out, and of those for a judge ``probe``."""
     max_length: int | None = Field(default=1024, ge=2)
     """Tokens of prompt and completion; None is no limit."""
     optimisation: Annotated[AdapterOptimisation, Cli(short=True)] = AdapterOptimisation()
