@@ -9,6 +9,7 @@ import pytest
 from pydantic import Field
 
 from madpo.commands.cli import COMMANDS, command, main
+from madpo.commands.compare import Compare
 from madpo.commands.from_settings import CommandLine, Configurable, configuration
 from madpo.commands.train import Evaluate, Reward, Score, Train, Tune
 from madpo.core.config import Frozen
@@ -73,6 +74,14 @@ def test_every_spelling_sets_the_key_of_its_field():
     }
     assert given(Reward, "--optimisation.betas", "0.8", "0.9", "d") == {"optimisation.betas": [0.8, 0.9], "data": "d"}
     assert given(Reward, "--optimisation-betas", "[0.8, 0.9]", "d") == {"optimisation.betas": [0.8, 0.9], "data": "d"}
+
+
+@pytest.mark.parametrize("word", ["--batch_size", "--train_batch_size", "--per_device_train_batch_size"])
+def test_every_command_that_trains_takes_the_usual_words_for_a_batch(word):
+    for model, key in {Train: "args", Tune: "args", Reward: "optimisation", Compare: "optimisation"}.items():
+        name = "per_device_train_batch_size" if key == "args" else "batch_size"
+        assert given(model, word, "4") == {f"{key}.{name}": 4}
+    assert given(Score, word, "4") == {"batch_size" if word == "--batch_size" else "reward.optimisation.batch_size": 4}
 
 
 def test_every_argument_of_the_trainer_is_an_option_under_trls_name():
