@@ -59,7 +59,7 @@ def test_the_papers_own_numbers_give_the_papers_own_claims(paper: list[Tier]) ->
     assert "20 held, 0 did not hold, 0 were not separated by this run, and 0 were not run" in counts([*found.values()])
     assert counts(claims([])) == "None of the 20 claims of the paper's Section 5 was put to the test by this run."
     first = found["madpo-first-high"]
-    assert [c.what for c in first.comparisons] == [f"MADPO less {name}, High" for name in ("DPO", "IPO", "β-DPO")]
+    assert [c.what for c in first.comparisons] == [f"MADPO minus {name}, High" for name in ("DPO", "IPO", "β-DPO")]
     assert first.comparisons[0].value is not None
     # Both are exact on all prompts; on the reporting half they differ from that only by their own noise.
     assert first.comparisons[0].value.mean == pytest.approx(2.23 - 1.62, abs=0.05)

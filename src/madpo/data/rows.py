@@ -54,7 +54,7 @@ class Pair:
 
     @property
     def score_difference(self) -> float | None:
-        """Score of the chosen side less that of the rejected one; None where the data have no scores."""
+        """Score of the chosen side minus that of the rejected one; None where the data have no scores."""
         chosen, rejected = map(self.numbers.get, SCORES)
         return None if chosen is None or rejected is None else chosen - rejected
 

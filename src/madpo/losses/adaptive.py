@@ -225,7 +225,7 @@ class AlphaDPO(RunningLoss):
         return inputs.log_ratio_margin_per_token.detach()
 
     def implicit_margin(self, inputs: LossInputs) -> Float[Tensor, " pairs"]:
-        """Beta times the mean log-prob per token, chosen less rejected: only the target depends on the reference."""
+        """Beta times the mean log-prob per token, chosen minus rejected: only the target depends on the reference."""
         return self.beta * inputs.policy_margin_per_token
 
     def observe(self, statistic: Float[Tensor, " batch"], state: LossState, *, training: bool = True) -> LossState:

@@ -78,7 +78,7 @@ class LossConfig(Frozen):
         raise NotImplementedError(f"{type(self).__name__} does not say how the loss is computed")
 
     def implicit_margin(self, inputs: LossInputs) -> Float[Tensor, " pairs"]:
-        """Reward of the chosen less that of the rejected, as this loss reads a policy: log-odds; above 0 is right.
+        """Reward of the chosen minus that of the rejected, as this loss reads a policy: log-odds; above 0 is right.
 
         Beta times the log-ratio margin, of summed log-probs or per token as the loss takes them.
         """
@@ -162,18 +162,18 @@ class LossInputs:
 
     @property
     def log_ratio_margin(self) -> Float[Tensor, " pairs"]:
-        """h_theta of the paper: log-ratio of the chosen less that of the rejected, nats. No beta inside."""
+        """h_theta of the paper: log-ratio of the chosen minus that of the rejected, nats. No beta inside."""
         return self.chosen_log_ratio - self.rejected_log_ratio
 
     @property
     def policy_margin_per_token(self) -> Float[Tensor, " pairs"]:
-        """Mean log pi per token of the chosen less that of the rejected, nats per token; no reference."""
+        """Mean log pi per token of the chosen minus that of the rejected, nats per token; no reference."""
         chosen = per_token(self.policy_chosen_logps, self.chosen_lengths)
         return chosen - per_token(self.policy_rejected_logps, self.rejected_lengths)
 
     @property
     def log_ratio_margin_per_token(self) -> Float[Tensor, " pairs"]:
-        """Mean log-ratio per token of the chosen less that of the rejected, nats per token."""
+        """Mean log-ratio per token of the chosen minus that of the rejected, nats per token."""
         chosen = per_token(self.chosen_log_ratio, self.chosen_lengths)
         return chosen - per_token(self.rejected_log_ratio, self.rejected_lengths)
 

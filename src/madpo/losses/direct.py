@@ -93,7 +93,7 @@ class BCO(BetaLoss):
 class SimPO(LossConfig):
     """SimPO (Meng et al., arXiv 2405.14734): L = -log sigma(beta p - gamma), without a reference.
 
-    p is the mean log-prob per token of the chosen less that of the rejected. The paper names gamma, the official
+    p is the mean log-prob per token of the chosen minus that of the rejected. The paper names gamma, the official
     code the ratio gamma/beta: give one of the two.
     """
 
@@ -128,7 +128,7 @@ class SimPO(LossConfig):
         return LossOutput(-F.logsigmoid(self.implicit_margin(inputs) - self.target_margin), {})
 
     def implicit_margin(self, inputs: LossInputs) -> Float[Tensor, " pairs"]:
-        """Without a reference: beta times the mean log-prob per token, chosen less rejected."""
+        """Without a reference: beta times the mean log-prob per token, chosen minus rejected."""
         return self.beta * inputs.policy_margin_per_token
 
 

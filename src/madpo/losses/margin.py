@@ -106,7 +106,7 @@ class RPO(BetaLoss):
     """Reward-aware preference optimisation (NVIDIA, arXiv 2502.00203), and reward distillation (arXiv 2405.19316).
 
     With b = beta h_theta and the target a = eta * reward_margin: "sq" is (b - a)^2 (distilled DPO), "bwd_kl" is
-    KL(Bern(sigma(a)) || Bern(sigma(b))), soft-label DPO less the entropy of its label, and "fwd_kl" is
+    KL(Bern(sigma(a)) || Bern(sigma(b))), soft-label DPO minus the entropy of its label, and "fwd_kl" is
     KL(Bern(sigma(b)) || Bern(sigma(a))). Summed log-probs; each is least at b = a.
     """
 

@@ -55,7 +55,7 @@ class Setting(Frozen):
 
 @dataclass(frozen=True)
 class Pairs:
-    """Labelled pairs, chosen less rejected; the first dimension is the world.
+    """Labelled pairs, chosen minus rejected; the first dimension is the world.
 
     Attributes:
         policy: differences of the policy's features.

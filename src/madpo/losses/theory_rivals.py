@@ -55,7 +55,7 @@ def minimiser_of(loss: Callable[[Tensor, Tensor], Tensor], margins: np.ndarray) 
 
     Args:
         loss: L(h, u) per pair, for tensors of margins (log-odds) and of u.
-        margins: h of the first response less that of the second, log-odds.
+        margins: h of the first response minus that of the second, log-odds.
     """
     h = torch.as_tensor(margins, dtype=torch.float64)
     sides = torch.cat([h, -h])  # each pair with its label either way

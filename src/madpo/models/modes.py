@@ -60,7 +60,7 @@ def _set_training(modes: dict[nn.Module, bool]) -> Iterator[None]:
 
 
 def _own(model: nn.Module) -> list[nn.Module]:
-    """The modules of the model itself, less those of adapters and those that compute otherwise while they train."""
+    """The modules of the model itself, without those of adapters and those that compute otherwise while they train."""
     others: set[nn.Module] = set()
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):

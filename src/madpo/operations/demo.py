@@ -29,13 +29,13 @@ METHODS = {
 
 
 class DemoReport(Report):
-    """True reward less that of DPO at the same KL, in standard deviations of the reward, paired by world."""
+    """True reward minus that of DPO at the same KL, in standard deviations of the reward, paired by world."""
 
     settings: DemoSettings
     differences: dict[Knowledge, dict[str, Estimate | None]]
     """Kind of reward model -> method -> difference; None where too few worlds reached the KL."""
     deciding: dict[Knowledge, Estimate]
-    """Held-out log loss of the margins less that of DPO's own implicit margins, nats: below 0 the margins know more."""
+    """Held-out log loss of the margins minus that of DPO's implicit margins, nats: below 0 the margins know more."""
 
     def verdict(self, kind: Knowledge) -> tuple[str, str, tuple[str, ...]]:
         """What came out with one kind of reward model: a sentence, MADPO's side ("above", "below", "open"), remarks."""
@@ -46,14 +46,14 @@ class DemoReport(Report):
         words = f"Clearly above DPO: {', '.join(above) or 'nothing'}{less}."
         kinds = {METHODS["madpo"][0]: "open", **dict.fromkeys(above, "above"), **dict.fromkeys(below, "below")}
         deciding = short(self.deciding.get(kind), "signed", 3)
-        return words, kinds[METHODS["madpo"][0]], (f"Held-out log loss of the margins less DPO's, nats: {deciding}.",)
+        return words, kinds[METHODS["madpo"][0]], (f"Held-out log loss of the margins minus DPO's, nats: {deciding}.",)
 
     def text(self) -> str:
         """For a person."""
         s = self.settings
         lines = [
             f"A SIMULATION: {s.worlds} worlds with a known reward, {s.pairs} pairs each; log-linear policies by",
-            f"madpo.losses. True reward less DPO's at KL {s.kl:g} (nats), in standard deviations of the reward:",
+            f"madpo.losses. True reward minus DPO's at KL {s.kl:g} (nats), in standard deviations of the reward:",
         ]
         width = max(len(name) for name, _ in METHODS.values())
         for kind, found in self.differences.items():

@@ -213,7 +213,7 @@ def write_gains(report: VerifyAutoReport, path: Path) -> None:
             f"{auto.above_averaged} and below in {auto.below_averaged}."
         ],
         note=(
-            f"auto less DPO at KL {s.kl:g} (nats), 95 % intervals over {s.worlds} worlds. n: training pairs; sd: "
+            f"auto minus DPO at KL {s.kl:g} (nats), 95 % intervals over {s.worlds} worlds. n: training pairs; sd: "
             "standard deviation of the true reward in log-odds, 1.5 where it is not named; flipped: one label in five "
             "is turned around; Low: the better of two responses against a worse text of another style."
         ),
@@ -248,7 +248,7 @@ def _verdict(cells: Sequence[Mapping[str, Estimate]]) -> tuple[str, str, tuple[s
     return (
         f"auto is clearly above DPO in {above} of {len(gains)} settings, clearly below in {below or 'none'}.",
         side,
-        (f"Held-out log loss of the margins less DPO's, nats: {' to '.join(deciding)}.",),
+        (f"Held-out log loss of the margins minus DPO's, nats: {' to '.join(deciding)}.",),
     )
 
 
@@ -323,7 +323,7 @@ class Compared(NamedTuple):
     shares: np.ndarray
     """The label's share, a world."""
     deciding: np.ndarray
-    """Calibrated log loss of the margins less that of DPO's implicit margins before its steps, nats, a world."""
+    """Calibrated log loss of the margins minus that of DPO's implicit margins before its steps, nats, a world."""
 
 
 def gains(worlds: Worlds, cell: Cell, margins: Margins) -> Compared:

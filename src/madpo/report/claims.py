@@ -171,16 +171,16 @@ class _Study:
         return less(_words(sides), [self.find(side) for side in sides], bound=bound, required=required)
 
     def every_setting(self) -> list[Comparison]:
-        """Each setting of MADPO less DPO, in every tier; one setting shows no sensitivity."""
+        """Each setting of MADPO minus DPO, in every tier; one setting shows no sensitivity."""
         found = []
         for name in published.TIERS:
             tier, dpo = self.tiers.get(name), self.find(f"DPO@{name}")
             rows = settings_of(tier, "MADPO", self.beta) if tier else []
             if tier is None or len(rows) < 2:
-                what = f"MADPO's settings less DPO, {name.capitalize()}"
+                what = f"MADPO's settings minus DPO, {name.capitalize()}"
                 found.append(Comparison(what, missing="fewer than two settings were run"))
                 continue
-            found += [less(f"{r.name} less DPO, {tier.label}", [choose(r.name, tier, [r]), dpo]) for r in rows]
+            found += [less(f"{r.name} minus DPO, {tier.label}", [choose(r.name, tier, [r]), dpo]) for r in rows]
         return found
 
     def at_equal_kl(self) -> list[Claim]:
@@ -196,19 +196,19 @@ class _Study:
             for name, tier in self.tiers.items():
                 line = lines[name].get(method, [])
                 choice = choose(method, tier, line[:1]) if len(line) > 1 else self.find(f"{method}@{name}")
-                what = f"{method} less {base} at equal KL, {tier.label}"
+                what = f"{method} minus {base} at equal KL, {tier.label}"
                 line = line if len(line) > 1 else []
                 by_tier.append((tier.label, equal_kl(what, tier, choice, base=base, line=line)))
             if all(c.value is None for _, c in by_tier) and (method, base) != pairs[0]:
                 continue
             text = f"{method} earns more than {base} at the same distance from the reference."
             reading = (
-                f"{method}'s curve of reward against the root of KL, over its betas, less that of {base}, which begins "
-                "at the reference: the mean over the distances that both reach, on each tier that was run. With one "
-                "beta, the difference at its distance."
+                f"{method}'s curve of reward against the root of KL, over its betas, minus that of {base}, which "
+                "begins at the reference: the mean over the distances that both reach, on each tier that was run. With "
+                "one beta, the difference at its distance."
             )
             key = f"{_slug(method)}-at-equal-kl" if base == "DPO" else f"{_slug(method)}-above-madpo-at-equal-kl"
-            found.append(_of_tiers(key, text, reading, f"{method} less {base} at equal KL", by_tier, EQUAL_KL))
+            found.append(_of_tiers(key, text, reading, f"{method} minus {base} at equal KL", by_tier, EQUAL_KL))
         return found
 
     def beyond(self) -> list[Claim]:
@@ -239,10 +239,10 @@ class _Study:
                 rival = self._same_reach(tier)
             else:
                 rival = chosen(tier, name, self.beta)
-            made = less(f"MADPO less {name}, {tier.label}", [self.find(f"MADPO@{tier_name}"), rival])
+            made = less(f"MADPO minus {name}, {tier.label}", [self.find(f"MADPO@{tier_name}"), rival])
             by_tier.append((tier.label, made))
         reading = f"MADPO lies above {name} on each tier that was run."
-        return _of_tiers(f"madpo-above-{key}", f"MADPO beats {name}.", reading, f"MADPO less {name}", by_tier)
+        return _of_tiers(f"madpo-above-{key}", f"MADPO beats {name}.", reading, f"MADPO minus {name}", by_tier)
 
 
 def _combinations(each: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
@@ -264,14 +264,16 @@ def _parts(side: str) -> tuple[str, Any, Any, str]:
 
 
 def _words(sides: Sequence[str]) -> str:
-    """A difference for people: "MADPO less DPO, High", "DPO: High less Low"."""
+    """A difference for people: "MADPO minus DPO, High", "DPO: High minus Low"."""
     names, tiers = [], []
     for method, tau, c, tier in map(_parts, sides):
         names.append(method if tau is None else f"{method} τ={tau} c={c}")
         tiers.append(tier.capitalize())
     if len(sides) == 4:
-        return f"{names[0]} less {names[1]}: {tiers[0]} less {tiers[2]}"
-    return f"{names[0]} less {names[1]}, {tiers[0]}" if tiers[0] == tiers[1] else f"{names[0]}: {' less '.join(tiers)}"
+        return f"{names[0]} minus {names[1]}: {tiers[0]} minus {tiers[2]}"
+    if tiers[0] == tiers[1]:
+        return f"{names[0]} minus {names[1]}, {tiers[0]}"
+    return f"{names[0]}: {' minus '.join(tiers)}"
 
 
 def _slug(name: str) -> str:

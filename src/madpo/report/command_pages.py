@@ -123,7 +123,7 @@ def reliability_table(bins: Iterable[Reliability]) -> Table:
 # What a policy's log says over the steps -> column, its unit, and a line to compare with.
 _COURSES = {
     "Loss": ("loss", "mean over pairs", None),
-    "Implicit reward margin": ("rewards/margins", "chosen less rejected", ("no preference", 0.0)),
+    "Implicit reward margin": ("rewards/margins", "chosen minus rejected", ("no preference", 0.0)),
     "Accuracy": ("rewards/accuracies", "share of pairs ordered as labelled", ("chance", 0.5)),
     "Mean weight": ("weight/mean", "multiplier of the loss", ("plain DPO", 1.0)),
 }

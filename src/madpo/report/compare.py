@@ -177,7 +177,7 @@ class Comparison:
 
 
 def less(what: str, sides: Sequence[Choice | None], column: str = "reward", **how: Any) -> Comparison:
-    """The first side's reward less the second's, paired by prompt; of four sides, (a - b) - (c - d).
+    """The first side's reward minus the second's, paired by prompt; of four sides, (a - b) - (c - d).
 
     ``column`` is what is compared in the place of the reward.
 
@@ -282,14 +282,14 @@ def equal_kl(
 
 @once
 def at_equal_kl(tier: Tier, beta: float) -> list[tuple[Row, dict[str, Comparison]]]:
-    """Every row of :func:`frontiers`, less the curve of DPO and of MADPO at its own distance."""
+    """Every row of :func:`frontiers`, minus the curve of DPO and of MADPO at its own distance."""
     rows = [row for line in frontiers(tier, beta).values() for row in line]
     return [(row, {base: less_at_its_kl(tier, row, base) for base in ("DPO", "MADPO")}) for row in rows]
 
 
 def less_at_its_kl(tier: Tier, row: Row, base: str = "DPO") -> Comparison:
-    """Any row's reward less that of the base method's curve at the row's KL; none for the base itself."""
-    what = f"{row.name} less {base} at its KL, {tier.label}"
+    """Any row's reward minus that of the base method's curve at the row's KL; none for the base itself."""
+    what = f"{row.name} minus {base} at its KL, {tier.label}"
     if row.method in (base, SFT):
         return Comparison(what, missing="it is the base")
     return equal_kl(what, tier, choose(row.name, tier, [row]), base=base)

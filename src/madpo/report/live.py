@@ -19,7 +19,7 @@ _SHARE = 0.1  # of the run's time that writing the page again may take
 _WHOLE = 8  # rows up to which the table is shown whole every time
 _MEASURES = ("oracle_reward", "kl")
 _ON_PAIRS = ("heldout_accuracy", "heldout_log_loss")
-_WIDTHS = {"policy": 15, "pairs": 7, "reward": 22, "less DPO": 23, "KL": 6, "after": 11}
+_WIDTHS = {"policy": 15, "pairs": 7, "reward": 22, "minus DPO": 23, "KL": 6, "after": 11}
 
 
 class LiveReport:
@@ -43,11 +43,11 @@ class LiveReport:
             self._linked = True
             say(f"The page grows with every result: {page.resolve().as_uri()}")
         if record.name.startswith("heldout/"):
-            say(heldout_line(record, self._less_dpo(record, "log_loss_difference")))
+            say(heldout_line(record, self._over_dpo(record, "log_loss_difference")))
             return
         self._rows.append((record, time.monotonic() - self.begun))
         # A difference to DPO is known from the first page after the evaluation.
-        lines = table_lines([Result.of(done, self._less_dpo(done), seconds) for done, seconds in self._rows])
+        lines = table_lines([Result.of(done, self._over_dpo(done), seconds) for done, seconds in self._rows])
         say("\n".join(lines if len(self._rows) <= _WHOLE else lines[-1:]))
 
     def _page(self) -> Path | None:
@@ -64,7 +64,7 @@ class LiveReport:
         self._not_before = ended + (ended - started) * (1 / _SHARE - 1) if self._linked else 0.0
         return page
 
-    def _less_dpo(self, record: Record, name: str = "difference") -> Estimate | None:
+    def _over_dpo(self, record: Record, name: str = "difference") -> Estimate | None:
         """The paired difference to DPO on the same prompts, from the page that was just written."""
         try:
             tiers = json.loads((self.root / "results.json").read_bytes())["tiers"]
@@ -76,10 +76,10 @@ class LiveReport:
         return Estimate(**found) if isinstance(found, dict) else None
 
 
-def heldout_line(record: Record, less_dpo: Estimate | None) -> str:
+def heldout_line(record: Record, over_dpo: Estimate | None) -> str:
     """What a policy makes of held-out pairs, in one line."""
     right, loss = (found if isinstance(found := record.metrics.get(key), Estimate) else None for key in _ON_PAIRS)
-    gap = "" if less_dpo is None else f", {short(-less_dpo, 'signed', 3)} gained over DPO"
+    gap = "" if over_dpo is None else f", {short(-over_dpo, 'signed', 3)} gained over DPO"
     return (
         f"{record.config.get('method')}: {short(right, 'share')} of held-out pairs are ordered as labelled, log loss "
         f"{short(loss, digits=3)} nats{gap}"
@@ -95,24 +95,24 @@ class Result(NamedTuple):
     policy: str
     pairs: str
     reward: Estimate | None
-    less_dpo: Estimate | None
+    over_dpo: Estimate | None
     kl: Estimate | None
     seconds: float
 
     @classmethod
-    def of(cls, record: Record, less_dpo: Estimate | None, seconds: float) -> Result:
+    def of(cls, record: Record, over_dpo: Estimate | None, seconds: float) -> Result:
         """From the record of an evaluation; the SFT model has no pairs and no distance."""
         found = [value if isinstance(value := record.metrics.get(key), Estimate) else None for key in _MEASURES]
         sft = record.name.startswith("evaluation/sft/")
         name = str(record.config.get("method", record.name.removeprefix("evaluation/")))
         return cls(
-            name, DASH if sft else record.name.split("/")[1], found[0], less_dpo, None if sft else found[1], seconds
+            name, DASH if sft else record.name.split("/")[1], found[0], over_dpo, None if sft else found[1], seconds
         )
 
     def cells(self) -> tuple[str, ...]:
         """As text."""
         kl = DASH if self.kl is None else f"{self.kl.mean:.2f}"
-        return self.policy, self.pairs, short(self.reward), short(self.less_dpo, "signed"), kl, duration(self.seconds)
+        return self.policy, self.pairs, short(self.reward), short(self.over_dpo, "signed"), kl, duration(self.seconds)
 
 
 def table_lines(rows: Sequence[Result]) -> list[str]:

@@ -48,7 +48,7 @@ def margin_page(name: str, report: MarginReport, margins: Margins) -> str:
         "pairs": cell(f"{report.pairs:,}"),
     }
     if report.share is not None:
-        tiles["log loss less that of DPO's implicit margin"] = cell(report.share.difference, "signed")
+        tiles["log loss minus that of DPO's implicit margin"] = cell(report.share.difference, "signed")
     note = (
         "Every pair has a margin: how sure the reward model is of its label, in log-odds after the margin temperature "
         f"({report.temperature_reason}). The curve is the weight that MADPO gives to a pair with that margin. Drag τ, "

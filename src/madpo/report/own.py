@@ -55,7 +55,7 @@ def comparisons(tier: Tier) -> dict[str, Comparison]:
         row = next((row for row in own if row.beta == beta), own[0])
         if tier.baseline is None or method == tier.baseline.method:
             continue
-        what = f"{method} less DPO at equal KL" if judged else f"{row.name}, held-out log loss"
+        what = f"{method} minus DPO at equal KL" if judged else f"{row.name}, held-out log loss"
         line = lines.get(method, [])
         if judged and line:
             choice = choose(method, tier, line[:1])

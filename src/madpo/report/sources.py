@@ -76,7 +76,7 @@ class Sources:
         return pd.DataFrame([{k: float(v) for k, v in row.items() if isinstance(v, int | float)} for row in rows])
 
     def margins(self, record: Record, records: Mapping[str, Record]) -> pd.DataFrame:
-        """The reward margins that a step wrote: ``pair_id``, ``reward_margin`` (chosen less rejected), and ``train``,
+        """The reward margins that a step wrote: ``pair_id``, ``reward_margin`` (chosen minus rejected), and ``train``,
         which is NA where nothing says which pairs are for training.
 
         Args:

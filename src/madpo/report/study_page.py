@@ -114,7 +114,7 @@ def tier_verdicts(study: Study, main: Drawn | None) -> list[Card]:
         said = own_verdict(tier) if study.own else verdict(tier)
         at = [c for c in (same_distance.made if same_distance else []) if c.what.endswith(f", {tier.label}")]
         words = "".join(
-            f"At the same KL, MADPO less DPO is {short(c.value, 'signed')}: {sided(c)}." for c in at if not study.own
+            f"At the same KL, MADPO minus DPO is {short(c.value, 'signed')}: {sided(c)}." for c in at if not study.own
         )
         doubt = "The reward model is near chance." if near_chance(tier) else ""
         text = said.gap or said.level

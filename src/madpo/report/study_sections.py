@@ -114,7 +114,7 @@ def equal_kl_table(tiers: Sequence[Tier], beta: float) -> Table | None:
         ]
         for tier, row, cs in made
     ]
-    compared = [head for base in ("DPO", "MADPO") for head in (f"less {base}'s curve at this KL", "each seed")]
+    compared = [head for base in ("DPO", "MADPO") for head in (f"minus {base}'s curve at this KL", "each seed")]
     return Table("Reward at equal KL", ["setting", "KL, nats", "reward", *compared], rows) if rows else None
 
 

@@ -127,7 +127,7 @@ def _best(tier: Tier, rows: Sequence[Row]) -> Verdict:
         return Verdict(tier.label, level, gap_words)
     kind = "above" if gap.low > 0 else "below" if gap.high < 0 else "open"
     who = other.name if best is not baseline else f"{best.name} is first. The next, {other.name},"
-    words = f"{who} less {baseline.name} on the same prompts: {short(gap, 'signed')}, {SIDES[kind]}."
+    words = f"{who} minus {baseline.name} on the same prompts: {short(gap, 'signed')}, {SIDES[kind]}."
     near, far = baseline.mean("kl"), best.mean("kl")
     if kind == "above" and far > FAR * near:
         words += (

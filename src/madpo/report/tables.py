@@ -30,7 +30,7 @@ COLUMNS = {
     "ended": ("ended by itself", "share"),
     "heldout_accuracy": ("held-out pairs right", "share"),
     "heldout_log_loss": ("held-out log loss, nats", "number"),
-    "log_loss_difference": ("log loss less DPO's", "signed"),
+    "log_loss_difference": ("log loss minus DPO's", "signed"),
 }
 OF_TEXTS = ("length", "distinct_2", "ended")
 HELDOUT = ("heldout_accuracy", "heldout_log_loss", "log_loss_difference")
@@ -45,7 +45,7 @@ CAPTIONS = {
     "selections": "The experiment's choices, made on one half of the held-out prompts and reported on the other.",
     "methods": "Every method of the run: means over held-out prompts with 95 % intervals.",
     "frontier": "Reward against KL to the reference, nats, over beta, in each tier over the seeds that its rows share; "
-    "and the reward less that of DPO's curve at the same KL.",
+    "and the reward minus that of DPO's curve at the same KL.",
     "claims": "The paper's claims, the comparisons that each is read as, and this run's differences.",
     "reward_models": "Reward models on pairs that they were not trained on; log-losses in nats.",
 }

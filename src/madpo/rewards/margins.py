@@ -309,7 +309,7 @@ def _recommend(h: NDArray[np.float64]) -> tuple[float, float, list[str], list[st
 
 
 def reliability(h: NDArray[np.float64], most: int = BINS) -> tuple[tuple[Reliability, ...], float]:
-    """Bins of equally many pairs by |margin| (log-odds, chosen less rejected), and the mean gap; ties share a bin.
+    """Bins of equally many pairs by |margin| (log-odds, chosen minus rejected), and the mean gap; ties share a bin.
 
     At most ``most`` bins.
     """

@@ -76,7 +76,7 @@ class OutOfFold(NamedTuple):
     """What regressions say of pairs that they have not seen, nor their prompts.
 
     Attributes:
-        margins: reward of the chosen less that of the rejected, log-odds, one per pair.
+        margins: reward of the chosen minus that of the rejected, log-odds, one per pair.
         chosen, rejected: the rewards.
         penalties: of each fold.
         losses: mean held-out log loss, nats, ``folds x penalties``.

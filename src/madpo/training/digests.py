@@ -72,7 +72,7 @@ BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 def decisive_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Training arguments less those that bear on no result; of ``BATCH``, the product is for the caller to add."""
+    """Training arguments without those that bear on no result; of ``BATCH``, the product is for the caller to add."""
     return {k: v for k, v in arguments.items() if k not in _FREE and not k.startswith(_FREE_PREFIXES)}
 
 

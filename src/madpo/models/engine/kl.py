@@ -65,7 +65,7 @@ def _token_kl(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """log p(label), sum_v p (log p - log q) and log q(label) of each token, by one walk over the vocabulary.
 
-    With running sums of e^z_p, e^z_q and e^z_p (z_p - z_q), the KL is the mean of z_p - z_q under p, less the
+    With running sums of e^z_p, e^z_q and e^z_p (z_p - z_q), the KL is the mean of z_p - z_q under p, minus the
     difference of the two log-normalisers.
     """
     hidden = [x.to(head.weight.dtype) for x, head in zip(states, heads, strict=True)]
