@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -247,7 +248,9 @@ class CommandLine:
             kinds, table = others[name], name.partition(".")[0]
             raise ConfigError(f"--{name} is a field of {', '.join(kinds)}; add --{table} {kinds[0]}, or leave it out")
         hint = did_you_mean(name, [*self.names, *others], "--") or f"; {self.command} --help lists all"
-        raise ConfigError(f"{self.command} has no option '--{name}'{hint}")
+        elsewhere = _commands_with_option().get(name)
+        has = f" (it is an option of madpo {', '.join(elsewhere)})" if elsewhere else ""
+        raise ConfigError(f"{self.command} has no option '--{name}'{has}{hint}")
 
     def _of_other_kinds(self) -> dict[str, list[str]]:
         """Key of a field that the chosen kinds do not have -> the kinds that have it."""
@@ -299,7 +302,7 @@ class CommandLine:
         """The configuration.
 
         Raises:
-            ConfigError: one sentence with the file (or "the command line"), the key, the value and the remedy.
+            ConfigError: one sentence with the file (if there is one), the key, the value and the remedy.
         """
         given, config = self.given(), None
         settings = key_values(given.get("set", ())) if issubclass(self.model, Configurable) else {}
@@ -310,8 +313,21 @@ class CommandLine:
             found = load_config(config, self.model, given | settings)
         except ConfigError as error:
             said = re.sub(r"the key '(\S+)' is missing; add it", r"\1 is missing; add --\1", str(error))
+            said = said.removeprefix("the command line: ")
             raise ConfigError(said if settings else said.replace(" with --set ", " with --", 1)) from None
         return found.model_copy(update={key: expanded(value) for key, value in found if isinstance(value, Path)})
+
+
+@cache
+def _commands_with_option() -> dict[str, list[str]]:
+    """Name of an option, in any spelling -> the commands that have it."""
+    from madpo.commands.cli import COMMANDS, command
+
+    found: dict[str, list[str]] = {}
+    for each, (_, target) in COMMANDS.items():
+        for name in CommandLine(each, configuration(command(target)), ()).names:
+            found.setdefault(name, []).append(each)
+    return found
 
 
 def _refuse_foreign_places(config: Path, typed: Container[str]) -> None:

@@ -107,6 +107,10 @@ def recognise(names: Sequence[str], given: Layout) -> Recognised | None:
 
     Raises RowError: no layout fits, or two do; with all columns and the option that decides.
     """
+    for column, field in given.columns(names).items():
+        if column not in names:
+            near = did_you_mean(column, names)
+            raise RowError(f"no column {column!r}, which columns.{field} names (found {listed(names)}){near}")
     if given.name and not given.has_completions:
         entry = next(entry for entry in packaged_layouts() if entry.name == given.name)
         found = next(_Columns(names).filled(entry), None)
@@ -157,11 +161,7 @@ def _inside(other: Layout, first: Layout) -> bool:
 
 
 def _ordered(given: Layout, names: Sequence[str]) -> Layout:
-    """What a user gives, with its columns there, and something that orders them."""
-    for column, field in given.columns(names).items():
-        if column not in names:
-            near = did_you_mean(column, names)
-            raise RowError(f"no column {column!r}, which columns.{field} names (found {listed(names)}){near}")
+    """What a user gives, and something that orders the completions."""
     if given.chosen or given.label or given.score or given.rank or given.order:
         return given
     words = layout_table()["words"]

@@ -64,7 +64,8 @@ def read_margins(
         margin = pair.numbers.get(MARGIN, pair.score_difference)
         if margin is None:
             raise DataError(
-                f"{source.name}: has no column 'reward_margin' and no scores; score the pairs with a reward model first"
+                f"{source.name}: has no column 'reward_margin' and no scores; add it: madpo score {data} --probe MODEL "
+                "--output_dir DIR"
             )
         ids.append(pair.pair_id)
         values.append(margin)

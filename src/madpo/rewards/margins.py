@@ -340,12 +340,12 @@ def reliability(h: NDArray[np.float64], most: int = BINS) -> tuple[tuple[Reliabi
 
 
 def _doubts(h: NDArray[np.float64], calibrated: NDArray[np.float64], temperature: float, *, fitted: bool) -> list[str]:
-    doubts = []
-    if not 0.5 <= temperature <= 2:
+    doubts, coin = [], (h < 0).mean() >= 0.45  # whose temperature means nothing
+    if not (coin or 0.5 <= temperature <= 2):
         doubts.append(f"the margins are not log-odds; train with margin_temperature = {temperature:.3g}")
     if np.ptp(h) == 0:
         doubts.append("all margins are the same, so every pair gets the same weight; MADPO is DPO here")
-    if (h < 0).mean() >= 0.45:
+    if coin:
         doubts.append("the reward model agrees with hardly more labels than a coin; its margins carry no signal")
     elif _log_loss(calibrated) > COIN - 0.005 and h.any():
         doubts.append("the log loss is that of a coin; the margins say little about the labels")
