@@ -21,6 +21,7 @@ from transformers import Trainer
 
 from madpo.core.errors import DataError, DivergedError
 from madpo.core.progress import say
+from madpo.models.engine.devices import return_freed_memory
 from madpo.training.checkpoints import folders
 
 SKIPPED = 20
@@ -49,6 +50,7 @@ class FiniteTraining(Trainer):  # type: ignore[misc]
         Raises:
             DataError: the loss is NaN or infinite.
         """
+        return_freed_memory()
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if not bool(torch.isfinite(loss).all()):
             raise self._loss_error(loss, inputs)
