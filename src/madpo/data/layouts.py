@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 
+from madpo.core.columns import PAIR_COLUMNS
 from madpo.core.config import Frozen
 from madpo.core.errors import RowError
 from madpo.core.layout import COMPLETIONS, Layout, Packaged, each, layout_table, packaged_layouts
@@ -108,7 +109,8 @@ def recognise(names: Sequence[str], given: Layout) -> Recognised | None:
     Raises RowError: no layout fits, or two do; with all columns and the option that decides.
     """
     for column, field in given.columns(names).items():
-        if column not in names:
+        # A strength that a layout computes is named as one, and is no column.
+        if column not in names and (given.has_completions or field not in PAIR_COLUMNS):
             near = did_you_mean(column, names)
             raise RowError(f"no column {column!r}, which columns.{field} names (found {listed(names)}){near}")
     if given.name and not given.has_completions:
