@@ -202,7 +202,7 @@ def test_an_interrupt_says_that_work_is_kept(toml: Path, experiment: Any, capsys
 
     experiment(interrupt)
     assert main(["run", str(toml)]) == 130
-    assert "finished stages are kept, and the same command continues" in capsys.readouterr().err
+    assert "finished steps and checkpoints are kept, and the same command continues" in capsys.readouterr().err
 
 
 def test_a_users_mistake_in_a_step_is_status_2(toml: Path, experiment: Any, capsys: Any) -> None:

@@ -97,7 +97,7 @@ MISTAKES = {
     "check chat.jsonl --model_name_or_path plain": "the tokenizer of plain has no chat template",
     "check pairs.jsonl --model_name_or_path endless": "set eos_token in its tokenizer_config.json",
     "check pairs.jsonl --max_length 64": "max_length counts tokens, so it needs a tokenizer",
-    "inspect pairs.jsonl": "has no column 'reward_margin' and no scores; score the pairs",
+    "inspect pairs.jsonl": "has no column 'reward_margin' and no scores; add it: madpo score pairs.jsonl --probe",
     "inspect folder": "give the file in it, folder/scored.jsonl",
     "score pairs.jsonl --output_dir out --reward_model model": "is no reward model",
     "score pairs.jsonl --output_dir out --reward_model rm/adapter": "a part of a reward model; give the folder rm",

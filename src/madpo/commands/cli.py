@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as interrupt:
         how, status = ("terminated", 143) if isinstance(interrupt, processes.Terminated) else ("interrupted", 130)
-        say(f"\nmadpo: {how}; finished stages are kept, and the same command continues from here")
+        say(f"\nmadpo: {how}; finished steps and checkpoints are kept, and the same command continues from them")
         return status
     except BrokenPipeError:
         # The reader (head, less) has gone; without this the interpreter complains once more at exit.

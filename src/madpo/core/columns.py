@@ -39,7 +39,7 @@ NUMBERS: dict[str, tuple[str, ...]] = {
 
 
 def probe_gives_margin(columns: Container[str], *, past_scores: bool) -> bool:
-    """Whether the trainer's probe of the reference's states gives the margins of training pairs with these columns.
+    """Whether the trainer's probe of the reference's hidden states gives margins to training pairs with these columns.
 
     Args:
         past_scores: also where the pairs have scores, whose difference could be the margin instead.

@@ -19,7 +19,10 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     by_end = {name.rpartition(".")[2]: name for name in reversed(names)}
     if last in by_end and last.isidentifier():
         return by_end[last]
-    close = difflib.get_close_matches(word, names, n=1) or difflib.get_close_matches(last, by_end, n=1)
+    longer = sorted((name for name in by_end if len(last) > 2 and name.startswith(last)), key=len)
+    tried = ((word, names), (last, by_end))
+    close, of_end = (difflib.get_close_matches(one, of, n=1, cutoff=0.65) for one, of in tried)
+    close = close or longer or of_end
     return by_end.get(close[0], close[0]) if close else None
 
 

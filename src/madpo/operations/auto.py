@@ -1,7 +1,7 @@
 """``madpo train`` with no loss named: DPO, and what reward margins add to it where labels say that they do.
 
-1. Reward margins of all pairs: the column ``reward_margin``, or a probe of the reference's states, out of fold. One
-   temperature makes them log-odds.
+1. Reward margins of all pairs: the column ``reward_margin``, or a probe of the reference's hidden states, out of fold.
+   One temperature makes them log-odds.
 2. Plain DPO. What it says of the pairs of half of the prompts before it is trained on them, and the reward margins,
    explain those pairs' labels: their difference in log loss is the deciding number, and the posterior of
    ``label_share`` follows from the same labels.
@@ -127,7 +127,7 @@ def train_auto(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) -
     if eval_data is not None and (held := first_pair(eval_data, settings.reading)) is not None:
         require_columns([held.numbers], settings.loss, str(eval_data), probed=MARGIN not in first.numbers)
     column = None
-    source = "a probe of the reference's states, out of fold"
+    source = "a probe of the reference's hidden states, out of fold"
     if MARGIN in first.numbers:
         read = read_margins(data, settings.reading, shown=0)
         column, source = dict(zip(read.pair_ids, read.values, strict=True)), f"the column {MARGIN}"

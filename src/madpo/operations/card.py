@@ -88,8 +88,8 @@ def model_card(
     if report.probe is not None:
         a, loss = report.probe.accuracy, report.probe.log_loss.mean
         margins.append(
-            f"a probe of the reference's states, out of fold (accuracy {a.mean:.1%}, {a.low:.1%} to {a.high:.1%}; log "
-            f"loss {loss:.3f})"
+            f"a probe of the reference's hidden states, out of fold (accuracy {a.mean:.1%}, {a.low:.1%} to "
+            f"{a.high:.1%}; log loss {loss:.3f})"
         )
     return rendered(
         "policy_card.md",

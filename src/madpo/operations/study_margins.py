@@ -1,7 +1,7 @@
 """Who gives a pair its margin in a study, and the training pairs as the margins see them.
 
 A reward model's margins on its own training pairs are optimistic. Two sources have not seen the pair: with K folds, the
-model that was trained on the other folds; and a probe of the reference's states, which is fitted out of fold.
+model that was trained on the other folds; and a probe of the reference's hidden states, which is fitted out of fold.
 
 Most of what a weight by the margin does is to turn down pairs whose label the reward model contradicts. Keeping only
 the agreeing pairs, or drawing all labels again, are the simple ways to do the same, and the study compares with them.
@@ -102,7 +102,7 @@ def score_sides(config: ScoreStage, inputs: Mapping[str, Path], out: Path) -> Me
 
 
 class ProbeStage(Frozen):
-    """A ridge logistic regression on the reference's states; see :mod:`madpo.rewards.probe`."""
+    """A ridge logistic regression on the reference's hidden states; see :mod:`madpo.rewards.probe`."""
 
     folds: int = Field(default=FOLDS, ge=2)
     """Parts of the training pairs, each scored by a probe of the others."""

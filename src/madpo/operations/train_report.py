@@ -48,7 +48,7 @@ class TrainReport(Report):
     adapter: str | None = None
     """Which weights the adapter changes, and their share of the model's parameters; None in full training."""
     probe: ProbeReport | None = None
-    """How good the margins are, where a probe of the reference's states gave them."""
+    """How good the margins are, where a probe of the reference's hidden states gave them."""
 
     def decision(self) -> list[str]:
         """What was decided on the way, in sentences."""

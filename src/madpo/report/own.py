@@ -155,7 +155,7 @@ def own_notes(experiment: Mapping[str, Any], records: Mapping[str, Record]) -> l
             f"It orders {short(right, 'share')} of held-out pairs as labelled." if isinstance(right, Estimate) else ""
         )
         return [
-            "The judge is a probe of the reference's states, fitted to pairs that no policy has seen. Margins from a "
-            f"probe may share its mistakes. {known}".strip()
+            "The judge is a probe of the reference's hidden states, fitted to pairs that no policy has seen. Margins "
+            f"from a probe may share its mistakes. {known}".strip()
         ]
     return []

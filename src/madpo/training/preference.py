@@ -53,8 +53,8 @@ class PreferenceTrainer(PairLoss, DPOTrainer):  # type: ignore[misc]
     The data may hold token ids (``prompt_ids``, ``chosen_ids``, ``rejected_ids``), which are taken as they are, and the
     columns that the loss names in ``needs`` (``reward_margin`` for MADPO). A ``weight`` column multiplies the loss with
     ``PreferenceConfig(pair_weights=True)``.
-    Where ``reward_margin`` is missing, a probe of the reference's states gives it, out of fold, from the pass that
-    computes the reference; the attribute ``probe`` holds it and its report.
+    Where ``reward_margin`` is missing, a probe of the reference's hidden states gives it, out of fold, from the pass
+    that computes the reference; the attribute ``probe`` holds it and its report.
     ``ref_chosen_logps`` and ``ref_rejected_logps`` are computed once before step 0 where they are missing, from
     ``ref_model`` or from the model as passed, and reused by every later run on the same weights and tokens. A
     ``ref_model`` then waits in the computer's own memory for data sets that come later (``evaluate(data)``). Of

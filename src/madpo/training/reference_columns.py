@@ -1,6 +1,6 @@
 """The trainer's part that gives data sets the columns of the reference, and keeps those that a training began with.
 
-Where a loss reads ``reward_margin`` and the data have none, a probe of the reference's states gives it
+Where a loss reads ``reward_margin`` and the data have none, a probe of the reference's hidden states gives it
 (:mod:`madpo.rewards.probe`), from the pass that computes the reference log-probabilities.
 """
 
@@ -24,7 +24,7 @@ from madpo.core.columns import MARGIN, REFERENCE_COLUMNS
 from madpo.core.errors import DataError
 from madpo.core.feature_file import FeatureFile
 from madpo.core.processes import on_main_process
-from madpo.core.progress import say
+from madpo.core.progress import say_once
 from madpo.data.folds import prompt_ids_key
 from madpo.models.engine.features import feature_layers
 from madpo.models.engine.logprobs import embedding_rows, unwrapped
@@ -133,8 +133,8 @@ class ReferenceColumns(ExactResume):
         prompts = [prompt_ids_key(ids) for ids in rows["prompt_ids"]]
         self.probe = fit_probe(features.chosen, features.rejected, prompts, seed=self.probe_seed, name=name)
         a, loss = self.probe.report.accuracy, self.probe.report.log_loss
-        say(
-            f"{name} has no column {MARGIN!r}: a probe of the reference's states gives it, out of fold (accuracy "
+        say_once(  # auto trains twice on the same pairs
+            f"The pairs have no {MARGIN!r}: a probe of the reference's hidden states gives it, out of fold (accuracy "
             f"{a.mean:.1%}, {a.low:.1%} to {a.high:.1%}; log loss {loss.mean:.3f}, {loss.low:.3f} to {loss.high:.3f}; "
             "a coin: 0.693)."
         )
