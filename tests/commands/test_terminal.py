@@ -162,7 +162,8 @@ def test_a_signal_ends_a_command_in_one_sentence_and_it_continues(number, status
     process.send_signal(number)
     _, said = process.communicate()
     assert process.returncode == status
-    assert said.strip() == f"madpo: {word}; finished steps and checkpoints are kept, and the same command continues from them"
+    kept = "finished steps and checkpoints are kept, and the same command continues from them"
+    assert said.strip() == f"madpo: {word}; {kept}"
     assert os.listdir(tmp_path / "out") == ["unfinished"], "nobody holds it any more"
     assert sorted(os.listdir(tmp_path / "out" / "unfinished")) == ["begun.json", "half"]
     again = subprocess.run(command, env=environment, capture_output=True)
