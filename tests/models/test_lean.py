@@ -134,10 +134,10 @@ def test_each_known_module_is_replaced_and_state_is_not():
     # Per layer: seven projections, one MLP, four norms and those of queries and keys; one norm at the end.
     assert len(replaced) == layers * (7 + 1 + 6) + 1
     assert list(model.state_dict()) == names
-    assert all(getattr(m, "_madpo_offset", 1.0) == 1.0 for m in replaced)
+    assert all(m._madpo_form == 1.0 for m in replaced if type(m).__name__.endswith("RMSNorm"))
     llama = build("llama").float()
     lean.install(llama)
-    assert {m._madpo_offset for m in llama.modules() if hasattr(m, "_madpo_offset")} == {0.0}
+    assert {m._madpo_form for m in llama.modules() if type(m).__name__.endswith("RMSNorm")} == {0.0}
 
 
 @pytest.mark.parametrize(
@@ -244,8 +244,8 @@ def test_each_activation_of_a_gated_mlp(activation):
     torch.manual_seed(0)
     mlp = MLP().requires_grad_(False)
     lean.install(mlp)
-    gate = lean._ACTIVATIONS[mlp._madpo_gate]
-    assert gate.value(torch.tensor(0.7)) == activation(torch.tensor(0.7))
+    value, _ = lean._ACTIVATIONS[mlp._madpo_form]
+    assert value(torch.tensor(0.7)) == activation(torch.tensor(0.7))
     mlp = copy.deepcopy(mlp)
     mlp.double()
     x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)

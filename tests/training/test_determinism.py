@@ -10,14 +10,13 @@ import pytest
 import launch_cases
 from losses_cases import EVERY_LOSS
 from madpo.operations import TrainSettings, train
-from madpo.training.columns import PreferenceCollator
+from madpo.training.columns import DataCollatorForPreference
 from practice_cases import read, text_pairs, write
 
 LOSSES = ("dpo", "madpo", "wpo", "beta_dpo", "alpha_dpo")
-NEEDS = ("reward_margin", "weight", "ref_chosen_logps", "ref_rejected_logps")
 
 
-class LeftPadded(PreferenceCollator):
+class LeftPadded(DataCollatorForPreference):
     """The padding in front of the prompts instead of behind the completions."""
 
     def torch_call(self, examples):
@@ -29,8 +28,8 @@ class LeftPadded(PreferenceCollator):
         return batch
 
 
-def collator(kind=PreferenceCollator, **settings):
-    return kind(pad_token_id=0, columns=NEEDS, max_length=launch_cases.LIMIT, **settings)
+def collator(kind=DataCollatorForPreference, **settings):
+    return kind(pad_token_id=0, max_length=launch_cases.LIMIT, **settings)
 
 
 def course(folder, out, name, *, micro=launch_cases.BATCH, **settings):

@@ -289,7 +289,7 @@ def test_pairs_that_truncation_empties_are_left_out_and_told(llama, tmp_path, ca
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
 @pytest.mark.parametrize("limit", [None, 1, 2, 4, 6])
 def test_what_is_left_out_is_what_the_collator_leaves_without_a_token(llama, mode, limit):
-    from madpo.training.columns import PreferenceCollator
+    from madpo.training.columns import DataCollatorForPreference
 
     rows = [
         {"prompt_ids": [7] * p, "chosen_ids": [8] * c, "rejected_ids": [9] * r}
@@ -298,7 +298,7 @@ def test_what_is_left_out_is_what_the_collator_leaves_without_a_token(llama, mod
         for r in range(3)
         if p + min(c, r)
     ]
-    batch = PreferenceCollator(pad_token_id=0, max_length=limit, truncation_mode=mode)(rows)
+    batch = DataCollatorForPreference(pad_token_id=0, max_length=limit, truncation_mode=mode)(rows)
     scored = (batch["completion_mask"][:, 1:] * batch["attention_mask"][:, 1:]).sum(-1)
     chosen, rejected = scored.chunk(2)
     expected = [row for row, keep in zip(rows, (chosen > 0) & (rejected > 0), strict=True) if keep]

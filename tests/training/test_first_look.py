@@ -12,7 +12,7 @@ from madpo.losses import DPO
 from madpo.models.engine.logprobs import completion_logps
 from madpo.models.load import load_model, load_tokenizer
 from madpo.training import PreferenceConfig, PreferenceTrainer
-from madpo.training.columns import PreferenceCollator
+from madpo.training.columns import DataCollatorForPreference
 from madpo.training.first_look import FirstLook, in_halves
 
 pytestmark = pytest.mark.usefixtures("module_cache", "module_float32")
@@ -77,7 +77,7 @@ def test_a_trainer_notes_the_margins_from_before_each_step(llama, tmp_path) -> N
     found = look.deciding({i: i for i in range(8)})
     assert [*found] == [4, 5, 6, 7]
     before = trained(3, None)
-    batch = PreferenceCollator(pad_token_id=0)([before.train_dataset[i] for i in (6, 7)])
+    batch = DataCollatorForPreference(pad_token_id=0)([before.train_dataset[i] for i in (6, 7)])
     with torch.no_grad():
         triple = (batch[name] for name in ("input_ids", "attention_mask", "completion_mask"))
         chosen, rejected = completion_logps(before.model.eval(), *triple, pairs=True).logps.chunk(2)

@@ -17,7 +17,7 @@ from madpo.losses import IPO, BetaDPO, Custom, SimPO
 from madpo.models.engine.logprobs import completion_logps
 from madpo.models.load import build_tiny, load_tokenizer
 from madpo.operations.tuning.heldout import implicit_margins
-from madpo.training.columns import PreferenceCollator
+from madpo.training.columns import DataCollatorForPreference
 from madpo.training.digests import weights_digest
 from refusals import refused
 
@@ -183,7 +183,7 @@ def test_the_margin_is_exactly_zero_before_the_first_step(llama, tmp_path, peft)
 def test_the_margin_before_the_first_step_from_other_batches_is_within_rounding(folder, dtype, bound):
     """Columns of other batches differ by padding, and so in the last digits: 0.1 nats in bfloat16, 1e-4 in float32."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    collate = PreferenceCollator(pad_token_id=0)
+    collate = DataCollatorForPreference(pad_token_id=0)
     rows = list(pairs(24, seed=5))
 
     def margins(size):
@@ -275,7 +275,7 @@ def test_a_late_set_is_compared_with_the_reference_that_was_given(llama, tmp_pat
     trainer.train()
     late = pairs(6, seed=3)
     found = trainer.evaluate(late)["eval_loss"]
-    batch = PreferenceCollator(pad_token_id=0)(list(late))
+    batch = DataCollatorForPreference(pad_token_id=0)(list(late))
     rows = [batch[name] for name in ("input_ids", "attention_mask", "completion_mask")]
 
     @torch.no_grad()

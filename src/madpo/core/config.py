@@ -246,14 +246,11 @@ def _known_fields(loc: tuple[int | str, ...], model: type[BaseModel]) -> list[st
         inside = [
             m for c in candidates if part in c.model_fields for m in _models(c.model_fields[str(part)].annotation)
         ]
-        tagged = [c for c in candidates if part in (c.__name__, *_tags(c))]
+        kinds = {c: [f.annotation for f in c.model_fields.values()] for c in candidates}
+        tags = {c: [tag for k in kinds[c] if get_origin(k) is Literal for tag in get_args(k)] for c in candidates}
+        tagged = [c for c in candidates if part in (c.__name__, *tags[c])]
         candidates = inside or tagged or candidates
     return sorted({name for c in candidates for name in c.model_fields})
-
-
-def _tags(model: type[BaseModel]) -> list[Any]:
-    kinds = (field.annotation for field in model.model_fields.values())
-    return [tag for kind in kinds if get_origin(kind) is Literal for tag in get_args(kind)]
 
 
 def _models(annotation: object) -> list[type[BaseModel]]:

@@ -10,11 +10,11 @@ import hashlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from pydantic import BaseModel, Field, JsonValue, ValidationInfo, model_validator
 
@@ -33,6 +33,8 @@ class NamedClass(Frozen):
     """Fields of the class."""
     source_digest: str = ""
     """SHA-256 of the source file, filled in; a given one must match, so an old record is not rerun on new code."""
+    base: ClassVar[type[BaseModel]]
+    """What the class must be a subclass of, a configuration."""
 
     @model_validator(mode="before")
     @classmethod
@@ -40,8 +42,15 @@ class NamedClass(Frozen):
         if not isinstance(data, Mapping) or not isinstance(data.get("target"), str):
             return data
         target, given = data["target"], data.get("source_digest", "")
-        if info.context and FOLDERS in info.context:
-            refuse_outside(target, info.context[FOLDERS])
+        where = target.rpartition(":")[0]
+        # A configuration of others may not name files elsewhere.
+        if info.context and FOLDERS in info.context and where.endswith(".py"):
+            path, folders = Path(where).resolve(), info.context[FOLDERS]
+            if not any(path.is_relative_to(folder.resolve()) for folder in folders):
+                raise ConfigError(
+                    f"target is {target!r}, which is neither next to the configuration nor in the working directory; "
+                    "copy the file there, or name it on the command line (--set loss.target=...) where you trust it"
+                )
         digest = hashlib.sha256(source_file(target).read_bytes()).hexdigest()
         if given and given != digest:
             raise ConfigError(
@@ -50,26 +59,14 @@ class NamedClass(Frozen):
             )
         return {**data, "source_digest": digest}
 
-    def built(self, base: type[T]) -> T:
-        """The named class with its parameters; it must be a subclass of ``base``, a configuration."""
-        own: T = named_class(self.target, self.source_digest, base).model_validate(self.parameters)
-        return own
+    @model_validator(mode="after")
+    def _build(self) -> Self:
+        self.built()  # so that bad parameters fail with the configuration
+        return self
 
-
-def refuse_outside(target: str, folders: Sequence[Path]) -> None:
-    """Refuse a file that lies in none of ``folders``: a configuration of others may not name files elsewhere.
-
-    Raises ConfigError.
-    """
-    where = target.rpartition(":")[0]
-    if not where.endswith(".py"):
-        return
-    path = Path(where).resolve()
-    if not any(path.is_relative_to(folder.resolve()) for folder in folders):
-        raise ConfigError(
-            f"target is {target!r}, which is neither next to the configuration nor in the working directory; copy the "
-            "file there, or name it on the command line (--set loss.target=...) where you trust it"
-        )
+    def built(self) -> Any:
+        """The named class with its parameters."""
+        return named_class(self.target, self.source_digest, self.base).model_validate(self.parameters)
 
 
 def source_file(target: str) -> Path:

@@ -6,7 +6,7 @@ exceptions with a traceback.
 """
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -72,6 +72,12 @@ def located(place: str) -> Iterator[None]:
 def first_line(error: BaseException, length: int | None = None) -> str:
     """What an error says first, at most ``length`` characters of it; its type where it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0][:length]
+
+
+def listed(items: Sequence[object], most: int) -> str:
+    """The first of several things, and how many more there are, for a sentence."""
+    shown, more = ", ".join(map(str, items[:most])), len(items) - most
+    return f"{shown} and {more} more" if more > 0 else shown
 
 
 # How the allocators of torch (CPU, CUDA), C++ and the system word it; torch's errors have no type of their own on CPU.

@@ -1,10 +1,12 @@
-"""Features of pairs in one safetensors file, written and read row by row, so that they need not fit into memory."""
+"""Numbers of pairs in one safetensors file, written and read row by row, so that they need not fit into memory."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +17,23 @@ from madpo.core.errors import StorageError
 from madpo.core.storage import sync_folder, temporary_path
 
 SIDES = ("chosen", "rejected")
-_BYTES = 1 << 24
 
 
 class FeatureFile:
-    """float32 tables ``chosen`` and ``rejected``, ``pairs x features``, mapped into memory."""
+    """A table for each side of the pairs, ``pairs x features``, mapped into memory.
 
-    def __init__(self, path: Path, mode: str, begin: int, pairs: int, features: int) -> None:
-        shape = (2, pairs, features)
-        table: Any = np.memmap(path, dtype="<f4", mode=mode, offset=begin, shape=shape)  # type: ignore[call-overload]
-        self.path = path
+    What features need not say: ``names`` of the tables, and ``dtype`` of their numbers (float32 or float64).
+    """
+
+    def __init__(self, path: Path, mode: str, begin: int, shape: tuple[int, int], dtype: str) -> None:
+        table: Any = np.memmap(path, dtype=dtype, mode=mode, offset=begin, shape=(2, *shape))  # type: ignore[call-overload]
         self.chosen, self.rejected = table
         self.flush = table.flush
 
     @classmethod
-    def read(cls, path: Path, pairs: int, features: int) -> FeatureFile:
+    def read(
+        cls, path: Path, pairs: int, features: int, names: Sequence[str] = SIDES, dtype: str = "<f4"
+    ) -> FeatureFile:
         """Map a file that is whole.
 
         Raises StorageError: it is missing, has other sizes, or has changed since it was written; the text says which.
@@ -39,33 +43,33 @@ class FeatureFile:
                 size = int.from_bytes(file.read(8), "little")
                 header = file.read(min(size, 1 << 16))
                 stated = json.loads(header)["__metadata__"]["sha256"]
-                if header != _header(pairs, features, stated):
+                if header != _header((pairs, features), names, dtype, stated):
                     raise StorageError(f"{path} holds features of other sizes")
                 if _digest(path, 8 + size) != stated:
                     raise StorageError(f"{path} has changed since it was written (SHA-256)")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StorageError(f"{path} cannot be read ({error})") from error
-        return cls(path, "r", 8 + size, pairs, features)
+        return cls(path, "r", 8 + size, (pairs, features), dtype)
 
 
 class FeatureWriter:
     """Writes a :class:`FeatureFile`, which appears, whole and durable, when the ``with`` block ends without error."""
 
-    def __init__(self, path: Path, pairs: int, features: int) -> None:
-        self.path, self.pairs, self.features = path, pairs, features
+    def __init__(self, path: Path, pairs: int, features: int, names: Sequence[str] = SIDES, dtype: str = "<f4") -> None:
+        self.path, self.kind = path, ((pairs, features), names, dtype)
 
     def __enter__(self) -> FeatureWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._temporary = temporary_path(self.path)
-        header = _header(self.pairs, self.features, "0" * 64)
+        header, (shape, _, dtype) = _header(*self.kind, "0" * 64), self.kind
         self._begin = 8 + len(header)
         with self._temporary.open("wb") as file:
             file.write(len(header).to_bytes(8, "little") + header)
-            file.truncate(self._begin + 8 * self.pairs * self.features)
-        self._file = FeatureFile(self._temporary, "r+", self._begin, self.pairs, self.features)
+            file.truncate(self._begin + 2 * math.prod(shape) * np.dtype(dtype).itemsize)
+        self._file = FeatureFile(self._temporary, "r+", self._begin, shape, dtype)
         return self
 
-    def write(self, start: int, chosen: NDArray[np.float32], rejected: NDArray[np.float32]) -> None:
+    def write(self, start: int, chosen: NDArray[Any], rejected: NDArray[Any]) -> None:
         """Rows from ``start`` on."""
         self._file.chosen[start : start + len(chosen)] = chosen
         self._file.rejected[start : start + len(rejected)] = rejected
@@ -75,7 +79,7 @@ class FeatureWriter:
             self._temporary.unlink(missing_ok=True)
             return
         self._file.flush()
-        header = _header(self.pairs, self.features, _digest(self._temporary, self._begin))
+        header = _header(*self.kind, _digest(self._temporary, self._begin))
         with self._temporary.open("r+b") as file:
             file.seek(8)
             file.write(header)
@@ -85,20 +89,18 @@ class FeatureWriter:
         sync_folder(self.path.parent)
 
 
-def _header(pairs: int, features: int, digest: str) -> bytes:
-    size = 4 * pairs * features
+def _header(shape: tuple[int, int], names: Sequence[str], dtype: str, digest: str) -> bytes:
+    width = np.dtype(dtype).itemsize
+    size = width * math.prod(shape)
     tables = {
-        side: {"dtype": "F32", "shape": [pairs, features], "data_offsets": [i * size, (i + 1) * size]}
-        for i, side in enumerate(SIDES)
+        name: {"dtype": f"F{8 * width}", "shape": [*shape], "data_offsets": [i * size, (i + 1) * size]}
+        for i, name in enumerate(names)
     }
     text = json.dumps({"__metadata__": {"sha256": digest}, **tables}).encode()
     return text + b" " * (-len(text) % 8)
 
 
 def _digest(path: Path, begin: int) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
         file.seek(begin)
-        while block := file.read(_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -235,19 +235,16 @@ def as_layout(value: Any) -> Layout:
         return Layout()
     if isinstance(value, Layout):
         return value
-    return named_layout(value) if isinstance(value, str | Path) else validate(dict(value), Layout, place="columns")
-
-
-def named_layout(name: str | Path) -> Layout:
-    """A packaged layout, or one in a TOML file. Raises ConfigError: there is none of that name."""
-    packaged = {entry["name"]: entry for entry in layout_table()["layout"]}
-    if str(name) in packaged:
-        return Layout(name=str(name))
-    if Path(name).suffix != ".toml":
-        hint = did_you_mean(str(name), list(packaged)) or f"; known are {', '.join(packaged)}"
-        raise ConfigError(f"layout = {str(name)!r} is no layout and no .toml file{hint}")
-    found = read_toml(Path(name).expanduser())
-    return validate(found.get("layout", found), Layout, place=str(name))
+    if not isinstance(value, str | Path):
+        return validate(dict(value), Layout, place="columns")
+    packaged = [entry["name"] for entry in layout_table()["layout"]]
+    if str(value) in packaged:
+        return Layout(name=str(value))
+    if Path(value).suffix != ".toml":
+        hint = did_you_mean(str(value), packaged) or f"; known are {', '.join(packaged)}"
+        raise ConfigError(f"layout = {str(value)!r} is no layout and no .toml file{hint}")
+    found = read_toml(Path(value).expanduser())
+    return validate(found.get("layout", found), Layout, place=str(value))
 
 
 @cache

@@ -54,7 +54,12 @@ def locked(root: Path, name: Path | None = None) -> Iterator[None]:
         try:
             held.enter_context(_system_lock(root, name or root))
         except _NoFlock as error:
-            _say_once(root, str(error))
+            if (device := root.stat().st_dev) not in _said:
+                _said.add(device)
+                say(
+                    f"{root}: its file system has no file locks ({error}); the file {OWNER} marks the folder as in use "
+                    "instead, and stays there when a run is killed on another machine."
+                )
             held.enter_context(_owner_file(root, name or root))
         yield
 
@@ -235,13 +240,3 @@ def _in_use(name: Path, who: dict[str, Any], left: Path | None = None) -> Storag
     return StorageError(
         f"{name} is in use by another run ({_named(who)}); wait for it, stop it, or choose another folder{ended}"
     )
-
-
-def _say_once(root: Path, why: str) -> None:
-    device = root.stat().st_dev
-    if device not in _said:
-        _said.add(device)
-        say(
-            f"{root}: its file system has no file locks ({why}); the file {OWNER} marks the folder as in use instead, "
-            "and stays there when a run is killed on another machine."
-        )

@@ -77,15 +77,7 @@ def on_main_process(work: Callable[[], T]) -> T:
     """
     if world_size() == 1:
         return work()
-    value, error = None, None
-    if is_main_process():
-        try:
-            value = work()
-        except MadpoError as found:
-            error = found
-    shared, failed = all_gather_object([value, _plain(error)])[0]
-    _raise(error, [failed])
-    return shared  # type: ignore[no-any-return]
+    return all_gather_object(on_every_process(lambda: work() if is_main_process() else None))[0]  # type: ignore[no-any-return]
 
 
 def on_every_process(work: Callable[[], T]) -> T:
@@ -98,19 +90,12 @@ def on_every_process(work: Callable[[], T]) -> T:
         value = work()
     except MadpoError as found:
         error = found
-    _raise(error, all_gather_object(_plain(error)))
-    return value  # type: ignore[return-value]
-
-
-def _plain(error: MadpoError | None) -> list[str] | None:
-    return None if error is None else [type(error).__name__, str(error)]
-
-
-def _raise(own: MadpoError | None, fates: list[list[str] | None]) -> None:
-    if own is not None:
-        raise own
+    fates = all_gather_object(None if error is None else [type(error).__name__, str(error)])
+    if error is not None:
+        raise error
     for name, sentence in filter(None, fates):
         raise getattr(errors, name, MadpoError)(sentence)
+    return value  # type: ignore[return-value]
 
 
 # One sentence for all: a mistake is often met by every process at once, and one process's end breaks the others'

@@ -8,10 +8,10 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Protocol, TextIO, TypeVar
+from typing import TYPE_CHECKING, TextIO, TypeVar
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -29,10 +29,8 @@ _live: "Progress | None" = None
 _last_line = float("-inf")
 
 
-class Advance(Protocol):
-    """Called after every finished part: ``advance(8, loss=0.61)``."""
-
-    def __call__(self, n: int = 1, **fields: object) -> None: ...
+Advance = Callable[..., None]
+"""Called after every finished part, or several with numbers to show: ``advance(8, loss=0.61)``."""
 
 
 def track(iterable: Iterable[T], *, description: str, total: int | None = None) -> Iterator[T]:

@@ -16,7 +16,7 @@ import pandas as pd
 from pydantic import Field
 
 from madpo.core.config import Frozen
-from madpo.core.errors import ConfigError, DataError
+from madpo.core.errors import ConfigError, DataError, first_line
 
 COLUMNS = ("review_id", "text", "positive", "source", "group")
 IMDB, ROTTEN_TOMATOES = "imdb", "rotten_tomatoes"
@@ -77,9 +77,9 @@ class HubIMDB(CorpusConfig):
         try:
             rows = load_dataset(self.name, split="train", revision=self.revision)
         except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ConfigError(
-                f"the data set {self.name} cannot be loaded ({reason}); check the network, or use kind 'imdb-package'"
+                f"the data set {self.name} cannot be loaded ({first_line(error)}); check the network, or use kind "
+                "'imdb-package'"
             ) from error
         table: pd.DataFrame = rows.to_pandas()[["text", "label"]]
         return table.assign(source=IMDB)

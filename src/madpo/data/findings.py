@@ -7,7 +7,7 @@ import json
 import shlex
 import tomllib
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from itertools import islice
 
@@ -18,7 +18,7 @@ from madpo.core.config import Frozen
 from madpo.core.errors import DataError
 from madpo.data.conversation import columns_of
 from madpo.data.messages import Text
-from madpo.data.raw import Source
+from madpo.data.raw import At, Source
 from madpo.data.rows import Pair
 from madpo.data.tokens import Encoded
 
@@ -65,10 +65,6 @@ class Findings:
             for kind, (says, remedy) in KINDS.items()
             if (count := self.counts.get(kind)) is not None
         )
-
-
-At = Callable[[int], str]
-"""The place of a row, for messages."""
 
 
 class Seen:
@@ -163,7 +159,7 @@ class Survey:
     def __init__(self) -> None:
         self.findings = Findings()
         self.seen = Seen()
-        self.at: Callable[[int], str] = str
+        self.at: At = str
 
     def take(self, pair: Pair, encoded: Encoded | None, source: Source, max_length: int | None = None) -> None:
         """Look at a pair, in text and, where there are any, in tokens."""
@@ -178,7 +174,7 @@ class Survey:
             text = ", ".join(filter(None, found))
             self.findings.add(kind, 1, [self.at(pair.number) + (f": {text}" if text else "")])
 
-    def finish(self, left_out: Mapping[str, Sequence[int]], at: Callable[[int], str]) -> None:
+    def finish(self, left_out: Mapping[str, Sequence[int]], at: At) -> None:
         """Add what only all pairs together show.
 
         Args:

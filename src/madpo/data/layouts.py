@@ -8,12 +8,13 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 
+from madpo.core import errors
 from madpo.core.columns import PAIR_COLUMNS
-from madpo.core.config import Frozen
 from madpo.core.errors import RowError
 from madpo.core.layout import COMPLETIONS, Layout, Packaged, each, layout_table, packaged_layouts
 from madpo.core.suggestions import did_you_mean
 from madpo.data.prompts import QUESTIONS
+from madpo.data.raw import described_name
 
 LISTED = 60  # columns that a refusal names
 USUAL = tuple(name for names in QUESTIONS for name in names[:1])
@@ -95,16 +96,9 @@ def _put(name: str, words: Mapping[str, str]) -> str:
     return _WORD.sub(lambda match: words[match[1]], name)
 
 
-class Recognised(Frozen):
-    """The layout of a data set, and columns that could have ordered the completions as well."""
-
-    layout: Layout
-    other_labels: tuple[str, ...] = ()
-
-
-def recognise(names: Sequence[str], given: Layout) -> Recognised | None:
-    """The layout of a data set by its columns; None where it has ``chosen`` and ``rejected`` and nothing is ``given``
-    by the user.
+def recognise(names: Sequence[str], given: Layout) -> tuple[Layout, tuple[str, ...]] | None:
+    """The layout of a data set by its columns, and columns that could have ordered the completions as well; None where
+    it has ``chosen`` and ``rejected`` and nothing is ``given`` by the user.
 
     Raises RowError: no layout fits, or two do; with all columns and the option that decides.
     """
@@ -113,23 +107,23 @@ def recognise(names: Sequence[str], given: Layout) -> Recognised | None:
         if column not in names and (given.has_completions or field not in PAIR_COLUMNS):
             near = did_you_mean(column, names)
             raise RowError(f"no column {column!r}, which columns.{field} names (found {listed(names)}){near}")
+    columns = _Columns(names)
     if given.name and not given.has_completions:
         entry = next(entry for entry in packaged_layouts() if entry.name == given.name)
-        found = next(_Columns(names).filled(entry), None)
+        found = next(columns.filled(entry), None)
         if found is None:
             raise RowError(
                 f"the layout {given.name!r} does not fit the columns {listed(names)}; leave --layout out, or "
                 "give the columns: --columns.chosen NAME --columns.rejected NAME"
             )
-        return Recognised(layout=_Columns(names).with_prompt(_joined(found[0], given)), other_labels=found[1])
+        return columns.with_prompt(_joined(found[0], given)), found[1]
     if given.has_completions:
-        return Recognised(layout=_Columns(names).with_prompt(_ordered(given, names)))
-    columns = _Columns(names)
+        return columns.with_prompt(_ordered(given, columns)), ()
     if {"chosen", "rejected"} <= columns.exact and not given.given and columns.usual_prompt() is None:
         return None
     if {"chosen", "rejected"} <= columns.plain.keys():
         plain = Layout(chosen=columns.find("chosen"), rejected=columns.find("rejected"))
-        return Recognised(layout=columns.with_prompt(_joined(plain, given)))
+        return columns.with_prompt(_joined(plain, given)), ()
     fitting = [found for entry in packaged_layouts() for found in columns.filled(entry)]
     if not fitting:
         missing = "rejected" if "chosen" in columns.exact else "chosen"
@@ -139,7 +133,7 @@ def recognise(names: Sequence[str], given: Layout) -> Recognised | None:
         if _completions(other) != _completions(first) and not _inside(other, first):
             one, two = (_as_options(layout) for layout in (first, other))
             raise RowError(f"two layouts fit the columns {listed(names)}; say which: {one}, or {two}")
-    return Recognised(layout=columns.with_prompt(_joined(first, given)), other_labels=fitting[0][1])
+    return columns.with_prompt(_joined(first, given)), fitting[0][1]
 
 
 def _joined(found: Layout, given: Layout) -> Layout:
@@ -162,21 +156,18 @@ def _inside(other: Layout, first: Layout) -> bool:
     return bool(first.chosen or first.sides) and bool(other.completion or other.completions)
 
 
-def _ordered(given: Layout, names: Sequence[str]) -> Layout:
+def _ordered(given: Layout, columns: _Columns) -> Layout:
     """What a user gives, and something that orders the completions."""
+    names = columns.names
     if given.chosen or given.label or given.score or given.rank or given.order:
         return given
     words = layout_table()["words"]
-    columns = _Columns(names)
     if given.completions or given.replies:
         for field, kind in (("score", "scores"), ("rank", "ranks")):
-            if given.completions and (found := next((c for w in words[kind] if (c := columns.find(w))), None)):
+            if given.completions and (found := next(filter(None, map(columns.find, words[kind])), None)):
                 return given.model_copy(update={field: (found,)})
         return given
-    label = next(
-        (found for word in words["good" if given.completion else "label"] if (found := columns.find(word))), None
-    )
-    if label is not None:
+    if label := next(filter(None, map(columns.find, words["good" if given.completion else "label"])), None):
         return given.model_copy(update={"label": (label,)})
     says = "columns.sides" if given.sides else "columns.completion"
     left = [name for name in names if name not in given.columns(names)]
@@ -188,8 +179,7 @@ def _ordered(given: Layout, names: Sequence[str]) -> Layout:
 
 def listed(names: Sequence[str]) -> str:
     """All columns, for a sentence; of very many the first."""
-    shown = ", ".join(repr(name if len(name) <= 80 else f"{name[:79]}…") for name in names[:LISTED])
-    return f"{shown} and {len(names) - LISTED} more" if len(names) > LISTED else shown or "none"
+    return errors.listed([described_name(name) for name in names], LISTED) or "none"
 
 
 def _as_options(layout: Layout) -> str:

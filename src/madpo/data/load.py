@@ -71,7 +71,7 @@ class PairStream:
             found = recognise(names, self._given)
         if found is None:
             return WANTED
-        return {*WANTED, *found.layout.columns(names), *found.layout.ordering(names)}
+        return {*WANTED, *found[0].columns(names), *found[0].ordering(names)}
 
     def _recognise(self, names: Sequence[str]) -> None:
         self.names = tuple(map(str, names))
@@ -79,8 +79,8 @@ class PairStream:
         if found is None:
             self._use(self.names)
         else:
-            self.layout, self.other_labels = found.layout, found.other_labels
-            self._arranger = Arranger(found.layout, self.names, from_text=self._from_text)
+            self.layout, self.other_labels = found
+            self._arranger = Arranger(self.layout, self.names, from_text=self._from_text)
 
     def _use(self, names: Sequence[str]) -> Reader:
         self.columns = Columns.found_in(names)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from madpo.core.errors import RowError
 from madpo.core.layout import layout_table
 from madpo.data.messages import SYSTEM_ROLES, Message, Text, as_text, contents, encodable, is_blank, said, texts_within
-from madpo.data.raw import described, lacks, null, surplus
+from madpo.data.raw import described, null
 
 _TABLE = layout_table()["prompt"]
 QUESTIONS = tuple(map(tuple, _TABLE["questions"]))
@@ -57,15 +57,6 @@ class PromptColumns:
     def joined(self) -> tuple[str, ...]:
         """The columns that the prompt is made of, in its order."""
         return tuple(name for name in (self.system, self.history, *self.question) if name is not None)
-
-    def refuse_another(self, later: PromptColumns) -> None:
-        """Refuse a row that has its prompt in another column than the first row (RowError)."""
-        mine, theirs = self.question[:1], later.question[:1]
-        if mine == theirs:
-            return
-        if mine and mine[0] not in later.context:
-            raise lacks(mine[0])
-        raise surplus(theirs[0])
 
 
 class Prompt(NamedTuple):

@@ -189,7 +189,9 @@ class Reader:
             if len(self._prompts) > 1000:  # rows of random keys would fill the memory
                 self._prompts.clear()
             found = PromptColumns.found_in(map(str, names))
-            self.columns.prompt.refuse_another(found)
+            mine, theirs = self.columns.prompt.question[:1], found.question[:1]
+            if mine != theirs:  # the prompt is in another column than that of the first row
+                raise lacks(mine[0]) if mine and mine[0] not in found.context else surplus(theirs[0])
             self._prompts[names] = found
         return self._prompts[names]
 

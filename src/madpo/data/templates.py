@@ -41,8 +41,7 @@ class Clock:
         return self.now.isoformat() if self.read else None
 
 
-_CLOCK: ContextVar[Clock] = ContextVar("clock")
-_SEEN: ContextVar[Seen | None] = ContextVar("seen", default=None)
+_RENDERING: ContextVar[tuple[Clock, Seen | None]] = ContextVar("rendering")
 
 
 @contextmanager
@@ -55,14 +54,13 @@ def bounded_templates(clock: Clock, seen: Seen | None = None) -> Iterator[None]:
     from transformers.utils import chat_template_utils as library
 
     theirs = library._compile_jinja_template
-    tokens = _CLOCK.set(clock), _SEEN.set(seen)
+    token = _RENDERING.set((clock, seen))
     library._compile_jinja_template = _compiled
     try:
         yield
     finally:
         library._compile_jinja_template = theirs
-        _CLOCK.reset(tokens[0])
-        _SEEN.reset(tokens[1])
+        _RENDERING.reset(token)
 
 
 @lru_cache(maxsize=8)
@@ -71,18 +69,16 @@ def _compiled(source: str) -> Any:
 
     from madpo.data.bounded import BoundedEnvironment
 
+    def show(messages: Sequence[Mapping[str, Any]], text: str) -> None:
+        if (seen := _RENDERING.get()[1]) is not None:
+            seen(messages, text)
+
     # An empty template is compiled for its environment: compiling this one there would evaluate its constants.
     plain = library._cached_compile_jinja_template("").environment
+    bounded = BoundedEnvironment.like(plain, show, strftime_now=lambda form: _RENDERING.get()[0].strftime(form))
     with warnings.catch_warnings():  # Python's compiler on what Jinja makes of it
         warnings.simplefilter("ignore", SyntaxWarning)
-        return BoundedEnvironment.like(
-            plain, seen=_show, strftime_now=lambda form: _CLOCK.get().strftime(form)
-        ).from_string(source)
-
-
-def _show(messages: Sequence[Mapping[str, Any]], text: str) -> None:
-    if (seen := _SEEN.get()) is not None:
-        seen(messages, text)
+        return bounded.from_string(source)
 
 
 def render(tokenizer: Any, messages: list[Message], clock: Clock, **options: Any) -> str:
@@ -101,7 +97,18 @@ def applied(tokenizer: Any, messages: list[Message], clock: Clock, seen: Seen | 
     Args:
         seen: as in :func:`bounded_templates`.
     """
-    _refuse_missing(tokenizer)
+    template = tokenizer.chat_template
+    if not template:
+        raise ConfigError(
+            f"the data holds messages but the tokenizer{_of(tokenizer)} has no chat template; take an "
+            "instruction-tuned model's tokenizer or set its chat_template (chat_template.jinja next to the model)"
+        )
+    if isinstance(template, dict) and "default" not in template:
+        raise ConfigError(
+            f"the tokenizer{_of(tokenizer)} has the chat templates {', '.join(sorted(map(str, template)))} and no "
+            "default; in the model's folder, copy the one to use from additional_chat_templates/NAME.jinja to "
+            "chat_template.jinja"
+        )
     if isinstance(messages, Conversation):
         options = messages.options | options
     try:
@@ -135,21 +142,6 @@ def refusal(tokenizer: Any, error: Exception) -> MadpoError:
         f"the chat template{_of(tokenizer)} refuses the conversation ({reason}); correct the roles or use another "
         "template"
     )
-
-
-def _refuse_missing(tokenizer: Any) -> None:
-    template = tokenizer.chat_template
-    if not template:
-        raise ConfigError(
-            f"the data holds messages but the tokenizer{_of(tokenizer)} has no chat template; take an "
-            "instruction-tuned model's tokenizer or set its chat_template (chat_template.jinja next to the model)"
-        )
-    if isinstance(template, dict) and "default" not in template:
-        raise ConfigError(
-            f"the tokenizer{_of(tokenizer)} has the chat templates {', '.join(sorted(map(str, template)))} and no "
-            "default; in the model's folder, copy the one to use from additional_chat_templates/NAME.jinja to "
-            "chat_template.jinja"
-        )
 
 
 def _of(tokenizer: Any) -> str:

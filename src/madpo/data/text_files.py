@@ -10,7 +10,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
@@ -256,7 +256,8 @@ def csv_source(name: str, path: Path, zipped: bool, delimiter: str) -> Source:
     decoded = text()
     first = next(decoded, "")
     if delimiter not in first:
-        delimiter = _shown_delimiter(first) or delimiter
+        with suppress(csv.Error):  # it has one column
+            delimiter = csv.Sniffer().sniff(first[:2000], delimiters="".join(_NAMES)).delimiter or delimiter
     # Strict: otherwise a quote that is never closed swallows the rest of the file without a word.
     reader = csv.reader(chain([first], decoded), delimiter=delimiter, strict=True)
     with _long_fields():
@@ -291,13 +292,6 @@ def csv_source(name: str, path: Path, zipped: bool, delimiter: str) -> Source:
 
 
 _NAMES = {",": "a comma", ";": "a semicolon", "\t": "a tab", "|": "a bar"}
-
-
-def _shown_delimiter(header: str) -> str | None:
-    try:
-        return csv.Sniffer().sniff(header[:2000], delimiters="".join(_NAMES)).delimiter
-    except csv.Error:
-        return None  # one column
 
 
 @contextmanager

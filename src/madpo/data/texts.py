@@ -59,7 +59,7 @@ def _are_pairs(raw: dict[str, Any], given: Layout) -> bool:
         found = recognise(list(raw), given)
     except DataError:
         return "chosen" in raw and not raw.keys() & {*_WHOLE}  # a mistake, which the reader of pairs reports
-    layout = found.layout if found is not None else given
+    layout = given if found is None else found[0]
     if layout.completions:
         return isinstance(value_at(raw, layout.completions), list | tuple | dict)
     return not layout.completion

@@ -64,25 +64,26 @@ class RunningLoss(StatefulLoss):
             }
         )
 
-    def moved(self, values: Float[Tensor, " batch"], state: LossState) -> LossState:
-        """The averages after a batch of values (CPU, float64)."""
-        seen = int(state.tensors["batches"]) + 1
-        keep = self.momentum
-        if self.bias_correction:  # equals Adam's correction, written as a decay that starts at 0
-            keep *= (1 - keep ** (seen - 1)) / (1 - keep**seen)
-        mean = keep * state.tensors["mean"] + (1 - keep) * values.mean()
-        std = state.tensors["std"]
-        if len(values) > 1:
-            std = keep * std + (1 - keep) * values.std()
-        return state.updated(mean=mean, std=std, batches=torch.tensor(seen, dtype=torch.int64))
+    def followed(
+        self, statistic: Float[Tensor, " batch"], state: LossState, *, training: bool
+    ) -> tuple[Float[Tensor, " batch"], LossState, float, float]:
+        """A batch (CPU, float64), the state after it, and the mean and floored spread to standardise it by.
 
-    def averages(self, values: Float[Tensor, " batch"], state: LossState) -> tuple[float, float]:
-        """Mean and floored spread to standardise a batch by; the batch's own in an evaluation before any training."""
+        In evaluation the averages stay; before any training, mean and spread are the batch's own.
+        """
+        values = batch_values(statistic)
+        seen, keep = int(state.tensors["batches"]) + training, self.momentum
+        if training:
+            if self.bias_correction:  # equals Adam's correction, written as a decay that starts at 0
+                keep *= (1 - keep ** (seen - 1)) / (1 - keep**seen)
+            average, spread = keep * state.tensors["mean"] + (1 - keep) * values.mean(), state.tensors["std"]
+            if len(values) > 1:
+                spread = keep * spread + (1 - keep) * values.std()
+            state = state.updated(mean=average, std=spread, batches=torch.tensor(seen, dtype=torch.int64))
         mean, std = float(state.tensors["mean"]), float(state.tensors["std"])
-        if int(state.tensors["batches"]) == 0:
-            mean = float(values.mean())
-            std = float(values.std()) if len(values) > 1 else std
-        return mean, max(std, self.std_floor)
+        if seen == 0:
+            mean, std = float(values.mean()), float(values.std()) if len(values) > 1 else std
+        return values, state, mean, max(std, self.std_floor)
 
 
 class BetaDPO(RunningLoss):
@@ -154,16 +155,14 @@ class BetaDPO(RunningLoss):
         In evaluation nothing moves, every pair is kept, and beta follows the evaluated batch around the M_0 of
         training.
         """
-        values = batch_values(statistic)
-        if training:
-            state = self.moved(values, state)
-        center, spread = self.averages(values, state)
+        values, state, center, spread = self.followed(statistic, state, training=training)
         if self.center == "fixed":
             center, spread = self.initial_mean, max(self.initial_std, self.std_floor)
         kept = torch.ones(len(values), dtype=torch.bool)
         if self.filter and training:
             scores = -0.5 * ((values - center) / spread).square()
-            kept = gumbel_top_k(scores, self.kept_count(len(values)), state)
+            # 1e-9 undoes products such as 0.29 * 100 = 28.999999999999996.
+            kept = gumbel_top_k(scores, max(1, math.floor(self.keep * len(values) + 1e-9)), state)
         beta = self.beta
         if self.adapt_beta:
             used = values[kept] if self.order == "filter-first" else values
@@ -172,10 +171,6 @@ class BetaDPO(RunningLoss):
             beta = max(beta, self.floor)
         batch = {"beta": torch.tensor(beta, dtype=torch.float64), "kept": kept}
         return LossState(state.tensors, batch)
-
-    def kept_count(self, pairs: int) -> int:
-        """int(keep * pairs), at least one; 1e-9 undoes products such as 0.29 * 100 = 28.999999999999996."""
-        return max(1, math.floor(self.keep * pairs + 1e-9))
 
     def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
         state = self.ready(inputs, state)
@@ -230,10 +225,7 @@ class AlphaDPO(RunningLoss):
 
     def observe(self, statistic: Float[Tensor, " batch"], state: LossState, *, training: bool = True) -> LossState:
         """Moves the averages and standardises the batch; in evaluation they stay as training left them."""
-        values = batch_values(statistic)
-        if training:
-            state = self.moved(values, state)
-        mean, spread = self.averages(values, state)
+        values, state, mean, spread = self.followed(statistic, state, training=training)
         return LossState(state.tensors, {"z": (values - mean) / spread})
 
     def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:

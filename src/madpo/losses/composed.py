@@ -103,17 +103,14 @@ class Custom(NamedClass, LossConfig):
     made: name only files that you trust.
     """
 
+    base = LossConfig
     kind: Literal["custom"] = "custom"
-
-    @model_validator(mode="after")
-    def _build(self) -> Custom:
-        _ = self.loss  # so that bad parameters fail with the configuration
-        return self
 
     @property
     def loss(self) -> LossConfig:
         """The loss itself."""
-        return self.built(LossConfig)
+        own: LossConfig = self.built()
+        return own
 
     needs = _own("needs")
     needs_reference = _own("needs_reference")

@@ -27,8 +27,10 @@ class DPO(BetaLoss):
     """e: probability that a label is flipped; the minimiser is then finite, beta h = logit(1 - e)."""
 
     def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
-        logits = self.beta * inputs.log_ratio_margin
-        return LossOutput(smoothed_logistic(logits, self.label_smoothing), {})
+        logits, flipped = self.beta * inputs.log_ratio_margin, self.label_smoothing
+        if not flipped:  # exactly, also where log sigma(-beta h) is huge
+            return LossOutput(-F.logsigmoid(logits), {})
+        return LossOutput(-(1 - flipped) * F.logsigmoid(logits) - flipped * F.logsigmoid(-logits), {})
 
 
 class IPO(LossConfig):
@@ -156,10 +158,3 @@ class WPO(LossConfig):
         # sum_v p^2 >= 1/V, so log w <= 2 log V: 43 is out of reach below 2^31 words and keeps exp finite.
         weight = log_weight.clamp(max=0.0 if self.clamp else 43.0).exp()
         return LossOutput(-weight * F.logsigmoid(self.beta * inputs.log_ratio_margin), {"weight/mean": weight})
-
-
-def smoothed_logistic(logits: Tensor, smoothing: float | Tensor) -> Tensor:
-    """-(1 - e) log sigma(z) - e log sigma(-z); with e = 0 exactly -log sigma(z), also where log sigma(-z) is huge."""
-    if isinstance(smoothing, float) and smoothing == 0:
-        return -F.logsigmoid(logits)
-    return -(1 - smoothing) * F.logsigmoid(logits) - smoothing * F.logsigmoid(-logits)

@@ -40,8 +40,9 @@ from transformers.pytorch_utils import Conv1D
 
 from madpo.core.errors import ConfigError, MadpoError, first_line
 from madpo.core.progress import say_once
+from madpo.models.engine.dependence import sharded
 from madpo.models.engine.head import text_model
-from madpo.models.modes import evaluating, weights_are_here
+from madpo.models.modes import evaluating
 
 if TYPE_CHECKING:
     from madpo.models.hyperparameters import LoRA
@@ -139,7 +140,7 @@ class _Probe(NamedTuple):
 @torch.no_grad()
 def _probe(model: nn.Module) -> _Probe | None:
     """None where the weights are not all here."""
-    if not weights_are_here(model):
+    if sharded(model):
         return None
     found = _Probe(set(), set())
 
@@ -248,7 +249,11 @@ def _mixtures(
         for block in _ancestors(name):
             if isinstance(modules[block], nn.ModuleList):  # the stack of layers
                 break
-            around = {child: _last_rows(modules[child]) for child in children[block] if child not in holders}
+            around = {}  # child -> rows of its last matrix, 0 where it has none
+            for child in children[block]:
+                if child not in holders:
+                    shapes = [getattr(p, "ds_shape", p.shape) for p in modules[child].parameters()]
+                    around[child] = next((int(shape[0]) for shape in reversed(shapes) if len(shape) == 2), 0)
             choosing = {child for child in around if probe is not None and modules[child] in probe.choosing}
             routers = choosing | {child for child, rows in around.items() if rows in found.values()}
             if not routers:
@@ -280,12 +285,6 @@ def _stacks(module: nn.Module) -> dict[str, int]:
     return found
 
 
-def _last_rows(module: nn.Module) -> int:
-    """Rows of the last matrix of a module, 0 where it has none."""
-    shapes = [getattr(p, "ds_shape", p.shape) for p in module.parameters()]
-    return next((int(shape[0]) for shape in reversed(shapes) if len(shape) == 2), 0)
-
-
 def announce(model: nn.Module) -> None:
     """Say what the adapter of a model that is about to be trained changes, once a process."""
     if (text := adapter_text(model)) is not None:
@@ -314,9 +313,11 @@ class AdapterSummary(NamedTuple):
         parts = [f"{name} {share:.1%}" for name, share in large.items()]
         if rest > 0:
             parts.append(f"{'others' if parts else 'all others'} {rest:.2%}")
+        units = ((10**9, " billion"), (10**6, " million"), (10**3, " thousand"), (1, ""))
+        unit, word = next((unit for unit in units if self.parameters >= unit[0]), units[-1])
         return (
-            f"the adapter changes {', '.join(self.changed)}: {self.share:.1%} of the model's {_count(self.parameters)} "
-            f"parameters; frozen: {', '.join(parts) or 'nothing'}"
+            f"the adapter changes {', '.join(self.changed)}: {self.share:.1%} of the model's "
+            f"{self.parameters / unit:.3g}{word} parameters; frozen: {', '.join(parts) or 'nothing'}"
         )
 
 
@@ -378,9 +379,3 @@ def _size(parameter: Tensor) -> int:
         getattr(parameter, "ds_numel", 0)
         or (parameter if state is None else torch.empty(state.shape, device="meta")).numel()
     )
-
-
-def _count(number: int) -> str:
-    """12 thousand, 268 million, 20.9 billion."""
-    units = ((10**9, "billion"), (10**6, "million"), (10**3, "thousand"))
-    return next((f"{number / unit:.3g} {name}" for unit, name in units if number >= unit), str(number))

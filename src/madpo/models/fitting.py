@@ -23,9 +23,10 @@ from torch.nn.modules.module import (
 from transformers.utils import cached_file
 
 from madpo.core.errors import ConfigError
+from madpo.models.engine.dependence import sharded
 from madpo.models.engine.head import text_model
 from madpo.models.loading import loading
-from madpo.models.modes import evaluating, weights_are_here
+from madpo.models.modes import evaluating
 from madpo.models.untrusted import MODEL_WEIGHTS
 
 # For each byte or tensor of the files: weights of 2 bits unpack to 4 numbers a byte, a tensor is registered before and
@@ -45,8 +46,8 @@ def bounded(place: Path | str, *names: str) -> Iterator[None]:
     stored: list[int] = []  # bytes and tensors, once they are needed
     made = [0, 0]
 
-    def count(size: int) -> None:
-        made[0] += size
+    def registered(module: nn.Module, name: str, value: Any) -> None:
+        made[0] += value.numel() if isinstance(value, Tensor) else 0
         made[1] += 1
         if made[0] <= _NUMBERS and made[1] <= _PARTS:
             return
@@ -59,14 +60,12 @@ def bounded(place: Path | str, *names: str) -> Iterator[None]:
                 "configuration that belongs to these weights"
             )
 
-    def registered(module: nn.Module, name: str, value: Any) -> None:
-        count(value.numel() if isinstance(value, Tensor) else 0)
-
-    handles = [
-        register_module_parameter_registration_hook(registered),
-        register_module_buffer_registration_hook(registered),
-        register_module_module_registration_hook(registered),
-    ]
+    registers: tuple[Any, ...] = (
+        register_module_parameter_registration_hook,
+        register_module_buffer_registration_hook,
+        register_module_module_registration_hook,
+    )
+    handles = [register(registered) for register in registers]
     try:
         yield
     finally:
@@ -94,10 +93,9 @@ def refuse_uncomputable(place: Path | str, model: nn.Module) -> None:
 
     Raises ConfigError, MemoryShortage: in place of what the forward pass raised.
     """
-    if not weights_are_here(model):
-        return
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    if getattr(inner, "is_quantized", False):  # its kernels may need the accelerator that it moves to later
+    # The kernels of a quantised model may need the accelerator that it moves to later.
+    if sharded(model) or getattr(inner, "is_quantized", False):
         return
     with loading(place), evaluating(model):
         inner = text_model(inner)

@@ -22,15 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.utils import (
-    AUDIO_TOKENIZER_NAME,
-    FEATURE_EXTRACTOR_NAME,
-    IMAGE_PROCESSOR_NAME,
-    LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
-    PROCESSOR_NAME,
-    VIDEO_PROCESSOR_NAME,
-    cached_file,
-)
+from transformers.utils import cached_file
 
 from madpo.core.errors import ConfigError
 from madpo.models.hyperparameters import LoRA as LoRA
@@ -42,10 +34,10 @@ from madpo.models.packaged import made_at_once, quiet_transformers
 from madpo.models.untrusted import check_model
 from madpo.models.weights import pretrained
 
-_COMPANIONS = sorted(
-    {PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME, VIDEO_PROCESSOR_NAME, AUDIO_TOKENIZER_NAME}
-    | {LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE}
-    | {"tokenizer.model", "tekken.json"}  # SentencePiece's and Mistral's own, which llama.cpp and vLLM read
+# The last two are SentencePiece's and Mistral's own, which llama.cpp and vLLM read.
+_COMPANIONS = (
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "chat_template.json"),
+    *("audio_tokenizer_config.json", "tokenizer.model", "tekken.json"),
 )
 
 

@@ -48,7 +48,11 @@ def cannot_load(name: str, error: BaseException, what: str = "model") -> MadpoEr
     What the disk refuses is a StorageError, a lack of memory a MemoryShortage, everything else a ConfigError.
     """
     said, reason = str(error), _reason(error)
-    causes = _chain(error)
+    causes: list[BaseException] = []  # the error, and those that it was raised from
+    following: BaseException | None = error
+    while following is not None and following not in causes:
+        causes.append(following)
+        following = following.__cause__ or following.__context__
     names = {type(cause).__name__ for cause in causes}
     subject = f"the {what} {name!r}"
     for cause in causes:
@@ -119,16 +123,6 @@ def _reason(error: BaseException, length: int = 200) -> str:
     if isinstance(error, _TERSE):
         said = f"{type(error).__name__}: {said}"
     return said[:length].strip(" .;")
-
-
-def _chain(error: BaseException) -> list[BaseException]:
-    """An error, and those that it was raised from."""
-    found: list[BaseException] = []
-    following: BaseException | None = error
-    while following is not None and following not in found:
-        found.append(following)
-        following = following.__cause__ or following.__context__
-    return found
 
 
 def _damaged_file(folder: Path) -> str | None:

@@ -13,11 +13,6 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
-def weights_are_here(model: nn.Module) -> bool:
-    """Whether all of a model's weights are in this process."""
-    return not any(p.is_meta or hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in model.parameters())
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Without dropout; afterwards every module is in its own mode again.
@@ -65,14 +60,12 @@ def _own(model: nn.Module) -> list[nn.Module]:
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             others.update(set(module.modules()) - set(module.get_base_layer().modules()))
-        elif hasattr(module, "neftune_noise_alpha") or _quantised(module):
+        elif hasattr(module, "neftune_noise_alpha"):
             others.add(module)
+        elif not type(module).__module__.startswith(("torch.", "transformers.models.")):
+            # Some layers of quantisation libraries have a gradient only while they train.
+            others.update([module] if hasattr(module, "in_features") else [])
     return [module for module in model.modules() if module not in others]
-
-
-def _quantised(module: nn.Module) -> bool:
-    """Whether the module is a layer of a quantisation library: some have a gradient only while they train."""
-    return not type(module).__module__.startswith(("torch.", "transformers.models.")) and hasattr(module, "in_features")
 
 
 def _checkpointed(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ Also the refusal of token ids that a model has no embedding for. No torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -120,7 +120,13 @@ class Vocabulary:
 
     def _always(self, counts: Mapping[int, int], drop_reserved: bool) -> set[int]:
         model = self.spec["model"]
-        kept = set(_template_ids(self.spec["post_processor"]))
+        kept: set[int] = set()
+
+        def note(i: int) -> int:
+            kept.add(i)
+            return i
+
+        _with_ids(self.spec["post_processor"], note)
         if self.spec["padding"] is not None:
             kept.add(self.spec["padding"]["pad_id"])
         if self._bpe:
@@ -166,7 +172,7 @@ class Vocabulary:
             **self.spec,
             "model": model,
             "added_tokens": sorted(added, key=lambda token: int(token["id"])),
-            "post_processor": _with_ids(self.spec["post_processor"], new),
+            "post_processor": _with_ids(self.spec["post_processor"], new.__getitem__),
             "padding": None if padding is None else {**padding, "pad_id": new[padding["pad_id"]]},
         }
 
@@ -201,18 +207,8 @@ def _literals(spec: Spec) -> set[str]:
     )
 
 
-def _template_ids(processor: Any) -> Iterator[int]:
-    """Ids in a post-processor: of templates, and of BERT's and RoBERTa's pairs of token and id."""
-    if processor is None:
-        return
-    for inner in processor.get("processors", ()):
-        yield from _template_ids(inner)
-    for special in (processor.get("special_tokens") or {}).values():
-        yield from special["ids"]
-    yield from (processor[key][1] for key in ("sep", "cls") if key in processor)
-
-
-def _with_ids(processor: Any, new: Mapping[int, int]) -> Any:
+def _with_ids(processor: Any, new: Callable[[int], int]) -> Any:
+    """A post-processor with other ids: of templates, and of BERT's and RoBERTa's pairs of token and id."""
     if processor is None:
         return None
     changed = dict(processor)
@@ -220,12 +216,12 @@ def _with_ids(processor: Any, new: Mapping[int, int]) -> Any:
         changed["processors"] = [_with_ids(inner, new) for inner in processor["processors"]]
     if processor.get("special_tokens"):
         changed["special_tokens"] = {
-            name: {**special, "ids": [new[i] for i in special["ids"]]}
+            name: {**special, "ids": [new(i) for i in special["ids"]]}
             for name, special in processor["special_tokens"].items()
         }
     for key in ("sep", "cls"):
         if key in processor:
-            changed[key] = [processor[key][0], new[processor[key][1]]]
+            changed[key] = [processor[key][0], new(processor[key][1])]
     return changed
 
 

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from madpo.core.errors import ConfigError
+from madpo.core.errors import ConfigError, listed
 from madpo.core.progress import say_once
 from madpo.models.fitting import bounded, refuse_uncomputable
 from madpo.models.loading import loading
@@ -113,7 +113,7 @@ def _refuse_missing(place: str, model: nn.Module, found: Mapping[str, Any], made
     if absent := [name for name in missing if name not in shapes]:
         raise ConfigError(
             f"{place}: {len(absent)} of the {len(model.state_dict())} weights of {kind} are missing in its files "
-            f"({_listed(absent)}), and would be random; {_remedy(absent, found['unexpected_keys'])}"
+            f"({listed(absent, _SHOWN)}), and would be random; {_remedy(absent, found['unexpected_keys'])}"
         )
     stored, expected = (tuple(shape) for shape in shapes[first])
     raise ConfigError(
@@ -151,8 +151,9 @@ def _say_unused(place: str, model: nn.Module, unexpected: Iterable[str]) -> None
     unused = sorted(name for name in unexpected if numberless(name.rpartition(".")[0]) in modules)
     if unused:
         say_once(
-            f"{place}: {len(unused)} tensors of its files are not used by {type(model).__name__} ({_listed(unused)}); "
-            "its config.json may belong to another model (fewer layers, no biases, plain weights)."
+            f"{place}: {len(unused)} tensors of its files are not used by {type(model).__name__} "
+            f"({listed(unused, _SHOWN)}); its config.json may belong to another model (fewer layers, no biases, plain "
+            "weights)."
         )
 
 
@@ -209,11 +210,6 @@ def _refuse_other_shapes(folder: Path, adapted: PeftModel, stored: Mapping[str, 
 
 def _not_of_this_model(folder: Path, how: str, names: Sequence[str]) -> ConfigError:
     return ConfigError(
-        f"{folder}: the adapter {how} {len(names)} weights ({_listed(sorted(names))}); give the base model that it was "
-        "trained on, or copy its folder again"
+        f"{folder}: the adapter {how} {len(names)} weights ({listed(sorted(names), _SHOWN)}); give the base model that "
+        "it was trained on, or copy its folder again"
     )
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -234,9 +234,9 @@ def pair_logps(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], batch_size: int, description: str
 ) -> NDArray[np.float64]:
     """Log-probabilities of both sides of each pair, nats, summed over the tokens of the side: [2, pairs]."""
-    from madpo.training.columns import PreferenceCollator
+    from madpo.training.columns import DataCollatorForPreference
 
-    collate = PreferenceCollator(pad_token_id=tokenizer.pad_token_id)
+    collate = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)
     found: list[Tensor] = []
     with bar(description, len(rows)) as advance:
         for start in range(0, len(rows), batch_size):

@@ -269,17 +269,10 @@ def _temperature(h: NDArray[np.float64], given: float | None, *, trained_on: boo
 
 
 def _setting(h: NDArray[np.float64], tau: float, c_max: float) -> Setting:
-    n = len(h)
     counts = count_weights(h, WeightParameters(tau=tau, c_max=c_max))
-    return Setting(
-        tau=tau,
-        c_max=c_max,
-        mean_weight=counts.mean,
-        effective_share=counts.effective / n,
-        amplified=counts.amplified / n,
-        dampened=counts.dampened / n,
-        turned_down=counts.turned_down / n,
-    )
+    shares = {name: getattr(counts, name) / len(h) for name in ("amplified", "dampened", "turned_down")}
+    effective = counts.effective / len(h)
+    return Setting(tau=tau, c_max=c_max, mean_weight=counts.mean, effective_share=effective, **shares)
 
 
 def _recommend(h: NDArray[np.float64]) -> tuple[float, float, list[str], list[str]]:

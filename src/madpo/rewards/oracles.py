@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Protocol
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
 from madpo.core.config import Frozen
@@ -140,17 +140,14 @@ class ClassifierOracle(OracleConfig):
 class CustomOracle(NamedClass, OracleConfig):
     """An :class:`OracleConfig` subclass outside this package, with its parameters; see :mod:`madpo.core.custom`."""
 
+    base = OracleConfig
     kind: Literal["custom"] = "custom"
-
-    @model_validator(mode="after")
-    def _build(self) -> CustomOracle:
-        _ = self.oracle  # so that bad parameters fail with the configuration
-        return self
 
     @property
     def oracle(self) -> OracleConfig:
         """The oracle itself."""
-        return self.built(OracleConfig)
+        own: OracleConfig = self.built()
+        return own
 
     def fit(self, reviews: pd.DataFrame, short: pd.DataFrame, seed: int, out: Path) -> pd.DataFrame:
         """As the class does."""

@@ -32,7 +32,10 @@ class KeepsBest(ExactResume):
         assert self.best is not None
         if self.best.evaluated_at != self.state.global_step:
             self.evaluate()
-        self.best.restore()
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if name in self.best.weights:
+                    parameter.copy_(self.best.weights[name])
         return self.best.step
 
     def _extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -72,10 +75,3 @@ class BestWeights(TrainerCallback):  # type: ignore[misc]
     def stopped(self) -> bool:
         """Whether the loss has not fallen for ``patience`` evaluations."""
         return self.since >= self.patience
-
-    def restore(self) -> None:
-        """Put the best weights back."""
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                if name in self.weights:
-                    parameter.copy_(self.weights[name])

@@ -8,7 +8,6 @@ the identity of the training: what its result depends on. Only safetensors and J
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -23,10 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from madpo.core.errors import DataError, MadpoError, is_shortage
+from madpo.core.errors import DataError, MadpoError, first_line, is_shortage
 from madpo.core.progress import say
 from madpo.core.storage import storage_errors, sync_folder, write_atomically
 from madpo.models.untrusted import PICKLES
+from madpo.runner.folder import file_digest
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -77,16 +77,7 @@ class Checkpoint:
 
 
 # What reading the values of others can meet: a file that is no safetensors, a missing key, a value of another kind.
-_OF_OTHERS = (
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    RuntimeError,
-    ArithmeticError,
-    SafetensorError,
-)
+_OF_OTHERS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, SafetensorError)
 
 
 @contextmanager
@@ -103,10 +94,9 @@ def reading(place: Path) -> Iterator[None]:
     except _OF_OTHERS as error:  # RecursionError is a RuntimeError
         if is_shortage(error):
             raise
-        reason = (str(error).splitlines() or [""])[0][:160]
         raise DamagedCheckpoint(
-            f"{place} holds something that madpo does not write ({type(error).__name__}: {reason}); use another "
-            "checkpoint"
+            f"{place} holds something that madpo does not write ({type(error).__name__}: {first_line(error, 160)}); "
+            "use another checkpoint"
         ) from error
 
 
@@ -120,7 +110,9 @@ def writing(root: Path, step: int, identity: Mapping[str, Any]) -> Iterator[Path
     """
     target, part = root / f"checkpoint-{step}", root / f".checkpoint-{step}.part"
     with storage_errors(root):
-        _sweep(root)
+        # What a killed process left: unfinished checkpoints, and half-removed ones.
+        for path in (*root.glob(".checkpoint-*.part"), *root.glob(".checkpoint-*.old")):
+            shutil.rmtree(path)
         part.mkdir()
         try:
             yield part
@@ -158,9 +150,8 @@ def _seal(folder: Path, step: int, identity: Mapping[str, Any]) -> None:
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
-        files[path.relative_to(folder).as_posix()] = {"sha256": digest, "bytes": path.stat().st_size}
+        files[path.relative_to(folder).as_posix()] = {"sha256": file_digest(path), "bytes": path.stat().st_size}
     for inner in (p for p in folder.rglob("*") if p.is_dir()):
         sync_folder(inner)
     manifest = {"format": FORMAT, "step": step, "files": files, "identity": identity}
@@ -207,9 +198,8 @@ def _verify_file(folder: Path, name: str, entry: Any) -> None:
     size = path.stat().st_size
     if size != entry["bytes"]:
         raise DamagedCheckpoint(f"{path} has {size} bytes instead of {entry['bytes']}: it is damaged; use an older one")
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-            raise DamagedCheckpoint(f"{path} has changed since it was written (SHA-256); use an older one")
+    if file_digest(path) != entry["sha256"]:
+        raise DamagedCheckpoint(f"{path} has changed since it was written (SHA-256); use an older one")
 
 
 def folders(root: Path) -> list[Path]:
@@ -255,10 +245,3 @@ def remove(folder: Path) -> None:
         shutil.rmtree(hidden, ignore_errors=True)
         os.rename(folder, hidden)
         shutil.rmtree(hidden, ignore_errors=True)
-
-
-def _sweep(root: Path) -> None:
-    """What a killed process left: unfinished checkpoints, and half-removed ones."""
-    for pattern in (".checkpoint-*.part", ".checkpoint-*.old"):
-        for path in root.glob(pattern):
-            shutil.rmtree(path)

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 from trl.data_utils import get_dataset_column_names
-from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer.dpo_trainer import DataCollatorForPreference as DataCollatorForPreference
 
 from madpo.core.columns import ID_COLUMNS, MARGIN, PAIR_COLUMNS, REFERENCE_COLUMNS, probe_gives_margin
 from madpo.core.errors import DataError
@@ -25,30 +25,14 @@ HOST_ROWS = "host_rows"
 
 
 @dataclass
-class PreferenceCollator(DataCollatorForPreference):  # type: ignore[misc]
-    """TRL's collator, with the columns that the loss reads.
-
-    Attributes:
-        columns: numeric columns that every example must have.
-        embedding_rows: of the model; token ids beyond them are refused.
-    """
-
-    columns: tuple[str, ...] = ()
-    embedding_rows: int | None = None
-
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Pad a batch: chosen rows, then rejected rows; one value per pair of each column."""
-        return completed(super().torch_call(examples), examples, self.columns, self.embedding_rows)
-
-
-@dataclass
-class AnyCollator:
-    """A collator of the user's, any callable, with the columns that the loss reads.
+class PreferenceCollator:
+    """A collator, TRL's or any callable of the user's, with the columns that the loss reads.
 
     Attributes:
         collate: turns examples into a batch of ``input_ids``, ``attention_mask`` and ``completion_mask``, chosen rows
             first, then rejected ones.
-        columns, embedding_rows: as in :class:`PreferenceCollator`.
+        columns: numeric columns that every example must have.
+        embedding_rows: of the model; token ids beyond them are refused.
     """
 
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
@@ -56,34 +40,27 @@ class AnyCollator:
     embedding_rows: int | None = None
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """The user's batch, with what it left out."""
+        """The batch with one float32 per pair of each column, and the names of the pairs where they have some.
+
+        Raises:
+            DataError: a value is missing, no number or not finite, or a token id is beyond the embedding; with the
+                pair.
+        """
         batch = dict(self.collate(examples))
-        references = [name for name in REFERENCE_COLUMNS if name in examples[0] and name not in batch]
-        return completed(batch, examples, (*self.columns, *references), self.embedding_rows)
-
-
-def completed(
-    batch: dict[str, Any], examples: Sequence[dict[str, Any]], columns: Iterable[str], embedding_rows: int | None
-) -> dict[str, Any]:
-    """The batch with one float32 per pair of each column, and the names of the pairs where they have some.
-
-    Raises:
-        DataError: a value is missing, no number or not finite, or a token id is beyond the embedding; with the pair.
-    """
-    if embedding_rows is not None:
-        ids = batch["input_ids"]
-        pairs = ", ".join(str(example["pair_id"]) for example in examples if "pair_id" in example)
-        where = f"a batch{pairs and f' with the pairs {pairs}'}"
-        refuse_unknown([int(ids.min()), int(ids.max())], embedding_rows, where)
-    for name in columns:
-        if name not in batch:
-            batch[name] = _numbers(name, examples)
-    rows = [batch[name] for name in ("input_ids", "attention_mask", "completion_mask")]
-    if all(row.device.type == "cpu" for row in rows):
-        batch[HOST_ROWS] = HostRows(*rows)
-    if "pair_id" in examples[0]:  # numbers or text; for messages only
-        batch["pair_id"] = [example.get("pair_id") for example in examples]
-    return batch
+        if self.embedding_rows is not None:
+            ids = batch["input_ids"]
+            pairs = ", ".join(str(example["pair_id"]) for example in examples if "pair_id" in example)
+            where = f"a batch{pairs and f' with the pairs {pairs}'}"
+            refuse_unknown([int(ids.min()), int(ids.max())], self.embedding_rows, where)
+        for name in (*self.columns, *(name for name in REFERENCE_COLUMNS if name in examples[0])):
+            if name not in batch:
+                batch[name] = _numbers(name, examples)
+        rows = [batch[name] for name in ("input_ids", "attention_mask", "completion_mask")]
+        if all(row.device.type == "cpu" for row in rows):
+            batch[HOST_ROWS] = HostRows(*rows)
+        if "pair_id" in examples[0]:  # numbers or text; for messages only
+            batch["pair_id"] = [example.get("pair_id") for example in examples]
+        return batch
 
 
 def _numbers(name: str, examples: Sequence[dict[str, Any]]) -> Tensor:

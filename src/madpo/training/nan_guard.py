@@ -19,7 +19,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import Trainer
 
-from madpo.core.errors import DataError, DivergedError
+from madpo.core.errors import DataError, DivergedError, listed
 from madpo.core.progress import say
 from madpo.models.engine.devices import return_freed_memory
 from madpo.training.checkpoints import folders
@@ -148,7 +148,7 @@ class FiniteTraining(Trainer):  # type: ignore[misc]
             ids += batch.get("pair_id", [])
         if ids and None not in ids:
             held = "" if self.model.training else "held-out "
-            return f"the {held}pairs {_listed(ids)}"
+            return f"the {held}pairs [{listed(ids, _SHOWN)}]"
         if not self.model.training:
             return "a batch of the held-out data"
         rows = self._found_rows(batches)
@@ -157,8 +157,8 @@ class FiniteTraining(Trainer):  # type: ignore[misc]
         if "pair_id" in (self.train_dataset.column_names or ()):
             named = [self.train_dataset[row]["pair_id"] for row in rows]
             if None not in named:
-                return f"the pairs {_listed(named)}"
-        return f"the rows {_listed(rows)} of the training data"
+                return f"the pairs [{listed(named, _SHOWN)}]"
+        return f"the rows [{listed(rows, _SHOWN)}] of the training data"
 
     def _found_rows(self, batches: Iterable[Mapping[str, Any]]) -> list[int]:
         """Positions in the training data; a search that only an error pays for."""
@@ -184,11 +184,6 @@ _SLOWER = "lower the learning rate or max_grad_norm"
 
 def _first_bad(tensors: Mapping[str, Tensor]) -> str | None:
     return next((name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())), None)
-
-
-def _listed(ids: Sequence[Any]) -> str:
-    shown = ", ".join(str(i) for i in ids[:_SHOWN])
-    return f"[{shown}]" if len(ids) <= _SHOWN else f"[{shown} and {len(ids) - _SHOWN} more]"
 
 
 def drop_unscored(dataset: Any, args: Any, name: str) -> Any:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,8 +28,6 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast
 from datasets import Dataset
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 from torch import Tensor, nn
 
 from madpo.core.columns import ID_COLUMNS, REFERENCE_COLUMNS
@@ -37,19 +35,20 @@ from madpo.core.errors import ConfigError, DataError, StorageError
 from madpo.core.feature_file import FeatureFile, FeatureWriter
 from madpo.core.processes import all_gather_object, on_main_process
 from madpo.core.progress import bar, say
-from madpo.core.storage import remove_oldest, storage_errors, write_atomically
+from madpo.core.storage import remove_oldest, storage_errors
 from madpo.models.engine.features import POOLING, feature_width
 from madpo.models.engine.logprobs import completion_logps, unwrapped
 from madpo.models.modes import evaluating
 from madpo.models.packaged import cache_dir, cache_limit
 from madpo.runner.record import conditions, libraries
-from madpo.training.columns import PreferenceCollator
+from madpo.training.columns import DataCollatorForPreference, PreferenceCollator
 from madpo.training.digests import reference_digest
 
-VERSION = 4
-"""Bumped when the engine's numbers change."""
+VERSION = 5
+"""Bumped when the engine's numbers or the files change."""
 FEATURES_VERSION = 1
 """Bumped when features change."""
+_COLUMNS = (1, REFERENCE_COLUMNS, "<f8")
 
 
 class Reference(NamedTuple):
@@ -71,7 +70,7 @@ class _Pass(NamedTuple):
 
     model: nn.Module
     dataset: Dataset
-    collator: Any
+    collator: PreferenceCollator
     accelerator: Any
     batch_size: int
 
@@ -92,7 +91,7 @@ class _Pass(NamedTuple):
 def cached_reference(
     model: nn.Module,
     dataset: Dataset,
-    collator: Any,
+    collator: PreferenceCollator,
     accelerator: Any,
     batch_size: int,
     *,
@@ -127,16 +126,20 @@ def cached_reference(
     def look() -> bool:
         if path.exists() and (not layers or feature_path.exists()):
             try:
-                columns.update(_read(path, asked.rows))
+                held = FeatureFile.read(path, asked.rows, *_COLUMNS)
+                sides = (held.chosen, held.rejected)
+                columns.update(
+                    {name: np.array(side)[:, 0] for name, side in zip(REFERENCE_COLUMNS, sides, strict=True)}
+                )
                 if layers:
-                    features.append(_features(feature_path, asked.rows, width))
+                    features.append(FeatureFile.read(feature_path, asked.rows, width))
                 for used in (path, feature_path) if layers else (path,):
                     with suppress(OSError):  # a cache that cannot be written
                         os.utime(used)
                 _verify(asked, columns, path)
-            except _UnusableCache as error:
+            except StorageError as error:
                 columns.clear()
-                say(f"{path} {error}; the reference is computed again")
+                say(f"{error}; the reference is computed again")
         return bool(columns)
 
     if on_main_process(look):  # on the leading process: the others may not see its disk
@@ -148,51 +151,19 @@ def cached_reference(
         with writer or nullcontext():
             columns = _compute(asked, description, layers, width, writer)
     if writer is not None:
-        features.append(_features(feature_path, asked.rows, width))
+        features.append(FeatureFile.read(feature_path, asked.rows, width))
     named = "pair_id" in dataset.column_names
     refuse_not_finite(columns, dataset["pair_id"] if named else [f"in row {row}" for row in range(asked.rows)])
     if leads:
         with storage_errors(path.parent):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, save(columns, metadata={"sha256": _checksum(columns)}))
+            with FeatureWriter(path, asked.rows, *_COLUMNS) as kept:
+                kept.write(0, *(columns[name][:, None] for name in REFERENCE_COLUMNS))
             if gone := remove_oldest(path.parent, cache_limit(), (path, feature_path)):
                 say(
                     f"{path.parent} keeps at most {cache_limit() / 1e9:g} GB (MADPO_CACHE_GB): {gone} files that were "
                     "used longest ago are removed."
                 )
     return Reference(columns, digest, next(iter(features), None))
-
-
-class _UnusableCache(Exception):
-    """A cached file that must not be used; the text says why."""
-
-
-def _features(path: Path, rows: int, width: int) -> FeatureFile:
-    try:
-        return FeatureFile.read(path, rows, width)
-    except StorageError as error:
-        raise _UnusableCache(str(error).removeprefix(f"{path} ")) from error
-
-
-def _read(path: Path, rows: int) -> dict[str, np.ndarray]:
-    try:
-        with safe_open(path, framework="np") as file:
-            columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
-            checksum = (file.metadata() or {}).get("sha256")
-    except (SafetensorError, OSError) as error:
-        raise _UnusableCache(f"cannot be read ({error})") from error
-    if columns.keys() != set(REFERENCE_COLUMNS):
-        raise _UnusableCache(f"holds the columns {', '.join(sorted(columns)) or 'nothing'}")
-    for name, values in columns.items():
-        if values.shape != (rows,):
-            raise _UnusableCache(f"holds {name} of shape {values.shape} for {rows} pairs")
-    if checksum != _checksum(columns):
-        raise _UnusableCache("has changed since it was written (SHA-256)")
-    return columns
-
-
-def _checksum(columns: Mapping[str, np.ndarray]) -> str:
-    return hashlib.sha256(b"".join(columns[name].tobytes() for name in REFERENCE_COLUMNS)).hexdigest()
 
 
 def refuse_not_finite(
@@ -225,9 +196,9 @@ def _path(model: str, asked: _Pass) -> Path:
 
 
 def _batches_digest(asked: _Pass) -> str:
-    """SHA-256 of what the model reads: of our own collator, its input and its settings; of any other, its batches."""
-    digest, collator = hashlib.sha256(f"{asked.batch_size}".encode()), asked.collator
-    if type(collator) is PreferenceCollator:
+    """SHA-256 of what the model reads: of TRL's collator, its input and its settings; of any other, its batches."""
+    digest, collator = hashlib.sha256(f"{asked.batch_size}".encode()), asked.collator.collate
+    if type(collator) is DataCollatorForPreference:
         settings = (collator.max_length, collator.truncation_mode, collator.pad_to_multiple_of, collator.pad_token_id)
         digest.update(repr(settings).encode())
         for name in ID_COLUMNS:
@@ -273,45 +244,27 @@ def _compute(
 ) -> dict[str, np.ndarray]:
     accelerator, size = asked.accelerator, asked.batch_size
     count = accelerator.num_processes
-    rounds = -(-len(asked.starts) // count)
-    found = torch.zeros(2, rounds, size, dtype=torch.float64)
+    found = np.zeros((2, asked.rows))
     asked.model.to(accelerator.device)
-    keep = _keeper(accelerator, asked.rows, size, width, writer)
     with bar(f"Reference log-probabilities ({description})", asked.rows) as advance:
-        own = asked.starts[accelerator.process_index :: count]
-        for turn, batch in enumerate(asked.batches(own)):
-            chosen, rejected, *features = batch_logps(asked.model, batch, accelerator, *([layers] if layers else []))
-            pair = torch.stack([chosen, rejected])
-            found[:, turn, : pair.shape[1]] = pair.cpu()
-            if layers:
-                keep(turn, features[0])
-            advance(min(count * size, asked.rows - own[turn]))
-        if layers and len(own) < rounds:
-            keep(rounds - 1, torch.zeros(0, width))  # the others of the last round wait for this process
-    if count > 1:
-        gathered = accelerator.gather(found[None].to(accelerator.device)).cpu()
-        found = gathered.permute(1, 2, 0, 3)  # process 0's batch of a round, then that of process 1, ...
-    table = found.reshape(2, -1)[:, : asked.rows].contiguous().numpy()
-    return dict(zip(REFERENCE_COLUMNS, table, strict=True))
-
-
-def _keeper(
-    accelerator: Any, pairs: int, batch_size: int, width: int, writer: FeatureWriter | None
-) -> Callable[[int, Tensor], None]:
-    """``keep(round, features)`` writes the features of one batch of each process, on the leading one."""
-
-    def keep(turn: int, features: Tensor) -> None:
-        rows = torch.zeros(2, batch_size, width)
-        rows[:, : len(features) // 2] = features.cpu().view(2, len(features) // 2, width)
-        every = rows[None]
-        if accelerator.num_processes > 1:
-            every = accelerator.gather(every.to(accelerator.device)).cpu()
-        for place, block in enumerate(every.numpy()):
-            start = (turn * accelerator.num_processes + place) * batch_size
-            if writer is not None and start < pairs:
-                writer.write(start, *block[:, : pairs - start])
-
-    return keep
+        for first in range(0, len(asked.starts), count):  # a round: a batch for each process, in their order
+            turn = asked.starts[first : first + count]
+            values = torch.zeros(1, 2, size, 1 + width, dtype=torch.float64)  # a log-probability, then features
+            for batch in asked.batches(turn[accelerator.process_index :][:1]):
+                chosen, rejected, *features = batch_logps(
+                    asked.model, batch, accelerator, *([layers] if layers else [])
+                )
+                values[0, :, : len(chosen), 0] = torch.stack([chosen, rejected])
+                if layers:
+                    values[0, :, : len(chosen), 1:] = features[0].view(2, len(chosen), width)
+            every = values if count == 1 else accelerator.gather(values.to(accelerator.device)).cpu()
+            for start, block in zip(turn, every.numpy(), strict=False):  # in the last round some have none
+                block = block[:, : asked.rows - start]
+                found[:, start : start + size] = block[..., 0]
+                if writer is not None:
+                    writer.write(start, *block[..., 1:].astype(np.float32))
+            advance(min(count * size, asked.rows - turn[0]))
+    return dict(zip(REFERENCE_COLUMNS, found, strict=True))
 
 
 def _everywhere(columns: dict[str, np.ndarray], rows: int, accelerator: Any) -> dict[str, np.ndarray]:
@@ -341,4 +294,4 @@ def _verify(asked: _Pass, columns: dict[str, np.ndarray], path: Path) -> None:
     found = computed()
     gap = float((found - torch.from_numpy(stored)).abs().max())
     if gap > 0 and not gap <= 4 * float((found - computed()).abs().max()):
-        raise _UnusableCache(f"disagrees with the model by {gap:.3g} nats")
+        raise StorageError(f"{path} disagrees with the model by {gap:.3g} nats")

@@ -17,7 +17,6 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from trl.data_utils import get_dataset_column_names
-from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import use_adapter
 
 from madpo.core.columns import MARGIN, REFERENCE_COLUMNS
@@ -29,7 +28,7 @@ from madpo.data.folds import prompt_ids_key
 from madpo.models.engine.features import feature_layers
 from madpo.models.engine.logprobs import embedding_rows, unwrapped
 from madpo.rewards.probe import FittedProbe, fit_probe
-from madpo.training.columns import AnyCollator, PreferenceCollator, check_tokens
+from madpo.training.columns import PreferenceCollator, check_tokens
 from madpo.training.digests import reference_digest
 from madpo.training.reference import batch_logps, cached_reference
 from madpo.training.resume import ExactResume
@@ -61,7 +60,10 @@ class ReferenceColumns(ExactResume):
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """Reference columns and margins: as given, from the cache, or computed now."""
-        self.data_collator = collator = self._with_columns(self.data_collator)
+        if not isinstance(self.data_collator, PreferenceCollator):
+            known = embedding_rows(unwrapped(self.model))
+            self.data_collator = PreferenceCollator(self.data_collator, self._needs, known)
+        collator = self.data_collator
         if collator.embedding_rows is not None:
             check_tokens(dataset, name, collator.embedding_rows)
         if self._synchronised:  # columns would be those of the first step
@@ -140,21 +142,6 @@ class ReferenceColumns(ExactResume):
         )
         found: list[float] = self.probe.margins.tolist()
         return found
-
-    def _with_columns(self, collator: Any) -> Any:
-        """The collator, so that a batch has what the loss reads."""
-        if isinstance(collator, AnyCollator):
-            return collator
-        known: dict[str, Any] = {"columns": self._needs, "embedding_rows": embedding_rows(unwrapped(self.model))}
-        if type(collator) in (DataCollatorForPreference, PreferenceCollator):  # TRL's default would drop our columns
-            return PreferenceCollator(
-                pad_token_id=collator.pad_token_id,
-                max_length=collator.max_length,
-                truncation_mode=collator.truncation_mode,
-                pad_to_multiple_of=collator.pad_to_multiple_of,
-                **known,
-            )
-        return AnyCollator(collator, **known)
 
     @contextmanager
     def _reference(self, name: str) -> Iterator[nn.Module]:

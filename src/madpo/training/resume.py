@@ -175,17 +175,15 @@ class ExactResume(SavesCheckpoints):
             check_groups(optimizer, self.optimizer.param_groups)
             self.optimizer.load_state_dict(optimizer)
             self.lr_scheduler.load_state_dict(unpack(kept["scheduler"], tensors))
+            scaler = getattr(self.accelerator, "scaler", None)
+            if scaler is not None and kept["scaler"] is not None:
+                scaler.load_state_dict(unpack(kept["scaler"], tensors))
             self._load_extra_state(self._point.tensors(disk.EXTRA), kept["extra"])
         self._random_due = True
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        if self._point is None:
+        if self._point is None:  # else it comes with the optimizer
             super()._load_scaler(checkpoint)
-            return
-        with disk.reading(self._point.folder):
-            scaler, kept = getattr(self.accelerator, "scaler", None), self._point.json(disk.TRAINING)["scaler"]
-            if scaler is not None and kept is not None:
-                scaler.load_state_dict(unpack(kept, self._point.tensors(disk.OPTIMIZER)))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if self._point is None:

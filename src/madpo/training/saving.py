@@ -16,13 +16,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from transformers import EarlyStoppingCallback
+from transformers.trainer_callback import ExportableState, TrainerState
 
 from madpo.core.errors import StorageError
 from madpo.core.processes import all_gather_object
 from madpo.training import checkpoints as disk
 from madpo.training.digests import training_identity
 from madpo.training.nan_guard import FiniteTraining
-from madpo.training.states import pack, random_states, stored_callbacks, stored_metrics
+from madpo.training.states import pack, random_states, stored_metrics
 
 
 class SortedSet(set[str]):
@@ -133,8 +134,8 @@ class SavesCheckpoints(FiniteTraining):
         best = self.state.best_global_step
         if best and (best == step or (root / f"checkpoint-{best}").is_dir()):
             self.state.best_model_checkpoint = str(root / f"checkpoint-{best}")
-        callbacks = stored_callbacks([*self.callback_handler.callbacks, self.control])
-        self.state.stateful_callbacks = {**self.state.stateful_callbacks, **callbacks}
+        callbacks = [c for c in (*self.callback_handler.callbacks, self.control) if isinstance(c, ExportableState)]
+        self.state.stateful_callbacks |= TrainerState(stateful_callbacks=callbacks).stateful_callbacks
         window = getattr(self, "_metrics", {}).get("train", {})
         own = {"random": random_states(), "loss": float(self._tr_loss), "metrics": stored_metrics(window)}
         ranks = all_gather_object(own)

@@ -117,17 +117,8 @@ def _from_hex(text: str) -> Tensor:
     return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
 
 
-def stored_callbacks(callbacks: Iterable[Any]) -> dict[str, Any]:
-    """States of the callbacks that have one, by class; a list where a class occurs several times."""
-    states: dict[str, list[Any]] = {}
-    for callback in callbacks:
-        if isinstance(callback, ExportableState):
-            states.setdefault(type(callback).__name__, []).append(callback.state())
-    return {name: found[0] if len(found) == 1 else found for name, found in states.items()}
-
-
 def restore_callbacks(callbacks: Iterable[Any], states: Mapping[str, Any]) -> None:
-    """Put back what :func:`stored_callbacks` gave, so that early stopping counts on from where it was."""
+    """Put back the states that transformers keeps by class, so that early stopping counts on from where it was."""
     kept = {name: list(found) if isinstance(found, list) else [found] for name, found in states.items()}
     for callback in callbacks:
         if isinstance(callback, ExportableState) and kept.get(type(callback).__name__):

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from madpo.core.errors import DataError
 from madpo.core.progress import bar
@@ -47,11 +48,9 @@ def padded(sequences: Sequence[Sequence[int]], pad: int, model: nn.Module) -> tu
     Raises:
         DataError: a token id that the model has no embedding for.
     """
-    ids = torch.full((len(sequences), max(map(len, sequences))), pad, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, sequence in enumerate(sequences):
-        ids[i, : len(sequence)] = torch.as_tensor(np.asarray(sequence, dtype=np.int64))
-        mask[i, : len(sequence)] = 1
+    rows = [torch.as_tensor(np.asarray(sequence, dtype=np.int64)) for sequence in sequences]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     if (known := embedding_rows(model)) is not None:
         refuse_unknown([int(ids.min()), int(ids.max())], known, f"a text for {type(model).__name__}")
     device = next(model.parameters()).device

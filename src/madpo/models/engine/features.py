@@ -7,8 +7,9 @@ the token before it. Sums are in float32 or wider.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -99,33 +100,30 @@ class LayerMeans:
         """Layer after layer, detached; None without layers."""
         return torch.cat([self._found[layer] for layer in self.layers], dim=1) if self.layers else None
 
-    def running(self, weights: Float[Tensor, "rows tokens"] | None) -> Any:
-        """The context in which the backbone runs; ``weights`` of each of its tokens in a row's mean."""
-        return nullcontext() if weights is None or not self.layers else self._reading(weights)
-
     @contextmanager
-    def _reading(self, weights: Tensor) -> Iterator[None]:
+    def running(self, weights: Float[Tensor, "rows tokens"] | None) -> Iterator[None]:
+        """The context in which the backbone runs; ``weights`` of each of its tokens in a row's mean."""
+        if weights is None or not self.layers:
+            yield
+            return
         last, blocks = int(_config(self.model).num_hidden_layers), _layers(self.model)
         places: dict[int, nn.Module] = {last: backbone(self.model)}
         places |= {n: blocks[n - 1] for n in self.layers if blocks is not None and n != last}
-        hooks = [places[n].register_forward_hook(self._hook(n, weights)) for n in self.layers]
+        hooks = [places[n].register_forward_hook(functools.partial(self._read, n, weights)) for n in self.layers]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _hook(self, layer: int, weights: Tensor) -> Any:
-        def read(module: nn.Module, inputs: Any, output: Any) -> None:
-            states = _first(output)
-            with torch.no_grad(), torch.autocast(states.device.type, enabled=False):
-                wide = states.detach().to(torch.promote_types(states.dtype, torch.float32))
-                own = weights.to(device=wide.device, dtype=wide.dtype)
-                # One packed row holds the tokens of all rows.
-                mean = own @ wide[0] if len(wide) == 1 else torch.bmm(own[:, None], wide)[:, 0]
-                self._found[layer] = mean.to(weights.device)
-
-        return read
+    def _read(self, layer: int, weights: Tensor, module: nn.Module, inputs: Any, output: Any) -> None:
+        states = _first(output)
+        with torch.no_grad(), torch.autocast(states.device.type, enabled=False):
+            wide = states.detach().to(torch.promote_types(states.dtype, torch.float32))
+            own = weights.to(device=wide.device, dtype=wide.dtype)
+            # One packed row holds the tokens of all rows.
+            mean = own @ wide[0] if len(wide) == 1 else torch.bmm(own[:, None], wide)[:, 0]
+            self._found[layer] = mean.to(weights.device)
 
 
 def padded_weights(scored: Bool[Tensor, "rows places"]) -> Float[Tensor, "rows length"]:

@@ -116,25 +116,22 @@ class Head:
             raw = hidden @ weight.T
         else:
             raw = _entries_first(hidden, weight)
-        if self.bias is not None:
-            raw = raw.add_(self.bias[start:stop])
-        if self.scale != 1.0:
-            raw = raw.mul_(self.scale)
-        if self.softcap is None:
-            return raw, None
-        squashed = raw.div_(self.softcap).tanh_()
-        return squashed * self.softcap, 1 - squashed.square()
+        return self._finished(raw, None if self.bias is None else self.bias[start:stop])
 
     def logits_of(self, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """The logit of one vocabulary entry per row, and its derivative, in float32 or wider."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
         raw = (hidden.to(wide) * self.weight[ids].to(wide)).sum(-1)
-        if self.bias is not None:
-            raw = raw + self.bias[ids].to(wide)
-        raw = raw * self.scale
+        return self._finished(raw, None if self.bias is None else self.bias[ids].to(wide))
+
+    def _finished(self, raw: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if bias is not None:
+            raw = raw.add_(bias)
+        if self.scale != 1.0:
+            raw = raw.mul_(self.scale)
         if self.softcap is None:
             return raw, None
-        squashed = torch.tanh(raw / self.softcap)
+        squashed = raw.div_(self.softcap).tanh_()
         return squashed * self.softcap, 1 - squashed.square()
 
 
@@ -240,16 +237,14 @@ class _FrozenHeadLogps(torch.autograd.Function):
         for start in range(0, head.weight.shape[0], tile):
             sums.add_tile(head, hidden, labels, start, min(start + tile, head.weight.shape[0]))
         label_logit, label_slope = head.logits_of(hidden, labels)
-        found = sums.result(head, hidden, labels, (label_logit, label_slope))
-        logps = label_logit - found.norm
-        if found.stash is not None:
-            own = head.weight[labels].to(found.stash.dtype)
+        norm, expected, extras = sums.result(head, hidden, labels, (label_logit, label_slope))
+        if expected is not None:
+            own = head.weight[labels].to(expected.dtype)
             own = own if label_slope is None else own * label_slope[:, None]
-            stash = own.sub_(found.stash)
+            stash = own.sub_(expected)
             ctx.save_for_backward((stash if head.scale == 1.0 else stash.mul_(head.scale)).to(hidden.dtype))
-        extras = found.log_sum_sq, found.entropy, found.mean_logit, found.top1
         ctx.mark_non_differentiable(*(extra for extra in extras if extra is not None))
-        return logps, *extras
+        return label_logit - norm, *extras
 
     @staticmethod
     @once_differentiable

@@ -27,9 +27,12 @@ class _Growing:
         self.end = 0
 
     def append(self, held: Tensor, new: Tensor) -> Tensor:
-        """``held``, which the last call returned or the end of that, with ``new`` behind it; a view."""
+        """``held`` with ``new`` behind it, a view. Nothing is copied where ``held`` is the end of what the last call
+        returned, and there is room.
+        """
         length = held.shape[-2] if held.numel() else 0  # a layer without tokens holds a tensor without axes
-        if self.buffer is None or self.end + new.shape[-2] > self.buffer.shape[-2]:
+        own = self.buffer is not None and held.untyped_storage().data_ptr() == self.buffer.untyped_storage().data_ptr()
+        if self.buffer is None or not own or self.end + new.shape[-2] > self.buffer.shape[-2]:
             room = max(ROOM, length // 2)
             self.buffer = new.new_empty((*new.shape[:-2], length + new.shape[-2] + room, new.shape[-1]))
             if length:
@@ -51,16 +54,6 @@ class _InPlace:
             self.lazy_initialization(keys, values)  # type: ignore[attr-defined]
             self._grown = _Growing(), _Growing()
         return self._grown[0].append(self.keys, keys), self._grown[1].append(self.values, values)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row so many times, in a buffer of their own."""
-        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        self._grown = _Growing(), _Growing()
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows, in a buffer of their own."""
-        super().batch_select_indices(indices)  # type: ignore[misc]
-        self._grown = _Growing(), _Growing()
 
 
 class _InPlaceLayer(_InPlace, DynamicLayer):  # type: ignore[misc]

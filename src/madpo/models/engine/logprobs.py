@@ -27,13 +27,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from madpo.core.errors import ConfigError
+from madpo.core.errors import ConfigError, first_line
 from madpo.models.engine import memory_efficient as lean
 from madpo.models.engine.dependence import depends, sharded
 from madpo.models.engine.features import LayerMeans, packed_weights, padded_weights
 from madpo.models.engine.head import Head, backbone, text_model, token_logps
 from madpo.models.engine.packable import packs
-from madpo.models.engine.packed_attention import packed_states, row_states
+from madpo.models.engine.packed_attention import row_states
 from madpo.models.engine.packing import HostRows, pack
 from madpo.models.modes import evaluating
 
@@ -117,9 +117,8 @@ def check_reading(model: nn.Module) -> None:
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError) as error:
-                reason = str(error).strip().partition("\n")[0]
                 raise ConfigError(
-                    f"{name} cannot read a text of four tokens ({reason}), so it is not supported"
+                    f"{name} cannot read a text of four tokens ({first_line(error)}), so it is not supported"
                 ) from error
         if apart > bound:  # not with weights that are not numbers: others tell
             raise ConfigError(f"{name} makes its logits otherwise than by one linear head, so it is not supported")
@@ -352,9 +351,8 @@ def completion_states(
             is computed once.
     """
     _check_length(model, attention_mask)
-    rows = (input_ids, attention_mask, completion_mask)
     if not shares_prompts(model):
         return hidden_states(model, input_ids, attention_mask)
-    packing = pack(*rows, predict=False)
-    states = packed_states(model, packing)
+    packing = pack(input_ids, attention_mask, completion_mask, predict=False)
+    states = row_states(model, packing)[0].index_select(0, packing.predictors)
     return states.new_zeros(*input_ids.shape, states.shape[-1]).masked_scatter(packing.scored[..., None], states)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft.tuners.lora import layer as lora
@@ -44,10 +44,6 @@ class _Projection:
     a: Tensor | None
     b: Tensor | None
     scale: float
-
-    @property
-    def adapter(self) -> tuple[Tensor | None, Tensor | None]:
-        return self.a, self.b
 
     def forward(self, x: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The layer's output for rows ``x``, and the adapter's inner states; ``a``, ``b`` in the dtype of ``x``."""
@@ -83,10 +79,6 @@ def _gradient(found: Tensor, dtype: torch.dtype) -> Tensor:
     return found.to(dtype, memory_format=torch.contiguous_format)
 
 
-def _as(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype)
-
-
 class _LoRALinear(torch.autograd.Function):
     """A linear layer with its adapter, on rows."""
 
@@ -112,21 +104,12 @@ class _LoRALinear(torch.autograd.Function):
         return dx, None, _gradient(d_a, ctx.dtypes[0]), _gradient(d_b, ctx.dtypes[1])
 
 
-class _Activation(NamedTuple):
-    """An activation, and its gradient as a function of (gradient of the value, input)."""
-
-    value: Callable[[Tensor], Tensor]
-    gradient: Callable[[Tensor, Tensor], Tensor]
-
-
-# Spelled out, since a backward pass inside a backward pass is refused while somebody watches gradients by hooks.
-_ACTIVATIONS = (
-    _Activation(F.silu, torch.ops.aten.silu_backward),
+# Activations, and their gradients as functions of (gradient of the value, input): a backward pass inside a backward
+# pass is refused while somebody watches gradients by hooks.
+_ACTIVATIONS: tuple[tuple[Callable[..., Tensor], Callable[..., Tensor]], ...] = (
+    (F.silu, torch.ops.aten.silu_backward),
     *(
-        _Activation(
-            functools.partial(F.gelu, approximate=form),
-            functools.partial(torch.ops.aten.gelu_backward, approximate=form),
-        )
+        (functools.partial(F.gelu, approximate=form), functools.partial(torch.ops.aten.gelu_backward, approximate=form))
         for form in ("tanh", "none")
     ),
 )
@@ -139,16 +122,16 @@ class _GatedMLP(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        act: _Activation,
+        act: int,
         parts: tuple[_Projection, _Projection, _Projection],
         *adapters: Tensor | None,
     ) -> Tensor:
         gate, up, down = parts
         with torch.autocast(x.device.type, enabled=False):
-            ga, gb, ua, ub, da, db = (_as(adapter, x.dtype) for adapter in adapters)
+            ga, gb, ua, ub, da, db = (None if adapter is None else adapter.to(x.dtype) for adapter in adapters)
             before, gate_inner = gate.forward(x, ga, gb)
             factor, up_inner = up.forward(x, ua, ub)
-            y, down_inner = down.forward(act.value(before).mul_(factor), da, db)
+            y, down_inner = down.forward(_ACTIVATIONS[act][0](before).mul_(factor), da, db)
         ctx.parts, ctx.act = parts, act
         ctx.dtypes = [None if adapter is None else adapter.dtype for adapter in adapters]
         ctx.save_for_backward(x, before, factor, gate_inner, up_inner, down_inner, ga, gb, ua, ub, da, db)
@@ -159,13 +142,14 @@ class _GatedMLP(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, before, factor, gate_inner, up_inner, down_inner, ga, gb, ua, ub, da, db = ctx.saved_tensors
         gate, up, down = ctx.parts
+        value, gradient = _ACTIVATIONS[ctx.act]
         grad = grad.to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
-            active = ctx.act.value(before)
+            active = value(before)
             product = active * factor
             d_product, d_da, d_db = down.backward(grad, product, down_inner, da, db, None)
             d_factor = torch.mul(d_product, active, out=product)
-            d_before = ctx.act.gradient(d_product.mul_(factor), before)
+            d_before = gradient(d_product.mul_(factor), before)
             dx, d_ga, d_gb = gate.backward(d_before, x, gate_inner, ga, gb, None)
             dx, d_ua, d_ub = up.backward(d_factor, x, up_inner, ua, ub, dx)
         grads = (d_ga, d_gb, d_ua, d_ub, d_da, d_db)
@@ -239,18 +223,16 @@ def install(model: nn.Module) -> None:
         kind = type(module)
         if kind is lora.Linear:
             _replace(module, _lora_linear)
-        elif all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
-            if kind not in forms:
-                forms[kind] = _gate_of(module)
-            if forms[kind] is not None:
-                module._madpo_gate = forms[kind]
-                _replace(module, _gated_mlp)
-        elif kind.__name__.endswith("RMSNorm") and isinstance(getattr(module, "weight", None), nn.Parameter):
-            if kind not in forms:
-                forms[kind] = _norm_offset(module)
-            if forms[kind] is not None:
-                module._madpo_offset = forms[kind]
-                _replace(module, _rms_norm)
+            continue
+        gated = all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))
+        norm = kind.__name__.endswith("RMSNorm") and isinstance(getattr(module, "weight", None), nn.Parameter)
+        if not (gated or norm):
+            continue
+        if kind not in forms:
+            forms[kind] = _gate_of(module) if gated else _norm_offset(module)
+        if forms[kind] is not None:
+            module._madpo_form = forms[kind]
+            _replace(module, _gated_mlp if gated else _rms_norm)
 
 
 def _replace(module: nn.Module, forward: Callable[..., Tensor]) -> None:
@@ -287,7 +269,8 @@ def _projection(layer: Any, dtype: torch.dtype) -> _Projection | None:
             plain = type(inner) is nn.Linear and type(outer) is nn.Linear and _quiet(inner) and _quiet(outer)
             if not plain or inner.bias is not None or outer.bias is not None:
                 return None
-            if not (isinstance(dropout, nn.Identity) or (isinstance(dropout, nn.Dropout) and not _drops(dropout))):
+            drops = not isinstance(dropout, nn.Dropout) or (dropout.training and dropout.p > 0)
+            if drops and not isinstance(dropout, nn.Identity):
                 return None
             a, b, scale = inner.weight, outer.weight, float(layer.scaling[name])
     else:
@@ -299,10 +282,6 @@ def _projection(layer: Any, dtype: torch.dtype) -> _Projection | None:
     if a is not None and not torch.is_autocast_enabled(a.device.type) and a.dtype != dtype:
         return None  # PEFT then computes the adapter in its own precision
     return _Projection(base.weight, base.bias, a, b, scale)
-
-
-def _drops(dropout: nn.Dropout) -> bool:
-    return dropout.training and dropout.p > 0
 
 
 def _lora_linear(module: nn.Module, plain: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -320,10 +299,9 @@ def _gated_mlp(module: nn.Module, plain: Callable[..., Tensor], x: Tensor, *args
     parts = tuple(_projection(getattr(module, name), dtype) for name in ("gate_proj", "up_proj", "down_proj"))
     if args or kwargs or any(part is None for part in parts) or not _quiet(module.act_fn):  # type: ignore[arg-type]
         return plain(x, *args, **kwargs)
-    adapters = [tensor for part in parts if part is not None for tensor in part.adapter]
-    act = _ACTIVATIONS[int(module._madpo_gate)]  # type: ignore[arg-type]
+    adapters = [tensor for part in parts if part is not None for tensor in (part.a, part.b)]
     rows = x.to(dtype).reshape(-1, x.shape[-1])
-    y: Tensor = _GatedMLP.apply(rows, act, parts, *adapters)  # type: ignore[no-untyped-call]
+    y: Tensor = _GatedMLP.apply(rows, module._madpo_form, parts, *adapters)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], -1)
 
 
@@ -333,7 +311,7 @@ def _rms_norm(module: nn.Module, plain: Callable[..., Tensor], x: Tensor, *args:
     # Transformers' norms compute in float32 even for float64; a float64 model stays what it was to the last digit.
     if args or kwargs or x.dtype == torch.float64 or type(weight) not in _WHOLE:
         return plain(x, *args, **kwargs)
-    y: Tensor = _RMSNorm.apply(x, weight, _eps(module), module._madpo_offset)  # type: ignore[no-untyped-call]
+    y: Tensor = _RMSNorm.apply(x, weight, _eps(module), module._madpo_form)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -365,10 +343,10 @@ def _gate_of(module: nn.Module) -> int | None:
         return None
     steps = torch.linspace(-6, 6, 97, device=gate.weight.device)
     rows = _probe(2, gate.weight)
-    for index, activation in enumerate(_ACTIVATIONS):
+    for index, (value, _) in enumerate(_ACTIVATIONS):
         # Two kinds of GELU are 5e-4 apart, so in float32; the whole in the module's own precision.
-        if bool(((module.act_fn(steps) - activation.value(steps)).abs() < 1e-5).all()):  # type: ignore[operator]
-            product = activation.value(module.gate_proj(rows)) * module.up_proj(rows)  # type: ignore[operator]
+        if bool(((module.act_fn(steps) - value(steps)).abs() < 1e-5).all()):  # type: ignore[operator]
+            product = value(module.gate_proj(rows)) * module.up_proj(rows)  # type: ignore[operator]
             return index if _same(module.down_proj(product), module(rows)) else None  # type: ignore[operator]
     return None
 

@@ -144,7 +144,8 @@ def packed_attention(
     q, k, v = (packing.split(states) for states in (query, key, value))
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     longest, groups = q.shape[2], q.shape[1] // k.shape[1]
-    if longest > BLOCK and not (dropout or packing.probes) and _flexes(q):
+    kernel = os.environ.get(ATTENTION, "flex" if devices.kind(q) in FLEX else "dense")
+    if longest > BLOCK and kernel == "flex" and not (dropout or packing.probes):
         return packing.join(_flex_attention(q, k, v, mask.blocks, scale, softcap, s_aux).transpose(1, 2)), None
     if softcap is None and (devices.kind(q) != "cpu" or longest > SHORT or packing.probes):
         allowed = mask.allowed
@@ -167,10 +168,6 @@ def packed_attention(
     weights = F.dropout(scores.softmax(-1)[..., :longest].to(v.dtype), dropout, training=dropout > 0)
     out = _folded(weights, k.shape[1]) @ _folded(v, k.shape[1])
     return packing.join(out.view(*q.shape[:3], -1).transpose(1, 2)), None
-
-
-def _flexes(q: Tensor) -> bool:
-    return os.environ.get(ATTENTION, "flex" if devices.kind(q) in FLEX else "dense") == "flex"
 
 
 def _flex_attention(
@@ -314,8 +311,3 @@ def row_states(model: nn.Module, packing: Packing) -> Tensor:
             use_cache=False,
         ).last_hidden_state
     return states
-
-
-def packed_states(model: nn.Module, packing: Packing) -> Tensor:
-    """States that predict the scored tokens, or are theirs, ``scored x hidden``."""
-    return row_states(model, packing)[0].index_select(0, packing.predictors)

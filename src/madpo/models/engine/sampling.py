@@ -320,10 +320,7 @@ class _Batch:
         self.mask = torch.cat([self.mask, torch.ones_like(self.ids)], dim=-1)
         count = int(self.alive.sum())
         if count and count <= 0.75 * len(self.alive):  # moving the cache costs about a step
-            self._clear_out()
+            kept = self.alive.nonzero().squeeze(-1)
+            self.cache.batch_select_indices(kept)
+            self.rows, self.ids, self.mask, self.alive = (x[kept] for x in (self.rows, self.ids, self.mask, self.alive))
         return count > 0
-
-    def _clear_out(self) -> None:
-        kept = self.alive.nonzero().squeeze(-1)
-        self.cache.batch_select_indices(kept)
-        self.rows, self.ids, self.mask, self.alive = (x[kept] for x in (self.rows, self.ids, self.mask, self.alive))

@@ -7,7 +7,7 @@ half-precision matrices, whose logits are rounded: it puts the exact ones in pla
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,15 +16,8 @@ if TYPE_CHECKING:
     from madpo.models.engine.head import Head
 
 
-class Found(NamedTuple):
-    """Of each token: log sum e^z, sum_v p_v d z_v / d (W h), and what was asked for."""
-
-    norm: Tensor
-    stash: Tensor | None
-    log_sum_sq: Tensor | None
-    entropy: Tensor | None
-    mean_logit: Tensor | None
-    top1: Tensor | None
+Found = tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]
+"""Of each token: log sum e^z; sum_v p_v d z_v / d (W h); and log sum p^2, entropy, mean logit, top 1 where asked."""
 
 
 @dataclass
@@ -118,60 +111,48 @@ class Sums:
         Args:
             label: the label's logit and its slope, as :meth:`Head.logits_of` gives them.
         """
-        log_total, weighted = self.total.log(), self.weighted
-        norm = self.top + log_total
+        weighted = self.weighted
         if weighted is not None and self.stash is not None and self._by_states(head):
             weighted = (hidden * self.stash).sum(-1).mul_(head.scale)
-        return Found(
-            norm,
-            None if self.stash is None else self.stash.div_(self.total[:, None]),
-            None if self.total_sq is None else self.total_sq.log() - 2 * log_total,
-            None if weighted is None else norm - weighted / self.total,
-            None if self.plain is None else self.plain / head.weight.shape[0],
-            None if self.own is None else (self.own == self.top).to(norm.dtype),
+        return self._found(
+            head, self.own, None if weighted is None else self.top + self.total.log() - weighted / self.total
         )
+
+    def _found(self, head: Head, own: Tensor | None, entropy: Tensor | None) -> Found:
+        log_total = self.total.log()
+        stash = None if self.stash is None else self.stash.div_(self.total[:, None])
+        squares = None if self.total_sq is None else self.total_sq.log() - 2 * log_total
+        mean = None if self.plain is None else self.plain / head.weight.shape[0]
+        top1 = None if self.plain is None or own is None else (own == self.top).to(log_total.dtype)
+        return self.top + log_total, stash, (squares, entropy, mean, top1)
 
 
 def _times(values: Tensor, factor: Tensor | None) -> Tensor:
     return values if factor is None else values.mul_(factor)
 
 
-@dataclass
-class RoundedSums:
+class RoundedSums(Sums):
     """As :class:`Sums`, where a product of half-precision matrices comes back in half precision.
 
+    ``weighted`` is the sum of e (z - top) here, ``own`` is always kept, and ``stash`` lacks the label's term until
+    :meth:`_exchange`.
+
     Attributes:
-        top, arg: the largest logit, and its entry.
-        own, share: the label's logit as the tile's product gave it, and its e.
-        total, total_sq, weighted: sums of e, e^2 and e (z - top), where e = exp(z - top).
-        plain: sum of z.
-        stash: sum of e W[v], without the label's term until :meth:`_exchange`.
+        arg: the entry of the largest logit.
+        share: the label's e.
     """
 
-    top: Tensor
     arg: Tensor
     own: Tensor
     share: Tensor
-    total: Tensor
-    total_sq: Tensor | None
-    weighted: Tensor | None
-    plain: Tensor | None
-    stash: Tensor | None
 
     @classmethod
     def of(cls, hidden: Tensor, *, stash: bool, log_sum_sq: bool, details: bool) -> RoundedSums:
-        zeros = [hidden.new_zeros(len(hidden), dtype=torch.float32) for _ in range(6)]
-        return cls(
-            top=torch.full_like(zeros[0], -torch.inf),
-            arg=torch.zeros_like(zeros[0], dtype=torch.long),
-            own=zeros[0],
-            share=zeros[1],
-            total=zeros[2],
-            total_sq=zeros[3] if log_sum_sq else None,
-            weighted=zeros[4] if details else None,
-            plain=zeros[5] if details else None,
-            stash=hidden.new_zeros(hidden.shape, dtype=torch.float32) if stash else None,
-        )
+        sums = super().of(hidden, stash=stash, log_sum_sq=log_sum_sq, details=details)
+        assert isinstance(sums, cls)
+        sums.own, sums.share = torch.zeros_like(sums.total), torch.zeros_like(sums.total)
+        sums.arg = torch.zeros_like(sums.total, dtype=torch.long)
+        return sums
 
     def add_tile(self, head: Head, hidden: Tensor, labels: Tensor, start: int, stop: int) -> None:
         """Take in vocabulary entries ``start`` to ``stop``."""
@@ -215,16 +196,9 @@ class RoundedSums:
 
     def result(self, head: Head, hidden: Tensor, labels: Tensor, label: tuple[Tensor, Tensor | None]) -> Found:
         """As :meth:`Sums.result`, with the exact logits of the label and of the most likely token."""
-        top1 = (self.own == self.top).to(self.top.dtype)
         self._exchange(head, labels, label, head.logits_of(hidden, self.arg))
-        norm = self.total.log()
-        return Found(
-            self.top + norm,
-            None if self.stash is None else self.stash.div_(self.total[:, None]),
-            None if self.total_sq is None else self.total_sq.log() - 2 * norm,
-            None if self.weighted is None else norm - self.weighted / self.total,
-            None if self.plain is None else self.plain / head.weight.shape[0],
-            None if self.plain is None else top1,
+        return self._found(
+            head, self.own, None if self.weighted is None else self.total.log() - self.weighted / self.total
         )
 
     def _exchange(
