@@ -17,12 +17,12 @@ from madpo.core.seeding import rng
 RESAMPLES = 2000
 TEMPERATURE_RESAMPLES = 200
 _BLOCK = 2_000_000  # resampled values held at once
+LEVEL = 0.95  # of every interval
+_TAIL = (1 - LEVEL) / 2
 LOG_TEMPERATURES = (-6.0, 6.0)  # natural log: where a calibration is looked for
 
 
-def bootstrap_mean(
-    values: ArrayLike, *, seed: int = 0, clusters: ArrayLike | None = None, level: float = 0.95
-) -> Estimate:
+def bootstrap_mean(values: ArrayLike, *, seed: int = 0, clusters: ArrayLike | None = None) -> Estimate:
     """The mean of ``values`` with a percentile-bootstrap interval.
 
     Args:
@@ -43,9 +43,8 @@ def bootstrap_mean(
         return Estimate(mean, mean, mean, n)
     whole, parts = (counts == 1).all(), _draws(n, seed, max(1, _BLOCK // n))
     draws = np.concatenate([sums[d].sum(-1) / (n if whole else counts[d].sum(-1)) for d in parts])
-    tail = (1 - level) / 2
-    low, high = np.quantile(draws, [tail, 1 - tail])
-    stretch = float(np.sqrt(n / (n - 1)) * stdtrit(n - 1, tail) / ndtri(tail))
+    low, high = np.quantile(draws, [_TAIL, 1 - _TAIL])
+    stretch = float(np.sqrt(n / (n - 1)) * stdtrit(n - 1, _TAIL) / ndtri(_TAIL))
     return Estimate(mean, mean - stretch * float(mean - low), mean + stretch * float(high - mean), n)
 
 
@@ -112,7 +111,7 @@ def bootstrap_statistic(
     return Estimate(centre, min(centre, float(low)), max(centre, float(high)), n)
 
 
-def proportion(successes: float, n: int, *, level: float = 0.95) -> Estimate:
+def proportion(successes: float, n: int) -> Estimate:
     """A share with its Wilson interval, which stays inside [0, 1] and has width at 0 and 1 too.
 
     A tie may count as half a success. Raises DataError: n < 1, or successes outside 0..n.
@@ -120,7 +119,7 @@ def proportion(successes: float, n: int, *, level: float = 0.95) -> Estimate:
     if n < 1 or not 0 <= successes <= n:
         raise DataError(f"a proportion needs 0 <= successes <= n with n >= 1, but got {successes} of {n}")
     share = successes / n
-    z2 = float(ndtri((1 - level) / 2)) ** 2
+    z2 = float(ndtri(_TAIL)) ** 2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = float(np.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n)))) / (1 + z2 / n)
     # At 0 and n the bound is exactly 0 and 1; rounding must not push it past the share itself.
@@ -158,9 +157,7 @@ def fit_temperature(margins: ArrayLike) -> tuple[float, float, float]:
     return float(np.exp(best)), before, _log_loss(h, best)
 
 
-def bootstrap_temperature(
-    margins: ArrayLike, *, seed: int = 0, clusters: ArrayLike | None = None, level: float = 0.95
-) -> Estimate:
+def bootstrap_temperature(margins: ArrayLike, *, seed: int = 0, clusters: ArrayLike | None = None) -> Estimate:
     """:func:`fit_temperature` with its percentile-bootstrap interval; arguments as in :func:`bootstrap_mean`.
 
     Raises DataError: as :func:`fit_temperature`.
@@ -173,7 +170,7 @@ def bootstrap_temperature(
         fit_temperature(h[np.concatenate([members[i] for i in generator.integers(0, len(members), len(members))])])[0]
         for _ in range(TEMPERATURE_RESAMPLES)
     ]
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(draws, [_TAIL, (1 + LEVEL) / 2])
     found = fit_temperature(h)[0]
     return Estimate(found, min(found, float(low)), max(found, float(high)), len(members))
 

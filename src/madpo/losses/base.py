@@ -10,7 +10,7 @@ from __future__ import annotations
 import tomllib
 from dataclasses import dataclass, field, fields, replace
 from importlib.resources import files
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from pydantic import Field
 
@@ -96,6 +96,10 @@ class LossConfig(Frozen):
     def observe(self, statistic: Float[Tensor, " batch"], state: LossState, *, training: bool = True) -> LossState:
         """The state after this batch, holding what ``__call__`` needs for its rows. Pure."""
         return state
+
+
+PreferenceLoss = LossConfig
+"""Another name of it, for annotations."""
 
 
 class BetaLoss(LossConfig):
@@ -241,17 +245,6 @@ class LossState:
     def settled(self) -> LossState:
         """The state between batches: only the statistics."""
         return LossState(self.tensors)
-
-
-@runtime_checkable
-class PreferenceLoss(Protocol):
-    """A frozen configuration that can be called. ``needs`` names the optional inputs that it reads."""
-
-    needs: ClassVar[frozenset[str]]
-
-    def __call__(self, inputs: LossInputs, state: LossState | None = None) -> LossOutput:
-        """Loss per pair. Pure: equal inputs and state give equal outputs."""
-        ...
 
 
 def widen(value: Tensor) -> Tensor:
