@@ -7,7 +7,7 @@ A margin's way from a line of a file to the gradient, file by file, with every f
    it (``as_number``), ``Pair.row`` puts that into a row for training;
 3. ``operations/policy.py``: ``train_pairs`` gets the rows from ``load_training``, which holds some prompts out, and
    ``as_dataset`` hands all columns below to the trainer (a script does the same itself);
-4. ``training/columns.py``: ``PreferenceCollator.torch_call`` puts one float32 per pair into the batch (``completed``);
+4. ``training/columns.py``: ``PreferenceCollator`` puts one float32 per pair into the batch (``_numbers``);
 5. ``training/pair_loss.py``: ``_loss_inputs`` hands it to the loss, and ``compute_loss`` takes the mean over the step,
    which the ``training_step`` of transformers sends backward;
 6. ``losses/madpo.py``: ``MADPO.margin`` detaches it, ``log_margin_weight`` makes a weight of it, and ``MADPO.__call__``
