@@ -99,10 +99,8 @@ class PreferenceTrainer(PairLoss, DPOTrainer):  # type: ignore[misc]
         init_kwargs = args.model_init_kwargs
         if isinstance(model, str):
             args.model_init_kwargs = _safe_init(model, args)
-            if processing_class is None:  # as TRL takes it
-                revision, code = (init_kwargs or {}).get("revision"), args.trust_remote_code
-                with loading(model, "tokenizer"):
-                    processing_class = AutoProcessor.from_pretrained(model, revision=revision, trust_remote_code=code)
+            if processing_class is None:
+                processing_class = _processor(model, args)
         self.loss_state = self.loss.init_state(args.seed)
         self._sources = {}
         self._weighted = weights_are_used(train_dataset, self.loss.needs, getattr(args, "pair_weights", None))
@@ -237,3 +235,10 @@ def _safe_init(model: str, args: DPOConfig) -> dict[str, Any]:
     if not args.trust_remote_code and given.get("use_safetensors", True) and not given.get("trust_remote_code"):
         check_model(model, given.get("revision"))
     return {**given, "architecture": NamedArchitecture(given.get("architecture"))}
+
+
+def _processor(model: str, args: DPOConfig) -> Any:
+    """The tokenizer (or processor) that TRL takes where none is given."""
+    revision = (args.model_init_kwargs or {}).get("revision")
+    with loading(model, "tokenizer"):
+        return AutoProcessor.from_pretrained(model, revision=revision, trust_remote_code=args.trust_remote_code)
