@@ -197,7 +197,8 @@ def _path(model: str, asked: _Pass) -> Path:
 
 def _batches_digest(asked: _Pass) -> str:
     """SHA-256 of what the model reads: of TRL's collator, its input and its settings; of any other, its batches."""
-    digest, collator = hashlib.sha256(f"{asked.batch_size}".encode()), asked.collator.collate
+    digest = hashlib.sha256(f"{asked.batch_size}".encode())
+    collator: Any = asked.collator.collate
     if type(collator) is DataCollatorForPreference:
         settings = (collator.max_length, collator.truncation_mode, collator.pad_to_multiple_of, collator.pad_token_id)
         digest.update(repr(settings).encode())
