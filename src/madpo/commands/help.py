@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 from collections.abc import Callable
+from functools import partial
 
 from pydantic_core import PydanticUndefined
 
@@ -25,7 +26,7 @@ def help_text(line: CommandLine, says: str, function: Callable[..., int]) -> str
         usage=usage,
         description=f"{says[0].upper()}{says[1:]}.",
         epilog=(inspect.getdoc(function) or "").partition("\n\n")[2],
-        formatter_class=_Formatter,
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=32),
         add_help=False,
         allow_abbrev=False,
     )
@@ -53,11 +54,6 @@ def help_text(line: CommandLine, says: str, function: Callable[..., int]) -> str
         metavar = None if option.cli.positional else f"[{option.metavar}]" if option.flag else option.metavar
         groups[option.table].add_argument(name, help=about.replace("%", "%%"), metavar=metavar)
     return parser.format_help().rstrip()
-
-
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=32)
 
 
 def _default(value: object) -> str:

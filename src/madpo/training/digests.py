@@ -13,11 +13,10 @@ digits only is reported at a resume and not refused: ``SavesCheckpoints._conditi
   logs and saves, workers, recomputed activations; and threads, processor and machine.
 - A trainer in a script has no step. It may also go on for longer, or with other evaluations: ``_CONTINUING``.
 
-A step has an identity of its own, in :mod:`madpo.runner.step`. It must be known before a library is loaded and be the
-same on every machine, so that plans, pages and finished results can be compared. A checkpoint is bytes of one training:
-its identity needs the model on its device, refuses another device, precision or number of processes, lets a training go
-on for longer, and serves trainers in scripts, which have no step. So the two are computed apart. They share the
-versions of the libraries, the rule for arguments (:func:`decisive_arguments`), and the search for the first difference.
+The step's identity (:mod:`madpo.runner.step`) must be known before a library is loaded and be the same on every
+machine, so that plans, pages and finished results can be compared. The one below needs the model on its device. So the
+two are computed apart. They share the versions of the libraries, the rule for arguments (:func:`decisive_arguments`),
+and the search for the first difference.
 """
 
 from __future__ import annotations
