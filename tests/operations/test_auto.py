@@ -149,7 +149,7 @@ def test_record_card_and_configuration_say_all_of_it(done, llama, data):
         "files"
     ].keys()
     card = (done / "README.md").read_text()
-    for words in ("held-out log loss: margins", "label share", "the column reward_margin"):
+    for words in ("log loss on unseen labels: margins", "label share", "the column reward_margin"):
         assert words in card
     again = TrainSettings.model_validate(tomllib.loads((done / "config.toml").read_text()))
     assert again.loss == Auto()

@@ -46,7 +46,8 @@ class DemoReport(Report):
         words = f"Clearly above DPO: {', '.join(above) or 'nothing'}{less}."
         kinds = {METHODS["madpo"][0]: "open", **dict.fromkeys(above, "above"), **dict.fromkeys(below, "below")}
         deciding = short(self.deciding.get(kind), "signed", 3)
-        return words, kinds[METHODS["madpo"][0]], (f"Held-out log loss of the margins minus DPO's, nats: {deciding}.",)
+        known = f"Log loss of the margins on unseen labels minus DPO's, nats: {deciding}."
+        return words, kinds[METHODS["madpo"][0]], (known,)
 
     def text(self) -> str:
         """For a person."""

@@ -132,7 +132,7 @@ class VerifyAutoReport(Report):
                 f"{_signed(row.worst)}   {row.above_searched:5d}  {row.below_searched:5d}   {row.above_averaged:5d}  "
                 f"{row.below_averaged:5d}"
             )
-        lines.append("auto less dpo, cell by cell, and the deciding number (held-out log loss, margins less dpo's):")
+        lines.append("auto minus dpo, cell by cell, and the deciding number (unseen labels' log loss, margins - dpo):")
         for name, found in self.cells.items():
             gain, deciding, share = found["auto - dpo"], found["deciding"], found["label_share"]
             lines.append(
@@ -248,7 +248,7 @@ def _verdict(cells: Sequence[Mapping[str, Estimate]]) -> tuple[str, str, tuple[s
     return (
         f"auto is clearly above DPO in {above} of {len(gains)} settings, clearly below in {below or 'none'}.",
         side,
-        (f"Held-out log loss of the margins minus DPO's, nats: {' to '.join(deciding)}.",),
+        (f"Log loss of the margins on unseen labels minus DPO's, nats: {' to '.join(deciding)}.",),
     )
 
 

@@ -45,7 +45,7 @@ def own_opening(tier: Tier) -> str:
 
 
 def comparisons(tier: Tier) -> dict[str, Comparison]:
-    """Method -> how far it is above DPO: in reward at equal KL, else in held-out log loss (DPO's less its own)."""
+    """Method -> how far it is above DPO: in reward at equal KL, else in held-out log loss (DPO's minus its own)."""
     beta = base_beta([tier])
     lines = frontiers(tier, beta)
     judged = len(lines.get("DPO", ())) > 1

@@ -22,7 +22,7 @@ SEES: dict[Knowledge, str] = {
 DECIDING = "deciding"
 SHARE = "label_share"
 _BELOW = {
-    DECIDING: ("held-out log loss, margins minus DPO", "nats; below 0: they know more"),
+    DECIDING: ("log loss on unseen labels, margins minus DPO", "nats; below 0: they know more"),
     SHARE: ("auto's share of the label", "the rest is the margin's"),
 }
 _SIMULATED = (

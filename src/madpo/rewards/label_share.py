@@ -37,20 +37,20 @@ class LabelShare(Frozen):
     """The central 95 % of the posterior."""
     pairs: int
     margin_loss: float
-    """Held-out log loss of the reward margins after one temperature, nats per pair; a coin's is 0.693."""
+    """Log loss of the reward margins on unseen labels after one temperature, nats per pair; a coin's is 0.693."""
     implicit_loss: float
     """The same of plain DPO's implicit margins."""
     difference: Estimate
-    """The deciding number: ``margin_loss`` less ``implicit_loss``, nats, with its interval over prompts. Below 0 the
+    """The deciding number: ``margin_loss`` minus ``implicit_loss``, nats, with its interval over prompts. Below 0 the
     margins know more about the labels than plain DPO has learned."""
 
     def text(self) -> str:
         """The deciding number and the share, a line each."""
         d = self.difference
         return (
-            f"held-out log loss: margins {self.margin_loss:.4f}, plain DPO {self.implicit_loss:.4f}; difference "
-            f"{d.mean:+.4f} (95 % interval {d.low:+.4f} to {d.high:+.4f} over {d.n} prompts; below 0 the margins know "
-            f"more)\nlabel share {self.mean:.2f} (95 % {self.low:.2f} to {self.high:.2f})"
+            f"log loss on unseen labels: margins {self.margin_loss:.4f}, plain DPO {self.implicit_loss:.4f}; "
+            f"difference {d.mean:+.4f} (95 % interval {d.low:+.4f} to {d.high:+.4f} over {d.n} prompts; below 0 the "
+            f"margins know more)\nlabel share {self.mean:.2f} (95 % {self.low:.2f} to {self.high:.2f})"
         )
 
 
