@@ -85,6 +85,7 @@ def test_the_policy_is_the_mean_of_both_updates(done, llama):
 def test_the_share_is_that_of_pairs_that_the_policy_had_not_seen(done, data):
     report = json.loads((done / "report.json").read_bytes())
     lines, margins = read(done / "dpo" / "first_look.jsonl"), [row["reward_margin"] for row in read(data)]
+    assert not (done / "mixed" / "first_look.jsonl").exists(), "which nobody reads"
     assert [line["reward_margin"] for line in lines] == [margins[line["pair_id"]] for line in lines]
     assert len({line["pair_id"] for line in lines}) == len(lines)
     prompts = [read(data)[line["pair_id"]]["prompt"] for line in lines]
@@ -192,15 +193,15 @@ def test_fast_is_one_training_with_a_fixed_share(llama, data, tmp_path):
 
 
 def test_an_interruption_in_the_second_training_ends_in_the_same_bytes(done, llama, data, tmp_path, monkeypatch):
-    mixed, stop = auto._mixed, [True]
+    trained, stop = auto._Work.train, [True]
 
-    def interrupted(*given):
-        if stop:
+    def interrupted(work, name, *given, **how):
+        if name == auto.MIXED_FOLDER and stop:
             stop.clear()
             raise KeyboardInterrupt
-        return mixed(*given)
+        return trained(work, name, *given, **how)
 
-    monkeypatch.setattr(auto, "_mixed", interrupted)
+    monkeypatch.setattr(auto._Work, "train", interrupted)
     for _ in range(2):
         try:
             train(data, tmp_path / "P", settings(llama, merge=True))

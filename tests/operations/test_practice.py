@@ -275,13 +275,13 @@ def test_out_of_fold_margins_come_from_models_that_did_not_see_the_prompt(llama,
         return fit(settings, train_rows, stopping, out)
 
     monkeypatch.setattr(scoring, "fit", recorded)
-    kept, in_parts = tmp_path / "kept", scoring._in_parts
+    kept, by_model = tmp_path / "kept", scoring._Scoring.by_model
 
-    def keeps_the_model(settings, name, pairs, rows, folder, model, clock):
+    def keeps_the_model(work, model, rows, folder):
         shutil.copytree(model, kept / model.name)  # reward models of folds are not part of the result
-        return in_parts(settings, name, pairs, rows, folder, model, clock)
+        return by_model(work, model, rows, folder)
 
-    monkeypatch.setattr(scoring, "_in_parts", keeps_the_model)
+    monkeypatch.setattr(scoring._Scoring, "by_model", keeps_the_model)
     options = ("--folds", 2, "--model_name_or_path", llama, "--learning_rate", "1e-2", "--format", "parquet")
     run("score", data, *options, "--output_dir", tmp_path / "S")
     table = pd.read_parquet(tmp_path / "S" / "scored.parquet")

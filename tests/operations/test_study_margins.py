@@ -7,7 +7,7 @@ import pytest
 from madpo.core.config import find_experiment, load_config
 from madpo.core.errors import ConfigError
 from madpo.models.load import build_tiny
-from madpo.operations.study_margins import ProbeMarginStage, ProbeStage, fit_pairs_probe, probe_margins
+from madpo.operations.study_margins import NoSettings, ProbeStage, fit_pairs_probe, probe_margins
 from madpo.rewards.reward_model import RewardModel
 from madpo.study.experiment import Experiment
 from madpo.training.margins import sequences
@@ -53,7 +53,7 @@ def test_heldout_margins_are_those_of_the_reward_model_that_is_left(made) -> Non
 def test_a_training_pair_has_the_margin_of_a_probe_that_has_not_seen_it(made, tmp_path) -> None:
     root, rows, _ = made
     inputs = {"pairs": root / "pairs", "reward_model": root / "reward_model"}
-    metrics = probe_margins(ProbeMarginStage(), inputs, tmp_path)
+    metrics = probe_margins(NoSettings(), inputs, tmp_path)
     table = pd.read_parquet(tmp_path / "margins.parquet").set_index("pair_id")["reward_margin"]
     assert sorted(table.index) == [row["pair_id"] for row in rows]
     assert metrics["pairs"] == len(rows)

@@ -20,10 +20,11 @@ from madpo.core.statistics import fit_temperature
 from madpo.losses import DPO, IPO, MADPO, AlphaDPO, LossInputs, OmniDPO, SimPO
 from madpo.models.load import load_model, load_tokenizer
 from madpo.operations import TrainSettings, train
+from madpo.operations.averaging import strengthened
 from madpo.operations.running import digest
 from madpo.operations.tuning import Dimension, RewardCriterion, TuneSettings, heldout, tune
 from madpo.operations.tuning import search as study
-from madpo.operations.tuning.reward import RewardCurve, strengthened
+from madpo.operations.tuning.heldout import RewardCurve
 from madpo.operations.tuning.settings import grid_size, with_values
 from madpo.training import PreferenceTrainer, reference
 from practice_cases import logps, read, run, text_pairs, write

@@ -12,14 +12,15 @@ from selenium.webdriver.common.by import By
 from madpo.core.metrics import Estimate
 from madpo.core.seeding import rng
 from madpo.losses.simulation import KNOWLEDGE
+from madpo.operations.evaluation import EvaluateReport, Side, write_samples
 from madpo.operations.inspection import inspect as inspect_data
-from madpo.operations.settings import VerifyAutoSettings
+from madpo.operations.reward_model import RewardReport, write_report
+from madpo.operations.settings import EvaluateSettings, RewardSettings, VerifyAutoSettings
 from madpo.operations.tuning.report import Diverged, Heldout, Trial, TuneReport, write_search
 from madpo.operations.tuning.settings import TuneSettings
 from madpo.operations.verify_auto import AVERAGED, REDUCED, ROWS, SEARCHED, cell_name, summed_up, write_gains
 from madpo.report import rebuild_report
-from madpo.report.command_pages import write_reward_page, write_samples_page, write_training_page
-from madpo.report.pages import cell
+from madpo.report.command_pages import write_training_page
 from madpo.rewards.margins import inspect
 from practice_cases import write
 from report_cases import HOSTILE, LONG, make_study
@@ -61,14 +62,17 @@ def reward_page(folder: Path) -> Path:
         {"step": s, "eval_loss": 0.6} for s in (20, 60)
     ]
     write(folder / "log.jsonl", log)
-    bins = inspect(rng(1, "margins").normal(1.0, 2.0, 300)).reliability
-    tiles = {"accuracy": Estimate(0.67, 0.59, 0.74, 160), "log loss": 0.63, "training pairs": "400"}
-    path = folder / "reward.html"
-    settings = {"model": HOSTILE}
-    write_reward_page(
-        path, model=HOSTILE, says=["so and so"], tiles=tiles, bins=bins, log=folder / "log.jsonl", settings=settings
+    found, share = inspect(rng(1, "margins").normal(1.0, 2.0, 300)), Estimate(0.67, 0.59, 0.74, 160)
+    report = RewardReport(
+        **dict.fromkeys(("data_digest", "eval_data", "model_digest", "adapter", "date", "temperature_interval")),
+        **dict.fromkeys(("dropped", "stopping_pairs", "heldout_pairs", "steps"), 40),
+        **{"data": "pairs.jsonl", "train_pairs": 400, "accuracy": share, "log_loss": 0.63, "log_loss_interval": share},
+        **{"temperature": 1.0, "temperature_reason": "fitted", "calibrated_log_loss": 0.6},
+        reliability=found.reliability,
+        settings=RewardSettings(model=HOSTILE),
     )
-    return path
+    write_report(report, folder)
+    return folder / "report.html"
 
 
 def training_page(folder: Path) -> Path:
@@ -126,15 +130,14 @@ def samples_page(folder: Path) -> Path:
     ]
     samples[3]["reference_response"] = "The film was a dreadful 3 surprise and good."
     estimate = Estimate(1.1, 0.9, 1.3, 12)
-    write_samples_page(
-        folder / "samples.html",
-        title="policy against reference",
-        says=["12 prompts"],
-        tiles={"win rate": cell(Estimate(0.7, 0.5, 0.8, 12), "share")},
-        measured={"reward": (estimate, estimate), "distinct 1": (0.4, 0.5)},
-        samples=samples,
-        settings={},
+    side = Side(reward=estimate, length=estimate, distinct_1=0.4, distinct_2=0.5, ended_share=0.9)
+    report = EvaluateReport(
+        **dict.fromkeys(("prompts_digest", "policy_digest", "reference_digest", "reward_model_digest")),
+        **{"policy": "policy", "reference": HOSTILE, "prompts": 12, "samples_per_prompt": 1},
+        **{"win_rate": Estimate(0.7, 0.5, 0.8, 12), "reward_difference": estimate, "kl": estimate},
+        **{"policy_side": side, "reference_side": side, "settings": EvaluateSettings(reward_model="rm")},
     )
+    write_samples(report, samples, folder / "samples.html")
     return folder / "samples.html"
 
 

@@ -26,8 +26,7 @@ from madpo.report.compare import (
     selections,
     settings_of,
 )
-from madpo.report.results import Row, Tier, measured
-from madpo.report.selection import selecting_half
+from madpo.report.results import Row, Tier, measured, selecting_half
 from madpo.report.study_charts import ablation_chart, frontier_chart
 from madpo.report.summary import headline
 from madpo.report.tables import report_markdown_table, study_tables

@@ -232,7 +232,7 @@ def test_a_training_pairs_margin_is_that_of_the_model_that_has_not_seen_it(folde
     assert {i: margins[i] for i in train} == pytest.approx({i: -10 + 100 * (of[i] + 1) for i in train})
     assert margins[60] == pytest.approx(-10 + 150), "a held-out pair has the mean"
     assert metrics["negative_share"] == 0
-    folds.score_sides(folds.ScoreStage(), {"pairs": folders["pairs"], "reward_model": tmp_path / "0"}, out)
+    folds.score_sides(folds.NoSettings(), {"pairs": folders["pairs"], "reward_model": tmp_path / "0"}, out)
     scores = read(out, "scores")
     assert scores.loc[30, "chosen_score"] == pytest.approx(20.3)
     assert scores.loc[30, "rejected_score"] == pytest.approx(30.3)

@@ -36,11 +36,11 @@ def example(options: Example) -> int:
     return 0
 
 
-class Doctor(Frozen):
+class Nothing(Frozen):
     pass
 
 
-def doctor(options: Doctor) -> int:
+def doctor(options: Nothing) -> int:
     """Print every line as it is known."""
     with loading_libraries():
         from madpo.study.doctor import diagnose
@@ -71,11 +71,7 @@ def demo(options: Demo) -> int:
     return 0
 
 
-class VerifyTheory(Frozen):
-    pass
-
-
-def verify_theory(options: VerifyTheory) -> int:
+def verify_theory(options: Nothing) -> int:
     """Print a table of the claims; the status is 1 where one that the code relies on does not hold."""
     from rich.console import Console
     from rich.markup import escape

@@ -331,14 +331,7 @@ def _commands_with_option() -> dict[str, list[str]]:
 
 
 def _refuse_foreign_places(config: Path, typed: Container[str]) -> None:
-    """Refuse a file that would have a command write elsewhere, or replace something: it may be somebody else's.
-
-    Args:
-        typed: keys that the command line gives, which take precedence over the file.
-
-    Raises:
-        ConfigError: naming the key and the option.
-    """
+    """Refuse a file, maybe somebody else's, that writes elsewhere or replaces something, unless that is ``typed``."""
     found = read_toml(config)
     if found.get("overwrite") and "overwrite" not in typed:
         raise ConfigError(f"{config}: overwrite = true is obeyed on the command line only; give --overwrite there")

@@ -47,7 +47,15 @@ class Graph(Frozen):
 
     def arguments(self) -> dict[str, Any]:
         """For the function that runs it."""
-        executor = None if self.dry_run else _executor(self)
+        from madpo.runner.executors import Cluster, Processes
+
+        executor: Any = None
+        if self.ray_address is not None and self.executor != "ray" and not self.dry_run:
+            raise ConfigError(f"--ray_address {self.ray_address} needs --executor ray")
+        if self.executor == "ray" and not self.dry_run:
+            executor = Cluster(self.ray_address, slots=self.processes, cpus=self.step_cpus, gpus=self.step_gpus)
+        elif self.processes > 1 and not self.dry_run:
+            executor = Processes(self.processes)
         return {"only": list(self.only), "dry_run": self.dry_run, "executor": executor, "upload": self.upload}
 
 
@@ -78,7 +86,7 @@ def run(options: Run) -> int:
 
 
 def print_graph(result: RunResult, options: Graph) -> int:
-    """What a graph would run, or what its report says; the exit status."""
+    """What a graph would run, or how it went and what its report says; the exit status."""
     if options.dry_run:
         with loading_libraries():
             from madpo.study.estimates import dry_run_lines, machine_of
@@ -87,20 +95,6 @@ def print_graph(result: RunResult, options: Graph) -> int:
         detectable = detectable_lines(result.graph, result.root, options.pilot)
         show("\n".join([*dry_run_lines(result, machine_of(list(options.rate))), *detectable]))
         return 0
-    return _print_run(result)
-
-
-def _executor(options: Graph) -> Any:
-    from madpo.runner.executors import Cluster, Processes
-
-    if options.executor == "ray":
-        return Cluster(options.ray_address, slots=options.processes, cpus=options.step_cpus, gpus=options.step_gpus)
-    if options.ray_address is not None:
-        raise ConfigError(f"--ray_address {options.ray_address} needs --executor ray")
-    return Processes(options.processes) if options.processes > 1 else None
-
-
-def _print_run(result: RunResult) -> int:
     for name, sentence in result.failed.items():
         show(f"failed: {name}: {sentence}", sys.stderr)
     if result.skipped:
@@ -120,7 +114,6 @@ def _print_run(result: RunResult) -> int:
 
 
 def _print_results(page: Path) -> None:
-    """What the report says first, and where it is."""
     results = page.parent / "results.json"  # an older page may be without it
     for sentences in json.loads(results.read_bytes()).get("summary", ()) if results.exists() else ():
         show(printable(sentences))

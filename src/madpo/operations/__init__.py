@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from madpo.operations.policy import train as train
     from madpo.operations.reward_model import RewardReport as RewardReport
     from madpo.operations.reward_model import reward as reward
-    from madpo.operations.score_report import ScoreReport as ScoreReport
+    from madpo.operations.scoring import ScoreReport as ScoreReport
     from madpo.operations.scoring import score as score
     from madpo.operations.settings import EvaluateSettings as EvaluateSettings
     from madpo.operations.settings import RewardSettings as RewardSettings

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from peft import PeftModel
 
@@ -38,8 +37,9 @@ from madpo.data.folds import prompt_key
 from madpo.data.margins import read_margins
 from madpo.data.templates import Clock
 from madpo.data.tokens import Encoder
-from madpo.losses import LossConfig, SoftDPO
+from madpo.losses import SoftDPO
 from madpo.models.adapters import adapter_text
+from madpo.models.engine.responses import divergence, end_tokens, respond
 from madpo.models.hyperparameters import CHECKPOINTS
 from madpo.models.load import load_model, load_tokenizer, merge_adapter, resolve_model
 from madpo.operations.averaging import (
@@ -47,24 +47,26 @@ from madpo.operations.averaging import (
     Reached,
     averaged_adapter,
     can_average,
-    sampled_kl,
     save_average,
     strength_for,
+    strengthened,
 )
 from madpo.operations.export import GGUF, refuse_unconvertible, write_gguf
 from madpo.operations.inputs import Row, split_by_prompt, started_clock
 from madpo.operations.policy import (
-    DTYPES,
     FIRST_LOOK,
     HELDOUT,
     MARGINS,
     MEMORY_REMEDY,
+    chosen_dtype,
     train_pairs,
+    train_unnoted,
     trainer_arguments,
 )
 from madpo.operations.preconditions import first_pair, require_columns
 from madpo.operations.running import load_report, run_in_folder
 from madpo.operations.settings import Sampling
+from madpo.operations.study_training import pair_logps
 from madpo.operations.train_report import TrainReport, write_report
 from madpo.operations.train_settings import Auto, TrainSettings
 from madpo.operations.verify_auto import FAST_SHARE
@@ -139,8 +141,8 @@ def train_auto(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) -
     Encoder(load_tokenizer(base), clock).encode([first], lambda number: f"{data}, row {number}")
     shared = settings.model_copy(update={"date": clock.now if clock.read else None, "merge": False, "export": None})
     seed = int(settings.args.get("seed", 42))
-    work = _Work(shared, settings.loss, data, eval_data, source, column, state, seed, clock)
-    report = _fast(work) if settings.loss.fast else _two(work)
+    work = _Work(shared, settings.loss, data, eval_data, column, state, seed, clock)
+    report = AutoReport(**_trained(work), margins=source)
     args = trainer_arguments(settings, out, evaluated=report.eval_pairs > 0)
 
     def finish() -> None:
@@ -159,7 +161,6 @@ class _Work(NamedTuple):
 
     Attributes:
         settings: of the trainings, but for their loss and seed.
-        source: of the margins, in words.
         column: pair_id -> margin, where the data have them.
     """
 
@@ -167,11 +168,31 @@ class _Work(NamedTuple):
     auto: Auto
     data: str
     eval_data: Path | None
-    source: str
     column: dict[int, float] | None
     state: Path
     seed: int
     clock: Clock
+
+    def train(self, name: str, seed: int, *, temperature: float = 1.0, share: float = 1.0) -> TrainReport:
+        """Train with all pairs that are not held out, and a target that mixes labels and margins.
+
+        Two trainings have their rows in one order, so that the reference of the first is that of the second. The first
+        takes them in this order, and notes what it says of pairs before it is trained on them.
+        """
+        args, first = {**self.settings.args, "seed": seed}, name == DPO_FOLDER
+        if "data_seed" in args:
+            args["data_seed"] = seed
+        if first:
+            args.setdefault("train_sampling_strategy", "sequential")
+        # With label_share 1 the loss is DPO; it reads the margins, so that a probe's are there for the decision.
+        loss = SoftDPO(beta=self.auto.beta, margin_temperature=temperature, label_share=share)
+        changes = {"loss": loss, "args": args, "split_seed": self.seed, "probe": self.column is None}
+        how = self.settings.model_copy(update={**changes, "first_look": not self.auto.fast})
+        inputs = {"data": self.data, "eval_data": self.eval_data, "model": self.settings.model}
+        fn = train_pairs if first or self.auto.fast else train_unnoted
+        folder = run_in_folder(fn, how, inputs, self.state / name, memory=MEMORY_REMEDY)
+        gc.collect()  # the trainer's model is in a cycle
+        return load_report(folder / "report.json", TrainReport)
 
     def margins_out_of(self, folder: str) -> NDArray[np.float64]:
         """Margins of the pairs that a training saw, out of fold where a probe gave them."""
@@ -186,90 +207,53 @@ def _column(path: Path, name: str) -> NDArray[np.float64]:
     return np.array([json.loads(line)[name] for line in path.read_text("utf-8").splitlines()], dtype=np.float64)
 
 
-def _trained(work: _Work, name: str, loss: LossConfig, seed: int, *, in_order: bool = False) -> TrainReport:
-    """Train with all pairs that are not held out, ``in_order`` of the rows.
-
-    Two trainings have their rows in one order, so that the reference of the first is that of the second.
-    """
-    settings = work.settings
-    args = {**settings.args, "seed": seed}
-    if "data_seed" in args:
-        args["data_seed"] = seed
-    if in_order:
-        args.setdefault("train_sampling_strategy", "sequential")
-    how = settings.model_copy(
-        update={
-            "loss": loss,
-            "args": args,
-            "split_seed": work.seed,
-            "probe": work.column is None,
-            "first_look": not work.auto.fast,
-        }
-    )
-    inputs = {"data": work.data, "eval_data": work.eval_data, "model": settings.model}
-    folder = run_in_folder(train_pairs, how, inputs, work.state / name, memory=MEMORY_REMEDY)
-    gc.collect()  # the trainer's model is in a cycle
-    return load_report(folder / "report.json", TrainReport)
-
-
-def _mixed(work: _Work, share: float, temperature: float, seed: int) -> TrainReport:
-    loss = SoftDPO(beta=work.auto.beta, margin_temperature=temperature, label_share=share)
-    return _trained(work, MIXED_FOLDER, loss, seed)
-
-
 COIN = "the margins explain labels no better than a coin: plain DPO is as good"
 REASONS = {
+    "fast": f"one training, with the fixed label share {FAST_SHARE:g}",
     "margins": "the margins add to the labels: take the average of both policies",
+    "chance": COIN,
     "coin": f"{COIN}, and both trainings take labels only",
     "labels": f"the label's share is above {AS_GOOD:g} with 97.5 % probability: plain DPO is as good",
 }
 """Of the advice, by why it is given."""
 
 
-def _fast(work: _Work) -> AutoReport:
-    # A probe's margins are log-odds as they are, and not known before the training.
-    values = None if work.column is None else np.array([*work.column.values()])
-    temperature = 1.0 if values is None else inspect(values).margin_temperature
-    share = FAST_SHARE if values is None or better_than_coin(values) else 1.0
-    report = _mixed(work, share, temperature, work.seed)
-    useful = better_than_coin(work.margins_out_of(MIXED_FOLDER)) if values is None else share < 1
-    return AutoReport(
+def _trained(work: _Work) -> dict[str, Any]:
+    """Both trainings, or with ``fast`` one, and what decides between them: fields of :class:`AutoReport`."""
+    found: LabelShare | None = None
+    why, steps, seed = "", 0, work.seed
+    if work.auto.fast:
+        # A probe's margins are log-odds as they are, and not known before the training.
+        values = None if work.column is None else np.array([*work.column.values()])
+        temperature = 1.0 if values is None else inspect(values).margin_temperature
+        share = FAST_SHARE if values is None or better_than_coin(values) else 1.0
+    else:
+        steps = work.train(DPO_FOLDER, seed).steps
+        lines = work.state / DPO_FOLDER / FIRST_LOOK
+        implicit, margins, prompts = (_column(lines, name) for name in ("implicit_margin", MARGIN, "prompt"))
+        every = work.margins_out_of(DPO_FOLDER)
+        temperature = inspect(every).margin_temperature
+        found, share, why = decide(implicit, margins, every, prompts=prompts, seed=seed)
+        seed = derived_seed(seed, "auto", "second training") % 2**31
+    report = work.train(MIXED_FOLDER, seed, temperature=temperature, share=share)
+    if found is None:
+        useful = better_than_coin(work.margins_out_of(MIXED_FOLDER)) if values is None else share < 1
+        why = "fast" if useful else "chance"
+    return {
         **report.model_dump(),
-        margins=work.source,
-        margin_temperature=temperature,
-        label_share=share,
-        share=None,
-        advice="auto" if useful else "dpo",
-        reason=f"one training, with the fixed label share {share:g}" if useful else COIN,
-        averaged=False,
-    )
-
-
-def _two(work: _Work) -> AutoReport:
-    # With label_share 1 the loss is DPO; it reads the margins, so that a probe's are there for the decision.
-    dpo = _trained(work, DPO_FOLDER, SoftDPO(beta=work.auto.beta, label_share=1.0), work.seed, in_order=True)
-    lines = work.state / DPO_FOLDER / FIRST_LOOK
-    implicit, margins, prompts = (_column(lines, name) for name in ("implicit_margin", MARGIN, "prompt"))
-    every = work.margins_out_of(DPO_FOLDER)
-    temperature = inspect(every).margin_temperature
-    found, share, why = decide(implicit, margins, every, prompts=prompts, seed=work.seed)
-    mixed = _mixed(work, share, temperature, derived_seed(work.seed, "auto", "second training") % 2**31)
-    report = mixed.model_dump() | {"steps": dpo.steps + mixed.steps}
-    return AutoReport(
-        **report,
-        margins=work.source,
-        margin_temperature=temperature,
-        label_share=share,
-        share=found,
-        advice="auto" if why == "margins" else "dpo",
-        reason=REASONS[why],
-        averaged=True,
-    )
+        "steps": steps + report.steps,
+        "margin_temperature": temperature,
+        "label_share": share,
+        "share": found,
+        "advice": "auto" if why in ("fast", "margins") else "dpo",
+        "reason": REASONS[why],
+        "averaged": found is not None,
+    }
 
 
 def _finish(work: _Work, report: AutoReport, settings: TrainSettings, out: Path) -> AutoReport:
     """Write the final policy, and keep those that it was made from."""
-    base, state = resolve_model(settings.model), work.state
+    base, state, dtype = resolve_model(settings.model), work.state, chosen_dtype(settings)
     kind = "model" if settings.full else "adapter"
     changes: dict[str, Any] = {}
     first, second = state / DPO_FOLDER / kind, state / MIXED_FOLDER / kind
@@ -282,12 +266,11 @@ def _finish(work: _Work, report: AutoReport, settings: TrainSettings, out: Path)
     if average and settings.full:
         save_average(first, second, out / kind)
         if evaluated:
-            model = load_model(out / kind, dtype=DTYPES.get(settings.dtype, torch.float32))
-            reference = load_model(base, dtype=DTYPES.get(settings.dtype, torch.float32))
-            changes["evaluation"] = _evaluation(work, model, rows, reference)
+            reference = load_model(base, dtype=dtype)
+            changes["evaluation"] = _evaluation(work, load_model(out / kind, dtype=dtype), rows, reference)
     elif average:
         tokenizer = load_tokenizer(second)
-        model = averaged_adapter(base, first, second, dtype=DTYPES.get(settings.dtype))
+        model = averaged_adapter(base, first, second, dtype=dtype)
         if work.auto.kl is not None:
             reached = _at_kl(work, model, base, rows)
             config = model.peft_config["default"]
@@ -306,8 +289,7 @@ def _finish(work: _Work, report: AutoReport, settings: TrainSettings, out: Path)
     else:
         shutil.copytree(second, out / kind, dirs_exist_ok=True)
         if settings.merges:
-            model = load_model(base, dtype=DTYPES.get(settings.dtype), adapter=second)
-            merge_adapter(model, out / "merged", load_tokenizer(second))
+            merge_adapter(load_model(base, dtype=dtype, adapter=second), out / "merged", load_tokenizer(second))
     if settings.export == "gguf":
         write_gguf(out / ("model" if settings.full else "merged"), out / GGUF)
     shutil.copyfile(state / MIXED_FOLDER / "log.jsonl", out / "log.jsonl")
@@ -338,11 +320,8 @@ def _rows(work: _Work, base: Path | str) -> list[Row]:
     return rows
 
 
-@torch.no_grad()
 def _evaluation(work: _Work, model: Any, rows: list[Row], reference: Any = None) -> dict[str, float]:
     """The average on held-out pairs, by the trainer's names; an adapter's reference is the model without it."""
-    from madpo.operations.study_training import pair_logps
-
     size = int(work.settings.args.get("per_device_eval_batch_size", 8))
     tokenizer, said = load_tokenizer(resolve_model(work.settings.model)), "The average: held-out pairs"
     own = pair_logps(model.eval(), tokenizer, rows, size, said)
@@ -360,22 +339,25 @@ def _evaluation(work: _Work, model: Any, rows: list[Row], reference: Any = None)
 
 
 def _at_kl(work: _Work, model: PeftModel, base: Path | str, rows: list[Row]) -> Reached:
-    from madpo.operations.tuning.reward import strengthened
-
-    settings, wanted = work.settings, work.auto.kl
+    wanted, tokenizer = work.auto.kl, load_tokenizer(base)
     assert wanted is not None
-    tokenizer = load_tokenizer(base)
     different = [*{prompt_key(row["prompt"]): row for row in rows}.values()]
     drawn = rng(work.seed, "auto", "prompts of the KL").permutation(len(different))
     chosen = [different[k] for k in drawn[: work.auto.kl_prompts]]
-    ends = [Encoder(tokenizer).end_id()] if isinstance(chosen[0]["prompt"], list) else []
-    reference = load_model(base, dtype=DTYPES.get(settings.dtype))
+    reference = load_model(base, dtype=chosen_dtype(work.settings))
+    ends = end_tokens(reference, tokenizer)
+    if isinstance(chosen[0]["prompt"], list):
+        ends.add(Encoder(tokenizer).end_id())
     how = Sampling(seed=work.seed, max_new_tokens=work.auto.kl_tokens)
     prompts, keys = [list(row["prompt_ids"]) for row in chosen], [int(row["pair_id"]) for row in chosen]
+    how_drawn: dict[str, Any] = {"keys": keys, "draw": 0, "ends": ends, "description": "Responses for the KL"}
+    batches = {"pad": tokenizer.pad_token_id, "batch_size": how.batch_size}
 
     def measure(strength: float) -> list[float]:
         with strengthened(model, strength):
-            return sampled_kl(model, reference, prompts, how, keys=keys, further_ends=ends)
+            said = [response.ids for response in respond(model, tokenizer, prompts, how, **how_drawn)[0]]
+            kl: list[float] = divergence(model, reference, prompts, said, **batches).kl.tolist()
+        return kl
 
     reached = strength_for(wanted, measure, seed=work.seed)
     if not reached.near:

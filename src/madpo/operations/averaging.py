@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from peft import PeftModel
-from torch import nn
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from madpo.core.metrics import Estimate
 from madpo.core.statistics import bootstrap_mean
-from madpo.models.engine.responses import Drawing, divergence, end_tokens, respond
 from madpo.models.load import compute_dtype, load_model, save_model
 from madpo.models.locate import load_tokenizer
 from madpo.models.packaged import quiet_transformers
@@ -108,21 +108,15 @@ def _log_ratio(found: Estimate, wanted: float) -> float:
     return math.log(max(found.mean, 1e-12) / wanted)
 
 
-def sampled_kl(
-    policy: PeftModel,
-    reference: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    how: Drawing,
-    *,
-    keys: Sequence[int],
-    further_ends: Sequence[int] = (),
-) -> list[float]:
-    """KL(policy || reference) of one response to each prompt, nats: full distributions along the policy's own text."""
-    tokenizer = load_tokenizer(reference.name_or_path)  # type: ignore[arg-type]
-    ends = {*end_tokens(reference, tokenizer), *further_ends}
-    how_named = "Responses for the KL"
-    (said,) = respond(policy, tokenizer, prompts, how, keys=keys, draw=0, ends=ends, description=how_named)
-    ids = [response.ids for response in said]
-    size = how.batch_size
-    found = divergence(policy, reference, prompts, ids, pad=tokenizer.pad_token_id, batch_size=size)
-    return [float(value) for value in found.kl]
+@contextmanager
+def strengthened(model: PeftModel, strength: float) -> Iterator[None]:
+    """The adapter's update times ``strength``; 1 is the policy as trained, 0 its reference."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    scaling = [dict(layer.scaling) for layer in layers]
+    try:
+        for layer, before in zip(layers, scaling, strict=True):
+            layer.scaling.update({name: value * strength for name, value in before.items()})
+        yield
+    finally:
+        for layer, before in zip(layers, scaling, strict=True):
+            layer.scaling.update(before)

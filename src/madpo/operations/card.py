@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import jinja2
 from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import metadata_load
@@ -21,7 +19,7 @@ from madpo.core.storage import expanded, write_atomically
 from madpo.models.packaged import PACKAGED
 from madpo.report.command_pages import training_chart
 from madpo.report.drawing import save_charts
-from madpo.report.numbers import short
+from madpo.report.pages import markdown
 from madpo.runner.record import load_record
 
 if TYPE_CHECKING:
@@ -91,8 +89,9 @@ def model_card(
             f"a probe of the reference's hidden states, out of fold (accuracy {a.mean:.1%}, {a.low:.1%} to "
             f"{a.high:.1%}; log loss {loss:.3f})"
         )
-    return rendered(
+    return markdown(
         "policy_card.md",
+        version=__version__,
         front=front.to_yaml(),
         kind=kind,
         data=data,
@@ -106,28 +105,6 @@ def model_card(
         loss=settings.loss.model_dump(mode="json", exclude={"kind"}),
         hyperparameters=hyperparameters | {"dtype": settings.dtype},
     )
-
-
-def rendered(template: str, **context: Any) -> str:
-    """A card as Markdown, from a template of the reports; names cannot end the code or the line that they are in."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("madpo.report"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-
-    def plain(text: object) -> str:
-        return str(text).replace("`", "'").replace("\n", " ")
-
-    environment.filters |= {
-        "plain": plain,
-        "name": lambda place: plain(Path(place).name),
-        "json": lambda value: json.dumps(value, ensure_ascii=False, default=str),
-        "interval": lambda value: short(value, digits=4),
-    }
-    return environment.get_template(template).render(version=__version__, **context)
 
 
 def _origin(model: str) -> tuple[str | None, str | None]:

@@ -14,7 +14,7 @@ from madpo.operations.running import load_report, run_in_folder
 from madpo.operations.settings import DemoSettings
 from madpo.operations.verify_auto import AUTO, AVERAGED, simulate
 from madpo.operations.verify_auto import Cell as Worlds
-from madpo.report.numbers import short
+from madpo.report.numbers import short, side
 from madpo.report.simulation_page import DECIDING, SEES, differences_table, write_simulation_page
 from madpo.runner.operation import operation
 
@@ -39,15 +39,13 @@ class DemoReport(Report):
 
     def verdict(self, kind: Knowledge) -> tuple[str, str, tuple[str, ...]]:
         """What came out with one kind of reward model: a sentence, MADPO's side ("above", "below", "open"), remarks."""
-        found = {METHODS[name][0]: value for name, value in self.differences[kind].items() if value is not None}
-        above = [name for name, value in found.items() if value.low > 0]
-        below = [name for name, value in found.items() if value.high < 0]
+        found = {METHODS[name][0]: side(value) for name, value in self.differences[kind].items() if value is not None}
+        above, below = ([name for name, at in found.items() if at == where] for where in ("above", "below"))
         less = f"; clearly below: {', '.join(below)}" if below else ""
         words = f"Clearly above DPO: {', '.join(above) or 'nothing'}{less}."
-        kinds = {METHODS["madpo"][0]: "open", **dict.fromkeys(above, "above"), **dict.fromkeys(below, "below")}
         deciding = short(self.deciding.get(kind), "signed", 3)
-        known = f"Log loss of the margins on unseen labels minus DPO's, nats: {deciding}."
-        return words, kinds[METHODS["madpo"][0]], (known,)
+        remark = f"Log loss of the margins on unseen labels minus DPO's, nats: {deciding}."
+        return words, found.get(METHODS["madpo"][0], "open"), (remark,)
 
     def text(self) -> str:
         """For a person."""
@@ -71,9 +69,8 @@ def demo(output_dir: str | Path, settings: DemoSettings | None = None, *, overwr
     Raises:
         StorageError, ConfigError: ``output_dir`` holds something else.
     """
-    out = run_in_folder(
-        run_demo, settings or DemoSettings(), {}, output_dir, overwrite=overwrite, memory="give fewer --worlds"
-    )
+    given, worlds = settings or DemoSettings(), "give fewer --worlds"
+    out = run_in_folder(run_demo, given, {}, output_dir, overwrite=overwrite, memory=worlds)
     return load_report(out / "demo.json", DemoReport)
 
 
@@ -88,27 +85,13 @@ def run_demo(settings: DemoSettings, inputs: Mapping[str, Path], out: Path) -> M
     finally:
         torch.set_num_threads(threads)
 
-    def estimate(key: str) -> Estimate | None:
-        found = metrics.get(key)
-        return found if isinstance(found, Estimate) else None
-
-    report = DemoReport(
-        settings=settings,
-        differences={kind: {name: estimate(f"{kind}: {name} - dpo") for name in METHODS} for kind in KNOWLEDGE},
-        deciding={kind: found for kind in KNOWLEDGE if (found := estimate(f"{kind}: {DECIDING}")) is not None},
-    )
+    gains = {kind: {name: metrics.get(f"{kind}: {name} - dpo") for name in METHODS} for kind in KNOWLEDGE}
+    decides = {kind: value for kind in KNOWLEDGE if (value := metrics.get(f"{kind}: {DECIDING}")) is not None}
+    report = DemoReport.model_validate({"settings": settings, "differences": gains, "deciding": decides})
     report.write(out / "demo.json")
-    _write_page(report, out / "report.html")
-    return metrics
-
-
-def _write_page(report: DemoReport, path: Path) -> None:
-    """How much each method gains over DPO, by what its reward model knows."""
-    settings = report.settings
     colours = dict(zip(METHODS, (2, 5, 6, 3, 7), strict=True))
-    found = {kind: {**report.differences[kind], DECIDING: report.deciding.get(kind)} for kind in KNOWLEDGE}
     write_simulation_page(
-        path,
+        out / "report.html",
         title="When do reward margins help?",
         says=(),
         note=(
@@ -116,14 +99,19 @@ def _write_page(report: DemoReport, path: Path) -> None:
             "of the line a method is better than plain DPO with the same pairs and batches."
         ),
         lines={
-            kind: [(METHODS[name][0], colours[name], report.differences[kind][name]) for name in METHODS]
-            for kind in KNOWLEDGE
+            kind: [(METHODS[name][0], colours[name], value) for name, value in of.items()]
+            for kind, of in report.differences.items()
         },
         verdicts={kind: report.verdict(kind) for kind in KNOWLEDGE},
-        table=differences_table("Differences to DPO", METHODS, found),
+        table=differences_table(
+            "Differences to DPO",
+            METHODS,
+            {kind: {**of, DECIDING: report.deciding.get(kind)} for kind, of in report.differences.items()},
+        ),
         worlds=(
             f"Its standard deviation is {settings.reward_sd:g} log-odds, and labels of {settings.pairs} pairs follow "
             "Bradley-Terry."
         ),
         settings=settings.model_dump(),
     )
+    return metrics

@@ -16,7 +16,7 @@ from madpo.core.metrics import Estimate, Metrics
 from madpo.core.reports import Report
 from madpo.core.statistics import bootstrap_mean, bootstrap_share, paired_difference, proportion
 from madpo.core.storage import write_atomically
-from madpo.data.messages import answered
+from madpo.data.messages import answered, shown
 from madpo.data.rows import Pair
 from madpo.data.tokens import Encoder
 from madpo.models.engine.responses import divergence, end_tokens, respond
@@ -27,9 +27,12 @@ from madpo.operations.preconditions import Place, find_policy
 from madpo.operations.running import digest, load_report, run_in_folder
 from madpo.operations.settings import EvaluateSettings
 from madpo.operations.study_evaluation import distinct
-from madpo.report.command_pages import write_samples_page
+from madpo.report.charts import Chart, levels
+from madpo.report.command_pages import Section, command_page, settings_section
+from madpo.report.drawing import draw
 from madpo.report.numbers import against, short
-from madpo.report.pages import Cell, Table, cell
+from madpo.report.pages import Cell, Table, cell, write_page
+from madpo.report.samples import browsed, static
 from madpo.runner.operation import operation
 
 
@@ -156,36 +159,74 @@ def evaluate_responses(settings: EvaluateSettings, inputs: Mapping[str, Path], o
     report = _report(place, settings, pd.DataFrame(samples), prompts_digest)
     text = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
     write_atomically(out / "samples.jsonl", text)
-    sides = report.policy_side, report.reference_side
-    write_samples_page(
-        out / "samples.html",
-        title=f"{Path(report.policy).name} against {Path(report.reference).name}",
-        says=[
-            f"The policy's response has the higher reward for {short(report.win_rate, 'share')} of {report.prompts} "
-            f"prompts: {against(report.win_rate, 0.5, 'one half')}."
-        ],
-        tiles={
-            "win rate": cell(report.win_rate, "share"),
-            "reward difference": cell(report.reward_difference, "signed"),
-            "KL to the reference, nats": cell(report.kl),
-            "prompts": cell(f"{report.prompts:,}"),
-        },
-        measured={
-            name.replace("_", " "): (getattr(sides[0], name), getattr(sides[1], name))
-            for name in ("reward", "length", "distinct_1", "distinct_2", "ended_share")
-        },
-        temperatures=_temperatures(report),
-        samples=[sample for sample in samples if "temperature" not in sample],
-        settings={"policy": report.policy, "reference": report.reference, **settings.model_dump(mode="json")},
-    )
+    write_samples(report, samples, out / "samples.html")
     report.write(out / "evaluation.json")
     return {"win_rate": report.win_rate, "reward_difference": report.reward_difference, "kl": report.kl}
 
 
-def _temperatures(report: EvaluateReport) -> Table | None:
-    """Win rate and rewards at each decoding temperature, the first one among them; None where there is one only."""
-    if not report.temperatures:
-        return None
+# Quantity of a side -> how it is written, and its digits.
+_MEASURED = {"reward": ("number", 3), "length": ("number", 1), "distinct_1": ("number", 3), "distinct_2": ("number", 3)}
+
+
+def write_samples(report: EvaluateReport, samples: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """A page: what was measured, and what both wrote to the same prompts, in the order of the data.
+
+    Args:
+        samples: lines of ``samples.jsonl``.
+    """
+    names, sides = ("policy", "reference"), (report.policy_side, report.reference_side)
+    lines = [(name, colour, side.reward, None) for name, colour, side in zip(names, (2, 7), sides, strict=True)]
+    measured = [
+        [Cell(name.replace("_", " ")), *(cell(getattr(side, name), how, digits=digits) for side in sides)]
+        for name, (how, digits) in (_MEASURED | {"ended_share": ("share", 3)}).items()
+    ]
+    first = [sample for sample in samples if "temperature" not in sample]
+    rows = (
+        {
+            "id": sample["prompt_id"],
+            # A conversation has a line per message.
+            "prompt": said
+            if isinstance(said := sample["prompt"], str)
+            else "\n".join(f"{message['role']}: {shown([message])}" for message in said),
+            "responses": [sample["response"], sample["reference_response"]],
+            "rewards": [sample["reward"], sample["reference_reward"]],
+            "notes": ["" if sample.get(key, True) else "cut at the limit" for key in ("ended", "reference_ended")],
+        }
+        for sample in first
+    )
+    entry = browsed(names, (0, 1), rows, len(first))
+    charts = [draw(Chart("rewards", "Reward", "", [levels("", "mean reward", lines)]))]
+    sections = [
+        Section("Measured", charts=charts, table=Table("Measured", ("", *names), measured, plain=True)),
+        *([Section("Decoding temperatures", table=_temperatures(report))] if report.temperatures else []),
+        Section(
+            "Samples",
+            note="The same random numbers drew both. All samples are in samples.jsonl.",
+            answers=static(entry),
+            id="samples",
+        ),
+        settings_section(
+            {"policy": report.policy, "reference": report.reference, **report.settings.model_dump(mode="json")},
+            "sampling and the reward model",
+        ),
+    ]
+    title = f"{Path(report.policy).name} against {Path(report.reference).name}"
+    says = [
+        f"The policy's response has the higher reward for {short(report.win_rate, 'share')} of {report.prompts} "
+        f"prompts: {against(report.win_rate, 0.5, 'one half')}."
+    ]
+    tiles = {
+        "win rate": cell(report.win_rate, "share"),
+        "reward difference": cell(report.reward_difference, "signed"),
+        "KL to the reference, nats": cell(report.kl),
+        "prompts": cell(f"{report.prompts:,}"),
+    }
+    data = {"samples": {"all": entry}, "unit": "its reward"}
+    write_page(path, command_page("evaluation", title, says, tiles, sections, data=data))
+
+
+def _temperatures(report: EvaluateReport) -> Table:
+    """Win rate and rewards at each decoding temperature, the first one among them."""
     first = AtTemperature(
         temperature=report.settings.temperature,
         win_rate=report.win_rate,
@@ -195,11 +236,9 @@ def _temperatures(report: EvaluateReport) -> Table | None:
     )
     rows = [
         [
-            *(
-                Cell(f"temperature {at.temperature:g}"),
-                cell(at.win_rate, "share"),
-                cell(at.reward_difference, "signed", digits=3),
-            ),
+            Cell(f"temperature {at.temperature:g}"),
+            cell(at.win_rate, "share"),
+            cell(at.reward_difference, "signed", digits=3),
             *(cell(value, digits=3) for value in (at.policy_reward, at.reference_reward)),
         ]
         for at in sorted((first, *report.temperatures), key=lambda at: at.temperature)
@@ -214,12 +253,13 @@ def _responses(place: Place, prompts: Sequence[Prompt], settings: EvaluateSettin
     tokenizer = load_tokenizer(source)
     if load_tokenizer(base).get_vocab() != tokenizer.get_vocab():
         raise ConfigError(f"{place.name} and {place.reference} have different tokenizers, so there is no KL")
-    encoder = Encoder(tokenizer)
+    encoder, judge = Encoder(tokenizer), load_pair_encoder(settings.reward_model)
     prompt_ids = []
     for prompt in prompts:
         with located(prompt.place):
             prompt_ids.append(encoder.prompt_ids(prompt.content))
-    _refuse_unscored(prompts, settings)
+        reply = answered(prompt.content, "a")  # what the judge cannot score is refused before anything is generated
+        judge.ids([Pair(prompt.prompt_id, 0, prompt.content, reply, reply, {})], prompt.place, "answer")
     reference, policy = load_model(source), load_model(base, adapter=place.adapter)
     ends = {*end_tokens(reference, tokenizer), *end_tokens(policy, tokenizer)}
     if any(isinstance(prompt.content, list) for prompt in prompts):
@@ -241,30 +281,18 @@ def _responses(place: Place, prompts: Sequence[Prompt], settings: EvaluateSettin
             )
             for model, who in ((policy, "Policy"), (reference, "Reference"))
         )
-        for draw, (mine, theirs) in enumerate(zip(*drawn, strict=True)):
+        for number, (mine, theirs) in enumerate(zip(*drawn, strict=True)):
             at: list[dict[str, float]] = [{"temperature": temperature}] * len(mine) if temperature is not None else []
             if temperature is None:
                 written, size = [said.ids for said in mine], settings.score_batch_size
                 kl = divergence(policy, reference, prompt_ids, written, pad=tokenizer.pad_token_id, batch_size=size)[1]
                 at = [{"kl": apart} for apart in kl.tolist()]
             for prompt, a, b, more in zip(prompts, mine, theirs, at, strict=True):
-                sample = {"prompt_id": prompt.prompt_id, "sample": draw, "prompt": prompt.content, **more}
+                sample = {"prompt_id": prompt.prompt_id, "sample": number, "prompt": prompt.content, **more}
                 for who, said in (("", a), ("reference_", b)):
                     sample |= {f"{who}response": said.text, f"{who}tokens": len(said.ids), f"{who}ended": said.ended}
                 samples.append(sample)
     return samples
-
-
-def _refuse_unscored(prompts: Sequence[Prompt], settings: EvaluateSettings) -> None:
-    """Refuse what the reward model cannot score, before anything is generated for it.
-
-    Raises:
-        ConfigError, DataError: it is no reward model, or has no chat template, or that refuses a conversation.
-    """
-    encoder = load_pair_encoder(settings.reward_model)
-    for prompt in prompts:
-        said = answered(prompt.content, "a")
-        encoder.ids([Pair(prompt.prompt_id, 0, prompt.content, said, said, {})], prompt.place, "answer")
 
 
 def _report(
@@ -308,7 +336,6 @@ def _report(
 
 
 def _compared(samples: pd.DataFrame, settings: EvaluateSettings) -> dict[str, Estimate]:
-    """Win rate, difference of rewards, and both sides' rewards."""
     how: dict[str, Any] = {"seed": settings.seed, "clusters": samples["prompt_id"].to_numpy()}
     mine, theirs = (samples[name].to_numpy() for name in ("reward", "reference_reward"))
     wins = np.where(mine > theirs, 1.0, np.where(mine < theirs, 0.0, 0.5))

@@ -7,7 +7,7 @@ the training. What it cannot see is scratch space inside operators, and what an 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import cycle, islice
 from pathlib import Path
@@ -129,7 +129,8 @@ def memory_plan(
         if args.pair_weights:
             rows = [{"weight": 1.0, **row} for row in rows]
         need = cache(steps_of(_on_paper(settings, args, base, rows[0]), rows))
-        step, memory = need(int(args.per_device_train_batch_size)), memory or _memory()
+        room = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else psutil.virtual_memory().total
+        step, memory = need(int(args.per_device_train_batch_size)), memory or room
         tried = MOST if lengths is not None else min(MOST, len(rows))
         largest = _largest(lambda pairs: need(pairs).peak + LIBRARIES, memory, tried)
     longest = rows[0]
@@ -140,7 +141,6 @@ def memory_plan(
 def _on_paper(
     settings: TrainSettings, args: PreferenceConfig, base: Path | str, row: dict[str, Any]
 ) -> PreferenceTrainer:
-    """The trainer of a model that only has a configuration."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = paper_model(base, dtype=chosen_dtype(settings) or compute_dtype(), mode=mode)
     with on_paper(mode):
@@ -173,22 +173,16 @@ def steps_of(trainer: PreferenceTrainer, rows: Sequence[dict[str, Any]]) -> Call
             trainer.accelerator.backward(loss)
             trainer.accelerator.clip_grad_norm_(parameters, trainer.args.max_grad_norm)
             trainer.optimizer.step()
-            gradients = _bytes(p.grad for p in parameters)
-            optimizer = _bytes(tree_leaves([*trainer.optimizer.state.values()]))
+            states = tree_leaves([*trainer.optimizer.state.values()])
+            gradients, optimizer = (
+                sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
+                for tensors in ([p.grad for p in parameters], states)
+            )
             trainer.optimizer.zero_grad()
         return StepMemory(pairs, weights, gradients, optimizer, saved, live.peak)
 
     step(1)  # the optimizer makes its state in the first step
     return step
-
-
-def _bytes(tensors: Iterable[Any]) -> int:
-    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
-
-
-def _memory() -> int:
-    """Bytes that the device of this machine has."""
-    return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else psutil.virtual_memory().total
 
 
 def _largest(need: Callable[[int], float], memory: float, most: int) -> int:

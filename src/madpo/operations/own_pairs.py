@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -83,8 +82,17 @@ def read_own_pairs(config: OwnPairsStage, inputs: Mapping[str, Path], out: Path)
             "row": [row["pair_id"] for row in rows],
             "prompt_id": [number[key] for key in keys],
             "split": [row["split"] for row in rows],
-            "prompt": [_shown(row, loaded.tokenizer) for row in rows],
-            "conversation": [_conversation(row["prompt"]) for row in rows],
+            "prompt": [
+                # Of messages what the chat template makes of them.
+                row["prompt"] if isinstance(row["prompt"], str) else decode(loaded.tokenizer, row["prompt_ids"])
+                for row in rows
+            ],
+            "conversation": [
+                json.dumps([[*said], columns_of(said)], ensure_ascii=False)
+                if isinstance(said := row["prompt"], list)
+                else None
+                for row in rows
+            ],
             **{name: [row[name] for row in rows] for name in ids},
         }
     )
@@ -100,16 +108,6 @@ def read_own_pairs(config: OwnPairsStage, inputs: Mapping[str, Path], out: Path)
     counts = {f"{split}_pairs": len(part) for split, part in parts.items()}
     prompts = int(table.loc[table["split"] == "heldout", "prompt_id"].nunique())
     return {"pairs": len(rows), **counts, "heldout_prompts": prompts, "dropped": len(loaded.too_long.dropped)}
-
-
-def _shown(row: Mapping[str, Any], tokenizer: Any) -> str:
-    """The prompt as text for a person; of messages what the chat template makes of them."""
-    prompt = row["prompt"]
-    return prompt if isinstance(prompt, str) else decode(tokenizer, row["prompt_ids"])
-
-
-def _conversation(prompt: Text) -> str | None:
-    return None if isinstance(prompt, str) else json.dumps([list(prompt), columns_of(prompt)], ensure_ascii=False)
 
 
 def prompt_contents(pairs: pd.DataFrame) -> list[Text]:

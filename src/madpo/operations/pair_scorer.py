@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,9 +27,6 @@ from madpo.models.locate import refuse_fetching
 from madpo.operations.preconditions import own_reward_model, refuse_other_outputs
 from madpo.operations.running import digest
 from madpo.rewards.reward_model import PROBE, RewardModel, reward_base
-
-if TYPE_CHECKING:
-    pass
 
 TRAINED_ON = "trained_on.safetensors"
 """In the folder of a reward model: keys of the pairs that decided its weights, or when to stop."""
@@ -118,26 +115,14 @@ def load_scorer(place: str | Path, *, batch_size: int = 16, clock: Clock | None 
     Raises:
         ConfigError: it is no reward model, or cannot be loaded.
     """
-    if (folder := own_reward_model(place)) is not None:
-        base, _ = reward_base(folder)
-        refuse_fetching(base, folder)
-        _refuse_other_model(folder, base)
-        return PairScorer(RewardModel.load(folder), own=True, batch_size=batch_size, clock=clock)
-    base = _classifier(place)
-    model, tokenizer = load_classifier(base), load_tokenizer(base)
-    return PairScorer(RewardModel(placed(model), tokenizer), own=False, batch_size=batch_size, clock=clock)
-
-
-def _refuse_other_model(folder: Path, base: Path | str) -> None:
-    """Refuse a probe whose model has changed: its weights would be read against other states.
-
-    Raises:
-        DataError: naming both.
-    """
+    folder, base = _located(place)
+    if folder is None:
+        model = RewardModel(placed(load_classifier(base)), load_tokenizer(base))
+        return PairScorer(model, own=False, batch_size=batch_size, clock=clock)
     about = json.loads((folder / "reward_model.json").read_bytes()).get("probe")
-    if about is None or not isinstance(base, Path) or about.get("model_digest") in (None, digest(base)):
-        return
-    raise DataError(f"{folder} is a probe of another model than {base} holds now; fit it again with --probe {base}")
+    if about is not None and isinstance(base, Path) and about.get("model_digest") not in (None, digest(base)):
+        raise DataError(f"{folder} is a probe of another model than {base} holds now; fit it again with --probe {base}")
+    return PairScorer(RewardModel.load(folder), own=True, batch_size=batch_size, clock=clock)
 
 
 def load_pair_encoder(place: str | Path, clock: Clock | None = None) -> PairEncoder:
@@ -149,19 +134,16 @@ def load_pair_encoder(place: str | Path, clock: Clock | None = None) -> PairEnco
     Raises:
         ConfigError, DataError: as :func:`load_scorer`.
     """
+    folder, base = _located(place)
+    return PairEncoder(load_tokenizer(base), own=folder is not None, clock=clock)
+
+
+def _located(place: str | Path) -> tuple[Path | None, Path | str]:
+    """The folder of a reward model of ours, None for another's; and where its base or the whole model is."""
     if (folder := own_reward_model(place)) is not None:
         base, _ = reward_base(folder)
         refuse_fetching(base, folder)
-        return PairEncoder(load_tokenizer(base), own=True, clock=clock)
-    return PairEncoder(load_tokenizer(_classifier(place)), own=False, clock=clock)
-
-
-def _classifier(place: str | Path) -> Path | str:
-    """Where a sequence classifier with one output lies.
-
-    Raises:
-        ConfigError: it is something else.
-    """
+        return folder, base
     base = resolve_model(str(place))
     config = load_config(base)
     refuse_other_outputs(place, config.architectures, config.num_labels)
@@ -172,7 +154,7 @@ def _classifier(place: str | Path) -> Path | str:
             f"{place} does not read its score at the last token ({type(model).__name__}); score the pairs with its own "
             "code and give the columns with --score_columns"
         )
-    return base
+    return None, base
 
 
 def reward_model_digest(place: str) -> str | None:

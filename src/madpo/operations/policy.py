@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from datasets import Dataset
 from numpy.typing import NDArray
@@ -32,8 +31,9 @@ from madpo.operations.inputs import Row, load_training
 from madpo.operations.preconditions import require_columns
 from madpo.operations.running import digest, load_report, run_in_folder
 from madpo.operations.trackers import refuse_missing_trackers
-from madpo.operations.train_report import TrainReport, resolved, write_curves, write_report
+from madpo.operations.train_report import TrainReport, resolved, title, write_report
 from madpo.operations.train_settings import TrainSettings
+from madpo.report.command_pages import running_page
 from madpo.runner.first_start import since_first_start
 from madpo.runner.operation import operation
 from madpo.training import PreferenceConfig, PreferenceTrainer
@@ -92,6 +92,16 @@ def train(
 @operation("train_pairs/1")
 def train_pairs(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """The operation behind :func:`train`."""
+    return _train(settings, inputs, out, noted=settings.first_look)
+
+
+@operation("train_unnoted/1")
+def train_unnoted(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
+    """The same, but of ``first_look`` only the order of the rows is kept: the second training of ``auto``."""
+    return _train(settings, inputs, out, noted=False)
+
+
+def _train(settings: TrainSettings, inputs: Mapping[str, Path], out: Path, *, noted: bool) -> Metrics:
     data, eval_data = str(inputs["data"]), inputs.get("eval_data")
     args = trainer_arguments(settings, out, evaluated=eval_data is not None or settings.eval_share > 0)
     # The reference is computed as at the first start: another batch size would change its last digits.
@@ -110,7 +120,7 @@ def train_pairs(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) 
     if heldout:
         require_columns(heldout, settings.loss, str(eval_data or data), probed=probed)
     trainer = build_trainer(settings, args, base, tokenizer, rows, heldout)
-    trainer.first_look = FirstLook() if settings.first_look else None
+    trainer.first_look = FirstLook() if noted else None
     if trainer.sharded and settings.merges:
         raise ConfigError(
             "--merge needs the whole model in one process, and FSDP or DeepSpeed has split it; leave --merge out "
@@ -119,9 +129,15 @@ def train_pairs(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) 
 
     # The trainer knows by itself what of its arguments decides the result.
     stage = settings.model_copy(update={"args": {}})
-    page = partial(write_curves, out, settings, len(rows), resolved(data, settings, clock))
+    page = running_page(out, title(settings), {"pairs": f"{len(rows):,}"}, resolved(data, settings, clock))
     result = run_training(trainer, stage, f"Training ({settings.loss.kind})", out, page)
-    evaluation = _evaluation(trainer) if heldout else {}
+    evaluation = {}
+    if heldout:
+        found, logs = trainer.evaluate(), reversed(trainer.state.log_history)
+        logged = {**next((row for row in logs if "eval_loss" in row), {}), **found}
+        timing = ("runtime", "per_second", "epoch", "num_tokens")
+        names = [name for name in logged if name.startswith("eval_") and not name.endswith(timing)]
+        evaluation = {name: float(logged[name]) for name in names}
     _write_margins(trainer, prompts, out)
     report = TrainReport(
         pairs=len(trainer.train_dataset),
@@ -210,11 +226,7 @@ def trainer_of(
 
 
 def _refuse_head(model: nn.Module, settings: TrainSettings) -> None:
-    """Refuse an adapter on the output head, whose weight the log-probabilities read directly.
-
-    Raises:
-        ConfigError: naming the linear layers that can be adapted.
-    """
+    """Refuse an adapter on the output head, whose weight the log-probabilities read directly."""
     targets = settings.lora.targets
     head = model.get_output_embeddings()  # type: ignore[operator]
     names = {name: module for name, module in model.named_modules() if name}
@@ -246,13 +258,6 @@ def as_dataset(rows: Sequence[Row]) -> Dataset:
     return Dataset.from_dict({name: [row[name] for row in rows] for name in columns})
 
 
-def _evaluation(trainer: PreferenceTrainer) -> dict[str, float]:
-    timing = ("runtime", "per_second", "epoch", "num_tokens")
-    found = trainer.evaluate()
-    logged = {**next((row for row in reversed(trainer.state.log_history) if "eval_loss" in row), {}), **found}
-    return {k: float(v) for k, v in logged.items() if k.startswith("eval_") and not k.endswith(timing)}
-
-
 @torch.no_grad()
 def implicit_margins(trainer: PreferenceTrainer, rows: Dataset) -> NDArray[np.float64]:
     """The loss's implicit margin of every row, in order: log-odds, above 0 where the policy agrees with the label."""
@@ -272,6 +277,7 @@ def implicit_margins(trainer: PreferenceTrainer, rows: Dataset) -> NDArray[np.fl
 def _write_margins(trainer: PreferenceTrainer, prompts: Mapping[int, str], out: Path) -> None:
     """``MARGINS``, ``HELDOUT`` and ``FIRST_LOOK``, where there are such margins; ``prompts`` are by pair_id."""
     judged = {}
+    tables: dict[str, pd.DataFrame] = {}
     if trainer.eval_dataset is not None:
         implicit = implicit_margins(trainer, trainer.eval_dataset).tolist()
         judged[HELDOUT] = trainer.eval_dataset, dict(zip(trainer.eval_dataset["pair_id"], implicit, strict=True))
@@ -280,29 +286,16 @@ def _write_margins(trainer: PreferenceTrainer, prompts: Mapping[int, str], out: 
     if not processes.is_main_process():
         return
     if trainer.probe is not None:
-        columns = {name: trainer.train_dataset[name] for name in ("pair_id", MARGIN)}
-        write_atomically(out / MARGINS, _lines(columns))
+        tables[MARGINS] = pd.DataFrame({name: list(trainer.train_dataset[name]) for name in ("pair_id", MARGIN)})
     for name, (dataset, margins) in judged.items():
-        write_atomically(out / name, _judged_lines(dataset, margins, prompts))
-
-
-def _judged_lines(dataset: Dataset, margins: Mapping[int, float], prompts: Mapping[int, str]) -> str:
-    """Pairs with their implicit margins, and their reward margins where there are such; ``prompt`` is a number."""
-    number = {key: place for place, key in enumerate(dict.fromkeys(prompts[pair] for pair in margins))}
-    columns: dict[str, Sequence[Any]] = {
-        "pair_id": [*margins],
-        "prompt": [number[prompts[pair]] for pair in margins],
-        "implicit_margin": [*margins.values()],
-    }
-    if MARGIN in dataset.column_names:
-        known = dict(zip(dataset["pair_id"], dataset[MARGIN], strict=True))
-        columns[MARGIN] = [known[pair] for pair in margins]
-    return _lines(columns)
-
-
-def _lines(columns: Mapping[str, Sequence[Any]]) -> str:
-    rows = zip(*columns.values(), strict=True)
-    return "".join(json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in rows)
+        table = pd.DataFrame({"pair_id": [*margins], "prompt": [prompts[pair] for pair in margins]})
+        table["prompt"] = pd.factorize(table["prompt"])[0]
+        table["implicit_margin"] = [*margins.values()]
+        if MARGIN in dataset.column_names:
+            table[MARGIN] = table["pair_id"].map(dict(zip(dataset["pair_id"], dataset[MARGIN], strict=True)))
+        tables[name] = table
+    for name, table in tables.items():
+        write_atomically(out / name, "".join(json.dumps(row) + "\n" for row in table.to_dict("records")))
 
 
 def _save(trainer: PreferenceTrainer, settings: TrainSettings, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:

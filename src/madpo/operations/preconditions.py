@@ -59,7 +59,10 @@ def refuse_missing(
         refuse_foreign(expanded(output_dir))
     for reward in rewards:
         if reward is not None and own_reward_model(reward) is None and isinstance(found := _found(reward), Path):
-            refuse_other_config(reward, found)
+            config = read_object(found / "config.json")
+            labels = config.get("id2label")
+            outputs = len(labels) if isinstance(labels, dict) else config.get("num_labels", 2)
+            refuse_other_outputs(reward, config.get("architectures"), outputs)
     for model in models:
         _found(model)
     files = [place for place in pairs if place is not None and expanded(place).is_file()]
@@ -144,18 +147,6 @@ def own_reward_model(place: str | Path) -> Path | None:
     if (folder.parent / "reward_model.json").is_file():
         raise ConfigError(f"{place} is a part of a reward model; give the folder {folder.parent}")
     return None
-
-
-def refuse_other_config(place: str | Path, folder: Path) -> None:
-    """Refuse a model whose ``config.json`` is not that of a reward model.
-
-    Raises:
-        ConfigError: as :func:`refuse_other_outputs`.
-    """
-    config = read_object(folder / "config.json")
-    labels = config.get("id2label")
-    outputs = len(labels) if isinstance(labels, dict) else config.get("num_labels", 2)
-    refuse_other_outputs(place, config.get("architectures"), outputs)
 
 
 def refuse_other_outputs(place: str | Path, architectures: Sequence[str] | None, outputs: int) -> None:

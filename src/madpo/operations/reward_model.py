@@ -23,8 +23,12 @@ from madpo.operations.pair_scorer import remember_pairs
 from madpo.operations.running import digest, load_report, run_in_folder, toml
 from madpo.operations.settings import RewardSettings
 from madpo.operations.trackers import reporting_to
-from madpo.report.command_pages import REFRESH, write_reward_page, write_training_page
+from madpo.report.charts import Chart, Panel
+from madpo.report.command_pages import Section, command_page, logged, reliability_table, running_page, settings_section
+from madpo.report.drawing import draw
 from madpo.report.numbers import against, short
+from madpo.report.pages import cell, write_page
+from madpo.report.study_charts import calibration_panel, reward_curves
 from madpo.rewards.margins import MarginReport, Reliability, inspect
 from madpo.rewards.reward_model import RewardModel
 from madpo.runner.operation import operation
@@ -146,19 +150,7 @@ def reward_pairs(settings: RewardSettings, inputs: Mapping[str, Path], out: Path
     if leaked := sum(prompt_key(row["prompt"]) in seen for row in reported):
         say(f"{leaked} of {len(reported)} held-out pairs have a prompt of the training pairs, which flatters.")
     config = toml({"data": data, **settings.model_dump(mode="json")})
-
-    def page(said: str) -> None:
-        write_training_page(
-            out / "report.html",
-            title=f"Reward model on {settings.model}",
-            says=[said],
-            numbers={"training pairs": f"{len(train):,}"},
-            evaluation={},
-            log=out / "log.jsonl",
-            settings=config,
-            refresh=REFRESH,
-        )
-
+    page = running_page(out, f"Reward model on {settings.model}", {"training pairs": f"{len(train):,}"}, config)
     steps = fit(settings, train, stopping, out, page)
     used = (Pair(row["pair_id"], 0, row["prompt"], row["chosen"], row["rejected"], {}) for row in [*train, *stopping])
     remember_pairs(out, used)
@@ -188,32 +180,42 @@ def reward_pairs(settings: RewardSettings, inputs: Mapping[str, Path], out: Path
     )
     if too_long.dropped:
         write_atomically(out / "dropped.jsonl", too_long.lines())
-    _write_page(report, out)
+    write_report(report, out)
     report.write(out / "report.json")
     return {"accuracy": report.accuracy, "log_loss": report.log_loss_interval, "steps": steps}
 
 
-def _write_page(report: RewardReport, out: Path) -> None:
-    write_reward_page(
-        out / "report.html",
-        model=report.settings.model,
-        says=[
-            f"It orders {short(report.accuracy, 'share')} of {report.heldout_pairs} held-out pairs as labelled: "
-            f"{against(report.accuracy, 0.5, 'chance')}.",
-            f"The temperature was {report.temperature_reason}.",
-        ],
-        tiles={
-            "accuracy": report.accuracy,
-            "log loss": report.log_loss_interval,
-            "log loss after the temperature": report.calibrated_log_loss,
-            "temperature": report.temperature_interval or f"{report.temperature:.3g}",
-            "training pairs": f"{report.train_pairs:,}",
-            "held-out pairs": f"{report.heldout_pairs:,}",
-        },
-        bins=report.reliability,
-        log=out / "log.jsonl",
-        settings={"data": report.data, "eval_data": report.eval_data, **report.settings.model_dump(mode="json")},
+def write_report(report: RewardReport, out: Path) -> None:
+    """``report.html``: how often the reward model is right, how sure it is, and how its training went."""
+    panels = [calibration_panel("Calibration", report.reliability, 4)]
+    if series := reward_curves(logged(out / "log.jsonl")):
+        panels.append(Panel("Training", "step", "loss, nats", series, reference=("chance", 0.6931)))
+    caption = (
+        "Calibration: held-out pairs in bins of equal number with 95 % intervals; a calibrated model lies on the line. "
+        "Training: the loss on training pairs (a pale line and its running mean) and on held-out pairs."
     )
+    bins = reliability_table(report.reliability)
+    given = {"data": report.data, "eval_data": report.eval_data, **report.settings.model_dump(mode="json")}
+    sections = [
+        Section("Calibration and training", charts=[draw(Chart("reward_model", "Reward model", caption, panels))]),
+        Section("Calibration in numbers", "the same bins as a table", table=bins, folded=True),
+        settings_section(given, "data, model and training"),
+    ]
+    says = [
+        f"It orders {short(report.accuracy, 'share')} of {report.heldout_pairs} held-out pairs as labelled: "
+        f"{against(report.accuracy, 0.5, 'chance')}.",
+        f"The temperature was {report.temperature_reason}.",
+    ]
+    tiles = {
+        "accuracy": cell(report.accuracy, "share"),
+        "log loss": cell(report.log_loss_interval, digits=3),
+        "log loss after the temperature": cell(report.calibrated_log_loss, digits=3),
+        "temperature": cell(report.temperature_interval or f"{report.temperature:.3g}", digits=3),
+        "training pairs": cell(f"{report.train_pairs:,}"),
+        "held-out pairs": cell(f"{report.heldout_pairs:,}"),
+    }
+    title = f"Reward model on {Path(report.settings.model).name}"
+    write_page(out / "report.html", command_page("reward model", title, says, tiles, sections))
 
 
 def _halves(heldout: Sequence[Row], settings: RewardSettings, name: str) -> tuple[list[Row], list[Row]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +17,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from madpo.core import processes
+from madpo.core.columns import MARGIN, SCORES
 from madpo.core.config import Frozen
 from madpo.core.errors import ConfigError, DataError, StorageError, located
 from madpo.core.layout import Layout
 from madpo.core.metrics import Estimate, Metrics
 from madpo.core.progress import bar, say
+from madpo.core.reports import Report
 from madpo.core.statistics import proportion
 from madpo.core.storage import storage_errors, write_atomically
 from madpo.data import load_preferences
@@ -40,7 +42,6 @@ from madpo.operations.probing import feature_reader, fit_from_parts
 from madpo.operations.reward_model import fit
 from madpo.operations.row_files import Raw, json_line, write_parquet
 from madpo.operations.running import digest, load_report, run_in_folder
-from madpo.operations.score_report import ScoreReport
 from madpo.operations.settings import RewardSettings, ScoreSettings
 from madpo.rewards.margins import inspect
 from madpo.rewards.probe import ProbeReport
@@ -50,11 +51,67 @@ from madpo.runner.work import run_step
 
 Reader = Callable[[Sequence[Pair]], dict[str, NDArray[Any]]]
 """Pairs -> ``chosen`` and ``rejected``, rewards or features, and what else is kept with a part."""
+Scores = tuple[NDArray[Any], NDArray[Any]]
+"""Those of the chosen and those of the rejected."""
+SIDES = ("chosen", "rejected")
 PART = 512
 """Pairs per part: what an interruption can cost."""
 FEW = 0.05
 """Share of the pairs up to which a temperature is fitted though the reward model was trained on them."""
 MEMORY_REMEDY = "give a smaller --batch_size, and run the same command again: parts that are scored stay"
+
+
+class ScoreReport(Report):
+    """What :func:`score` did."""
+
+    file: str
+    pairs: int
+    accuracy: Estimate
+    """Share of pairs with a margin above 0."""
+    mean_margin: float
+    log_loss: float
+    temperature: float
+    """With score_columns, what the margins were divided by; else what would make them log-odds on these labels."""
+    temperature_reason: str
+    calibrated_log_loss: float
+    heldout: bool
+    """True if no margin comes from a model that was trained on its pair (known for ``folds`` and ``probe`` only)."""
+    data_digest: str | None = None
+    reward_model_digest: str | None = None
+    """SHA-256 of what was scored, and by what; None for what is on the hub."""
+    ties: int = 0
+    """Margins of exactly 0: of a reward model that has learned nothing, or scores that are equal."""
+    trained_on: bool = False
+    """True if the reward model was trained on more than 5 % of these pairs, so that nothing here is calibrated."""
+    seen: int | None = None
+    """Pairs, in either order, that the reward model was trained on; None where it does not say."""
+    probe: ProbeReport | None = None
+    """With ``probe``: what it is, and how good out of fold."""
+
+    def text(self) -> str:
+        """The report for a person."""
+        a = self.accuracy
+        lines = [
+            f"{self.pairs} pairs scored: mean margin {self.mean_margin:.3f}, above 0 for {a.mean:.1%} "
+            f"(95 % interval {a.low:.1%} to {a.high:.1%})",
+            f"log loss {self.log_loss:.3f}, {self.calibrated_log_loss:.3f} at temperature {self.temperature:.3g} "
+            f"(a coin: 0.693); the temperature was {self.temperature_reason}",
+        ]
+        if self.ties:
+            lines.append(
+                f"{self.ties} margins are exactly 0: equal scores, or a reward model that has learned nothing (no look "
+                "at its held-out pairs was better than a coin; give more pairs, more epochs or a larger patience)"
+            )
+        if self.probe is not None:
+            lines += self.probe.text().splitlines()
+        if self.seen:
+            lines.append(
+                f"the reward model was trained on {self.seen} of these pairs: all of this flatters it; --probe and "
+                "--folds do not"
+            )
+        elif self.seen is None and not self.heldout:
+            lines.append("if the reward model was trained on these pairs, all of this flatters it; --folds does not")
+        return "\n".join(lines)
 
 
 def score(data: str | Path, output_dir: str | Path, settings: ScoreSettings, *, overwrite: bool = False) -> ScoreReport:
@@ -72,11 +129,8 @@ def score(data: str | Path, output_dir: str | Path, settings: ScoreSettings, *, 
         DataError, ConfigError: as the name says, before anything is scored.
         StorageError: ``output_dir`` holds something else, or scores made with other settings.
     """
-    inputs = {
-        "data": data,
-        "reward_model": settings.reward_model,
-        "model": settings.reward.model if settings.reward else settings.probe,
-    }
+    model = settings.reward.model if settings.reward else settings.probe
+    inputs = {"data": data, "reward_model": settings.reward_model, "model": model}
     out = run_in_folder(score_pairs, settings, inputs, output_dir, overwrite=overwrite, memory=MEMORY_REMEDY)
     return load_report(out / "report.json", ScoreReport)
 
@@ -91,24 +145,26 @@ def score_pairs(settings: ScoreSettings, inputs: Mapping[str, Path], out: Path) 
             "scoring runs on several)"
         )
     pairs = _read(data, settings.reading)
-    there = None
-    if settings.score_columns is not None:
-        there = _columns(data, settings.reading, settings.score_columns)
+    scores = None if settings.score_columns is None else _columns(data, settings.reading, settings.score_columns)
     processes.on_main_process(lambda: _rehearse(data, len(pairs), settings, out))
     clock = started_clock(out / CHECKPOINTS, settings.reward.date if settings.reward else None)
     clock.read = processes.on_main_process(lambda: _look(data, settings, clock))
-    if settings.probe is not None:
-        report = _by_probe(data, pairs, settings, out, clock)
-    else:
-        if there is not None:
-            chosen, rejected = there
-        elif settings.folds is not None:
-            chosen, rejected = _out_of_fold(data, pairs, settings, out, clock)
-        else:
-            assert settings.reward_model is not None
-            parts, rows = out / CHECKPOINTS / "parts", np.arange(len(pairs))
-            chosen, rejected = _in_parts(settings, data, pairs, rows, parts, settings.reward_model, clock)
-        report = processes.on_main_process(lambda: _finish(data, pairs, chosen, rejected, settings, out))
+    work, every, made = _Scoring(settings, data, pairs, out, clock), np.arange(len(pairs)), list[Path]()
+    if (model := settings.probe) is not None:
+        size = settings.batch_size
+        made = work.parts(every, "parts", lambda: feature_reader(model, data, batch_size=size, clock=clock))
+    elif settings.reward_model is not None:
+        scores = work.by_model(settings.reward_model, every, "parts")
+    elif settings.reward is not None:
+        scores = work.by_folds(settings.reward)
+
+    def finish() -> Raw:
+        if scores is not None:
+            return work.finish(*scores)
+        fitted = fit_from_parts(pairs, map(_part, made), settings, data, out)
+        return work.finish(fitted.out_of_fold.chosen, fitted.out_of_fold.rejected, fitted.report)
+
+    report = processes.on_main_process(finish)
     return {"pairs": report["pairs"], "accuracy": Estimate(**report["accuracy"]), "log_loss": report["log_loss"]}
 
 
@@ -121,11 +177,7 @@ def _read(data: str | Path, columns: Layout) -> list[Pair]:
 
 
 def _look(data: str | Path, settings: ScoreSettings, clock: Clock) -> bool:
-    """Say what a check would warn of: a row that the chat template refuses must also show before hours of scoring.
-
-    Returns:
-        Whether the chat template prints a date.
-    """
+    """Say what a check would warn of, such as rows that the chat template refuses; whether this prints a date."""
     encoder, model = None, None
     if settings.reward_model is not None:
         encoder = load_pair_encoder(settings.reward_model, clock).encoder
@@ -136,10 +188,7 @@ def _look(data: str | Path, settings: ScoreSettings, clock: Clock) -> bool:
     return clock.read
 
 
-# Scores
-
-
-def _columns(data: str | Path, columns: Layout, names: tuple[str, str]) -> tuple[NDArray[Any], NDArray[Any]]:
+def _columns(data: str, columns: Layout, names: tuple[str, str]) -> Scores:
     sides: tuple[list[float], list[float]] = ([], [])
     stream = PairStream(data, columns, every_column=True)
     for pair, raw in stream.with_rows():
@@ -150,112 +199,106 @@ def _columns(data: str | Path, columns: Layout, names: tuple[str, str]) -> tuple
     return np.array(sides[0]), np.array(sides[1])
 
 
-def _by_probe(data: str, pairs: Sequence[Pair], settings: ScoreSettings, out: Path, clock: Clock) -> Raw:
-    """Features of all processes, a probe of the leading one, and the report."""
+class _Scoring(NamedTuple):
+    settings: ScoreSettings
+    data: str
+    pairs: list[Pair]
+    out: Path
+    clock: Clock
 
-    def load() -> Reader:
-        assert settings.probe is not None
-        return feature_reader(settings.probe, data, batch_size=settings.batch_size, clock=clock)
+    def by_model(self, model: str | Path, rows: NDArray[Any], folder: str) -> Scores:
+        """Scores of ``rows`` by a reward model."""
 
-    made = _parts(pairs, np.arange(len(pairs)), out / CHECKPOINTS / "parts", load)
+        def load() -> Reader:
+            scorer = load_scorer(model, batch_size=self.settings.batch_size, clock=self.clock)
+            return lambda chunk: dict(zip(SIDES, scorer.score_pairs(chunk, self.data, "row"), strict=True))
 
-    def finish() -> Raw:
-        fitted = fit_from_parts(pairs, map(_part, made), settings, data, out)
-        found = fitted.out_of_fold
-        return _finish(data, pairs, found.chosen, found.rejected, settings, out, fitted.report)
+        parts = [_part(path) for path in self.parts(rows, folder, load)]
+        return np.concatenate([p["chosen"] for p in parts]), np.concatenate([p["rejected"] for p in parts])
 
-    return processes.on_main_process(finish)
+    def by_folds(self, settings: RewardSettings) -> Scores:
+        """Each pair's scores by the reward model that saw neither it nor its prompt, not even to stop."""
+        folds, read = self.settings.folds or 0, self.settings
+        keys = (prompt_key(p.prompt) for p in self.pairs)
+        fold = np.array(folds_by_prompt(keys, folds, settings.seed, self.data))
+        chosen, rejected = np.zeros(len(fold)), np.zeros(len(fold))
+        changes = {"date": self.clock.now if self.clock.read else None, "columns": read.columns, "layout": read.layout}
+        reward, source = settings.model_copy(update=changes), Source(self.data, digest(self.data) or self.data)
+        for k in range(folds):
+            folder = self.out / CHECKPOINTS / "folds" / f"fold-{k}"
+            say(f"Fold {k + 1} of {folds}: a reward model on {int((fold != k).sum())} pairs.")
+            step = Step(folder.name, train_fold, FoldSettings(reward=reward, folds=folds, fold=k), {"data": source})
+            run_step(step, folder, memory=MEMORY_REMEDY)
+            rows = np.flatnonzero(fold == k)
+            chosen[rows], rejected[rows] = self.by_model(folder, rows, f"parts/{folder.name}")
+        return chosen, rejected
 
+    def parts(self, rows: NDArray[Any], name: str, load: Callable[[], Reader]) -> list[Path]:
+        """Files with the scores of ``PART`` pairs each; one that is there is not computed again."""
+        folder = self.out / CHECKPOINTS / name
+        paths = {start: folder / f"part-{start:08d}.safetensors" for start in range(0, len(rows), PART)}
 
-def _in_parts(
-    settings: ScoreSettings,
-    name: str,
-    pairs: Sequence[Pair],
-    rows: NDArray[Any],
-    folder: Path,
-    model: str | Path,
-    clock: Clock,
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Scores of ``rows`` by a reward model."""
+        def missing() -> list[int]:
+            folder.mkdir(parents=True, exist_ok=True)
+            return [start for start, path in paths.items() if not path.exists()]
 
-    def load() -> Reader:
-        scorer = load_scorer(model, batch_size=settings.batch_size, clock=clock)
-        return lambda chunk: dict(zip(("chosen", "rejected"), scorer.score_pairs(chunk, name, "row"), strict=True))
+        mine = processes.on_main_process(missing)[processes.rank() :: processes.world_size()]
 
-    parts = [_part(path) for path in _parts(pairs, rows, folder, load)]
-    return np.concatenate([p["chosen"] for p in parts]), np.concatenate([p["rejected"] for p in parts])
+        def compute() -> None:
+            read: Reader | None = None
+            with bar("Scoring", sum(len(rows[start : start + PART]) for start in mine)) as advance:
+                for start in mine:
+                    chunk = [self.pairs[int(i)] for i in rows[start : start + PART]]
+                    read = read or load()
+                    found = read(chunk)
+                    finite = (np.isfinite(found["chosen"]) & np.isfinite(found["rejected"])).reshape(len(chunk), -1)
+                    if len(bad := np.flatnonzero(~finite.all(1))):
+                        raise DataError(
+                            f"the reward of pair {chunk[int(bad[0])].pair_id} is not finite; the reward model has "
+                            "diverged, train it with a lower learning rate"
+                        )
+                    write_atomically(paths[start], save(found))
+                    advance(len(chunk))
 
+        processes.on_every_process(compute)
+        return list(paths.values())
 
-def _parts(pairs: Sequence[Pair], rows: NDArray[Any], folder: Path, load: Callable[[], Reader]) -> list[Path]:
-    """Files with the scores of ``PART`` pairs each; one that is there is not computed again."""
-    paths = {start: folder / f"part-{start:08d}.safetensors" for start in range(0, len(rows), PART)}
-
-    def missing() -> list[int]:
-        folder.mkdir(parents=True, exist_ok=True)
-        return [start for start, path in paths.items() if not path.exists()]
-
-    mine = processes.on_main_process(missing)[processes.rank() :: processes.world_size()]
-
-    def compute() -> None:
-        read: Reader | None = None
-        with bar("Scoring", sum(len(rows[start : start + PART]) for start in mine)) as advance:
-            for start in mine:
-                chunk = [pairs[int(i)] for i in rows[start : start + PART]]
-                read = read or load()
-                found = read(chunk)
-                _refuse_not_finite(found["chosen"], found["rejected"], chunk)
-                write_atomically(paths[start], save(found))
-                advance(len(chunk))
-
-    processes.on_every_process(compute)
-    return list(paths.values())
+    def finish(self, chosen: NDArray[Any], rejected: NDArray[Any], probe: ProbeReport | None = None) -> Raw:
+        """Write the rows, and last of all the report."""
+        settings, difference = self.settings, chosen - rejected
+        with storage_errors(self.out):  # the runner moves both files up when both are whole
+            seen = None if settings.reward_model is None else seen_pairs(settings.reward_model, self.pairs)
+            trained_on = (seen or 0) > FEW * len(self.pairs)
+            fitted = inspect(difference, margin_temperature=settings.margin_temperature, trained_on=trained_on)
+            margins = difference / (fitted.margin_temperature if settings.score_columns is not None else 1.0)
+            report = ScoreReport(
+                file=f"scored.{settings.format}",
+                pairs=len(margins),
+                accuracy=proportion(int((margins > 0).sum()), len(margins)),
+                mean_margin=float(margins.mean()),
+                log_loss=fitted.log_loss,
+                temperature=fitted.margin_temperature,
+                temperature_reason=fitted.temperature_reason,
+                calibrated_log_loss=fitted.calibrated_log_loss,
+                heldout=settings.folds is not None or settings.probe is not None,
+                trained_on=trained_on,
+                seen=seen,
+                ties=int((margins == 0).sum()),
+                data_digest=digest(self.data),
+                reward_model_digest=settings.reward_model and reward_model_digest(settings.reward_model),
+                probe=probe,
+            )
+            _write(self.out / report.file, settings, self.data, (margins, chosen, rejected))
+            report.write(self.out / "report.json")
+        return report.plain()
 
 
 def _part(path: Path) -> dict[str, NDArray[Any]]:
     try:
         part: dict[str, NDArray[Any]] = load_file(path)
-        return part | {name: part[name] for name in ("chosen", "rejected")}
+        return part | {name: part[name] for name in SIDES}
     except (SafetensorError, KeyError) as error:
         raise StorageError(f"{path} is damaged ({error}); delete the file and run the same command again") from error
-
-
-def _refuse_not_finite(chosen: NDArray[Any], rejected: NDArray[Any], pairs: Sequence[Pair]) -> None:
-    finite = (np.isfinite(chosen) & np.isfinite(rejected)).reshape(len(pairs), -1).all(1)
-    if len(bad := np.flatnonzero(~finite)):
-        raise DataError(
-            f"the reward of pair {pairs[int(bad[0])].pair_id} is not finite; the reward model has diverged, train it "
-            "with a lower learning rate"
-        )
-
-
-def _out_of_fold(
-    data: str | Path, pairs: Sequence[Pair], settings: ScoreSettings, output_dir: Path, clock: Clock
-) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Each pair's scores by the reward model that saw neither it nor its prompt, not even to stop."""
-    assert settings.folds is not None
-    assert settings.reward is not None
-    fold = np.array(
-        folds_by_prompt((prompt_key(p.prompt) for p in pairs), settings.folds, settings.reward.seed, str(data))
-    )
-    chosen, rejected = np.zeros(len(pairs)), np.zeros(len(pairs))
-    changes = {"date": clock.now if clock.read else None, "columns": settings.columns, "layout": settings.layout}
-    reward = settings.reward.model_copy(update=changes)
-    for k in range(settings.folds):
-        folder = output_dir / CHECKPOINTS / "folds" / f"fold-{k}"
-        say(f"Fold {k + 1} of {settings.folds}: a reward model on {int((fold != k).sum())} pairs.")
-        step = Step(
-            f"fold-{k}",
-            train_fold,
-            FoldSettings(reward=reward, folds=settings.folds, fold=k),
-            {"data": Source(str(data), digest(data) or str(data))},
-        )
-        run_step(step, folder, memory=MEMORY_REMEDY)
-        rows = np.flatnonzero(fold == k)
-        scores = _in_parts(
-            settings, str(data), pairs, rows, output_dir / CHECKPOINTS / "parts" / f"fold-{k}", folder, clock
-        )
-        chosen[rows], rejected[rows] = scores
-    return chosen, rejected
 
 
 class FoldSettings(Frozen):
@@ -287,80 +330,26 @@ def train_fold(config: FoldSettings, inputs: Mapping[str, Path], out: Path) -> M
     return {"steps": fit(settings, train, stopping, out)}
 
 
-# Rows
-
-
-def _finish(
-    data: str | Path,
-    pairs: Sequence[Pair],
-    chosen: NDArray[Any],
-    rejected: NDArray[Any],
-    settings: ScoreSettings,
-    output_dir: Path,
-    probe: ProbeReport | None = None,
-) -> Raw:
-    """Write the rows, and last of all the report."""
-    with storage_errors(output_dir):  # the runner moves both files up when both are whole
-        difference = chosen - rejected
-        seen = None if settings.reward_model is None else seen_pairs(settings.reward_model, pairs)
-        trained_on = (seen or 0) > FEW * len(pairs)
-        fitted = inspect(difference, margin_temperature=settings.margin_temperature, trained_on=trained_on)
-        scale = fitted.margin_temperature if settings.score_columns is not None else 1.0
-        margins = difference / scale
-        report = ScoreReport(
-            file=f"scored.{settings.format}",
-            pairs=len(margins),
-            accuracy=proportion(int((margins > 0).sum()), len(margins)),
-            mean_margin=float(margins.mean()),
-            log_loss=fitted.log_loss,
-            temperature=fitted.margin_temperature,
-            temperature_reason=fitted.temperature_reason,
-            calibrated_log_loss=fitted.calibrated_log_loss,
-            heldout=settings.folds is not None or settings.probe is not None,
-            trained_on=trained_on,
-            seen=seen,
-            ties=int((margins == 0).sum()),
-            data_digest=digest(data),
-            reward_model_digest=None if settings.reward_model is None else reward_model_digest(settings.reward_model),
-            probe=probe,
-        )
-        _write(output_dir / report.file, settings, data, margins, chosen, rejected)
-        report.write(output_dir / "report.json")
-    return report.plain()
-
-
-def _rehearse(data: str | Path, pairs: int, settings: ScoreSettings, output_dir: Path) -> None:
+def _rehearse(data: str, pairs: int, settings: ScoreSettings, output_dir: Path) -> None:
     """Write the rows with zeros for scores, and remove them: what the format cannot hold must show before scoring."""
-    zeros = np.zeros(pairs)
     path = output_dir / ".rehearsal.tmp"
     with storage_errors(output_dir):
         try:
-            _write(path, settings, data, zeros, zeros, zeros)
+            _write(path, settings, data, [np.zeros(pairs)] * 3)
         finally:
             path.unlink(missing_ok=True)
 
 
-def _write(
-    path: Path,
-    settings: ScoreSettings,
-    data: str | Path,
-    margins: NDArray[Any],
-    chosen: NDArray[Any],
-    rejected: NDArray[Any],
-) -> None:
-    """The rows with their scores; a row at a time, or a group of rows for Parquet."""
+def _write(path: Path, settings: ScoreSettings, data: str, numbers: Sequence[NDArray[Any]]) -> None:
+    """The rows with their margins and scores; a row at a time, or a group of rows for Parquet."""
     stream = PairStream(data, settings.reading, every_column=True)
-    at = stream.source.at
+    columns = dict(zip((MARGIN, *SCORES), numbers, strict=True))
     rows = (
         (
-            at(pair.number),
+            stream.source.at(pair.number),
             {k: v for k, v in raw.items() if k not in stream.texts}
             | pair.row()
-            | {
-                "reward_margin": float(margins[i]),
-                "chosen_score": float(chosen[i]),
-                "rejected_score": float(rejected[i]),
-            },
+            | {name: float(values[i]) for name, values in columns.items()},
         )
         for i, (pair, raw) in enumerate(stream.with_rows())
     )

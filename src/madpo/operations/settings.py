@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from madpo.core.config import Frozen, added
 from madpo.core.layout import Reading
@@ -14,6 +14,8 @@ from madpo.models.hyperparameters import LoRA, Optimisation, Pooling, Temperatur
 
 PROBE = "probe"
 """The judge that is fitted to a part of the pairs."""
+NONE_IF_FALSE = BeforeValidator(lambda value: None if value is False else value)
+"""For TOML, which has no word for nothing."""
 
 
 def refuse_all_taken(eval_share: float, judge: str | None, judge_share: float) -> None:
@@ -203,7 +205,7 @@ class PairCorpus(Reading):
     kind: Literal["pairs"] = "pairs"
     data: str
     """File, folder or data set of the hub, as every command reads them ("owner/name:split")."""
-    eval_data: str | None = None
+    eval_data: Annotated[str | None, NONE_IF_FALSE] = None
     """Held-out pairs; None, or false in TOML, holds out ``eval_share`` of the prompts of ``data``."""
     eval_share: float = Field(default=0.2, gt=0, lt=1)
     train: int = Field(ge=1)
@@ -219,11 +221,6 @@ class PairCorpus(Reading):
     """Tokens of prompt and completion; None is no limit."""
     truncation: Truncation = "drop"
     """What happens to a pair of more than max_length tokens: drop it, cut its completions, or refuse it."""
-
-    @field_validator("eval_data", mode="before")
-    @classmethod
-    def _none(cls, value: object) -> object:
-        return None if value is False else value
 
     @model_validator(mode="after")
     def _check(self) -> PairCorpus:

@@ -68,7 +68,8 @@ def train_auto_policy(config: AutoStage, inputs: Mapping[str, Path], out: Path) 
     if not path.is_file():  # else a run before this one came further
         look = FirstLook() if fixed is None else None
         first = rows if look is None else in_halves(rows, [prompts[row["pair_id"]] for row in rows], config.seed)
-        result = fit_policy(_policy(config, DPO(beta=beta), config.seed), first, reference, out / FIRST, look)
+        dpo, noting = _policy(config, DPO(beta=beta), config.seed), look is not None
+        result = fit_policy(dpo, first, reference, out / FIRST, in_order=noting, first_look=look)
         found: dict[str, Any] = {"steps": int(result.global_step), "label_share": fixed, "temperature": 1.0}
         if look is not None:
             found |= _decided(look.deciding(prompts), rows, prompts, config.seed)

@@ -42,13 +42,14 @@ _SIDES = {
 }
 
 
-class MarginStage(Frozen):
-    """Margins of every pair under the trained reward model."""
+class NoSettings(Frozen):
+    """Of an operation that has none."""
 
 
 @operation("score_margins/1")
-def score_margins(config: MarginStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
-    """Write ``margins.parquet``: pair_id, reward_margin (log-odds). Inputs: "pairs", "reward_model"."""
+def score_margins(config: NoSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
+    """Write ``margins.parquet``, the margins of every pair under the trained reward model: pair_id, reward_margin
+    (log-odds). Inputs: "pairs", "reward_model"."""
     pairs = _pairs(inputs)
     known = pd.read_parquet(inputs["reward_model"] / MARGINS)  # of the held-out pairs that measured the reward model
     others = pairs[~pairs["pair_id"].isin(known["pair_id"])]
@@ -82,13 +83,10 @@ def score_out_of_fold(config: OutOfFoldStage, inputs: Mapping[str, Path], out: P
     return metrics | {name: value for name, value in margin_metrics(own).items() if name != "heldout_pairs"}
 
 
-class ScoreStage(Frozen):
-    """Rewards of both sides of every pair, for losses that read scores and not their difference."""
-
-
 @operation("score_sides/1")
-def score_sides(config: ScoreStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
-    """Write ``scores.parquet``: pair_id, chosen_score, rejected_score (log-odds). Inputs: "pairs", "reward_model"."""
+def score_sides(config: NoSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
+    """Write ``scores.parquet``, for losses that read scores and not their difference: pair_id, chosen_score,
+    rejected_score (log-odds). Inputs: "pairs", "reward_model"."""
     pairs = _pairs(inputs)
     model = RewardModel.load(inputs["reward_model"])
     chosen, rejected = (side.astype(np.float64) for side in side_scores(model, pairs))
@@ -146,12 +144,8 @@ def fit_pairs_probe(config: ProbeStage, inputs: Mapping[str, Path], out: Path) -
     }
 
 
-class ProbeMarginStage(Frozen):
-    """Margins of every pair that a probe left."""
-
-
 @operation("probe_margins/1")
-def probe_margins(config: ProbeMarginStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
+def probe_margins(config: NoSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Write ``margins.parquet`` as :func:`score_margins` does, out of fold for training pairs.
 
     Inputs: "pairs", "reward_model" (:func:`fit_pairs_probe`).
@@ -246,7 +240,6 @@ def _write_pairs(pairs: pd.DataFrame, out: Path) -> None:
 
 
 def _turn(table: pd.DataFrame, ids: pd.Series[int], first: str, second: str) -> None:
-    """Exchange two columns in the rows of these pairs."""
     keep = ~table["pair_id"].isin(ids)
     a, b = table[first], table[second]
     table[first], table[second] = a.where(keep, b), b.where(keep, a)

@@ -210,7 +210,6 @@ def label_pairs(config: PairStage, inputs: Mapping[str, Path], out: Path) -> Met
 
 
 def _labelled(row: pd.Series[Any], low: bool, config: PairStage) -> dict[str, Any]:
-    """The columns of the chosen and of the rejected side."""
     sampled = [
         {"": row[f"response_{k}"], "_ids": row[f"response_ids_{k}"], "_oracle_reward": row[f"reward_{k}"]}
         for k in (0, 1)

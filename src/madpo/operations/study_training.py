@@ -304,12 +304,15 @@ def fit_policy(
     rows: list[dict[str, Any]],
     reference: Path | str,
     out: Path,
+    *,
+    in_order: bool = False,
     first_look: FirstLook | None = None,
 ) -> Any:
     """Train on ``rows``, from the newest checkpoint in ``out``; writes ``out/adapter``.
 
     Args:
-        first_look: gets the implicit margins of the first epoch; the rows are then taken in their order.
+        in_order: take the rows in their order, in every epoch.
+        first_look: gets the implicit margins of the first epoch.
 
     Returns:
         What the trainer says of the training.
@@ -318,7 +321,7 @@ def fit_policy(
     from madpo.training.run import run_training
 
     arguments = config.optimisation.arguments(out, config.seed)
-    if first_look is not None:
+    if in_order:
         arguments["train_sampling_strategy"] = "sequential"
     model = load_model(reference)
     trainer = PreferenceTrainer(
@@ -363,7 +366,6 @@ def train_online(config: OnlineStage, inputs: Mapping[str, Path], out: Path) -> 
 
 
 def _last_tenth(out: Path, name: str) -> float:
-    """Mean of a logged number over the last tenth of its entries."""
     rows = map(json.loads, (out / "log.jsonl").read_text(encoding="utf-8").splitlines())
     values = [row[name] for row in rows if name in row]
     return float(np.mean(values[-max(1, len(values) // 10) :]))

@@ -15,7 +15,7 @@ from madpo.operations.arguments import written_arguments
 from madpo.operations.card import write_cards
 from madpo.operations.running import toml
 from madpo.operations.train_settings import TrainSettings
-from madpo.report.command_pages import REFRESH, write_training_page
+from madpo.report.command_pages import write_training_page
 from madpo.report.numbers import against, short
 from madpo.rewards.probe import ProbeReport
 
@@ -74,20 +74,6 @@ class TrainReport(Report):
         """What was found on held-out pairs, a line each; empty without such pairs."""
         found = [f"    {name}  {value:.4f}" for name, value in self.evaluation.items()]
         return [f"on {self.eval_pairs} held-out pairs:", *found] if found else []
-
-
-def write_curves(out: Path, settings: TrainSettings, pairs: int, config: str, said: str) -> None:
-    """The page of a training that runs; :func:`write_report` takes its place."""
-    write_training_page(
-        out / PAGE,
-        title=title(settings),
-        says=[said],
-        numbers={"pairs": f"{pairs:,}"},
-        evaluation={},
-        log=out / "log.jsonl",
-        settings=config,
-        refresh=REFRESH,
-    )
 
 
 def title(settings: TrainSettings) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from madpo.core import processes
 from madpo.core.columns import MARGIN
@@ -48,7 +48,7 @@ class TrainSettings(Training):
 
     loss: Annotated[Auto | Loss, Field(discriminator="kind")] = Auto()
     """What is learned: auto, which needs nothing else, or any preference loss."""
-    args: Annotated[dict[str, Any], ARGUMENTS] = Field(default_factory=dict)
+    args: Annotated[dict[str, Any], ARGUMENTS, AfterValidator(checked_arguments)] = Field(default_factory=dict)
     """Arguments of TRL's ``DPOConfig`` (and our ``PreferenceConfig``) by name."""
     lora: LoRA = LoRA()
     full: bool = False
@@ -114,8 +114,3 @@ class TrainSettings(Training):
                 found.pop(name)
         batch = pairs * micro_batches * processes.world_size()
         return {**found, "loss": identity_settings(self.loss), "args": decisive_arguments(values), "batch": batch}
-
-    @field_validator("args")
-    @classmethod
-    def _arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return checked_arguments(value)

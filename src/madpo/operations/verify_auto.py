@@ -38,7 +38,7 @@ from madpo.losses.simulation import (
 )
 from madpo.operations.settings import VerifyAutoSettings
 from madpo.report.command_pages import Section
-from madpo.report.numbers import DASH, one
+from madpo.report.numbers import DASH, one, side
 from madpo.report.pages import Cell as TableCell
 from madpo.report.pages import Table, cell
 from madpo.report.simulation_page import differences_table, write_simulation_page
@@ -241,13 +241,12 @@ def _words(setting: Setting) -> str:
 
 def _verdict(cells: Sequence[Mapping[str, Estimate]]) -> tuple[str, str, tuple[str, ...]]:
     """Of the settings with one kind of reward model: in how many ``auto`` is above DPO, and what decides there."""
-    gains = [of[key] for of in cells if (key := f"{AUTO} - dpo") in of]
-    above, below = sum(e.low > 0 for e in gains), sum(e.high < 0 for e in gains)
+    gains = [side(of[key]) for of in cells if (key := f"{AUTO} - dpo") in of]
+    above, below = gains.count("above"), gains.count("below")
     deciding = [one(end(of["deciding"].mean for of in cells), "signed", 3) for end in (min, max)]
-    side = "above" if above and not below else "below" if below and not above else "open"
     return (
         f"auto is clearly above DPO in {above} of {len(gains)} settings, clearly below in {below or 'none'}.",
-        side,
+        "above" if above and not below else "below" if below and not above else "open",
         (f"Log loss of the margins on unseen labels minus DPO's, nats: {' to '.join(deciding)}.",),
     )
 
@@ -270,23 +269,14 @@ def _signed(value: float | None) -> str:
 
 
 def _row(method: str, cells: Mapping[str, Mapping[str, Estimate]]) -> Row:
-    def compared(other: str) -> list[Estimate]:
-        return [found[key] for found in cells.values() if (key := f"{method} - {other}") in found]
-
-    to_dpo, to_searched, to_averaged = compared("dpo"), compared(SEARCHED), compared(AVERAGED)
-    return Row(
-        method=method,
-        about=ROWS[method],
-        cells=len(to_dpo),
-        above=sum(e.low > 0 for e in to_dpo),
-        below=sum(e.high < 0 for e in to_dpo),
-        worst=min((e.mean for e in to_dpo), default=None),
-        mean=float(np.mean([e.mean for e in to_dpo])) if to_dpo else None,
-        above_searched=sum(e.low > 0 for e in to_searched),
-        below_searched=sum(e.high < 0 for e in to_searched),
-        above_averaged=sum(e.low > 0 for e in to_averaged),
-        below_averaged=sum(e.high < 0 for e in to_averaged),
-    )
+    counts: dict[str, int] = {}
+    for other, name in ((SEARCHED, "_searched"), (AVERAGED, "_averaged"), ("dpo", "")):
+        found = [of[key] for of in cells.values() if (key := f"{method} - {other}") in of]
+        sides = [side(value) for value in found]
+        counts |= {f"{where}{name}": sides.count(where) for where in ("above", "below")}
+    means = [value.mean for value in found]  # of the differences to DPO
+    mean = float(np.mean(means)) if means else None
+    return Row(method=method, about=ROWS[method], cells=len(means), worst=min(means, default=None), mean=mean, **counts)
 
 
 @operation("simulate_auto/4")

@@ -12,7 +12,6 @@ from madpo.core.storage import storage_errors, write_atomically
 from madpo.report.claims import counts, ties
 from madpo.report.drawing import save_charts
 from madpo.report.own import own_notes, own_opening, own_verdict
-from madpo.report.selection import FILE
 from madpo.report.study_charts import Study
 from madpo.report.study_page import study_page
 from madpo.report.summary import cautions, headline, idle_parts, trimmed_base, unfinished_run, weights_from
@@ -66,7 +65,7 @@ def build_report(
         write_atomically(root / "results.json", json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
         write_atomically(root / "results.md", tables)
         if experiment.get("selection"):
-            write_atomically(root / FILE, json.dumps(study.selection, indent=1) + "\n")
+            write_atomically(root / "selection.json", json.dumps(study.selection, indent=1) + "\n")
         tables_of = study_tables(tiers, study.choices, study.claims, study.beta, study.selections)
         save_tables(tables_of, root / "tables")
         if figures:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
 
 import numpy as np
 
@@ -114,3 +117,14 @@ class Chart:
     title: str
     caption: str
     panels: Sequence[Panel | WeightPanel]
+
+
+def figure(name: str, title: str, panels: Sequence[Panel | WeightPanel], caption: str = "") -> Chart | None:
+    """A figure of a study, with the caption of its name or of ``caption``; None without panels."""
+    return Chart(name, title, captions()["figures"][caption or name], panels) if panels else None
+
+
+@cache
+def captions() -> dict[str, dict[str, str]]:
+    """Kind ("figures" or "tables") and name -> caption."""
+    return tomllib.loads((files("madpo.report") / "templates" / "captions.toml").read_text(encoding="utf-8"))

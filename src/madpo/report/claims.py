@@ -19,7 +19,6 @@ from typing import Any
 
 from madpo.report import published
 from madpo.report.compare import (
-    FEWEST,
     NOT_RUN,
     Choice,
     Comparison,
@@ -114,11 +113,6 @@ class Claim:
         """Whether it is about methods that take weights from a reward model."""
         without = {f"{_slug(name)}-at-equal-kl" for name in ("IPO", "β-DPO", "rDPO", "RE-DPO", "cDPO")}
         return self.key not in _WITHOUT_MARGINS | without
-
-    @property
-    def too_few(self) -> bool:
-        """Whether some comparison has too few prompts to be judged."""
-        return any(c.value is not None and c.value.n < FEWEST for c in self.comparisons)
 
 
 def claims(tiers: Sequence[Tier]) -> list[Claim]:
@@ -317,8 +311,3 @@ def counts(found: Sequence[Claim]) -> str:
         f"Of {len(own)} claims of the paper's Section 5, {n[HELD]} held, {n[BROKEN]} did not hold, {n[OPEN]} were not "
         f"separated by this run, and {n[NOT_RUN]} were not run."
     )
-
-
-def tested(found: Sequence[Claim]) -> int:
-    """Comparisons that were made."""
-    return sum(len(claim.made) for claim in found)

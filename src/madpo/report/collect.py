@@ -130,7 +130,6 @@ def _finite(margins: pd.DataFrame, *, train: bool = False) -> np.ndarray:
 def _described(
     key: str, policy: Record | None, by_seed: Mapping[str, Record], planned: Mapping[str, Mapping[str, Any]]
 ) -> Row:
-    """The row's names and settings, by the records and the experiment."""
     if key == SFT.lower():
         name = str(next(iter(by_seed.values())).config.get("method", SFT))
         return Row(key, name, SFT, {}, seeds=tuple(by_seed), per_seed=_rewards(by_seed))
@@ -161,7 +160,6 @@ def _rewards(by_seed: Mapping[str, Record]) -> dict[str, float]:
 
 
 def _metrics(row: Row, by_seed: Mapping[str, Record]) -> dict[str, Value]:
-    """What the evaluations' records say, as the mean over seeds."""
     wanted = METRICS | {name: metric for name, (_, metric) in MEASURED.items()}
     found: dict[str, Value] = {}
     for name, metric in wanted.items():

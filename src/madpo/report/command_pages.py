@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree as ET
 
 import pandas as pd
 
-from madpo.core.metrics import Estimate
-from madpo.data.messages import shown
-from madpo.report.charts import Chart, Panel, levels
+from madpo.report.charts import Chart, Panel
 from madpo.report.drawing import Drawn, draw
 from madpo.report.pages import Card, Cell, Table, cell, render, write_page
-from madpo.report.samples import browsed, static
 from madpo.report.sources import json_lines
-from madpo.report.study_charts import calibration_panel, curves, reward_curves
+from madpo.report.study_charts import curves
 from madpo.rewards.margins import Reliability
 
 REFRESH = 15
@@ -70,41 +67,9 @@ def settings_section(settings: Mapping[str, Any] | str, gist: str) -> Section:
     return Section("Settings", gist, text=text, folded=True)
 
 
-def write_reward_page(
-    path: Path,
-    *,
-    model: str,
-    says: Sequence[str],
-    tiles: Mapping[str, Estimate | float | str],
-    bins: Sequence[Reliability],
-    log: Path,
-    settings: Mapping[str, Any],
-) -> None:
-    """How often the reward model is right, how sure it is, and how its training went.
-
-    Args:
-        path: of the page.
-        model: base model.
-        says: the report's first sentences.
-        tiles: name -> what was measured.
-        bins: held-out pairs by the size of their margin, after the temperature.
-        log: ``log.jsonl`` of the training.
-        settings: of the training, with the data.
-    """
-    panels = [calibration_panel("Calibration", bins, 4)]
-    if series := reward_curves(pd.DataFrame(json_lines(log, "step")) if log.exists() else pd.DataFrame()):
-        panels.append(Panel("Training", "step", "loss, nats", series, reference=("chance", 0.6931)))
-    caption = (
-        "Calibration: held-out pairs in bins of equal number with 95 % intervals; a calibrated model lies on the line. "
-        "Training: the loss on training pairs (a pale line and its running mean) and on held-out pairs."
-    )
-    sections = [
-        Section("Calibration and training", charts=[draw(Chart("reward_model", "Reward model", caption, panels))]),
-        Section("Calibration in numbers", "the same bins as a table", table=reliability_table(bins), folded=True),
-        settings_section(settings, "data, model and training"),
-    ]
-    shown = {name: cell(value, "share" if name == "accuracy" else "number", digits=3) for name, value in tiles.items()}
-    write_page(path, command_page("reward model", f"Reward model on {Path(model).name}", says, shown, sections))
+def logged(log: Path) -> pd.DataFrame:
+    """The lines of a training's ``log.jsonl``; none where there is no such file."""
+    return pd.DataFrame(json_lines(log, "step") if log.exists() else [])
 
 
 def reliability_table(bins: Iterable[Reliability]) -> Table:
@@ -136,7 +101,7 @@ _MEASURES = {
 
 def training_chart(log: Path) -> Chart | None:
     """The course of a training from its ``log.jsonl``; None where nothing was logged."""
-    rows = pd.DataFrame(json_lines(log, "step") if log.exists() else [])
+    rows = logged(log)
     panels = []
     for name, (column, unit, reference) in _COURSES.items():
         series = (*curves("training pairs", rows, column, 0), *curves("held-out pairs", rows, f"eval_{column}", 1))
@@ -186,63 +151,19 @@ def write_training_page(
     write_page(path, command_page("training", title, says, tiles, sections, refresh=refresh))
 
 
-def write_samples_page(
-    path: Path,
-    *,
-    title: str,
-    says: Sequence[str],
-    tiles: Mapping[str, Cell],
-    measured: Mapping[str, tuple[Estimate | float, Estimate | float]],
-    samples: Sequence[Mapping[str, Any]],
-    settings: Mapping[str, Any],
-    temperatures: Table | None = None,
-) -> None:
-    """What policy and reference wrote to the same prompts, in the order of the data.
+def running_page(out: Path, title: str, numbers: Mapping[str, float | str], settings: str) -> Callable[[str], None]:
+    """What writes ``out/report.html`` while a training runs, given what to say of it; arguments as above."""
 
-    Args:
-        path: of the page.
-        title: of the page.
-        says: the report's first sentences.
-        tiles: name -> what was measured of the two together.
-        measured: quantity -> the policy's and the reference's value.
-        samples: lines of ``samples.jsonl``.
-        settings: of the evaluation.
-        temperatures: what was measured at further decoding temperatures.
-    """
-    sides = ["policy", "reference"]
-    lines = [(name, colour, value, None) for name, colour, value in zip(sides, (2, 7), measured["reward"], strict=True)]
-    charts = [draw(Chart("rewards", "Reward", "", [levels("", "mean reward", lines)]))]
-    rows = [
-        [
-            Cell(name),
-            *(
-                cell(v, "share" if name == "ended share" else "number", digits=1 if name == "length" else 3)
-                for v in values
-            ),
-        ]
-        for name, values in measured.items()
-    ]
-    rows_of_samples = (
-        {"id": sample["prompt_id"], "prompt": _flat(sample["prompt"])}
-        | {"responses": [sample["response"], sample["reference_response"]]}
-        | {"rewards": [sample["reward"], sample["reference_reward"]]}
-        | {"notes": ["" if sample.get(key, True) else "cut at the limit" for key in ("ended", "reference_ended")]}
-        for sample in samples
-    )
-    entry = browsed(sides, (0, 1), rows_of_samples, len(samples))
-    note = "The same random numbers drew both. All samples are in samples.jsonl."
-    data = {"samples": {"all": entry}, "unit": "its reward"}
-    sections = [
-        Section("Measured", charts=charts, table=Table("Measured", ("", *sides), rows, plain=True)),
-        *([Section(temperatures.label, table=temperatures)] if temperatures is not None else []),
-        Section("Samples", note=note, answers=static(entry), id="samples"),
-        settings_section(settings, "sampling and the reward model"),
-    ]
-    write_page(path, command_page("evaluation", title, says, tiles, sections, data=data))
+    def write(said: str) -> None:
+        write_training_page(
+            out / "report.html",
+            title=title,
+            says=[said],
+            numbers=numbers,
+            evaluation={},
+            log=out / "log.jsonl",
+            settings=settings,
+            refresh=REFRESH,
+        )
 
-
-def _flat(prompt: Any) -> str:
-    """A conversation with a line per message."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(f"{message['role']}: {shown([message])}" for message in prompt)
+    return write

@@ -1,8 +1,7 @@
 """Choices among settings of one method, and paired comparisons of rewards, also at equal KL.
 
-A method that is tried at several settings and reported at its best is flattered, since noise makes the best of
-six better than one. So the held-out prompts are cut into two halves (:mod:`madpo.report.selection`): one half
-chooses the setting, the other is reported, and a comparison in which a side was chosen among several settings uses
+A method that is tried at several settings and reported at its best is flattered, since noise makes the best of six
+better than one. So the held-out prompts are cut into two halves (:func:`madpo.report.results.selecting_half`): one half
 the reporting half. A method with one setting is reported on all prompts.
 """
 
@@ -19,9 +18,17 @@ from numpy.typing import NDArray
 from madpo.core.metrics import Estimate
 from madpo.core.statistics import bootstrap_mean, bootstrap_statistic
 from madpo.report.methods import SFT
-from madpo.report.numbers import one
-from madpo.report.results import Row, Tier, Value, mean_of, once, over_shared_seeds
-from madpo.report.selection import BOOTSTRAP_SEED, Candidate, select
+from madpo.report.results import (
+    BOOTSTRAP_SEED,
+    Candidate,
+    Row,
+    Tier,
+    Value,
+    mean_of,
+    once,
+    over_shared_seeds,
+    select,
+)
 
 FEWEST = 10  # prompts; below, an interval says nothing
 PAPER_BETA = 0.1
@@ -164,11 +171,6 @@ class Comparison:
         """Clearly below the bound: the whole interval, and every seed."""
         return self._clear(-1)
 
-    @property
-    def seeds_in_words(self) -> str:
-        """ "seed0 +0.12, seed1 +0.08"."""
-        return ", ".join(f"{seed} {one(value, 'signed')}".strip() for seed, value in self.per_seed.items())
-
     def _clear(self, sign: int) -> bool:
         if self.value is None or self.value.n < FEWEST or self.same:
             return False
@@ -273,7 +275,12 @@ def equal_kl(
             return Comparison(what, missing=f"{where} is {at} nats, and {base}'s curve spans {span}", **how)
 
     def above(draws: NDArray[np.float64], seed: str = "") -> NDArray[np.float64]:
-        return _above_curve(draws, len(own), spans[seed])
+        k, (low, high) = len(rewards), np.sqrt(spans[seed])
+        x = np.sqrt(np.maximum(draws[:, k:], 0.0))
+        grid = x[:, :1] if len(own) == 1 else np.linspace(low, high, _DISTANCES)[None]
+        parts = slice(len(own)), slice(len(own), None)
+        mine, others = (_interpolated(grid, x[:, part], draws[:, :k][:, part]) for part in parts)
+        return np.asarray((mine - others).mean(axis=1))
 
     per_seed = {seed: float(above(mean[None], seed)[0]) for seed, mean in means.items() if seed}
     value = bootstrap_statistic(whole, above, seed=BOOTSTRAP_SEED)
@@ -296,15 +303,6 @@ def less_at_its_kl(tier: Tier, row: Row, base: str = "DPO") -> Comparison:
 
 
 _DISTANCES = 9  # at which two curves are compared
-
-
-def _above_curve(means: NDArray[np.float64], own: int, span: tuple[float, float]) -> NDArray[np.float64]:
-    """Columns: rewards of the method's settings and of the curve's points, then their KLs in the same order."""
-    k = means.shape[1] // 2
-    rewards, x = means[:, :k], np.sqrt(np.maximum(means[:, k:], 0.0))
-    grid = x[:, :1] if own == 1 else np.linspace(np.sqrt(span[0]), np.sqrt(span[1]), _DISTANCES)[None]
-    mine, base = (_interpolated(grid, x[:, part], rewards[:, part]) for part in (slice(own), slice(own, None)))
-    return np.asarray((mine - base).mean(axis=1))
 
 
 def _interpolated(grid: NDArray[np.float64], x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:

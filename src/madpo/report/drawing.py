@@ -44,7 +44,13 @@ def draw(chart: Chart) -> Drawn:
     legend = [(svg.markup(swatch), name) for name, swatch in _legend(chart)]
     panels = [svg.markup(panel) for panel in _panels(chart)]
     head = ("what", "panel", "at", "value", "95 % interval")
-    rows = [[cell(text) for text in row] for row in _numbers(chart)]
+    rows = [
+        [cell(text) for text in (series.name, panel.title, *_said(panel, mark))]
+        for panel in _axes_of(chart)
+        for series in panel.series
+        if not series.raw
+        for mark in (series.marks if len(series.marks) <= ALT_MARKS else (series.marks[0], series.marks[-1]))
+    ]
     return Drawn(chart, columns_of(chart), panels, legend, Table(f"Numbers, {chart.title}", head, rows, plain=True))
 
 
@@ -227,20 +233,10 @@ def _said(panel: Panel, mark: Mark) -> tuple[str, str, str]:
     return at, one(value), "" if low is None or high is None else f"{one(low)} to {one(high)}"
 
 
-def _numbers(chart: Chart) -> Iterable[tuple[str, ...]]:
-    """Name of the series, panel, place, value and interval of every mark."""
-    for panel in _axes_of(chart):
-        for series in panel.series:
-            marks = series.marks if len(series.marks) <= ALT_MARKS else (series.marks[0], series.marks[-1])
-            for mark in () if series.raw else marks:
-                yield series.name, panel.title, *_said(panel, mark)
-
-
 # Files
 
 
 def _together(chart: Chart) -> ET.Element:
-    """All panels, the title and the legend in one figure."""
     panels, columns, gap, margin = _panels(chart), columns_of(chart), 24, 16
     sizes = [[float(v) for v in panel.get("viewBox", "").split()[2:]] for panel in panels]
     width = max(w for w, _ in sizes) * columns + gap * (columns - 1)

@@ -24,6 +24,7 @@ from madpo.core.errors import DataError, StorageError
 from madpo.core.progress import say
 from madpo.core.storage import expanded, stays_inside, storage_errors, write_atomically
 from madpo.report.build import rebuild_report
+from madpo.report.pages import markdown
 from madpo.report.sources import HELDOUT, MARGINS, MEASURES, SAMPLES, Sources
 from madpo.report.tables import markdown_cell
 from madpo.runner.record import EXPORTED, RECORD, RECORDS, Record, RunStatus, run_status
@@ -164,18 +165,21 @@ def _write_run(root: Path, place: Path, status: RunStatus) -> None:
         if record is not None:
             given = {key: value for key, value in record.provenance.items() if key not in ("argv", "files")}
             if host := given.get("host"):
-                given["host"] = hosts.setdefault(str(host), _host(str(host), len(hosts)))
+                host = str(host)
+                given["host"] = hosts.setdefault(host, host if host.startswith("host ") else f"host {len(hosts) + 1}")
             text = record.model_copy(update={"provenance": {**given, EXPORTED: True}}).model_dump_json()
             records[steps[name]["folder"]] = json.loads(text)
         elif (why := status.unfinished[name]).startswith("failed: "):
-            steps[name]["failed"] = _placeless(why.removeprefix("failed: "), root)
+            failed = why.removeprefix("failed: ")
+            for folder, short in ((str(root), "."), (str(Path.home()), "~")):
+                failed = failed.replace(folder, short) if len(folder) > 1 else failed
+            steps[name]["failed"] = failed
     run = f'{{"about": {_dumps(about)},\n"steps": {_lines(steps)}}}\n'
     write_atomically(place / "run.json", run)
     (place / RECORDS).write_text(_lines(records) + "\n", encoding="utf-8")
 
 
 def _lines(entries: Mapping[str, Any]) -> str:
-    """A JSON object with a line per entry."""
     return "{" + ",".join(f"\n{_dumps(name)}: {_dumps(entry)}" for name, entry in entries.items()) + "\n}"
 
 
@@ -184,16 +188,21 @@ def _dumps(value: Any) -> str:
 
 
 def _write_tables(root: Path, place: Path, records: Mapping[str, Record]) -> None:
-    """Samples, curves and margins of all steps, with the folders of the steps."""
     sources = Sources(root)
     tables: dict[str, list[pd.DataFrame]] = {"samples": [], "curves": [], "margins": []}
     for name, record in records.items():
         kind = name.split("/")[0]
         found = {
-            "samples": _few_texts(sources.samples([record])) if name.startswith(MEASURES) else pd.DataFrame(),
-            "curves": _logged(sources.log(record)),
+            "samples": sources.samples([record]) if name.startswith(MEASURES) else pd.DataFrame(),
+            "curves": sources.log(record),
             "margins": sources.margins(record, records) if kind in ("margins", "reward_model") else pd.DataFrame(),
         }
+        if len(samples := found["samples"]):  # the numbers of all, the texts of the first prompts
+            first = samples["prompt_id"].isin(sorted(samples["prompt_id"].unique())[:TEXTS])
+            texts = samples[["prompt", "response"]].where(first & samples["temperature"].isna(), None)
+            found["samples"] = samples.assign(prompt=texts["prompt"], response=texts["response"])
+        logged = found["curves"][[name for name in LOGGED if name in found["curves"]]]
+        found["curves"] = logged.dropna(how="all", subset=[name for name in logged if name != "step"])
         for table, frame in found.items():
             if len(frame):
                 tables[table].append(frame.assign(folder=f"{record.name}-{record.identity[:8]}"))
@@ -207,29 +216,6 @@ def _write_tables(root: Path, place: Path, records: Mapping[str, Record]) -> Non
             schema = pa.schema([(name, KINDS.get(name, pa.float64())) for name in names])
             written = pa.Table.from_pandas(whole, schema=schema, preserve_index=False).replace_schema_metadata(None)
             pq.write_table(written, place / f"{table}.parquet", compression="zstd")
-
-
-def _few_texts(samples: pd.DataFrame) -> pd.DataFrame:
-    """The numbers of all samples, the texts of the first prompts."""
-    shown = samples["prompt_id"].isin(sorted(samples["prompt_id"].unique())[:TEXTS]) & samples["temperature"].isna()
-    texts = samples[["prompt", "response"]].where(shown, None)
-    return samples.assign(prompt=texts["prompt"], response=texts["response"])
-
-
-def _logged(log: pd.DataFrame) -> pd.DataFrame:
-    """What curves are drawn from, without entries that hold none of it."""
-    known = log[[name for name in LOGGED if name in log]]
-    return known.dropna(how="all", subset=[name for name in known if name != "step"])
-
-
-def _host(name: str, number: int) -> str:
-    return name if name.startswith("host ") else f"host {number + 1}"
-
-
-def _placeless(text: str, root: Path) -> str:
-    for place, short in ((str(root), "."), (str(Path.home()), "~")):
-        text = text.replace(place, short) if len(place) > 1 else text
-    return text
 
 
 def _check_size(place: Path) -> int:
@@ -246,21 +232,6 @@ def _check_size(place: Path) -> int:
 
 def _readme(place: Path) -> str:
     data = json.loads((place / "results.json").read_bytes())
-    lines = [f"# {markdown_cell(data['title'])}", ""]
-    for text in data["summary"]:
-        lines += [markdown_cell(text), ""]
-    if (place / "figures" / "figure1_main.svg").exists():
-        lines += ["![Mean oracle reward of every method in every tier](figures/figure1_main.svg)", ""]
-    lines += [(place / "results.md").read_text(encoding="utf-8")]
-    lines += ["## Claims", "", "| section | claim | verdict |", "| --- | --- | --- |"]
-    columns = ("section", "text", "shown")
-    lines += ["| " + " | ".join(markdown_cell(claim[key]) for key in columns) + " |" for claim in data["claims"]]
-    lines += [
-        "",
-        "What goes beyond the paper is not among the paper's claims that are counted above.",
-        "",
-        "`report.html` is the whole report, `tables/` and `figures/` are its parts. `madpo report` makes it again from "
-        "`run.json`, `records.json` and the three Parquet tables, and `madpo run` goes on from them. Weights and most "
-        "texts are left out.",
-    ]
-    return "\n".join(lines) + "\n"
+    figure = (place / "figures" / "figure1_main.svg").exists()
+    results = (place / "results.md").read_text(encoding="utf-8")
+    return markdown("export.md", **data, figure=figure, results=results, cell=markdown_cell)

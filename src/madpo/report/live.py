@@ -43,7 +43,13 @@ class LiveReport:
             self._linked = True
             say(f"The page grows with every result: {page.resolve().as_uri()}")
         if record.name.startswith("heldout/"):
-            say(heldout_line(record, self._over_dpo(record, "log_loss_difference")))
+            found = [value if isinstance(value := record.metrics.get(key), Estimate) else None for key in _ON_PAIRS]
+            over_dpo = self._over_dpo(record, "log_loss_difference")
+            gap = "" if over_dpo is None else f", {short(-over_dpo, 'signed', 3)} gained over DPO"
+            say(
+                f"{record.config.get('method')}: {short(found[0], 'share')} of held-out pairs are ordered as labelled, "
+                f"log loss {short(found[1], digits=3)} nats{gap}"
+            )
             return
         self._rows.append((record, time.monotonic() - self.begun))
         # A difference to DPO is known from the first page after the evaluation.
@@ -74,16 +80,6 @@ class LiveReport:
         methods = tiers.get(tier, {}).get("methods", [])
         found: Any = next((row[name] for row in methods if row["key"] == key), None)
         return Estimate(**found) if isinstance(found, dict) else None
-
-
-def heldout_line(record: Record, over_dpo: Estimate | None) -> str:
-    """What a policy makes of held-out pairs, in one line."""
-    right, loss = (found if isinstance(found := record.metrics.get(key), Estimate) else None for key in _ON_PAIRS)
-    gap = "" if over_dpo is None else f", {short(-over_dpo, 'signed', 3)} gained over DPO"
-    return (
-        f"{record.config.get('method')}: {short(right, 'share')} of held-out pairs are ordered as labelled, log loss "
-        f"{short(loss, digits=3)} nats{gap}"
-    )
 
 
 class Result(NamedTuple):

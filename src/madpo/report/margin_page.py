@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,21 +18,16 @@ from madpo.rewards.weight_counts import WeightParameters
 
 
 def write_margin_page(path: Path, name: str, report: MarginReport, margins: Margins) -> None:
-    """Write the page; ``name`` is what was inspected.
+    """Write the page; ``name`` is what was inspected. Margins are in log-odds, divided by the report's temperature.
 
     Raises:
         StorageError: it cannot be written.
     """
-    write_page(path, margin_page(name, report, margins))
-
-
-def margin_page(name: str, report: MarginReport, margins: Margins) -> str:
-    """The page as HTML. Margins are shown in log-odds, divided by the report's temperature."""
     h = np.asarray(margins.values) / report.margin_temperature
     # Two decimals, as a slider shows them; without a recommendation the library's own.
     given = {"tau": max(0.01, round(report.tau, 2)), "c_max": report.c_max} if report.informative else {}
     parameters = WeightParameters(**given)
-    data: dict[str, Any] = {
+    data = {
         "margins": shown_margins(h),
         "parameters": parameters._asdict(),
         "pairs": [{"id": margins.pair_ids[i], "h": float(h[i]), **text} for i, text in sorted(margins.texts.items())],
@@ -82,7 +76,8 @@ def margin_page(name: str, report: MarginReport, margins: Margins) -> str:
     ]
     title = f"Reward margins of {Path(name).name or name}"
     scripts = ("weight.js", "page.js", "margins.js")
-    return command_page("margins", title, [], tiles, sections, scripts=scripts, data=data, warnings=report.warnings)
+    page = command_page("margins", title, [], tiles, sections, scripts=scripts, data=data, warnings=report.warnings)
+    write_page(path, page)
 
 
 def _settings(report: MarginReport) -> Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from madpo.core.metrics import Estimate
 
@@ -42,6 +42,11 @@ def write(value: Estimate | float | None, how: str = "number", digits: int = 2) 
     return text.replace("(", "(95 % interval ", 1) if isinstance(value, Estimate) else text
 
 
+def by_seed(values: Mapping[str, float], how: str = "number") -> str:
+    """ "seed0 1.42, seed1 1.39"."""
+    return ", ".join(f"{seed} {one(value, how)}".strip() for seed, value in values.items())
+
+
 def listed(names: Sequence[str]) -> str:
     """ "High, Medium and Low"."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
@@ -53,7 +58,11 @@ def count(n: int, noun: str) -> str:
     return f"{words[n] if n < len(words) else n} {noun}{'' if n == 1 else 's'}"
 
 
+def side(value: Estimate, level: float = 0.0) -> str:
+    """ "above" or "below" a level with the whole interval, else "open"."""
+    return "above" if value.low > level else "below" if value.high < level else "open"
+
+
 def against(value: Estimate, level: float, name: str) -> str:
     """ "above chance", "below chance", or "not separated from chance", by the whole interval."""
-    side = "above" if value.low > level else "below" if value.high < level else "not separated from"
-    return f"{side} {name}"
+    return f"{side(value, level).replace('open', 'not separated from')} {name}"

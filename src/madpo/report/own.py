@@ -12,12 +12,11 @@ from typing import Any
 
 from madpo.core.metrics import Estimate
 from madpo.core.statistics import paired_difference
-from madpo.report.charts import Chart, levels
+from madpo.report.charts import Chart, figure, levels
 from madpo.report.compare import FEWEST, Comparison, base_beta, choose, equal_kl, frontiers, less
-from madpo.report.numbers import count, listed, short
+from madpo.report.numbers import count, listed, short, side
 from madpo.report.pages import Cell, Table, cell, limit_of
-from madpo.report.results import Row, Tier, over_shared_seeds
-from madpo.report.selection import BOOTSTRAP_SEED
+from madpo.report.results import BOOTSTRAP_SEED, Row, Tier, over_shared_seeds
 from madpo.report.summary import Verdict
 from madpo.runner.record import Record
 
@@ -97,23 +96,24 @@ def _helps(tier: Tier) -> tuple[str, str]:
     right = dpo["heldout_accuracy"]
     if isinstance(right, Estimate) and right.low == right.high == 0.5:
         return "DPO left its policy where it was; give more --epochs or a higher --learning_rate", "open"
-    if start is not None:
-        values, _ = over_shared_seeds([tier.cells(dpo), tier.cells(start)])
-        if len(values) > 1:
-            gap = paired_difference(values[0].to_numpy(), values[1].to_numpy(), seed=BOOTSTRAP_SEED)
-            words = f"DPO changes the judge's reward by {short(gap, 'signed')}"
-            return _sided(gap, 0.0, words)
-    if not isinstance(right, Estimate):
+    values, _ = over_shared_seeds([tier.cells(row) for row in (dpo, start) if row is not None])
+    if start is not None and len(values) > 1:
+        found, level = paired_difference(values[0].to_numpy(), values[1].to_numpy(), seed=BOOTSTRAP_SEED), 0.0
+        words = f"DPO changes the judge's reward by {short(found, 'signed')}"
+    elif isinstance(right, Estimate):
+        found, level = right, 0.5
+        words = f"DPO orders {short(right, 'share')} of the held-out pairs as labelled"
+    else:
         return "DPO has not been measured yet", "open"
-    return _sided(right, 0.5, f"DPO orders {short(right, 'share')} of the held-out pairs as labelled")
+    kind = "open" if found.n < FEWEST else side(found, level)
+    return f"{_HELPS[kind]} on these pairs: {words}", kind
 
 
-def _sided(value: Estimate, bound: float, words: str) -> tuple[str, str]:
-    if value.n < FEWEST or value.low <= bound <= value.high:
-        return f"It is not clear that preference training helps on these pairs: {words}", "open"
-    if value.low > bound:
-        return f"Preference training helps on these pairs: {words}", "above"
-    return f"Preference training does not help on these pairs: {words}", "below"
+_HELPS = {
+    "above": "Preference training helps",
+    "below": "Preference training does not help",
+    "open": "It is not clear that preference training helps",
+}
 
 
 def own_table(tier: Tier) -> Table:
@@ -141,8 +141,7 @@ def own_chart(tier: Tier, colours: Mapping[str, int]) -> Chart | None:
     else:
         label, line, values = "held-out pairs ordered as labelled", ("chance", 0.5), right
     lines = [(row.name, colours[row.method], value, None) for row, value in values]
-    caption = "Held-out pairs, 95 % intervals over prompts."
-    return Chart("own", "Held-out pairs", caption, [levels(tier.label, label, lines, line)]) if lines else None
+    return figure("own", "Held-out pairs", [levels(tier.label, label, lines, line)] if lines else [])
 
 
 def own_notes(experiment: Mapping[str, Any], records: Mapping[str, Record]) -> list[str]:

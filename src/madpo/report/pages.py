@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -20,7 +21,7 @@ from markupsafe import Markup
 from madpo.core.metrics import Estimate
 from madpo.core.storage import storage_errors, write_atomically
 from madpo.report import svg
-from madpo.report.numbers import DASH, MINUS, interval, one, short
+from madpo.report.numbers import DASH, MINUS, interval, one, short, side
 
 STYLES = ("palette.css", "figure.css", "page.css")
 SHARED = "common.js"
@@ -133,9 +134,8 @@ def values_table(
 def whisker(value: Estimate, limit: float) -> Markup:
     """A difference with its interval on an axis through 0."""
     x = [60 + 54 * max(-1.0, min(1.0, v / (limit or 1.0))) for v in (value.low, value.mean, value.high)]
-    kind = "above" if value.low > 0 else "below" if value.high < 0 else "open"
     figure = svg.figure(120, 14, f"{one(value.mean, 'signed')}, {interval(value, 'signed')}")
-    figure.set("class", f"whisker {kind}")
+    figure.set("class", f"whisker {side(value)}")
     svg.line(figure, 60, 0, 60, 14, "axis")
     svg.line(figure, x[0], 7, x[2], 7, "range")
     svg.dot(figure, x[1], 7, 0, "point", r=3)
@@ -149,20 +149,35 @@ def part(name: str) -> str:
 
 
 @cache
-def _environment() -> jinja2.Environment:
+def _environment(*, html: bool) -> jinja2.Environment:
     found = jinja2.Environment(
         loader=jinja2.PackageLoader("madpo.report"),
-        autoescape=True,
+        autoescape=html,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=not html,
     )
     # Inside a page "</script>" and "<!--" must not end or hide the data: tojson escapes <, > and &.
     found.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    filters: dict[str, Callable[..., str]] = {"one": one, "short": short, "interval": interval}
-    found.filters.update(filters)
+
+    def plain(text: object) -> str:
+        return str(text).replace("`", "'").replace("\n", " ")
+
+    found.filters |= {
+        "one": one,
+        "plain": plain,
+        "name": lambda place: plain(Path(place).name),
+        "json": lambda value: json.dumps(value, ensure_ascii=False, default=str),
+        "interval": lambda value: short(value, digits=4),
+    }
     found.globals.update(svg=svg.markup)
     return found
+
+
+def markdown(template: str, **context: Any) -> str:
+    """A text in Markdown from a template, whose names cannot end the code or the line that they are in."""
+    return _environment(html=False).get_template(template).render(**context)
 
 
 def render(template: str, title: str, scripts: Sequence[str] = (), data: object = None, **context: Any) -> str:
@@ -180,7 +195,7 @@ def render(template: str, title: str, scripts: Sequence[str] = (), data: object 
     allowed = [f"default-src 'none'; style-src {_digest(style)}"]
     allowed += [f"script-src {_digest(script)}"] if script else []
     policy = "; ".join([*allowed, "base-uri 'none'; form-action 'none'"])
-    page = _environment().get_template(f"{template}.html")
+    page = _environment(html=True).get_template(f"{template}.html")
     text = page.render(
         title=title, style=Markup(style), script=Markup(script), policy=policy, data=data or {}, **context
     )

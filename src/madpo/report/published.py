@@ -17,9 +17,6 @@ TABLE_1 = {
     "MADPO": {"high": (2.23, 0.02), "medium": (2.23, 0.02), "low": (1.95, 0.03)},
 }
 
-# Gain of MADPO over the next best method in the paper's words, percent.
-GAINS = {"high": 33.3, "medium": 20.8, "low": 10.5}
-
 # Figure 2: tier -> tau or c -> mean.
 OVER_TAU = {
     "high": {2.0: 1.72, 4.0: 2.09, 7.0: 2.08, 10.0: 2.07},

@@ -7,20 +7,21 @@ training seeds, and intervals are over prompts. All methods answer the same prom
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, wraps
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import pandas as pd
 
 from madpo.core.metrics import Estimate
+from madpo.core.seeding import rng
 from madpo.core.statistics import bootstrap_mean, paired_difference, share_of
 from madpo.report.methods import SFT
-from madpo.report.numbers import one
-from madpo.report.selection import BOOTSTRAP_SEED, selecting_half
 from madpo.runner.record import Record
+
+BOOTSTRAP_SEED = 0  # of every interval that a run reports: the same records give the same numbers
 
 # Value of a row -> (column of the samples, metric of the evaluation that takes its place where no samples are kept).
 MEASURED = {
@@ -83,11 +84,6 @@ class Row:
     def mean(self, name: str) -> float:
         """The value without its interval; -inf where there is none."""
         return mean_of(self[name])
-
-    @property
-    def seeds_in_words(self) -> str:
-        """ "seed0 1.42, seed1 1.39"."""
-        return ", ".join(f"{seed} {one(value)}" for seed, value in self.per_seed.items())
 
     @property
     def beta(self) -> float | None:
@@ -302,3 +298,33 @@ def _estimate(cells: pd.DataFrame, share: bool = False) -> Estimate | None:
     values = cells.mean(axis=1, skipna=False).dropna().sort_index().to_numpy(dtype=float)
     mean = share_of if share else bootstrap_mean
     return mean(values, seed=BOOTSTRAP_SEED) if len(values) > 1 else None
+
+
+class Candidate(NamedTuple):
+    """One setting: the mean of its values on the half that selects, and its estimate on the half that reports."""
+
+    selecting: float
+    reporting: Estimate
+
+
+def selecting_half(prompt_ids: Iterable[int], seed: int = 0) -> set[int]:
+    """The prompts that select: half of them (the smaller half), at random by the seed and the set of ids."""
+    ids = np.array(sorted(set(prompt_ids)), dtype=np.int64)
+    return {int(i) for i in ids[rng(seed, "selection").permutation(len(ids))[: len(ids) // 2]]}
+
+
+def select(values: pd.DataFrame, reporting: Collection[int]) -> dict[str, Candidate]:
+    """What every setting has on either half of the prompts; empty where a half holds none of them.
+
+    Args:
+        values: prompts by settings (larger is better), without gaps.
+        reporting: the prompts of the half that reports; the others select.
+    """
+    half = values.index.isin(list(reporting))
+    if half.all() or not half.any():
+        return {}
+    means = values[~half].mean()
+    return {
+        str(key): Candidate(float(means[key]), bootstrap_mean(values.loc[half, key].to_numpy(), seed=BOOTSTRAP_SEED))
+        for key in values.columns
+    }

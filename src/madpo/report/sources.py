@@ -44,7 +44,7 @@ class Sources:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._table = cache(self._read_table)
+        self._table = cache(lambda name: _parquet(path) if (path := root / f"{name}.parquet").exists() else None)
 
     def samples(self, records: Iterable[Record]) -> pd.DataFrame:
         """One line per response: the step's name as ``step``, and the columns ``SAMPLES``.
@@ -88,31 +88,21 @@ class Sources:
             kept = self._kept("margins", record)
             return kept if kept is not None else pd.DataFrame({name: [] for name in MARGINS})
         table = _parquet(path)
-        train = self._training_pairs(record, records)
-        table["train"] = pd.NA if train is None else table["pair_id"].isin(train)
+        table["train"] = pd.NA
+        above = (other for other in records.values() if other.identity in record.inputs.values())
+        places = (folder_of(self.root, other) / "pairs.parquet" for other in above)
+        if read := next((place for place in places if place.exists()), None):
+            pairs = _parquet(read, ["pair_id", "split"])
+            table["train"] = table["pair_id"].isin(pairs.loc[pairs["split"] == "train", "pair_id"])
         return table[[*MARGINS]].astype({"train": NULLABLE["train"]})
 
-    def _training_pairs(self, record: Record, records: Mapping[str, Record]) -> list[int] | None:
-        """Ids of the training pairs among those that a step read; None where its inputs do not say."""
-        for upstream in records.values():
-            path = folder_of(self.root, upstream) / "pairs.parquet"
-            if upstream.identity in record.inputs.values() and path.exists():
-                pairs = _parquet(path, ["pair_id", "split"])
-                return list(pairs.loc[pairs["split"] == "train", "pair_id"])
-        return None
-
     def _kept(self, name: str, record: Record) -> pd.DataFrame | None:
-        """The step's part of an export's table."""
         table = self._table(name)
         if table is None:
             return None
         own = table[table["folder"] == str(folder_of(Path(), record))]
         kinds = {column: kind for column, kind in NULLABLE.items() if column in own}
         return own.drop(columns="folder").astype(kinds) if len(own) else None
-
-    def _read_table(self, name: str) -> pd.DataFrame | None:
-        path = self.root / f"{name}.parquet"
-        return _parquet(path) if path.exists() else None
 
 
 def _parquet(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
@@ -124,7 +114,6 @@ def _parquet(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
 
 
 def _evaluation(path: Path, record: Record) -> pd.DataFrame:
-    """The samples of one evaluation, by prompt and number of the sample."""
     rows = json_lines(path, "prompt_id", "log_loss" if record.name.startswith("heldout/") else "oracle_reward")
     same = ("prompt_id", "sample", "kl", "tokens", "temperature", *HELDOUT)
     numbers = {"reward": "oracle_reward"} | {name: name for name in same}

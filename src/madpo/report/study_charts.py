@@ -13,7 +13,7 @@ import pandas as pd
 
 from madpo.core.metrics import Estimate
 from madpo.report import published
-from madpo.report.charts import Chart, Mark, Panel, Series, WeightPanel, levels, value_mark
+from madpo.report.charts import Chart, Mark, Panel, Series, WeightPanel, figure, levels, value_mark
 from madpo.report.claims import EQUAL_KL, Claim, claims
 from madpo.report.collect import collect
 from madpo.report.compare import Choice, base_beta, chosen, frontiers, selection_json, selections, settings_of
@@ -110,8 +110,8 @@ class Study:
             if len(tier.margins)
             for p, margins in [weighting(tier)]
         ]
-        weights = [Chart("weights", "Margins and their weights", "", panels)] if panels else []
-        return [*(chart for chart in found if chart is not None), *weights]
+        found.append(figure("weights", "Margins and their weights", panels))
+        return [chart for chart in found if chart is not None]
 
 
 def main_chart(tiers: Sequence[Tier], choices: Mapping[tuple[str, str], Choice]) -> Chart | None:
@@ -132,12 +132,7 @@ def main_chart(tiers: Sequence[Tier], choices: Mapping[tuple[str, str], Choice])
             sft = tier.sft["oracle_reward"] if tier.sft is not None else None
             reference = None if sft is None else (SFT, mean_of(sft))
             panels.append(levels(f"{tier.label} pairs", REWARD, [(SFT, COLOURS[SFT], sft, None), *lines], reference))
-    caption = (
-        "Figure 1 of the paper with this run's numbers: mean oracle reward with 95 % intervals over prompts; hollow "
-        "marks are the paper's values, the dashed line is the SFT model. A method with several settings is chosen on "
-        "one half of the prompts and shown on the other half."
-    )
-    return Chart("figure1_main", "Mean oracle reward by tier", caption, panels) if panels else None
+    return figure("figure1_main", "Mean oracle reward by tier", panels)
 
 
 def sensitivity_chart(tiers: Sequence[Tier], beta: float) -> Chart | None:
@@ -161,8 +156,7 @@ def sensitivity_chart(tiers: Sequence[Tier], beta: float) -> Chart | None:
         if any(len(s.marks) > 1 and not s.published for s in series):
             fixed = f"c = {published.FIXED_C:g}" if name == "τ" else f"τ = {published.FIXED_TAU:g}"
             panels.append(Panel(f"MADPO over {name}, at {fixed}", name, REWARD, tuple(series)))
-    caption = "Figure 2 of the paper: MADPO's reward over τ and over c, a line per tier, the paper's values dashed."
-    return Chart("figure2_sensitivity", "Sensitivity to τ and c", caption, panels) if panels else None
+    return figure("figure2_sensitivity", "Sensitivity to τ and c", panels)
 
 
 def _along(rows: Iterable[Row], field: str) -> list[Row]:
@@ -195,8 +189,7 @@ def ablation_chart(tiers: Sequence[Tier], beta: float) -> Chart | None:
                 (r.method, COLOURS[r.method], r["oracle_reward"], paper.get(r.method, {}).get(tier.name)) for r in even
             ]
             panels.append(levels(f"{tier.label}, c = {c:g}, τ = {tau:g}{_seeds_only(tier, even)}", REWARD, lines))
-    caption = "Figure 3 of the paper: amplification only and dampening only; hollow marks are the paper's values."
-    return Chart("figure3_ablation", "Ablation", caption, panels) if panels else None
+    return figure("figure3_ablation", "Ablation", panels)
 
 
 def _ablated(tiers: Sequence[Tier], beta: float) -> list[tuple[float, float]]:
@@ -230,12 +223,7 @@ def frontier_chart(tiers: Sequence[Tier], beta: float) -> Chart | None:
         if len(series) > 1:
             title = tier.label + _seeds_only(tier, rows)
             panels.append(Panel(title, "KL to the reference, nats", f"mean {tier.reward}", tuple(series)))
-    caption = (
-        "Reward against distance. A method that moves further from the reference usually earns more, so methods are "
-        "compared at the same distance: to the left and above is better. A line joins one method's settings of β; of "
-        "its other settings the one with the most β is shown. All points of a panel are over the same training seeds."
-    )
-    return Chart("frontier", "Reward against KL to the reference", caption, panels) if panels else None
+    return figure("frontier", "Reward against KL to the reference", panels)
 
 
 def _against_kl(method: str, rows: Sequence[Row], methods: Sequence[str]) -> Series:
@@ -260,8 +248,7 @@ def loss_chart(tiers: Sequence[Tier], name: str, title: str, groups: Iterable[st
             for line in curves(tier.label, tier.curves[tier.curves["name"] == shown], "loss", _tier_colour(tier.name))
         ]
         panels += [Panel(shown, "step", "loss", tuple(series))] if series else []
-    caption = "The training loss of the first training seed, a panel per method: a pale line, and its running mean."
-    return Chart(name, title, caption, panels) if panels else None
+    return figure(name, title, panels, "training_loss")
 
 
 def margin_chart(tiers: Sequence[Tier], name: str, title: str, groups: Iterable[str]) -> Chart | None:
@@ -283,8 +270,7 @@ def margin_chart(tiers: Sequence[Tier], name: str, title: str, groups: Iterable[
             if not line.raw
         ]
         panels += [Panel(tier.label, "step", "implicit margin β·h, nats", tuple(series))] if series else []
-    caption = "The implicit reward margin β·h of the training pairs, running means of the first training seed."
-    return Chart(name, title, caption, panels) if panels else None
+    return figure(name, title, panels, "training_margins")
 
 
 def reward_model_chart(tiers: Sequence[Tier]) -> Chart | None:
@@ -294,8 +280,7 @@ def reward_model_chart(tiers: Sequence[Tier]) -> Chart | None:
         series = reward_curves(tier.reward_curve)
         if series:
             panels.append(Panel(tier.label, "step", "loss, nats", series, reference=("chance", float(np.log(2)))))
-    caption = "Loss of the reward models, first seed. Training stops where the held-out loss is lowest."
-    return Chart("reward_model_training", "Training of the reward models", caption, panels) if panels else None
+    return figure("reward_model_training", "Training of the reward models", panels)
 
 
 def reward_curves(log: pd.DataFrame) -> tuple[Series, ...]:
@@ -331,11 +316,7 @@ def calibration_chart(tiers: Sequence[Tier]) -> Chart | None:
         if n := len(tier.heldout_margins):
             bins, _ = reliability(tier.heldout_margins, most=max(2, min(10, n // PAIRS_PER_BIN)))
             panels.append(calibration_panel(f"{tier.label}, {n} pairs", bins, _tier_colour(tier.name)))
-    caption = (
-        "Calibration of the reward models, first seed: pairs in bins of equal size by |margin|, 95 % intervals. On "
-        "the diagonal the reward model is as sure as it is right; below it, it is too sure."
-    )
-    return Chart("calibration", "Calibration of the reward models", caption, panels) if panels else None
+    return figure("calibration", "Calibration of the reward models", panels)
 
 
 def calibration_panel(title: str, bins: Iterable[Reliability], colour: int) -> Panel:

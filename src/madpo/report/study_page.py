@@ -10,14 +10,13 @@ from madpo.core.metrics import Estimate
 from madpo.report import published
 from madpo.report.charts import Panel, WeightPanel
 from madpo.report.collect import planned_row
-from madpo.report.compare import NOT_RUN, Choice
+from madpo.report.compare import NOT_RUN
 from madpo.report.drawing import Drawn, draw
 from madpo.report.methods import SFT
-from madpo.report.numbers import DASH, count, one, short
+from madpo.report.numbers import DASH, by_seed, count, one, short
 from madpo.report.own import own_opening, own_table, own_verdict
 from madpo.report.pages import Card, Cell, Table, cell, render
 from madpo.report.provenance import differences, provenance
-from madpo.report.results import Tier
 from madpo.report.samples import sample_data, static
 from madpo.report.study_charts import Study
 from madpo.report.study_sections import (
@@ -46,7 +45,8 @@ def study_page(
     charts = {c.name: draw(c) for c in study.charts if not any(isinstance(p, WeightPanel) for p in c.panels)}
     reasons = empty_cells(tiers, study.planned, unfinished)
     weights = [weights_view(tier) for tier in tiers if len(tier.margins)]
-    data = {"weights": {f"weight-{w['name']}": w["data"] for w in weights}, "samples": (samples := sample_data(tiers))}
+    sliders = {f"weight-{w['tier'].name}": w["data"] for w in weights}
+    data = {"weights": sliders, "samples": (samples := sample_data(tiers))}
     unit = {"unit": "the judge's reward"} if study.own else {}
     return render(
         "report",
@@ -60,7 +60,7 @@ def study_page(
         progress=progress(records, unfinished),
         notes=notes,
         untrained=str(study.experiment.get("model", "")).startswith("tiny-"),
-        verdicts=tier_verdicts(study, charts.get(own_main(charts) if study.own else "figure1_main")),
+        verdicts=tier_verdicts(study, charts),
         main=next(map(own_table, judged), None) if study.own else main_table(study, reasons),
         chosen=chosen_table(study),
         selections=selections_table(study),
@@ -82,13 +82,6 @@ def study_page(
     )
 
 
-def own_main(charts: Mapping[str, Drawn]) -> str:
-    """The figure of a comparison: reward against KL where some method has a curve, else held-out pairs."""
-    panels = charts["frontier"].chart.panels if "frontier" in charts else ()
-    curves = [s for panel in panels if isinstance(panel, Panel) for s in panel.series if len(s.marks) > 1]
-    return "frontier" if curves else "own"
-
-
 def progress(records: Mapping[str, Record], unfinished: Mapping[str, str]) -> tuple[str, str]:
     """How far the run is: its state ("done", "open", "failed") and the words for it."""
     total, failed = len(records) + len(unfinished), sum(why.startswith("failed") for why in unfinished.values())
@@ -101,8 +94,14 @@ def progress(records: Mapping[str, Record], unfinished: Mapping[str, str]) -> tu
 # The first screen
 
 
-def tier_verdicts(study: Study, main: Drawn | None) -> list[Card]:
+def tier_verdicts(study: Study, charts: Mapping[str, Drawn]) -> list[Card]:
     """A figure and a sentence per tier."""
+    name = "figure1_main"
+    if study.own:  # reward against KL where some method has a curve, else held-out pairs
+        panels = charts["frontier"].chart.panels if "frontier" in charts else ()
+        curves = [s for panel in panels if isinstance(panel, Panel) for s in panel.series if len(s.marks) > 1]
+        name = "frontier" if curves else "own"
+    main = charts.get(name)
     drawn = zip(main.chart.panels, main.panels, strict=True) if main else ()
     figures = {panel.title: figure for panel, figure in drawn}
     same_distance = next((c for c in study.claims if c.key == "madpo-at-equal-kl"), None)
@@ -128,14 +127,27 @@ def main_table(study: Study, reasons: Mapping[tuple[str, str], str]) -> Table | 
     """Table 1: methods by tiers, with the paper's values; and how often the reward models are right."""
     if not study.choices:
         return None
-    why = _of_methods(study, reasons)
+    # Of a method without a choice the reason of its first planned row that says more than "not run".
+    why, methods = dict[tuple[str, str], str](), {str(row["name"]): planned_row(row).method for row in study.planned}
+    for (tier_name, row), reason in reasons.items():
+        place = tier_name, methods.get(row, row)
+        why[place] = reason if why.get(place, NOT_RUN) == NOT_RUN else why[place]
     rows = [[Cell(SFT), *(cell(tier.sft["oracle_reward"] if tier.sft else None) for tier in study.tiers)]]
-    planned = {planned_row(row).method for row in study.planned} or set(published.METHODS)
+    planned = set(methods.values()) or set(published.METHODS)
     for name in dict.fromkeys([*published.METHODS, *(name for _, name in study.choices)]):
         if name not in planned and not any((tier.name, name) in study.choices for tier in study.tiers):
             continue
-        cells = [_main_cell(study, tier, name, why.get((tier.name, name), NOT_RUN)) for tier in study.tiers]
-        rows.append([Cell(name), *cells])
+        cells = [Cell(name)]
+        for tier in study.tiers:
+            choice, paper = study.choices.get((tier.name, name)), published.TABLE_1.get(name, {}).get(tier.name)
+            theirs = f"paper {paper[0]:.2f}" if paper else ""
+            if choice is None:
+                cells.append(cell(None, more=[why.get((tier.name, name), NOT_RUN), theirs]))
+                continue
+            setting = [f"{choice.row.name}, of {choice.settings}"] * choice.chosen
+            setting += [f"{len(choice.seeds)} of {study.seeds} seeds"] * (len(choice.seeds) < study.seeds)
+            cells.append(cell(choice.value, more=[theirs, ", ".join(setting)]))
+        rows.append(cells)
     if any(tier.reward_models for tier in study.tiers):
         right = [
             cell(", ".join(one(v.mean, "share") for v in accuracies(tier).values()) or DASH) for tier in study.tiers
@@ -144,25 +156,15 @@ def main_table(study: Study, reasons: Mapping[tuple[str, str], str]) -> Table | 
     return Table("Table 1", ["mean oracle reward", *(tier.label for tier in study.tiers)], rows)
 
 
-def _main_cell(study: Study, tier: Tier, name: str, reason: str) -> Cell:
-    choice, paper = study.choices.get((tier.name, name)), published.TABLE_1.get(name, {}).get(tier.name)
-    theirs = f"paper {paper[0]:.2f}" if paper else ""
-    if choice is None:
-        return cell(None, more=[reason, theirs])
-    setting = f"{choice.row.name}, of {choice.settings}" if choice.chosen else ""
-    few = f"{len(choice.seeds)} of {study.seeds} seeds" if len(choice.seeds) < study.seeds else ""
-    return cell(choice.value, more=[theirs, ", ".join(filter(None, (setting, few)))])
-
-
 def chosen_table(study: Study) -> Table | None:
     """How each value of Table 1 came about: setting, seeds, and the mean of the paper's own way of choosing."""
     rows = []
     for tier in study.tiers:
         for (of, name), choice in study.choices.items():
             if of == tier.name:
-                seeds = [f"{seed} {one(v)}" for seed, v in choice.row.per_seed.items() if seed in choice.seeds]
+                seeds = by_seed({seed: v for seed, v in choice.row.per_seed.items() if seed in choice.seeds})
                 settings = f"{choice.row.name}, of {count(choice.settings, 'setting')}"
-                texts = settings, ", ".join(seeds) or DASH, choice.best_value
+                texts = settings, seeds or DASH, choice.best_value
                 rows.append([Cell(f"{tier.label}: {name}"), *map(cell, texts)])
     head = ["method", "setting", "each seed, all prompts", "the paper's way: the best on all prompts"]
     return Table("How Table 1 was made", head, rows, plain=True) if rows else None
@@ -172,25 +174,10 @@ def selections_table(study: Study) -> Table | None:
     """The experiment's own choices: what was chosen in each tier, among how many, and what it is worth."""
     rows = []
     for name, choices in study.selections.items():
-        by_tier = {choice.tier.name: choice for choice in choices}
-        rows.append([Cell(name), *(_selection_cell(by_tier.get(tier.name)) for tier in study.tiers)])
+        cells = dict.fromkeys((tier.name for tier in study.tiers), Cell(DASH, (NOT_RUN,)))
+        for choice in choices:
+            prompts = f", {choice.value.n} prompts" if isinstance(choice.value, Estimate) else ""
+            said = f"{choice.row.name}, of {choice.settings}", f"{', '.join(choice.seeds)}{prompts}"
+            cells[choice.tier.name] = cell(choice.value, more=said)
+        rows.append([Cell(name), *cells.values()])
     return Table("Other choices", ["choice", *(tier.label for tier in study.tiers)], rows) if rows else None
-
-
-def _selection_cell(choice: Choice | None) -> Cell:
-    if choice is None:
-        return Cell(DASH, (NOT_RUN,))
-    prompts = f", {choice.value.n} prompts" if isinstance(choice.value, Estimate) else ""
-    said = f"{choice.row.name}, of {choice.settings}", f"{', '.join(choice.seeds)}{prompts}"
-    return cell(choice.value, more=said)
-
-
-def _of_methods(study: Study, reasons: Mapping[tuple[str, str], str]) -> dict[tuple[str, str], str]:
-    """Why a cell of Table 1 is empty: the reason of the method's first planned row that says more than "not run"."""
-    found: dict[tuple[str, str], str] = {}
-    methods = {str(row["name"]): planned_row(row).method for row in study.planned}
-    for (tier, name), why in reasons.items():
-        method = methods.get(name, name)
-        if found.get((tier, method), NOT_RUN) == NOT_RUN:
-            found[tier, method] = why
-    return found

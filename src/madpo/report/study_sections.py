@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from madpo.report.claims import Claim, counts, tested
-from madpo.report.compare import NOT_RUN, Comparison, at_equal_kl
+from madpo.report.claims import Claim, counts
+from madpo.report.compare import FEWEST, NOT_RUN, Comparison, at_equal_kl
 from madpo.report.drawing import weight_figure
 from madpo.report.methods import SFT, settings_words
-from madpo.report.numbers import DASH, count, one, short
+from madpo.report.numbers import DASH, by_seed, count, one, short
 from madpo.report.pages import MARGINS_SHOWN, Cell, Table, cell, limit_of, shown_margins, values_table
-from madpo.report.results import Row, Tier, Value
+from madpo.report.results import Row, Tier
 from madpo.report.summary import doubtful, weights_from
 from madpo.report.tables import OF_TEXTS, UNEVEN, headings
 from madpo.rewards.weight_counts import WeightParameters, count_weights
@@ -39,24 +39,14 @@ def claims_view(found: Sequence[Claim], tiers: Sequence[Tier], seeds: int) -> di
         sections.setdefault(claim.section, []).append(_claim(claim, doubtful(claim, tiers), limit))
     absent = [f"{c.text} {'; '.join(dict.fromkeys(x.missing for x in c.comparisons if x.missing != NOT_RUN))}".strip()
               for c in found if c not in run]  # fmt: skip
-    texts = [*weights_from(tiers)[:1]]
-    if n := tested(found):
-        texts.append(
-            f"{count(n, 'comparison').capitalize()} were made. If no method differed from another, about one interval "
-            "in 20 would still exclude 0 by chance. Intervals are over prompts: they do not hold what another training "
-            "would change."
-        )
-        if seeds < 3:
-            texts.append(
-                "One training seed says nothing about how results change from training to training."
-                if seeds == 1
-                else "Two training seeds show no significance: a verdict asks that both agree, and no more."
-            )
-    return {"gist": counts(found), "sections": sections, "absent": absent, "cautions": texts}
+    made = count(n, "comparison").capitalize() if (n := sum(len(claim.made) for claim in found)) else ""
+    said = {"gist": counts(found), "cautions": weights_from(tiers)[:1], "made": made, "seeds": seeds}
+    return {**said, "sections": sections, "absent": absent}
 
 
 def _claim(claim: Claim, doubted: Sequence[str], limit: float) -> dict[str, Any]:
-    remarks = ["Some of it has too few prompts to be judged."] if claim.too_few else []
+    few = any(c.value is not None and c.value.n < FEWEST for c in claim.made)
+    remarks = ["Some of it has too few prompts to be judged."] * few
     if same := sum(c.same for c in claim.made):
         remarks.append(f"{same} of {len(claim.made)} comparisons are of policies that answer alike: not a test.")
     if doubted:
@@ -71,12 +61,11 @@ def _claim(claim: Claim, doubted: Sequence[str], limit: float) -> dict[str, Any]
 
 
 def _difference(c: Comparison, limit: float) -> tuple[Cell, Cell]:
-    """The difference, and that of each seed."""
     if c.value is None:
         return Cell(DASH, (c.missing,)), Cell(DASH)
     beyond = f", to lie above {one(c.bound, 'signed')}" if c.bound else ""
     said = f"{c.value.n} prompts: {sided(c)}{beyond}"
-    return cell(c.value, "signed", limit, more=[said]), cell(c.seeds_in_words or "one seed")
+    return cell(c.value, "signed", limit, more=[said]), cell(by_seed(c.per_seed, "signed") or "one seed")
 
 
 # Results
@@ -97,7 +86,7 @@ def tier_results(tier: Tier, reasons: Mapping[tuple[str, str], str]) -> dict[str
         "label": tier.label,
         "table": values_table(f"Results, {tier.label}", columns, lines, sortable=True),
         "note": UNEVEN if tier.uneven else "",
-        "seeds": [(row.name, row.seeds_in_words) for row in measured] if several else [],
+        "seeds": [(row.name, by_seed(row.per_seed)) for row in measured] if several else [],
         "missing": [(name, reasons.get((tier.name, name), NOT_RUN)) for name in tier.missing],
     }
 
@@ -125,15 +114,14 @@ def temperature_table(tier: Tier) -> Table | None:
     for row in tier.rows:
         found = [next((own for own in other.rows if own.key == row.key), None) for other in at.values()]
         if any(found):
-            at_each = [own.values if own else {} for own in found] + [row.values]
-            rows.append([Cell(row.name), *map(_rewarded, at_each)])
+            cells = [Cell(row.name)]
+            for values in [*(own.values if own else {} for own in found), row.values]:
+                wins = values.get("win_rate")
+                said = f"wins {short(wins, 'share')}" if wins is not None else ""
+                cells.append(cell(values.get("oracle_reward"), more=[said]))
+            rows.append(cells)
     head = ["method", *(f"{temperature:g}" for temperature in at), "as in the other tables"]
     return Table(f"Decoding temperatures, {tier.label}", head, rows) if rows else None
-
-
-def _rewarded(values: Mapping[str, Value]) -> Cell:
-    wins = values.get("win_rate")
-    return cell(values.get("oracle_reward"), more=[] if wins is None else [f"wins {short(wins, 'share')}"])
 
 
 # Margins, reward models, degeneration
@@ -151,18 +139,15 @@ def weighting(tier: Tier) -> tuple[WeightParameters, np.ndarray]:
 def weights_view(tier: Tier) -> dict[str, Any]:
     """The weight curve over the tier's margins, and what the sliders of the page's script need."""
     parameters, margins = weighting(tier)
-    n, first = len(margins), " (of the first training seed)" if len(tier.reward_models) > 1 else ""
-    found = count_weights(margins, parameters)
-    few = f" The figure shows {MARGINS_SHOWN} evenly spaced quantiles of them." if n > MARGINS_SHOWN else ""
-    text = (
-        f"With τ = {parameters.tau:g}, c_max = {parameters.c_max:g}, λ = {parameters.lam:g}, of {n} training "
-        f"pairs{first} {found.amplified} are amplified, {found.dampened} dampened, {found.turned_down} turned down "
-        f"since the reward model contradicts their label, and {found.unchanged} left as they are; mean weight "
-        f"{found.mean:.3f}, effective sample size {found.effective:.0f}.{few}"
-    )
-    figure = weight_figure(margins, parameters, label=f"Weight curve and margins, {tier.label}")
-    data = {"margins": shown_margins(margins), "parameters": parameters._asdict()}
-    return {"name": tier.name, "label": tier.label, "text": text, "figure": figure, "data": data}
+    return {
+        "tier": tier,
+        "parameters": parameters,
+        "pairs": len(margins),
+        "quantiles": MARGINS_SHOWN if len(margins) > MARGINS_SHOWN else 0,
+        "found": count_weights(margins, parameters),
+        "figure": weight_figure(margins, parameters, label=f"Weight curve and margins, {tier.label}"),
+        "data": {"margins": shown_margins(margins), "parameters": parameters._asdict()},
+    }
 
 
 def reward_models_table(tiers: Sequence[Tier]) -> Table | None:

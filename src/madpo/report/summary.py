@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from madpo.core.metrics import Estimate
 from madpo.models.packaged import cut_report
 from madpo.report.claims import Claim
-from madpo.report.numbers import count, listed, one, short
+from madpo.report.numbers import count, listed, one, short, side
 from madpo.report.results import Row, Tier
 from madpo.runner.record import Record
 
@@ -125,7 +125,7 @@ def _best(tier: Tier, rows: Sequence[Row]) -> Verdict:
     if not isinstance(gap, Estimate):
         gap_words = f"{baseline.name} has {short(baseline['oracle_reward'])}; no paired samples compare the two."
         return Verdict(tier.label, level, gap_words)
-    kind = "above" if gap.low > 0 else "below" if gap.high < 0 else "open"
+    kind = side(gap)
     who = other.name if best is not baseline else f"{best.name} is first. The next, {other.name},"
     words = f"{who} minus {baseline.name} on the same prompts: {short(gap, 'signed')}, {SIDES[kind]}."
     near, far = baseline.mean("kl"), best.mean("kl")

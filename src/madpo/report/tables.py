@@ -14,9 +14,10 @@ import pandas as pd
 from madpo.core.metrics import Estimate
 from madpo.core.storage import write_atomically
 from madpo.report import published
+from madpo.report.charts import captions
 from madpo.report.claims import Claim
 from madpo.report.compare import Choice, at_equal_kl
-from madpo.report.numbers import one, short
+from madpo.report.numbers import by_seed, one, short
 from madpo.report.results import Tier
 
 # Column of the table of a tier -> (heading, how it is written).
@@ -38,17 +39,6 @@ UNEVEN = (
     "Rows have different training seeds. A difference is over the seeds that a row shares with DPO, so it need not be "
     "the difference of the two means; means of different seeds differ by what the seeds differ in."
 )
-CAPTIONS = {
-    "table1": "Mean oracle reward with 95 % intervals over prompts. Of several settings one is chosen on one half of "
-    "the prompts and reported on the other; best_on_all is the setting with the highest mean on all prompts, as the "
-    "paper chooses.",
-    "selections": "The experiment's choices, made on one half of the held-out prompts and reported on the other.",
-    "methods": "Every method of the run: means over held-out prompts with 95 % intervals.",
-    "frontier": "Reward against KL to the reference, nats, over beta, in each tier over the seeds that its rows share; "
-    "and the reward minus that of DPO's curve at the same KL.",
-    "claims": "The paper's claims, the comparisons that each is read as, and this run's differences.",
-    "reward_models": "Reward models on pairs that they were not trained on; log-losses in nats.",
-}
 _TEX = str.maketrans({
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
@@ -83,6 +73,10 @@ class Table:
 
     def csv(self) -> str:
         """Names that a spreadsheet would run as a formula begin with an apostrophe."""
+
+        def no_formula(cell: Any) -> Any:
+            return f"'{cell}" if isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@", "\t", "\r") else cell
+
         return self.frame.map(no_formula).to_csv(index=False, lineterminator="\n")
 
     def json(self) -> str:
@@ -107,11 +101,6 @@ def _tex_cell(cell: Any) -> str:
     if isinstance(cell, Estimate):
         return tex(f"{one(cell.mean)} [{one(cell.low)}, {one(cell.high)}]")
     return tex(one(cell)) if isinstance(cell, float) else "" if cell is None else tex(str(cell))
-
-
-def no_formula(cell: Any) -> Any:
-    """A spreadsheet would run a name that begins like a formula."""
-    return f"'{cell}" if isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@", "\t", "\r") else cell
 
 
 def plain(cell: Any) -> Any:
@@ -182,7 +171,7 @@ def study_tables(
         "claims": [
             {"claim": claim.key, "text": claim.text, "verdict": claim.verdict, "stands_on": claim.shown}
             | {"comparison": c.what, "difference": c.value, "must_exceed": c.bound}
-            | {"per_seed_or_why_not": c.seeds_in_words or c.missing}
+            | {"per_seed_or_why_not": by_seed(c.per_seed, "signed") or c.missing}
             for claim in claims
             for c in claim.comparisons
         ],
@@ -192,7 +181,7 @@ def study_tables(
             for seed, model in tier.reward_models.items()
         ],
     }
-    return [Table(name, CAPTIONS[name], rows) for name, rows in found.items() if rows]
+    return [Table(name, captions()["tables"][name], rows) for name, rows in found.items() if rows]
 
 
 def _chosen(choice: Choice) -> dict[str, Any]:
@@ -241,11 +230,6 @@ def claim_json(claim: Claim) -> dict[str, Any]:
     return {**{name: getattr(claim, name) for name in names}, "comparisons": comparisons}
 
 
-def shown_columns(tier: Tier) -> list[str]:
-    """Columns that some row has a value in."""
-    return [name for name in COLUMNS if any(row[name] is not None for row in tier.rows)]
-
-
 def headings(tier: Tier) -> dict[str, tuple[str, str]]:
     """``COLUMNS`` with the tier's own name of the reward."""
     return {**COLUMNS, "oracle_reward": (tier.reward, "number")}
@@ -253,7 +237,7 @@ def headings(tier: Tier) -> dict[str, tuple[str, str]]:
 
 def report_markdown_table(tier: Tier) -> str:
     """The tier's table in Markdown; with a column of seeds where they differ."""
-    columns = shown_columns(tier)
+    columns = [name for name in COLUMNS if any(row[name] is not None for row in tier.rows)]
     head = ["method", *(["seeds"] if tier.uneven else []), *(headings(tier)[c][0] for c in columns)]
     lines = [head, ["---"] * len(head)]
     for row in tier.rows:

@@ -77,10 +77,11 @@ class Record(BaseModel):
 @cache
 def libraries() -> dict[str, str]:
     """Versions that enter the identity. The build after "+" (cpu, cu128) is a matter of where it runs."""
-    return {name: (_version(name) or "absent").split("+")[0] for name in LIBRARIES}
+    return {name: (installed(name) or "absent").split("+")[0] for name in LIBRARIES}
 
 
-def _version(name: str) -> str | None:
+def installed(name: str) -> str | None:
+    """The version of a package; None where it is not there."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -99,7 +100,7 @@ def conditions() -> dict[str, Any]:
         "machine": platform.machine(),
         **_hardware(),
         "device": device or "cpu",
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in ALSO_INSTALLED}},
+        "versions": {"python": platform.python_version(), **{name: installed(name) for name in ALSO_INSTALLED}},
     }
 
 

@@ -6,6 +6,7 @@ knows nothing of machine learning.
 
 import fnmatch
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
@@ -149,20 +150,23 @@ def _run_all(
         say(f"{len(result.done)} of {len(steps)} steps are done already; {len(waiting)} to run.")
     if again := sum(p.status.startswith(AGAIN) for p in result.plan):
         say(f"{again} of these were done before, but their files stayed behind when the run was exported.")
-    total = len(steps)
 
     def collect(block: bool) -> None:
         for future in wait(running, timeout=None if block else 0, return_when=FIRST_COMPLETED).done:
-            step = running.pop(future)
-            _take(step, future, result, total, first_mistake)
+            step, error = running.pop(future), future.exception()
+            died = f"the worker process died ({error or type(error).__name__}); it may have run out of memory"
+            outcome = future.result() if error is None else (died, None)
+            if isinstance(outcome, Record):
+                result.records[step.name] = outcome
+                result.ran.append(step.name)
+                say(f"{step.name}: done in {duration(outcome.seconds)} ({len(result.records)} of {len(steps)})")
+            else:
+                result.failed[step.name], mistake = outcome
+                first_mistake.extend([] if mistake is None else [mistake])
+                say(f"{step.name}: FAILED: {outcome[0]}")
             _hand_on(step, result, upload)
             if on_finished is not None and step.name in result.records:
                 on_finished(result.records[step.name])
-
-    def has_room() -> bool:
-        # No step is queued behind busy workers: whoever is free takes the first of the graph's order that is ready, so
-        # one seed is whole before the next, and a step is announced only when it starts.
-        return executor.slots is None or len(running) < executor.slots
 
     try:
         while waiting or running:
@@ -172,7 +176,9 @@ def _run_all(
                 if blocker is not None:
                     result.skipped[step.name] = result.skipped.get(blocker, blocker)
                     waiting.remove(step)
-                elif has_room() and result.records.keys() >= set(upstream):
+                # No step is queued behind busy workers: whoever is free takes the first of the graph's order that is
+                # ready, so one seed is whole before the next, and a step is announced only when it starts.
+                elif (executor.slots or math.inf) > len(running) and result.records.keys() >= set(upstream):
                     say(f"{step.name}: {step.says or 'starts'}")
                     work = job(step, step.folder(result.root), result.root, _LESS_MEMORY)
                     running[executor.submit(attempt, work, result.root.absolute(), light=step.light)] = step
@@ -191,24 +197,6 @@ def _run_all(
 def _hand_on(step: Step, result: RunResult, upload: Upload | None) -> None:
     if upload is not None and step.name in result.records:
         upload.step(step.name, step.folder(result.root), result.root)
-
-
-def _take(step: Step, future: Future[Any], result: RunResult, total: int, first_mistake: list[MadpoError]) -> None:
-    error = future.exception()
-    if error is None:
-        outcome = future.result()
-        if isinstance(outcome, Record):
-            result.records[step.name] = outcome
-            result.ran.append(step.name)
-            say(f"{step.name}: done in {duration(outcome.seconds)} ({len(result.records)} of {total})")
-            return
-        sentence, mistake = outcome
-        if mistake is not None:
-            first_mistake.append(mistake)
-    else:
-        sentence = f"the worker process died ({error or type(error).__name__}); it may have run out of memory"
-    result.failed[step.name] = sentence
-    say(f"{step.name}: FAILED: {sentence}")
 
 
 def _already_done(planned: Planned, result: RunResult) -> bool:

@@ -145,7 +145,7 @@ def compare(
         trunk = OwnTrunk(settings, str(data), None if eval_data is None else str(eval_data))
         given = {"data": str(data), **settings.model_dump(mode="json"), "judge_saw_pairs": trunk.judge_saw_pairs}
         # All read the same margins, so that no name needs a word for them.
-        rows = [{"key": row.key, **row.model_dump(mode="json"), "margins": "column"} for row in trunk.rows()]
+        rows = [{"key": row.key, **row.model_dump(mode="json"), "margins": "column"} for row in trunk.rows]
         about.update(experiment=given, rows=rows)
         return trunk.build([OWN])
 

@@ -7,7 +7,6 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +19,7 @@ from madpo.core.config import find_experiment, load_config
 from madpo.core.progress import duration, memory_text
 from madpo.models.load import compute_dtype
 from madpo.models.packaged import PACKAGED, cache_dir, cache_limit
+from madpo.runner.record import installed
 from madpo.runner.run import plan
 from madpo.study.estimates import TWO_CORES, Machine, estimates, this_machine
 from madpo.study.experiment import Experiment
@@ -40,11 +40,10 @@ class Line(NamedTuple):
 def diagnose() -> Iterator[Line]:
     """Every line as soon as it is known; the last ones measure for a second or two."""
     yield Line("madpo", f"{__version__}, Python {platform.python_version()}, {platform.platform(terse=True)}")
-    yield Line("libraries", ", ".join(f"{name} {_version(name)}" for name in _LIBRARIES))
+    yield Line("libraries", ", ".join(f"{name} {installed(name) or 'is missing'}" for name in _LIBRARIES))
     yield Line("optional", ", ".join(map(_optional, _OPTIONAL)))
-    yield Line(
-        "models", ", ".join(f"{name} {'is here' if _installed(name) else 'is not installed'}" for name in PACKAGED)
-    )
+    here = {name: all(find_spec(package) is not None for package, _ in PACKAGED[name].parts) for name in PACKAGED}
+    yield Line("models", ", ".join(f"{name} {'is here' if it else 'is not installed'}" for name, it in here.items()))
     yield Line("accelerator", _accelerator())
     load = "" if not hasattr(os, "getloadavg") else f", load {os.getloadavg()[0]:.1f} in the last minute"
     yield Line("CPU", f"{os.cpu_count()} cores, {_several(torch.get_num_threads(), 'thread')} used{load}")
@@ -66,22 +65,11 @@ def diagnose() -> Iterator[Line]:
         yield Line(f"run {name}", f"about {duration(_seconds(name, machine))} when nothing else runs here")
 
 
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "is missing"
-
-
 def _optional(module: str) -> str:
     if find_spec(module) is not None:
-        return f"{module} {_version(module.replace('_', '-'))}"
+        return f"{module} {installed(module.replace('_', '-'))}"
     extra = _OPTIONAL[module]
     return f"{module} is not installed" + (f' (".[{extra}]")' if extra else "")
-
-
-def _installed(name: str) -> bool:
-    return all(find_spec(package) is not None for package, _ in PACKAGED[name].parts)
 
 
 def _accelerator() -> str:
@@ -128,7 +116,6 @@ def _rate(dtype: torch.dtype) -> str:
 
 
 def _seconds(name: str, machine: Machine) -> float:
-    """A packaged study's estimate from its beginning."""
     steps = load_config(find_experiment(name), Experiment, ()).steps()
     nowhere = Path(os.devnull) / "none"
     return sum(guess.seconds for guess in estimates(plan(steps, nowhere), machine.rates, nowhere).values())

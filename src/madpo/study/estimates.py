@@ -14,7 +14,9 @@ import statistics
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+from pydantic import BaseModel
 
 from madpo.core.errors import ConfigError
 from madpo.core.progress import LIBRARIES, duration, memory_text
@@ -23,7 +25,7 @@ from madpo.models.packaged import cache_dir, cut_report
 from madpo.operations.own_pairs import HeldoutStage, OwnPairsStage
 from madpo.operations.study_auto import AutoStage
 from madpo.operations.study_evaluation import EvaluationStage
-from madpo.operations.study_margins import MarginStage, OutOfFoldStage, ProbeStage, ScoreStage
+from madpo.operations.study_margins import OutOfFoldStage, ProbeStage, score_margins, score_sides
 from madpo.operations.study_pairs import ResponseStage
 from madpo.operations.study_training import PairSFTStage, PolicyStage, ReferenceStage, SFTStage
 from madpo.operations.trimming.trim import TrimStage
@@ -48,6 +50,8 @@ _SIDE = 512  # of the matrices that are multiplied to know a machine
 _CHARACTERS = 4  # of a token
 _LONG = 512  # tokens of a pair's side of which nothing is known
 _LOADING = 8.0  # seconds for a model and its libraries
+
+C = TypeVar("C", bound=BaseModel)
 
 
 class Shape(NamedTuple):
@@ -166,11 +170,12 @@ def work(step: Step) -> Work:
     config, length, pairs = step.config, _length(step), _pairs(step)
     if isinstance(config, TrimStage):  # reading 25,000 reviews, then both models on some of them
         return Work({"score": 12_000 + 690 * config.eval_texts}, 2)
-    if isinstance(config, SFTStage):
-        seen = config.reviews * config.optimisation.epochs
-        return Work({"sft": seen * config.max_tokens}, 1, config.optimisation.per_pass * config.max_tokens)
-    if isinstance(config, PairSFTStage):
-        seen = min(config.reviews, pairs.train) * config.optimisation.epochs
+    if isinstance(config, SFTStage | PairSFTStage):
+        if isinstance(config, SFTStage):
+            length, texts = config.max_tokens, config.reviews
+        else:
+            texts = min(config.reviews, pairs.train)
+        seen = texts * config.optimisation.epochs
         return Work({"sft": seen * length}, 1, config.optimisation.per_pass * length)
     if isinstance(config, ResponseStage):
         rows = min(config.batch_size, config.prompts)
@@ -182,23 +187,19 @@ def work(step: Step) -> Work:
         looks = math.ceil(seen / config.optimisation.batch_size / config.eval_every)
         tokens = {"reward": 2 * seen * length, "judge": 2 * (looks * stopping + reported) * length}
         return Work(tokens, 1, 2 * config.optimisation.per_pass * length)
-    if isinstance(config, MarginStage):  # the pairs that measured the reward model were scored there
-        trained = next((s.config for s in _upstream(step) if isinstance(s.config, RewardModelStage)), None)
+    if step.fn is score_margins:  # the pairs that measured the reward model were scored there
+        trained = _config_of(step, RewardModelStage)
         known = _held_out(trained, pairs)[1] if trained is not None else 0
         return Work({"judge": 2 * (pairs.all - known) * length})
-    if isinstance(config, OutOfFoldStage | ScoreStage | ProbeStage):
+    if isinstance(config, OutOfFoldStage | ProbeStage) or step.fn is score_sides:
         return Work({"judge": 2 * pairs.all * length})
-    if isinstance(config, ReferenceStage):
-        count = pairs.train if config.split == "train" else pairs.all - pairs.train
+    if isinstance(config, ReferenceStage | HeldoutStage):
+        count = pairs.train if getattr(config, "split", "heldout") == "train" else pairs.all - pairs.train
         return Work({"score": 2 * count * length})
-    if isinstance(config, HeldoutStage):
-        return Work({"score": 2 * (pairs.all - pairs.train) * length})
-    if isinstance(config, PolicyStage):
-        seen = 2 * pairs.train * config.optimisation.epochs
-        return Work({"train": seen * length}, 1, 2 * config.optimisation.per_pass * length)
-    if isinstance(config, AutoStage):
-        seen = 2 * 2 * pairs.train * config.optimisation.epochs
-        return Work({"train": seen * length}, 2, 2 * config.optimisation.per_pass * length)
+    if isinstance(config, PolicyStage | AutoStage):
+        models = 2 if isinstance(config, AutoStage) else 1
+        seen = 2 * models * pairs.train * config.optimisation.epochs
+        return Work({"train": seen * length}, models, 2 * config.optimisation.per_pass * length)
     if isinstance(config, OnlineStage):
         seen = pairs.train * config.settings.generations * config.optimisation.epochs
         tokens = {"generate": seen * config.max_new_tokens, "train": seen * length, "score": 2 * seen * length}
@@ -221,7 +222,10 @@ def estimate(step: Step, rates: Mapping[str, float]) -> Estimated:
     """Seconds and bytes of one step."""
     needed = work(step)
     if not needed.tokens:
-        return Estimated(_oracle_seconds(step.config) if isinstance(step.config, OracleStage) else 1.0, None)
+        if not isinstance(step.config, OracleStage):
+            return Estimated(1.0, None)
+        reviews = getattr(step.config.oracle, "reviews", None) or 24_000  # which are left for it, about
+        return Estimated(3.0 + 42.0 * min(1.0, reviews / 24_000), None)
     shape = _shape(step)
     seconds = sum(
         count / rates[kind] * (1.0 if shape is None else shape.weight(kind) / _GEMMA.weight(kind))
@@ -235,11 +239,6 @@ def estimate(step: Step, rates: Mapping[str, float]) -> Estimated:
     kept = shape.layers * (24 * shape.hidden + 8 * shape.inner) * 2 * needed.trained_at_once
     cache = shape.layers * shape.cached * 2 * needed.cached_at_once
     return Estimated(seconds, LIBRARIES + needed.models * 2 * shape.parameters + kept + cache)
-
-
-def _oracle_seconds(config: OracleStage) -> float:
-    reviews = getattr(config.oracle, "reviews", None)
-    return 3.0 + 42.0 * (1.0 if reviews is None else min(1.0, reviews / 24_000))  # 24,000 are left for it, about
 
 
 def estimates(
@@ -328,20 +327,20 @@ def _upstream(step: Step) -> Iterable[Step]:
 
 
 def _length(step: Step) -> int:
-    """Tokens of prompt and response."""
-    if (own := _own(step)) is not None:
+    if (own := _config_of(step, OwnPairsStage)) is not None:
         tokens = own.max_length or _LONG
         return tokens if own.size is None else min(math.ceil(own.size.characters / _CHARACTERS), tokens)
-    config = next((s.config for s in _upstream(step) if isinstance(s.config, ResponseStage)), None)
+    config = _config_of(step, ResponseStage)
     return config.prompt_tokens + config.max_new_tokens if config is not None else 0
 
 
-def _own(step: Step) -> OwnPairsStage | None:
-    return next((s.config for s in _upstream(step) if isinstance(s.config, OwnPairsStage)), None)
+def _config_of(step: Step, kind: type[C]) -> C | None:
+    """The configuration of this kind, of the step or of what it is made from."""
+    return next((s.config for s in _upstream(step) if isinstance(s.config, kind)), None)
 
 
 def _pairs(step: Step) -> _Pairs:
-    own = _own(step)
+    own = _config_of(step, OwnPairsStage)
     if own is not None and own.max_train is not None and own.max_heldout is not None:
         return _Pairs(own.max_train, own.max_train + own.max_heldout, own.max_heldout)
     if own is not None and own.size is not None:
@@ -349,19 +348,19 @@ def _pairs(step: Step) -> _Pairs:
         count = own.size.pairs
         return _Pairs(round(train * count), round((train + heldout) * count), round(heldout * own.size.prompts))
     train = next((s.config.train for s in _upstream(step) if hasattr(s.config, "train")), 0)
-    whole = next((s.config.prompts for s in _upstream(step) if isinstance(s.config, ResponseStage)), train)
+    responses = _config_of(step, ResponseStage)
+    whole = train if responses is None else responses.prompts
     return _Pairs(train, whole, whole - train)
 
 
 def _shape(step: Step) -> Shape | None:
-    model = next(
-        (s.config.model for s in _upstream(step) if isinstance(s.config, SFTStage | TrimStage | OwnPairsStage)), ""
-    )
-    trimmed = next((s.config.size for s in _upstream(step) if isinstance(s.config, TrimStage)), None)
-    shape = _shape_of(model)
+    found = (s.config for s in _upstream(step) if isinstance(s.config, SFTStage | TrimStage | OwnPairsStage))
+    shape = _shape_of(getattr(next(found, None), "model", ""))
+    trimmed = _config_of(step, TrimStage)
     if shape is None or trimmed is None or isinstance(step.config, TrimStage):
         return shape
-    return shape._replace(parameters=shape.parameters - max(0, shape.words - trimmed) * shape.hidden, words=trimmed)
+    dropped = max(0, shape.words - trimmed.size)
+    return shape._replace(parameters=shape.parameters - dropped * shape.hidden, words=trimmed.size)
 
 
 def _shape_of(model: str) -> Shape | None:

@@ -9,14 +9,14 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from madpo.core.config import Frozen, find_experiment, load_config
 from madpo.core.progress import say
 from madpo.core.storage import expanded
 from madpo.data.corpus import Corpus, PackagedIMDB, Tier
 from madpo.models.hyperparameters import EarlyStopping, LoRA, Optimisation, Pooling
-from madpo.operations.settings import PROBE, EvaluationSettings, PairCorpus, StudyDecoding
+from madpo.operations.settings import NONE_IF_FALSE, PROBE, EvaluationSettings, PairCorpus, StudyDecoding
 from madpo.operations.trackers import reporting_to
 from madpo.report import rebuild_report
 from madpo.report.live import LiveReport
@@ -120,7 +120,7 @@ class Experiment(Frozen):
     title: str
     model: str = "gemma-3-270m"
     """Packaged name, folder or hub id of the base model."""
-    vocabulary: VocabularySettings | None = None
+    vocabulary: Annotated[VocabularySettings | None, NONE_IF_FALSE] = None
     """None, or false in TOML, which has no word for nothing, is the whole model."""
     corpus: Annotated[Corpus | PairCorpus, Field(discriminator="kind")] = PackagedIMDB()
     """Where texts come from; or pairs as they are (``kind = "pairs"``), which take the place of ``pairs``, the prompts
@@ -211,11 +211,6 @@ class Experiment(Frozen):
                 f"method {row.name!r} learns from how responses to a prompt differ, and responses.temperature = 0 "
                 "samples the same one each time; give a temperature above 0, or remove the method"
             )
-
-    @field_validator("vocabulary", mode="before")
-    @classmethod
-    def _whole(cls, value: object) -> object:
-        return None if value is False else value
 
     def rows(self) -> tuple[Method, ...]:
         """The methods with their sweeps spelled out."""

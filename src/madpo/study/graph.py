@@ -54,6 +54,9 @@ _LIGHT = (
 class Trunk(ABC):
     """What every tier and seed shares.
 
+    Args:
+        experiment: its settings; rows: the methods that are compared, with their sweeps spelled out.
+
     Attributes:
         sft: the reference of all policies; base: of reward models, where it is no model that the user names.
         judge: the input of evaluations that gives rewards; empty where nothing does.
@@ -66,8 +69,8 @@ class Trunk(ABC):
     reference = SFT
     heldout = False
 
-    def __init__(self, experiment: Experiment | CompareSettings) -> None:
-        self.experiment = experiment
+    def __init__(self, experiment: Experiment | CompareSettings, rows: Sequence[Method]) -> None:
+        self.experiment, self.rows = experiment, rows
         self.steps: dict[str, Step] = {}
         self.base: dict[str, Step] = {}
 
@@ -75,13 +78,9 @@ class Trunk(ABC):
     def pairs(self, tier: str, seed: int) -> Step:
         """The step whose pairs the rows of a tier and seed learn from."""
 
-    @abstractmethod
-    def rows(self) -> tuple[Method, ...]:
-        """The methods that are compared."""
-
     def build(self, tiers: Sequence[str]) -> list[Step]:
         """Every step that a measurement needs, upstream steps first."""
-        rows, seeds = self.rows(), self.experiment.seeds
+        rows, seeds = self.rows, self.experiment.seeds
         extra = [seed for row in rows for seed in row.seeds or () if seed not in seeds]
         for seed in (*seeds, *dict.fromkeys(extra)):
             for tier in tiers:
@@ -119,12 +118,9 @@ def build(experiment: Experiment) -> list[Step]:
 
 
 class _CorpusTrunk(Trunk):
-    """The oracle, the SFT model and its responses."""
-
     def __init__(self, experiment: Experiment, pairs: PairSettings) -> None:
-        super().__init__(experiment)
-        self.labels = e = experiment
-        self.made = pairs
+        super().__init__(experiment, experiment.rows())
+        self.made, self.permutation, e = pairs, experiment.seed, experiment
         assert not isinstance(e.corpus, PairCorpus)
         used = pairs.skip + pairs.prompts
         stopping = 0 if e.sft.early_stopping is None else e.sft.early_stopping.texts
@@ -147,25 +143,15 @@ class _CorpusTrunk(Trunk):
         )
         says = "fine-tuning the base model on positive reviews"
         self.sft = self.add("sft", training.train_sft, sft, self.base, says=says)
-        responses = ResponseStage(
-            corpus=e.corpus, prompts=pairs.prompts, skip=pairs.skip, seed=e.seed, **e.responses.model_dump()
-        )
-        self.responses = self.add(
-            "responses",
-            sample_responses,
-            responses,
-            {"sft": self.sft, **self.judge},
-            says="two responses to the beginning of every negative review",
-        )
-
-    def rows(self) -> tuple[Method, ...]:
-        """Those of the experiment, with their sweeps spelled out."""
-        return self.labels.rows()
+        given = {"prompts": pairs.prompts, "skip": pairs.skip, "seed": e.seed, **e.responses.model_dump()}
+        responses, inputs = ResponseStage(corpus=e.corpus, **given), {"sft": self.sft, **self.judge}
+        says = "two responses to the beginning of every negative review"
+        self.responses = self.add("responses", sample_responses, responses, inputs, says=says)
 
     def pairs(self, tier: str, seed: int) -> Step:
         """Two responses, or the best of them and a review's own words, labelled by the oracle."""
         given = {"tier": tier, "train": self.made.train, "label_noise": self.made.label_noise}
-        labels = PairStage.model_validate({**given, "seed": seed, "seed_permutation": self.labels.seed})
+        labels = PairStage.model_validate({**given, "seed": seed, "seed_permutation": self.permutation})
         name, says = f"pairs/{tier}/seed{seed}", f"pairs of the {tier} tier, labelled"
         return self.add(name, label_pairs, labels, {"responses": self.responses}, says=says)
 
@@ -179,17 +165,7 @@ class _Bench:
         self.pairs = trunk.pairs(tier, seed)
 
     # Each just before the first row that reads it: results do not wait for what they do not need.
-    @cached_property
-    def logps(self) -> Step:
-        """The reference's log-probabilities of its pairs."""
-        return self._reference("reference")
-
-    @cached_property
-    def heldout_logps(self) -> Step:
-        """The same of the held-out pairs."""
-        return self._reference("heldout_reference", split="heldout")
-
-    def _reference(self, kind: str, **split: str) -> Step:
+    def _logps(self, kind: str = "reference", **split: str) -> Step:
         optimisation = self.experiment.policy.optimisation
         sizes = {"batch_size": optimisation.batch_size, "micro_batch_size": optimisation.per_pass}
         inputs = {"pairs": self.pairs, "reference": self.trunk.sft}
@@ -212,8 +188,8 @@ class _Bench:
         inputs = {"pairs": self.pairs, "reward_model": self.reward_model}
         says = "how strongly the reward model prefers each pair"
         if self.experiment.reward_model.kind == "probe":
-            return self._add("margins", margins.probe_margins, margins.ProbeMarginStage(), inputs, says)
-        return self._add("margins", margins.score_margins, margins.MarginStage(), inputs, says)
+            return self._add("margins", margins.probe_margins, margins.NoSettings(), inputs, says)
+        return self._add("margins", margins.score_margins, margins.NoSettings(), inputs, says)
 
     def _add(self, kind: str, fn: StageFn, config: Frozen, inputs: Mapping[str, Step | Source], says: str) -> Step:
         return self.trunk.add(f"{kind}/{self.place}", fn, config, inputs, says=says)
@@ -239,7 +215,8 @@ class _Bench:
         says, groups = f"{method.name} on the {self.tier} pairs", (method.group,)
         policy = self.trunk.add(f"policy/{name}", fn, config, inputs, says=says, groups=groups)
         if self.trunk.heldout:
-            given = {"pairs": self.pairs, "reference": self.trunk.sft, "logps": self.heldout_logps, "policy": policy}
+            logps = self._logps("heldout_reference", split="heldout")
+            given = {"pairs": self.pairs, "reference": self.trunk.sft, "logps": logps, "policy": policy}
             size = self.experiment.policy.optimisation.per_pass
             stage = HeldoutStage(method=method.name, seed=self.seed, batch_size=size)
             says = f"{method.name} on held-out pairs"
@@ -255,7 +232,7 @@ class _Bench:
         if method.pairs == "agreeing":
             inputs["pairs"] = self._relabelled(method, margins.keep_agreeing, margins.AgreeingStage(), {})
         elif method.pairs == "redrawn":
-            sides = {"logps": self.logps, "scores": self._scores() if "scores" in inputs else None}
+            sides = {"logps": self._logps(), "scores": self._scores() if "scores" in inputs else None}
             given = {role: step for role, step in sides.items() if step is not None}
             turned = self._relabelled(method, margins.redraw_labels, margins.RedrawnStage(seed=self.seed), given)
             inputs |= {role: turned for role in inputs if role != "reference"}
@@ -268,7 +245,7 @@ class _Bench:
         return train_auto_policy, config, self._learns_from(method)
 
     def _learns_from(self, method: Method) -> dict[str, Step | Source]:
-        inputs: dict[str, Step | Source] = {"pairs": self.pairs, "reference": self.trunk.sft, "logps": self.logps}
+        inputs: dict[str, Step | Source] = {"pairs": self.pairs, "reference": self.trunk.sft, "logps": self._logps()}
         if "reward_margin" in method.reads:
             inputs["margins"] = self._margins_of(method)
         return inputs
@@ -281,24 +258,18 @@ class _Bench:
             settings=settings.model_copy(update={"optimisation": None}),
             optimisation=settings.optimisation or e.policy.optimisation,
             lora=e.policy.lora,
-            max_new_tokens=e.responses.max_new_tokens,
-            temperature=e.responses.temperature,
-            top_p=e.responses.top_p,
-            top_k=e.responses.top_k,
             seed=self.seed,
+            **e.responses.model_dump(include={"max_new_tokens", "temperature", "top_p", "top_k"}),
         )
-        return (
-            training.train_online,
-            config,
-            {"pairs": self.pairs, "reference": self.trunk.sft, "reward_model": self.reward_model},
-        )
+        inputs = {"pairs": self.pairs, "reference": self.trunk.sft, "reward_model": self.reward_model}
+        return training.train_online, config, inputs
 
     def _scores(self) -> Step:
         if self.experiment.reward_model.kind == "probe":  # which has none: those of the data
             return self.pairs
         inputs = {"pairs": self.pairs, "reward_model": self.reward_model}
         says = "the reward model's score of either side"
-        return self._add("scores", margins.score_sides, margins.ScoreStage(), inputs, says)
+        return self._add("scores", margins.score_sides, margins.NoSettings(), inputs, says)
 
     def _out_of_fold(self) -> Step:
         folds = self.experiment.reward_model.folds
@@ -313,13 +284,9 @@ class _Bench:
             )
             for k in range(folds)
         }
-        return self._add(
-            "out_of_fold",
-            margins.score_out_of_fold,
-            margins.OutOfFoldStage(folds=folds, seed=self.seed),
-            {"pairs": self.pairs, **models},
-            "margins from reward models that have not seen the pair",
-        )
+        stage, inputs = margins.OutOfFoldStage(folds=folds, seed=self.seed), {"pairs": self.pairs, **models}
+        says = "margins from reward models that have not seen the pair"
+        return self._add("out_of_fold", margins.score_out_of_fold, stage, inputs, says)
 
     def _probe(self, kind: str) -> Step:
         folds = self.experiment.reward_model.folds
@@ -333,7 +300,7 @@ class _Bench:
         if method.margins == "probe" and self.experiment.reward_model.kind == "trained":
             inputs = {"pairs": self.pairs, "reward_model": self._probe("probe")}
             says = "the probe's margins, out of fold"
-            return self._add("probe_margins", margins.probe_margins, margins.ProbeMarginStage(), inputs, says)
+            return self._add("probe_margins", margins.probe_margins, margins.NoSettings(), inputs, says)
         whole = method.margins == "in_sample" or self.experiment.reward_model.kind == "probe"  # out of fold by itself
         return self.own_margins if whole else self._out_of_fold()
 

@@ -132,21 +132,19 @@ class Method(Frozen):
             changes["loss"] = self.loss.model_copy(update={"parameters": {**self.loss.parameters, **values}})
         else:
             fields = type(self.loss).model_fields
-            changes["loss"] = _loss(self, {**self.loss.model_dump(), **values}, fields)
+            known = {name: value for name, value in {**self.loss.model_dump(), **values}.items() if name in fields}
+            try:
+                changes["loss"] = LossAdapter.validate_python(known)
+            except ValidationError as error:
+                first = error.errors(include_url=False)[0]
+                where = ".".join(str(part) for part in first["loc"][1:])
+                said = f"sweep.{where} = {first['input']!r}: {first['msg']}"
+                raise ValueError(f"method {self.name!r}: {said}") from None
         for name in values:
             if name not in fields:
-                known = did_you_mean(name, list(fields)) or f"; there are {', '.join(fields)}"
-                raise ValueError(f"method {self.name!r}: sweep.{name} is no field to vary{known}")
+                near = did_you_mean(name, list(fields)) or f"; there are {', '.join(fields)}"
+                raise ValueError(f"method {self.name!r}: sweep.{name} is no field to vary{near}")
         return Method.model_validate({**dict(self), **changes})
-
-
-def _loss(method: Method, values: Mapping[str, Any], fields: Mapping[str, Any]) -> Any:
-    try:
-        return LossAdapter.validate_python({name: value for name, value in values.items() if name in fields})
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"][1:])
-        raise ValueError(f"method {method.name!r}: sweep.{where} = {first['input']!r}: {first['msg']}") from None
 
 
 class Selection(Frozen):

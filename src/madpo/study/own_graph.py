@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from madpo.core.errors import ConfigError
 from madpo.core.storage import expanded
@@ -68,8 +68,8 @@ class ExperimentTrunk(_PairsTrunk):
     """
 
     def __init__(self, experiment: Experiment, corpus: PairCorpus) -> None:
-        super().__init__(experiment)
-        self.labels = e = experiment
+        super().__init__(experiment, experiment.rows())
+        e = experiment
         for data in filter(None, (corpus.data, corpus.eval_data)):
             look_at(data)
         stage = OwnPairsStage(
@@ -85,10 +85,6 @@ class ExperimentTrunk(_PairsTrunk):
         says = "fine-tuning the base model on what was preferred"
         self.sft = self.add("sft", train_sft_on_pairs, sft, {"pairs": self._pairs}, says=says)
         self.judged_by(corpus.judge, e.seed)
-
-    def rows(self) -> tuple[Method, ...]:
-        """Those of the experiment, with their sweeps spelled out."""
-        return self.labels.rows()
 
 
 def build(experiment: Experiment) -> list[Step]:
@@ -110,11 +106,10 @@ class OwnTrunk(_PairsTrunk):
     reference = REFERENCE
 
     def __init__(self, settings: CompareSettings, data: str, eval_data: str | None) -> None:
-        super().__init__(settings)
-        self.settings, self.sft = settings, _source(settings.model)
         size, numbers = _read(data, settings)
-        self._margins = "reward_margin" in numbers
-        for row in self.rows():
+        super().__init__(settings, rows_of(settings, "reward_margin" in numbers))
+        self.sft = _source(settings.model)
+        for row in self.rows:
             if row.loss is not None:
                 require_columns([numbers], row.loss, data, probed=True)
         probed = settings.judge == PROBE
@@ -132,10 +127,6 @@ class OwnTrunk(_PairsTrunk):
             self.judge_saw_pairs = seen_pairs(settings.judge, PairStream(data, settings.reading)) or 0
         self.judged_by(settings.judge, settings.split_seed)
 
-    def rows(self) -> tuple[Method, ...]:
-        """The losses at every beta."""
-        return rows_of(self.settings, self._margins)
-
 
 def rows_of(settings: CompareSettings, margins: bool) -> tuple[Method, ...]:
     """A row for every loss at the common beta, and one for each at the others.
@@ -149,7 +140,10 @@ def rows_of(settings: CompareSettings, margins: bool) -> tuple[Method, ...]:
     losses = [known_loss(given) for given in settings.losses]
     if not any(loss.kind == "dpo" for loss in losses):
         losses = [known_loss("dpo"), *losses]
-    methods = [_name(loss) for loss in losses]
+    # Margins have no word in these names.
+    trainers = ["auto" if isinstance(loss, AutoLoss) else "offline" for loss in losses]
+    named = zip(losses, trainers, strict=True)
+    methods = [method_of(loss.kind, loss.kind, loss.model_dump(), "all", "column", trainer) for loss, trainer in named]
     betas = settings.betas or ((BETA,) if settings.judge is None else (0.03, BETA, 0.3))
     base = BETA if BETA in betas else betas[0]
     rows: list[Method] = []
@@ -159,7 +153,12 @@ def rows_of(settings: CompareSettings, margins: bool) -> tuple[Method, ...]:
         tuned = default == BETA and "beta" not in loss.model_fields_set
         words = settings_words(loss.model_dump(exclude={"beta"} if tuned else None))
         shown = f"{name}, {words}" if words and methods.count(name) > 1 else name
-        row = _row(shown, loss.model_copy(update={"beta": base}) if tuned else loss, margins)
+        loss = loss.model_copy(update={"beta": base}) if tuned else loss
+        if isinstance(loss, AutoLoss):
+            auto = AutoSettings.model_validate(loss.model_dump(exclude={"kind"}))
+            row = Method(name=shown, trainer="auto", auto=auto, margins="column" if margins else "probe")
+        else:
+            row = Method(name=shown, loss=loss, margins="column" if margins else "in_sample")
         rows.append(row)
         if tuned and (others := tuple(beta for beta in betas if beta != base)):
             rows += row.model_copy(update={"group": "frontier", "sweep": {"beta": others}}).rows()
@@ -167,19 +166,6 @@ def rows_of(settings: CompareSettings, margins: bool) -> tuple[Method, ...]:
         if sum(other.key == row.key for other in rows) > 1:
             raise ConfigError(f"losses has {row.name} twice; give each once")
     return tuple(rows)
-
-
-def _name(loss: Any) -> str:
-    """The method's, as the report has it; margins have no word in it."""
-    trainer = "auto" if isinstance(loss, AutoLoss) else "offline"
-    return method_of(loss.kind, loss.kind, loss.model_dump(), "all", "column", trainer)
-
-
-def _row(name: str, loss: Any, margins: bool) -> Method:
-    if isinstance(loss, AutoLoss):
-        auto = AutoSettings.model_validate(loss.model_dump(exclude={"kind"}))
-        return Method(name=name, trainer="auto", auto=auto, margins="column" if margins else "probe")
-    return Method(name=name, loss=loss, margins="column" if margins else "in_sample")
 
 
 def _source(place: str) -> Source:

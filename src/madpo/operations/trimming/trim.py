@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from madpo import __version__
 from madpo.core.config import Frozen, added
 from madpo.core.errors import ConfigError
 from madpo.core.metrics import Estimate, Metrics
@@ -27,12 +28,12 @@ from madpo.models.locate import read_tokenizer
 from madpo.models.packaged import quiet_transformers
 from madpo.models.vocabulary import Vocabulary, named_ids, refuse_untranslated, renumbered
 from madpo.models.weights import pretrained
-from madpo.operations.card import rendered
 from madpo.operations.running import digest, load_report, run_in_folder
 from madpo.operations.settings import TrimSettings
 from madpo.operations.trimming.corpus_tokens import CorpusTokens, encoded, read_corpus
 from madpo.operations.trimming.kept_mass import Probe, TextScore, probe, score_texts
 from madpo.report.numbers import short
+from madpo.report.pages import markdown
 from madpo.runner.operation import operation
 
 PROBES, PROBE_TOKENS = 4, 64
@@ -174,7 +175,8 @@ def trim_model(settings: TrimSettings, inputs: Mapping[str, Path], out: Path) ->
     )
     write_atomically(out / "kept_ids.json", json.dumps(kept.ids) + "\n")
     corpus = list(zip(names, digests, strict=True))
-    write_atomically(out / "README.md", rendered("trim_card.md", report=report, corpus=corpus))
+    card = markdown("trim_card.md", version=__version__, report=report, corpus=corpus)
+    write_atomically(out / "README.md", card)
     report.write(out / "vocabulary.json")
     return {
         "entries": report.entries,
@@ -239,7 +241,6 @@ class _Whole(NamedTuple):
 
 
 def _write(whole: _Whole, new: Mapping[int, int], out: Path) -> tuple[int, int]:
-    """Tokenizer, weights and configurations; (parameters before, after)."""
     name = whole.vocabulary.name
     with quiet_transformers():
         # The class and its settings stay; what it calls for every text is exchanged.
@@ -275,7 +276,6 @@ def trim_rows(model: PreTrainedModel, kept: Sequence[int]) -> None:
 def _measure(
     base: Path | str, whole: _Whole, new: Mapping[int, int], counted: CorpusTokens, batch_size: int, out: Path
 ) -> dict[str, Any]:
-    """The fields of the report that come from held-out text."""
     tokenizer, rows = whole.tokenizer, [old for old in new if old < whole.rows]
     # A first token needs something before it to be predicted from.
     start = tokenizer.convert_tokens_to_ids(tokenizer.bos_token or tokenizer.eos_token)

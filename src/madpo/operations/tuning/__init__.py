@@ -1,6 +1,6 @@
 """The search over a loss's parameters: ``madpo tune``.
 
-``settings`` says what is tried, ``heldout`` measures one setting by cross-validation, ``reward`` reads the reward of
+``settings`` says what is tried, ``heldout`` measures one setting by cross-validation and reads the reward of
 samples at equal KL, ``search`` lets Optuna search, ``report`` shows every trial. Names load on first use, so that a
 mistake in a configuration is reported before TRL is loaded.
 """

@@ -1,4 +1,7 @@
-"""One trial: a policy for every fold, and what it makes of the pairs that it did not see."""
+"""One trial: a policy for every fold, what it makes of the pairs that it did not see, and its reward at equal KL.
+
+For the reward of samples at equal KL an adapter is made weaker and stronger, and the reward is read off at one KL.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,13 @@ import gc
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from peft import PeftModel
 from safetensors.numpy import load_file, save
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -21,20 +25,107 @@ from madpo.core.errors import DivergedError
 from madpo.core.statistics import bootstrap_mean, bootstrap_share, fit_temperature, proportion
 from madpo.core.storage import write_atomically
 from madpo.data.folds import folds_by_prompt, prompt_key
+from madpo.data.messages import answered
+from madpo.data.rows import Pair
 from madpo.data.templates import Clock
+from madpo.data.tokens import Encoder
+from madpo.models.engine.responses import Response, divergence, end_tokens, respond
 from madpo.models.load import load_model
+from madpo.operations.averaging import strengthened
 from madpo.operations.inputs import Row, load_training
 from madpo.operations.pair_scorer import PairScorer, load_scorer
 from madpo.operations.policy import as_dataset, build_trainer, implicit_margins, trainer_arguments
 from madpo.operations.preconditions import require_columns
 from madpo.operations.train_settings import TrainSettings
 from madpo.operations.tuning.report import Heldout
-from madpo.operations.tuning.reward import RewardCurve, reward_curve
-from madpo.operations.tuning.settings import TuneSettings
+from madpo.operations.tuning.settings import RewardCriterion, TuneSettings
 from madpo.training.nan_guard import drop_unscored
 from madpo.training.run import TRACKED, run_training
 
 Floats = NDArray[np.float64]
+
+
+class RewardCurve(NamedTuple):
+    """One fold's policy: rewards and KL per prompt at rising strengths of its adapter.
+
+    Attributes:
+        strengths: (points,); 0, the reference, comes first.
+        rewards: (points, prompts), in the reward model's unit.
+        kl: (points, prompts), nats per response.
+    """
+
+    strengths: Floats
+    rewards: Floats
+    kl: Floats
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, NDArray[Any]]) -> RewardCurve:
+        """From the arrays of :meth:`tensors`."""
+        return cls(*(np.asarray(tensors[f"curve_{name}"], dtype=np.float64) for name in cls._fields))
+
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """The arrays by name, for a file."""
+        return {f"curve_{name}": np.ascontiguousarray(value) for name, value in self._asdict().items()}
+
+    def at(self, kl: float) -> Floats | None:
+        """Reward per prompt at this KL, between the two strengths around it; None if no strength reaches it."""
+        means = self.kl.mean(-1)
+        above = np.flatnonzero(means >= kl)
+        if not len(above):
+            return None
+        right = int(above[0])
+        share = (kl - means[right - 1]) / (means[right] - means[right - 1])
+        found: Floats = (1 - share) * self.rewards[right - 1] + share * self.rewards[right]
+        return found
+
+
+def reward_curve(
+    policy: PeftModel,
+    reference: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    scorer: PairScorer,
+    rows: Sequence[Row],
+    config: RewardCriterion,
+) -> RewardCurve:
+    """Sample at rising strengths until the KL reaches ``config.kl``; the same random numbers at each.
+
+    Args:
+        rows: held-out pairs; each of their first ``config.prompts`` different prompts gets one response a strength.
+    """
+    first: dict[str, Row] = {}
+    for row in rows:
+        first.setdefault(prompt_key(row["prompt"]), row)
+    chosen = list(first.values())[: config.prompts]
+    prompt_ids = [list(row["prompt_ids"]) for row in chosen]
+    ends = end_tokens(reference, tokenizer)
+    if isinstance(chosen[0]["prompt"], list):
+        ends.add(Encoder(tokenizer).end_id())
+
+    def written(model: nn.Module, name: str) -> list[Response]:
+        keys = [int(row["pair_id"]) for row in chosen]
+        how = f"{name}: responses"
+        return respond(model, tokenizer, prompt_ids, config, keys=keys, draw=0, ends=ends, description=how)[0]
+
+    base = written(reference, "Reference")
+    points: list[tuple[float, Floats, Floats]] = []
+    for strength in config.strengths:
+        with strengthened(policy, strength):
+            said = written(policy, f"Adapter at {strength:g}")
+            ids = [response.ids for response in said]
+            size = config.score_batch_size
+            kl = divergence(policy, reference, prompt_ids, ids, pad=tokenizer.pad_token_id, batch_size=size)[1]
+        pairs = [
+            Pair(i, i, row["prompt"], answered(row["prompt"], a.text), answered(row["prompt"], b.text), {})
+            for i, (row, a, b) in enumerate(zip(chosen, said, base, strict=True))
+        ]
+        mine, theirs = scorer.score_pairs(pairs, "held-out prompts", "row")
+        if not points:
+            points.append((0.0, theirs, np.zeros(len(chosen))))
+        points.append((strength, mine, kl))
+        if kl.mean() >= config.kl:
+            break
+    strengths, rewards, kls = zip(*points, strict=True)
+    return RewardCurve(np.array(strengths), np.stack(rewards), np.stack(kls))
 
 
 class Prepared(NamedTuple):

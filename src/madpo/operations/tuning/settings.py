@@ -103,11 +103,6 @@ def flat(tables: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     return found
 
 
-def default_space(kind: str, has_beta: bool) -> Space | None:
-    """The search space of a loss; None where there is nothing to search by default."""
-    return SPACES.get(kind) or ({"loss.beta": _BETA} if has_beta else None)
-
-
 def grid_size(space: Mapping[str, Dimension]) -> float:
     """How many settings the space holds; infinite with a range in it."""
     return math.prod(len(d.values) if d.values is not None else math.inf for d in space.values())
@@ -219,22 +214,21 @@ class TuneSettings(TrainSettings):
             if key.split(".")[0] not in SEARCHED or "." not in key:
                 raise ValueError(f"space has the key {key!r}, but only loss.*, args.* and lora.* are searched")
             for corner in dimension.corners:
-                self._try(key, corner)
+                try:
+                    with_values(self.training, {key: corner})
+                except ValidationError as error:
+                    said = error.errors()[0]["msg"].removeprefix("Value error, ")
+                    reason = said.replace("Input should be", "must be")
+                    raise ValueError(f"space.{key}: {corner!r} cannot be: {reason}") from None
         if self.sampler == "grid" and any(dimension.values is None for dimension in self.searched.values()):
             raise ValueError('sampler "grid" needs values for every key of the space; give values, or take "tpe"')
         return self
 
-    def _try(self, key: str, value: Any) -> None:
-        try:
-            with_values(self.training, {key: value})
-        except ValidationError as error:
-            reason = error.errors()[0]["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-            raise ValueError(f"space.{key}: {value!r} cannot be: {reason}") from None
-
     @property
     def searched(self) -> Space:
         """The search space: as given, or the loss's own."""
-        return self.space or default_space(self.loss.kind, "beta" in type(self.loss).model_fields) or {}
+        beta = {"loss.beta": _BETA} if "beta" in type(self.loss).model_fields else {}
+        return self.space or SPACES.get(self.loss.kind) or beta
 
     @property
     def training(self) -> TrainSettings:
