@@ -88,12 +88,14 @@ def tune_pairs(settings: TuneConfig, inputs: Mapping[str, Path], out: Path) -> M
         shutil.copytree(settings.earlier / SEARCH, state)
     state.mkdir(exist_ok=True)
     prepared = prepare(data, settings, state)
-    report = _search(digest(data), out, part(settings, TuneSettings), prepared)
-    best = report.best()
-    write_atomically(out / "chosen.toml", resolved(data, with_values(settings.training, best.values), prepared.clock))
+    asked = part(settings, TuneSettings)
+    report = _search(digest(data), out, asked, prepared)
+    chosen = with_values(settings.training, report.best().values)
+    write_atomically(out / "chosen.toml", resolved(data, chosen, prepared.clock))
     report.write(out / "report.json")
     shutil.copytree(state, out / SEARCH, dirs_exist_ok=True)
-    return {"trials": len(report.trials), "log_loss": best.heldout.log_loss, "accuracy": best.heldout.accuracy}
+    best = report.best().heldout
+    return {"trials": len(report.trials), "log_loss": best.log_loss, "accuracy": best.accuracy}
 
 
 def _search(data_digest: str | None, output_dir: Path, settings: TuneSettings, prepared: Prepared) -> TuneReport:
@@ -104,7 +106,6 @@ def _search(data_digest: str | None, output_dir: Path, settings: TuneSettings, p
         baseline = measure(prepared, settings, settings.baseline_training, folder)
     study, space = open_study(output_dir / CHECKPOINTS / JOURNAL, settings), settings.searched
     found: dict[int, tuple[Trial, Measured]] = {}
-    sign = -1 if settings.criterion == "log_loss" else 1
 
     def look(number: int, values: dict[str, Value]) -> Measured:
         measured = measure(prepared, settings, with_values(settings.training, values), folder)
@@ -112,41 +113,7 @@ def _search(data_digest: str | None, output_dir: Path, settings: TuneSettings, p
         return measured
 
     def written() -> TuneReport:
-        diverged = tuple(
-            Diverged(
-                number=trial.number,
-                values={key: trial.params[key] for key in space if key in trial.params},
-                reason=trial.user_attrs.get("diverged", "it failed"),
-            )
-            for trial in study.trials
-            if trial.state.name == "FAIL"
-        )
-        ranked = {n: _value(measured, settings.criterion) for n, (_, measured) in found.items()}
-        reached = {n: sign * value for n, value in ranked.items() if value is not None}
-        if diverged and not found:
-            raise DivergedError(
-                f"all {len(diverged)} trials diverged, the first since {diverged[0].reason}; search smaller learning "
-                "rates or a weaker loss, in another output_dir or with --overwrite"
-            )
-        if not reached:
-            raise ConfigError(
-                f"no policy reached a KL of {settings.reward.kl if settings.reward else 0:g} nats; lower reward.kl, "
-                "raise the strengths, or train with a larger learning rate"
-            )
-        # Of equal ones the first: a tie says nothing for the later trial.
-        chosen = max(reached, key=lambda n: (reached[n], -n))
-        report = TuneReport(
-            data_digest=data_digest,
-            pairs=len(prepared.rows),
-            dropped=prepared.dropped,
-            criterion=settings.criterion,
-            trials=tuple(found[n][0] for n in sorted(found)),
-            baseline=None if baseline is None else Trial(number=-1, values={}, heldout=baseline.heldout),
-            chosen=chosen,
-            advantage=None if baseline is None else _advantage(found[chosen][1], baseline, prepared, settings),
-            settings=settings,
-            diverged=diverged,
-        )
+        report = _report(data_digest, settings, prepared, found, _diverged(study, settings), baseline)
         write_search(output_dir, report)
         return report
 
@@ -186,6 +153,18 @@ def _end(study: optuna.Study, trial: optuna.Trial, value: float | None, **attrib
     study.sampler = samplers.RandomSampler(seed=0)
     without = TrialState.FAIL if "diverged" in attributes else TrialState.PRUNED
     study.tell(trial, value, state=without if value is None else None)
+
+
+def _diverged(study: optuna.Study, settings: TuneSettings) -> tuple[Diverged, ...]:
+    return tuple(
+        Diverged(
+            number=trial.number,
+            values={key: trial.params[key] for key in settings.searched if key in trial.params},
+            reason=trial.user_attrs.get("diverged", "it failed"),
+        )
+        for trial in study.trials
+        if trial.state.name == "FAIL"
+    )
 
 
 def open_study(path: Path, settings: TuneSettings) -> optuna.Study:
@@ -245,6 +224,43 @@ def _sampler(settings: TuneSettings, number: int) -> optuna.samplers.BaseSampler
 def _value(measured: Measured, criterion: Criterion) -> float | None:
     found: Estimate | None = getattr(measured.heldout, criterion)
     return None if found is None else found.mean
+
+
+def _report(
+    data_digest: str | None,
+    settings: TuneSettings,
+    prepared: Prepared,
+    found: Mapping[int, tuple[Trial, Measured]],
+    diverged: tuple[Diverged, ...],
+    baseline: Measured | None,
+) -> TuneReport:
+    sign = -1 if settings.criterion == "log_loss" else 1
+    ranked = {n: _value(measured, settings.criterion) for n, (_, measured) in found.items()}
+    reached = {n: sign * value for n, value in ranked.items() if value is not None}
+    if diverged and not found:
+        raise DivergedError(
+            f"all {len(diverged)} trials diverged, the first since {diverged[0].reason}; search smaller learning rates "
+            "or a weaker loss, in another output_dir or with --overwrite"
+        )
+    if not reached:
+        raise ConfigError(
+            f"no policy reached a KL of {settings.reward.kl if settings.reward else 0:g} nats; lower reward.kl, raise "
+            "the strengths, or train with a larger learning rate"
+        )
+    # Of equal ones the first: a tie says nothing for the later trial.
+    chosen = max(reached, key=lambda n: (reached[n], -n))
+    return TuneReport(
+        data_digest=data_digest,
+        pairs=len(prepared.rows),
+        dropped=prepared.dropped,
+        criterion=settings.criterion,
+        trials=tuple(found[n][0] for n in sorted(found)),
+        baseline=None if baseline is None else Trial(number=-1, values={}, heldout=baseline.heldout),
+        chosen=chosen,
+        advantage=None if baseline is None else _advantage(found[chosen][1], baseline, prepared, settings),
+        settings=settings,
+        diverged=diverged,
+    )
 
 
 def _advantage(best: Measured, baseline: Measured, prepared: Prepared, settings: TuneSettings) -> Estimate | None:
