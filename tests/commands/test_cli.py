@@ -18,7 +18,7 @@ from madpo.core.locks import locked
 from madpo.runner.executors import Processes
 from madpo.runner.operation import operation
 from madpo.runner.run import RunResult, Step, run
-from refusals import refused
+from refusals import names, refused
 
 
 class Nothing(Frozen):
@@ -109,25 +109,25 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "words"),
+    ("argv", "named"),
     [
-        (["rnu", "quickstart"], "no command 'rnu'; did you mean 'run'?"),
-        (["xyz"], "there are run, check"),
-        (["run", "quickstart", "--outptu_dir", "x"], "no option '--outptu_dir'; did you mean '--output_dir'?"),
-        (["run", "quickstart", "--dryrun"], "did you mean '--dry_run'?"),
-        (["run", "quickstart", "--jobs", "0"], "processes = 0: must be greater than or equal to 1"),
-        (["run"], "experiment is missing"),
-        (["run", "no-such-experiment-at-all"], "neither a packaged experiment nor a TOML file"),
-        (["run", "absent/file.toml"], "absent/file.toml"),
-        (["status", "no-such-folder"], "no-such-folder holds no run"),
-        (["report", "no-such-folder"], "no-such-folder holds no run"),
+        (["rnu", "quickstart"], ["'rnu'", "'run'"]),
+        (["xyz"], ["'xyz'", "run, check"]),
+        (["run", "quickstart", "--outptu_dir", "x"], ["'--outptu_dir'", "'--output_dir'"]),
+        (["run", "quickstart", "--dryrun"], ["'--dryrun'", "'--dry_run'"]),
+        (["run", "quickstart", "--jobs", "0"], [("processes", "0", "1")]),
+        (["run"], ["--experiment"]),
+        (["run", "no-such-experiment-at-all"], ["'no-such-experiment-at-all'"]),
+        (["run", "absent/file.toml"], ["absent/file.toml"]),
+        (["status", "no-such-folder"], ["no-such-folder"]),
+        (["report", "no-such-folder"], ["no-such-folder"]),
     ],
 )
 def test_a_mistake_is_one_sentence_and_status_2(
-    argv: list[str], words: str, capsys: pytest.CaptureFixture[str], experiment: Any
+    argv: list[str], named: list[Any], capsys: pytest.CaptureFixture[str], experiment: Any
 ) -> None:
     def missing() -> None:
-        raise ConfigError("absent/file.toml: there is no such file")
+        raise ConfigError("absent/file.toml: gone")
 
     experiment(missing)
     assert main(argv) == 2
@@ -135,7 +135,7 @@ def test_a_mistake_is_one_sentence_and_status_2(
     assert captured.out == ""
     assert captured.err.startswith("madpo: ")
     assert captured.err.count("\n") == 1
-    assert words in captured.err
+    names(captured.err, *named)
 
 
 def test_run_passes_everything_on(toml: Path, tmp_path: Path, experiment: Any, capsys: Any) -> None:
@@ -166,15 +166,15 @@ def test_dry_run_prints_the_plan(toml: Path, experiment: Any, tmp_path: Path, ca
     experiment(lambda: run([Step("a", succeed, Nothing())], tmp_path / "out", dry_run=True))
     assert main(["run", str(toml), "--dry-run"]) == 0
     first, total, rates, *_ = capsys.readouterr().out.splitlines()
-    assert first.startswith("a  to run  1.0 s")
-    assert total.startswith(
-        "1 of 1 steps to run: about 1.0 s one after another, on this machine, whose matrix products"
-    )
-    assert rates.startswith("(tokens a second of Gemma-3-270M: sft ")
+    assert first.split()[0] == "a"
+    names(first, "1.0 s")
+    names(total, "1 of 1", "1.0 s")
+    names(rates, "sft")
     assert main(["run", str(toml), "--dry-run", "--rate", "train=9000"]) == 0
     _, total, rates, *_ = capsys.readouterr().out.splitlines()
-    assert total.endswith("on the rates given")
-    assert "sft 120, train 9000, reward 420" in rates
+    names(total, "1 of 1")
+    assert "GFLOP" not in total, "the rates are given, so this machine was not measured"
+    names(rates, "sft 120, train 9000, reward 420")
 
 
 def test_failed_steps_are_status_1(toml: Path, experiment: Any, tmp_path: Path, capsys: Any) -> None:
@@ -183,17 +183,16 @@ def test_failed_steps_are_status_1(toml: Path, experiment: Any, tmp_path: Path, 
     experiment(lambda: run(steps, tmp_path / "out"))
     assert main(["run", str(toml)]) == 1
     err = capsys.readouterr().err
-    assert "failed: bad: RuntimeError: broken" in err
-    assert "wait for those: after" in err
+    names(err, ("bad", "RuntimeError: broken"), "after")
     assert main(["status", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
-    assert "good   done in" in out
-    assert "bad    failed: RuntimeError: broken" in out
-    assert "after  to run" in out
-    assert "1 of 3 steps are done; no run is active" in out
+    states = {line.split()[0]: line for line in out.splitlines()}
+    names(states["bad"], "RuntimeError: broken")
+    names(out, "1 of 3", "good", "after")
+    assert "process" not in out, "no run is active"
     with locked(tmp_path / "out"):
         main(["status", str(tmp_path / "out")])
-    assert "a run is active (process" in capsys.readouterr().out
+    names(capsys.readouterr().out, f"process {os.getpid()}")
 
 
 def test_an_interrupt_says_that_work_is_kept(toml: Path, experiment: Any, capsys: Any) -> None:
@@ -202,16 +201,18 @@ def test_an_interrupt_says_that_work_is_kept(toml: Path, experiment: Any, capsys
 
     experiment(interrupt)
     assert main(["run", str(toml)]) == 130
-    assert "finished steps and checkpoints are kept, and the same command continues" in capsys.readouterr().err
+    names(capsys.readouterr().err, "madpo: interrupted")
 
 
 def test_a_users_mistake_in_a_step_is_status_2(toml: Path, experiment: Any, capsys: Any) -> None:
+    said = "pairs.csv row 4: chosen is empty; drop the row"
+
     def mistake() -> None:
-        raise DataError("pairs.csv row 4: chosen is empty; drop the row")
+        raise DataError(said)
 
     experiment(mistake)
     assert main(["run", str(toml)]) == 2
-    assert capsys.readouterr().err == "madpo: pairs.csv row 4: chosen is empty; drop the row\n"
+    assert capsys.readouterr().err == f"madpo: {said}\n"
 
 
 def test_a_missing_extra_names_its_install_command(toml: Path, experiment: Any, capsys: Any) -> None:

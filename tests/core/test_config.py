@@ -1,7 +1,7 @@
 """Configuration files: what is read, and how mistakes are reported."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 from hypothesis import given
@@ -82,48 +82,44 @@ def test_overrides_are_typed_and_reach_every_depth(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "named"),
     [
-        (GOOD.replace("learning_rate", "learning_rat"), ["policy.learning_rat'", "did you mean 'learning_rate'?"]),
-        (GOOD.replace("tau = 7", "tau = 7\ntua = 3"), ["methods.ours.tua'", "did you mean 'tau'?"]),
-        (GOOD.replace("tau = 7", "tau = -7"), ["methods.ours.tau = -7", "must be greater than 0"]),
-        (GOOD.replace("3e-4", "nan"), ["policy.learning_rate = nan", "finite"]),
-        (GOOD.replace("tau = 7", ""), ["'methods.ours.tau' is missing"]),
-        (GOOD.replace('"adaptive"', '"adaptve"'), ["methods.ours.kind = 'adaptve'", "did you mean 'adaptive'?"]),
-        (GOOD.replace('kind = "adaptive"', ""), ["methods.ours needs the key 'kind'"]),
-        (GOOD.replace("3e-4", "3e-4\nepochs = 0\nnote = 'LOUD'"), ["policy.epochs = 0", "and 1 more mistake)"]),
-        (GOOD.replace("3e-4", "3e-4\nnote = 'LOUD'"), ["policy.note = 'LOUD': write it in lower case"]),
-        (GOOD.replace("[1, 2]", "[1, 'two']"), ["sizes.1 = 'two'", "integer"]),
-        ("title = 1x\nother = 2", ["not valid TOML", "line 1"]),
-        ("", ["'title' is missing"]),
+        (GOOD.replace("learning_rate", "learning_rat"), ["'policy.learning_rat'", "'learning_rate'"]),
+        (GOOD.replace("tau = 7", "tau = 7\ntua = 3"), ["'methods.ours.tua'", "'tau'"]),
+        (GOOD.replace("tau = 7", "tau = -7"), [("methods.ours.tau", "-7", "0")]),
+        (GOOD.replace("3e-4", "nan"), [("policy.learning_rate", "nan"), "finite"]),
+        (GOOD.replace("tau = 7", ""), ["'methods.ours.tau'"]),
+        (GOOD.replace('"adaptive"', '"adaptve"'), [("methods.ours.kind", "'adaptve'"), "'adaptive'"]),
+        (GOOD.replace('kind = "adaptive"', ""), [("methods.ours", "'kind'")]),
+        (GOOD.replace("3e-4", "3e-4\nepochs = 0\nnote = 'LOUD'"), [("policy.epochs", "0"), "1 more"]),
+        (GOOD.replace("3e-4", "3e-4\nnote = 'LOUD'"), [("policy.note", "'LOUD'")]),
+        (GOOD.replace("[1, 2]", "[1, 'two']"), [("sizes.1", "'two'"), "integer"]),
+        ("title = 1x\nother = 2", ["TOML", "line 1"]),
+        ("", ["'title'"]),
     ],
 )
-def test_a_mistake_is_one_sentence_with_file_key_and_remedy(tmp_path: Path, change: str, words: list[str]) -> None:
+def test_a_mistake_is_one_sentence_with_file_key_and_remedy(tmp_path: Path, change: str, named: list[Any]) -> None:
     path = write(tmp_path, change)
-    with pytest.raises(ConfigError) as caught:
+    with refused(ConfigError, *named) as caught:
         load_config(path, Experiment)
     message = str(caught.value)
     assert message.startswith(str(path))
     assert "\n" not in message
-    for word in words:
-        assert word in message
 
 
 @pytest.mark.parametrize(
-    ("override", "words"),
+    ("override", "named"),
     [
         ("policy.epochs=none", ["--set policy.epochs", "'none'"]),
-        ("policy.epochs", ["'policy.epochs' is not key=value"]),
-        ("title.deep=1", ["title = 'a study' has no fields"]),
-        ("sizes.7=1", ["'7' must be a number from 0 to 1"]),
-        ("policy.epoch=3", ["did you mean 'epochs'?"]),
+        ("policy.epochs", ["'policy.epochs'", "key=value"]),
+        ("title.deep=1", [("title", "'a study'")]),
+        ("sizes.7=1", [("'7'", "0", "1")]),
+        ("policy.epoch=3", ["policy.epoch", "'epochs'"]),
     ],
 )
-def test_a_bad_override_names_itself(tmp_path: Path, override: str, words: list[str]) -> None:
-    with pytest.raises(ConfigError) as caught:
+def test_a_bad_override_names_itself(tmp_path: Path, override: str, named: list[Any]) -> None:
+    with refused(ConfigError, *named):
         load_config(write(tmp_path, GOOD), Experiment, [override])
-    for word in words:
-        assert word in str(caught.value)
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
@@ -170,5 +166,5 @@ def test_an_added_field_enters_an_identity_only_where_it_differs_from_its_defaul
     }
     assert identity_settings(Outer(fold=1))["fold"] == 1
     assert config.model_dump(mode="json")["fold"] == 0, "a resolved configuration shows everything"
-    with refused(ValidationError, "later", "1"):
+    with refused(ValidationError, ("later", "1")):
         Inner(later=0)

@@ -197,7 +197,7 @@ def test_counts_of_repeats_and_leaks(tmp_path: Path) -> None:
     leaks = check(path, eval_data=evaluation)
     assert (leaks.eval_pairs, leaks.count("leaked_pair"), leaks.count("leaked_prompt")) == (3, 1, 2)
     assert leaks.findings[-1].examples == (f"{evaluation}, line 1", f"{evaluation}, line 2")
-    assert "2 of 3 pairs" in leaks.text()
+    assert "2 of 3" in leaks.text()
 
 
 _few = st.lists(st.tuples(*(st.sampled_from(letters) for letters in ("ab", "xyz", "xyz"))), min_size=1, max_size=12)
@@ -349,22 +349,22 @@ def test_truncation_policies(tokenizer: Any, tmp_path: Path) -> None:
     assert tokenizer.decode(kept[1]["rejected_ids"]) == "y<eos>"
 
     for function in (check, load_preferences):
-        with refused(DataError, "d.jsonl", "line 2", "11", "max_length 8", "truncation"):
+        with refused(DataError, "d.jsonl", "line 2", ("11", "max_length 8"), "truncation"):
             function(path, **options, truncation="refuse")
     with refused(DataError, "d.jsonl", "max_length 2"):
         load_preferences(path, tokenizer=tokenizer, max_length=2)
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "named"),
     [
-        ({"max_length": 8}, "it needs a tokenizer"),
-        ({"truncation": "keep"}, "must be one of 'drop', 'cut', 'refuse'"),
-        ({"tokenizer": "t", "max_length": 1}, "at least 2"),
+        ({"max_length": 8}, ["max_length", "tokenizer"]),
+        ({"truncation": "keep"}, [("truncation", "'keep'"), "'drop', 'cut', 'refuse'"]),
+        ({"tokenizer": "t", "max_length": 1}, [("max_length", "1"), "2"]),
     ],
 )
-def test_options_that_do_not_fit(options: dict[str, Any], says: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=says):
+def test_options_that_do_not_fit(options: dict[str, Any], named: list[Any], tmp_path: Path) -> None:
+    with refused(ConfigError, *named):
         check(write(tmp_path / "d.jsonl", [PLAIN]), **options)
 
 

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from madpo.commands.cli import main
 from madpo.core.errors import ConfigError, DataError
 from madpo.data import check, load_preferences, raw
+from refusals import refused
 
 GOOD = {"prompt": "Say hi.", "chosen": " Hi!", "rejected": " No."}
 USER = {"role": "user", "content": "Say hi."}
@@ -31,8 +32,8 @@ CHAT = {"prompt": [USER], "chosen": [HI], "rejected": [NO]}
 class Broken(NamedTuple):
     name: str
     make: Callable[[Path], Path]
-    says: str = ""
-    """Essential words of the sentence, in order; "" where the data is accepted."""
+    names: tuple[Any, ...] | None = None
+    """What the sentence names, besides the file; None where the data is accepted."""
     finding: str = ""
     """For accepted data: the warning that it gives; "" for none at all."""
 
@@ -116,131 +117,131 @@ T = "prompt,chosen,rejected\n"
 LINE = (json.dumps(GOOD) + "\n").encode()
 TABLE = [
     # the file
-    Broken("missing", lambda f: f / "gone.jsonl", "gone.jsonl: there is no such file"),
-    Broken("folder", _folder, "is a folder; give the path of a .jsonl"),
-    Broken("symlink loop", _loop, "cannot be opened .*symbolic links"),
-    Broken("dangling link", _dangling, "there is no such file"),
-    Broken("pipe", _pipe, "not a regular file"),
-    Broken("socket", _socket, "not a regular file"),
-    Broken("no permission", _secret, "cannot be read .*Permission denied.*make it readable"),
-    Broken("file as folder", lambda f: _rows(GOOD)(f) / "x.jsonl", "cannot be opened .*Not a directory"),
-    Broken("name too long", lambda f: f / ("x" * 5000 + ".jsonl"), "cannot be opened .*too long"),
-    Broken("NUL in the path", lambda f: f / "a\0b.jsonl", "is no path"),
-    Broken("unknown ending", _bytes("d.txt", LINE), "'.txt' says no format; rename"),
-    Broken("no ending", _bytes("data", LINE), "'' says no format"),
-    Broken("zero bytes", _bytes("d.jsonl", b""), "the file is empty"),
-    Broken("zero bytes of CSV", _bytes("d.csv", b""), "the file is empty"),
-    Broken("zero bytes of Parquet", _bytes("d.parquet", b""), "the file is empty"),
-    Broken("only blank lines", _bytes("d.jsonl", b"\n \n\r\n"), "has no rows; give at least one pair"),
-    Broken("CSV with only a header", _bytes("d.csv", T.encode()), "has no rows"),
-    Broken("Parquet without rows", _parquet(["prompt", "chosen", "rejected"], [[], [], []]), "has no rows"),
+    Broken("missing", lambda f: f / "gone.jsonl", ("owner/name",)),
+    Broken("folder", _folder, (".jsonl",)),
+    Broken("symlink loop", _loop, ()),
+    Broken("dangling link", _dangling, ("owner/name",)),
+    Broken("pipe", _pipe, ()),
+    Broken("socket", _socket, ()),
+    Broken("no permission", _secret, ()),
+    Broken("file as folder", lambda f: _rows(GOOD)(f) / "x.jsonl", ()),
+    Broken("name too long", lambda f: f / ("x" * 5000 + ".jsonl"), ()),
+    Broken("NUL in the path", lambda f: f / "a\0b.jsonl", (".jsonl", "owner/name")),
+    Broken("unknown ending", _bytes("d.txt", LINE), ("'.txt'", ".jsonl")),
+    Broken("no ending", _bytes("data", LINE), ("''", ".jsonl")),
+    Broken("zero bytes", _bytes("d.jsonl", b""), ()),
+    Broken("zero bytes of CSV", _bytes("d.csv", b""), ()),
+    Broken("zero bytes of Parquet", _bytes("d.parquet", b""), ()),
+    Broken("only blank lines", _bytes("d.jsonl", b"\n \n\r\n"), ()),
+    Broken("CSV with only a header", _bytes("d.csv", T.encode()), ()),
+    Broken("Parquet without rows", _parquet(["prompt", "chosen", "rejected"], [[], [], []]), ()),
     # encodings
-    Broken("Latin-1", _bytes("d.jsonl", LINE + '{"prompt": "é"}\n'.encode("latin-1")), r"line 2: byte 12 \(0xe9\) is not UTF-8"),
-    Broken("Latin-1 in CSV", _bytes("d.csv", (T + "é,a,b\n").encode("latin-1")), r"line 2: byte 0 \(0xe9\) is not UTF-8"),
-    Broken("UTF-16 with mark", _bytes("d.jsonl", LINE.decode().encode("utf-16")), "is UTF-16 text; save it as UTF-8"),
-    Broken("UTF-16 without mark", _bytes("d.jsonl", LINE.decode().encode("utf-16-le")), "line 1: holds a NUL byte"),
-    Broken("UTF-32", _bytes("d.jsonl", LINE.decode().encode("utf-32-be")), "NUL byte"),
+    Broken("Latin-1", _bytes("d.jsonl", LINE + '{"prompt": "é"}\n'.encode("latin-1")), ("line 2", ("byte 12", "0xe9"), "UTF-8")),
+    Broken("Latin-1 in CSV", _bytes("d.csv", (T + "é,a,b\n").encode("latin-1")), ("line 2", ("byte 0", "0xe9"), "UTF-8")),
+    Broken("UTF-16 with mark", _bytes("d.jsonl", LINE.decode().encode("utf-16")), ("UTF-16", "UTF-8")),
+    Broken("UTF-16 without mark", _bytes("d.jsonl", LINE.decode().encode("utf-16-le")), ("line 1", "UTF-8")),
+    Broken("UTF-32", _bytes("d.jsonl", LINE.decode().encode("utf-32-be")), ("line 1", "UTF-8")),
     Broken("byte-order mark", _bytes("d.jsonl", b"\xef\xbb\xbf" + LINE)),
     Broken("byte-order mark in CSV", _bytes("d.csv", b"\xef\xbb\xbf" + T.encode() + b"p,a,b\n")),
     Broken("CRLF", _bytes("d.jsonl", LINE.replace(b"\n", b"\r\n") * 1)),
     Broken("CRLF in CSV", _bytes("d.csv", T.replace("\n", "\r\n").encode() + b"p,a,b\r\n")),
-    Broken("only CR", _bytes("d.jsonl", LINE.replace(b"\n", b"\r") * 2), "line 1: .*(not valid JSON|truncated)"),
-    Broken("only CR in CSV", _bytes("d.csv", (T + "p,a,b\n").replace("\n", "\r").encode()), "not valid CSV"),
-    Broken("half a surrogate pair", _line('{"prompt": "a", "chosen": "\\ud83d", "rejected": "b"}\n'), "line 2: chosen holds half of a surrogate"),
-    Broken("binary noise", _bytes("d.jsonl", bytes(range(256)) * 8), "NUL byte|not UTF-8"),
-    Broken("overlong UTF-8", _bytes("d.jsonl", LINE + b'"\xc0\xaf"\n'), "line 2: byte 1 .*not UTF-8"),
+    Broken("only CR", _bytes("d.jsonl", LINE.replace(b"\n", b"\r") * 2), ("line 1",)),
+    Broken("only CR in CSV", _bytes("d.csv", (T + "p,a,b\n").replace("\n", "\r").encode()), ("line 1",)),
+    Broken("half a surrogate pair", _line('{"prompt": "a", "chosen": "\\ud83d", "rejected": "b"}\n'), ("line 2", "chosen")),
+    Broken("binary noise", _bytes("d.jsonl", bytes(range(256)) * 8), ("line 1", "UTF-8")),
+    Broken("overlong UTF-8", _bytes("d.jsonl", LINE + b'"\xc0\xaf"\n'), ("line 2", "byte 1", "UTF-8")),
     # compression and mistaken names
     Broken("gzip", _bytes("d.jsonl.gz", gzip.compress(LINE))),
-    Broken("gzip without .gz", _bytes("d.jsonl", gzip.compress(LINE)), "compressed with gzip; let it end in .gz"),
-    Broken("gzip cut", _bytes("d.jsonl.gz", gzip.compress(LINE * 99)[:-12]), "broke off after line .*truncated or damaged"),
-    Broken("gzip only by name", _bytes("d.csv.gz", T.encode()), "ends in .gz but is no gzip"),
-    Broken("zip", _bytes("d.csv", b"PK\x03\x04" + b"0" * 40), "ZIP archive"),
-    Broken("zstd", _bytes("d.jsonl", b"\x28\xb5\x2f\xfd" + b"0" * 40), "zstd; unpack"),
-    Broken("Parquet called JSONL", _bytes("d.jsonl", b"PAR1" + b"0" * 40), "is a Parquet file; rename"),
-    Broken("JSONL called Parquet", _bytes("d.parquet", LINE), "is no Parquet file"),
+    Broken("gzip without .gz", _bytes("d.jsonl", gzip.compress(LINE)), ("gzip", ".gz")),
+    Broken("gzip cut", _bytes("d.jsonl.gz", gzip.compress(LINE * 99)[:-12]), ()),
+    Broken("gzip only by name", _bytes("d.csv.gz", T.encode()), (".gz",)),
+    Broken("zip", _bytes("d.csv", b"PK\x03\x04" + b"0" * 40), ("ZIP", ".jsonl")),
+    Broken("zstd", _bytes("d.jsonl", b"\x28\xb5\x2f\xfd" + b"0" * 40), ("zstd -d",)),
+    Broken("Parquet called JSONL", _bytes("d.jsonl", b"PAR1" + b"0" * 40), (".parquet",)),
+    Broken("JSONL called Parquet", _bytes("d.parquet", LINE), ("PAR1",)),
     # JSON
-    Broken("pretty-printed JSON", _bytes("d.jsonl", json.dumps(GOOD, indent=1).encode()), "line 1: is not valid JSON"),
-    Broken("cut in a row", _bytes("d.jsonl", LINE + LINE[:20]), "line 2: the file ends inside this row; it is truncated"),
-    Broken("a row that is text", _line('"hello"\n'), r"line 2: is 'hello' \(text\), not an object"),
-    Broken("a row that is null", _line("null\n"), "line 2: is null, not an object"),
-    Broken("a row that is a list", _line("[1]\n"), r"line 2: is 1 entries \(a list\), not an object"),
-    Broken("single quotes", _line("{'prompt': 'a'}\n"), "line 2: is not valid JSON"),
-    Broken("key twice", _line('{"prompt": "a", "chosen": "b", "chosen": "c"}\n'), "line 2: the key 'chosen' is there twice"),
-    Broken("deep nesting", _line('{"chosen": ' + "[" * 100_000 + "\n"), "line 2: is nested too deeply"),
-    Broken("huge number", _line('{"chosen": ' + "1" * 5000 + "}\n"), "line 2: cannot be read .*4300"),
-    Broken("row too long", _bytes("d.jsonl", b" " * (raw.MAX_ROW + 2)), "line 1: is longer than 64 MB"),
+    Broken("pretty-printed JSON", _bytes("d.jsonl", json.dumps(GOOD, indent=1).encode()), ("line 1", "JSON")),
+    Broken("cut in a row", _bytes("d.jsonl", LINE + LINE[:20]), ("line 2",)),
+    Broken("a row that is text", _line('"hello"\n'), ("line 2", "'hello'")),
+    Broken("a row that is null", _line("null\n"), ("line 2", "null")),
+    Broken("a row that is a list", _line("[1]\n"), ("line 2", "1 entries")),
+    Broken("single quotes", _line("{'prompt': 'a'}\n"), ("line 2", "JSON")),
+    Broken("key twice", _line('{"prompt": "a", "chosen": "b", "chosen": "c"}\n'), ("line 2", "'chosen'")),
+    Broken("deep nesting", _line('{"chosen": ' + "[" * 100_000 + "\n"), ("line 2",)),
+    Broken("huge number", _line('{"chosen": ' + "1" * 5000 + "}\n"), ("line 2", "4300")),
+    Broken("row too long", _bytes("d.jsonl", b" " * (raw.MAX_ROW + 2)), ("line 1", "64 MB")),
     # columns
-    Broken("column margin", _rows(GOOD | {"margin": 1.0}), "rename the column 'margin' to 'reward_margin'.*RewardTrainer subtracts"),
-    Broken("column margin later", _with(margin=1.0), "line 2: rename the column 'margin' to 'reward_margin'"),
-    Broken("column margin in CSV", _bytes("d.csv", b"chosen,rejected,margin\n"), "rename the column 'margin'"),
-    Broken("no rejected", _rows({"prompt": "a", "chosen": "b"}), r"no column 'rejected' \(found 'prompt', 'chosen'\)"),
-    Broken("near name", _rows({"prompt": "a", "choosen": "b", "rejected": "c"}), "no column 'chosen' .*--columns.chosen choosen --columns.rejected rejected"),
-    Broken("no keys at all", _rows({}), "line 1: has no column 'chosen' .found none"),
+    Broken("column margin", _rows(GOOD | {"margin": 1.0}), ("'margin'", "'reward_margin'")),
+    Broken("column margin later", _with(margin=1.0), ("line 2", "'margin'", "'reward_margin'")),
+    Broken("column margin in CSV", _bytes("d.csv", b"chosen,rejected,margin\n"), ("'margin'", "'reward_margin'")),
+    Broken("no rejected", _rows({"prompt": "a", "chosen": "b"}), ("'rejected'", "'prompt', 'chosen'")),
+    Broken("near name", _rows({"prompt": "a", "choosen": "b", "rejected": "c"}), ("'chosen'", "--columns.chosen choosen --columns.rejected rejected")),
+    Broken("no keys at all", _rows({}), ("line 1", "'chosen'")),
     Broken("one score", _rows(GOOD | {"chosen_score": 1})),
-    Broken("duplicate columns in CSV", _bytes("d.csv", b"prompt,chosen,rejected,chosen\n"), "column 'chosen' is there twice"),
-    Broken("duplicate columns in Parquet", _parquet(["chosen", "chosen", "rejected"], [["a"]] * 3), "column 'chosen' is there twice"),
+    Broken("duplicate columns in CSV", _bytes("d.csv", b"prompt,chosen,rejected,chosen\n"), ("'chosen'",)),
+    Broken("duplicate columns in Parquet", _parquet(["chosen", "chosen", "rejected"], [["a"]] * 3), ("'chosen'",)),
     Broken("more keys in a row", _rows(GOOD, GOOD | {"prompt": "b", "note": "x", "n": {"a": [None]}})),
-    Broken("fewer keys in a row", _rows(GOOD, {"prompt": "a", "chosen": "b"}), "line 2: lacks the field 'rejected'"),
-    Broken("margin from the second row on", _rows(GOOD, GOOD | {"reward_margin": 1}), "line 2: has the field 'reward_margin', which the first row lacks"),
-    Broken("margin only in the first row", _rows(GOOD | {"reward_margin": 1}, GOOD), "line 2: lacks the field 'reward_margin'"),
+    Broken("fewer keys in a row", _rows(GOOD, {"prompt": "a", "chosen": "b"}), ("line 2", "'rejected'")),
+    Broken("margin from the second row on", _rows(GOOD, GOOD | {"reward_margin": 1}), ("line 2", "'reward_margin'")),
+    Broken("margin only in the first row", _rows(GOOD | {"reward_margin": 1}, GOOD), ("line 2", "'reward_margin'")),
     # values
-    Broken("null", _with(chosen=None), "line 2: chosen is null"),
-    Broken("null prompt", _with(prompt=None), "line 2: prompt is null"),
-    Broken("number for text", _with(chosen=3), r"line 2: chosen is 3 \(a number\), not text"),
-    Broken("true for text", _with(rejected=True), r"line 2: rejected is True \(true/false\), not text"),
-    Broken("a message for text", _with(chosen=HI), "line 2: chosen and rejected must both be text or both be messages"),
-    Broken("object for text", _with(chosen={"a": 1}), "line 2: chosen has 'a', not role and content"),
-    Broken("ShareGPT's keys", _with(chosen={"from": "gpt", "value": "a"}), "line 2: chosen and rejected must both be text or both be messages"),
-    Broken("empty list", _with(chosen=[]), "line 2: chosen is a list without messages"),
-    Broken("NaN margin", _with(reward_margin=float("nan")), "line 2: reward_margin is nan, but must be finite"),
-    Broken("infinite margin", _with(reward_margin=float("-inf")), "line 2: reward_margin is -inf, but must be finite"),
-    Broken("overflowing margin", _with(reward_margin=10**400), "line 2: reward_margin is inf"),
-    Broken("text margin", _with(reward_margin="0.5"), r"line 2: reward_margin is '0.5' \(text\), not a number; write it without quotes"),
-    Broken("true margin", _with(reward_margin=True), "line 2: reward_margin is True"),
-    Broken("null margin", _with(reward_margin=None), "line 2: reward_margin is null"),
-    Broken("list margin", _with(reward_margin=[1.0]), "line 2: reward_margin is 1 entries"),
-    Broken("negative weight", _with(weight=-1.0), "line 2: weight is -1.0, and must be 0 or more"),
-    Broken("text number in CSV", _bytes("d.csv", b"chosen,rejected,reward_margin\na,b,high\n"), "line 2: reward_margin is 'high' .*not a number"),
-    Broken("empty number in CSV", _bytes("d.csv", b"chosen,rejected,reward_margin\na,b,\n"), "line 2: reward_margin is '' "),
-    Broken("NaN in CSV", _bytes("d.csv", b"chosen,rejected,reward_margin\na,b,nan\n"), "line 2: reward_margin is nan"),
-    Broken("pair_id in a later row", _with(pair_id=1), "line 2: has the field 'pair_id', which the first row lacks"),
-    Broken("pair_id as a fraction", _rows(GOOD | {"pair_id": 1.5}), "line 1: pair_id is 1.5 .*not a whole number"),
-    Broken("several bad rows", _rows(GOOD, {}, GOOD | {"chosen": 1}, GOOD | {"chosen": 2}), r"line 2: lacks .*\(2 more lines with mistakes: 3, 4\)"),
+    Broken("null", _with(chosen=None), ("line 2", ("chosen", "null"))),
+    Broken("null prompt", _with(prompt=None), ("line 2", ("prompt", "null"))),
+    Broken("number for text", _with(chosen=3), ("line 2", ("chosen", "3"))),
+    Broken("true for text", _with(rejected=True), ("line 2", ("rejected", "True"))),
+    Broken("a message for text", _with(chosen=HI), ("line 2", "chosen", "rejected")),
+    Broken("object for text", _with(chosen={"a": 1}), ("line 2", ("chosen", "'a'"))),
+    Broken("ShareGPT's keys", _with(chosen={"from": "gpt", "value": "a"}), ("line 2", "chosen", "rejected")),
+    Broken("empty list", _with(chosen=[]), ("line 2", "chosen")),
+    Broken("NaN margin", _with(reward_margin=float("nan")), ("line 2", ("reward_margin", "nan"))),
+    Broken("infinite margin", _with(reward_margin=float("-inf")), ("line 2", ("reward_margin", "-inf"))),
+    Broken("overflowing margin", _with(reward_margin=10**400), ("line 2", ("reward_margin", "inf"))),
+    Broken("text margin", _with(reward_margin="0.5"), ("line 2", ("reward_margin", "'0.5'"))),
+    Broken("true margin", _with(reward_margin=True), ("line 2", ("reward_margin", "True"))),
+    Broken("null margin", _with(reward_margin=None), ("line 2", ("reward_margin", "null"))),
+    Broken("list margin", _with(reward_margin=[1.0]), ("line 2", ("reward_margin", "1 entries"))),
+    Broken("negative weight", _with(weight=-1.0), ("line 2", ("weight", "-1.0"))),
+    Broken("text number in CSV", _bytes("d.csv", b"chosen,rejected,reward_margin\na,b,high\n"), ("line 2", ("reward_margin", "'high'"))),
+    Broken("empty number in CSV", _bytes("d.csv", b"chosen,rejected,reward_margin\na,b,\n"), ("line 2", ("reward_margin", "''"))),
+    Broken("NaN in CSV", _bytes("d.csv", b"chosen,rejected,reward_margin\na,b,nan\n"), ("line 2", ("reward_margin", "nan"))),
+    Broken("pair_id in a later row", _with(pair_id=1), ("line 2", "'pair_id'")),
+    Broken("pair_id as a fraction", _rows(GOOD | {"pair_id": 1.5}), ("line 1", ("pair_id", "1.5"))),
+    Broken("several bad rows", _rows(GOOD, {}, GOOD | {"chosen": 1}, GOOD | {"chosen": 2}), ("line 2", ("2 more", "3, 4"))),
     # CSV
-    Broken("ragged CSV", _bytes("d.csv", (T + "a,b\n").encode()), "line 2: has 2 fields where the header has 3"),
-    Broken("comma without quotes", _bytes("d.csv", (T + "a,b,c,d\n").encode()), "line 2: has 4 fields where the header has 3"),
-    Broken("quote never closed", _bytes("d.csv", (T + 'a,"b,c\nd,e,f\n').encode()), "not valid CSV .*unexpected end of data"),
-    Broken("text after a quote", _bytes("d.csv", (T + 'a,"b"x,c\n').encode()), "line 2: is not valid CSV"),
-    Broken("blank header", _bytes("d.csv", b"\na,b\n"), "has no header"),
-    Broken("quote in the header", _bytes("d.csv", b'"prompt,chosen'), "header is not valid CSV"),
+    Broken("ragged CSV", _bytes("d.csv", (T + "a,b\n").encode()), ("line 2", ("2 fields", "3"))),
+    Broken("comma without quotes", _bytes("d.csv", (T + "a,b,c,d\n").encode()), ("line 2", ("4 fields", "3"))),
+    Broken("quote never closed", _bytes("d.csv", (T + 'a,"b,c\nd,e,f\n').encode()), ("line 3", "CSV")),
+    Broken("text after a quote", _bytes("d.csv", (T + 'a,"b"x,c\n').encode()), ("line 2", "CSV")),
+    Broken("blank header", _bytes("d.csv", b"\na,b\n"), ("prompt", "chosen", "rejected")),
+    Broken("quote in the header", _bytes("d.csv", b'"prompt,chosen'), ("line 1", "CSV")),
     # Parquet
-    Broken("Parquet cut", _parquet(["chosen", "rejected"], [["a"], ["b"]], cut=9), "cannot be read as Parquet .*truncated or damaged"),
-    Broken("Parquet scribbled over", _parquet(["chosen", "rejected"], [["a" * 99], ["b"]], flip=True), "row 0: reading broke off .*damaged"),
-    Broken("Parquet null", _parquet(["chosen", "rejected"], [["a", None], ["b", "c"]]), "row 1: chosen is null"),
-    Broken("Parquet NaN", _parquet(["chosen", "rejected", "weight"], [["a"], ["b"], [float("nan")]]), "row 0: weight is nan"),
-    Broken("Parquet bytes", _parquet(["chosen", "rejected"], [[b"a"], [b"b"]]), "row 0: chosen is .*bytes.*not text"),
+    Broken("Parquet cut", _parquet(["chosen", "rejected"], [["a"], ["b"]], cut=9), ("Parquet",)),
+    Broken("Parquet scribbled over", _parquet(["chosen", "rejected"], [["a" * 99], ["b"]], flip=True), ("row 0",)),
+    Broken("Parquet null", _parquet(["chosen", "rejected"], [["a", None], ["b", "c"]]), ("row 1", ("chosen", "null"))),
+    Broken("Parquet NaN", _parquet(["chosen", "rejected", "weight"], [["a"], ["b"], [float("nan")]]), ("row 0", ("weight", "nan"))),
+    Broken("Parquet bytes", _parquet(["chosen", "rejected"], [[b"a"], [b"b"]]), ("row 0", ("chosen", "bytes"))),
     # conversations
-    Broken("text and messages in one row", _rows(CHAT | {"chosen": "Hi!"}), "line 1: chosen and rejected must both be text or both be messages"),
-    Broken("text after messages", _rows(CHAT, GOOD), "line 2: holds text where the rows before hold messages"),
-    Broken("message without role", _rows(CHAT | {"chosen": [{"content": "a"}]}), r"chosen\[0\] has 'content', not role and content"),
+    Broken("text and messages in one row", _rows(CHAT | {"chosen": "Hi!"}), ("line 1", "chosen", "rejected")),
+    Broken("text after messages", _rows(CHAT, GOOD), ("line 2",)),
+    Broken("message without role", _rows(CHAT | {"chosen": [{"content": "a"}]}), ("line 1", ("chosen[0]", "'content'"), "role")),
     Broken("ShareGPT", _rows(CHAT | {"chosen": [{"from": "gpt", "value": "a"}]})),
     Broken("another role", _rows(CHAT | {"chosen": [{"role": "gpt", "content": "a"}]})),
-    Broken("unknown role", _rows(CHAT | {"chosen": [{"role": "critic", "content": "a"}]}), r"chosen\[0\].role is 'critic' .*use one of system"),
-    Broken("role as a number", _rows(CHAT | {"chosen": [{"role": 1, "content": "a"}]}), "role is 1 .*use one of system"),
-    Broken("role as a list", _rows(CHAT | {"chosen": [{"role": [], "content": "a"}]}), "role is empty .*use one of system"),
-    Broken("null content", _rows(CHAT | {"chosen": [HI | {"content": None}]}), r"chosen\[0\].content is null"),
-    Broken("nested null", _rows(CHAT | {"chosen": [None]}), r"chosen\[0\] is null, not a message"),
-    Broken("text in a list", _rows(CHAT | {"chosen": ["Hi"]}), r"chosen\[0\] is 'Hi' \(text\), not a message"),
-    Broken("picture", _rows(CHAT | {"chosen": [HI | {"content": [{"type": "image"}]}]}), "parts that are not text"),
-    Broken("ranked without scores", _rows({"instruction": "a", "completions": [{"response": "b"}]}), r"completions\[0\] lacks response or overall_score"),
-    Broken("ranked text score", _rows({"instruction": "a", "completions": [{"response": "b", "overall_score": "5"}]}), "overall_score is '5'"),
-    Broken("ranked without ratings", _rows({"instruction": "a", "completions": [{"response": "b", "annotations": {"x": {"Rating": "N/A"}}}]}), r"completions\[0\] lacks response or overall_score"),
-    Broken("ranked rating in words", _rows({"instruction": "a", "completions": [{"response": "b", "annotations": {"x": {"Rating": "good"}}}]}), "annotations.Rating is 'good'"),
-    Broken("ranked lists of two lengths", _rows({"prompt": "a", "responses": ["b", "c"], "scores": [1]}), "responses holds 2 entries and scores 1"),
-    Broken("ranked score list as a number", _rows({"prompt": "a", "responses": ["b", "c"], "scores": 1}), "scores is 1 .a number., not a list"),
-    Broken("ranked object of uneven lists", _rows({"prompt": "a", "completions": {"response": ["b", "c"], "score": [1]}}), "completions is 2 entries .an object., not a list"),
-    Broken("ranked infinite score", _rows({"prompt": "a", "responses": ["b", "c"], "scores": [1, float("inf")]}), r"scores\[1\] is inf, but must be finite"),
-    Broken("ranked, all equal", _rows({"instruction": "a", "completions": []}), "no row has two different scores"),
+    Broken("unknown role", _rows(CHAT | {"chosen": [{"role": "critic", "content": "a"}]}), ("line 1", ("chosen[0].role", "'critic'"), "system")),
+    Broken("role as a number", _rows(CHAT | {"chosen": [{"role": 1, "content": "a"}]}), ("line 1", ("chosen[0].role", "1"), "system")),
+    Broken("role as a list", _rows(CHAT | {"chosen": [{"role": [], "content": "a"}]}), ("line 1", "chosen[0].role", "system")),
+    Broken("null content", _rows(CHAT | {"chosen": [HI | {"content": None}]}), ("line 1", ("chosen[0].content", "null"))),
+    Broken("nested null", _rows(CHAT | {"chosen": [None]}), ("line 1", ("chosen[0]", "null"))),
+    Broken("text in a list", _rows(CHAT | {"chosen": ["Hi"]}), ("line 1", ("chosen[0]", "'Hi'"))),
+    Broken("picture", _rows(CHAT | {"chosen": [HI | {"content": [{"type": "image"}]}]}), ("line 1", "chosen[0].content")),
+    Broken("ranked without scores", _rows({"instruction": "a", "completions": [{"response": "b"}]}), ("line 1", "completions[0]", "response", "overall_score")),
+    Broken("ranked text score", _rows({"instruction": "a", "completions": [{"response": "b", "overall_score": "5"}]}), ("line 1", ("overall_score", "'5'"))),
+    Broken("ranked without ratings", _rows({"instruction": "a", "completions": [{"response": "b", "annotations": {"x": {"Rating": "N/A"}}}]}), ("line 1", "completions[0]", "response", "overall_score")),
+    Broken("ranked rating in words", _rows({"instruction": "a", "completions": [{"response": "b", "annotations": {"x": {"Rating": "good"}}}]}), ("line 1", ("annotations.Rating", "'good'"))),
+    Broken("ranked lists of two lengths", _rows({"prompt": "a", "responses": ["b", "c"], "scores": [1]}), ("line 1", ("responses", "2 entries"), ("scores", "1"))),
+    Broken("ranked score list as a number", _rows({"prompt": "a", "responses": ["b", "c"], "scores": 1}), ("line 1", ("scores", "1"))),
+    Broken("ranked object of uneven lists", _rows({"prompt": "a", "completions": {"response": ["b", "c"], "score": [1]}}), ("line 1", ("completions", "2 entries"))),
+    Broken("ranked infinite score", _rows({"prompt": "a", "responses": ["b", "c"], "scores": [1, float("inf")]}), ("line 1", ("scores[1]", "inf"))),
+    Broken("ranked, all equal", _rows({"instruction": "a", "completions": []}), ()),
     # accepted, with a warning
     Broken("one row", _rows(GOOD)),
     Broken("emoji and right-to-left text", _with(prompt="😀 שלום עליכם 👩‍👩‍👧", chosen=" مرحبا", rejected="\u202eabc")),
@@ -269,22 +270,23 @@ def test_each_breakage_has_its_sentence(case: Broken, tmp_path: Path, capsys: py
     if case.name == "no permission" and os.geteuid() == 0:
         with _nobody(path) as readable:
             for read in (check, load_preferences):
-                with pytest.raises(DataError, match=case.says):
+                with refused(DataError, readable.name):
                     read(readable)
         return
     before = sorted(tmp_path.rglob("*"))
-    if not case.says:
+    if case.names is None:
         report = check(path)
         assert [finding.kind for finding in report.findings] == [case.finding] * bool(case.finding)
         assert "\x1b" not in report.text()
         assert len(load_preferences(path)) == report.pairs > 0
         return
-    with pytest.raises(DataError, match=f"(?s){case.says}") as checked:
+    named = (path.name.replace("\0", r"\\x00"), *case.names)
+    with refused(DataError, *named) as checked:
         check(path, output=tmp_path / "out")
     assert "\n" not in str(checked.value)
     assert len(str(checked.value)) < 500 or case.name == "name too long"
     if case.name != "ranked, all equal":
-        with pytest.raises(DataError, match=f"(?s){case.says}"):
+        with refused(DataError, *named):
             load_preferences(path)
     for command in (["check"], ["score", "--score_columns", "chosen_score", "rejected_score"]):
         assert main([command[0], str(path), "--output_dir", str(tmp_path / "out"), *command[1:]]) == 2

@@ -185,18 +185,17 @@ def by_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("form", "values", "other", "sentence"),
+    ("form", "values", "other", "named"),
     [
-        ("parquet", [1, "two"], "jsonl", r"line 1, or after it: the column 'note' cannot be written as Parquet \("),
-        ("parquet", [{}, {}], "jsonl", r"a column cannot be written as Parquet \(.*; use --format jsonl"),
-        ("parquet", [2**70, 1], "jsonl", "the column 'note' cannot be written as Parquet"),
-        ("jsonl", [Decimal("1.5"), Decimal(2)], "parquet", r"row 0: the column 'note' cannot be written as JSON \(it "
-         r"holds a value of type Decimal\); use --format parquet"),
-        ("jsonl", [b"a", b"b"], "parquet", r"row 0: the column 'note' .* of type bytes"),
+        ("parquet", [1, "two"], "jsonl", ("line 1", "'note'", "Parquet")),
+        ("parquet", [{}, {}], "jsonl", ("Parquet",)),
+        ("parquet", [2**70, 1], "jsonl", ("line 1", "'note'", "Parquet")),
+        ("jsonl", [Decimal("1.5"), Decimal(2)], "parquet", ("row 0", "'note'", "JSON", "Decimal")),
+        ("jsonl", [b"a", b"b"], "parquet", ("row 0", "'note'", "JSON", "bytes")),
     ],
-)  # fmt: skip
+)
 def test_what_the_format_cannot_hold_shows_before_the_scoring_and_the_advice_works(
-    form: Any, values: list[Any], other: Any, sentence: str, by_model: Any, tmp_path: Path
+    form: Any, values: list[Any], other: Any, named: tuple[str, ...], by_model: Any, tmp_path: Path
 ) -> None:
     settings, asked = by_model
     rows = [row | {"note": value} for row, value in zip(text_pairs(2), values, strict=True)]
@@ -205,7 +204,7 @@ def test_what_the_format_cannot_hold_shows_before_the_scoring_and_the_advice_wor
         write(data, rows)
     else:
         pq.write_table(pa.Table.from_pylist(rows), data)
-    with pytest.raises(DataError, match=sentence):
+    with refused(DataError, *named, f"--format {other}"):
         score(data, tmp_path / "S", settings.model_copy(update={"format": form}))
     assert asked.pairs == 0
     assert not (tmp_path / "S").exists(), "a mistake leaves nothing"
@@ -224,7 +223,7 @@ def test_an_interrupted_scoring_goes_on(by_model: Any, tmp_path: Path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         score(data, tmp_path / "S", settings)
     asked.fail_after = None
-    with refused(StorageError, "batch_size", "4", "16"):
+    with refused(StorageError, ("batch_size", "4", "16")):
         score(data, tmp_path / "S", settings.model_copy(update={"batch_size": 4}))
     score(data, tmp_path / "S", settings)
     assert asked.pairs == 12, "the parts that were there are not scored again"
@@ -233,7 +232,7 @@ def test_an_interrupted_scoring_goes_on(by_model: Any, tmp_path: Path, monkeypat
     score(data, tmp_path / "whole", settings)
     assert (tmp_path / "S" / "scored.jsonl").read_bytes() == (tmp_path / "whole" / "scored.jsonl").read_bytes()
     # Finished, its format is what it is.
-    with pytest.raises(StorageError, match='format is "parquet", was "jsonl"'):
+    with refused(StorageError, ("format", '"parquet"', '"jsonl"')):
         score(data, tmp_path / "S", settings.model_copy(update={"format": "parquet"}))
 
 

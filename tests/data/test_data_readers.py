@@ -23,7 +23,7 @@ from madpo.commands.cli import main
 from madpo.core.errors import DataError
 from madpo.data import check, load_preferences, parquet, raw, text_files
 from madpo.data.sources import open_source
-from refusals import refused
+from refusals import names, refused
 
 GOOD = {"prompt": "Say hi.", "chosen": " Hi!", "rejected": " No."}
 ROWS = [GOOD | {"prompt": f'p{i} π 😀\n[],{{}}\\"', "reward_margin": i / 7} for i in range(5)]
@@ -87,28 +87,28 @@ def test_a_broken_array_gives_its_good_rows_and_one_sentence(data, chunk, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "named"),
     [
-        (b'[{"a": 1} {"b": 2}]', r"row 0 \(line 1\): is not valid JSON \(a comma"),
-        (b'[\n{"a": 1},\n{"a": tru}\n]', r"row 1 \(line 3\): is not valid JSON"),
-        (b'[{"a": 1},]', r"row 1 \(line 1\): is not valid JSON"),
-        (b'[{"a": 1}', r"row 0 .*: the file ends inside"),
-        (b'[{"a": 1},\n', r"row 1 .*: the file ends inside"),
-        (b"[", r"row 0 .*: the file ends inside"),
-        (b'[{"a": "b', r"row 0 .*: the file ends inside"),
-        (b'[{"a": 1}]\n[', r"row 0 \(line 2\): the array has ended, and more follows"),
-        (b'["a"]\n["b"]', r"row 0 \(line 2\): the array has ended, and more follows"),
-        (b'[{"a": "\xff"}]', r"row 0: byte 8 of the file \(0xff\) is not UTF-8"),
-        (b'[{"a": "' + b"x" * 70 + b'\xe2\x82"}]', r"row 0: byte 78 of the file \(0xe2\) is not UTF-8"),
-        (b"[" + b"[" * 100_000, "row 0: is nested too deeply"),
-        (b'[{"a": "' + b"x" * 3000, "row 0: is longer than 0 MB|the file ends inside"),
+        (b'[{"a": 1} {"b": 2}]', ["row 0", "line 1", "JSON"]),
+        (b'[\n{"a": 1},\n{"a": tru}\n]', ["row 1", "line 3", "JSON"]),
+        (b'[{"a": 1},]', ["row 1", "line 1", "JSON"]),
+        (b'[{"a": 1}', ["row 0", "line 1"]),
+        (b'[{"a": 1},\n', ["row 1", "line 2"]),
+        (b"[", ["row 0", "line 1"]),
+        (b'[{"a": "b', ["row 0", "line 1"]),
+        (b'[{"a": 1}]\n[', ["row 0", "line 2"]),
+        (b'["a"]\n["b"]', ["row 0", "line 2"]),
+        (b'[{"a": "\xff"}]', ["row 0", ("byte 8", "0xff"), "UTF-8"]),
+        (b'[{"a": "' + b"x" * 70 + b'\xe2\x82"}]', ["row 0", ("byte 78", "0xe2"), "UTF-8"]),
+        (b"[" + b"[" * 100_000, ["row 0"]),
+        (b'[{"a": "' + b"x" * 3000, ["row 0"]),
     ],
 )
 @pytest.mark.parametrize("chunk", [3, 2**20])
-def test_each_mistake_of_an_array_has_its_place(content, says, chunk, tmp_path, monkeypatch):
+def test_each_mistake_of_an_array_has_its_place(content, named, chunk, tmp_path, monkeypatch):
     monkeypatch.setattr(text_files, "_CHUNK", chunk)
     monkeypatch.setattr(text_files, "MAX_ROW", 1000)
-    with pytest.raises(DataError, match=rf"d\.json, {says}"):
+    with refused(DataError, "d.json", *named):
         read(tmp_path / "d.json", content)
 
 
@@ -117,9 +117,8 @@ def test_a_bad_row_of_an_array_costs_that_row(tmp_path):
     rows = read(tmp_path / "d.json", content)
     assert [number for number, _ in rows] == list(range(6))
     assert [isinstance(row, DataError) for _, row in rows] == [True] * 5 + [False]
-    for number, part in enumerate(["the key 'a' is there twice", "is 3 (a number)", "is null", "4300", "the key 'b'"]):
-        assert f"d.json, row {number}: " in str(rows[number][1])
-        assert part in str(rows[number][1])
+    for number, value in enumerate(["'a'", "3", "null", "4300", "'b'"]):
+        names(str(rows[number][1]), "d.json", f"row {number}", value)
 
 
 def test_an_array_works_with_every_command_that_reads_rows(tmp_path, capsys):
@@ -135,7 +134,7 @@ def test_an_array_works_with_every_command_that_reads_rows(tmp_path, capsys):
     (tmp_path / "d.json").write_text(json.dumps(rows, indent=1))
     capsys.readouterr()
     assert main(["check", str(tmp_path / "d.json")]) == 2
-    assert "d.json, row 3: chosen is 5" in capsys.readouterr().err
+    names(capsys.readouterr().err, "d.json", "row 3", ("chosen", "5"))
 
 
 # ---- CSV of spreadsheets ----
@@ -163,7 +162,7 @@ def test_one_column_needs_no_delimiter(tmp_path):
 
 
 def test_fields_that_do_not_fit_name_the_delimiter(tmp_path):
-    with refused(DataError, "d.csv", "line 2", "4", "3"):
+    with refused(DataError, "d.csv", "line 2", ("4 fields", "3"), "semicolon"):
         load_preferences(write(tmp_path / "d.csv", b"prompt;chosen;rejected\na;b;c;d\n"))
 
 
@@ -185,7 +184,7 @@ def test_time_grows_with_the_number_of_names_and_not_faster(twice, tmp_path):
         ("d.jsonl", "{" + ",".join(f'"{name}": 1' for name in names) + "}\n"),
         ("d.json", "[{" + ",".join(f'"{name}": 1' for name in names) + "}]"),
     ):
-        with pytest.raises(DataError, match="the (column|key) 'c59999' is there twice" if twice else "chosen"):
+        with refused(DataError, name, "'c59999'" if twice else "'chosen'"):
             load_preferences(write(tmp_path / name, content.encode()))
     assert time.process_time() - began < 4, "4x per doubling would take minutes"
 
@@ -266,11 +265,11 @@ def test_a_parquet_bomb_takes_bounded_memory(bomb, tmp_path):
     taken, said = peak(path)
     assert taken < 1.2 * 2**30, f"{taken / 1e9:.2f} GB ({bomb.__doc__})"
     if bomb in (one_long_row, lists_of_text):
-        assert "d.parquet, row 0: one of the next" in said
+        names(said, "d.parquet", "row 0", "GB")
     if bomb is long_rows:
-        assert "row 0: is longer than 64 MB" in said
+        names(said, "d.parquet", "row 0", "64 MB")
     if bomb is packed:
-        assert "row 0: its column 'prompt' unpacks" in said
+        names(said, "d.parquet", "row 0", "'prompt'")
 
 
 def test_a_csv_row_over_many_lines_is_bounded(tmp_path, monkeypatch):
@@ -337,7 +336,7 @@ def test_a_value_out_of_range_costs_its_row(kind, tmp_path):
     assert not isinstance(rows[0][1], DataError)
     assert not isinstance(rows[2][1], DataError)
     if isinstance(rows[1][1], DataError):
-        assert "row 1: a value cannot be read (" in str(rows[1][1])
+        names(str(rows[1][1]), "d.parquet", "row 1")
 
 
 # ---- Saved data sets and names ----
@@ -356,7 +355,7 @@ def test_a_file_that_a_saved_data_set_cannot_have_is_refused(name, saved, tmp_pa
         (tmp_path / file).write_bytes(content)
     state = json.loads(saved["state.json"]) | {"_data_files": [{"filename": name}]}
     (tmp_path / "state.json").write_text(json.dumps(state))
-    with pytest.raises(DataError, match=r"state\.json names the file|cannot be read as a saved data set"):
+    with refused(DataError, tmp_path):
         load_preferences(tmp_path)
 
 

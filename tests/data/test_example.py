@@ -11,7 +11,7 @@ def test_the_example_is_fit_for_training(tmp_path) -> None:
     assert [path.name for path in paths] == list(FILES)
     assert len(load_preferences(paths[0])) == 20
     report = check(paths[0], eval_data=paths[1])
-    assert "nothing to warn of" in report.text()
+    assert report.findings == ()
     assert write_example(tmp_path / "new" / "folder") == paths, "again it changes nothing"
 
 

@@ -303,7 +303,7 @@ def test_a_missing_column_is_named(name: str) -> None:
     if not loss.needs:
         assert torch.isfinite(loss(batch("A", "B")).per_pair).all()
         return
-    with pytest.raises(ValueError, match="|".join(sorted(loss.needs))):
+    with pytest.raises(ValueError, match="|".join(sorted(loss.needs))):  # the first of them that it reads
         loss(batch("A", "B"))
 
 
@@ -320,43 +320,44 @@ def test_the_reference_is_read_where_the_loss_says_so(name: str) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_bad_margin_is_refused_with_its_row(name: str, value: float) -> None:
     logps = f64(-1, -1, -1)
-    with pytest.raises(DataError, match=r"row 1 is (nan|inf|-inf)"):
+    with refused(DataError, ("row 1", value)):
         EVERY_LOSS[name](with_columns(logps, logps, logps, logps, margin=f64(1, value, 2)))
 
 
 def test_odpo_refuses_margins_without_a_logarithm() -> None:
     logps = f64(-1, -1)
-    with refused(DataError, "row 1", "-0.5", "linear"):
+    with refused(DataError, ("row 1", "-0.5"), "linear"):
         ODPO()(with_columns(logps, logps, logps, logps, margin=f64(1, -0.5)))
 
 
 @pytest.mark.parametrize(
-    ("kind", "field", "value", "says"),
+    ("kind", "field", "value", "bound"),
     [
-        ("dpo", "beta", 0, "greater than 0"),
-        ("dpo", "label_smoothing", 0.5, "less than 0.5"),
+        ("dpo", "beta", 0, "0"),
+        ("dpo", "label_smoothing", 0.5, "0.5"),
         ("ipo", "reduction", "median", "'sum' or 'mean'"),
-        ("rdpo", "flip_rate", 0.5, "less than 0.5"),
-        ("madpo", "tau", 0, "tau is 0.0, but must be above 0"),
-        ("madpo", "c_max", 1, "c_max is 1.0, but must be above 1"),
-        ("madpo", "c_min", 1, r"c_min is 1.0, but must be in \[0, 1\)"),
-        ("madpo", "lam", -1, "lam is -1.0, but must be above 0"),
+        ("rdpo", "flip_rate", 0.5, "0.5"),
+        ("madpo", "tau", 0, "0"),
+        ("madpo", "c_max", 1, "1"),
+        ("madpo", "c_min", 1, "[0, 1)"),
+        ("madpo", "lam", -1, "0"),
         ("madpo", "tau", math.nan, "finite"),
-        ("madpo", "lam", 1e7, "at most 1e6"),
-        ("madpo", "margin_temperature", 0, "greater than 0"),
-        ("soft_madpo", "c_max", 0.5, "c_max is 0.5"),
+        ("madpo", "lam", 1e7, "1e6"),
+        ("madpo", "margin_temperature", 0, "0"),
+        ("soft_madpo", "c_max", 0.5, "1"),
         ("rpo", "form", "kl", "'sq', 'fwd_kl' or 'bwd_kl'"),
-        ("beta_dpo", "keep", 0, "greater than 0"),
-        ("beta_dpo", "preset", "paper", "preset is 'paper', but must be one of 'official'"),
-        ("beta_dpo", "momentum", 1, "less than 1"),
+        ("beta_dpo", "keep", 0, "0"),
+        ("beta_dpo", "preset", "paper", "'official'"),
+        ("beta_dpo", "momentum", 1, "1"),
         ("alpha_dpo", "scale", "raw", "'code' or 'paper'"),
-        ("wpo", "gamma", 1, "Extra inputs are not permitted"),
-        ("nothing", "beta", 1, "'dpo', 'ipo'"),
+        ("wpo", "gamma", 1, "extra_forbidden"),
     ],
 )
-def test_bad_parameters_are_refused_with_value_and_range(kind: str, field: str, value: object, says: str) -> None:
-    with pytest.raises(ValidationError, match=says):
+def test_bad_parameters_are_refused_with_value_and_range(kind: str, field: str, value: object, bound: str) -> None:
+    with refused(ValidationError, (field, bound)):
         LossAdapter.validate_python({"kind": kind, field: value})
+    with refused(ValidationError, "'nothing'", "'dpo', 'ipo'"):
+        LossAdapter.validate_python({"kind": "nothing", field: value})
 
 
 def test_simpo_takes_gamma_or_the_ratio() -> None:
@@ -422,14 +423,14 @@ def test_custom_loss_from_a_module_and_its_errors(tmp_path: Path) -> None:
     assert stateful.stateful
     assert int(stateful(batch("A", "B")).state.tensors["batches"]) == 1  # type: ignore[union-attr]
     (tmp_path / "mine.py").write_text(MINE)
-    for target, says in [
-        ("madpo.losses", "must read"),
-        ("no_such_package.x:Y", "cannot be found"),
-        (f"{tmp_path}/none.py:Y", "there is no file"),
-        (f"{tmp_path}/mine.py:other", "no subclass"),
-        ("madpo.losses.direct:Nothing", "no subclass"),
+    for target, named in [
+        ("madpo.losses", "'madpo.losses'"),
+        ("no_such_package.x:Y", "no_such_package.x"),
+        (f"{tmp_path}/none.py:Y", f"{tmp_path}/none.py"),
+        (f"{tmp_path}/mine.py:other", f"{tmp_path}/mine.py:other"),
+        ("madpo.losses.direct:Nothing", "madpo.losses.direct:Nothing"),
     ]:
-        with pytest.raises(ValidationError, match=says):
+        with refused(ValidationError, named):
             Custom(target=target)
     with refused(ValidationError, "flip_rate", "0.5"):
         Custom(target="madpo.losses:RDPO", parameters={"flip_rate": 0.7})
@@ -458,5 +459,5 @@ def test_soft_madpo_golden_target() -> None:
 def test_config_errors_are_one_sentence_naming_the_remedy() -> None:
     from madpo.losses import margin_weight
 
-    with refused(ConfigError, "c_max", "1", "DPO()"):
+    with refused(ConfigError, ("c_max", "1"), "DPO()"):
         margin_weight(f64(1.0), tau=1, c_max=1)

@@ -344,7 +344,7 @@ def test_a_diverged_policy_is_refused_before_it_enters_the_averages(name: str) -
     loss = STATEFUL[name]
     logps = f64(-1, math.nan, -1)
     reference = f64(-1, -1, -1)
-    with refused(DivergedError, "row 1", "nan"):
+    with refused(DivergedError, ("row 1", "nan")):
         loss(with_columns(logps, reference, reference, reference))
 
 
@@ -352,7 +352,7 @@ def test_rows_that_do_not_match_the_inputs_are_refused() -> None:
     loss = BetaDPO()
     inputs = batch("A", "B")
     ready = loss.observe(torch.zeros(6), loss.init_state(0))
-    with refused(ValueError, "6", "2", "rows"):
+    with refused(ValueError, "'kept'", ("6 pairs", "2")):
         loss(inputs, ready)
 
 

@@ -247,26 +247,26 @@ def test_shapes_types_and_integers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("name", "value", "bound"),
     [
-        ({"tau": 0}, r"tau is 0, but must be above 0"),
-        ({"tau": math.inf}, r"tau is inf"),
-        ({"c_max": 1}, r"c_max is 1, but must be above 1"),
-        ({"c_max": math.nan}, r"c_max is nan"),
-        ({"c_min": 1}, r"c_min is 1, but must be in \[0, 1\)"),
-        ({"c_min": -0.1}, r"c_min is -0\.1"),
-        ({"lam": 0}, r"lam is 0, but must be above 0"),
-        ({"part": "both"}, r"part is 'both', but must be one of 'full', 'amplify', 'dampen'"),
+        ("tau", 0, "0"),
+        ("tau", math.inf, "0"),
+        ("c_max", 1, "1"),
+        ("c_max", math.nan, "1"),
+        ("c_min", 1, "[0, 1)"),
+        ("c_min", -0.1, "[0, 1)"),
+        ("lam", 0, "0"),
+        ("part", "both", "'full', 'amplify', 'dampen'"),
     ],
 )
-def test_bad_parameters(change: dict[str, object], says: str) -> None:
-    with pytest.raises(ConfigError, match=says):
-        margin_weight(torch.zeros(1), **{**HEADLINE, **change})  # type: ignore[arg-type]
+def test_bad_parameters(name: str, value: object, bound: str) -> None:
+    with refused(ConfigError, (f"{name} is {value!r}", bound)):
+        margin_weight(torch.zeros(1), **{**HEADLINE, name: value})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_bad_margins_are_named_by_row(bad: float) -> None:
-    with refused(DataError, "reward_margin", "row 2", bad):
+    with refused(DataError, ("reward_margin", "row 2", bad)):
         margin_weight(torch.tensor([0.0, 1.0, bad, bad]), **HEADLINE)
-    with pytest.raises(DataError, match="row 0"):
+    with refused(DataError, ("row 0", bad)):
         margin_coefficient(torch.tensor([bad]), **HEADLINE)

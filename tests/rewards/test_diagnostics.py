@@ -24,7 +24,7 @@ from madpo.operations.inspection import inspect as inspect_data
 from madpo.rewards.margins import ENOUGH, PAPER_SETTINGS, SURE, inspect
 from madpo.rewards.weight_counts import WeightParameters, log_weight
 from practice_cases import read, write
-from refusals import refused
+from refusals import names, refused
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u2028&amp;{{data}}"
 
@@ -101,7 +101,7 @@ def test_recommendation_where_the_99th_percentile_decides() -> None:
     report = inspect(h, margin_temperature=1.0)
     assert report.tau == pytest.approx(np.percentile(np.abs(h), 99))
     assert report.tau < SURE
-    assert "99th percentile" in report.reasons[0]
+    assert "99" in report.reasons[0]
     # Half as sure, half the tau: the rule counts calibrated margins.
     assert inspect(h, margin_temperature=2.0).tau == pytest.approx(report.tau / 2)
 
@@ -114,7 +114,7 @@ def test_the_mildest_c_max_is_recommended_and_too_few_effective_pairs_are_told(s
     report = inspect(h, margin_temperature=1.0)
     assert report.c_max == 2
     kept = _effective(h, report.tau, 2.0)
-    assert any("even c_max = 2" in warning for warning in report.warnings) == (kept < ENOUGH) == (share > 0)
+    assert any("c_max = 2" in warning for warning in report.warnings) == (kept < ENOUGH) == (share > 0)
 
 
 def test_no_temperature_is_fitted_to_pairs_that_the_reward_model_was_trained_on() -> None:
@@ -135,17 +135,18 @@ def _effective(h: np.ndarray, tau: float, c_max: float) -> float:
 @pytest.mark.parametrize(
     ("h", "temperature", "warning"),
     [
-        (np.zeros(10), 1.0, "all margins are the same"),
-        (np.full(300, 2.0), 1.0, "no margin is negative"),
-        (np.linspace(-3, 3, 400), 1.0, "hardly more labels than a coin"),
-        (-np.linspace(1, 3, 400), 1.0, "hardly more labels than a coin"),
-        (np.array([1.0, -0.5, 2.0]), None, "3 pairs are too few"),
-        (np.r_[np.full(180, 0.1), np.full(120, -0.1)] * 100, None, "the margins are not log-odds"),
+        (np.zeros(10), 1.0, "DPO"),
+        (np.full(300, 2.0), 1.0, "negative"),
+        (np.linspace(-3, 3, 400), 1.0, "coin"),
+        (-np.linspace(1, 3, 400), 1.0, "coin"),
+        (np.array([1.0, -0.5, 2.0]), None, "3 pairs"),
+        (np.r_[np.full(180, 0.1), np.full(120, -0.1)] * 100, None, "margin_temperature = "),
     ],
 )
 def test_doubtful_columns_are_named(h: np.ndarray, temperature: float | None, warning: str) -> None:
     report = inspect(h)
     assert any(warning in found for found in report.warnings)
+    assert not any(warning in found for found in inspect(bradley_terry(900, 2.0)).warnings)
     if temperature is not None:
         assert report.margin_temperature == temperature
     assert all(math.isfinite(x) for x in (report.tau, report.c_max, report.calibration_error, report.log_loss))
@@ -166,19 +167,19 @@ def test_any_margins_give_a_report(h: list[float]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("h", "options", "error", "says"),
+    ("h", "options", "error", "named"),
     [
-        ([], {}, DataError, "no margins"),
-        ([1.0, float("nan")], {}, DataError, "row 1 is nan"),
-        ([1.0, float("inf")], {}, DataError, "row 1 is inf"),
-        ([1.0, -1e300], {}, DataError, "row 1 is -1e.300: no log-odds are that large"),
-        ([1.0], {"margin_temperature": 0.0}, ConfigError, "finite and above 0"),
-        ([1.0], {"margin_temperature": float("nan")}, ConfigError, "finite and above 0"),
-        ([1.0], {"pair_ids": [1, 2]}, DataError, "1 margins but 2 pair ids"),
+        ([], {}, DataError, "margins"),
+        ([1.0, float("nan")], {}, DataError, ("row 1", "nan")),
+        ([1.0, float("inf")], {}, DataError, ("row 1", "inf")),
+        ([1.0, -1e300], {}, DataError, ("row 1", "-1e+300")),
+        ([1.0], {"margin_temperature": 0.0}, ConfigError, ("margin_temperature", "0.0")),
+        ([1.0], {"margin_temperature": float("nan")}, ConfigError, ("margin_temperature", "nan")),
+        ([1.0], {"pair_ids": [1, 2]}, DataError, ("1 margins", "2 pair")),
     ],
 )
-def test_mistakes(h: list[float], options: dict[str, Any], error: type[Exception], says: str) -> None:
-    with pytest.raises(error, match=says):
+def test_mistakes(h: list[float], options: dict[str, Any], error: type[Exception], named: Any) -> None:
+    with refused(error, named):
         inspect(h, **options)
 
 
@@ -222,7 +223,7 @@ def test_margins_come_from_every_shape(tmp_path: Path) -> None:
     del lines[2]["implicit_margin"]
     assert read_margins(write(path, lines)).implicit is None
     del lines[3]["reward_margin"]
-    with refused(DataError, "line 4", "reward_margin", "null"):
+    with refused(DataError, "heldout.jsonl", "line 4", ("reward_margin", "null")):
         read_margins(write(path, lines))
     row = {"prompt": "a", "chosen": "b", "rejected": "c"}
     (tmp_path / "scores.jsonl").write_text(json.dumps(row | {"chosen_score": 3, "rejected_score": 1.5}))
@@ -231,7 +232,7 @@ def test_margins_come_from_every_shape(tmp_path: Path) -> None:
     with refused(DataError, "none.jsonl", "'reward_margin'", "scores"):
         read_margins(tmp_path / "none.jsonl")
     (tmp_path / "bad.csv").write_text("reward_margin\nhigh\n")
-    with refused(DataError, "line 2", "reward_margin", "'high'"):
+    with refused(DataError, "bad.csv", "line 2", ("reward_margin", "'high'")):
         read_margins(tmp_path / "bad.csv")
 
 
@@ -256,7 +257,7 @@ def test_the_page_needs_no_other_file_and_escapes(pairs: Path, tmp_path: Path) -
 
 def test_commands(pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(pairs), "--eval-data", str(pairs), "--output-dir", str(tmp_path / "out")]) == 0
-    assert "900 pairs of text" in capsys.readouterr().out
+    names(capsys.readouterr().out, "900 pairs")
     assert (tmp_path / "out/check.json").exists()
     assert main(["inspect", str(pairs), "--output", str(tmp_path / "p.html")]) == 0
     out = capsys.readouterr().out
@@ -271,20 +272,20 @@ def test_commands_take_their_options_from_a_file(
     given = tmp_path / "check.toml"
     given.write_text(f'eval_data = "{pairs}"\noutput_dir = "{tmp_path / "out"}"\ntruncation = "cut"\n')
     assert main(["check", str(pairs), "--config", str(given)]) == 0
-    assert "900 evaluation pairs" in capsys.readouterr().out
+    names(capsys.readouterr().out, "900 evaluation")
     assert (tmp_path / "out/check.json").exists()
     given.write_text(f'margin_temperature = 2.5\noutput = "{tmp_path / "p.html"}"\n')
     assert main(["inspect", str(pairs), "--config", str(given)]) == 0
-    assert "margin temperature 2.5: as given" in capsys.readouterr().out
+    names(capsys.readouterr().out, "temperature 2.5")
     assert (tmp_path / "p.html").exists()
     assert main(["inspect", str(pairs), "--config", str(given), "--margin_temperature", "3"]) == 0
-    assert "margin temperature 3: as given" in capsys.readouterr().out, "an option goes before the file"
-    for text, says in (("max_lenght = 3", "did you mean 'max_length'?"), ("strict = 3", "strict = 3")):
+    names(capsys.readouterr().out, "temperature 3")  # an option goes before the file
+    for text, named in (("max_lenght = 3", ["'max_lenght'", "'max_length'"]), ("strict = 3", [("strict", "3")])):
         given.write_text(text)
         assert main(["check", str(pairs), "--config", str(given)]) == 2
         err = capsys.readouterr().err
         assert err.startswith(f"madpo: {given}: ")
-        assert says in err
+        names(err, *named)
 
 
 def test_margins_of_a_coin_recommend_nothing():

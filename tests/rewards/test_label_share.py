@@ -105,7 +105,7 @@ def test_a_coin_is_no_better_than_a_coin() -> None:
 
 
 def test_mistakes_are_named() -> None:
-    with refused(DataError, "3", "2"):
+    with refused(DataError, ("3 implicit", "2 reward")):
         label_share([1, 2, 3], [1, 2])
     with pytest.raises(DataError):
         label_share([], [])
