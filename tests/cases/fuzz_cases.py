@@ -31,12 +31,12 @@ INPUTS: Counter[str] = Counter()
 
 
 def fuzzed(quick: int = 15, share: float = 1):
-    """A property that is tried with ``quick`` inputs, the same every time; with half of them by `make test`.
+    """A property that is tried with ``quick`` inputs, the same every time; with a third of them by `make test`.
 
     `make fuzz` tries ``share * $MADPO_FUZZ`` new ones: more where an input costs a millisecond, fewer where it costs
     hundreds.
     """
-    tried = quick if settings.default.max_examples > 100 else quick // 2
+    tried = quick if settings.default.max_examples > 100 else quick // 3
 
     def decorated(test):
         inner = test.hypothesis.inner_test

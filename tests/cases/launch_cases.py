@@ -115,17 +115,14 @@ def trainer_of(
 
 
 OWN = Custom(target="madpo.losses:BetaDPO", parameters={"keep": 0.5})
-CLASSES = {name: (EVERY_LOSS[name], 2) for name in first_of_each_class()} | {
-    "custom": (OWN, 2),
-    "beta_dpo, one micro-batch": (EVERY_LOSS["beta_dpo"], 1),
-}
-"""Name -> (loss, micro-batches per step): a case of everything that a trainer does."""
+CLASSES = {name: (EVERY_LOSS[name], 2) for name in ("madpo", "beta_dpo")}
+"""Name -> (loss, micro-batches per step), of ``make test``: a sum over pairs, and statistics of a step."""
 
-_REST = [name for name in (*UNION, "beta_dpo-official") if name in EVERY_LOSS and name not in CLASSES]
-OTHERS = {name: (EVERY_LOSS[name], 2) for name in _REST} | {
-    f"{name}, one micro-batch": (EVERY_LOSS[name], 1) for name in ("dpo", "alpha_dpo")
-}
-"""The rest of the union, whose losses differ from those by arithmetic only."""
+_REST = dict.fromkeys((*first_of_each_class(), *UNION, "beta_dpo-official"))
+OTHERS = {name: (EVERY_LOSS[name], 2) for name in _REST if name in EVERY_LOSS and name not in CLASSES}
+OTHERS |= {"custom": (Custom(target="madpo.losses:BetaDPO", parameters={"keep": 0.5}), 2)}
+OTHERS |= {f"{name}, one micro-batch": (EVERY_LOSS[name], 1) for name in ("dpo", "beta_dpo", "alpha_dpo")}
+"""The rest of the union, and of what a trainer does."""
 
 
 def columns(folder: Path, out: Path) -> dict[str, list[float]]:
@@ -202,7 +199,6 @@ def launched(folder: Path, out: Path) -> None:
     }
     (out / f"{processes.rank()}.json").write_text(json.dumps(found))
     assert score(out, "scored") == score(out, "continued") == score(out, "scored") == probed(folder, out) == 0
-    assert auto(folder, out) == 0
     if processes.rank() == 1:
         load = scoring.load_scorer
 
@@ -221,9 +217,11 @@ def launched(folder: Path, out: Path) -> None:
 
 
 def others(folder: Path, out: Path) -> None:
-    """The trajectories that ``launched`` leaves out."""
-    out.mkdir(exist_ok=True)
-    (out / f"{processes.rank()}.json").write_text(json.dumps(trajectories(folder, out, processes.world_size(), OTHERS)))
+    """The trajectories that ``launched`` leaves out, and ``auto``."""
+    os.chdir(out)
+    found = trajectories(folder, Path(), processes.world_size(), OTHERS)
+    Path(f"{processes.rank()}.json").write_text(json.dumps(found))
+    assert auto(folder, Path()) == 0
 
 
 # ---- Launches from one process: for the price of a second each, instead of ten ----
@@ -360,18 +358,8 @@ def drive_flexed(folder: Path, out: Path) -> None:
             raise SystemExit(f"{name}: {ended}")
 
 
-def drive_others(folder: Path, out: Path) -> None:
-    """The launch of the tests that are slow."""
-
-    @functools.wraps(others)  # the launcher asks for a name
-    def entry():
-        others(folder, out)
-
-    raise SystemExit(bool(launch(entry)))
-
-
-def drive(folder: Path, out: Path) -> None:
-    """Every other launch of the tests, from one process that has loaded the libraries; prints how each ended."""
+def drive(folder: Path, out: Path, slow: bool) -> None:
+    """The other launches, from one process that has loaded the libraries; prints how each ended."""
 
     def run(name, work, *arguments, **settings):
         @functools.wraps(work)
@@ -381,7 +369,10 @@ def drive(folder: Path, out: Path) -> None:
         ended = launch(entry)
         print(json.dumps([name, ended, sorted(path.name for path in (out / name).iterdir())]), flush=True)
 
-    run("two", launched)
+    if not slow:
+        run("two", launched)
+        return
+    run("others", others)
     run("whole", resumable)
     for name, death in (("step", Dies(1, 4)), ("saving", Dies(0, 4, saving=True))):
         run(name, resumable, death)

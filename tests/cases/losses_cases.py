@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
-import pytest
 import torch
-from _pytest.mark import ParameterSet
 
 from madpo.losses import (
     BCO,
@@ -24,6 +22,7 @@ from madpo.losses import (
     LossInputs,
     OmniDPO,
 )
+from quick import quick
 
 # policy chosen, policy rejected, reference chosen, reference rejected, tokens chosen, tokens rejected
 CASES = {
@@ -75,10 +74,9 @@ def first_of_each_class() -> list[str]:
     return [*first.values()]
 
 
-def for_trainers() -> list[ParameterSet]:
+def for_trainers() -> list[Any]:
     """Parameters of a test that trains with every loss: one of each class in ``make test``, the others slow."""
-    quick = first_of_each_class()
-    return [pytest.param(name, marks=[] if name in quick else [pytest.mark.slow]) for name in EVERY_LOSS]
+    return quick(EVERY_LOSS, *first_of_each_class())
 
 
 def f64(*values: float) -> torch.Tensor:

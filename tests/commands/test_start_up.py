@@ -77,15 +77,18 @@ def lines(tmp_path_factory, llama):
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ABSENT)
 def test_what_a_module_does_not_need_is_not_loaded(lines, module):
     assert not ABSENT[module] & set(lines[[*ABSENT].index(module)].split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_that_train_nothing_load_no_trainer(lines, command):
     assert not {"trl", "sklearn", "optuna", "ray"} & set(lines[len(ABSENT) + COMMANDS.index(command)].split())
 
 
+@pytest.mark.slow
 def test_what_a_command_has_loaded_is_left_out_of_collections(lines):
     assert lines[-1] == "True True True"

@@ -19,6 +19,7 @@ from madpo.core import locks
 from madpo.core.errors import StorageError
 from madpo.core.locks import LOCK, OWNER, holder, locked
 from practice_cases import write
+from quick import quick
 from refusals import refused
 
 ERRORS = [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL]
@@ -129,8 +130,15 @@ print(entered)
 """
 
 
-@pytest.mark.parametrize("system", [None, errno.ENOSYS], indirect=True, ids=["flock", "ENOSYS"])
-@pytest.mark.parametrize("program", [RACE, KILLED], ids=["released", "killed"])
+RACES = [(RACE, None), (RACE, errno.ENOSYS), (KILLED, None), (KILLED, errno.ENOSYS)]
+
+
+@pytest.mark.parametrize(
+    ("program", "system"),
+    quick(RACES, RACES[1], RACES[2]),
+    indirect=["system"],
+    ids=["released-flock", "released-ENOSYS", "killed-flock", "killed-ENOSYS"],
+)
 def test_the_lock_excludes_although_its_file_comes_and_goes(program, system, tmp_path):
     children = [
         subprocess.Popen([sys.executable, "-c", system + program, str(tmp_path)], stdout=subprocess.PIPE, text=True)

@@ -23,6 +23,7 @@ from madpo.commands.cli import main
 from madpo.core.errors import DataError
 from madpo.data import check, load_preferences, parquet, raw, text_files
 from madpo.data.sources import open_source
+from quick import quick
 from refusals import names, refused
 
 GOOD = {"prompt": "Say hi.", "chosen": " Hi!", "rejected": " No."}
@@ -174,7 +175,7 @@ def write(path, content):
 # ---- Time ----
 
 
-@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("twice", quick([False, True], True))
 def test_time_grows_with_the_number_of_names_and_not_faster(twice, tmp_path):
     names = [f"c{i}" for i in range(60_000)]
     names += ["c59999"] if twice else []
@@ -250,10 +251,7 @@ def conversations(roles, contents, offsets):
 
 @pytest.mark.parametrize(
     "bomb",
-    [
-        *(one_long_row, lists_of_text, packed),
-        *(pytest.param(bomb, marks=pytest.mark.slow) for bomb in (many_rows, many_messages, long_rows)),
-    ],
+    quick([one_long_row, lists_of_text, packed, many_rows, many_messages, long_rows], lists_of_text),
 )
 def test_a_parquet_bomb_takes_bounded_memory(bomb, tmp_path):
     columns = bomb()

@@ -19,6 +19,7 @@ from madpo.data import check, load_preferences
 from madpo.data.messages import said
 from madpo.data.templates import Clock, left_out, render
 from practice_cases import write
+from quick import quick
 from refusals import refused
 
 USER = {"role": "user", "content": "Say <hi>."}
@@ -112,9 +113,10 @@ BOMBS = [
     "{{ " + "+".join(["1"] * 20000) + " }}",
     "a" * 1_000_001,
 ]
+LIGHT = [bomb for bomb in BOMBS if not any(part in bomb for part in ("5000] * 5000", "static", "ns.x + ns.x"))]
 
 
-@pytest.mark.parametrize("bomb", BOMBS, ids=lambda text: text[:60])
+@pytest.mark.parametrize("bomb", quick(BOMBS, *LIGHT), ids=lambda text: text[:60])
 def test_a_template_that_builds_gigabytes_is_stopped(bomb: str, tokenizer: Any) -> None:
     tokenizer.chat_template = bomb
     began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

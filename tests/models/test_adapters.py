@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification
 from families import tiny
 from madpo.models.adapters import adapter_config, adapter_summary, adapter_text
 from madpo.models.hyperparameters import LoRA
+from quick import quick
 
 IDS = torch.randint(3, 50, (4, 24), generator=torch.Generator().manual_seed(0))
 TOLERANCE = 2e-3  # of logits in float32: two experts that are nearly tied may change places
@@ -78,7 +79,7 @@ def logits(model):
     return model(input_ids=IDS, use_cache=False).logits
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", quick(FAMILIES, "llama", "gpt2", "gpt_oss", "phimoe", "falcon_h1", "gemma3"))
 def test_every_adapter_learns_merges_and_loads_and_no_router_has_one(family, tmp_path):
     base = tiny(family)
     model, said = adapted(tiny(family))

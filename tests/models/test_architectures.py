@@ -23,6 +23,7 @@ from madpo.models.adapters import adapter_config
 from madpo.models.engine.logprobs import completion_logps, install_completion_head
 from madpo.models.hyperparameters import LoRA
 from madpo.models.modes import without_own_noise
+from quick import quick
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 FAST = ["gpt_oss", "llama", "opt", "qwen3_5_text"]
@@ -54,11 +55,7 @@ WEIGHTS = torch.tensor([1.0, -0.5, -1.0, 0.7])
 Rows = list[Tensor]
 
 
-def swept(families: list[str]) -> list:
-    return [f if f in FAST else pytest.param(f, marks=pytest.mark.slow) for f in families]
-
-
-READ = swept([f for f in sorted(CAUSAL) if f not in UNBUILT and f not in REFUSED])
+READ = quick([f for f in sorted(CAUSAL) if f not in UNBUILT and f not in REFUSED], *FAST)
 
 
 def rows(*pairs: tuple[int, tuple[int, int, int]], left: bool = False) -> Rows:
@@ -209,7 +206,7 @@ def noted(layer: nn.Module, checkpoint: Callable, calls: list[nn.Module]) -> Cal
     return called
 
 
-@pytest.mark.parametrize("family", swept(list(REFUSED)))
+@pytest.mark.parametrize("family", quick(REFUSED))
 def test_families_that_would_be_read_wrongly_are_refused(family: str) -> None:
     with pytest.raises(ConfigError, match=REFUSED[family]):
         install_completion_head(tiny(family, loud=3))

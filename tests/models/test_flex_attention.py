@@ -8,6 +8,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GptOssConfig, GptOssFo
 from engine_cases import MODELS, SMALL, WINDOWS, pair_batch
 from madpo.models.engine import packed_attention
 from madpo.models.engine.logprobs import completion_logps
+from quick import quick
 
 LONG = [(70, 90, 60), (20, 150, 3), (140, 5, 44), (30, 8, 8)]
 """Pairs of which two are longer than a block."""
@@ -23,7 +24,7 @@ FAMILIES = {
 }
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=quick(FAMILIES, "capped", "sinks"))
 def model(request):
     torch.manual_seed(0)
     model = FAMILIES[request.param]().eval()

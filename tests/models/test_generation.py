@@ -10,10 +10,11 @@ from madpo.core.errors import ConfigError, DataError
 from madpo.models.engine.head import Head
 from madpo.models.engine.sampling import Sampling, generate, sample, sample_by_tiles, uniforms
 from madpo.models.load import build_tiny
+from quick import quick
 from refusals import refused
 
 
-@pytest.fixture(scope="module", params=["gemma3", "llama", "qwen3"])
+@pytest.fixture(scope="module", params=quick(["gemma3", "llama", "qwen3"], "gemma3"))
 def model(request, tmp_path_factory):
     folder = build_tiny(request.param, tmp_path_factory.mktemp("models") / request.param)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
@@ -50,7 +51,7 @@ def test_tokens_do_not_depend_on_batch_size_or_order(model):
     assert run(model, ids, keys, seed=2) != together
 
 
-@pytest.mark.parametrize("size", [64, 9, 3, 1])
+@pytest.mark.parametrize("size", quick([64, 9, 3, 1], 64, 3))
 def test_samples_of_a_prompt_share_it_and_are_the_draws_one_by_one(model, one_by_one, size):
     together = run(model, prompts(5), range(100, 105), draw=2, samples=4, batch_size=size)
     assert [together[k::4] for k in range(4)] == one_by_one
@@ -72,7 +73,7 @@ def test_an_end_token_is_kept_and_nothing_follows(model):
         assert ends[-1] or len(completion) == 14
 
 
-@pytest.mark.parametrize("vocabulary", [5, 512, 513, 3000])
+@pytest.mark.parametrize("vocabulary", quick([5, 512, 513, 3000], 513))
 def test_the_law_is_the_softmax(vocabulary):
     generator = torch.Generator().manual_seed(vocabulary)
     logits = torch.randn(1, vocabulary, generator=generator, dtype=torch.float64) * 2
@@ -118,7 +119,7 @@ def head_of(vocabulary, hidden, *, bias=False, softcap=None, scale=1.0, dtype=to
     return Head(weight.to(dtype), offset if offset is None else offset.to(dtype), softcap, scale)
 
 
-@pytest.mark.parametrize("vocabulary", [5, 512, 513, 4096, 4097, 9000])
+@pytest.mark.parametrize("vocabulary", quick([5, 512, 513, 4096, 4097, 9000], 5, 513, 9000))
 @pytest.mark.parametrize("form", [{}, {"bias": True, "scale": 0.3}, {"softcap": 4.0}])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_a_walk_over_tiles_draws_the_tokens_of_whole_logits(vocabulary, form, temperature):

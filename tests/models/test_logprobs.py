@@ -12,6 +12,7 @@ from madpo.models.engine import head as engine_head
 from madpo.models.engine.head import Head, _WideProduct, token_logps
 from madpo.models.engine.kl import completion_kl
 from madpo.models.engine.logprobs import completion_logps
+from quick import quick
 
 
 @pytest.fixture(scope="module", params=sorted(MODELS))
@@ -141,7 +142,7 @@ def test_bfloat16_is_three_times_closer_than_bfloat16_logits():
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
-@pytest.mark.parametrize("boost", [0, 11, 14, 17])
+@pytest.mark.parametrize("boost", quick([0, 11, 14, 17], 0, 14))
 def test_bfloat16_gradients_and_sums_follow_the_exact_logits(boost, softcap):
     """The likelier the label, the smaller its gradient and the larger the terms that it is the difference of."""
     torch.manual_seed(3)

@@ -21,6 +21,7 @@ from madpo.operations.averaging import averaged_adapter, save_average, strength_
 from madpo.operations.train_settings import Auto
 from madpo.rewards.label_share import label_share
 from practice_cases import BAD, GOOD, read, run, text_pairs, write
+from quick import quick
 from refusals import refused
 
 pytestmark = pytest.mark.usefixtures("module_cache", "module_float32")
@@ -169,7 +170,7 @@ def test_labels_of_a_coin_end_in_the_advice_to_take_dpo(llama, tmp_path):
     assert all(line.get("target/probability", 1.0) == pytest.approx(1.0) for line in log)
 
 
-@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("fast", quick([False, True], False))
 def test_pairs_without_margins_get_them_from_a_probe(llama, tmp_path, fast):
     data = write(tmp_path / "pairs.jsonl", text_pairs(120))
     report = train(data, tmp_path / "P", settings(llama, Auto(fast=fast)))

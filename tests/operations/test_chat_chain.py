@@ -37,6 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("module_cache")
 def test_conversations_go_through_the_whole_chain(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -18,10 +18,11 @@ from madpo.operations import study_evaluation as evaluation
 from madpo.operations.study_evaluation import EvaluationStage, distinct, evaluate_policy
 from madpo.operations.study_pairs import PAIRS
 from practice_cases import read
+from quick import quick
 from refusals import refused
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma3"])
+@pytest.fixture(scope="module", params=quick(["llama", "gemma3"], "gemma3"))
 def inputs(request, tmp_path_factory):
     """A reference, an adapter on it, and pairs of which the last eight are held out."""
     root = tmp_path_factory.mktemp("study")

@@ -12,6 +12,7 @@ from madpo.operations import memory_plan
 from madpo.operations.policy import trainer_arguments, trainer_of
 from madpo.operations.train_settings import TrainSettings
 from practice_cases import write
+from quick import quick
 
 ROWS = [{"prompt_ids": [5] * 9, "chosen_ids": [6] * (4 + i), "rejected_ids": [7] * 8} for i in range(3)]
 
@@ -22,7 +23,7 @@ def settings(model, **changes):
     )
 
 
-@pytest.mark.parametrize(("family", "full"), [("gemma3", False), ("llama", True)])
+@pytest.mark.parametrize(("family", "full"), quick([("gemma3", False), ("llama", True)], ("llama", True)))
 def test_a_step_on_paper_holds_what_a_real_one_holds(family, full, tmp_path):
     folder = build_tiny(family, tmp_path / family)
     chosen = settings(folder, full=full)
@@ -54,6 +55,7 @@ def test_the_largest_micro_batch_is_the_last_that_fits(need, pairs):
             assert memory_plan._largest(need, memory, most) == min(pairs, most)
 
 
+@pytest.mark.slow
 def test_the_command_reads_the_longest_pairs_and_writes_nothing(llama, tmp_path, capsys):
     rows = [{"prompt": "The film", "chosen": " was good" * n, "rejected": " was bad"} for n in (1, 9, 4)]
     pairs = write(tmp_path / "pairs.jsonl", rows)

@@ -19,6 +19,7 @@ from madpo.operations import load_scorer
 from madpo.operations.evaluation import find_policy
 from madpo.operations.pair_scorer import load_pair_encoder
 from practice_cases import text_pairs, write
+from quick import quick
 from refusals import refused
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -145,7 +146,7 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize("kind", [kind.value for kind in PeftType])
+@pytest.mark.parametrize("kind", quick([kind.value for kind in PeftType], "LORA", "PROMPT_TUNING", "XLORA", "CPT"))
 def test_no_kind_of_adapter_opens_more_than_its_own_folder(folder, adapter, monkeypatch, kind):
     """Of every kind that this PEFT has: the weights do not fit most of them, and none reaches out for others."""
     from transformers.utils import hub as transformers_hub

@@ -100,6 +100,7 @@ def test_records_and_locks_do_not_change_a_digest(tmp_path: Path) -> None:
     assert digest(tmp_path / "P") != before
 
 
+@pytest.mark.slow
 def test_a_reward_model_that_is_trained_outlives_a_kill_of_its_measurement(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ from madpo.data.findings import Survey
 from madpo.operations import ScoreSettings, TrainSettings, score
 from madpo.operations.inputs import started_clock
 from practice_cases import conversation, read, text_pairs, write
+from quick import quick
 from refusals import refused
 
 CLOCK = (
@@ -179,7 +180,7 @@ class Killed(BaseException):
     """A kill, as far as a process can see one."""
 
 
-@pytest.mark.parametrize("name", ["train", "reward", "tune"])
+@pytest.mark.parametrize("name", quick(["train", "reward", "tune"], "train"))
 def test_what_is_continued_on_another_day_keeps_its_date_and_ends_in_the_same_bytes(
     name: str, chats: Path, dated: Path, tmp_path: Path, day: Any, monkeypatch: Any, own_cache: None
 ) -> None:

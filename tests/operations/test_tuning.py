@@ -167,6 +167,7 @@ def test_a_search_that_was_cut_off_ends_in_the_same_table(tuned, llama, data, tm
     assert len(taken) <= len(trained) + ARGS["max_steps"], "at most the fold that was cut off is trained again"
 
 
+@pytest.mark.slow
 def test_a_finished_study_goes_on_with_more_trials_and_refuses_other_settings(llama, data, tmp_path):
     space = {"loss.tau": {"low": 1.0, "high": 9.0}, "lora.rank": {"low": 2, "high": 4, "integer": True}}
     changes = {"space": space, "baseline": False, "args": ARGS | {"max_steps": 1}}
@@ -286,6 +287,7 @@ def test_the_reward_is_read_off_between_two_strengths():
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_the_reward_of_samples_at_equal_kl(llama, data, tmp_path):
     run("reward", data, "--model_name_or_path", llama, "--output_dir", tmp_path / "R", "--eval_share", "0.4",
         "--learning_rate", "1e-2")  # fmt: skip

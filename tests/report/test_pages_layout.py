@@ -23,6 +23,7 @@ from madpo.report import rebuild_report
 from madpo.report.command_pages import write_training_page
 from madpo.rewards.margins import inspect
 from practice_cases import write
+from quick import quick
 from report_cases import HOSTILE, LONG, make_study
 
 PAGES = ("report", "margins", "reward", "training", "samples", "tune", "simulation", "own")
@@ -224,8 +225,10 @@ def test_a_commands_page_answers_on_the_first_screen(
         assert bottom(screen, selector) <= FIRST_SCREEN, selector
 
 
-@pytest.mark.parametrize("name", PAGES)
-@pytest.mark.parametrize("width", [1280, 390])
+SHOWN = [(name, width) for width in (1280, 390) for name in PAGES]
+
+
+@pytest.mark.parametrize(("name", "width"), quick(SHOWN, ("report", 1280), *SHOWN[len(PAGES) :]))
 def test_nothing_is_cut_and_nothing_scrolls_sideways(
     screen: Chrome, pages: dict[str, Path], name: str, width: int
 ) -> None:
@@ -242,7 +245,7 @@ def test_nothing_is_cut_and_nothing_scrolls_sideways(
     assert screen.title != "owned"
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", quick(PAGES, "report", "samples"))
 def test_dark_and_light_differ_and_are_readable(screen: Chrome, pages: dict[str, Path], name: str) -> None:
     def colour(selector: str, kind: str) -> np.ndarray:
         code = "return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]"

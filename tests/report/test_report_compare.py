@@ -152,6 +152,7 @@ def test_a_setting_is_chosen_over_the_seeds_that_all_settings_have() -> None:
 # Choices
 
 
+@pytest.mark.slow
 def test_choosing_does_not_look_at_what_is_reported() -> None:
     """Settings that differ only in noise: the best of 30 on all prompts is flattered, the chosen one is not."""
     flattered, honest = [], []

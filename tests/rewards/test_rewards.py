@@ -43,6 +43,7 @@ from madpo.study.experiment import Experiment
 from madpo.training.reward import RewardModelTrainer, fit_reward_model
 from madpo.training.settings import RewardModelStage
 from practice_cases import read
+from quick import quick
 from refusals import refused
 
 GOOD = ["wonderful", "great", "moving", "funny", "best"]
@@ -196,7 +197,7 @@ def test_a_label_that_the_classifier_lacks(tmp_path, roberta) -> None:
         fit_oracle(stage(ClassifierOracle(name=str(roberta), positive_label="good")), {}, tmp_path)
 
 
-@pytest.fixture(scope="module", params=["gemma3", "llama"])
+@pytest.fixture(scope="module", params=quick(["gemma3", "llama"], "gemma3"))
 def trained(request, tmp_path_factory):
     """A reward model's folder, with weights far from zero in adapter and head."""
     folder = tmp_path_factory.mktemp("reward")

@@ -312,6 +312,7 @@ def dying(*words):
     command_line(*words)
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_ends_in_the_same_bytes(forked, command, small, tmp_path):
     """SIGKILL in the middle of a training; finished stages are kept, and the results equal the undisturbed run's."""
     root = tmp_path / "run"
@@ -368,6 +369,7 @@ tiers = ["low"]
 """
 
 
+@pytest.mark.slow
 def test_a_loss_of_ones_own_is_a_row(command, small, tmp_path):
     """Nothing of ours changes: a file, and five lines in a TOML."""
     (tmp_path / "my_losses.py").write_text(LOSS)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, Trainer
 from trl import DPOTrainer, RewardTrainer, SFTTrainer
 
 import soak
-from losses_cases import EVERY_LOSS, for_trainers
+from losses_cases import EVERY_LOSS, first_of_each_class
 from madpo import DPO, MADPO, PreferenceConfig, PreferenceTrainer
 from madpo.core.errors import ConfigError, DataError, StorageError
 from madpo.losses import BetaDPO
@@ -26,6 +26,7 @@ from madpo.training import checkpoints as disk
 from madpo.training.digests import rows_digest
 from madpo.training.states import check_groups, pack, random_states, restore_random_states, unpack
 from practice_cases import read
+from quick import quick
 from refusals import refused
 from small_trainers import weights
 from trainer_settings import QUIET
@@ -277,13 +278,16 @@ def test_checkpoints_hold_no_pickle_and_load_as_adapters(llama, tmp_path):
     ("loss", "settings"),
     [
         (DPO(), {"logging_steps": 4, "save_steps": 3}),  # totals of a window that the checkpoint cuts in two
-        (MADPO(tau=2, c_max=4), {"gradient_accumulation_steps": 3, "max_steps": 5}),  # an uneven end of the epoch
+        pytest.param(  # an uneven end of the epoch
+            MADPO(tau=2, c_max=4), {"gradient_accumulation_steps": 3, "max_steps": 5}, marks=pytest.mark.slow
+        ),
         # Looks at a step before it is taken, with dropout: the random states must be back before that look.
         (BetaDPO(filter=True, keep=0.75), {"gradient_accumulation_steps": 2, "max_steps": 5}),
-        (
+        pytest.param(  # at the edge
             DPO(),
             {"num_train_epochs": 2, "max_steps": -1, "save_steps": 4, "lr_scheduler_type": "cosine"},
-        ),  # at the edge
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["window", "accumulation", "stateful", "epoch"],
 )
@@ -302,7 +306,10 @@ def test_resuming_gives_the_same_bytes_and_the_same_log(llama, tmp_path, loss, s
         assert a.read_bytes() == b.read_bytes(), name
 
 
-@pytest.mark.parametrize("name", for_trainers())
+STATEFUL = [name for name in first_of_each_class() if EVERY_LOSS[name].stateful]
+
+
+@pytest.mark.parametrize("name", quick(EVERY_LOSS, "dpo", *STATEFUL))
 def test_every_loss_resumes_to_the_same_bytes(llama, tmp_path, name):
     settings = {"max_steps": 4, "save_steps": 2}
     draws = np.random.default_rng(1).normal(size=(3, 16))
@@ -444,8 +451,8 @@ def stages(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "kind",  # the others do what these do, and more
-    [pytest.param(kind, marks=[pytest.mark.slow] if kind in ("sft", "dpo") else []) for kind in soak.KINDS],
+    "kind",
+    quick(soak.KINDS, "beta_dpo"),
 )
 def test_a_killed_stage_started_again_leaves_the_same_bytes(forked, stages, tmp_path, kind):
     """Every stage undisturbed; and killed by SIGKILL in the middle, then started again."""

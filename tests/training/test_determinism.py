@@ -12,8 +12,11 @@ from losses_cases import EVERY_LOSS
 from madpo.operations import TrainSettings, train
 from madpo.training.columns import DataCollatorForPreference
 from practice_cases import read, text_pairs, write
+from quick import quick
 
 LOSSES = ("dpo", "madpo", "wpo", "beta_dpo", "alpha_dpo")
+ACCUMULATED = ("madpo", "ipo", "simpo", "beta_dpo", "beta_dpo-notebook", "alpha_dpo")
+"""Losses that ``make test`` accumulates: sums, a sum without a reference, and statistics of three kinds."""
 
 
 class LeftPadded(DataCollatorForPreference):
@@ -56,12 +59,9 @@ SETTINGS = {
     "2 x 4, left, longer": {"micro": 2, "collator": collator(LeftPadded, pad_to_multiple_of=16)},
 }
 TOGETHER = "2 x 4, left, longer"
-CASES = [
-    pytest.param(name, how, marks=[] if how == TOGETHER or name == "madpo" else pytest.mark.slow)
-    for name in LOSSES
-    for how in SETTINGS
-]
-"""In ``make test`` one loss meets each setting apart, and every loss all of them together."""
+APART = [(name, how) for name in LOSSES for how in SETTINGS]
+ALL = [(name, TOGETHER) for name in ACCUMULATED]
+CASES = quick(dict.fromkeys(APART + ALL), *ALL)
 
 
 @pytest.mark.parametrize(("name", "how"), CASES)

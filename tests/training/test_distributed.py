@@ -70,7 +70,6 @@ def one(root, llama):
         found = {"columns": launch_cases.columns(llama, Path())}
         found["trajectories"] = launch_cases.trajectories(llama, Path(), 1, launch_cases.CLASSES)
         assert launch_cases.score(Path(), "scored") == launch_cases.probed(llama, Path()) == 0
-        assert launch_cases.auto(llama, Path()) == 0
     return found
 
 
@@ -82,9 +81,8 @@ class Driven(typing.NamedTuple):
     ends: dict[str, list]
 
 
-@pytest.fixture(scope="module")
-def driven(forked, root, llama):
-    ended = forked(launch_cases.drive, llama, root, cache=root / "two" / "cache").end()
+def launches(forked, root, llama, cache, slow):
+    ended = forked(launch_cases.drive, llama, root, slow, cache=root / cache / "cache").end()
     ends = {}
     for line in ended.out.splitlines():
         if line.startswith("["):
@@ -95,19 +93,31 @@ def driven(forked, root, llama):
 
 
 @pytest.fixture(scope="module")
+def driven(forked, root, llama):
+    return launches(forked, root, llama, "two", False)
+
+
+@pytest.fixture(scope="module")
+def driven_more(forked, root, llama):
+    prepare(root / "others", llama)
+    return launches(forked, root, llama, "others", True)
+
+
+@pytest.fixture(scope="module")
 def two(root, driven):
     """What each of the two processes found."""
     return [json.loads((root / "two" / f"{rank}.json").read_text()) for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
-def others(forked, llama, tmp_path_factory):
-    """The trajectories of one process and of each of two, for the losses that nothing else here trains with."""
-    root = tmp_path_factory.mktemp("others")
-    ended = forked(launch_cases.drive_others, llama, root).end()
-    assert ended.status == 0, ended.err[-4000:]
-    single = launch_cases.trajectories(llama, root / "one", 1, launch_cases.OTHERS)
-    return single, *(json.loads((root / f"{rank}.json").read_text()) for rank in range(2))
+def others(root, driven_more, llama):
+    """What one process found and each of two, where ``one`` and ``two`` do not look."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MADPO_CACHE", str(root / "one" / "others"))
+        patch.chdir(root / "one")
+        single = launch_cases.trajectories(llama, Path(), 1, launch_cases.OTHERS)
+        assert launch_cases.auto(llama, Path()) == 0
+    return single, *(json.loads((root / "others" / f"{rank}.json").read_text()) for rank in range(2))
 
 
 @pytest.mark.parametrize("name", launch_cases.CLASSES)
@@ -159,9 +169,10 @@ def test_scores_have_the_bytes_of_one_process(root, one, driven):
     assert driven.stderr.count("scored is complete; nothing to do") == 1
 
 
-def test_auto_on_two_processes_is_that_of_one(root, one, driven):
+@pytest.mark.slow
+def test_auto_on_two_processes_is_that_of_one(root, others):
     """The decision, the strength, all three adapters and the margins of the pairs that decide."""
-    first, second = (root / name / "auto" for name in ("one", "two"))
+    first, second = (root / name / "auto" for name in ("one", "others"))
     reports = [json.loads((folder / "report.json").read_text()) for folder in (first, second)]
     for key in ("label_share", "margin_temperature", "strength"):
         assert reports[1][key] == pytest.approx(reports[0][key], rel=1e-4), key
@@ -211,13 +222,14 @@ def test_a_mistake_that_one_process_meets_ends_all_with_one_sentence(root, drive
     assert not (root / "two" / "policy" / "record.json").exists()
 
 
-def test_what_a_kill_of_one_process_interrupts_ends_in_the_same_bytes(root, driven):
-    assert [codes for codes, _ in driven.ends["whole"]] == [{}]
+@pytest.mark.slow
+def test_what_a_kill_of_one_process_interrupts_ends_in_the_same_bytes(root, driven_more):
+    assert [codes for codes, _ in driven_more.ends["whole"]] == [{}]
     killed = {"step": (1, ["checkpoint-2"]), "saving": (0, [".checkpoint-4.part", "checkpoint-2"])}
     for name, (rank, left) in killed.items():
-        (first, found), (again, _) = driven.ends[name]
+        (first, found), (again, _) = driven_more.ends[name]
         assert first, "the launcher has ended the other process, or that has lost its connection"
-        assert f"process {rank} dies" in driven.stderr
+        assert f"process {rank} dies" in driven_more.stderr
         assert [file for file in found if file != ".lock"] == left  # the system let go of the lock
         assert again == {}
         expected, present = files(root / "whole"), files(root / name)
@@ -232,9 +244,10 @@ def files(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_fsdp2_follows_one_process(root, one, driven):
+@pytest.mark.slow
+def test_fsdp2_follows_one_process(root, one, driven_more):
     """The head lies in a shard of its own; its forward sees the whole weight, and the adapter is saved as a whole."""
-    assert [codes for codes, _ in driven.ends["fsdp"]] == [{}], driven.stderr[-3000:]
+    assert [codes for codes, _ in driven_more.ends["fsdp"]] == [{}], driven_more.stderr[-3000:]
     single, found = one["trajectories"]["beta_dpo"], json.loads((root / "fsdp" / "found.json").read_text())
     np.testing.assert_allclose(found["losses"], [row["loss"] for row in single["rows"] if "loss" in row], rtol=5e-6)
     assert found["eval_loss"] == pytest.approx(single["evaluation"]["eval_loss"], rel=5e-6)
@@ -244,8 +257,9 @@ def test_fsdp2_follows_one_process(root, one, driven):
         np.testing.assert_allclose(saved[name.replace(".default", "")].ravel(), values, rtol=0, atol=3e-5, err_msg=name)
 
 
-def test_fsdp2_trains_all_weights(root, llama, driven, tmp_path):
-    assert [codes for codes, _ in driven.ends["fsdp-full"]] == [{}], driven.stderr[-3000:]
+@pytest.mark.slow
+def test_fsdp2_trains_all_weights(root, llama, driven_more, tmp_path):
+    assert [codes for codes, _ in driven_more.ends["fsdp-full"]] == [{}], driven_more.stderr[-3000:]
     settings = {**launch_cases.FULL_SETTINGS, "micro": 2 * launch_cases.FULL_SETTINGS["micro"]}
     trainer = launch_cases.trainer_of(llama, tmp_path, DPO(), **settings)
     trainer.train()

@@ -21,6 +21,7 @@ from madpo.losses import BCO, IPO, RDPO, WPO, Combined, Custom
 from madpo.models.load import load_tokenizer
 from madpo.training import columns as trainer_columns
 from madpo.training.refusals import loss_of
+from quick import quick
 from refusals import refused
 from small_trainers import SETTINGS, pairs
 from trainer_settings import QUIET
@@ -290,21 +291,20 @@ def equal_lengths(count=16):
     return Dataset.from_dict({name: generator.integers(5, 200, (count, 6)).tolist() for name in names})
 
 
-@pytest.mark.parametrize(
-    ("option", "loss"),
-    [
-        ({"loss_type": "ipo", "beta": 0.2}, IPO(beta=0.2, reduction="mean")),
-        ({"loss_type": "robust", "label_smoothing": 0.2}, RDPO(flip_rate=0.2)),
-        ({"loss_type": "bco_pair"}, BCO()),
-        ({"use_weighting": True}, WPO(beta=0.1, clamp=False)),
-        (MPO, Combined(parts=(DPO(beta=0.3), BCO(beta=0.3)), weights=(0.8, 0.2), nll=1)),
-        (
-            {"loss_type": ["sigmoid", "ipo"], "loss_weights": [0.7, 0.1]},
-            Combined(parts=(DPO(), IPO(reduction="mean")), weights=(0.7, 0.1)),
-        ),
-    ],
-    ids=str,
-)
+AS_IN_TRL = [
+    ({"loss_type": "ipo", "beta": 0.2}, IPO(beta=0.2, reduction="mean")),
+    ({"loss_type": "robust", "label_smoothing": 0.2}, RDPO(flip_rate=0.2)),
+    ({"loss_type": "bco_pair"}, BCO()),
+    ({"use_weighting": True}, WPO(beta=0.1, clamp=False)),
+    (MPO, Combined(parts=(DPO(beta=0.3), BCO(beta=0.3)), weights=(0.8, 0.2), nll=1)),
+    (
+        {"loss_type": ["sigmoid", "ipo"], "loss_weights": [0.7, 0.1]},
+        Combined(parts=(DPO(), IPO(reduction="mean")), weights=(0.7, 0.1)),
+    ),
+]
+
+
+@pytest.mark.parametrize(("option", "loss"), quick(AS_IN_TRL, AS_IN_TRL[0], AS_IN_TRL[4]), ids=str)
 def test_a_loss_type_of_trl_trains_as_in_trl(llama, tmp_path, option, loss):
     """Completions of equal lengths: TRL averages the likelihood over the tokens of a batch, madpo over pairs."""
     data = equal_lengths()
@@ -380,7 +380,10 @@ def test_images_are_refused_in_a_sentence_that_can_be_followed(llama, tmp_path, 
 # ---- Cards and names ----
 
 
-@pytest.mark.parametrize("loss", [MADPO(tau=2, c_max=4), IPO(), DPO(), Custom(target="madpo.losses:SimPO")], ids=str)
+CARDS = [MADPO(tau=2, c_max=4), IPO(), DPO(), Custom(target="madpo.losses:SimPO")]
+
+
+@pytest.mark.parametrize("loss", quick(CARDS, *CARDS[2:]), ids=str)
 def test_the_model_card_is_about_the_loss(llama, tmp_path, loss):
     data = pairs().add_column("reward_margin", [1.0] * 16)
     trainer = build(llama, tmp_path, data, loss=loss, save_strategy="steps", save_steps=3)

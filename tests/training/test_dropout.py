@@ -20,6 +20,7 @@ from madpo.models.engine.logprobs import completion_logps
 from madpo.models.load import load_tokenizer
 from madpo.models.modes import without_own_noise
 from madpo.training.reward import RewardModelTrainer
+from quick import quick
 from small_trainers import pairs
 
 pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.filterwarnings("ignore")]
@@ -44,13 +45,13 @@ def losses(family, layer, llama, out, **changes):
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
-@pytest.mark.parametrize("family", BY_NUMBER)
+@pytest.mark.parametrize("family", quick(BY_NUMBER, "opt", "granite"))
 def test_every_loss_is_log_2_until_something_is_learned(family, llama, tmp_path):
     assert losses(family, BY_NUMBER[family], llama, tmp_path) == LOG_2
 
 
 @pytest.mark.parametrize(("family", "layer"), [("opt", "v_proj"), ("gpt2", "c_attn")])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", quick([False, True], True))
 def test_false_leaves_the_models_dropout_on_and_none_or_true_do_not(family, layer, checkpointing, llama, tmp_path):
     """Dropout as a function, and as modules."""
     for given in (None, True, False):

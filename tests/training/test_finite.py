@@ -27,6 +27,7 @@ from madpo.training.nan_guard import SKIPPED, drop_unscored
 from madpo.training.reward import RewardModelTrainer
 from madpo.training.sft import CompletionSFT
 from practice_cases import text_pairs, write
+from quick import quick
 from refusals import refused
 
 HUGE = [1e6 + 1, -3e6, 1e30, -1e30, 2.5, -2.5, 0.0, 1e12]
@@ -90,9 +91,10 @@ def test_a_finite_loss_with_an_infinite_gradient_stops_before_the_weights_move(l
     [
         (spoil_gradient, r"the gradient's norm is (inf|nan) at step 3 .* is the first with a bad gradient"),
         (spoil_weight, r"a weight is no number at step 2 .*base_model\S+ is not finite, so the step was too large"),
-        (
+        pytest.param(
             spoil_base,
             r"the loss is nan at step 3 .*the base model's weight base_model\S+ is not finite, so the model is",
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -211,7 +213,7 @@ def reward_trainer(llama, out, **changes):
     )
 
 
-@pytest.mark.parametrize("spoil", [spoil_gradient, spoil_base])
+@pytest.mark.parametrize("spoil", quick([spoil_gradient, spoil_base], spoil_base))
 def test_sft_and_reward_model_stop_with_rows_or_pairs(llama, tmp_path, spoil):
     for make, words in (
         (sft_trainer, r"for the rows \[\d(, \d){3}\] of the training data"),
@@ -227,7 +229,10 @@ def test_sft_and_reward_model_stop_with_rows_or_pairs(llama, tmp_path, spoil):
 # ---- Extremes that are no mistakes ----
 
 
-@pytest.mark.parametrize("name", [n for n, loss in EVERY_LOSS.items() if "reward_margin" in loss.needs])
+WITH_MARGINS = [n for n, loss in EVERY_LOSS.items() if "reward_margin" in loss.needs]
+
+
+@pytest.mark.parametrize("name", quick(WITH_MARGINS, "madpo", "odpo", "rpo-sq", "soft_dpo"))
 def test_margins_of_any_size_train_or_are_refused_by_pair(llama, tmp_path, name):
     loss = EVERY_LOSS[name]
     trainer = build(llama, tmp_path, loss, pairs(reward_margin=HUGE), save_strategy="no", max_steps=2)
@@ -254,7 +259,7 @@ def test_a_margin_beyond_float32_is_refused_by_pair(llama, tmp_path):
         trainer.train()
 
 
-@pytest.mark.parametrize("value", [-2.0, 0.0, 3.0, -1e7, 1e7])
+@pytest.mark.parametrize("value", quick([-2.0, 0.0, 3.0, -1e7, 1e7], -2.0, 3.0))
 def test_equal_margins_are_dpo_times_a_weight(llama, tmp_path, value):
     """Also all-negative ones: below -tau the weight is 1, the limit of what is far above it is that of 0 to tau."""
     from madpo import margin_weight
@@ -327,7 +332,7 @@ MARGINS = {
     "negative": [-0.1 * (i + 1) for i in range(24)],
     "zero": [0.0] * 24,
 }
-CASES = [pytest.param(case, marks=[pytest.mark.slow] if case in ("zero", "negative") else []) for case in MARGINS]
+CASES = quick(MARGINS, "huge")
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -81,6 +81,7 @@ def train(config, out, model=None):
     return fit_online(config, model or bandit(), tokenizer, {7: PROMPT, 8: PROMPT}, reward, out)
 
 
+@pytest.mark.slow
 def test_rloo_reaches_the_closed_form_of_a_three_armed_bandit(tmp_path: Path) -> None:
     """pi* = ref exp(r / beta) / Z: 0.182230, 0.807905, 0.009865; its KL is 0.586742 and its mean reward 1.798040."""
     optimum = REFERENCE * np.exp(REWARD / 0.5)

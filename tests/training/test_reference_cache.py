@@ -15,6 +15,7 @@ from madpo import DPO, PreferenceConfig, PreferenceTrainer
 from madpo.models.load import load_tokenizer
 from madpo.training import reference
 from madpo.training.digests import model_settings, reference_digest
+from quick import quick
 from refusals import refused
 from trainer_settings import QUIET
 
@@ -150,10 +151,15 @@ def test_the_active_adapter_of_a_given_reference_enters_the_key(llama, tmp_path,
 
 @pytest.mark.parametrize(
     ("damage", "dtype"),
-    [
-        *((name, torch.float32) for name in ("shifted", "one value", "another column", "too short", "no tensors")),
-        *(("forged", torch.float32), ("one value", torch.bfloat16), ("forged", torch.bfloat16)),
-    ],
+    quick(
+        [
+            *((name, torch.float32) for name in ("shifted", "one value", "another column", "too short", "no tensors")),
+            *(("forged", torch.float32), ("one value", torch.bfloat16), ("forged", torch.bfloat16)),
+        ],
+        ("shifted", torch.float32),
+        ("forged", torch.float32),
+        ("one value", torch.bfloat16),
+    ),
 )
 def test_whatever_disagrees_is_computed_again_and_told(llama, tmp_path, computed, said, monkeypatch, dtype, damage):
     whole = columns(build(llama, tmp_path, load(llama, dtype)))

@@ -19,6 +19,7 @@ from madpo.models.load import build_tiny, load_tokenizer
 from madpo.operations.tuning.heldout import implicit_margins
 from madpo.training.columns import DataCollatorForPreference
 from madpo.training.digests import weights_digest
+from quick import quick
 from refusals import refused
 
 QUIET = {
@@ -30,7 +31,7 @@ QUIET = {
 }
 
 
-@pytest.fixture(scope="module", params=["gemma3", "llama", "qwen3"])
+@pytest.fixture(scope="module", params=quick(["gemma3", "llama", "qwen3"], "gemma3"))
 def family(request):
     return request.param
 
