@@ -156,12 +156,12 @@ def test_a_path_cannot_enter_the_identity() -> None:
 
 
 def test_library_versions_leave_out_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
-    madpo.runner.record.libraries.cache_clear()
+    madpo.runner.record.installed.cache_clear()
     monkeypatch.setattr("madpo.runner.record.version", lambda name: "2.13.0+cpu")
     try:
         assert set(madpo.runner.record.libraries().values()) == {"2.13.0"}
     finally:
-        madpo.runner.record.libraries.cache_clear()
+        madpo.runner.record.installed.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["../escape", "a/../b", "/root", "a b", ""])

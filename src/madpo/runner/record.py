@@ -74,12 +74,12 @@ class Record(BaseModel):
         return float(seconds) if isinstance(seconds, int | float) else 0.0
 
 
-@cache
 def libraries() -> dict[str, str]:
     """Versions that enter the identity. The build after "+" (cpu, cu128) is a matter of where it runs."""
     return {name: (installed(name) or "absent").split("+")[0] for name in LIBRARIES}
 
 
+@cache
 def installed(name: str) -> str | None:
     """The version of a package; None where it is not there."""
     try:
