@@ -24,6 +24,11 @@ HOSTILE = [
     "<iframe src='javascript:document.title=1'></iframe><style>body{display:none}</style>",
 ]
 TOP, CURVE, BARS = 20, 170, 120  # of the figure, in its own units: weight 2 is at the top, 0 at the bottom of the curve
+COUNTS = """
+return [...document.querySelectorAll("#weight .counts div")].map(
+  (box) => ["dt", "dd"].map((name) => box.querySelector(name).innerText))
+"""
+HEIGHTS = "return [...document.querySelectorAll(arguments[0])].map((bar) => bar.getAttribute('height'))"
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +60,7 @@ def settings(window: Chrome) -> dict[str, Any]:
 
 
 def shown(window: Chrome) -> dict[str, str]:
-    boxes = window.find_elements(By.CSS_SELECTOR, "#weight .counts div")
-    return {box.find_element(By.TAG_NAME, "dt").text: box.find_element(By.TAG_NAME, "dd").text for box in boxes}
+    return dict(window.execute_script(COUNTS))
 
 
 def check(window: Chrome, margins: np.ndarray) -> dict[str, Any]:
@@ -87,8 +91,7 @@ def check(window: Chrome, margins: np.ndarray) -> dict[str, Any]:
     sums = [np.bincount(bins, minlength=60), np.bincount(bins, w.numpy(), minlength=60)]
     most = max(1, *sums[0], *sums[1])
     for name, values in zip(("pairs", "weighted"), sums, strict=True):
-        bars = window.find_elements(By.CSS_SELECTOR, f"#weight rect.{name}")
-        heights = [float(bar.get_attribute("height")) * most / BARS for bar in bars]
+        heights = np.array(window.execute_script(HEIGHTS, f"#weight rect.{name}"), float) * most / BARS
         np.testing.assert_allclose(heights, values[sums[0] > 0], atol=1e-6)
     return p
 

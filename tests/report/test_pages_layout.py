@@ -161,17 +161,11 @@ def tune_page(folder: Path) -> Path:
     return folder / "tune.html"
 
 
-def study_page(folder: Path) -> Path:
-    study = make_study(folder / "study", frontier_seeds=1)
-    study.unfinished("policy/low/late/seed0", "MadpoError: full")
-    return rebuild_report(study.write("A study of pairs"), figures=False)
-
-
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    makers = {"report": study_page, "margins": margins_page, "reward": reward_page, "training": training_page}
+def pages(whole_page: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    makers = {"margins": margins_page, "reward": reward_page, "training": training_page}
     makers |= {"samples": samples_page, "tune": tune_page, "simulation": simulation_page, "own": own_page}
-    return {name: makers[name](tmp_path_factory.mktemp(name)) for name in PAGES}
+    return {"report": whole_page} | {name: make(tmp_path_factory.mktemp(name)) for name, make in makers.items()}
 
 
 def show(browser: Chrome, page: Path, width: int, height: int, scheme: str = "light") -> None:
@@ -228,7 +222,10 @@ def test_a_commands_page_answers_on_the_first_screen(
 SHOWN = [(name, width) for width in (1280, 390) for name in PAGES]
 
 
-@pytest.mark.parametrize(("name", "width"), quick(SHOWN, ("report", 1280), *SHOWN[len(PAGES) :]))
+@pytest.mark.parametrize(
+    ("name", "width"),
+    quick(SHOWN, ("report", 1280), *((name, 390) for name in ("report", "margins", "training", "samples"))),
+)
 def test_nothing_is_cut_and_nothing_scrolls_sideways(
     screen: Chrome, pages: dict[str, Path], name: str, width: int
 ) -> None:

@@ -16,18 +16,9 @@ from practice_cases import read
 from report_cases import ARABIC, HOSTILE, LONG, PROMPTS, Study, make_study
 
 
-@pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    study = make_study(tmp_path_factory.mktemp("study"))
-    study.unfinished("policy/low/late/seed0", "MadpoError: <b>the disk is full</b>")
-    study.unfinished("evaluation/low/late/seed0")
-    study.write()
-    return study
-
-
-@pytest.fixture(scope="module")
-def page(study: Study) -> Path:
-    return rebuild_report(study.root, figures=False)
+@pytest.fixture
+def page(whole_page: Path) -> Path:
+    return whole_page
 
 
 def press(window: Chrome, button: WebElement) -> None:
@@ -79,14 +70,14 @@ def test_text_of_the_data_is_shown_as_text(window: Chrome) -> None:
     assert window.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
 
 
-def test_samples_are_searched_and_sorted(window: Chrome, study: Study) -> None:
+def test_samples_are_searched_and_sorted(window: Chrome, whole_study: Study) -> None:
     tier, left, right, order = (Select(e) for e in window.find_elements(By.CSS_SELECTOR, ".picker select"))
     assert [o.text for o in tier.options] == ["High", "Medium", "Low"]
     assert (left.first_selected_option.text, right.first_selected_option.text) == ("MADPO τ=7 c=4", "DPO")
 
     def rewards(name: str) -> dict[int, float]:
-        number = [m["name"] for m in study.experiment["method"]].index(name)
-        folder = next(study.root.glob(f"evaluation/high/method{number}/seed0-*"))
+        number = [m["name"] for m in whole_study.experiment["method"]].index(name)
+        folder = next(whole_study.root.glob(f"evaluation/high/method{number}/seed0-*"))
         rows = read(folder / "samples.jsonl")
         return {row["prompt_id"]: round(row["oracle_reward"], 3) for row in sorted(rows, key=lambda r: r["prompt_id"])}
 
@@ -135,8 +126,8 @@ def test_tables_sort_by_a_click_or_a_key(window: Chrome) -> None:
     assert head.get_attribute("aria-sort") == "ascending"
 
 
-def test_claims_and_missing_steps_are_on_the_page(window: Chrome, study: Study) -> None:
-    claims = claims_of(study.root)
+def test_claims_and_missing_steps_are_on_the_page(window: Chrome, whole_study: Study) -> None:
+    claims = claims_of(whole_study.root)
     assert claims["madpo-first-high"]["verdict"] == "held"
     assert claims["ipo-weakest"]["verdict"] == "held"
     assert claims["c-grows-medium"]["verdict"] == "held"
@@ -144,7 +135,7 @@ def test_claims_and_missing_steps_are_on_the_page(window: Chrome, study: Study) 
     assert claims["beta-dpo-peaks-on-medium"]["verdict"] == "not separated"
     cards = window.find_elements(By.CSS_SELECTOR, ".claim")
     assert len(cards) == sum(claim["verdict"] != "not run" for claim in claims.values())
-    total = len(study.listing)
+    total = len(whole_study.listing)
     assert window.find_element(By.CSS_SELECTOR, ".state").text == f"{total - 2} of {total} steps done, 1 failed"
     notes = window.find_element(By.CSS_SELECTOR, ".notes").text
     assert "MADPO ties with DPO on agreeing pairs on High, Medium, Low" in notes
