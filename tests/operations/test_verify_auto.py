@@ -23,17 +23,20 @@ def metrics(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Estimate]:
     return {key: value for key, value in found.items() if isinstance(value, Estimate)}
 
 
+@pytest.mark.slow
 def test_auto_is_above_dpo_whatever_the_reward_model_knows(metrics: dict[str, Estimate]) -> None:
     for kind in ("good", "same", "poor"):
         assert metrics[f"{kind}: {AUTO} - dpo"].low > 0
         assert metrics[f"{kind}: {AUTO} - {SEARCHED}"].high > 0
 
 
+@pytest.mark.slow
 def test_soft_labels_of_a_poor_reward_model_are_below_dpo(metrics: dict[str, Estimate]) -> None:
     assert metrics["poor: soft_dpo - dpo"].mean < -0.05
     assert metrics["poor: soft_dpo - dpo"].mean < metrics["good: soft_dpo - dpo"].mean
 
 
+@pytest.mark.slow
 def test_the_share_and_the_deciding_number_follow_the_reward_model(metrics: dict[str, Estimate]) -> None:
     for name in ("label_share", "deciding"):
         assert metrics[f"good: {name}"].high < metrics[f"poor: {name}"].mean

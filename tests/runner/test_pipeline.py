@@ -27,6 +27,7 @@ from madpo.runner.executors import Inline, Processes
 from madpo.runner.operation import operation
 from madpo.runner.record import run_status
 from madpo.runner.run import Record, Step, load_record, plan, run
+from quick import quick
 from refusals import names, refused
 
 
@@ -308,6 +309,7 @@ def test_records_are_equal_outside_provenance(tmp_path: Path) -> None:
         assert one[name].model_dump(exclude={"provenance"}) == two[name].model_dump(exclude={"provenance"})
 
 
+@pytest.mark.slow
 def test_a_record_states_what_its_bytes_depend_on(tmp_path: Path) -> None:
     code = f"""
 import sys
@@ -552,7 +554,7 @@ KILLED = """
 """
 
 
-@pytest.mark.parametrize("kind", ["inline", "processes"])
+@pytest.mark.parametrize("kind", quick(["inline", "processes"], "processes"))
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_killed_during_a_step_then_continued(tmp_path: Path, kind: str, how: signal.Signals) -> None:
     script, root = tmp_path / "killed.py", tmp_path / "run"
