@@ -184,14 +184,14 @@ def test_half_precision_states_are_drawn_with_exact_probabilities_inside_a_block
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_diverged_model_is_an_error_not_a_token(value):
-    with pytest.raises(DataError, match="diverged"):
+    with refused(DataError):
         sample(torch.tensor([[0.0, value, 1.0]]), torch.tensor([0.5]))
     head = head_of(700, 4, bias=True)
     head.bias[3] = value
-    with pytest.raises(DataError, match="diverged"):
+    with refused(DataError):
         sample_by_tiles(head, torch.zeros(2, 4, dtype=torch.float64), torch.tensor([0.5, 0.1], dtype=torch.float64))
     for cut in ({"top_k": 3}, {"top_p": 0.5}):
-        with pytest.raises(DataError, match="diverged"):
+        with refused(DataError):
             Sampling(**cut).draw_from(head, torch.zeros(1, 4, dtype=torch.float64), torch.tensor([0.5]))
 
 
@@ -223,10 +223,6 @@ def test_uniform_numbers_belong_to_seed_prompt_and_draw():
 
 
 def test_bad_settings_are_refused_with_the_value():
-    for changes, words in [
-        ({"top_p": 0.0}, "top_p is 0"),
-        ({"temperature": -1}, "temperature is -1"),
-        ({"top_k": 0}, "top_k is 0"),
-    ]:
-        with pytest.raises(ConfigError, match=words):
-            Sampling(**changes)
+    for setting in (("top_p", 0.0), ("temperature", -1), ("top_k", 0)):
+        with refused(ConfigError, setting):
+            Sampling(**dict([setting]))

@@ -9,6 +9,7 @@ from transformers import AutoConfig
 
 from madpo.core.errors import ConfigError, StorageError
 from madpo.models.loading import cannot_load, loading
+from refusals import names, refused
 
 
 def raised_from(cause: BaseException, said: str = "could not load") -> OSError:
@@ -27,43 +28,32 @@ class GatedRepoError(OSError):
 
 
 @pytest.mark.parametrize(
-    ("error", "kind", "words"),
+    ("error", "kind", "named"),
     [
-        (raised_from(GatedRepoError("401")), ConfigError, "'a/b' is gated: ask for access on its page of the hub"),
-        (OSError("You are trying to access a gated repo."), ConfigError, "hf auth login"),
-        (
-            raised_from(OSError(errno.ENOSPC, "No space left on device", "/cache/blob")),
-            StorageError,
-            "/cache/blob: the disk is full",
-        ),
-        (
-            raised_from(PermissionError(errno.EACCES, "Permission denied", "/models/m/config.json")),
-            ConfigError,
-            "cannot be loaded: make /models/m/config.json readable for you",
-        ),
-        (raised_from(PermissionError(errno.EPERM, "not permitted")), ConfigError, "no model of that name could be had"),
-        (OSError("nothing of that name"), ConfigError, "there is no folder 'a/b', and no model of that name"),
+        (raised_from(GatedRepoError("401")), ConfigError, ["'a/b'", "hf auth login"]),
+        (OSError("You are trying to access a gated repo."), ConfigError, ["'a/b'", "hf auth login"]),
+        (raised_from(OSError(errno.ENOSPC, "No space left", "/cache/blob")), StorageError, ["/cache/blob"]),
+        (raised_from(PermissionError(errno.EACCES, "denied", "/m/config.json")), ConfigError, ["/m/config.json"]),
+        (raised_from(PermissionError(errno.EPERM, "not permitted")), ConfigError, ["'a/b'", "hub id"]),
+        (OSError("nothing of that name"), ConfigError, ["'a/b'", "hub id"]),
     ],
 )
-def test_the_remedy_fits_the_cause_of_a_failed_load(error, kind, words):
+def test_the_remedy_fits_the_cause_of_a_failed_load(error, kind, named):
     found = cannot_load("a/b", error)
     assert type(found) is kind
-    assert words in str(found)
+    names(str(found), *named)
 
 
 @pytest.mark.parametrize(
-    ("config", "words"),
+    ("config", "named"),
     [
-        (
-            {"model_type": "foo", "auto_map": {"AutoConfig": "configuration_foo.FooConfig"}},
-            "needs Python code that comes with it, which is never run here",
-        ),
-        ({"model_type": "foo"}, f"architecture that transformers {transformers.__version__} does not know"),
-        ({"a": 1}, f"architecture that transformers {transformers.__version__} does not know"),
+        ({"model_type": "foo", "auto_map": {"AutoConfig": "configuration_foo.FooConfig"}}, "Python"),
+        ({"model_type": "foo"}, f"transformers {transformers.__version__}"),
+        ({"a": 1}, f"transformers {transformers.__version__}"),
     ],
 )
-def test_a_model_of_another_architecture_is_told_as_such(tmp_path, config, words):
+def test_a_model_of_another_architecture_is_told_as_such(tmp_path, config, named):
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "configuration_foo.py").write_text("raise AssertionError('code of the model was run')")
-    with pytest.raises(ConfigError, match=words), loading(tmp_path):
+    with refused(ConfigError, tmp_path, named), loading(tmp_path):
         AutoConfig.from_pretrained(tmp_path, trust_remote_code=False)

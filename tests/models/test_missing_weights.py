@@ -1,7 +1,6 @@
 """A weight that a file lacks is refused by name, wherever a model or an adapter is loaded."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from madpo.rewards.classifier import Classifier
 from madpo.rewards.oracles import ClassifierOracle
 from madpo.rewards.reward_model import RewardModel
 from practice_cases import text_pairs, write
-from refusals import refused
+from refusals import names, refused
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -79,7 +78,7 @@ def test_every_family_loads_whole_and_without_any_one_tensor_is_refused(family, 
     tensors = load_file(tmp_path / "model.safetensors")
     for name in list(tensors)[:: max(1, len(tensors) // 8)]:
         save_file(without(name)(tensors), tmp_path / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(ConfigError, match=re.escape(str(tmp_path))) as error:
+        with refused(ConfigError, tmp_path) as error:
             load_model(tmp_path)
         assert "\n" not in str(error.value)
         if family not in ("mixtral", "qwen3_moe", "gpt_neox"):  # whose weights have other names in the model
@@ -87,24 +86,21 @@ def test_every_family_loads_whole_and_without_any_one_tensor_is_refused(family, 
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "named"),
     [
-        (without(NORM), rf"1 of the \d+ weights of LlamaForCausalLM are missing in its files \({NORM}\)"),
-        (renamed("base_model."), r"it has base_model\.model\.\S+ where model\.\S+ is expected"),
-        (renamed("module."), r"it has module\.model\.\S+ where model\.\S+ is expected"),
+        (without(NORM), [("1", "LlamaForCausalLM"), NORM]),
+        (renamed("base_model."), [("base_model.model.embed_tokens.weight", "model.embed_tokens.weight")]),
+        (renamed("module."), [("module.model.embed_tokens.weight", "model.embed_tokens.weight")]),
         (
             lambda t: {n.replace("q_proj.weight", "q_proj.base_layer.weight"): v for n, v in t.items()},
-            r"model\.layers\.0\.self_attn\.q_proj\.weight.*saved with an adapter in it: merge the adapter first",
+            ["model.layers.0.self_attn.q_proj.weight", "merge_and_unload"],
         ),
-        (
-            lambda t: t | {NORM: torch.ones(7)},
-            rf"{NORM} has the shape \(7,\) in its files, but its config\.json asks for \(32,\)",
-        ),
+        (lambda t: t | {NORM: torch.ones(7)}, [(NORM, "(7,)"), ("config.json", "(32,)")]),
     ],
 )
-def test_the_sentence_names_the_weight_and_what_is_there_instead(folder, change, words):
+def test_the_sentence_names_the_weight_and_what_is_there_instead(folder, change, named):
     rewrite(folder, change)
-    with pytest.raises(ConfigError, match=words):
+    with refused(ConfigError, folder, *named):
         load_model(folder)
 
 
@@ -115,7 +111,7 @@ def test_a_shard_that_lacks_a_weight_is_refused(llama, tmp_path):
     assert load_model(tmp_path)
     gone = next(iter(load_file(shards[0])))
     save_file(without(gone)(load_file(shards[0])), shards[0], metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match=re.escape(gone)):
+    with refused(ConfigError, gone):
         load_model(tmp_path)
 
 
@@ -134,8 +130,7 @@ def test_tensors_of_the_models_own_modules_that_it_does_not_use_are_said(folder,
     UNUSED[what](folder)
     load_model(folder)
     said = capsys.readouterr().err
-    assert f"{folder}: " in said
-    assert "not used by LlamaForCausalLM (model.layers." in said
+    names(said, folder, ("LlamaForCausalLM", "model.layers."))
     load_model(folder)
     assert not capsys.readouterr().err
 
@@ -213,7 +208,7 @@ def test_a_trainer_that_is_given_a_name_refuses_it_too(folder, tmp_path):
     assert made.model.dtype == torch.bfloat16
     assert made.args.model_init_kwargs == kept
     rewrite(folder, without(NORM))
-    with pytest.raises(ConfigError, match=re.escape(NORM)):
+    with refused(ConfigError, NORM):
         trainer(str(folder), tmp_path / "b")
 
 
@@ -241,7 +236,7 @@ def test_a_head_is_new_only_where_a_command_makes_it(llama, tmp_path):
     assert load_classifier(two, num_labels=1, new_head=True)
     assert load_classifier(classifier(llama, tmp_path / "five", labels=5), num_labels=1, new_head=True)
     rewrite(whole, without(NORM))
-    with pytest.raises(ConfigError, match=re.escape(NORM)):
+    with refused(ConfigError, NORM):
         load_classifier(whole, num_labels=1, new_head=True)
 
 
@@ -254,31 +249,30 @@ PART = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "named"),
     [
-        (without(PART), rf"the adapter lacks 1 weights \({PART}\)"),
-        (renamed("x."), r"the adapter lacks 28 weights \(base_model"),
+        (without(PART), [("1 weights", PART)]),
+        (renamed("x."), [("28 weights", "base_model.")]),
         (
             lambda t: t | {PART.replace("layers.1", "layers.5"): t[PART].clone()},
-            r"has no place in this model for 1 weights",
+            [("1 weights", PART.replace("layers.1", "layers.5"))],
         ),
-        (lambda t: t | {PART: torch.ones(32, 3)}, rf"{PART} has the shape \(32, 3\), .* ask for \(32, 2\)"),
+        (lambda t: t | {PART: torch.ones(32, 3)}, [(PART, "(32, 3)"), ("adapter_config.json", "(32, 2)")]),
     ],
 )
-def test_an_adapter_that_is_not_whole_or_not_of_this_model_is_refused(llama, policy_adapter, tmp_path, change, words):
+def test_an_adapter_that_is_not_whole_or_not_of_this_model_is_refused(llama, policy_adapter, tmp_path, change, named):
     folder = shutil.copytree(policy_adapter, tmp_path / "adapter")
     assert load_model(llama, adapter=folder)
     adapter_tensors(folder, change)
-    with pytest.raises(ConfigError, match=words) as error:
+    with refused(ConfigError, folder, *named):
         load_model(llama, adapter=folder)
-    assert str(folder) in str(error.value)
 
 
 def test_a_reward_model_without_its_head_is_refused(reward_folder, tmp_path):
     folder = shutil.copytree(reward_folder, tmp_path / "reward")
     assert RewardModel.load(folder)
     adapter_tensors(folder / "adapter", without("base_model.model.score.weight"))
-    with refused(ConfigError, "1", "base_model.model.score.weight"):
+    with refused(ConfigError, folder, ("1 weights", "base_model.model.score.weight")):
         RewardModel.load(folder)
     # Nor where its configuration does not ask for a head: then the base model is asked, and has none.
     edit(folder / "adapter" / "adapter_config.json", modules_to_save=None, task_type=None)
@@ -291,7 +285,7 @@ def test_tokens_that_an_adapter_trains_are_missed_as_well(llama, tmp_path):
     get_peft_model(load_model(llama, dtype=torch.float32), config).save_pretrained(tmp_path)
     assert load_model(llama, adapter=tmp_path)
     adapter_tensors(tmp_path, lambda t: {n: v for n, v in t.items() if "trainable_tokens" not in n})
-    with refused(ConfigError, "1", "trainable_tokens_delta"):
+    with refused(ConfigError, tmp_path, ("1 weights", "trainable_tokens_delta")):
         load_model(llama, adapter=tmp_path)
 
 

@@ -23,7 +23,7 @@ def test_a_layer_that_mixes_tokens_faintly_keeps_padded_rows_and_says_so_once(dt
     original = mlp.forward
     mlp.forward = lambda x: original(x) + leak * x.cumsum(1)  # as a recurrence would
     rows = pair_batch(PAIRS[:3], "right")
-    with pytest.warns(UserWarning, match="depend on the tokens of other completions"):
+    with pytest.warns(UserWarning, match="LlamaForCausalLM"):
         found = completion_logps(model, **rows, pairs=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -38,7 +38,7 @@ def test_a_leak_without_a_gradient_is_found():
     mlp = model.model.layers[1].mlp
     original = mlp.forward
     mlp.forward = lambda x: original(x) * (1 + 0.5 * (x.detach().sum(-1, keepdim=True) > 0).double().cumsum(1).fmod(2))
-    with pytest.warns(UserWarning, match="depend on the tokens of other completions"):
+    with pytest.warns(UserWarning, match="LlamaForCausalLM"):
         completion_logps(model, **pair_batch(PAIRS[:3], "right"), pairs=True)
 
 
@@ -47,7 +47,7 @@ def test_positions_by_index_keep_padded_rows():
     rotary = model.model.rotary_emb
     original = rotary.forward
     rotary.forward = lambda x, position_ids: original(x, torch.arange(x.shape[1])[None])
-    with pytest.warns(UserWarning, match="differ by .* from those of padded rows"):
+    with pytest.warns(UserWarning, match=r"LlamaForCausalLM .*\d"):  # how far apart the states are
         completion_logps(model, **pair_batch(PAIRS[:3], "right"), pairs=True)
 
 
@@ -60,7 +60,7 @@ def test_an_argument_that_packed_attention_does_not_know_means_padded_rows(name)
             *args, **kw, **{name: torch.zeros(1)}
         )
     rows = pair_batch(PAIRS[:3], "right")
-    with pytest.warns(UserWarning, match=f"its attention takes {name}"):
+    with pytest.warns(UserWarning, match=rf"LlamaForCausalLM .*\b{name}\b"):
         found = completion_logps(model, **rows, pairs=True)
     torch.testing.assert_close(found.logps, brute_force(model, rows), rtol=1e-10, atol=1e-10)
 
@@ -127,7 +127,7 @@ def test_reward_models_share_the_decision(family, shares):
         found = completion_states(model, **rows)[scored]
         wanted = hidden_states(model, rows["input_ids"], rows["attention_mask"])[scored]
     assert model._madpo_packs == shares
-    assert any("cannot share prompts" in str(warning.message) for warning in said) != shares
+    assert any(type(model).__name__ in str(warning.message) for warning in said) != shares
     if shares:
         assert float((found - wanted).norm() / wanted.norm()) < 0.02
     else:

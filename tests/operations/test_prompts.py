@@ -65,23 +65,23 @@ def test_text_parts_of_a_message_are_joined(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("row", "words"),
+    ("row", "named"),
     [
-        ({"prompt": "cut \ud83d"}, r"line 2: prompt holds half of a surrogate pair \(\\ud83d\)"),
-        ({"prompt": said("cut \ud83d")}, r"line 2: prompt\[0\].content holds half of a surrogate pair"),
-        ({"prompt": ""}, r"line 2: prompt is .*; fill it in or drop the row"),
-        ({"prompt": None}, "line 2: prompt is null"),
-        ({"prompt": []}, "line 2: prompt is a list without messages"),
-        ({"prompt": 3}, r"line 2: prompt is 3 \(a number\), not text"),
-        ({"prompt": [{"role": "critic", "content": "x"}]}, "role is 'critic' .*use one of system"),
-        ({"prompt": said("x"), "tools": ["look"]}, "line 2: tools is 1 entries"),
-        ({"prompt": [{**said("x")[0], "tool_calls": [1]}]}, r"prompt\[0\].tool_calls is"),
-        ({"text": "x"}, r"line 2: has no 'prompt' \(found 'text'\)"),
+        ({"prompt": "cut \ud83d"}, ("prompt", r"\ud83d")),
+        ({"prompt": said("cut \ud83d")}, ("prompt[0].content", r"\ud83d")),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": None}, ("prompt", "null")),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": 3}, ("prompt", "3")),
+        ({"prompt": [{"role": "critic", "content": "x"}]}, ("prompt[0].role", "'critic'")),
+        ({"prompt": said("x"), "tools": ["look"]}, ("tools", "1 entries")),
+        ({"prompt": [{**said("x")[0], "tool_calls": [1]}]}, ("prompt[0].tool_calls", "1 entries")),
+        ({"text": "x"}, ("'prompt'", "'text'")),
     ],
 )
-def test_a_row_that_cannot_be_asked_is_told_with_its_line(tmp_path, row, words):
+def test_a_row_that_cannot_be_asked_is_told_with_its_line(tmp_path, row, named):
     first = {"prompt": "fine"} if isinstance(row.get("prompt"), str | None) else {"prompt": said("fine")}
-    with pytest.raises(DataError, match=words):
+    with refused(DataError, "p.jsonl", "line 2", named):
         read_prompts(write(tmp_path / "p.jsonl", [first, row]))
 
 
@@ -110,14 +110,14 @@ def test_a_refused_prompt_is_told_before_a_model_is_loaded(llama, rewarding, tmp
 
 
 @pytest.mark.parametrize(
-    ("template", "error", "words"),
+    ("template", "error", "named"),
     [
-        (None, ConfigError, "the tokenizer of .*mute has no chat template"),
-        (USERS_FIRST, DataError, r"line 1, answer 0: the chat template of .*mute refuses .*\(a user speaks first\)"),
+        (None, ConfigError, ["chat_template"]),
+        (USERS_FIRST, DataError, ["p.jsonl", "line 1", "answer 0", "a user speaks first"]),
     ],
 )
 def test_a_reward_model_that_cannot_read_the_prompts_is_told_before(
-    llama, rewarding, tmp_path, untouched, template, error, words
+    llama, rewarding, tmp_path, untouched, template, error, named
 ):
     place = tmp_path / "mute"
     for file in rewarding.iterdir():
@@ -126,13 +126,13 @@ def test_a_reward_model_that_cannot_read_the_prompts_is_told_before(
             (place / file.name).write_bytes(file.read_bytes())
     tokenizer_with(llama, template, place)
     data = write(tmp_path / "p.jsonl", [{"prompt": said("b", "system")}])
-    with pytest.raises(error, match=words):
+    with refused(error, place, *named):
         evaluate(llama, data, tmp_path / "out", EvaluateSettings(reward_model=str(place), reference=str(llama)))
 
 
 def test_what_is_no_reward_model_is_told_before(llama, tmp_path, untouched):
     data = write(tmp_path / "p.jsonl", [{"prompt": "a"}])
-    with pytest.raises(ConfigError, match="is no reward model"):
+    with refused(ConfigError, llama, "LlamaForCausalLM"):
         evaluate(llama, data, tmp_path / "out", EvaluateSettings(reward_model=str(llama), reference=str(llama)))
 
 
@@ -153,7 +153,7 @@ def test_a_classifier_with_another_head_is_told_without_its_weights(llama, rewar
         if file.suffix == ".json":
             (place / file.name).write_bytes(file.read_bytes())
     for opened in (load_pair_encoder, load_scorer):
-        with pytest.raises(ConfigError, match="does not read its score at the last token"):
+        with refused(ConfigError, place, "LlamaForSequenceClassification"):
             opened(place)
 
 
@@ -171,7 +171,7 @@ def test_a_base_of_a_reward_model_that_is_out_of_reach_is_one_sentence(tmp_path,
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     (tmp_path / "reward_model.json").write_text(json.dumps({"base": "nobody/none"}))
     for opened in (load_pair_encoder, load_scorer):
-        with pytest.raises(ConfigError, match="'nobody/none'"):
+        with refused(ConfigError, "'nobody/none'"):
             opened(tmp_path)
 
 

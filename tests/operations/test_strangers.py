@@ -1,5 +1,6 @@
 """What somebody else's folder or configuration cannot make madpo do: read or write elsewhere, or remove anything."""
 
+import errno
 import os
 import shutil
 import stat
@@ -21,7 +22,7 @@ from madpo.runner.operation import operation
 from madpo.runner.run import Step
 from madpo.runner.uploads import Upload
 from practice_cases import write
-from refusals import refused
+from refusals import names, refused
 from report_cases import make_study
 
 SECRET = "the secret of another folder"
@@ -167,7 +168,7 @@ def test_an_upload_carries_nothing_from_outside_the_run(tmp_path):
     (folder / "more.txt").symlink_to(tmp_path / "secret.txt")
     with Upload(f"file://{tmp_path}/store") as store:
         pipeline.run([step], tmp_path / "run", upload=store)
-    assert "more.txt leads out of the run's folder by a link" in store.failed["part/one"]
+    names(store.failed["part/one"], folder / "more.txt", "link")
     assert not list((tmp_path / "store").rglob("more.txt"))
     assert not list((tmp_path / "store").rglob("record.json")), "a step without all its files is not there"
 
@@ -175,8 +176,9 @@ def test_an_upload_carries_nothing_from_outside_the_run(tmp_path):
 def test_a_link_in_place_of_the_temporary_file_is_not_followed(tmp_path):
     (tmp_path / "mine").write_text("precious")
     (tmp_path / f".file.{os.getpid()}.tmp").symlink_to(tmp_path / "mine")
-    with pytest.raises(OSError, match="symbolic links"):
+    with pytest.raises(OSError) as caught:  # noqa: PT011  (its number says which)
         write_atomically(tmp_path / "file", "x")
+    assert caught.value.errno == errno.ELOOP
     assert (tmp_path / "mine").read_text() == "precious"
 
 
@@ -199,7 +201,7 @@ def test_a_configuration_writes_nothing_outside_its_folder_and_the_working_direc
     for place in ("../elsewhere", str(tmp_path / "elsewhere"), "link/elsewhere", "~/elsewhere", "/elsewhere"):
         config.write_text(f'output_dir = "{place}"\n')
         assert score(pairs, "--config", config) == 2
-        assert f"c.toml: output_dir = '{place}' leads out of the folder" in capsys.readouterr().err
+        names(capsys.readouterr().err, config, ("output_dir", f"'{place}'"))
     assert not (tmp_path / "elsewhere").exists()
     for number, place in enumerate((tmp_path / "theirs" / "out", "out", tmp_path / "here" / "deep" / "out")):
         config.write_text(f'output_dir = "{place}"\n')
@@ -216,7 +218,7 @@ def test_a_configuration_replaces_nothing(pairs, tmp_path, monkeypatch, capsys):
     (tmp_path / "c.toml").write_text('output_dir = "out"\noverwrite = true\nmargin_temperature = 2.0\n')
     capsys.readouterr()
     assert score(pairs, "--config", "c.toml") == 2
-    assert "c.toml: overwrite = true is obeyed on the command line only; give --overwrite" in capsys.readouterr().err
+    names(capsys.readouterr().err, "c.toml", ("overwrite", "true"), "--overwrite")
     assert (tmp_path / "out" / "scored.jsonl").read_bytes() == before
     assert score(pairs, "--config", "c.toml", "--overwrite") == 0
     assert (tmp_path / "out" / "scored.jsonl").read_bytes() != before
@@ -239,7 +241,7 @@ def test_a_token_on_the_command_line_is_not_printed(pairs, tmp_path, capsys):
 
 @pytest.mark.parametrize("target", ["..:L", "../x.PY:L", ".:L", "a..b:L", "...x:L", "\0:L", "a b:L", "x/y:L", "os:L.x"])
 def test_a_target_that_is_no_module_is_one_sentence(target):
-    with pytest.raises(ConfigError, match=r"target is "):
+    with refused(ConfigError, ("target", repr(target))):
         source_file(target)
 
 
