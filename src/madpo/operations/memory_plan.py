@@ -31,7 +31,7 @@ from madpo.operations.policy import chosen_dtype, trainer_arguments, trainer_of
 from madpo.operations.train_settings import Auto, TrainSettings
 from madpo.training import PreferenceConfig, PreferenceTrainer
 
-MOST = 512
+MOST = 64
 """Pairs of the largest micro-batch that is tried; of data with fewer pairs it is all of them."""
 HELD_BACK = 0.5
 """What glibc held of a step's freed blocks, as a share of what the step needs above the weights (measured at most)."""
