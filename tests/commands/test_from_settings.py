@@ -16,7 +16,7 @@ from madpo.core.config import Frozen
 from madpo.core.errors import ConfigError
 from madpo.losses import Loss
 from madpo.operations.arguments import ARGUMENTS
-from refusals import refused
+from refusals import names, refused
 
 KINDS = [member.model_fields["kind"].default for member in typing.get_args(typing.get_args(Loss)[0])]
 
@@ -260,6 +260,5 @@ def test_a_new_command_is_a_function_and_a_line(monkeypatch, capsys):
     assert main(["own", "--inner.width", "7"]) == 7
     assert main(["own", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "--inner.width N How wide. (default: 2)" in text
-    assert "--share X How much. (default: 0.5)" in text
+    names(text, ("--inner.width N", "How wide.", "2"), ("--share X", "How much.", "0.5"))
     assert main(["own", "--share", "0"]) == 2

@@ -50,7 +50,7 @@ def test_an_adapter_of_a_huge_rank_takes_no_memory(fields, llama, tmp_path):
     assert load_model(llama, adapter=tmp_path / "good").num_parameters()
     folder = changed(tmp_path / "good", tmp_path / "a", "adapter_config.json", **fields)
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises((ConfigError, MemoryShortage), match=r"too high a rank|does not fit into the memory"):
+    with refused((ConfigError, MemoryShortage), folder):
         load_model(llama, adapter=folder)
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held) * 1024 < 2**28
 

@@ -17,7 +17,7 @@ from madpo.runner import run as pipeline
 from madpo.runner.operation import operation
 from madpo.runner.run import RunResult, Step
 from madpo.runner.uploads import Upload, shown
-from refusals import refused
+from refusals import names, refused
 
 
 class Config(Frozen):
@@ -130,9 +130,9 @@ def test_a_store_that_fails_costs_no_result_and_tells_no_secret(
     assert list(store.failed) == ["part/0", "part/1"]
     said = capsys.readouterr()
     for text in (said.err + said.out, store.shown, *store.failed.values()):
-        assert not [word for word in ("pass%20word", "pass word", "s3cret", "name") if word in text], text
+        assert not [secret for secret in ("pass%20word", "pass word", "s3cret", "name") if secret in text], text
     assert "403" in store.failed["part/0"]
-    assert "not uploaded to memory://madpo/study: PermissionError: 403" in said.err + said.out
+    names(said.err + said.out, ("memory://madpo/study", "PermissionError: 403"))
 
 
 def test_a_bucket_is_never_created(tmp_path: Path, memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,8 +190,7 @@ def test_the_command_uploads_a_run_and_says_so_where_it_could_not(
     assert (tmp_path / "run" / "report.html").exists()
     if broken:
         assert status == 1
-        assert "not uploaded: part/0, report (" in err
-        assert "the same command uploads what is missing" in err
+        names(err, "part/0, report")
     else:
         assert status == 0
         for name in ("run.json", "report.html", "results.md"):
