@@ -5,7 +5,6 @@ import math
 import re
 import shutil
 import tomllib
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -348,37 +347,6 @@ def test_any_reward_model_with_one_output(llama, tmp_path, monkeypatch):
     for place, words in ((tmp_path / "two", "with 2 outputs"), (llama, "is no reward model")):
         with pytest.raises(ConfigError, match=words):
             load_scorer(place)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--loss", "madop"], "did you mean 'madpo'?"),
-        (["--loss", "madpo", "--loss.taau", "3"], "no option '--loss.taau'; did you mean '--loss.tau'?"),
-        (["--loss", "dpo", "--args.lerning_rate", "1"], "did you mean '--args.learning_rate'?"),
-        (["--loss", "dpo", "--args.learning_rate", "abc"], "args.learning_rate = 'abc'"),
-        (["--loss", "dpo", "--args.beta", "0.5"], "--loss.beta"),
-        (["--loss", "dpo", "--args.output_dir", "x"], "use --output_dir"),
-        (["--loss", "dpo", "--args.eval_strategy", "steps"], "needs eval_data or eval_share"),
-        (["--loss", "dpo", "--merge", "--full"], "no adapter to merge"),
-        (["--loss", "dpo", "--model_name_or_path", "./absent"], "absent is no folder"),
-        (["--loss", "dpo", "--model_name_or_path", "broken"], "cannot be loaded"),
-    ],
-)
-def test_a_mistake_is_one_sentence_and_leaves_nothing(
-    llama, tmp_path, tmp_path_factory, monkeypatch, capsys, options, words
-):
-    data = write(tmp_path / "pairs.jsonl", text_pairs(8))
-    monkeypatch.chdir(tmp_path_factory.mktemp("here"))
-    Path("broken").mkdir()
-    Path("broken/config.json").write_text("{}")
-    base = [] if "--model_name_or_path" in options else ["--model_name_or_path", str(llama)]
-    assert main(["train", str(data), "--output_dir", str(tmp_path / "P"), *base, *options]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("madpo: ")
-    assert err.count("\n") == 1
-    assert words in err
-    assert [p.name for p in tmp_path.iterdir()] == ["pairs.jsonl"]
 
 
 def test_full_training_writes_a_model(llama, tmp_path, capsys):
