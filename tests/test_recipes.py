@@ -12,6 +12,7 @@ import pytest
 
 from madpo import losses
 from practice_cases import write
+from refusals import names
 from repository import CASES, ROOT, TESTS
 
 # The class at the top of losses/__init__.py.
@@ -143,10 +144,7 @@ def test_an_operation_and_a_command_are_a_function_each(package: Path) -> None:
         "assert main([*words, '--longer_than', 'x']) == 2\n"
     )
     said = " ".join(run(package, "-c", code).split())
-    assert "count count pairs" in said
-    assert "--longer_than N Characters of the chosen side. (default: 0)" in said
-    assert "o is complete; nothing to do." in said
-    assert "longer_than = 'x'" in said
+    names(said, "count count", ("--longer_than N", "0"), ("longer_than", "'x'"))
     assert json.loads((package.parent / "o" / "record.json").read_text())["metrics"] == {"pairs": 1}
 
 

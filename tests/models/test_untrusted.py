@@ -166,15 +166,15 @@ def test_implementations_inside_the_library_pass(folder):
 
 
 ADAPTER_FIELDS = [
-    ({"megatron_config": {"a": 1}, "megatron_core": "antigravity"}, "megatron_config makes PEFT import the module"),
-    ({"tokenizer_kwargs": {"trust_remote_code": True}}, "trust_remote_code is True, which runs code"),
+    ({"megatron_config": {"a": 1}, "megatron_core": "antigravity"}, ("megatron_config", "megatron_core")),
+    ({"tokenizer_kwargs": {"trust_remote_code": True}}, ("trust_remote_code", "True")),
 ]
 
 
-@pytest.mark.parametrize(("fields", "words"), ADAPTER_FIELDS)
-def test_fields_of_an_adapter_that_import_code_are_refused(llama, folder, adapter, fields, words):
+@pytest.mark.parametrize(("fields", "named"), ADAPTER_FIELDS)
+def test_fields_of_an_adapter_that_import_code_are_refused(llama, folder, adapter, fields, named):
     edit(adapter / "adapter_config.json", **fields)
-    with pytest.raises(ConfigError, match=words):
+    with refused(ConfigError, adapter / "adapter_config.json", named):
         load_model(llama, adapter=adapter)
     shutil.copy(adapter / "adapter_config.json", folder)
     with refused(ConfigError, folder, "adapter"):
@@ -182,7 +182,7 @@ def test_fields_of_an_adapter_that_import_code_are_refused(llama, folder, adapte
 
 
 def test_paths_stay_inside(folder, llama):
-    with pytest.raises(ConfigError, match="no tiny model"):
+    with refused(ConfigError, f"'../../../{llama}'"):
         resolve_model(f"tiny-../../../{llama}")
     (folder / "model.safetensors").unlink()
     index = {"weight_map": {"a": "model-1.safetensors", "b": "../../secret.safetensors"}}
@@ -259,7 +259,7 @@ def test_a_custom_loss_lies_next_to_its_toml_or_where_the_user_is(tmp_path, monk
     toml = tmp_path / "here" / "mine.toml"
     for target in ("../away/evil.py:Mine", f"{tmp_path}/away/evil.py:Mine", "link.py:Mine"):
         toml.write_text(f'model = "m"\nloss = {{ kind = "custom", target = "{target}" }}\n')
-        with pytest.raises(ConfigError, match="is neither next to the configuration nor in the working directory"):
+        with refused(ConfigError, ("target", f"'{target}'"), "--set loss.target"):
             load_config(toml, TrainSettings)
     (tmp_path / "here" / "good.py").write_text(LOSS)
     toml.write_text('model = "m"\nloss = { kind = "custom", target = "good.py:Mine" }\n')
@@ -319,7 +319,7 @@ def test_a_pickle_or_a_link_in_a_checkpoint_is_refused(llama, trained, tmp_path,
     resealed(trained, disk.EXTRA, (trained / disk.EXTRA).read_bytes())
     shutil.move(trained / disk.WEIGHTS, tmp_path / "elsewhere")
     (trained / disk.WEIGHTS).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(DataError, match="is a link, which may lead out of the checkpoint"):
+    with refused(DataError, trained / disk.WEIGHTS):
         resume(llama, trained)
 
 
@@ -352,7 +352,7 @@ def test_the_best_checkpoint_lies_in_the_trainings_own_folder(llama, trained, tm
     resealed(trained, disk.TRAINER_STATE, json.dumps(state | {"best_model_checkpoint": str(evil)}).encode())
     trainer = build(llama, trained.parent, max_steps=2, save_steps=2)
     trainer.args.load_best_model_at_end = True
-    with pytest.raises(DataError, match=r"the best checkpoint, .*evil, lies outside"):
+    with refused(DataError, evil, trained.parent):
         trainer.train(resume_from_checkpoint=str(trained))
 
 

@@ -1,6 +1,7 @@
 """The verdicts of a report on made-up studies whose answers are known."""
 
 import csv
+import re
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -19,10 +20,11 @@ from madpo.report.drawing import save_charts
 from madpo.report.results import Tier
 from madpo.report.study_charts import ablation_chart, choices_of, frontier_chart, main_chart, sensitivity_chart
 from madpo.report.study_sections import claims_view, doubts
-from madpo.report.summary import doubtful, empty_cells, idle_parts, verdict, weights_from
+from madpo.report.summary import SIDES, doubtful, empty_cells, idle_parts, verdict, weights_from
 from madpo.report.tables import study_tables, tex
 from madpo.rewards.weight_counts import WeightParameters
 from madpo.runner.record import Record
+from refusals import names
 
 SETTINGS = [(2.0, 2.0), (4.0, 2.0), (7.0, 2.0), (10.0, 2.0), (7.0, 3.0), (7.0, 4.0)]
 
@@ -56,8 +58,8 @@ def test_the_papers_own_numbers_give_the_papers_own_claims(paper: list[Tier]) ->
     # Reg-Only at c = 4 is 0.01 below DPO on Medium, and 0.07 above at c = 2, which the choice finds.
     assert {key for key, verdict in own.items() if verdict == HELD} == set(own)
     assert len(own) == 20
-    assert "20 held, 0 did not hold, 0 were not separated by this run, and 0 were not run" in counts([*found.values()])
-    assert counts(claims([])) == "None of the 20 claims of the paper's Section 5 was put to the test by this run."
+    assert re.findall(r"\d+", counts([*found.values()])) == ["20", "5", "20", "0", "0", "0"], "of 20 in Section 5"
+    assert re.findall(r"\d+", counts(claims([]))) == ["20", "5"]
     first = found["madpo-first-high"]
     assert [c.what for c in first.comparisons] == [f"MADPO minus {name}, High" for name in ("DPO", "IPO", "β-DPO")]
     assert first.comparisons[0].value is not None
@@ -91,13 +93,13 @@ def test_what_is_not_there_is_not_run_and_what_is_partly_there_says_so() -> None
     assert found["madpo-first-low"].verdict == NOT_RUN
     assert found["madpo-not-sensitive"].verdict == NOT_RUN  # one setting shows no sensitivity
     assert found["madpo-above-rdpo"].verdict == NOT_RUN
-    assert found["madpo-first-high"].shown == "not run in full, 2 of 3 comparisons are missing"
+    assert "2 of 3" in found["madpo-first-high"].shown
     view = claims_view(list(found.values()), [core], 1)
     worse = tier_of("high", [row("DPO", 3.0, kind="dpo"), madpo(7.0, 4.0, 2.0)])
     broken = by_key(claims([worse]))["madpo-first-high"]
     assert broken.verdict == BROKEN  # one rival above it is enough, whatever the others do
-    assert broken.shown == "did not hold, 2 of 3 comparisons are missing"
-    assert any("MADPO beats rDPO." in text for text in view["absent"])
+    names(broken.shown, BROKEN, "2 of 3")
+    assert any(found["madpo-above-rdpo"].text in text for text in view["absent"])
     assert view["seeds"] == 1
 
 
@@ -121,9 +123,9 @@ def test_a_tie_with_a_rival_is_said() -> None:
     assert found["madpo-above-dpo-best-beta"].verdict == OPEN
     assert found["madpo-above-best-of-n"].verdict == HELD  # MADPO with margins out of fold is another row
     words = ties(list(found.values()))
-    assert "MADPO ties with DPO on agreeing pairs on High: this run does not tell them apart." in words
-    assert "MADPO ties with DPO at its best β on High: this run does not tell them apart." in words
-    assert "MADPO is behind DPO on re-drawn labels on High." in words
+    for rival in ("agreeing", "best β", "re-drawn"):
+        (said,) = (w for w in words if rival in w)
+        names(said, "High")
     assert not [w for w in words if "rDPO" in w]
     assert [r.method for r in tier.rows] == [
         *(
@@ -152,7 +154,8 @@ def test_reward_models_near_chance_are_said_where_verdicts_are() -> None:
     tiers = [tier_of(n, rows, reward_models=m) for n, m in (("high", model(good, coin)), ("low", model(good, good)))]
     said = weights_from(tiers)
     assert "High 72 % (65 % to 78 %), 52 % (44 % to 60 %); Low 72 % (65 % to 78 %)" in said[0]
-    assert said[1].startswith("On High a reward model cannot be distinguished from chance")
+    assert "High" in said[1]
+    assert "Low" not in said[1]
     found = by_key(claims(tiers))
     assert doubtful(found["madpo-first-high"], tiers) == ["High"]
     assert doubtful(found["madpo-first-low"], tiers) == []
@@ -160,10 +163,10 @@ def test_reward_models_near_chance_are_said_where_verdicts_are() -> None:
     view = claims_view(list(found.values()), tiers, 2)
     assert "High 72 %" in view["cautions"][0]
     remarks = {v["claim"].key: v["remarks"] for views in view["sections"].values() for v in views}
-    assert "The reward model on High cannot be distinguished from chance." in remarks["madpo-first-high"]
+    assert any("High" in remark for remark in remarks["madpo-first-high"])
     assert remarks["madpo-first-low"] == []
     little = [tier_of("low", rows, reward_models=model(Estimate(0.57, 0.51, 0.62, 400)))]
-    assert weights_from(little)[1].startswith("On Low a reward model is only a little better than chance")
+    assert "Low" in weights_from(little)[1]
     assert weights_from([tier_of("low", rows)]) == []
 
 
@@ -283,8 +286,7 @@ def test_policies_that_answer_alike_show_nothing() -> None:
     assert not found.above
     assert Claim("k", BEYOND, "t", "r", "", (found,)).verdict == OPEN
     (said,) = idle_parts([tier])
-    assert "On Low no margin" in said
-    assert "reaches τ = 7, the largest is 4.59" in said
+    names(said, "Low", "τ = 7", "4.59")
     assert not idle_parts([replace(tier, margins=np.array([8.0]))])
     assert not idle_parts([replace(tier, rows=tier.rows[:2])])
 
@@ -292,10 +294,10 @@ def test_policies_that_answer_alike_show_nothing() -> None:
 def test_a_verdict_says_what_it_stands_on() -> None:
     tier, high = uneven_tier(), tier_of("high", [row("DPO", 1.0, kind="dpo"), madpo(7.0, 4.0, 1.5)])
     found = by_key(claims([high, tier]))
-    assert found["madpo-at-equal-kl"].shown == "held, on Low only, with one training of each"
+    names(found["madpo-at-equal-kl"].shown, HELD, "Low", "one training")
     assert found["madpo-above-dpo-best-beta"].only == ("Low",)
-    assert found["madpo-first-high"].shown == "not run in full, 2 of 3 comparisons are missing"
-    assert found["madpo-above-rdpo"].shown == "not run"
+    names(found["madpo-first-high"].shown, "2 of 3")
+    assert found["madpo-above-rdpo"].shown == NOT_RUN
 
 
 def test_no_interval_that_excludes_0_is_said_to_include_it() -> None:
@@ -303,9 +305,9 @@ def test_no_interval_that_excludes_0_is_said_to_include_it() -> None:
     dpo = row("DPO", 2.0, kind="dpo", seeds=1)
     other = in_second_seed(row("IPO", 1.9, kind="ipo", noise=0.01), reward=1.0)
     found = verdict(tier_of("low", [dpo, other]))
-    assert found.level.startswith("IPO has the highest mean reward, 2.40")
+    names(found.level, ("IPO", "2.40"))
     assert found.kind == "below"
-    assert "not separated" not in found.text
+    assert SIDES["open"] not in found.text
 
 
 def test_a_failed_step_above_is_the_reason_of_an_empty_cell() -> None:
@@ -314,6 +316,8 @@ def test_a_failed_step_above_is_the_reason_of_an_empty_cell() -> None:
         {"name": "DPO", "key": "dpo"},
         {"name": "DPO, agreeing pairs", "key": "agreeing-pairs", "pairs": "agreeing"},
     ]
-    assert set(empty_cells([tier], rows, {"base": "failed: x"}).values()) == {"not run: base failed"}
+    for said in empty_cells([tier], rows, {"base": "failed: x"}).values():
+        names(said, NOT_RUN, ("base", "failed"))
     found = empty_cells([tier], rows, {"agreeing/low/seed0": "failed: x"})
-    assert found == {("low", "DPO"): "not run", ("low", "DPO, agreeing pairs"): "not run: agreeing/low/seed0 failed"}
+    assert found["low", "DPO"] == NOT_RUN
+    names(found["low", rows[1]["name"]], NOT_RUN, ("agreeing/low/seed0", "failed"))

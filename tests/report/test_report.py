@@ -24,12 +24,12 @@ from madpo.report.drawing import draw
 from madpo.report.numbers import one
 from madpo.report.pages import STYLES, part
 from madpo.report.sources import folder_of
-from madpo.report.summary import cautions, headline
+from madpo.report.summary import SIDES, cautions, headline, verdict
 from madpo.report.tables import report_markdown_table
 from madpo.rewards.weight_counts import WeightParameters, count_weights, log_weight
 from madpo.runner.record import Record
 from practice_cases import write
-from refusals import refused
+from refusals import names, refused
 
 HOSTILE = "</script><script>alert(1)</script><!-- & \u2028 \u202e 'quoted\" <img src=x onerror=alert(2)>"
 ARABIC = "\u0645\u0631\u062d\u0628\u0627 \u0628\u0627\u0644\u0639\u0627\u0644\u0645"
@@ -177,11 +177,8 @@ def test_the_headline_claims_what_the_numbers_carry(run_folder: tuple[Path, dict
     root, records, _ = run_folder
     tiers = collect(root, records)
     words = " ".join([*headline(tiers), cautions(tiers)])
-    assert "High: MADPO has the highest mean reward, 1.50" in words
-    assert "above 0" in words
-    assert "KL 15.0 against 10.0 nats" in words
-    assert "Two training seeds cannot show" in words
-    assert f"judged on {N} held-out prompts" in words
+    names(words, ("High: MADPO", "1.50"), SIDES["above"], ("KL", "15.0", "10.0"), f"{N} held-out")
+    assert "Two" in cautions(tiers)
 
 
 def test_the_headline_does_not_overclaim(tmp_path: Path) -> None:
@@ -190,18 +187,19 @@ def test_the_headline_does_not_overclaim(tmp_path: Path) -> None:
     near = collect(tmp_path, few)[0].rows[-1]["difference"]
     assert isinstance(near, Estimate)
     words = " ".join(headline(collect(tmp_path, few)))
-    assert ("not separated from 0" in words) == (near.low <= 0 <= near.high)
+    assert (SIDES["open"] in words) == (near.low <= 0 <= near.high)
     only_dpo = {name: record for name, record in few.items() if "near" not in name}
     tiers = collect(tmp_path, only_dpo)
     words = " ".join([*headline(tiers), cautions(tiers)])
-    assert "separated" not in words
-    assert "One training seed" in words
+    assert not [side for side in SIDES.values() if side in words]
+    assert "One" in cautions(tiers)
     worse = []
     for tier in collect(tmp_path, records):
         rows = [replace(r, values={**r.values, "oracle_reward": 9.0}) if r.key == "sft" else r for r in tier.rows]
         worse.append(replace(tier, rows=rows))
-    assert "no method has a mean reward above that of the SFT model" in " ".join(headline(worse))
-    assert headline([]) == ["No trained policy has been evaluated yet; what is finished so far is shown below."]
+    assert [verdict(tier).kind for tier in worse if tier.policies] == ["below"] * 2
+    assert all("9.00" in said for said in headline(worse)[1:]), "the level of the SFT model"
+    assert len(headline([])) == 1
 
 
 def test_nothing_from_data_becomes_markup(run_folder: tuple[Path, dict[str, Record], str]) -> None:
@@ -237,6 +235,13 @@ def test_the_page_needs_no_other_file(run_folder: tuple[Path, dict[str, Record],
     assert "{{" not in re.sub(r"<script.*?</script>", "", text, flags=re.S)
 
 
+def pairs_by_weight(words: str) -> list[str]:
+    """How many training pairs there are, and how many are amplified, dampened and turned down."""
+    found = re.search(r"(\d+)[a-z ]* (\d+)[a-z ]* amplified\D* (\d+) dampened\D* (\d+) ", words)
+    assert found is not None
+    return list(found.groups())
+
+
 def test_it_says_something_without_scripts(run_folder: tuple[Path, dict[str, Record], str]) -> None:
     _, _, text = run_folder
     page = Page(text)
@@ -244,7 +249,7 @@ def test_it_says_something_without_scripts(run_folder: tuple[Path, dict[str, Rec
     figures = [a for tag, a in page.tags if tag == "svg" and a.get("role") == "img"]
     assert len(figures) >= 8
     assert all(a.get("aria-label") for a in figures)
-    assert "of 5 training pairs 1 are amplified, 1 dampened, 1 turned down" in words
+    assert pairs_by_weight(words) == ["5", "1", "1", "1"]
     assert "prompt 3" not in words
     assert "prompt 2" in words
     assert len([1 for tag, a in page.tags if tag == "th" and a.get("scope") in ("row", "col")]) > 20
@@ -273,9 +278,9 @@ def test_the_same_records_give_the_same_page(run_folder: tuple[Path, dict[str, R
 
 
 def test_rebuild_reads_the_runs_own_list(tmp_path: Path) -> None:
-    make_run(tmp_path, title="from run.json")
+    make_run(tmp_path, title="run.json")
     text = rebuild_report(tmp_path, figures=False).read_text(encoding="utf-8")
-    assert "<title>from run.json</title>" in text
+    assert "<title>run.json</title>" in text
     with refused(ConfigError, tmp_path):
         rebuild_report(tmp_path / "other")
 
@@ -385,7 +390,7 @@ def test_margins_are_shown_as_the_loss_reads_them(tmp_path: Path) -> None:
     records[policy.name] = policy.model_copy(update={"config": {**policy.config, "loss": loss}})
     page = Page(build_report(tmp_path, records, "t", {}, figures=False).read_text())
     assert json.loads(page.scripts[0])["weights"]["weight-high"]["margins"] == [-4.5, -0.5, 0.0, 0.5, 1.5]
-    assert "of 5 training pairs 2 are amplified, 0 dampened, 1 turned down" in " ".join(page.texts)
+    assert pairs_by_weight(" ".join(page.texts)) == ["5", "2", "0", "1"]
 
 
 @pytest.mark.parametrize(

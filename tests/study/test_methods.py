@@ -63,23 +63,23 @@ def test_a_swept_row_is_the_row_written_out():
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"),
+    ("fields", "named"),
     [
-        ({}, "needs a loss"),
-        ({"trainer": "rloo", "loss": {"kind": "dpo"}}, "takes no loss"),
-        ({"trainer": "best_of_n"}, "needs n"),
-        ({"loss": MADPO, "n": 4}, "n belongs to the trainer best_of_n"),
-        ({"loss": MADPO, "online": {}}, "online belongs to"),
-        ({"trainer": "rloo", "pairs": "agreeing"}, "learns from no pairs"),
-        ({"loss": MADPO, "sweep": {"taau": (1,)}}, "sweep.taau is no field to vary; did you mean 'tau'"),
-        ({"loss": MADPO, "sweep": {"tau": ()}}, "sweep.tau has no values"),
-        ({"loss": MADPO, "sweep": {"c_max": (0.5,)}}, "c_max is 0.5"),
-        ({"loss": MADPO, "sweep": {"beta": ("a",)}}, "sweep.beta = 'a'"),
-        ({"loss": MADPO, "group": "sensitvity"}, "sensitivity"),
+        ({}, ["'M'", "loss"]),
+        ({"trainer": "rloo", "loss": {"kind": "dpo"}}, ["'M'", ("rloo", "loss")]),
+        ({"trainer": "best_of_n"}, ["'M'", ("best_of_n", "n")]),
+        ({"loss": MADPO, "n": 4}, ["'M'", ("n", "best_of_n")]),
+        ({"loss": MADPO, "online": {}}, ["'M'", "online"]),
+        ({"trainer": "rloo", "pairs": "agreeing"}, ["'M'", ("rloo", "pairs")]),
+        ({"loss": MADPO, "sweep": {"taau": (1,)}}, ["'M'", "sweep.taau", "'tau'"]),
+        ({"loss": MADPO, "sweep": {"tau": ()}}, ["'M'", "sweep.tau"]),
+        ({"loss": MADPO, "sweep": {"c_max": (0.5,)}}, [("c_max", "0.5")]),
+        ({"loss": MADPO, "sweep": {"beta": ("a",)}}, [("sweep.beta", "'a'")]),
+        ({"loss": MADPO, "group": "sensitvity"}, [("'ablation'", "'sensitivity'")]),
     ],
 )
-def test_a_row_that_makes_no_sense_is_refused_with_its_name(fields, words):
-    with pytest.raises((ValidationError, ConfigError), match=re.escape(words)):
+def test_a_row_that_makes_no_sense_is_refused_with_its_name(fields, named):
+    with refused((ValidationError, ConfigError), *named):
         Method(name="M", **fields)
 
 
@@ -266,12 +266,8 @@ def test_estimates_follow_from_tokens_and_rates():
     assert estimates.work(fold).tokens == pytest.approx({"reward": 2 * seen * 68, "judge": 2 * judged * 68})
     assert estimates.work(steps["margins/low/seed0"]).tokens == pytest.approx({"judge": 2 * (400 + stopping) * 68})
     assert 1.5e9 < estimates.estimate(policy, rates).memory < 5e9
-    for option, words in [
-        ("trian=1", "did you mean 'train'"),
-        ("train=fast", "tokens a second"),
-        ("train=0", "train="),
-    ]:
-        with pytest.raises(ConfigError, match=words):
+    for option, named in [("trian=1", "'train'"), ("train=fast", "train=fast"), ("train=0", "train=0")]:
+        with refused(ConfigError, named):
             estimates.rates_of([option])
 
 
@@ -281,7 +277,7 @@ def test_a_slower_machine_takes_longer_by_its_products_share(monkeypatch):
     machine = estimates.this_machine()
     slower = 0.52 * 400 / (torch.get_num_threads() * 2 * 512**3 / 1e9) + 0.48
     assert machine.rates["train"] == pytest.approx(estimates.TWO_CORES["train"] / slower)
-    assert re.search(r"run at \d+ GFLOP/s in (float32|bfloat16)", machine.name)
+    assert re.search(r"\d+ GFLOP/s.* (float32|bfloat16)", machine.name)
 
 
 def test_a_smaller_model_takes_the_share_of_its_parameters(monkeypatch):
