@@ -16,6 +16,7 @@ from madpo.core.statistics import (
     paired_difference,
     proportion,
 )
+from refusals import refused
 
 
 @pytest.mark.parametrize(("n", "lowest"), [(10, 0.88), (40, 0.91)])
@@ -80,9 +81,9 @@ def test_nothing_or_not_finite_is_refused(bad: list[float]) -> None:
 
 
 def test_unequal_lengths_are_refused() -> None:
-    with pytest.raises(DataError, match="2 and 1"):
+    with refused(DataError, ("2", "1")):
         paired_difference([1, 2], [1])
-    with pytest.raises(DataError, match="cluster"):
+    with refused(DataError, "cluster"):
         bootstrap_mean([1, 2], clusters=[1])
 
 

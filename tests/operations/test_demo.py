@@ -19,7 +19,7 @@ def test_the_demo_writes_a_page_of_what_it_simulated(tmp_path) -> None:
             kept = record["metrics"].get(f"{kind}: {name} - dpo")
             assert (value is None and kept is None) or value == Estimate(**kept)
     page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
-    assert "A simulation" in page
+    assert "simulation" in page
     assert all(name in page and what in page for name, what in METHODS.values())
     assert demo(tmp_path / "demo", settings) == report, "a finished demo is read, not made again"
 
@@ -29,6 +29,7 @@ def test_verdicts_name_what_the_intervals_separate() -> None:
     found = {"madpo": far, "soft_dpo": near, "fast": below, "auto": None}
     report = DemoReport(settings=DemoSettings(), differences={"good": found}, deciding={})
     said, kind, remarks = report.verdict("good")
-    assert said == f"Clearly above DPO: {METHODS['madpo'][0]}; clearly below: {METHODS['fast'][0]}."
+    assert said.index(METHODS["madpo"][0]) < said.index(METHODS["fast"][0]), "above, then below"
+    assert METHODS["soft_dpo"][0] not in said
     assert kind == "above"
     assert len(remarks) == 1

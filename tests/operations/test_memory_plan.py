@@ -13,6 +13,7 @@ from madpo.operations.policy import trainer_arguments, trainer_of
 from madpo.operations.train_settings import TrainSettings
 from practice_cases import write
 from quick import quick
+from refusals import refused
 
 ROWS = [{"prompt_ids": [5] * 9, "chosen_ids": [6] * (4 + i), "rejected_ids": [7] * 8} for i in range(3)]
 
@@ -66,9 +67,10 @@ def test_the_command_reads_the_longest_pairs_and_writes_nothing(llama, tmp_path,
     longest = len(load_tokenizer(llama)(" was good" * 9, add_special_tokens=False)["input_ids"])
     assert f"+ {longest} tokens" in said or f"+ {longest + 1} tokens" in said
     assert "into 602.0 MB" in said
+    assert "0.6 GB" in said
     assert not out.exists()
 
 
 def test_weights_of_4_bits_are_not_planned(llama):
-    with pytest.raises(ConfigError, match="4 bits"):
+    with refused(ConfigError, "4 bits", "--qlora", "--dry_run"):
         memory_plan.memory_plan("nowhere", settings(llama, qlora=True), lengths=(2, 3))
