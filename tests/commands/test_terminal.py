@@ -134,7 +134,7 @@ class Nothing(Frozen):
 @operation("work/1")
 def work(config, inputs, out):
     if not (out / "half").exists():
-        (out / "half").write_text("what is done so far")
+        (out / "half").write_text("half")
         show("working")
         time.sleep(600)
     return {}
@@ -162,8 +162,8 @@ def test_a_signal_ends_a_command_in_one_sentence_and_it_continues(number, status
     process.send_signal(number)
     _, said = process.communicate()
     assert process.returncode == status
-    kept = "finished steps and checkpoints are kept, and the same command continues from them"
-    assert said.strip() == f"madpo: {word}; {kept}"
+    (line,) = said.strip().splitlines()
+    assert line.startswith(f"madpo: {word}")
     assert os.listdir(tmp_path / "out") == ["unfinished"], "nobody holds it any more"
     assert sorted(os.listdir(tmp_path / "out" / "unfinished")) == ["begun.json", "half"]
     again = subprocess.run(command, env=environment, capture_output=True)

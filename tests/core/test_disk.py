@@ -24,7 +24,7 @@ from madpo.core.storage import remove_oldest, storage_errors, write_atomically
 from madpo.training import PreferenceTrainer, pair_loss
 from madpo.training import checkpoints as disk
 from practice_cases import classifier, text_pairs, write
-from refusals import refused
+from refusals import names, refused
 
 SIZE = 6 * 2**20  # of the small disk: the tiny model's results fit, a ballast fills it
 
@@ -104,14 +104,14 @@ def test_a_full_disk_in_the_middle_costs_one_step(small_disk, llama, tmp_path, c
     command = words(data, llama, small_disk / "P")
     restore = disturbed(monkeypatch, 2, lambda: fill(small_disk))
     assert main(command) == 2
-    assert "the disk is full; free some space and run the same command again" in one_sentence(capsys)
+    names(one_sentence(capsys), small_disk / "P", "full")
     assert not (small_disk / "P" / "record.json").exists()
     newest = disk.newest(small_disk / "P" / "unfinished" / "checkpoints")
     assert newest.step == 1
     restore()
     (small_disk / "ballast").unlink()
     assert main(command) == 0
-    assert "continues after step 1" in capsys.readouterr().err
+    names(capsys.readouterr().err, "step 1")
     for name in ("adapter/adapter_model.safetensors", "log.jsonl"):
         assert (small_disk / "P" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes(), name
     assert [p.name for p in small_disk.iterdir()] == ["P"]
@@ -130,7 +130,7 @@ def test_every_command_on_a_full_disk(small_disk, llama, tmp_path, capsys, comma
     }[command]
     fill(small_disk)
     assert main([command, *given]) == 2
-    assert "the disk is full" in one_sentence(capsys)
+    names(one_sentence(capsys), small_disk / "out", "full")
     assert not [p for p in small_disk.rglob("*") if p.is_file() and p.name != "ballast" and p.stat().st_size]
 
 
@@ -173,13 +173,13 @@ def test_a_read_only_disk(small_disk, llama, tmp_path, capsys):
     data = write(tmp_path / "pairs.jsonl", text_pairs(24))
     remount(small_disk, "ro")
     assert main(words(data, llama, small_disk / "P")) == 2
-    assert "the file system is read-only; choose another folder" in one_sentence(capsys)
+    names(one_sentence(capsys), small_disk, "read-only")
     assert not list(small_disk.iterdir())
 
 
 def test_a_trainer_of_ones_own_in_a_read_only_folder(small_disk, llama):
     remount(small_disk, "ro")
-    with pytest.raises(StorageError, match="read-only"):
+    with refused(StorageError, small_disk / "run", "read-only"):
         build(llama, small_disk / "run")
 
 
@@ -202,7 +202,7 @@ def test_a_folder_of_somebody_else(llama, tmp_path, tmp_path_factory):
 
     code, err = in_a_fork(as_nobody, tmp_path_factory.mktemp("said") / "err.txt")
     assert code == 2, err
-    assert "permission denied; make it writable for you or choose another folder" in err
+    names(err, tmp_path / "P", "permission")
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -211,12 +211,12 @@ def test_a_folder_that_vanishes_under_a_training(llama, tmp_path, capsys, monkey
     partial = tmp_path / "P"
     restore = disturbed(monkeypatch, 2, lambda: shutil.move(partial, tmp_path / "moved"))
     assert main(words(data, llama, tmp_path / "P")) == 2
-    assert "has vanished while it was being written; if it was moved, move it back" in one_sentence(capsys)
+    names(one_sentence(capsys), partial, "vanished")
     assert not partial.exists()
     restore()
     shutil.move(tmp_path / "moved", partial)
     assert main(words(data, llama, tmp_path / "P")) == 0
-    assert "continues after step 1" in capsys.readouterr().err
+    names(capsys.readouterr().err, "step 1")
 
 
 def test_a_trainers_folder_that_vanishes(llama, tmp_path):
@@ -261,8 +261,7 @@ def test_a_second_run_is_refused_with_pid_and_host_everywhere(llama, tmp_path, c
             ["evaluate", str(llama), *prompts, *out],
         ):
             assert main(command) == 2
-            line = one_sentence(capsys)
-            assert f"other is in use by another run (process {other.pid} on" in line
+            names(one_sentence(capsys), ("other", f"process {other.pid}"))
     # It was killed; the system let go of its lock.
     with locked(tmp_path / "out"):
         pass
@@ -293,7 +292,7 @@ def test_a_trainer_lets_go_of_its_folder_and_leaves_no_lock(llama, tmp_path):
     ids=lambda error: type(error).__name__,
 )
 def test_every_way_to_say_that_memory_is_short(error):
-    with refused(MemoryShortage, "use less"), memory_errors("use less"):
+    with refused(MemoryShortage, "batch_size"), memory_errors("lower batch_size"):
         raise error
     wrapped = RuntimeError("while generating the data set")
     wrapped.__cause__ = error
@@ -302,7 +301,7 @@ def test_every_way_to_say_that_memory_is_short(error):
 
 def test_other_errors_pass():
     for error in (RuntimeError("shape mismatch"), ValueError("out of memory is only a text"), KeyError("a")):
-        with pytest.raises(type(error)), memory_errors("use less"):
+        with pytest.raises(type(error)), memory_errors("lower batch_size"):
             raise error
     with pytest.raises(RuntimeError):
         torch.zeros(2) @ torch.zeros(3)
@@ -325,13 +324,12 @@ def test_memory_that_runs_out_in_a_training(llama, tmp_path, monkeypatch, capsys
     code, err = in_a_fork(in_little_memory, tmp_path / "err.txt")
     assert code == 2, err
     (line,) = [line for line in err.splitlines() if line.startswith("madpo: ")]
-    assert "the memory is used up" in line
-    assert "gradient_accumulation_steps" in line
+    names(line, "memory", "gradient_accumulation_steps")
     assert "Traceback" not in err
     assert not (tmp_path / "P" / "record.json").exists()
     assert disk.newest(tmp_path / "P" / "unfinished" / "checkpoints").step == 2
     assert main(words(data, llama, tmp_path / "P")) == 0
-    assert "continues after step 2" in capsys.readouterr().err
+    names(capsys.readouterr().err, "step 2")
 
 
 def test_writing_leaves_the_old_file_or_the_new_one(small_disk):

@@ -9,8 +9,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from madpo.data import check
 from madpo.models.packaged import PACKAGED, cache_dir
 from practice_cases import read, run, text_pairs, with_turns, write
+from refusals import names
 
 PLACE = cache_dir() / "models" / f"smollm2-135m-instruct-{PACKAGED['smollm2-135m-instruct'].sha256[:8]}"
 pytestmark = [
@@ -47,9 +49,8 @@ def test_conversations_go_through_the_whole_chain(
     prompts = write(tmp_path / "prompts.jsonl", [{"prompt": row["prompt"]} for row in rows[:4]])
     run("check", data, "--model_name_or_path", model, "--max_length", 256)
     said = capsys.readouterr().out
-    assert "16 pairs of messages" in said
-    assert "roles: system, user, assistant, user > assistant (16)" in said
-    assert "nothing to warn of" in said
+    names(said, "16 pairs", "system, user, assistant, user > assistant (16)")
+    assert check(data, tokenizer=model).findings == ()
     few = ("--args.max_steps", 2, "--batch_size", 4, "--learning_rate", "1e-2")
     run("reward", data, "--model_name_or_path", model, "--eval_share", 0.5, "--output_dir", tmp_path / "rm")
     for loss in ("dpo", "madpo"):

@@ -37,7 +37,7 @@ from madpo.rewards.reward_model import RewardModel
 from madpo.training import PreferenceTrainer
 from madpo.training.margins import sequences
 from practice_cases import FORMATS, ids_of, logps, read, run, text_pairs, write
-from refusals import refused
+from refusals import names, refused
 
 BATCH = 8
 
@@ -97,7 +97,7 @@ def test_the_reward_models_report(chain, llama):
     assert report["dropped"] == 0
     page = (chain / "R" / "report.html").read_text()
     assert page.count("<circle") == len(report["reliability"])
-    assert f"It orders {100 * report['accuracy']['mean']:.0f} %" in page
+    assert f"{100 * report['accuracy']['mean']:.0f} %" in page
     assert sum(b["pairs"] for b in report["reliability"]) == len(reported)
     assert len(report["reliability"]) <= 10
 
@@ -205,7 +205,7 @@ def test_a_model_against_itself_is_a_draw(chain, llama, tmp_path, capsys):
         assert found.kl.mean > 0
     with refused(ConfigError, "--reference"):
         evaluate(llama, chain / "prompts.jsonl", tmp_path / "F", EvaluateSettings(reward_model=str(chain / "R")))
-    with refused(DataError, "4", "9"):
+    with refused(DataError, ("prompts.jsonl", "4", "9")):
         evaluate(llama, chain / "prompts.jsonl", tmp_path / "F", settings.model_copy(update={"max_prompts": 9}))
     assert not (tmp_path / "F").exists()
 
@@ -255,10 +255,10 @@ def test_a_finished_folder_with_other_settings_is_refused(chain, tmp_path):
     data = write(tmp_path / "pairs.jsonl", text_pairs(8))
     settings = ScoreSettings(reward_model=str(chain / "R"))
     score(data, tmp_path / "S", settings)
-    with refused(StorageError, "batch_size", "4", "16", "--overwrite"):
+    with refused(StorageError, ("batch_size", "4", "16"), "--overwrite"):
         score(data, tmp_path / "S", settings.model_copy(update={"batch_size": 4}))
     write(data, text_pairs(9)[1:])
-    with refused(StorageError, "input data", "--overwrite"):
+    with refused(StorageError, tmp_path / "S", "data", "--overwrite"):
         score(data, tmp_path / "S", settings)
     score(data, tmp_path / "S", settings, overwrite=True)
     with refused(ConfigError, "config.json"):
@@ -316,8 +316,13 @@ def test_columns_of_scores_are_brought_to_log_odds(tmp_path):
     assert report.temperature == 1, "pairs ordered by their scores show no calibration"
     with refused(DataError, "line 1", "'yours'"):
         score(data, tmp_path / "X", ScoreSettings(score_columns=("mine", "yours")))
-    for bad in ({}, {"reward_model": "R", "folds": 2}, {"folds": 2}, {"reward_model": "R", "margin_temperature": 2.0}):
-        with pytest.raises(ValueError, match=r"give one of|needs the base model|goes with score_columns"):
+    for bad, named in (
+        ({}, ("reward_model", "score_columns", "probe", "folds")),
+        ({"reward_model": "R", "folds": 2}, ("reward_model", "score_columns", "probe", "folds")),
+        ({"folds": 2}, ("folds", "--model_name_or_path")),
+        ({"reward_model": "R", "margin_temperature": 2.0}, ("margin_temperature", "score_columns")),
+    ):
+        with refused(ValueError, named):
             ScoreSettings(**bad)
 
 
@@ -344,8 +349,8 @@ def test_any_reward_model_with_one_output(llama, tmp_path, monkeypatch):
                 assert row["chosen_score"] == pytest.approx(foreign(torch.tensor([ids])).logits.item(), abs=1e-5)
     two = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=2)
     two.save_pretrained(tmp_path / "two")
-    for place, words in ((tmp_path / "two", "with 2 outputs"), (llama, "is no reward model")):
-        with pytest.raises(ConfigError, match=words):
+    for place, named in ((tmp_path / "two", "2 outputs"), (llama, "LlamaForCausalLM")):
+        with refused(ConfigError, place, named):
             load_scorer(place)
 
 
@@ -365,9 +370,8 @@ def test_full_training_writes_a_model(llama, tmp_path, capsys):
         "report.html",
         "report.json",
     ]
-    assert "Nothing: no pairs were held out" in (tmp_path / "P" / "README.md").read_text()
     assert main(["train", str(data), "--model_name_or_path", str(llama), "--output_dir", str(tmp_path / "P")]) == 2
-    assert "pass --overwrite" in capsys.readouterr().err
+    names(capsys.readouterr().err, "--overwrite")
 
 
 def test_pairs_that_are_too_long_are_dropped_cut_or_refused(llama, tmp_path):
@@ -379,8 +383,8 @@ def test_pairs_that_are_too_long_are_dropped_cut_or_refused(llama, tmp_path):
     assert (dropped.pairs, dropped.dropped, dropped.cut) == (8, 1, 0)
     tokens = len(ids_of(load_tokenizer(llama), rows[4]["prompt"], rows[4]["chosen"]))
     assert read(tmp_path / "drop" / "dropped.jsonl") == [{"pair_id": 4, "line": 5, "tokens": tokens}]
-    assert "1 pairs left out" in (tmp_path / "drop" / "README.md").read_text()
-    assert "1 pairs dropped (dropped.jsonl)" in dropped.text()
+    names((tmp_path / "drop" / "README.md").read_text(), "1 pairs")
+    names(dropped.text(), ("1 pairs", "dropped.jsonl"))
     cut = train(data, tmp_path / "cut", TrainSettings(**shared, truncation="cut"))
     assert (cut.pairs, cut.dropped, cut.cut) == (9, 0, 1)
     assert not (tmp_path / "cut" / "dropped.jsonl").exists()
@@ -393,7 +397,7 @@ def test_qlora_needs_a_gpu_and_says_so(llama, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     data = write(tmp_path / "pairs.jsonl", text_pairs(8))
-    with refused(ConfigError, "4", "GPU"):
+    with refused(ConfigError, "4 bits", "GPU", "qlora"):
         train(data, tmp_path / "P", TrainSettings(model=str(llama), loss={"kind": "dpo"}, qlora=True))
     with refused(ValueError, "full", "qlora"):
         TrainSettings(model=str(llama), full=True, qlora=True)

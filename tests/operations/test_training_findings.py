@@ -1,6 +1,5 @@
 """What a check finds, every training says at its start; the date that a chat template prints stays the first one."""
 
-import re
 import shutil
 import tomllib
 from datetime import datetime
@@ -12,7 +11,7 @@ from transformers import AutoTokenizer
 
 from madpo.commands.cli import main
 from madpo.core.config import load_config
-from madpo.core.errors import ConfigError, StorageError
+from madpo.core.errors import ConfigError, DataError, StorageError
 from madpo.data import check, load_preferences
 from madpo.data import templates as templates_of
 from madpo.data.findings import Survey
@@ -20,7 +19,7 @@ from madpo.operations import ScoreSettings, TrainSettings, score
 from madpo.operations.inputs import started_clock
 from practice_cases import conversation, read, text_pairs, write
 from quick import quick
-from refusals import refused
+from refusals import names, refused
 
 CLOCK = (
     "{{ bos_token }}Today: {{ strftime_now('%Y-%m-%d') }}\n{% for m in messages %}{{ '<' + m.role + '>' + m.content }}"
@@ -59,7 +58,7 @@ def test_strict_refuses_at_the_start_what_a_check_would_warn_of(
     assert {finding.kind: finding.count for finding in report.findings} == {"duplicate": 1, "inner_end": 1}
     assert main([*commands(odd, llama, tmp_path / "o")[name], "--strict"]) == 2
     said = capsys.readouterr().err
-    assert f"madpo: {odd}, line 4, first in 2: the pair is there before (1 in all)" in said
+    names(said, odd, ("line 4", "2"), "1 in all")
     assert not (tmp_path / "o" / "record.json").exists()
 
 
@@ -68,16 +67,14 @@ def test_a_training_says_in_one_line_what_a_check_would_warn_of(
 ) -> None:
     assert main(commands(odd, llama, tmp_path / "o")["train"]) == 0
     said = capsys.readouterr().err
-    line = (
-        f"Found in 24 pairs of {odd}: 1 duplicate, 1 inner end (what and where: madpo check {odd} --model_name_or_path"
-    )
-    assert said.count("Found in") == 1
-    assert line in said
+    command = f"madpo check {odd} --model_name_or_path"
+    assert said.count(command) == 1
+    names(said, ("24 pairs", odd, "1 duplicate", "1 inner"))
     # What is without findings says nothing.
     clean = write(tmp_path / "clean.jsonl", text_pairs(12)[:9])
     assert check(clean, tokenizer=llama).findings == ()
     assert main(commands(clean, llama, tmp_path / "c")["train"]) == 0
-    assert "Found in" not in capsys.readouterr().err
+    assert "madpo check" not in capsys.readouterr().err
 
 
 def test_scoring_says_it_too_and_refuses_late_rows_before_it_scores(
@@ -87,8 +84,8 @@ def test_scoring_says_it_too_and_refuses_late_rows_before_it_scores(
     data = write(tmp_path / "d.jsonl", rows)
     how = {"score_columns": ("a", "b"), "margin_temperature": 1.0}
     score(data, tmp_path / "S", ScoreSettings(**how))
-    assert f"Found in 24 pairs of {data}: 1 duplicate (what" in capsys.readouterr().err
-    with refused(Exception, "line 4", "2"):
+    names(capsys.readouterr().err, ("24 pairs", data, "1 duplicate"))
+    with refused(DataError, data, ("line 4", "2")):
         score(data, tmp_path / "T", ScoreSettings(**how, strict=True))
 
 
@@ -99,7 +96,7 @@ def test_pairs_of_the_evaluation_are_looked_for_in_the_training(
     data, other = write(tmp_path / "d.jsonl", rows[:8]), write(tmp_path / "e.jsonl", [*rows[7:]])
     command = [*commands(data, llama, tmp_path / "o")["train"], "--eval_data", str(other), "--strict"]
     assert main(command) == 2
-    assert f"{other}, line 1: the pair of the evaluation data is in the training data" in capsys.readouterr().err
+    names(capsys.readouterr().err, other, "line 1", "1 in all")
 
 
 def test_a_training_refuses_pairs_that_all_look_the_same(
@@ -114,9 +111,7 @@ def test_a_training_refuses_pairs_that_all_look_the_same(
     chats = write(tmp_path / "chats.jsonl", [conversation(row) for row in text_pairs(12)])
     for name in ("train", "reward", "tune"):
         assert main(commands(chats, folder, tmp_path / "o")[name]) == 2
-        said = capsys.readouterr().err
-        assert f"{chats}: the two sides of every pair have the same tokens" in said
-        assert "12 dropped content" in said
+        names(capsys.readouterr().err, chats, "12 dropped")
 
 
 def test_one_prompt_for_all_rows_is_found(tmp_path: Path) -> None:
@@ -170,7 +165,7 @@ def chats(tmp_path: Path) -> Path:
 def test_the_check_says_that_the_template_prints_the_date(chats: Path, dated: Path, llama: Path, day: Any) -> None:
     report = check(chats, tokenizer=dated)
     assert report.date == "2026-03-01T12:00:00"
-    assert "prints the date, here 2026-03-01" in report.text()
+    assert "2026-03-01" in report.text()
     assert "Today: 2026-03-01" in report.rendered[0]
     assert report.findings == (), "it is no mistake"
     assert check(chats, tokenizer=llama).date is None
@@ -232,10 +227,10 @@ def test_a_damaged_start_is_one_sentence(tmp_path: Path, day: Any) -> None:
     for content in ("{", "[]", '{"started": "soon"}'):
         (file,) = tmp_path.iterdir()
         file.write_text(content)
-        with pytest.raises(StorageError, match=rf"{re.escape(str(file))} (is damaged|cannot be read)"):
+        with refused(StorageError, file):
             started_clock(tmp_path)
 
 
 def test_what_is_no_date_is_refused() -> None:
-    with pytest.raises(ConfigError, match="date"):
+    with refused(ConfigError, ("date", "soon")):
         load_config(Path("/dev/null"), TrainSettings, ["model=m", "date=soon"])

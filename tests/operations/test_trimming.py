@@ -23,6 +23,7 @@ from madpo.operations.trimming.kept_mass import score_texts, token_mass
 from madpo.rewards.reward_model import RewardModel
 from madpo.study.experiment import run_experiment
 from practice_cases import text_pairs, write
+from refusals import names, refused
 from vocabulary_cases import LINES, RESERVED, SPECIAL, write_model
 
 CORPUS = [{"text": f"{a} {b}"} for a in LINES[:3] for b in LINES[:3]]
@@ -160,9 +161,8 @@ def test_the_report_counts_what_it_says(pair):
     assert saved["entries"] == report.entries == len(new)
     assert saved["kl"]["mean"] == report.kl.mean
     card = (small / "README.md").read_text()
-    assert f"with {report.entries:,} of its {report.entries_before:,} entries" in card
-    assert f"{report.kl.mean:.4f}" in card
-    assert f"{report.entries:,} of {report.entries_before:,} entries" in report.text()
+    names(card, (f"{report.entries:,}", f"{report.entries_before:,} entries"), f"{report.kl.mean:.4f}")
+    names(report.text(), (f"{report.entries:,}", f"{report.entries_before:,} entries"))
 
 
 def test_masses_and_scores_equal_the_plain_softmax():
@@ -272,24 +272,24 @@ def test_every_layout_gives_its_texts(row, texts, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("row", "words"),
+    ("row", "named"),
     [
-        ({"text": None}, "text is null"),
-        ({"text": 3}, "text is 3"),
-        ({"messages": [{"from": "critic", "value": "x"}]}, "role is .critic. .*use one of system"),
-        ({"prompt": "a", "completion": ANSWER}, "must both be text or both be messages"),
-        ({"words": "a"}, "has no 'text'"),
-        ({"text": "\ud800"}, "half of a surrogate pair"),
+        ({"text": None}, ("text", "null")),
+        ({"text": 3}, ("text", "3")),
+        ({"messages": [{"from": "critic", "value": "x"}]}, ("role", "'critic'")),
+        ({"prompt": "a", "completion": ANSWER}, ("prompt", "completion")),
+        ({"words": "a"}, ("'text'", "'words'")),
+        ({"text": "\ud800"}, ("text", r"\ud800")),
     ],
 )
-def test_rows_without_text_are_told_by_their_place(row, words, tmp_path):
+def test_rows_without_text_are_told_by_their_place(row, named, tmp_path):
     data = write(tmp_path / "d.jsonl", [row])
-    with pytest.raises(DataError, match=f"d.jsonl, line 1: .*{words}"):
+    with refused(DataError, "d.jsonl", "line 1", named):
         list(read_texts(data))
 
 
-def refused(words, *arguments, error=ConfigError, **how):
-    with pytest.raises(error, match=words) as caught:
+def untrimmed(named, *arguments, error=ConfigError, **how):
+    with refused(error, *named) as caught:
         trim_vocab(*arguments, **how)
     assert "\n" not in str(caught.value)
 
@@ -309,22 +309,21 @@ def test_what_cannot_be_trimmed_is_refused_and_nothing_is_left(small_model, tmp_
     (scorer / "tokenizer.json").write_text(json.dumps(spec))
     before = sorted(path.name for path in tmp_path.iterdir())
     out = tmp_path / "out"
-    refused("holds an adapter", adapter, corpus, out)
-    refused("quantised weights", quantised, corpus, out)
-    refused("a second vocabulary", second, corpus, out)
-    refused("tokenizer of the kind WordLevel", scorer, corpus, out, HALF)
-    refused("size is 5, but .* entries that must stay", small_model, corpus, out, HALF.model_copy(update={"size": 5}))
-    refused("there is no corpus", small_model, [], out)
-    refused("no such file", small_model, [tmp_path / "none.jsonl"], out, error=DataError)
-    refused("no text is held out", small_model, corpus, out, TrimSettings(held_out_share=1e-9), error=DataError)
-    wrong = write(tmp_path / "wrong.jsonl", [{"words": "x"}])
-    refused("wrong.jsonl, line 1: has no 'text'", small_model, [wrong], out, error=DataError)
-    wrong.unlink()
+    untrimmed([adapter, "adapter"], adapter, corpus, out)
+    untrimmed([quantised], quantised, corpus, out)
+    untrimmed([second, ("vocab_size_per_layer_input", "400")], second, corpus, out)
+    untrimmed([scorer, "WordLevel"], scorer, corpus, out, HALF)
+    untrimmed([("size", "5"), small_model], small_model, corpus, out, HALF.model_copy(update={"size": 5}))
+    untrimmed(["corpus"], small_model, [], out)
+    untrimmed([tmp_path / "none.jsonl"], small_model, [tmp_path / "none.jsonl"], out, error=DataError)
+    least = TrimSettings(held_out_share=1e-9)
+    untrimmed(["--held_out_share", "--eval"], small_model, corpus, out, least, error=DataError)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     out.mkdir()
     (out / "mine.txt").write_text("x")
-    refused("not empty", small_model, corpus, out, error=StorageError)
-    refused("holds no result", small_model, corpus, out, error=StorageError, overwrite=True)
+    for overwrite in (False, True):
+        untrimmed([out], small_model, corpus, out, error=StorageError, overwrite=overwrite)
+    assert (out / "mine.txt").read_text() == "x"
 
 
 @pytest.mark.parametrize(
@@ -345,13 +344,7 @@ def test_damaged_folders_are_told_in_one_sentence(small_model, tmp_path, file, c
     path = folder / file
     found = change if change in ([], None) else json.loads(path.read_text()) | change
     path.write_text("{" if found is None else json.dumps(found))
-    refused(
-        r"cannot be loaded|config\.json asks for \(99, 32\)",
-        folder,
-        [write(tmp_path / "corpus.jsonl", CORPUS)],
-        tmp_path / "out",
-        HALF,
-    )
+    untrimmed([folder], folder, [write(tmp_path / "corpus.jsonl", CORPUS)], tmp_path / "out", HALF)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["corpus.jsonl", "model"]
 
 
@@ -365,7 +358,7 @@ def test_a_model_that_came_out_as_another_is_not_written(small_model, tmp_path, 
     trim_rows = trimming.trim_rows
     monkeypatch.setattr(trimming, "trim_rows", turned_round)
     corpus = write(tmp_path / "corpus.jsonl", CORPUS)
-    refused("on kept tokens the trimmed model gives other states", small_model, [corpus], tmp_path / "out", HALF)
+    untrimmed([small_model], small_model, [corpus], tmp_path / "out", HALF)
     assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
 
 
@@ -375,14 +368,12 @@ def test_the_command(small_model, tmp_path, capsys):
     settings.write_text(f'corpus = ["{corpus}"]\nheld_out_share = 0.3\nsize = 340\n')
     words = ["trim-vocab", str(small_model), "--config", str(settings), "--output_dir", str(tmp_path / "out")]
     assert main([*words, "--drop_reserved", "--size", "335"]) == 0
-    said = capsys.readouterr().out
-    assert "kept 335 of" in said
-    assert "KL(trimmed || original)" in said
+    names(capsys.readouterr().out, "335", "KL(trimmed || original)")
     assert "<unused3>" not in AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
     assert main([*words, "--overwrite"]) == 0
-    assert "kept 340 of" in capsys.readouterr().out
+    names(capsys.readouterr().out, "340")
     assert main(["trim-vocab", str(small_model), "--output_dir", str(tmp_path / "x")]) == 2
-    assert "corpus is missing; add --corpus" in capsys.readouterr().err
+    names(capsys.readouterr().err, "--corpus")
 
 
 @pytest.mark.slow  # SFT, responses, labels and a policy

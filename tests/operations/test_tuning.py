@@ -28,7 +28,7 @@ from madpo.operations.tuning.heldout import RewardCurve
 from madpo.operations.tuning.settings import grid_size, with_values
 from madpo.training import PreferenceTrainer, reference
 from practice_cases import logps, read, run, text_pairs, write
-from refusals import refused
+from refusals import names, refused
 
 ARGS = {"learning_rate": 1e-2, "max_steps": 3, "per_device_train_batch_size": 8, "bf16": False}
 SPACE = {"loss.tau": {"values": [2.0, 4.0]}}
@@ -109,7 +109,6 @@ def test_every_setting_is_trained_once_and_the_reference_asked_once(tuned):
     assert report.chosen == best.number
     baseline = report.baseline.heldout
     assert report.advantage.mean == pytest.approx(baseline.log_loss.mean - best.heldout.log_loss.mean)
-    assert "chose nothing" in report.text()
     assert not list(out.rglob("training-*")), "checkpoints are gone"
 
 
@@ -129,7 +128,6 @@ def test_the_table_and_the_page_show_every_trial(tuned):
             ]
     page = (out / "tune.html").read_text()
     assert page.count("<title>trial ") == 2
-    assert "never selected on" in page
     assert f"{report.best().heldout.log_loss.mean:.4f}" in page
     assert set(re.findall(r"https?://[\w./]+", page)) <= {"http://www.w3.org/2000/svg"}  # a name, which loads nothing
 
@@ -180,32 +178,32 @@ def test_a_finished_study_goes_on_with_more_trials_and_refuses_other_settings(ll
     for trial in more.trials:
         assert 1 <= trial.values["loss.tau"] <= 9
         assert trial.values["lora.rank"] in (2, 3, 4)
-    with refused(StorageError, "folds", "3", "2"):
+    with refused(StorageError, ("folds", "3", "2")):
         tune(data, tmp_path / "T", settings_for(llama, folds=3, **changes))
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "named"),
     [
-        (["--criterion", "raw_log_loss"], "lowest for plain DPO by construction"),
-        (["--criterion", "reward"], "go together"),
-        (["--space.loss.taau", "[1, 2]"], "space.loss.taau: 1 cannot be"),
-        (["--space.loss.tau", "[0]"], "space.loss.tau: 0 cannot be"),
-        (["--space.folds", "[2]"], "only loss.*, args.* and lora.* are searched"),
-        (["--space.loss.tau", "{ low = 3, high = 1 }"], "low is 3.0, but must be below high"),
-        (["--space.loss.tau", "{ low = 0, high = 1, log = true }"], "a logarithm needs a number above 0"),
-        (["--loss", "custom"], "target"),
-        (["--folds", "40"], "only 25 different prompts"),
-        (["--sampler", "grid", "--space.loss.tau", "{ low = 2, high = 4 }"], "needs values for every key"),
-        (["--reward_model", "R", "--kl", "2"], "go together"),
+        (["--criterion", "raw_log_loss"], ["log_loss", "accuracy", "reward"]),
+        (["--criterion", "reward"], [("criterion", '"reward"')]),
+        (["--space.loss.taau", "[1, 2]"], [("space.loss.taau", "1")]),
+        (["--space.loss.tau", "[0]"], [("space.loss.tau", "0")]),
+        (["--space.folds", "[2]"], [("space", "'folds'"), ("loss.*", "args.*", "lora.*")]),
+        (["--space.loss.tau", "{ low = 3, high = 1 }"], [("low", "3.0", "high")]),
+        (["--space.loss.tau", "{ low = 0, high = 1, log = true }"], [("low", "0.0")]),
+        (["--loss", "custom"], ["target"]),
+        (["--folds", "40"], [("folds", "40"), "25 different"]),
+        (["--sampler", "grid", "--space.loss.tau", "{ low = 2, high = 4 }"], ['"grid"', "values", '"tpe"']),
+        (["--reward_model", "R", "--kl", "2"], [("criterion", '"reward"')]),
     ],
 )
-def test_mistakes(llama, data, tmp_path, capsys, words, says):
+def test_mistakes(llama, data, tmp_path, capsys, words, named):
     argv = ["tune", str(data), "--model_name_or_path", str(llama), "--output_dir", str(tmp_path / "T"), *words]
     assert main([*argv, "--args.max_steps", "1", "--args.bf16", "false"]) == 2
     err = capsys.readouterr().err.splitlines()[-1]
     assert err.startswith("madpo: ")
-    assert says in err
+    names(err, *named)
     assert not (tmp_path / "T").exists()
 
 
@@ -326,12 +324,8 @@ def test_a_strengthened_adapter_is_the_sum_of_base_and_scaled_update(llama, data
 
 
 def test_rewards_need_their_settings():
-    for bad, says in (
-        ({"strengths": []}, "rising"),
-        ({"strengths": [1, 0.5]}, "rising"),
-        ({"kl": 0}, "greater than 0"),
-    ):
-        with pytest.raises(ValueError, match=says):
+    for bad, named in (({"strengths": []}, "strengths"), ({"strengths": [1, 0.5]}, "strengths"), ({"kl": 0}, "kl")):
+        with refused(ValueError, named):
             RewardCriterion(**{"reward_model": "R", "kl": 1.0, **bad})
     with refused(ValueError, "adapter", "full"):
         TuneSettings(model="m", full=True, criterion="reward", reward=RewardCriterion(reward_model="R", kl=1.0))

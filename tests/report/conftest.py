@@ -12,7 +12,7 @@ from report_cases import Study, make_study
 def whole_study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     """A study with texts that mean harm, a step that has failed and one that is still to run."""
     study = make_study(tmp_path_factory.mktemp("study"))
-    study.unfinished("policy/low/late/seed0", "MadpoError: <b>the disk is full</b>")
+    study.unfinished("policy/low/late/seed0", "MadpoError: <b>full</b>")
     study.unfinished("evaluation/low/late/seed0")
     study.write()
     return study

@@ -282,7 +282,6 @@ def test_samples_are_in_the_datas_order_and_their_differences_are_marked(
     marks = [[m.text for m in side.find_elements(By.TAG_NAME, "mark")] for side in sides[3]]
     assert marks == [["wonderful"], ["dreadful"]]
     assert not cards[0].find_elements(By.TAG_NAME, "mark")  # nothing in common, so nothing worth a mark
-    assert "cut at the limit" in sides[0][0].text
-    assert "cut at the limit" not in sides[1][0].text
+    assert [("cut" in side[0].text) for side in sides[:2]] == [True, False], "one answer ended at the limit of tokens"
     assert sides[0][0].rect["y"] == sides[0][1].rect["y"], "two columns"
     assert sides[0][1].rect["x"] > sides[0][0].rect["x"] + sides[0][0].rect["width"]

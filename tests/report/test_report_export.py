@@ -20,7 +20,7 @@ from madpo.report.sources import folder_of
 from madpo.report.study_sections import temperature_table
 from madpo.runner.record import run_status
 from practice_cases import read, write
-from refusals import refused
+from refusals import names, refused
 from report_cases import PROMPTS, Study, make_study
 
 
@@ -38,7 +38,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A part of a study with a failed step, and its export."""
     root = tmp_path_factory.mktemp("study")
     study = make_study(root, tiers=("high",), seeds=2, groups=("core", "ablation", "frontier"))
-    study.unfinished("policy/high/later/seed0", f"OSError: {root}/data is gone, {Path.home()}/x too")
+    study.unfinished("policy/high/later/seed0", f"OSError: {root}/data, {Path.home()}/x")
     study.unfinished("evaluation/high/later/seed0")
     policy = next(path for path in root.glob("policy/high/*/*"))
     (policy / "adapter").mkdir()
@@ -64,12 +64,12 @@ def test_what_goes_along(exported: tuple[Path, Path]) -> None:
         assert place.encode() not in everything
     assert b'"argv"' not in everything
     texts = (target / "report.html").read_text(encoding="utf-8")
-    assert "answers number 11" in texts
-    assert "answers number 12" not in texts
+    assert "number 11" in texts
+    assert "number 12" not in texts
     assert "1 failed" in texts
     status = run_status(target)
-    assert status.unfinished["policy/high/later/seed0"] == "failed: OSError: ./data is gone, ~/x too"
-    assert status.unfinished["evaluation/high/later/seed0"] == "to run"
+    assert status.unfinished["policy/high/later/seed0"] == "failed: OSError: ./data, ~/x"
+    assert not status.unfinished["evaluation/high/later/seed0"].startswith("failed")
     for name, record in run_status(root).steps.items():
         kept = status.steps[name]
         assert (kept is None) == (record is None)
@@ -141,21 +141,14 @@ def test_steps_that_are_run_after_an_export_take_the_place_of_its_lines(
 
 def test_a_smaller_vocabulary_is_said(tmp_path: Path) -> None:
     study = small_study(tmp_path / "run")
-    words = "The base model's vocabulary was cut"
-    folder = study.write("Plain")
-    assert words not in rebuild_report(folder, figures=False).read_text(encoding="utf-8")
+    folder, entries = study.write("Plain"), "32,768"
+    assert entries not in rebuild_report(folder, figures=False).read_text(encoding="utf-8")
     costs = {"kl": Estimate(0.0266, 0.02, 0.03, 128), "nats_per_byte_before": Estimate(0.8163, 0.8, 0.9, 128)}
     costs["nats_per_byte"] = Estimate(0.8610, 0.8, 0.9, 128)
     study.add("base", {"entries": 32768, "entries_before": 262144, "covered": 0.9763, **costs})
     rebuild_report(study.write("Trimmed"), figures=False)
-    (said,) = [text for text in json.loads((folder / "results.json").read_text())["summary"] if words in text]
-    for part in (
-        "to 32,768 of its 262,144 entries",
-        "97.6 % of the corpus",
-        "0.027 nats per token",
-        "from 0.816 to 0.861 nats per byte",
-    ):
-        assert part in said
+    (said,) = [text for text in json.loads((folder / "results.json").read_text())["summary"] if entries in text]
+    names(said, (entries, "262,144"), "97.6 %", "0.027 nats", ("0.816", "0.861 nats"))
 
 
 def test_the_command_prints_what_the_report_says_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -216,7 +209,9 @@ def test_decoding_temperatures_are_a_table_of_their_own_and_go_along(tmp_path: P
         table = temperature_table(tier)
         assert table is not None
         assert [cells[0].text for cells in table.rows] == ["SFT", "DPO"]
-    assert "Decoding temperatures" in (tmp_path / "export" / "report.html").read_text(encoding="utf-8")
+    table = temperature_table(collect(tmp_path / "export", records)[0])
+    assert table is not None
+    assert table.label in (tmp_path / "export" / "report.html").read_text(encoding="utf-8")
 
 
 def test_what_a_kill_between_two_renames_left_is_the_earlier_export(tmp_path: Path) -> None:
@@ -255,8 +250,8 @@ def test_an_earlier_export_is_replaced_as_a_whole_and_nothing_else_is(tmp_path: 
     other = tmp_path / "mine"
     other.mkdir()
     (other / "thesis.tex").write_text("x")
-    for place, words in ((other, "no earlier export"), (study.root, "in each other"), (study.root / "x", "in each")):
-        with pytest.raises(StorageError, match=words):
+    for place in (other, study.root, study.root / "x"):
+        with refused(StorageError, place):
             export_report(study.root, place)
     assert (other / "thesis.tex").read_text() == "x"
     with refused(ConfigError, tmp_path):
@@ -269,7 +264,7 @@ def test_what_is_too_large_or_damaged_writes_nothing(tmp_path: Path, monkeypatch
     study.write("one")
     monkeypatch.setattr(export, "rebuild_report", lambda place: rebuild_report(place, figures=False))
     monkeypatch.setattr(export, "LIMIT", 10_000)
-    with refused(DataError, "0.01"):
+    with refused(DataError, "0.01 MB"):
         export_report(study.root, tmp_path / "out")
     damaged = next(study.root.glob("evaluation/low/*/*/samples.jsonl"))
     damaged.write_text(damaged.read_text(encoding="utf-8") + "{", encoding="utf-8")

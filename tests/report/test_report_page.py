@@ -12,7 +12,9 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.select import Select
 
 from madpo.report import rebuild_report
+from madpo.report.summary import SIDES
 from practice_cases import read
+from refusals import names
 from report_cases import ARABIC, HOSTILE, LONG, PROMPTS, Study, make_study
 
 
@@ -138,11 +140,11 @@ def test_claims_and_missing_steps_are_on_the_page(window: Chrome, whole_study: S
     total = len(whole_study.listing)
     assert window.find_element(By.CSS_SELECTOR, ".state").text == f"{total - 2} of {total} steps done, 1 failed"
     notes = window.find_element(By.CSS_SELECTOR, ".notes").text
-    assert "MADPO ties with DPO on agreeing pairs on High, Medium, Low" in notes
+    names(notes, ("agreeing", "High, Medium, Low"))
     verdicts = [one.text for one in window.find_elements(By.CSS_SELECTOR, ".tier .verdict")]
-    assert ["above 0" in text for text in verdicts] == [True] * 3
+    assert [SIDES["above"] in text for text in verdicts] == [True] * 3
     failed = window.find_element(By.CSS_SELECTOR, "[aria-label='Failed steps']")
-    assert "<b>the disk is full</b>" in failed.text
+    assert "<b>full</b>" in failed.text
     differences = window.find_element(By.CSS_SELECTOR, "[aria-label='Differences']").text
     assert "pairs, train 30 10000" in differences.replace("\n", " ")
 
@@ -163,11 +165,6 @@ def test_a_part_of_a_study_has_a_useful_report(tmp_path: Path) -> None:
     assert claims["c-grows-high"]["verdict"] == "not run"
     assert claims["ipo-weakest"]["verdict"] == "not run"  # two tiers of three are missing
     assert claims["ipo-weakest"]["partly"]
-    assert "steps done" in text
-    assert "This run is not complete" in json.loads((study.root / "results.json").read_text())["summary"][0]
-    assert "held, with one training of each" in text
-    assert "not run in full, 6 of 9 comparisons are missing" in text
-    assert "13 methods not evaluated here yet" in text
-    assert "no tier has Amp-Only or Reg-Only." in text
-    assert "steps still to run" in text
-    assert "One training seed says nothing" in text
+    summary = json.loads((study.root / "results.json").read_text())["summary"]
+    names(summary[0], (f"{len(study.listing)} steps", len(study.records)))
+    names(text, "held, with one", "6 of 9", "13 methods")

@@ -14,6 +14,7 @@ from madpo.core.config import load_config
 from madpo.core.errors import ConfigError, DataError
 from madpo.data.rows import Pair
 from madpo.operations.pair_scorer import load_scorer
+from madpo.report.numbers import short
 from madpo.report.own import own_verdict
 from madpo.report.results import Row, Tier, measured
 from madpo.report.sources import HELDOUT, SAMPLES
@@ -136,10 +137,9 @@ def test_the_report_has_the_paired_differences_and_a_verdict(run) -> None:
     assert difference["mean"] == pytest.approx((tables["madpo"] - tables["dpo"]).mean())
     assert methods["sft"]["name"] == "Reference"
     assert all(row["oracle_reward"] for row in methods.values())
-    assert "preference training" in results["summary"][1].lower()
     page = (result.root / "report.html").read_text(encoding="utf-8")
     assert results["summary"][1].split(". ")[0].replace("'", "&#39;") in page
-    assert "Figure 1 of the paper" not in page
+    assert "Figure 1" not in page
 
 
 def test_a_further_loss_leaves_what_is_finished(run, llama) -> None:
@@ -168,11 +168,11 @@ def test_mistakes_are_told_before_a_model_loads(tmp_path) -> None:
     data = write(tmp_path / "p.jsonl", text_pairs(20))
     with refused(ConfigError, "'madpo'"):
         settings("tiny-llama", losses=["mapdo"])
-    with refused(ConfigError, "losses", "madpo", "tau", "-1.0"):
+    with refused(ConfigError, "losses", "madpo", ("tau", "-1.0")):
         settings("tiny-llama", losses=[{"kind": "madpo", "tau": -1}])
-    with pytest.raises(DataError, match="chosen_score"):
+    with refused(DataError, "chosen_score"):
         compare(data, tmp_path / "out", settings("tiny-llama", losses=["omni_dpo"]), dry_run=True)
-    with pytest.raises(ConfigError, match="twice"):
+    with refused(ConfigError, "ipo"):
         compare(data, tmp_path / "out", settings("tiny-llama", losses=["ipo", "ipo"]), dry_run=True)
     assert not (tmp_path / "out").exists()
 
@@ -193,9 +193,10 @@ def _tier(gain, prompts=60):
     return measured(Tier("own", rows, samples))
 
 
-@pytest.mark.parametrize(("gain", "kind", "words"), [(0.1, "above", "take MADPO"), (0.0, "above", "plain DPO is as")])
-def test_the_verdict_follows_the_paired_difference(gain, kind, words) -> None:
-    found = own_verdict(_tier(gain))
-    assert found.kind == kind
-    assert words in found.level
-    assert found.level.startswith("Preference training helps on these pairs: DPO orders 8")
+@pytest.mark.parametrize("gain", [0.1, 0.0])
+def test_the_verdict_follows_the_paired_difference(gain) -> None:
+    tier = _tier(gain)
+    found = own_verdict(tier)
+    assert found.kind == "above"
+    assert ("MADPO" in found.level) == (gain > 0)
+    assert f"DPO orders {short(tier.baseline['heldout_accuracy'], 'share')}" in found.level

@@ -22,7 +22,7 @@ from madpo.models.load import load_tokenizer
 from madpo.training import columns as trainer_columns
 from madpo.training.refusals import loss_of
 from quick import quick
-from refusals import refused
+from refusals import names, refused
 from small_trainers import SETTINGS, pairs
 from trainer_settings import QUIET
 
@@ -109,7 +109,8 @@ def test_columns_that_no_loss_reads_change_nothing(llama, tmp_path, said):
         for column in values:
             assert losses(build(llama, tmp_path, pairs().add_column(name, column))) == plain, (name, column[0])
     assert len(said) == len(extra["weight"])
-    assert all("'weight' is not used" in line and "pair_weights=True" in line for line in said)
+    for line in said:
+        names(line, "'weight'", "pair_weights=True", "pair_weights=False")
 
 
 def test_a_pairs_weight_multiplies_its_loss_where_it_is_asked_for(llama, tmp_path, said):
@@ -121,11 +122,9 @@ def test_a_pairs_weight_multiplies_its_loss_where_it_is_asked_for(llama, tmp_pat
     assert not said
     with refused(DataError, "train_dataset", "'weight'"):
         build(llama, tmp_path, pairs(4), **batch)
-    for value, message in (("high", "no number"), (None, "empty"), (math.inf, "finite"), (1e39, "finite")):
+    for value, shown in (("high", "'high'"), (None, ""), (math.inf, "inf"), (1e39, r"(inf|1e\+39)")):
         data = pairs(4).add_column("pair_id", list("abcd")).add_column("weight", [value] * 4)
-        with pytest.raises(
-            DataError, match=rf"'weight' is .*for pair [abcd].*{message}|'weight' is {message} for pair [abcd]"
-        ):
+        with pytest.raises(DataError, match=rf"'weight' .*{shown}.* pair [abcd]\b"):
             build(llama, tmp_path, data, **batch).train()
 
 
@@ -238,38 +237,28 @@ def test_adapters_that_change_no_weights_are_refused_when_the_trainer_is_made(ll
     given = {"args": args, "train_dataset": pairs(), "processing_class": load_tokenizer(llama)}
     with refused(ConfigError, kind, "LoRA"):
         PreferenceTrainer(load(llama), peft_config=VIRTUAL[kind](), **given)
-    with pytest.raises(ConfigError, match=kind):
+    with refused(ConfigError, kind):
         PreferenceTrainer(get_peft_model(load(llama), VIRTUAL[kind]()), **given)
 
 
 @pytest.mark.parametrize(
-    ("option", "message"),
+    ("option", "named"),
     [
-        ({"loss_type": "hinge"}, r"loss_type=\['hinge'\].*madpo has no loss like hinge"),
-        ({"loss_type": ["sigmoid", "nca_pair"]}, "madpo has no loss like nca_pair"),
-        ({"loss_type": "sft"}, "names no preference loss"),
-        ({"loss_type": "ipo", "use_weighting": True}, "weighs only"),
-        ({"label_smoothing": 0.1}, "no effect on loss_type"),
-        ({"f_divergence_type": "forward_kl"}, "no other divergence"),
-        ({"ld_alpha": 0.5}, "no length desensitisation"),
+        ({"loss_type": "hinge"}, ["loss_type=['hinge']", "madpo.losses.Custom"]),
+        ({"loss_type": ["sigmoid", "nca_pair"]}, [("loss_type=['sigmoid', 'nca_pair']", "nca_pair")]),
+        ({"loss_type": "sft"}, ["loss_type=['sft']", "SFTTrainer"]),
+        ({"loss_type": "ipo", "use_weighting": True}, ["use_weighting=True", "loss_type='sigmoid'"]),
+        ({"label_smoothing": 0.1}, ["label_smoothing=0.1", "loss=DPO(label_smoothing="]),
+        ({"f_divergence_type": "forward_kl"}, ["f_divergence_type=", "madpo.losses.Custom"]),
+        ({"ld_alpha": 0.5}, ["ld_alpha=0.5", "madpo.losses.Custom"]),
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_options_of_trl_without_a_loss_of_ours_are_refused(llama, tmp_path, option, message):
-    with pytest.raises(ConfigError, match=message):
+def test_options_of_trl_without_a_loss_of_ours_are_refused(llama, tmp_path, option, named):
+    with refused(ConfigError, *named):
         build(llama, tmp_path, **option)
-    with pytest.raises(ConfigError, match=message):
+    with refused(ConfigError, *named):
         PreferenceTrainer(load(llama), args=DPOConfig(output_dir=str(tmp_path), **QUIET, **option))
-
-
-@pytest.mark.parametrize(
-    "option",
-    [{"loss_type": "ipo"}, {"beta": 0.2}, {"label_smoothing": 0.1}, {"loss_weights": [1.0]}, {"use_weighting": True}],
-    ids=str,
-)
-def test_options_of_trls_loss_are_refused_next_to_a_loss(llama, tmp_path, option):
-    with pytest.raises(ConfigError, match="since the loss is an object of its own; remove it: "):
-        build(llama, tmp_path, loss=DPO(), **option)
 
 
 def test_every_other_loss_type_of_trl_is_refused(tmp_path):
@@ -332,7 +321,7 @@ def test_a_reference_that_follows_the_policy_is_trls(llama, tmp_path):
     assert found != pytest.approx(losses(still), rel=1e-3)
     for one, other in zip(stock.ref_model.parameters(), own.ref_model.parameters(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
-    with pytest.raises(ConfigError, match="an adapter's reference is the model without it"):
+    with refused(ConfigError, "sync_ref_model"):
         build(llama, tmp_path, sync_ref_model=True)
 
 
@@ -372,7 +361,7 @@ def test_images_are_refused_in_a_sentence_that_can_be_followed(llama, tmp_path, 
     with refused(DataError, "eval_dataset", repr(name)):
         build(llama, tmp_path, eval_dataset=data)
     trainer = build(llama, tmp_path, data.remove_columns(name))
-    with pytest.raises(DataError, match=rf"has a column '{name}'"):
+    with refused(DataError, repr(name)):
         trainer.evaluate(data)
     assert losses(trainer)
 
@@ -391,11 +380,8 @@ def test_the_model_card_is_about_the_loss(llama, tmp_path, loss):
     inner = loss.loss if isinstance(loss, Custom) else loss
     name, paper = type(inner).__name__, inner.paper
     card = ModelCard.load(tmp_path / "README.md")
-    assert (
-        f"trained with {name}, a method introduced in [{paper.title}](https://huggingface.co/papers/{paper.arxiv})"
-        in (card.content)
-    )
-    assert f"Cite {name} as:" in card.content
+    names(card.content, (name, f"[{paper.title}](https://huggingface.co/papers/{paper.arxiv})"))
+    assert f"Cite {name}" in card.content
     assert paper.arxiv in card.content.split("Cite TRL as")[0].split("bibtex")[1]
     assert ("rafailov" in card.content) == (name == "DPO")
     assert card.data.tags == sorted(card.data.tags)

@@ -113,11 +113,11 @@ def test_a_training_that_was_cut_off_ends_in_the_same_bytes(algorithm, tmp_path:
 
     def die_at_the_sixth(self, prompt_ids):
         if self.state.global_step == 5:
-            raise RuntimeError("the lights went out")
+            raise InterruptedError
         return sampled(self, prompt_ids)
 
     monkeypatch.setattr(online._OwnSampling, "_sampled", die_at_the_sixth)
-    with pytest.raises(RuntimeError, match="the lights"):
+    with pytest.raises(InterruptedError):
         train(config, tmp_path / "cut")
     monkeypatch.undo()
     assert [p.name for p in (tmp_path / "cut" / "checkpoints").iterdir() if p.is_dir()] == ["checkpoint-3"]
@@ -130,5 +130,5 @@ def test_a_training_that_was_cut_off_ends_in_the_same_bytes(algorithm, tmp_path:
 
 def test_a_batch_of_broken_groups_is_refused(tmp_path: Path) -> None:
     config = stage("rloo", 1).model_copy(update={"settings": OnlineSettings(generations=3)})
-    with refused(ConfigError, "batch_size", "16", "generations", "3"):
+    with refused(ConfigError, ("batch_size", "16"), ("generations", "3")):
         train(config, tmp_path)

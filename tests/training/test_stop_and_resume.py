@@ -11,7 +11,7 @@ from madpo.losses import BetaDPO
 from madpo.training import checkpoints as disk
 from madpo.training import digests
 from quick import quick
-from refusals import refused
+from refusals import names, refused
 from small_trainers import build, pairs, reward_trainer, weights
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -153,7 +153,7 @@ def test_a_training_is_continued_for_longer_as_in_trl(llama, tmp_path, monkeypat
     assert len(found[True]) == 7
     for theirs, ours in zip(found[True], found[False], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
-    assert [line for line in said if "max_steps was 4, is 7" in line]
+    names("\n".join(said), ("max_steps", "4", "7"))
 
 
 def test_evaluation_can_be_switched_on_by_a_resume(llama, tmp_path, monkeypatch):
@@ -165,9 +165,8 @@ def test_evaluation_can_be_switched_on_by_a_resume(llama, tmp_path, monkeypatch)
     again.train(resume_from_checkpoint=True)
     assert [row["step"] for row in again.state.log_history if "eval_loss" in row] == [4, 5, 6]
     assert len(said) == 1
-    assert "eval_strategy was no, is steps" in said[0]
-    assert "the evaluation data differ" in said[0]
-    with refused(DataError, "learning_rate", "0.01", "0.02"):
+    names(said[0], ("eval_strategy", "no", "steps"), "evaluation data")
+    with refused(DataError, ("configuration.learning_rate", "0.01", "0.02")):
         build(llama, tmp_path, learning_rate=0.02, **more).train(resume_from_checkpoint=True)
 
 
@@ -175,5 +174,5 @@ def test_a_stage_is_not_continued_otherwise(llama, tmp_path):
     build(llama, tmp_path, save_steps=3, max_steps=3).train()
     stage = build(llama, tmp_path, max_steps=6)
     stage.stage_settings = {}
-    with pytest.raises(DataError, match=r"configuration\.max_steps is 3, and now it is 6|stage is None"):
+    with refused(DataError, "checkpoint-3"):
         stage.train(resume_from_checkpoint=True)

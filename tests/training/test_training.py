@@ -404,18 +404,18 @@ def test_lora_dropout_stays_as_written_and_the_models_own_is_off(llama, tmp_path
 @pytest.mark.parametrize(
     ("option", "value", "remedy"),
     [
-        ("beta", 0.5, "loss's own beta"),
-        ("loss_type", ["ipo"], "leave loss="),
-        ("label_smoothing", 0.1, "label_smoothing"),
-        ("loss_weights", [1.0], "Combined"),
-        ("use_weighting", True, "loss=WPO"),
-        ("ld_alpha", 0.5, "loss of your own"),
-        ("f_divergence_type", "forward_kl", "loss of your own"),
+        ("beta", 0.5, "MADPO(beta="),
+        ("loss_type", ["ipo"], "loss=..."),
+        ("label_smoothing", 0.1, "DPO(label_smoothing="),
+        ("loss_weights", [1.0], "Combined(parts="),
+        ("use_weighting", True, "loss=WPO("),
+        ("ld_alpha", 0.5, "madpo.losses.Custom"),
+        ("f_divergence_type", "forward_kl", "madpo.losses.Custom"),
     ],
 )
 def test_options_of_trls_loss_are_refused(llama, tmp_path, option, value, remedy):
     args = DPOConfig(output_dir=str(tmp_path), **QUIET, **{option: value})
-    with pytest.raises(ConfigError, match=f"(?s){option}.*{remedy}"):
+    with refused(ConfigError, option, remedy):
         PreferenceTrainer(
             load(llama), args=args, loss=DPO(), train_dataset=pairs(4), processing_class=load_tokenizer(llama)
         )
@@ -430,7 +430,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_pairs(llama, tmp_path):
     data = pairs(
         8, ref_chosen_logps=[-5.0] * 7 + [float("inf")], ref_rejected_logps=[-5.0] * 8, pair_id=range(100, 108)
     )
-    with pytest.raises(DataError, match=r"step 1 .*\[107\].*reference|policy"):
+    with refused(DataError, ("step 1", "[107]")):
         run_ours(llama, tmp_path, DPO(), data, max_steps=1, per_device_train_batch_size=8)
 
 
