@@ -264,7 +264,7 @@ def test_what_is_too_large_or_damaged_writes_nothing(tmp_path: Path, monkeypatch
     study.write("one")
     monkeypatch.setattr(export, "rebuild_report", lambda place: rebuild_report(place, figures=False))
     monkeypatch.setattr(export, "LIMIT", 10_000)
-    with refused(DataError, "0.01 MB"):
+    with refused(DataError, ("limit", "0.01")):
         export_report(study.root, tmp_path / "out")
     damaged = next(study.root.glob("evaluation/low/*/*/samples.jsonl"))
     damaged.write_text(damaged.read_text(encoding="utf-8") + "{", encoding="utf-8")
