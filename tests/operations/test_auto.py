@@ -165,7 +165,7 @@ def test_labels_of_a_coin_end_in_the_advice_to_take_dpo(llama, tmp_path):
     data = write(tmp_path / "pairs.jsonl", pairs(80, coin=True, seed=3))
     report = train(data, tmp_path / "P", settings(llama))
     assert (report.advice, report.label_share) == ("dpo", 1.0)
-    assert report.reason == auto.COIN
+    assert report.reason == auto.REASONS["coin"]
     assert report.share.text() in report.text()
     log = read(tmp_path / "P" / "mixed" / "log.jsonl")
     assert all(line.get("target/probability", 1.0) == pytest.approx(1.0) for line in log)

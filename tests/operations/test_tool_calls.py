@@ -45,7 +45,7 @@ def test_madpo_on_tool_calls_end_to_end(model: Path, tmp_path: Path, capsys: pyt
     said = capsys.readouterr().out
     assert "12 pairs" in said
     assert "<tool_call>" in said
-    assert check(data, tokenizer=model).findings == ()
+    assert [finding.kind for finding in check(data, tokenizer=model).findings] == ["missing_end"]
     run("reward", data, "--model_name_or_path", model, "--eval_share", 0.5, *few, "--output_dir", out / "rm")
     run("score", data, "--reward_model", out / "rm", "--output_dir", out / "scored")
     scored = read(out / "scored" / "scored.jsonl")

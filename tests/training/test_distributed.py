@@ -48,7 +48,7 @@ def root(llama, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MADPO_CACHE", str(root / "one" / "cache"))
         patch.setattr(scoring, "PART", launch_cases.PART)
-        patch.setattr(scoring, "_finish", lambda *args: pytest.fail("interrupted"))
+        patch.setattr(scoring._Scoring, "finish", lambda *args: pytest.fail("interrupted"))
         patch.chdir(two)
         with pytest.raises(pytest.fail.Exception):
             launch_cases.score(Path(), "continued")

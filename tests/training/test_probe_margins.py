@@ -36,7 +36,7 @@ def passes(monkeypatch):
 
 def test_margins_are_those_of_a_probe_by_hand(llama, tmp_path, passes, monkeypatch):
     said = []
-    monkeypatch.setattr(reference_columns, "say", said.append)
+    monkeypatch.setattr(reference_columns, "say_once", said.append)
     trainer = build(llama, tmp_path, loss=MADPO(), per_device_train_batch_size=3)
     model, rows = unwrapped(trainer.model).eval(), pairs()
     layers = feature_layers(model)
