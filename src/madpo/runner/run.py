@@ -176,7 +176,7 @@ def _run_all(
                 if blocker is not None:
                     result.skipped[step.name] = result.skipped.get(blocker, blocker)
                     waiting.remove(step)
-                # No step is queued behind busy workers: whoever is free takes the first of the graph's order that is
+                # No step is queued behind busy workers: a free worker takes the first of the graph's order that is
                 # ready, so one seed is whole before the next, and a step is announced only when it starts.
                 elif (executor.slots or math.inf) > len(running) and result.records.keys() >= set(upstream):
                     say(f"{step.name}: {step.says or 'starts'}")
