@@ -113,14 +113,15 @@ def test_only_seeds_that_both_sides_have_are_compared() -> None:
 def test_levels_that_are_shown_together_are_over_the_same_seeds() -> None:
     tier = uneven_tier()
     assert mean_of(tier.rows[0]) == pytest.approx(1.5)  # over both seeds, and 2.0 in the first
-    line = frontiers(tier, 0.1)["DPO"]
-    assert [mean_of(r) for r in line] == pytest.approx([1.8, 2.0, 1.5])
-    assert [r.mean("kl") for r in line] == pytest.approx([14.0, 8.0, 3.0], abs=0.1)
-    assert {r.seeds for r in line} == {("seed0",)}
     frontier, ablation = frontier_chart([tier], 0.1), ablation_chart([tier], 0.1)
     assert frontier is not None
     assert ablation is not None
-    assert "seed0" in frontier.panels[0].title
+    (panel,) = frontier.panels
+    assert isinstance(panel, Panel)
+    assert "seed0" in panel.title
+    marks = next(series.marks for series in panel.series if series.name == "DPO")
+    assert [mark.y for mark in marks] == pytest.approx([1.8, 2.0, 1.5])
+    assert [mark.x for mark in marks] == pytest.approx([14.0, 8.0, 3.0], abs=0.1)
     (panel,) = ablation.panels
     assert isinstance(panel, Panel)
     assert {s.name: s.marks[0].x for s in panel.series if not s.published} == pytest.approx(
@@ -326,6 +327,33 @@ def test_equal_kl_compares_over_the_seeds_that_all_rows_have() -> None:
     expected = 2.5 - on_curve(4.0, [2.0, 6.0, 10.0], [1.0, 2.0, 2.2])
     assert found.value.mean == pytest.approx(expected, abs=1e-6)
     assert (found.seeds, found.per_seed) == (1, {"seed0": pytest.approx(expected)})
+
+
+@pytest.mark.parametrize("sft_seeds", [1, 2])
+def test_equal_kl_takes_all_seeds_of_the_method_where_two_points_of_the_curve_have_them(sft_seeds: int) -> None:
+    """Two betas of DPO have the second seed, whose rewards are lower by 1, and two have not: those are left out."""
+    sft = row("SFT", 0.0, kl=0.0, seeds=sft_seeds)
+    both = [in_second_seed(row(f"DPO {b}", r, kl=k, kind="dpo", **{"beta": b}), reward=-1.0) for b, r, k in BOTH]
+    first = [
+        row("DPO far", 9.0, kl=20.0, kind="dpo", seeds=1, **{"beta": 0.03}),
+        row("DPO near", 7.0, kl=1.0, kind="dpo", seeds=1, **{"beta": 1.0}),
+    ]
+    ours = in_second_seed(madpo(7.0, 4.0, 2.5, kl=4.0), reward=-0.5)
+    tier = tier_of("high", [sft, ours, *both, *first])
+    found = less_at_its_kl(tier, tier.rows[1])
+    assert found.value is not None
+    line = on_curve(4.0, [2.0, 10.0], [1.0, 2.2])
+    assert found.per_seed == pytest.approx({"seed0": 2.5 - line, "seed1": 2.5 - line + 0.5}, abs=1e-6)
+    assert found.value.mean == pytest.approx(2.5 - line + 0.25, abs=1e-6)
+    assert found.left_out == ("DPO far", "DPO near")
+    # Beyond what two seeds reach, one seed does.
+    ours = in_second_seed(madpo(7.0, 4.0, 2.5, kl=15.0), reward=-0.5)
+    tier = tier_of("high", [sft, ours, *both, *first])
+    found = less_at_its_kl(tier, tier.rows[1])
+    assert (set(found.per_seed), found.left_out) == ({"seed0"}, ())
+
+
+BOTH = (0.1, 2.2, 10.0), (0.3, 1.0, 2.0)
 
 
 def test_a_frontier_of_one_seed_is_compared_as_in_a_study_of_one_seed(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from madpo.report.results import (
     Row,
     Tier,
     Value,
+    against,
     mean_of,
     once,
     over_shared_seeds,
@@ -148,6 +149,7 @@ class Comparison:
         what: in words; value: its estimate over prompts; per_seed: the same difference of each training seed.
         bound: what it must lie above; required: whether a claim needs it, or only must not be contradicted by it.
         missing: why there is no value; seeds: training seeds that it is the mean over.
+        left_out: names of rows that lack one of these seeds, where other rows of the method or the base were compared.
         same: whether both sides got the same reward on every prompt, as two trainings with the same weights do: then
             there is nothing to compare.
     """
@@ -159,6 +161,7 @@ class Comparison:
     required: bool = True
     missing: str = ""
     seeds: int = 1
+    left_out: tuple[str, ...] = ()
     same: bool = False
 
     @property
@@ -206,7 +209,7 @@ def less(what: str, sides: Sequence[Choice | None], column: str = "reward", **ho
 
 @once
 def frontiers(tier: Tier, beta: float) -> dict[str, list[Row]]:
-    """Per method, the rows of one setting over beta, by beta, all of them over the same training seeds.
+    """Per method, the rows of one setting over beta, by beta, each over the training seeds that it has.
 
     Of several settings the one with the most betas represents the method; at a tie a core one, then the first.
     """
@@ -219,8 +222,7 @@ def frontiers(tier: Tier, beta: float) -> dict[str, list[Row]]:
     for method, by_setting in lines.items():
         best = max(by_setting.values(), key=lambda rows: (len(rows), any(r.group in ("", "core") for r in rows)))
         found[method] = sorted(best, key=lambda row: (beta if row.beta is None else row.beta, row.loss.get("n", 0)))
-    even = iter(tier.even([row for line in found.values() for row in line]))
-    return {method: [next(even) for _ in line] for method, line in found.items()}
+    return found
 
 
 def equal_kl(
@@ -236,8 +238,9 @@ def equal_kl(
 
     Settings are joined, in order of KL, by straight lines in the square root of KL, as which reward grows about. The
     base's curve begins at the SFT model, which has a KL of 0. Prompts and training seeds are resampled for all rows
-    alike. Rewards and KLs are means over the training seeds that all rows have, and every such seed has a curve of its
-    own. Beyond the ends of a curve there is nothing to compare with.
+    alike. Rewards and KLs are means over training seeds, and every seed has a curve of its own. Rows may lack seeds:
+    the comparison is over the most seeds in which the method and two points of the base's curve were trained, and leaves
+    out the rows that lack one of them (``left_out``). Beyond the ends of a curve there is nothing to compare with.
 
     Args:
         base: "DPO", or "MADPO" at its setting with the most betas.
@@ -250,19 +253,58 @@ def equal_kl(
     curve = [row for row in settings if row.key not in keys]
     if choice is None or len(curve) < 2:
         return Comparison(what, missing=f"{NOT_RUN}: it needs the method, and {base} at two or more β", **how)
-    start = [tier.sft] if tier.sft is not None else []
-    rewards = [tier.cells(row) for row in [*own, *curve, *start]]
-    kls = [*(tier.cells(row, "kl") for row in [*own, *curve]), *(tier.cells(row) * 0.0 for row in start)]
+    among = tier.reporting if choice.chosen else None
+    made = []
+    for seeds in _seed_sets(tier, [*own, *curve]):
+        mine, points = ([row for row in rows if seeds <= _sampled(tier, row)] for rows in (own, curve))
+        if mine and len(points) > 1:
+            made.append(_above_curve(what, tier, mine, points, sorted(seeds), among, names=(choice.name, base), **how))
+            if made[-1].value is not None:
+                out = [row.name for row in [*own, *curve] if row not in mine and row not in points]
+                return replace(made[-1], left_out=tuple(out))
+    missing = f"no training seed has {choice.name} and two or more β of {base}"
+    return made[0] if made else Comparison(what, missing=missing, **how)
+
+
+def _sampled(tier: Tier, row: Row) -> frozenset[str]:
+    """The row's training seeds of which there are rewards and KLs."""
+    has = [tier.cells(row, column).notna().any() for column in ("reward", "kl")]
+    return frozenset(seed for seed in row.seeds if all(columns[seed] for columns in has))
+
+
+def _seed_sets(tier: Tier, rows: Sequence[Row]) -> list[frozenset[str]]:
+    """Sets of training seeds that some of the rows have in common, the largest first, then those that most rows have."""
+    own = [_sampled(tier, row) for row in rows]
+    found: set[frozenset[str]] = set()
+    for seeds in own:
+        found |= {seeds, *(seeds & other for other in found)}
+    return sorted(found - {frozenset()}, key=lambda seeds: (-len(seeds), -sum(seeds <= s for s in own), sorted(seeds)))
+
+
+def _above_curve(
+    what: str,
+    tier: Tier,
+    own: Sequence[Row],
+    curve: Sequence[Row],
+    seeds: list[str],
+    among: frozenset[int] | None,
+    *,
+    names: tuple[str, str],
+    **how: Any,
+) -> Comparison:
+    """:func:`equal_kl` over training seeds that all rows have, and over the prompts ``among`` which it may report."""
+    start = [against(tier.cells(tier.sft), seeds)] if tier.sft is not None else []
+    rewards = [*(tier.cells(row)[seeds] for row in [*own, *curve]), *start]
+    kls = [*(tier.cells(row, "kl")[seeds] for row in [*own, *curve]), *(side * 0.0 for side in start)]
     sides = [*rewards, *kls]
-    values, seeds = over_shared_seeds(sides)
-    if choice.chosen:
-        values = values[values.index.isin(tier.reporting)]
+    values, _ = over_shared_seeds(sides)
+    if among is not None:
+        values = values[values.index.isin(among)]
     if len(values) < 2:
         return Comparison(what, missing="there are no samples of all on the same prompts", **how)
-    whole = values.to_numpy()[:, None]
-    if len(seeds) > 1:
-        whole = np.stack([np.stack([side.loc[values.index, s] for side in sides], axis=1) for s in seeds], axis=1)
-    means = {"": whole.mean(axis=(0, 1)), **dict(zip(seeds, whole.mean(axis=0), strict=True) if len(seeds) > 1 else ())}
+    whole = np.stack([np.stack([side.loc[values.index, s] for side in sides], axis=1) for s in seeds], axis=1)
+    by_seed = dict(zip(seeds, whole.mean(axis=0), strict=True)) if len(seeds) > 1 else {}
+    means = {"": whole.mean(axis=(0, 1)), **by_seed}
     spans: dict[str, tuple[float, float]] = {}
     for seed, mean in means.items():
         mine, points = mean[len(rewards) : len(rewards) + len(own)], mean[len(rewards) + len(own) :]
@@ -271,8 +313,8 @@ def equal_kl(
         if low > high:
             span = f"{min(points):.1f} to {max(points):.1f}"
             at = " to ".join(dict.fromkeys(f"{kl:.1f}" for kl in (min(mine), max(mine))))
-            where = f"{choice.name}'s KL{f' in {seed}' if seed else ''}"
-            return Comparison(what, missing=f"{where} is {at} nats, and {base}'s curve spans {span}", **how)
+            where = f"{names[0]}'s KL{f' in {seed}' if seed else ''}"
+            return Comparison(what, missing=f"{where} is {at} nats, and {names[1]}'s curve spans {span}", **how)
 
     def above(draws: NDArray[np.float64], seed: str = "") -> NDArray[np.float64]:
         k, (low, high) = len(rewards), np.sqrt(spans[seed])
@@ -284,7 +326,7 @@ def equal_kl(
 
     per_seed = {seed: float(above(mean[None], seed)[0]) for seed, mean in means.items() if seed}
     value = bootstrap_statistic(whole, above, seed=BOOTSTRAP_SEED)
-    return Comparison(what, value, per_seed or dict.fromkeys(seeds, value.mean), seeds=max(1, len(seeds)), **how)
+    return Comparison(what, value, per_seed or dict.fromkeys(seeds, value.mean), seeds=len(seeds), **how)
 
 
 @once

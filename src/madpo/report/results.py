@@ -272,13 +272,20 @@ def measured(tier: Tier) -> Tier:
     return replace(tier, rows=rows)
 
 
+def against(sft: pd.DataFrame, seeds: Iterable[str]) -> pd.DataFrame:
+    """The SFT model's values for these training seeds; its mean where it was not sampled with a seed's random numbers.
+
+    It is one model, so its mean is right for every seed; the same random numbers only make differences less noisy.
+    """
+    mean = sft.mean(axis=1, skipna=False)
+    return pd.DataFrame({seed: sft[seed] if seed in sft.columns else mean for seed in seeds})
+
+
 def _win_rate(tier: Tier, row: Row) -> Estimate | None:
     if tier.sft is None:
         return None
-    # Against the SFT model's answers of the same seed, where it has them: they share the random numbers.
-    cells, sft = tier.cells(row), tier.cells(tier.sft)
-    mean = sft.mean(axis=1, skipna=False)
-    base = pd.DataFrame({seed: sft[seed] if seed in sft.columns else mean for seed in cells.columns})
+    cells = tier.cells(row)
+    base = against(tier.cells(tier.sft), cells.columns)
     ahead = (cells - base.reindex(cells.index)).apply(np.sign)
     return _estimate(ahead / 2 + 0.5)
 

@@ -212,8 +212,10 @@ def frontier_chart(tiers: Sequence[Tier], beta: float) -> Chart | None:
     panels = []
     methods = list(dict.fromkeys(row.method for tier in tiers for row in tier.rows))
     for tier in tiers:
-        lines = frontiers(tier, beta)
-        rows = [row for line in lines.values() for row in line]
+        found = frontiers(tier, beta)
+        rows = [row for line in found.values() for row in line]
+        even = iter(tier.even(rows))
+        lines = {method: [next(even) for _ in line] for method, line in found.items()}
         series = [_against_kl(method, line, methods) for method, line in lines.items()]
         series = [one for one in series if one.marks]
         if tier.sft is not None and series:
