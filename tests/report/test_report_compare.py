@@ -277,15 +277,15 @@ def test_many_curves_at_once_are_numpys_own_interpolation() -> None:
     assert np.allclose(_interpolated(grid, x[:, :1], y[:, :1]), y[:, :1])
 
 
-def test_units_by_repetitions_are_the_same_bootstrap() -> None:
+def test_one_repetition_is_none_and_several_widen_the_interval() -> None:
     values = rng(1, "x").normal(size=(300, 2))
     flat = bootstrap_statistic(values, lambda means: means @ np.array([1.0, -1.0]), seed=3)
-    single = bootstrap_statistic(values[:, None], lambda means: means @ np.array([1.0, -1.0]), seed=3)
+    single = bootstrap_statistic(values, lambda means: (means @ np.array([1.0, -1.0]))[:, None], seed=3)
     assert single == pytest.approx(flat)
     # Repetitions that differ by d widen the interval as their mean's own standard error does, d / 2.
     d = 6.0
-    twice = np.stack([values - d / 2, values + d / 2], axis=1)
-    wide = bootstrap_statistic(twice, lambda means: means[:, 0], seed=3)
+    wide = bootstrap_statistic(values, lambda means: means[:, :1] + np.array([-d / 2, d / 2]), seed=3)
+    assert wide.mean == pytest.approx(values[:, 0].mean())
     assert wide.high - wide.mean == pytest.approx(d / 2 * np.sqrt(2), abs=0.3)  # the quantile of a two-valued mean
 
 
@@ -330,30 +330,33 @@ def test_equal_kl_compares_over_the_seeds_that_all_rows_have() -> None:
 
 
 @pytest.mark.parametrize("sft_seeds", [1, 2])
-def test_equal_kl_takes_all_seeds_of_the_method_where_two_points_of_the_curve_have_them(sft_seeds: int) -> None:
-    """Two betas of DPO have the second seed, whose rewards are lower by 1, and two have not: those are left out."""
+def test_every_seed_has_a_curve_of_the_settings_that_it_has(sft_seeds: int) -> None:
+    """In the second seed the rewards are lower by 1, and DPO's curve has no setting at 6 nats and none beyond 10."""
     sft = row("SFT", 0.0, kl=0.0, seeds=sft_seeds)
-    both = [in_second_seed(row(f"DPO {b}", r, kl=k, kind="dpo", **{"beta": b}), reward=-1.0) for b, r, k in BOTH]
-    first = [
-        row("DPO far", 9.0, kl=20.0, kind="dpo", seeds=1, **{"beta": 0.03}),
-        row("DPO near", 7.0, kl=1.0, kind="dpo", seeds=1, **{"beta": 1.0}),
+    both = [
+        in_second_seed(row(f"DPO {beta}", reward, kl=kl, kind="dpo", **{"beta": beta}), reward=-1.0)
+        for beta, reward, kl in ((0.1, 2.2, 10.0), (0.3, 1.0, 2.0))
     ]
-    ours = in_second_seed(madpo(7.0, 4.0, 2.5, kl=4.0), reward=-0.5)
-    tier = tier_of("high", [sft, ours, *both, *first])
-    found = less_at_its_kl(tier, tier.rows[1])
-    assert found.value is not None
-    line = on_curve(4.0, [2.0, 10.0], [1.0, 2.2])
-    assert found.per_seed == pytest.approx({"seed0": 2.5 - line, "seed1": 2.5 - line + 0.5}, abs=1e-6)
-    assert found.value.mean == pytest.approx(2.5 - line + 0.25, abs=1e-6)
-    assert found.left_out == ("DPO far", "DPO near")
-    # Beyond what two seeds reach, one seed does.
-    ours = in_second_seed(madpo(7.0, 4.0, 2.5, kl=15.0), reward=-0.5)
-    tier = tier_of("high", [sft, ours, *both, *first])
-    found = less_at_its_kl(tier, tier.rows[1])
-    assert (set(found.per_seed), found.left_out) == ({"seed0"}, ())
+    first = [
+        row("DPO far", 4.0, kl=20.0, kind="dpo", seeds=1, **{"beta": 0.03}),
+        row("DPO between", 2.0, kl=6.0, kind="dpo", seeds=1, **{"beta": 0.2}),
+    ]
+    for kl, reached in ((4.0, {"seed0", "seed1"}), (15.0, {"seed0"})):
+        ours = in_second_seed(madpo(7.0, 4.0, 2.5, kl=kl), reward=-0.5)
+        tier = tier_of("high", [sft, ours, *both, *first])
+        found = less_at_its_kl(tier, tier.rows[1])
+        curve = on_curve(kl, [2.0, 6.0, 10.0, 20.0], [1.0, 2.0, 2.2, 4.0]), on_curve(kl, [2.0, 10.0], [0.0, 1.2])
+        expected = {seed: 2.5 - at - 0.5 * k for k, (seed, at) in enumerate(zip(SEEDS, curve, strict=True))}
+        expected = {seed: value for seed, value in expected.items() if seed in reached}
+        assert found.per_seed == pytest.approx(expected, abs=1e-6)
+        assert found.value is not None
+        assert found.value.mean == pytest.approx(np.mean([*expected.values()]), abs=1e-6)
+        assert set(found.left_out) == set(SEEDS) - reached
+        assert found.seeds == len(reached)
+    names(found.left_out["seed1"], ("MADPO", "15.0 nats"), ("DPO", "10.0"))
 
 
-BOTH = (0.1, 2.2, 10.0), (0.3, 1.0, 2.0)
+SEEDS = "seed0", "seed1"
 
 
 def test_a_frontier_of_one_seed_is_compared_as_in_a_study_of_one_seed(tmp_path: Path) -> None:
@@ -371,14 +374,15 @@ def test_equal_kl_reports_what_each_seed_says() -> None:
     tier = tier_of("high", [CURVE[0], CURVE[2], ours])
     found = equal_kl("x", tier, choose("MADPO", tier, tier.rows[2:]))
     assert found.value is not None
-    both, first, second = (on_curve(kl, [2.0, 10.0], [1.0, 2.2]) for kl in (6.0, 4.0, 8.0))
-    assert found.value.mean == pytest.approx(1.5 - both, abs=1e-6)
+    first, second = (on_curve(kl, [2.0, 10.0], [1.0, 2.2]) for kl in (4.0, 8.0))
+    assert found.value.mean == pytest.approx(1.5 - (first + second) / 2, abs=1e-6)
     assert found.per_seed == pytest.approx({"seed0": 2.5 - first, "seed1": 0.5 - second}, abs=1e-6)
     assert found.seeds == 2
     assert not found.below, "the seeds disagree"
     far = tier_of("high", [CURVE[0], CURVE[2], in_second_seed(madpo(7.0, 4.0, 2.5, kl=4.0), kl=7.0)])
-    missing = equal_kl("x", far, choose("MADPO", far, far.rows[2:])).missing
-    names(missing, ("MADPO", "seed1", "11.0 nats"), ("DPO", "2.0", "10.0"))
+    beyond = equal_kl("x", far, choose("MADPO", far, far.rows[2:]))
+    assert set(beyond.per_seed) == {"seed0"}
+    names(beyond.left_out["seed1"], ("MADPO", "11.0 nats"), ("DPO", "2.0", "10.0"))
 
 
 def test_every_setting_is_compared_with_dpos_curve_at_its_own_distance() -> None:

@@ -78,37 +78,31 @@ def bootstrap_statistic(
 ) -> Estimate:
     """A function of several means over the same units, with its 95 % percentile-bootstrap interval.
 
-    With repetitions (training seeds), these are drawn anew as the units are. Of K repetitions a resampled mean varies
-    too little by the factor (K - 1)/K, so their deviations from the mean are stretched by its root.
+    The function may have a value for each of K repetitions (training seeds): the estimate is their mean, and for its
+    interval they are drawn anew as the units are. Of K repetitions a resampled mean varies too little by the factor
+    (K - 1)/K, so their deviations from the mean are stretched by its root.
 
     Args:
-        values: one row per unit (prompt), one column per mean; or units x repetitions x means.
-        statistic: means of shape (draws, columns) -> values of shape (draws,).
+        values: one row per unit (prompt), one column per mean.
+        statistic: means of shape (draws, columns) -> values of shape (draws,), or (draws, repetitions).
 
     Raises DataError: no units, or a value that is not finite.
     """
     x = np.asarray(values, dtype=np.float64)
     _finite(x)
-    plain = x.ndim == 2
-    x = x[:, None] if plain else x
-    n, k, _ = x.shape
     repeated = rng(seed, "bootstrap", "repetitions")
     draws = []
-    for drawn in _draws(n, seed, max(1, _BLOCK // x.size)):
-        if plain:  # as records that are finished have it, to the last digit
-            means = x[drawn].mean(axis=1)
-        else:
-            counts = np.bincount((drawn + n * np.arange(len(drawn))[:, None]).ravel(), minlength=drawn.size)
-            means = (counts.reshape(drawn.shape) @ x.reshape(n, -1) / n).reshape(len(drawn), *x.shape[1:])
-        centres = means.mean(axis=1, keepdims=True)
+    for drawn in _draws(len(x), seed, max(1, _BLOCK // x.size)):
+        found = statistic(x[drawn].mean(axis=1))
+        k = found.shape[1] if found.ndim == 2 else 1
         if k > 1:
-            means = centres + math.sqrt(k / (k - 1)) * (means - centres)
-            chosen = repeated.integers(0, k, size=(len(means), k))
-            means = np.take_along_axis(means, chosen[:, :, None], axis=1)
-        draws.append(statistic(means.mean(axis=1)))
+            centres = found.mean(axis=1, keepdims=True)
+            found = centres + math.sqrt(k / (k - 1)) * (found - centres)
+            found = np.take_along_axis(found, repeated.integers(0, k, size=found.shape), axis=1)
+        draws.append(found.reshape(len(drawn), -1).mean(axis=1))
     low, high = np.quantile(np.concatenate(draws), [0.025, 0.975])
-    centre = float(statistic(x.mean(axis=(0, 1))[None])[0])
-    return Estimate(centre, min(centre, float(low)), max(centre, float(high)), n)
+    centre = float(statistic(x.mean(axis=0)[None]).mean())
+    return Estimate(centre, min(centre, float(low)), max(centre, float(high)), len(x))
 
 
 def proportion(successes: float, n: int) -> Estimate:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from madpo.core.metrics import Estimate
@@ -149,7 +150,7 @@ class Comparison:
         what: in words; value: its estimate over prompts; per_seed: the same difference of each training seed.
         bound: what it must lie above; required: whether a claim needs it, or only must not be contradicted by it.
         missing: why there is no value; seeds: training seeds that it is the mean over.
-        left_out: names of rows that lack one of these seeds, where other rows of the method or the base were compared.
+        left_out: training seed -> why it is not among them.
         same: whether both sides got the same reward on every prompt, as two trainings with the same weights do: then
             there is nothing to compare.
     """
@@ -161,7 +162,7 @@ class Comparison:
     required: bool = True
     missing: str = ""
     seeds: int = 1
-    left_out: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
     same: bool = False
 
     @property
@@ -237,10 +238,10 @@ def equal_kl(
     """A method's reward less what a base method, over its betas, earns at the same KL.
 
     Settings are joined, in order of KL, by straight lines in the square root of KL, as which reward grows about. The
-    base's curve begins at the SFT model, which has a KL of 0. Prompts and training seeds are resampled for all rows
-    alike. Rewards and KLs are means over training seeds, and every seed has a curve of its own. Rows may lack seeds:
-    the comparison is over the most seeds in which the method and two points of the base's curve were trained, and leaves
-    out the rows that lack one of them (``left_out``). Beyond the ends of a curve there is nothing to compare with.
+    base's curve begins at the SFT model, which has a KL of 0. Every training seed has curves of its own, of settings
+    that were trained with it, and the difference is the mean over seeds; prompts and seeds are resampled for its
+    interval. Beyond the ends of a curve there is nothing to compare with: such seeds are left out, and so are those in
+    which the base has fewer than two settings.
 
     Args:
         base: "DPO", or "MADPO" at its setting with the most betas.
@@ -253,80 +254,65 @@ def equal_kl(
     curve = [row for row in settings if row.key not in keys]
     if choice is None or len(curve) < 2:
         return Comparison(what, missing=f"{NOT_RUN}: it needs the method, and {base} at two or more β", **how)
-    among = tier.reporting if choice.chosen else None
-    made = []
-    for seeds in _seed_sets(tier, [*own, *curve]):
-        mine, points = ([row for row in rows if seeds <= _sampled(tier, row)] for rows in (own, curve))
-        if mine and len(points) > 1:
-            made.append(_above_curve(what, tier, mine, points, sorted(seeds), among, names=(choice.name, base), **how))
-            if made[-1].value is not None:
-                out = [row.name for row in [*own, *curve] if row not in mine and row not in points]
-                return replace(made[-1], left_out=tuple(out))
-    missing = f"no training seed has {choice.name} and two or more β of {base}"
-    return made[0] if made else Comparison(what, missing=missing, **how)
+    sampled = {row.key: _sampled(tier, row) for row in [*own, *curve]}
+    columns: list[pd.Series[float]] = []
+    sides: dict[str, list[slice]] = {}
+    out: dict[str, str] = {}
+    for seed in sorted({seed for row in own for seed in sampled[row.key]}):
+        mine, points = ([row for row in rows if seed in sampled[row.key]] for rows in (own, curve))
+        if len(points) < 2:
+            out[seed] = f"{base} has fewer than two β there"
+            continue
+        start = [] if tier.sft is None else [against(tier.cells(tier.sft), [seed])[seed]]
+        sides[seed] = []
+        for rows, more in ((mine, []), (points, [c for sft in start for c in (sft, 0.0 * sft)])):
+            found = [tier.cells(row, column)[seed] for row in rows for column in ("reward", "kl")] + more
+            sides[seed].append(slice(len(columns), len(columns) + len(found)))
+            columns += found
+    if not sides:
+        return Comparison(what, missing=f"no training seed has {choice.name} and two or more β of {base}", **how)
+    table = pd.concat(columns, axis=1).dropna().sort_index()
+    values = table[table.index.isin(tier.reporting)].to_numpy() if choice.chosen else table.to_numpy()
+    if len(values) < 2:
+        return Comparison(what, missing="there are no samples of all on the same prompts", **how)
+    centre = values.mean(axis=0)[None]
+    spans = {}
+    for seed, parts in sides.items():
+        (mine, _), (points, _) = (_along(centre, part) for part in parts)
+        spans[seed] = low, high = max(mine.min(), points.min()), min(mine.max(), points.max())
+        if low > high:
+            at, span = (" to ".join(dict.fromkeys(f"{x**2:.1f}" for x in (k.min(), k.max()))) for k in (mine, points))
+            out[seed] = f"{choice.name}'s KL is {at} nats, and {base}'s curve spans {span}"
+            del spans[seed]
+    if not spans:
+        several = len(out) > 1
+        return Comparison(
+            what, missing="; ".join(f"{seed}: {why}" if several else why for seed, why in out.items()), **how
+        )
+
+    def above(means: NDArray[np.float64]) -> NDArray[np.float64]:
+        found = []
+        for seed, (low, high) in spans.items():
+            (x, y), (u, v) = (_along(means, part) for part in sides[seed])
+            grid = x if x.shape[1] == 1 else np.linspace(low, high, _DISTANCES)[None]
+            found.append((_interpolated(grid, x, y) - _interpolated(grid, u, v)).mean(axis=1))
+        return np.stack(found, axis=1)
+
+    per_seed = dict(zip(spans, above(centre)[0].tolist(), strict=True))
+    value = bootstrap_statistic(values, above, seed=BOOTSTRAP_SEED)
+    return Comparison(what, value, per_seed, seeds=len(spans), left_out=out, **how)
 
 
 def _sampled(tier: Tier, row: Row) -> frozenset[str]:
     """The row's training seeds of which there are rewards and KLs."""
     has = [tier.cells(row, column).notna().any() for column in ("reward", "kl")]
-    return frozenset(seed for seed in row.seeds if all(columns[seed] for columns in has))
+    return frozenset(seed for seed in row.seeds if all(found[seed] for found in has))
 
 
-def _seed_sets(tier: Tier, rows: Sequence[Row]) -> list[frozenset[str]]:
-    """Sets of training seeds that some of the rows have in common, the largest first, then those that most rows have."""
-    own = [_sampled(tier, row) for row in rows]
-    found: set[frozenset[str]] = set()
-    for seeds in own:
-        found |= {seeds, *(seeds & other for other in found)}
-    return sorted(found - {frozenset()}, key=lambda seeds: (-len(seeds), -sum(seeds <= s for s in own), sorted(seeds)))
-
-
-def _above_curve(
-    what: str,
-    tier: Tier,
-    own: Sequence[Row],
-    curve: Sequence[Row],
-    seeds: list[str],
-    among: frozenset[int] | None,
-    *,
-    names: tuple[str, str],
-    **how: Any,
-) -> Comparison:
-    """:func:`equal_kl` over training seeds that all rows have, and over the prompts ``among`` which it may report."""
-    start = [against(tier.cells(tier.sft), seeds)] if tier.sft is not None else []
-    rewards = [*(tier.cells(row)[seeds] for row in [*own, *curve]), *start]
-    kls = [*(tier.cells(row, "kl")[seeds] for row in [*own, *curve]), *(side * 0.0 for side in start)]
-    sides = [*rewards, *kls]
-    values, _ = over_shared_seeds(sides)
-    if among is not None:
-        values = values[values.index.isin(among)]
-    if len(values) < 2:
-        return Comparison(what, missing="there are no samples of all on the same prompts", **how)
-    whole = np.stack([np.stack([side.loc[values.index, s] for side in sides], axis=1) for s in seeds], axis=1)
-    by_seed = dict(zip(seeds, whole.mean(axis=0), strict=True)) if len(seeds) > 1 else {}
-    means = {"": whole.mean(axis=(0, 1)), **by_seed}
-    spans: dict[str, tuple[float, float]] = {}
-    for seed, mean in means.items():
-        mine, points = mean[len(rewards) : len(rewards) + len(own)], mean[len(rewards) + len(own) :]
-        low, high = max(min(mine), min(points)), min(max(mine), max(points))
-        spans[seed] = low, high
-        if low > high:
-            span = f"{min(points):.1f} to {max(points):.1f}"
-            at = " to ".join(dict.fromkeys(f"{kl:.1f}" for kl in (min(mine), max(mine))))
-            where = f"{names[0]}'s KL{f' in {seed}' if seed else ''}"
-            return Comparison(what, missing=f"{where} is {at} nats, and {names[1]}'s curve spans {span}", **how)
-
-    def above(draws: NDArray[np.float64], seed: str = "") -> NDArray[np.float64]:
-        k, (low, high) = len(rewards), np.sqrt(spans[seed])
-        x = np.sqrt(np.maximum(draws[:, k:], 0.0))
-        grid = x[:, :1] if len(own) == 1 else np.linspace(low, high, _DISTANCES)[None]
-        parts = slice(len(own)), slice(len(own), None)
-        mine, others = (_interpolated(grid, x[:, part], draws[:, :k][:, part]) for part in parts)
-        return np.asarray((mine - others).mean(axis=1))
-
-    per_seed = {seed: float(above(mean[None], seed)[0]) for seed, mean in means.items() if seed}
-    value = bootstrap_statistic(whole, above, seed=BOOTSTRAP_SEED)
-    return Comparison(what, value, per_seed or dict.fromkeys(seeds, value.mean), seeds=len(seeds), **how)
+def _along(means: NDArray[np.float64], part: slice) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Roots of the KLs and rewards of some settings, of columns that have the reward and the KL of each."""
+    own = means[:, part]
+    return np.sqrt(np.maximum(own[:, 1::2], 0.0)), own[:, ::2]
 
 
 @once

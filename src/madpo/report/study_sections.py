@@ -65,8 +65,7 @@ def _difference(c: Comparison, limit: float) -> tuple[Cell, Cell]:
         return Cell(DASH, (c.missing,)), Cell(DASH)
     beyond = f", to lie above {one(c.bound, 'signed')}" if c.bound else ""
     said = f"{c.value.n} prompts: {sided(c)}{beyond}"
-    if c.left_out:
-        said += f"; left out, for want of a training seed: {', '.join(c.left_out)}"
+    said += "".join(f"; without {seed}: {why}" for seed, why in c.left_out.items())
     return cell(c.value, "signed", limit, more=[said]), cell(by_seed(c.per_seed, "signed") or "one seed")
 
 
