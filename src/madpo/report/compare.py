@@ -278,17 +278,16 @@ def equal_kl(
     centre = values.mean(axis=0)[None]
     spans = {}
     for seed, parts in sides.items():
-        (mine, _), (points, _) = (_along(centre, part) for part in parts)
-        spans[seed] = low, high = max(mine.min(), points.min()), min(mine.max(), points.max())
-        if low > high:
-            at, span = (" to ".join(dict.fromkeys(f"{x**2:.1f}" for x in (k.min(), k.max()))) for k in (mine, points))
-            out[seed] = f"{choice.name}'s KL is {at} nats, and {base}'s curve spans {span}"
-            del spans[seed]
+        ends = [(float(x.min()), float(x.max())) for x, _ in (_along(centre, part) for part in parts)]
+        low, high = max(end[0] for end in ends), min(end[1] for end in ends)
+        if low <= high:
+            spans[seed] = low, high
+            continue
+        at, span = (" to ".join(dict.fromkeys(f"{x**2:.1f}" for x in end)) for end in ends)
+        out[seed] = f"{choice.name}'s KL is {at} nats, and {base}'s curve spans {span}"
     if not spans:
-        several = len(out) > 1
-        return Comparison(
-            what, missing="; ".join(f"{seed}: {why}" if several else why for seed, why in out.items()), **how
-        )
+        missing = "; ".join(f"{seed}: {why}" if len(out) > 1 else why for seed, why in out.items())
+        return Comparison(what, missing=missing, **how)
 
     def above(means: NDArray[np.float64]) -> NDArray[np.float64]:
         found = []
