@@ -2,10 +2,13 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from claim_cases import PROMPT, Made, N, in_second_seed, madpo, row, samples, tier_of, uneven_tier
 from madpo.core.metrics import Estimate
@@ -357,6 +360,51 @@ def test_every_seed_has_a_curve_of_the_settings_that_it_has(sft_seeds: int) -> N
 
 
 SEEDS = "seed0", "seed1"
+
+LEVELS = st.tuples(st.floats(-2, 2), st.floats(1, 20), st.sets(st.integers(0, 2), min_size=1))
+
+
+@settings(max_examples=15)
+@given(
+    ours=LEVELS,
+    theirs=st.lists(LEVELS, min_size=2, max_size=4),
+    shifts=st.lists(st.floats(0, 3), min_size=3, max_size=3),
+)
+def test_equal_kl_is_the_mean_over_seeds_of_numpys_interpolation(ours: Any, theirs: Any, shifts: list[float]) -> None:
+    """Rows of any training seeds, which move all rewards and KLs: in each seed the curve of the rows that have it."""
+    made = [
+        row("SFT", 0.1, kl=0.0, seeds=1),
+        *(made_with(f"DPO {k}", at, shifts, beta=k + 1.0) for k, at in enumerate(theirs)),
+    ]
+    tier = tier_of("high", [*made, made_with("ours", ours, shifts, kind="madpo")])
+    start = made[0].samples["reward"].mean()
+    expected = {}
+    for seed in sorted(f"seed{k}" for k in ours[2]):
+        points = [(0.0, start)]
+        for one in made[1:]:
+            own = one.samples[one.samples["seed"] == seed]
+            points += [(own["kl"].mean() ** 0.5, own["reward"].mean())] if len(own) else []
+        own = tier.samples[(tier.samples["key"] == "ours") & (tier.samples["seed"] == seed)]
+        at = own["kl"].mean() ** 0.5
+        if len(points) > 2 and at <= max(points)[0]:
+            expected[seed] = own["reward"].mean() - np.interp(at, *zip(*sorted(points), strict=True))
+    found = less_at_its_kl(tier, tier.rows[-1])
+    assert found.per_seed == pytest.approx(expected, abs=1e-9)
+    assert (found.value is None) == (not expected)
+    if found.value is not None:
+        assert found.value.mean == pytest.approx(np.mean([*expected.values()]), abs=1e-9)
+        assert found.value.low <= found.value.mean <= found.value.high
+        assert set(found.left_out) == set(tier.rows[-1].seeds) - set(expected)
+
+
+def made_with(name: str, at: tuple[float, float, set[int]], shifts: list[float], **loss: Any) -> Made:
+    """A row at a reward and a KL that has some of three training seeds, each of which moves both."""
+    level, kl, kept = at
+    whole = row(name, level, kl=kl, seeds=3, **{"kind": "dpo", **loss})
+    seeds = tuple(f"seed{k}" for k in sorted(kept))
+    moved = whole.samples["seed"].map({f"seed{k}": shift for k, shift in enumerate(shifts)})
+    table = whole.samples.assign(reward=whole.samples["reward"] - moved, kl=whole.samples["kl"] + moved)
+    return Made(replace(whole.row, seeds=seeds), table[table["seed"].isin(seeds)])
 
 
 def test_a_frontier_of_one_seed_is_compared_as_in_a_study_of_one_seed(tmp_path: Path) -> None:
