@@ -13,6 +13,7 @@ from madpo.core.statistics import (
     bootstrap_share,
     bootstrap_temperature,
     fit_temperature,
+    over_repetitions,
     paired_difference,
     proportion,
 )
@@ -72,6 +73,40 @@ def test_pairing_removes_what_both_sides_share() -> None:
     estimate = paired_difference(shared + 0.5 + generator.normal(size=200), shared + generator.normal(size=200))
     assert estimate.low < 0.5 < estimate.high
     assert estimate.high - estimate.low < 0.5
+
+
+def test_repetitions_add_their_spread_at_the_degrees_of_freedom_of_both() -> None:
+    units = bootstrap_mean(np.random.default_rng(6).exponential(size=30))
+    for alike in ([1.0], [1.0, 1.0, 1.0]):
+        assert over_repetitions(units, alike) == units, "nothing is known of their spread, or there is none"
+    # Units without spread: Student's t of two and of three repetitions.
+    flat = bootstrap_mean(np.full(30, 2.0))
+    assert over_repetitions(flat, [1.0, 3.0]) == pytest.approx((2.0, 2.0 - 12.7062047, 2.0 + 12.7062047, 30))
+    assert over_repetitions(flat, [1.0, 2.0, 3.0]).high == pytest.approx(2.0 + 4.3026527 / np.sqrt(3))
+    # Equal squared errors of units and of two repetitions have 2 u at 4 / (1/29 + 1) degrees of freedom.
+    error = (units.high - units.low) / 2 / 2.0452296
+    both = over_repetitions(units, [-error, error])
+    below, above = units.mean - units.low, units.high - units.mean
+    for wide, side in ((both.mean - both.low, below), (both.high - both.mean, above)):
+        assert wide == pytest.approx(2.8146135 * np.hypot(side / 2.0452296, error), rel=1e-6)
+    assert above > below, "and skewness stays"
+    assert both.high - both.mean > both.mean - both.low
+
+
+@pytest.mark.parametrize(("spread", "lowest", "highest"), [(0.0, 0.955, 0.995), (1.0, 0.91, 0.975)])
+@pytest.mark.parametrize("k", [2, 5])
+def test_an_interval_over_units_and_repetitions_covers_the_mean(
+    k: int, spread: float, lowest: float, highest: float
+) -> None:
+    """Repetitions whose own spread is ``spread`` times the error over units; over units only, 1 would be 83 %."""
+    generator, trials, n = np.random.default_rng(7), 400, 24
+    repeated = spread * np.sqrt((1 + 1 / k) / n * k)
+    inside = 0
+    for trial in range(trials):
+        x = generator.normal(size=(n, 1)) + generator.normal(size=(n, k)) + repeated * generator.normal(size=k)
+        found = over_repetitions(bootstrap_mean(x.mean(axis=1), seed=trial % 4), x.mean(axis=0))
+        inside += found.low <= 0 <= found.high
+    assert lowest <= inside / trials <= highest
 
 
 @pytest.mark.parametrize("bad", [[], [1.0, float("nan")], [float("inf")]])

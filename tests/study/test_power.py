@@ -13,8 +13,9 @@ import pytest
 from madpo.core.config import find_experiment, load_config
 from madpo.core.errors import ConfigError
 from madpo.core.seeding import rng
+from madpo.core.statistics import bootstrap_mean, over_repetitions
 from madpo.study.experiment import Experiment
-from madpo.study.power import ERRORS, Spread, detectable_lines, spread
+from madpo.study.power import ERRORS, Spread, detectable_lines, errors, spread
 from refusals import names, refused
 from report_cases import Study
 from repository import ROOT
@@ -27,6 +28,9 @@ def test_the_closed_form() -> None:
     # One response a prompt known: more responses may help by their root, or not at all.
     best, worst = Spread(None, 2.0).detectable(100, 16)
     assert (best, worst) == pytest.approx((ERRORS * math.sqrt(2) / 40, ERRORS * math.sqrt(2) / 10))
+    # Seeds whose means do not differ ask for what one does, at Student's t of 99 degrees of freedom.
+    assert errors(100, 2, 0.0) == pytest.approx(1.984217 + 0.841621, abs=5e-3)
+    assert errors(100, 2, 1.0) > 2 * ERRORS > errors(100, 3, 1.0) > errors(100, 10, 1.0) > ERRORS
 
 
 def test_the_two_variances_are_found() -> None:
@@ -40,14 +44,16 @@ def test_the_two_variances_are_found() -> None:
     assert spread(values[[0]]).within == pytest.approx(2.5, abs=0.15)
 
 
-def test_the_difference_is_found_in_four_of_five_runs() -> None:
+@pytest.mark.parametrize(("seeds", "samples"), [(1, 4), (2, 1), (3, 2)])
+def test_the_difference_is_found_in_four_of_five_runs(seeds: int, samples: int) -> None:
     generator = rng(1, "power")
-    truth, _ = Spread(0.25, 2.25).detectable(160, 4)
+    truth, _ = Spread(0.25, 2.25).detectable(40, samples, seeds)
     found = 0
-    for _ in range(400):
-        values = truth + generator.normal(scale=0.5, size=160) + generator.normal(scale=1.5, size=(160, 4)).mean(1)
-        error = values.std(ddof=1) / math.sqrt(160)
-        found += abs(values.mean()) > 1.96 * error
+    for trial in range(400):
+        prompts, answers = generator.normal(size=(40, 1, 1)), generator.normal(size=(40, seeds, samples))
+        values = (truth + 0.5 * prompts + 1.5 * answers).mean(axis=2)
+        over_prompts = bootstrap_mean(values.mean(axis=1), seed=trial % 4)
+        found += over_repetitions(over_prompts, values.mean(axis=0)).low > 0
     assert found / 400 == pytest.approx(0.8, abs=0.06)
 
 

@@ -2,7 +2,8 @@
 
 A method that is tried at several settings and reported at its best is flattered, since noise makes the best of six
 better than one. So the held-out prompts are cut into two halves (:func:`madpo.report.results.selecting_half`): one half
-the reporting half. A method with one setting is reported on all prompts.
+chooses, and the chosen setting is reported on the other, the reporting half. A method with one setting is reported on
+all prompts.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from madpo.core.metrics import Estimate
-from madpo.core.statistics import bootstrap_mean, bootstrap_statistic
+from madpo.core.statistics import bootstrap_statistic, over_repetitions
 from madpo.report.methods import SFT
 from madpo.report.results import (
     BOOTSTRAP_SEED,
@@ -29,6 +30,7 @@ from madpo.report.results import (
     mean_of,
     once,
     over_shared_seeds,
+    paired,
     select,
 )
 
@@ -147,7 +149,7 @@ class Comparison:
     """A difference of mean rewards, or why there is none.
 
     Attributes:
-        what: in words; value: its estimate over prompts; per_seed: the same difference of each training seed.
+        what: in words; value: its estimate over prompts and training seeds; per_seed: the difference of each seed.
         bound: what it must lie above; required: whether a claim needs it, or only must not be contradicted by it.
         missing: why there is no value; seeds: training seeds that it is the mean over.
         left_out: training seed -> why it is not among them.
@@ -183,29 +185,22 @@ class Comparison:
 
 
 def less(what: str, sides: Sequence[Choice | None], column: str = "reward", **how: Any) -> Comparison:
-    """The first side's reward minus the second's, paired by prompt; of four sides, (a - b) - (c - d).
+    """The first side's reward minus the second's, :func:`madpo.report.results.paired`; of four, (a - b) - (c - d).
 
-    ``column`` is what is compared in the place of the reward.
-
-    A comparison in which something was chosen is over the prompts that all sides may report.
+    ``column`` is what is compared in the place of the reward. A comparison in which something was chosen is over the
+    prompts that all sides may report.
     """
     given = [side for side in sides if side is not None]
     if len(given) < len(sides):
         return Comparison(what, missing=NOT_RUN, **how)
     cells = [side.tier.cells(side.row, column) for side in given]
-    values, seeds = over_shared_seeds(cells)
-    if any(side.chosen for side in given):
-        values = values[values.index.isin(frozenset.intersection(*(side.tier.reporting for side in given)))]
-    if len(values) < 2:
+    reporting = [side.tier.reporting for side in given] if any(side.chosen for side in given) else []
+    found = paired(cells, frozenset.intersection(*reporting) if reporting else None)
+    if found is None:
         return Comparison(what, missing="there are no samples of all sides on the same prompts", **how)
-    signs = np.array([1.0, -1.0, -1.0, 1.0])[: len(given)]
-    value = bootstrap_mean(values.to_numpy() @ signs, seed=BOOTSTRAP_SEED)
-    per_seed = {
-        seed: float(sum(sign * side.loc[values.index, seed] for sign, side in zip(signs, cells, strict=True)).mean())
-        for seed in seeds
-    }
+    value, per_seed, values = found
     same = len(given) == 2 and given[0].tier is given[1].tier and bool((values[0] == values[1]).all())
-    return Comparison(what, value, per_seed, seeds=max(1, len(seeds)), same=same, **how)
+    return Comparison(what, value, per_seed, seeds=max(1, len(per_seed)), same=same, **how)
 
 
 @once
@@ -239,9 +234,9 @@ def equal_kl(
 
     Settings are joined, in order of KL, by straight lines in the square root of KL, as which reward grows about. The
     base's curve begins at the SFT model, which has a KL of 0. Every training seed has curves of its own, of settings
-    that were trained with it, and the difference is the mean over seeds; prompts and seeds are resampled for its
-    interval. Beyond the ends of a curve there is nothing to compare with: such seeds are left out, and so are those in
-    which the base has fewer than two settings.
+    that were trained with it, and the difference is the mean over seeds; prompts are resampled for its interval, which
+    the spread of the seeds widens (:func:`madpo.core.statistics.over_repetitions`). Beyond the ends of a curve there is
+    nothing to compare with: such seeds are left out, and so are those in which the base has fewer than two settings.
 
     Args:
         base: "DPO", or "MADPO" at its setting with the most betas.
@@ -298,7 +293,8 @@ def equal_kl(
         return np.stack(found, axis=1)
 
     per_seed = dict(zip(spans, above(centre)[0].tolist(), strict=True))
-    value = bootstrap_statistic(values, above, seed=BOOTSTRAP_SEED)
+    over_prompts = bootstrap_statistic(values, lambda means: above(means).mean(axis=1), seed=BOOTSTRAP_SEED)
+    value = over_repetitions(over_prompts, [*per_seed.values()])
     return Comparison(what, value, per_seed, seeds=len(spans), left_out=out, **how)
 
 

@@ -11,12 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from madpo.core.metrics import Estimate
-from madpo.core.statistics import paired_difference
 from madpo.report.charts import Chart, figure, levels
 from madpo.report.compare import FEWEST, Comparison, base_beta, choose, equal_kl, frontiers, less
 from madpo.report.numbers import count, listed, short, side
 from madpo.report.pages import Cell, Table, cell, limit_of
-from madpo.report.results import BOOTSTRAP_SEED, Row, Tier, over_shared_seeds
+from madpo.report.results import Row, Tier, paired
 from madpo.report.summary import Verdict
 from madpo.runner.record import Record
 
@@ -36,10 +35,11 @@ def own_opening(tier: Tier) -> str:
         name: max((value.n for row in tier.policies if isinstance(value := row[name], Estimate)), default=0)
         for name in ("heldout_log_loss", "oracle_reward")
     }
+    several = ", those of differences also over training seeds" if len(tier.seeds) > 1 else ""
     judged = f", and the judge's reward on {n} of them" if (n := prompts["oracle_reward"]) else ""
     return (
         f"{methods} at {count(len(betas), 'value')} of β, {count(len(tier.seeds), 'training seed')} each: held-out "
-        f"pairs of {prompts['heldout_log_loss']} prompts{judged}, with 95 % intervals over prompts."
+        f"pairs of {prompts['heldout_log_loss']} prompts{judged}, with 95 % intervals over prompts{several}."
     )
 
 
@@ -77,7 +77,8 @@ def own_verdict(tier: Tier) -> Verdict:
         which = f"{count(fewest, 'held-out prompt').capitalize()} cannot tell losses apart."
     elif clear:
         best = max(clear, key=lambda method: clear[method])
-        which, kind = f"Clearly better than DPO is {listed(list(clear))}: take {best}.", "above"
+        once = ", with one training of each," if min(made[method].seeds for method in clear) == 1 else ""
+        which, kind = f"Clearly better than DPO{once} is {listed(list(clear))}: take {best}.", "above"
     else:
         which = "No loss is clearly better than DPO: plain DPO is as good."
     said = []
@@ -96,9 +97,9 @@ def _helps(tier: Tier) -> tuple[str, str]:
     right = dpo["heldout_accuracy"]
     if isinstance(right, Estimate) and right.low == right.high == 0.5:
         return "DPO left its policy where it was; give more --epochs or a higher --learning_rate", "open"
-    values, _ = over_shared_seeds([tier.cells(row) for row in (dpo, start) if row is not None])
-    if start is not None and len(values) > 1:
-        found, level = paired_difference(values[0].to_numpy(), values[1].to_numpy(), seed=BOOTSTRAP_SEED), 0.0
+    judged = None if start is None else paired([tier.cells(dpo), tier.cells(start)])
+    if judged is not None:
+        found, level = judged.value, 0.0
         words = f"DPO changes the judge's reward by {short(found, 'signed')}"
     elif isinstance(right, Estimate):
         found, level = right, 0.5

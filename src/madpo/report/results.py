@@ -2,7 +2,8 @@
 
 A line of the table is one response: tier, key of the method, training seed, prompt, number of the sample, its reward,
 its KL and its length. Prompts are the independent units: a prompt's value is the mean over its samples, then over
-training seeds, and intervals are over prompts. All methods answer the same prompts, so differences are paired.
+training seeds, and intervals of means are over prompts: they are about these trainings. All methods answer the same
+prompts, so differences are paired; their intervals are over prompts and training seeds.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import pandas as pd
 
 from madpo.core.metrics import Estimate
 from madpo.core.seeding import rng
-from madpo.core.statistics import bootstrap_mean, paired_difference, share_of
+from madpo.core.statistics import bootstrap_mean, over_repetitions, share_of
 from madpo.report.methods import SFT
 from madpo.runner.record import Record
 
@@ -61,9 +62,9 @@ class Row:
             tokens; ``distinct_1``, ``distinct_2``, share of different words and word pairs; ``ended``, share of
             responses with an end token; ``perplexity`` under the reference; ``repeated``, share of responses that
             another prompt got too; ``win_rate``, share of prompts with a higher reward than SFT, ties count half;
-            ``difference``, paired difference of the reward to DPO, None for SFT and DPO; ``heldout_accuracy``, share of
-            held-out pairs that are ordered as labelled; ``heldout_log_loss``, nats per pair, after one temperature;
-            ``log_loss_difference``, paired difference of that to DPO's.
+            ``difference``, :func:`paired` difference of the reward to DPO, None for SFT and DPO;
+            ``heldout_accuracy``, share of held-out pairs that are ordered as labelled; ``heldout_log_loss``, nats per
+            pair, after one temperature; ``log_loss_difference``, paired difference of that to DPO's.
     """
 
     key: str
@@ -242,6 +243,36 @@ def over_shared_seeds(cells: Sequence[pd.DataFrame]) -> tuple[pd.DataFrame, list
     return pd.concat(means, axis=1, keys=range(len(cells))).dropna().sort_index(), seeds
 
 
+class Difference(NamedTuple):
+    """A paired difference, of every training seed that all sides have, and the prompts by sides that it is over."""
+
+    value: Estimate
+    per_seed: dict[str, float]
+    prompts: pd.DataFrame
+
+
+def paired(cells: Sequence[pd.DataFrame], among: Collection[int] | None = None) -> Difference | None:
+    """The first side minus the second by prompt, or of four (a - b) - (c - d); None on fewer than two prompts.
+
+    Its interval holds prompts and training seeds (:func:`madpo.core.statistics.over_repetitions`); of one seed, or
+    where no seed is common, it is over prompts only.
+
+    Args:
+        cells: as of :func:`over_shared_seeds`.
+        among: the prompts that may count; None: all.
+    """
+    values, seeds = over_shared_seeds(cells)
+    values = values if among is None else values[values.index.isin(list(among))]
+    if len(values) < 2:
+        return None
+    signs = np.array([1.0, -1.0, -1.0, 1.0])[: len(cells)]
+    sides = list(zip(signs, cells, strict=True))
+    per_seed = {seed: float(sum(sign * side.loc[values.index, seed] for sign, side in sides).mean()) for seed in seeds}
+    over_prompts = bootstrap_mean(values.to_numpy() @ signs, seed=BOOTSTRAP_SEED)
+    value = over_repetitions(over_prompts, [*per_seed.values()]) if per_seed else over_prompts
+    return Difference(value, per_seed, values)
+
+
 def shared_seeds(rows: Sequence[Row]) -> list[str]:
     """Training seeds that all rows have."""
     return sorted(set.intersection(*(set(row.seeds) for row in rows))) if rows else []
@@ -294,10 +325,8 @@ def _difference(tier: Tier, row: Row, column: str = "reward") -> Estimate | None
     baseline = tier.baseline
     if baseline is None or row.key == baseline.key:
         return None
-    values, _ = over_shared_seeds([tier.cells(row, column), tier.cells(baseline, column)])
-    if len(values) < 2:
-        return None
-    return paired_difference(values[0].to_numpy(), values[1].to_numpy(), seed=BOOTSTRAP_SEED)
+    found = paired([tier.cells(row, column), tier.cells(baseline, column)])
+    return None if found is None else found.value
 
 
 def _estimate(cells: pd.DataFrame, share: bool = False) -> Estimate | None:

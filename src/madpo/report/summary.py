@@ -86,8 +86,11 @@ def cautions(tiers: Sequence[Tier]) -> str:
     seeds = max(len(row.seeds) for tier in tiers for row in tier.policies)
     if seeds < 3:
         texts.append(
-            f"{'One training seed' if seeds == 1 else 'Two training seeds'} cannot show how much the order changes "
-            "from training to training; the intervals are only over prompts."
+            "One training seed cannot show how much the order changes from training to training; the intervals are "
+            "only over prompts."
+            if seeds == 1
+            else "Two training seeds show little of how much the order changes from training to training; intervals of "
+            "means are only over prompts, those of differences are over prompts and seeds."
         )
     ranked = [len(_ranked(tier)) for tier in tiers]
     if max(ranked) > 2:

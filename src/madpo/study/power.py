@@ -3,7 +3,8 @@
 A prompt's difference between two rows varies from prompt to prompt (``between``), and from response to response of one
 prompt (``within``). Over P prompts with R responses each (samples times training seeds), the mean of the difference has
 the standard error sqrt((between + within / R) / P), and a true difference of 2.8 standard errors is found in 80 % of
-runs by a two-sided test at 5 %.
+runs of one seed by a two-sided test at 5 %. Intervals of several seeds hold what their means differ by, so they ask
+for more (:func:`errors`).
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.special import ndtri
+from scipy.special import gammaincinv, ndtri
 
 from madpo.core.errors import ConfigError
+from madpo.core.statistics import t_quantile
 from madpo.operations.study_evaluation import EvaluationStage
 from madpo.report.collect import collect
 from madpo.report.results import Row, Tier
@@ -27,7 +29,7 @@ from madpo.study.estimates import heldout_prompts
 
 POWER, LEVEL = 0.8, 0.05
 ERRORS = float(ndtri(1 - LEVEL / 2) + ndtri(POWER))
-"""Standard errors that a difference must have."""
+"""Standard errors that a difference of one seed must have."""
 SAMPLES = 12  # responses to a prompt that the lines look ahead to
 
 
@@ -38,11 +40,29 @@ class Spread(NamedTuple):
     between: float | None
     within: float
 
-    def detectable(self, prompts: int, responses: int) -> tuple[float, float]:
+    def detectable(self, prompts: int, samples: int, seeds: int = 1) -> tuple[float, float]:
         """Least difference that is found with the power, at best and at worst (equal where both parts are known)."""
-        best = math.sqrt(((self.between or 0.0) + self.within / responses) / prompts)
-        worst = best if self.between is not None else math.sqrt(self.within / prompts)
-        return ERRORS * best, ERRORS * worst
+        parts = [(self.between or 0.0, self.within / (samples * seeds))]
+        parts += [(self.within, 0.0)] * (self.between is None)  # all of it from prompt to prompt
+        found = [
+            errors(prompts, seeds, within / (between + within or 1.0)) * math.sqrt((between + within) / prompts)
+            for between, within in parts
+        ]
+        return min(found), max(found)
+
+
+def errors(prompts: int, seeds: int, share: float) -> float:
+    """Standard errors over prompts that a difference must have to be found with the power.
+
+    Where trainings differ in their responses only, the variance of K seeds' means over K is ``share`` (of the squared
+    error, what varies from response to response) times a chi-square variable over its K - 1 degrees of freedom.
+    """
+    if seeds == 1:
+        return ERRORS
+    grid = (np.arange(400) + 0.5) / 400
+    spread = share * 2 * gammaincinv((seeds - 1) / 2, grid) / (seeds - 1)
+    half_widths = t_quantile(1.0, spread, prompts, seeds) * np.sqrt(1 + spread)
+    return float(np.quantile(half_widths[:, None] + ndtri(grid), POWER))
 
 
 def spread(differences: pd.DataFrame) -> Spread:
@@ -102,8 +122,8 @@ def detectable_lines(graph: Iterable[Step], root: Path, pilot: Path | None = Non
             continue
         variance, rows = found
         prompts, samples, seeds = planned[tier.name]
-        now = _words(*variance.detectable(prompts, samples * seeds))
-        more = _words(*variance.detectable(prompts, SAMPLES * seeds))
+        now = _words(*variance.detectable(prompts, samples, seeds))
+        more = _words(*variance.detectable(prompts, SAMPLES, seeds))
         lines.append(
             f"{tier.label}: {prompts} prompts x {samples} response{'s' * (samples > 1)} x {seeds} "
             f"seed{'s' * (seeds > 1)} can tell a difference of {now} between two rows"
