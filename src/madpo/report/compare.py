@@ -232,11 +232,12 @@ def equal_kl(
 ) -> Comparison:
     """A method's reward less what a base method, over its betas, earns at the same KL.
 
-    Settings are joined, in order of KL, by straight lines in the square root of KL, as which reward grows about. The
-    base's curve begins at the SFT model, which has a KL of 0. Every training seed has curves of its own, of settings
-    that were trained with it, and the difference is the mean over seeds; prompts are resampled for its interval, which
-    the spread of the seeds widens (:func:`madpo.core.statistics.over_repetitions`). Beyond the ends of a curve there is
-    nothing to compare with: such seeds are left out, and so are those in which the base has fewer than two settings.
+    Settings are joined, in order of KL, by straight lines in the square root of KL, as which reward grows about. Where
+    it grows less, a line lies below the curve, which flatters one setting between two far ones of the base. The base's
+    curve begins at the SFT model, which has a KL of 0. Every training seed has curves of its own, of settings that were
+    trained with it, and the difference is the mean over seeds; prompts are resampled for its interval, which the spread
+    of the seeds widens (:func:`madpo.core.statistics.over_repetitions`). Beyond the ends of a curve there is nothing to
+    compare with: such seeds are left out, and so are those in which the base has fewer than two settings.
 
     Args:
         base: "DPO", or "MADPO" at its setting with the most betas.
