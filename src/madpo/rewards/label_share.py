@@ -142,7 +142,11 @@ def posterior(implicit: Floats, margins: Floats) -> tuple[Floats, Floats]:
 
 
 def better_than_coin(margins: ArrayLike) -> bool:
-    """Whether margins explain labels that their reward model has not seen clearly better than a coin (5 % level)."""
+    """Whether margins explain labels that their reward model has not seen clearly better than a coin (5 % level).
+
+    Pairs count as independent: where the four pairs of a prompt agree (correlation 0.3), 10 to 15 % of margins without
+    a signal pass in simulations.
+    """
     h = np.asarray(margins, dtype=np.float64).ravel()
     return bool(2 * len(h) * (math.log(2) - fit_temperature(h)[2]) > _BETTER_THAN_COIN)
 
