@@ -145,7 +145,7 @@ def test_held_out_pairs_are_in_neither_training(llama, data, tmp_path):
 
 def test_record_card_and_configuration_say_all_of_it(done, llama, data):
     record = json.loads((done / "record.json").read_bytes())
-    assert record["operation"] == "train_auto/3"
+    assert record["operation"] == "train_auto/4"
     assert {"label_share", "deciding", "advice"} <= record["metrics"].keys()
     assert {"adapter/adapter_model.safetensors", "dpo/adapter/adapter_model.safetensors"} <= record["provenance"][
         "files"

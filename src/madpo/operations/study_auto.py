@@ -50,7 +50,7 @@ class AutoStage(Frozen):
     seed: int = Field(default=0, ge=0)
 
 
-@operation("train_auto_policy/3")
+@operation("train_auto_policy/4")
 def train_auto_policy(config: AutoStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Train twice and average; writes ``out/adapter`` and ``out/decision.json``.
 

@@ -50,7 +50,7 @@ class EvaluationStage(EvaluationSettings, Drawing):
     """Responses per sample, of which the one with the highest reward counts; None is one response."""
 
 
-@operation("evaluate_policy/1")
+@operation("evaluate_policy/2")
 def evaluate_policy(config: EvaluationStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Sample responses to held-out prompts and measure them; writes ``samples.jsonl``, in which the responses at
     further temperatures have the key ``temperature``.

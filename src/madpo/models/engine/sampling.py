@@ -25,7 +25,7 @@ from madpo.core.errors import ConfigError, DataError
 from madpo.core.progress import bar
 from madpo.core.seeding import derived_seed
 from madpo.models.engine.head import TILE, Head, backbone
-from madpo.models.engine.kv_cache import growing_cache
+from madpo.models.engine.kv_cache import FoldedHeads, growing_cache
 from madpo.models.engine.logprobs import check_positions, check_reading, unwrapped
 from madpo.models.modes import evaluating
 
@@ -257,7 +257,7 @@ def generate(
     order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
     copies = min(samples, batch_size)
     completions: list[list[int]] = [[] for _ in range(len(prompt_ids) * samples)]
-    with evaluating(model), bar(description, len(completions) * max_new_tokens) as advance:
+    with evaluating(model), FoldedHeads(), bar(description, len(completions) * max_new_tokens) as advance:
         for rows, draws in product(_parts(order, batch_size // copies), _parts(range(samples), copies)):
             drawn = [(i, k) for i in rows for k in draws]
             numbers = np.stack([uniforms(seed, keys[i], draw + k, max_new_tokens) for i, k in drawn])
