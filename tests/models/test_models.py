@@ -18,8 +18,9 @@ from madpo.models.load import (
     compute_dtype,
     load_model,
     load_tokenizer,
-    merge_adapter,
+    merged,
     resolve_model,
+    save_model,
 )
 from madpo.models.packaged import PACKAGED, PackagedModel, packaged
 from refusals import refused
@@ -125,10 +126,10 @@ def test_a_merged_adapter_is_the_sum_taken_in_float32(llama, tmp_path, dtype) ->
             if "lora_" in name:
                 parameter.normal_(std=0.1)
                 low_rank[name.removeprefix("base_model.model.")] = parameter.detach().clone()
-    merge_adapter(model, tmp_path / "merged", load_tokenizer(llama))
-    merged = load_model(tmp_path / "merged", dtype=dtype)
+    save_model(merged(model), tmp_path / "merged", load_tokenizer(llama))
+    found = load_model(tmp_path / "merged", dtype=dtype)
     changed = 0
-    for name, value in merged.state_dict().items():
+    for name, value in found.state_dict().items():
         stem = name.removesuffix(".weight")
         expected = plain[name].float()
         if f"{stem}.lora_A.default.weight" in low_rank:
@@ -140,7 +141,7 @@ def test_a_merged_adapter_is_the_sum_taken_in_float32(llama, tmp_path, dtype) ->
             value.float(), expected.to(dtype).float(), rtol=1e-6 if dtype == torch.float32 else 2**-7, atol=1e-6
         )
     assert changed == 2 * 7, "every linear layer, and not the head"
-    assert (merged.config.dtype, type(merged).__name__) == (dtype, "LlamaForCausalLM")
+    assert (found.config.dtype, type(found).__name__) == (dtype, "LlamaForCausalLM")
     assert load_tokenizer(tmp_path / "merged").eos_token == "</s>"
 
 

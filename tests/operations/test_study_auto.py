@@ -11,7 +11,7 @@ from madpo.core.config import find_experiment, load_config
 from madpo.core.errors import ConfigError
 from madpo.losses import DPO
 from madpo.models.hyperparameters import Optimisation
-from madpo.models.load import build_tiny, load_model, load_tokenizer, merge_adapter
+from madpo.models.load import build_tiny, load_model, load_tokenizer, merged, save_model
 from madpo.operations.study_auto import AutoStage, train_auto_policy
 from madpo.operations.study_training import (
     PolicyStage,
@@ -55,7 +55,7 @@ def inputs(tmp_path_factory):
 
 def _weights(reference, adapter, out):
     model = load_model(reference, dtype=torch.float32, adapter=adapter)
-    merge_adapter(model, out, load_tokenizer(reference))
+    save_model(merged(model), out, load_tokenizer(reference))
     return load_model(out, dtype=torch.float32).state_dict()
 
 

@@ -142,8 +142,8 @@ def load_quantised(path: Path | str) -> PreTrainedModel:
     return prepared
 
 
-def merge_adapter(model: nn.Module, out: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Fold a PEFT adapter into the weights and save the plain model; the sum is taken in float32 or wider.
+def merged(model: nn.Module) -> PreTrainedModel:
+    """The model with its PEFT adapter folded into the weights in place; the sum is taken in float32 or wider.
 
     Weights without an adapter keep their bits.
     """
@@ -154,7 +154,8 @@ def merge_adapter(model: nn.Module, out: Path, tokenizer: PreTrainedTokenizerBas
         layer.merge()
         for weight, dtype in weights:
             weight.data = weight.data.to(dtype)
-    save_model(model.unload(), out, tokenizer)  # type: ignore[operator]
+    plain: PreTrainedModel = model.unload()  # type: ignore[operator]
+    return plain
 
 
 def save_model(model: PreTrainedModel, out: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -41,7 +41,7 @@ from madpo.losses import SoftDPO
 from madpo.models.adapters import adapter_text
 from madpo.models.engine.responses import divergence, end_tokens, respond
 from madpo.models.hyperparameters import CHECKPOINTS
-from madpo.models.load import load_model, load_tokenizer, merge_adapter, resolve_model
+from madpo.models.load import load_model, load_tokenizer, merged, resolve_model, save_model
 from madpo.operations.averaging import (
     STRENGTHS,
     Reached,
@@ -285,11 +285,11 @@ def _finish(work: _Work, report: AutoReport, settings: TrainSettings, out: Path)
         model.save_pretrained(str(out / kind), safe_serialization=True)
         tokenizer.save_pretrained(out / kind)
         if settings.merges:
-            merge_adapter(model, out / "merged", tokenizer)
+            save_model(merged(model), out / "merged", tokenizer)
     else:
         shutil.copytree(second, out / kind, dirs_exist_ok=True)
         if settings.merges:
-            merge_adapter(load_model(base, dtype=dtype, adapter=second), out / "merged", load_tokenizer(second))
+            save_model(merged(load_model(base, dtype=dtype, adapter=second)), out / "merged", load_tokenizer(second))
     if settings.export == "gguf":
         write_gguf(out / ("model" if settings.full else "merged"), out / GGUF)
     shutil.copyfile(state / MIXED_FOLDER / "log.jsonl", out / "log.jsonl")

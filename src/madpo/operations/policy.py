@@ -24,7 +24,7 @@ from madpo.data.folds import prompt_key
 from madpo.models.adapters import adapter_text
 from madpo.models.engine.logprobs import completion_logps, unwrapped
 from madpo.models.hyperparameters import CHECKPOINTS
-from madpo.models.load import copy_companions, load_model, load_quantised, merge_adapter, resolve_model, save_model
+from madpo.models.load import copy_companions, load_model, load_quantised, merged, resolve_model, save_model
 from madpo.models.packaged import quiet_transformers
 from madpo.operations.export import GGUF, refuse_unconvertible, write_gguf
 from madpo.operations.inputs import Row, load_training
@@ -318,6 +318,6 @@ def _save(trainer: PreferenceTrainer, settings: TrainSettings, tokenizer: PreTra
             model: nn.Module = trainer.model
             if settings.qlora:  # the sum is taken with the weights as they were before they had 4 bits
                 model = load_model(resolve_model(settings.model), dtype=chosen_dtype(settings), adapter=out / "adapter")
-            merge_adapter(model, out / "merged", tokenizer)
+            save_model(merged(model), out / "merged", tokenizer)
         if settings.export == "gguf":
             write_gguf(out / "merged", out / GGUF)

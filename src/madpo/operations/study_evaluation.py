@@ -23,7 +23,7 @@ from madpo.core.storage import write_atomically
 from madpo.data.tokens import Encoder
 from madpo.models.engine.logprobs import completion_logps
 from madpo.models.engine.responses import Response, completion_batches, divergence, end_tokens, respond
-from madpo.models.load import load_model, load_tokenizer
+from madpo.models.load import load_model, load_tokenizer, merged
 from madpo.operations.own_pairs import pairs_clock, prompt_contents
 from madpo.operations.pair_scorer import load_scorer
 from madpo.operations.settings import Drawing, EvaluationSettings
@@ -68,7 +68,8 @@ def evaluate_policy(config: EvaluationStage, inputs: Mapping[str, Path], out: Pa
     prompts = _heldout_prompts(inputs["pairs"], config.prompts)
     place = reference_model(inputs)
     tokenizer, reference = load_tokenizer(place), load_model(place)
-    policy = load_model(place, adapter=inputs["policy"] / "adapter") if "policy" in inputs else reference
+    # A policy is sampled and scored without the products of its adapter.
+    policy = merged(load_model(place, adapter=inputs["policy"] / "adapter")) if "policy" in inputs else reference
     ends = end_tokens(reference, tokenizer)
     judge = None if config.best_of is None else RewardModel.load(inputs["reward_model"])
     score: Callable[[Sequence[Any], Sequence[str]], NDArray[np.float64]]

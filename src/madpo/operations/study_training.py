@@ -30,7 +30,7 @@ from madpo.data.corpus import Corpus, load_corpus, sft_reviews
 from madpo.losses import Loss
 from madpo.models.engine.logprobs import completion_logps, install_completion_head, unwrapped
 from madpo.models.hyperparameters import EarlyStopping, LoRA, Optimisation
-from madpo.models.load import load_model, load_tokenizer, merge_adapter, resolve_model
+from madpo.models.load import load_model, load_tokenizer, merged, resolve_model, save_model
 from madpo.rewards.reward_model import RewardModel
 from madpo.runner.operation import operation
 from madpo.training.margins import margin_metrics, margin_table, sequences
@@ -138,7 +138,7 @@ def fit_sft(
         trainer.keep_best(stopping.patience)
     result = run_training(trainer, config, "SFT", out)
     stopped = {} if trainer.best is None else {"steps": trainer.take_best(), "stopping_loss": trainer.best.best}
-    merge_adapter(trainer.model, out / "model", tokenizer)
+    save_model(merged(trainer.model), out / "model", tokenizer)
     return {"loss": float(result.training_loss), **stopped}
 
 
