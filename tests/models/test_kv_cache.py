@@ -96,4 +96,4 @@ def test_heads_that_share_keys_attend_from_one_token_as_they_do_apart(heads, key
     expected = torch.stack([share @ values[:, h * key_heads // heads] for h, share in enumerate(apart)], dim=1)
     with kv_cache.FoldedHeads():
         found = scaled_dot_product_attention(query, keys, values, scale=0.3, enable_gqa=True)
-    assert found.shape == expected.shape and torch.allclose(found, expected)
+    torch.testing.assert_close(found, expected)
