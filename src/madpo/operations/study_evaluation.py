@@ -68,7 +68,6 @@ def evaluate_policy(config: EvaluationStage, inputs: Mapping[str, Path], out: Pa
     prompts = _heldout_prompts(inputs["pairs"], config.prompts)
     place = reference_model(inputs)
     tokenizer, reference = load_tokenizer(place), load_model(place)
-    # A policy is sampled and scored without the products of its adapter.
     policy = merged(load_model(place, adapter=inputs["policy"] / "adapter")) if "policy" in inputs else reference
     ends = end_tokens(reference, tokenizer)
     judge = None if config.best_of is None else RewardModel.load(inputs["reward_model"])
