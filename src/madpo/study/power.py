@@ -133,7 +133,7 @@ def detectable_lines(graph: Iterable[Step], root: Path, pilot: Path | None = Non
     if lines:
         lines.append(
             f"(in the oracle's unit, found in {POWER:.0%} of runs at a level of {LEVEL:.0%}; what another training "
-            "would change is not in it; intervals of several seeds allow for that, so they ask for more than one seed's)"
+            "would change is not in it; intervals of several seeds allow for it, and ask for more than one seed's)"
         )
     return lines or ["Which differences it can tell is known when DPO and another row are finished, or by --pilot."]
 
