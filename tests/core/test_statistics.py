@@ -93,6 +93,38 @@ def test_repetitions_add_their_spread_at_the_degrees_of_freedom_of_both() -> Non
     assert both.high - both.mean > both.mean - both.low
 
 
+def test_rows_alike_share_their_spread() -> None:
+    flat = bootstrap_mean(np.full(30, 2.0))
+    # Rows that move together say no more than one; the mean of their variances counts.
+    together = over_repetitions(flat, [1.0, 3.0], [[5.0, 7.0], [0.0, 2.0]])
+    assert together == pytest.approx(over_repetitions(flat, [1.0, 3.0]))
+    # Two rows that move against one another have nothing in common, and one degree of freedom: again as one row.
+    assert over_repetitions(flat, [1.0, 3.0], [[3.0, 1.0]]) == pytest.approx(together)
+    # Three rows without a common part, variances 2, 2 and 8: their mean is 4, at 2 degrees of freedom.
+    found = over_repetitions(flat, [1.0, 3.0], [[1.0, 3.0], [4.0, 0.0]])
+    assert found.high - found.mean == pytest.approx(4.3026527 * np.sqrt(4.0 / 2))
+    # Rows that agree with themselves take away from the spread of one that does not.
+    calm = over_repetitions(flat, [1.0, 3.0], [[0.0, 0.0]] * 9)
+    assert calm.high - calm.mean < 0.2 * (together.high - together.mean)
+    assert over_repetitions(flat, [2.0], [[1.0], [5.0]]) == flat, "one repetition says nothing"
+
+
+def test_rows_alike_make_two_repetitions_cover_and_the_interval_short() -> None:
+    """Repetitions that vary three times as much as the units, of six rows less one base, which all of them share."""
+    generator, trials, n, k = np.random.default_rng(8), 400, 24, 2
+    inside, shorter = 0, []
+    for trial in range(trials):
+        x = generator.normal(size=(7, n, 1)) + generator.normal(size=(7, n, k)) + generator.normal(size=(7, 1, k))
+        differences = (x[1:] - x[0]).mean(axis=1)
+        over_units = bootstrap_mean((x[1] - x[0]).mean(axis=1), seed=trial % 4)
+        single = over_repetitions(over_units, differences[0])
+        found = over_repetitions(over_units, differences[0], differences[1:])
+        inside += found.low <= 0 <= found.high
+        shorter.append((found.high - found.low) / (single.high - single.low))
+    assert 0.92 <= inside / trials <= 0.975
+    assert np.median(shorter) < 0.7
+
+
 @pytest.mark.parametrize(("spread", "lowest", "highest"), [(0.0, 0.955, 0.995), (1.0, 0.91, 0.975)])
 @pytest.mark.parametrize("k", [2, 5])
 def test_an_interval_over_units_and_repetitions_covers_the_mean(

@@ -17,19 +17,8 @@ from madpo.core.statistics import bootstrap_mean, bootstrap_statistic, over_repe
 from madpo.report.charts import Panel
 from madpo.report.claims import claims
 from madpo.report.collect import collect
-from madpo.report.compare import (
-    NOT_RUN,
-    _interpolated,
-    base_beta,
-    choose,
-    equal_kl,
-    frontiers,
-    less,
-    less_at_its_kl,
-    selection_json,
-    selections,
-    settings_of,
-)
+from madpo.report.compare import NOT_RUN, base_beta, choose, less, selection_json, selections, settings_of
+from madpo.report.equal_kl import _interpolated, equal_kl, frontiers, less_at_its_kl
 from madpo.report.results import Row, Tier, measured, selecting_half
 from madpo.report.study_charts import ablation_chart, frontier_chart
 from madpo.report.summary import headline
@@ -421,6 +410,22 @@ def test_a_frontier_of_one_seed_is_compared_as_in_a_study_of_one_seed(tmp_path: 
     two, one = (equal_kl("x", t, choose("MADPO", t, settings_of(t, "MADPO", 0.1)[:1])) for t in tiers)
     assert two.value is not None
     assert (two.value, two.seeds) == (one.value, 1)
+
+
+def test_other_rows_say_how_much_trainings_differ() -> None:
+    """The method's two seeds disagree by 1, and four other methods' agree: its interval is shorter for them."""
+    ours = in_second_seed(madpo(7.0, 4.0, 2.5, kl=4.0), reward=-1.0)
+    calm = [row(f"other {k}", 2.0, kl=4.0 + k, kind="ipo", **{"beta": k + 1.0}) for k in range(4)]
+    for differ in (lambda tier: less_at_its_kl(tier, tier.rows[2]).value, lambda tier: tier.rows[2]["difference"]):
+        single, among = (differ(tier_of("high", [CURVE[0], CURVE[2], ours, *others])) for others in ([], calm))
+        assert single.mean == pytest.approx(among.mean)
+        assert among.high - among.low < 0.5 * (single.high - single.low)
+    single, among = (
+        less("x", [choose("MADPO", t, [t.rows[2]]), choose("DPO", t, [t.rows[0]])])
+        for t in (tier_of("high", [CURVE[0], CURVE[2], ours, *others]) for others in ([], calm))
+    )
+    assert single.per_seed == among.per_seed
+    assert among.value.high - among.value.low < 0.5 * (single.value.high - single.value.low)  # type: ignore[union-attr]
 
 
 def test_equal_kl_reports_what_each_seed_says() -> None:

@@ -18,18 +18,8 @@ from itertools import product
 from typing import Any
 
 from madpo.report import published
-from madpo.report.compare import (
-    NOT_RUN,
-    Choice,
-    Comparison,
-    base_beta,
-    choose,
-    chosen,
-    equal_kl,
-    frontiers,
-    less,
-    settings_of,
-)
+from madpo.report.compare import NOT_RUN, Choice, Comparison, base_beta, choose, chosen, less, settings_of
+from madpo.report.equal_kl import equal_kl, frontiers
 from madpo.report.methods import RIVALS, is_setting
 from madpo.report.results import Tier
 from madpo.rewards.weight_counts import WeightParameters, coefficient_at_zero

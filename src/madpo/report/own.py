@@ -12,7 +12,8 @@ from typing import Any
 
 from madpo.core.metrics import Estimate
 from madpo.report.charts import Chart, figure, levels
-from madpo.report.compare import FEWEST, Comparison, base_beta, choose, equal_kl, frontiers, less
+from madpo.report.compare import FEWEST, Comparison, base_beta, choose, less
+from madpo.report.equal_kl import equal_kl, frontiers
 from madpo.report.numbers import count, listed, short, side
 from madpo.report.pages import Cell, Table, cell, limit_of
 from madpo.report.results import Row, Tier, paired
@@ -97,7 +98,7 @@ def _helps(tier: Tier) -> tuple[str, str]:
     right = dpo["heldout_accuracy"]
     if isinstance(right, Estimate) and right.low == right.high == 0.5:
         return "DPO left its policy where it was; give more --epochs or a higher --learning_rate", "open"
-    judged = None if start is None else paired([tier.cells(dpo), tier.cells(start)])
+    judged = None if start is None else paired([tier.cells(dpo), tier.cells(start)], alike=tier.others([dpo]))
     if judged is not None:
         found, level = judged.value, 0.0
         words = f"DPO changes the judge's reward by {short(found, 'signed')}"

@@ -174,6 +174,11 @@ class Tier:
         """Prompts by training seeds: the mean over a prompt's samples, NaN where a seed did not answer."""
         return self._cells(row.key, row.seeds, column)
 
+    def others(self, rows: Iterable[Row], column: str = "reward") -> list[pd.DataFrame]:
+        """:meth:`cells` of the policies except these."""
+        keys = {row.key for row in rows}
+        return [self.cells(row, column) for row in self.policies if row.key not in keys]
+
     @once
     def _cells(self, key: str, seeds: tuple[str, ...], column: str) -> pd.DataFrame:
         means = self._means.get(key)
@@ -251,7 +256,9 @@ class Difference(NamedTuple):
     prompts: pd.DataFrame
 
 
-def paired(cells: Sequence[pd.DataFrame], among: Collection[int] | None = None) -> Difference | None:
+def paired(
+    cells: Sequence[pd.DataFrame], among: Collection[int] | None = None, alike: Sequence[pd.DataFrame] = ()
+) -> Difference | None:
     """The first side minus the second by prompt, or of four (a - b) - (c - d); None on fewer than two prompts.
 
     Its interval holds prompts and training seeds (:func:`madpo.core.statistics.over_repetitions`); of one seed, or
@@ -260,16 +267,21 @@ def paired(cells: Sequence[pd.DataFrame], among: Collection[int] | None = None) 
     Args:
         cells: as of :func:`over_shared_seeds`.
         among: the prompts that may count; None: all.
+        alike: what other trainings have in the place of the first side; their differences vary from seed to seed as
+            its own is taken to.
     """
     values, seeds = over_shared_seeds(cells)
     values = values if among is None else values[values.index.isin(list(among))]
     if len(values) < 2:
         return None
     signs = np.array([1.0, -1.0, -1.0, 1.0])[: len(cells)]
-    sides = list(zip(signs, cells, strict=True))
-    per_seed = {seed: float(sum(sign * side.loc[values.index, seed] for sign, side in sides).mean()) for seed in seeds}
+    means = np.stack([side.loc[values.index, seeds].mean().to_numpy() for side in cells])
+    others = [other.reindex(values.index)[seeds].mean(skipna=False) for other in alike if {*seeds} <= {*other.columns}]
+    rest = signs[1:] @ means[1:]
+    repeated = [means[0] + rest, *(m.to_numpy() + rest for m in others if m.notna().all())]
     over_prompts = bootstrap_mean(values.to_numpy() @ signs, seed=BOOTSTRAP_SEED)
-    value = over_repetitions(over_prompts, [*per_seed.values()]) if per_seed else over_prompts
+    value = over_repetitions(over_prompts, repeated[0], repeated[1:]) if seeds else over_prompts
+    per_seed = dict(zip(seeds, repeated[0].tolist(), strict=True))
     return Difference(value, per_seed, values)
 
 
@@ -325,7 +337,7 @@ def _difference(tier: Tier, row: Row, column: str = "reward") -> Estimate | None
     baseline = tier.baseline
     if baseline is None or row.key == baseline.key:
         return None
-    found = paired([tier.cells(row, column), tier.cells(baseline, column)])
+    found = paired([tier.cells(row, column), tier.cells(baseline, column)], alike=tier.others([row, baseline], column))
     return None if found is None else found.value
 
 

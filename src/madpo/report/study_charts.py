@@ -16,7 +16,8 @@ from madpo.report import published
 from madpo.report.charts import Chart, Mark, Panel, Series, WeightPanel, figure, levels, value_mark
 from madpo.report.claims import EQUAL_KL, Claim, claims
 from madpo.report.collect import collect
-from madpo.report.compare import Choice, base_beta, chosen, frontiers, selection_json, selections, settings_of
+from madpo.report.compare import Choice, base_beta, chosen, selection_json, selections, settings_of
+from madpo.report.equal_kl import frontiers
 from madpo.report.methods import SFT, is_setting
 from madpo.report.own import own_chart
 from madpo.report.results import Row, Tier, mean_of, shared_seeds

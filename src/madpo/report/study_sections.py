@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from madpo.report.claims import Claim, counts
-from madpo.report.compare import FEWEST, NOT_RUN, Comparison, at_equal_kl
+from madpo.report.compare import FEWEST, NOT_RUN, Comparison
 from madpo.report.drawing import weight_figure
+from madpo.report.equal_kl import at_equal_kl
 from madpo.report.methods import SFT, settings_words
 from madpo.report.numbers import DASH, by_seed, count, one, short
 from madpo.report.pages import MARGINS_SHOWN, Cell, Table, cell, limit_of, shown_margins, values_table

@@ -16,7 +16,8 @@ from madpo.core.storage import write_atomically
 from madpo.report import published
 from madpo.report.charts import captions
 from madpo.report.claims import Claim
-from madpo.report.compare import Choice, at_equal_kl
+from madpo.report.compare import Choice
+from madpo.report.equal_kl import at_equal_kl
 from madpo.report.numbers import by_seed, one, short
 from madpo.report.results import Tier
 

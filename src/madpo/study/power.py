@@ -61,7 +61,7 @@ def errors(prompts: int, seeds: int, share: float) -> float:
         return ERRORS
     grid = (np.arange(400) + 0.5) / 400
     spread = share * 2 * gammaincinv((seeds - 1) / 2, grid) / (seeds - 1)
-    half_widths = t_quantile(1.0, spread, prompts, seeds) * np.sqrt(1 + spread)
+    half_widths = t_quantile(1.0, spread, prompts, seeds - 1) * np.sqrt(1 + spread)
     return float(np.quantile(half_widths[:, None] + ndtri(grid), POWER))
 
 
