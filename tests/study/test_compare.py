@@ -10,17 +10,18 @@ from peft import PeftModel
 from scipy.optimize import minimize_scalar
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from claim_cases import N, madpo, row, tier_of
 from madpo.core.config import load_config
 from madpo.core.errors import ConfigError, DataError
 from madpo.data.rows import Pair
 from madpo.operations.pair_scorer import load_scorer
 from madpo.report.numbers import short
-from madpo.report.own import own_verdict
+from madpo.report.own import own_opening, own_verdict
 from madpo.report.results import Row, Tier, measured
 from madpo.report.sources import HELDOUT, SAMPLES
 from madpo.study.compare import CompareSettings, compare
 from practice_cases import conversation, read, text_pairs, write
-from refusals import refused
+from refusals import names, refused
 
 PAIRS = 60
 SMALL = {
@@ -200,3 +201,16 @@ def test_the_verdict_follows_the_paired_difference(gain) -> None:
     assert found.kind == "above"
     assert ("MADPO" in found.level) == (gain > 0)
     assert f"DPO orders {short(tier.baseline['heldout_accuracy'], 'share')}" in found.level
+
+
+def test_what_cannot_be_compared_is_named_and_what_was_not_measured_is_not() -> None:
+    """Judged responses only, and a loss that moves beyond DPO's curve."""
+    dpo = [row(f"DPO {beta}", 1.0 + kl, kl=kl, kind="dpo", beta=beta) for beta, kl in ((0.1, 2.0), (0.3, 1.0))]
+    tier = tier_of("own", [row("SFT", 0.0, kl=0.0), *dpo, madpo(7.0, 4.0, 4.0, kl=9.0)])
+    names(own_verdict(tier).level, ("MADPO", "9.0 nats"), ("DPO", "2.0"))
+    opening = own_opening(tier)
+    names(opening, (f"{N} prompts"))
+    assert "held-out pairs" not in opening
+    closer = tier_of("own", [row("SFT", 0.0, kl=0.0), *dpo, madpo(7.0, 4.0, 4.0, kl=1.5)])
+    names(own_verdict(closer).level, "MADPO")
+    assert own_verdict(closer).kind == "above"

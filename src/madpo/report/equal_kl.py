@@ -155,7 +155,7 @@ def _curves(
         if low <= high:
             spans[seed] = low, high
             continue
-        at, span = (" to ".join(dict.fromkeys(f"{x**2:.1f}" for x in end)) for end in ends)
+        at, span = (" to ".join(dict.fromkeys(f"{x**2:{'.1f' if x >= 1 else '.2g'}}" for x in end)) for end in ends)
         out[seed] = f"{name}'s KL is {at} nats, and {base}'s curve spans {span}"
     missing = "; ".join(f"{seed}: {why}" if len(out) > 1 else why for seed, why in out.items())
     return _Curves(values, sides, spans, out, "" if spans else missing)

@@ -37,10 +37,11 @@ def own_opening(tier: Tier) -> str:
         for name in ("heldout_log_loss", "oracle_reward")
     }
     several = ", those of differences also over training seeds" if len(tier.seeds) > 1 else ""
-    judged = f", and the judge's reward on {n} of them" if (n := prompts["oracle_reward"]) else ""
+    measured = [f"held-out pairs of {n} prompts"] if (n := prompts["heldout_log_loss"]) else []
+    measured += [f"the judge's reward on {n} prompts"] if (n := prompts["oracle_reward"]) else []
     return (
-        f"{methods} at {count(len(betas), 'value')} of β, {count(len(tier.seeds), 'training seed')} each: held-out "
-        f"pairs of {prompts['heldout_log_loss']} prompts{judged}, with 95 % intervals over prompts{several}."
+        f"{methods} at {count(len(betas), 'value')} of β, {count(len(tier.seeds), 'training seed')} each: "
+        f"{listed(measured)}, with 95 % intervals over prompts{several}."
     )
 
 
@@ -62,18 +63,21 @@ def comparisons(tier: Tier) -> dict[str, Comparison]:
             found[method] = equal_kl(what, tier, choice, line=line if len(line) > 1 else [])
         if found.get(method, Comparison(what)).value is None:
             sides = [choose("DPO", tier, [tier.baseline]), choose(method, tier, [row])]
-            found[method] = less(f"{row.name}, held-out log loss", sides, "log_loss")
+            on_pairs = less(f"{row.name}, held-out log loss", sides, "log_loss")
+            found[method] = on_pairs if on_pairs.value is not None else found.get(method, on_pairs)
     return found
 
 
 def own_verdict(tier: Tier) -> Verdict:
     """Whether DPO helps, and whether some loss is clearly better; then every difference to DPO."""
     helps, kind = _helps(tier)
-    made = {method: c for method, c in comparisons(tier).items() if c.value is not None}
+    asked = comparisons(tier)
+    made = {method: c for method, c in asked.items() if c.value is not None}
     clear = {method: c.value.mean for method, c in made.items() if c.above and c.value is not None}
     fewest = min((c.value.n for c in made.values() if c.value is not None), default=FEWEST)
     if not made:
-        which = "No other loss has been measured yet."
+        why = "; ".join(dict.fromkeys(c.missing for c in asked.values()))
+        which = f"No other loss can be compared with DPO yet{f' ({why})' if why else ''}."
     elif fewest < FEWEST:
         which = f"{count(fewest, 'held-out prompt').capitalize()} cannot tell losses apart."
     elif clear:
