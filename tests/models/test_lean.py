@@ -122,7 +122,31 @@ def test_a_third_less_is_kept_for_the_backward_pass():
     ids = torch.arange(60).view(1, -1) % 50
     plain = counted(model, input_ids=ids)
     lean.install(model)
-    assert counted(model, input_ids=ids) < 0.67 * plain
+    assert counted(model, input_ids=ids) < 0.62 * plain
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_rows_of_a_norm_are_computed_again_unless_they_were_changed(changed):
+    """Through a graph that is walked twice; nothing is left of the rows."""
+    layer = adapted("llama", torch.float32).get_base_model().model.layers[0]
+    lean.install(layer)
+    norm, readers = layer.input_layernorm, [layer.self_attn.q_proj, layer.self_attn.v_proj]
+    x = torch.randn(1, 5, norm.weight.shape[0], requires_grad=True)
+
+    def gradients(plain: bool) -> list[torch.Tensor]:
+        y = norm._madpo_plain(x) if plain else norm(x)
+        y = y.mul_(3) if changed else y
+        loss = sum((m._madpo_plain if plain else m)(y).square().sum() for m in readers)
+        found = [(m.lora_A["default"].weight, m.lora_B["default"].weight) for m in readers]
+        inputs = [x, *(weight for pair in found for weight in pair)]
+        first = torch.autograd.grad(loss, inputs, retain_graph=True)
+        torch.testing.assert_close(torch.autograd.grad(loss, inputs, retain_graph=True), first, rtol=0, atol=0)
+        assert plain or lean._origin(y) is None or lean._origin(y)[2].value is None
+        assert plain or (lean._origin(y) is None) == changed
+        return list(first)
+
+    for found, wanted in zip(gradients(False), gradients(True), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
 
 
 def test_each_known_module_is_replaced_and_state_is_not():

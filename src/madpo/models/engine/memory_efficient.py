@@ -7,7 +7,7 @@ autograd function with the same formula in the same precision:
 
 - :class:`_LoRALinear` adds the adapter inside a matrix product, y = x W^T + s (x A^T) B^T;
 - :class:`_GatedMLP` keeps only the two factors before the activation and computes the rest again;
-- :class:`_RMSNorm` keeps its input and one factor per row.
+- :class:`_RMSNorm` keeps its input and one factor per row; what it gives is computed again (:class:`_Normed`).
 
 :func:`install` puts them in place of the ``forward`` of the modules that it recognises; parameters, names and state
 dictionaries stay as they are. Where a call is not the plain one (weights that train, dropout, DoRA, several
@@ -33,6 +33,8 @@ from madpo.models.engine import devices
 _HALF = (torch.bfloat16, torch.float16)
 _WHOLE = (nn.Parameter, FakeTensor)
 """Types of weights that are neither sharded nor quantised; the second one on paper (:mod:`madpo.models.on_paper`)."""
+_ORIGIN = "_madpo_origin"
+"""Attribute of what a norm gave, an ``_Origin``. Whatever computes with it makes a tensor without."""
 
 
 @dataclass(frozen=True)
@@ -83,25 +85,25 @@ class _LoRALinear(torch.autograd.Function):
     """A linear layer with its adapter, on rows."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, projection: _Projection, a: Tensor, b: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, origin: _Origin | None, projection: _Projection, a: Tensor, b: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             a_, b_ = a.to(x.dtype), b.to(x.dtype)
             y, inner = projection.forward(x, a_, b_)
         ctx.projection, ctx.dtypes = projection, (a.dtype, b.dtype)
-        ctx.save_for_backward(x, inner, a_, b_)
+        ctx.save_for_backward(*_keep(ctx, x, origin), inner, a_, b_)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, inner, a, b = ctx.saved_tensors
-        grad = grad.to(x.dtype)
+        *kept, inner, a, b = ctx.saved_tensors
+        grad, x = grad.to(a.dtype), _read(ctx, *kept, a.dtype)
         with torch.autocast(x.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
                 dx, d_a, d_b = ctx.projection.backward(grad, x, inner, a, b, None)
             else:  # the first layer's input
                 dx, (_, d_a, d_b) = None, ctx.projection.of_adapter(grad, x, inner, b)
-        return dx, None, _gradient(d_a, ctx.dtypes[0]), _gradient(d_b, ctx.dtypes[1])
+        return dx, None, None, _gradient(d_a, ctx.dtypes[0]), _gradient(d_b, ctx.dtypes[1])
 
 
 # Activations, and their gradients as functions of (gradient of the value, input): a backward pass inside a backward
@@ -122,6 +124,7 @@ class _GatedMLP(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        origin: _Origin | None,
         act: int,
         parts: tuple[_Projection, _Projection, _Projection],
         *adapters: Tensor | None,
@@ -134,16 +137,17 @@ class _GatedMLP(torch.autograd.Function):
             y, down_inner = down.forward(_ACTIVATIONS[act][0](before).mul_(factor), da, db)
         ctx.parts, ctx.act = parts, act
         ctx.dtypes = [None if adapter is None else adapter.dtype for adapter in adapters]
-        ctx.save_for_backward(x, before, factor, gate_inner, up_inner, down_inner, ga, gb, ua, ub, da, db)
+        inner = (gate_inner, up_inner, down_inner)
+        ctx.save_for_backward(*_keep(ctx, x, origin), before, factor, *inner, ga, gb, ua, ub, da, db)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, before, factor, gate_inner, up_inner, down_inner, ga, gb, ua, ub, da, db = ctx.saved_tensors
+        *kept, before, factor, gate_inner, up_inner, down_inner, ga, gb, ua, ub, da, db = ctx.saved_tensors
         gate, up, down = ctx.parts
         value, gradient = _ACTIVATIONS[ctx.act]
-        grad = grad.to(x.dtype)
+        grad, x = grad.to(before.dtype), _read(ctx, *kept, before.dtype)
         with torch.autocast(x.device.type, enabled=False):
             active = value(before)
             product = active * factor
@@ -154,7 +158,7 @@ class _GatedMLP(torch.autograd.Function):
             dx, d_ua, d_ub = up.backward(d_factor, x, up_inner, ua, ub, dx)
         grads = (d_ga, d_gb, d_ua, d_ub, d_da, d_db)
         cast = (None if g is None else _gradient(g, dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
-        return dx if ctx.needs_input_grad[0] else None, None, None, *cast
+        return dx if ctx.needs_input_grad[0] else None, None, None, None, *cast
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -162,13 +166,10 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_().div_(x.shape[-1])
-        factor = mean.add_(eps).rsqrt_()
+        normed, factor = _normed(x, weight, eps, offset)
         ctx.offset = offset
         ctx.save_for_backward(x, weight, factor)
-        normed = torch.mul(x, factor)
-        return (normed.addcmul_(normed, weight) if offset else normed.mul_(weight)).to(x.dtype)
+        return normed
 
     @staticmethod
     @once_differentiable
@@ -188,6 +189,61 @@ class _RMSNorm(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    """What a norm gives, and 1 / rms(x)."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_().div_(x.shape[-1])
+    factor = mean.add_(eps).rsqrt_()
+    normed = torch.mul(x, factor)
+    return (normed.addcmul_(normed, weight) if offset else normed.mul_(weight)).to(x.dtype), factor
+
+
+class _Normed:
+    """Rows that a norm gave, computed again in the backward pass: once for all projections that read them.
+
+    A reader keeps the norm's input, which is there anyway, in place of the rows.
+    """
+
+    def __init__(self, eps: float, offset: float, version: int) -> None:
+        self.constants, self.version = (eps, offset), version
+        self.readers = self.left = 0
+        self.value: Tensor | None = None
+
+    def rows(self, x: Tensor, weight: Tensor) -> Tensor:
+        """For the next reader; the last one lets them go."""
+        if self.value is None:
+            self.value, self.left = _normed(x, weight, *self.constants)[0].flatten(0, -2), self.readers
+        rows, self.left = self.value, self.left - 1
+        if self.left == 0:
+            self.value = None
+        return rows
+
+
+_Origin = tuple[Tensor, Tensor, _Normed]
+"""Of what a norm gave: its input and its weight."""
+
+
+def _origin(x: Tensor) -> _Origin | None:
+    """Where ``x`` is what a norm gave, unchanged: what it is computed from."""
+    origin: _Origin | None = getattr(x, _ORIGIN, None)
+    return origin if origin is not None and origin[2].version == x._version else None
+
+
+def _keep(ctx: Any, rows: Tensor, origin: _Origin | None) -> tuple[Tensor | None, Tensor | None]:
+    """What a reader of ``rows`` saves for :func:`_read`."""
+    if origin is None:
+        ctx.normed = None
+        return rows, None
+    x, weight, ctx.normed = origin
+    ctx.normed.readers += 1
+    return x, weight
+
+
+def _read(ctx: Any, x: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The rows in a reader's backward pass."""
+    return x if ctx.normed is None else ctx.normed.rows(x, weight).to(dtype)
 
 
 def _norm_gradients(
@@ -290,7 +346,8 @@ def _lora_linear(module: nn.Module, plain: Callable[..., Tensor], x: Tensor, *ar
     if projection is None or projection.a is None or projection.b is None:
         return plain(x, *args, **kwargs)
     rows = x.to(dtype).reshape(-1, x.shape[-1])
-    y: Tensor = _LoRALinear.apply(rows, projection, projection.a, projection.b)  # type: ignore[no-untyped-call]
+    given = (rows, _origin(x), projection, projection.a, projection.b)
+    y: Tensor = _LoRALinear.apply(*given)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], -1)
 
 
@@ -301,7 +358,8 @@ def _gated_mlp(module: nn.Module, plain: Callable[..., Tensor], x: Tensor, *args
         return plain(x, *args, **kwargs)
     adapters = [tensor for part in parts if part is not None for tensor in (part.a, part.b)]
     rows = x.to(dtype).reshape(-1, x.shape[-1])
-    y: Tensor = _GatedMLP.apply(rows, module._madpo_form, parts, *adapters)  # type: ignore[no-untyped-call]
+    given = (rows, _origin(x), module._madpo_form, parts, *adapters)
+    y: Tensor = _GatedMLP.apply(*given)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], -1)
 
 
@@ -311,7 +369,10 @@ def _rms_norm(module: nn.Module, plain: Callable[..., Tensor], x: Tensor, *args:
     # Transformers' norms compute in float32 even for float64; a float64 model stays what it was to the last digit.
     if args or kwargs or x.dtype == torch.float64 or type(weight) not in _WHOLE:
         return plain(x, *args, **kwargs)
-    y: Tensor = _RMSNorm.apply(x, weight, _eps(module), module._madpo_form)  # type: ignore[no-untyped-call]
+    constants = (_eps(module), module._madpo_form)
+    y: Tensor = _RMSNorm.apply(x, weight, *constants)  # type: ignore[no-untyped-call]
+    if y.requires_grad:
+        setattr(y, _ORIGIN, (x, weight, _Normed(*constants, y._version)))  # type: ignore[arg-type]
     return y
 
 
