@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine_cases import PAIRS, VOCAB, brute_force, build, pair_batch
+from madpo.models.engine import packed_attention
 from madpo.models.engine.logprobs import completion_logps, completion_states, hidden_states
 from madpo.models.engine.packing import PROMPT, pack
 
@@ -20,8 +21,10 @@ def model(request):
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("unshared", [(), (0, 3)])
-def test_values_and_gradients_equal_a_token_loop(model, side, unshared):
+@pytest.mark.parametrize(("unshared", "queries"), [((), 2), ((0, 3), 3), ((0, 3), 64)])
+def test_values_and_gradients_equal_a_token_loop(model, side, unshared, queries, monkeypatch):
+    """By attention in several blocks and in one."""
+    monkeypatch.setattr(packed_attention, "QUERIES", queries)
     rows = pair_batch(PAIRS, side, unshared=unshared)
     weight = torch.linspace(-2, 3, len(rows["input_ids"]), dtype=torch.float64)
     inside = [p for n, p in model.named_parameters() if "layers.0." in n or "h.0." in n]
@@ -135,6 +138,19 @@ def test_each_needed_token_is_computed_once():
     assert int((packing.branch == PROMPT).sum()) == 5 + 7
     assert packing.labels.equal(rows["input_ids"][rows["completion_mask"].bool()])
     assert packing.position_ids[0].tolist() == [*range(10), *range(5, 8), *range(15), 7]
+
+
+def test_attention_leaves_out_blocks_of_later_tokens_and_of_the_sibling(monkeypatch):
+    monkeypatch.setattr(packed_attention, "QUERIES", 4)
+    packing = pack(**pair_batch([(4, 9, 9), (3, 8, 7)], "right"))  # the last token of each completion is left out
+    mask = packed_attention.PackedMask(packing, lambda batch, head, query, key: key <= query)
+    looks = {(q.start, q.stop): [(k.start, k.stop) for k in keys] for q, keys in mask.spans}
+    first = {(0, 4): [(0, 4)], (4, 8): [(0, 8)], (8, 12): [(0, 12)]}
+    # The second completions begin at 12 and, of the shorter group, which has 16 tokens, at 10.
+    assert looks == first | {(12, 16): [(0, 4), (8, 16)], (16, 20): [(0, 4), (12, 20)]}
+    for (queries, keys), bias in zip(mask.spans, mask.biases(torch.float32), strict=True):
+        dense = torch.cat([mask.allowed[:, :, queries, span] for span in keys], dim=-1)
+        assert torch.equal(bias == 0, dense)
 
 
 def test_a_completion_sees_neither_its_sibling_nor_another_pair():

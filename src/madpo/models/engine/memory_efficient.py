@@ -153,6 +153,7 @@ class _GatedMLP(torch.autograd.Function):
             product = active * factor
             d_product, d_da, d_db = down.backward(grad, product, down_inner, da, db, None)
             d_factor = torch.mul(d_product, active, out=product)
+            del active
             d_before = gradient(d_product.mul_(factor), before)
             dx, d_ga, d_gb = gate.backward(d_before, x, gate_inner, ga, gb, None)
             dx, d_ua, d_ub = up.backward(d_factor, x, up_inner, ua, ub, dx)

@@ -4,8 +4,9 @@ transformers lets a model's attention be replaced by name, together with the fun
 (``AttentionInterface``, ``AttentionMaskInterface``). Under the name :data:`NAME` a model asks for its masks as usual:
 causal, sliding, chunked, each as a predicate of two positions. :func:`packed_mask` evaluates that predicate on the
 positions of the tokens in their own rows, and :func:`packed_attention` applies the result, group by group. So the model
-itself says which token may look at which, and a window longer than any text seen so far is right as well. On an
-accelerator FlexAttention takes long groups, and leaves out the blocks in which no token may look at another.
+itself says which token may look at which, and a window longer than any text seen so far is right as well. Blocks in
+which no token may look at another are left out: later tokens, and the other completion. On a processor a kernel takes
+each block of queries with the keys that they need; on an accelerator FlexAttention takes long groups.
 
 Whatever a model asks for beyond that raises ``NotImplementedError``: its rows are then padded.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,9 +37,11 @@ from madpo.models.modes import around_checkpoints
 
 NAME = "madpo_packed"
 SHORT = 192
-"""Longest group for which two matrix products and a softmax beat the fused attention kernel on a processor."""
+"""Longest group for which products of half-precision matrices and a softmax beat the fused kernel on a processor."""
+QUERIES = 64
+"""Side of the blocks of which a processor leaves out those without a pair of tokens that may look at one another."""
 BLOCK = 128
-"""Side of the blocks of which FlexAttention leaves out those without a pair of tokens that may look at one another."""
+"""The same for FlexAttention."""
 FLEX = ("cuda", "xpu")
 """Kinds of devices with a fused kernel of FlexAttention and of its backward pass; elsewhere masks are dense."""
 ATTENTION = "MADPO_ATTENTION"
@@ -76,14 +80,37 @@ class PackedMask:
         self.packing = packing
         self.allowed: Bool[Tensor, "groups 1 longest longest"] = (seen | itself)[:, None]
         self._bias: dict[torch.dtype, Tensor] = {}
+        self._biases: dict[torch.dtype, list[Tensor]] = {}
 
     def bias(self, dtype: torch.dtype) -> Tensor:
         """The same, as what is added to attention scores."""
         if dtype not in self._bias:
-            self._bias[dtype] = torch.zeros(self.allowed.shape, dtype=dtype, device=self.allowed.device).masked_fill_(
-                ~self.allowed, torch.finfo(dtype).min
-            )
+            self._bias[dtype] = _bias(self.allowed, dtype)
         return self._bias[dtype]
+
+    @functools.cached_property
+    def spans(self) -> list[tuple[slice, list[slice]]]:
+        """Slots of each block of queries, and of the keys at which any of them may look."""
+        longest = self.allowed.shape[-1]
+        count = -(-longest // QUERIES)
+        seen = F.pad(self.allowed.any(0)[0], (0, count * QUERIES - longest) * 2)
+        seen = seen.view(count, QUERIES, count, QUERIES).any(3).any(1)
+        places = [slice(start, min(start + QUERIES, longest)) for start in range(0, longest, QUERIES)]
+        found: list[tuple[slice, list[slice]]] = []
+        for queries, looks in zip(places, seen.tolist(), strict=True):
+            keys: list[slice] = []
+            for block in itertools.compress(places, looks):
+                start = keys.pop().start if keys and keys[-1].stop == block.start else block.start
+                keys.append(slice(start, block.stop))
+            found.append((queries, keys))
+        return found
+
+    def biases(self, dtype: torch.dtype) -> list[Tensor]:
+        """What is added to the scores of each of the :attr:`spans`."""
+        if dtype not in self._biases:
+            cut = (_cut(self.allowed[:, :, queries].transpose(2, 3), keys) for queries, keys in self.spans)
+            self._biases[dtype] = [_bias(allowed.transpose(2, 3), dtype) for allowed in cut]
+        return self._biases[dtype]
 
     @functools.cached_property
     def blocks(self) -> BlockMask:
@@ -147,7 +174,14 @@ def packed_attention(
     kernel = os.environ.get(ATTENTION, "flex" if devices.kind(q) in FLEX else "dense")
     if longest > BLOCK and kernel == "flex" and not (dropout or packing.probes):
         return packing.join(_flex_attention(q, k, v, mask.blocks, scale, softcap, s_aux).transpose(1, 2)), None
-    if softcap is None and (devices.kind(q) != "cpu" or longest > SHORT or packing.probes):
+    plain = softcap is None and s_aux is None and not (dropout or packing.probes)
+    if plain and devices.kind(q) == "cpu" and q.shape[-1] == v.shape[-1]:
+        if v.dtype.itemsize < 4 and longest <= SHORT:
+            out = _ShortAttention.apply(q, k, v, mask.bias(_wide(q)), scale)  # type: ignore[no-untyped-call]
+        else:
+            out = _BlockAttention.apply(*_alike(q, k, v), mask, scale)  # type: ignore[no-untyped-call]
+        return packing.join(out.transpose(1, 2)), None
+    if softcap is None:
         allowed = mask.allowed
         if s_aux is not None:
             q, k, v, allowed = _with_sinks(q, k, v, allowed, s_aux, scale)
@@ -155,12 +189,7 @@ def packed_attention(
             q, k, v, attn_mask=allowed, dropout_p=dropout, scale=scale, enable_gqa=groups > 1
         )
         return packing.join(out.transpose(1, 2)), None
-    if softcap is None and s_aux is None and not dropout:
-        out = _ShortAttention.apply(q, k, v, mask.bias(_wide(q)), scale)  # type: ignore[no-untyped-call]
-        return packing.join(out.transpose(1, 2)), None
-    scores = _scores(q, k, scale)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+    scores = torch.tanh(_scores(q, k, scale) / softcap) * softcap
     scores = scores.view(*q.shape[:3], longest) + mask.bias(scores.dtype)
     if s_aux is not None:
         sinks = s_aux.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
@@ -226,6 +255,62 @@ def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
     with torch.autocast(q.device.type, enabled=False):
         wide, heads = _wide(q), k.shape[1]
         return (_folded(q, heads).to(wide) @ _folded(k, heads).to(wide).transpose(1, 2)).mul_(scale)
+
+
+def _bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    bias = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return bias.masked_fill_(~allowed, torch.finfo(dtype).min)
+
+
+def _cut(states: Tensor, spans: list[slice]) -> Tensor:
+    """These slots of ``groups x heads x slots x width``; one span is a view."""
+    cut = [states[:, :, span] for span in spans]
+    return cut[0] if len(cut) == 1 else torch.cat(cut, dim=2)
+
+
+def _alike(*states: Tensor) -> list[Tensor]:
+    """In one precision: autocast's, which knows nothing of the kernel, or the widest."""
+    kind = states[0].device.type
+    if torch.is_autocast_enabled(kind):
+        return [x.to(torch.get_autocast_dtype(kind)) for x in states]
+    wide = functools.reduce(torch.promote_types, (x.dtype for x in states))
+    return [x.to(wide) for x in states]
+
+
+class _BlockAttention(torch.autograd.Function):
+    """A processor's fused attention kernel, block of queries by block, each with the keys that it needs."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: PackedMask, scale: float) -> Tensor:
+        parts = [
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q[:, :, queries], _cut(k, keys), _cut(v, keys), attn_mask=bias, scale=scale
+            )
+            for (queries, keys), bias in zip(mask.spans, mask.biases(q.dtype), strict=True)
+        ]
+        outs, totals = zip(*parts, strict=True)
+        out = torch.cat([part.transpose(1, 2) for part in outs], dim=1).transpose(1, 2)
+        ctx.mask, ctx.scale = mask, scale
+        ctx.save_for_backward(q, k, v, out, *totals)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, *totals = ctx.saved_tensors
+        d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for (queries, keys), bias, total in zip(ctx.mask.spans, ctx.mask.biases(q.dtype), totals, strict=True):
+            given, asking, gave = (x[:, :, queries] for x in (grad, q, out))
+            of_q, *of_keys = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *(given, asking, _cut(k, keys), _cut(v, keys), gave, total, 0.0, False),
+                attn_mask=bias,
+                scale=ctx.scale,
+            )
+            d_q[:, :, queries] = of_q
+            for whole, found in zip((d_k, d_v), of_keys, strict=True):
+                for span, part in zip(keys, found.split([span.stop - span.start for span in keys], 2), strict=True):
+                    whole[:, :, span] += part
+        return d_q, d_k, d_v, None, None
 
 
 class _ShortAttention(torch.autograd.Function):
