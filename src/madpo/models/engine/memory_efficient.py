@@ -96,8 +96,8 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *kept, inner, a, b = ctx.saved_tensors
-        grad, x = grad.to(a.dtype), _read(ctx, *kept, a.dtype)
+        x, weight, inner, a, b = ctx.saved_tensors
+        grad, x = grad.to(a.dtype), _read(ctx, x, weight, a.dtype)
         with torch.autocast(x.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
                 dx, d_a, d_b = ctx.projection.backward(grad, x, inner, a, b, None)
@@ -144,10 +144,10 @@ class _GatedMLP(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *kept, before, factor, gate_inner, up_inner, down_inner, ga, gb, ua, ub, da, db = ctx.saved_tensors
+        x, weight, before, factor, gate_inner, up_inner, down_inner, ga, gb, ua, ub, da, db = ctx.saved_tensors
         gate, up, down = ctx.parts
         value, gradient = _ACTIVATIONS[ctx.act]
-        grad, x = grad.to(before.dtype), _read(ctx, *kept, before.dtype)
+        grad, x = grad.to(before.dtype), _read(ctx, x, weight, before.dtype)
         with torch.autocast(x.device.type, enabled=False):
             active = value(before)
             product = active * factor
@@ -244,7 +244,8 @@ def _keep(ctx: Any, rows: Tensor, origin: _Origin | None) -> tuple[Tensor | None
 
 def _read(ctx: Any, x: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The rows in a reader's backward pass."""
-    return x if ctx.normed is None else ctx.normed.rows(x, weight).to(dtype)
+    rows: Tensor = x if ctx.normed is None else ctx.normed.rows(x, weight).to(dtype)
+    return rows
 
 
 def _norm_gradients(
