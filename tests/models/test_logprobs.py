@@ -1,5 +1,6 @@
 """The completion head against brute force: values, gradients, every padding side, and half precision."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +13,7 @@ from madpo.models.engine import head as engine_head
 from madpo.models.engine.head import Head, _WideProduct, token_logps
 from madpo.models.engine.kl import completion_kl
 from madpo.models.engine.logprobs import completion_logps
+from madpo.models.engine.responses import divergence
 from quick import quick
 
 
@@ -241,3 +243,14 @@ def test_plain_forward_and_generate_are_unchanged():
     completion_logps(model, ids, torch.ones_like(ids), torch.ones_like(ids))
     torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=0, atol=0)
     assert model.generate(ids, max_new_tokens=4, do_sample=False).equal(tokens)
+
+
+def test_responses_of_one_prompt_are_scored_as_each_by_itself():
+    policy, reference = build("gemma3", 0), build("gemma3", 5)
+    prompts = [[3, 4, 5], [6, 7], [3, 4, 5], [6, 7], [3, 4, 5], [8], [8]]
+    said = [[9, 10], [11], [12, 13, 14, 15], [16, 17], [18], [19, 20, 21], [22]]
+    wanted = [divergence(policy, reference, [p], [r], pad=0, batch_size=1) for p, r in zip(prompts, said, strict=True)]
+    for size in (2, 3, 4, 16):
+        found = divergence(policy, reference, prompts, said, pad=0, batch_size=size)
+        for values, own in zip(found, zip(*wanted, strict=True), strict=True):
+            np.testing.assert_allclose(values, np.concatenate(own), rtol=1e-5, atol=1e-6)

@@ -186,10 +186,8 @@ def response_logps(
 ) -> NDArray[np.float64]:
     """Log-probability of each response under the reference, nats, summed over its tokens."""
     found = np.zeros(len(responses))
-    for rows, ids, mask, completion in completion_batches(
-        prompt_ids, responses, reference, pad, batch_size, description
-    ):
-        found[rows] = completion_logps(reference, ids, mask, completion).logps.double().cpu().numpy()
+    for rows, given in completion_batches(prompt_ids, responses, reference, pad, batch_size, description):
+        found[rows] = completion_logps(reference, **given).logps.double().cpu().numpy()
     return found
 
 

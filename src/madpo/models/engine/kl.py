@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from madpo.core.errors import ConfigError
 from madpo.models.engine.head import Head
-from madpo.models.engine.logprobs import check_reading, hidden_states, unwrapped
+from madpo.models.engine.logprobs import check_reading, scored_states, unwrapped
 
 
 @torch.no_grad()
@@ -19,6 +19,7 @@ def completion_kl(
     attention_mask: Int[Tensor, "rows length"],
     completion_mask: Int[Tensor, "rows length"],
     *,
+    pairs: bool = False,
     block: int = 256,
 ) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"], Float[Tensor, " rows"]]:
     """KL(policy || reference) along each completion, and its log-probabilities under both.
@@ -27,21 +28,22 @@ def completion_kl(
     an unbiased estimate of the sequence KL when the completions are samples of the policy at temperature 1, and of
     far smaller variance than the log-ratio of the sampled tokens.
 
+    Args:
+        pairs: the two halves of the rows are pairs, as for :func:`madpo.models.engine.logprobs.completion_logps`.
+
     Returns:
         (logps, kl, ref_logps), one per row, all summed, float32 or wider. A model has KL 0 to itself, exactly.
 
     Raises:
         ConfigError: the models have unlike numbers of vocabulary entries.
     """
-    mask = (completion_mask[:, 1:] * attention_mask[:, 1:]).bool()
-    labels = input_ids[:, 1:][mask]
     heads, states = [], []
     for model in (policy, reference):
         inner = unwrapped(model)
         check_reading(inner)
         heads.append(Head.of(inner))
-        hidden = hidden_states(inner, input_ids, attention_mask)
-        states.append(hidden[:, :-1][mask])
+        own, labels, mask, _ = scored_states(inner, input_ids, attention_mask, completion_mask, pairs)
+        states.append(own)
     entries = [head.weight.shape[0] for head in heads]
     if entries[0] != entries[1]:
         raise ConfigError(

@@ -209,7 +209,7 @@ def completion_features(
     pairs: bool = False,
 ) -> Float[Tensor, "rows features"]:
     """The features of :func:`completion_logps` without log-probabilities, for a model without wrappers."""
-    found = _completion_states(model, input_ids, attention_mask, completion_mask, pairs, layers).features
+    found = scored_states(model, input_ids, attention_mask, completion_mask, pairs, layers).features
     if found is None:
         raise ValueError("there are no features of no layers")
     return found
@@ -255,7 +255,7 @@ def _score(
             f"an adapter replaces the tokens of {type(model).__name__} by {', '.join(given) or 'states'}, so it is not "
             "supported; use LoRA or another adapter that changes layers"
         )
-    read = _completion_states(model, input_ids, attention_mask, completion_mask, pairs, features, host)
+    read = scored_states(model, input_ids, attention_mask, completion_mask, pairs, features, host)
     tokens = token_logps(read.states, Head.of(model), read.labels, log_sum_sq=log_sum_sq, details=details)
     lengths = read.mask.sum(-1)
 
@@ -266,7 +266,7 @@ def _score(
     return CompletionScores(per_row(tokens.logps), lengths, *means)._replace(features=read.features)
 
 
-class _Read(NamedTuple):
+class ScoredStates(NamedTuple):
     """States that predict the scored tokens, ``scored x hidden``, these tokens, where they are, and rows' features."""
 
     states: Tensor
@@ -275,15 +275,16 @@ class _Read(NamedTuple):
     features: Tensor | None
 
 
-def _completion_states(
+def scored_states(
     model: nn.Module,
     input_ids: Tensor,
     attention_mask: Tensor,
     completion_mask: Tensor,
     pairs: bool,
-    layers: Sequence[int],
+    layers: Sequence[int] = (),
     host: HostRows | None = None,
-) -> _Read:
+) -> ScoredStates:
+    """The states of a model without wrappers that predict completion tokens; arguments of :func:`completion_logps`."""
     _check_length(model, attention_mask)
     means = LayerMeans(model, layers)
     if pairs and shares_prompts(model):
@@ -293,10 +294,10 @@ def _completion_states(
         weights = packed_weights(mask, packing.predictors, packing.input_ids.shape[1]) if layers else None
         with means.running(weights):
             states = row_states(model, packing)
-        return _Read(states[0].index_select(0, packing.predictors), packing.labels, mask, means.features())
+        return ScoredStates(states[0].index_select(0, packing.predictors), packing.labels, mask, means.features())
     mask = (completion_mask[:, 1:] * attention_mask[:, 1:]).bool()
     states = hidden_states(model, input_ids, attention_mask, means, padded_weights(mask) if layers else None)
-    return _Read(states[:, :-1][mask], input_ids[:, 1:][mask], mask, means.features())
+    return ScoredStates(states[:, :-1][mask], input_ids[:, 1:][mask], mask, means.features())
 
 
 def _check_length(model: nn.Module, attention_mask: Tensor) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from madpo.core.errors import ConfigError
-from madpo.models.engine.batches import padded_batches
+from madpo.core.progress import bar
+from madpo.models.engine.batches import padded
 from madpo.models.engine.kl import completion_kl
 from madpo.models.engine.sampling import generate
 
@@ -122,11 +123,14 @@ def divergence(
     batch_size: int,
     description: str = "KL",
 ) -> Divergence:
-    """How far each response's policy is from its reference, by one pass of either."""
+    """How far each response's policy is from its reference, by one pass of either.
+
+    Responses to one prompt are scored as pairs, so that half of its copies are left out.
+    """
     found = np.zeros((3, len(responses)))
     batches = completion_batches(prompt_ids, responses, reference, pad, batch_size, description)
-    for rows, ids, mask, completion in batches:
-        parts = completion_kl(policy, reference, ids, mask, completion)
+    for rows, given in batches:
+        parts = completion_kl(policy, reference, **given)
         found[:, rows] = torch.stack(parts).double().cpu().numpy()
     return Divergence(*found)
 
@@ -138,11 +142,25 @@ def completion_batches(
     pad: int,
     batch_size: int,
     description: str,
-) -> Iterator[tuple[NDArray[np.int64], Tensor, Tensor, Tensor]]:
-    """(rows, ids, attention mask, completion mask) on the model's device, as :func:`padded_batches` orders them."""
+) -> Iterator[tuple[NDArray[np.int64], dict[str, Any]]]:
+    """(rows, arguments of :func:`madpo.models.engine.logprobs.completion_logps`) on the model's device.
+
+    Rows of like length share a batch. Where a prompt has several responses, these do, as pairs.
+    """
     whole = [[*prompt, *response] for prompt, response in zip(prompt_ids, responses, strict=True)]
-    for rows, ids, mask in padded_batches(whole, batch_size, pad, model, description):
-        completion = mask.clone()
-        for i, row in enumerate(rows):
-            completion[i, : len(prompt_ids[row])] = 0
-        yield rows, ids, mask, completion
+    # Packed rows have no padding, so that pairs need not be of like length.
+    pairs = batch_size > 1 and 2 * len(set(map(tuple, prompt_ids))) <= len(whole)
+    order = sorted(range(len(whole)), key=lambda row: tuple(prompt_ids[row]) if pairs else -len(whole[row]))
+    size = batch_size - batch_size % 2 if pairs else batch_size
+    with bar(description, len(whole)) as advance:
+        for start in range(0, len(whole), size):
+            rows = np.array(order[start : start + size])
+            even = pairs and len(rows) % 2 == 0
+            rows = np.concatenate([rows[::2], rows[1::2]]) if even else rows
+            ids, mask = padded([whole[row] for row in rows], pad, model)
+            completion = mask.clone()
+            for i, row in enumerate(rows):
+                completion[i, : len(prompt_ids[row])] = 0
+            found = {"input_ids": ids, "attention_mask": mask, "completion_mask": completion, "pairs": even}
+            yield rows, found
+            advance(len(rows))
