@@ -33,7 +33,7 @@ from madpo.training import PreferenceConfig, PreferenceTrainer
 
 MOST = 64
 """Pairs of the largest micro-batch that is tried; of data with fewer pairs it is all of them."""
-HELD_BACK = 0.5
+HELD_BACK = 0.6
 """What glibc held of a step's freed blocks, as a share of what the step needs above the weights (measured at most)."""
 _NUMBERS: dict[str, Any] = {name: 1.0 for name in NUMBERS if name != "weight"}
 """What a loss may read of a pair."""
