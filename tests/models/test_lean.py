@@ -9,6 +9,7 @@ from torch import nn
 
 from engine_cases import PAIRS, build, pair_batch
 from madpo.models.engine import memory_efficient as lean
+from madpo.models.engine import norms
 from madpo.models.engine.logprobs import completion_logps
 from quick import quick
 
@@ -141,8 +142,8 @@ def test_rows_of_a_norm_are_computed_again_unless_they_were_changed(changed):
         inputs = [x, *(weight for pair in found for weight in pair)]
         first = torch.autograd.grad(loss, inputs, retain_graph=True)
         torch.testing.assert_close(torch.autograd.grad(loss, inputs, retain_graph=True), first, rtol=0, atol=0)
-        assert plain or lean._origin(y) is None or lean._origin(y)[2].value is None
-        assert plain or (lean._origin(y) is None) == changed
+        assert plain or norms.origin_of(y) is None or norms.origin_of(y)[2].value is None
+        assert plain or (norms.origin_of(y) is None) == changed
         return list(first)
 
     for found, wanted in zip(gradients(False), gradients(True), strict=True):
@@ -168,16 +169,16 @@ def test_each_known_module_is_replaced_and_state_is_not():
 @pytest.mark.parametrize(
     ("shape", "offset", "swapped"), [((2, 3, 4), 1.0, False), ((7, 4), 0.0, False), ((1, 5, 2, 4), 1.0, True)]
 )
-@pytest.mark.parametrize("gradients", [lean._layer_norm_gradients, lean._norm_gradients])
+@pytest.mark.parametrize("gradients", [norms._layer_norm_gradients, norms._norm_gradients])
 def test_norm_value_and_gradient(shape, offset, swapped, gradients, monkeypatch):
     """Of rows that lie together and of heads that do not, by the kernel of a processor and by the formula."""
-    monkeypatch.setattr(lean, "_layer_norm_gradients", gradients)
+    monkeypatch.setattr(norms, "_layer_norm_gradients", gradients)
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
     factors = torch.randn(4, generator=generator, dtype=torch.float64, requires_grad=True)
 
     def normed(s, w):
-        return lean._RMSNorm.apply(s.transpose(1, 2) if swapped else s, w, 1e-3, offset)
+        return norms.RMSNorm.apply(s.transpose(1, 2) if swapped else s, w, 1e-3, offset)
 
     x = states.transpose(1, 2) if swapped else states
     wanted = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * (offset + factors)
@@ -197,7 +198,7 @@ def test_norm_gradient_in_every_layout(dtype, layout):
         x = {"rows": cut.contiguous(), "heads": cut.contiguous().transpose(1, 2), "cut": cut}[layout]
         grad = grad.transpose(1, 2) if layout == "heads" else grad
         leaf, leaf_weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
-        lean._RMSNorm.apply(leaf, leaf_weight, 1e-6, 1.0).backward(grad)
+        norms.RMSNorm.apply(leaf, leaf_weight, 1e-6, 1.0).backward(grad)
         exact, exact_weight = x.double().requires_grad_(), weight.double().requires_grad_()
         value = exact * (exact.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * (1 + exact_weight)
         value.backward(grad.double())

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from engine_cases import MODELS, VOCAB, brute_force, build
+from madpo.core.errors import DataError
 from madpo.models.engine import devices
 from madpo.models.engine import head as engine_head
 from madpo.models.engine.head import Head, _WideProduct, token_logps
@@ -15,6 +16,7 @@ from madpo.models.engine.kl import completion_kl
 from madpo.models.engine.logprobs import completion_logps
 from madpo.models.engine.responses import divergence
 from quick import quick
+from refusals import refused
 
 
 @pytest.fixture(scope="module", params=sorted(MODELS))
@@ -254,3 +256,10 @@ def test_responses_of_one_prompt_are_scored_as_each_by_itself():
         found = divergence(policy, reference, prompts, said, pad=0, batch_size=size)
         for values, own in zip(found, zip(*wanted, strict=True), strict=True):
             np.testing.assert_allclose(values, np.concatenate(own), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_response_without_any_token_is_refused(copies):
+    model = build("gemma3", 0)
+    with refused(DataError, "text 0"):
+        divergence(model, model, [[]] * copies, [[]] * copies, pad=0, batch_size=4)

@@ -56,6 +56,7 @@ def errors(prompts: int, seeds: int, share: float) -> float:
 
     Where trainings differ in their responses only, the variance of K seeds' means over K is ``share`` (of the squared
     error, what varies from response to response) times a chi-square variable over its K - 1 degrees of freedom.
+    That is the interval of two rows; with more, whose spread is pooled, fewer errors are enough.
     """
     if seeds == 1:
         return ERRORS

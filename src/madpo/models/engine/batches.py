@@ -30,14 +30,17 @@ def padded_batches(
         yield rows, *padded([sequences[row] for row in rows], pad, model)
 
 
-def similar_lengths(lengths: Sequence[int], size: int, description: str) -> Iterator[NDArray[np.int64]]:
-    """Numbers of the texts of each batch, longest first."""
+def similar_lengths(
+    lengths: Sequence[int], size: int, description: str, order: Sequence[int] | NDArray[np.int64] | None = None
+) -> Iterator[NDArray[np.int64]]:
+    """Numbers of the texts of each batch, longest first, or in another order that is given."""
     if len(lengths) and min(lengths) == 0:
         raise DataError(f"text {np.argmin(lengths)} has no tokens, so it has no reward; leave it out")
-    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    if order is None:
+        order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
     with bar(description, len(order)) as advance:
         for start in range(0, len(order), size):
-            rows = order[start : start + size]
+            rows = np.asarray(order[start : start + size])
             yield rows
             advance(len(rows))
 

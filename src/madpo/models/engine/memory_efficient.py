@@ -7,7 +7,7 @@ autograd function with the same formula in the same precision:
 
 - :class:`_LoRALinear` adds the adapter inside a matrix product, y = x W^T + s (x A^T) B^T;
 - :class:`_GatedMLP` keeps only the two factors before the activation and computes the rest again;
-- :class:`_RMSNorm` keeps its input and one factor per row; what it gives is computed again (:class:`_Normed`).
+- :class:`~madpo.models.engine.norms.RMSNorm` keeps its input and one factor per row; what it gives is computed again.
 
 :func:`install` puts them in place of the ``forward`` of the modules that it recognises; parameters, names and state
 dictionaries stay as they are. Where a call is not the plain one (weights that train, dropout, DoRA, several
@@ -28,13 +28,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from madpo.models.engine import devices
+from madpo.models.engine.norms import Origin, RMSNorm, keep, note_origin, origin_of, read
 
 _HALF = (torch.bfloat16, torch.float16)
 _WHOLE = (nn.Parameter, FakeTensor)
 """Types of weights that are neither sharded nor quantised; the second one on paper (:mod:`madpo.models.on_paper`)."""
-_ORIGIN = "_madpo_origin"
-"""Attribute of what a norm gave, an ``_Origin``. Whatever computes with it makes a tensor without."""
 
 
 @dataclass(frozen=True)
@@ -85,19 +83,19 @@ class _LoRALinear(torch.autograd.Function):
     """A linear layer with its adapter, on rows."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, origin: _Origin | None, projection: _Projection, a: Tensor, b: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, origin: Origin | None, projection: _Projection, a: Tensor, b: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             a_, b_ = a.to(x.dtype), b.to(x.dtype)
             y, inner = projection.forward(x, a_, b_)
         ctx.projection, ctx.dtypes = projection, (a.dtype, b.dtype)
-        ctx.save_for_backward(*_keep(ctx, x, origin), inner, a_, b_)
+        ctx.save_for_backward(*keep(ctx, x, origin), inner, a_, b_)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inner, a, b = ctx.saved_tensors
-        grad, x = grad.to(a.dtype), _read(ctx, x, weight, a.dtype)
+        grad, x = grad.to(a.dtype), read(ctx, x, weight, a.dtype)
         with torch.autocast(x.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
                 dx, d_a, d_b = ctx.projection.backward(grad, x, inner, a, b, None)
@@ -124,7 +122,7 @@ class _GatedMLP(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        origin: _Origin | None,
+        origin: Origin | None,
         act: int,
         parts: tuple[_Projection, _Projection, _Projection],
         *adapters: Tensor | None,
@@ -138,7 +136,7 @@ class _GatedMLP(torch.autograd.Function):
         ctx.parts, ctx.act = parts, act
         ctx.dtypes = [None if adapter is None else adapter.dtype for adapter in adapters]
         inner = (gate_inner, up_inner, down_inner)
-        ctx.save_for_backward(*_keep(ctx, x, origin), before, factor, *inner, ga, gb, ua, ub, da, db)
+        ctx.save_for_backward(*keep(ctx, x, origin), before, factor, *inner, ga, gb, ua, ub, da, db)
         return y
 
     @staticmethod
@@ -147,7 +145,7 @@ class _GatedMLP(torch.autograd.Function):
         x, weight, before, factor, gate_inner, up_inner, down_inner, ga, gb, ua, ub, da, db = ctx.saved_tensors
         gate, up, down = ctx.parts
         value, gradient = _ACTIVATIONS[ctx.act]
-        grad, x = grad.to(before.dtype), _read(ctx, x, weight, before.dtype)
+        grad, x = grad.to(before.dtype), read(ctx, x, weight, before.dtype)
         with torch.autocast(x.device.type, enabled=False):
             active = value(before)
             product = active * factor
@@ -160,116 +158,6 @@ class _GatedMLP(torch.autograd.Function):
         grads = (d_ga, d_gb, d_ua, d_ub, d_da, d_db)
         cast = (None if g is None else _gradient(g, dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
         return dx if ctx.needs_input_grad[0] else None, None, None, None, *cast
-
-
-class _RMSNorm(torch.autograd.Function):
-    """x / rms(x) * (offset + weight), the offset 0 or 1, computed in float32 or wider."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-        normed, factor = _normed(x, weight, eps, offset)
-        ctx.offset = offset
-        ctx.save_for_backward(x, weight, factor)
-        return normed
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, factor = ctx.saved_tensors
-        of_norm = _layer_norm_gradients if devices.kind(x) == "cpu" else _norm_gradients
-        scale, wanted = weight.to(factor.dtype), ctx.needs_input_grad[1]
-        scale = scale + ctx.offset if ctx.offset else scale
-        swapped = x.dim() == 4 and not x.is_contiguous()  # heads before tokens, in a layout of tokens before heads
-        if swapped:
-            x, grad, factor = (t.transpose(1, 2) for t in (x, grad, factor))
-        dx, d_weight = of_norm(grad, x, factor, scale, wanted)
-        dx = dx.to(x.dtype)
-        return (
-            dx.transpose(1, 2) if swapped else dx,
-            None if d_weight is None else d_weight.to(weight.dtype),
-            None,
-            None,
-        )
-
-
-def _normed(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
-    """What a norm gives, and 1 / rms(x)."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_().div_(x.shape[-1])
-    factor = mean.add_(eps).rsqrt_()
-    normed = torch.mul(x, factor)
-    return (normed.addcmul_(normed, weight) if offset else normed.mul_(weight)).to(x.dtype), factor
-
-
-class _Normed:
-    """Rows that a norm gave, computed again in the backward pass: once for all projections that read them.
-
-    A reader keeps the norm's input, which is there anyway, in place of the rows.
-    """
-
-    def __init__(self, eps: float, offset: float, version: int) -> None:
-        self.constants, self.version = (eps, offset), version
-        self.readers = self.left = 0
-        self.value: Tensor | None = None
-
-    def rows(self, x: Tensor, weight: Tensor) -> Tensor:
-        """For the next reader; the last one lets them go."""
-        if self.value is None:
-            self.value, self.left = _normed(x, weight, *self.constants)[0].flatten(0, -2), self.readers
-        rows, self.left = self.value, self.left - 1
-        if self.left == 0:
-            self.value = None
-        return rows
-
-
-_Origin = tuple[Tensor, Tensor, _Normed]
-"""Of what a norm gave: its input and its weight."""
-
-
-def _origin(x: Tensor) -> _Origin | None:
-    """Where ``x`` is what a norm gave, unchanged: what it is computed from."""
-    origin: _Origin | None = getattr(x, _ORIGIN, None)
-    return origin if origin is not None and origin[2].version == x._version else None
-
-
-def _keep(ctx: Any, rows: Tensor, origin: _Origin | None) -> tuple[Tensor | None, Tensor | None]:
-    """What a reader of ``rows`` saves for :func:`_read`."""
-    if origin is None:
-        ctx.normed = None
-        return rows, None
-    x, weight, ctx.normed = origin
-    ctx.normed.readers += 1
-    return x, weight
-
-
-def _read(ctx: Any, x: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The rows in a reader's backward pass."""
-    rows: Tensor = x if ctx.normed is None else ctx.normed.rows(x, weight).to(dtype)
-    return rows
-
-
-def _norm_gradients(
-    grad: Tensor, x: Tensor, factor: Tensor, scale: Tensor, weight_too: bool
-) -> tuple[Tensor, Tensor | None]:
-    """d x and d scale of n scale, n = x factor, factor = 1 / rms(x); d x = factor (h - n mean(h n)), h = grad scale."""
-    normed, inner = x * factor, grad * scale
-    along = (inner * normed).sum(-1, keepdim=True)
-    d_scale = (grad * normed).flatten(0, -2).sum(0) if weight_too else None
-    return inner.addcmul_(normed, along, value=-1 / x.shape[-1]).mul_(factor), d_scale
-
-
-def _layer_norm_gradients(
-    grad: Tensor, x: Tensor, factor: Tensor, scale: Tensor, weight_too: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The same by torch's kernel for layer norms, which walks once over its inputs on a processor.
-
-    Where it is given a mean of 0, it differs only by the derivative through that mean, - factor mean(grad scale).
-    """
-    grad, x, factor = grad.to(factor.dtype), x.to(factor.dtype), factor.contiguous()  # the kernel reads it as it lies
-    dx, d_scale, _ = torch.ops.aten.native_layer_norm_backward(
-        grad, x, x.shape[-1:], torch.zeros_like(factor), factor, scale, None, [True, weight_too, False]
-    )
-    return dx.add_((grad @ scale)[..., None].div_(x.shape[-1]).mul_(factor)), d_scale if weight_too else None
 
 
 def install(model: nn.Module) -> None:
@@ -348,7 +236,7 @@ def _lora_linear(module: nn.Module, plain: Callable[..., Tensor], x: Tensor, *ar
     if projection is None or projection.a is None or projection.b is None:
         return plain(x, *args, **kwargs)
     rows = x.to(dtype).reshape(-1, x.shape[-1])
-    given = (rows, _origin(x), projection, projection.a, projection.b)
+    given = (rows, origin_of(x), projection, projection.a, projection.b)
     y: Tensor = _LoRALinear.apply(*given)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], -1)
 
@@ -360,7 +248,7 @@ def _gated_mlp(module: nn.Module, plain: Callable[..., Tensor], x: Tensor, *args
         return plain(x, *args, **kwargs)
     adapters = [tensor for part in parts if part is not None for tensor in (part.a, part.b)]
     rows = x.to(dtype).reshape(-1, x.shape[-1])
-    given = (rows, _origin(x), module._madpo_form, parts, *adapters)
+    given = (rows, origin_of(x), module._madpo_form, parts, *adapters)
     y: Tensor = _GatedMLP.apply(*given)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], -1)
 
@@ -372,9 +260,9 @@ def _rms_norm(module: nn.Module, plain: Callable[..., Tensor], x: Tensor, *args:
     if args or kwargs or x.dtype == torch.float64 or type(weight) not in _WHOLE:
         return plain(x, *args, **kwargs)
     constants = (_eps(module), module._madpo_form)
-    y: Tensor = _RMSNorm.apply(x, weight, *constants)  # type: ignore[no-untyped-call]
+    y: Tensor = RMSNorm.apply(x, weight, *constants)  # type: ignore[no-untyped-call]
     if y.requires_grad:
-        setattr(y, _ORIGIN, (x, weight, _Normed(*constants, y._version)))  # type: ignore[arg-type]
+        note_origin(y, x, weight, *constants)  # type: ignore[arg-type]
     return y
 
 
@@ -393,7 +281,7 @@ def _norm_offset(module: nn.Module) -> float | None:
     rows[1] *= 1e-3  # where eps matters
     wanted = module(rows)
     for offset in (0.0, 1.0):
-        if _same(_RMSNorm.apply(rows, weight, _eps(module), offset), wanted):  # type: ignore[no-untyped-call]
+        if _same(RMSNorm.apply(rows, weight, _eps(module), offset), wanted):  # type: ignore[no-untyped-call]
             return offset
     return None
 

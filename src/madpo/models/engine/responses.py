@@ -12,8 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from madpo.core.errors import ConfigError
-from madpo.core.progress import bar
-from madpo.models.engine.batches import padded
+from madpo.models.engine.batches import padded, similar_lengths
 from madpo.models.engine.kl import completion_kl
 from madpo.models.engine.sampling import generate
 
@@ -150,17 +149,14 @@ def completion_batches(
     whole = [[*prompt, *response] for prompt, response in zip(prompt_ids, responses, strict=True)]
     # Packed rows have no padding, so that pairs need not be of like length.
     pairs = batch_size > 1 and 2 * len(set(map(tuple, prompt_ids))) <= len(whole)
-    order = sorted(range(len(whole)), key=lambda row: tuple(prompt_ids[row]) if pairs else -len(whole[row]))
+    order = sorted(range(len(whole)), key=lambda row: tuple(prompt_ids[row])) if pairs else None
     size = batch_size - batch_size % 2 if pairs else batch_size
-    with bar(description, len(whole)) as advance:
-        for start in range(0, len(whole), size):
-            rows = np.array(order[start : start + size])
-            even = pairs and len(rows) % 2 == 0
-            rows = np.concatenate([rows[::2], rows[1::2]]) if even else rows
-            ids, mask = padded([whole[row] for row in rows], pad, model)
-            completion = mask.clone()
-            for i, row in enumerate(rows):
-                completion[i, : len(prompt_ids[row])] = 0
-            found = {"input_ids": ids, "attention_mask": mask, "completion_mask": completion, "pairs": even}
-            yield rows, found
-            advance(len(rows))
+    for batch in similar_lengths([len(ids) for ids in whole], size, description, order):
+        even = pairs and len(batch) % 2 == 0
+        rows = np.concatenate([batch[::2], batch[1::2]]) if even else batch
+        ids, mask = padded([whole[row] for row in rows], pad, model)
+        completion = mask.clone()
+        for i, row in enumerate(rows):
+            completion[i, : len(prompt_ids[row])] = 0
+        given = {"input_ids": ids, "attention_mask": mask, "completion_mask": completion, "pairs": even}
+        yield rows, given
