@@ -22,7 +22,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from madpo.core.config import Frozen
 from madpo.operations import study_margins as margins
@@ -40,6 +40,7 @@ from madpo.study.methods import Method
 from madpo.training.settings import OnlineStage, RewardModelStage
 
 if TYPE_CHECKING:
+    from madpo.models.hyperparameters import Optimisation
     from madpo.study.compare import CompareSettings
     from madpo.study.experiment import Experiment, PairSettings
 
@@ -224,7 +225,6 @@ class _Bench:
         return policy
 
     def _offline(self, method: Method) -> tuple[StageFn, Frozen, dict[str, Step | Source]]:
-        e = self.experiment
         assert method.loss is not None
         inputs = self._learns_from(method)
         if method.reads & {"chosen_score", "rejected_score"}:
@@ -236,13 +236,19 @@ class _Bench:
             given = {role: step for role, step in sides.items() if step is not None}
             turned = self._relabelled(method, margins.redraw_labels, margins.RedrawnStage(seed=self.seed), given)
             inputs |= {role: turned for role in inputs if role != "reference"}
-        config = training.PolicyStage(method=method.name, loss=method.loss, seed=self.seed, **dict(e.policy))
+        config = training.PolicyStage(method=method.name, loss=method.loss, seed=self.seed, **self._shared(method))
         return training.train_policy, config, inputs
 
     def _auto(self, method: Method) -> tuple[StageFn, Frozen, dict[str, Step | Source]]:
-        policy = dict(self.experiment.policy)
-        config = AutoStage(method=method.name, settings=method.averaging, seed=self.seed, **policy)
+        config = AutoStage(method=method.name, settings=method.averaging, seed=self.seed, **self._shared(method))
         return train_auto_policy, config, self._learns_from(method)
+
+    def _shared(self, method: Method, optimisation: Optimisation | None = None) -> dict[str, Any]:
+        """What every policy's training shares, at the row's learning rate."""
+        policy = self.experiment.policy
+        optimisation = optimisation or policy.optimisation
+        rate = optimisation.learning_rate if method.learning_rate is None else method.learning_rate
+        return {"optimisation": optimisation.model_copy(update={"learning_rate": rate}), "lora": policy.lora}
 
     def _learns_from(self, method: Method) -> dict[str, Step | Source]:
         inputs: dict[str, Step | Source] = {"pairs": self.pairs, "reference": self.trunk.sft, "logps": self._logps()}
@@ -256,8 +262,7 @@ class _Bench:
             method=method.name,
             algorithm="rloo" if method.trainer == "rloo" else "grpo",
             settings=settings.model_copy(update={"optimisation": None}),
-            optimisation=settings.optimisation or e.policy.optimisation,
-            lora=e.policy.lora,
+            **self._shared(method, settings.optimisation),
             seed=self.seed,
             **e.responses.model_dump(include={"max_new_tokens", "temperature", "top_p", "top_k"}),
         )

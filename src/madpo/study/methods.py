@@ -17,7 +17,8 @@ from madpo.losses import Custom, Loss, LossAdapter
 from madpo.training.settings import AutoSettings, OnlineSettings
 
 Group = Literal["core", "sensitivity", "ablation", "frontier", "rivals", "auto"]
-_SIGNS = {"beta": "β", "tau": "τ", "lam": "λ", "c_max": "c", "batch_scale": "m", "keep": "p"}
+_SIGNS = {"beta": "β", "tau": "τ", "lam": "λ", "c_max": "c", "batch_scale": "m", "keep": "p", "learning_rate": "lr"}
+_OF_TRAINING = ("learning_rate",)  # fields of a row that a sweep varies like those of its loss
 
 
 class Method(Frozen):
@@ -45,9 +46,11 @@ class Method(Frozen):
     """Settings of the trainers "rloo" and "grpo"."""
     n: int | None = Field(default=None, ge=2)
     """Responses per prompt that the trainer "best_of_n" chooses from."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Of this row's training; None is ``policy.optimisation.learning_rate``, or that of ``online``."""
     sweep: dict[str, tuple[JsonValue, ...]] = Field(default_factory=dict)
     """Field -> values: one row for every combination. Fields are those of the loss (of ``online`` for "rloo" and
-    "grpo", of ``auto`` for "auto"; ``n`` for "best_of_n")."""
+    "grpo", of ``auto`` for "auto"; ``n`` for "best_of_n"), and ``learning_rate``."""
     seeds: tuple[int, ...] | None = None
     """Seeds of this row; None is the experiment's."""
     tiers: tuple[Tier, ...] | None = None
@@ -68,6 +71,8 @@ class Method(Frozen):
             if getattr(self, field) is not None and self.trainer not in trainers:
                 whose = f"trainer{'s' * (len(trainers) > 1)} {' and '.join(trainers)}"
                 raise ValueError(f"method {self.name!r}: {field} belongs to the {whose}; remove it")
+        if self.trainer == "best_of_n" and (self.learning_rate is not None or "learning_rate" in self.sweep):
+            raise ValueError(f"method {self.name!r}: best_of_n trains nothing; remove learning_rate")
         if self.trainer == "auto" and self.pairs != "all":
             raise ValueError(f"method {self.name!r}: auto takes all pairs; remove pairs")
         if self.reads and self.trainer == "auto" and self.margins == "in_sample":
@@ -119,6 +124,8 @@ class Method(Frozen):
     def _row(self, values: Mapping[str, JsonValue]) -> Method:
         words = " ".join(f"{_SIGNS.get(name, name)}={value}" for name, value in values.items())
         changes: dict[str, Any] = {"name": f"{self.name} {words}", "sweep": {}}
+        changes |= {name: value for name, value in values.items() if name in _OF_TRAINING}
+        values = {name: value for name, value in values.items() if name not in _OF_TRAINING}
         fields: Any
         if self.trainer == "best_of_n":
             fields, parts = {"n": self.n}, dict(values)
@@ -142,7 +149,7 @@ class Method(Frozen):
                 raise ValueError(f"method {self.name!r}: {said}") from None
         for name in values:
             if name not in fields:
-                near = did_you_mean(name, list(fields)) or f"; there are {', '.join(fields)}"
+                near = did_you_mean(name, [*fields, *_OF_TRAINING]) or f"; there are {', '.join((*fields, *_OF_TRAINING))}"
                 raise ValueError(f"method {self.name!r}: sweep.{name} is no field to vary{near}")
         return Method.model_validate({**dict(self), **changes})
 
