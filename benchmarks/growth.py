@@ -1,6 +1,6 @@
 """How the time of a training step grows with batch and completion length, and that of the head with the vocabulary.
 
-python benchmarks/growth.py --model gemma-3-270m --json out.json
+python benchmarks/growth.py --model gemma-3-270m --dtype float32 --json out.json
 """
 
 import argparse
@@ -39,13 +39,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="gemma-3-270m")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: what commands use on this machine")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     from madpo.models.load import compute_dtype
 
-    dtype = str(compute_dtype()).removeprefix("torch.")
+    dtype = options.dtype or str(compute_dtype()).removeprefix("torch.")
     base = {"model": options.model, "name": "ours", "dtype": dtype, "prompt": 20, "batches": 1}
-    shapes = [(batch, 48) for batch in (2, 4, 8, 16)] + [(8, completion) for completion in (16, 96, 160)]
+    shapes = [(batch, 48) for batch in (2, 4, 8, 16)] + [(8, completion) for completion in (16, 96, 160, 256)]
     steps = {}
     for batch, completion in shapes:
         worker = Worker(

@@ -9,7 +9,7 @@ import pandas as pd
 
 from madpo.core.seeding import rng
 from madpo.report.claims import Claim
-from madpo.report.methods import SFT, method_of
+from madpo.report.methods import SFT, method_of, rate_words
 from madpo.report.results import Row, Tier, measured
 
 N = 200
@@ -23,7 +23,16 @@ class Made(NamedTuple):
     samples: pd.DataFrame
 
 
-def row(name: str, level: float, *, kl: float = 5.0, noise: float = 0.2, seeds: int = 2, **settings: Any) -> Made:
+def row(
+    name: str,
+    level: float,
+    *,
+    kl: float = 5.0,
+    noise: float = 0.2,
+    seeds: int = 2,
+    learning_rate: float | None = None,
+    **settings: Any,
+) -> Made:
     """A row whose mean reward is exactly ``level`` in every seed, and whose noise of its own is small."""
     places = {"group": "core", "pairs": "all", "margins": "in_sample", "trainer": "offline"}
     given = {place: settings.pop(place, default) for place, default in places.items()}
@@ -34,6 +43,8 @@ def row(name: str, level: float, *, kl: float = 5.0, noise: float = 0.2, seeds: 
         rewards = level + (PROMPT - PROMPT.mean()) + own - own.mean()
         frames.append(samples(key, f"seed{seed}", rewards, kl + 0.1 * PROMPT))
     method = SFT if name == SFT else method_of(key, name, loss, given["pairs"], given["margins"], given["trainer"])
+    method += rate_words(learning_rate)
+    given["learning_rate"] = learning_rate
     names = tuple(f"seed{seed}" for seed in range(seeds))
     values = {"distinct_2": 0.8, "ended": 0.1, "perplexity": 10.0}
     per_seed = dict.fromkeys(names, level)

@@ -456,6 +456,43 @@ def test_every_setting_is_compared_with_dpos_curve_at_its_own_distance() -> None
     assert [line["less_dpo_at_equal_kl"] for line in table.rows if line["method"] == "MADPO"] == [ours]
 
 
+HALF = [
+    row("DPO lr=5e-05 β=0.3", 1.1, kl=2.0, kind="dpo", learning_rate=5e-5, **{"beta": 0.3}),
+    row("DPO lr=5e-05", 2.3, kl=6.0, kind="dpo", learning_rate=5e-5),
+]
+
+
+def test_a_method_is_compared_with_the_learning_rate_of_dpo_that_leaves_it_least() -> None:
+    """Above the curve at the study's rate by 0.1 and below the one at half of it by 0.2: it is not above DPO."""
+    ours = madpo(7.0, 4.0, 2.1, kl=6.0)
+    sft = row("SFT", 0.2, kl=0.0)
+    tier = tier_of("high", [sft, *CURVE, *HALF, ours])
+    assert [r.family for r in tier.policies] == ["DPO"] * 5 + ["MADPO"]
+    assert tier.baseline == tier.rows[2]
+    found = less_at_its_kl(tier, tier.rows[-1])
+    assert found.value is not None
+    assert (found.value.mean, found.against) == (pytest.approx(-0.2, abs=1e-9), "DPO, learning rate 5e-05")
+    assert found.below
+    without = less_at_its_kl(tier_of("high", [sft, *CURVE, ours]), tier.rows[-1])
+    assert (without.above, without.against) == (True, "")
+    # The other rate is a rival of DPO by itself, and is never compared with its own curve.
+    half = less_at_its_kl(tier, tier.rows[5])
+    assert half.value is not None
+    assert (half.value.mean, half.against) == (pytest.approx(0.3, abs=1e-9), "")
+    keys = {claim.key: claim.verdict for claim in claims([tier])}
+    assert keys["madpo-at-equal-kl"] == "did not hold"
+    assert keys["dpo-learning-rate-5e-05-at-equal-kl"] == "held"
+
+
+def test_a_curve_that_does_not_reach_so_far_is_named() -> None:
+    far = madpo(7.0, 4.0, 3.0, kl=9.0)
+    tier = tier_of("high", [row("SFT", 0.2, kl=0.0), *CURVE, *HALF, far])
+    found = less_at_its_kl(tier, tier.rows[-1])
+    assert found.value is not None
+    assert found.against == "DPO"
+    names(found.left_out["DPO, learning rate 5e-05"], ("9.0 nats", "6.0"))
+
+
 def test_a_statistic_of_means_has_the_interval_of_its_mean() -> None:
     values = rng(1, "x").normal(size=(400, 2))
     both = bootstrap_statistic(values, lambda means: means[:, 0] - means[:, 1], seed=3)

@@ -20,6 +20,7 @@ from madpo.report.own import own_opening, own_verdict
 from madpo.report.results import Row, Tier, measured
 from madpo.report.sources import HELDOUT, SAMPLES
 from madpo.study.compare import CompareSettings, compare
+from madpo.study.own_graph import rows_of
 from practice_cases import conversation, read, text_pairs, write
 from refusals import names, refused
 
@@ -28,6 +29,7 @@ SMALL = {
     "betas": [0.1, 0.5],
     "losses": ["madpo", {"kind": "auto", "beta": 0.1}],
     "optimisation": {"learning_rate": 2e-3, "batch_size": 12, "checkpoint_every": 0},
+    "other_learning_rates": [],
     "lora": {"rank": 2},
     "responses": {"max_new_tokens": 6},
 }
@@ -192,6 +194,21 @@ def _tier(gain, prompts=60):
     samples = pd.concat(parts).reindex(columns=["key", "seed", *SAMPLES, *HELDOUT])
     rows = [Row(key, key.upper(), key.upper(), {"kind": key, "beta": 0.1}, seeds=("seed0",)) for key in losses]
     return measured(Tier("own", rows, samples))
+
+
+def test_dpo_is_trained_at_half_the_rate_too() -> None:
+    rows = {row.key: row for row in rows_of(CompareSettings(model="m"), margins=True)}
+    assert list(rows) == ["dpo", "dpo-lr=5e-05", "madpo", "auto"]
+    assert [row.learning_rate for row in rows.values()] == [None, 5e-5, None, None]
+    settings = CompareSettings(model="m", betas=(0.1, 0.3), other_learning_rates=(2e-4,))
+    again = [row for row in rows_of(settings, margins=True) if row.learning_rate == 2e-4]
+    assert [row.name for row in again] == [
+        f"{m}{b} lr=0.0002" for m in ("DPO", "MADPO", "Auto") for b in ("", " β=0.3")
+    ]
+    none = rows_of(CompareSettings(model="m", other_learning_rates=()), margins=True)
+    assert [row.key for row in none] == ["dpo", "madpo", "auto"]
+    with refused(ValueError, "other_learning_rates", "0.0001"):
+        CompareSettings(model="m", other_learning_rates=(1e-4,))
 
 
 @pytest.mark.parametrize("gain", [0.1, 0.0])

@@ -131,6 +131,14 @@ def test_only_what_a_measurement_needs_is_trained():
         seen.add(step.name)
 
 
+def test_a_row_with_a_learning_rate_of_its_own_differs_in_that_only():
+    steps = {step.name: step for step in load("laptop").steps()}
+    half, whole = (steps[f"policy/low/dpo{name}/seed0"] for name in ("-lr=5e-05-beta=0.1", ""))
+    assert (half.config.optimisation.learning_rate, whole.config.optimisation.learning_rate) == (5e-5, 1e-4)
+    rate = {"optimisation": whole.config.optimisation, "method": whole.config.method}
+    assert half.config.model_copy(update=rate) == whole.config
+
+
 # The laptop study runs for hours. These may change only with a sentence in the log saying why; a field that joins a
 # configuration must be made by `madpo.core.config.added`.
 LAPTOP = {

@@ -189,7 +189,8 @@ class _Study:
             reading = (
                 f"{method}'s curve of reward against the root of KL, over its betas, minus that of {base}, which "
                 "begins at the reference: the mean over the distances that both reach, on each tier that was run. With "
-                "one beta, the difference at its distance."
+                "one beta, the difference at its distance. Of several curves of the base, one for each learning rate, "
+                "the one that leaves the least counts."
             )
             key = f"{_slug(method)}-at-equal-kl" if base == "DPO" else f"{_slug(method)}-above-madpo-at-equal-kl"
             found.append(_of_tiers(key, text, reading, f"{method} minus {base} at equal KL", by_tier, EQUAL_KL))

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from madpo.core.metrics import Estimate, Metric
-from madpo.report.methods import SFT, method_of
+from madpo.report.methods import SFT, method_of, rate_words
 from madpo.report.results import MEASURED, Row, Tier, Value, measured
 from madpo.report.sources import MEASURES, Sources
 from madpo.runner.record import Record
@@ -137,7 +137,8 @@ def _described(
     name = next((str(r.config["method"]) for r in given if r.config.get("method")), key)
     row = planned_row({**planned.get(name, {}), "name": name, "key": key})
     if policy is not None and (loss := policy.config.get("loss")):
-        row = replace(row, loss=loss, method=method_of(key, name, loss, row.pairs, row.margins, row.trainer))
+        method = method_of(key, name, loss, row.pairs, row.margins, row.trainer)
+        row = replace(row, loss=loss, method=method + rate_words(row.learning_rate))
     return replace(row, seeds=tuple(by_seed), per_seed=_rewards(by_seed))
 
 
@@ -150,8 +151,9 @@ def planned_row(method: Mapping[str, Any]) -> Row:
     key, name = str(method.get("key", "")), str(method["name"])
     texts = ("pairs", "all"), ("margins", "in_sample"), ("trainer", "offline")
     pairs, margins, trainer = (str(method.get(what, default)) for what, default in texts)
-    shown = method_of(key, name, loss, pairs, margins, trainer)
-    return Row(key, name, shown, loss, str(method.get("group", "")), pairs, margins, trainer)
+    rate = method.get("learning_rate")
+    shown = method_of(key, name, loss, pairs, margins, trainer) + rate_words(rate)
+    return Row(key, name, shown, loss, str(method.get("group", "")), pairs, margins, trainer, rate)
 
 
 def _rewards(by_seed: Mapping[str, Record]) -> dict[str, float]:

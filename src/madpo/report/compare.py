@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -146,7 +146,8 @@ class Comparison:
         what: in words; value: its estimate over prompts and training seeds; per_seed: the difference of each seed.
         bound: what it must lie above; required: whether a claim needs it, or only must not be contradicted by it.
         missing: why there is no value; seeds: training seeds that it is the mean over.
-        left_out: training seed -> why it is not among them.
+        left_out: training seed, or curve of the base -> why it is not among them.
+        against: the base's curve that it is the difference to, where the base has several.
         same: whether both sides got the same reward on every prompt, as two trainings with the same weights do: then
             there is nothing to compare.
     """
@@ -159,7 +160,13 @@ class Comparison:
     missing: str = ""
     seeds: int = 1
     left_out: Mapping[str, str] = field(default_factory=dict)
+    against: str = ""
     same: bool = False
+
+    @property
+    def shown(self) -> str:
+        """What is compared, with the base's curve."""
+        return f"{self.what} ({self.against})" if self.against else self.what
 
     @property
     def above(self) -> bool:
@@ -176,6 +183,18 @@ class Comparison:
             return False
         edge = self.value.low if sign > 0 else self.value.high
         return sign * (edge - self.bound) > 0 and all(sign * (v - self.bound) > 0 for v in self.per_seed.values())
+
+
+def hardest(found: Sequence[Comparison]) -> Comparison:
+    """Of differences to several of a base's curves, the one that leaves the method least.
+
+    A method is above the base only if it is above every curve; testing all of them, each at the level of one, keeps
+    that level (intersection-union test). ``against`` names the curve, unless it is the base's only one.
+    """
+    made = [c for c in found if c.value is not None]
+    least = min(made, key=lambda c: c.value.low if c.value else 0.0, default=found[0])
+    rest = {c.against: c.missing for c in found if c.value is None} if made else {}
+    return replace(least, against=least.against * (len(found) > 1), left_out={**least.left_out, **rest})
 
 
 def less(what: str, sides: Sequence[Choice | None], column: str = "reward", **how: Any) -> Comparison:

@@ -1,9 +1,9 @@
-"""Rewards at equal KL: a method against the curve of a base method over its betas."""
+"""Rewards at equal KL: a method against the curves of a base method over its betas, one for each learning rate."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from madpo.core.statistics import bootstrap_statistic, over_repetitions
-from madpo.report.compare import NOT_RUN, Choice, Comparison, base_beta, choose, settings_of
+from madpo.report.compare import NOT_RUN, Choice, Comparison, base_beta, choose, hardest
 from madpo.report.methods import SFT
 from madpo.report.results import BOOTSTRAP_SEED, Row, Tier, against, once
 
@@ -55,36 +55,46 @@ def equal_kl(
     curve). Beyond the ends of a curve there is nothing to compare with: such seeds are left out, and so are those in
     which the base has fewer than two settings.
 
+    The base has a curve for each learning rate that it was trained at, and the difference is to the curve that leaves
+    the least of it (:func:`madpo.report.compare.hardest`): what is trained less may lie above another curve by that.
+
     Args:
         base: "DPO", or "MADPO" at its setting with the most betas.
         line: further settings of the chosen one over beta. The difference is then the mean over the distances that both
             curves span; else it is taken at the one setting's own distance.
     """
-    own = list(line) or ([] if choice is None else [choice.row])
-    keys = {row.key for row in own}
-    curve = [row for row in _settings(tier, base) if row.key not in keys]
-    if choice is None or len(curve) < 2:
-        return Comparison(what, missing=f"{NOT_RUN}: it needs the method, and {base} at two or more β", **how)
+    needs = f"{NOT_RUN}: it needs the method, and {base} at two or more β"
+    if choice is None:
+        return Comparison(what, missing=needs, **how)
+    found = [
+        _above_curve(Comparison(what, against=method, **how), tier, choice, list(line) or [choice.row], rows)
+        for method, rows in frontiers(tier, base_beta([tier])).items()
+        if rows[0].family == base and method != choice.row.method
+    ]
+    return hardest(found) if found else Comparison(what, missing=needs, **how)
+
+
+def _above_curve(asked: Comparison, tier: Tier, choice: Choice, own: Sequence[Row], curve: Sequence[Row]) -> Comparison:
+    """The answer for one curve of the base."""
+    keys, base = {row.key for row in own}, asked.against
+    curve = [row for row in curve if row.key not in keys]
+    if len(curve) < 2:
+        return replace(asked, missing=f"{NOT_RUN}: it needs the method, and {base} at two or more β")
     both = _curves(tier, own, curve, (choice.name, base), tier.reporting if choice.chosen else None)
     if not both.spans:
-        return Comparison(what, missing=both.missing, **how)
+        return replace(asked, missing=both.missing)
     per_seed = both.per_seed()
     over_prompts = bootstrap_statistic(both.values, lambda means: both.above(means).mean(axis=1), seed=BOOTSTRAP_SEED)
     others = [found for key, found in _each_above(tier, base).items() if key not in keys]
     alike = [[found[seed] for seed in per_seed] for found in others if found.keys() >= per_seed.keys()]
     value = over_repetitions(over_prompts, [*per_seed.values()], alike)
-    return Comparison(what, value, per_seed, seeds=len(per_seed), left_out=both.out, **how)
-
-
-def _settings(tier: Tier, base: str) -> list[Row]:
-    """The rows of a base's curve."""
-    return settings_of(tier, "DPO", None) if base == "DPO" else frontiers(tier, base_beta([tier])).get(base, [])
+    return replace(asked, value=value, per_seed=per_seed, seeds=len(per_seed), left_out=both.out)
 
 
 @once
 def _each_above(tier: Tier, base: str) -> dict[str, dict[str, float]]:
     """Key of every trained row but the base's -> seed -> how far it lies above the base's curve at its own distance."""
-    curve = _settings(tier, base)
+    curve = frontiers(tier, base_beta([tier])).get(base, [])
     rows = [row for row in tier.policies if row.method != base]
     return {row.key: _curves(tier, [row], curve, (row.name, base)).per_seed() for row in rows}
 

@@ -67,6 +67,11 @@ _SPOKEN = (
 )
 
 
+def rate_words(learning_rate: float | None) -> str:
+    """What a method's name ends with where its rows have a learning rate of their own."""
+    return "" if learning_rate is None else f", learning rate {learning_rate:g}"
+
+
 def settings_words(loss: Mapping[str, Any]) -> str:
     """ "beta 0.1, tau 7, c max 4": the numbers that tell a row from others of its kind."""
     numbers = {name: value for name in _SPOKEN if isinstance(value := loss.get(name), int | float)}

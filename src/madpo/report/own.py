@@ -12,7 +12,7 @@ from typing import Any
 
 from madpo.core.metrics import Estimate
 from madpo.report.charts import Chart, figure, levels
-from madpo.report.compare import FEWEST, Comparison, base_beta, choose, less
+from madpo.report.compare import FEWEST, Comparison, base_beta, choose, hardest, less
 from madpo.report.equal_kl import equal_kl, frontiers
 from madpo.report.numbers import count, listed, short, side
 from madpo.report.pages import Cell, Table, cell, limit_of
@@ -30,7 +30,14 @@ HEAD = {
 
 def own_opening(tier: Tier) -> str:
     """What was compared, on what."""
-    methods = listed(list(dict.fromkeys(row.method for row in tier.policies)))
+    methods = listed(list(dict.fromkeys(row.family for row in tier.policies)))
+    rates = dict[str, list[float]]()
+    for row in tier.policies:
+        if row.learning_rate is not None and row.learning_rate not in rates.setdefault(row.family, []):
+            rates[row.family].append(row.learning_rate)
+    also = "".join(
+        f", {name} also at the learning rate {listed([f'{r:g}' for r in own])}" for name, own in rates.items()
+    )
     betas = {row.beta for row in tier.policies if row.beta is not None}
     prompts = {
         name: max((value.n for row in tier.policies if isinstance(value := row[name], Estimate)), default=0)
@@ -40,7 +47,7 @@ def own_opening(tier: Tier) -> str:
     measured = [f"held-out pairs of {n} prompts"] if (n := prompts["heldout_log_loss"]) else []
     measured += [f"the judge's reward on {n} prompts"] if (n := prompts["oracle_reward"]) else []
     return (
-        f"{methods} at {count(len(betas), 'value')} of β, {count(len(tier.seeds), 'training seed')} each: "
+        f"{methods} at {count(len(betas), 'value')} of β, {count(len(tier.seeds), 'training seed')} each{also}: "
         f"{listed(measured)}, with 95 % intervals over prompts{several}."
     )
 
@@ -62,8 +69,19 @@ def comparisons(tier: Tier) -> dict[str, Comparison]:
             choice = choose(method, tier, line[:1])
             found[method] = equal_kl(what, tier, choice, line=line if len(line) > 1 else [])
         if found.get(method, Comparison(what)).value is None:
-            sides = [choose("DPO", tier, [tier.baseline]), choose(method, tier, [row])]
-            on_pairs = less(f"{row.name}, held-out log loss", sides, "log_loss")
+            bases = [r for r in tier.policies if (r.family, r.beta) == (tier.baseline.family, tier.baseline.beta)]
+            on_pairs = hardest(
+                [
+                    less(
+                        f"{row.name}, held-out log loss",
+                        [choose("DPO", tier, [base]), choose(method, tier, [row])],
+                        "log_loss",
+                        against=base.method,
+                    )
+                    for base in bases
+                    if base.method != method
+                ]
+            )
             found[method] = on_pairs if on_pairs.value is not None else found.get(method, on_pairs)
     return found
 
@@ -82,8 +100,9 @@ def own_verdict(tier: Tier) -> Verdict:
         which = f"{count(fewest, 'held-out prompt').capitalize()} cannot tell losses apart."
     elif clear:
         best = max(clear, key=lambda method: clear[method])
-        once = ", with one training of each," if min(made[method].seeds for method in clear) == 1 else ""
-        which, kind = f"Clearly better than DPO{once} is {listed(list(clear))}: take {best}.", "above"
+        which, kind = f"Clearly better than DPO is {listed(list(clear))}: take {best}.", "above"
+        if made[best].seeds == 1:
+            which = f"Better than DPO in one training of each is {best}; give --seeds 0 1, since another can turn that."
     else:
         which = "No loss is clearly better than DPO: plain DPO is as good."
     said = []

@@ -19,7 +19,7 @@ import pandas as pd
 from madpo.core.metrics import Estimate
 from madpo.core.seeding import rng
 from madpo.core.statistics import bootstrap_mean, over_repetitions, share_of
-from madpo.report.methods import SFT
+from madpo.report.methods import SFT, rate_words
 from madpo.runner.record import Record
 
 BOOTSTRAP_SEED = 0  # of every interval that a run reports: the same records give the same numbers
@@ -52,9 +52,11 @@ class Row:
     """A method of a tier at one setting.
 
     Attributes:
-        key: its name in the steps ("madpo_t7"); name: how it is shown; method: what it is a setting of ("MADPO").
+        key: its name in the steps ("madpo_t7"); name: how it is shown; method: what it is a setting of ("MADPO"), with
+            the learning rate where it has its own.
         loss: the loss's settings, empty for SFT; where no loss trained it, the trainer's settings.
         group: the part of the study that the row belongs to, "" where the run names none.
+        learning_rate: its own; None is that of the whole study.
         pairs, margins, trainer: what it was trained on ("all", "agreeing", "redrawn"; margins "in_sample" or
             "out_of_fold") and how ("offline", "rloo", ...).
         seeds: names of the training seeds; per_seed: seed -> mean oracle reward.
@@ -75,6 +77,7 @@ class Row:
     pairs: str = "all"
     margins: str = "in_sample"
     trainer: str = "offline"
+    learning_rate: float | None = None
     seeds: tuple[str, ...] = ()
     per_seed: dict[str, float] = field(default_factory=dict)
     values: dict[str, Value] = field(default_factory=dict)
@@ -85,6 +88,11 @@ class Row:
     def mean(self, name: str) -> float:
         """The value without its interval; -inf where there is none."""
         return mean_of(self[name])
+
+    @property
+    def family(self) -> str:
+        """The method, whatever the learning rate."""
+        return self.method.removesuffix(rate_words(self.learning_rate))
 
     @property
     def beta(self) -> float | None:
@@ -157,6 +165,7 @@ class Tier:
     def baseline(self) -> Row | None:
         """Plain DPO, which differences refer to."""
         plain = [row for row in self.rows if row.loss.get("kind", row.key) == "dpo" and row.pairs == "all"]
+        plain = [row for row in plain if row.learning_rate is None] or plain
         first = [row for row in plain if row.group in ("", "core")]
         return next((row for row in plain if row.key == "dpo"), next(iter([*first, *plain]), None))
 

@@ -53,8 +53,8 @@ def _claim(claim: Claim, doubted: Sequence[str], limit: float) -> dict[str, Any]
     if doubted:
         remarks.append(f"The reward model on {', '.join(doubted)} cannot be distinguished from chance.")
     closest = min(claim.made, key=lambda c: c.value.low - c.bound if c.value else 0.0)
-    shown = cell(closest.value, "signed", limit)._replace(small=(closest.what,))
-    rows = [[Cell(c.what), *_difference(c, limit)] for c in claim.comparisons]
+    shown = cell(closest.value, "signed", limit)._replace(small=(closest.shown,))
+    rows = [[Cell(c.shown), *_difference(c, limit)] for c in claim.comparisons]
     head = ["difference of mean rewards", "this run", "each seed"]
     numbers = Table(f"Numbers for: {claim.text}", head, rows, plain=True)
     kind = KINDS[claim.verdict]

@@ -171,7 +171,7 @@ def study_tables(
         ],
         "claims": [
             {"claim": claim.key, "text": claim.text, "verdict": claim.verdict, "stands_on": claim.shown}
-            | {"comparison": c.what, "difference": c.value, "must_exceed": c.bound}
+            | {"comparison": c.shown, "difference": c.value, "must_exceed": c.bound}
             | {"per_seed_or_why_not": by_seed(c.per_seed, "signed") or c.missing}
             | {"left_out": "; ".join(f"{seed}: {why}" for seed, why in c.left_out.items())}
             for claim in claims
@@ -225,7 +225,7 @@ def claim_json(claim: Claim) -> dict[str, Any]:
     """A claim with its comparisons, for programs."""
     names = ("key", "section", "text", "reading", "paper", "verdict", "shown", "partly")
     comparisons = [
-        {"what": c.what, "difference": plain(c.value), "per_seed": dict(c.per_seed), "left_out": dict(c.left_out)}
+        {"what": c.shown, "difference": plain(c.value), "per_seed": dict(c.per_seed), "left_out": dict(c.left_out)}
         | {"same": c.same, "must_exceed": c.bound, "missing": c.missing}
         for c in claim.comparisons
     ]

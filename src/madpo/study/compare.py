@@ -41,6 +41,10 @@ class CompareSettings(Training):
     equal KL only."""
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0,), min_length=1)
     """One training of every loss and beta for each of them."""
+    other_learning_rates: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    """Learning rates besides ``learning_rate`` that each loss is trained at too. None trains DPO at half of it, since
+    a policy that is trained less can have more reward at its distance from the reference: a loss is called better than
+    DPO only where it is above DPO at each rate. [] is none."""
     judge: str | None = None
     """What scores the policies' responses to held-out prompts: a folder that ``madpo reward`` wrote, a sequence
     classifier with one output, or ``probe``, which is fitted to pairs that no policy sees. None compares by held-out
@@ -62,10 +66,12 @@ class CompareSettings(Training):
 
     @model_validator(mode="after")
     def _check(self) -> CompareSettings:
-        for name in ("seeds", "betas"):
+        for name in ("seeds", "betas", "other_learning_rates"):
             values = getattr(self, name)
-            if values is not None and (len(set(values)) != len(values) or not values):
+            if values is not None and (len(set(values)) != len(values) or not (values or name.startswith("other"))):
                 raise ValueError(f"{name} must hold one value or more, each once")
+        if (rate := self.optimisation.learning_rate) in (self.other_learning_rates or ()):
+            raise ValueError(f"other_learning_rates has {rate:g}, which every loss is trained at anyway; remove it")
         refuse_all_taken(self.eval_share, self.judge, self.judge_share)
         for loss in self.losses:
             known_loss(loss)

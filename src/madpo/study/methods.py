@@ -149,7 +149,9 @@ class Method(Frozen):
                 raise ValueError(f"method {self.name!r}: {said}") from None
         for name in values:
             if name not in fields:
-                near = did_you_mean(name, [*fields, *_OF_TRAINING]) or f"; there are {', '.join((*fields, *_OF_TRAINING))}"
+                near = (
+                    did_you_mean(name, [*fields, *_OF_TRAINING]) or f"; there are {', '.join((*fields, *_OF_TRAINING))}"
+                )
                 raise ValueError(f"method {self.name!r}: sweep.{name} is no field to vary{near}")
         return Method.model_validate({**dict(self), **changes})
 

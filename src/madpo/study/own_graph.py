@@ -129,7 +129,7 @@ class OwnTrunk(_PairsTrunk):
 
 
 def rows_of(settings: CompareSettings, margins: bool) -> tuple[Method, ...]:
-    """A row for every loss at the common beta, and one for each at the others.
+    """A row for every loss at the common beta, and one for each at the others and at other learning rates.
 
     Args:
         margins: whether the pairs have a column ``reward_margin``.
@@ -159,13 +159,21 @@ def rows_of(settings: CompareSettings, margins: bool) -> tuple[Method, ...]:
             row = Method(name=shown, trainer="auto", auto=auto, margins="column" if margins else "probe")
         else:
             row = Method(name=shown, loss=loss, margins="column" if margins else "in_sample")
-        rows.append(row)
-        if tuned and (others := tuple(beta for beta in betas if beta != base)):
-            rows += row.model_copy(update={"group": "frontier", "sweep": {"beta": others}}).rows()
+        others = {"beta": tuple(beta for beta in betas if beta != base and tuned)}
+        own = [row, *_swept(row, others)]
+        rates = settings.other_learning_rates
+        if rates is None:
+            rates = (settings.optimisation.learning_rate / 2,) if name == "DPO" else ()
+        rows += own + [again for one in own for again in _swept(one, {"learning_rate": rates})]
     for row in rows:
         if sum(other.key == row.key for other in rows) > 1:
             raise ConfigError(f"losses has {row.name} twice; give each once")
     return tuple(rows)
+
+
+def _swept(row: Method, sweep: dict[str, tuple[float, ...]]) -> tuple[Method, ...]:
+    """The row at every value, for the curve of its method; none where there are no values."""
+    return row.model_copy(update={"group": "frontier", "sweep": sweep}).rows() if all(sweep.values()) else ()
 
 
 def _source(place: str) -> Source:
