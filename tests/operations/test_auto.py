@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("module_cache", "module_float32")
 ARGS = {"learning_rate": 1e-2, "num_train_epochs": 1, "per_device_train_batch_size": 16, "bf16": False, "seed": 7}
 
 
-def pairs(count, *, coin=False, seed=0):
+def pairs(count, *, coin=False, seed=0, prompts=60):
     """Pairs with exact margins and Bradley-Terry labels; with ``coin`` neither says anything."""
     generator = np.random.default_rng(seed)
     rows = []
@@ -39,7 +39,9 @@ def pairs(count, *, coin=False, seed=0):
         first = generator.random() < (0.5 if coin else 1 / (1 + math.exp(-true)))
         margin = float(generator.standard_normal()) if coin else true if first else -true
         chosen, rejected = texts if first else texts[::-1]
-        rows.append({"prompt": f"The film {i % 60}", "chosen": chosen, "rejected": rejected, "reward_margin": margin})
+        rows.append(
+            {"prompt": f"The film {i % prompts}", "chosen": chosen, "rejected": rejected, "reward_margin": margin}
+        )
     return rows
 
 
@@ -143,9 +145,26 @@ def test_held_out_pairs_are_in_neither_training(llama, data, tmp_path):
     assert report.margin_temperature == pytest.approx(fit_temperature(rest)[0])
 
 
+def test_evaluation_pairs_of_a_file_of_their_own_are_no_training_pairs(llama, tmp_path):
+    """Both files number their pairs from 0."""
+    own = pairs(60, prompts=30)
+    other = [row | {"prompt": f"Another {i}"} for i, row in enumerate(pairs(70, seed=3))]
+    data, held = write(tmp_path / "pairs.jsonl", own), write(tmp_path / "held.jsonl", other)
+    report = train(data, tmp_path / "P", settings(llama), eval_data=held)
+    assert (report.pairs, report.eval_pairs) == (60, 70)
+    assert report.margin_temperature == pytest.approx(fit_temperature([row["reward_margin"] for row in own])[0])
+    lines = read(tmp_path / "P" / "dpo" / "first_look.jsonl")
+    prompts = [own[line["pair_id"]]["prompt"] for line in lines]
+    assert [line["reward_margin"] for line in lines] == [own[line["pair_id"]]["reward_margin"] for line in lines]
+    looked = read(tmp_path / "P" / "dpo" / "heldout.jsonl")
+    assert [line["reward_margin"] for line in looked] == [row["reward_margin"] for row in other]
+    assert len({line["prompt"] for line in looked}) == 70
+    assert len(set(prompts)) == len(prompts) == len({line["prompt"] for line in lines}) == 15, "half of 30 prompts"
+
+
 def test_record_card_and_configuration_say_all_of_it(done, llama, data):
     record = json.loads((done / "record.json").read_bytes())
-    assert record["operation"] == "train_auto/4"
+    assert record["operation"] == "train_auto/5"
     assert {"label_share", "deciding", "advice"} <= record["metrics"].keys()
     assert {"adapter/adapter_model.safetensors", "dpo/adapter/adapter_model.safetensors"} <= record["provenance"][
         "files"

@@ -99,6 +99,23 @@ def test_pairs_of_the_evaluation_are_looked_for_in_the_training(
     names(capsys.readouterr().err, other, "line 1", "1 in all")
 
 
+def test_names_of_two_pairs_are_found_and_refused_and_the_remedy_works(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], own_cache: None
+) -> None:
+    """As two scored files in one have them."""
+    twice = write(tmp_path / "d.jsonl", [row | {"pair_id": i % 8} for i, row in enumerate(text_pairs(12))])
+    once = write(tmp_path / "e.jsonl", [row | {"prompt": f"No {i}"} for i, row in enumerate(text_pairs(12))])
+    report = check(twice)
+    assert {finding.kind: finding.count for finding in report.findings} == {"repeated_id": 4}
+    assert report.findings[0].examples[0].endswith("line 9, first in 1")
+    for name in ("train", "reward", "tune"):
+        assert main(commands(twice, llama, tmp_path / name)[name]) == 2
+        names(capsys.readouterr().err, twice, ("line 9", "first in 1"), "--columns.ignore pair_id")
+    assert main([*commands(once, llama, tmp_path / "o")["train"], "--eval_data", str(twice)]) == 2
+    names(capsys.readouterr().err, twice, ("line 9", "first in 1"))
+    assert main([*commands(twice, llama, tmp_path / "p")["train"], "--columns.ignore", "pair_id"]) == 0
+
+
 def test_a_training_refuses_pairs_that_all_look_the_same(
     llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], own_cache: None
 ) -> None:

@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -76,8 +77,8 @@ class Seen:
     def __init__(self) -> None:
         self._pairs = bytearray()
         self._prompts = bytearray()
-        self.numbers = array("q")
-        """Line or row of each pair."""
+        self.numbers, self.ids = array("q"), array("q")
+        """Line or row of each pair, and its pair_id."""
 
     def add(self, pair: Pair) -> None:
         """Remember a pair."""
@@ -89,6 +90,7 @@ class Seen:
         self._pairs += key
         self._prompts += prompt
         self.numbers.append(pair.number)
+        self.ids.append(pair.pair_id)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -104,8 +106,10 @@ class Seen:
         return len(np.unique(np.frombuffer(self._prompts, "S16")))
 
     def repeats(self, findings: Findings, at: At) -> None:
-        """Add duplicates, and pairs that are there in both orders."""
+        """Add duplicates, pairs that are there in both orders, and names of two pairs."""
         rows = np.arange(len(self))
+        named = _first(np.frombuffer(self.ids, np.int64))
+        self._report(findings, "repeated_id", named, named != rows, at)
         first = _first(np.frombuffer(self._pairs, "S16"))
         self._report(findings, "duplicate", first, first != rows, at)
         orders = np.frombuffer(self._pairs, np.uint8)[15::16] & 1
@@ -146,7 +150,7 @@ def digest(text: Text) -> bytes:
     return hasher.digest()
 
 
-def _first(keys: npt.NDArray[np.bytes_]) -> npt.NDArray[np.intp]:
+def _first(keys: npt.NDArray[Any]) -> npt.NDArray[np.intp]:
     """For each row the first one with its key."""
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
     rows: npt.NDArray[np.intp] = first[inverse]
@@ -197,6 +201,12 @@ class Survey:
         """Take the first finding for a mistake (DataError)."""
         if summary := self.findings.summary():
             raise DataError(strict_sentence(summary[0]))
+
+    def refuse_repeated_ids(self) -> None:
+        """Refuse names that two pairs have, for what tells pairs apart by them (DataError)."""
+        for finding in self.findings.summary():
+            if finding.kind == "repeated_id":
+                raise DataError(strict_sentence(finding))
 
     def refuse_nothing_to_learn(self, data: str) -> None:
         """Refuse pairs that all have the same tokens on both sides, for a training (DataError)."""

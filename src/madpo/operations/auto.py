@@ -119,7 +119,7 @@ class AutoReport(TrainReport):
         return "\n".join([head, *self.decision(), *self.evaluated()])
 
 
-@operation("train_auto/4")
+@operation("train_auto/5")
 def train_auto(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """The operation behind ``madpo train`` with no loss named."""
     assert isinstance(settings.loss, Auto)
@@ -132,7 +132,7 @@ def train_auto(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) -
     source = "a probe of the reference's hidden states, out of fold"
     if MARGIN in first.numbers:
         read = read_margins(data, settings.reading, shown=0)
-        column, source = dict(zip(read.pair_ids, read.values, strict=True)), f"the column {MARGIN}"
+        column, source = np.array(read.values), f"the column {MARGIN}"
     say(f"Margins come from {source}.")
     clock = started_clock(state, settings.date)
     base = resolve_model(settings.model)
@@ -161,14 +161,14 @@ class _Work(NamedTuple):
 
     Attributes:
         settings: of the trainings, but for their loss and seed.
-        column: pair_id -> margin, where the data have them.
+        column: margins of all pairs, where the data have them.
     """
 
     settings: TrainSettings
     auto: Auto
     data: str
     eval_data: Path | None
-    column: dict[int, float] | None
+    column: NDArray[np.float64] | None
     state: Path
     seed: int
     clock: Clock
@@ -196,11 +196,7 @@ class _Work(NamedTuple):
 
     def margins_out_of(self, folder: str) -> NDArray[np.float64]:
         """Margins of the pairs that a training saw, out of fold where a probe gave them."""
-        if self.column is None:
-            return _column(self.state / folder / MARGINS, MARGIN)
-        lines = self.state / folder / HELDOUT
-        aside = set(_column(lines, "pair_id").astype(int).tolist()) if lines.exists() else set()
-        return np.array([margin for pair, margin in self.column.items() if pair not in aside])
+        return _column(self.state / folder / MARGINS, MARGIN)
 
 
 def _column(path: Path, name: str) -> NDArray[np.float64]:
@@ -224,7 +220,7 @@ def _trained(work: _Work) -> dict[str, Any]:
     why, steps, seed = "", 0, work.seed
     if work.auto.fast:
         # A probe's margins are log-odds as they are, and not known before the training.
-        values = None if work.column is None else np.array([*work.column.values()])
+        values = work.column
         temperature = 1.0 if values is None else inspect(values).margin_temperature
         share = FAST_SHARE if values is None or better_than_coin(values) else 1.0
     else:

@@ -108,6 +108,8 @@ def load_training(
     if eval_data is not None:
         heldout = load_preferences(eval_data, survey=evaluation, **how)
         survey.add_leaks(evaluation)
+        evaluation.refuse_repeated_ids()
+    survey.refuse_repeated_ids()
     tell_findings(survey, str(data), settings.model, strict=settings.strict)
     survey.refuse_nothing_to_learn(str(data))
     if eval_data is not None:

@@ -43,7 +43,7 @@ from madpo.training.run import keep_tracked, run_training
 HELDOUT = "heldout.jsonl"
 """One line for each held-out pair: its implicit margin, and its reward margin where the data have one."""
 MARGINS = "margins.jsonl"
-"""One line for each training pair: its margin out of fold, where a probe gave it."""
+"""One line for each training pair, with a probe or a first look: its margin, out of fold where a probe gave it."""
 FIRST_LOOK = "first_look.jsonl"
 """As ``HELDOUT``, of training pairs: what the policy said of them before it was trained on them."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -114,7 +114,9 @@ def _train(settings: TrainSettings, inputs: Mapping[str, Path], out: Path, *, no
     if settings.export == "gguf":
         refuse_unconvertible(base)
     require_columns(rows, settings.loss, str(data), probed=probed)
-    prompts = {row["pair_id"]: prompt_key(row["prompt"]) for row in [*rows, *heldout]}
+    prompts, held = (
+        {row["pair_id"]: prompt_key(row["prompt"]) for row in part} for part in (rows, heldout)
+    )  # of two files, whose pair_ids may be the same
     if settings.first_look:
         rows = in_halves(rows, [prompts[row["pair_id"]] for row in rows], split_seed(settings, args))
     if heldout:
@@ -138,7 +140,7 @@ def _train(settings: TrainSettings, inputs: Mapping[str, Path], out: Path, *, no
         timing = ("runtime", "per_second", "epoch", "num_tokens")
         names = [name for name in logged if name.startswith("eval_") and not name.endswith(timing)]
         evaluation = {name: float(logged[name]) for name in names}
-    _write_margins(trainer, prompts, out)
+    _write_margins(trainer, prompts, held, out)
     report = TrainReport(
         pairs=len(trainer.train_dataset),
         eval_pairs=len(trainer.eval_dataset) if heldout else 0,
@@ -274,20 +276,23 @@ def implicit_margins(trainer: PreferenceTrainer, rows: Dataset) -> NDArray[np.fl
     return margins
 
 
-def _write_margins(trainer: PreferenceTrainer, prompts: Mapping[int, str], out: Path) -> None:
-    """``MARGINS``, ``HELDOUT`` and ``FIRST_LOOK``, where there are such margins; ``prompts`` are by pair_id."""
+def _write_margins(trainer: PreferenceTrainer, trained: Mapping[int, str], held: Mapping[int, str], out: Path) -> None:
+    """``MARGINS``, ``HELDOUT`` and ``FIRST_LOOK``, where there are such margins.
+
+    Args:
+        trained, held: pair_id -> prompt, of the training pairs and of the held-out ones.
+    """
     judged = {}
     tables: dict[str, pd.DataFrame] = {}
-    if trainer.eval_dataset is not None:
-        implicit = implicit_margins(trainer, trainer.eval_dataset).tolist()
-        judged[HELDOUT] = trainer.eval_dataset, dict(zip(trainer.eval_dataset["pair_id"], implicit, strict=True))
+    if (rows := trainer.eval_dataset) is not None:
+        judged[HELDOUT] = rows, held, dict(zip(rows["pair_id"], implicit_margins(trainer, rows).tolist(), strict=True))
     if trainer.first_look is not None:
-        judged[FIRST_LOOK] = trainer.train_dataset, trainer.first_look.deciding(prompts)
+        judged[FIRST_LOOK] = trainer.train_dataset, trained, trainer.first_look.deciding(trained)
     if not processes.is_main_process():
         return
-    if trainer.probe is not None:
+    if trainer.probe is not None or (trainer.first_look is not None and MARGIN in trainer.train_dataset.column_names):
         tables[MARGINS] = pd.DataFrame({name: list(trainer.train_dataset[name]) for name in ("pair_id", MARGIN)})
-    for name, (dataset, margins) in judged.items():
+    for name, (dataset, prompts, margins) in judged.items():
         table = pd.DataFrame({"pair_id": [*margins], "prompt": [prompts[pair] for pair in margins]})
         table["prompt"] = pd.factorize(table["prompt"])[0]
         table["implicit_margin"] = [*margins.values()]
