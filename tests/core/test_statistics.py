@@ -107,6 +107,9 @@ def test_rows_alike_share_their_spread() -> None:
     calm = over_repetitions(flat, [1.0, 3.0], [[0.0, 0.0]] * 9)
     assert calm.high - calm.mean < 0.2 * (together.high - together.mean)
     assert over_repetitions(flat, [2.0], [[1.0], [5.0]]) == flat, "one repetition says nothing"
+    # One repetition has the others' variance, 2, whole, where two have half of it.
+    one = over_repetitions(flat, [2.0], [[5.0, 7.0], [0.0, 2.0]])
+    assert one.high - one.mean == pytest.approx(12.7062047 * np.sqrt(2.0))
 
 
 def test_rows_alike_make_two_repetitions_cover_and_the_interval_short() -> None:
@@ -123,6 +126,21 @@ def test_rows_alike_make_two_repetitions_cover_and_the_interval_short() -> None:
         shorter.append((found.high - found.low) / (single.high - single.low))
     assert 0.92 <= inside / trials <= 0.975
     assert np.median(shorter) < 0.7
+
+
+def test_one_repetition_covers_by_the_spread_of_other_rows() -> None:
+    """A row with one training of five rows with two, whose trainings vary as much as the units' mean."""
+    generator, trials, n = np.random.default_rng(9), 400, 24
+    inside = np.zeros(2)
+    for trial in range(trials):
+        trainings = np.sqrt(2 / n) * generator.normal(size=(7, 1, 2))
+        x = generator.normal(size=(7, n, 1)) + generator.normal(size=(7, n, 2)) + trainings
+        over_units = bootstrap_mean((x[1] - x[0])[:, 0], seed=trial % 4)
+        for which, others in enumerate(([], (x[2:] - x[0]).mean(axis=1))):
+            found = over_repetitions(over_units, [over_units.mean], others)
+            inside[which] += found.low <= 0 <= found.high
+    assert inside[0] / trials < 0.9, "over units only it is too sure"
+    assert 0.92 <= inside[1] / trials <= 0.98
 
 
 @pytest.mark.parametrize(("spread", "lowest", "highest"), [(0.0, 0.955, 0.995), (1.0, 0.91, 0.975)])

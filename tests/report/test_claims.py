@@ -282,7 +282,7 @@ def test_policies_that_answer_alike_show_nothing() -> None:
     sides = [choose("Reg-Only", tier, tier.rows[2:3]), choose("DPO", tier, tier.rows[:1])]
     found = less("x", sides, bound=-0.1)
     assert found.value is not None
-    assert (found.value.low, found.value.high, found.same) == (0.0, 0.0, True)
+    assert (found.value.low, found.value.high, found.same) == (pytest.approx(0.0), pytest.approx(0.0), True)
     assert not found.above
     assert Claim("k", BEYOND, "t", "r", "", (found,)).verdict == OPEN
     (said,) = idle_parts([tier])

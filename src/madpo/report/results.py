@@ -270,8 +270,8 @@ def paired(
 ) -> Difference | None:
     """The first side minus the second by prompt, or of four (a - b) - (c - d); None on fewer than two prompts.
 
-    Its interval holds prompts and training seeds (:func:`madpo.core.statistics.over_repetitions`); of one seed, or
-    where no seed is common, it is over prompts only.
+    Its interval holds prompts and training seeds (:func:`madpo.core.statistics.over_repetitions`); of one seed where no
+    other trainings have more, or where no seed is common, it is over prompts only.
 
     Args:
         cells: as of :func:`over_shared_seeds`.
@@ -284,14 +284,19 @@ def paired(
     if len(values) < 2:
         return None
     signs = np.array([1.0, -1.0, -1.0, 1.0])[: len(cells)]
-    means = np.stack([side.loc[values.index, seeds].mean().to_numpy() for side in cells])
-    others = [other.reindex(values.index)[seeds].mean(skipna=False) for other in alike if {*seeds} <= {*other.columns}]
-    rest = signs[1:] @ means[1:]
-    repeated = [means[0] + rest, *(m.to_numpy() + rest for m in others if m.notna().all())]
+
+    def by_seed(first: pd.DataFrame, seeds: Sequence[str]) -> np.ndarray:
+        sides = (side.reindex(values.index)[seeds].mean(skipna=False) for side in (first, *cells[1:]))
+        return np.asarray(signs @ np.stack([*sides]))
+
     over_prompts = bootstrap_mean(values.to_numpy() @ signs, seed=BOOTSTRAP_SEED)
-    value = over_repetitions(over_prompts, repeated[0], repeated[1:]) if seeds else over_prompts
-    per_seed = dict(zip(seeds, repeated[0].tolist(), strict=True))
-    return Difference(value, per_seed, values)
+    if not seeds:
+        return Difference(over_prompts, {}, values)
+    own = by_seed(cells[0], seeds)
+    wide = seeds if len(seeds) > 1 else sorted(set.intersection(*({*side.columns} for side in cells[1:])))
+    others = [by_seed(other, wide) for other in alike if {*wide} <= {*other.columns}]
+    value = over_repetitions(over_prompts, own, [other for other in others if np.isfinite(other).all()])
+    return Difference(value, dict(zip(seeds, own.tolist(), strict=True)), values)
 
 
 def shared_seeds(rows: Sequence[Row]) -> list[str]:
