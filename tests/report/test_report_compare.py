@@ -20,7 +20,7 @@ from madpo.report.collect import collect
 from madpo.report.compare import NOT_RUN, base_beta, choose, less, selection_json, selections, settings_of
 from madpo.report.equal_kl import _interpolated, equal_kl, frontiers, less_at_its_kl
 from madpo.report.results import Row, Tier, measured, selecting_half
-from madpo.report.study_charts import ablation_chart, frontier_chart
+from madpo.report.study_charts import ablation_chart, choices_of, frontier_chart, main_chart
 from madpo.report.summary import headline
 from madpo.report.tables import UNEVEN, report_markdown_table, study_tables
 from refusals import names
@@ -119,6 +119,14 @@ def test_levels_that_are_shown_together_are_over_the_same_seeds() -> None:
     assert {s.name: s.marks[0].x for s in panel.series if not s.published} == pytest.approx(
         {"DPO": 2.0, "Reg-Only": 2.0, "MADPO": 2.1}
     )
+    first = tier_of("low", [in_second_seed(row("DPO", 2.0, kind="dpo"), reward=-1.0), madpo(7.0, 4.0, 2.1, seeds=1)])
+    main = main_chart([first], choices_of([first], 0.1))
+    assert main is not None
+    (panel,) = main.panels
+    assert isinstance(panel, Panel)
+    assert "seed0" in panel.title
+    levels = {s.name: s.marks[0].x for s in panel.series if not s.published and s.marks}
+    assert levels == pytest.approx({"DPO": 2.0, "MADPO": 2.1})
     words = " ".join(headline([tier]))
     names(words, ("Low: MADPO τ=7 c=4", "1.60"), "Three", "3 of 5")
     assert "| DPO β=0.3 | seed0 | 1.50" in report_markdown_table(tier)

@@ -116,23 +116,26 @@ class Study:
 
 
 def main_chart(tiers: Sequence[Tier], choices: Mapping[tuple[str, str], Choice]) -> Chart | None:
-    """Figure 1: the reward of every method in every tier, with the paper's value."""
+    """Figure 1: the reward of every method in every tier, over the training seeds that all have, with the paper's."""
     panels = []
     for tier in tiers:
-        names = [name for of, name in choices if of == tier.name]
+        own = {name: choice for (of, name), choice in choices.items() if of == tier.name}
+        rows = [*filter(None, [tier.sft]), *(choice.row for choice in own.values())]
+        even = {row.key: row["oracle_reward"] for row in tier.even(rows)}
         lines = [
             (
                 name,
-                _colour(name, names),
-                choices[tier.name, name].value,
+                _colour(name, [*own]),
+                choice.value if choice.chosen else even[choice.row.key],
                 published.TABLE_1.get(name, {}).get(tier.name, (None,))[0],
             )
-            for name in names
+            for name, choice in own.items()
         ]
         if lines:
-            sft = tier.sft["oracle_reward"] if tier.sft is not None else None
+            sft = even[tier.sft.key] if tier.sft is not None else None
             reference = None if sft is None else (SFT, mean_of(sft))
-            panels.append(levels(f"{tier.label} pairs", REWARD, [(SFT, COLOURS[SFT], sft, None), *lines], reference))
+            title = f"{tier.label} pairs{_seeds_only(tier, rows)}"
+            panels.append(levels(title, REWARD, [(SFT, COLOURS[SFT], sft, None), *lines], reference))
     return figure("figure1_main", "Mean oracle reward by tier", panels)
 
 

@@ -103,7 +103,7 @@ def tier_verdicts(study: Study, charts: Mapping[str, Drawn]) -> list[Card]:
         name = "frontier" if curves else "own"
     main = charts.get(name)
     drawn = zip(main.chart.panels, main.panels, strict=True) if main else ()
-    figures = {panel.title: figure for panel, figure in drawn}
+    figures = {panel.title.split(",")[0].removesuffix(" pairs"): figure for panel, figure in drawn}
     same_distance = next((c for c in study.claims if c.key == "madpo-at-equal-kl"), None)
     legend = main.legend if main and study.own else ()
     found = []
@@ -117,7 +117,7 @@ def tier_verdicts(study: Study, charts: Mapping[str, Drawn]) -> list[Card]:
         )
         doubt = "The reward model is near chance." if near_chance(tier) else ""
         text = said.gap or said.level
-        figure = figures.get(f"{tier.label} pairs", figures.get(tier.label))
+        figure = figures.get(tier.label.removesuffix(" pairs"))
         aside = said.left if study.own else words
         found.append(Card(tier.label, figure, text, said.kind, (aside,), doubt, legend))
     return found
