@@ -494,6 +494,15 @@ def test_a_method_is_compared_with_the_learning_rate_of_dpo_that_leaves_it_least
     assert keys["dpo-learning-rate-5e-05-at-equal-kl"] == "held"
 
 
+def test_one_seed_where_no_other_row_reaches_the_curve() -> None:
+    """Nothing is known of the trainings' spread, and the interval is over prompts."""
+    ours, far = madpo(7.0, 4.0, 2.5, kl=4.0, seeds=1), row("IPO", 2.0, kl=30.0, kind="ipo", seeds=1)
+    values = [less_at_its_kl(tier_of("high", [*CURVE, ours, *more]), tier.rows[3]).value
+              for more in ([], [far]) for tier in [tier_of("high", [*CURVE, ours])]]  # fmt: skip
+    assert values[0] is not None
+    assert values[0] == values[1]
+
+
 def test_a_curve_that_does_not_reach_so_far_is_named() -> None:
     far = madpo(7.0, 4.0, 3.0, kl=9.0)
     tier = tier_of("high", [row("SFT", 0.2, kl=0.0), *CURVE, *HALF, far])

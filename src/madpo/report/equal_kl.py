@@ -86,7 +86,7 @@ def _above_curve(asked: Comparison, tier: Tier, choice: Choice, own: Sequence[Ro
     per_seed = both.per_seed()
     over_prompts = bootstrap_statistic(both.values, lambda means: both.above(means).mean(axis=1), seed=BOOTSTRAP_SEED)
     others = [found for key, found in _each_above(tier, base).items() if key not in keys]
-    wide = per_seed.keys() if len(per_seed) > 1 else {seed for found in others for seed in found}
+    wide = per_seed.keys() if len(per_seed) > 1 else {*per_seed}.union(*others)
     alike = [[found[seed] for seed in sorted(wide)] for found in others if found.keys() >= wide]
     value = over_repetitions(over_prompts, [*per_seed.values()], alike)
     return replace(asked, value=value, per_seed=per_seed, seeds=len(per_seed), left_out=both.out)
