@@ -6,6 +6,7 @@ import torch
 from scipy import stats
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from families import tiny
 from madpo.core.errors import ConfigError, DataError
 from madpo.models.engine.head import Head
 from madpo.models.engine.sampling import Sampling, generate, sample, sample_by_tiles, uniforms
@@ -200,6 +201,14 @@ def test_a_recurrent_model_is_refused(family):
     shape = {"vocab_size": 50, "hidden_size": 8, "num_hidden_layers": 2, "attention_hidden_size": 8}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape))
     with refused(ConfigError, type(model).__name__, "cache"):
+        run(model, [[3, 4]], [0])
+
+
+@pytest.mark.parametrize("family", ["git", "dory", "xlstm"])
+def test_a_model_that_cannot_go_on_from_texts_of_unlike_lengths_is_refused(family):
+    """git counts the padding in silence; the others break."""
+    model = tiny(family, loud=3)
+    with refused(ConfigError, type(model).__name__, "lengths"):
         run(model, [[3, 4]], [0])
 
 

@@ -1,5 +1,7 @@
 """The completion head against brute force: values, gradients, every padding side, and half precision."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from madpo.models.engine import devices
 from madpo.models.engine import head as engine_head
 from madpo.models.engine.head import Head, _WideProduct, token_logps
 from madpo.models.engine.kl import completion_kl
-from madpo.models.engine.logprobs import completion_logps
+from madpo.models.engine.logprobs import completion_logps, install_completion_head
 from madpo.models.engine.responses import divergence
 from quick import quick
 from refusals import refused
@@ -245,6 +247,17 @@ def test_plain_forward_and_generate_are_unchanged():
     completion_logps(model, ids, torch.ones_like(ids), torch.ones_like(ids))
     torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=0, atol=0)
     assert model.generate(ids, max_new_tokens=4, do_sample=False).equal(tokens)
+
+
+def test_a_copy_computes_with_its_own_weights():
+    model, rows = build("llama"), batch(ROWS, "right")
+    install_completion_head(model)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(2)
+        assert other(input_ids=rows["input_ids"]).logits.equal(2 * model(input_ids=rows["input_ids"]).logits)
+        found = completion_logps(other, **rows).logps
+        torch.testing.assert_close(found, brute_force(other, rows))
 
 
 def test_responses_of_one_prompt_are_scored_as_each_by_itself():

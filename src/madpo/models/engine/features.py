@@ -100,6 +100,10 @@ class LayerMeans:
         """Layer after layer, detached; None without layers."""
         return torch.cat([self._found[layer] for layer in self.layers], dim=1) if self.layers else None
 
+    def take(self, parts: Sequence[LayerMeans], order: Tensor) -> None:
+        """Gather what several runs of some rows each have gathered; ``order`` is that of the rows in all of them."""
+        self._found = {layer: torch.cat([part._found[layer] for part in parts])[order] for layer in self.layers}
+
     @contextmanager
     def running(self, weights: Float[Tensor, "rows tokens"] | None) -> Iterator[None]:
         """The context in which the backbone runs; ``weights`` of each of its tokens in a row's mean."""

@@ -35,6 +35,7 @@ from madpo.models.engine.head import Head, backbone, text_model, token_logps
 from madpo.models.engine.packable import packs
 from madpo.models.engine.packed_attention import row_states
 from madpo.models.engine.packing import HostRows, pack
+from madpo.models.engine.rope import rope_groups, rope_keys
 from madpo.models.modes import evaluating
 
 
@@ -69,12 +70,12 @@ def install_completion_head(model: nn.Module) -> None:
     if getattr(model, "_madpo_completion_head", False):
         return
     check_reading(model)
-    plain: Callable[..., Any] = model.forward
+    before: Callable[..., Any] | None = vars(model).get("forward")  # of a wrapper, such as accelerate's
 
     @functools.wraps(type(model).forward)  # `generate` checks its arguments against the signature
     def forward(self: nn.Module, *args: Any, completion_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        if completion_mask is None:
-            return plain(*args, **kwargs)
+        if completion_mask is None:  # a copy of the model has its own weights
+            return type(self).forward(self, *args, **kwargs) if before is None else before(*args, **kwargs)
         return _score(self, completion_mask, **kwargs)
 
     model.forward = types.MethodType(forward, model)
@@ -230,10 +231,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return inner() if inner is not None else model
 
 
-def shares_prompts(model: nn.Module) -> bool:
+def shares_prompts(model: nn.Module, attention_mask: Tensor) -> bool:
     """Whether the prompt of a pair is computed once; decided at the first call for a model, which warns if not."""
     takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
-    return takes_positions and packs(model, functools.partial(hidden_states, model))
+    if not takes_positions or not packs(model, functools.partial(hidden_states, model)):
+        return False
+    keys = rope_keys(model, attention_mask.sum(-1))
+    return keys is None or not keys.any()  # two sides of unlike positions have no common prompt
 
 
 def _score(
@@ -287,7 +291,7 @@ def scored_states(
     """The states of a model without wrappers that predict completion tokens; arguments of :func:`completion_logps`."""
     _check_length(model, attention_mask)
     means = LayerMeans(model, layers)
-    if pairs and shares_prompts(model):
+    if pairs and shares_prompts(model, attention_mask):
         rows = host or HostRows(input_ids, attention_mask, completion_mask)
         packing = pack(**vars(rows)).to(input_ids.device)
         mask = packing.scored[:, 1:]
@@ -326,7 +330,18 @@ def hidden_states(
     means = means or LayerMeans(model, ())
     run = functools.partial(backbone(model), attention_mask=None, use_cache=False)
     length, limit = input_ids.shape[1], position_limit(model)
-    if bool(attention_mask[:, 0].all()) and not (limit is not None and length > limit):
+    keys = rope_keys(model, attention_mask.sum(-1))
+    groups = [] if keys is None else rope_groups(keys)
+    if len(groups) > 1:
+        every, own = [LayerMeans(model, means.layers) for _ in groups], weights
+        parts = [
+            hidden_states(model, input_ids[rows], attention_mask[rows], part, None if own is None else own[rows])
+            for rows, part in zip(groups, every, strict=True)
+        ]
+        order = torch.cat(groups).argsort()
+        means.take(every, order)
+        return torch.cat(parts)[order]
+    if bool(attention_mask[:, 0].all()) and not (limit is not None and length > limit) and not groups:
         with means.running(weights):
             states: Tensor = run(input_ids=input_ids).last_hidden_state
         return states
@@ -352,7 +367,7 @@ def completion_states(
             is computed once.
     """
     _check_length(model, attention_mask)
-    if not shares_prompts(model):
+    if not shares_prompts(model, attention_mask):
         return hidden_states(model, input_ids, attention_mask)
     packing = pack(input_ids, attention_mask, completion_mask, predict=False)
     states = row_states(model, packing)[0].index_select(0, packing.predictors)

@@ -21,12 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from madpo.core.errors import ConfigError, DataError
+from madpo.core.errors import ConfigError, DataError, MadpoError, first_line
 from madpo.core.progress import bar
 from madpo.core.seeding import derived_seed
 from madpo.models.engine.head import TILE, Head, backbone
 from madpo.models.engine.kv_cache import FoldedHeads, growing_cache
-from madpo.models.engine.logprobs import check_positions, check_reading, unwrapped
+from madpo.models.engine.logprobs import check_positions, check_reading, hidden_states, unwrapped
+from madpo.models.engine.rope import rope_groups, rope_keys
 from madpo.models.modes import evaluating
 
 BLOCK = 512
@@ -252,13 +253,15 @@ def generate(
     sampling = Sampling(temperature, top_p, top_k)
     inner = unwrapped(model)
     check_reading(inner)
+    _check_cache(inner)
     longest = max((len(ids) for ids in prompt_ids), default=0) + max_new_tokens
     check_positions(inner, longest, "lower max_new_tokens, or leave out the longest prompts")
-    order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
+    order = _by_length(inner, [len(ids) for ids in prompt_ids], max_new_tokens)
     copies = min(samples, batch_size)
     completions: list[list[int]] = [[] for _ in range(len(prompt_ids) * samples)]
     with evaluating(model), FoldedHeads(), bar(description, len(completions) * max_new_tokens) as advance:
-        for rows, draws in product(_parts(order, batch_size // copies), _parts(range(samples), copies)):
+        parts = [part for group in order for part in _parts(group, batch_size // copies)]
+        for rows, draws in product(parts, _parts(range(samples), copies)):
             drawn = [(i, k) for i in rows for k in draws]
             numbers = np.stack([uniforms(seed, keys[i], draw + k, max_new_tokens) for i, k in drawn])
             batch = _Batch(inner, [prompt_ids[i] for i in rows], numbers, eos_token_ids)
@@ -270,6 +273,62 @@ def generate(
             for (i, k), ids in zip(drawn, batch.completions, strict=True):
                 completions[i * samples + k] = ids
     return completions
+
+
+@torch.no_grad()
+def _check_cache(model: nn.Module) -> None:
+    """Compare the states of two texts over a cache with those of the texts as a whole, once a model: some architectures
+    count padding, or forget a part of what they have read, without a word.
+
+    Raises:
+        ConfigError: they differ, or the model cannot go on from a cache.
+    """
+    if getattr(model, "_madpo_cache", False):
+        return
+    apart = []
+    with evaluating(model), FoldedHeads():
+        try:
+            batch = _Batch(model, [[3], [7, 4, 6, 5]], np.zeros((2, 0)), ())
+            texts = [ids[mask.bool()] for ids, mask in zip(batch.ids, batch.mask, strict=True)]
+            for token in (8, 3, 5):
+                whole = [hidden_states(model, ids[None], torch.ones_like(ids[None]))[0, -1].float() for ids in texts]
+                wanted = torch.stack(whole)
+                apart.append((batch.states().float() - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp(min=1e-6))
+                texts = [torch.cat([ids, ids.new_tensor([token])]) for ids in texts]
+                batch.take(batch.ids.new_full((2,), token))
+            half = batch.head.weight.dtype in (torch.bfloat16, torch.float16)
+            # As for packed rows: in half precision a mixture may route single tokens otherwise.
+            wrong = float(torch.stack(apart).mean()) > 0.15 if half else float(torch.stack(apart).max()) > 1e-3
+            reason = "its states over a cache are others"
+        except (torch.OutOfMemoryError, MadpoError):
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
+            wrong, reason = True, first_line(error)
+    if wrong:
+        raise ConfigError(
+            f"{type(model).__name__} cannot go on from texts of unlike lengths ({reason}), so responses cannot be "
+            "sampled from it in batches; use another model"
+        )
+    model._madpo_cache = True  # type: ignore[assignment]
+
+
+def _by_length(model: nn.Module, lengths: Sequence[int], more: int) -> list[list[int]]:
+    """The prompts, the shortest first; those whose positions differ in their frequencies are apart.
+
+    Raises:
+        ConfigError: with ``more`` tokens a prompt gets other frequencies than those of the keys in its cache.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    sizes = torch.tensor([lengths[i] for i in order])
+    keys, later = rope_keys(model, sizes), rope_keys(model, sizes + more)
+    if keys is None or later is None:
+        return [order]
+    if len(turned := sizes[keys != later]):
+        raise ConfigError(
+            f"{type(model).__name__} has other positions for long texts, and a prompt of {int(turned[0])} tokens gets "
+            f"them within {more} new ones; lower max_new_tokens, or leave out such prompts"
+        )
+    return [[order[i] for i in group.tolist()] for group in rope_groups(keys)]
 
 
 def _parts(items: Sequence[int], size: int) -> list[Sequence[int]]:
@@ -300,24 +359,33 @@ class _Batch:
         self.cache = growing_cache(model)
         self.position = 0
 
+    def states(self) -> Tensor:
+        """The last state of every row; its new tokens go into the cache."""
+        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -self.ids.shape[1] :]
+        found: Tensor = backbone(self.model)(
+            input_ids=self.ids, attention_mask=self.mask, position_ids=positions, cache=self.cache, use_cache=True
+        ).last_hidden_state
+        return found[:, -1]
+
+    def take(self, tokens: Tensor) -> None:
+        """The next token of every row."""
+        self.position += 1
+        self.ids = tokens[:, None]
+        self.mask = torch.cat([self.mask, torch.ones_like(self.ids)], dim=-1)
+
     def step(self, sampling: Sampling) -> bool:
         """Sample the next token of every row; False when all have ended."""
-        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, -self.ids.shape[1] :]
-        states = backbone(self.model)(
-            input_ids=self.ids, attention_mask=self.mask, position_ids=positions, cache=self.cache, use_cache=True
-        ).last_hidden_state[:, -1]
+        states = self.states()
         if self.position == 0 and self.copies > 1:
             self.cache.batch_repeat_interleave(self.copies)
             states, self.mask = (x.repeat_interleave(self.copies, dim=0) for x in (states, self.mask))
         states = states.to(self.head.weight.dtype)
         tokens = sampling.draw_from(self.head, states, self.numbers[self.rows, self.position])
-        self.position += 1
         for row, token, alive in zip(self.rows.tolist(), tokens.tolist(), self.alive.tolist(), strict=True):
             if alive:
                 self.completions[row].append(token)
         self.alive &= ~torch.isin(tokens, self.ends)
-        self.ids = tokens[:, None]
-        self.mask = torch.cat([self.mask, torch.ones_like(self.ids)], dim=-1)
+        self.take(tokens)
         count = int(self.alive.sum())
         if count and count <= 0.75 * len(self.alive):  # moving the cache costs about a step
             kept = self.alive.nonzero().squeeze(-1)
