@@ -1,5 +1,7 @@
 """Intervals cover what they should; closed forms of Wilson and of the calibration."""
 
+import random
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,10 +14,13 @@ from madpo.core.statistics import (
     bootstrap_mean,
     bootstrap_share,
     bootstrap_temperature,
+    design_effect,
     fit_temperature,
     over_repetitions,
     paired_difference,
     proportion,
+    proportion_of,
+    share_of,
 )
 from refusals import refused
 
@@ -180,6 +185,45 @@ def test_wilson_solves_its_equation(n: int, data: st.DataObject) -> None:
     assert 0 <= estimate.low <= estimate.mean <= estimate.high <= 1
     for p in (estimate.low, estimate.high):
         assert (k / n - p) ** 2 == pytest.approx(1.959963984540054**2 * p * (1 - p) / n, abs=1e-12)
+
+
+@given(st.lists(st.floats(-9, 9), min_size=1, max_size=40), st.integers(1, 5), st.randoms(use_true_random=False))
+def test_the_design_effect_counts_what_is_repeated(values: list[float], copies: int, random: random.Random) -> None:
+    names = list(range(len(values)))
+    random.shuffle(names)
+    for mean in (None, 0.0):
+        assert design_effect(values, names, mean=mean) == design_effect(values, None, mean=mean) == 1.0
+    repeated = np.repeat(values, copies), np.repeat(names, copies)
+    if np.square(values).sum() > 1e-9:
+        assert design_effect(*repeated, mean=0.0) == pytest.approx(copies)
+        assert design_effect(*repeated) >= copies * (1 - 1e-9) or copies == 1
+    # Values that take each other back say more than their number, and count as that.
+    assert design_effect([1.0, -1.0, 2.0, -2.0], [0, 0, 1, 1], mean=0.0) == 1.0
+    assert design_effect([3.0, 3.0, 3.0, 4.0], [0, 0, 0, 0]) == 4, "one prompt is one unit"
+
+
+@given(st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=1, max_size=40))
+def test_a_proportion_over_prompts_is_wilsons_where_each_has_one_pair(values: list[float]) -> None:
+    expected = proportion(sum(values), len(values))
+    assert proportion_of(values) == proportion_of(values, range(len(values))) == expected
+    whole = [value for value in values if value != 0.5]
+    if whole:
+        assert share_of(whole, clusters=range(len(whole))) == share_of(whole) == proportion_of(whole)
+
+
+@pytest.mark.parametrize("pairs", [1, 4, 9])
+def test_the_interval_of_a_proportion_covers_it_over_prompts(pairs: int) -> None:
+    """Pairs of a prompt are right together half of the time; over pairs it would cover 95, 76 and 57 %."""
+    generator, inside, trials = np.random.default_rng(9), 0, 400
+    prompts = np.repeat(np.arange(30), pairs)
+    for _ in range(trials):
+        shared = generator.random(30)[prompts]
+        right = np.where(generator.random(len(prompts)) < 0.5, shared, generator.random(len(prompts))) < 0.7
+        found = proportion_of(right, prompts)
+        assert found.n == 30
+        inside += found.low <= 0.7 <= found.high
+    assert 0.92 <= inside / trials <= 0.985
+    assert proportion_of(np.ones(len(prompts)), prompts) == proportion(30, 30), "all right: prompts count"
 
 
 def test_wilson_golden_value_and_refusals() -> None:

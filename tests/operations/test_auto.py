@@ -19,7 +19,7 @@ from madpo.models.load import load_model, load_tokenizer
 from madpo.operations import TrainSettings, auto, inspect, train
 from madpo.operations.averaging import averaged_adapter, save_average, strength_for
 from madpo.operations.train_settings import Auto
-from madpo.rewards.label_share import label_share
+from madpo.rewards.label_share import better_than_coin, label_share
 from practice_cases import BAD, GOOD, read, run, text_pairs, write
 from quick import quick
 from refusals import names, refused
@@ -164,7 +164,7 @@ def test_evaluation_pairs_of_a_file_of_their_own_are_no_training_pairs(llama, tm
 
 def test_record_card_and_configuration_say_all_of_it(done, llama, data):
     record = json.loads((done / "record.json").read_bytes())
-    assert record["operation"] == "train_auto/5"
+    assert record["operation"] == "train_auto/6"
     assert {"label_share", "deciding", "advice"} <= record["metrics"].keys()
     assert {"adapter/adapter_model.safetensors", "dpo/adapter/adapter_model.safetensors"} <= record["provenance"][
         "files"
@@ -181,7 +181,13 @@ def test_record_card_and_configuration_say_all_of_it(done, llama, data):
 
 
 def test_labels_of_a_coin_end_in_the_advice_to_take_dpo(llama, tmp_path):
-    data = write(tmp_path / "pairs.jsonl", pairs(80, coin=True, seed=3))
+    # Four pairs with one margin for each prompt: over pairs the margins would pass.
+    coin = pairs(20, coin=True, seed=4)
+    shared = ({name: coin[i % 20][name] for name in ("prompt", "reward_margin")} for i in range(80))
+    rows = [row | same for row, same in zip(pairs(80, coin=True), shared, strict=True)]
+    margins, prompts = ([row[name] for row in rows] for name in ("reward_margin", "prompt"))
+    assert (better_than_coin(margins), better_than_coin(margins, prompts)) == (True, False)
+    data = write(tmp_path / "pairs.jsonl", rows)
     report = train(data, tmp_path / "P", settings(llama))
     assert (report.advice, report.label_share) == ("dpo", 1.0)
     assert report.reason == auto.REASONS["coin"]

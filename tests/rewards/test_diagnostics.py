@@ -218,6 +218,7 @@ def test_margins_come_from_every_shape(tmp_path: Path) -> None:
     lines = [{"pair_id": i, "prompt": i // 2, "implicit_margin": i - 1, "reward_margin": 2 - i} for i in range(4)]
     path = write(tmp_path / "heldout.jsonl", lines)
     heldout = read_margins(path)
+    assert (bare.prompts, heldout.prompts) == (("0", "1"), ("0", "0", "1", "1"))
     assert (heldout.implicit, heldout.values) == ((-1, 0, 1, 2), (2, 1, 0, -1))
     assert inspect_data(path).share.difference.n == 2
     del lines[2]["implicit_margin"]
@@ -228,6 +229,9 @@ def test_margins_come_from_every_shape(tmp_path: Path) -> None:
     row = {"prompt": "a", "chosen": "b", "rejected": "c"}
     (tmp_path / "scores.jsonl").write_text(json.dumps(row | {"chosen_score": 3, "rejected_score": 1.5}))
     assert read_margins(tmp_path / "scores.jsonl").values == (1.5,)
+    rows = [row | {"prompt": prompt, "reward_margin": 1.0} for prompt in "abba"]
+    assert read_margins(write(tmp_path / "pairs.jsonl", rows)).prompts == (0, 1, 1, 0)
+    assert inspect_data(tmp_path / "pairs.jsonl").contradicted.n == 2
     (tmp_path / "none.jsonl").write_text(json.dumps(row))
     with refused(DataError, "none.jsonl", "'reward_margin'", "scores"):
         read_margins(tmp_path / "none.jsonl")

@@ -1,6 +1,7 @@
 """The label's share of a target against brute force, and what moves it."""
 
 import math
+import random
 
 import numpy as np
 import pytest
@@ -102,6 +103,42 @@ def test_a_coin_is_no_better_than_a_coin() -> None:
     assert np.mean([better_than_coin(row) for row in coin]) < 0.1
     assert better_than_coin(labelled(100, quality=(0.9, 0.9))[0])
     assert not better_than_coin(-np.abs(coin[0]))
+
+
+def best_against(others: int, prompts: int, signal: float, generator: np.random.Generator) -> tuple[np.ndarray, ...]:
+    """The best of some responses against each other one, as preference data often are: (margins, prompts)."""
+    margin = generator.standard_normal((prompts, others + 1))
+    order = np.argsort(-(signal * margin + generator.gumbel(size=margin.shape)), axis=1)
+    ordered = np.take_along_axis(margin, order, 1)
+    return (ordered[:, :1] - ordered[:, 1:]).ravel(), np.repeat(np.arange(prompts), others)
+
+
+@pytest.mark.parametrize(("others", "over_pairs"), [(1, 0.03), (4, 0.11), (9, 0.17)])
+def test_five_per_cent_of_silent_margins_pass_whatever_the_pairs_of_a_prompt(others: int, over_pairs: float) -> None:
+    generator = np.random.default_rng(0)
+    drawn = [best_against(others, 30, 0.0, generator) for _ in range(300)]
+    assert 0.02 <= np.mean([better_than_coin(*pair) for pair in drawn]) <= 0.085
+    assert np.mean([better_than_coin(margins) for margins, _ in drawn]) >= over_pairs
+    loud = [best_against(others, 30, 1.2, generator) for _ in range(40)]
+    assert np.mean([better_than_coin(*pair) for pair in loud]) >= 0.9
+
+
+@given(st.randoms(use_true_random=False), st.integers(1, 4))
+@settings(max_examples=10, deadline=None)
+def test_prompts_with_one_pair_change_no_bit_and_copies_say_nothing_new(random: random.Random, copies: int) -> None:
+    m0, m1 = labelled(200, quality=(0.6, 0.6), seed=random.randrange(100))
+    names = list(range(200))
+    random.shuffle(names)
+    single, named = label_share(m0, m1), label_share(m0, m1, prompts=names)
+    fields = ("mean", "low", "high", "margin_loss", "implicit_loss")
+    assert [getattr(single, name) for name in fields] == [getattr(named, name) for name in fields]
+    assert better_than_coin(m0, names) == better_than_coin(m0)
+    again = label_share(*(np.repeat(m, copies) for m in (m0, m1)), prompts=np.repeat(names, copies))
+    assert [again.mean, again.low, again.high] == pytest.approx([single.mean, single.low, single.high], abs=6e-3)
+    assert again.difference.mean == pytest.approx(single.difference.mean)
+    few = m1[:20]
+    repeated = np.repeat(few, copies), np.repeat(names[:20], copies)
+    assert better_than_coin(*repeated) == better_than_coin(few)
 
 
 def test_mistakes_are_named() -> None:

@@ -54,12 +54,41 @@ def bootstrap_share(values: ArrayLike, *, seed: int = 0, clusters: ArrayLike | N
     return found._replace(low=max(0.0, found.low), high=min(1.0, found.high))
 
 
-def share_of(values: ArrayLike, *, seed: int = 0) -> Estimate:
-    """The mean of independent shares: with Wilson's interval where each is 0 or 1, which keeps its width where all are
-    equal, else with that of :func:`bootstrap_share`."""
+def share_of(values: ArrayLike, *, seed: int = 0, clusters: ArrayLike | None = None) -> Estimate:
+    """The mean of shares: :func:`proportion_of` where each is 0 or 1, which keeps its width where all are equal, else
+    :func:`bootstrap_share`."""
     x = _finite(values)
     whole = bool(np.isin(x, (0.0, 1.0)).all())
-    return proportion(float(x.sum()), len(x)) if whole else bootstrap_share(x, seed=seed)
+    return proportion_of(x, clusters) if whole else bootstrap_share(x, seed=seed, clusters=clusters)
+
+
+def design_effect(values: ArrayLike, clusters: ArrayLike | None, *, mean: float | None = None) -> float:
+    """How many values of a cluster (pairs of one prompt) say as much as one independent value, at least 1.
+
+    With d the deviations from the mean it is the sum over clusters of (sum of d)^2, over the sum of d^2 (Kish 1965):
+    how much the mean's squared standard error grows when whole clusters are the units. It is 1, to the last bit, where
+    every value is a cluster of its own, and m for m copies of such values where the mean is known.
+
+    Args:
+        mean: the true mean, where a hypothesis names it. Else it is the values' own. The effect is then estimated from
+            G clusters, and multiplied by G/(G - 1) less the same of single values, and by the square of Student's t at
+            G - 1 degrees of freedom over the normal: a normal interval with it is as wide as one of Student's t.
+
+    Raises DataError: as :func:`bootstrap_mean`.
+    """
+    x = _finite(values)
+    deviations = x - (x.mean() if mean is None else mean)
+    sums, _ = _units(deviations, clusters)
+    n, units = len(x), len(sums)
+    squares = float(np.square(deviations).sum())
+    if n == units:
+        return 1.0
+    if units == 1 or squares == 0:
+        return n / units
+    effect = float(np.square(sums).sum()) / squares
+    if mean is None:
+        effect *= units / (units - 1) * (n - 1) / n * float(stdtrit(units - 1, _TAIL) / ndtri(_TAIL)) ** 2
+    return max(1.0, effect)
 
 
 def paired_difference(a: ArrayLike, b: ArrayLike, *, seed: int = 0) -> Estimate:
@@ -139,19 +168,35 @@ def t_quantile(u: ArrayLike, v: ArrayLike, n: int, freedom: float) -> NDArray[np
     return np.asarray(stdtrit(1 / (share**2 / (n - 1) + (1 - share) ** 2 / freedom), 1 - _TAIL))
 
 
-def proportion(successes: float, n: int) -> Estimate:
+def proportion_of(values: ArrayLike, clusters: ArrayLike | None = None) -> Estimate:
+    """The mean of numbers that are 0, 1 or, for a tie, 1/2, with the Wilson interval of an effective number of them.
+
+    That number is theirs over their :func:`design_effect`; where each is its own unit this is :func:`proportion`. In
+    simulations with 1 to 7 pairs a prompt it covers 93 to 99 % for 6 to 30 prompts, and 88 to 94 % of shares of 0.9
+    where the pairs of a prompt mostly agree; over pairs it would be 48 to 97 %.
+
+    Args:
+        clusters: as for :func:`bootstrap_mean`.
+    """
+    x = _finite(values)
+    effect = design_effect(x, clusters)
+    units = len(x) if clusters is None else len(np.unique(np.asarray(clusters)))
+    return proportion(float(x.sum()) / effect, len(x) / effect)._replace(n=units)
+
+
+def proportion(successes: float, n: float) -> Estimate:
     """A share with its Wilson interval, which stays inside [0, 1] and has width at 0 and 1 too.
 
-    A tie may count as half a success. Raises DataError: n < 1, or successes outside 0..n.
+    A tie may count as half a success. Raises DataError: n is not above 0, or successes outside 0..n.
     """
-    if n < 1 or not 0 <= successes <= n:
-        raise DataError(f"a proportion needs 0 <= successes <= n with n >= 1, but got {successes} of {n}")
+    if n <= 0 or not 0 <= successes <= n:
+        raise DataError(f"a proportion needs 0 <= successes <= n with n above 0, but got {successes} of {n}")
     share = successes / n
     z2 = float(ndtri(_TAIL)) ** 2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = float(np.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n)))) / (1 + z2 / n)
     # At 0 and n the bound is exactly 0 and 1; rounding must not push it past the share itself.
-    return Estimate(share, max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half)), n)
+    return Estimate(share, max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half)), int(n))
 
 
 def fit_temperature(margins: ArrayLike) -> tuple[float, float, float]:

@@ -21,6 +21,19 @@ def prompt_key(prompt: Text) -> str:
     return json.dumps(whole, sort_keys=True, ensure_ascii=False)
 
 
+class PromptNumbers:
+    """Numbers of prompts in the order in which they first come: 0, 1, ...; equal prompts have one.
+
+    It keeps hashes, since the prompts of a large file may not fit into memory.
+    """
+
+    def __init__(self) -> None:
+        self._numbers: dict[int, int] = {}
+
+    def __call__(self, prompt: Text) -> int:
+        return self._numbers.setdefault(hash(prompt_key(prompt)), len(self._numbers))
+
+
 def prompt_ids_key(ids: Any) -> str:
     """What makes two prompts the same to a probe, which sees their token ids."""
     return hashlib.sha256(np.asarray(ids, dtype=np.int64).tobytes()).hexdigest()

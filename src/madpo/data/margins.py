@@ -15,6 +15,7 @@ from madpo.core.errors import DataError, located
 from madpo.core.layout import as_layout
 from madpo.core.progress import track
 from madpo.core.seeding import rng
+from madpo.data.folds import PromptNumbers
 from madpo.data.load import PairStream
 from madpo.data.messages import Text, shown
 from madpo.data.raw import RawRow, Source, as_number, null
@@ -28,11 +29,11 @@ class Margins(Frozen):
 
     pair_ids: tuple[int, ...]
     values: tuple[float, ...]
+    prompts: tuple[int | str, ...]
+    """The same for the same prompt. A row of a bare table that names none has one of its own."""
     texts: dict[int, dict[str, str]]
     implicit: tuple[float, ...] | None = None
     """DPO's implicit margins (column ``implicit_margin``, log-odds), where a bare table has them."""
-    prompts: tuple[str, ...] | None = None
-    """The same text for the same prompt, with ``implicit``."""
 
 
 def read_margins(
@@ -56,7 +57,8 @@ def read_margins(
         if MARGIN in names and "chosen" not in names and not as_layout(columns).has_completions:
             return _bare(source, first)
     stream = PairStream(data, columns)
-    ids, values = array("q"), array("d")
+    ids, values, prompts = array("q"), array("d"), array("q")
+    numbered = PromptNumbers()
     lowest: list[tuple[float, int, dict[str, str]]] = []  # a heap whose first has the largest margin
     reservoir: dict[int, tuple[int, dict[str, str]]] = {}
     draws = rng(seed, "inspect", "sampled")
@@ -69,6 +71,7 @@ def read_margins(
             )
         ids.append(pair.pair_id)
         values.append(margin)
+        prompts.append(numbered(pair.prompt))
         low = len(lowest) < shown or (shown > 0 and margin < -lowest[0][0])
         # Reservoir sampling: every pair is kept with the same probability, in one pass.
         place = (i if i < sampled else int(draws.integers(i + 1))) if sampled else 0
@@ -82,6 +85,7 @@ def read_margins(
     return Margins(
         pair_ids=tuple(ids),
         values=tuple(values),
+        prompts=tuple(prompts),
         texts=dict(reservoir.values()) | {-i: text for _, i, text in lowest},
     )
 
@@ -102,14 +106,13 @@ def _bare(source: Source, first: RawRow | None) -> Margins:
             ids.append(int(as_number(raw.get("pair_id", len(ids)), "pair_id", from_text=text)))
             if raw.get("implicit_margin") is not None:
                 implicit.append(as_number(raw["implicit_margin"], "implicit_margin", from_text=text))
-                prompts.append(str(raw.get("prompt", number)))
-    both = len(implicit) == len(values)
+            prompts.append(str(raw.get("prompt", number)))
     return Margins(
         pair_ids=tuple(ids),
         values=tuple(values),
+        prompts=tuple(prompts),
         texts={},
-        implicit=tuple(implicit) if both else None,
-        prompts=tuple(prompts) if both else None,
+        implicit=tuple(implicit) if len(implicit) == len(values) else None,
     )
 
 

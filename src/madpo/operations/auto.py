@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+import pandas as pd
 from peft import PeftModel
 
 from madpo.core import processes
@@ -32,8 +32,9 @@ from madpo.core.errors import DataError
 from madpo.core.metrics import Estimate, Metrics
 from madpo.core.progress import say
 from madpo.core.seeding import derived_seed, rng
+from madpo.core.statistics import design_effect
 from madpo.data import load_preferences
-from madpo.data.folds import prompt_key
+from madpo.data.folds import PromptNumbers, prompt_key
 from madpo.data.margins import read_margins
 from madpo.data.templates import Clock
 from madpo.data.tokens import Encoder
@@ -119,7 +120,7 @@ class AutoReport(TrainReport):
         return "\n".join([head, *self.decision(), *self.evaluated()])
 
 
-@operation("train_auto/5")
+@operation("train_auto/6")
 def train_auto(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """The operation behind ``madpo train`` with no loss named."""
     assert isinstance(settings.loss, Auto)
@@ -132,7 +133,8 @@ def train_auto(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) -
     source = "a probe of the reference's hidden states, out of fold"
     if MARGIN in first.numbers:
         read = read_margins(data, settings.reading, shown=0)
-        column, source = np.array(read.values), f"the column {MARGIN}"
+        column = pd.DataFrame({MARGIN: read.values, "prompt": read.prompts})
+        source = f"the column {MARGIN}"
     say(f"Margins come from {source}.")
     clock = started_clock(state, settings.date)
     base = resolve_model(settings.model)
@@ -161,14 +163,14 @@ class _Work(NamedTuple):
 
     Attributes:
         settings: of the trainings, but for their loss and seed.
-        column: margins of all pairs, where the data have them.
+        column: margin and prompt of every pair, where the data have margins.
     """
 
     settings: TrainSettings
     auto: Auto
     data: str
     eval_data: Path | None
-    column: NDArray[np.float64] | None
+    column: pd.DataFrame | None
     state: Path
     seed: int
     clock: Clock
@@ -194,13 +196,14 @@ class _Work(NamedTuple):
         gc.collect()  # the trainer's model is in a cycle
         return load_report(folder / "report.json", TrainReport)
 
-    def margins_out_of(self, folder: str) -> NDArray[np.float64]:
-        """Margins of the pairs that a training saw, out of fold where a probe gave them."""
-        return _column(self.state / folder / MARGINS, MARGIN)
+    def margins_out_of(self, folder: str) -> pd.DataFrame:
+        """Margins and prompts of the pairs that a training saw; out of fold where a probe gave them."""
+        return _table(self.state / folder / MARGINS)
 
 
-def _column(path: Path, name: str) -> NDArray[np.float64]:
-    return np.array([json.loads(line)[name] for line in path.read_text("utf-8").splitlines()], dtype=np.float64)
+def _table(path: Path) -> pd.DataFrame:
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return pd.DataFrame(rows, columns=["prompt", "implicit_margin", MARGIN])
 
 
 COIN = "the margins explain labels no better than a coin: plain DPO is as good"
@@ -220,21 +223,21 @@ def _trained(work: _Work) -> dict[str, Any]:
     why, steps, seed = "", 0, work.seed
     if work.auto.fast:
         # A probe's margins are log-odds as they are, and not known before the training.
-        values = work.column
-        temperature = 1.0 if values is None else inspect(values).margin_temperature
-        share = FAST_SHARE if values is None or better_than_coin(values) else 1.0
+        known = work.column
+        temperature = 1.0 if known is None else inspect(known[MARGIN]).margin_temperature
+        share = FAST_SHARE if known is None or better_than_coin(known[MARGIN], known["prompt"]) else 1.0
     else:
         steps = work.train(DPO_FOLDER, seed).steps
-        lines = work.state / DPO_FOLDER / FIRST_LOOK
-        implicit, margins, prompts = (_column(lines, name) for name in ("implicit_margin", MARGIN, "prompt"))
-        every = work.margins_out_of(DPO_FOLDER)
-        temperature = inspect(every).margin_temperature
-        found, share, why = decide(implicit, margins, every, prompts=prompts, seed=seed)
+        look, every = _table(work.state / DPO_FOLDER / FIRST_LOOK), work.margins_out_of(DPO_FOLDER)
+        temperature = inspect(every[MARGIN]).margin_temperature
+        how: dict[str, Any] = {"prompts": look["prompt"], "every_prompts": every["prompt"], "seed": seed}
+        found, share, why = decide(look["implicit_margin"], look[MARGIN], every[MARGIN], **how)
         seed = derived_seed(seed, "auto", "second training") % 2**31
     report = work.train(MIXED_FOLDER, seed, temperature=temperature, share=share)
     if found is None:
-        useful = better_than_coin(work.margins_out_of(MIXED_FOLDER)) if values is None else share < 1
-        why = "fast" if useful else "chance"
+        if known is None:
+            known = work.margins_out_of(MIXED_FOLDER)
+        why = "fast" if share < 1 and better_than_coin(known[MARGIN], known["prompt"]) else "chance"
     return {
         **report.model_dump(),
         "steps": steps + report.steps,
@@ -263,7 +266,7 @@ def _finish(work: _Work, report: AutoReport, settings: TrainSettings, out: Path)
         save_average(first, second, out / kind)
         if evaluated:
             reference = load_model(base, dtype=dtype)
-            changes["evaluation"] = _evaluation(work, load_model(out / kind, dtype=dtype), rows, reference)
+            changes |= _evaluation(work, load_model(out / kind, dtype=dtype), rows, reference)
     elif average:
         tokenizer = load_tokenizer(second)
         model = averaged_adapter(base, first, second, dtype=dtype)
@@ -276,7 +279,7 @@ def _finish(work: _Work, report: AutoReport, settings: TrainSettings, out: Path)
                     layer.scale_layer(reached.strength)
             changes |= {"strength": reached.strength, "kl": reached.kl}
         if evaluated:
-            changes["evaluation"] = _evaluation(work, model, rows)
+            changes |= _evaluation(work, model, rows)
         changes["adapter"] = adapter_text(model)
         model.save_pretrained(str(out / kind), safe_serialization=True)
         tokenizer.save_pretrained(out / kind)
@@ -316,8 +319,8 @@ def _rows(work: _Work, base: Path | str) -> list[Row]:
     return rows
 
 
-def _evaluation(work: _Work, model: Any, rows: list[Row], reference: Any = None) -> dict[str, float]:
-    """The average on held-out pairs, by the trainer's names; an adapter's reference is the model without it."""
+def _evaluation(work: _Work, model: Any, rows: list[Row], reference: Any = None) -> dict[str, Any]:
+    """The average on held-out pairs, as fields of the report; an adapter's reference is the model without it."""
     size = int(work.settings.args.get("per_device_eval_batch_size", 8))
     tokenizer, said = load_tokenizer(resolve_model(work.settings.model)), "The average: held-out pairs"
     own = pair_logps(model.eval(), tokenizer, rows, size, said)
@@ -325,13 +328,15 @@ def _evaluation(work: _Work, model: Any, rows: list[Row], reference: Any = None)
         before = pair_logps((reference or model).eval(), tokenizer, rows, size, f"{said}, reference")
     chosen, rejected = work.auto.beta * (own - before)
     margins = chosen - rejected
-    return {
+    evaluation = {
         "eval_loss": float(np.logaddexp(0.0, -margins).mean()),
         "eval_rewards/chosen": float(chosen.mean()),
         "eval_rewards/rejected": float(rejected.mean()),
         "eval_rewards/accuracies": float((margins > 0).mean()),
         "eval_rewards/margins": float(margins.mean()),
     }
+    prompts = [*map(PromptNumbers(), (row["prompt"] for row in rows))]
+    return {"evaluation": evaluation, "eval_effect": design_effect(margins > 0, prompts)}
 
 
 def _at_kl(work: _Work, model: PeftModel, base: Path | str, rows: list[Row]) -> Reached:

@@ -14,7 +14,7 @@ from madpo.core.config import Frozen
 from madpo.core.errors import ConfigError, located
 from madpo.core.metrics import Estimate, Metrics
 from madpo.core.reports import Report
-from madpo.core.statistics import bootstrap_mean, bootstrap_share, paired_difference, proportion
+from madpo.core.statistics import bootstrap_mean, share_of
 from madpo.core.storage import write_atomically
 from madpo.data.messages import answered, shown
 from madpo.data.rows import Pair
@@ -139,7 +139,7 @@ def evaluate(
     return load_report(out / "evaluation.json", EvaluateReport)
 
 
-@operation("evaluate_responses/2")
+@operation("evaluate_responses/3")
 def evaluate_responses(settings: EvaluateSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """The operation behind :func:`evaluate`."""
     place = find_policy(inputs["policy"], settings.reference)
@@ -339,13 +339,9 @@ def _compared(samples: pd.DataFrame, settings: EvaluateSettings) -> dict[str, Es
     how: dict[str, Any] = {"seed": settings.seed, "clusters": samples["prompt_id"].to_numpy()}
     mine, theirs = (samples[name].to_numpy() for name in ("reward", "reference_reward"))
     wins = np.where(mine > theirs, 1.0, np.where(mine < theirs, 0.0, 0.5))
-    single = settings.samples_per_prompt == 1
-    # Wilson's interval keeps its width where one side wins everything.
-    whole = single and not (wins == 0.5).any()
-    paired = paired_difference(mine, theirs, seed=settings.seed) if single else bootstrap_mean(mine - theirs, **how)
     return {
-        "win_rate": proportion(int(wins.sum()), len(wins)) if whole else bootstrap_share(wins, **how),
-        "reward_difference": paired,
+        "win_rate": share_of(wins, **how),
+        "reward_difference": bootstrap_mean(mine - theirs, **how),
         "policy_reward": bootstrap_mean(mine, **how),
         "reference_reward": bootstrap_mean(theirs, **how),
     }

@@ -29,6 +29,7 @@ def inspect(
     margins = read_margins(data, columns, shown=SUSPICIOUS, sampled=0 if output is None else 500)
     report = inspect_margins(
         margins.values,
+        prompts=margins.prompts,
         pair_ids=margins.pair_ids,
         margin_temperature=margin_temperature,
         texts=margins.texts,

@@ -54,7 +54,7 @@ class OwnPairsStage(Training):
     size: Size | None = Field(default=None, exclude=True)
 
 
-@operation("read_own_pairs/1")
+@operation("read_own_pairs/2")
 def read_own_pairs(config: OwnPairsStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Write ``pairs.parquet``; its column ``split`` is "train", "heldout" or "judge", and ``row`` the data's own id.
 

@@ -19,6 +19,7 @@ from madpo.core import processes
 from madpo.core.columns import ID_COLUMNS, MARGIN, NUMBERS, probe_gives_margin
 from madpo.core.errors import ConfigError
 from madpo.core.metrics import Metrics
+from madpo.core.statistics import design_effect
 from madpo.core.storage import write_atomically
 from madpo.data.folds import prompt_key
 from madpo.models.adapters import adapter_text
@@ -89,13 +90,13 @@ def train(
     return load_report(out / "report.json", TrainReport)
 
 
-@operation("train_pairs/1")
+@operation("train_pairs/2")
 def train_pairs(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """The operation behind :func:`train`."""
     return _train(settings, inputs, out, noted=settings.first_look)
 
 
-@operation("train_unnoted/1")
+@operation("train_unnoted/2")
 def train_unnoted(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """The same, but of ``first_look`` only the order of the rows is kept: the second training of ``auto``."""
     return _train(settings, inputs, out, noted=False)
@@ -140,10 +141,11 @@ def _train(settings: TrainSettings, inputs: Mapping[str, Path], out: Path, *, no
         timing = ("runtime", "per_second", "epoch", "num_tokens")
         names = [name for name in logged if name.startswith("eval_") and not name.endswith(timing)]
         evaluation = {name: float(logged[name]) for name in names}
-    _write_margins(trainer, prompts, held, out)
+    effect = _write_margins(trainer, prompts, held, out)
     report = TrainReport(
         pairs=len(trainer.train_dataset),
         eval_pairs=len(trainer.eval_dataset) if heldout else 0,
+        eval_effect=effect,
         steps=int(result.global_step),
         loss=float(result.training_loss),
         evaluation=evaluation,
@@ -276,31 +278,36 @@ def implicit_margins(trainer: PreferenceTrainer, rows: Dataset) -> NDArray[np.fl
     return margins
 
 
-def _write_margins(trainer: PreferenceTrainer, trained: Mapping[int, str], held: Mapping[int, str], out: Path) -> None:
+def _write_margins(trainer: PreferenceTrainer, trained: Mapping[int, str], held: Mapping[int, str], out: Path) -> float:
     """``MARGINS``, ``HELDOUT`` and ``FIRST_LOOK``, where there are such margins.
 
     Args:
         trained, held: pair_id -> prompt, of the training pairs and of the held-out ones.
+
+    Returns:
+        The design effect of the held-out pairs, for the interval of their accuracy.
     """
-    judged = {}
-    tables: dict[str, pd.DataFrame] = {}
+    judged: dict[str, tuple[Dataset, Mapping[int, str], dict[int, float] | None]] = {}
+    effect, rows = 1.0, trainer.train_dataset
+    if trainer.probe is not None or (trainer.first_look is not None and MARGIN in rows.column_names):
+        judged[MARGINS] = rows, trained, None
     if (rows := trainer.eval_dataset) is not None:
         judged[HELDOUT] = rows, held, dict(zip(rows["pair_id"], implicit_margins(trainer, rows).tolist(), strict=True))
     if trainer.first_look is not None:
         judged[FIRST_LOOK] = trainer.train_dataset, trained, trainer.first_look.deciding(trained)
     if not processes.is_main_process():
-        return
-    if trainer.probe is not None or (trainer.first_look is not None and MARGIN in trainer.train_dataset.column_names):
-        tables[MARGINS] = pd.DataFrame({name: list(trainer.train_dataset[name]) for name in ("pair_id", MARGIN)})
+        return effect
     for name, (dataset, prompts, margins) in judged.items():
-        table = pd.DataFrame({"pair_id": [*margins], "prompt": [prompts[pair] for pair in margins]})
-        table["prompt"] = pd.factorize(table["prompt"])[0]
-        table["implicit_margin"] = [*margins.values()]
+        table = pd.DataFrame({"pair_id": [*(dataset["pair_id"] if margins is None else margins)]})
+        table["prompt"] = pd.factorize(table["pair_id"].map(prompts))[0]
+        if margins is not None:
+            table["implicit_margin"] = [*margins.values()]
         if MARGIN in dataset.column_names:
             table[MARGIN] = table["pair_id"].map(dict(zip(dataset["pair_id"], dataset[MARGIN], strict=True)))
-        tables[name] = table
-    for name, table in tables.items():
+        if name == HELDOUT:
+            effect = design_effect(table["implicit_margin"] > 0, table["prompt"])
         write_atomically(out / name, "".join(json.dumps(row) + "\n" for row in table.to_dict("records")))
+    return effect
 
 
 def _save(trainer: PreferenceTrainer, settings: TrainSettings, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:

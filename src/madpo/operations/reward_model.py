@@ -13,7 +13,7 @@ from madpo.core.errors import DataError
 from madpo.core.metrics import Estimate, Metrics
 from madpo.core.progress import say
 from madpo.core.reports import Report
-from madpo.core.statistics import bootstrap_mean, bootstrap_temperature, proportion
+from madpo.core.statistics import bootstrap_mean, bootstrap_temperature, proportion_of
 from madpo.core.storage import write_atomically
 from madpo.data.folds import prompt_key
 from madpo.data.rows import Pair
@@ -65,7 +65,7 @@ class RewardReport(Report):
     adapter: str | None
     """Which weights the adapter changes, and their share of the model's parameters."""
     accuracy: Estimate
-    """Share of held-out pairs whose chosen side has the higher reward, with its Wilson interval."""
+    """Share of held-out pairs whose chosen side has the higher reward, with its interval over prompts."""
     log_loss: float
     """Nats per pair; a coin's is 0.693."""
     log_loss_interval: Estimate
@@ -138,7 +138,7 @@ def reward(
     return load_report(out / "report.json", RewardReport)
 
 
-@operation("reward_pairs/1")
+@operation("reward_pairs/2")
 def reward_pairs(settings: RewardSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """The operation behind :func:`reward`."""
     data, eval_data = str(inputs["data"]), inputs.get("eval_data")
@@ -258,11 +258,12 @@ def fit(
 
 
 def _measure(model: RewardModel, rows: Sequence[Row]) -> tuple[Estimate, MarginReport, Estimate, Estimate | None]:
-    """(accuracy, calibration, log loss, temperature where one was fitted); the last two over prompts."""
+    """(accuracy, calibration, log loss, temperature where one was fitted), with intervals over prompts."""
     sides = sequences(rows)
     chosen, rejected = model.score_pairs(sides["chosen_ids"], sides["rejected_ids"], sides["prompt_length"])
     margins = chosen.astype(np.float64) - rejected
-    found, prompts = inspect(margins), [prompt_key(row["prompt"]) for row in rows]
+    prompts = [prompt_key(row["prompt"]) for row in rows]
+    found = inspect(margins, prompts=prompts)
     log_loss = bootstrap_mean(np.logaddexp(0.0, -margins), clusters=prompts)
     temperature = bootstrap_temperature(margins, clusters=prompts) if found.temperature_fitted else None
-    return proportion(int((margins > 0).sum()), len(margins)), found, log_loss, temperature
+    return proportion_of(margins > 0, prompts), found, log_loss, temperature

@@ -24,10 +24,10 @@ from madpo.core.layout import Layout
 from madpo.core.metrics import Estimate, Metrics
 from madpo.core.progress import bar, say
 from madpo.core.reports import Report
-from madpo.core.statistics import proportion
+from madpo.core.statistics import proportion_of
 from madpo.core.storage import storage_errors, write_atomically
 from madpo.data import load_preferences
-from madpo.data.folds import folds_by_prompt, prompt_key
+from madpo.data.folds import PromptNumbers, folds_by_prompt, prompt_key
 from madpo.data.load import PairStream, surveyed
 from madpo.data.raw import as_number
 from madpo.data.rows import Pair
@@ -67,7 +67,7 @@ class ScoreReport(Report):
     file: str
     pairs: int
     accuracy: Estimate
-    """Share of pairs with a margin above 0."""
+    """Share of pairs with a margin above 0, with its interval over prompts."""
     mean_margin: float
     log_loss: float
     temperature: float
@@ -135,7 +135,7 @@ def score(data: str | Path, output_dir: str | Path, settings: ScoreSettings, *, 
     return load_report(out / "report.json", ScoreReport)
 
 
-@operation("score_pairs/2")
+@operation("score_pairs/3")
 def score_pairs(settings: ScoreSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """The operation behind :func:`score`."""
     data = str(inputs["data"])
@@ -269,12 +269,14 @@ class _Scoring(NamedTuple):
         with storage_errors(self.out):  # the runner moves both files up when both are whole
             seen = None if settings.reward_model is None else seen_pairs(settings.reward_model, self.pairs)
             trained_on = (seen or 0) > FEW * len(self.pairs)
-            fitted = inspect(difference, margin_temperature=settings.margin_temperature, trained_on=trained_on)
+            prompts = [*map(PromptNumbers(), (pair.prompt for pair in self.pairs))]
+            how: Any = {"margin_temperature": settings.margin_temperature, "trained_on": trained_on}
+            fitted = inspect(difference, prompts=prompts, **how)
             margins = difference / (fitted.margin_temperature if settings.score_columns is not None else 1.0)
             report = ScoreReport(
                 file=f"scored.{settings.format}",
                 pairs=len(margins),
-                accuracy=proportion(int((margins > 0).sum()), len(margins)),
+                accuracy=proportion_of(margins > 0, prompts),
                 mean_margin=float(margins.mean()),
                 log_loss=fitted.log_loss,
                 temperature=fitted.margin_temperature,

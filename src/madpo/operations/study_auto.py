@@ -50,7 +50,7 @@ class AutoStage(Frozen):
     seed: int = Field(default=0, ge=0)
 
 
-@operation("train_auto_policy/4")
+@operation("train_auto_policy/5")
 def train_auto_policy(config: AutoStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Train twice and average; writes ``out/adapter`` and ``out/decision.json``.
 
@@ -100,9 +100,8 @@ def _decided(
 ) -> dict[str, Any]:
     margins = {row["pair_id"]: row["reward_margin"] for row in rows}
     every, own = np.array([*margins.values()]), [margins[pair] for pair in implicit]
-    found, share, why = decide(
-        [*implicit.values()], own, every, prompts=[prompts[pair] for pair in implicit], seed=seed
-    )
+    units, every_units = ([prompts[pair] for pair in pairs] for pairs in (implicit, margins))
+    found, share, why = decide([*implicit.values()], own, every, prompts=units, every_prompts=every_units, seed=seed)
     difference = found.difference
     return {
         "label_share": share,

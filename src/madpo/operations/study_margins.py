@@ -23,7 +23,7 @@ from madpo.core.config import Frozen, added
 from madpo.core.errors import ConfigError
 from madpo.core.metrics import Metrics
 from madpo.core.seeding import rng
-from madpo.core.statistics import proportion
+from madpo.core.statistics import proportion_of
 from madpo.models.engine.features import feature_layers
 from madpo.models.load import load_model, load_tokenizer
 from madpo.operations.study_pairs import PAIRS, write_table
@@ -79,8 +79,8 @@ def score_out_of_fold(config: OutOfFoldStage, inputs: Mapping[str, Path], out: P
         model = RewardModel.load(inputs[f"fold{k}"])
         tables.append(margin_table(model, train[fold == k]))
         others.append(margin_table(model, heldout)["reward_margin"].to_numpy())
-    metrics, own = _write_margins(pairs, [*tables, _margins_of(heldout, np.mean(others, axis=0))], out)
-    return metrics | {name: value for name, value in margin_metrics(own).items() if name != "heldout_pairs"}
+    metrics, own, prompts = _write_margins(pairs, [*tables, _margins_of(heldout, np.mean(others, axis=0))], out)
+    return metrics | {name: value for name, value in margin_metrics(own, prompts).items() if name != "heldout_pairs"}
 
 
 @operation("score_sides/1")
@@ -140,7 +140,7 @@ def fit_pairs_probe(config: ProbeStage, inputs: Mapping[str, Path], out: Path) -
         "penalty": fitted.report.penalty,
         "training_accuracy": fitted.report.accuracy,
         "training_log_loss": fitted.report.log_loss,
-        **margin_metrics(heldout),
+        **margin_metrics(heldout, prompts_of(pairs[~train])),
     }
 
 
@@ -173,7 +173,7 @@ def keep_agreeing(config: AgreeingStage, inputs: Mapping[str, Path], out: Path) 
     if not kept.any():
         raise ConfigError(f"the reward model prefers the chosen side by more than {config.above} in no training pair")
     _write_pairs(pairs[kept | ~train], out)
-    return {"pairs": int(kept.sum()), "agreeing_share": proportion(int(kept.sum()), int(train.sum()))}
+    return {"pairs": int(kept.sum()), "agreeing_share": proportion_of(kept[train], prompts_of(pairs[train]))}
 
 
 class RedrawnStage(Frozen):
@@ -203,7 +203,7 @@ def redraw_labels(config: RedrawnStage, inputs: Mapping[str, Path], out: Path) -
             table = pd.read_parquet(inputs[role] / file)
             _turn(table, ids, first, second)
             table.to_parquet(out / file, index=False)
-    return {"pairs": int(train.sum()), "turned_share": proportion(int(turned.sum()), int(train.sum()))}
+    return {"pairs": int(train.sum()), "turned_share": proportion_of(turned[train], prompts_of(pairs[train]))}
 
 
 def _pairs(inputs: Mapping[str, Path]) -> pd.DataFrame:
@@ -222,17 +222,21 @@ def _margins_of(pairs: pd.DataFrame, margins: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame({"pair_id": pairs["pair_id"].to_numpy(), "reward_margin": margins})
 
 
-def _write_margins(pairs: pd.DataFrame, tables: Iterable[pd.DataFrame], out: Path) -> tuple[Metrics, np.ndarray]:
-    """The tables as one, in the order of the pairs; returns metrics of the training pairs, and their margins."""
-    table = pairs[["pair_id", "split"]].merge(pd.concat(tables), on="pair_id", validate="one_to_one")
+def _write_margins(
+    pairs: pd.DataFrame, tables: Iterable[pd.DataFrame], out: Path
+) -> tuple[Metrics, np.ndarray, np.ndarray]:
+    """The tables as one, in the order of the pairs; returns metrics, margins and prompts of the training pairs."""
+    known = pairs[["pair_id", "split"]].assign(prompt_id=prompts_of(pairs))
+    table = known.merge(pd.concat(tables), on="pair_id", validate="one_to_one")
     table[["pair_id", "reward_margin"]].to_parquet(out / MARGINS, index=False)
-    own = table.loc[table["split"] == "train", "reward_margin"].to_numpy()
+    train = table[table["split"] == "train"]
+    own = train["reward_margin"].to_numpy()
     said: Metrics = {
         "pairs": len(table),
         "mean_train_margin": float(own.mean()),
         "negative_share": float((own < 0).mean()),
     }
-    return said, own
+    return said, own, train["prompt_id"].to_numpy()
 
 
 def _write_pairs(pairs: pd.DataFrame, out: Path) -> None:

@@ -167,7 +167,7 @@ def train_reward_model(config: RewardModelStage, inputs: Mapping[str, Path], out
     reported = heldout.iloc[len(stopping) :] if len(stopping) < len(heldout) else heldout
     table = margin_table(RewardModel.load(out), reported)
     table.to_parquet(out / MARGINS, index=False)
-    return {"steps": steps, **margin_metrics(table["reward_margin"].to_numpy())}
+    return {"steps": steps, **margin_metrics(table["reward_margin"].to_numpy(), prompts_of(reported))}
 
 
 def fold_of_pairs(prompts: np.ndarray, folds: int, seed: int) -> np.ndarray:

@@ -37,6 +37,9 @@ class TrainReport(Report):
     evaluation: dict[str, float]
     dropped: int
     """Pairs of more than max_length tokens that were left out; ``dropped.jsonl`` names them."""
+    eval_effect: float = 1.0
+    """How many held-out pairs say as much as one (:func:`madpo.core.statistics.design_effect` of their accuracy over
+    prompts): for intervals."""
     cut: int
     """Pairs whose completions were cut to max_length."""
     data_digest: str | None
@@ -99,7 +102,8 @@ def write_report(
         "No pairs were held out, so nothing here says what the policy does with pairs that it has not seen."
     ]
     if (share := report.evaluation.get("eval_rewards/accuracies")) is not None:
-        right = proportion(round(share * report.eval_pairs), report.eval_pairs)
+        n, effect = report.eval_pairs, report.eval_effect
+        right = proportion(round(share * n) / effect, n / effect)
         said = f"It orders {short(right, 'share')} of {report.eval_pairs} held-out pairs as labelled"
         says = [f"{said}: {against(right, 0.5, 'chance')}."]
     elif report.evaluation:

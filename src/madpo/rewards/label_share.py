@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from madpo.core.config import Frozen
 from madpo.core.errors import DataError
 from madpo.core.metrics import Estimate
-from madpo.core.statistics import LOG_TEMPERATURES, bootstrap_mean, fit_temperature
+from madpo.core.statistics import LOG_TEMPERATURES, bootstrap_mean, design_effect, fit_temperature
 
 GRID = 101
 AS_GOOD = 0.8
@@ -62,8 +62,9 @@ def label_share(
     Args:
         implicit: plain DPO's implicit margins of the pairs, in any unit.
         margins: the reward margins of the same pairs, in any unit.
-        prompts: one label per pair; pairs of one prompt are resampled together for the interval of the difference.
-            The posterior takes pairs as independent.
+        prompts: one label per pair; pairs of one prompt are resampled together for the interval of the difference,
+            and the posterior's log-likelihood is divided by the design effect of that difference. None: each pair has
+            a prompt of its own.
         seed: of the resampling.
 
     Raises:
@@ -75,7 +76,8 @@ def label_share(
     # A temperature is looked for near 1.
     m0, m1 = (m / (float(np.sqrt(np.mean(np.square(m)))) or 1.0) if m.size else m for m in (m0, m1))
     losses = [np.logaddexp(0.0, -m / fit_temperature(m)[0]) for m in (m0, m1)]
-    shares, density = posterior(m0, m1)
+    difference = losses[1] - losses[0]
+    shares, density = posterior(m0, m1, design_effect(difference, prompts))
     # Between grid points the density is linear; its integral over each interval, summed.
     mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
     low, high = np.interp([0.025, 0.975], mass / mass[-1], shares)
@@ -86,7 +88,7 @@ def label_share(
         pairs=len(m0),
         margin_loss=float(losses[1].mean()),
         implicit_loss=float(losses[0].mean()),
-        difference=bootstrap_mean(losses[1] - losses[0], seed=seed, clusters=prompts),
+        difference=bootstrap_mean(difference, seed=seed, clusters=prompts),
     )
 
 
@@ -106,27 +108,37 @@ class Decision(NamedTuple):
 
 
 def decide(
-    implicit: ArrayLike, margins: ArrayLike, every: ArrayLike, *, prompts: ArrayLike | None = None, seed: int = 0
+    implicit: ArrayLike,
+    margins: ArrayLike,
+    every: ArrayLike,
+    *,
+    prompts: ArrayLike | None = None,
+    every_prompts: ArrayLike | None = None,
+    seed: int = 0,
 ) -> Decision:
     """The label's share that ``auto`` takes, and why.
 
     Args:
         implicit, margins, prompts, seed: as for :func:`label_share`.
         every: margins of all pairs, those that decide among them, each from a reward model that has not seen it.
+        every_prompts: of these pairs, as ``prompts``.
     """
     found = label_share(implicit, margins, prompts=prompts, seed=seed)
-    if not better_than_coin(every):
+    if not better_than_coin(every, every_prompts):
         return Decision(found, 1.0, "coin")
     return Decision(found, found.mean, "labels" if found.low > AS_GOOD else "margins")
 
 
-def posterior(implicit: Floats, margins: Floats) -> tuple[Floats, Floats]:
+def posterior(implicit: Floats, margins: Floats, effect: float = 1.0) -> tuple[Floats, Floats]:
     """Posterior density of the label's share a over a grid of [0, 1], under a flat prior: (shares, densities).
 
     The likelihood of the labels is the product of sigma(t (a m0 + (1 - a) m1)) with t profiled out. m0 and m1 are the
     two margins, each divided by its fitted temperature, or by its root mean square where that is smaller. The second
     rule is for margins without a signal: their temperature has no end, and divided by it they would not disturb the
     other margins at any share.
+
+    Args:
+        effect: how many pairs say as much as one, by which the log-likelihood is divided.
     """
     shares = np.linspace(0.0, 1.0, GRID)
     m0, m1 = _scaled(implicit), _scaled(margins)
@@ -136,19 +148,23 @@ def posterior(implicit: Floats, margins: Floats) -> tuple[Floats, Floats]:
         middle = (low + high) / 2
         falls = (mixed * np.exp(-np.logaddexp(0.0, np.exp(middle)[:, None] * mixed))).sum(1) > 0
         low, high = np.where(falls, middle, low), np.where(falls, high, middle)
-    log_likelihood = -np.logaddexp(0.0, -np.exp(low)[:, None] * mixed).sum(1)
+    log_likelihood = -np.logaddexp(0.0, -np.exp(low)[:, None] * mixed).sum(1) / effect
     density = np.exp(log_likelihood - log_likelihood.max())
     return shares, density / np.trapezoid(density, shares)
 
 
-def better_than_coin(margins: ArrayLike) -> bool:
+def better_than_coin(margins: ArrayLike, prompts: ArrayLike | None = None) -> bool:
     """Whether margins explain labels that their reward model has not seen clearly better than a coin (5 % level).
 
-    Pairs count as independent: where the four pairs of a prompt agree (correlation 0.3), 10 to 15 % of margins without
-    a signal pass in simulations.
+    A likelihood ratio test of one temperature. Prompts are its units: the ratio is divided by the design effect of the
+    margins, whose mean is 0 where they have no signal (the score of the test; Rotnitzky and Jewell 1990).
+
+    Args:
+        prompts: one label per pair; None: each pair has a prompt of its own.
     """
     h = np.asarray(margins, dtype=np.float64).ravel()
-    return bool(2 * len(h) * (math.log(2) - fit_temperature(h)[2]) > _BETTER_THAN_COIN)
+    ratio = 2 * len(h) * (math.log(2) - fit_temperature(h)[2])
+    return bool(ratio / design_effect(h, prompts, mean=0.0) > _BETTER_THAN_COIN)
 
 
 def _scaled(margins: Floats) -> Floats:

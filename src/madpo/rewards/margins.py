@@ -15,7 +15,7 @@ from madpo.core.config import Frozen
 from madpo.core.errors import ConfigError, DataError
 from madpo.core.metrics import Estimate
 from madpo.core.reports import Report
-from madpo.core.statistics import LOG_TEMPERATURES, fit_temperature, proportion
+from madpo.core.statistics import LOG_TEMPERATURES, fit_temperature, proportion_of
 from madpo.data.margins import SUSPICIOUS
 from madpo.rewards.label_share import LabelShare
 from madpo.rewards.weight_counts import WeightParameters, count_weights, log_weight
@@ -50,7 +50,7 @@ class Reliability(Frozen):
     predicted: float
     """Mean of sigma(|margin|)."""
     observed: Estimate
-    """Share of pairs where the sign of the margin agrees with the label."""
+    """Share of pairs where the sign of the margin agrees with the label, with its interval over prompts."""
 
 
 class Suspect(Frozen):
@@ -81,7 +81,7 @@ class MarginReport(Report):
     """Histogram of the margins as given."""
     edges: tuple[float, ...]
     contradicted: Estimate
-    """Share of pairs with a margin below 0, with its 95 % interval."""
+    """Share of pairs with a margin below 0, with its 95 % interval over prompts."""
     margin_temperature: float
     temperature_reason: str
     temperature_fitted: bool
@@ -154,6 +154,7 @@ class MarginReport(Report):
 def inspect(
     margins: ArrayLike,
     *,
+    prompts: ArrayLike | None = None,
     pair_ids: Sequence[int] | None = None,
     margin_temperature: float | None = None,
     texts: Mapping[int, Mapping[str, str]] | None = None,
@@ -163,6 +164,7 @@ def inspect(
 
     Args:
         margins: r(chosen) - r(rejected), one per pair, in the reward model's own unit.
+        prompts: one label per pair; None: each pair has a prompt of its own.
         pair_ids: names of the pairs; their positions when left out.
         margin_temperature: what the margins are divided by to be log-odds. None fits it to these pairs, which is
             right only if the reward model was not trained on them.
@@ -183,7 +185,7 @@ def inspect(
     temperature, reason, fitted = _temperature(h, margin_temperature, trained_on=trained_on)
     calibrated = h / temperature
     tau, c_max, reasons, warnings = _recommend(calibrated)
-    bins, error = reliability(calibrated)
+    bins, error = reliability(calibrated, prompts=prompts)
     warnings += _doubts(h, calibrated, temperature, fitted=fitted)
     if trained_on:
         warnings.append("the reward model was trained on these pairs: all of this flatters it")
@@ -201,7 +203,7 @@ def inspect(
         largest=float(h.max()),
         counts=tuple(int(count) for count in counts),
         edges=tuple(float(edge) for edge in edges),
-        contradicted=proportion(len(contradicted), len(h)),
+        contradicted=proportion_of(h < 0, prompts),
         margin_temperature=temperature,
         temperature_reason=reason,
         temperature_fitted=fitted,
@@ -301,11 +303,14 @@ def _recommend(h: NDArray[np.float64]) -> tuple[float, float, list[str], list[st
     )
 
 
-def reliability(h: NDArray[np.float64], most: int = BINS) -> tuple[tuple[Reliability, ...], float]:
+def reliability(
+    h: NDArray[np.float64], most: int = BINS, *, prompts: ArrayLike | None = None
+) -> tuple[tuple[Reliability, ...], float]:
     """Bins of equally many pairs by |margin| (log-odds, chosen minus rejected), and the mean gap; ties share a bin.
 
-    At most ``most`` bins.
+    At most ``most`` bins. ``prompts`` as for :func:`inspect`.
     """
+    labels = None if prompts is None else np.asarray(prompts)
     size = np.abs(h)
     edges = np.unique(np.quantile(size, np.linspace(0, 1, most + 1)))
     place = np.clip(np.searchsorted(edges, size, side="right") - 1, 0, max(0, len(edges) - 2))
@@ -326,7 +331,7 @@ def reliability(h: NDArray[np.float64], most: int = BINS) -> tuple[tuple[Reliabi
                 high=float(size[inside].max()),
                 pairs=n,
                 predicted=predicted,
-                observed=proportion(float(right[inside].sum()), n),
+                observed=proportion_of(right[inside], None if labels is None else labels[inside]),
             )
         )
     return tuple(bins), gap / len(h)

@@ -30,7 +30,7 @@ from scipy.special import expit
 from madpo.core.errors import DataError
 from madpo.core.metrics import Estimate
 from madpo.core.reports import Report
-from madpo.core.statistics import bootstrap_mean, fit_temperature, proportion
+from madpo.core.statistics import bootstrap_mean, fit_temperature, proportion_of
 from madpo.data.folds import folds_by_prompt
 from madpo.rewards.margins import Reliability, reliability
 
@@ -102,7 +102,7 @@ class ProbeReport(Report):
     """Penalty of the frozen probe."""
     fold_penalties: tuple[float, ...]
     accuracy: Estimate
-    """Share of pairs with an out-of-fold margin above 0, with its Wilson interval."""
+    """Share of pairs with an out-of-fold margin above 0, with its interval over prompts."""
     log_loss: Estimate
     """Log loss of the out-of-fold margins, nats per pair, with its interval over prompts; a coin's is 0.693."""
     temperature: float
@@ -175,11 +175,11 @@ def fit_probe(
         folds=folds,
         penalty=weights.penalty,
         fold_penalties=tuple(map(float, found.penalties)),
-        accuracy=proportion(int((margins > 0).sum()), len(margins)),
+        accuracy=proportion_of(margins > 0, keys),
         log_loss=bootstrap_mean(np.logaddexp(0.0, -margins), seed=seed, clusters=keys),
         temperature=temperature,
         calibrated_log_loss=calibrated,
-        reliability=reliability(margins)[0],
+        reliability=reliability(margins, prompts=keys)[0],
     )
     return FittedProbe(found, weights, report)
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from madpo.core.columns import MARGIN
 from madpo.core.metrics import Metrics
-from madpo.core.statistics import fit_temperature, proportion
+from madpo.core.statistics import fit_temperature, proportion_of
 from madpo.rewards.reward_model import RewardModel
 
 
@@ -46,15 +47,16 @@ def margin_table(model: RewardModel, pairs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({"pair_id": pairs["pair_id"].to_numpy(), MARGIN: margins})
 
 
-def margin_metrics(margins: np.ndarray) -> Metrics:
-    """Accuracy and log loss (nats per pair) on pairs that trained nothing; the loss also at a fitted temperature.
+def margin_metrics(margins: np.ndarray, prompts: ArrayLike | None = None) -> Metrics:
+    """Accuracy (its interval over prompts) and log loss (nats per pair) on pairs that trained nothing; the loss also at
+    a fitted temperature.
 
     A margin of 0 counts as wrong, as in TRL's reward trainer.
     """
     temperature, before, after = fit_temperature(margins)
     return {
         "heldout_pairs": len(margins),
-        "heldout_accuracy": proportion(int((margins > 0).sum()), len(margins)),
+        "heldout_accuracy": proportion_of(margins > 0, prompts),
         "heldout_log_loss": before,
         "temperature": temperature,
         "calibrated_log_loss": after,

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from madpo.core.columns import REFERENCE_COLUMNS
 from madpo.core.errors import DivergedError
-from madpo.core.statistics import bootstrap_mean, bootstrap_share, fit_temperature, proportion
+from madpo.core.statistics import bootstrap_mean, fit_temperature, share_of
 from madpo.core.storage import write_atomically
 from madpo.data.folds import folds_by_prompt, prompt_key
 from madpo.data.messages import answered
@@ -265,7 +265,6 @@ def summarised(
     temperature = fit_temperature(margins)[0]
     right = np.where(margins > 0, 1.0, np.where(margins < 0, 0.0, 0.5))
     calibrated = np.logaddexp(0.0, -margins / temperature)
-    single = len(np.unique(prompts)) == len(prompts) and not (right == 0.5).any()
     rewards = kl = None
     if curves:
         assert settings.reward is not None
@@ -274,10 +273,7 @@ def summarised(
         rewards = np.concatenate(reached) if len(reached) == len(found) else None
         kl = bootstrap_mean(np.concatenate([curve.kl[-1] for curve in curves]), seed=seed)
     heldout = Heldout(
-        # Wilson's interval keeps its width where all are right; further pairs of a prompt are no further evidence.
-        accuracy=proportion(int(right.sum()), len(right))
-        if single
-        else bootstrap_share(right, seed=seed, clusters=prompts),
+        accuracy=share_of(right, seed=seed, clusters=prompts),
         log_loss=bootstrap_mean(calibrated, seed=seed, clusters=prompts),
         temperature=temperature,
         raw_log_loss=bootstrap_mean(np.logaddexp(0.0, -margins), seed=seed, clusters=prompts),
