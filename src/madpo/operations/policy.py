@@ -141,11 +141,10 @@ def _train(settings: TrainSettings, inputs: Mapping[str, Path], out: Path, *, no
         timing = ("runtime", "per_second", "epoch", "num_tokens")
         names = [name for name in logged if name.startswith("eval_") and not name.endswith(timing)]
         evaluation = {name: float(logged[name]) for name in names}
-    effect = _write_margins(trainer, prompts, held, out)
     report = TrainReport(
         pairs=len(trainer.train_dataset),
         eval_pairs=len(trainer.eval_dataset) if heldout else 0,
-        eval_effect=effect,
+        eval_effect=_write_margins(trainer, prompts, held, out),
         steps=int(result.global_step),
         loss=float(result.training_loss),
         evaluation=evaluation,
