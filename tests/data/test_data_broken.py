@@ -255,6 +255,8 @@ TABLE = [
     Broken("both sides equal", _with(rejected=" Hi!"), finding="identical"),
     Broken("pair twice", _rows(GOOD, GOOD), finding="duplicate"),
     Broken("pair in both orders", _rows(GOOD, GOOD | {"chosen": " No.", "rejected": " Hi!"}), finding="contradiction"),
+    Broken("messages as JSON text", _with(**{name: json.dumps(CHAT[name]) for name in CHAT}), finding="messages_as_text"),
+    Broken("messages as Python text", _with(**{name: str(CHAT[name]) for name in CHAT}), finding="messages_as_text"),
     Broken("prompt said again", _rows({"prompt": "a", "chosen": "a b", "rejected": "a c"}), finding="repeats_prompt"),
     Broken("swapped scores", _rows(GOOD | {"chosen_score": 1, "rejected_score": 2}), finding="score_order"),
     Broken("margin next to the scores", _rows(GOOD | {"chosen_score": 2, "rejected_score": 1, "reward_margin": 3}), finding="margin_mismatch"),

@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 import time
+from decimal import Decimal
 from pathlib import Path
 
 import datasets
@@ -377,3 +378,32 @@ def test_a_name_that_is_no_utf_8(tmp_path):
     report = check(path, output=tmp_path / "out")
     assert report.source.endswith("\\udcff.jsonl")
     assert raw.MAX_ROW == 2**26
+
+
+@pytest.mark.parametrize("written", [json.dumps, str])
+def test_messages_written_as_text_are_found_and_the_remedy_reads_them(written, tmp_path):
+    """As pandas and data sets write lists into CSV."""
+    row = {"prompt": [{"role": "user", "content": 'Isn\'t it "cold"?'}]}
+    row |= {
+        "chosen": [{"role": "assistant", "content": "Yes.\n"}],
+        "rejected": [{"role": "assistant", "content": "No"}],
+    }
+    path = tmp_path / "d.csv"
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, [*row])
+        table.writeheader()
+        table.writerow({name: written(value) for name, value in row.items()})
+    assert {finding.kind for finding in check(path).findings} == {"messages_as_text"}
+    read_as_messages = check(path, columns={"decode": True})
+    assert (read_as_messages.findings, read_as_messages.form) == ((), "messages")
+    assert load_preferences(path, columns={"decode": True}) == [{"pair_id": 0, **row}]
+    assert main(["check", str(path), "--columns.decode", "true", "--strict"]) == 0
+
+
+def test_a_margin_of_fixed_decimals_is_a_number(tmp_path):
+    margins = pa.array([Decimal("0.10"), Decimal("-3.25")], pa.decimal128(10, 2))
+    pq.write_table(
+        pa.table({**{name: [value] * 2 for name, value in GOOD.items()}, "reward_margin": margins}),
+        tmp_path / "d.parquet",
+    )
+    assert [row["reward_margin"] for row in load_preferences(tmp_path / "d.parquet")] == [0.1, -3.25]

@@ -111,7 +111,7 @@ class Layout(Frozen):
     weight: Name | None = None
     """Column with the weight of each pair."""
     decode: bool = False
-    """Prompt and completions are JSON written as text."""
+    """Prompt and completions are JSON, or Python's lists, written as text."""
 
     @model_validator(mode="after")
     def _fits(self) -> Layout:

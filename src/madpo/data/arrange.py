@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -379,8 +381,14 @@ def _rows_of(value: Any, name: str) -> Sequence[Any]:
 
 
 def _decoded(value: Any, name: str) -> Any:
-    encoded = isinstance(value, str) and value.lstrip().startswith(("[", "{"))
-    return as_json(value, name) if encoded else value
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+        return value
+    try:
+        return as_json(value, name)
+    except RowError:
+        with suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            return ast.literal_eval(value.strip())  # what pandas writes of a list into CSV
+        raise
 
 
 def _texts(value: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Container, Generator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, Literal
 
 from madpo.core.errors import DataError, RowError, printable
@@ -116,7 +117,7 @@ def as_number(value: Any, name: str, *, from_text: bool = False) -> float:
             number = float(value)
         except ValueError:
             raise RowError(f"{name} is {described(value)}, not a number; correct or drop the row") from None
-    if isinstance(number, bool) or not isinstance(number, int | float):
+    if isinstance(number, bool) or not isinstance(number, int | float | Decimal):
         hint = "write it without quotes" if isinstance(value, str) else "give a number"
         raise RowError(f"{name} is {described(value)}, not a number; {hint}")
     try:

@@ -21,6 +21,7 @@ from madpo.data.raw import COLUMNS, as_number, described, lacks, null, surplus
 ALIASES: dict[str, tuple[str, ...]] = {name: (name,) for name in ("pair_id", "chosen", "rejected")} | NUMBERS
 WANTED = (*{alias for names in ALIASES.values() for alias in names}, *KNOWN, *COLUMNS, "margin")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+_MESSAGES = re.compile(r"""\s*(?:\[\s*)?\{\s*["'](?:role|content|from|value)["']\s*:""")
 LONG = 1_000_000  # characters
 # Who speaks in transcripts, and how the templates of known models begin a turn of the user.
 _SPEAKERS = (*((user, "assistant:") for user in ("human:", "user:", "prompter:")), ("instruction:", "response:"))
@@ -263,6 +264,8 @@ def _flag(pair: Pair) -> None:
         if is_silent(getattr(pair, side)) and ("identical", "") not in flags:
             flags.append(("empty_completion", side))
     for name in ("prompt", "chosen", "rejected"):
+        if isinstance(text := getattr(pair, name), str) and _MESSAGES.match(text):
+            flags.append(("messages_as_text", name))
         for text in contents(getattr(pair, name)):
             if match := _CONTROL.search(text):
                 flags.append(("control_characters", f"{name} has U+{ord(match[0]):04X}"))
