@@ -259,12 +259,13 @@ def test_dropout_still_drops():
     assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", [nn.SiLU(), nn.GELU(), nn.GELU(approximate="tanh")])
-def test_each_activation_of_a_gated_mlp(activation):
+def test_each_activation_of_a_gated_mlp(activation, bias):
     class MLP(nn.Module):
         def __init__(self):
             super().__init__()
-            self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(4, 4, bias=False) for _ in range(3))
+            self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(4, 4, bias=bias) for _ in range(3))
             self.act_fn = activation
 
         def forward(self, x):

@@ -2,10 +2,12 @@
 
 import ctypes
 import itertools
+import math
 import sys
 from collections.abc import Callable
 from functools import cache
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -17,6 +19,18 @@ _steps = itertools.count()
 def kind(tensor: Tensor) -> str:
     """``cpu``, ``cuda``, ``xpu``, ``mps``. A count on paper says another one here."""
     return tensor.device.type
+
+
+def empty(like: Tensor, *shape: int) -> Tensor:
+    """A tensor to be filled, of the type and on the device of ``like``: for what a layer keeps for the backward pass.
+
+    On a processor numpy asks for its memory. torch asks glibc for an aligned place, which looks for a hole larger than
+    what it fills, so that no freed block serves the next one of its size, and the heap grows by holes.
+    """
+    if kind(like) != "cpu" or type(like) is not Tensor or 0 in shape:
+        return like.new_empty(shape)
+    memory = numpy.empty(math.prod(shape) * like.dtype.itemsize, numpy.uint8)
+    return torch.from_numpy(memory).view(like.dtype).view(shape)
 
 
 def return_freed_memory() -> None:

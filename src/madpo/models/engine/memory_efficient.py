@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from madpo.models.engine import devices
 from madpo.models.engine.norms import Origin, RMSNorm, keep, note_origin, origin_of, read
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -47,7 +48,9 @@ class _Projection:
 
     def forward(self, x: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The layer's output for rows ``x``, and the adapter's inner states; ``a``, ``b`` in the dtype of ``x``."""
-        y = F.linear(x, self.weight, self.bias)
+        y = devices.empty(x, len(x), len(self.weight))
+        turned = self.weight.T
+        y = torch.mm(x, turned, out=y) if self.bias is None else torch.addmm(self.bias, x, turned, out=y)
         if a is None or b is None:
             return y, None
         inner = x @ a.T

@@ -289,7 +289,9 @@ class _BlockAttention(torch.autograd.Function):
             for (queries, keys), bias in zip(mask.spans, mask.biases(q.dtype), strict=True)
         ]
         outs, totals = zip(*parts, strict=True)
-        out = torch.cat([part.transpose(1, 2) for part in outs], dim=1).transpose(1, 2)
+        groups, heads, longest, width = q.shape
+        out = devices.empty(q, groups, longest, heads, width)
+        out = torch.cat([part.transpose(1, 2) for part in outs], dim=1, out=out).transpose(1, 2)
         ctx.mask, ctx.scale = mask, scale
         ctx.save_for_backward(q, k, v, out, *totals)
         return out
