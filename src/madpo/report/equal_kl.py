@@ -63,23 +63,19 @@ def equal_kl(
         line: further settings of the chosen one over beta. The difference is then the mean over the distances that both
             curves span; else it is taken at the one setting's own distance.
     """
+    own = list(line) or ([] if choice is None else [choice.row])
+    keys, found = {row.key for row in own}, []
+    for method, rows in frontiers(tier, base_beta([tier])).items():
+        curve = [row for row in rows if row.key not in keys]
+        if choice is not None and len(curve) > 1 and rows[0].family == base and method != choice.row.method:
+            found.append(_above_curve(Comparison(what, against=method, **how), tier, choice, own, curve))
     needs = f"{NOT_RUN}: it needs the method, and {base} at two or more β"
-    if choice is None:
-        return Comparison(what, missing=needs, **how)
-    found = [
-        _above_curve(Comparison(what, against=method, **how), tier, choice, list(line) or [choice.row], rows)
-        for method, rows in frontiers(tier, base_beta([tier])).items()
-        if rows[0].family == base and method != choice.row.method
-    ]
     return hardest(found) if found else Comparison(what, missing=needs, **how)
 
 
 def _above_curve(asked: Comparison, tier: Tier, choice: Choice, own: Sequence[Row], curve: Sequence[Row]) -> Comparison:
     """The answer for one curve of the base."""
     keys, base = {row.key for row in own}, asked.against
-    curve = [row for row in curve if row.key not in keys]
-    if len(curve) < 2:
-        return replace(asked, missing=f"{NOT_RUN}: it needs the method, and {base} at two or more β")
     both = _curves(tier, own, curve, (choice.name, base), tier.reporting if choice.chosen else None)
     if not both.spans:
         return replace(asked, missing=both.missing)
