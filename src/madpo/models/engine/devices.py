@@ -21,14 +21,14 @@ def kind(tensor: Tensor) -> str:
     return tensor.device.type
 
 
-def empty(like: Tensor, *shape: int) -> Tensor:
-    """A tensor to be filled, of the type and on the device of ``like``: for what a layer keeps for the backward pass.
+def memory_for(like: Tensor, *shape: int) -> Tensor | None:
+    """On a processor, where a result goes that a layer keeps for the backward pass: a tensor of the type of ``like``.
 
-    On a processor numpy asks for its memory. torch asks glibc for an aligned place, which looks for a hole larger than
-    what it fills, so that no freed block serves the next one of its size, and the heap grows by holes.
+    numpy asks for its memory. torch asks glibc for an aligned place, which looks for a larger hole than it fills, so
+    that no freed block serves the next one of its size, and the heap grows by holes. None: torch finds a place.
     """
     if kind(like) != "cpu" or type(like) is not Tensor or 0 in shape:
-        return like.new_empty(shape)
+        return None
     memory = numpy.empty(math.prod(shape) * like.dtype.itemsize, numpy.uint8)
     return torch.from_numpy(memory).view(like.dtype).view(shape)
 

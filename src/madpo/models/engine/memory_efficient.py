@@ -48,9 +48,8 @@ class _Projection:
 
     def forward(self, x: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The layer's output for rows ``x``, and the adapter's inner states; ``a``, ``b`` in the dtype of ``x``."""
-        y = devices.empty(x, len(x), len(self.weight))
-        turned = self.weight.T
-        y = torch.mm(x, turned, out=y) if self.bias is None else torch.addmm(self.bias, x, turned, out=y)
+        factors, out = (x, self.weight.T), devices.memory_for(x, len(x), len(self.weight))
+        y = torch.mm(*factors, out=out) if self.bias is None else torch.addmm(self.bias, *factors, out=out)
         if a is None or b is None:
             return y, None
         inner = x @ a.T

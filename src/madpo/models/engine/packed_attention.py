@@ -290,8 +290,8 @@ class _BlockAttention(torch.autograd.Function):
         ]
         outs, totals = zip(*parts, strict=True)
         groups, heads, longest, width = q.shape
-        out = devices.empty(q, groups, longest, heads, width)
-        out = torch.cat([part.transpose(1, 2) for part in outs], dim=1, out=out).transpose(1, 2)
+        place = devices.memory_for(q, groups, longest, heads, width)
+        out = torch.cat([part.transpose(1, 2) for part in outs], dim=1, out=place).transpose(1, 2)
         ctx.mask, ctx.scale = mask, scale
         ctx.save_for_backward(q, k, v, out, *totals)
         return out
