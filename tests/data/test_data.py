@@ -401,3 +401,9 @@ def test_tokenizer_by_folder(tokenizer: Any, tmp_path: Path) -> None:
         assert check(path, tokenizer=name) == check(path, tokenizer=tokenizer)
     with pytest.raises(ConfigError, match="gone"):
         check(path, tokenizer=str(tmp_path / "gone"))
+
+
+def test_numbers_of_one_side_only_are_not_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", [CHAT | {"ref_chosen_logps": -5.0, "rejected_score": 2.0}])
+    assert load_preferences(path) == [{"pair_id": 0, **CHAT}]
+    assert set(check(path).ignored) == {"ref_chosen_logps", "rejected_score"}

@@ -204,6 +204,21 @@ def test_a_recurrent_model_is_refused(family):
         run(model, [[3, 4]], [0])
 
 
+@pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
+def test_layers_that_read_the_keys_of_another_layer_go_on_as_a_whole_text_would(family):
+    shared = {"num_hidden_layers": 4, "num_kv_shared_layers": 2}
+    shared |= {"layer_types": ["sliding_attention", "full_attention"] * 2}
+    model, prompts = tiny(family, loud=3, **shared), [[5, 6, 7], [*range(4, 18)], [*range(20, 29)]]
+    how = {"eos_token_ids": [-1], "max_new_tokens": 10, "temperature": 0.0, "samples": 2}
+    found = generate(model, prompts, keys=[0, 1, 2], draw=0, seed=0, **how)
+    for i, ids in enumerate(found):
+        prompt = prompts[i // 2]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([[*prompt, *ids]]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+        chosen = logits.gather(1, torch.tensor(ids)[:, None])[:, 0]
+        torch.testing.assert_close(chosen, logits.max(-1).values, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", ["git", "dory", "xlstm"])
 def test_a_model_that_cannot_go_on_from_texts_of_unlike_lengths_is_refused(family):
     """git counts the padding in silence; the others break."""

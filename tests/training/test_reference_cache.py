@@ -12,11 +12,12 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from madpo import DPO, PreferenceConfig, PreferenceTrainer
+from madpo.core.columns import REFERENCE_COLUMNS
 from madpo.models.load import load_tokenizer
 from madpo.training import reference
 from madpo.training.digests import model_settings, reference_digest
 from quick import quick
-from refusals import refused
+from refusals import names, refused
 from trainer_settings import QUIET
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -104,6 +105,22 @@ def test_equal_weights_with_another_configuration_have_their_own_reference(llama
     other.train()
     first = next(row for row in other.state.log_history if "loss" in row)
     assert first["loss"] == pytest.approx(math.log(2), abs=2e-3 if dtype is torch.bfloat16 else 1e-6)
+
+
+def test_columns_of_another_reference_are_said_and_taken_and_one_of_two_is_computed_again(
+    llama, tmp_path, computed, capsys
+):
+    own = build(llama, tmp_path, load(llama))
+    both = own.train_dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids", *REFERENCE_COLUMNS])
+    assert columns(build(llama, tmp_path, load(llama), both)).tolist() == columns(own).tolist()
+    assert "apart" not in capsys.readouterr().err
+    other = both.remove_columns("ref_chosen_logps").add_column("ref_chosen_logps", [-5.0] * len(both))
+    assert columns(build(llama, tmp_path, load(llama), other))[0].tolist() == [-5.0] * len(both)
+    apart = np.abs(columns(own)[0] + 5).mean() / 2
+    names(capsys.readouterr().err, "ref_chosen_logps", f"{apart:.3g} nats")
+    one = build(llama, tmp_path, load(llama), other.remove_columns("ref_rejected_logps"))
+    assert columns(one).tolist() == columns(own).tolist()
+    assert len(computed) == 1, "the cache has it"
 
 
 def test_names_paths_and_memory_settings_do_not_change_the_reference(llama, tmp_path, computed):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from madpo.core.columns import MARGIN, NUMBERS, SCORES
+from madpo.core.columns import MARGIN, NUMBERS, REFERENCE_COLUMNS, SCORES
 from madpo.core.errors import RowError
 from madpo.data.conversation import Conversation, columns_of
 from madpo.data.layouts import listed
@@ -72,7 +72,7 @@ class Columns:
     read_as: Mapping[str, str]
     prompt: PromptColumns
     unpaired: tuple[str, ...] = ()
-    """Scores of one side without one of the other, which nothing reads."""
+    """Scores and reference log-probabilities of one side without the other's, which nothing reads."""
 
     @classmethod
     def found_in(cls, names: Iterable[str]) -> Columns:
@@ -95,8 +95,8 @@ class Columns:
         for ours in ("chosen", "rejected"):
             if ours not in read_as:
                 raise RowError(f"has no column {ours!r} (found {listed(names)}); add it, or name its column")
-        sides = {*SCORES} & read_as.keys()
-        unpaired = sides if len(sides) == 1 else set()
+        given = ({*pair} & read_as.keys() for pair in (SCORES, REFERENCE_COLUMNS))
+        unpaired = {name for sides in given if len(sides) == 1 for name in sides}
         kept = {ours: theirs for ours, theirs in read_as.items() if ours not in unpaired}
         return cls(kept, prompt, tuple(read_as[name] for name in unpaired))
 

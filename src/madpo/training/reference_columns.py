@@ -66,8 +66,10 @@ class ReferenceColumns(ExactResume):
         collator = self.data_collator
         if collator.embedding_rows is not None:
             check_tokens(dataset, name, collator.embedding_rows)
-        if self._synchronised:  # columns would be those of the first step
-            dataset = dataset.remove_columns([c for c in REFERENCE_COLUMNS if c in get_dataset_column_names(dataset)])
+        given = {*REFERENCE_COLUMNS} & {*get_dataset_column_names(dataset)}
+        if self._synchronised or len(given) == 1:  # columns of the first step; one without the other says nothing
+            dataset = dataset.remove_columns(sorted(given))
+        if self._synchronised:
             self._keep_reference(name)
         present, streamed = set(get_dataset_column_names(dataset)), isinstance(dataset, IterableDataset)
         missing = {MARGIN} & set(self._needs) - present if not streamed else set()
@@ -76,10 +78,12 @@ class ReferenceColumns(ExactResume):
                 self._keep_reference(name)
             if self._live is None or not (self._synchronised or streamed):
                 missing |= set(REFERENCE_COLUMNS)
+        rows = None if streamed else self._remove_unused_columns(dataset, name)
+        if self.loss.needs_reference and len(given) == 2 and not (streamed or self._synchronised or self.sharded):
+            self._compare_given(rows, name, batch_size)
         if not missing:
             return dataset
         with self._reference(name) as model:
-            rows = self._remove_unused_columns(dataset, name)
             layers = feature_layers(unwrapped(model)) if MARGIN in missing else ()
             found = cached_reference(
                 model,
@@ -100,6 +104,22 @@ class ReferenceColumns(ExactResume):
             dataset = dataset.add_column(column, values)
         self._sources[dataset._fingerprint] = sources
         return dataset
+
+    def _compare_given(self, rows: Dataset, name: str, batch_size: int) -> None:
+        """Say so where given log-probabilities are not those of the reference, by the first batch."""
+        if self.state.global_step > 0 and self.ref_model is None:
+            return  # it is gone, or is trained
+        batch = replace(self.data_collator, columns=())(list(rows.select(range(min(batch_size, len(rows))))))
+        with self._reference(name) as model:
+            model.to(self.accelerator.device)
+            own = torch.cat(batch_logps(model, batch, self.accelerator)).cpu()
+        apart = (own - torch.cat([batch[column] for column in REFERENCE_COLUMNS])).abs().mean()
+        if not apart <= 1 + 0.05 * own.abs().mean():
+            say_once(
+                f"{name}: its {' and '.join(REFERENCE_COLUMNS)} are {float(apart):.3g} nats apart from those of this "
+                "model, on average, so they are of another reference or of other tokens; remove these columns unless "
+                "that is meant."
+            )
 
     def _keep_reference(self, name: str) -> None:
         """Keep the reference for as long as the trainer: a copy of the model where all of it is trained."""

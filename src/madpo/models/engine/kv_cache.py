@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from madpo.core.errors import ConfigError
 from madpo.models.engine.head import backbone
@@ -102,13 +102,14 @@ def growing_cache(model: nn.Module) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     takes = "cache" in inspect.signature(backbone(model).forward).parameters
     kinds = {type(layer) for layer in cache.layers}
-    if not takes or kinds - {DynamicLayer, DynamicSlidingWindowLayer}:
+    if not takes or kinds - {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}:
         raise ConfigError(
             f"{type(model).__name__} keeps a state that is not attention over a cache, so responses cannot be sampled "
             "from it in batches; use a transformer, with transformers 5.24 or later"
         )
-    cache.layers = [
-        _InPlaceSlidingLayer(layer.sliding_window) if isinstance(layer, DynamicSlidingWindowLayer) else _InPlaceLayer()
-        for layer in cache.layers
-    ]
+    for i, layer in enumerate(cache.layers):  # a dummy holds nothing: its layer reads what another one holds
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            cache.layers[i] = _InPlaceSlidingLayer(layer.sliding_window)
+        elif isinstance(layer, DynamicLayer):
+            cache.layers[i] = _InPlaceLayer()
     return cache
