@@ -15,8 +15,9 @@ from madpo.core.errors import ConfigError, DataError, StorageError
 from madpo.data import check, load_preferences
 from madpo.data import templates as templates_of
 from madpo.data.findings import Survey
+from madpo.data.folds import prompt_keys
 from madpo.operations import ScoreSettings, TrainSettings, score
-from madpo.operations.inputs import started_clock
+from madpo.operations.inputs import split_by_prompt, started_clock
 from practice_cases import conversation, read, text_pairs, write
 from quick import quick
 from refusals import names, refused
@@ -97,6 +98,27 @@ def test_pairs_of_the_evaluation_are_looked_for_in_the_training(
     command = [*commands(data, llama, tmp_path / "o")["train"], "--eval_data", str(other), "--strict"]
     assert main(command) == 2
     names(capsys.readouterr().err, other, "line 1", "1 in all")
+
+
+PLAIN, OTHER = "Caf\u00e9 or  tea?\n", "Cafe\u0301 or tea?"
+"""The same to a reader, and other bytes."""
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_prompts_that_a_reader_cannot_tell_apart_are_on_one_side(chat: bool, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{(PLAIN, OTHER)[i % 2]} {i // 2}", "chosen": "a", "rejected": "b"} for i in range(40)]
+    rows = [conversation(row) for row in rows] if chat else rows
+    data = write(tmp_path / "d.jsonl", rows)
+    kept, aside = split_by_prompt(load_preferences(data), 0.3, 0, "d")
+    assert {row["pair_id"] // 2 for row in kept}.isdisjoint(row["pair_id"] // 2 for row in aside)
+    assert (len(kept), len(aside)) == (28, 12)
+    keys = prompt_keys([row["prompt"] for row in load_preferences(data)])
+    assert keys[::2] == keys[1::2]
+    assert len(set(keys)) == 20
+    # Each in a file of its own: a leak.
+    train, held = (write(tmp_path / f"{k}.jsonl", rows[k::2]) for k in range(2))
+    report = check(train, eval_data=held)
+    assert (report.count("leaked_prompt"), report.prompts) == (20, 20)
 
 
 def test_names_of_two_pairs_are_found_and_refused_and_the_remedy_works(

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from madpo.core.config import Frozen
 from madpo.core.errors import DataError
 from madpo.data.conversation import columns_of
+from madpo.data.folds import plain_prompt
 from madpo.data.messages import Text
 from madpo.data.raw import At, Source
 from madpo.data.rows import Pair
@@ -77,6 +78,7 @@ class Seen:
     def __init__(self) -> None:
         self._pairs = bytearray()
         self._prompts = bytearray()
+        self._plain = bytearray()  # prompts as a reader sees them
         self.numbers, self.ids = array("q"), array("q")
         """Line or row of each pair, and its pair_id."""
 
@@ -89,6 +91,7 @@ class Seen:
         key[15] = (key[15] & 0xFE) | in_order
         self._pairs += key
         self._prompts += prompt
+        self._plain += digest(plain_prompt(pair.prompt))
         self.numbers.append(pair.number)
         self.ids.append(pair.pair_id)
 
@@ -127,7 +130,7 @@ class Seen:
         """Add the pairs (in either order) and the prompts of this evaluation data that are in ``train``."""
         hits = {
             "leaked_pair": np.isin(self.unordered(), train.unordered()),
-            "leaked_prompt": np.isin(np.frombuffer(self._prompts, "S16"), np.frombuffer(train._prompts, "S16")),
+            "leaked_prompt": np.isin(np.frombuffer(self._plain, "S16"), np.frombuffer(train._plain, "S16")),
         }
         for kind, found in hits.items():
             rows = np.flatnonzero(found)

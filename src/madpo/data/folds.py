@@ -2,14 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from madpo.core.errors import ConfigError
 from madpo.core.seeding import rng
-from madpo.data.conversation import columns_of
+from madpo.data.conversation import Conversation, columns_of
 from madpo.data.messages import Text
 
 
@@ -32,6 +33,26 @@ class PromptNumbers:
 
     def __call__(self, prompt: Text) -> int:
         return self._numbers.setdefault(hash(prompt_key(prompt)), len(self._numbers))
+
+
+def plain_prompt(prompt: Text) -> Text:
+    """A prompt without what no reader sees: runs of white space as one, each letter written in one way (NFKC)."""
+
+    def plain(text: str) -> str:
+        return unicodedata.normalize("NFKC", " ".join(text.split()))
+
+    if isinstance(prompt, str):
+        return plain(prompt)
+    return Conversation([{**said, "content": plain(said["content"])} for said in prompt], columns_of(prompt))
+
+
+def prompt_keys(prompts: Sequence[Text]) -> list[str]:
+    """What makes prompts of a data set the same, for its parts: those have one key that a reader cannot tell apart."""
+    keys, plain = ([prompt_key(form(prompt)) for prompt in prompts] for form in (lambda prompt: prompt, plain_prompt))
+    least: dict[str, str] = {}
+    for key, group in zip(keys, plain, strict=True):
+        least[group] = min(key, least.get(group, key))
+    return [least[group] for group in plain]
 
 
 def prompt_ids_key(ids: Any) -> str:

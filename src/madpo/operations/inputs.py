@@ -17,7 +17,7 @@ from madpo.data import load_preferences
 from madpo.data.arrange import Arranger
 from madpo.data.conversation import Conversation
 from madpo.data.findings import Survey
-from madpo.data.folds import prompt_key
+from madpo.data.folds import prompt_key, prompt_keys
 from madpo.data.layouts import listed
 from madpo.data.load import TooLong
 from madpo.data.messages import Text
@@ -126,7 +126,7 @@ def split_by_prompt(rows: Sequence[Row], share: float, seed: int, name: str) -> 
     Raises:
         DataError: all rows have one prompt.
     """
-    keys = [prompt_key(row["prompt"]) for row in rows]
+    keys = prompt_keys([row["prompt"] for row in rows])
     prompts = sorted(set(keys))
     if len(prompts) < 2:
         raise DataError(f"{name}: all pairs have one prompt, so none can be held out; give eval_data")

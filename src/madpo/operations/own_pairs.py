@@ -17,7 +17,7 @@ from madpo.core.metrics import Metrics
 from madpo.core.statistics import bootstrap_mean, fit_temperature, share_of
 from madpo.core.storage import write_atomically
 from madpo.data.conversation import Conversation, columns_of
-from madpo.data.folds import prompt_key
+from madpo.data.folds import prompt_keys
 from madpo.data.messages import Text
 from madpo.data.templates import Clock
 from madpo.models.engine.responses import decode
@@ -73,7 +73,7 @@ def read_own_pairs(config: OwnPairsStage, inputs: Mapping[str, Path], out: Path)
     for split, most in (("train", config.max_train), ("heldout", config.max_heldout)):
         parts[split] = parts[split][:most]
     rows = [{**row, "split": split} for split, part in parts.items() for row in part]
-    keys = [prompt_key(row["prompt"]) for row in rows]
+    keys = prompt_keys([row["prompt"] for row in rows])
     number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     ids = ("prompt_ids", "chosen_ids", "rejected_ids")
     table = pd.DataFrame(

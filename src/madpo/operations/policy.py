@@ -21,7 +21,7 @@ from madpo.core.errors import ConfigError
 from madpo.core.metrics import Metrics
 from madpo.core.statistics import design_effect
 from madpo.core.storage import write_atomically
-from madpo.data.folds import prompt_key
+from madpo.data.folds import prompt_keys
 from madpo.models.adapters import adapter_text
 from madpo.models.engine.logprobs import completion_logps, unwrapped
 from madpo.models.hyperparameters import CHECKPOINTS
@@ -115,9 +115,7 @@ def _train(settings: TrainSettings, inputs: Mapping[str, Path], out: Path, *, no
     if settings.export == "gguf":
         refuse_unconvertible(base)
     require_columns(rows, settings.loss, str(data), probed=probed)
-    prompts, held = (
-        {row["pair_id"]: prompt_key(row["prompt"]) for row in part} for part in (rows, heldout)
-    )  # of two files, whose pair_ids may be the same
+    prompts, held = map(_prompts_by_pair, (rows, heldout))  # of two files, whose pair_ids may be the same
     if settings.first_look:
         rows = in_halves(rows, [prompts[row["pair_id"]] for row in rows], split_seed(settings, args))
     if heldout:
@@ -164,6 +162,11 @@ def _train(settings: TrainSettings, inputs: Mapping[str, Path], out: Path, *, no
         write_atomically(out / "dropped.jsonl", too_long.lines())
     write_report(out, data, eval_data, settings, args, report, clock)
     return {"pairs": report.pairs, "steps": report.steps, "loss": report.loss, **evaluation}
+
+
+def _prompts_by_pair(rows: Sequence[Row]) -> dict[int, str]:
+    keys = prompt_keys([row["prompt"] for row in rows])
+    return {row["pair_id"]: key for row, key in zip(rows, keys, strict=True)}
 
 
 def trainer_arguments(settings: TrainSettings, out: Path, *, evaluated: bool) -> PreferenceConfig:

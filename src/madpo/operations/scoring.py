@@ -27,7 +27,7 @@ from madpo.core.reports import Report
 from madpo.core.statistics import proportion_of
 from madpo.core.storage import storage_errors, write_atomically
 from madpo.data import load_preferences
-from madpo.data.folds import PromptNumbers, folds_by_prompt, prompt_key
+from madpo.data.folds import PromptNumbers, folds_by_prompt, prompt_key, prompt_keys
 from madpo.data.load import PairStream, surveyed
 from madpo.data.raw import as_number
 from madpo.data.rows import Pair
@@ -219,7 +219,7 @@ class _Scoring(NamedTuple):
     def by_folds(self, settings: RewardSettings) -> Scores:
         """Each pair's scores by the reward model that saw neither it nor its prompt, not even to stop."""
         folds, read = self.settings.folds or 0, self.settings
-        keys = (prompt_key(p.prompt) for p in self.pairs)
+        keys = prompt_keys([p.prompt for p in self.pairs])
         fold = np.array(folds_by_prompt(keys, folds, settings.seed, self.data))
         chosen, rejected = np.zeros(len(fold)), np.zeros(len(fold))
         changes = {"date": self.clock.now if self.clock.read else None, "columns": read.columns, "layout": read.layout}
@@ -317,7 +317,7 @@ def train_fold(config: FoldSettings, inputs: Mapping[str, Path], out: Path) -> M
     """Train a reward model that has seen neither the pairs of one fold nor their prompts."""
     data, settings = str(inputs["data"]), config.reward
     pairs = _read(data, settings.reading)
-    fold = folds_by_prompt((prompt_key(p.prompt) for p in pairs), config.folds, settings.seed, data)
+    fold = folds_by_prompt(prompt_keys([p.prompt for p in pairs]), config.folds, settings.seed, data)
     seen = {prompt_key(pair.prompt) for pair, own in zip(pairs, fold, strict=True) if own != config.fold}
     rows = load_preferences(
         data,

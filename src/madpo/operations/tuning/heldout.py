@@ -24,7 +24,7 @@ from madpo.core.columns import REFERENCE_COLUMNS
 from madpo.core.errors import DivergedError
 from madpo.core.statistics import bootstrap_mean, fit_temperature, share_of
 from madpo.core.storage import write_atomically
-from madpo.data.folds import folds_by_prompt, prompt_key
+from madpo.data.folds import folds_by_prompt, prompt_key, prompt_keys
 from madpo.data.messages import answered
 from madpo.data.rows import Pair
 from madpo.data.templates import Clock
@@ -175,7 +175,7 @@ def prepare(data: str | Path, settings: TuneSettings, folder: Path) -> Prepared:
     # As the trainer will: an empty prompt, without a token that begins every text, leaves an end token unpredicted.
     scored = set(drop_unscored(as_dataset(rows), args, str(data))["pair_id"])
     rows = [row for row in rows if row["pair_id"] in scored]
-    keys = [prompt_key(row["prompt"]) for row in rows]
+    keys = prompt_keys([row["prompt"] for row in rows])
     fold = np.array(folds_by_prompt(keys, settings.folds, settings.search_seed, str(data)))
     trainer = build_trainer(training, args, base, tokenizer, rows, [])
     found = trainer.train_dataset
