@@ -18,7 +18,7 @@ from madpo.operations.pair_scorer import load_scorer
 from madpo.report.numbers import short
 from madpo.report.own import own_opening, own_verdict
 from madpo.report.results import Row, Tier, measured
-from madpo.report.sources import HELDOUT, SAMPLES
+from madpo.report.sources import HELDOUT, SAMPLES, Sources
 from madpo.study.compare import CompareSettings, compare
 from madpo.study.own_graph import rows_of
 from practice_cases import conversation, read, text_pairs, write
@@ -113,6 +113,19 @@ def test_heldout_margins_and_their_log_loss(run, llama, key) -> None:
     right = pd.Series(expected > 0).groupby(prompts).mean()
     assert metrics["heldout_accuracy"].mean == pytest.approx(right.mean())
     assert metrics["heldout_accuracy"].n == len(right) < len(pairs)
+
+
+def test_what_the_probe_is_worth_counts_prompts(run) -> None:
+    result = run[2]
+    pairs = pd.read_parquet(folder(result, "pairs") / "pairs.parquet").set_index("pair_id")
+    known = {name: record for name, record in result.records.items() if "heldout_pairs" in record.metrics}
+    assert {"judge", "reward_model/own"} <= known.keys()
+    for record in known.values():
+        held = pairs[pairs["split"] == "heldout"]
+        assert record.metrics["heldout_pairs"] == len(held)
+        assert record.metrics["heldout_accuracy"].n == held["prompt_id"].nunique() < len(held)
+        drawn = Sources(result.root).margins(record, result.records)
+        assert drawn["prompt_id"].tolist() == pairs.loc[drawn["pair_id"], "prompt_id"].tolist()
 
 
 def test_responses_have_the_judges_rewards(run) -> None:

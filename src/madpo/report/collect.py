@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from madpo.core.columns import MARGIN
 from madpo.core.metrics import Estimate, Metric
 from madpo.report.methods import SFT, method_of, rate_words
 from madpo.report.results import MEASURED, Row, Tier, Value, measured
@@ -105,8 +106,10 @@ def _tier(
             rows,
             own[~swept],
             models,
-            margins=_finite(sources.margins(margins, records), train=True) if margins else np.empty(0),
-            heldout_margins=_finite(sources.margins(first, records)) if first else np.empty(0),
+            margins=_finite(sources.margins(margins, records), train=True)[MARGIN].to_numpy()
+            if margins
+            else np.empty(0),
+            heldout_margins=_finite(sources.margins(first, records)) if first else pd.DataFrame(),
             curves=pd.concat(curves) if curves else pd.DataFrame({"name": []}),
             reward_curve=sources.log(first) if first else pd.DataFrame(),
             missing=tuple(n for n, m in planned.items() if n not in shown and name in (m.get("tiers") or (name,))),
@@ -120,11 +123,11 @@ def _tier(
 _PLACE = ("key", "seed")
 
 
-def _finite(margins: pd.DataFrame, *, train: bool = False) -> np.ndarray:
+def _finite(margins: pd.DataFrame, *, train: bool = False) -> pd.DataFrame:
     """The finite margins; with ``train`` those of training pairs, or all where the split is not known."""
     known = margins[margins["train"].fillna(True).astype(bool)] if train else margins
-    values = known["reward_margin"].to_numpy(dtype=float)
-    return np.asarray(values[np.isfinite(values)])
+    found: pd.DataFrame = known[np.isfinite(known[MARGIN].astype(float))]
+    return found
 
 
 def _described(

@@ -213,6 +213,8 @@ def _write_tables(root: Path, place: Path, records: Mapping[str, Record]) -> Non
             whole = pd.concat(frames, ignore_index=True).reindex(columns=names)
             if table == "samples":
                 names = [n for n in names if n not in ("temperature", *HELDOUT) or whole[n].notna().any()]
+            if table == "margins" and (whole["prompt_id"] == whole["pair_id"]).all():
+                names.remove("prompt_id")
             schema = pa.schema([(name, KINDS.get(name, pa.float64())) for name in names])
             written = pa.Table.from_pandas(whole, schema=schema, preserve_index=False).replace_schema_metadata(None)
             pq.write_table(written, place / f"{table}.parquet", compression="zstd")

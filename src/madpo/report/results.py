@@ -109,8 +109,8 @@ class Tier:
         samples: the long table of this tier's rows and of SFT, as of :meth:`madpo.report.sources.Sources.samples`, with
             ``key`` and ``seed``.
         reward_models: by seed ("" where there is one).
-        margins: of the training pairs; heldout_margins: those that measured the reward model; reward_curve: its log.
-            All of the first seed.
+        margins: of the training pairs; heldout_margins: those that measured the reward model, with ``prompt_id``;
+            reward_curve: its log. All of the first seed.
         curves: logs of the policies of the first seed, one line per logged step, with the row's ``name``.
         missing: names of the experiment's methods that have no evaluation here.
         selection_seed: which half of the held-out prompts chooses among settings.
@@ -123,7 +123,7 @@ class Tier:
     samples: pd.DataFrame
     reward_models: dict[str, Record] = field(default_factory=dict)
     margins: np.ndarray = field(default_factory=lambda: np.empty(0))
-    heldout_margins: np.ndarray = field(default_factory=lambda: np.empty(0))
+    heldout_margins: pd.DataFrame = field(default_factory=pd.DataFrame)
     curves: pd.DataFrame = field(default_factory=pd.DataFrame)
     reward_curve: pd.DataFrame = field(default_factory=pd.DataFrame)
     missing: tuple[str, ...] = ()

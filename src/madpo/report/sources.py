@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ MEASURES = ("evaluation/", "heldout/")  # steps that leave samples
 SAMPLES = ("prompt_id", "sample", "reward", "kl", "tokens", "text", "prompt", "response", "temperature")
 HELDOUT = ("right", "log_loss")  # of a held-out pair
 NULLABLE = {"text": "Int64", "train": "boolean"}
-MARGINS = ("pair_id", "reward_margin", "train")
+MARGINS = ("pair_id", "reward_margin", "train", "prompt_id")
 TEXTS = 200  # prompts of an evaluation that keep their first response as text
 RESPONSE_DIGEST = "response_sha256"  # in the samples of an older export, which left texts out
 AGAIN = "delete the step's folder and run again"
@@ -76,8 +76,9 @@ class Sources:
         return pd.DataFrame([{k: float(v) for k, v in row.items() if isinstance(v, int | float)} for row in rows])
 
     def margins(self, record: Record, records: Mapping[str, Record]) -> pd.DataFrame:
-        """The reward margins that a step wrote: ``pair_id``, ``reward_margin`` (chosen minus rejected), and ``train``,
-        which is NA where nothing says which pairs are for training.
+        """The reward margins that a step wrote: ``pair_id``, ``reward_margin`` (chosen minus rejected); ``train``,
+        which is NA where nothing says which pairs are for training; and ``prompt_id``, which is that of the pair where
+        a prompt has one pair.
 
         Args:
             record: of the step.
@@ -86,14 +87,18 @@ class Sources:
         path = folder_of(self.root, record) / "margins.parquet"
         if not path.exists():
             kept = self._kept("margins", record)
-            return kept if kept is not None else pd.DataFrame({name: [] for name in MARGINS})
+            if kept is None:
+                return pd.DataFrame({name: [] for name in MARGINS})
+            return kept if "prompt_id" in kept else kept.assign(prompt_id=kept["pair_id"])
         table = _parquet(path)
-        table["train"] = pd.NA
+        table["train"], table["prompt_id"] = pd.NA, table["pair_id"]
         above = (other for other in records.values() if other.identity in record.inputs.values())
         places = (folder_of(self.root, other) / "pairs.parquet" for other in above)
         if read := next((place for place in places if place.exists()), None):
-            pairs = _parquet(read, ["pair_id", "split"])
+            pairs = _parquet(read, ("pair_id", "split", "prompt_id"))
             table["train"] = table["pair_id"].isin(pairs.loc[pairs["split"] == "train", "pair_id"])
+            if "prompt_id" in pairs:
+                table["prompt_id"] = table["pair_id"].map(pairs.set_index("pair_id")["prompt_id"])
         return table[[*MARGINS]].astype({"train": NULLABLE["train"]})
 
     def _kept(self, name: str, record: Record) -> pd.DataFrame | None:
@@ -105,9 +110,11 @@ class Sources:
         return own.drop(columns="folder").astype(kinds) if len(own) else None
 
 
-def _parquet(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
+def _parquet(path: Path, columns: Container[str] | None = None) -> pd.DataFrame:
     try:
-        table: pd.DataFrame = pq.read_table(path, columns=columns).to_pandas()
+        with pq.ParquetFile(path) as file:
+            names = [name for name in file.schema_arrow.names if columns is None or name in columns]
+            table: pd.DataFrame = file.read(names).to_pandas()
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path} is damaged ({str(error).splitlines()[0][:120]}); {AGAIN}") from error
     return table

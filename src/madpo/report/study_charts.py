@@ -320,7 +320,8 @@ def calibration_chart(tiers: Sequence[Tier]) -> Chart | None:
     panels = []
     for tier in tiers:
         if n := len(tier.heldout_margins):
-            bins, _ = reliability(tier.heldout_margins, most=max(2, min(10, n // PAIRS_PER_BIN)))
+            margins, prompts = (tier.heldout_margins[name].to_numpy() for name in ("reward_margin", "prompt_id"))
+            bins, _ = reliability(margins, most=max(2, min(10, n // PAIRS_PER_BIN)), prompts=prompts)
             panels.append(calibration_panel(f"{tier.label}, {n} pairs", bins, _tier_colour(tier.name)))
     return figure("calibration", "Calibration of the reward models", panels)
 
