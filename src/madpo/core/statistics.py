@@ -172,8 +172,8 @@ def proportion_of(values: ArrayLike, clusters: ArrayLike | None = None) -> Estim
     """The mean of numbers that are 0, 1 or, for a tie, 1/2, with the Wilson interval of an effective number of them.
 
     That number is theirs over their :func:`design_effect`; where each is its own unit this is :func:`proportion`. In
-    simulations of 6 to 100 prompts with 1 to 7 or 1 to 19 pairs, it covers shares of 0.6 and 0.9 in 93 to 98 %; in 90 to
-    91 % where 30 prompts have a share of 0.9 and their pairs mostly agree. Over pairs it would be 49 to 97 %.
+    simulations of 6 to 100 prompts with 1 to 7 or 1 to 19 pairs, it covers shares of 0.6 and 0.9 in 93 to 98 %, and in
+    90 to 91 % where 30 prompts have a share of 0.9 and their pairs mostly agree. Over pairs it would be 49 to 97 %.
 
     Args:
         clusters: as for :func:`bootstrap_mean`.
