@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from madpo.commands.cli import main
 from madpo.core.errors import ConfigError
-from madpo.core.statistics import fit_temperature
+from madpo.core.statistics import design_effect, fit_temperature
 from madpo.data import load_preferences
 from madpo.losses import DPO, MADPO
 from madpo.models.load import load_model, load_tokenizer
@@ -139,6 +139,8 @@ def test_held_out_pairs_are_in_neither_training(llama, data, tmp_path):
     assert report.evaluation["eval_rewards/margins"] == pytest.approx(0.1 * np.mean(margins), rel=1e-3)
     assert report.evaluation["eval_rewards/accuracies"] == np.mean(np.array(margins) > 0)
     assert report.evaluation["eval_loss"] == pytest.approx(np.logaddexp(0, -0.1 * np.array(margins)).mean(), rel=1e-4)
+    effect = design_effect(np.array(margins) > 0, [rows[pair]["prompt"] for pair in sorted(held[0])])
+    assert report.eval_effect == pytest.approx(effect)
     looked = {line["pair_id"] for line in read(tmp_path / "P" / "dpo" / "first_look.jsonl")}
     assert not looked & held[0]
     rest = [row["reward_margin"] for i, row in enumerate(read(data)) if i not in held[0]]

@@ -119,7 +119,8 @@ def test_what_the_probe_is_worth_counts_prompts(run) -> None:
     result = run[2]
     pairs = pd.read_parquet(folder(result, "pairs") / "pairs.parquet").set_index("pair_id")
     known = {name: record for name, record in result.records.items() if "heldout_pairs" in record.metrics}
-    assert {"judge", "reward_model/own"} <= known.keys()
+    assert "judge" in known
+    assert len(known) > 1, "and the probe of the policies' margins"
     for record in known.values():
         held = pairs[pairs["split"] == "heldout"]
         assert record.metrics["heldout_pairs"] == len(held)
