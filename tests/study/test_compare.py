@@ -118,7 +118,7 @@ def test_heldout_margins_and_their_log_loss(run, llama, key) -> None:
 def test_what_the_probe_is_worth_counts_prompts(run) -> None:
     result = run[2]
     pairs = pd.read_parquet(folder(result, "pairs") / "pairs.parquet").set_index("pair_id")
-    known = {name: record for name, record in result.records.items() if "heldout_pairs" in record.metrics}
+    known = {name: record for name, record in result.records.items() if "calibrated_log_loss" in record.metrics}
     assert "judge" in known
     assert len(known) > 1, "and the probe of the policies' margins"
     for record in known.values():
