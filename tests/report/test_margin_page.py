@@ -148,7 +148,7 @@ def test_affected_pairs_follow_the_sliders(window: Chrome, margins: np.ndarray) 
             assert bool(re.search(rf"\b{count} [a-z]+ {name}", note)) == (count > 0)
             expected += sorted(np.flatnonzero(group), key=lambda i: -abs(log[i]))[:6]
         cards = window.find_elements(By.CSS_SELECTOR, "#affected .card p.prompt")
-        assert [int(re.match(r"pair (\d+),", card.text)[1]) for card in cards] == expected  # type: ignore[index]
+        assert [int(re.match(r"pair (\d+) \(", card.text)[1]) for card in cards] == expected  # type: ignore[index]
 
 
 def test_text_of_the_data_is_shown_as_text(window: Chrome, page: Path, margins: np.ndarray) -> None:
@@ -159,7 +159,7 @@ def test_text_of_the_data_is_shown_as_text(window: Chrome, page: Path, margins: 
         assert cards
         for card in cards:
             prompt = card.find_element(By.CSS_SELECTOR, "p.prompt").get_property("textContent")
-            row = given[int(re.match(r"pair (\d+),", prompt)[1])]  # type: ignore[index]
+            row = given[int(re.match(r"pair (\d+) \(", prompt)[1])]  # type: ignore[index]
             assert row["prompt"] in prompt
             sides = [p.get_property("textContent") for p in card.find_elements(By.CSS_SELECTOR, ".answer p")]
             assert sides == [row["chosen"], row["rejected"]]

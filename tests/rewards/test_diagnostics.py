@@ -123,7 +123,7 @@ def test_no_temperature_is_fitted_to_pairs_that_the_reward_model_was_trained_on(
     report = inspect(h, trained_on=True)
     assert report.margin_temperature == 1
     assert not report.temperature_fitted
-    assert "--probe" in report.temperature_reason
+    assert any("--probe" in warning for warning in report.warnings)
     assert inspect(h, margin_temperature=3.0, trained_on=True).margin_temperature == 3
 
 

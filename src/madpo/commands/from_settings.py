@@ -312,10 +312,16 @@ class CommandLine:
         try:
             found = load_config(config, self.model, given | settings)
         except ConfigError as error:
-            said = re.sub(r"the key '(\S+)' is missing; add it", r"\1 is missing; add --\1", str(error))
+            said = re.sub(r"the key '(\S+)' is missing; add it", self._missing, str(error))
             said = said.removeprefix("the command line: ")
             raise ConfigError(said if settings else said.replace(" with --set ", " with --", 1)) from None
         return found.model_copy(update={key: expanded(value) for key, value in found if isinstance(value, Path)})
+
+    def _missing(self, found: re.Match[str]) -> str:
+        key = found[1]
+        option = self.by_key.get(key)
+        what = f"write {self.command} {key.upper()}" if option and option.cli.positional else f"add --{key}"
+        return f"{key} is missing; {what}"
 
 
 @cache

@@ -61,7 +61,7 @@ class Graph(Frozen):
 
 class Run(Graph):
     experiment: Annotated[str, Cli(positional=True)]
-    """Name of a packaged experiment, or a TOML file."""
+    """A packaged experiment (quickstart, laptop, paper, summarize, smoke), or a TOML file."""
     output_dir: Path | None = None
     """Where results go; none is runs/NAME."""
     set: tuple[str, ...] = ()
@@ -71,7 +71,12 @@ class Run(Graph):
 
 
 def run(options: Run) -> int:
-    """Run an experiment, or continue it, and write its report."""
+    """Run an experiment, or continue it, and write its report.
+
+    Example:
+        madpo run quickstart --dry_run
+        madpo run laptop --set pairs.tiers='["low"]' --output_dir runs/low
+    """
     output_dir = options.output_dir or Path("runs") / find_experiment(options.experiment).stem
     with loading_libraries():
         from madpo.study.experiment import run_experiment

@@ -152,7 +152,7 @@ class Layout(Frozen):
         """Column -> the field that reads it, of everything that leaves a row when its pair is made."""
         fields = ("prompt", "system", "history", "tools", *COMPLETIONS[:-1])
         found = {head(name, names): field for field in fields for name in each(getattr(self, field))}
-        own = {field: getattr(self, field) for field in ("pair_id", *PAIR_COLUMNS)}
+        own = {"pair_id": self.pair_id, **self.numbers()}
         return found | {head(name, names): field for field, name in own.items() if name}
 
     def ordering(self, names: Container[str]) -> tuple[str, ...]:
@@ -164,6 +164,10 @@ class Layout(Frozen):
         """Where the completions are and what orders them, field by field."""
         fields = (*COMPLETIONS, "label", "score", "rank", "order")
         return {field: separator.join(each(value)) for field in fields if (value := getattr(self, field))}
+
+    def numbers(self) -> dict[str, str]:
+        """The columns of numbers that are named, field by field."""
+        return {field: name for field in PAIR_COLUMNS if (name := getattr(self, field))}
 
     def strength_name(self) -> str | None:
         """What the strength of a preference is called as a candidate for ``reward_margin``."""

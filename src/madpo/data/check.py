@@ -110,8 +110,8 @@ class CheckReport(Report):
             renamed.insert(0, f"{' and '.join(map(repr, self.prompt_columns))} as prompt")
         if renamed:
             lines.append(f"read {', '.join(renamed)}")
-        if self.layout:
-            lines.append("layout: " + ", ".join(f"{field} {name!r}" for field, name in self.layout.items()))
+        if layout := [f"{field} {name!r}" for field, name in self.layout.items() if field != name]:
+            lines.append(f"layout: {', '.join(layout)}")
         lines += [
             f"not used: {label!r} is a label too; to order by it, give --columns.label {shlex.quote(label)}"
             for label in self.other_labels
@@ -196,7 +196,7 @@ def check(
         form=form,
         roles=dict(tally.roles.most_common(ROLES_SHOWN)),
         read_as=dict(stream.columns.read_as),
-        layout={} if stream.layout is None else stream.layout.spelled(),
+        layout={} if (found := stream.layout) is None else found.spelled() | found.numbers(),
         other_labels=stream.other_labels,
         reward_margins=tuple(tally.candidates()),
         prompt_columns=stream.prompt_columns,
@@ -266,4 +266,5 @@ class _Tally:
                 remedy = f"to calibrate and use it, run madpo score with --score_columns {' '.join(SCORES)}"
             numbers = np.frombuffer(values)
             low, mean, high = (float(function(numbers)) for function in (np.min, np.mean, np.max))
-            yield MarginCandidate(name=name, pairs=len(values), mean=mean, lowest=low, highest=high, remedy=remedy)
+            if low < high:  # one margin for all pairs weighs none of them
+                yield MarginCandidate(name=name, pairs=len(values), mean=mean, lowest=low, highest=high, remedy=remedy)

@@ -25,7 +25,7 @@ SUSPICIOUS = 20
 
 
 class Margins(Frozen):
-    """Margins of a file: names, values, and the texts of some pairs by position."""
+    """Margins of a file: names, values, and the places and texts of some pairs by position."""
 
     pair_ids: tuple[int, ...]
     values: tuple[float, ...]
@@ -77,6 +77,7 @@ def read_margins(
         place = (i if i < sampled else int(draws.integers(i + 1))) if sampled else 0
         if low or place < sampled:
             text = {side: _flat(getattr(pair, side)) for side in ("prompt", "chosen", "rejected")}
+            text["place"] = f"{stream.source.unit} {pair.number}"
             if low:
                 (heapq.heappush if len(lowest) < shown else heapq.heapreplace)(lowest, (-margin, -i, text))
             if place < sampled:

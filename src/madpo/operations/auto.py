@@ -135,7 +135,7 @@ def train_auto(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) -
         read = read_margins(data, settings.reading, shown=0)
         column = pd.DataFrame({MARGIN: read.values, "prompt": read.prompts})
         source = f"the column {MARGIN}"
-    say(f"Margins come from {source}.")
+        say(f"Margins come from {source}.")  # of a probe the trainer says how good it is
     clock = started_clock(state, settings.date)
     base = resolve_model(settings.model)
     if settings.export == "gguf":

@@ -19,14 +19,14 @@ from madpo.core.storage import expanded
 from madpo.data.sources import split_of_folder
 from madpo.runner.folder import UNFINISHED, file_digest
 from madpo.runner.record import RECORD
-from madpo.runner.step import Source, StageFn, Step
+from madpo.runner.step import OperationFn, Source, Step
 from madpo.runner.work import run_step
 
 Report = TypeVar("Report", bound=BaseModel)
 
 
 def run_in_folder(
-    fn: StageFn,
+    fn: OperationFn,
     config: BaseModel,
     inputs: Mapping[str, str | Path | None],
     output_dir: str | Path,

@@ -48,8 +48,7 @@ class Training(Reading):
     model: Annotated[str, Cli(also=("model_name_or_path",))]
     """Packaged name, folder or hub id of the model that the training starts from."""
     eval_share: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the pairs held out (whole prompts at a time) where no evaluation data are given. ``auto`` always holds
-    some out, 0.15 by default."""
+    """Share of the pairs held out (whole prompts at a time) where no evaluation data are given."""
     truncation: Truncation = "drop"
     """What happens to a pair of more than max_length tokens: drop it, cut its completions, or refuse it."""
     date: datetime | None = added(None)

@@ -158,7 +158,8 @@ def _x_scale(panel: Panel, panels: Sequence[Panel], left: float, width: int) -> 
     if panel.log and min(points) > 0:
         low, high = svg.value_range([math.log10(v) for v in points], 0.06)
         return Scale(10**low, 10**high, left, width - RIGHT, log=True)
-    return Scale(*((0.5, 1.0) if panel.diagonal else svg.value_range(points, 0.05)), left, width - RIGHT)
+    whole = not panel.diagonal and all(float(v).is_integer() for v in points)  # steps
+    return Scale(*((0.5, 1.0) if panel.diagonal else svg.value_range(points, 0.05)), left, width - RIGHT, whole=whole)
 
 
 def _series(figure: ET.Element, series: Series, x: Scale, y: Scale) -> None:

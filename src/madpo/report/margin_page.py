@@ -51,7 +51,7 @@ def write_margin_page(path: Path, name: str, report: MarginReport, margins: Marg
     )
     suspects = [
         {
-            "prompt": f"pair {s.pair_id}, margin {one(s.reward_margin)}, weight {one(s.weight)}\n{s.prompt}",
+            "prompt": f"{s.name}, margin {one(s.reward_margin)}, weight {one(s.weight)}\n{s.prompt}",
             "answers": [(side, None, text) for side in ("chosen", "rejected") if (text := getattr(s, side))],
         }
         for s in report.suspects
@@ -70,7 +70,11 @@ def write_margin_page(path: Path, name: str, report: MarginReport, margins: Marg
         Section(
             "Affected pairs", note="With scripts, the pairs that change most in weight are listed here.", id="affected"
         ),
-        Section("Suspicious pairs", contradicted, answers=suspects, folded=True, id="suspects"),
+        *(
+            [Section("Suspicious pairs", contradicted, answers=suspects, folded=True, id="suspects")]
+            if suspects
+            else []
+        ),
         Section("Other settings", other, table=_settings(report), folded=True),
         Section("Calibration", sure, charts=[chart], table=bins, folded=True),
     ]

@@ -21,10 +21,13 @@ TICK, PHONE = 12, {360: 13, 540: 17, 720: 17}  # size of labels, and by the figu
 
 
 class Scale:
-    """From a value to a place: ``low`` at ``start``, ``high`` at ``end``; ``log`` is in decades."""
+    """From a value to a place: ``low`` at ``start``, ``high`` at ``end``; ``log`` is in decades, ``whole`` has whole
+    ticks only."""
 
-    def __init__(self, low: float, high: float, start: float, end: float, *, log: bool = False) -> None:
-        self.low, self.high, self.start, self.end, self.log = low, high, start, end, log
+    def __init__(
+        self, low: float, high: float, start: float, end: float, *, log: bool = False, whole: bool = False
+    ) -> None:
+        self.low, self.high, self.start, self.end, self.log, self.whole = low, high, start, end, log, whole
 
     def __call__(self, value: float) -> float:
         low, high, value = map(math.log10, (self.low, self.high, value)) if self.log else (self.low, self.high, value)
@@ -35,7 +38,7 @@ class Scale:
         if self.log and self.high / self.low > 10:
             decades = range(math.ceil(math.log10(self.low)), math.floor(math.log10(self.high)) + 1)
             return [10.0**decade for decade in decades][:: math.ceil(len(decades) / about)]
-        rough = (self.high - self.low) / about
+        rough = max((self.high - self.low) / about, 1.0 if self.whole else 0.0)
         power = 10 ** math.floor(math.log10(rough))
         step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough)
         return [round(i * step, 12) for i in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]

@@ -63,9 +63,16 @@ class Suspect(Frozen):
     """Probability of the label under the reward model, after the temperature."""
     weight: float
     """At the recommended setting; 1 where the margin is at or below -tau."""
+    place: str = ""
+    """Its line or row in the data."""
     prompt: str = ""
     chosen: str = ""
     rejected: str = ""
+
+    @property
+    def name(self) -> str:
+        """The pair_id, and where it is."""
+        return f"pair {self.pair_id}{self.place and f' ({self.place})'}"
 
 
 class MarginReport(Report):
@@ -145,9 +152,7 @@ class MarginReport(Report):
         for suspect in self.suspects:
             texts = (suspect.prompt[-40:], suspect.chosen[:30], suspect.rejected[:30])
             shown = "  {!r} -> {!r} over {!r}".format(*texts) if suspect.chosen else ""
-            lines.append(
-                f"    pair {suspect.pair_id}: margin {suspect.reward_margin:.2f}, weight {suspect.weight:.2f}{shown}"
-            )
+            lines.append(f"    {suspect.name}: margin {suspect.reward_margin:.2f}, weight {suspect.weight:.2f}{shown}")
         return "\n".join(lines)
 
 
@@ -168,7 +173,7 @@ def inspect(
         pair_ids: names of the pairs; their positions when left out.
         margin_temperature: what the margins are divided by to be log-odds. None fits it to these pairs, which is
             right only if the reward model was not trained on them.
-        texts: prompt, chosen and rejected by position, for the suspicious pairs that have them.
+        texts: place, prompt, chosen and rejected by position, for the suspicious pairs that have them.
         trained_on: the reward model was trained on these pairs, so that no temperature is fitted to them.
 
     The recommendation: tau = logit(0.999) of the calibrated margins, capped at the 99th percentile of their size (a
@@ -188,7 +193,10 @@ def inspect(
     bins, error = reliability(calibrated, prompts=prompts)
     warnings += _doubts(h, calibrated, temperature, fitted=fitted)
     if trained_on:
-        warnings.append("the reward model was trained on these pairs: all of this flatters it")
+        warnings.append(
+            "the reward model was trained on these pairs: all of this flatters it; madpo score --probe MODEL or "
+            "--folds 5 gives margins out of fold"
+        )
     counts, edges = np.histogram(h, bins=40)
     contradicted = np.flatnonzero(h < 0)
     worst = contradicted[np.argsort(h[contradicted], kind="stable")[:SUSPICIOUS]]
@@ -253,13 +261,12 @@ def _temperature(h: NDArray[np.float64], given: float | None, *, trained_on: boo
     if trained_on:
         return (
             1.0,
-            "left at 1, since the reward model was trained on these pairs, where it is surer than on others; "
-            "madpo score --probe MODEL or --folds 5 gives margins out of fold",
+            "left at 1, since the reward model was trained on these pairs, where it is surer than on others",
             False,
         )
     if (h >= 0).all():
         # Pairs in the order of their scores: no label can disagree, so any temperature near 0 looks best.
-        return 1.0, "left at 1, since no margin is negative: pairs ordered by their scores show no calibration", False
+        return 1.0, "left at 1, since no margin is negative, so that a temperature near 0 would look best", False
     fitted = fit_temperature(h)[0]
     if fitted >= math.exp(LOG_TEMPERATURES[1]) * 0.999:
         return 1.0, "left at 1, since no temperature makes these margins better than a coin", False
@@ -285,7 +292,7 @@ def _recommend(h: NDArray[np.float64]) -> tuple[float, float, list[str], list[st
         tau, why = SURE, f"tau = {SURE:.3g}: logit(0.999); the margins are 0, so nothing depends on it"
     elif ceiling < SURE:
         tau = ceiling
-        why = f"tau = {tau:.3g}: the 99th percentile of |margin|, which is below logit(0.999) = {SURE:.3g}"
+        why = f"tau = {tau:.3g}: the 99th percentile of |margin / temperature|, below logit(0.999) = {SURE:.3g}"
     else:
         tau = SURE
         why = f"tau = {tau:.3g}: logit(0.999), from where the reward model is as good as sure"

@@ -31,7 +31,7 @@ from madpo.core.storage import expanded
 from madpo.runner.operation import operation_name
 from madpo.runner.record import NAME, libraries
 
-StageFn = Callable[[Any, Mapping[str, Path], Path], Metrics]
+OperationFn = Callable[[Any, Mapping[str, Path], Path], Metrics]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Step:
     """
 
     name: str
-    fn: StageFn
+    fn: OperationFn
     config: BaseModel
     inputs: Mapping[str, "Step | Source"] = field(default_factory=dict)
     says: str = ""

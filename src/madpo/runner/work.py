@@ -21,14 +21,14 @@ from madpo.core.progress import say
 from madpo.core.storage import expanded, now, stays_inside, storage_errors, write_atomically
 from madpo.runner.folder import ERROR, UNFINISHED, abandon, clear, files_of, finish, prepare
 from madpo.runner.record import Record, conditions, load_record
-from madpo.runner.step import StageFn, Step
+from madpo.runner.step import OperationFn, Step
 
 
 class Job(NamedTuple):
     """What travels to the worker: a step without its graph."""
 
     name: str
-    fn: StageFn
+    fn: OperationFn
     config: BaseModel
     inputs: dict[str, Path]
     out: Path

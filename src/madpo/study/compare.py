@@ -35,7 +35,7 @@ class CompareSettings(Training):
 
     losses: tuple[str | dict[str, Any], ...] = ("dpo", "madpo", "auto")
     """Kinds of losses, or tables with their settings such as '{ kind = "madpo", tau = 4 }'. DPO is always among
-    them: others are compared with it."""
+    them: others are compared with it. ``madpo train --help`` lists the kinds."""
     betas: tuple[Annotated[float, Field(gt=0)], ...] | None = None
     """Each loss is trained at each of them. None is 0.1, and with a judge 0.03, 0.1 and 0.3, since rewards compare at
     equal KL only."""

@@ -33,9 +33,9 @@ from madpo.operations.study_auto import AutoStage, train_auto_policy
 from madpo.operations.study_evaluation import EvaluationStage, evaluate_policy
 from madpo.operations.study_pairs import PairStage, ResponseStage, label_pairs, sample_responses
 from madpo.operations.trimming.trim import TrimStage, trim_base
-from madpo.report.methods import SFT
+from madpo.report.methods import OWN, SFT
 from madpo.rewards.oracles import OracleStage, fit_oracle
-from madpo.runner.step import Source, StageFn, Step, needed_by
+from madpo.runner.step import OperationFn, Source, Step, needed_by
 from madpo.study.methods import Method
 from madpo.training.settings import OnlineStage, RewardModelStage
 
@@ -98,7 +98,7 @@ class Trunk(ABC):
     def add(
         self,
         name: str,
-        fn: StageFn,
+        fn: OperationFn,
         config: Frozen,
         inputs: Mapping[str, Step | Source] | None = None,
         *,
@@ -162,7 +162,7 @@ class _Bench:
 
     def __init__(self, trunk: Trunk, tier: str, seed: int) -> None:
         self.trunk, self.experiment, self.tier, self.seed = trunk, trunk.experiment, tier, seed
-        self.place = f"{tier}/seed{seed}"
+        self.place, self.whose = f"{tier}/seed{seed}", "your" if tier == OWN else f"the {tier}"
         self.pairs = trunk.pairs(tier, seed)
 
     # Each just before the first row that reads it: results do not wait for what they do not need.
@@ -180,7 +180,7 @@ class _Bench:
         if self.experiment.reward_model.kind == "probe":
             return self._probe("reward_model")
         inputs = {"pairs": self.pairs, **self.trunk.base}
-        says = f"a reward model on the {self.tier} pairs"
+        says = f"a reward model on {self.whose} pairs"
         return self._add("reward_model", training.train_reward_model, self._reward_model_stage(), inputs, says)
 
     @cached_property
@@ -192,7 +192,7 @@ class _Bench:
             return self._add("margins", margins.probe_margins, margins.NoSettings(), inputs, says)
         return self._add("margins", margins.score_margins, margins.NoSettings(), inputs, says)
 
-    def _add(self, kind: str, fn: StageFn, config: Frozen, inputs: Mapping[str, Step | Source], says: str) -> Step:
+    def _add(self, kind: str, fn: OperationFn, config: Frozen, inputs: Mapping[str, Step | Source], says: str) -> Step:
         return self.trunk.add(f"{kind}/{self.place}", fn, config, inputs, says=says)
 
     def _reward_model_stage(self, **fold: int) -> RewardModelStage:
@@ -213,7 +213,7 @@ class _Bench:
     def _policy(self, method: Method, name: str) -> Step:
         """The policy, and its measurement on held-out pairs where there are such."""
         fn, config, inputs = {"offline": self._offline, "auto": self._auto}.get(method.trainer, self._online)(method)
-        says, groups = f"{method.name} on the {self.tier} pairs", (method.group,)
+        says, groups = f"{method.name} on {self.whose} pairs", (method.group,)
         policy = self.trunk.add(f"policy/{name}", fn, config, inputs, says=says, groups=groups)
         if self.trunk.heldout:
             logps = self._logps("heldout_reference", split="heldout")
@@ -224,7 +224,7 @@ class _Bench:
             self.trunk.add(f"heldout/{name}", measure_heldout, stage, given, says=says, groups=groups)
         return policy
 
-    def _offline(self, method: Method) -> tuple[StageFn, Frozen, dict[str, Step | Source]]:
+    def _offline(self, method: Method) -> tuple[OperationFn, Frozen, dict[str, Step | Source]]:
         assert method.loss is not None
         inputs = self._learns_from(method)
         if method.reads & {"chosen_score", "rejected_score"}:
@@ -239,7 +239,7 @@ class _Bench:
         config = training.PolicyStage(method=method.name, loss=method.loss, seed=self.seed, **self._shared(method))
         return training.train_policy, config, inputs
 
-    def _auto(self, method: Method) -> tuple[StageFn, Frozen, dict[str, Step | Source]]:
+    def _auto(self, method: Method) -> tuple[OperationFn, Frozen, dict[str, Step | Source]]:
         config = AutoStage(method=method.name, settings=method.averaging, seed=self.seed, **self._shared(method))
         return train_auto_policy, config, self._learns_from(method)
 
@@ -256,7 +256,7 @@ class _Bench:
             inputs["margins"] = self._margins_of(method)
         return inputs
 
-    def _online(self, method: Method) -> tuple[StageFn, Frozen, dict[str, Step | Source]]:
+    def _online(self, method: Method) -> tuple[OperationFn, Frozen, dict[str, Step | Source]]:
         e, settings = self.experiment, method.settings
         config = OnlineStage(
             method=method.name,
@@ -285,7 +285,7 @@ class _Bench:
                 training.train_reward_model,
                 self._reward_model_stage(folds=folds, fold=k),
                 {"pairs": self.pairs, **self.trunk.base},
-                says=f"a reward model on the {self.tier} pairs, less part {k + 1} of {folds}",
+                says=f"a reward model on {self.whose} pairs, less part {k + 1} of {folds}",
             )
             for k in range(folds)
         }
@@ -297,7 +297,7 @@ class _Bench:
         folds = self.experiment.reward_model.folds
         stage = margins.ProbeStage(seed=self.seed, **({"folds": folds} if folds else {}))
         inputs = {"pairs": self.pairs, "reference": self.trunk.sft}
-        return self._add(kind, margins.fit_pairs_probe, stage, inputs, f"a probe on the {self.tier} pairs")
+        return self._add(kind, margins.fit_pairs_probe, stage, inputs, f"a probe on {self.whose} pairs")
 
     def _margins_of(self, method: Method) -> Step:
         if method.margins == "column":
@@ -309,12 +309,12 @@ class _Bench:
         whole = method.margins == "in_sample" or self.experiment.reward_model.kind == "probe"  # out of fold by itself
         return self.own_margins if whole else self._out_of_fold()
 
-    def _relabelled(self, method: Method, fn: StageFn, config: Frozen, inputs: Mapping[str, Step]) -> Step:
+    def _relabelled(self, method: Method, fn: OperationFn, config: Frozen, inputs: Mapping[str, Step]) -> Step:
         kind = method.pairs if method.margins == "in_sample" else f"{method.pairs}_{method.margins}"
         kind = f"{kind}_scores" if "scores" in inputs else kind
-        says = f"the {self.tier} pairs that the reward model agrees with"
+        says = f"{self.whose} pairs that the reward model agrees with"
         if method.pairs == "redrawn":
-            says = f"the {self.tier} pairs with labels from the reward model"
+            says = f"{self.whose} pairs with labels from the reward model"
         return self._add(kind, fn, config, {"pairs": self.pairs, "margins": self._margins_of(method), **inputs}, says)
 
     def evaluation(

@@ -17,7 +17,7 @@
 
   const card = (pair, weight) => {
     const box = make("div", "card");
-    const prompt = make("p", "prompt", `pair ${pair.id}, margin ${number(pair.h)}, weight ${number(weight)} · ${pair.prompt}`);
+    const prompt = make("p", "prompt", `pair ${pair.id} (${pair.place}), margin ${number(pair.h)}, weight ${number(weight)} · ${pair.prompt}`);
     prompt.dir = "auto";
     box.append(prompt);
     for (const side of ["chosen", "rejected"]) {

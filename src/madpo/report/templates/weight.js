@@ -204,7 +204,7 @@ const MadpoWeight = (() => {
         redraw();
       });
       own.append(box, make("span", "", "c_min of its own (otherwise 1/c_max)"));
-      const again = make("button", "", "Back to the run’s values");
+      const again = make("button", "", "Reset");
       again.type = "button";
       again.addEventListener("click", () => { Object.assign(p, { tau: 7, c_max: 2, c_min: null, lam: 1, ...defaults }); reset(); redraw(); });
       controls.append(own, low.label, again);
