@@ -120,6 +120,7 @@ class CheckReport(Report):
             f"not used: {c.name!r} could be the reward_margin of {c.pairs} pairs ({c.mean:.3g} on average, "
             f"{c.lowest:.3g} to {c.highest:.3g}); {c.remedy}"
             for c in self.reward_margins
+            if c.lowest < c.highest  # one margin for all pairs prefers none of them
         ]
         if self.ignored:
             lines.append(f"not read: {', '.join(map(repr, self.ignored))}")
@@ -266,5 +267,4 @@ class _Tally:
                 remedy = f"to calibrate and use it, run madpo score with --score_columns {' '.join(SCORES)}"
             numbers = np.frombuffer(values)
             low, mean, high = (float(function(numbers)) for function in (np.min, np.mean, np.max))
-            if low < high:  # one margin for all pairs weighs none of them
-                yield MarginCandidate(name=name, pairs=len(values), mean=mean, lowest=low, highest=high, remedy=remedy)
+            yield MarginCandidate(name=name, pairs=len(values), mean=mean, lowest=low, highest=high, remedy=remedy)
