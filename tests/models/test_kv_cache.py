@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -86,14 +85,3 @@ def test_rows_that_left_free_their_memory():
     layer.batch_select_indices(torch.tensor([1, 6]))
     layer.update(*torch.randn(2, 2, 1, 1, 4))
     assert layer.keys.untyped_storage().nbytes() == 2 * (31 + kv_cache.ROOM) * 4 * layer.keys.element_size()
-
-
-@pytest.mark.parametrize(("heads", "key_heads"), [(4, 1), (6, 2), (3, 3)])
-def test_heads_that_share_keys_attend_from_one_token_as_they_do_apart(heads, key_heads):
-    query = torch.randn(3, heads, 1, 8, dtype=torch.float64)
-    keys, values = torch.randn(2, 3, key_heads, 5, 8, dtype=torch.float64)
-    apart = (torch.softmax(query[:, h] @ keys[:, h * key_heads // heads].mT * 0.3, -1) for h in range(heads))
-    expected = torch.stack([share @ values[:, h * key_heads // heads] for h, share in enumerate(apart)], dim=1)
-    with kv_cache.FoldedHeads():
-        found = scaled_dot_product_attention(query, keys, values, scale=0.3, enable_gqa=True)
-    torch.testing.assert_close(found, expected)

@@ -7,11 +7,8 @@ n squared. Here the new token is written behind the others, into room that is ma
 from __future__ import annotations
 
 import inspect
-from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -72,24 +69,6 @@ class _InPlaceSlidingLayer(_InPlace, DynamicSlidingWindowLayer):  # type: ignore
         # What the next token still sees; this one's queries see all that is returned, through their mask.
         self.keys, self.values = (x[:, :, -self.sliding_window + 1 :] for x in (keys, values))
         return keys, values
-
-
-class FoldedHeads(TorchFunctionMode):
-    """The mode in which a processor attends from one new token to a cache.
-
-    Query heads that share a key head lie under one another, as queries of one head. The fused kernel walks over the
-    keys once for each head that it is given: of Gemma's four in bfloat16, this takes a seventh of the time.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and kwargs.get("enable_gqa") and kwargs.get("attn_mask") is None:
-            query, key, value = args
-            if query.shape[2] == 1 and not (query.is_cuda or kwargs.get("is_causal")):
-                folded = query.reshape(len(query), key.shape[1], -1, query.shape[-1])
-                out: Tensor = func(folded, key, value, **{**kwargs, "enable_gqa": False})
-                return out.reshape(*query.shape[:3], -1)
-        return func(*args, **kwargs)
 
 
 def growing_cache(model: nn.Module) -> DynamicCache:

@@ -25,7 +25,8 @@ from madpo.core.errors import ConfigError, DataError, MadpoError, first_line
 from madpo.core.progress import bar
 from madpo.core.seeding import derived_seed
 from madpo.models.engine.head import TILE, Head, backbone
-from madpo.models.engine.kv_cache import FoldedHeads, growing_cache
+from madpo.models.engine.inference import Inference
+from madpo.models.engine.kv_cache import growing_cache
 from madpo.models.engine.logprobs import check_positions, check_reading, hidden_states, unwrapped
 from madpo.models.engine.rope import rope_groups, rope_keys
 from madpo.models.modes import evaluating
@@ -259,7 +260,9 @@ def generate(
     order = _by_length(inner, [len(ids) for ids in prompt_ids], max_new_tokens)
     copies = min(samples, batch_size)
     completions: list[list[int]] = [[] for _ in range(len(prompt_ids) * samples)]
-    with evaluating(model), FoldedHeads(), bar(description, len(completions) * max_new_tokens) as advance:
+    new = len(completions) * max_new_tokens
+    mode = Inference(inner, tokens=new + sum(map(len, prompt_ids)))
+    with evaluating(model), mode, bar(description, new) as advance:
         parts = [part for group in order for part in _parts(group, batch_size // copies)]
         for rows, draws in product(parts, _parts(range(samples), copies)):
             drawn = [(i, k) for i in rows for k in draws]
@@ -286,7 +289,7 @@ def _check_cache(model: nn.Module) -> None:
     if getattr(model, "_madpo_cache", False):
         return
     apart = []
-    with evaluating(model), FoldedHeads():
+    with evaluating(model), Inference():
         try:
             batch = _Batch(model, [[3], [7, 4, 6, 5]], np.zeros((2, 0)), ())
             texts = [ids[mask.bool()] for ids, mask in zip(batch.ids, batch.mask, strict=True)]
