@@ -1,5 +1,6 @@
 """Computing with weights that do not change: the same values, nothing left behind, bounded memory."""
 
+import copy
 import functools
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from madpo.models.engine import inference, sampling
 from madpo.models.engine.inference import Inference
+from madpo.models.engine.responses import divergence
 
 
 @functools.cache
@@ -27,7 +29,7 @@ def states(model, mode, rows=3):
 
 
 def packed(mode):
-    return [copy for copy in mode._copies.values() if copy is not None]
+    return [weight for weight in mode._copies.values() if weight is not None]
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
@@ -49,6 +51,18 @@ def test_samples_and_their_number_do_not_depend_on_packing(monkeypatch):
     monkeypatch.setattr(inference, "WORTH", 0)
     assert sampling.generate(model, prompts, **given) == plain
     assert products
+
+
+def test_scores_with_packed_weights_are_the_same(monkeypatch):
+    policy, reference = llama(), copy.deepcopy(llama())
+    with torch.no_grad():
+        reference.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    prompts, responses = [[5, 6, 7], [8, 9]] * 2, [[11, 12], [13], [14, 15, 16], [17, 18]]
+    given = {"pad": 0, "batch_size": 2}
+    plain = divergence(policy, reference, prompts, responses, **given)
+    monkeypatch.setattr(inference, "WORTH", 0)
+    for found, wanted in zip(divergence(policy, reference, prompts, responses, **given), plain, strict=True):
+        assert found == pytest.approx(wanted, rel=1e-5, abs=1e-6)
 
 
 def test_the_model_is_as_it_was():
@@ -86,7 +100,7 @@ def test_what_copies_take_is_bounded(monkeypatch):
     mode = Inference(model, tokens=10_000)
     states(model, mode)
     body = sum(p.nbytes for p in model.model.layers.parameters())
-    assert sum(copy.numel() * copy.element_size() for copy in packed(mode)) <= body
+    assert sum(weight.numel() * weight.element_size() for weight in packed(mode)) <= body
     size = sum(p.nbytes for p in model.parameters())
     for total, packs in ((inference.SHARE * size, True), (inference.SHARE * size - 1, False)):
         monkeypatch.setattr(inference.psutil, "virtual_memory", lambda total=total: SimpleNamespace(total=total))

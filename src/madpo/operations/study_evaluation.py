@@ -21,6 +21,7 @@ from madpo.core.metrics import Metrics
 from madpo.core.statistics import bootstrap_mean
 from madpo.core.storage import write_atomically
 from madpo.data.tokens import Encoder
+from madpo.models.engine.inference import Inference
 from madpo.models.engine.logprobs import completion_logps
 from madpo.models.engine.responses import Response, completion_batches, divergence, end_tokens, respond
 from madpo.models.load import load_model, load_tokenizer, merged
@@ -50,7 +51,7 @@ class EvaluationStage(EvaluationSettings, Drawing):
     """Responses per sample, of which the one with the highest reward counts; None is one response."""
 
 
-@operation("evaluate_policy/2")
+@operation("evaluate_policy/3")
 def evaluate_policy(config: EvaluationStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Sample responses to held-out prompts and measure them; writes ``samples.jsonl``, in which the responses at
     further temperatures have the key ``temperature``.
@@ -186,8 +187,9 @@ def response_logps(
 ) -> NDArray[np.float64]:
     """Log-probability of each response under the reference, nats, summed over its tokens."""
     found = np.zeros(len(responses))
-    for rows, given in completion_batches(prompt_ids, responses, reference, pad, batch_size, description):
-        found[rows] = completion_logps(reference, **given).logps.double().cpu().numpy()
+    with Inference(reference, tokens=sum(map(len, [*prompt_ids, *responses]))):
+        for rows, given in completion_batches(prompt_ids, responses, reference, pad, batch_size, description):
+            found[rows] = completion_logps(reference, **given).logps.double().cpu().numpy()
     return found
 
 

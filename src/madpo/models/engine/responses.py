@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from madpo.core.errors import ConfigError
 from madpo.models.engine.batches import padded, similar_lengths
+from madpo.models.engine.inference import Inference
 from madpo.models.engine.kl import completion_kl
 from madpo.models.engine.sampling import generate
 
@@ -128,9 +129,10 @@ def divergence(
     """
     found = np.zeros((3, len(responses)))
     batches = completion_batches(prompt_ids, responses, reference, pad, batch_size, description)
-    for rows, given in batches:
-        parts = completion_kl(policy, reference, **given)
-        found[:, rows] = torch.stack(parts).double().cpu().numpy()
+    with Inference(policy, reference, tokens=sum(map(len, [*prompt_ids, *responses]))):
+        for rows, given in batches:
+            parts = completion_kl(policy, reference, **given)
+            found[:, rows] = torch.stack(parts).double().cpu().numpy()
     return Divergence(*found)
 
 
