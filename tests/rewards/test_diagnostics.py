@@ -229,8 +229,9 @@ def test_margins_come_from_every_shape(tmp_path: Path) -> None:
     row = {"prompt": "a", "chosen": "b", "rejected": "c"}
     (tmp_path / "scores.jsonl").write_text(json.dumps(row | {"chosen_score": 3, "rejected_score": 1.5}))
     assert read_margins(tmp_path / "scores.jsonl").values == (1.5,)
-    rows = [row | {"prompt": prompt, "reward_margin": 1.0} for prompt in "abba"]
-    assert read_margins(write(tmp_path / "pairs.jsonl", rows)).prompts == (0, 1, 1, 0)
+    rows = [row | {"prompt": prompt, "reward_margin": 1.0} for prompt in ("a b", "b", " b", "a  b")]
+    read = read_margins(write(tmp_path / "pairs.jsonl", rows))
+    assert read.prompts == (0, 1, 1, 0), "no reader can tell them apart"
     assert inspect_data(tmp_path / "pairs.jsonl").contradicted.n == 2
     (tmp_path / "none.jsonl").write_text(json.dumps(row))
     with refused(DataError, "none.jsonl", "'reward_margin'", "scores"):

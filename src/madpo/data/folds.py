@@ -23,7 +23,7 @@ def prompt_key(prompt: Text) -> str:
 
 
 class PromptNumbers:
-    """Numbers of prompts in the order in which they first come: 0, 1, ...; equal prompts have one.
+    """Numbers of prompts in the order in which they first come: 0, 1, ...; the same where :func:`prompt_keys` are.
 
     It keeps hashes, since the prompts of a large file may not fit into memory.
     """
@@ -32,7 +32,7 @@ class PromptNumbers:
         self._numbers: dict[int, int] = {}
 
     def __call__(self, prompt: Text) -> int:
-        return self._numbers.setdefault(hash(prompt_key(prompt)), len(self._numbers))
+        return self._numbers.setdefault(hash(prompt_key(plain_prompt(prompt))), len(self._numbers))
 
 
 def plain_prompt(prompt: Text) -> Text:

@@ -15,7 +15,7 @@ from madpo.core.progress import say
 from madpo.core.reports import Report
 from madpo.core.statistics import bootstrap_mean, bootstrap_temperature, proportion_of
 from madpo.core.storage import write_atomically
-from madpo.data.folds import prompt_key
+from madpo.data.folds import prompt_key, prompt_keys
 from madpo.data.rows import Pair
 from madpo.models.adapters import adapter_text
 from madpo.operations.inputs import Row, load_training, split_by_prompt
@@ -262,7 +262,7 @@ def _measure(model: RewardModel, rows: Sequence[Row]) -> tuple[Estimate, MarginR
     sides = sequences(rows)
     chosen, rejected = model.score_pairs(sides["chosen_ids"], sides["rejected_ids"], sides["prompt_length"])
     margins = chosen.astype(np.float64) - rejected
-    prompts = [prompt_key(row["prompt"]) for row in rows]
+    prompts = prompt_keys([row["prompt"] for row in rows])
     found = inspect(margins, prompts=prompts)
     log_loss = bootstrap_mean(np.logaddexp(0.0, -margins), clusters=prompts)
     temperature = bootstrap_temperature(margins, clusters=prompts) if found.temperature_fitted else None
