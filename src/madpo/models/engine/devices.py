@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from functools import cache
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -24,13 +23,20 @@ def kind(tensor: Tensor) -> str:
 def memory_for(like: Tensor, *shape: int) -> Tensor | None:
     """On a processor, where a result goes that a layer keeps for the backward pass: a tensor of the type of ``like``.
 
-    numpy asks for its memory. torch asks glibc for an aligned place, which looks for a larger hole than it fills, so
-    that no freed block serves the next one of its size, and the heap grows by holes. None: torch finds a place.
+    Python asks for its memory (a bytearray without a value). torch asks glibc for an aligned place, which looks for a
+    larger hole than it fills, so that no freed block serves the next one of its size, and the heap grows by holes.
+    numpy asks for huge pages, which cost three times as much when first touched. None: torch finds a place.
     """
     if kind(like) != "cpu" or type(like) is not Tensor or 0 in shape:
         return None
-    memory = numpy.empty(math.prod(shape) * like.dtype.itemsize, numpy.uint8)
-    return torch.from_numpy(memory).view(like.dtype).view(shape)
+    memory = _bytes_to_fill()(None, math.prod(shape) * like.dtype.itemsize)
+    return torch.frombuffer(memory, dtype=like.dtype).view(shape)
+
+
+@cache
+def _bytes_to_fill() -> Callable[[None, int], bytearray]:
+    asked = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_char_p, ctypes.c_ssize_t)
+    return asked(("PyByteArray_FromStringAndSize", ctypes.pythonapi))
 
 
 def return_freed_memory() -> None:
