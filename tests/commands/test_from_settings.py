@@ -262,3 +262,9 @@ def test_a_new_command_is_a_function_and_a_line(monkeypatch, capsys):
     text = " ".join(capsys.readouterr().out.split())
     names(text, ("--inner.width N", "How wide.", "2"), ("--share X", "How much.", "0.5"))
     assert main(["own", "--share", "0"]) == 2
+
+
+def test_what_is_missing_is_named_as_it_is_written():
+    for model, words, remedy in ((Train, ["--output_dir", "o", "--model", "m"], "madpo x DATA"), (Train, ["d"], "--")):
+        with pytest.raises(ConfigError, match=f"is missing; [a-z]+ {remedy}"):
+            line(model, *words).read()

@@ -352,3 +352,12 @@ def test_columns_that_nobody_names_are_no_part_of_a_result() -> None:
     named = ScoreSettings.model_validate({"reward_model": "r", "columns": {"chosen": "a", "rejected": "b"}})
     assert not {"columns", "layout"} & identity_settings(plain).keys()
     assert identity_settings(named)["columns"] == {"chosen": "a", "rejected": "b"}
+
+
+def test_a_report_names_the_columns_of_numbers_and_proposes_no_constant(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i}?", "chosen": GOOD, "rejected": BAD, "votes": i} for i in range(2)]
+    assert check(written(tmp_path, rows), columns={"reward_margin": "votes"}).layout["reward_margin"] == "votes"
+    rows = [{"prompt": f"{i}?", "responses": [BAD, GOOD], "rank": [2, 1]} for i in range(2)]
+    report = check(written(tmp_path, rows))
+    assert [(c.lowest, c.highest) for c in report.reward_margins] == [(1.0, 1.0)]
+    assert "--columns.reward_margin" not in report.text()
