@@ -80,6 +80,14 @@ def test_pairing_removes_what_both_sides_share() -> None:
     assert estimate.high - estimate.low < 0.5
 
 
+def test_an_interval_ends_at_the_bounds_of_what_is_measured() -> None:
+    losses = [0.1, 0.2, 0.1, 0.9]
+    free, kept = bootstrap_mean(losses), bootstrap_mean(losses, lowest=0.0)
+    assert free.low < 0 == kept.low
+    assert kept._replace(low=free.low) == free
+    assert bootstrap_share([0.5, 1.0, 1.0]).high == 1.0 < bootstrap_mean([0.5, 1.0, 1.0]).high
+
+
 def test_repetitions_add_their_spread_at_the_degrees_of_freedom_of_both() -> None:
     units = bootstrap_mean(np.random.default_rng(6).exponential(size=30))
     for alike in ([1.0], [1.0, 1.0, 1.0]):

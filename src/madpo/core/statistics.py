@@ -21,10 +21,18 @@ _TAIL = (1 - LEVEL) / 2
 LOG_TEMPERATURES = (-6.0, 6.0)  # natural log: where a calibration is looked for
 
 
-def bootstrap_mean(values: ArrayLike, *, seed: int = 0, clusters: ArrayLike | None = None) -> Estimate:
+def bootstrap_mean(
+    values: ArrayLike,
+    *,
+    seed: int = 0,
+    clusters: ArrayLike | None = None,
+    lowest: float = -np.inf,
+    highest: float = np.inf,
+) -> Estimate:
     """The mean of ``values`` with a percentile-bootstrap interval.
 
     Args:
+        lowest, highest: bounds of what is measured (0 for a log loss), where the interval ends.
         clusters: one label per observation; observations of one label (several responses to one prompt) are drawn
             together, and ``n`` of the result counts labels. None: every observation is its own unit.
 
@@ -45,13 +53,13 @@ def bootstrap_mean(values: ArrayLike, *, seed: int = 0, clusters: ArrayLike | No
     draws = np.concatenate([sums[d].sum(-1) / (n if whole else counts[d].sum(-1)) for d in parts])
     low, high = np.quantile(draws, [_TAIL, 1 - _TAIL])
     stretch = float(np.sqrt(n / (n - 1)) * stdtrit(n - 1, _TAIL) / ndtri(_TAIL))
-    return Estimate(mean, mean - stretch * float(mean - low), mean + stretch * float(high - mean), n)
+    low, high = mean - stretch * float(mean - low), mean + stretch * float(high - mean)
+    return Estimate(mean, max(lowest, low), min(highest, high), n)
 
 
 def bootstrap_share(values: ArrayLike, *, seed: int = 0, clusters: ArrayLike | None = None) -> Estimate:
     """:func:`bootstrap_mean` of numbers between 0 and 1, with an interval that stays there."""
-    found = bootstrap_mean(values, seed=seed, clusters=clusters)
-    return found._replace(low=max(0.0, found.low), high=min(1.0, found.high))
+    return bootstrap_mean(values, seed=seed, clusters=clusters, lowest=0.0, highest=1.0)
 
 
 def share_of(values: ArrayLike, *, seed: int = 0, clusters: ArrayLike | None = None) -> Estimate:

@@ -172,7 +172,7 @@ def measure_heldout(config: HeldoutStage, inputs: Mapping[str, Path], out: Path)
         "pairs": len(table),
         "prompts": len(means),
         "heldout_accuracy": share_of(means["right"], seed=config.seed),
-        "heldout_log_loss": bootstrap_mean(means["log_loss"], seed=config.seed),
+        "heldout_log_loss": bootstrap_mean(means["log_loss"], seed=config.seed, lowest=0.0),
         "temperature": temperature,
         "mean_log_ratio_margin": float(margins.mean()),
     }

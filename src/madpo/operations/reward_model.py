@@ -264,6 +264,6 @@ def _measure(model: RewardModel, rows: Sequence[Row]) -> tuple[Estimate, MarginR
     margins = chosen.astype(np.float64) - rejected
     prompts = prompt_keys([row["prompt"] for row in rows])
     found = inspect(margins, prompts=prompts)
-    log_loss = bootstrap_mean(np.logaddexp(0.0, -margins), clusters=prompts)
+    log_loss = bootstrap_mean(np.logaddexp(0.0, -margins), clusters=prompts, lowest=0.0)
     temperature = bootstrap_temperature(margins, clusters=prompts) if found.temperature_fitted else None
     return proportion_of(margins > 0, prompts), found, log_loss, temperature

@@ -19,7 +19,7 @@ import pandas as pd
 from madpo.core.metrics import Estimate
 from madpo.core.seeding import rng
 from madpo.core.statistics import bootstrap_mean, over_repetitions, share_of
-from madpo.report.methods import SFT, rate_words
+from madpo.report.methods import OWN, SFT, rate_words
 from madpo.runner.record import Record
 
 BOOTSTRAP_SEED = 0  # of every interval that a run reports: the same records give the same numbers
@@ -134,12 +134,12 @@ class Tier:
     @property
     def label(self) -> str:
         """For people: "high" -> "High"."""
-        return "Your pairs" if self.name == "own" else self.name.replace("_", " ").capitalize()
+        return "Your pairs" if self.name == OWN else self.name.replace("_", " ").capitalize()
 
     @property
     def reward(self) -> str:
         """What the reward of responses is called: a study has an oracle, and a user's own pairs have a judge."""
-        return "judge's reward" if self.name == "own" else "oracle reward"
+        return "judge's reward" if self.name == OWN else "oracle reward"
 
     @property
     def policies(self) -> list[Row]:
@@ -240,7 +240,7 @@ class Tier:
     def estimate(self, row: Row, name: str, seeds: Sequence[str] | None = None) -> Estimate | None:
         """A value with its interval over prompts, over the given training seeds or all; None without samples."""
         cells = self.cells(row, MEASURED[name][0])
-        return _estimate(cells if seeds is None else cells[list(seeds)], share=name == "heldout_accuracy")
+        return _estimate(cells if seeds is None else cells[list(seeds)], name)
 
 
 def over_shared_seeds(cells: Sequence[pd.DataFrame]) -> tuple[pd.DataFrame, list[str]]:
@@ -344,7 +344,7 @@ def _win_rate(tier: Tier, row: Row) -> Estimate | None:
     cells = tier.cells(row)
     base = against(tier.cells(tier.sft), cells.columns)
     ahead = (cells - base.reindex(cells.index)).apply(np.sign)
-    return _estimate(ahead / 2 + 0.5)
+    return _estimate(ahead / 2 + 0.5, "win_rate")
 
 
 def _difference(tier: Tier, row: Row, column: str = "reward") -> Estimate | None:
@@ -355,11 +355,14 @@ def _difference(tier: Tier, row: Row, column: str = "reward") -> Estimate | None
     return None if found is None else found.value
 
 
-def _estimate(cells: pd.DataFrame, share: bool = False) -> Estimate | None:
+def _estimate(cells: pd.DataFrame, name: str) -> Estimate | None:
     # A prompt counts only where every seed answered it: otherwise seeds would weigh differently per prompt.
     values = cells.mean(axis=1, skipna=False).dropna().sort_index().to_numpy(dtype=float)
-    mean = share_of if share else bootstrap_mean
-    return mean(values, seed=BOOTSTRAP_SEED) if len(values) > 1 else None
+    if len(values) < 2:
+        return None
+    if name in ("heldout_accuracy", "win_rate"):
+        return share_of(values, seed=BOOTSTRAP_SEED)
+    return bootstrap_mean(values, seed=BOOTSTRAP_SEED, lowest=0.0 if name == "heldout_log_loss" else -np.inf)
 
 
 class Candidate(NamedTuple):

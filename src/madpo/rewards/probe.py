@@ -176,7 +176,7 @@ def fit_probe(
         penalty=weights.penalty,
         fold_penalties=tuple(map(float, found.penalties)),
         accuracy=proportion_of(margins > 0, keys),
-        log_loss=bootstrap_mean(np.logaddexp(0.0, -margins), seed=seed, clusters=keys),
+        log_loss=bootstrap_mean(np.logaddexp(0.0, -margins), seed=seed, clusters=keys, lowest=0.0),
         temperature=temperature,
         calibrated_log_loss=calibrated,
         reliability=reliability(margins, prompts=keys)[0],

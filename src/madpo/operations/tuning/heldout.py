@@ -274,9 +274,9 @@ def summarised(
         kl = bootstrap_mean(np.concatenate([curve.kl[-1] for curve in curves]), seed=seed)
     heldout = Heldout(
         accuracy=share_of(right, seed=seed, clusters=prompts),
-        log_loss=bootstrap_mean(calibrated, seed=seed, clusters=prompts),
+        log_loss=bootstrap_mean(calibrated, seed=seed, clusters=prompts, lowest=0.0),
         temperature=temperature,
-        raw_log_loss=bootstrap_mean(np.logaddexp(0.0, -margins), seed=seed, clusters=prompts),
+        raw_log_loss=bootstrap_mean(np.logaddexp(0.0, -margins), seed=seed, clusters=prompts, lowest=0.0),
         mean_margin=float(margins.mean()),
         reward=None if rewards is None else bootstrap_mean(rewards, seed=seed),
         kl=kl,
