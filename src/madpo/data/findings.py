@@ -78,9 +78,10 @@ class Seen:
     def __init__(self) -> None:
         self._pairs = bytearray()
         self._prompts = bytearray()
-        self._plain = bytearray()  # prompts as a reader sees them
-        self.numbers, self.ids = array("q"), array("q")
-        """Line or row of each pair, and its pair_id."""
+        self.numbers = array("q")
+        """Line or row of each pair."""
+        self.ids: array[int] | None = None
+        """pair_id of each pair; None while these are 0, 1, 2, ..."""
 
     def add(self, pair: Pair) -> None:
         """Remember a pair."""
@@ -90,10 +91,12 @@ class Seen:
         key = bytearray(hashlib.blake2b(prompt + both, digest_size=16).digest())
         key[15] = (key[15] & 0xFE) | in_order
         self._pairs += key
-        self._prompts += prompt
-        self._plain += digest(plain_prompt(pair.prompt))
+        self._prompts += digest(plain_prompt(pair.prompt))
+        if self.ids is None and pair.pair_id != len(self):
+            self.ids = array("q", range(len(self)))
+        if self.ids is not None:
+            self.ids.append(pair.pair_id)
         self.numbers.append(pair.number)
-        self.ids.append(pair.pair_id)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -105,14 +108,15 @@ class Seen:
         return keys.view("S16").ravel()
 
     def distinct_prompts(self) -> int:
-        """How many different prompts there are."""
+        """How many prompts there are that a reader can tell apart."""
         return len(np.unique(np.frombuffer(self._prompts, "S16")))
 
     def repeats(self, findings: Findings, at: At) -> None:
         """Add duplicates, pairs that are there in both orders, and names of two pairs."""
         rows = np.arange(len(self))
-        named = _first(np.frombuffer(self.ids, np.int64))
-        self._report(findings, "repeated_id", named, named != rows, at)
+        if self.ids is not None:
+            named = _first(np.frombuffer(self.ids, np.int64))
+            self._report(findings, "repeated_id", named, named != rows, at)
         first = _first(np.frombuffer(self._pairs, "S16"))
         self._report(findings, "duplicate", first, first != rows, at)
         orders = np.frombuffer(self._pairs, np.uint8)[15::16] & 1
@@ -130,7 +134,7 @@ class Seen:
         """Add the pairs (in either order) and the prompts of this evaluation data that are in ``train``."""
         hits = {
             "leaked_pair": np.isin(self.unordered(), train.unordered()),
-            "leaked_prompt": np.isin(np.frombuffer(self._plain, "S16"), np.frombuffer(train._plain, "S16")),
+            "leaked_prompt": np.isin(np.frombuffer(self._prompts, "S16"), np.frombuffer(train._prompts, "S16")),
         }
         for kind, found in hits.items():
             rows = np.flatnonzero(found)
