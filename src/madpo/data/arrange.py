@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,7 +12,7 @@ from madpo.core.columns import MARGIN, PAIR_COLUMNS, SCORES
 from madpo.core.errors import RowError
 from madpo.core.layout import Layout, layout_table, value_at
 from madpo.data.layouts import plain_name
-from madpo.data.messages import ASSISTANT, alike, as_json, is_blank, said, shared_prefix
+from madpo.data.messages import ASSISTANT, alike, decoded, is_blank, said, shared_prefix
 from madpo.data.raw import as_number, described, lacks, null
 
 Raw = Mapping[str, Any]
@@ -99,7 +97,7 @@ class Arranger:
             if (name := getattr(layout, own)) is not None:
                 row[own] = value_at(raw, name)
         if layout.decode and "prompt" in row:
-            row["prompt"] = _decoded(row["prompt"], "prompt")
+            row["prompt"] = decoded(row["prompt"], "prompt")
         return row
 
     def _prompt(self, raw: Raw) -> Any:
@@ -119,7 +117,7 @@ class Arranger:
         value, whole = value_at(raw, name), inside + name
         if value is None:
             raise null(whole) if name in raw or name.partition(".")[0] in raw else lacks(whole)
-        return _decoded(value, whole) if self.layout.decode else value
+        return decoded(value, whole) if self.layout.decode else value
 
     # What orders the completions
 
@@ -378,17 +376,6 @@ def _rows_of(value: Any, name: str) -> Sequence[Any]:
     if not isinstance(value, list | tuple):
         raise RowError(f"{name} is {described(value)}, not a list; a pair needs two completions, give a list")
     return value
-
-
-def _decoded(value: Any, name: str) -> Any:
-    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
-        return value
-    try:
-        return as_json(value, name)
-    except RowError:
-        with suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            return ast.literal_eval(value.strip())  # what pandas writes of a list into CSV
-        raise
 
 
 def _texts(value: Any) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from madpo.core.errors import RowError, first_line
@@ -113,6 +115,18 @@ def as_json(value: Any, name: str) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
         raise RowError(f"{name} is text, but no JSON ({first_line(error, 120)}); correct it") from None
+
+
+def decoded(value: Any, name: str) -> Any:
+    """A value, or the lists and objects that its text spells, as JSON or as Python. Raises RowError: neither reads it."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+        return value
+    try:
+        return as_json(value, name)
+    except RowError:
+        with suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            return ast.literal_eval(value.strip())  # what pandas writes of a list into CSV
+        raise
 
 
 def is_blank(value: Any) -> bool:
