@@ -118,7 +118,7 @@ def as_json(value: Any, name: str) -> Any:
 
 
 def decoded(value: Any, name: str) -> Any:
-    """A value, or the lists and objects that its text spells, as JSON or as Python. Raises RowError: neither reads it."""
+    """A value, or what its text spells, as JSON or Python has it. Raises RowError: neither reads it."""
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
         return value
     try:
