@@ -31,7 +31,9 @@ def memory_for(like: Tensor, *shape: int) -> Tensor | None:
         return None
     memory = _bytes_to_fill()(None, math.prod(shape) * like.dtype.itemsize)
     place = torch.frombuffer(memory, dtype=like.dtype).untyped_storage()
-    return like.new_empty(0).set_(place, 0, shape)  # type: ignore[call-overload]  # no view: models write into results
+    # No view, since models write into results.
+    result: Tensor = like.new_empty(0).set_(place, 0, shape)  # type: ignore[call-overload]
+    return result
 
 
 @cache
