@@ -116,7 +116,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["run", "quickstart", "--outptu_dir", "x"], ["'--outptu_dir'", "'--output_dir'"]),
         (["run", "quickstart", "--dryrun"], ["'--dryrun'", "'--dry_run'"]),
         (["run", "quickstart", "--jobs", "0"], [("processes", "0", "1")]),
-        (["run"], ["--experiment"]),
+        (["run"], ["experiment", "madpo run EXPERIMENT"]),
         (["run", "no-such-experiment-at-all"], ["'no-such-experiment-at-all'"]),
         (["run", "absent/file.toml"], ["absent/file.toml"]),
         (["status", "no-such-folder"], ["no-such-folder"]),

@@ -21,7 +21,7 @@ from refusals import names, refused
         ("train d --output_dir o --loss.beta --merge", ["--loss.beta"]),
         ("train d --output_dir o --mege", ["'--mege'", "'--merge'"]),
         ("train d --output_dri o", ["'--output_dri'", "'--output_dir'"]),
-        ("train --output_dir o --model m", ["--data"]),
+        ("train --output_dir o --model m", ["data", "madpo train DATA"]),
         ("train d.jsonl --output_dir o --model_name_or_path m --loss.tua 7", ["'--loss.tua'", "'--loss.tau'"]),
         ("train d.jsonl --output_dir o --model_name_or_path m --loss madpo --loss.tau 0", [("tau", "0.0")]),
         ("train d.jsonl --output_dir o --model_name_or_path m --loss mdpo", ["'mdpo'", "'madpo'"]),

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import use_adapter
 
@@ -107,8 +108,9 @@ class ReferenceColumns(ExactResume):
 
     def _compare_given(self, rows: Dataset, name: str, batch_size: int) -> None:
         """Say so where given log-probabilities are not those of the reference, by the first batch."""
-        if self.state.global_step > 0 and self.ref_model is None:
-            return  # it is gone, or is trained
+        on_paper = any(isinstance(parameter, FakeTensor) for parameter in self.model.parameters())
+        if on_paper or (self.state.global_step > 0 and self.ref_model is None):
+            return  # it has no numbers; it is gone, or is trained
         batch = replace(self.data_collator, columns=())(list(rows.select(range(min(batch_size, len(rows))))))
         with self._reference(name) as model:
             model.to(self.accelerator.device)
