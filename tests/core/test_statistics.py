@@ -141,6 +141,7 @@ def test_rows_alike_make_two_repetitions_cover_and_the_interval_short() -> None:
     assert np.median(shorter) < 0.7
 
 
+@pytest.mark.slow
 def test_one_repetition_covers_by_the_spread_of_other_rows() -> None:
     """A row with one training of five rows with two, whose trainings vary as much as the units' mean."""
     generator, trials, n = np.random.default_rng(9), 400, 24

@@ -13,6 +13,7 @@ from scipy.special import expit
 from madpo.core.errors import DataError
 from madpo.core.statistics import fit_temperature
 from madpo.rewards.label_share import better_than_coin, label_share, posterior
+from quick import quick
 from refusals import refused
 
 
@@ -113,7 +114,7 @@ def best_against(others: int, prompts: int, signal: float, generator: np.random.
     return (ordered[:, :1] - ordered[:, 1:]).ravel(), np.repeat(np.arange(prompts), others)
 
 
-@pytest.mark.parametrize(("others", "over_pairs"), [(1, 0.03), (4, 0.11), (9, 0.17)])
+@pytest.mark.parametrize(("others", "over_pairs"), quick([(1, 0.03), (4, 0.11), (9, 0.17)], (4, 0.11)))
 def test_five_per_cent_of_silent_margins_pass_whatever_the_pairs_of_a_prompt(others: int, over_pairs: float) -> None:
     generator = np.random.default_rng(0)
     drawn = [best_against(others, 30, 0.0, generator) for _ in range(300)]
