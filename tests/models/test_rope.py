@@ -49,7 +49,7 @@ def model(request: pytest.FixtureRequest) -> nn.Module:
     return found
 
 
-def alone(model: nn.Module, rows: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+def each_by_itself(model: nn.Module, rows: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Log-probabilities, their gradient with respect to the embeddings, and states, each row by a fresh copy."""
     sums, grads, states = [], [], []
     for ids, attended, scored in zip(*rows.values(), strict=True):
@@ -69,7 +69,7 @@ def test_log_probabilities_gradients_and_features_are_those_of_each_text(
     model: nn.Module, side: str, pairs: bool
 ) -> None:
     rows = pair_batch(PAIRS, side)
-    wanted, gradient, states = alone(model, rows)
+    wanted, gradient, states = each_by_itself(model, rows)
     layers = feature_layers(model)
     for _ in range(2):  # nothing is left of the longest text
         found = completion_logps(model, **rows, pairs=pairs, features=layers)
@@ -89,7 +89,7 @@ def test_log_probabilities_gradients_and_features_are_those_of_each_text(
 def test_short_texts_are_still_packed_and_have_the_same_numbers(model: nn.Module) -> None:
     rows = pair_batch([(3, 4, 2), (2, 10, 3)], "right")
     found = completion_logps(model, **rows, pairs=True).logps
-    torch.testing.assert_close(found, alone(model, rows)[0], rtol=0, atol=2e-4)
+    torch.testing.assert_close(found, each_by_itself(model, rows)[0], rtol=0, atol=2e-4)
     assert model._madpo_packs
 
 

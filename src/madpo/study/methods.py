@@ -139,19 +139,18 @@ class Method(Frozen):
             changes["loss"] = self.loss.model_copy(update={"parameters": {**self.loss.parameters, **values}})
         else:
             fields = type(self.loss).model_fields
-            known = {name: value for name, value in {**self.loss.model_dump(), **values}.items() if name in fields}
+            given = {name: value for name, value in {**self.loss.model_dump(), **values}.items() if name in fields}
             try:
-                changes["loss"] = LossAdapter.validate_python(known)
+                changes["loss"] = LossAdapter.validate_python(given)
             except ValidationError as error:
                 first = error.errors(include_url=False)[0]
                 where = ".".join(str(part) for part in first["loc"][1:])
                 said = f"sweep.{where} = {first['input']!r}: {first['msg']}"
                 raise ValueError(f"method {self.name!r}: {said}") from None
+        known = [*fields, *_OF_TRAINING]
         for name in values:
             if name not in fields:
-                near = (
-                    did_you_mean(name, [*fields, *_OF_TRAINING]) or f"; there are {', '.join((*fields, *_OF_TRAINING))}"
-                )
+                near = did_you_mean(name, known) or f"; there are {', '.join(known)}"
                 raise ValueError(f"method {self.name!r}: sweep.{name} is no field to vary{near}")
         return Method.model_validate({**dict(self), **changes})
 
