@@ -6,7 +6,7 @@ import pytest
 
 from madpo.core.metrics import Estimate
 from madpo.report.collect import collect
-from madpo.report.live import LiveReport, Result, table_lines
+from madpo.report.live import LiveReport, table_lines, table_row
 from madpo.report.numbers import short
 from madpo.runner.record import Record, run_status
 from report_cases import make_study
@@ -38,7 +38,7 @@ def test_every_evaluation_is_a_row_below_the_earlier_ones(tmp_path: Path, capsys
 def test_columns_stay_where_they_are() -> None:
     names = ("DPO", "a method with a name that is far too long for its column", "[bold]x[/bold]")
     records = (record(f"evaluation/low/{k}/seed0", method=name, tier="low") for k, name in enumerate(names))
-    rows = [Result.of(evaluation, None, 3.0) for evaluation in records]
+    rows = [table_row(evaluation, None, 3.0) for evaluation in records]
     head, _, *lines = table_lines(rows)
     assert [line.index("0.50 (") for line in lines] == [lines[0].index("0.50 (")] * 3
     assert all(len(line) <= 100 for line in (head, *lines))

@@ -250,7 +250,7 @@ def test_the_best_of_n_is_the_judges_choice_and_the_first_of_equals():
 
 def test_estimates_follow_from_tokens_and_rates():
     steps = {s.name: s for s in load_config(find_experiment("laptop"), Experiment, ["vocabulary=false"]).steps()}
-    rates = estimates.rates_of(["train=100", "generate=1000"])
+    rates = estimates.machine_of(["train=100", "generate=1000"]).rates
     policy = steps["policy/low/dpo/seed0"]
     assert estimates.work(policy).tokens == {"train": 400 * 2 * 68}
     assert estimates.estimate(policy, rates).seconds == pytest.approx(400 * 2 * 68 / 100 + 8)
@@ -268,7 +268,7 @@ def test_estimates_follow_from_tokens_and_rates():
     assert 1.5e9 < estimates.estimate(policy, rates).memory < 5e9
     for option, named in [("trian=1", "'train'"), ("train=fast", "train=fast"), ("train=0", "train=0")]:
         with refused(ConfigError, named):
-            estimates.rates_of([option])
+            estimates.machine_of([option])
 
 
 def test_a_slower_machine_takes_longer_by_its_products_share(monkeypatch):

@@ -98,7 +98,7 @@ def print_graph(result: RunResult, options: Graph) -> int:
             from madpo.study.power import detectable_lines
 
         detectable = detectable_lines(result.graph, result.root, options.pilot)
-        show("\n".join([*dry_run_lines(result, machine_of(list(options.rate))), *detectable]))
+        show("\n".join([*dry_run_lines(result, machine_of(options.rate)), *detectable]))
         return 0
     for name, sentence in result.failed.items():
         show(f"failed: {name}: {sentence}", sys.stderr)

@@ -40,11 +40,8 @@ class _NoFlock(Exception):
 
 
 @contextmanager
-def locked(root: Path, name: Path | None = None) -> Iterator[None]:
+def locked(root: Path) -> Iterator[None]:
     """Hold ``root`` for this process.
-
-    Args:
-        name: what the sentence calls it; ``root`` when left out.
 
     Raises:
         StorageError: another run holds it, with its process id and host.
@@ -52,7 +49,7 @@ def locked(root: Path, name: Path | None = None) -> Iterator[None]:
     root.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
         try:
-            held.enter_context(_system_lock(root, name or root))
+            held.enter_context(_system_lock(root))
         except _NoFlock as error:
             if (device := root.stat().st_dev) not in _said:
                 _said.add(device)
@@ -60,7 +57,7 @@ def locked(root: Path, name: Path | None = None) -> Iterator[None]:
                     f"{root}: its file system has no file locks ({error}); the file {OWNER} marks the folder as in use "
                     "instead, and stays there when a run is killed on another machine."
                 )
-            held.enter_context(_owner_file(root, name or root))
+            held.enter_context(_owner_file(root))
         yield
 
 
@@ -77,12 +74,12 @@ def holder(root: Path) -> str | None:
 
 
 @contextmanager
-def _system_lock(root: Path, name: Path) -> Iterator[None]:
+def _system_lock(root: Path) -> Iterator[None]:
     path = root / LOCK
     while True:
         with _opened(path, create=True) as file:
             if not _flock(file):
-                raise _in_use(name, _record(path) or {})
+                raise _in_use(root, _record(path) or {})
             try:
                 file.truncate(0)
                 file.write(_mine())
@@ -90,7 +87,7 @@ def _system_lock(root: Path, name: Path) -> Iterator[None]:
                 # A run that met no file locks, for a while or on its machine only, marked the folder in the other way.
                 owner = _record(root / OWNER)
                 if owner is not None and not _gone(owner):
-                    raise _in_use(name, owner, root / OWNER)
+                    raise _in_use(root, owner, root / OWNER)
                 if not _is(file, path):  # the one before us removed the file that we waited for
                     continue
                 yield
@@ -104,16 +101,16 @@ def _system_lock(root: Path, name: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _owner_file(root: Path, name: Path) -> Iterator[None]:
+def _owner_file(root: Path) -> Iterator[None]:
     path, mine = root / OWNER, _mine()
     if not _create(path, mine):
         _remove_if_gone(path)
         if not _create(path, mine):
-            raise _in_use(name, _record(path) or {}, path)
+            raise _in_use(root, _record(path) or {}, path)
     try:
         other = _record(root / LOCK)  # a run that took the system's lock while there were locks
         if other and not _gone(other):
-            raise _in_use(name, other, root / LOCK)
+            raise _in_use(root, other, root / LOCK)
         yield
     finally:
         if _text(path) == mine:  # the folder may have been renamed, and another run may hold a new one here
@@ -234,9 +231,9 @@ def _named(who: dict[str, Any]) -> str:
     return f"process {who.get('pid', '?')} on {who.get('host', '?')}, since {who.get('started', '?')}"
 
 
-def _in_use(name: Path, who: dict[str, Any], left: Path | None = None) -> StorageError:
+def _in_use(root: Path, who: dict[str, Any], left: Path | None = None) -> StorageError:
     """The refusal; ``left`` is the file that outlives its process."""
     ended = "" if left is None else f"; if that process has ended, remove {left}"
     return StorageError(
-        f"{name} is in use by another run ({_named(who)}); wait for it, stop it, or choose another folder{ended}"
+        f"{root} is in use by another run ({_named(who)}); wait for it, stop it, or choose another folder{ended}"
     )

@@ -33,11 +33,9 @@ Advance = Callable[..., None]
 """Called after every finished part, or several with numbers to show: ``advance(8, loss=0.61)``."""
 
 
-def track(iterable: Iterable[T], *, description: str, total: int | None = None) -> Iterator[T]:
-    """Go through ``iterable`` with a bar. ``total`` is needed only where it has no length."""
-    if total is None and isinstance(iterable, Sized):
-        total = len(iterable)
-    with bar(description, total) as advance:
+def track(iterable: Iterable[T], *, description: str) -> Iterator[T]:
+    """Go through ``iterable`` with a bar."""
+    with bar(description, len(iterable) if isinstance(iterable, Sized) else None) as advance:
         for item in iterable:
             yield item
             advance()

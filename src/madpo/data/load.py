@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from madpo.core.columns import ID_COLUMNS, NUMBERS
 from madpo.core.errors import DataError, located, printable
@@ -24,6 +24,8 @@ from madpo.data.templates import Clock
 from madpo.data.tokens import Encoded, Encoder, as_tokenizer, check_options, text_length, truncated
 from madpo.data.unpaired import paired_rows
 from madpo.models.hyperparameters import Truncation
+
+T = TypeVar("T")
 
 BATCH_ROWS = 64
 BATCH_CHARACTERS = 500_000  # few long rows fill a batch as well
@@ -217,18 +219,22 @@ def raise_first(mistakes: Sequence[DataError], wrong: Sequence[int], source: Sou
     raise DataError(f"{mistakes[0]}{more}")
 
 
-def batches(pairs: Iterator[Pair] | PairStream) -> Iterator[list[Pair]]:
+def batches(rows: Iterable[T], most: int, length: Callable[[T], int]) -> Iterator[list[T]]:
     """Batches for the tokenizer, bounded in rows and in characters."""
-    batch: list[Pair] = []
+    batch: list[T] = []
     size = 0
-    for pair in pairs:
-        batch.append(pair)
-        size += 2 * text_length(pair.prompt) + text_length(pair.chosen) + text_length(pair.rejected)
-        if len(batch) == BATCH_ROWS or size > BATCH_CHARACTERS:
+    for row in rows:
+        batch.append(row)
+        size += length(row)
+        if len(batch) == most or size > BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def _characters(pair: Pair) -> int:
+    return sum(map(text_length, (pair.prompt, pair.prompt, pair.chosen, pair.rejected)))
 
 
 def encoded_pairs(stream: PairStream, encoder: Encoder) -> Iterator[tuple[Pair, Encoded]]:
@@ -238,7 +244,7 @@ def encoded_pairs(stream: PairStream, encoder: Encoder) -> Iterator[tuple[Pair, 
     """
     mistakes: list[DataError] = []
     wrong: list[int] = []
-    for batch in batches(stream):
+    for batch in batches(stream, BATCH_ROWS, _characters):
         results = encoder.encode(batch, stream.source.at)
         for pair, result in zip(batch, results, strict=True):
             if isinstance(result, DataError):

@@ -36,12 +36,10 @@ class Margins(Frozen):
     """DPO's implicit margins (column ``implicit_margin``, log-odds), where a bare table has them."""
 
 
-def read_margins(
-    data: str | Path, columns: Any = None, *, shown: int = SUSPICIOUS, sampled: int = 0, seed: int = 0
-) -> Margins:
+def read_margins(data: str | Path, columns: Any = None, *, shown: int = SUSPICIOUS, sampled: int = 0) -> Margins:
     """The column ``reward_margin`` of a data set, and the texts of the ``shown`` pairs with the lowest margins.
 
-    ``sampled`` further pairs, drawn evenly from all by ``seed``, keep their texts too.
+    ``sampled`` further pairs, drawn evenly from all, keep their texts too.
 
     A table without chosen and rejected will do (then there are no texts), as ``heldout.jsonl`` of a training, which
     has DPO's implicit margins too. Without the column, the difference of chosen_score and rejected_score replaces it.
@@ -61,7 +59,7 @@ def read_margins(
     numbered = PromptNumbers()
     lowest: list[tuple[float, int, dict[str, str]]] = []  # a heap whose first has the largest margin
     reservoir: dict[int, tuple[int, dict[str, str]]] = {}
-    draws = rng(seed, "inspect", "sampled")
+    draws = rng(0, "inspect", "sampled")
     for i, pair in enumerate(track(stream, description=f"reading {source.name}")):
         margin = pair.numbers.get(MARGIN, pair.score_difference)
         if margin is None:

@@ -42,11 +42,8 @@ KINDS = {
 NEXT_TO_PAGE = ("results.json", "results.md", "selection.json")  # what a report writes and an export leaves out
 TABLES = ("samples.parquet", "curves.parquet", "margins.parquet")
 READ = (RECORD, "error.txt", "samples.jsonl", "log.jsonl", "margins.parquet", "pairs.parquet")  # of a step's folder
-OWN = (
-    *("run.json", RECORDS, *TABLES, "README.md", "report.html"),
-    *("tables", "figures", *NEXT_TO_PAGE, "results.csv"),
-)
-"""What an export holds, or held in earlier versions next to the folders of its steps."""
+OWN = ("run.json", RECORDS, *TABLES, "README.md", "report.html", "tables", "figures", *NEXT_TO_PAGE)
+"""What an export holds, and what a report made in it adds."""
 
 
 def export_report(root: Path, target: Path) -> Path:
@@ -95,25 +92,20 @@ def _refuse(root: Path, target: Path) -> None:
     if target.exists() and not target.is_dir():
         raise StorageError(f"{target} is a file, not a folder; choose another folder")
     if target.is_dir() and any(target.iterdir()):
-        known = _names(target)
-        if known is None:
+        if not _is_export(target):
             raise StorageError(f"{target} is not empty and holds no earlier export; choose another folder")
-        if others := sorted(entry.name for entry in target.iterdir() if entry.name not in known):
+        if others := sorted(entry.name for entry in target.iterdir() if entry.name not in OWN):
             raise StorageError(
                 f"{target} holds {others[0]} and an earlier export, which is replaced as a whole; move it away, or "
                 "choose another folder"
             )
 
 
-def _names(folder: Path) -> set[str] | None:
-    """Names of what the export in a folder holds; None where there is no export."""
+def _is_export(folder: Path) -> bool:
     try:
-        earlier = json.loads((folder / "run.json").read_bytes())
-        if earlier["about"][EXPORTED] is None:
-            return None
-        return {*OWN, *(Path(step["folder"]).parts[0] for step in earlier["steps"].values())}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
-        return None
+        return json.loads((folder / "run.json").read_bytes())["about"][EXPORTED] is not None
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
+        return False
 
 
 @contextmanager
@@ -123,7 +115,7 @@ def _replacing(target: Path) -> Iterator[Path]:
     # The same names each time: what a killed export left is removed by the next.
     place, old = (target.with_name(f".{target.name}.{kind}") for kind in ("tmp", "old"))
     for left in (place, old):
-        ours = not left.is_symlink() and left.is_dir() and (not any(left.iterdir()) or _names(left) is not None)
+        ours = not left.is_symlink() and left.is_dir() and (not any(left.iterdir()) or _is_export(left))
         if not ours and os.path.lexists(left):
             raise StorageError(f"{left} is in the way and holds no export of madpo; move it away")
     _clear(target, place, old)

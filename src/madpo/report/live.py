@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from madpo.core.errors import MadpoError
 from madpo.core.metrics import Estimate
@@ -17,8 +17,6 @@ from madpo.runner.record import Record
 
 _SHARE = 0.1  # of the run's time that writing the page again may take
 _WHOLE = 8  # rows up to which the table is shown whole every time
-_MEASURES = ("oracle_reward", "kl")
-_ON_PAIRS = ("heldout_accuracy", "heldout_log_loss")
 _WIDTHS = {"policy": 15, "pairs": 7, "reward": 22, "minus DPO": 23, "KL": 6, "after": 11}
 
 
@@ -43,17 +41,17 @@ class LiveReport:
             self._linked = True
             say(f"The page grows with every result: {page.resolve().as_uri()}")
         if record.name.startswith("heldout/"):
-            found = [value if isinstance(value := record.metrics.get(key), Estimate) else None for key in _ON_PAIRS]
+            right, loss = _estimates(record, "heldout_accuracy", "heldout_log_loss")
             over_dpo = self._over_dpo(record, "log_loss_difference")
             gap = "" if over_dpo is None else f", {short(-over_dpo, 'signed', 3)} gained over DPO"
             say(
-                f"{record.config.get('method')}: {short(found[0], 'share')} of held-out pairs are ordered as labelled, "
-                f"log loss {short(found[1], digits=3)} nats{gap}"
+                f"{record.config.get('method')}: {short(right, 'share')} of held-out pairs are ordered as labelled, "
+                f"log loss {short(loss, digits=3)} nats{gap}"
             )
             return
         self._rows.append((record, time.monotonic() - self.begun))
         # A difference to DPO is known from the first page after the evaluation.
-        lines = table_lines([Result.of(done, self._over_dpo(done), seconds) for done, seconds in self._rows])
+        lines = table_lines([table_row(done, self._over_dpo(done), seconds) for done, seconds in self._rows])
         say("\n".join(lines if len(self._rows) <= _WHOLE else lines[-1:]))
 
     def _page(self) -> Path | None:
@@ -82,36 +80,24 @@ class LiveReport:
         return Estimate(**found) if isinstance(found, dict) else None
 
 
-class Result(NamedTuple):
-    """A line of the table: a policy with its reward, its paired difference to DPO and its KL.
+def table_row(record: Record, over_dpo: Estimate | None, seconds: float) -> tuple[str, ...]:
+    """An evaluation ``seconds`` after the run began, in the columns of the table; the SFT model has no pairs and no KL.
 
-    ``seconds``: since the run began.
+    Args:
+        over_dpo: the paired difference of the reward to DPO.
     """
-
-    policy: str
-    pairs: str
-    reward: Estimate | None
-    over_dpo: Estimate | None
-    kl: Estimate | None
-    seconds: float
-
-    @classmethod
-    def of(cls, record: Record, over_dpo: Estimate | None, seconds: float) -> Result:
-        """From the record of an evaluation; the SFT model has no pairs and no distance."""
-        found = [value if isinstance(value := record.metrics.get(key), Estimate) else None for key in _MEASURES]
-        sft = record.name.startswith("evaluation/sft/")
-        name = str(record.config.get("method", record.name.removeprefix("evaluation/")))
-        return cls(
-            name, DASH if sft else record.name.split("/")[1], found[0], over_dpo, None if sft else found[1], seconds
-        )
-
-    def cells(self) -> tuple[str, ...]:
-        """As text."""
-        kl = DASH if self.kl is None else f"{self.kl.mean:.2f}"
-        return self.policy, self.pairs, short(self.reward), short(self.over_dpo, "signed"), kl, duration(self.seconds)
+    reward, kl = _estimates(record, "oracle_reward", "kl")
+    sft = record.name.startswith("evaluation/sft/")
+    name = str(record.config.get("method", record.name.removeprefix("evaluation/")))
+    pairs, distance = (DASH, DASH) if sft else (record.name.split("/")[1], DASH if kl is None else f"{kl.mean:.2f}")
+    return name, pairs, short(reward), short(over_dpo, "signed"), distance, duration(seconds)
 
 
-def table_lines(rows: Sequence[Result]) -> list[str]:
+def _estimates(record: Record, *names: str) -> list[Estimate | None]:
+    return [value if isinstance(value := record.metrics.get(name), Estimate) else None for name in names]
+
+
+def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
     """Results as a table in plain text, in columns that stay where they are."""
     from rich import box
     from rich.console import Console
@@ -122,7 +108,7 @@ def table_lines(rows: Sequence[Result]) -> list[str]:
     for name, width in _WIDTHS.items():
         table.add_column(name, width=width, no_wrap=True, justify="left" if name in ("policy", "pairs") else "right")
     for row in rows:
-        table.add_row(*map(Text, row.cells()))
+        table.add_row(*map(Text, row))
     console = Console(width=sum(_WIDTHS.values()) + 3 * len(_WIDTHS), color_system=None)
     with console.capture() as drawn:
         console.print(table)

@@ -6,7 +6,6 @@ column ``folder`` names the step's folder.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Container, Iterable, Mapping
 from functools import cache
@@ -27,7 +26,6 @@ HELDOUT = ("right", "log_loss")  # of a held-out pair
 NULLABLE = {"text": "Int64", "train": "boolean"}
 MARGINS = ("pair_id", "reward_margin", "train", "prompt_id")
 TEXTS = 200  # prompts of an evaluation that keep their first response as text
-RESPONSE_DIGEST = "response_sha256"  # in the samples of an older export, which left texts out
 AGAIN = "delete the step's folder and run again"
 
 
@@ -134,21 +132,14 @@ def _evaluation(path: Path, record: Record) -> pd.DataFrame:
             raise DataError(f"{path} row {row + 1}: {numbers[name]} is {frame[name][row]!r}, not a number; {AGAIN}")
         frame[name] = values
     frame = frame.astype({"prompt_id": np.int64, "sample": np.int64})
-    codes, _ = pd.factorize(np.array([response_digest(row) or None for row in rows], dtype=object))
-    frame["text"] = pd.Series(codes, dtype=NULLABLE["text"]).mask(codes < 0)
     for name in ("prompt", "response"):
         frame[name] = pd.Series([row.get(name) for row in rows], dtype=object)
+    codes, _ = pd.factorize(frame["response"])
+    frame["text"] = pd.Series(codes, dtype=NULLABLE["text"]).mask(codes < 0)
     frame = frame.sort_values(["prompt_id", "sample"], kind="stable", ignore_index=True)
     first = frame[frame["response"].notna() & frame["temperature"].isna()].drop_duplicates("prompt_id").index[:TEXTS]
     frame.loc[~frame.index.isin(first), ["prompt", "response"]] = None
     return frame
-
-
-def response_digest(row: Mapping[str, Any]) -> str:
-    """Tells a sample's response from others: of its text, or written in the place of it; "" where neither is."""
-    if "response" in row:
-        return hashlib.sha256(str(row["response"]).encode("utf-8", "surrogatepass")).hexdigest()[:16]
-    return str(row.get(RESPONSE_DIGEST, ""))
 
 
 def json_lines(path: Path, *needed: str) -> list[dict[str, Any]]:

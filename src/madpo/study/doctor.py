@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +20,7 @@ from madpo.models.load import compute_dtype
 from madpo.models.packaged import PACKAGED, cache_dir, cache_limit
 from madpo.runner.record import installed
 from madpo.runner.run import plan
-from madpo.study.estimates import TWO_CORES, Machine, estimates, this_machine
+from madpo.study.estimates import TWO_CORES, Machine, estimates, product_times, this_machine
 from madpo.study.experiment import Experiment
 
 _LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "scikit-learn", "numpy")
@@ -102,17 +101,8 @@ def _cache(folder: Path) -> str:
 
 def _rate(dtype: torch.dtype) -> str:
     """The rate of a large product; the fastest of several, since other work can only slow one down."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    left, right = (torch.full((_SIDE, _SIDE), 0.5, dtype=dtype, device=device) for _ in range(2))
-    left @ right
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < 0.5 and len(times) < 50):
-        started = time.perf_counter()
-        left @ right
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return f"{2 * _SIDE**3 / min(times) / 1e9:,.0f} GFLOP/s in {str(dtype).removeprefix('torch.')}"
+    fastest = min(product_times(_SIDE, dtype, seconds=0.5, least=3, most=50))
+    return f"{2 * _SIDE**3 / fastest / 1e9:,.0f} GFLOP/s in {str(dtype).removeprefix('torch.')}"
 
 
 def _seconds(name: str, machine: Machine) -> float:

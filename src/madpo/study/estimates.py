@@ -12,9 +12,9 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from pydantic import BaseModel
 
@@ -33,6 +33,9 @@ from madpo.rewards.oracles import OracleStage
 from madpo.runner.run import Planned, RunResult, finished
 from madpo.runner.step import Step
 from madpo.training.settings import OnlineStage, RewardModelStage
+
+if TYPE_CHECKING:
+    import torch
 
 # Tokens a second of Gemma-3-270M with LoRA on two cores with AVX-512 BF16. "sft" scores every token, "train" (a
 # preference loss) only completion tokens, "reward" no token's word; "score" and "judge" are the passes of a language
@@ -114,18 +117,12 @@ def this_machine() -> Machine:
     dtype = compute_dtype()
     if torch.cuda.is_available() or torch.backends.mps.is_available():
         return Machine(TWO_CORES, f"{MACHINE}; this machine's accelerator is not measured, give its rates by --rate")
-    left, right = (torch.full((_SIDE, _SIDE), 0.5, dtype=dtype) for _ in range(2))
     threads = torch.get_num_threads()
     # The median of one thread's short products: what else the machine does just now interrupts few of them, and the
     # fastest is a burst (86 GFLOP/s where products that went on for seconds ran at 49 to 63; docs/log.md).
     torch.set_num_threads(1)
     try:
-        left @ right
-        times: list[float] = []
-        while len(times) < 10 or (sum(times) < 0.3 and len(times) < 200):
-            started = time.perf_counter()
-            left @ right
-            times.append(time.perf_counter() - started)
+        times = product_times(_SIDE, dtype, seconds=0.3, least=10, most=200)
     finally:
         torch.set_num_threads(threads)
     rate = threads * 2 * _SIDE**3 / statistics.median(times) / 1e9
@@ -135,18 +132,25 @@ def this_machine() -> Machine:
     return Machine(rates, f"this machine, whose matrix products run at {rate:.0f} GFLOP/s in {kind}")
 
 
-def machine_of(options: Iterable[str]) -> Machine:
+def product_times(side: int, dtype: torch.dtype, *, seconds: float, least: int, most: int) -> list[float]:
+    """Seconds of products of two square matrices, one after another, after a first one that is not counted."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    left, right = (torch.full((side, side), 0.5, dtype=dtype, device=device) for _ in range(2))
+    left @ right
+    times: list[float] = []
+    while len(times) < least or (sum(times) < seconds and len(times) < most):
+        started = time.perf_counter()
+        left @ right
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return times
+
+
+def machine_of(options: Sequence[str]) -> Machine:
     """This machine; or the one of which ``options`` ("train=9000") gives rates, the two cores' for the others.
-
-    Raises:
-        ConfigError: an option is not a rate.
-    """
-    options = list(options)
-    return Machine(rates_of(options), "the rates given") if options else this_machine()
-
-
-def rates_of(options: Iterable[str]) -> dict[str, float]:
-    """The default rates with those of ``options`` ("train=9000") in their place.
 
     Raises:
         ConfigError: an option is not a rate.
@@ -162,7 +166,7 @@ def rates_of(options: Iterable[str]) -> dict[str, float]:
             rates[name] = 0.0
         if not 0 < rates[name] < float("inf"):
             raise ConfigError(f"--rate {option!r}: write tokens a second, as in --rate {name}=5000")
-    return rates
+    return Machine(rates, "the rates given") if options else this_machine()
 
 
 def work(step: Step) -> Work:

@@ -13,13 +13,13 @@ from madpo.core.errors import DataError, located
 from madpo.core.layout import Layout
 from madpo.core.progress import bar
 from madpo.data.corpus import IMDB, PackagedIMDB, load_corpus
+from madpo.data.load import batches
 from madpo.data.messages import contents
 from madpo.data.templates import Clock, render
 from madpo.data.texts import read_texts
 from madpo.operations.settings import TrimSettings
 
 _TOGETHER = 256
-_CHARACTERS = 500_000  # few long texts fill a batch as well
 
 
 class CorpusTokens(NamedTuple):
@@ -71,7 +71,7 @@ def read_corpus(
     texts = 0
     with bar("Reading the corpus", None) as advance:
         for data in corpus:
-            for batch in _batches(_rendered(data, tokenizer, asked.reading)):
+            for batch in batches(_rendered(data, tokenizer, asked.reading), _TOGETHER, len):
                 counted = []
                 for text in batch:
                     key = _key(text)
@@ -125,19 +125,6 @@ def _rendered(data: str, tokenizer: Any, columns: Layout) -> Iterator[str]:
             with located(place):
                 text = render(tokenizer, text, clock)
             yield text
-
-
-def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if len(batch) == _TOGETHER or size > _CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 class _Sample:
