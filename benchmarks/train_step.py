@@ -138,7 +138,7 @@ def build(spec: dict[str, Any]) -> tuple[Any, float]:
 
 def work(spec: dict[str, Any]) -> None:
     import torch
-    from torch.utils.flop_counter import FlopCounterMode, flop_registry
+    from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
 
     from madpo.losses import DPO, MADPO
 
@@ -153,7 +153,11 @@ def work(spec: dict[str, Any]) -> None:
         return timed_step(built, rows[index * spec["batch"] : (index + 1) * spec["batch"]])
 
     def operations() -> float:
-        flop_registry[torch.ops.aten.addmm_] = flop_registry[torch.ops.aten.addmm]  # torch leaves it out
+        # torch leaves these out
+        flop_registry[torch.ops.aten.addmm_] = flop_registry[torch.ops.aten.addmm]
+        register_flop_formula(torch.ops.mkldnn._linear_pointwise)(
+            lambda x, weight, *_, **named: 2 * x[0] * x[1] * weight[0]
+        )
         with FlopCounterMode(display=False) as counter:
             step("dpo")
         return float(counter.get_total_flops())

@@ -1,4 +1,4 @@
-"""Memory that a processor's training steps have freed serves the next values, or goes back to the system."""
+"""Products of every layout and precision; memory that was freed serves the next values, or goes back to the system."""
 
 import platform
 from pathlib import Path
@@ -15,6 +15,30 @@ glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc
 def resident() -> float:
     """MiB of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) / 256
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("rows", [0, 1, 7, 130])
+def test_a_product_is_that_of_float64_in_every_layout(dtype, rows):
+    drawn = torch.Generator().manual_seed(rows)
+    x, weight, bias = (torch.randn(*shape, generator=drawn).to(dtype) for shape in ((rows, 48), (33, 48), (33,)))
+    wanted = x.double() @ weight.double().T
+    bound = {"atol": 0.1 if dtype is torch.bfloat16 else 1e-5, "rtol": 1e-2 if dtype is torch.bfloat16 else 1e-5}
+    for a, b in ((x, weight), (x.T.contiguous().T, weight.T.contiguous().T), (x, torch.nn.Parameter(weight))):
+        with torch.no_grad():
+            out, total = x.new_empty(rows, 33), torch.ones(rows, 33, dtype=dtype)
+            torch.testing.assert_close(devices.product(a, b).double(), wanted, **bound)
+            assert devices.product(a, b, bias, out) is out
+            assert devices.add_product(total, a, b) is total
+        torch.testing.assert_close(out.double(), wanted + bias.double(), **bound)
+        torch.testing.assert_close(total.double(), wanted + 1, **bound)
+
+
+def test_a_product_whose_factors_ask_for_a_gradient_has_one():
+    x, weight = torch.randn(5, 8, requires_grad=True), torch.randn(3, 8, requires_grad=True)
+    devices.product(x, weight).sum().backward()
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(5, 8))
+    torch.testing.assert_close(weight.grad, x.sum(0).expand(3, 8))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

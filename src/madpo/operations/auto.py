@@ -120,7 +120,7 @@ class AutoReport(TrainReport):
         return "\n".join([head, *self.decision(), *self.evaluated()])
 
 
-@operation("train_auto/7")
+@operation("train_auto/8")
 def train_auto(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """The operation behind ``madpo train`` with no loss named."""
     assert isinstance(settings.loss, Auto)

@@ -51,7 +51,7 @@ class EvaluationStage(EvaluationSettings, Drawing):
     """Responses per sample, of which the one with the highest reward counts; None is one response."""
 
 
-@operation("evaluate_policy/3")
+@operation("evaluate_policy/4")
 def evaluate_policy(config: EvaluationStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Sample responses to held-out prompts and measure them; writes ``samples.jsonl``, in which the responses at
     further temperatures have the key ``temperature``.

@@ -65,7 +65,7 @@ class ResponseStage(Drawing):
     """Prompts generated for at once, and kept when the run is interrupted."""
 
 
-@operation("sample_responses/3")
+@operation("sample_responses/4")
 def sample_responses(config: ResponseStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Write ``responses.parquet``. What an interrupted run had sampled is kept and continued from.
 

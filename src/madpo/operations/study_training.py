@@ -338,7 +338,7 @@ def fit_policy(
     return result
 
 
-@operation("train_online/3")
+@operation("train_online/4")
 def train_online(config: OnlineStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Train on the policy's own responses to the training prompts; writes ``out/adapter``.
 

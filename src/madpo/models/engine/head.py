@@ -30,8 +30,6 @@ ACCELERATOR_TOKENS = 4_096
 """Tokens per walk on an accelerator, which reads the head's weights once more for each walk."""
 ACCELERATOR_BYTES = 2**28
 """Memory of one tile's logits in float32 on an accelerator: launches cost time there, and its caches hold no tile."""
-IMAGES = 16
-"""Images that the head's entries are laid out as for a convolution; a divisor of TILE."""
 FEW = 128
 """Rows up to which a half-precision product is taken with the vocabulary's entries as its rows, on a processor."""
 
@@ -117,7 +115,8 @@ class Head:
         elif not self.on_processor or (self.trains and torch.is_grad_enabled()) or (half and len(hidden) > FEW):
             raw = hidden @ weight.T
         else:
-            raw = _entries_first(hidden, weight)
+            # The vocabulary's entries as the rows: of the two factors, the states take less time to lay out anew.
+            raw = devices.product(weight, hidden).T
         return self._finished(raw, None if self.bias is None else self.bias[start:stop])
 
     def logits_of(self, hidden: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -156,19 +155,6 @@ class _WideProduct(torch.autograd.Function):
             grad @ weight if ctx.needs_input_grad[0] else None,
             grad.T @ x if ctx.needs_input_grad[1] else None,
         )
-
-
-def _entries_first(hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden weight^T by a product whose rows are the vocabulary's entries, on a processor.
-
-    Its library lays the second factor out anew at each call, and of the two the states are the smaller. In float32
-    the convolution of oneDNN with a kernel of one pixel, the entries as its pixels, is the faster product. With one
-    thread torch takes oneDNN from 16 images on.
-    """
-    if hidden.dtype == torch.float32 and len(hidden) and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        pixels = weight.reshape(1 if len(weight) % IMAGES else IMAGES, -1, 1, weight.shape[1]).permute(0, 3, 1, 2)
-        return F.conv2d(pixels, hidden[:, :, None, None]).permute(1, 0, 2, 3).reshape(len(hidden), len(weight))
-    return (weight @ hidden.T).T
 
 
 def token_logps(

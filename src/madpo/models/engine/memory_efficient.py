@@ -48,32 +48,28 @@ class _Projection:
 
     def forward(self, x: Tensor, a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The layer's output for rows ``x``, and the adapter's inner states; ``a``, ``b`` in the dtype of ``x``."""
-        factors, out = (x, self.weight.T), devices.memory_for(x, len(x), len(self.weight))
-        y = torch.mm(*factors, out=out) if self.bias is None else torch.addmm(self.bias, *factors, out=out)
+        y = devices.product(x, self.weight, self.bias, devices.memory_for(x, len(x), len(self.weight)))
         if a is None or b is None:
             return y, None
-        inner = x @ a.T
+        inner = devices.product(x, a)
         return y.addmm_(inner, b.T, alpha=self.scale), inner
 
     def backward(
         self, grad: Tensor, x: Tensor, inner: Tensor | None, a: Tensor | None, b: Tensor | None, dx: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """d x (added to ``dx`` where that is given), d A and d B."""
-        dx = grad @ self.weight if dx is None else dx.addmm_(grad, self.weight)
+        factors = (grad, self.weight.T)
+        dx = devices.product(*factors) if dx is None else devices.add_product(dx, *factors)
         if inner is None or a is None or b is None:
             return dx, None, None
         through, d_a, d_b = self.of_adapter(grad, x, inner, b)
         return dx.addmm_(through, a, alpha=self.scale), d_a, d_b
 
     def of_adapter(self, grad: Tensor, x: Tensor, inner: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradient behind B, d A and d B. The long factor comes first: a processor multiplies this order faster."""
-        through = grad @ b
-        return through, _scaled_product(x.T, through, self.scale).T, _scaled_product(grad.T, inner, self.scale)
-
-
-def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """scale left right, without a pass of its own for the scale."""
-    return left.new_empty(len(left), right.shape[1]).addmm_(left, right, beta=0, alpha=scale)
+        """The gradient behind B, d A and d B. The thin factor comes first: a processor multiplies this order faster."""
+        through = devices.product(grad, b.T)
+        d_a, d_b = devices.product(through.T, x.T), devices.product(inner.T, grad.T)
+        return through, d_a.mul_(self.scale), d_b.mul_(self.scale).T
 
 
 def _gradient(found: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from madpo.models.engine import devices
+
 if TYPE_CHECKING:
     from madpo.models.engine.head import Head
 
@@ -86,7 +88,7 @@ class Sums:
         weight = head.weight[start:stop].to(hidden.dtype)
         self.stash *= before[:, None]
         if factor is None:
-            self.stash.addmm_(e, weight)
+            devices.add_product(self.stash, e, weight.T)
         elif hidden.dtype == e.dtype:
             self.stash.addcmul_(e @ weight, factor[:, None])
         else:  # half precision on a GPU; the largest p becomes 1, so that its row is not rounded
