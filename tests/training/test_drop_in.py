@@ -251,6 +251,8 @@ def test_adapters_that_change_no_weights_are_refused_when_the_trainer_is_made(ll
         ({"label_smoothing": 0.1}, ["label_smoothing=0.1", "loss=DPO(label_smoothing="]),
         ({"f_divergence_type": "forward_kl"}, ["f_divergence_type=", "madpo.losses.Custom"]),
         ({"ld_alpha": 0.5}, ["ld_alpha=0.5", "madpo.losses.Custom"]),
+        ({"label_smoothing_factor": 0.3}, ["label_smoothing_factor=0.3", "DPO(label_smoothing="]),
+        ({"neftune_noise_alpha": 5.0}, ["neftune_noise_alpha=5.0"]),
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -37,6 +37,7 @@ from madpo.training.metrics import Movement
 from madpo.training.nan_guard import drop_unscored
 from madpo.training.padding_pairs import refuse_uneven
 from madpo.training.pair_loss import NO_METRICS, PairLoss
+from madpo.training.reference_adapter import copied_adapter
 from madpo.training.refusals import loss_of, refuse_adapter, refuse_options
 from madpo.training.rendering import rendering, with_prompts
 
@@ -111,19 +112,20 @@ class PreferenceTrainer(PairLoss, DPOTrainer):  # type: ignore[misc]
         args.precompute_ref_log_probs = True
         self._synchronised, args.sync_ref_model = args.sync_ref_model, False  # TRL refuses the two together
         try:
-            super().__init__(
-                model,
-                ref_model,
-                args,
-                data_collator=data_collator,
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
-                processing_class=processing_class,
-                callbacks=callbacks,
-                optimizers=optimizers,
-                quantization_config=quantization_config,
-                peft_config=peft_config,
-            )
+            with copied_adapter(model, ref_model):
+                super().__init__(
+                    model,
+                    ref_model,
+                    args,
+                    data_collator=data_collator,
+                    train_dataset=train_dataset,
+                    eval_dataset=eval_dataset,
+                    processing_class=processing_class,
+                    callbacks=callbacks,
+                    optimizers=optimizers,
+                    quantization_config=quantization_config,
+                    peft_config=peft_config,
+                )
         finally:
             args.model_init_kwargs, args.sync_ref_model = init_kwargs, self._synchronised
         if self.sharded:  # parts of a model cannot wait elsewhere, and would take the accelerator's memory

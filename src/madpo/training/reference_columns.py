@@ -32,6 +32,7 @@ from madpo.rewards.probe import FittedProbe, fit_probe
 from madpo.training.columns import PreferenceCollator, check_tokens
 from madpo.training.digests import reference_digest
 from madpo.training.reference import batch_logps, cached_reference
+from madpo.training.reference_adapter import COPY, frozen_stay
 from madpo.training.resume import ExactResume
 
 
@@ -185,7 +186,7 @@ class ReferenceColumns(ExactResume):
                 )
             yield self.model
         else:  # TRL keeps a frozen copy, "ref", of an adapter that the model came with
-            with use_adapter(inner, adapter_name="ref" if "ref" in inner.peft_config else None):
+            with frozen_stay(inner), use_adapter(inner, adapter_name=COPY if COPY in inner.peft_config else None):
                 yield self.model
 
     def _set_reference_aside(self) -> None:

@@ -25,6 +25,8 @@ _MISSING = {
     "ld_alpha": f"madpo has no length desensitisation; write {_OWN}",
     "f_divergence_type": f"madpo has no other divergence than the reverse KL; write {_OWN}",
     "f_alpha_divergence_coef": f"madpo has no other divergence than the reverse KL; write {_OWN}",
+    "label_smoothing_factor": "use DPO(label_smoothing=...) or RDPO(flip_rate=...)",
+    "neftune_noise_alpha": "the size of its noise depends on a row's length, and rows of a batch share one here",
 }
 _LOSSES: dict[str, Callable[[DPOConfig], LossConfig]] = {
     "sigmoid": lambda args: DPO(beta=args.beta),
@@ -37,7 +39,7 @@ STOCK = "TRL's DPOTrainer"
 
 
 def refuse_options(args: DPOConfig, *, loss_given: bool) -> None:
-    """Refuse options that would have no effect, since ``loss=...`` or this trainer replaces what they change.
+    """Refuse options without an effect, or with another one, since ``loss=...`` or this trainer replaces what they change.
 
     Raises:
         ConfigError: an option differs from its default; the sentence names what to use instead.
@@ -55,7 +57,7 @@ def refuse_options(args: DPOConfig, *, loss_given: bool) -> None:
         found, usual = (x[0] if isinstance(x, list) and len(x) == 1 else x for x in (value, default))
         if remedy is not None and found != usual:
             reason = ", since the loss is an object of its own" if option.name in _REPLACED else ""
-            raise ConfigError(f"{option.name}={value!r} has no effect here{reason}; remove it: {remedy}")
+            raise ConfigError(f"{option.name}={value!r} cannot be used here{reason}; remove it: {remedy}")
 
 
 def loss_of(args: DPOConfig) -> LossConfig:
