@@ -250,6 +250,7 @@ TABLE = [
     Broken("wrongly decoded before", _with(chosen="caf\ufffd"), finding="replacement_character"),
     Broken("10 MB in a field", _with(chosen="x" * 10_000_000), finding="very_long"),
     Broken("10 MB in a CSV field", _bytes("d.csv", (T + "p," + "x" * 10_000_000 + ",b\n").encode()), finding="very_long"),
+    Broken("missing value as text", _with(rejected="nan"), finding="missing_as_text"),
     Broken("empty completion", _with(rejected=" "), finding="empty_completion"),
     Broken("empty prompt", _with(prompt=""), finding="empty_prompt"),
     Broken("both sides equal", _with(rejected=" Hi!"), finding="identical"),

@@ -259,6 +259,21 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], tuple[Any, Any, Any]]] = {
          {"prompt": NEXT, "response_a": GOOD, "response_b": BAD, "winner": "tie"}],
         TEXT,
     ),
+    "a sentence that names both sides": (
+        [{"prompt": ASK, "response_a": GOOD, "response_b": BAD, "winner": "a is better than b"},
+         {"prompt": NEXT, "response_a": GOOD, "response_b": BAD, "winner": "tie"}],
+        TEXT,
+    ),
+    "a negative number next to sides from 1": (
+        [{"prompt": ASK, "response_1": GOOD, "response_2": BAD, "preference": -1},
+         {"prompt": NEXT, "response_1": GOOD, "response_2": BAD, "preference": "tie"}],
+        TEXT,
+    ),
+    "a side that is not preferred": (
+        [{"prompt": ASK, "response_a": GOOD, "response_b": BAD, "preference": "not b"},
+         {"prompt": NEXT, "response_a": GOOD, "response_b": BAD, "preference": "tie"}],
+        TEXT,
+    ),
     "context next to the prompt": ([{"prompt": ASK, "context": "Rivers", "chosen": GOOD, "rejected": BAD}], TEXT),
     "a column margin": ([{"prompt": ASK, "chosen": GOOD, "rejected": BAD, "margin": 1.0}], TEXT),
     "labels from 0 next to sides from 1": (

@@ -1,5 +1,6 @@
 """Folders of data files and data sets of the hub with a configuration."""
 
+import gzip
 import json
 import re
 from pathlib import Path
@@ -118,3 +119,25 @@ def test_configurations_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert found is not None, caught.value
         data = found[1]
     assert prompts(data) == ["p114"]
+
+
+def test_rows_that_would_be_read_twice_or_not_at_all_are_refused(hub_like: Path, tmp_path: Path) -> None:
+    (hub_like / "data" / "train-00001-of-00003.parquet").rename(tmp_path / "away.parquet")
+    with refused(DataError, "2 files", "3"):
+        prompts(hub_like)
+    for i in range(2):  # an older writing of the same rows
+        parquet(hub_like / "data" / f"train-0000{i}-of-00002.parquet", [pair(10 * i + j) for j in range(4)])
+    with refused(DataError, "4 files", ("2", "3")):
+        look_at(hub_like)
+    for kept in (0, 2):
+        (hub_like / "data" / f"train-0000{kept}-of-00003.parquet").unlink()
+    assert prompts(hub_like) == [f"p{10 * i + j}" for i in range(2) for j in range(4)]
+    twins = tmp_path / "twins"
+    twins.mkdir()
+    path = write(twins / "pairs.jsonl", [pair(1)])
+    with gzip.open(twins / "pairs.jsonl.gz", "wb") as packed:
+        packed.write(path.read_bytes())
+    with refused(DataError, "pairs.jsonl", "pairs.jsonl.gz"):
+        prompts(twins)
+    path.unlink()
+    assert prompts(twins) == ["p1"]

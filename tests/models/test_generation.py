@@ -1,18 +1,21 @@
 """Sampling: the right law, and draws that do not depend on the batch."""
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from families import tiny
 from madpo.core.errors import ConfigError, DataError
 from madpo.models.engine.head import Head
+from madpo.models.engine.responses import respond
 from madpo.models.engine.sampling import Sampling, generate, sample, sample_by_tiles, uniforms
-from madpo.models.load import build_tiny
+from madpo.models.load import build_tiny, load_tokenizer
 from quick import quick
-from refusals import refused
+from refusals import names, refused
 
 
 @pytest.fixture(scope="module", params=quick(["gemma3", "llama", "qwen3"], "gemma3"))
@@ -65,6 +68,29 @@ def test_greedy_equals_transformers(model):
     found = run(model, ids.tolist(), [0, 1, 2], temperature=0, max_new_tokens=12, eos_token_ids=[2])
     for row, completion in zip(expected.tolist(), found, strict=True):
         assert row[: len(completion)] == completion
+
+
+def test_a_models_own_generation_settings_are_not_used_and_said(llama, capsys):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(llama), load_tokenizer(llama)
+    how = {"keys": range(4), "draw": 0, "ends": [2], "description": "Responses"}
+    before = respond(model, tokenizer, prompts(4), DecodingSettings(), **how)
+    assert "generation_config" not in capsys.readouterr().err
+    own = {"repetition_penalty": 5.0, "temperature": 0.1, "top_p": 0.9, "suppress_tokens": list(range(3, 200))}
+    model.generation_config = GenerationConfig(**own)
+    assert respond(model, tokenizer, prompts(4), DecodingSettings(), **how) == before
+    assert respond(model, tokenizer, prompts(4), DecodingSettings(), temperature=0.1, **how) != before
+    first, second = (line for line in capsys.readouterr().err.splitlines() if "generation_config" in line)
+    names(first, "repetition_penalty 5.0", "temperature 0.1", "suppress_tokens")
+    assert "temperature 0.1" not in second
+
+
+class DecodingSettings(NamedTuple):
+    seed: int = 1
+    max_new_tokens: int = 8
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    batch_size: int = 4
 
 
 def test_an_end_token_is_kept_and_nothing_follows(model):

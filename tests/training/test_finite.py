@@ -286,7 +286,7 @@ def test_pairs_that_truncation_empties_are_left_out_and_told(llama, tmp_path, ca
 
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
 @pytest.mark.parametrize("limit", [None, 1, 2, 4, 6])
-def test_what_is_left_out_is_what_the_collator_leaves_without_a_token(llama, mode, limit):
+def test_what_is_left_out_or_cut_is_what_the_collator_leaves(llama, capsys, mode, limit):
     from madpo.training.columns import DataCollatorForPreference
 
     rows = [
@@ -296,6 +296,7 @@ def test_what_is_left_out_is_what_the_collator_leaves_without_a_token(llama, mod
         for r in range(3)
         if p + min(c, r)
     ]
+    rows += [{**row, "rejected_ids": [*row["chosen_ids"], 9]} for row in rows]
     batch = DataCollatorForPreference(pad_token_id=0, max_length=limit, truncation_mode=mode)(rows)
     scored = (batch["completion_mask"][:, 1:] * batch["attention_mask"][:, 1:]).sum(-1)
     chosen, rejected = scored.chunk(2)
@@ -306,6 +307,28 @@ def test_what_is_left_out_is_what_the_collator_leaves_without_a_token(llama, mod
             drop_unscored(Dataset.from_list(rows), arguments, "train")
     else:
         assert drop_unscored(Dataset.from_list(rows), arguments, "train").to_list() == expected
+    said = capsys.readouterr().err
+    longer = [k for k, row in enumerate(rows) if limit and row in expected and max(map(len, sequences(row))) > limit]
+    ids = batch["input_ids"].chunk(2)
+    same = sum(torch.equal(ids[0][k], ids[1][k]) for k in longer)
+    if longer:
+        names(said, ("train", f"{len(longer)} of {len(rows)}"), f"max_length {limit}")
+    assert ("are equal" in said) == bool(same)
+    assert not same or f"of {same} are equal" in said
+
+
+def sequences(row):
+    return [row["prompt_ids"] + row[side] for side in ("chosen_ids", "rejected_ids")]
+
+
+def test_long_prompts_given_as_text_are_counted_too(llama, tmp_path, capsys):
+    rows = [{"prompt": "a" * (40 if k == 1 else 3), "chosen": f" b{k}", "rejected": f" c{k}"} for k in range(4)]
+    settings = {**SETTINGS, "save_strategy": "no", "max_steps": 1, "max_length": 12}
+    parts = {"processing_class": load_tokenizer(llama), "train_dataset": Dataset.from_list(rows)}
+    arguments = PreferenceConfig(output_dir=str(tmp_path), **settings)
+    trainer = PreferenceTrainer(AutoModelForCausalLM.from_pretrained(llama), args=arguments, **parts)
+    assert trainer.train_dataset["chosen"] == [rows[k]["chosen"] + "</s>" for k in (0, 2, 3)]
+    names(capsys.readouterr().err, ("train", "1 of 4"), "max_length 12")
 
 
 @pytest.mark.parametrize("limit", [None, 4])

@@ -68,6 +68,8 @@ def test_what_the_template_does_is_said_in_one_line(made: Any, capsys: pytest.Ca
     assert said.count(" pairs") == 2, "and nothing of doubled beginnings"
     made([{"prompt": "<s>a", "chosen": " b", "rejected": " c"}, {"prompt": "a", "chosen": " b", "rejected": " c"}])
     names(capsys.readouterr().err, ("train", "2 pairs"), "1 pairs")
+    made([{"prompt": "a", "chosen": " b", "rejected": f" {c}"} for c in ("c</s></s>", "d</s>", "e")])
+    names(capsys.readouterr().err, ("train", "3 pairs"), "1 pairs end")
     made(CHATS)
     assert "train, " not in capsys.readouterr().err
 

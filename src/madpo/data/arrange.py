@@ -164,7 +164,8 @@ class Arranger:
             return 1
         if word in map(_spelled, layout.tie):
             raise LeftOut("tie")
-        tokens = re.findall(r"[a-z]+|\d+(?:\.\d+)?|[<>=]+", word)
+        # The sign of a number is part of it: -1 is no name of a side 1.
+        tokens = re.findall(r"[a-z]+|\A-\d+(?:\.\d+)?\Z|\d+(?:\.\d+)?|[<>=]+", word)
         ties = _INSIDE["ties"]
         if not tokens or "".join(tokens) in ties or tokens[0] in ties or any("=" in t for t in tokens):
             raise LeftOut("tie")
@@ -172,8 +173,11 @@ class Arranger:
             return 1
         if len(tokens) == 3 and tokens[1][0] in "<>":
             tokens = [tokens[0] if tokens[1][0] == ">" else tokens[2]]
+        # "b is better than a" and "not a" end in the side that they do not prefer.
+        before = {*tokens[:-1]}
+        plain = before.isdisjoint(self.suffixes) and before.isdisjoint(layout_table()["words"]["worse"])
         for i, (side, suffix) in enumerate(zip(layout.sides, self.suffixes, strict=True)):
-            if tokens[-1] == suffix or word == _spelled(side):
+            if (plain and tokens[-1] == suffix) or word == _spelled(side):
                 return i
         if self.suffixes == ("1", "2") and tokens[-1][0].isdigit():  # a mean of annotators, from 1 to 2
             number = float(tokens[-1])

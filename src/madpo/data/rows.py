@@ -22,6 +22,7 @@ ALIASES: dict[str, tuple[str, ...]] = {name: (name,) for name in ("pair_id", "ch
 WANTED = (*{alias for names in ALIASES.values() for alias in names}, *KNOWN, *COLUMNS, "margin")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _MESSAGES = re.compile(r"""\s*(?:\[\s*)?\{\s*["'](?:role|content|from|value)["']\s*:""")
+_MISSING = ("nan", "NaN", "None", "null", "<NA>", "NaT")
 LONG = 1_000_000  # characters
 # Who speaks in transcripts, and how the templates of known models begin a turn of the user.
 _SPEAKERS = (*((user, "assistant:") for user in ("human:", "user:", "prompter:")), ("instruction:", "response:"))
@@ -266,6 +267,8 @@ def _flag(pair: Pair) -> None:
     for name in ("prompt", "chosen", "rejected"):
         if isinstance(text := getattr(pair, name), str) and _MESSAGES.match(text):
             flags.append(("messages_as_text", name))
+        if text in _MISSING:
+            flags.append(("missing_as_text", f"{name} is {text}"))
         for text in contents(getattr(pair, name)):
             if match := _CONTROL.search(text):
                 flags.append(("control_characters", f"{name} has U+{ord(match[0]):04X}"))

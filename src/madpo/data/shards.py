@@ -14,6 +14,7 @@ from madpo.core.errors import DataError, printable
 from madpo.data.raw import RawRow, Source
 
 _SHARD = re.compile(r"(?P<split>.*?)[-_.]?\d+([-_]of[-_]\d+)?", re.DOTALL)
+_OF = re.compile(r"[-_](\d+)[-_]of[-_](\d+)\Z")
 _NO_DATA = ("dataset_info", "dataset_infos", "dataset_dict", "state", "record", "report", "config", "tokenizer_config")
 _MOST = 10_000  # files that are looked at
 
@@ -60,7 +61,26 @@ def shards_of(name: str, folder: Path, split: str | None, endings: Sequence[str]
         raise DataError(
             f"{name}: is a folder with files that end in {' and '.join(sorted(kinds))}; give the path of a file in it"
         )
+    _refuse_twins_and_gaps(name, found)
     return found
+
+
+def _refuse_twins_and_gaps(name: str, found: Sequence[Path]) -> None:
+    """Refuse a file that is there packed and unpacked, and shards that are not all of those that their names count."""
+    plain: dict[str, Path] = {}
+    for file in found:
+        if (twin := plain.setdefault(file.name.removesuffix(".gz"), file)) is not file:
+            raise DataError(
+                f"{name}: {printable(twin.name)} and {printable(file.name)} have one name, so rows may be read twice; "
+                "remove one of them, or give the path of a file"
+            )
+    numbered = [match for file in found if (match := _OF.search(file.name.split(".")[0])) is not None]
+    counts, numbers = {int(match[2]) for match in numbered}, {int(match[1]) for match in numbered}
+    if numbered and not any(counts == {len(found)} and numbers == {*range(i, i + len(found))} for i in (0, 1)):
+        raise DataError(
+            f"{name}: {len(found)} files are not all of the {' or '.join(map(str, sorted(counts)))} that their names "
+            "count; put the missing ones there and remove others, or give the path of a file"
+        )
 
 
 def _data_files(name: str, folder: Path, endings: Sequence[str]) -> list[Path]:

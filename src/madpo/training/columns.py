@@ -125,6 +125,12 @@ def check_columns(dataset: Any, name: str, needs: Iterable[str], *, probed: bool
         if not isinstance(rows, Dataset | IterableDataset):
             continue
         columns = get_dataset_column_names(rows)
+        for column in ("chosen", "rejected") if not set(ID_COLUMNS) <= set(columns) else ():
+            if column not in columns and isinstance(rows, Dataset):
+                raise DataError(
+                    f"{part} has no column {column!r} (columns found: {', '.join(columns)}); rename the column, or let "
+                    "madpo.data.load_preferences make pairs of other layouts, such as one completion and a label a row"
+                )
         for column in sorted(set(needs) & set(PAIR_COLUMNS)):
             if column in columns or (column == MARGIN and probed and lacks_margin(rows)):
                 continue

@@ -187,7 +187,7 @@ def _first_bad(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def drop_unscored(dataset: Any, args: Any, name: str) -> Any:
-    """The pairs whose two completions keep a token to score after truncation; one line says how many are left out.
+    """The pairs whose two completions keep a token to score after truncation; lines say how many are left out or cut.
 
     A pair without one has no loss. Streamed data pass, and the trainer gives such a pair no weight.
 
@@ -208,6 +208,16 @@ def drop_unscored(dataset: Any, args: Any, name: str) -> Any:
     # Completion tokens that have a token before them, after truncation: more of a longer completion.
     scored = np.minimum(completion, kept - 1) if args.truncation_mode == "keep_end" else kept - np.maximum(prompt, 1)
     keep = scored > 0
+    cut = np.flatnonzero(keep & (prompt + np.maximum(*sides) > (args.max_length or np.inf)))
+    if len(cut) and args.process_index == 0:
+        end = args.truncation_mode != "keep_end"
+        within = slice(None, args.max_length) if end else slice(-args.max_length, None)
+        wholes = ([[*row["prompt_ids"], *row[side]][within] for side in _SIDES] for row in dataset.select(cut))
+        same = sum(chosen == rejected for chosen, rejected in wholes)
+        say(
+            f"{name}: {len(cut)} of {len(keep)} pairs are longer than max_length {args.max_length} and lose the "
+            f"{'end' if end else 'beginning'} of a text{f'; both sides of {same} are equal then' if same else ''}."
+        )
     if keep.all():
         return dataset
     limit = "" if args.max_length is None else f" within max_length {args.max_length}"

@@ -7,6 +7,7 @@ DeepSpeed, FSDP, checkpoints, callbacks and loggers.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -171,7 +172,10 @@ class PreferenceTrainer(PairLoss, DPOTrainer):  # type: ignore[misc]
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: Any, dataset_name: str) -> Dataset:
         if not set(ID_COLUMNS) <= set(get_dataset_column_names(dataset)):
             with rendering(dataset, processing_class, args, dataset_name) as (findings, tokenizer):
-                dataset = super()._prepare_dataset(with_prompts(dataset, dataset_name), tokenizer, args, dataset_name)
+                # TRL would leave out long prompts without a word; of a data set, `drop_unscored` counts them.
+                whole = copy.copy(args)
+                whole.max_length = None if isinstance(dataset, Dataset) else args.max_length
+                dataset = super()._prepare_dataset(with_prompts(dataset, dataset_name), tokenizer, whole, dataset_name)
                 findings.say(dataset, processing_class, dataset_name)
         return drop_unscored(dataset, args, dataset_name)
 

@@ -26,7 +26,6 @@ _MISSING = {
     "f_divergence_type": f"madpo has no other divergence than the reverse KL; write {_OWN}",
     "f_alpha_divergence_coef": f"madpo has no other divergence than the reverse KL; write {_OWN}",
     "label_smoothing_factor": "use DPO(label_smoothing=...) or RDPO(flip_rate=...)",
-    "neftune_noise_alpha": "the size of its noise depends on a row's length, and rows of a batch share one here",
 }
 _LOSSES: dict[str, Callable[[DPOConfig], LossConfig]] = {
     "sigmoid": lambda args: DPO(beta=args.beta),
@@ -39,7 +38,7 @@ STOCK = "TRL's DPOTrainer"
 
 
 def refuse_options(args: DPOConfig, *, loss_given: bool) -> None:
-    """Refuse options without an effect, or with another one, since ``loss=...`` or this trainer replaces what they change.
+    """Refuse options without an effect, or with another one: ``loss=...`` or this trainer replaces what they change.
 
     Raises:
         ConfigError: an option differs from its default; the sentence names what to use instead.

@@ -58,25 +58,29 @@ class TextFindings:
         if self.dropped:
             found.append(f"the chat template leaves out text in {self.dropped} of {self.conversations} conversations")
         if set(ID_COLUMNS) <= set(dataset.column_names):
-            same, doubled = _in_tokens(dataset, getattr(tokenizer, "bos_token_id", None))
+            marks = (getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos"))
+            same, doubled, ended = _in_tokens(dataset, *marks)
             if same:
                 found.append(f"both sides of {same} pairs have the same tokens")
             if doubled:
                 found.append(f"{doubled} pairs begin with two beginning tokens")
+            if ended:
+                found.append(f"{ended} pairs end with two end tokens")
         if found:
             pairs = f"{'the first ' if streamed else ''}{len(dataset)} pairs{' of a stream' if streamed else ''}"
             say(f"{name}, {pairs}: {'; '.join(found)}.")
 
 
-def _in_tokens(dataset: Dataset, start: int | None) -> tuple[int, int]:
-    """Pairs with equal sides, and pairs with two beginning tokens."""
-    same = doubled = 0
+def _in_tokens(dataset: Dataset, start: int | None, end: int | None) -> tuple[int, int, int]:
+    """Pairs with equal sides, pairs with two beginning tokens, and pairs with two end tokens."""
+    same = doubled = ended = 0
     for table in dataset.select_columns(list(ID_COLUMNS)).with_format("arrow").iter(batch_size=1000):
         for prompt, chosen, rejected in zip(*(_rows(table[name].combine_chunks()) for name in ID_COLUMNS), strict=True):
             same += np.array_equal(chosen, rejected)
             first = (*prompt[:2], *chosen[:2])[:2]
             doubled += start is not None and first == (start, start)
-    return same, doubled
+            ended += end is not None and (end, end) in (tuple(chosen[-2:]), tuple(rejected[-2:]))
+    return same, doubled, ended
 
 
 def _rows(column: pa.ListArray) -> Iterator[NDArray[np.integer[Any]]]:

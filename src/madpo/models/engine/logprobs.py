@@ -97,6 +97,8 @@ def check_reading(model: nn.Module) -> None:
     if getattr(model, "_madpo_reading", False):
         return
     name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):  # it would read the text itself in its encoder
+        raise ConfigError(f"{name} is an encoder-decoder model; give a decoder-only model")
     if backbone(model) is model:
         raise ConfigError(f"{name} has no backbone apart from its output head, so it is not supported")
     if not sharded(model):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -12,10 +12,21 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from madpo.core.errors import ConfigError
+from madpo.core.progress import say_once
 from madpo.models.engine.batches import padded, similar_lengths
 from madpo.models.engine.inference import Inference
 from madpo.models.engine.kl import completion_kl
+from madpo.models.engine.logprobs import unwrapped
 from madpo.models.engine.sampling import generate
+
+_DECODING = {
+    *("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "num_beams"),
+    *("repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
+    *("min_length", "min_new_tokens", "length_penalty", "exponential_decay_length_penalty", "penalty_alpha"),
+    *("bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens", "forced_bos_token_id"),
+    *("forced_eos_token_id", "stop_strings", "guidance_scale"),
+}
+"""Fields of a model's generation settings that would change what it writes."""
 
 
 class Drawing(Protocol):
@@ -63,6 +74,8 @@ def respond(
         temperature: in place of the configuration's.
         ends: token ids that end a response (:func:`end_tokens`).
     """
+    used = {"temperature": config.temperature if temperature is None else temperature}
+    _say_unused(model, used | {"top_p": config.top_p, "top_k": config.top_k})
     found = generate(
         model,
         prompt_ids,
@@ -71,7 +84,7 @@ def respond(
         seed=config.seed,
         max_new_tokens=config.max_new_tokens,
         eos_token_ids=ends,
-        temperature=config.temperature if temperature is None else temperature,
+        temperature=used["temperature"],
         top_p=config.top_p,
         top_k=config.top_k,
         samples=samples,
@@ -80,6 +93,18 @@ def respond(
     )
     responses = [Response(ids, decode(tokenizer, ids), ids[-1] in ends) for ids in found]
     return [responses[k::samples] for k in range(samples)]
+
+
+def _say_unused(model: nn.Module, used: Mapping[str, Any]) -> None:
+    """Say once which of a model's own generation settings have no effect, since only ours and its end tokens have."""
+    settings = getattr(unwrapped(model), "generation_config", None)
+    named = {} if settings is None else settings.to_diff_dict()
+    unused = [f"{name} {named[name]}" for name in sorted(_DECODING & named.keys()) if named[name] != used.get(name)]
+    if unused:
+        say_once(
+            f"{getattr(model, 'name_or_path', 'the model')}: generation_config.json names {', '.join(unused)}, which "
+            "are not used; temperature, top_p and top_k of the settings say how responses are drawn."
+        )
 
 
 def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
