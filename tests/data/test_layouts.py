@@ -265,7 +265,7 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], tuple[Any, Any, Any]]] = {
         TEXT,
     ),
     "a negative number next to sides from 1": (
-        [{"prompt": ASK, "response_1": GOOD, "response_2": BAD, "preference": -1},
+        [{"prompt": ASK, "response_1": GOOD, "response_2": BAD, "preference": "-1"},
          {"prompt": NEXT, "response_1": GOOD, "response_2": BAD, "preference": "tie"}],
         TEXT,
     ),

@@ -92,8 +92,9 @@ def test_what_a_folder_does_not_say_is_refused_with_a_name_that_works(hub_like: 
     with refused(DataError, "test", "train_prefs") as caught:
         load_preferences(hub_like)
     assert prompts(str(caught.value).rsplit(" ", 1)[1]) == ["p99"]
-    parquet(hub_like / "data" / "test-00001-of-00001.parquet", [pair(1) | {"note": "x"}])
-    with refused(DataError, "test-00001-of-00001.parquet", "'note'"):
+    (hub_like / "data" / "test-00000-of-00001.parquet").rename(hub_like / "data" / "test-00000-of-00002.parquet")
+    parquet(hub_like / "data" / "test-00001-of-00002.parquet", [pair(1) | {"note": "x"}])
+    with refused(DataError, "test-00001-of-00002.parquet", "'note'"):
         load_preferences(f"{hub_like}:test")
     (tmp_path / "empty").mkdir()
     with refused(DataError, "folder", ".jsonl"):
