@@ -273,13 +273,17 @@ def test_implicit_margins_are_the_losses_own():
 
 
 def test_the_reward_is_read_off_between_two_strengths():
+    """In the root of the KL: where reward grows as this root, no strength that is sampled is favoured."""
     curve = RewardCurve(
-        np.array([0, 0.5, 1.0]), np.array([[0.0, 1], [2, 3], [4, 9]]), np.array([[0.0, 0], [1, 3], [5, 7]])
+        np.array([0, 0.5, 1.0]), np.array([[0.0, 1], [2, 3], [4, 9]]), np.array([[0.0, 0], [1, 3], [5, 11]])
     )
     np.testing.assert_allclose(curve.at(2.0), [2, 3])
-    np.testing.assert_allclose(curve.at(1.0), [1, 2])
-    np.testing.assert_allclose(curve.at(4.0), [3, 6])
-    assert curve.at(6.1) is None
+    np.testing.assert_allclose(curve.at(0.5), [1, 2])
+    np.testing.assert_allclose(curve.at(4.5), [3, 6])
+    assert curve.at(9.1) is None
+    strengths = np.array([0, 0.5, 1, 1.5])
+    law = RewardCurve(strengths, 3 * strengths[:, None] + [[-1.0, 1.0]], 2 * strengths[:, None] ** 2 + [[0.0, 0.0]])
+    np.testing.assert_allclose(law.at(1.0), 3 * math.sqrt(1 / 2) + np.array([-1.0, 1.0]))
     again = RewardCurve.of(curve.tensors())
     for one, other in zip(curve, again, strict=True):
         np.testing.assert_array_equal(one, other)

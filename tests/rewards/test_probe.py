@@ -8,6 +8,7 @@ from sklearn.linear_model import LogisticRegression
 
 from madpo.core.errors import DataError
 from madpo.core.feature_file import FeatureFile, FeatureWriter
+from madpo.core.statistics import bootstrap_mean, proportion_of
 from madpo.rewards import probe
 from madpo.rewards.probe import PENALTIES, ProbeWeights, fit_probe
 from refusals import refused
@@ -57,11 +58,11 @@ def test_a_margin_comes_from_the_other_folds_only():
     chosen, rejected, _ = made()
     fold = np.arange(PAIRS) % 4
     before = out_of_fold(chosen, rejected, fold)
-    # Other labels in one fold: its own margins change their sign and nothing else, save by a penalty of another fold.
+    # Other labels in one fold: its own margins change their sign and nothing else.
     chosen[fold == 1], rejected[fold == 1] = rejected[fold == 1], chosen[fold == 1]
     after = out_of_fold(chosen, rejected, fold)
-    if before.penalties[1] == after.penalties[1]:
-        np.testing.assert_allclose(after.margins[fold == 1], -before.margins[fold == 1], rtol=1e-9)
+    assert before.penalties[1] == after.penalties[1]
+    np.testing.assert_allclose(after.margins[fold == 1], -before.margins[fold == 1], rtol=1e-9)
     assert np.abs(after.margins[fold == 0] - before.margins[fold == 0]).max() > 1e-6
     # The same by hand: the weights of the others, at the penalty that the others chose, in the metric of all pairs.
     pairs = probe._Pairs(chosen, rejected, fold, "d")
@@ -87,6 +88,22 @@ def test_margins_know_what_can_be_known_and_coins_give_none():
     nothing = fit_probe(chosen, rejected, prompts(400))
     assert nothing.report.log_loss.mean < np.log(2) + 0.02
     assert np.abs(nothing.margins).max() < np.abs(found.margins).max() / 4
+
+
+@pytest.mark.slow
+def test_intervals_of_coins_hold_one_half_and_their_margins_have_no_mean():
+    """Labels that say nothing: each trains the probes that judge the others, so pairs are no independent judges."""
+    means, inside = [], []
+    for seed in range(100):
+        names = [f"p{i}" for i in range(40)]
+        found = fit_probe(*np.random.default_rng(seed).normal(size=(2, 40, 12)), names)
+        means.append(found.margins.mean())  # -1/2 of it is what the log loss would flatter
+        wide, narrow = found.report.accuracy, proportion_of(found.margins > 0)
+        inside.append([one.low <= 0.5 <= one.high for one in (wide, narrow)])
+        loss, alone = found.report.log_loss, bootstrap_mean(np.logaddexp(0, -found.margins), clusters=names)
+        assert loss.high - loss.mean == pytest.approx(np.sqrt(2) * (alone.high - alone.mean))
+    assert abs(np.mean(means)) < 2 * np.std(means) / 10
+    assert np.mean(inside, axis=0)[1] < 0.93 <= np.mean(inside, axis=0)[0]
 
 
 @settings(max_examples=8)

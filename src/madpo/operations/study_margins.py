@@ -111,7 +111,7 @@ class ProbeStage(Frozen):
     """Which pairs it is fitted to: those that the policies learn from, or others."""
 
 
-@operation("fit_pairs_probe/1")
+@operation("fit_pairs_probe/2")
 def fit_pairs_probe(config: ProbeStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Fit a probe to the pairs of ``config.part``; writes it as a reward model, with margins of all pairs.
 

@@ -189,10 +189,13 @@ def hardest(found: Sequence[Comparison]) -> Comparison:
     """Of differences to several of a base's curves, the one that leaves the method least.
 
     A method is above the base only if it is above every curve; testing all of them, each at the level of one, keeps
-    that level (intersection-union test). ``against`` names the curve, unless it is the base's only one.
+    that level (intersection-union test). So a difference that is below 0 comes before one that is not separated, and
+    this before one that is above; among those that are alike, the least mean. A method that equals K curves may lie
+    below one of them by chance in up to K times the share of one. ``against`` names the curve, unless it is the base's
+    only one.
     """
     made = [c for c in found if c.value is not None]
-    least = min(made, key=lambda c: c.value.low if c.value else 0.0, default=found[0])
+    least = min(made, key=lambda c: (c.above - c.below, c.value.mean if c.value else 0.0), default=found[0])
     rest = {c.against: c.missing for c in found if c.value is None} if made else {}
     return replace(least, against=least.against * (len(found) > 1), left_out={**least.left_out, **rest})
 

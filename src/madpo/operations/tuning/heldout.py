@@ -68,13 +68,16 @@ class RewardCurve(NamedTuple):
         return {f"curve_{name}": np.ascontiguousarray(value) for name, value in self._asdict().items()}
 
     def at(self, kl: float) -> Floats | None:
-        """Reward per prompt at this KL, between the two strengths around it; None if no strength reaches it."""
-        means = self.kl.mean(-1)
-        above = np.flatnonzero(means >= kl)
+        """Reward per prompt at this KL, between the two strengths around it; None if no strength reaches it.
+
+        By straight lines in the root of the KL, as which reward grows about.
+        """
+        roots = np.sqrt(self.kl.mean(-1))
+        above = np.flatnonzero(roots >= np.sqrt(kl))
         if not len(above):
             return None
         right = int(above[0])
-        share = (kl - means[right - 1]) / (means[right] - means[right - 1])
+        share = (np.sqrt(kl) - roots[right - 1]) / (roots[right] - roots[right - 1])
         found: Floats = (1 - share) * self.rewards[right - 1] + share * self.rewards[right]
         return found
 
