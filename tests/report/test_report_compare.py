@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from claim_cases import PROMPT, Made, N, in_second_seed, madpo, row, samples, tier_of, uneven_tier
 from madpo.core.metrics import Estimate
 from madpo.core.seeding import rng
-from madpo.core.statistics import bootstrap_mean, bootstrap_statistic, over_repetitions
+from madpo.core.statistics import bootstrap_mean, bootstrap_share, bootstrap_statistic, over_repetitions
 from madpo.report.charts import Panel
 from madpo.report.claims import claims
 from madpo.report.collect import collect
@@ -94,6 +94,25 @@ def test_wins_are_against_the_sft_models_answers_of_the_same_seed() -> None:
     assert tier.rows[1]["win_rate"].mean == 0.5  # type: ignore[union-attr]  # all of seed0, none of seed1
     first = sft._replace(row=replace(sft.row, seeds=("seed0",)), samples=sft.samples[sft.samples["seed"] == "seed0"])
     assert tier_of("high", [first, dpo]).rows[1]["win_rate"].mean == 1.0  # type: ignore[union-attr]
+
+
+def test_more_responses_to_a_prompt_do_not_make_more_wins() -> None:
+    """Each response against SFT's of the same number: the mean of eight would win nearly every prompt."""
+    generator = rng(4, "wins")
+    drawn = generator.normal([[0.0], [0.5]], size=(8, 2, N))
+    made = [
+        one._replace(
+            samples=pd.concat([samples(one.row.key, "seed0", drawn[k, side], 0 * drawn[k, 0], k) for k in range(8)])
+        )
+        for side, one in enumerate((row("SFT", 0.0, seeds=1), row("DPO", 0.5, kind="dpo", seeds=1)))
+    ]
+    tier = tier_of("high", made)
+    found = tier.rows[1]["win_rate"]
+    wins = drawn[:, 1] > drawn[:, 0]
+    assert found == pytest.approx(bootstrap_share(wins.mean(axis=0)))  # type: ignore[comparison-overlap]
+    assert abs(found.mean - 0.638) < 0.03  # of normal differences with mean 0.5 and variance 2
+    single = tier_of("high", [made[0], made[1]._replace(samples=made[1].samples.query("sample == 3"))])
+    assert single.rows[1]["win_rate"].mean == pytest.approx(wins[3].mean())  # type: ignore[union-attr]
 
 
 # Seeds
@@ -539,7 +558,7 @@ def test_of_several_curves_a_loss_is_said_before_what_is_open_and_this_before_a_
 
 
 def test_a_statistic_of_few_units_covers() -> None:
-    """The height above a line between two settings, of ten prompts; without its stretch the interval would hold 90 %."""
+    """The height above a line between two settings, of ten prompts; without a stretch intervals hold 90 %."""
     generator, inside = rng(2, "x"), 0
     for trial in range(300):
         values = generator.normal(size=(10, 1)) + generator.normal([2.0, 1.0, 3.0, 0.5], 0.4, size=(10, 4))

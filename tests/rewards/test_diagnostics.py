@@ -66,6 +66,18 @@ def test_numbers_of_a_small_column() -> None:
     assert report.suspects[0].probability == pytest.approx(expit(-1.0))
 
 
+@pytest.mark.parametrize("pairs", [60, 400])
+def test_few_pairs_in_a_bin_are_off_by_chance(pairs: int) -> None:
+    """Calibrated margins: their mean calibration error is what the report says that chance makes."""
+    generator, found = np.random.default_rng(3), []
+    for _ in range(150):
+        size = np.abs(generator.normal(size=pairs)) * 2
+        found.append(inspect(np.where(generator.random(pairs) < expit(size), size, -size), margin_temperature=1.0))
+    expected = np.mean([one.calibration_chance for one in found])
+    assert np.mean([one.calibration_error for one in found]) == pytest.approx(expected, rel=0.05)
+    assert expected > 0.02
+
+
 @pytest.mark.parametrize(("tau", "c_max"), PAPER_SETTINGS)
 def test_settings_are_those_of_the_weight(tau: float, c_max: float) -> None:
     h = bradley_terry(500, 3.0)

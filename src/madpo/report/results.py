@@ -63,7 +63,8 @@ class Row:
         values: ``oracle_reward`` in the oracle's unit; ``kl`` to the reference, summed nats per response; ``length``,
             tokens; ``distinct_1``, ``distinct_2``, share of different words and word pairs; ``ended``, share of
             responses with an end token; ``perplexity`` under the reference; ``repeated``, share of responses that
-            another prompt got too; ``win_rate``, share of prompts with a higher reward than SFT, ties count half;
+            another prompt got too; ``win_rate``, share of responses with a higher reward than SFT's to the same prompt
+            with the same random numbers, ties count half;
             ``difference``, :func:`paired` difference of the reward to DPO, None for SFT and DPO;
             ``heldout_accuracy``, share of held-out pairs that are ordered as labelled; ``heldout_log_loss``, nats per
             pair, after one temperature; ``log_loss_difference``, paired difference of that to DPO's.
@@ -341,10 +342,14 @@ def against(sft: pd.DataFrame, seeds: Iterable[str]) -> pd.DataFrame:
 def _win_rate(tier: Tier, row: Row) -> Estimate | None:
     if tier.sft is None:
         return None
-    cells = tier.cells(row)
-    base = against(tier.cells(tier.sft), cells.columns)
-    ahead = (cells - base.reindex(cells.index)).apply(np.sign)
-    return _estimate(ahead / 2 + 0.5, "win_rate")
+    own, sft = (
+        tier.samples[tier.samples["key"] == one.key].pivot_table("reward", "prompt_id", ["seed", "sample"])
+        for one in (row, tier.sft)
+    )
+    mean, sampled = tier.cells(tier.sft).mean(axis=1, skipna=False), {seed for seed, _ in sft.columns}
+    drawn = [at for at in own.columns if at in sft or at[0] not in sampled]
+    wins = {at: np.sign(own[at] - sft.get(at, mean)) / 2 + 0.5 for at in drawn}
+    return _estimate(pd.DataFrame(wins).T.groupby(level=0).mean().T, "win_rate") if wins else None
 
 
 def _difference(tier: Tier, row: Row, column: str = "reward") -> Estimate | None:

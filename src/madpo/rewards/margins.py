@@ -109,6 +109,13 @@ class MarginReport(Report):
     """The deciding number, where the data have DPO's implicit margins as well (column ``implicit_margin``)."""
 
     @property
+    def calibration_chance(self) -> float:
+        """The calibration error that calibrated margins of independent pairs have on average: the fewer pairs in a bin,
+        the larger. By the mean of |x| of a normal x with the variance of the bin's number of right pairs."""
+        bins = self.reliability
+        return sum(math.sqrt(2 / math.pi * b.pairs * b.predicted * (1 - b.predicted)) for b in bins) / self.pairs
+
+    @property
     def informative(self) -> bool:
         """Whether the margins order these pairs better than a coin would (by the interval of ``contradicted``)."""
         return self.contradicted.high < 0.5
@@ -127,7 +134,8 @@ class MarginReport(Report):
             f"the reward model contradicts {c.mean:.1%} of the labels (95 % interval {c.low:.1%} to {c.high:.1%})",
             f"margin temperature {self.margin_temperature:.3g}: {self.temperature_reason}",
             f"log loss {self.log_loss:.3f}, {self.calibrated_log_loss:.3f} after the temperature (a coin: 0.693); "
-            f"calibration error {self.calibration_error:.1%}",
+            f"calibration error {self.calibration_error:.1%} (of calibrated margins by chance "
+            f"{self.calibration_chance:.1%})",
             "   tau  c_max  mean weight  effective  amplified  dampened  turned down",
         ]
         for s in self.shown:
