@@ -346,7 +346,7 @@ def _win_rate(tier: Tier, row: Row) -> Estimate | None:
         tier.samples[tier.samples["key"] == one.key].pivot_table("reward", "prompt_id", ["seed", "sample"])
         for one in (row, tier.sft)
     )
-    mean, sampled = tier.cells(tier.sft).mean(axis=1, skipna=False), {seed for seed, _ in sft.columns}
+    mean, sampled = tier.cells(tier.sft).mean(axis=1, skipna=False), {at[0] for at in sft.columns}
     drawn = [at for at in own.columns if at in sft or at[0] not in sampled]
     wins = {at: np.sign(own[at] - sft.get(at, mean)) / 2 + 0.5 for at in drawn}
     return _estimate(pd.DataFrame(wins).T.groupby(level=0).mean().T, "win_rate") if wins else None
