@@ -23,9 +23,11 @@ def work(spec: dict[str, Any]) -> None:
 
     def paper() -> float:
         arguments = {"per_device_train_batch_size": spec["batch"], "bf16": spec["dtype"] == "bfloat16"}
-        settings = TrainSettings(model=spec["model"], dtype=spec["dtype"], loss={"kind": "dpo"}, args=arguments)
+        how = {"model": spec["model"], "dtype": spec["dtype"], "full": spec["full"], "args": arguments}
+        settings = TrainSettings(loss={"kind": "dpo"}, **how)
         step = memory_plan("", settings, lengths=(spec["prompt"], spec["completion"]), memory=1).step
-        return (step.peak - (step.weights - step.gradients)) / 2**20  # an adapter is as large as its gradients
+        adapter = 0 if spec["full"] else step.gradients  # which are as large as it
+        return (step.peak - (step.weights - adapter)) / 2**20
 
     serve({"paper": paper})
 
@@ -33,10 +35,11 @@ def work(spec: dict[str, Any]) -> None:
 def main() -> None:
     parser = step_options(__doc__)
     parser.add_argument("--held", action="store_true", help="leave glibc its own thresholds")
+    parser.add_argument("--full", action="store_true", help="train all weights")
     options = parser.parse_args()
     if options.worker:
         return work(json.loads(options.worker))
-    spec = {**step_spec(options), "name": "ours"}
+    spec = {**step_spec(options), "name": "ours", "full": options.full}
     worker = Worker(str(Path(__file__).with_name("train_step.py")), spec, **({} if options.held else RETURNED))
     for _ in range(options.repeats):
         worker.ask("step", loss="dpo")

@@ -130,7 +130,7 @@ def build(spec: dict[str, Any]) -> tuple[Any, float]:
             args=args_cls(**arguments),
             train_dataset=data,
             processing_class=tokenizer,
-            peft_config=LoRA().peft_config("CAUSAL_LM", model),
+            peft_config=None if spec.get("full") else LoRA().peft_config("CAUSAL_LM", model),
             **extra,
         )
         return ready(built), loaded

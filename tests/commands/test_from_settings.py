@@ -160,6 +160,23 @@ def test_a_wrong_name_gets_the_right_suggestion(words, capsys):
     assert f"'{WRONG[words]}'" in said or WRONG[words] in said.split("; ")[-1]
 
 
+@pytest.mark.parametrize("model", [Train, Compare])
+def test_a_dry_run_asks_for_nothing_that_it_does_not_use(model):
+    assert line(model, "d", "--model", "m", "--dry_run").read().dry_run
+    assert line(model, "d", "--model", "m", "--dry_run", "--output_dir", "o").read().output_dir == Path("o")
+    with refused(ConfigError, "--output_dir"):
+        line(model, "d", "--model", "m").read()
+    with refused(ConfigError, "DATA"):
+        line(model, "--model", "m", "--dry_run").read()
+
+
+def test_a_dry_run_of_given_lengths_needs_no_data():
+    assert line(Train, "--model", "m", "--dry_run", "--lengths", "512", "128").read().lengths == (512, 128)
+    for words in (["--lengths", "5", "5"], ["--memory", "80GB"]):
+        with refused(ConfigError, "dry_run"):
+            line(Train, "d", "--model", "m", "--output_dir", "o", *words).read()
+
+
 def test_a_field_of_another_loss_names_the_losses_that_have_it():
     with refused(ConfigError, "--loss.tau", "madpo", "soft_madpo"):
         given(Train, "--loss", "dpo", "--loss.tau", "3")
@@ -265,6 +282,10 @@ def test_a_new_command_is_a_function_and_a_line(monkeypatch, capsys):
 
 
 def test_what_is_missing_is_named_as_it_is_written():
-    for model, words, remedy in ((Train, ["--output_dir", "o", "--model", "m"], "madpo x DATA"), (Train, ["d"], "--")):
-        with pytest.raises(ConfigError, match=f"is missing; [a-z]+ {remedy}"):
-            line(model, *words).read()
+    given = {"DATA": ["d"], "--output_dir": ["--output_dir", "o"], "--model": ["--model", "m"]}
+    for left_out in given:
+        words = [word for name, pair in given.items() if name != left_out for word in pair]
+        with pytest.raises(ConfigError, match=f"is missing; [a-z]+ (madpo x )?{left_out}"):
+            line(Train, *words).read()
+    with refused(ConfigError, "data", "output_dir", "model", "madpo x DATA --output_dir PATH --model TEXT"):
+        line(Train).read()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import tomllib
 
 import numpy as np
@@ -214,9 +215,23 @@ def test_pairs_without_margins_get_them_from_a_probe(llama, tmp_path, fast):
         assert report.share.margin_loss < math.log(2)
 
 
+def test_pages_say_what_was_trained_in_words_of_auto(done):
+    pages = {name: (done / name / "report.html").read_text() for name in (".", "dpo", "mixed")}
+    titles = {name: re.search(r"<h1.*?>(.*?)</h1>", page)[1].split(" with ")[1] for name, page in pages.items()}
+    share = json.loads((done / "report.json").read_bytes())["label_share"]
+    mixed = f"labels and margins mixed (label share {share:.2f}), for auto"
+    assert titles == {".": "auto", "dpo": "plain DPO, for auto", "mixed": mixed}
+    assert "label share" in pages["."], "the decision is on the page"
+
+
 def test_fast_is_one_training_with_a_fixed_share(llama, data, tmp_path):
-    report = train(data, tmp_path / "P", settings(llama, Auto(fast=True)))
-    assert (report.pairs, report.eval_pairs, report.label_share, report.share) == (160, 0, 0.75, None)
+    report = train(data, tmp_path / "P", settings(llama, Auto(fast=True), eval_share=0.3))
+    assert (report.pairs + report.eval_pairs, report.label_share, report.share) == (160, 0.75, None)
+    held = {line["pair_id"] for line in read(tmp_path / "P" / "mixed" / "heldout.jsonl")}
+    every = [row["reward_margin"] for row in read(data)]
+    trained = [margin for i, margin in enumerate(every) if i not in held]
+    assert report.margin_temperature == pytest.approx(fit_temperature(np.array(trained))[0])
+    assert report.margin_temperature != pytest.approx(fit_temperature(np.array(every))[0]), "held-out pairs decide not"
     assert not (tmp_path / "P" / "dpo").exists()
     assert (tmp_path / "P" / "adapter" / "adapter_model.safetensors").exists()
 

@@ -60,15 +60,15 @@ def test_the_largest_micro_batch_is_the_last_that_fits(need, pairs):
 def test_the_command_reads_the_longest_pairs_and_writes_nothing(llama, tmp_path, capsys):
     rows = [{"prompt": "The film", "chosen": " was good" * n, "rejected": " was bad"} for n in (1, 9, 4)]
     pairs = write(tmp_path / "pairs.jsonl", rows)
-    out = tmp_path / "policy"
-    words = ["train", str(pairs), "--model_name_or_path", str(llama), "--output_dir", str(out), "--dry_run"]
+    before = sorted(tmp_path.rglob("*"))
+    words = ["train", str(pairs), "--model_name_or_path", str(llama), "--dry_run"]
     assert main([*words, "--memory", "602MB"]) == 0
     said = capsys.readouterr().out
     longest = len(load_tokenizer(llama)(" was good" * 9, add_special_tokens=False)["input_ids"])
     assert f"+ {longest} tokens" in said or f"+ {longest + 1} tokens" in said
     assert "into 602.0 MB" in said
     assert "600.0 MB" in said
-    assert not out.exists()
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_weights_of_4_bits_are_not_planned(llama):

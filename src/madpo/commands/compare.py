@@ -15,17 +15,16 @@ from madpo.study.compare import CompareSettings
 
 class Compare(Configurable, CompareSettings, HeldOut, Graph, Data):
     output_dir: Path
-    """Where results go; finished steps in it are kept."""
+    """Where results go; finished steps in it are kept. Not needed with dry_run."""
 
 
 def compare(options: Compare) -> int:
-    r"""Train several losses on your pairs, compare the policies, and write the report; or continue.
+    """Train several losses on your pairs, compare the policies, and write the report; or continue.
 
     Example:
         madpo compare pairs.jsonl --model gemma-3-270m --output_dir comparison
         madpo compare pairs.jsonl --model gemma-3-270m --judge probe --samples_per_prompt 4 --output_dir comparison
-        madpo compare pairs.jsonl --model gemma-3-270m --losses dpo '{ kind = "madpo", tau = 4 }' --dry_run \
-            --output_dir comparison
+        madpo compare pairs.jsonl --model gemma-3-270m --losses dpo '{ kind = "madpo", tau = 4 }' --dry_run
     """
     from madpo.operations.preconditions import refuse_missing
 

@@ -19,6 +19,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
 
 from madpo.core.config import Frozen, key_values, load_config, read_toml, toml_value
 from madpo.core.errors import ConfigError
@@ -119,7 +120,8 @@ def _read(word: str, kinds: Sequence[Any], *, optional: bool = False) -> Any:
 
 
 def options_of(model: type[BaseModel], kinds: Mapping[str, str]) -> list[Option]:
-    """All options of a configuration: what needs no option's name, then the tables in it, that of columns last.
+    """All options of a configuration: what needs no option's name, what must be given, the rest, then the tables in it,
+    that of columns last.
 
     Args:
         kinds: key of a field that is one of several classes -> the kind that was chosen; without it, the default's.
@@ -128,7 +130,12 @@ def options_of(model: type[BaseModel], kinds: Mapping[str, str]) -> list[Option]
         ConfigError: the kind does not exist.
     """
     found = list(_options(model, "", (), kinds, None))
-    return sorted(found, key=lambda option: (not option.cli.positional, bool(option.table), "columns." in option.key))
+
+    def place(option: Option) -> tuple[bool, ...]:
+        required = not option.table and option.default is PydanticUndefined
+        return not option.cli.positional, not required, bool(option.table), "columns." in option.key
+
+    return sorted(found, key=place)
 
 
 def _options(
@@ -158,11 +165,11 @@ def _options(
         elif name != "kind":
             names = [place + each for each in (name, *cli.also)]
             shorter = [each.removeprefix(start) for start in droppable for each in names if each.startswith(start)]
-            yield plain._replace(shorter=tuple(dict.fromkeys((*names[1:], *shorter, *cli.bare))))
-            within = f"{key}: {sentence(plain.about).rstrip('.')}"
+            within = f"{key}: {sentence(plain.about).rstrip('.')}" if cli.keys else table
             for each, kind in cli.keys.items():
                 short = (each,) if cli.short else ()
                 yield Option(f"{key}.{each}", kind, cli.about.get(each, ""), ..., Cli(), short, within)
+            yield plain._replace(shorter=tuple(dict.fromkeys((*names[1:], *shorter, *cli.bare))), table=within)
 
 
 def _models(kinds: Sequence[Any]) -> list[type[BaseModel]]:
@@ -312,16 +319,21 @@ class CommandLine:
         try:
             found = load_config(config, self.model, given | settings)
         except ConfigError as error:
-            said = re.sub(r"the key '(\S+)' is missing; add it", self._missing, str(error))
+            said = re.sub(r"the keys? ('.+') (?:is|are) missing; add (?:it|them)", self._missing, str(error))
             said = said.removeprefix("the command line: ")
             raise ConfigError(said if settings else said.replace(" with --set ", " with --", 1)) from None
         return found.model_copy(update={key: expanded(value) for key, value in found if isinstance(value, Path)})
 
     def _missing(self, found: re.Match[str]) -> str:
-        key = found[1]
-        option = self.by_key.get(key)
-        what = f"write {self.command} {key.upper()}" if option and option.cli.positional else f"add --{key}"
-        return f"{key} is missing; {what}"
+        keys = re.findall(r"'(\S+?)'", found[1])
+        options = sorted((o for o in self.options if o.key in keys), key=lambda option: not option.cli.positional)
+        words = " ".join(o.key.upper() if o.cli.positional else f"--{o.key} {o.metavar}" for o in options)
+        if len(keys) > 1:
+            return f"{', '.join(keys[:-1])} and {keys[-1]} are missing; write {self.command} {words}"
+        if not options or options[0].cli.positional:
+            return f"{keys[0]} is missing; {f'write {self.command} {words}' if words else f'add --{keys[0]}'}"
+        about = sentence(options[0].about).rstrip(".")
+        return f"{keys[0]} is missing; add {words}: {about[:1].lower()}{about[1:]}"
 
 
 @cache

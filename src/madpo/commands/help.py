@@ -59,7 +59,7 @@ def help_text(line: CommandLine, says: str, function: Callable[..., int]) -> str
 def _default(value: object) -> str:
     if value is PydanticUndefined:
         return "required"
-    if value is None or value == () or value == {}:
+    if value is None or value in ((), {}, ""):
         return "default: none"
     if isinstance(value, bool):
         return f"default: {str(value).lower()}"

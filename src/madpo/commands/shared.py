@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
+
+from pydantic import model_validator
 
 from madpo.core import processes
 from madpo.core.config import Frozen
@@ -27,6 +30,21 @@ class Result(Frozen):
     """Replace an earlier result in it."""
 
 
+class DryRun(Frozen):
+    """A command with a dry run, for which nothing must be given that it neither reads nor writes."""
+
+    output_dir: Path
+    """Folder of the result; not needed with dry_run."""
+    dry_run: bool = False
+    """Say what would run and what it needs (time, memory), and write nothing."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unused(cls, given: dict[str, Any]) -> dict[str, Any]:
+        unused = ["output_dir", *(["data"] if given.get("lengths") else [])] if given.get("dry_run") else []
+        return dict.fromkeys((name for name in unused if cls.model_fields[name].is_required()), os.devnull) | given
+
+
 class HeldOut(Frozen):
     eval_data: str | None = None
     """Held-out pairs; without them eval_share of the pairs is held out."""
@@ -37,12 +55,12 @@ def loading(options: Any, **named: Any) -> Iterator[None]:
     """Refuse what the options name and is not there, then load the libraries of the operation that is imported in here.
 
     Args:
-        options: of a command with :class:`Result`.
+        options: of a command with :class:`Result`; a dry run asks nothing of its output folder.
         named: as for :func:`madpo.operations.preconditions.refuse_missing`.
     """
     from madpo.operations.preconditions import refuse_missing
 
-    refuse_missing(output_dir=options.output_dir, **named)
+    refuse_missing(output_dir=None if getattr(options, "dry_run", False) else options.output_dir, **named)
     with loading_libraries():
         yield
 

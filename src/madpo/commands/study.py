@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from madpo.commands.shared import DryRun
 from madpo.core.config import Frozen, find_experiment
 from madpo.core.errors import ConfigError, printable
 from madpo.core.libraries import loading_libraries
@@ -19,13 +20,11 @@ if TYPE_CHECKING:
     from madpo.runner.run import RunResult
 
 
-class Graph(Frozen):
+class Graph(DryRun):
     """How a graph of steps is run."""
 
     only: tuple[str, ...] = ()
     """Only groups (core), or steps with such a name (policy/low/*), and what they need."""
-    dry_run: bool = False
-    """Say what would run and why, and write nothing."""
     rate: tuple[str, ...] = ()
     """KIND=N: tokens of Gemma-3-270M a second, of the machine that --dry_run estimates for; KIND is sft, train, reward,
     score, judge or generate, and none is this machine."""

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import ByteSize
+from pydantic import ByteSize, model_validator
 
 from madpo.commands.from_settings import Configurable
-from madpo.commands.shared import Data, HeldOut, Result, finished, loading
+from madpo.commands.shared import Data, DryRun, HeldOut, Result, finished, loading
 from madpo.core.config import part
 from madpo.core.options import Cli
 from madpo.core.progress import show
@@ -62,13 +62,17 @@ def score(options: Score) -> int:
     return finished(score(o.data, o.output_dir, part(o, ScoreSettings), overwrite=o.overwrite), o)
 
 
-class Train(Configurable, TrainSettings, HeldOut, Result, Data):
-    dry_run: bool = False
-    """Say how much memory a step needs and which micro-batch fits, and write nothing."""
+class Train(Configurable, TrainSettings, HeldOut, DryRun, Result, Data):
     memory: ByteSize | None = None
     """For dry_run: the memory that the step must fit into, such as 80GB; none is all that this machine has."""
     lengths: tuple[int, int] | None = None
-    """For dry_run: tokens of prompt and completion in place of those of the longest pairs, which are then not read."""
+    """For dry_run: tokens of prompt and completion in place of those of the longest pairs; DATA is then not needed."""
+
+    @model_validator(mode="after")
+    def _plans(self) -> Train:
+        if not self.dry_run and (self.memory or self.lengths):
+            raise ValueError("memory and lengths go with dry_run; add --dry_run, or leave them out")
+        return self
 
 
 def train(options: Train) -> int:
@@ -79,7 +83,7 @@ def train(options: Train) -> int:
         madpo train scored/scored.jsonl --model_name_or_path gemma-3-270m --loss madpo --loss.tau 7 \
             --loss.c_max 4 --learning_rate 1e-4 --eval_share 0.1 --merge --output_dir policy
         madpo train scored/scored.jsonl --config tuned/chosen.toml --output_dir policy
-        madpo train pairs.jsonl --model_name_or_path MODEL --output_dir policy --dry_run --memory 80GB
+        madpo train pairs.jsonl --model_name_or_path MODEL --dry_run --memory 80GB
     """
     o = options
     probe = o.probe or o.loss.kind == "auto"

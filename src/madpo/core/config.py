@@ -204,7 +204,10 @@ def _sentence(
         hint = did_you_mean(str(loc[-1]), known) or f"; known are {', '.join(known)}"
         text = f"unknown key {key!r}{hint}"
     elif kind == "missing":
-        text = f"the key {key!r} is missing; add it"
+        keys = [key, *(_dotted(each["loc"], data, missing=True) for each in others if each["type"] == kind)]
+        others = [each for each in others if each["type"] != kind]
+        named = ", ".join(map(repr, keys))
+        text = f"the key {named} is missing; add it" if len(keys) == 1 else f"the keys {named} are missing; add them"
     elif kind == "union_tag_invalid":
         tags = re.findall(r"'([^']*)'", ctx["expected_tags"])
         key = ".".join(filter(None, (key, ctx["discriminator"].strip("'"))))

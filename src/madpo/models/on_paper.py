@@ -30,14 +30,14 @@ LARGE = 2**16
 def paper_model(path: Path | str, *, dtype: torch.dtype, mode: FakeTensorMode) -> PreTrainedModel:
     """The language model of a ``config.json`` with weights on paper, on the device where it would be.
 
-    It is taken for one that the engine reads and packs, which otherwise its first states tell.
+    It is taken for one that the engine reads and packs, which otherwise its first states tell
+    (:func:`madpo.models.engine.dependence.without_numbers`).
 
     Args:
         path: as for :func:`madpo.models.load.load_model`; only its configuration is read.
     """
     with mode, torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model: PreTrainedModel = language_class(path).from_config(load_config(path), dtype=dtype)
-    model._madpo_reading = model._madpo_packs = True
     return model.eval()
 
 

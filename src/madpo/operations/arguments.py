@@ -101,7 +101,7 @@ ARGUMENTS = Cli(
         "warmup_steps": "Optimiser steps over which the learning rate rises, below 1 their share (default: 0).",
         "lr_scheduler_type": "How the learning rate falls after that (default: linear).",
         "save_steps": "Optimiser steps between two checkpoints (default: 100).",
-        "logging_steps": "Optimiser steps between two lines of log.jsonl (default: 10).",
+        "logging_steps": "Optimiser steps between two lines of log.jsonl (default: 10, less in short trainings).",
         "report_to": "A tracker that is installed, such as tensorboard (default: none).",
         "seed": "Seed of the training (default: 42).",
     },

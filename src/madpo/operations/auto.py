@@ -34,8 +34,7 @@ from madpo.core.progress import say
 from madpo.core.seeding import derived_seed, rng
 from madpo.core.statistics import design_effect
 from madpo.data import load_preferences
-from madpo.data.folds import PromptNumbers, prompt_key
-from madpo.data.margins import read_margins
+from madpo.data.folds import PromptNumbers, prompt_key, prompt_keys
 from madpo.data.templates import Clock
 from madpo.data.tokens import Encoder
 from madpo.losses import SoftDPO
@@ -127,15 +126,12 @@ def train_auto(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) -
     data, state, eval_data = str(inputs["data"]), out / CHECKPOINTS, inputs.get("eval_data")
     if (first := first_pair(data, settings.reading)) is None:
         raise DataError(f"{data}: no row has two different scores, so there is no pair; score the completions first")
+    probed = MARGIN not in first.numbers
     if eval_data is not None and (held := first_pair(eval_data, settings.reading)) is not None:
-        require_columns([held.numbers], settings.loss, str(eval_data), probed=MARGIN not in first.numbers)
-    column = None
-    source = "a probe of the reference's hidden states, out of fold"
-    if MARGIN in first.numbers:
-        read = read_margins(data, settings.reading, shown=0)
-        column = pd.DataFrame({MARGIN: read.values, "prompt": read.prompts})
-        source = f"the column {MARGIN}"
-        say(f"Margins come from {source}.")  # of a probe the trainer says how good it is
+        require_columns([held.numbers], settings.loss, str(eval_data), probed=probed)
+    source = "a probe of the reference's hidden states, out of fold" if probed else f"the column {MARGIN}"
+    if not probed:  # of a probe the trainer says how good it is
+        say(f"Margins come from {source}.")
     clock = started_clock(state, settings.date)
     base = resolve_model(settings.model)
     if settings.export == "gguf":
@@ -143,7 +139,7 @@ def train_auto(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) -
     Encoder(load_tokenizer(base), clock).encode([first], lambda number: f"{data}, row {number}")
     shared = settings.model_copy(update={"date": clock.now if clock.read else None, "merge": False, "export": None})
     seed = int(settings.args.get("seed", 42))
-    work = _Work(shared, settings.loss, data, eval_data, column, state, seed, clock)
+    work = _Work(shared, settings.loss, data, eval_data, probed, state, seed, clock)
     report = AutoReport(**_trained(work), margins=source)
     args = trainer_arguments(settings, out, evaluated=report.eval_pairs > 0)
 
@@ -163,14 +159,14 @@ class _Work(NamedTuple):
 
     Attributes:
         settings: of the trainings, but for their loss and seed.
-        column: margin and prompt of every pair, where the data have margins.
+        probed: a probe gives the margins, which the data do not have.
     """
 
     settings: TrainSettings
     auto: Auto
     data: str
     eval_data: Path | None
-    column: pd.DataFrame | None
+    probed: bool
     state: Path
     seed: int
     clock: Clock
@@ -188,7 +184,7 @@ class _Work(NamedTuple):
             args.setdefault("train_sampling_strategy", "sequential")
         # With label_share 1 the loss is DPO; it reads the margins, so that a probe's are there for the decision.
         loss = SoftDPO(beta=self.auto.beta, margin_temperature=temperature, label_share=share)
-        changes = {"loss": loss, "args": args, "split_seed": self.seed, "probe": self.column is None}
+        changes = {"loss": loss, "args": args, "split_seed": self.seed, "probe": self.probed}
         how = self.settings.model_copy(update={**changes, "first_look": not self.auto.fast})
         inputs = {"data": self.data, "eval_data": self.eval_data, "model": self.settings.model}
         fn = train_pairs if first or self.auto.fast else train_unnoted
@@ -196,9 +192,30 @@ class _Work(NamedTuple):
         gc.collect()  # the trainer's model is in a cycle
         return load_report(folder / "report.json", TrainReport)
 
+    def rows(self, base: Path | str, *, trained: bool = False) -> list[Row]:
+        """Pairs that the trainings held out, or ``trained`` on; all pairs where they held out none."""
+        settings = self.settings
+        rows = load_preferences(
+            self.data if trained else self.eval_data or self.data,
+            columns=settings.reading,
+            tokenizer=load_tokenizer(base),
+            max_length=trainer_arguments(settings, self.state, evaluated=True).max_length,
+            truncation=settings.truncation,
+            clock=self.clock,
+        )
+        if settings.eval_share and not self.eval_data:
+            rows = split_by_prompt(rows, settings.eval_share, self.seed, self.data)[0 if trained else 1]
+        return rows
+
     def margins_out_of(self, folder: str) -> pd.DataFrame:
         """Margins and prompts of the pairs that a training saw; out of fold where a probe gave them."""
         return _table(self.state / folder / MARGINS)
+
+    def given_margins(self) -> pd.DataFrame:
+        """The same before any training, of data with margins."""
+        rows = self.rows(resolve_model(self.settings.model), trained=True)
+        keys = prompt_keys([row["prompt"] for row in rows])
+        return pd.DataFrame({MARGIN: [row[MARGIN] for row in rows], "prompt": keys})
 
 
 def _table(path: Path) -> pd.DataFrame:
@@ -223,7 +240,7 @@ def _trained(work: _Work) -> dict[str, Any]:
     why, steps, seed = "", 0, work.seed
     if work.auto.fast:
         # A probe's margins are log-odds as they are, and not known before the training.
-        known = work.column
+        known = None if work.probed else work.given_margins()
         temperature = 1.0 if known is None else inspect(known[MARGIN]).margin_temperature
         share = FAST_SHARE if known is None or better_than_coin(known[MARGIN], known["prompt"]) else 1.0
     else:
@@ -258,7 +275,7 @@ def _finish(work: _Work, report: AutoReport, settings: TrainSettings, out: Path)
     first, second = state / DPO_FOLDER / kind, state / MIXED_FOLDER / kind
     average = report.averaged and (settings.full or can_average(second))
     evaluated = average and report.eval_pairs > 0
-    rows = _rows(work, base) if evaluated or (average and work.auto.kl is not None) else []
+    rows = work.rows(base) if evaluated or (average and work.auto.kl is not None) else []
     if report.averaged and not average:
         say("PEFT cannot average adapters of experts' weights, so the second training's policy is the result.")
         changes["averaged"] = False
@@ -301,22 +318,6 @@ def _finish(work: _Work, report: AutoReport, settings: TrainSettings, out: Path)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, target)
     return report.model_copy(update=changes)
-
-
-def _rows(work: _Work, base: Path | str) -> list[Row]:
-    """Pairs that both trainings held out; all pairs where they held out none."""
-    settings = work.settings
-    rows = load_preferences(
-        work.eval_data or work.data,
-        columns=settings.reading,
-        tokenizer=load_tokenizer(base),
-        max_length=trainer_arguments(settings, work.state, evaluated=True).max_length,
-        truncation=settings.truncation,
-        clock=work.clock,
-    )
-    if settings.eval_share and not work.eval_data:
-        rows = split_by_prompt(rows, settings.eval_share, work.seed, work.data)[1]
-    return rows
 
 
 def _evaluation(work: _Work, model: Any, rows: list[Row], reference: Any = None) -> dict[str, Any]:

@@ -48,6 +48,16 @@ class Side(Frozen):
     """Responses that ended before max_new_tokens."""
 
 
+# Quantity of a side -> in words, how it is written, and its digits.
+_MEASURED = {
+    "reward": ("reward", "number", 3),
+    "length": ("length, tokens", "number", 1),
+    "distinct_1": ("different words", "share", 0),
+    "distinct_2": ("different pairs of words", "share", 0),
+    "ended_share": ("ended before the limit", "share", 0),
+}
+
+
 class AtTemperature(Frozen):
     """Both models' responses at another temperature; the fields are those of :class:`EvaluateReport`."""
 
@@ -87,16 +97,12 @@ class EvaluateReport(Report):
             f"{self.prompts} prompts, {self.samples_per_prompt} response{'s' * (self.samples_per_prompt > 1)} each",
             f"win rate {w.mean:.1%} (95 % interval {w.low:.1%} to {w.high:.1%}), reward difference "
             f"{short(d, digits=3)}",
-            f"{'':12}{'policy':>28}{'reference':>28}",
+            f"{'':28}{'policy':>28}{'reference':>28}",
+            f"{'KL, nats':28}{short(self.kl, digits=3):>28}{'0':>28}",
         ]
-        for name in ("reward", "length"):
-            digits = 1 if name == "length" else 3
-            sides = [short(getattr(side, name), digits=digits) for side in (self.policy_side, self.reference_side)]
-            lines.append(f"{name:12}{sides[0]:>28}{sides[1]:>28}")
-        lines.append(f"{'KL (nats)':12}{short(self.kl, digits=3):>28}{'0':>28}")
-        for name in ("distinct_1", "distinct_2", "ended_share"):
-            numbers = [getattr(side, name) for side in (self.policy_side, self.reference_side)]
-            lines.append(f"{name:12}{numbers[0]:>28.3f}{numbers[1]:>28.3f}")
+        for name, (words, how, digits) in _MEASURED.items():
+            sides = [short(getattr(side, name), how, digits) for side in (self.policy_side, self.reference_side)]
+            lines.append(f"{words:28}{sides[0]:>28}{sides[1]:>28}")
         lines += [
             f"at temperature {at.temperature:g}: win rate {at.win_rate.mean:.1%} ({at.win_rate.low:.1%} to "
             f"{at.win_rate.high:.1%}), reward {short(at.policy_reward)} against {short(at.reference_reward)}"
@@ -164,10 +170,6 @@ def evaluate_responses(settings: EvaluateSettings, inputs: Mapping[str, Path], o
     return {"win_rate": report.win_rate, "reward_difference": report.reward_difference, "kl": report.kl}
 
 
-# Quantity of a side -> how it is written, and its digits.
-_MEASURED = {"reward": ("number", 3), "length": ("number", 1), "distinct_1": ("number", 3), "distinct_2": ("number", 3)}
-
-
 def write_samples(report: EvaluateReport, samples: Sequence[Mapping[str, Any]], path: Path) -> None:
     """A page: what was measured, and what both wrote to the same prompts, in the order of the data.
 
@@ -177,8 +179,8 @@ def write_samples(report: EvaluateReport, samples: Sequence[Mapping[str, Any]], 
     names, sides = ("policy", "reference"), (report.policy_side, report.reference_side)
     lines = [(name, colour, side.reward, None) for name, colour, side in zip(names, (2, 7), sides, strict=True)]
     measured = [
-        [Cell(name.replace("_", " ")), *(cell(getattr(side, name), how, digits=digits) for side in sides)]
-        for name, (how, digits) in (_MEASURED | {"ended_share": ("share", 3)}).items()
+        [Cell(words), *(cell(getattr(side, name), how, digits=digits) for side in sides)]
+        for name, (words, how, digits) in _MEASURED.items()
     ]
     first = [sample for sample in samples if "temperature" not in sample]
     rows = (

@@ -1,7 +1,7 @@
 """``madpo train --dry_run``: the memory of a training step, before a weight is loaded.
 
 The trainer itself takes steps on paper (:mod:`madpo.models.on_paper`), with the arguments, the loss and the adapter of
-the training. What it cannot see is scratch space inside operators, and what an allocator holds back.
+the training. What it cannot see is scratch space inside operators, and on an accelerator what its allocator holds back.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ from madpo.training import PreferenceConfig, PreferenceTrainer
 
 MOST = 64
 """Pairs of the largest micro-batch that is tried; of data with fewer pairs it is all of them."""
-HELD_BACK = 0.6
-"""What glibc held of a step's freed blocks, as a share of what the step needs above the weights (measured at most)."""
+HELD_BACK = 0.2
+"""What a process on a processor keeps of freed blocks, as a share of what a step needs above the weights: 0 to 0.17
+was measured in float32 (docs/performance.md)."""
 _NUMBERS: dict[str, Any] = {name: 1.0 for name in NUMBERS if name != "weight"}
 """What a loss may read of a pair."""
 
@@ -56,9 +57,14 @@ class StepMemory(NamedTuple):
     saved: int
     peak: int
 
+    @property
+    def held(self) -> int:
+        """What a process holds at the peak."""
+        return self.peak if torch.cuda.is_available() else int(self.peak + HELD_BACK * (self.peak - self.weights))
+
 
 class MemoryPlan(NamedTuple):
-    """A step's memory, and the largest micro-batch whose peak leaves room for the libraries; 0 where none does.
+    """A step's memory, and the largest micro-batch that leaves room for the libraries; 0 where none does.
 
     Attributes:
         tried: pairs of the largest micro-batch that was looked at.
@@ -75,20 +81,15 @@ class MemoryPlan(NamedTuple):
         step = self.step
         parts = {"weights": step.weights, "gradients": step.gradients, "optimizer": step.optimizer, "saved": step.saved}
         shown = ", ".join(f"{name} {memory_text(size)}" for name, size in parts.items())
-        held = memory_text(HELD_BACK * (step.peak - step.weights))
-        allocator = (
-            ""
-            if torch.cuda.is_available()
-            else f"\nA process on a processor may hold {held} more, of blocks that it has freed; less with "
-            "MALLOC_MMAP_THRESHOLD_=65536 and MALLOC_TRIM_THRESHOLD_=65536 in its environment."
-        )
+        kept = step.held - step.peak
+        freed = f"; up to {memory_text(kept)} of it are freed blocks that a processor's allocator keeps" if kept else ""
         fits = f"micro-batches of up to {self.largest} such pairs fit" if self.largest else "not one such pair fits"
         if self.largest == self.tried:
             fits = f"a micro-batch of {self.tried} such pairs fits (more were not tried)"
         return (
             f"A step of {step.pairs} pairs, the longest of {self.lengths[0]} + {self.lengths[1]} tokens, needs "
-            f"{memory_text(step.peak)} at its peak ({shown} for the backward pass).\n"
-            f"With {memory_text(LIBRARIES)} for the libraries, {fits} into {memory_text(self.memory)}.{allocator}"
+            f"{memory_text(step.held)} at its peak ({shown} for the backward pass{freed}).\n"
+            f"With {memory_text(LIBRARIES)} for the libraries, {fits} into {memory_text(self.memory)}."
         )
 
 
@@ -132,7 +133,7 @@ def memory_plan(
         room = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else psutil.virtual_memory().total
         step, memory = need(int(args.per_device_train_batch_size)), memory or room
         tried = MOST if lengths is not None else min(MOST, len(rows))
-        largest = _largest(lambda pairs: need(pairs).peak + LIBRARIES, memory, tried)
+        largest = _largest(lambda pairs: need(pairs).held + LIBRARIES, memory, tried)
     longest = rows[0]
     completion = max(len(longest["chosen_ids"]), len(longest["rejected_ids"]))
     return MemoryPlan(step, (len(longest["prompt_ids"]), completion), memory, largest, tried)

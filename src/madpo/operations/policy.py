@@ -39,7 +39,7 @@ from madpo.runner.first_start import since_first_start
 from madpo.runner.operation import operation
 from madpo.training import PreferenceConfig, PreferenceTrainer
 from madpo.training.first_look import FirstLook, in_halves
-from madpo.training.run import keep_tracked, run_training
+from madpo.training.run import LogsShortTrainings, keep_tracked, run_training
 
 HELDOUT = "heldout.jsonl"
 """One line for each held-out pair: its implicit margin, and its reward margin where the data have one."""
@@ -130,8 +130,10 @@ def _train(settings: TrainSettings, inputs: Mapping[str, Path], out: Path, *, no
 
     # The trainer knows by itself what of its arguments decides the result.
     stage = settings.model_copy(update={"args": {}})
+    if "logging_steps" not in settings.args:
+        trainer.add_callback(LogsShortTrainings())
     page = running_page(out, title(settings), {"pairs": f"{len(rows):,}"}, resolved(data, settings, clock))
-    result = run_training(trainer, stage, f"Training ({settings.loss.kind})", out, page)
+    result = run_training(trainer, stage, f"Training ({settings.method})", out, page)
     evaluation = {}
     if heldout:
         found, logs = trainer.evaluate(), reversed(trainer.state.log_history)

@@ -227,7 +227,7 @@ class _Scoring(NamedTuple):
         for k in range(folds):
             folder = self.out / CHECKPOINTS / "folds" / f"fold-{k}"
             say(f"Fold {k + 1} of {folds}: a reward model on {int((fold != k).sum())} pairs.")
-            step = Step(folder.name, train_fold, FoldSettings(reward=reward, folds=folds, fold=k), {"data": source})
+            step = Step(folder.name, train_fold, FoldStage(reward=reward, folds=folds, fold=k), {"data": source})
             run_step(step, folder, memory=MEMORY_REMEDY)
             rows = np.flatnonzero(fold == k)
             chosen[rows], rejected[rows] = self.by_model(folder, rows, f"parts/{folder.name}")
@@ -303,7 +303,7 @@ def _part(path: Path) -> dict[str, NDArray[Any]]:
         raise StorageError(f"{path} is damaged ({error}); delete the file and run the same command again") from error
 
 
-class FoldSettings(Frozen):
+class FoldStage(Frozen):
     """A reward model on all folds of the pairs but one."""
 
     reward: RewardSettings
@@ -313,7 +313,7 @@ class FoldSettings(Frozen):
 
 
 @operation("train_fold/1")
-def train_fold(config: FoldSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
+def train_fold(config: FoldStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Train a reward model that has seen neither the pairs of one fold nor their prompts."""
     data, settings = str(inputs["data"]), config.reward
     pairs = _read(data, settings.reading)

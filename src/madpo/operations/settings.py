@@ -145,7 +145,7 @@ class ScoreSettings(Reading):
         folds = self.folds if self.probe is None else None
         given = [self.reward_model, self.score_columns, self.probe, folds]
         if sum(source is not None for source in given) != 1:
-            raise ValueError("give one of reward_model, score_columns, probe and folds")
+            raise ValueError("give one of reward_model, score_columns, probe and folds; probe MODEL needs no training")
         if self.probe is not None and self.reward is not None:
             raise ValueError("probe trains no reward model; leave out its settings, or give folds in its place")
         if (folds is None) != (self.reward is None):

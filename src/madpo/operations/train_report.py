@@ -15,7 +15,7 @@ from madpo.operations.arguments import written_arguments
 from madpo.operations.card import write_cards
 from madpo.operations.running import toml
 from madpo.operations.train_settings import TrainSettings
-from madpo.report.command_pages import write_training_page
+from madpo.report.command_pages import main_measures, write_training_page
 from madpo.report.numbers import against, short
 from madpo.rewards.probe import ProbeReport
 
@@ -61,8 +61,9 @@ class TrainReport(Report):
         """What was measured, in Markdown for the model card."""
         if not self.evaluation:
             return ["Nothing: no pairs were held out. `madpo evaluate` measures what the policy writes."]
-        lines = ["| on the held-out pairs | value |", "| --- | --- |"]
-        return lines + [f"| {name.removeprefix('eval_')} | {value:.6g} |" for name, value in self.evaluation.items()]
+        lines = ["| on the held-out pairs | value | |", "| --- | --- | --- |"]
+        measured = main_measures(self.evaluation)
+        return lines + [f"| {name.lower()} | {value:.6g} | {unit} |" for name, unit, value in measured]
 
     def text(self) -> str:
         """The report for a person."""
@@ -75,13 +76,14 @@ class TrainReport(Report):
 
     def evaluated(self) -> list[str]:
         """What was found on held-out pairs, a line each; empty without such pairs."""
-        found = [f"    {name}  {value:.4f}" for name, value in self.evaluation.items()]
+        measured = main_measures(self.evaluation)
+        found = [f"    {name.lower()}  {value:.4f}  ({unit})" for name, unit, value in measured]
         return [f"on {self.eval_pairs} held-out pairs:", *found] if found else []
 
 
 def title(settings: TrainSettings) -> str:
     """The title of a training's page."""
-    return f"{Path(settings.model).name}, trained with {settings.loss.kind}"
+    return f"{Path(settings.model).name}, trained with {settings.method}"
 
 
 def write_report(
@@ -98,9 +100,8 @@ def write_report(
     report.write(out / "report.json")
     config = resolved(data, settings, clock)
     write_atomically(out / "config.toml", config)
-    says = report.decision() or [
-        "No pairs were held out, so nothing here says what the policy does with pairs that it has not seen."
-    ]
+    unseen = "No pairs were held out, so nothing here says what the policy does with pairs that it has not seen."
+    says = [] if report.decision() else [unseen]
     if (share := report.evaluation.get("eval_rewards/accuracies")) is not None:
         n, effect = report.eval_pairs, report.eval_effect
         right = proportion(round(share * n) / effect, n / effect)
@@ -111,7 +112,7 @@ def write_report(
     write_training_page(
         out / PAGE,
         title=title(settings),
-        says=says,
+        says=[*report.decision(), *says],
         numbers={
             "pairs": f"{report.pairs:,}",
             "steps": f"{report.steps:,}",

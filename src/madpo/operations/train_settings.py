@@ -11,7 +11,7 @@ from madpo.core import processes
 from madpo.core.columns import MARGIN
 from madpo.core.config import added, identity_settings
 from madpo.core.options import Cli
-from madpo.losses import Loss, LossConfig
+from madpo.losses import Loss, LossConfig, SoftDPO
 from madpo.models.hyperparameters import ADAPTER_LEARNING_RATE, FULL_LEARNING_RATE, LoRA
 from madpo.operations.arguments import ARGUMENTS, checked_arguments
 from madpo.operations.settings import Training
@@ -69,6 +69,15 @@ class TrainSettings(Training):
     them (first_look.jsonl)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the loaded weights; auto is float32 in full training, else bfloat16 where the hardware multiplies it."""
+
+    @property
+    def method(self) -> str:
+        """What the policy is trained with, for people."""
+        if not isinstance(self.loss, SoftDPO):
+            return self.loss.kind
+        share = self.loss.label_share
+        mixed = f"labels and margins mixed (label share {share:.2f})" if share else "soft labels"
+        return f"{'plain DPO' if share == 1 else mixed}{', for auto' if self.first_look else ''}"
 
     @property
     def merges(self) -> bool:

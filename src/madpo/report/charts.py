@@ -126,5 +126,5 @@ def figure(name: str, title: str, panels: Sequence[Panel | WeightPanel], caption
 
 @cache
 def captions() -> dict[str, dict[str, str]]:
-    """Kind ("figures" or "tables") and name -> caption."""
+    """Kind ("figures", "tables" or "measures") and name -> caption."""
     return tomllib.loads((files("madpo.report") / "templates" / "captions.toml").read_text(encoding="utf-8"))

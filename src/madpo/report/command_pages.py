@@ -10,7 +10,7 @@ from xml.etree import ElementTree as ET
 
 import pandas as pd
 
-from madpo.report.charts import Chart, Panel
+from madpo.report.charts import Chart, Panel, captions
 from madpo.report.drawing import Drawn, draw
 from madpo.report.pages import Card, Cell, Table, cell, render, write_page
 from madpo.report.sources import json_lines
@@ -92,11 +92,24 @@ _COURSES = {
     "Accuracy": ("rewards/accuracies", "share of pairs ordered as labelled", ("chance", 0.5)),
     "Mean weight": ("weight/mean", "multiplier of the loss", ("plain DPO", 1.0)),
 }
-_MEASURES = {
-    "held-out loss": "eval_loss",
-    "held-out accuracy": "eval_rewards/accuracies",
-    "held-out margin": "eval_rewards/margins",
-}
+
+
+def main_measures(evaluation: Mapping[str, float]) -> list[tuple[str, str, float]]:
+    """(name, unit, value) of what a reader wants to know of the held-out pairs.
+
+    Args:
+        evaluation: as the trainer names it ("eval_loss").
+    """
+    named = ((name, unit, f"eval_{column}") for name, (column, unit, _) in _COURSES.items())
+    return [(name, unit, evaluation[key]) for name, unit, key in named if key in evaluation]
+
+
+def _all_measures(evaluation: Mapping[str, float]) -> Table:
+    """Everything that was measured on held-out pairs, in words and by the log's names."""
+    words = captions()["measures"] | {column: f"{name.lower()}, {unit}" for name, (column, unit, _) in _COURSES.items()}
+    names = {name.removeprefix("eval_"): value for name, value in evaluation.items()}
+    rows = [[Cell(words.get(name, name)), cell(value, digits=4), Cell(f"eval_{name}")] for name, value in names.items()]
+    return Table("On the held-out pairs", ("measure", "value", "in log.jsonl"), rows, plain=True)
 
 
 def training_chart(log: Path) -> Chart | None:
@@ -105,7 +118,7 @@ def training_chart(log: Path) -> Chart | None:
     panels = []
     for name, (column, unit, reference) in _COURSES.items():
         series = (*curves("training pairs", rows, column, 0), *curves("held-out pairs", rows, f"eval_{column}", 1))
-        if series:
+        if any(len(curve.marks) > 1 for curve in series):  # one point is no course
             panels.append(Panel(name, "step", unit, series, reference=reference))
     caption = "Of the training pairs a pale line and its running mean. Margins are in the loss's own unit, beta x nats."
     return Chart("training", "Training", caption, panels) if panels else None
@@ -139,14 +152,12 @@ def write_training_page(
     chart = training_chart(log)
     charts = [draw(chart)] if chart is not None else []
     tiles = {name: cell(value, digits=3) for name, value in numbers.items()}
-    for name, key in _MEASURES.items():
-        if key in evaluation:
-            tiles[name] = cell(evaluation[key], "share" if name == "held-out accuracy" else "number", digits=3)
-    sections = [Section("The course of the training", charts=charts)]
+    for name, _, value in main_measures(evaluation):
+        tiles[f"held-out {name.lower()}"] = cell(value, "share" if name == "Accuracy" else "number", digits=3)
+    sections = [Section("The course of the training", charts=charts)] if charts else []
     if evaluation:
-        measured = [[Cell(name.removeprefix("eval_")), cell(value, digits=4)] for name, value in evaluation.items()]
-        table = Table("On the held-out pairs", ("measure", "value"), measured, plain=True)
-        sections.append(Section(table.label, f"{len(measured)} measures", table=table, folded=True))
+        table = _all_measures(evaluation)
+        sections.append(Section(table.label, f"all {len(table.rows)} measures", table=table, folded=True))
     sections.append(settings_section(settings, "what repeats this training")._replace(note=trained))
     write_page(path, command_page("training", title, says, tiles, sections, refresh=refresh))
 

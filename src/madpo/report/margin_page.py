@@ -10,7 +10,7 @@ from madpo.data.margins import Margins
 from madpo.report.charts import Chart
 from madpo.report.command_pages import Section, command_page, reliability_table
 from madpo.report.drawing import draw, weight_figure
-from madpo.report.numbers import DASH, one
+from madpo.report.numbers import one
 from madpo.report.pages import Cell, Table, cell, shown_margins, write_page
 from madpo.report.study_charts import calibration_panel
 from madpo.rewards.margins import MarginReport
@@ -25,8 +25,9 @@ def write_margin_page(path: Path, name: str, report: MarginReport, margins: Marg
     """
     h = np.asarray(margins.values) / report.margin_temperature
     # Two decimals, as a slider shows them; without a recommendation the library's own.
-    given = {"tau": max(0.01, round(report.tau, 2)), "c_max": report.c_max} if report.informative else {}
-    parameters = WeightParameters(**given)
+    parameters = WeightParameters()
+    if report.tau is not None and report.c_max is not None:
+        parameters = WeightParameters(tau=max(0.01, round(report.tau, 2)), c_max=report.c_max)
     data = {
         "margins": shown_margins(h),
         "parameters": parameters._asdict(),
@@ -34,8 +35,8 @@ def write_margin_page(path: Path, name: str, report: MarginReport, margins: Marg
         "of": len(h),
     }
     tiles = {
-        "recommended τ": cell(f"{report.tau:.3g}" if report.informative else DASH),
-        "recommended c_max": cell(f"{report.c_max:g}" if report.informative else DASH),
+        **({} if report.tau is None else {"recommended τ": cell(f"{report.tau:.3g}")}),
+        **({} if report.c_max is None else {"recommended c_max": cell(f"{report.c_max:g}")}),
         "margin temperature": cell(f"{report.margin_temperature:.3g}"),
         "labels contradicted": cell(report.contradicted, "share"),
         "log loss": Cell(f"{report.calibrated_log_loss:.3f}", ("chance: 0.693",)),
@@ -47,7 +48,6 @@ def write_margin_page(path: Path, name: str, report: MarginReport, margins: Marg
         "Every pair has a margin: how sure the reward model is of its label, in log-odds after the margin temperature "
         f"({report.temperature_reason}). The curve is the weight that MADPO gives to a pair with that margin. Drag τ, "
         "c_max, c_min and λ to see what another setting would do."
-        + (f" Why {'; '.join(report.reasons)}." if report.informative else "")
     )
     suspects = [
         {
@@ -57,7 +57,7 @@ def write_margin_page(path: Path, name: str, report: MarginReport, margins: Marg
         for s in report.suspects
     ]
     contradicted = "the labels that the reward model contradicts most: swapped columns and wrong labels are here"
-    other = f"the settings of the paper's search{', and the recommended one last' if report.informative else ''}"
+    other = f"the settings of the paper's search{'' if report.tau is None else ', and the recommended one last'}"
     sure = "how sure the reward model is, and how often the labels agree"
     chart = draw(Chart("reliability", "Calibration", "", [calibration_panel("", report.reliability, 4)]))
     bins = reliability_table(report.reliability)
@@ -80,7 +80,9 @@ def write_margin_page(path: Path, name: str, report: MarginReport, margins: Marg
     ]
     title = f"Reward margins of {Path(name).name or name}"
     scripts = ("weight.js", "page.js", "margins.js")
-    page = command_page("margins", title, [], tiles, sections, scripts=scripts, data=data, warnings=report.warnings)
+    page = command_page(
+        "margins", title, report.advice(), tiles, sections, scripts=scripts, data=data, warnings=report.warnings
+    )
     write_page(path, page)
 
 
@@ -88,10 +90,10 @@ def _settings(report: MarginReport) -> Table:
     head = ("τ", "c_max", "mean weight", "effective sample size", "amplified", "dampened", "turned down")
     rows = [
         [
-            Cell(f"{s.tau:.3g}", ("recommended",) if s is report.settings[-1] else ()),
+            Cell(f"{s.tau:.3g}", ("recommended",) if report.tau is not None and s is report.settings[-1] else ()),
             *(cell(f"{s.c_max:g}"), cell(f"{s.mean_weight:.3f}"), cell(f"{s.effective_share:.1%} of the pairs")),
             *(cell(f"{share:.1%}") for share in (s.amplified, s.dampened, s.turned_down)),
         ]
-        for s in report.shown
+        for s in report.settings
     ]
     return Table("Settings", head, rows, plain=True)

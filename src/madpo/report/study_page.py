@@ -61,6 +61,7 @@ def study_page(
         notes=notes,
         untrained=str(study.experiment.get("model", "")).startswith("tiny-"),
         verdicts=tier_verdicts(study, charts),
+        beta=study.beta,
         main=next(map(own_table, judged), None) if study.own else main_table(study, reasons),
         chosen=chosen_table(study),
         selections=selections_table(study),

@@ -17,7 +17,7 @@ from madpo.core.metrics import Estimate
 from madpo.core.reports import Report
 from madpo.core.statistics import LOG_TEMPERATURES, fit_temperature, proportion_of
 from madpo.data.margins import SUSPICIOUS
-from madpo.rewards.label_share import LabelShare
+from madpo.rewards.label_share import LabelShare, better_than_coin
 from madpo.rewards.weight_counts import WeightParameters, count_weights, log_weight
 
 SURE = math.log(0.999 / 0.001)  # logit(0.999) = 6.907, what the paper rounds to tau = 7
@@ -25,7 +25,14 @@ PAPER_SETTINGS = ((7.0, 2.0), (7.0, 3.0), (7.0, 4.0), (2.0, 2.0), (4.0, 2.0), (1
 MILD = 2.0  # c_max that is recommended
 ENOUGH = 0.7  # share of the pairs that the effective sample size must keep
 BINS = 10
-COIN = math.log(2)  # log loss of a coin, nats
+NOTHING_LEARNED = (
+    "the margins explain these labels no better than a coin, so their reward model has learned nothing that these "
+    "pairs show; train with --loss dpo, or get margins from another reward model or from more pairs"
+)
+NOT_SHOWN = (
+    "the reward model was trained on these pairs, so they cannot show what it has learned; madpo score --probe MODEL "
+    "or --folds 5 gives margins out of fold"
+)
 
 
 class Setting(Frozen):
@@ -62,7 +69,7 @@ class Suspect(Frozen):
     probability: float
     """Probability of the label under the reward model, after the temperature."""
     weight: float
-    """At the recommended setting; 1 where the margin is at or below -tau."""
+    """At the recommended setting, else at MADPO's defaults; 1 where the margin is at or below -tau."""
     place: str = ""
     """Its line or row in the data."""
     prompt: str = ""
@@ -84,9 +91,6 @@ class MarginReport(Report):
     deviation: float
     smallest: float
     largest: float
-    counts: tuple[int, ...]
-    """Histogram of the margins as given."""
-    edges: tuple[float, ...]
     contradicted: Estimate
     """Share of pairs with a margin below 0, with its 95 % interval over prompts."""
     margin_temperature: float
@@ -99,10 +103,12 @@ class MarginReport(Report):
     """Mean over pairs of |observed - predicted| by bin, after the temperature."""
     reliability: tuple[Reliability, ...]
     settings: tuple[Setting, ...]
-    """The paper's, then the recommended one."""
-    tau: float
-    c_max: float
+    """The paper's, then the recommended one where there is one."""
+    tau: float | None
+    c_max: float | None
+    """Recommended; None where the margins do not explain these labels clearly better than a coin, or cannot show it."""
     reasons: tuple[str, ...]
+    """Of the recommendation, or why there is none."""
     warnings: tuple[str, ...]
     suspects: tuple[Suspect, ...]
     share: LabelShare | None = None
@@ -115,15 +121,12 @@ class MarginReport(Report):
         bins = self.reliability
         return sum(math.sqrt(2 / math.pi * b.pairs * b.predicted * (1 - b.predicted)) for b in bins) / self.pairs
 
-    @property
-    def informative(self) -> bool:
-        """Whether the margins order these pairs better than a coin would (by the interval of ``contradicted``)."""
-        return self.contradicted.high < 0.5
-
-    @property
-    def shown(self) -> tuple[Setting, ...]:
-        """The paper's settings, and the recommended one last where there is one."""
-        return self.settings if self.informative else self.settings[:-1]
+    def advice(self) -> list[str]:
+        """The recommendation and its reasons, or why there is none."""
+        if self.tau is None:
+            return [f"no recommendation: {self.reasons[0]}"]
+        found = f"tau = {self.tau:.3g}, c_max = {self.c_max:g}, margin_temperature = {self.margin_temperature:.3g}"
+        return [f"recommended: {found}", *self.reasons]
 
     def text(self) -> str:
         """The report for a person."""
@@ -138,20 +141,14 @@ class MarginReport(Report):
             f"{self.calibration_chance:.1%})",
             "   tau  c_max  mean weight  effective  amplified  dampened  turned down",
         ]
-        for s in self.shown:
-            mark = "  recommended" if s is self.settings[-1] else ""
+        for s in self.settings:
+            mark = "  recommended" if self.tau is not None and s is self.settings[-1] else ""
             lines.append(
                 f"{s.tau:6.2f}  {s.c_max:5.2f}  {s.mean_weight:11.3f}  {s.effective_share:9.1%}  {s.amplified:9.1%}  "
                 f"{s.dampened:8.1%}  {s.turned_down:11.1%}{mark}"
             )
-        if self.informative:
-            lines.append(
-                f"recommended: tau = {self.tau:.3g}, c_max = {self.c_max:g}, "
-                f"margin_temperature = {self.margin_temperature:.3g}"
-            )
-            lines += [f"    {reason}" for reason in self.reasons]
-        else:
-            lines.append("no recommendation: a coin would order these pairs as well; train with --loss dpo")
+        first, *reasons = self.advice()
+        lines += [first, *(f"    {reason}" for reason in reasons)]
         if self.share is not None:
             lines += self.share.text().splitlines()
         lines += [f"warning: {warning}" for warning in self.warnings]
@@ -185,7 +182,9 @@ def inspect(
         trained_on: the reward model was trained on these pairs, so that no temperature is fitted to them.
 
     The recommendation: tau = logit(0.999) of the calibrated margins, capped at the 99th percentile of their size (a
-    tau beyond all margins would only amplify); c_max is 2, the mildest of the paper's search.
+    tau beyond all margins would only amplify); c_max is 2, the mildest of the paper's search. There is none where the
+    margins do not explain the labels better than a coin, by the test that ``auto`` decides by, and none of pairs that
+    the reward model was trained on.
 
     Raises:
         DataError: no margins, or one that is not finite, with its position.
@@ -197,19 +196,20 @@ def inspect(
         raise DataError(f"there are {len(h)} margins but {len(ids)} pair ids; give one for each")
     temperature, reason, fitted = _temperature(h, margin_temperature, trained_on=trained_on)
     calibrated = h / temperature
-    tau, c_max, reasons, warnings = _recommend(calibrated)
+    learned = better_than_coin(h, prompts)
+    if recommended := learned and not trained_on:
+        given, reasons, warnings = _recommend(calibrated)
+    else:
+        given, reasons, warnings = WeightParameters(), [NOT_SHOWN if learned else NOTHING_LEARNED], []
     bins, error = reliability(calibrated, prompts=prompts)
-    warnings += _doubts(h, calibrated, temperature, fitted=fitted)
+    warnings += _doubts(h, temperature, fitted=fitted, learned=learned)
     if trained_on:
-        warnings.append(
-            "the reward model was trained on these pairs: all of this flatters it; madpo score --probe MODEL or "
-            "--folds 5 gives margins out of fold"
-        )
-    counts, edges = np.histogram(h, bins=40)
+        warnings.append("the reward model was trained on these pairs: all of this flatters it")
     contradicted = np.flatnonzero(h < 0)
     worst = contradicted[np.argsort(h[contradicted], kind="stable")[:SUSPICIOUS]]
-    weights = np.exp(log_weight(calibrated[worst], WeightParameters(tau=tau, c_max=c_max)))
-    settings = [_setting(calibrated, *setting) for setting in (*PAPER_SETTINGS, (tau, c_max))]
+    weights = np.exp(log_weight(calibrated[worst], given))
+    shown = [*PAPER_SETTINGS, *([(given.tau, given.c_max)] if recommended else [])]
+    settings = [_setting(calibrated, *setting) for setting in shown]
     return MarginReport(
         pairs=len(h),
         mean=float(h.mean()),
@@ -217,8 +217,6 @@ def inspect(
         deviation=float(h.std()),
         smallest=float(h.min()),
         largest=float(h.max()),
-        counts=tuple(int(count) for count in counts),
-        edges=tuple(float(edge) for edge in edges),
         contradicted=proportion_of(h < 0, prompts),
         margin_temperature=temperature,
         temperature_reason=reason,
@@ -228,8 +226,8 @@ def inspect(
         calibration_error=error,
         reliability=bins,
         settings=tuple(settings),
-        tau=tau,
-        c_max=c_max,
+        tau=given.tau if recommended else None,
+        c_max=given.c_max if recommended else None,
         reasons=tuple(reasons),
         warnings=tuple(warnings),
         suspects=tuple(
@@ -292,13 +290,11 @@ def _setting(h: NDArray[np.float64], tau: float, c_max: float) -> Setting:
     return Setting(tau=tau, c_max=c_max, mean_weight=counts.mean, effective_share=effective, **shares)
 
 
-def _recommend(h: NDArray[np.float64]) -> tuple[float, float, list[str], list[str]]:
-    """(tau, c_max, reasons, warnings) for calibrated margins."""
+def _recommend(h: NDArray[np.float64]) -> tuple[WeightParameters, list[str], list[str]]:
+    """(tau and c_max, reasons, warnings) for calibrated margins."""
     warnings: list[str] = []
     ceiling = float(np.percentile(np.abs(h), 99))
-    if ceiling == 0:
-        tau, why = SURE, f"tau = {SURE:.3g}: logit(0.999); the margins are 0, so nothing depends on it"
-    elif ceiling < SURE:
+    if ceiling < SURE:
         tau = ceiling
         why = f"tau = {tau:.3g}: the 99th percentile of |margin / temperature|, below logit(0.999) = {SURE:.3g}"
     else:
@@ -311,8 +307,7 @@ def _recommend(h: NDArray[np.float64]) -> tuple[float, float, list[str], list[st
             "train a better reward model, or take DPO"
         )
     return (
-        tau,
-        MILD,
+        WeightParameters(tau=tau, c_max=MILD),
         [why, f"c_max = {MILD:g}: the mildest of the paper's search (effective sample size {kept:.2f} n)"],
         warnings,
     )
@@ -352,19 +347,15 @@ def reliability(
     return tuple(bins), gap / len(h)
 
 
-def _doubts(h: NDArray[np.float64], calibrated: NDArray[np.float64], temperature: float, *, fitted: bool) -> list[str]:
-    doubts, coin = [], (h < 0).mean() >= 0.45  # whose temperature means nothing
-    if not (coin or 0.5 <= temperature <= 2):
+def _doubts(h: NDArray[np.float64], temperature: float, *, fitted: bool, learned: bool) -> list[str]:
+    doubts = []
+    if learned and not 0.5 <= temperature <= 2:  # else it means nothing
         doubts.append(f"the margins are not log-odds; train with margin_temperature = {temperature:.3g}")
     if np.ptp(h) == 0:
         doubts.append("all margins are the same, so every pair gets the same weight; MADPO is DPO here")
-    if coin:
-        doubts.append("the reward model agrees with hardly more labels than a coin; its margins carry no signal")
-    elif _log_loss(calibrated) > COIN - 0.005 and h.any():
-        doubts.append("the log loss is that of a coin; the margins say little about the labels")
     if (h >= 0).all() and h.any():
         doubts.append("no margin is negative: were these pairs ordered by the reward model that scored them?")
-    if fitted and len(h) < 200:
+    if fitted and learned and len(h) < 200:
         doubts.append(f"{len(h)} pairs are too few to fit a temperature to; measure it on more held-out pairs")
     return doubts
 

@@ -174,7 +174,9 @@ def run_status(root: Path) -> RunStatus:
     try:
         listing = _Listing.model_validate_json((root / "run.json").read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(f"{root} holds no run (no run.json); give the --output_dir of a madpo run") from None
+        raise ConfigError(
+            f"{root} holds no run (no run.json); give the --output_dir of madpo run or madpo compare"
+        ) from None
     except (OSError, ValueError):
         raise ConfigError(f"{root / 'run.json'} is damaged; the same madpo run command writes it again") from None
     steps: dict[str, Record | None] = {}

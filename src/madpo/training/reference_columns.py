@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.utils import use_adapter
 
@@ -26,6 +25,7 @@ from madpo.core.feature_file import FeatureFile
 from madpo.core.processes import on_main_process
 from madpo.core.progress import say_once
 from madpo.data.folds import prompt_ids_key
+from madpo.models.engine.dependence import without_numbers
 from madpo.models.engine.features import feature_layers
 from madpo.models.engine.logprobs import embedding_rows, unwrapped
 from madpo.rewards.probe import FittedProbe, fit_probe
@@ -80,8 +80,13 @@ class ReferenceColumns(ExactResume):
                 self._keep_reference(name)
             if self._live is None or not (self._synchronised or streamed):
                 missing |= set(REFERENCE_COLUMNS)
-        rows = None if streamed else self._remove_unused_columns(dataset, name)
-        if self.loss.needs_reference and len(given) == 2 and not (streamed or self._synchronised or self.sharded):
+        compared = self.loss.needs_reference and len(given) == 2 and not (streamed or self._synchronised)
+        gone = self.state.global_step > 0 and self.ref_model is None  # or is trained
+        compared = compared and not (self.sharded or gone or without_numbers(self.model))
+        if not (missing or compared):
+            return dataset
+        rows = self._remove_unused_columns(dataset, name)
+        if compared:
             self._compare_given(rows, name, batch_size)
         if not missing:
             return dataset
@@ -109,9 +114,6 @@ class ReferenceColumns(ExactResume):
 
     def _compare_given(self, rows: Dataset, name: str, batch_size: int) -> None:
         """Say so where given log-probabilities are not those of the reference, by the first batch."""
-        on_paper = any(isinstance(parameter, FakeTensor) for parameter in self.model.parameters())
-        if on_paper or (self.state.global_step > 0 and self.ref_model is None):
-            return  # it has no numbers; it is gone, or is trained
         batch = replace(self.data_collator, columns=())(list(rows.select(range(min(batch_size, len(rows))))))
         with self._reference(name) as model:
             model.to(self.accelerator.device)

@@ -1,4 +1,4 @@
-"""Which states of a model depend on which tokens, decided exactly by gradients."""
+"""Which states of a model depend on which tokens, decided exactly by gradients; and which weights are not here."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def depends(model: nn.Module, run: Callable[[], Tensor], cases: Sequence[tuple[Tensor, Tensor]]) -> bool | None:
@@ -53,3 +54,8 @@ def depends(model: nn.Module, run: Callable[[], Tensor], cases: Sequence[tuple[T
 def sharded(model: nn.Module) -> bool:
     """Whether the model's weights are not all here: placeholders, or parts of what DeepSpeed or FSDP splits."""
     return any(p.is_meta or hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in model.parameters())
+
+
+def without_numbers(model: nn.Module) -> bool:
+    """Whether the model's weights have no numbers (:mod:`madpo.models.on_paper`), which nothing can be told by."""
+    return any(isinstance(p, FakeTensor) for p in model.parameters())

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from madpo.core.errors import ConfigError, first_line
 from madpo.models.engine import memory_efficient as lean
-from madpo.models.engine.dependence import depends, sharded
+from madpo.models.engine.dependence import depends, sharded, without_numbers
 from madpo.models.engine.features import LayerMeans, packed_weights, padded_weights
 from madpo.models.engine.head import Head, backbone, text_model, token_logps
 from madpo.models.engine.packable import packs
@@ -101,7 +101,7 @@ def check_reading(model: nn.Module) -> None:
         raise ConfigError(f"{name} is an encoder-decoder model; give a decoder-only model")
     if backbone(model) is model:
         raise ConfigError(f"{name} has no backbone apart from its output head, so it is not supported")
-    if not sharded(model):
+    if not (sharded(model) or without_numbers(model)):
         head = Head.of(model)
         ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=head.weight.device) % head.weight.shape[0]
         ones, last = torch.ones_like(ids), torch.zeros_like(ids, dtype=torch.bool)

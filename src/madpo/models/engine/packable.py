@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from madpo.models.engine.dependence import depends
+from madpo.models.engine.dependence import depends, without_numbers
 from madpo.models.engine.packed_attention import row_states
 from madpo.models.engine.packing import Packing, pack
 from madpo.models.modes import evaluating
@@ -40,13 +40,15 @@ rejected completions; the first and the second pair."""
 def packs(model: nn.Module, plain: Callable[[Tensor, Tensor], Tensor]) -> bool:
     """Whether the model gives the same states packed as in rows; found at the first call for a model.
 
+    One on paper is taken for such a model.
+
     Args:
         plain: function of (input_ids, attention_mask) that gives the states of padded rows.
     """
     known: bool | None = getattr(model, "_madpo_packs", None)
     if known is None:
         with evaluating(model):
-            reason = _obstacle(model, plain)
+            reason = None if without_numbers(model) else _obstacle(model, plain)
         if reason is not None:
             warnings.warn(
                 f"{type(model).__name__} cannot share prompts ({reason}); its rows are padded instead, which is slower",
