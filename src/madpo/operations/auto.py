@@ -108,18 +108,8 @@ class AutoReport(TrainReport):
             )
         return lines
 
-    def measured(self) -> list[str]:
-        """What was measured, in Markdown for the model card."""
-        lines = [f"- {line}" for line in self.decision()]
-        return [*lines, "", *super().measured()] if self.evaluation else lines
 
-    def text(self) -> str:
-        """The report for a person."""
-        head = f"{self.pairs} pairs, {self.eval_pairs} held out, {self.steps} steps"
-        return "\n".join([head, *self.decision(), *self.evaluated()])
-
-
-@operation("train_auto/8")
+@operation("train_auto/9")
 def train_auto(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """The operation behind ``madpo train`` with no loss named."""
     assert isinstance(settings.loss, Auto)

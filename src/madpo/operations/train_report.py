@@ -59,26 +59,26 @@ class TrainReport(Report):
 
     def measured(self) -> list[str]:
         """What was measured, in Markdown for the model card."""
+        lines = [f"- {line}" for line in self.decision()]
         if not self.evaluation:
-            return ["Nothing: no pairs were held out. `madpo evaluate` measures what the policy writes."]
-        lines = ["| on the held-out pairs | value | |", "| --- | --- | --- |"]
+            return lines or ["Nothing: no pairs were held out. `madpo evaluate` measures what the policy writes."]
+        lines += ["", "| on the held-out pairs | value | |", "| --- | --- | --- |"]
         measured = main_measures(self.evaluation)
         return lines + [f"| {name.lower()} | {value:.6g} | {unit} |" for name, unit, value in measured]
 
     def text(self) -> str:
         """The report for a person."""
-        lines = [f"{self.pairs} pairs, {self.steps} steps, mean loss {self.loss:.4f}"]
+        held = f", {self.eval_pairs} held out" if self.eval_pairs else ""
+        lines = [f"{self.pairs} pairs{held}, {self.steps} steps, mean loss {self.loss:.4f}"]
         if self.dropped or self.cut:
             lines.append(f"longer than max_length: {self.dropped} pairs dropped (dropped.jsonl), {self.cut} cut")
         if self.probe is not None:
             lines.append(f"margins by a {self.probe.text()}")
-        return "\n".join([*lines, *self.evaluated()])
-
-    def evaluated(self) -> list[str]:
-        """What was found on held-out pairs, a line each; empty without such pairs."""
         measured = main_measures(self.evaluation)
         found = [f"    {name.lower()}  {value:.4f}  ({unit})" for name, unit, value in measured]
-        return [f"on {self.eval_pairs} held-out pairs:", *found] if found else []
+        return "\n".join(
+            [*lines, *self.decision(), *([f"on {self.eval_pairs} held-out pairs:"] if found else []), *found]
+        )
 
 
 def title(settings: TrainSettings) -> str:

@@ -18,6 +18,7 @@ from madpo.core.config import find_experiment, load_config
 from madpo.core.progress import duration, memory_text
 from madpo.models.load import compute_dtype
 from madpo.models.packaged import PACKAGED, cache_dir, cache_limit
+from madpo.report.numbers import count
 from madpo.runner.record import installed
 from madpo.runner.run import plan
 from madpo.study.estimates import TWO_CORES, Machine, estimates, product_times, this_machine
@@ -45,7 +46,7 @@ def diagnose() -> Iterator[Line]:
     yield Line("models", ", ".join(f"{name} {'is here' if it else 'is not installed'}" for name, it in here.items()))
     yield Line("accelerator", _accelerator())
     load = "" if not hasattr(os, "getloadavg") else f", load {os.getloadavg()[0]:.1f} in the last minute"
-    yield Line("CPU", f"{os.cpu_count()} cores, {_several(torch.get_num_threads(), 'thread')} used{load}")
+    yield Line("CPU", f"{os.cpu_count()} cores, {count(torch.get_num_threads(), 'thread')} used{load}")
     memory = psutil.virtual_memory()
     yield Line("memory", f"{memory_text(memory.available)} of {memory_text(memory.total)} are free")
     yield Line("cache", _cache(cache_dir()))
@@ -83,10 +84,6 @@ def _accelerator() -> str:
     return f"none: everything runs on the CPU{f' ({built})' if built else ''}"
 
 
-def _several(n: int, noun: str) -> str:
-    return f"{n} {noun}{'' if n == 1 else 's'}"
-
-
 def _cache(folder: Path) -> str:
     where = next(path for path in (folder, *folder.parents) if path.exists())
     free = f"{memory_text(shutil.disk_usage(where).free)} free there"
@@ -96,7 +93,7 @@ def _cache(folder: Path) -> str:
         return memory_text(sum(file.stat().st_size for place in places for file in place.rglob("*") if file.is_file()))
 
     columns = f"columns of {size(folder / 'columns')} (at most {cache_limit() / 1e9:g})"
-    return f"{folder}, {_several(len(models), 'model')} of {size(*models)}, {columns}, {free}"
+    return f"{folder}, {count(len(models), 'model')} of {size(*models)}, {columns}, {free}"
 
 
 def _rate(dtype: torch.dtype) -> str:
