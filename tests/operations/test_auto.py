@@ -221,7 +221,7 @@ def test_pages_say_what_was_trained_in_words_of_auto(done):
     share = json.loads((done / "report.json").read_bytes())["label_share"]
     mixed = f"labels and margins mixed (label share {share:.2f}), for auto"
     assert titles == {".": "auto", "dpo": "plain DPO, for auto", "mixed": mixed}
-    assert "label share" in pages["."], "the decision is on the page"
+    assert "Label share" in pages["."], "the decision is on the page"
 
 
 def test_fast_is_one_training_with_a_fixed_share(llama, data, tmp_path):

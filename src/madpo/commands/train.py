@@ -64,7 +64,7 @@ def score(options: Score) -> int:
 
 class Train(Configurable, TrainSettings, HeldOut, DryRun, Result, Data):
     memory: ByteSize | None = None
-    """For dry_run: the memory that the step must fit into, such as 80GB; none is all that this machine has."""
+    """For dry_run: an accelerator's memory that the step must fit into, such as 80GB; none is all of this machine's."""
     lengths: tuple[int, int] | None = None
     """For dry_run: tokens of prompt and completion in place of those of the longest pairs; DATA is then not needed."""
 

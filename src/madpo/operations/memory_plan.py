@@ -59,8 +59,8 @@ class StepMemory(NamedTuple):
 
     @property
     def held(self) -> int:
-        """What a process holds at the peak."""
-        return self.peak if torch.cuda.is_available() else int(self.peak + HELD_BACK * (self.peak - self.weights))
+        """What a process on a processor holds at most."""
+        return int(self.peak + HELD_BACK * (self.peak - self.weights))
 
 
 class MemoryPlan(NamedTuple):
@@ -81,14 +81,13 @@ class MemoryPlan(NamedTuple):
         step = self.step
         parts = {"weights": step.weights, "gradients": step.gradients, "optimizer": step.optimizer, "saved": step.saved}
         shown = ", ".join(f"{name} {memory_text(size)}" for name, size in parts.items())
-        kept = step.held - step.peak
-        freed = f"; up to {memory_text(kept)} of it are freed blocks that a processor's allocator keeps" if kept else ""
         fits = f"micro-batches of up to {self.largest} such pairs fit" if self.largest else "not one such pair fits"
         if self.largest == self.tried:
             fits = f"a micro-batch of {self.tried} such pairs fits (more were not tried)"
         return (
             f"A step of {step.pairs} pairs, the longest of {self.lengths[0]} + {self.lengths[1]} tokens, needs "
-            f"{memory_text(step.held)} at its peak ({shown} for the backward pass{freed}).\n"
+            f"{memory_text(step.peak)} at its peak ({shown} for the backward pass); a process on a "
+            f"processor keeps freed blocks as well and holds up to {memory_text(step.held)}.\n"
             f"With {memory_text(LIBRARIES)} for the libraries, {fits} into {memory_text(self.memory)}."
         )
 
@@ -105,7 +104,8 @@ def memory_plan(
     Args:
         settings: of the training; ``settings.model`` may be a folder that has only a ``config.json``.
         lengths: tokens of the prompt and of each completion in place of those of ``data``, which is then not read.
-        memory: bytes that the step must fit into; None is what this machine has.
+        memory: bytes that the step must fit into, of an accelerator; None is what this machine has, where a
+            processor's freed blocks count as well.
 
     Raises:
         ConfigError: the model cannot be put on paper.
@@ -130,10 +130,11 @@ def memory_plan(
         if args.pair_weights:
             rows = [{"weight": 1.0, **row} for row in rows]
         need = cache(steps_of(_on_paper(settings, args, base, rows[0]), rows))
+        here = memory is None and not torch.cuda.is_available()
         room = torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else psutil.virtual_memory().total
         step, memory = need(int(args.per_device_train_batch_size)), memory or room
         tried = MOST if lengths is not None else min(MOST, len(rows))
-        largest = _largest(lambda pairs: need(pairs).held + LIBRARIES, memory, tried)
+        largest = _largest(lambda pairs: (need(pairs).held if here else need(pairs).peak) + LIBRARIES, memory, tried)
     longest = rows[0]
     completion = max(len(longest["chosen_ids"]), len(longest["rejected_ids"]))
     return MemoryPlan(step, (len(longest["prompt_ids"]), completion), memory, largest, tried)

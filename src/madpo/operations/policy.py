@@ -39,7 +39,7 @@ from madpo.runner.first_start import since_first_start
 from madpo.runner.operation import operation
 from madpo.training import PreferenceConfig, PreferenceTrainer
 from madpo.training.first_look import FirstLook, in_halves
-from madpo.training.run import LogsShortTrainings, keep_tracked, run_training
+from madpo.training.run import keep_tracked, run_training
 
 HELDOUT = "heldout.jsonl"
 """One line for each held-out pair: its implicit margin, and its reward margin where the data have one."""
@@ -120,6 +120,10 @@ def _train(settings: TrainSettings, inputs: Mapping[str, Path], out: Path, *, no
         rows = in_halves(rows, [prompts[row["pair_id"]] for row in rows], split_seed(settings, args))
     if heldout:
         require_columns(heldout, settings.loss, str(eval_data or data), probed=probed)
+    if "logging_steps" not in settings.args:  # a short training has 20 lines in its log, or one a step
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        steps = args.max_steps if args.max_steps > 0 else len(rows) * args.num_train_epochs / batch
+        args.logging_steps = max(1, min(int(args.logging_steps), int(steps) // 20))
     trainer = build_trainer(settings, args, base, tokenizer, rows, heldout)
     trainer.first_look = FirstLook() if noted else None
     if trainer.sharded and settings.merges:
@@ -130,8 +134,6 @@ def _train(settings: TrainSettings, inputs: Mapping[str, Path], out: Path, *, no
 
     # The trainer knows by itself what of its arguments decides the result.
     stage = settings.model_copy(update={"args": {}})
-    if "logging_steps" not in settings.args:
-        trainer.add_callback(LogsShortTrainings())
     page = running_page(out, title(settings), {"pairs": f"{len(rows):,}"}, resolved(data, settings, clock))
     result = run_training(trainer, stage, f"Training ({settings.method})", out, page)
     evaluation = {}

@@ -90,6 +90,8 @@ class PreferenceTrainer(PairLoss, DPOTrainer):  # type: ignore[misc]
         loss: LossConfig | None = None,
     ) -> None:
         self.loss = loss if loss is not None else DPO() if args is None else loss_of(args)
+        if not isinstance(self.loss, LossConfig):
+            raise ConfigError(f"loss is {loss!r}; give an object of madpo.losses, such as MADPO(beta=0.1) or DPO()")
         self._take_name(self.loss)
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)

@@ -73,13 +73,6 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         self._bar.__exit__(None, None, None)
 
 
-class LogsShortTrainings(TrainerCallback):  # type: ignore[misc]
-    """Logs a training of few steps at least 20 times, or at each step, where its arguments would log it less often."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        state.logging_steps = max(1, min(state.logging_steps, state.max_steps // 20))
-
-
 def _log_line(row: Mapping[str, Any]) -> str:
     """A row of ``log.jsonl``: only what depends on the training, in an order that a checkpoint does not change."""
     kept = {k: v for k, v in sorted(row.items()) if k != "step" and not k.endswith(("_runtime", "_per_second"))}
