@@ -315,6 +315,10 @@ def test_margins_that_know_nothing_recommend_nothing(size):
     assert nothing.tau is nothing.c_max is None
     assert "recommended" not in nothing.text()
     assert [(s.tau, s.c_max) for s in nothing.settings] == [*PAPER_SETTINGS]
+    assert not nothing.suspects
+    swapped = inspect(-size * np.abs(coin))
+    assert swapped.tau is None
+    assert ("swapped" in swapped.text()) == bool(swapped.suspects) == (size > 0)
     signal = inspect(coin + 1)
     assert signal.tau is not None
     assert "recommended: tau = " in signal.text()

@@ -33,8 +33,6 @@ class Result(Frozen):
 class DryRun(Frozen):
     """A command with a dry run, for which nothing must be given that it neither reads nor writes."""
 
-    output_dir: Path
-    """Folder of the result; not needed with dry_run."""
     dry_run: bool = False
     """Say what would run and what it needs (time, memory), and write nothing."""
 

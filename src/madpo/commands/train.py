@@ -8,6 +8,7 @@ named, :mod:`madpo.operations.auto` runs it twice), and that builds and runs ``P
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import ByteSize, model_validator
@@ -63,6 +64,8 @@ def score(options: Score) -> int:
 
 
 class Train(Configurable, TrainSettings, HeldOut, DryRun, Result, Data):
+    output_dir: Path
+    """Folder of the result; not needed with dry_run."""
     memory: ByteSize | None = None
     """For dry_run: an accelerator's memory that the step must fit into, such as 80GB; none is all of this machine's."""
     lengths: tuple[int, int] | None = None

@@ -152,7 +152,7 @@ def write_training_page(
     chart = training_chart(log)
     charts = [draw(chart)] if chart is not None else []
     tiles = {name: cell(value, digits=3) for name, value in numbers.items()}
-    for name, _, value in main_measures(evaluation):
+    for name, _, value in main_measures(evaluation)[:3]:
         tiles[f"held-out {name.lower()}"] = cell(value, "share" if name == "Accuracy" else "number", digits=3)
     sections = [Section("The course of the training", charts=charts)] if charts else []
     if evaluation:

@@ -29,6 +29,9 @@ NOTHING_LEARNED = (
     "the margins explain these labels no better than a coin, so their reward model has learned nothing that these "
     "pairs show; train with --loss dpo, or get margins from another reward model or from more pairs"
 )
+SWAPPED = (
+    "the margins contradict most of these labels: are chosen and rejected swapped, or is a lower score the better one?"
+)
 NOT_SHOWN = (
     "the reward model was trained on these pairs, so they cannot show what it has learned; madpo score --probe MODEL "
     "or --folds 5 gives margins out of fold"
@@ -196,17 +199,18 @@ def inspect(
         raise DataError(f"there are {len(h)} margins but {len(ids)} pair ids; give one for each")
     temperature, reason, fitted = _temperature(h, margin_temperature, trained_on=trained_on)
     calibrated = h / temperature
-    learned = better_than_coin(h, prompts)
+    learned, wrong = better_than_coin(h, prompts), proportion_of(h < 0, prompts)
     if recommended := learned and not trained_on:
         given, reasons, warnings = _recommend(calibrated)
     else:
-        given, reasons, warnings = WeightParameters(), [NOT_SHOWN if learned else NOTHING_LEARNED], []
+        why = NOT_SHOWN if learned else SWAPPED if wrong.low > 0.5 else NOTHING_LEARNED
+        given, reasons, warnings = WeightParameters(), [why], []
     bins, error = reliability(calibrated, prompts=prompts)
     warnings += _doubts(h, temperature, fitted=fitted, learned=learned)
     if trained_on:
         warnings.append("the reward model was trained on these pairs: all of this flatters it")
-    contradicted = np.flatnonzero(h < 0)
-    worst = contradicted[np.argsort(h[contradicted], kind="stable")[:SUSPICIOUS]]
+    order = np.argsort(h, kind="stable")[: SUSPICIOUS if learned or wrong.low > 0.5 else 0]
+    worst = order[h[order] < 0]
     weights = np.exp(log_weight(calibrated[worst], given))
     shown = [*PAPER_SETTINGS, *([(given.tau, given.c_max)] if recommended else [])]
     settings = [_setting(calibrated, *setting) for setting in shown]
@@ -217,7 +221,7 @@ def inspect(
         deviation=float(h.std()),
         smallest=float(h.min()),
         largest=float(h.max()),
-        contradicted=proportion_of(h < 0, prompts),
+        contradicted=wrong,
         margin_temperature=temperature,
         temperature_reason=reason,
         temperature_fitted=fitted,
