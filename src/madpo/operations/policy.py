@@ -120,10 +120,8 @@ def _train(settings: TrainSettings, inputs: Mapping[str, Path], out: Path, *, no
         rows = in_halves(rows, [prompts[row["pair_id"]] for row in rows], split_seed(settings, args))
     if heldout:
         require_columns(heldout, settings.loss, str(eval_data or data), probed=probed)
-    if "logging_steps" not in settings.args:  # a short training has 20 lines in its log, or one a step
-        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        steps = args.max_steps if args.max_steps > 0 else len(rows) * args.num_train_epochs / batch
-        args.logging_steps = max(1, min(int(args.logging_steps), int(steps) // 20))
+    if "logging_steps" not in settings.args:
+        args.logging_steps = _every(args, len(rows))
     trainer = build_trainer(settings, args, base, tokenizer, rows, heldout)
     trainer.first_look = FirstLook() if noted else None
     if trainer.sharded and settings.merges:
@@ -166,6 +164,13 @@ def _train(settings: TrainSettings, inputs: Mapping[str, Path], out: Path, *, no
         write_atomically(out / "dropped.jsonl", too_long.lines())
     write_report(out, data, eval_data, settings, args, report, clock)
     return {"pairs": report.pairs, "steps": report.steps, "loss": report.loss, **evaluation}
+
+
+def _every(args: PreferenceConfig, pairs: int) -> int:
+    """Steps between two lines of the log: a short training has at least 20 lines, or one for each step."""
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    steps = args.max_steps if args.max_steps > 0 else pairs * args.num_train_epochs / batch
+    return max(1, min(int(args.logging_steps), int(steps) // 20))
 
 
 def _prompts_by_pair(rows: Sequence[Row]) -> dict[int, str]:
