@@ -325,6 +325,32 @@ def test_score_columns_that_are_not_there_name_those_that_are(tmp_path: Path) ->
     score(path, tmp_path / "S", ScoreSettings(score_columns=(one, two), margin_temperature=1.0))
 
 
+def test_scores_of_sides_that_a_label_orders_are_not_those_of_the_chosen(tmp_path: Path) -> None:
+    rows = [
+        {
+            "prompt": f"{ASK}{i}",
+            "response_a": GOOD,
+            "response_b": BAD,
+            "winner": "ab"[i % 2],
+            "rm_a": i,
+            "rm_b": 3.0 - i,
+        }
+        for i in range(4)
+    ]
+    path = written(tmp_path, rows)
+    with refused(DataError, "rm_a and rm_b", "response_a and response_b"):
+        load_preferences(path, columns={"chosen_score": "rm_a", "rejected_score": "rm_b"})
+    with refused(ConfigError, "rm_a and rm_b", "response_a and response_b") as caught:
+        score(path, tmp_path / "S", ScoreSettings(score_columns=("rm_a", "rm_b"), margin_temperature=1.0))
+    command = re.search(r"(--columns.*) orders", str(caught.value))
+    assert command is not None
+    words = [*shlex.split(command[1]), "--score_columns", "chosen_score", "rejected_score"]
+    words += ["--margin_temperature", "1", "--output_dir", str(tmp_path / "S")]
+    assert main(["score", str(path), *words]) == 0
+    found = [(row["chosen"], row["reward_margin"]) for row in read(tmp_path / "S" / "scored.jsonl")]
+    assert found == [(BAD, 3.0), (BAD, 1.0), (GOOD, 1.0), (GOOD, 3.0)]
+
+
 def test_a_list_in_order_and_an_entry_of_a_list_are_named(tmp_path: Path) -> None:
     path = written(tmp_path, [{"prompt": ASK, "ranked_responses": [GOOD, "?", BAD]}])
     with pytest.raises(DataError, match=r"--columns\.completions ranked_responses"):

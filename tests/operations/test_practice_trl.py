@@ -7,15 +7,17 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl import DPOConfig, DPOTrainer, RewardTrainer
 
 from madpo.data import load_preferences
+from madpo.data.rows import Pair
 from madpo.models.load import load_tokenizer
+from madpo.operations import load_scorer
 from madpo.training.margins import sequences
-from practice_cases import FORMATS, read, run, text_pairs, write
+from practice_cases import FORMATS, conversation, read, run, text_pairs, write
 
-pytestmark = pytest.mark.usefixtures("module_cache")
+pytestmark = pytest.mark.usefixtures("module_cache", "module_float32")
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -65,3 +67,30 @@ def test_dpo_gives_the_numbers_of_stock_trl(llama, form, tmp_path):
     )  # before the first step all rewards are 0 up to rounding, which decides no accuracy
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("form", ["text", "messages"])
+@pytest.mark.parametrize("padding", ["<pad>", "</s>"])
+def test_the_reward_of_anothers_classifier_is_where_transformers_reads_it(llama, tmp_path, padding, form):
+    """With the end token as padding, that is the token before the end."""
+    tokenizer = load_tokenizer(llama)
+    tokenizer.pad_token = padding
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=1, dtype=torch.float32).eval()
+    model.config.pad_token_id = tokenizer.pad_token_id
+    torch.nn.init.normal_(model.score.weight)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    pairs = [
+        Pair(i, i, *(row[k] for k in ("prompt", "chosen", "rejected")), {})
+        for i, row in enumerate(map(conversation if form == "messages" else dict, text_pairs(5)))
+    ]
+    scorer = load_scorer(tmp_path, batch_size=4)
+    *sides, _ = scorer.encoder.ids(pairs, "d", "row")
+    assert all(ids[-1] == tokenizer.eos_token_id for ids in sides[0])
+    with torch.no_grad():
+        expected = [[float(model(input_ids=torch.tensor([ids])).logits) for ids in side] for side in sides]
+    np.testing.assert_allclose(scorer.score_pairs(pairs, "d", "row"), expected, rtol=0, atol=1e-5)
+    if isinstance(pairs[0].prompt, str):
+        found = scorer.score_responses([pair.prompt for pair in pairs], [pair.chosen for pair in pairs])
+        np.testing.assert_allclose(found, expected[0], rtol=0, atol=1e-5)

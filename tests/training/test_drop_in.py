@@ -122,7 +122,7 @@ def test_a_pairs_weight_multiplies_its_loss_where_it_is_asked_for(llama, tmp_pat
     assert not said
     with refused(DataError, "train_dataset", "'weight'"):
         build(llama, tmp_path, pairs(4), **batch)
-    for value, shown in (("high", "'high'"), (None, ""), (math.inf, "inf"), (1e39, r"(inf|1e\+39)")):
+    for value, shown in (("high", "'high'"), (None, ""), (math.inf, "inf"), (1e39, r"(inf|1e\+39)"), (-0.5, "-0.5")):
         data = pairs(4).add_column("pair_id", list("abcd")).add_column("weight", [value] * 4)
         with pytest.raises(DataError, match=rf"'weight' .*{shown}.* pair [abcd]\b"):
             build(llama, tmp_path, data, **batch).train()

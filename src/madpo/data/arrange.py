@@ -52,6 +52,9 @@ class Arranger:
         self.layout, self.from_text = layout, from_text
         self.taken = set(layout.columns(names))
         self.suffixes = _suffixes(layout.sides)
+        scores = [name for name in (layout.chosen_score, layout.rejected_score) if name]
+        if len(scores) == 2 and (remedy := scores_of_sides(layout, scores)):
+            raise RowError(f"columns.chosen_score and columns.rejected_score are {' and '.join(scores)}: {remedy}")
 
     def pairs(self, raw: Raw) -> Iterator[Arranged]:
         """The pairs of a row: one, or several of a tree. Raises RowError, or LeftOut: the row holds no preference."""
@@ -347,6 +350,20 @@ def _ends(found: Sequence[Completion]) -> tuple[Completion, Completion] | None:
     if len({completion.value for completion in found}) < 2:
         return None
     return max(found, key=lambda c: c.value), min(found, key=lambda c: c.value)
+
+
+def scores_of_sides(layout: Layout, names: Sequence[str]) -> str:
+    """Why columns are no scores of the chosen and the rejected, and what to do; empty where they may be.
+
+    They are called like the sides, of which a label says the order.
+    """
+    if not layout.sides or {plain_name(name).split("_")[-1] for name in names} != {*_suffixes(layout.sides)}:
+        return ""
+    return (
+        f"these are scores of {' and '.join(layout.sides)}, either of which can be the chosen one; --columns.sides "
+        f"{','.join(layout.sides)} --columns.score {','.join(names)} orders the sides by them, under the names "
+        f"{' and '.join(SCORES)}"
+    )
 
 
 def _suffixes(sides: Sequence[str]) -> tuple[str, ...]:

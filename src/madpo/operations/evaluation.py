@@ -145,7 +145,7 @@ def evaluate(
     return load_report(out / "evaluation.json", EvaluateReport)
 
 
-@operation("evaluate_responses/5")
+@operation("evaluate_responses/6")
 def evaluate_responses(settings: EvaluateSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """The operation behind :func:`evaluate`."""
     place = find_policy(inputs["policy"], settings.reference)

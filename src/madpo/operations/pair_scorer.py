@@ -84,6 +84,13 @@ class PairScorer:
     def __init__(self, model: RewardModel, *, own: bool, batch_size: int = 16, clock: Clock | None = None) -> None:
         self.model, self.batch_size = model, batch_size
         self.encoder = PairEncoder(model.tokenizer, own=own, clock=clock)
+        self._pad = None if own else model.inner.config.get_text_config().pad_token_id
+
+    def _read(self, sequences: Sequence[list[int]]) -> list[list[int]]:
+        """The sequences up to where transformers reads another's classifier: its last token that is not the padding's,
+        which may be the end token's."""
+        ends = ([i for i, token in enumerate(ids, 1) if token != self._pad] or [1] for ids in sequences)
+        return [ids[: end[-1]] for ids, end in zip(sequences, ends, strict=True)]
 
     def score_pairs(self, pairs: Sequence[Pair], name: str, unit: str) -> tuple[NDArray[Any], NDArray[Any]]:
         """(rewards of the chosen, rewards of the rejected), float64, in the reward model's unit.
@@ -91,7 +98,8 @@ class PairScorer:
         Raises:
             ConfigError, DataError: as :meth:`PairEncoder.ids`.
         """
-        chosen, rejected = self.model.score_pairs(*self.encoder.ids(pairs, name, unit), self.batch_size)
+        one, other, lengths = self.encoder.ids(pairs, name, unit)
+        chosen, rejected = self.model.score_pairs(self._read(one), self._read(other), lengths, self.batch_size)
         return chosen.astype(np.float64), rejected.astype(np.float64)
 
     def score_responses(self, prompts: Sequence[Text], responses: Sequence[str]) -> NDArray[np.float64]:
@@ -103,7 +111,7 @@ class PairScorer:
         said = [answered(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
         pairs = [Pair(i, i, prompt, one, one, {}) for i, (prompt, one) in enumerate(zip(prompts, said, strict=True))]
         ids, _, lengths = self.encoder.ids(pairs, "the responses", "response")
-        return self.model.score_ids(ids, self.batch_size, prompt_lengths=lengths).astype(np.float64)
+        return self.model.score_ids(self._read(ids), self.batch_size, prompt_lengths=lengths).astype(np.float64)
 
 
 def load_scorer(place: str | Path, *, batch_size: int = 16, clock: Clock | None = None) -> PairScorer:

@@ -27,6 +27,7 @@ from madpo.core.reports import Report
 from madpo.core.statistics import proportion_of
 from madpo.core.storage import storage_errors, write_atomically
 from madpo.data import load_preferences
+from madpo.data.arrange import scores_of_sides
 from madpo.data.folds import PromptNumbers, folds_by_prompt, prompt_key, prompt_keys
 from madpo.data.load import PairStream, surveyed
 from madpo.data.raw import as_number
@@ -192,6 +193,8 @@ def _columns(data: str, columns: Layout, names: tuple[str, str]) -> Scores:
     sides: tuple[list[float], list[float]] = ([], [])
     stream = PairStream(data, columns, every_column=True)
     for pair, raw in stream.with_rows():
+        if stream.layout and (remedy := scores_of_sides(stream.layout, names)):
+            raise ConfigError(f"{data}: score_columns are {' and '.join(names)}: {remedy}")
         with located(stream.source.at(pair.number)):
             refuse_other_row(raw, names)
             for name, found in zip(names, sides, strict=True):

@@ -81,6 +81,11 @@ def _numbers(name: str, examples: Sequence[dict[str, Any]]) -> Tensor:
                 f"the column {name!r} is {value} for pair {pair}, which is no finite float32; score the pair again or "
                 "drop it"
             )
+        if name == "weight" and found[-1] < 0:
+            raise DataError(
+                f"the column 'weight' is {value} for pair {pair}, and would reverse the pair; exchange chosen and "
+                "rejected, or drop the pair"
+            )
     return torch.tensor(found, dtype=torch.float64).float()
 
 

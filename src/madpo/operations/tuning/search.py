@@ -79,7 +79,7 @@ class TuneConfig(TuneSettings):
     """A finished search whose trials are kept."""
 
 
-@operation("tune_pairs/5")
+@operation("tune_pairs/6")
 def tune_pairs(settings: TuneConfig, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """The operation behind :func:`tune`."""
     data = str(inputs["data"])
