@@ -24,7 +24,7 @@ from madpo.core.layout import Layout
 from madpo.core.metrics import Estimate, Metrics
 from madpo.core.progress import bar, say
 from madpo.core.reports import Report
-from madpo.core.statistics import proportion_of
+from madpo.core.statistics import OUT_OF_FOLD, proportion_of
 from madpo.core.storage import storage_errors, write_atomically
 from madpo.data import load_preferences
 from madpo.data.arrange import scores_of_sides
@@ -275,17 +275,18 @@ class _Scoring(NamedTuple):
             prompts = [*map(PromptNumbers(), (pair.prompt for pair in self.pairs))]
             how: Any = {"margin_temperature": settings.margin_temperature, "trained_on": trained_on}
             fitted = inspect(difference, prompts=prompts, **how)
+            out_of_fold = settings.folds is not None or settings.probe is not None
             margins = difference / (fitted.margin_temperature if settings.score_columns is not None else 1.0)
             report = ScoreReport(
                 file=f"scored.{settings.format}",
                 pairs=len(margins),
-                accuracy=proportion_of(margins > 0, prompts),
+                accuracy=proportion_of(margins > 0, prompts, inflation=OUT_OF_FOLD if out_of_fold else 1.0),
                 mean_margin=float(margins.mean()),
                 log_loss=fitted.log_loss,
                 temperature=fitted.margin_temperature,
                 temperature_reason=fitted.temperature_reason,
                 calibrated_log_loss=fitted.calibrated_log_loss,
-                heldout=settings.folds is not None or settings.probe is not None,
+                heldout=out_of_fold,
                 trained_on=trained_on,
                 seen=seen,
                 ties=int((margins == 0).sum()),

@@ -30,7 +30,7 @@ from scipy.special import expit
 from madpo.core.errors import DataError
 from madpo.core.metrics import Estimate
 from madpo.core.reports import Report
-from madpo.core.statistics import bootstrap_mean, fit_temperature, proportion_of
+from madpo.core.statistics import OUT_OF_FOLD, bootstrap_mean, fit_temperature, proportion_of
 from madpo.data.folds import folds_by_prompt
 from madpo.rewards.margins import Reliability, reliability
 
@@ -49,13 +49,6 @@ _BLOCK = 2048
 """Rows that are read at once."""
 _EXACT = 2**22
 """Values in a table of differences, up to which the fit is computed in float64."""
-CROSSED = 2.0
-"""How much larger the variance of a mean out of fold may be than that of independent pairs.
-
-A label that judges a regression has trained those that judge the others. Of margins that are linear in the labels and
-have no signal, each product of two labels then counts twice, and the variance is exactly double. In simulations (50 to
-200 pairs, coins and a signal) intervals without it cover 82 to 90 %, and with it 96 to 98 %.
-"""
 _NOISE = 1e-5
 """A feature whose differences are smaller than this share of its values holds rounding errors only."""
 
@@ -109,9 +102,10 @@ class ProbeReport(Report):
     """Penalty of the frozen probe."""
     fold_penalties: tuple[float, ...]
     accuracy: Estimate
-    """Share of pairs with an out-of-fold margin above 0, with its interval over prompts, wide by :data:`CROSSED`."""
+    """Share of pairs with an out-of-fold margin above 0, with its interval over prompts; both intervals are as
+    wide as :data:`madpo.core.statistics.OUT_OF_FOLD` says."""
     log_loss: Estimate
-    """Log loss of the out-of-fold margins, nats per pair, with its interval as before; a coin's is 0.693."""
+    """Log loss of the out-of-fold margins, nats per pair, with its interval; a coin's is 0.693."""
     temperature: float
     """What would calibrate the margins further; 1 means that they are log-odds."""
     calibrated_log_loss: float
@@ -182,8 +176,10 @@ def fit_probe(
         folds=folds,
         penalty=weights.penalty,
         fold_penalties=tuple(map(float, found.penalties)),
-        accuracy=proportion_of(margins > 0, keys, inflation=CROSSED),
-        log_loss=bootstrap_mean(np.logaddexp(0.0, -margins), seed=seed, clusters=keys, lowest=0.0, inflation=CROSSED),
+        accuracy=proportion_of(margins > 0, keys, inflation=OUT_OF_FOLD),
+        log_loss=bootstrap_mean(
+            np.logaddexp(0.0, -margins), seed=seed, clusters=keys, lowest=0.0, inflation=OUT_OF_FOLD
+        ),
         temperature=temperature,
         calibrated_log_loss=calibrated,
         reliability=reliability(margins, prompts=keys)[0],

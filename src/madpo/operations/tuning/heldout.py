@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from madpo.core.columns import REFERENCE_COLUMNS
 from madpo.core.errors import DivergedError
-from madpo.core.statistics import bootstrap_mean, fit_temperature, share_of
+from madpo.core.statistics import OUT_OF_FOLD, bootstrap_mean, fit_temperature, proportion_of
 from madpo.core.storage import write_atomically
 from madpo.data.folds import folds_by_prompt, prompt_key, prompt_keys
 from madpo.data.messages import answered
@@ -264,7 +264,7 @@ def summarised(
     margins: Floats, prompts: NDArray[np.int64], curves: Sequence[RewardCurve], settings: TuneSettings
 ) -> Measured:
     """The criteria, from the held-out margins (and reward curves) of all folds together."""
-    seed = settings.search_seed
+    seed, how = settings.search_seed, dict[str, Any](clusters=prompts, inflation=OUT_OF_FOLD)
     temperature = fit_temperature(margins)[0]
     right = np.where(margins > 0, 1.0, np.where(margins < 0, 0.0, 0.5))
     calibrated = np.logaddexp(0.0, -margins / temperature)
@@ -276,10 +276,10 @@ def summarised(
         rewards = np.concatenate(reached) if len(reached) == len(found) else None
         kl = bootstrap_mean(np.concatenate([curve.kl[-1] for curve in curves]), seed=seed)
     heldout = Heldout(
-        accuracy=share_of(right, seed=seed, clusters=prompts),
-        log_loss=bootstrap_mean(calibrated, seed=seed, clusters=prompts, lowest=0.0),
+        accuracy=proportion_of(right, **how),
+        log_loss=bootstrap_mean(calibrated, seed=seed, lowest=0.0, **how),
         temperature=temperature,
-        raw_log_loss=bootstrap_mean(np.logaddexp(0.0, -margins), seed=seed, clusters=prompts, lowest=0.0),
+        raw_log_loss=bootstrap_mean(np.logaddexp(0.0, -margins), seed=seed, lowest=0.0, **how),
         mean_margin=float(margins.mean()),
         reward=None if rewards is None else bootstrap_mean(rewards, seed=seed),
         kl=kl,

@@ -31,7 +31,8 @@ BASELINE = -1  # number of plain DPO
 
 
 class Heldout(Frozen):
-    """What a setting's policies make of the pairs that they did not see; intervals are over prompts."""
+    """What a setting's policies make of the pairs that they did not see; intervals are over prompts, and as wide as
+    :data:`madpo.core.statistics.OUT_OF_FOLD` says."""
 
     accuracy: Estimate
     """Share of pairs whose chosen side has the higher implicit reward; a margin of 0 is half right."""

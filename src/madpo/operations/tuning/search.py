@@ -16,7 +16,7 @@ from madpo.core.errors import ConfigError, DivergedError
 from madpo.core.metrics import Estimate, Metrics
 from madpo.core.progress import say
 from madpo.core.seeding import derived_seed
-from madpo.core.statistics import bootstrap_mean
+from madpo.core.statistics import OUT_OF_FOLD, bootstrap_mean
 from madpo.core.storage import expanded, write_atomically
 from madpo.models.hyperparameters import CHECKPOINTS
 from madpo.operations.policy import MEMORY_REMEDY
@@ -270,4 +270,5 @@ def _advantage(best: Measured, baseline: Measured, prepared: Prepared, settings:
             return None
         return bootstrap_mean(best.rewards - baseline.rewards, seed=settings.search_seed)
     gain = best.right - baseline.right if settings.criterion == "accuracy" else baseline.log_loss - best.log_loss
-    return bootstrap_mean(np.asarray(gain), seed=settings.search_seed, clusters=prepared.prompts)
+    how: dict[str, Any] = {"seed": settings.search_seed, "clusters": prepared.prompts, "inflation": OUT_OF_FOLD}
+    return bootstrap_mean(np.asarray(gain), **how)
