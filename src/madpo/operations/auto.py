@@ -213,13 +213,13 @@ def _table(path: Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["prompt", "implicit_margin", MARGIN])
 
 
-COIN = "the margins explain labels no better than a coin: plain DPO is as good"
+COIN = "the margins explain labels not clearly better than a coin: take plain DPO"
 REASONS = {
     "fast": f"one training, with the fixed label share {FAST_SHARE:g}",
     "margins": "the margins add to the labels: take the average of both policies",
     "chance": COIN,
     "coin": f"{COIN}, and both trainings take labels only",
-    "labels": f"the label's share is above {AS_GOOD:g} with 97.5 % probability: plain DPO is as good",
+    "labels": f"the label's share is above {AS_GOOD:g} with 97.5 % probability: take plain DPO",
 }
 """Of the advice, by why it is given."""
 

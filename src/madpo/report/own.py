@@ -104,7 +104,9 @@ def own_verdict(tier: Tier) -> Verdict:
         if made[best].seeds == 1:
             which = f"Better than DPO in one training of each is {best}; give --seeds 0 1, since another can turn that."
     else:
-        which = "No loss is clearly better than DPO: plain DPO is as good."
+        worse = [method for method, c in made.items() if c.below]
+        rest = f"; {listed(worse)} {'is' if len(worse) == 1 else 'are'} clearly worse." if worse else None
+        which = f"No loss is clearly better than DPO{rest or ': these data do not tell them apart.'}"
     said = []
     for digits, unit in ((2, "reward at the same KL"), (3, "held-out log loss, nats")):
         of = {method: c for method, c in made.items() if c.what.endswith("log loss") == (digits == 3)}
