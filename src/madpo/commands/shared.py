@@ -63,13 +63,15 @@ def loading(options: Any, **named: Any) -> Iterator[None]:
         yield
 
 
-def finished(report: Any, options: Any, page: str = "") -> int:
-    """Print a report, where it is, and where its page is; the exit status."""
+def finished(report: Any, options: Any, page: str = "", command: str = "") -> int:
+    """Print a report, where it is, where its page is, and the command that comes next; the exit status."""
     place: Path = options.output_dir
     if processes.is_main_process():
         show(f"{report.text()}\nwritten to {place / getattr(report, 'file', '')}")
         if page and (place / page).is_file():
             show_page(place / page)
+        if command:
+            show(f"next: {command}")
     return 0
 
 

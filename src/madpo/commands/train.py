@@ -60,7 +60,8 @@ def score(options: Score) -> int:
     named = {"pairs": [o.data], "reading": o.reading, "columns": columns}
     with loading(o, **named, models=[model], rewards=[o.reward_model]):
         from madpo.operations.scoring import score
-    return finished(score(o.data, o.output_dir, part(o, ScoreSettings), overwrite=o.overwrite), o)
+    report = score(o.data, o.output_dir, part(o, ScoreSettings), overwrite=o.overwrite)
+    return finished(report, o, command=f"madpo inspect {o.output_dir / report.file} --output margins.html")
 
 
 class Train(Configurable, TrainSettings, HeldOut, DryRun, Result, Data):
@@ -100,7 +101,7 @@ def train(options: Train) -> int:
     with loading(o, **named, pairs=pairs):
         from madpo.operations.policy import train
     report = train(o.data, o.output_dir, settings, eval_data=o.eval_data, overwrite=o.overwrite)
-    return finished(report, o, "report.html")
+    return finished(report, o, "report.html", f"madpo chat {o.output_dir}")
 
 
 class Tune(Configurable, TuneSettings, Result, Data):
@@ -121,9 +122,9 @@ def tune(options: Tune) -> int:
     named = {"pairs": [o.data], "reading": o.reading, "loss": o.loss}
     with loading(o, **named, models=[o.model], rewards=rewards):
         from madpo.operations.tuning.search import tune
-    finished(tune(o.data, o.output_dir, part(o, TuneSettings), overwrite=o.overwrite), o, "tune.html")
-    show(f"madpo train {o.data} --config {o.output_dir / 'chosen.toml'} --output_dir DIR")
-    return 0
+    report = tune(o.data, o.output_dir, part(o, TuneSettings), overwrite=o.overwrite)
+    command = f"madpo train {o.data} --config {o.output_dir / 'chosen.toml'} --output_dir DIR"
+    return finished(report, o, "tune.html", command)
 
 
 class Evaluate(Configurable, EvaluateSettings, Result):

@@ -216,7 +216,7 @@ def _table(path: Path) -> pd.DataFrame:
 COIN = "the margins explain labels not clearly better than a coin: take plain DPO"
 REASONS = {
     "fast": f"one training, with the fixed label share {FAST_SHARE:g}",
-    "margins": "the margins add to the labels: take the average of both policies",
+    "margins": "the margins add to the labels: the result is the average of both policies",
     "chance": COIN,
     "coin": f"{COIN}, and both trainings take labels only",
     "labels": f"the label's share is above {AS_GOOD:g} with 97.5 % probability: take plain DPO",

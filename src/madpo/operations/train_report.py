@@ -72,7 +72,7 @@ class TrainReport(Report):
         lines = [f"{self.pairs} pairs{held}, {self.steps} steps, mean loss {self.loss:.4f}"]
         if self.dropped or self.cut:
             lines.append(f"longer than max_length: {self.dropped} pairs dropped (dropped.jsonl), {self.cut} cut")
-        if self.probe is not None:
+        if self.probe is not None and not self.decision():
             lines.append(f"margins by a {self.probe.text()}")
         measured = main_measures(self.evaluation)
         found = [f"    {name.lower()}  {value:.4f}  ({unit})" for name, unit, value in measured]

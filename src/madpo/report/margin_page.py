@@ -37,7 +37,7 @@ def write_margin_page(path: Path, name: str, report: MarginReport, margins: Marg
     tiles = {
         **({} if report.tau is None else {"recommended τ": cell(f"{report.tau:.3g}")}),
         **({} if report.c_max is None else {"recommended c_max": cell(f"{report.c_max:g}")}),
-        "margin temperature": cell(f"{report.margin_temperature:.3g}"),
+        **({"margin temperature": cell(f"{report.margin_temperature:.3g}")} if report.scaled else {}),
         "labels contradicted": cell(report.contradicted, "share"),
         "log loss": Cell(f"{report.calibrated_log_loss:.3f}", ("chance: 0.693",)),
         "pairs": cell(f"{report.pairs:,}"),

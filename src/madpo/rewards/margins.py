@@ -124,6 +124,11 @@ class MarginReport(Report):
         bins = self.reliability
         return sum(math.sqrt(2 / math.pi * b.pairs * b.predicted * (1 - b.predicted)) for b in bins) / self.pairs
 
+    @property
+    def scaled(self) -> bool:
+        """Whether the temperature means something: it was given, or fitted to margins that explain the labels."""
+        return self.tau is not None or not self.temperature_fitted
+
     def advice(self) -> list[str]:
         """The recommendation and its reasons, or why there is none."""
         if self.tau is None:
@@ -138,7 +143,7 @@ class MarginReport(Report):
             f"{self.pairs} margins: median {self.median:.3g}, mean {self.mean:.3g}, standard deviation "
             f"{self.deviation:.3g}, from {self.smallest:.3g} to {self.largest:.3g}",
             f"the reward model contradicts {c.mean:.1%} of the labels (95 % interval {c.low:.1%} to {c.high:.1%})",
-            f"margin temperature {self.margin_temperature:.3g}: {self.temperature_reason}",
+            *([f"margin temperature {self.margin_temperature:.3g}: {self.temperature_reason}"] if self.scaled else []),
             f"log loss {self.log_loss:.3f}, {self.calibrated_log_loss:.3f} after the temperature (a coin: 0.693); "
             f"calibration error {self.calibration_error:.1%} (of calibrated margins by chance "
             f"{self.calibration_chance:.1%})",
