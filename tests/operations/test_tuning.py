@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from peft.helpers import rescale_adapter_scale
 from transformers import AutoModelForCausalLM
 
 from madpo.commands.cli import main
@@ -20,7 +21,6 @@ from madpo.core.statistics import fit_temperature
 from madpo.losses import DPO, IPO, MADPO, AlphaDPO, LossInputs, OmniDPO, SimPO
 from madpo.models.load import load_model, load_tokenizer
 from madpo.operations import TrainSettings, train
-from madpo.operations.averaging import strengthened
 from madpo.operations.running import digest
 from madpo.operations.tuning import Dimension, RewardCriterion, TuneSettings, heldout, tune
 from madpo.operations.tuning import search as study
@@ -322,7 +322,7 @@ def test_a_strengthened_adapter_is_the_sum_of_base_and_scaled_update(llama, data
     update = layer(x) - x @ before.T
     assert update.abs().max() > 1e-4
     for strength in (0.0, 0.5, 2.0):
-        with strengthened(policy, strength):
+        with rescale_adapter_scale(policy, strength):
             torch.testing.assert_close(layer(x), x @ before.T + strength * update)
     torch.testing.assert_close(layer(x), x @ before.T + update)
 

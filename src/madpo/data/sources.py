@@ -62,7 +62,7 @@ def open_source(data: str | Path, *, wanted: Wanted = None) -> Source:
     except FileNotFoundError:
         if (part := split_of_folder(data)) is not None:
             return _folder(name, *part, wanted)
-        if _is_hub_name(data):
+        if is_hub_name(data):
             return _hub(name)
         raise DataError(f"{name}: there is no such file; check the path, or give a hub data set owner/name") from None
     except OSError as error:
@@ -85,7 +85,7 @@ def look_at(data: str | Path) -> None:
     if os.path.isdir(path):
         if not _is_saved(path):
             _shards(printable(str(data)), path, None)
-    elif not _is_hub_name(data) or split_of_folder(data) is not None:
+    elif not is_hub_name(data) or split_of_folder(data) is not None:
         open_source(data).rows.close()
 
 
@@ -96,7 +96,8 @@ def split_of_folder(data: str | Path) -> tuple[Path, str] | None:
     return (path, split) if path is not None and os.path.isdir(path) and not os.path.exists(expanded(data)) else None
 
 
-def _is_hub_name(data: str | Path) -> bool:
+def is_hub_name(data: str | Path) -> bool:
+    """Whether this names a data set of the hub, and no file that is here or could be."""
     path = expanded(data)
     known = path.suffix in {*FORMATS, ".gz"} or os.path.exists(path)
     return isinstance(data, str) and _HUB_NAME.fullmatch(data) is not None and not known

@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 from peft import PeftModel
+from peft.helpers import rescale_adapter_scale
 
 from madpo.core import processes
 from madpo.core.columns import MARGIN
@@ -49,7 +50,6 @@ from madpo.operations.averaging import (
     can_average,
     save_average,
     strength_for,
-    strengthened,
 )
 from madpo.operations.export import GGUF, refuse_unconvertible, write_gguf
 from madpo.operations.inputs import Row, split_by_prompt, started_clock
@@ -346,7 +346,7 @@ def _at_kl(work: _Work, model: PeftModel, base: Path | str, rows: list[Row]) -> 
     batches = {"pad": tokenizer.pad_token_id, "batch_size": how.batch_size}
 
     def measure(strength: float) -> list[float]:
-        with strengthened(model, strength):
+        with rescale_adapter_scale(model, strength):
             said = [response.ids for response in respond(model, tokenizer, prompts, how, **how_drawn)[0]]
             kl: list[float] = divergence(model, reference, prompts, said, **batches).kl.tolist()
         return kl

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 
 from madpo.core.metrics import Estimate
 from madpo.core.statistics import bootstrap_mean
@@ -106,17 +104,3 @@ def strength_for(kl: float, measure: Callable[[float], Sequence[float]], *, seed
 
 def _log_ratio(found: Estimate, wanted: float) -> float:
     return math.log(max(found.mean, 1e-12) / wanted)
-
-
-@contextmanager
-def strengthened(model: PeftModel, strength: float) -> Iterator[None]:
-    """The adapter's update times ``strength``; 1 is the policy as trained, 0 its reference."""
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    scaling = [dict(layer.scaling) for layer in layers]
-    try:
-        for layer, before in zip(layers, scaling, strict=True):
-            layer.scaling.update({name: value * strength for name, value in before.items()})
-        yield
-    finally:
-        for layer, before in zip(layers, scaling, strict=True):
-            layer.scaling.update(before)

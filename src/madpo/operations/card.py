@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +15,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from madpo import __version__
 from madpo.core.storage import expanded, write_atomically
+from madpo.data.sources import is_hub_name
 from madpo.models.packaged import PACKAGED
 from madpo.report.command_pages import training_chart
 from madpo.report.drawing import save_charts
@@ -33,7 +33,6 @@ _HYPERPARAMETERS = (
     *("optim", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "lr_scheduler_type", "warmup_steps"),
     "seed",
 )
-_SPLIT = re.compile(r"[\w.-]+/[\w.-]+(:[\w.+-]+)*")
 
 
 def write_cards(out: Path, **about: Any) -> None:
@@ -70,13 +69,12 @@ def model_card(
         curves: where the picture of the training's course is, seen from the card; None where nothing was logged.
     """
     hub, licence = _origin(settings.model)
-    is_hub_data = _SPLIT.fullmatch(data) is not None and not expanded(data).exists()
     front = ModelCardData(
         library_name="peft" if kind == "adapter" else "transformers",
         pipeline_tag="text-generation",
         base_model=hub,
         license=licence,
-        datasets=[data.split(":")[0]] if is_hub_data else None,
+        datasets=[data.split(":")[0]] if is_hub_name(data) else None,
         tags=["madpo", "preference-optimization"],
     )
     hyperparameters = {name: arguments[name] for name in _HYPERPARAMETERS if name in arguments}

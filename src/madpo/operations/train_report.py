@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import tomli_w
+
 from madpo.core.reports import Report
 from madpo.core.statistics import proportion
 from madpo.core.storage import write_atomically
@@ -13,7 +15,6 @@ from madpo.data.templates import Clock
 from madpo.models.locate import lasting
 from madpo.operations.arguments import written_arguments
 from madpo.operations.card import write_cards
-from madpo.operations.running import toml
 from madpo.operations.train_settings import TrainSettings
 from madpo.report.command_pages import main_measures, write_training_page
 from madpo.report.numbers import against, short
@@ -132,11 +133,12 @@ def resolved(data: str | Path, settings: TrainSettings, clock: Clock | None = No
     Args:
         clock: of the training, which the configuration fixes if the chat template prints a date.
     """
-    resolved = settings.model_dump(mode="json")
+    resolved = settings.model_dump(mode="json", exclude_none=True)  # TOML has no word for nothing
     if clock is not None and clock.read:
         resolved["date"] = clock.text()
     if settings.full:
         resolved.pop("lora")
     resolved["model"] = lasting(settings.model)
-    resolved["args"] = written_arguments(settings.arguments())
-    return f"{CONFIG_HEADING}{json.dumps(str(data))} --config config.toml --output_dir DIR\n{toml(resolved)}"
+    args = written_arguments(settings.arguments())
+    resolved["args"] = {name: value for name, value in args.items() if value is not None}
+    return f"{CONFIG_HEADING}{json.dumps(str(data))} --config config.toml --output_dir DIR\n{tomli_w.dumps(resolved)}"

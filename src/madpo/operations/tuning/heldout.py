@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from peft import PeftModel
+from peft.helpers import rescale_adapter_scale
 from safetensors.numpy import load_file, save
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -31,7 +32,6 @@ from madpo.data.templates import Clock
 from madpo.data.tokens import Encoder
 from madpo.models.engine.responses import Response, divergence, end_tokens, respond
 from madpo.models.load import load_model
-from madpo.operations.averaging import strengthened
 from madpo.operations.inputs import Row, load_training
 from madpo.operations.pair_scorer import PairScorer, load_scorer
 from madpo.operations.policy import as_dataset, build_trainer, implicit_margins, trainer_arguments
@@ -112,7 +112,7 @@ def reward_curve(
     base = written(reference, "Reference")
     points: list[tuple[float, Floats, Floats]] = []
     for strength in config.strengths:
-        with strengthened(policy, strength):
+        with rescale_adapter_scale(policy, strength):
             said = written(policy, f"Adapter at {strength:g}")
             ids = [response.ids for response in said]
             size = config.score_batch_size
