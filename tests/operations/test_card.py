@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from madpo.models.load import build_tiny
-from madpo.operations.card import _origin
+from madpo.operations.train_report import _origin
 from practice_cases import run, text_pairs, write
 
 

@@ -82,9 +82,9 @@ def rivals() -> Iterator[Claim]:
     yield from _beta_dpo()
 
 
-def _ipo(beta: float = 0.1) -> Iterator[Claim]:
+def _ipo() -> Iterator[Claim]:
     def loss(_: Tensor, u: Tensor) -> Tensor:
-        return IPO(beta=beta)(inputs_of(u / beta)).per_pair
+        return IPO(beta=0.1)(inputs_of(u / 0.1)).per_pair
 
     h = np.linspace(0, 12, 241)
     found = minimiser_of(loss, h)

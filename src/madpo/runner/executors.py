@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager
 from multiprocessing.synchronize import Event
 from typing import Any, Protocol, Self, TypeVar
 
@@ -34,7 +35,7 @@ class Executor(Protocol):
         ...
 
 
-class Inline:
+class Inline(AbstractContextManager["Inline"]):
     """In this process, at once: ``submit`` returns when the work is done."""
 
     slots: int | None = 1
@@ -48,14 +49,11 @@ class Inline:
             future.set_exception(error)
         return future
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         return None
 
 
-class Processes:
+class Processes(AbstractContextManager["Processes"]):
     """``n`` worker processes on this machine, started afresh (spawn), since a forked torch can hang.
 
     The machine's cores are shared out among the workers unless OMP_NUM_THREADS is set already. Workers end
@@ -85,9 +83,6 @@ class Processes:
             self._pool = self._new_pool()
             return self._pool.submit(fn, *args)
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         if error is not None:
             self._stop.set()
@@ -95,7 +90,7 @@ class Processes:
 
 
 class Cluster:
-    """Tasks on a Ray cluster. A task whose worker or node is lost is started again, up to ``retries`` times.
+    """Tasks on a Ray cluster. A task whose worker or node is lost is started again, up to three times.
 
     The folder that tasks work in must lie at the same path on every node, and the package must be installed there.
 
@@ -109,19 +104,17 @@ class Cluster:
         ConfigError: there is no cluster at ``address``.
     """
 
-    def __init__(
-        self, address: str | None = None, *, slots: int = 1, cpus: float = 1, gpus: float = 0, retries: int = 3
-    ) -> None:
+    def __init__(self, address: str | None = None, *, slots: int = 1, cpus: float = 1, gpus: float = 0) -> None:
         if slots < 1 or cpus <= 0 or gpus < 0:
             raise ConfigError(f"{slots} slots, {cpus} cpus and {gpus} gpus a task: the first two must be above 0")
         self.slots: int | None = None if address else slots
-        self.address, self.cpus, self.gpus, self.retries = address, cpus, gpus, retries
+        self.address, self.cpus, self.gpus = address, cpus, gpus
         self._own_cpus = math.ceil(slots * cpus)
         self._ray: Any = None
 
     def submit(self, fn: Callable[..., R], /, *args: object, light: bool = False) -> Future[R]:
         """Queue ``fn(*args)`` on the cluster."""
-        task = self._ray.remote(max_retries=self.retries, retry_exceptions=False)(fn)
+        task = self._ray.remote(max_retries=3, retry_exceptions=False)(fn)
         wants = {"num_cpus": 1, "num_gpus": 0} if light else {"num_cpus": self.cpus, "num_gpus": self.gpus}
         inner: Future[R] = task.options(**wants).remote(*args).future()
         outer: Future[R] = Future()

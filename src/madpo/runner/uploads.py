@@ -10,20 +10,21 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from madpo.core.errors import ConfigError
 from madpo.core.progress import say
 from madpo.core.storage import stays_inside
+from madpo.runner.record import RECORD
 
-RECORD = "record.json"
 _WITHOUT_FOLDERS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "obs", "cos"}
 """Kinds of stores in which a path begins with a bucket and a folder is only a part of a name."""
 
 
-class Upload:
+class Upload(AbstractContextManager["Upload"]):
     """Copies folders to ``url`` in a thread of its own, in the order they come; enter it, and leave it to wait.
 
     ``failed`` says what could not be uploaded, and why. Raises ConfigError: a URL of an unknown kind or without its
@@ -102,9 +103,6 @@ class Upload:
         for secret in self._secrets:
             text = text.replace(secret, "***")
         return f"{type(error).__name__}: {text}"[:300]
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         waiting = [name for name, future in self._pending.items() if not future.done()]

@@ -62,9 +62,7 @@ def completion_kl(
     return per_row(0), per_row(1), per_row(2)
 
 
-def _token_kl(
-    heads: list[Head], states: list[Tensor], labels: Tensor, tile: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _token_kl(heads: list[Head], states: list[Tensor], labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """log p(label), sum_v p (log p - log q) and log q(label) of each token, by one walk over the vocabulary.
 
     With running sums of e^z_p, e^z_q and e^z_p (z_p - z_q), the KL is the mean of z_p - z_q under p, minus the
@@ -75,7 +73,7 @@ def _token_kl(
     zeros = [hidden[0].new_zeros(len(labels), dtype=wide) for _ in range(5)]
     own, other, gap, total_p, total_q = zeros
     top_p, top_q = (torch.full_like(own, -torch.inf) for _ in range(2))
-    vocabulary, tile = heads[0].weight.shape[0], tile or heads[0].tile(len(labels))
+    vocabulary, tile = heads[0].weight.shape[0], heads[0].tile(len(labels))
     for start in range(0, vocabulary, tile):
         stop = min(start + tile, vocabulary)
         z_p, z_q = (head.logits(x, start, stop)[0].to(wide) for head, x in zip(heads, hidden, strict=True))

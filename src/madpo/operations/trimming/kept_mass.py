@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
-from madpo.core.progress import bar
+from madpo.models.engine.batches import padded, similar_lengths
 from madpo.models.engine.head import TILE, TOKENS, Head
 from madpo.models.engine.logprobs import hidden_states
 
@@ -38,21 +38,16 @@ def score_texts(
         sequences: token ids, at least two each.
         kept: which entries of the vocabulary are kept; None is all of them.
     """
-    order = sorted(range(len(sequences)), key=lambda i: (len(sequences[i]), i))
+    lengths = [len(ids) for ids in sequences]
     found: dict[int, TextScore] = {}
-    with bar(description, len(sequences)) as advance:
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            rows = [torch.tensor(sequences[i]) for i in batch]
-            ids = pad_sequence(rows, batch_first=True).to(model.device)  # type: ignore[arg-type]
-            mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(ids.device)
-            states = hidden_states(model, ids, mask)[:, :-1]
-            scored = mask[:, 1:].bool()
-            logps, inside = token_mass(Head.of(model), states[scored], ids[:, 1:][scored], kept)
-            lengths = [len(row) - 1 for row in rows]
-            for i, own, mass in zip(batch, torch.split(logps, lengths), torch.split(inside, lengths), strict=True):
-                found[i] = TextScore(-float(own.double().sum()), -float(mass.double().sum()), len(own))
-            advance(len(batch))
+    for rows in similar_lengths(lengths, batch_size, description, np.argsort(lengths, kind="stable")):
+        ids, mask = padded([sequences[i] for i in rows], 0, model)
+        states = hidden_states(model, ids, mask)[:, :-1]
+        scored = mask[:, 1:].bool()
+        sums = token_mass(Head.of(model), states[scored], ids[:, 1:][scored], kept)
+        tokens = [lengths[i] - 1 for i in rows]
+        for i, own, mass in zip(rows, *(torch.split(values, tokens) for values in sums), strict=True):
+            found[i] = TextScore(-float(own.double().sum()), -float(mass.double().sum()), len(own))
     return [found[i] for i in range(len(sequences))]
 
 
