@@ -18,7 +18,7 @@ from madpo.core import processes
 from madpo.core.errors import ConfigError, MadpoError
 from madpo.core.progress import hint, say, show
 
-# Command -> (what madpo --help says, "module of this room:function").
+# Command -> (what madpo --help says, "module of this package:function").
 COMMANDS = {
     "run": ("run an experiment, or continue it, and write its report", "study:run"),
     "check": ("look for mistakes in preference data before training with it", "data:check"),

@@ -1,1 +1,1 @@
-"""What every room may use: configuration, errors, files, locks, randomness, statistics, progress."""
+"""What every package here may use: configuration, errors, files, locks, randomness, statistics, progress."""

@@ -1,4 +1,4 @@
-"""The columns of preference data: their names, which every room takes from here, and how a number gets to the loss.
+"""The columns of preference data: their names, which every package takes from here, and how a number gets to the loss.
 
 A margin's way from a line of a file to the gradient, file by file, with every function that touches it:
 

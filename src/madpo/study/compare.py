@@ -146,14 +146,14 @@ def compare(
     about: dict[str, Any] = {"title": f"Preference losses on {Path(data).name}"}
 
     def build() -> list[Step]:
-        from madpo.study.own_graph import OwnTrunk
+        from madpo.study.own_graph import OwnPairsGraph
 
-        trunk = OwnTrunk(settings, str(data), None if eval_data is None else str(eval_data))
-        given = {"data": str(data), **settings.model_dump(mode="json"), "judge_saw_pairs": trunk.judge_saw_pairs}
+        graph = OwnPairsGraph(settings, str(data), None if eval_data is None else str(eval_data))
+        given = {"data": str(data), **settings.model_dump(mode="json"), "judge_saw_pairs": graph.judge_saw_pairs}
         # All read the same margins, so that no name needs a word for them.
-        rows = [{"key": row.key, **row.model_dump(mode="json"), "margins": "column"} for row in trunk.rows]
+        rows = [{"key": row.key, **row.model_dump(mode="json"), "margins": "column"} for row in graph.rows]
         about.update(experiment=given, rows=rows)
-        return trunk.build([OWN])
+        return graph.build([OWN])
 
     how: dict[str, Any] = {"only": only, "dry_run": dry_run, "executor": executor, "upload": upload}
     return run_steps(build, Path(output_dir), about, report_to=settings.report_to, **how)

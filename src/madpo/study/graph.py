@@ -52,7 +52,7 @@ _LIGHT = (
 """Operations that need a core and no accelerator."""
 
 
-class Trunk(ABC):
+class StudyGraph(ABC):
     """What every tier and seed shares.
 
     Args:
@@ -85,13 +85,13 @@ class Trunk(ABC):
         extra = [seed for row in rows for seed in row.seeds or () if seed not in seeds]
         for seed in (*seeds, *dict.fromkeys(extra)):
             for tier in tiers:
-                bench = _Bench(self, tier, seed)
+                runs = _TierRuns(self, tier, seed)
                 if tier == tiers[0]:  # the held-out prompts are the same in every tier
                     groups = tuple(dict.fromkeys(row.group for row in rows))
-                    bench.evaluation(self.reference, f"evaluation/sft/seed{seed}", {}, groups)
+                    runs.evaluation(self.reference, f"evaluation/sft/seed{seed}", {}, groups)
                 for row in rows:
                     if seed in (row.seeds or seeds) and tier in (row.tiers or tiers):
-                        bench.row(row)
+                        runs.row(row)
         measured = (step for step in self.steps.values() if step.fn in (evaluate_policy, measure_heldout))
         return needed_by(measured, self.steps.values())
 
@@ -115,10 +115,10 @@ class Trunk(ABC):
 def build(experiment: Experiment) -> list[Step]:
     """The steps of a study on a corpus, upstream steps first."""
     assert experiment.pairs is not None
-    return _CorpusTrunk(experiment, experiment.pairs).build(experiment.pairs.tiers)
+    return _CorpusGraph(experiment, experiment.pairs).build(experiment.pairs.tiers)
 
 
-class _CorpusTrunk(Trunk):
+class _CorpusGraph(StudyGraph):
     def __init__(self, experiment: Experiment, pairs: PairSettings) -> None:
         super().__init__(experiment, experiment.rows())
         self.made, self.permutation, e = pairs, experiment.seed, experiment
@@ -157,19 +157,19 @@ class _CorpusTrunk(Trunk):
         return self.add(name, label_pairs, labels, {"responses": self.responses}, says=says)
 
 
-class _Bench:
+class _TierRuns:
     """One tier with one seed: its pairs, its reward model, and the rows that are trained on them."""
 
-    def __init__(self, trunk: Trunk, tier: str, seed: int) -> None:
-        self.trunk, self.experiment, self.tier, self.seed = trunk, trunk.experiment, tier, seed
+    def __init__(self, graph: StudyGraph, tier: str, seed: int) -> None:
+        self.graph, self.experiment, self.tier, self.seed = graph, graph.experiment, tier, seed
         self.place, self.whose = f"{tier}/seed{seed}", "your" if tier == OWN else f"the {tier}"
-        self.pairs = trunk.pairs(tier, seed)
+        self.pairs = graph.pairs(tier, seed)
 
     # Each just before the first row that reads it: results do not wait for what they do not need.
     def _logps(self, kind: str = "reference", **split: str) -> Step:
         optimisation = self.experiment.policy.optimisation
         sizes = {"batch_size": optimisation.batch_size, "micro_batch_size": optimisation.per_pass}
-        inputs = {"pairs": self.pairs, "reference": self.trunk.sft}
+        inputs = {"pairs": self.pairs, "reference": self.graph.sft}
         stage = training.ReferenceStage.model_validate(sizes | split)
         says = "reference log-probabilities, once for all methods"
         return self._add(kind, training.reference_logps, stage, inputs, says)
@@ -179,21 +179,12 @@ class _Bench:
         """The tier's reward model."""
         if self.experiment.reward_model.kind == "probe":
             return self._probe("reward_model")
-        inputs = {"pairs": self.pairs, **self.trunk.base}
+        inputs = {"pairs": self.pairs, **self.graph.base}
         says = f"a reward model on {self.whose} pairs"
         return self._add("reward_model", training.train_reward_model, self._reward_model_stage(), inputs, says)
 
-    @cached_property
-    def own_margins(self) -> Step:
-        """The margins of its pairs."""
-        inputs = {"pairs": self.pairs, "reward_model": self.reward_model}
-        says = "how strongly the reward model prefers each pair"
-        if self.experiment.reward_model.kind == "probe":
-            return self._add("margins", margins.probe_margins, margins.NoSettings(), inputs, says)
-        return self._add("margins", margins.score_margins, margins.NoSettings(), inputs, says)
-
     def _add(self, kind: str, fn: OperationFn, config: Frozen, inputs: Mapping[str, Step | Source], says: str) -> Step:
-        return self.trunk.add(f"{kind}/{self.place}", fn, config, inputs, says=says)
+        return self.graph.add(f"{kind}/{self.place}", fn, config, inputs, says=says)
 
     def _reward_model_stage(self, **fold: int) -> RewardModelStage:
         settings = dict(self.experiment.reward_model)
@@ -214,14 +205,14 @@ class _Bench:
         """The policy, and its measurement on held-out pairs where there are such."""
         fn, config, inputs = {"offline": self._offline, "auto": self._auto}.get(method.trainer, self._online)(method)
         says, groups = f"{method.name} on {self.whose} pairs", (method.group,)
-        policy = self.trunk.add(f"policy/{name}", fn, config, inputs, says=says, groups=groups)
-        if self.trunk.heldout:
+        policy = self.graph.add(f"policy/{name}", fn, config, inputs, says=says, groups=groups)
+        if self.graph.heldout:
             logps = self._logps("heldout_reference", split="heldout")
-            given = {"pairs": self.pairs, "reference": self.trunk.sft, "logps": logps, "policy": policy}
+            given = {"pairs": self.pairs, "reference": self.graph.sft, "logps": logps, "policy": policy}
             size = self.experiment.policy.optimisation.per_pass
             stage = HeldoutStage(method=method.name, seed=self.seed, batch_size=size)
             says = f"{method.name} on held-out pairs"
-            self.trunk.add(f"heldout/{name}", measure_heldout, stage, given, says=says, groups=groups)
+            self.graph.add(f"heldout/{name}", measure_heldout, stage, given, says=says, groups=groups)
         return policy
 
     def _offline(self, method: Method) -> tuple[OperationFn, Frozen, dict[str, Step | Source]]:
@@ -251,7 +242,7 @@ class _Bench:
         return {"optimisation": optimisation.model_copy(update={"learning_rate": rate}), "lora": policy.lora}
 
     def _learns_from(self, method: Method) -> dict[str, Step | Source]:
-        inputs: dict[str, Step | Source] = {"pairs": self.pairs, "reference": self.trunk.sft, "logps": self._logps()}
+        inputs: dict[str, Step | Source] = {"pairs": self.pairs, "reference": self.graph.sft, "logps": self._logps()}
         if "reward_margin" in method.reads:
             inputs["margins"] = self._margins_of(method)
         return inputs
@@ -266,7 +257,7 @@ class _Bench:
             seed=self.seed,
             **e.responses.model_dump(include={"max_new_tokens", "temperature", "top_p", "top_k"}),
         )
-        inputs = {"pairs": self.pairs, "reference": self.trunk.sft, "reward_model": self.reward_model}
+        inputs = {"pairs": self.pairs, "reference": self.graph.sft, "reward_model": self.reward_model}
         return training.train_online, config, inputs
 
     def _scores(self) -> Step:
@@ -280,11 +271,11 @@ class _Bench:
         folds = self.experiment.reward_model.folds
         assert folds is not None
         models = {
-            f"fold{k}": self.trunk.add(
+            f"fold{k}": self.graph.add(
                 f"reward_model/{self.place}/fold{k}",
                 training.train_reward_model,
                 self._reward_model_stage(folds=folds, fold=k),
-                {"pairs": self.pairs, **self.trunk.base},
+                {"pairs": self.pairs, **self.graph.base},
                 says=f"a reward model on {self.whose} pairs, less part {k + 1} of {folds}",
             )
             for k in range(folds)
@@ -296,18 +287,22 @@ class _Bench:
     def _probe(self, kind: str) -> Step:
         folds = self.experiment.reward_model.folds
         stage = margins.ProbeStage(seed=self.seed, **({"folds": folds} if folds else {}))
-        inputs = {"pairs": self.pairs, "reference": self.trunk.sft}
+        inputs = {"pairs": self.pairs, "reference": self.graph.sft}
         return self._add(kind, margins.fit_pairs_probe, stage, inputs, f"a probe on {self.whose} pairs")
 
     def _margins_of(self, method: Method) -> Step:
         if method.margins == "column":
             return self.pairs
-        if method.margins == "probe" and self.experiment.reward_model.kind == "trained":
+        probed = self.experiment.reward_model.kind == "probe"  # whose margins are out of fold by themselves
+        if method.margins == "out_of_fold" and not probed:
+            return self._out_of_fold()
+        if method.margins == "probe" and not probed:
             inputs = {"pairs": self.pairs, "reward_model": self._probe("probe")}
             says = "the probe's margins, out of fold"
             return self._add("probe_margins", margins.probe_margins, margins.NoSettings(), inputs, says)
-        whole = method.margins == "in_sample" or self.experiment.reward_model.kind == "probe"  # out of fold by itself
-        return self.own_margins if whole else self._out_of_fold()
+        fn = margins.probe_margins if probed else margins.score_margins
+        inputs = {"pairs": self.pairs, "reward_model": self.reward_model}
+        return self._add("margins", fn, margins.NoSettings(), inputs, "how strongly the reward model prefers each pair")
 
     def _relabelled(self, method: Method, fn: OperationFn, config: Frozen, inputs: Mapping[str, Step]) -> Step:
         kind = method.pairs if method.margins == "in_sample" else f"{method.pairs}_{method.margins}"
@@ -327,7 +322,7 @@ class _Bench:
         samples: int | None = None,
     ) -> None:
         """Samples and measures of one policy on the held-out prompts, where something judges them."""
-        if not self.trunk.judge:
+        if not self.graph.judge:
             return
         e = self.experiment
         config = EvaluationStage(
@@ -338,6 +333,6 @@ class _Bench:
             **e.evaluation.model_dump() | ({} if samples is None else {"samples_per_prompt": samples}),
             **e.responses.model_dump(exclude={"prompt_tokens"}),
         )
-        common = {"reference": self.trunk.sft, **self.trunk.judge, "pairs": self.pairs}
+        common = {"reference": self.graph.sft, **self.graph.judge, "pairs": self.pairs}
         says = f"measuring {method} on held-out prompts"
-        self.trunk.add(name, evaluate_policy, config, {**common, **inputs}, says=says, groups=groups)
+        self.graph.add(name, evaluate_policy, config, {**common, **inputs}, says=says, groups=groups)

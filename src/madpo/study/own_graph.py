@@ -20,7 +20,7 @@ from madpo.operations.study_training import PairSFTStage, train_sft_on_pairs
 from madpo.report.methods import OWN, REFERENCE, method_of, settings_words
 from madpo.runner.step import Source, Step
 from madpo.study.compare import AutoLoss, CompareSettings, known_loss
-from madpo.study.graph import Trunk
+from madpo.study.graph import StudyGraph
 from madpo.study.methods import Method
 from madpo.training.settings import AutoSettings
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 BETA = 0.1  # at which losses compare at equal beta, where it is among the given ones; else the first
 
 
-class _PairsTrunk(Trunk):
+class _PairsGraph(StudyGraph):
     """Pairs that are read, held-out ones among them, and a reward model that judges."""
 
     heldout = True
@@ -58,7 +58,7 @@ class _PairsTrunk(Trunk):
             self.judge = {"judge": _source(judge)}
 
 
-class ExperimentTrunk(_PairsTrunk):
+class ExperimentGraph(_PairsGraph):
     """An experiment whose corpus is pairs: fine-tuning on the chosen completions comes before everything else.
 
     Building it reads neither pairs nor judge, which may be on the hub.
@@ -90,10 +90,10 @@ class ExperimentTrunk(_PairsTrunk):
 def build(experiment: Experiment) -> list[Step]:
     """The steps of a study on pairs that are there, upstream steps first."""
     assert isinstance(experiment.corpus, PairCorpus)
-    return ExperimentTrunk(experiment, experiment.corpus).build([OWN])
+    return ExperimentGraph(experiment, experiment.corpus).build([OWN])
 
 
-class OwnTrunk(_PairsTrunk):
+class OwnPairsGraph(_PairsGraph):
     """The pairs, the model, and the judge.
 
     Attributes:
