@@ -264,6 +264,12 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], tuple[Any, Any, Any]]] = {
          {"prompt": NEXT, "response_a": GOOD, "response_b": BAD, "winner": "tie"}],
         TEXT,
     ),
+    "sides that chosen and rejected name": (
+        [{"prompt": ASK, "response_a": GOOD, "response_b": BAD, "chosen": "a", "rejected": "b"}], TEXT,
+    ),
+    "whole names of sides in chosen and rejected": (
+        [{"prompt": ASK, "worse": BAD, "GPT-4": GOOD, "chosen": "gpt-4", "rejected": "worse"}], TEXT,
+    ),
     "a negative number next to sides from 1": (
         [{"prompt": ASK, "response_1": GOOD, "response_2": BAD, "preference": "-1"},
          {"prompt": NEXT, "response_1": GOOD, "response_2": BAD, "preference": "tie"}],

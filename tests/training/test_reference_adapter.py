@@ -5,13 +5,14 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
-from peft import IA3Config, LoraConfig, VeraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from engine_cases import brute_force
 from madpo import PreferenceConfig, PreferenceTrainer
 from madpo.core.errors import ConfigError
 from madpo.models.load import load_tokenizer
+from madpo.operations.preconditions import find_policy
 from quick import quick
 from refusals import refused
 from small_trainers import SETTINGS, pairs, weights
@@ -109,3 +110,18 @@ def test_what_cannot_be_copied_is_refused_and_trains_with_a_reference(llama, tmp
         torch.testing.assert_close(reference_of(trainer), expected, atol=1e-4, rtol=0, check_dtype=False)
         trainer.train()
         assert float((log_probabilities(trainer, trainer.model) - expected).abs().max()) > 1e-3
+
+
+def test_a_policy_that_was_trained_on_from_an_adapter_says_so_where_it_is_measured(llama, tmp_path):
+    trainer = trainer_of(llama, tmp_path / "o", adapted(llama, KINDS["embedding"]))
+    saved = tmp_path / "saved"
+    trainer.save_model(str(saved))
+    with refused(ConfigError, "saved", "ref", "--reference"):
+        find_policy(saved, None)
+    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), saved / "ref").merge_and_unload()
+    torch.testing.assert_close(
+        log_probabilities(trainer, merged), reference_of(trainer), atol=1e-4, rtol=0, check_dtype=False
+    )
+    merged.save_pretrained(tmp_path / "merged")
+    place = find_policy(saved, str(tmp_path / "merged"))
+    assert (place.base, place.reference) == (str(llama), str(tmp_path / "merged"))

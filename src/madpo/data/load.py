@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -10,14 +11,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from madpo.core.columns import ID_COLUMNS, NUMBERS
-from madpo.core.errors import DataError, located, printable
+from madpo.core.errors import DataError, RowError, located, printable
 from madpo.core.layout import Layout, as_layout, each, head, value_at
 from madpo.core.progress import track
 from madpo.data.arrange import Arranged, Arranger, LeftOut
 from madpo.data.findings import Survey
-from madpo.data.layouts import recognise
+from madpo.data.layouts import plain_name, recognise
 from madpo.data.messages import is_blank
-from madpo.data.raw import Source
+from madpo.data.raw import Source, described
 from madpo.data.rows import WANTED, Columns, Pair, Reader
 from madpo.data.sources import open_source
 from madpo.data.templates import Clock
@@ -29,6 +30,7 @@ T = TypeVar("T")
 
 BATCH_ROWS = 64
 BATCH_CHARACTERS = 500_000  # few long rows fill a batch as well
+BRIEF = 40  # characters of a text that may be the name of a column
 LISTED = 5  # further rows with mistakes that a message names
 
 
@@ -168,6 +170,8 @@ class PairStream:
                 with located(self.source.at(number)):
                     reader = self._reader or self._use(list(row))
                     pair = reader.pair(row, number, count if several else index, flags)
+                    if self.layout is None:
+                        _refuse_names_of_columns(pair, self.names or ())
             except LeftOut as left:
                 self.left_out.setdefault(str(left), []).append(number)
                 continue
@@ -193,6 +197,21 @@ class PairStream:
             return
         kind = max(self.left_out, key=lambda kind: len(self.left_out[kind]), default="unranked")
         raise DataError(f"{self.source.name}: {NO_PAIR[kind]}")
+
+
+def _refuse_names_of_columns(pair: Pair, names: Sequence[str]) -> None:
+    """Refuse a pair whose sides name two other columns, which hold its completions (RowError)."""
+    named: set[str] = set()
+    for said in (pair.chosen, pair.rejected):
+        word = plain_name(said) if isinstance(said, str) and len(said) < BRIEF else ""
+        named.update([name for name in names if word and f"_{plain_name(name)}".endswith(f"_{word}")][:1])
+    if len(named) == 2 and named.isdisjoint(("prompt", "chosen", "rejected")):
+        sides = ",".join(shlex.quote(name) for name in names if name in named)
+        raise RowError(
+            f"chosen is {described(pair.chosen)} and rejected {described(pair.rejected)}, which name other columns: "
+            f"give --columns.sides {sides} --columns.label chosen, or --columns.chosen chosen --columns.rejected "
+            "rejected if that is what they say"
+        )
 
 
 NO_PAIR = {

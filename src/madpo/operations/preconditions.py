@@ -188,8 +188,14 @@ def find_policy(policy: str | Path, reference: str | None) -> Place:
             said, started = started, adapter_base(adapter)
             if _moved(started):
                 raise ConfigError(f"{made}: model is {said!r}, which no longer exists; write where it is now")
-        started = started or adapter_base(adapter)
-        base = started
+        base = started or adapter_base(adapter)
+        if started is None and reference is None and (adapter / "ref" / "adapter_config.json").is_file():
+            raise ConfigError(
+                f"{policy} was trained on from the adapter {adapter / 'ref'}, so {base} is not what it started from; "
+                "merge that adapter into its model and give the folder with --reference, or give --reference "
+                f"{base} to measure the distance from there"
+            )
+        started = base
     else:
         base = str(folder / "model") if (folder / "model" / "config.json").is_file() else str(policy)
     for name in {base, reference or started or base} - {reference, str(policy)}:  # what only the folder names
