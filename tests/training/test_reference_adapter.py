@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from engine_cases import brute_force
 from madpo import PreferenceConfig, PreferenceTrainer
 from madpo.core.errors import ConfigError
-from madpo.models.load import load_tokenizer
+from madpo.models.load import load_tokenizer, merged, save_model
 from madpo.operations.preconditions import find_policy
 from quick import quick
 from refusals import refused
@@ -113,15 +113,26 @@ def test_what_cannot_be_copied_is_refused_and_trains_with_a_reference(llama, tmp
 
 
 def test_a_policy_that_was_trained_on_from_an_adapter_says_so_where_it_is_measured(llama, tmp_path):
-    trainer = trainer_of(llama, tmp_path / "o", adapted(llama, KINDS["embedding"]))
+    trainer = trainer_of(llama, tmp_path / "o", adapted(llama, KINDS["dora"]))
     saved = tmp_path / "saved"
     trainer.save_model(str(saved))
     with refused(ConfigError, "saved", "ref", "--reference"):
         find_policy(saved, None)
-    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), saved / "ref").merge_and_unload()
+    start = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), saved / "ref").merge_and_unload()
     torch.testing.assert_close(
-        log_probabilities(trainer, merged), reference_of(trainer), atol=1e-4, rtol=0, check_dtype=False
+        log_probabilities(trainer, start), reference_of(trainer), atol=1e-4, rtol=0, check_dtype=False
     )
-    merged.save_pretrained(tmp_path / "merged")
+    start.save_pretrained(tmp_path / "merged")
     place = find_policy(saved, str(tmp_path / "merged"))
     assert (place.base, place.reference) == (str(llama), str(tmp_path / "merged"))
+
+
+@pytest.mark.parametrize("kind", ["embedding", "tokens", "head", "dora"])
+def test_a_merged_model_with_a_shared_embedding_is_its_adapter(llama, tmp_path, kind):
+    model = adapted(llama, KINDS[kind])
+    assert model.config.tie_word_embeddings
+    trainer = trainer_of(llama, tmp_path / "o", copy.deepcopy(model))
+    expected = log_probabilities(trainer, model)
+    save_model(merged(model), tmp_path / "merged", load_tokenizer(llama))
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    torch.testing.assert_close(log_probabilities(trainer, found), expected, atol=1e-3, rtol=0)

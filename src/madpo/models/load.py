@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from peft import PeftModel
@@ -145,8 +145,13 @@ def load_quantised(path: Path | str) -> PreTrainedModel:
 def merged(model: nn.Module) -> PreTrainedModel:
     """The model with its PEFT adapter folded into the weights in place; the sum is taken in float32 or wider.
 
-    Weights without an adapter keep their bits.
+    Weights without an adapter keep their bits. A head that shares the weight of an adapted embedding gets a copy.
     """
+    inner: Any = model.get_base_model()  # type: ignore[operator]
+    embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
+    adapted = isinstance(embedding, BaseTunerLayer) and not isinstance(head, BaseTunerLayer)
+    if adapted and embedding.get_base_layer().weight is getattr(head, "weight", None):
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     for layer in (module for module in model.modules() if isinstance(module, BaseTunerLayer)):
         weights = [(p, p.dtype) for p in layer.get_base_layer().parameters(recurse=False)]
         for weight, dtype in weights:
@@ -154,8 +159,12 @@ def merged(model: nn.Module) -> PreTrainedModel:
         layer.merge()
         for weight, dtype in weights:
             weight.data = weight.data.to(dtype)
-    plain: PreTrainedModel = model.unload()  # type: ignore[operator]
-    return plain
+    plain: Any = model.unload()  # type: ignore[operator]
+    head = plain.get_output_embeddings()
+    # Where they are two by now, loading what is saved must not tie them again.
+    if head is not None and head.weight is not plain.get_input_embeddings().weight:
+        plain.config.tie_word_embeddings = plain.config.get_text_config().tie_word_embeddings = False
+    return cast(PreTrainedModel, plain)
 
 
 def save_model(model: PreTrainedModel, out: Path, tokenizer: PreTrainedTokenizerBase) -> None:
