@@ -36,8 +36,8 @@ class Margins(Frozen):
     """DPO's implicit margins (column ``implicit_margin``, log-odds), where a bare table has them."""
 
 
-def read_margins(data: str | Path, columns: Any = None, *, shown: int = SUSPICIOUS, sampled: int = 0) -> Margins:
-    """The column ``reward_margin`` of a data set, and the texts of the ``shown`` pairs with the lowest margins.
+def read_margins(data: str | Path, columns: Any = None, *, sampled: int = 0) -> Margins:
+    """The column ``reward_margin`` of a data set, and the texts of the ``SUSPICIOUS`` pairs with the lowest margins.
 
     ``sampled`` further pairs, drawn evenly from all, keep their texts too.
 
@@ -70,14 +70,14 @@ def read_margins(data: str | Path, columns: Any = None, *, shown: int = SUSPICIO
         ids.append(pair.pair_id)
         values.append(margin)
         prompts.append(numbered(pair.prompt))
-        low = len(lowest) < shown or (shown > 0 and margin < -lowest[0][0])
+        low = len(lowest) < SUSPICIOUS or margin < -lowest[0][0]
         # Reservoir sampling: every pair is kept with the same probability, in one pass.
         place = (i if i < sampled else int(draws.integers(i + 1))) if sampled else 0
         if low or place < sampled:
             text = {side: _flat(getattr(pair, side)) for side in ("prompt", "chosen", "rejected")}
             text["place"] = f"{stream.source.unit} {pair.number}"
             if low:
-                (heapq.heappush if len(lowest) < shown else heapq.heapreplace)(lowest, (-margin, -i, text))
+                (heapq.heappush if len(lowest) < SUSPICIOUS else heapq.heapreplace)(lowest, (-margin, -i, text))
             if place < sampled:
                 reservoir[place] = (i, text)
     stream.refuse_no_pair(len(values))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from madpo.core.storage import expanded
-from madpo.data.margins import SUSPICIOUS, read_margins
+from madpo.data.margins import read_margins
 from madpo.rewards.label_share import label_share
 from madpo.rewards.margins import MarginReport
 from madpo.rewards.margins import inspect as inspect_margins
@@ -26,7 +26,7 @@ def inspect(
         DataError, ConfigError: as :func:`read_margins` and :func:`madpo.rewards.margins.inspect`.
         StorageError: the page cannot be written.
     """
-    margins = read_margins(data, columns, shown=SUSPICIOUS, sampled=0 if output is None else 500)
+    margins = read_margins(data, columns, sampled=0 if output is None else 500)
     report = inspect_margins(
         margins.values,
         prompts=margins.prompts,

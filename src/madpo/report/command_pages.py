@@ -120,7 +120,9 @@ def training_chart(log: Path) -> Chart | None:
         series = (*curves("training pairs", rows, column, 0), *curves("held-out pairs", rows, f"eval_{column}", 1))
         if any(len(curve.marks) > 1 for curve in series):  # one point is no course
             panels.append(Panel(name, "step", unit, series, reference=reference))
-    caption = "Of the training pairs a pale line and its running mean. Margins are in the loss's own unit, beta x nats."
+    pale = any(curve.raw for panel in panels for curve in panel.series)
+    caption = "Of the training pairs a pale line and its running mean. " * pale
+    caption += "Margins are in the loss's own unit, beta x nats."
     return Chart("training", "Training", caption, panels) if panels else None
 
 
