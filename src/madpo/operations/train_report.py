@@ -89,7 +89,7 @@ class TrainReport(Report):
     def text(self) -> str:
         """The report for a person."""
         held = f", {self.eval_pairs} held out" if self.eval_pairs else ""
-        lines = [f"{self.pairs} pairs{held}, {self.steps} steps, mean loss {self.loss:.4f}"]
+        lines = [f"{self.pairs} pairs{held}, {self.steps} step{'s' * (self.steps != 1)}, mean loss {self.loss:.4f}"]
         if self.dropped or self.cut:
             lines.append(f"longer than max_length: {self.dropped} pairs dropped (dropped.jsonl), {self.cut} cut")
         if self.probe is not None and not self.decision():
