@@ -23,7 +23,7 @@ from rich.text import Text
 from madpo.core.metrics import Estimate
 from madpo.report.charts import Chart, WeightPanel
 from madpo.report.drawing import save_charts
-from madpo.report.live import Result, table_lines
+from madpo.report.live import table_lines, table_row
 from madpo.rewards.weight_counts import WeightParameters
 from madpo.runner.record import run_status
 
@@ -65,17 +65,15 @@ def quickstart() -> None:
     """The table of a quickstart: of the one in runs/quickstart, where it is finished, else of the one before."""
     folder = ROOT / "runs" / "quickstart"
     if (folder / "results.json").exists():
-        rows = [result._asdict() for result in results_of(folder)]
+        rows = results_of(folder)
         QUICKSTART.write_text("[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n]\n")
     console = Console(record=True, width=WIDTH, file=open(os.devnull, "w"))  # noqa: SIM115
-    rows = json.loads(QUICKSTART.read_text())
-    known = [{name: Estimate(*v) if isinstance(v, list) else v for name, v in row.items()} for row in rows]
-    show(console, "make quickstart", "\n".join(table_lines([Result(**row) for row in known])))
+    show(console, "make quickstart", "\n".join(table_lines(json.loads(QUICKSTART.read_text()))))
     save(console, "quickstart", "quickstart")
 
 
-def results_of(folder: Path) -> list[Result]:
-    """The evaluations of a finished run, in the order of their ends."""
+def results_of(folder: Path) -> list[tuple[str, ...]]:
+    """The evaluations of a finished run as rows of the table, in the order of their ends."""
     records = [record for record in run_status(folder).steps.values() if record is not None]
     begun = min(pd.Timestamp(record.provenance["started"]) for record in records)
     tiers = json.loads((folder / "results.json").read_bytes())["tiers"]
@@ -85,8 +83,8 @@ def results_of(folder: Path) -> list[Result]:
         if record.name.startswith("evaluation/"):
             gap = differences.get(str(record.config["method"]))
             ended = (pd.Timestamp(record.provenance["started"]) - begun).total_seconds() + record.seconds
-            rows.append(Result.of(record, Estimate(**gap) if isinstance(gap, dict) else None, ended))
-    return sorted(rows, key=lambda result: result.seconds)
+            rows.append((ended, table_row(record, Estimate(**gap) if isinstance(gap, dict) else None, ended)))
+    return [row for _, row in sorted(rows)]
 
 
 def show(console: Console, command: str, output: str) -> None:

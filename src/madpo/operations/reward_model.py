@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import tomli_w
 
 from madpo.core.errors import DataError
 from madpo.core.metrics import Estimate, Metrics
@@ -21,7 +20,7 @@ from madpo.data.rows import Pair
 from madpo.models.adapters import adapter_text
 from madpo.operations.inputs import Row, load_training, split_by_prompt
 from madpo.operations.pair_scorer import remember_pairs
-from madpo.operations.running import digest, load_report, run_in_folder
+from madpo.operations.running import digest, load_report, run_in_folder, toml
 from madpo.operations.settings import RewardSettings
 from madpo.operations.trackers import reporting_to
 from madpo.report.charts import Chart, Panel
@@ -150,7 +149,7 @@ def reward_pairs(settings: RewardSettings, inputs: Mapping[str, Path], out: Path
     seen = {prompt_key(row["prompt"]) for row in train}
     if leaked := sum(prompt_key(row["prompt"]) in seen for row in reported):
         say(f"{leaked} of {len(reported)} held-out pairs have a prompt of the training pairs, which flatters.")
-    config = tomli_w.dumps({"data": data, **settings.model_dump(mode="json", exclude_none=True)})
+    config = toml({"data": data, **settings.model_dump(mode="json")})
     page = running_page(out, f"Reward model on {settings.model}", {"training pairs": f"{len(train):,}"}, config)
     steps = fit(settings, train, stopping, out, page)
     used = (Pair(row["pair_id"], 0, row["prompt"], row["chosen"], row["rejected"], {}) for row in [*train, *stopping])

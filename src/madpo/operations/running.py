@@ -7,8 +7,9 @@ import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from madpo.core.errors import StorageError, first_line
@@ -107,3 +108,14 @@ def digest(place: str | Path) -> str | None:
         if name.parts[0] not in (*LOCKS, RECORD, UNFINISHED):
             parts.update(f"{name.as_posix()}:{file_digest(file)}\n".encode())
     return parts.hexdigest()
+
+
+def toml(data: Mapping[str, Any]) -> str:
+    """The TOML text of plain values; what is None is left out, as TOML has no word for it."""
+    return tomli_w.dumps(_without_none(data))
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list | tuple) else value

@@ -8,7 +8,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import tomli_w
 from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import metadata_load
@@ -24,6 +23,7 @@ from madpo.data.templates import Clock
 from madpo.models.locate import lasting
 from madpo.models.packaged import PACKAGED
 from madpo.operations.arguments import written_arguments
+from madpo.operations.running import toml
 from madpo.operations.train_settings import TrainSettings
 from madpo.report.command_pages import main_measures, training_chart, write_training_page
 from madpo.report.drawing import save_charts
@@ -152,15 +152,14 @@ def resolved(data: str | Path, settings: TrainSettings, clock: Clock | None = No
     Args:
         clock: of the training, which the configuration fixes if the chat template prints a date.
     """
-    resolved = settings.model_dump(mode="json", exclude_none=True)  # TOML has no word for nothing
+    resolved = settings.model_dump(mode="json")
     if clock is not None and clock.read:
         resolved["date"] = clock.text()
     if settings.full:
         resolved.pop("lora")
     resolved["model"] = lasting(settings.model)
-    args = written_arguments(settings.arguments())
-    resolved["args"] = {name: value for name, value in args.items() if value is not None}
-    return f"{CONFIG_HEADING}{json.dumps(str(data))} --config config.toml --output_dir DIR\n{tomli_w.dumps(resolved)}"
+    resolved["args"] = written_arguments(settings.arguments())
+    return f"{CONFIG_HEADING}{json.dumps(str(data))} --config config.toml --output_dir DIR\n{toml(resolved)}"
 
 
 def _write_cards(out: Path, **about: Any) -> None:
