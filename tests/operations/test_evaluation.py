@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM
 from madpo.core.errors import ConfigError
 from madpo.models.engine import responses
 from madpo.models.load import LoRA, build_tiny, load_model, load_tokenizer
+from madpo.operations import EvaluateSettings
 from madpo.operations import study_evaluation as evaluation
+from madpo.operations.evaluation import EvaluateReport
 from madpo.operations.study_evaluation import EvaluationStage, distinct, evaluate_policy
 from madpo.operations.study_pairs import PAIRS
 from practice_cases import read
@@ -151,3 +153,11 @@ def test_distinct_counts_words() -> None:
     assert distinct(["a b a", "A c"], 1) == 3 / 5
     assert distinct(["a b a b", "b a"], 2) == 2 / 4  # no pair of words across two texts
     assert distinct(["one", ""], 2) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "doubts"), [({}, 0), ({"temperature": 0.5}, 1), ({"top_p": 0.9}, 1), ({"top_k": 5}, 1)]
+)
+def test_a_kl_along_other_than_the_policys_own_responses_is_doubted(changes, doubts):
+    settings = EvaluateSettings(reward_model="rm", **changes)
+    assert len(EvaluateReport.model_construct(settings=settings).doubts()) == doubts

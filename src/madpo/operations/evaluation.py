@@ -90,6 +90,16 @@ class EvaluateReport(Report):
     settings: EvaluateSettings
     temperatures: tuple[AtTemperature, ...] = ()
 
+    def doubts(self) -> list[str]:
+        """That the KL is not the policy's own, where responses were not drawn from its own probabilities."""
+        s = self.settings
+        if s.temperature == s.top_p == 1 and s.top_k is None:
+            return []
+        return [
+            "The KL is along these responses, which were not drawn at temperature 1 from all tokens: it is not that of "
+            "the policy's own responses."
+        ]
+
     def text(self) -> str:
         """A table for a person."""
         w, d = self.win_rate, self.reward_difference
@@ -103,6 +113,7 @@ class EvaluateReport(Report):
         for name, (words, how, digits) in _MEASURED.items():
             sides = [short(getattr(side, name), how, digits) for side in (self.policy_side, self.reference_side)]
             lines.append(f"{words:28}{sides[0]:>28}{sides[1]:>28}")
+        lines += self.doubts()
         lines += [
             f"at temperature {at.temperature:g}: win rate {at.win_rate.mean:.1%} ({at.win_rate.low:.1%} to "
             f"{at.win_rate.high:.1%}), reward {short(at.policy_reward)} against {short(at.reference_reward)}"
@@ -214,8 +225,9 @@ def write_samples(report: EvaluateReport, samples: Sequence[Mapping[str, Any]], 
     ]
     title = f"{Path(report.policy).name} against {Path(report.reference).name}"
     says = [
-        f"The policy's response has the higher reward for {short(report.win_rate, 'share')} of {report.prompts} "
-        f"prompts: {against(report.win_rate, 0.5, 'one half')}."
+        f"The policy's response has the higher reward in {short(report.win_rate, 'share')} of the answers to "
+        f"{report.prompts} prompts (ties count half): {against(report.win_rate, 0.5, 'one half')}.",
+        *report.doubts(),
     ]
     tiles = {
         "win rate": cell(report.win_rate, "share"),
