@@ -456,3 +456,9 @@ def test_the_seam_with_trl_is_where_we_expect_it():
 def test_log_rows_are_plain_json(llama, tmp_path):
     trainer, _ = run_ours(llama, tmp_path, MADPO(), pairs(8, reward_margin=[1.0] * 8), max_steps=2)
     json.dumps(trainer.state.log_history)
+
+
+@pytest.mark.parametrize("loss", ["madpo", MADPO])
+def test_a_loss_is_an_object(loss):
+    with refused(ConfigError, "loss", "MADPO(beta=0.1)"):
+        PreferenceTrainer("nowhere", loss=loss)

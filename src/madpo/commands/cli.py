@@ -128,7 +128,7 @@ def _overview() -> str:
             "Margin Adaptive DPO: align a language model with preference data, pair by pair.\n",
             *(f"  {name:<{width}}  {says}" for name, (says, _) in COMMANDS.items()),
             "\nmadpo COMMAND --help lists a command's options, madpo --version the version.",
-            "Begin with: madpo run quickstart",
+            "Begin with: madpo run quickstart; without a model: madpo demo; with pairs of your own: madpo check PAIRS",
         ]
     )
 
