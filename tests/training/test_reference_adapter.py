@@ -127,7 +127,7 @@ def test_a_policy_that_was_trained_on_from_an_adapter_says_so_where_it_is_measur
     assert (place.base, place.reference) == (str(llama), str(tmp_path / "merged"))
 
 
-@pytest.mark.parametrize("kind", ["embedding", "tokens", "head", "dora"])
+@pytest.mark.parametrize("kind", quick(["embedding", "tokens", "head", "dora"], "embedding", "head"))
 def test_a_merged_model_with_a_shared_embedding_is_its_adapter(llama, tmp_path, kind):
     model = adapted(llama, KINDS[kind])
     assert model.config.tie_word_embeddings
