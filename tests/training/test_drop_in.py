@@ -10,7 +10,14 @@ import torch
 from datasets import Dataset, IterableDataset
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, BartConfig, BartForCausalLM, BartForConditionalGeneration
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BartConfig,
+    BartForCausalLM,
+    BartForConditionalGeneration,
+)
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
@@ -231,6 +238,42 @@ def test_an_encoder_decoder_and_rows_without_two_sides_are_refused(llama, tmp_pa
     assert build(llama, tmp_path, model=BartForCausalLM(config))
     with refused(DataError, "train_dataset", "'chosen'", "completion"):
         build(llama, tmp_path, Dataset.from_list([{"prompt": "a", "completion": "b", "label": True}]))
+
+
+@pytest.mark.parametrize("kind", [AutoModel, AutoModelForSequenceClassification])
+def test_a_model_without_an_output_head_is_refused(llama, tmp_path, kind):
+    with refused(ConfigError, kind.from_pretrained(llama).__class__.__name__, "AutoModelForCausalLM"):
+        build(llama, tmp_path, model=kind.from_pretrained(llama))
+
+
+def test_half_precision_that_a_processor_does_not_have_is_refused(llama, tmp_path):
+    with refused(ConfigError, "fp16=True", "bf16=True"):
+        build(llama, tmp_path, fp16=True)
+
+
+SAID = [{"role": "user", "content": "hi"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"prompt": "a", "chosen": None, "rejected": "c"}, ["row 1", "chosen"]),
+        ({"prompt": None, "chosen": "b", "rejected": "c"}, ["row 1", "prompt"]),
+        ({"prompt": SAID, "chosen": SAID, "rejected": None}, ["row 1", "rejected"]),
+    ],
+)
+def test_a_row_without_a_text_is_refused_by_number(llama, tmp_path, row, named):
+    other = {name: value or row["chosen"] or "d" for name, value in row.items()}
+    with refused(DataError, "train_dataset", *named):
+        build(llama, tmp_path, Dataset.from_list([other, row]))
+    with refused(DataError, "train_dataset", "row 0", named[1]):
+        build(llama, tmp_path, Dataset.from_list([other, row]).select([1]))
+
+
+def test_text_next_to_messages_is_refused(llama, tmp_path):
+    rows = Dataset.from_list([{"prompt": SAID, "chosen": "b", "rejected": "c"}])
+    with refused(DataError, "train_dataset", ("prompt", "messages"), ("chosen, rejected", "text")):
+        build(llama, tmp_path, rows)
 
 
 VIRTUAL = {

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, Value
 from torch import Tensor
 from trl.data_utils import get_dataset_column_names
 from trl.trainer.dpo_trainer import DataCollatorForPreference as DataCollatorForPreference
@@ -150,6 +150,31 @@ def check_columns(dataset: Any, name: str, needs: Iterable[str], *, probed: bool
                 + f" (columns found: {', '.join(columns)})"
             )
         refuse_images(columns, part)
+        if isinstance(rows, Dataset) and not set(ID_COLUMNS) <= set(columns):
+            _check_texts(rows, part)
+
+
+def _check_texts(dataset: Dataset, name: str) -> None:
+    """Refuse a text that is missing, and a text next to messages.
+
+    Raises:
+        DataError: naming the row, or the columns.
+    """
+    columns = [column for column in ("prompt", "chosen", "rejected") if column in dataset.column_names]
+    start = 0
+    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):
+        for column in columns:
+            if table[column].null_count:
+                row = start + pc.index(pc.is_null(table[column]), True).as_py()
+                raise DataError(f"{name}, row {row}: {column} is missing; fill it in, or leave the row out")
+        start += len(table)
+    texts = [column for column in columns if isinstance(dataset.features[column], Value)]
+    if texts and texts != columns:
+        others = [column for column in columns if column not in texts]
+        raise DataError(
+            f"{name}: {', '.join(texts)} hold text and {', '.join(others)} messages; write all of them as one or the "
+            "other, such as [{'role': 'user', 'content': text}]"
+        )
 
 
 def weights_are_used(dataset: Any, needs: Iterable[str], option: bool | None) -> bool:

@@ -39,7 +39,7 @@ from madpo.training.nan_guard import drop_unscored
 from madpo.training.padding_pairs import refuse_uneven
 from madpo.training.pair_loss import NO_METRICS, PairLoss
 from madpo.training.reference_adapter import copied_adapter
-from madpo.training.refusals import loss_of, refuse_adapter, refuse_options
+from madpo.training.refusals import loss_of, refuse_adapter, refuse_headless, refuse_options
 from madpo.training.rendering import rendering, with_prompts
 
 
@@ -97,6 +97,7 @@ class PreferenceTrainer(PairLoss, DPOTrainer):  # type: ignore[misc]
             name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = PreferenceConfig(output_dir=f"{name.split('/')[-1]}-{self._name}")
         refuse_options(args, loss_given=loss is not None)
+        refuse_headless(model)
         refuse_adapter(model, peft_config, sync_ref_model=args.sync_ref_model)
         if compute_metrics is not None:
             raise ConfigError(NO_METRICS)

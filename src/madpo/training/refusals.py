@@ -7,10 +7,13 @@ from collections.abc import Callable, Iterable
 
 from peft import PeftConfig, PeftType
 from torch import nn
+from transformers import PreTrainedModel
 from trl import DPOConfig
 
 from madpo.core.errors import ConfigError, DataError
 from madpo.losses import BCO, DPO, IPO, RDPO, WPO, Combined, LossConfig
+from madpo.models.engine.head import text_model
+from madpo.models.engine.logprobs import unwrapped
 
 _OWN = "a loss of your own (madpo.losses.Custom)"
 # TRL's option -> what takes its place where a loss is given. Those that no loss of madpo has are refused anyhow.
@@ -48,6 +51,8 @@ def refuse_options(args: DPOConfig, *, loss_given: bool) -> None:
             f"router_aux_loss_coef={args.router_aux_loss_coef!r} has no effect here, since the load-balancing loss of "
             "a mixture of experts is not computed; remove it or set it to 0"
         )
+    if args.fp16 and args.device.type == "cpu":
+        raise ConfigError("fp16=True has no effect on a processor, which then computes in float32; use bf16=True")
     for option in dataclasses.fields(args):
         remedy = (_MISSING | (_REPLACED if loss_given else {})).get(option.name)
         default = option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
@@ -87,6 +92,21 @@ def loss_of(args: DPOConfig) -> LossConfig:
     if len(terms) == 1 and terms[0][1] == 1 and not nll:
         return terms[0][0]
     return Combined(parts=tuple(term for term, _ in terms), weights=tuple(weight for _, weight in terms), nll=nll)
+
+
+def refuse_headless(model: str | nn.Module) -> None:
+    """Refuse a model of transformers without an output head: a backbone or a classifier.
+
+    Raises:
+        ConfigError: naming its class.
+    """
+    inner = unwrapped(model) if isinstance(model, nn.Module) else None
+    found = text_model(inner) if isinstance(inner, PreTrainedModel) else None
+    if isinstance(found, PreTrainedModel) and found.get_output_embeddings() is None:
+        raise ConfigError(
+            f"{type(inner).__name__} has no output head that gives log-probabilities; load the model with "
+            "AutoModelForCausalLM"
+        )
 
 
 def refuse_adapter(model: str | nn.Module, peft_config: PeftConfig | None, *, sync_ref_model: bool) -> None:
