@@ -20,7 +20,7 @@ def test_every_line_is_of_this_machine(monkeypatch, tmp_path) -> None:
     assert f"torch {version('torch')}" in found["libraries"]
     assert "missing" not in found["libraries"]
     assert f"{psutil.virtual_memory().total / 1e9:.1f} GB" in found["memory"]
-    names(found["cache"], tmp_path / "cache", "0 models", "0 B")
+    names(found["cache"], tmp_path / "cache", "no models", "0 B")
     if not torch.cuda.is_available() and not torch.backends.mps.is_available():
         assert found["accelerator"].startswith("none")
         assert found["speed"].startswith("1.00 ")
