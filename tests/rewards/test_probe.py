@@ -100,8 +100,8 @@ def test_intervals_of_coins_hold_one_half_and_their_margins_have_no_mean():
         means.append(found.margins.mean())  # -1/2 of it is what the log loss would flatter
         wide, narrow = found.report.accuracy, proportion_of(found.margins > 0)
         inside.append([one.low <= 0.5 <= one.high for one in (wide, narrow)])
-        loss, alone = found.report.log_loss, bootstrap_mean(np.logaddexp(0, -found.margins), clusters=names)
-        assert loss.high - loss.mean == pytest.approx(np.sqrt(2) * (alone.high - alone.mean))
+        loss, plain = found.report.log_loss, bootstrap_mean(np.logaddexp(0, -found.margins), clusters=names)
+        assert loss.high - loss.mean == pytest.approx(np.sqrt(2) * (plain.high - plain.mean))
     assert abs(np.mean(means)) < 2 * np.std(means) / 10
     assert np.mean(inside, axis=0)[1] < 0.93 <= np.mean(inside, axis=0)[0]
 

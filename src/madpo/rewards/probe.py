@@ -207,12 +207,12 @@ def _out_of_fold(data: _Pairs, paths: Floats) -> OutOfFold:
                     if len(out) == 1:
                         margins[rows][own] = found
                         chosen[rows][own] = (left[own] - centres[j]) @ paths[:, place]
-    total, alone = losses.sum(0), np.einsum("kkp->kp", losses)
-    best = ((total if folds > 2 else alone.sum(0)) - alone).argmin(1)
+    total, single = losses.sum(0), np.einsum("kkp->kp", losses)
+    best = ((total if folds > 2 else single.sum(0)) - single).argmin(1)
     take = np.arange(len(margins)), best[data.fold]
     own, first = margins[take], chosen[take]
     # Equal sides have equal rewards, to the last bit.
-    return OutOfFold(own, first, first - own, PENALTIES[best], alone / data.counts[:, None], data.counts)
+    return OutOfFold(own, first, first - own, PENALTIES[best], single / data.counts[:, None], data.counts)
 
 
 class _Pairs:

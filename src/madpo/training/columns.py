@@ -130,12 +130,9 @@ def check_columns(dataset: Any, name: str, needs: Iterable[str], *, probed: bool
         if not isinstance(rows, Dataset | IterableDataset):
             continue
         columns = get_dataset_column_names(rows)
-        for column in ("chosen", "rejected") if not set(ID_COLUMNS) <= set(columns) else ():
-            if column not in columns and isinstance(rows, Dataset):
-                raise DataError(
-                    f"{part} has no column {column!r} (columns found: {', '.join(columns)}); rename the column, or let "
-                    "madpo.data.load_preferences make pairs of other layouts, such as one completion and a label a row"
-                )
+        refuse_images(columns, part)
+        if isinstance(rows, Dataset) and not set(ID_COLUMNS) <= set(columns):
+            _check_texts(rows, part)
         for column in sorted(set(needs) & set(PAIR_COLUMNS)):
             if column in columns or (column == MARGIN and probed and lacks_margin(rows)):
                 continue
@@ -149,17 +146,21 @@ def check_columns(dataset: Any, name: str, needs: Iterable[str], *, probed: bool
                 + ("add it with `madpo score --probe MODEL`" if column == MARGIN else "add it to the data")
                 + f" (columns found: {', '.join(columns)})"
             )
-        refuse_images(columns, part)
-        if isinstance(rows, Dataset) and not set(ID_COLUMNS) <= set(columns):
-            _check_texts(rows, part)
 
 
 def _check_texts(dataset: Dataset, name: str) -> None:
-    """Refuse a text that is missing, and a text next to messages.
+    """Refuse a data set without both sides, a text that is missing, and a text next to messages.
 
     Raises:
         DataError: naming the row, or the columns.
     """
+    for column in ("chosen", "rejected"):
+        if column not in dataset.column_names:
+            raise DataError(
+                f"{name} has no column {column!r} (columns found: {', '.join(dataset.column_names)}); rename the "
+                "column, or let madpo.data.load_preferences make pairs of other layouts, such as one completion and a "
+                "label a row"
+            )
     columns = [column for column in ("prompt", "chosen", "rejected") if column in dataset.column_names]
     start = 0
     for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=1000):
