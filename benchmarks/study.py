@@ -3,8 +3,10 @@
 Ours runs first: SFT, two responses to each prompt, a reward model, its margins, the reference, one policy (MADPO) and
 one evaluation. The script then does the same work on the same texts, pairs and sizes, as its documentation suggests and
 tuned (no gradient checkpointing, precomputed reference, no padding beyond a batch), with DPO's loss in MADPO's place.
-Both use the same base model, precision and LoRA. Each side has its own process. Seconds of processor time are reported
-next to wall seconds, since they hardly depend on what else the machine does. Writes JSON.
+Both use the same base model, precision and LoRA; with ``--script-model`` the script has another model, for example
+the whole vocabulary of which ours has a part, as somebody without the cut would. Each side has its own process.
+Seconds of processor time are reported next to wall seconds, since they hardly depend on what else the machine does.
+Writes JSON.
 
     python benchmarks/study.py --model gemma-3-270m-imdb --json out.json
 """
@@ -84,8 +86,8 @@ def ours(model: str, root: str, settings: dict[str, str]) -> dict[str, list[floa
     return clock.seconds
 
 
-def script(model: str, root: str, settings: dict[str, str]) -> dict[str, list[float]]:
-    """What a careful user writes on TRL."""
+def script(model: str, root: str, settings: dict[str, str], own_model: str) -> dict[str, list[float]]:
+    """What a careful user writes on TRL, with the model ``own_model`` on our texts and pairs."""
     import pandas as pd
     import torch
     from datasets import Dataset
@@ -102,11 +104,13 @@ def script(model: str, root: str, settings: dict[str, str]) -> dict[str, list[fl
             return dataset
 
     e = experiment_of(model, settings)
-    place, dtype = resolve_model(model), compute_dtype()
-    tokenizer = load_tokenizer(place)
+    place, dtype = resolve_model(own_model), compute_dtype()
+    tokenizer, known = load_tokenizer(place), load_tokenizer(resolve_model(model))
     reviews = list(sft_reviews(load_corpus(e.corpus), e.sft.reviews)["text"])
     pairs = pd.read_parquet(next(Path(root).glob("pairs/*/*/pairs.parquet")))
-    prompts = [[int(i) for i in ids] for ids in pairs["prompt_ids"]]
+    for name in ("prompt_ids", "chosen_ids", "rejected_ids"):  # the same tokens by name, as ids of the script's model
+        pairs[name] = [tokenizer.convert_tokens_to_ids(known.convert_ids_to_tokens(list(ids))) for ids in pairs[name]]
+    prompts = list(pairs["prompt_ids"])
     length = e.responses.prompt_tokens + e.responses.max_new_tokens
     tuned = {
         "output_dir": tempfile.mkdtemp(),
@@ -130,7 +134,7 @@ def script(model: str, root: str, settings: dict[str, str]) -> dict[str, list[fl
 
     def sides(part: pd.DataFrame) -> Dataset:
         ids = {
-            side: [[*p, *map(int, r)] for p, r in zip(part["prompt_ids"].map(list), part[f"{side}_ids"], strict=True)]
+            side: [[*p, *r] for p, r in zip(part["prompt_ids"], part[f"{side}_ids"], strict=True)]
             for side in ("chosen", "rejected")
         }
         return Dataset.from_dict({f"{side}_ids": rows for side, rows in ids.items()})
@@ -218,9 +222,7 @@ def script(model: str, root: str, settings: dict[str, str]) -> dict[str, list[fl
             precompute_ref_batch_size=BATCH,
             **tuned,
         ),
-        train_dataset=Dataset.from_dict(
-            {n: [list(map(int, ids)) for ids in train[n]] for n in ("prompt_ids", "chosen_ids", "rejected_ids")}
-        ),
+        train_dataset=Dataset.from_dict({n: list(train[n]) for n in ("prompt_ids", "chosen_ids", "rejected_ids")}),
         processing_class=tokenizer,
         peft_config=lora("CAUSAL_LM", model),
     )
@@ -231,7 +233,7 @@ def script(model: str, root: str, settings: dict[str, str]) -> dict[str, list[fl
 
     reference = causal(sft)
     model = PeftModel.from_pretrained(causal(sft), policy)
-    asked = [[int(i) for i in ids] for ids in held["prompt_ids"]][: e.evaluation.prompts]
+    asked = list(held["prompt_ids"])[: e.evaluation.prompts]
     texts = generated(model, asked, 1)
     for new, old in zip(scored(model, texts, whole=True), scored(reference, texts, whole=True), strict=True):
         (new.exp() * (new - old)).sum(-1)
@@ -250,6 +252,7 @@ def work(spec: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="gemma-3-270m-imdb", help="of both sides")
+    parser.add_argument("--script-model", help="of the script, if another one")
     parser.add_argument("--set", nargs="*", default=[], help="settings of the experiment, NAME=VALUE")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -261,17 +264,19 @@ def main() -> None:
     found: dict[str, dict[str, list[float]]] = {}
     for name in ("ours", "script"):
         worker = Worker(__file__, {"name": name})
-        found[name] = worker.ask("study", model=options.model, root=root, settings=settings)
+        own = {"own_model": options.script_model or options.model} if name == "script" else {}
+        found[name] = worker.ask("study", model=options.model, root=root, settings=settings, **own)
         worker.close()
     phases = [phase for phase in PHASES.values() if phase in found["script"]]
-    print(f"{options.model}, processor seconds (wall seconds), ours and the script:")
+    models = {"ours": options.model, "script": options.script_model or options.model}
+    print(f"{models['ours']} and {models['script']}, processor seconds (wall seconds), ours and the script:")
     rows = {phase: [found[name][phase] for name in found] for phase in phases}
     rows["all"] = [[sum(found[name][phase][k] for phase in phases) for k in (0, 1)] for name in found]
     for phase, (mine, theirs) in rows.items():
         line = f"  {phase:12} {mine[0]:7.1f} ({mine[1]:.1f})  {theirs[0]:7.1f} ({theirs[1]:.1f})"
         print(f"{line}  {theirs[0] / mine[0]:.2f} x")
     if options.json:
-        options.json.write_text(json.dumps({"model": options.model, "settings": settings, "seconds": rows}, indent=1))
+        options.json.write_text(json.dumps({"models": models, "settings": settings, "seconds": rows}, indent=1))
 
 
 if __name__ == "__main__":
