@@ -255,6 +255,13 @@ def test_a_mistake_names_where_the_value_came_from(tmp_path):
         assert place in str(caught.value)
 
 
+def test_set_takes_the_names_of_options_too():
+    words = ("d", "--model", "m", "--output_dir", "o", "--set", "learning_rate=0.5", "--set", "loss={kind = 'ipo'}")
+    found = line(Train, *words).read()
+    assert (found.args, found.loss.kind) == ({"learning_rate": 0.5}, "ipo")
+    assert line(Compare, *words[:7]).read().optimisation.learning_rate == 0.5
+
+
 class Inner(Frozen):
     width: int = 2
     """How wide."""

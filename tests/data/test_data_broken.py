@@ -157,6 +157,11 @@ TABLE = [
     Broken("gzip only by name", _bytes("d.csv.gz", T.encode()), (".gz",)),
     Broken("zip", _bytes("d.csv", b"PK\x03\x04" + b"0" * 40), ("ZIP", ".jsonl")),
     Broken("zstd", _bytes("d.jsonl", b"\x28\xb5\x2f\xfd" + b"0" * 40), ("zstd -d",)),
+    Broken("zstd called what it is", _bytes("d.jsonl.zst", b"\x28\xb5\x2f\xfd" + b"0" * 40), ("zstd -d",)),
+    Broken("zstd called Parquet", _bytes("d.parquet", b"\x28\xb5\x2f\xfd" + b"0" * 40), ("zstd -d",)),
+    Broken("Excel", _bytes("d.xlsx", b"PK\x03\x04" + b"0" * 40), ("Excel", ".csv")),
+    Broken("older Excel", _bytes("d.xls", b"\xd0\xcf\x11\xe0" + b"0" * 40), ("Excel", ".csv")),
+    Broken("Arrow", _bytes("d.arrow", b"\xff\xff\xff\xff" + b"0" * 40), ("save_to_disk",)),
     Broken("Parquet called JSONL", _bytes("d.jsonl", b"PAR1" + b"0" * 40), (".parquet",)),
     Broken("JSONL called Parquet", _bytes("d.parquet", LINE), ("PAR1",)),
     # JSON

@@ -106,6 +106,18 @@ def test_no_prompt_crosses_the_split(ids, share, seed):
     # It stops with the prompt that reaches the share, unless that would leave nothing to train on.
     largest = max(ids.count(i) for i in ids)
     assert len(heldout) < share * len(rows) + largest
+    # And it is not far above the share, unless no prompt is small enough.
+    most = max(1, min(2 * share, (1 + share) / 2) * len(rows))
+    assert len(heldout) <= most or len(heldout) == min(ids.count(i) for i in ids)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.5])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_prompt_of_most_pairs_is_trained_on(share, seed):
+    rows = [{"prompt": f"p{max(0, n - 999)}"} for n in range(1020)]
+    train, heldout = split_by_prompt(rows, share, seed, "data")
+    assert len(train) == 1000
+    assert len(heldout) == 20
 
 
 def test_the_split_is_seeded_and_needs_two_prompts():

@@ -20,6 +20,9 @@ def metrics(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Estimate]:
     cell = Cell(setting=Setting(pairs=400), worlds=8, kl=1.0, seed=0)
     found = simulate(cell, {}, out)
     assert len(json.loads((out / "gains.json").read_bytes())["good"][AUTO]) == 8
+    shares = [value for key, value in found.items() if key.endswith("label_share")]
+    assert len(shares) == 3
+    assert all(0 <= of.low <= of.mean <= of.high <= 1 for of in shares if isinstance(of, Estimate))
     return {key: value for key, value in found.items() if isinstance(value, Estimate)}
 
 
@@ -55,6 +58,7 @@ def test_the_report_counts_cells_and_continues(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("madpo.operations.verify_auto.REDUCED", (Setting(pairs=20),))
     settings = VerifyAutoSettings(worlds=3, kl=0.2)
     report = verify_auto(settings, tmp_path)
+    assert all(0 <= of["label_share"].low <= of["label_share"].high <= 1 for of in report.cells.values())
     rows = {row.method: row for row in report.rows}
     assert rows[AUTO].cells == 3
     assert rows[SEARCHED].above_searched == 0

@@ -1,6 +1,7 @@
 """``madpo compare``: a user's own pairs as a study, against independent computations."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -14,9 +15,10 @@ from claim_cases import N, madpo, row, tier_of
 from madpo.core.config import load_config
 from madpo.core.errors import ConfigError, DataError
 from madpo.data.rows import Pair
+from madpo.operations.own_pairs import OwnPairsStage, read_own_pairs
 from madpo.operations.pair_scorer import load_scorer
 from madpo.report.numbers import short
-from madpo.report.own import own_opening, own_verdict
+from madpo.report.own import own_notes, own_opening, own_verdict
 from madpo.report.results import Row, Tier, measured
 from madpo.report.sources import HELDOUT, SAMPLES, Sources
 from madpo.study.compare import CompareSettings, compare
@@ -36,7 +38,10 @@ SMALL = {
 
 
 def settings(model, **changes):
-    return load_config(None, CompareSettings, {"model": str(model), **SMALL, **changes})
+    given = {"model": str(model), **SMALL, **changes}
+    if "judge" not in given:
+        del given["responses"]
+    return load_config(None, CompareSettings, given)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +84,21 @@ def test_tokens_are_those_of_the_chat_template(run, llama) -> None:
         text = tokenizer.apply_chat_template(row["prompt"] + row["rejected"], tokenize=False)
         assert text.startswith(tokenizer.decode([*pair.prompt_ids, *pair.rejected_ids]))
         assert row["rejected"][0]["content"].strip() in tokenizer.decode(pair.rejected_ids)
+
+
+@pytest.mark.parametrize("judge_share", [0.0, 0.5])
+def test_held_out_prompts_that_were_trained_on_are_told(llama, tmp_path, judge_share) -> None:
+    rows = [{**row, "prompt": f"The film {i}"} for i, row in enumerate(text_pairs(12))]
+    given = write(tmp_path / "p.jsonl", rows)
+    other = write(tmp_path / "e.jsonl", [*rows[:3], {**rows[0], "prompt": "Another film"}])
+    stage = OwnPairsStage(model=str(llama), judge_share=judge_share)
+    metrics = read_own_pairs(stage, {"data": given, "eval_data": other}, tmp_path)
+    assert (metrics["heldout_pairs"], metrics["leaked_pairs"]) == (4, 3)
+    record = SimpleNamespace(metrics=metrics)
+    names(" ".join(own_notes({}, {"pairs": record})), ("3", "4"))
+    metrics = read_own_pairs(stage.model_copy(update={"eval_share": 0.3}), {"data": given}, tmp_path)
+    assert metrics["leaked_pairs"] == 0
+    assert own_notes({}, {"pairs": SimpleNamespace(metrics=metrics)}) == []
 
 
 @torch.no_grad()

@@ -252,20 +252,22 @@ class CommandLine:
                 return option._replace(key=name, annotation=Any)
         others = self._of_other_kinds()
         if name in others:
-            kinds, table = others[name], name.partition(".")[0]
-            raise ConfigError(f"--{name} is a field of {', '.join(kinds)}; add --{table} {kinds[0]}, or leave it out")
+            table, kinds = others[name]
+            raise ConfigError(f"--{name} is a field of {', '.join(kinds)}; give --{table} {kinds[0]}, or leave it out")
         hint = did_you_mean(name, [*self.names, *others], "--") or f"; {self.command} --help lists all"
         elsewhere = _commands_with_option().get(name)
         has = f" (it is an option of madpo {', '.join(elsewhere)})" if elsewhere else ""
         raise ConfigError(f"{self.command} has no option '--{name}'{has}{hint}")
 
-    def _of_other_kinds(self) -> dict[str, list[str]]:
-        """Key of a field that the chosen kinds do not have -> the kinds that have it."""
-        found: dict[str, list[str]] = {}
+    def _of_other_kinds(self) -> dict[str, tuple[str, list[str]]]:
+        """Name of a field that the chosen kinds do not have -> the option of the kind, and the kinds that have it."""
+        found: dict[str, tuple[str, list[str]]] = {}
         for name, field in self.model.model_fields.items():
             for kind, member in _members(field.annotation).items() if field.discriminator is not None else ():
-                for inner in member.model_fields:
-                    found.setdefault(f"{name}.{inner}", []).append(kind)
+                for inner, of in member.model_fields.items():
+                    bare = [each for note in of.metadata if isinstance(note, Cli) for each in note.bare]
+                    for spelling in (f"{name}.{inner}", *bare):
+                        found.setdefault(spelling, (name, []))[1].append(kind)
         return found
 
     def given(self) -> dict[str, Any]:
@@ -313,6 +315,8 @@ class CommandLine:
         """
         given, config = self.given(), None
         settings = key_values(given.get("set", ())) if issubclass(self.model, Configurable) else {}
+        fields = self.model.model_fields
+        settings = {key if key.split(".")[0] in fields else self.names.get(key, key): settings[key] for key in settings}
         if "config" in given:
             config = expanded(given["config"])
             _refuse_foreign_places(config, {*given, *settings})

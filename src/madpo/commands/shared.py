@@ -6,12 +6,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import model_validator
 
 from madpo.core import processes
-from madpo.core.config import Frozen
+from madpo.core.config import Frozen, changed
 from madpo.core.libraries import loading_libraries
 from madpo.core.options import Cli
 from madpo.core.progress import show
@@ -46,6 +46,12 @@ class DryRun(Frozen):
 class HeldOut(Frozen):
     eval_data: str | None = None
     """Held-out pairs; without them eval_share of the pairs is held out."""
+
+    @model_validator(mode="after")
+    def _once(self) -> Self:
+        if self.eval_data is not None and "eval_share" in changed(self):
+            raise ValueError("eval_data takes the place of eval_share, which has no effect; leave one of them out")
+        return self
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -17,6 +17,9 @@ from madpo.core.errors import ConfigError
 from madpo.core.suggestions import did_you_mean
 
 T = TypeVar("T", bound=BaseModel)
+MOST_SEED = 2**32 - 1
+"""The largest seed that numpy takes, which the trainers of the libraries call."""
+Seed = Annotated[int, Field(ge=0, le=MOST_SEED)]
 FOLDERS = "folders"
 _ADDED = "added"
 
@@ -73,6 +76,12 @@ def _without_added(value: Any, dumped: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_added(item, content) for item, content in zip(value, dumped, strict=True)]
     return dumped
+
+
+def changed(config: BaseModel) -> list[str]:
+    """Fields whose values are not the defaults."""
+    fields = type(config).model_fields.items()
+    return [name for name, field in fields if getattr(config, name) != field.get_default(call_default_factory=True)]
 
 
 def first_difference(before: Any, after: Any, key: str = "") -> tuple[str, Any, Any] | None:
@@ -158,7 +167,7 @@ def key_values(overrides: Mapping[str, object] | Sequence[str]) -> dict[str, obj
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
-            raise ConfigError(f"--set {text!r} is not key=value, such as --set policy.optimisation.learning_rate=1e-4")
+            raise ConfigError(f"--set {text!r} is not key=value, such as --set lora.rank=8")
         pairs[key.strip()] = toml_value(value.strip())
     return pairs
 

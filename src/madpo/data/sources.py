@@ -36,6 +36,9 @@ _MAGIC = {
     b"\x28\xb5\x2f\xfd": "is compressed with zstd; unpack it first (zstd -d)",
     b"BZh": "is compressed with bzip2; unpack it first (bunzip2)",
     b"\xfd7zXZ": "is compressed with xz; unpack it first (unxz)",
+    b"\xd0\xcf\x11\xe0": "is a file of an older Excel; save it as .csv",
+    b"ARROW1": "is an Arrow file; give the folder that save_to_disk wrote, or save it as .parquet",
+    b"\xff\xff\xff\xff": "is an Arrow stream; give the folder that save_to_disk wrote, or save it as .parquet",
     b"\xff\xfe": "is UTF-16 text; save it as UTF-8",
     b"\xfe\xff": "is UTF-16 text; save it as UTF-8",
     b"\x00\x00\xfe\xff": "is UTF-32 text; save it as UTF-8",
@@ -108,8 +111,6 @@ def _file(name: str, path: Path, wanted: Wanted) -> Source:
     zipped = suffixes[-1:] == [".gz"]
     suffix = (suffixes[:-1] if zipped else suffixes)[-1:] or [""]
     kind = FORMATS.get(suffix[0])
-    if kind is None:
-        raise DataError(f"{name}: the ending {suffix[0]!r} says no format; rename it to .jsonl, .parquet or .csv")
     try:
         with path.open("rb") as file:
             head = file.read(8)
@@ -117,13 +118,15 @@ def _file(name: str, path: Path, wanted: Wanted) -> Source:
         raise DataError(f"{name}: cannot be read ({error.strerror}); make it readable for you") from None
     if not head:
         raise DataError(f"{name}: the file is empty; give a file with at least one pair")
-    if kind == "parquet":
-        if not head.startswith(b"PAR1"):
-            raise DataError(f"{name}: is no Parquet file (it does not begin with PAR1); write it again or rename it")
+    if kind == "parquet" and head.startswith(b"PAR1"):
         return parquet_source(name, path, wanted)
     for magic, remedy in _MAGIC.items():
         if head.startswith(magic):
             raise DataError(f"{name}: {remedy}")
+    if kind is None:
+        raise DataError(f"{name}: the ending {suffix[0]!r} says no format; rename it to .jsonl, .parquet or .csv")
+    if kind == "parquet":
+        raise DataError(f"{name}: is no Parquet file (it does not begin with PAR1); write it again or rename it")
     if zipped != head.startswith(b"\x1f\x8b"):
         remedy = "ends in .gz but is no gzip; rename it" if zipped else "is compressed with gzip; let it end in .gz"
         raise DataError(f"{name}: {remedy}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import NoneType
 from typing import Any, Literal, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
+from madpo.core.config import MOST_SEED
 from madpo.core.options import Cli
 from madpo.core.suggestions import did_you_mean
 
@@ -117,14 +119,14 @@ ARGUMENTS = Cli(
 """The options of a training's table ``args``."""
 
 
-# Argument -> (the smallest value that means something, the option that gives it).
-_SMALLEST: dict[str, tuple[float, str]] = {
-    "per_device_train_batch_size": (1, " (--batch_size)"),
-    "per_device_eval_batch_size": (1, ""),
-    "precompute_ref_batch_size": (1, ""),
-    "gradient_accumulation_steps": (1, ""),
-    "max_length": (2, " (--max_length)"),
-    "learning_rate": (0, " (--learning_rate)"),
+# Argument -> the smallest and the largest value that mean something.
+_BOUNDS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, math.inf)),
+    **dict.fromkeys(("precompute_ref_batch_size", "gradient_accumulation_steps"), (1, math.inf)),
+    "max_length": (2, math.inf),
+    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "dataloader_num_workers"), (0, math.inf)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, math.nextafter(1, 0))),
+    **dict.fromkeys(("seed", "data_seed"), (0, MOST_SEED)),
 }
 
 
@@ -149,11 +151,15 @@ def checked_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
         except ValidationError as error:
             reason = error.errors()[0]["msg"].replace("Input should be", "must be")
             raise ValueError(f"args.{name} = {value!r}: {reason}") from None
-        smallest, option = _SMALLEST.get(name, (None, ""))
-        if smallest is not None and taken is not None and not taken >= smallest:
-            raise ValueError(f"args.{name}{option} = {value!r}: must be at least {smallest}")
+        option = f" (--{next((short for short, key in ARGUMENTS.names.items() if key == name), name)})"
+        low, high = _BOUNDS.get(name, (-math.inf, math.inf))
+        if isinstance(taken, float) and not math.isfinite(taken):
+            raise ValueError(f"args.{name}{option} = {value!r}: must be a finite number")
+        if isinstance(taken, int | float) and not low <= taken <= high:
+            bound = f"at least {low:g}" if taken < low else f"at most {high}" if high > 1 else "below 1"
+            raise ValueError(f"args.{name}{option} = {value!r}: must be {bound}")
         if name == "num_train_epochs" and not taken > 0:
-            raise ValueError(f"args.{name} (--epochs) = {value!r}: must be greater than 0")
+            raise ValueError(f"args.{name}{option} = {value!r}: must be greater than 0")
         found[name] = taken if isinstance(taken, int | float) else value  # 2 and 2.0 are one setting
     return found
 

@@ -109,7 +109,7 @@ class AutoReport(TrainReport):
         return lines
 
 
-@operation("train_auto/9")
+@operation("train_auto/10")
 def train_auto(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """The operation behind ``madpo train`` with no loss named."""
     assert isinstance(settings.loss, Auto)

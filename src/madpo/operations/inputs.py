@@ -123,6 +123,9 @@ def load_training(
 def split_by_prompt(rows: Sequence[Row], share: float, seed: int, name: str) -> tuple[list[Row], list[Row]]:
     """Hold out about ``share`` of the rows, whole prompts at a time: (the others, held out), each in its order.
 
+    A prompt of so many rows that the part would be twice as large, or take half of the others as well, is not held out
+    unless nothing else can be.
+
     Raises:
         DataError: all rows have one prompt.
     """
@@ -133,13 +136,17 @@ def split_by_prompt(rows: Sequence[Row], share: float, seed: int, name: str) -> 
     counts = dict.fromkeys(prompts, 0)
     for key in keys:
         counts[key] += 1
+    wanted, most = share * len(rows), min(2 * share, (1 + share) / 2) * len(rows)
+    order = [prompts[i] for i in rng(seed, "split").permutation(len(prompts))]
     aside: set[str] = set()
     taken = 0
-    for i in rng(seed, "split").permutation(len(prompts)):
-        if aside and (taken >= share * len(rows) or len(aside) == len(prompts) - 1):
+    for prompt in order:
+        if aside and (taken >= wanted or len(aside) == len(prompts) - 1):
             break
-        aside.add(prompts[i])
-        taken += counts[prompts[i]]
+        if taken + counts[prompt] <= max(most, 1):
+            aside.add(prompt)
+            taken += counts[prompt]
+    aside = aside or {min(order, key=counts.__getitem__)}
     kept = [row for row, key in zip(rows, keys, strict=True) if key not in aside]
     return kept, [row for row, key in zip(rows, keys, strict=True) if key in aside]
 

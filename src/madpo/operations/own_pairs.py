@@ -54,7 +54,7 @@ class OwnPairsStage(Training):
     size: Size | None = Field(default=None, exclude=True)
 
 
-@operation("read_own_pairs/2")
+@operation("read_own_pairs/3")
 def read_own_pairs(config: OwnPairsStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Write ``pairs.parquet``; its column ``split`` is "train", "heldout" or "judge", and ``row`` the data's own id.
 
@@ -106,8 +106,10 @@ def read_own_pairs(config: OwnPairsStage, inputs: Mapping[str, Path], out: Path)
     if loaded.too_long.dropped:
         write_atomically(out / "dropped.jsonl", loaded.too_long.lines())
     counts = {f"{split}_pairs": len(part) for split, part in parts.items()}
-    prompts = int(table.loc[table["split"] == "heldout", "prompt_id"].nunique())
-    return {"pairs": len(rows), **counts, "heldout_prompts": prompts, "dropped": len(loaded.too_long.dropped)}
+    heldout = table["split"] == "heldout"
+    leaked = int(table["prompt_id"][heldout].isin(table["prompt_id"][~heldout]).sum())
+    prompts, dropped = int(table.loc[heldout, "prompt_id"].nunique()), len(loaded.too_long.dropped)
+    return {"pairs": len(rows), **counts, "heldout_prompts": prompts, "leaked_pairs": leaked, "dropped": dropped}
 
 
 def prompt_contents(pairs: pd.DataFrame) -> list[Text]:

@@ -90,13 +90,13 @@ def train(
     return load_report(out / "report.json", TrainReport)
 
 
-@operation("train_pairs/3")
+@operation("train_pairs/4")
 def train_pairs(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """The operation behind :func:`train`."""
     return _train(settings, inputs, out, noted=settings.first_look)
 
 
-@operation("train_unnoted/3")
+@operation("train_unnoted/4")
 def train_unnoted(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """The same, but of ``first_look`` only the order of the rows is kept: the second training of ``auto``."""
     return _train(settings, inputs, out, noted=False)

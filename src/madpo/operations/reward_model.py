@@ -138,7 +138,7 @@ def reward(
     return load_report(out / "report.json", RewardReport)
 
 
-@operation("reward_pairs/2")
+@operation("reward_pairs/3")
 def reward_pairs(settings: RewardSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """The operation behind :func:`reward`."""
     data, eval_data = str(inputs["data"]), inputs.get("eval_data")

@@ -316,7 +316,7 @@ class FoldStage(Frozen):
     """The one that it does not see."""
 
 
-@operation("train_fold/1")
+@operation("train_fold/2")
 def train_fold(config: FoldStage, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Train a reward model that has seen neither the pairs of one fold nor their prompts."""
     data, settings = str(inputs["data"]), config.reward

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from madpo.core.config import Frozen, added
+from madpo.core.config import Frozen, Seed, added, changed
 from madpo.core.layout import Reading
 from madpo.core.options import Cli
 from madpo.models.hyperparameters import LoRA, Optimisation, Pooling, Temperature, Truncation
@@ -109,7 +109,7 @@ class RewardSettings(Training):
     """Tokens of prompt and completion; None is no limit."""
     report_to: tuple[str, ...] = Field(default=(), exclude=True)
     """Trackers that are installed, such as tensorboard, trackio or wandb."""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     """Seed of split and training."""
 
 
@@ -146,10 +146,12 @@ class ScoreSettings(Reading):
         given = [self.reward_model, self.score_columns, self.probe, folds]
         if sum(source is not None for source in given) != 1:
             raise ValueError("give one of reward_model, score_columns, probe and folds; probe MODEL needs no training")
-        if self.probe is not None and self.reward is not None:
-            raise ValueError("probe trains no reward model; leave out its settings, or give folds in its place")
-        if (folds is None) != (self.reward is None):
+        if folds is None and self.reward is not None:
+            raise ValueError("only folds trains reward models; leave out the model and settings of that training")
+        if folds is not None and self.reward is None:
             raise ValueError("folds trains reward models, so it needs the base model (--model_name_or_path)")
+        if self.probe is None and "probe_seed" in changed(self):
+            raise ValueError("probe_seed goes with probe; the folds of reward models have seed")
         if self.reward is not None and (self.reward.columns.given or self.reward.layout):
             raise ValueError("reward.columns and reward.layout have no effect; give columns and layout")
         if self.margin_temperature is not None and self.score_columns is None:

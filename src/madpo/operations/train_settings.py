@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from madpo.core import processes
 from madpo.core.columns import MARGIN
-from madpo.core.config import added, identity_settings
+from madpo.core.config import added, changed, identity_settings
 from madpo.core.options import Cli
 from madpo.losses import Loss, LossConfig, SoftDPO
 from madpo.models.hyperparameters import ADAPTER_LEARNING_RATE, FULL_LEARNING_RATE, LoRA
@@ -95,6 +95,10 @@ class TrainSettings(Training):
     def _fits(self) -> TrainSettings:
         if self.full and self.merge:
             raise ValueError("full training has no adapter to merge: out/model is the whole model; leave --merge out")
+        if self.full and (unused := changed(self.lora)):
+            raise ValueError(f"full training has no adapter: lora.{unused[0]} has no effect; leave it or --full out")
+        if self.probe and MARGIN not in self.loss.needs:
+            raise ValueError(f"probe gives reward_margin, which the loss {self.loss.kind} does not read; leave it out")
         if self.full and getattr(self.loss, "kl", None) is not None:
             raise ValueError("loss.kl is reached by the strength of an adapter, which full training does not have")
         if self.full and self.qlora:

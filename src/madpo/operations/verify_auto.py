@@ -20,7 +20,7 @@ from madpo.core.errors import MadpoError
 from madpo.core.metrics import Estimate, Metrics
 from madpo.core.reports import Report
 from madpo.core.seeding import derived_seed
-from madpo.core.statistics import fit_temperature, paired_difference
+from madpo.core.statistics import bootstrap_mean, bootstrap_share, fit_temperature, paired_difference
 from madpo.core.storage import expanded, write_atomically
 from madpo.losses import DPO, MADPO, SoftDPO
 from madpo.losses.simulation import (
@@ -279,7 +279,7 @@ def _row(method: str, cells: Mapping[str, Mapping[str, Estimate]]) -> Row:
     return Row(method=method, about=ROWS[method], cells=len(means), worst=min(means, default=None), mean=mean, **counts)
 
 
-@operation("simulate_auto/4")
+@operation("simulate_auto/5")
 def simulate(cell: Cell, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """All methods in the worlds of one setting; writes ``gains.json``, the true reward of each world at the KL."""
     worlds = draw(cell.setting, [derived_seed(cell.seed, "verify-auto", k) for k in range(cell.worlds)])
@@ -293,8 +293,8 @@ def simulate(cell: Cell, inputs: Mapping[str, Path], out: Path) -> Metrics:
                 if name != other and both.sum() >= 3:
                     pair = (values[both].mean(1), compared.gains[other][both].mean(1))
                     metrics[f"{kind}: {name} - {other}"] = paired_difference(*pair, seed=cell.seed)
-        for name, row in (("deciding", compared.deciding), ("label_share", compared.shares)):
-            metrics[f"{kind}: {name}"] = paired_difference(row, np.zeros(len(row)), seed=cell.seed)
+        metrics[f"{kind}: deciding"] = bootstrap_mean(compared.deciding, seed=cell.seed)
+        metrics[f"{kind}: label_share"] = bootstrap_share(compared.shares, seed=cell.seed)
     plain = {  # JSON has no NaN: None is a KL that was not reached
         kind: {
             name: [[v if np.isfinite(v) else None for v in row] for row in values.tolist()]

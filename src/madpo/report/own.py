@@ -172,7 +172,14 @@ def own_chart(tier: Tier, colours: Mapping[str, int]) -> Chart | None:
 
 
 def own_notes(experiment: Mapping[str, Any], records: Mapping[str, Record]) -> list[str]:
-    """What to know of the judge."""
+    """What to know of the held-out pairs, and of the judge."""
+    pairs = records["pairs"].metrics if "pairs" in records else {}
+    leaked, of = (pairs.get(name) for name in ("leaked_pairs", "heldout_pairs"))
+    said = f"{leaked} of {of} held-out pairs have a prompt that policies or the judge were trained on, which flatters."
+    return [said, *_judge_notes(experiment, records)] if leaked else _judge_notes(experiment, records)
+
+
+def _judge_notes(experiment: Mapping[str, Any], records: Mapping[str, Record]) -> list[str]:
     if seen := experiment.get("judge_saw_pairs"):
         return [f"The judge was trained on {seen} of these pairs: it may know the labels of held-out ones."]
     if experiment.get("judge") == "probe":

@@ -9,12 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from madpo.core.config import part
+from madpo.core.config import Seed, changed, part
+from madpo.core.errors import printable
 from madpo.core.options import Cli
 from madpo.core.suggestions import did_you_mean
 from madpo.losses import Loss
 from madpo.models.hyperparameters import LoRA, Optimisation
-from madpo.operations.settings import AdapterOptimisation, EvaluationSettings, StudyDecoding, Training, refuse_all_taken
+from madpo.operations.settings import (
+    PROBE,
+    AdapterOptimisation,
+    EvaluationSettings,
+    StudyDecoding,
+    Training,
+    refuse_all_taken,
+)
 from madpo.training.settings import AutoSettings
 
 if TYPE_CHECKING:
@@ -39,7 +47,7 @@ class CompareSettings(Training):
     betas: tuple[Annotated[float, Field(gt=0)], ...] | None = None
     """Each loss is trained at each of them. None is 0.1, and with a judge 0.03, 0.1 and 0.3, since rewards compare at
     equal KL only."""
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0,), min_length=1)
+    seeds: tuple[Seed, ...] = Field(default=(0,), min_length=1)
     """One training of every loss and beta for each of them."""
     other_learning_rates: tuple[Annotated[float, Field(gt=0)], ...] | None = None
     """Learning rates besides ``learning_rate`` that each loss is trained at too. None trains DPO at half of it, since
@@ -73,6 +81,11 @@ class CompareSettings(Training):
         if (rate := self.optimisation.learning_rate) in (self.other_learning_rates or ()):
             raise ValueError(f"other_learning_rates has {rate:g}, which every loss is trained at anyway; remove it")
         refuse_all_taken(self.eval_share, self.judge, self.judge_share)
+        judged = [*changed(self.responses), *changed(self.evaluation)] if self.judge is None else []
+        unused = [*judged, *({"judge_share"} & set(changed(self) if self.judge != PROBE else ()))]
+        if unused:
+            needed = "probe" if unused == ["judge_share"] else "REWARD_MODEL or --judge probe"
+            raise ValueError(f"nothing reads {', '.join(unused)} here; add --judge {needed}, or leave it out")
         for loss in self.losses:
             known_loss(loss)
         return self
@@ -143,7 +156,7 @@ def compare(
     from madpo.report.methods import OWN
     from madpo.study.experiment import run_steps
 
-    about: dict[str, Any] = {"title": f"Preference losses on {Path(data).name}"}
+    about: dict[str, Any] = {"title": f"Preference losses on {printable(Path(data).name)}"}
 
     def build() -> list[Step]:
         from madpo.study.own_graph import OwnPairsGraph

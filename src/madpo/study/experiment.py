@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from madpo.core.config import Frozen, find_experiment, load_config
+from madpo.core.config import Frozen, Seed, find_experiment, load_config
 from madpo.core.progress import say
 from madpo.core.storage import expanded
 from madpo.data.corpus import Corpus, PackagedIMDB, Tier
@@ -126,9 +126,9 @@ class Experiment(Frozen):
     """Where texts come from; or pairs as they are (``kind = "pairs"``), which take the place of ``pairs``, the prompts
     and, with a judge of their own, ``oracle``."""
     oracle: Oracle = NgramOracle()
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     """Decides SFT, responses and the permutation, which all runs share."""
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[Seed, ...] = (0,)
     """One run each of labels, reward model, policies and evaluation draws."""
     sft: SFTSettings
     responses: ResponseSettings = ResponseSettings()
