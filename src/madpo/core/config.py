@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from madpo.core.errors import ConfigError
+from madpo.core.errors import ConfigError, shortened
 from madpo.core.suggestions import did_you_mean
 
 T = TypeVar("T", bound=BaseModel)
@@ -189,7 +189,7 @@ def _put(data: dict[str, Any], key: str, value: object, source: str) -> None:
         here = here[_index(here, part, key, source)] if isinstance(here, list) else here.setdefault(part, {})
         if not isinstance(here, dict | list):
             at = ".".join(parents[: depth + 1])
-            raise ConfigError(f"{source}: --set {key} does not fit: {at} = {_short(here)} has no fields")
+            raise ConfigError(f"{source}: --set {key} does not fit: {at} = {shortened(repr(here), 80)} has no fields")
     if isinstance(here, list):
         here[_index(here, last, key, source)] = value
     else:
@@ -227,7 +227,11 @@ def _sentence(
     else:
         message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
         # What a validator of the program says of a table names the field itself.
-        given = "" if isinstance(first["input"], dict) and kind == "value_error" else f" = {_short(first['input'])}"
+        given = (
+            ""
+            if isinstance(first["input"], dict) and kind == "value_error"
+            else f" = {shortened(repr(first['input']), 80)}"
+        )
         text = f"{key}{given}: {message}" if key and not message.startswith(f"{key}.") else message
         if kind == "literal_error":
             text += did_you_mean(str(first["input"]), re.findall(r"'([^']*)'", ctx["expected"]))
@@ -269,11 +273,6 @@ def _models(annotation: object) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel) and get_origin(annotation) is None:
         return [annotation]
     return [model for inner in get_args(annotation) for model in _models(inner)]
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def packaged_experiments() -> list[str]:

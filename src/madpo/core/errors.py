@@ -74,6 +74,11 @@ def first_line(error: BaseException, length: int | None = None) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:length]
 
 
+def shortened(text: str, most: int) -> str:
+    """At most ``most`` characters of a text; "..." shows that it goes on."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def listed(items: Sequence[object], most: int) -> str:
     """The first of several things, and how many more there are, for a sentence."""
     shown, more = ", ".join(map(str, items[:most])), len(items) - most

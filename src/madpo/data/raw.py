@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal
 
-from madpo.core.errors import DataError, RowError, printable
+from madpo.core.errors import DataError, RowError, printable, shortened
 
 MAX_ROW = 64 * 2**20
 """Bytes of one row: more is a file without line ends or an unpacked bomb, not a preference pair."""
@@ -93,20 +93,20 @@ def described(value: object) -> str:
 
 def described_name(name: str) -> str:
     """A name of a column or key, quoted, at most 80 characters of it."""
-    return repr(name if len(name) <= 80 else f"{name[:79]}…")
+    return repr(shortened(name, 80))
 
 
 def short(value: object) -> str:
     """The beginning of a value, or of the message of an error, in one printable line."""
     # Only the beginning is rendered: a field may be megabytes long.
     if isinstance(value, str):
-        return repr(value[:40] + "…") if len(value) > 40 else repr(value)
+        return repr(shortened(value, 43))
     if isinstance(value, int) and abs(value) >= 10**40:
         return "a whole number of more than 40 digits"
     if isinstance(value, list | tuple | dict):
         return f"{len(value)} entries" if value else "empty"
     text = printable((str(value).splitlines() or [""])[0]) or type(value).__name__
-    return text if len(text) <= 160 else f"{text[:157]}…"
+    return shortened(text, 160)
 
 
 def as_number(value: Any, name: str, *, from_text: bool = False) -> float:

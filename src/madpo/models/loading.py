@@ -110,7 +110,7 @@ def no_such_model(name: str, reason: str) -> ConfigError:
         for entry in Path(name).parent.glob(f"*/{file}")
     ]
     return ConfigError(
-        f"there is no folder {name!r}, and no model of that name could be had from the hub ({reason})"
+        f"there is no folder {name!r}, and no model of that name could be loaded from the hub ({reason})"
         + (did_you_mean(name, [*PACKAGED, *around]) or "; check the path or the hub id")
     )
 

@@ -86,7 +86,7 @@ def _instead(folder: Path) -> str:
 
 
 def refuse_unreachable(name: str) -> None:
-    """Refuse a hub id that is neither here nor to be had, before libraries try for a minute.
+    """Refuse a hub id that is not in the cache and cannot be downloaded, before libraries try for a minute.
 
     Raises ConfigError: the hub's address is unknown to this machine, and the model is not in the local cache.
     """

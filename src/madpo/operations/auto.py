@@ -40,7 +40,7 @@ from madpo.data.templates import Clock
 from madpo.data.tokens import Encoder
 from madpo.losses import SoftDPO
 from madpo.models.adapters import adapter_text
-from madpo.models.engine.responses import divergence, end_tokens, respond
+from madpo.models.engine.responses import divergence, respond
 from madpo.models.hyperparameters import CHECKPOINTS
 from madpo.models.load import load_model, load_tokenizer, merged, resolve_model, save_model
 from madpo.operations.averaging import (
@@ -64,6 +64,7 @@ from madpo.operations.policy import (
     trainer_arguments,
 )
 from madpo.operations.preconditions import first_pair, require_columns
+from madpo.operations.responses import ends_of_responses
 from madpo.operations.running import load_report, run_in_folder
 from madpo.operations.settings import Sampling
 from madpo.operations.study_training import pair_logps
@@ -337,9 +338,7 @@ def _at_kl(work: _Work, model: PeftModel, base: Path | str, rows: list[Row]) -> 
     drawn = rng(work.seed, "auto", "prompts of the KL").permutation(len(different))
     chosen = [different[k] for k in drawn[: work.auto.kl_prompts]]
     reference = load_model(base, dtype=chosen_dtype(work.settings))
-    ends = end_tokens(reference, tokenizer)
-    if isinstance(chosen[0]["prompt"], list):
-        ends.add(Encoder(tokenizer).end_id())
+    ends = ends_of_responses(tokenizer, [row["prompt"] for row in chosen], reference)
     how = Sampling(seed=work.seed, max_new_tokens=work.auto.kl_tokens)
     prompts, keys = [list(row["prompt_ids"]) for row in chosen], [int(row["pair_id"]) for row in chosen]
     how_drawn: dict[str, Any] = {"keys": keys, "draw": 0, "ends": ends, "description": "Responses for the KL"}

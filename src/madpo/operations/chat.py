@@ -13,9 +13,10 @@ from rich.text import Text as Styled
 from madpo.core.errors import ConfigError, located
 from madpo.data.messages import Text, said
 from madpo.data.tokens import Encoder
-from madpo.models.engine.responses import end_tokens, respond
+from madpo.models.engine.responses import respond
 from madpo.models.load import load_model, load_tokenizer, resolve_model
 from madpo.operations.preconditions import find_policy
+from madpo.operations.responses import ends_of_responses
 from madpo.operations.settings import ChatSettings
 
 # Sequences that move the cursor, set titles or colours; whatever is left of control characters; and marks that turn
@@ -73,7 +74,7 @@ class Chat:
         for (model, tokenizer), history in zip(self._sides, self._said, strict=True):
             encoder, asked = Encoder(tokenizer), said("user", words)
             prompt: Text = [*history, *asked] if self.remembers else words
-            ends = {*end_tokens(model, tokenizer), *((encoder.end_id(),) if self.remembers else ())}
+            ends = ends_of_responses(tokenizer, [prompt], model)
             with located("the conversation"):
                 ids = encoder.prompt_ids(prompt)
             ((response,),) = respond(

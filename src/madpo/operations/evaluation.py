@@ -16,14 +16,14 @@ from madpo.core.metrics import Estimate, Metrics
 from madpo.core.reports import Report
 from madpo.core.statistics import bootstrap_mean, share_of
 from madpo.core.storage import write_atomically
-from madpo.data.messages import answered, shown
-from madpo.data.rows import Pair
+from madpo.data.messages import shown
 from madpo.data.tokens import Encoder
-from madpo.models.engine.responses import divergence, end_tokens, respond
+from madpo.models.engine.responses import divergence, respond
 from madpo.models.load import load_model, load_tokenizer, resolve_model
 from madpo.operations.inputs import Prompt, read_prompts
 from madpo.operations.pair_scorer import load_pair_encoder, load_scorer, reward_model_digest
 from madpo.operations.preconditions import Place, find_policy
+from madpo.operations.responses import ends_of_responses, response_pairs
 from madpo.operations.running import digest, load_report, run_in_folder
 from madpo.operations.settings import EvaluateSettings
 from madpo.operations.study_evaluation import distinct
@@ -163,16 +163,12 @@ def evaluate_responses(settings: EvaluateSettings, inputs: Mapping[str, Path], o
     asked = read_prompts(inputs["prompts"], settings.max_prompts, settings.reading)
     prompts_digest = digest(inputs["prompts"])
     samples = _responses(place, asked, settings)
-    pairs = [
-        Pair(
-            i, i, s["prompt"], answered(s["prompt"], s["response"]), answered(s["prompt"], s["reference_response"]), {}
-        )
-        for i, s in enumerate(samples)
-    ]
+    prompts, mine, theirs = ([s[key] for s in samples] for key in ("prompt", "response", "reference_response"))
+    pairs = response_pairs(prompts, mine, theirs)
     scorer = load_scorer(settings.reward_model, batch_size=settings.score_batch_size)
     rewards = np.stack(scorer.score_pairs(pairs, "prompt", "row"))
-    for sample, (mine, theirs) in zip(samples, rewards.T.tolist(), strict=True):
-        sample |= {"reward": mine, "reference_reward": theirs}
+    for sample, (reward, reference_reward) in zip(samples, rewards.T.tolist(), strict=True):
+        sample |= {"reward": reward, "reference_reward": reference_reward}
     report = _report(place, settings, pd.DataFrame(samples), prompts_digest)
     text = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
     write_atomically(out / "samples.jsonl", text)
@@ -272,12 +268,10 @@ def _responses(place: Place, prompts: Sequence[Prompt], settings: EvaluateSettin
     for prompt in prompts:
         with located(prompt.place):
             prompt_ids.append(encoder.prompt_ids(prompt.content))
-        reply = answered(prompt.content, "a")  # what the judge cannot score is refused before anything is generated
-        judge.ids([Pair(prompt.prompt_id, 0, prompt.content, reply, reply, {})], prompt.place, "answer")
+        # What the judge cannot score is refused before anything is generated.
+        judge.ids(response_pairs([prompt.content], ["a"], ["a"]), prompt.place, "answer")
     reference, policy = load_model(source), load_model(base, adapter=place.adapter)
-    ends = {*end_tokens(reference, tokenizer), *end_tokens(policy, tokenizer)}
-    if any(isinstance(prompt.content, list) for prompt in prompts):
-        ends.add(encoder.end_id())
+    ends = ends_of_responses(tokenizer, [prompt.content for prompt in prompts], reference, policy)
     samples: list[dict[str, Any]] = []
     for temperature in (None, *(other for other in settings.temperatures if other != settings.temperature)):
         drawn = (
@@ -313,9 +307,9 @@ def _report(
     place: Place, settings: EvaluateSettings, samples: pd.DataFrame, prompts_digest: str | None
 ) -> EvaluateReport:
     others = samples.groupby("temperature") if "temperature" in samples else ()
-    further = [AtTemperature(temperature=at, **_compared(own, settings)) for at, own in others]
+    further = tuple(_compared(own, settings, own["temperature"].iloc[0]) for _, own in others)
     samples = samples[samples["kl"].notna()]
-    found, prompts = _compared(samples, settings), samples["prompt_id"]
+    found, prompts = _compared(samples, settings, settings.temperature), samples["prompt_id"]
 
     def mean(values: Any) -> Estimate:
         return bootstrap_mean(values, clusters=prompts, seed=settings.seed)
@@ -339,23 +333,24 @@ def _report(
         policy_digest=digest(place.name) or digest(resolve_model(place.base)),
         reference_digest=digest(resolve_model(place.reference)),
         reward_model_digest=reward_model_digest(settings.reward_model),
-        win_rate=found["win_rate"],
-        reward_difference=found["reward_difference"],
+        win_rate=found.win_rate,
+        reward_difference=found.reward_difference,
         kl=mean(samples["kl"]),
         policy_side=side(""),
         reference_side=side("reference_"),
         settings=settings,
-        temperatures=tuple(further),
+        temperatures=further,
     )
 
 
-def _compared(samples: pd.DataFrame, settings: EvaluateSettings) -> dict[str, Estimate]:
+def _compared(samples: pd.DataFrame, settings: EvaluateSettings, temperature: float) -> AtTemperature:
     how: dict[str, Any] = {"seed": settings.seed, "clusters": samples["prompt_id"].to_numpy()}
     mine, theirs = (samples[name].to_numpy() for name in ("reward", "reference_reward"))
     wins = np.where(mine > theirs, 1.0, np.where(mine < theirs, 0.0, 0.5))
-    return {
-        "win_rate": share_of(wins, **how),
-        "reward_difference": bootstrap_mean(mine - theirs, **how),
-        "policy_reward": bootstrap_mean(mine, **how),
-        "reference_reward": bootstrap_mean(theirs, **how),
-    }
+    return AtTemperature(
+        temperature=temperature,
+        win_rate=share_of(wins, **how),
+        reward_difference=bootstrap_mean(mine - theirs, **how),
+        policy_reward=bootstrap_mean(mine, **how),
+        reference_reward=bootstrap_mean(theirs, **how),
+    )

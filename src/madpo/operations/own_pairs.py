@@ -24,7 +24,15 @@ from madpo.models.engine.responses import decode
 from madpo.models.load import load_model, load_tokenizer
 from madpo.operations.inputs import load_training, split_by_prompt
 from madpo.operations.settings import Training
-from madpo.operations.study_training import MARGINS, SCORES, pair_ids, pair_logps, prompts_of, reference_model
+from madpo.operations.study_training import (
+    MARGINS,
+    SCORES,
+    pair_ids,
+    pair_logps,
+    prompts_of,
+    read_pairs,
+    reference_model,
+)
 from madpo.runner.operation import operation
 
 DATE = "date.json"
@@ -148,7 +156,7 @@ def measure_heldout(config: HeldoutStage, inputs: Mapping[str, Path], out: Path)
 
     from madpo.training.reference import refuse_not_finite
 
-    pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet").query("split == 'heldout'")
+    pairs = read_pairs(inputs["pairs"], "heldout")
     pairs = pairs.merge(pd.read_parquet(inputs["logps"] / "reference.parquet"), on="pair_id", validate="one_to_one")
     place = reference_model(inputs)
     policy, tokenizer = load_model(place, adapter=inputs["policy"] / "adapter").eval(), load_tokenizer(place)

@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from madpo.core.errors import ConfigError, DataError, StorageError, first_line, located
 from madpo.core.storage import expanded, write_atomically
 from madpo.data.findings import Seen
-from madpo.data.messages import Text, answered
+from madpo.data.messages import Text
 from madpo.data.rows import Pair
 from madpo.data.templates import Clock, render
 from madpo.data.tokens import Encoded, Encoder
@@ -25,6 +25,7 @@ from madpo.models.load import load_classifier, load_config, load_tokenizer, plac
 from madpo.models.loading import loading
 from madpo.models.locate import refuse_fetching
 from madpo.operations.preconditions import own_reward_model, refuse_other_outputs
+from madpo.operations.responses import response_pairs
 from madpo.operations.running import digest
 from madpo.rewards.reward_model import PROBE, RewardModel, reward_base
 
@@ -108,9 +109,7 @@ class PairScorer:
         Raises:
             ConfigError, DataError: as :meth:`PairEncoder.ids`.
         """
-        said = [answered(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
-        pairs = [Pair(i, i, prompt, one, one, {}) for i, (prompt, one) in enumerate(zip(prompts, said, strict=True))]
-        ids, _, lengths = self.encoder.ids(pairs, "the responses", "response")
+        ids, _, lengths = self.encoder.ids(response_pairs(prompts, responses, responses), "the responses", "response")
         return self.model.score_ids(self._read(ids), self.batch_size, prompt_lengths=lengths).astype(np.float64)
 
 

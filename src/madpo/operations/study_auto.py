@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from pydantic import Field
 
 from madpo.core.config import Frozen
@@ -28,6 +27,7 @@ from madpo.operations.study_training import (
     PolicyStage,
     fit_policy,
     prompts_of,
+    read_pairs,
     reference_model,
     training_rows,
 )
@@ -61,7 +61,7 @@ def train_auto_policy(config: AutoStage, inputs: Mapping[str, Path], out: Path) 
     from madpo.training.first_look import FirstLook, in_halves
 
     rows, reference, fixed = training_rows(inputs), reference_model(inputs), config.settings.label_share
-    pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet")
+    pairs = read_pairs(inputs["pairs"])
     prompts = dict(zip(pairs["pair_id"], prompts_of(pairs), strict=True))
     beta = config.settings.beta
     path = out / DECISION

@@ -20,15 +20,15 @@ from madpo.core.errors import ConfigError
 from madpo.core.metrics import Metrics
 from madpo.core.statistics import bootstrap_mean
 from madpo.core.storage import write_atomically
-from madpo.data.tokens import Encoder
 from madpo.models.engine.inference import Inference
 from madpo.models.engine.logprobs import completion_logps
-from madpo.models.engine.responses import Response, completion_batches, divergence, end_tokens, respond
+from madpo.models.engine.responses import Response, completion_batches, divergence, respond
 from madpo.models.load import load_model, load_tokenizer, merged
 from madpo.operations.own_pairs import pairs_clock, prompt_contents
 from madpo.operations.pair_scorer import load_scorer
+from madpo.operations.responses import ends_of_responses
 from madpo.operations.settings import Drawing, EvaluationSettings
-from madpo.operations.study_training import prompts_of, reference_model
+from madpo.operations.study_training import prompts_of, read_pairs, reference_model
 from madpo.rewards.oracles import load_oracle
 from madpo.rewards.reward_model import RewardModel
 from madpo.runner.operation import operation
@@ -70,7 +70,6 @@ def evaluate_policy(config: EvaluationStage, inputs: Mapping[str, Path], out: Pa
     place = reference_model(inputs)
     tokenizer, reference = load_tokenizer(place), load_model(place)
     policy = merged(load_model(place, adapter=inputs["policy"] / "adapter")) if "policy" in inputs else reference
-    ends = end_tokens(reference, tokenizer)
     judge = None if config.best_of is None else RewardModel.load(inputs["reward_model"])
     score: Callable[[Sequence[Any], Sequence[str]], NDArray[np.float64]]
     if "judge" in inputs:
@@ -79,8 +78,7 @@ def evaluate_policy(config: EvaluationStage, inputs: Mapping[str, Path], out: Pa
     else:
         score = load_oracle(inputs["oracle"])
     contents = dict(zip(prompts["prompt_id"], prompt_contents(prompts), strict=True))
-    if any(isinstance(content, list) for content in contents.values()):
-        ends.add(Encoder(tokenizer).end_id())
+    ends = ends_of_responses(tokenizer, contents.values(), reference)
 
     def sampled(temperature: float) -> pd.DataFrame:
         drawn = respond(
@@ -166,8 +164,8 @@ def distinct(texts: Sequence[str], n: int) -> float:
 
 
 def _heldout_prompts(folder: Path, count: int | None) -> pd.DataFrame:
-    pairs = pd.read_parquet(folder / "pairs.parquet")
-    heldout = pairs.assign(prompt_id=prompts_of(pairs))[pairs["split"] == "heldout"].drop_duplicates("prompt_id")
+    pairs = read_pairs(folder, "heldout")
+    heldout = pairs.assign(prompt_id=prompts_of(pairs)).drop_duplicates("prompt_id")
     if count is not None and count > len(heldout):
         raise ConfigError(f"prompts is {count}, but only {len(heldout)} prompts are held out; ask for fewer")
     heldout = heldout.iloc[:count]

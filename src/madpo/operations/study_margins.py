@@ -27,7 +27,7 @@ from madpo.core.statistics import proportion_of
 from madpo.models.engine.features import feature_layers
 from madpo.models.load import load_model, load_tokenizer
 from madpo.operations.study_pairs import PAIRS, write_table
-from madpo.operations.study_training import MARGINS, SCORES, fold_of_pairs, prompts_of, reference_model
+from madpo.operations.study_training import MARGINS, SCORES, fold_of_pairs, prompts_of, read_pairs, reference_model
 from madpo.rewards.probe import FOLDS, fit_probe
 from madpo.rewards.probe_reward import pair_features, save_probe
 from madpo.rewards.reward_model import RewardModel
@@ -50,7 +50,7 @@ class NoSettings(Frozen):
 def score_margins(config: NoSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Write ``margins.parquet``, the margins of every pair under the trained reward model: pair_id, reward_margin
     (log-odds). Inputs: "pairs", "reward_model"."""
-    pairs = _pairs(inputs)
+    pairs = read_pairs(inputs["pairs"])
     known = pd.read_parquet(inputs["reward_model"] / MARGINS)  # of the held-out pairs that measured the reward model
     others = pairs[~pairs["pair_id"].isin(known["pair_id"])]
     scored = margin_table(RewardModel.load(inputs["reward_model"]), others)
@@ -71,7 +71,7 @@ def score_out_of_fold(config: OutOfFoldStage, inputs: Mapping[str, Path], out: P
 
     Inputs: "pairs" and "fold0", "fold1", ...
     """
-    pairs = _pairs(inputs)
+    pairs = read_pairs(inputs["pairs"])
     train, heldout = (pairs[pairs["split"] == split] for split in ("train", "heldout"))
     fold = fold_of_pairs(prompts_of(train).to_numpy(), config.folds, config.seed)
     tables, others = [], []
@@ -87,7 +87,7 @@ def score_out_of_fold(config: OutOfFoldStage, inputs: Mapping[str, Path], out: P
 def score_sides(config: NoSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """Write ``scores.parquet``, for losses that read scores and not their difference: pair_id, chosen_score,
     rejected_score (log-odds). Inputs: "pairs", "reward_model"."""
-    pairs = _pairs(inputs)
+    pairs = read_pairs(inputs["pairs"])
     model = RewardModel.load(inputs["reward_model"])
     chosen, rejected = (side.astype(np.float64) for side in side_scores(model, pairs))
     table = pd.DataFrame({"pair_id": pairs["pair_id"], "chosen_score": chosen, "rejected_score": rejected})
@@ -118,7 +118,7 @@ def fit_pairs_probe(config: ProbeStage, inputs: Mapping[str, Path], out: Path) -
     ``margins.parquet`` holds those of the held-out pairs, by the probe of all those; ``out_of_fold.parquet``
     those of its own pairs, each by a probe that has not seen the pair. Inputs: "pairs", "reference".
     """
-    pairs = _pairs(inputs)
+    pairs = read_pairs(inputs["pairs"])
     pairs = pairs[pairs["split"].isin([config.part, "heldout"])]
     place = reference_model(inputs)
     model, tokenizer = load_model(place), load_tokenizer(place)
@@ -151,7 +151,7 @@ def probe_margins(config: NoSettings, inputs: Mapping[str, Path], out: Path) -> 
     Inputs: "pairs", "reward_model" (:func:`fit_pairs_probe`).
     """
     tables = [pd.read_parquet(inputs["reward_model"] / name) for name in (OUT_OF_FOLD, MARGINS)]
-    return _write_margins(_pairs(inputs), tables, out)[0]
+    return _write_margins(read_pairs(inputs["pairs"]), tables, out)[0]
 
 
 class AgreeingStage(Frozen):
@@ -206,13 +206,9 @@ def redraw_labels(config: RedrawnStage, inputs: Mapping[str, Path], out: Path) -
     return {"pairs": int(train.sum()), "turned_share": proportion_of(turned[train], prompts_of(pairs[train]))}
 
 
-def _pairs(inputs: Mapping[str, Path]) -> pd.DataFrame:
-    return pd.read_parquet(inputs["pairs"] / "pairs.parquet")
-
-
 def _with_margins(inputs: Mapping[str, Path]) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
     """The pairs, their margins (log-odds), and which of them are for training."""
-    pairs = _pairs(inputs)
+    pairs = read_pairs(inputs["pairs"])
     table = pd.read_parquet(inputs["margins"] / MARGINS)
     merged = pairs[["pair_id"]].merge(table, on="pair_id", how="left", validate="one_to_one")
     return pairs, merged["reward_margin"].to_numpy(dtype=np.float64), (pairs["split"] == "train").to_numpy()

@@ -99,7 +99,7 @@ def train_sft_on_pairs(config: PairSFTStage, inputs: Mapping[str, Path], out: Pa
         ConfigError: no pair is left to train on.
     """
     base = inputs["base"] / "model" if "base" in inputs else resolve_model(config.model)
-    pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet").query("split == 'train'")
+    pairs = read_pairs(inputs["pairs"], "train")
     rows = []
     for prompt, chosen in zip(pairs["prompt_ids"], pairs["chosen_ids"], strict=True):
         ids = [*map(int, prompt), *map(int, chosen)]
@@ -157,10 +157,8 @@ def train_reward_model(config: RewardModelStage, inputs: Mapping[str, Path], out
     """Train on the tier's training pairs; writes ``out/adapter`` (with the head) and ``out/reward_model.json``."""
     from madpo.training.reward import fit_reward_model
 
-    pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet")
-    heldout = pairs[pairs["split"] == "heldout"]
+    train, heldout = (read_pairs(inputs["pairs"], split) for split in ("train", "heldout"))
     stopping = heldout.iloc[: max(1, round(len(heldout) * config.stopping_share))]
-    train = pairs[pairs["split"] == "train"]
     if config.folds is not None:
         train = train[fold_of_pairs(prompts_of(train).to_numpy(), config.folds, config.seed) != config.fold]
     steps = fit_reward_model(config, _sequences(train), _sequences(stopping), out, inputs.get("base"))
@@ -192,6 +190,12 @@ def reference_model(inputs: Mapping[str, Path]) -> Path | str:
     return made if (made := given / "model").is_dir() else resolve_model(str(given))
 
 
+def read_pairs(folder: Path, split: str | None = None) -> pd.DataFrame:
+    """The pairs of a step's folder, all or those of one split."""
+    pairs = pd.read_parquet(folder / "pairs.parquet")
+    return pairs if split is None else pairs[pairs["split"] == split]
+
+
 def prompts_of(pairs: pd.DataFrame) -> pd.Series[int]:
     """The prompt of every pair; where a prompt has one pair, this has its id."""
     return pairs["prompt_id"] if "prompt_id" in pairs else pairs["pair_id"]
@@ -213,8 +217,7 @@ def reference_logps(config: ReferenceStage, inputs: Mapping[str, Path], out: Pat
     """Write ``reference.parquet``: pair_id, ref_chosen_logps, ref_rejected_logps (nats, summed)."""
     from madpo.training.reference import refuse_not_finite
 
-    pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet")
-    pairs = pairs[pairs["split"] == config.split]
+    pairs = read_pairs(inputs["pairs"], config.split)
     place = reference_model(inputs)
     size = min(config.micro_batch_size or config.batch_size, config.batch_size)
     said = "Reference log-probabilities"
@@ -286,10 +289,8 @@ def training_rows(inputs: Mapping[str, Path]) -> list[dict[str, Any]]:
 
     Inputs: "pairs", "logps", and where a loss reads them "margins" and "scores".
     """
-    pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet")
-    pairs = pairs[pairs["split"] == "train"].merge(
-        pd.read_parquet(inputs["logps"] / "reference.parquet"), on="pair_id", validate="one_to_one"
-    )
+    logps = pd.read_parquet(inputs["logps"] / "reference.parquet")
+    pairs = read_pairs(inputs["pairs"], "train").merge(logps, on="pair_id", validate="one_to_one")
     columns = [*REFERENCE_COLUMNS]
     for role, file in (("margins", MARGINS), ("scores", SCORES)):
         if role in inputs:
@@ -346,8 +347,7 @@ def train_online(config: OnlineStage, inputs: Mapping[str, Path], out: Path) -> 
     """
     from madpo.training.online import fit_online
 
-    pairs = pd.read_parquet(inputs["pairs"] / "pairs.parquet", columns=["pair_id", "split", "prompt_ids"])
-    pairs = pairs[pairs["split"] == "train"]
+    pairs = read_pairs(inputs["pairs"], "train")
     prompts = {int(i): [int(t) for t in ids] for i, ids in zip(pairs["pair_id"], pairs["prompt_ids"], strict=True)}
     reward_model = RewardModel.load(inputs["reward_model"])
 

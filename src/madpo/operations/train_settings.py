@@ -86,7 +86,7 @@ class TrainSettings(Training):
 
     @field_validator("loss", mode="before")
     @classmethod
-    def _kind_unless_said(cls, value: Any) -> Any:
+    def _default_kind(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
         return {"kind": "auto" if value.keys() <= Auto.model_fields.keys() else "madpo", **value}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from madpo.core.config import first_difference
-from madpo.core.errors import StorageError
+from madpo.core.errors import StorageError, shortened
 from madpo.core.locks import LOCKS
 from madpo.core.storage import json_object, remove_leftovers, sync_folder, write_atomically
 from madpo.runner.record import RECORD, Record, load_record
@@ -147,8 +147,7 @@ def what_changed(
 
 
 def _short(value: Any) -> str:
-    text = "not set" if value is None else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return "not set" if value is None else shortened(json.dumps(value, ensure_ascii=False), 60)
 
 
 def checkpoints(work: Path) -> Path | None:

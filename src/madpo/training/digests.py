@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from madpo.core.config import first_difference
-from madpo.core.errors import ConfigError, DataError
+from madpo.core.errors import ConfigError, DataError, shortened
 from madpo.core.progress import say
 from madpo.models.engine.logprobs import unwrapped
 from madpo.runner.record import libraries
@@ -241,7 +241,7 @@ def check_identity(point: disk.Checkpoint, identity: Mapping[str, Any], *, conti
             say(f"Continuing {point.folder} with other settings: {', '.join(changed)}")
     if (differs := first_difference(before, now)) is not None:
         field, *values = differs
-        old, found = (text if len(text := repr(value)) <= 80 else f"{text[:77]}..." for value in values)
+        old, found = (shortened(repr(value), 80) for value in values)
         raise DataError(
             f"{point.folder} belongs to another training: its {field} is {old}, and now it is {found}; set it back to "
             "continue, or remove the checkpoints to start again"

@@ -45,7 +45,7 @@ class RewardModelTrainer(KeepsBest, RewardTrainer):  # type: ignore[misc]
 
     Args:
         model: a sequence classifier with one output.
-        pooling: which states the head reads; see :func:`madpo.rewards.oracles.pooled`.
+        pooling: which states the head reads; see :func:`madpo.rewards.reward_model.pooled`.
         patience: evaluations without improvement before the training stops.
 
     Raises:

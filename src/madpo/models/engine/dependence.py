@@ -57,5 +57,5 @@ def sharded(model: nn.Module) -> bool:
 
 
 def without_numbers(model: nn.Module) -> bool:
-    """Whether the model's weights have no numbers (:mod:`madpo.models.on_paper`), which nothing can be told by."""
+    """Whether the weights are fake tensors (:mod:`madpo.models.on_paper`), which have no values to check."""
     return any(isinstance(p, FakeTensor) for p in model.parameters())

@@ -1,4 +1,4 @@
-"""An output head whose logits are never all there: log-probabilities of tokens, walking over the vocabulary in tiles.
+"""Log-probabilities of tokens over tiles of the vocabulary, without materialising the full logits.
 
 Where the head is frozen, d logp / d hidden is kept in the forward pass, one vector per token; where it trains, tokens
 are taken in blocks whose logits are computed again in backward. Sums over the vocabulary are in float32 or wider.

@@ -44,7 +44,7 @@ class _Growing:
 
 
 class _InPlace:
-    """What both kinds of layers do otherwise than those of transformers."""
+    """What both kinds of layers override in those of transformers."""
 
     keys: Tensor
     values: Tensor

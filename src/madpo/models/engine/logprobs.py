@@ -28,7 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from madpo.core.errors import ConfigError, first_line
-from madpo.models.engine import memory_efficient as lean
+from madpo.models.engine import memory_efficient
 from madpo.models.engine.dependence import depends, sharded, without_numbers
 from madpo.models.engine.features import LayerMeans, packed_weights, padded_weights
 from madpo.models.engine.head import Head, backbone, text_model, token_logps
@@ -80,7 +80,7 @@ def install_completion_head(model: nn.Module) -> None:
 
     model.forward = types.MethodType(forward, model)
     model._madpo_completion_head = True  # type: ignore[assignment]
-    lean.install(model)
+    memory_efficient.install(model)
 
 
 @torch.inference_mode(False)
@@ -123,8 +123,8 @@ def check_reading(model: nn.Module) -> None:
                 raise ConfigError(
                     f"{name} cannot read a text of four tokens ({first_line(error)}), so it is not supported"
                 ) from error
-        if apart > bound:  # not with weights that are not numbers: others tell
-            raise ConfigError(f"{name} makes its logits otherwise than by one linear head, so it is not supported")
+        if apart > bound:  # false for NaN, which the check of the weights reports
+            raise ConfigError(f"{name} is not supported: its logits are not one linear layer of the last hidden state")
         if ahead:
             raise ConfigError(
                 f"{name} looks at later tokens, so it is no causal language model; give a decoder (for BERT and its "

@@ -102,8 +102,8 @@ class _LoRALinear(torch.autograd.Function):
         return dx, None, None, _gradient(d_a, ctx.dtypes[0]), _gradient(d_b, ctx.dtypes[1])
 
 
-# Activations, and their gradients as functions of (gradient of the value, input): a backward pass inside a backward
-# pass is refused while somebody watches gradients by hooks.
+# Activations, and their gradients as functions of (gradient of the value, input): torch.autograd.grad inside a custom
+# backward fails while gradient hooks are registered.
 _ACTIVATIONS: tuple[tuple[Callable[..., Tensor], Callable[..., Tensor]], ...] = (
     (F.silu, torch.ops.aten.silu_backward),
     *(
@@ -159,7 +159,10 @@ class _GatedMLP(torch.autograd.Function):
 
 
 def install(model: nn.Module) -> None:
-    """Put lean forwards in place in all modules of ``model`` that have a known form. Idempotent."""
+    """Replace the forward of every module of ``model`` that has a known form by one that keeps fewer activations.
+
+    Idempotent.
+    """
     forms: dict[type, Any] = {}
     for module in model.modules():
         if hasattr(module, "_madpo_plain") or "forward" in module.__dict__:

@@ -138,7 +138,7 @@ def _two_levels(logits: Tensor, uniform: Tensor) -> Tensor:
 
 
 def sample_by_tiles(head: Head, states: Tensor, uniform: Tensor, temperature: float = 1.0) -> Tensor:
-    """:func:`sample` from the logits of ``states`` [rows, hidden] over a temperature > 0, which are never all there.
+    """:func:`sample` from the logits / temperature (> 0) of ``states`` [rows, hidden], a tile of them at a time.
 
     Raises:
         DataError: as there.

@@ -248,7 +248,7 @@ def _write(whole: _Whole, new: Mapping[int, int], out: Path) -> tuple[int, int]:
         whole.tokenizer.save_pretrained(out)
         expected = {token: new[i] for token, i in whole.vocabulary.ids.items() if i in new}
         if read_tokenizer(out).get_vocab() != expected:
-            raise ConfigError(f"{name}: its trimmed tokenizer is numbered otherwise when it is loaded again")
+            raise ConfigError(f"{name} is not supported: its trimmed tokenizer is loaded with other token ids")
         before = whole.model.num_parameters()
         rows = [old for old in new if old < whole.rows]
         trim_rows(whole.model, rows)

@@ -26,16 +26,14 @@ from madpo.core.errors import DivergedError
 from madpo.core.statistics import OUT_OF_FOLD, bootstrap_mean, fit_temperature, proportion_of
 from madpo.core.storage import write_atomically
 from madpo.data.folds import folds_by_prompt, prompt_key, prompt_keys
-from madpo.data.messages import answered
-from madpo.data.rows import Pair
 from madpo.data.templates import Clock
-from madpo.data.tokens import Encoder
-from madpo.models.engine.responses import Response, divergence, end_tokens, respond
+from madpo.models.engine.responses import Response, divergence, respond
 from madpo.models.load import load_model
 from madpo.operations.inputs import Row, load_training
 from madpo.operations.pair_scorer import PairScorer, load_scorer
 from madpo.operations.policy import as_dataset, build_trainer, implicit_margins, trainer_arguments
 from madpo.operations.preconditions import require_columns
+from madpo.operations.responses import ends_of_responses, response_pairs
 from madpo.operations.train_settings import TrainSettings
 from madpo.operations.tuning.report import Heldout
 from madpo.operations.tuning.settings import RewardCriterion, TuneSettings
@@ -100,9 +98,8 @@ def reward_curve(
         first.setdefault(prompt_key(row["prompt"]), row)
     chosen = list(first.values())[: config.prompts]
     prompt_ids = [list(row["prompt_ids"]) for row in chosen]
-    ends = end_tokens(reference, tokenizer)
-    if isinstance(chosen[0]["prompt"], list):
-        ends.add(Encoder(tokenizer).end_id())
+    prompts = [row["prompt"] for row in chosen]
+    ends = ends_of_responses(tokenizer, prompts, reference)
 
     def written(model: nn.Module, name: str) -> list[Response]:
         keys = [int(row["pair_id"]) for row in chosen]
@@ -117,10 +114,7 @@ def reward_curve(
             ids = [response.ids for response in said]
             size = config.score_batch_size
             kl = divergence(policy, reference, prompt_ids, ids, pad=tokenizer.pad_token_id, batch_size=size)[1]
-        pairs = [
-            Pair(i, i, row["prompt"], answered(row["prompt"], a.text), answered(row["prompt"], b.text), {})
-            for i, (row, a, b) in enumerate(zip(chosen, said, base, strict=True))
-        ]
+        pairs = response_pairs(prompts, (r.text for r in said), (r.text for r in base))
         mine, theirs = scorer.score_pairs(pairs, "held-out prompts", "row")
         if not points:
             points.append((0.0, theirs, np.zeros(len(chosen))))

@@ -182,7 +182,7 @@ class TuneSettings(TrainSettings):
 
     @field_validator("loss", mode="before")
     @classmethod
-    def _kind_unless_said(cls, value: Any) -> Any:
+    def _default_kind(cls, value: Any) -> Any:
         return {"kind": "madpo", **value} if isinstance(value, dict) else value
 
     @field_validator("space", mode="before")
