@@ -18,7 +18,8 @@ from madpo.report.claims import BEYOND, BROKEN, HELD, OPEN, OWN, Claim, claims, 
 from madpo.report.compare import NOT_RUN, Comparison, choose, less
 from madpo.report.drawing import save_charts
 from madpo.report.results import Tier
-from madpo.report.study_charts import ablation_chart, choices_of, frontier_chart, main_chart, sensitivity_chart
+from madpo.report.study import choices_of
+from madpo.report.study_charts import ablation_chart, frontier_chart, main_chart, sensitivity_chart
 from madpo.report.study_sections import claims_view, doubts
 from madpo.report.summary import SIDES, doubtful, empty_cells, idle_parts, verdict, weights_from
 from madpo.report.tables import study_tables, tex

@@ -30,7 +30,8 @@ from madpo.report.compare import (
 )
 from madpo.report.equal_kl import _interpolated, equal_kl, frontiers, less_at_its_kl
 from madpo.report.results import Row, Tier, measured, selecting_half
-from madpo.report.study_charts import ablation_chart, choices_of, frontier_chart, main_chart
+from madpo.report.study import choices_of
+from madpo.report.study_charts import ablation_chart, frontier_chart, main_chart
 from madpo.report.summary import headline
 from madpo.report.tables import UNEVEN, report_markdown_table, study_tables
 from refusals import names

@@ -260,49 +260,27 @@ def _trained(work: _Work) -> dict[str, Any]:
 
 def _finish(work: _Work, report: AutoReport, settings: TrainSettings, out: Path) -> AutoReport:
     """Write the final policy, and keep those that it was made from."""
-    base, state, dtype = resolve_model(settings.model), work.state, chosen_dtype(settings)
     kind = "model" if settings.full else "adapter"
-    changes: dict[str, Any] = {}
-    first, second = state / DPO_FOLDER / kind, state / MIXED_FOLDER / kind
+    first, second = (work.state / folder / kind for folder in (DPO_FOLDER, MIXED_FOLDER))
     average = report.averaged and (settings.full or can_average(second))
-    evaluated = average and report.eval_pairs > 0
-    rows = work.rows(base) if evaluated or (average and work.auto.kl is not None) else []
+    changes: dict[str, Any] = {}
     if report.averaged and not average:
         say("PEFT cannot average adapters of experts' weights, so the second training's policy is the result.")
         changes["averaged"] = False
-    if average and settings.full:
-        save_average(first, second, out / kind)
-        if evaluated:
-            reference = load_model(base, dtype=dtype)
-            changes |= _evaluation(work, load_model(out / kind, dtype=dtype), rows, reference)
-    elif average:
-        tokenizer = load_tokenizer(second)
-        model = averaged_adapter(base, first, second, dtype=dtype)
-        if work.auto.kl is not None:
-            reached = _at_kl(work, model, base, rows)
-            config = model.peft_config["default"]
-            config.lora_alpha *= reached.strength  # as loading it will scale the update
-            for layer in model.modules():
-                if hasattr(layer, "scale_layer"):
-                    layer.scale_layer(reached.strength)
-            changes |= {"strength": reached.strength, "kl": reached.kl}
-        if evaluated:
-            changes |= _evaluation(work, model, rows)
-        changes["adapter"] = adapter_text(model)
-        model.save_pretrained(str(out / kind), safe_serialization=True)
-        tokenizer.save_pretrained(out / kind)
-        if settings.merges:
-            save_model(merged(model), out / "merged", tokenizer)
+    if average:
+        write = _average_models if settings.full else _average_adapters
+        changes |= write(work, settings, (first, second), out, evaluated=report.eval_pairs > 0)
     else:
         shutil.copytree(second, out / kind, dirs_exist_ok=True)
         if settings.merges:
-            save_model(merged(load_model(base, dtype=dtype, adapter=second)), out / "merged", load_tokenizer(second))
+            model = load_model(resolve_model(settings.model), dtype=chosen_dtype(settings), adapter=second)
+            save_model(merged(model), out / "merged", load_tokenizer(second))
     if settings.export == "gguf":
         write_gguf(out / ("model" if settings.full else "merged"), out / GGUF)
-    shutil.copyfile(state / MIXED_FOLDER / "log.jsonl", out / "log.jsonl")
+    shutil.copyfile(work.state / MIXED_FOLDER / "log.jsonl", out / "log.jsonl")
     for folder in (DPO_FOLDER, MIXED_FOLDER):
         for name in _KEPT:
-            source, target = state / folder / name, out / folder / name
+            source, target = work.state / folder / name, out / folder / name
             if source.is_dir() and (folder == DPO_FOLDER or average):
                 shutil.copytree(source, target, dirs_exist_ok=True)
             elif source.is_file():
@@ -311,14 +289,52 @@ def _finish(work: _Work, report: AutoReport, settings: TrainSettings, out: Path)
     return report.model_copy(update=changes)
 
 
+def _average_models(
+    work: _Work, settings: TrainSettings, parts: tuple[Path, Path], out: Path, *, evaluated: bool
+) -> dict[str, Any]:
+    """Write the average of two whole models; returns what changes in the report."""
+    save_average(*parts, out / "model")
+    if not evaluated:
+        return {}
+    base, dtype = resolve_model(settings.model), chosen_dtype(settings)
+    reference = load_model(base, dtype=dtype)
+    return _evaluation(work, load_model(out / "model", dtype=dtype), work.rows(base), reference)
+
+
+def _average_adapters(
+    work: _Work, settings: TrainSettings, parts: tuple[Path, Path], out: Path, *, evaluated: bool
+) -> dict[str, Any]:
+    """Write the average of two adapters, at the strength that has the wanted KL; returns what changes in the report."""
+    base, tokenizer = resolve_model(settings.model), load_tokenizer(parts[1])
+    model = averaged_adapter(base, *parts, dtype=chosen_dtype(settings))
+    rows = work.rows(base) if evaluated or work.auto.kl is not None else []
+    changes: dict[str, Any] = {}
+    if work.auto.kl is not None:
+        reached = _at_kl(work, model, base, rows)
+        config = model.peft_config["default"]
+        config.lora_alpha *= reached.strength  # as loading it will scale the update
+        for layer in model.modules():
+            if hasattr(layer, "scale_layer"):
+                layer.scale_layer(reached.strength)
+        changes = {"strength": reached.strength, "kl": reached.kl}
+    if evaluated:
+        changes |= _evaluation(work, model, rows)
+    changes["adapter"] = adapter_text(model)
+    model.save_pretrained(str(out / "adapter"), safe_serialization=True)
+    tokenizer.save_pretrained(out / "adapter")
+    if settings.merges:
+        save_model(merged(model), out / "merged", tokenizer)
+    return changes
+
+
 def _evaluation(work: _Work, model: Any, rows: list[Row], reference: Any = None) -> dict[str, Any]:
     """The average on held-out pairs, as fields of the report; an adapter's reference is the model without it."""
     size = int(work.settings.args.get("per_device_eval_batch_size", 8))
-    tokenizer, said = load_tokenizer(resolve_model(work.settings.model)), "The average: held-out pairs"
-    own = pair_logps(model.eval(), tokenizer, rows, size, said)
+    tokenizer, description = load_tokenizer(resolve_model(work.settings.model)), "The average: held-out pairs"
+    logps = pair_logps(model.eval(), tokenizer, rows, size, description)
     with nullcontext() if reference is not None else model.disable_adapter():
-        before = pair_logps((reference or model).eval(), tokenizer, rows, size, f"{said}, reference")
-    chosen, rejected = work.auto.beta * (own - before)
+        reference_logps = pair_logps((reference or model).eval(), tokenizer, rows, size, f"{description}, reference")
+    chosen, rejected = work.auto.beta * (logps - reference_logps)
     margins = chosen - rejected
     evaluation = {
         "eval_loss": float(np.logaddexp(0.0, -margins).mean()),
@@ -346,8 +362,8 @@ def _at_kl(work: _Work, model: PeftModel, base: Path | str, rows: list[Row]) -> 
 
     def measure(strength: float) -> list[float]:
         with rescale_adapter_scale(model, strength):
-            said = [response.ids for response in respond(model, tokenizer, prompts, how, **how_drawn)[0]]
-            kl: list[float] = divergence(model, reference, prompts, said, **batches).kl.tolist()
+            responses = [response.ids for response in respond(model, tokenizer, prompts, how, **how_drawn)[0]]
+            kl: list[float] = divergence(model, reference, prompts, responses, **batches).kl.tolist()
         return kl
 
     reached = strength_for(wanted, measure, seed=work.seed)

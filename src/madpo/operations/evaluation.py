@@ -22,7 +22,7 @@ from madpo.models.engine.responses import divergence, respond
 from madpo.models.load import load_model, load_tokenizer, resolve_model
 from madpo.operations.inputs import Prompt, read_prompts
 from madpo.operations.pair_scorer import load_pair_encoder, load_scorer, reward_model_digest
-from madpo.operations.preconditions import Place, find_policy
+from madpo.operations.preconditions import PolicySource, find_policy
 from madpo.operations.responses import ends_of_responses, response_pairs
 from madpo.operations.running import digest, load_report, run_in_folder
 from madpo.operations.settings import EvaluateSettings
@@ -142,7 +142,7 @@ def evaluate(
     Raises:
         DataError, ConfigError, StorageError: one sentence; nothing is left behind.
     """
-    place = find_policy(policy, settings.reference)
+    source = find_policy(policy, settings.reference)
     given = {"policy": policy, "prompts": prompts, "reward_model": settings.reward_model}
     out = run_in_folder(
         evaluate_responses,
@@ -151,7 +151,7 @@ def evaluate(
         output_dir,
         overwrite=overwrite,
         memory="give a smaller --batch_size",
-        protected=[place.base, place.reference],
+        protected=[source.base, source.reference],
     )
     return load_report(out / "evaluation.json", EvaluateReport)
 
@@ -159,17 +159,17 @@ def evaluate(
 @operation("evaluate_responses/6")
 def evaluate_responses(settings: EvaluateSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """The operation behind :func:`evaluate`."""
-    place = find_policy(inputs["policy"], settings.reference)
+    source = find_policy(inputs["policy"], settings.reference)
     asked = read_prompts(inputs["prompts"], settings.max_prompts, settings.reading)
     prompts_digest = digest(inputs["prompts"])
-    samples = _responses(place, asked, settings)
+    samples = _responses(source, asked, settings)
     prompts, mine, theirs = ([s[key] for s in samples] for key in ("prompt", "response", "reference_response"))
     pairs = response_pairs(prompts, mine, theirs)
     scorer = load_scorer(settings.reward_model, batch_size=settings.score_batch_size)
     rewards = np.stack(scorer.score_pairs(pairs, "prompt", "row"))
     for sample, (reward, reference_reward) in zip(samples, rewards.T.tolist(), strict=True):
         sample |= {"reward": reward, "reference_reward": reference_reward}
-    report = _report(place, settings, pd.DataFrame(samples), prompts_digest)
+    report = _report(source, settings, pd.DataFrame(samples), prompts_digest)
     text = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
     write_atomically(out / "samples.jsonl", text)
     write_samples(report, samples, out / "samples.html")
@@ -194,9 +194,9 @@ def write_samples(report: EvaluateReport, samples: Sequence[Mapping[str, Any]], 
         {
             "id": sample["prompt_id"],
             # A conversation has a line per message.
-            "prompt": said
-            if isinstance(said := sample["prompt"], str)
-            else "\n".join(f"{message['role']}: {shown([message])}" for message in said),
+            "prompt": content
+            if isinstance(content := sample["prompt"], str)
+            else "\n".join(f"{message['role']}: {shown([message])}" for message in content),
             "responses": [sample["response"], sample["reference_response"]],
             "rewards": [sample["reward"], sample["reference_reward"]],
             "notes": ["" if sample.get(key, True) else "cut at the limit" for key in ("ended", "reference_ended")],
@@ -257,12 +257,12 @@ def _temperatures(report: EvaluateReport) -> Table:
     return Table("Decoding temperatures", head, rows, plain=True)
 
 
-def _responses(place: Place, prompts: Sequence[Prompt], settings: EvaluateSettings) -> list[dict[str, Any]]:
+def _responses(source: PolicySource, prompts: Sequence[Prompt], settings: EvaluateSettings) -> list[dict[str, Any]]:
     """The lines of ``samples.jsonl`` without rewards: two responses each, drawn with the same random numbers."""
-    source, base = resolve_model(place.reference), resolve_model(place.base)
-    tokenizer = load_tokenizer(source)
+    reference_folder, base = resolve_model(source.reference), resolve_model(source.base)
+    tokenizer = load_tokenizer(reference_folder)
     if load_tokenizer(base).get_vocab() != tokenizer.get_vocab():
-        raise ConfigError(f"{place.name} and {place.reference} have different tokenizers, so there is no KL")
+        raise ConfigError(f"{source.name} and {source.reference} have different tokenizers, so there is no KL")
     encoder, judge = Encoder(tokenizer), load_pair_encoder(settings.reward_model)
     prompt_ids = []
     for prompt in prompts:
@@ -270,7 +270,7 @@ def _responses(place: Place, prompts: Sequence[Prompt], settings: EvaluateSettin
             prompt_ids.append(encoder.prompt_ids(prompt.content))
         # What the judge cannot score is refused before anything is generated.
         judge.ids(response_pairs([prompt.content], ["a"], ["a"]), prompt.place, "answer")
-    reference, policy = load_model(source), load_model(base, adapter=place.adapter)
+    reference, policy = load_model(reference_folder), load_model(base, adapter=source.adapter)
     ends = ends_of_responses(tokenizer, [prompt.content for prompt in prompts], reference, policy)
     samples: list[dict[str, Any]] = []
     for temperature in (None, *(other for other in settings.temperatures if other != settings.temperature)):
@@ -292,19 +292,23 @@ def _responses(place: Place, prompts: Sequence[Prompt], settings: EvaluateSettin
         for number, (mine, theirs) in enumerate(zip(*drawn, strict=True)):
             at: list[dict[str, float]] = [{"temperature": temperature}] * len(mine) if temperature is not None else []
             if temperature is None:
-                written, size = [said.ids for said in mine], settings.score_batch_size
+                written, size = [response.ids for response in mine], settings.score_batch_size
                 kl = divergence(policy, reference, prompt_ids, written, pad=tokenizer.pad_token_id, batch_size=size)[1]
                 at = [{"kl": apart} for apart in kl.tolist()]
             for prompt, a, b, more in zip(prompts, mine, theirs, at, strict=True):
                 sample = {"prompt_id": prompt.prompt_id, "sample": number, "prompt": prompt.content, **more}
-                for who, said in (("", a), ("reference_", b)):
-                    sample |= {f"{who}response": said.text, f"{who}tokens": len(said.ids), f"{who}ended": said.ended}
+                for who, response in (("", a), ("reference_", b)):
+                    sample |= {
+                        f"{who}response": response.text,
+                        f"{who}tokens": len(response.ids),
+                        f"{who}ended": response.ended,
+                    }
                 samples.append(sample)
     return samples
 
 
 def _report(
-    place: Place, settings: EvaluateSettings, samples: pd.DataFrame, prompts_digest: str | None
+    source: PolicySource, settings: EvaluateSettings, samples: pd.DataFrame, prompts_digest: str | None
 ) -> EvaluateReport:
     others = samples.groupby("temperature") if "temperature" in samples else ()
     further = tuple(_compared(own, settings, own["temperature"].iloc[0]) for _, own in others)
@@ -325,13 +329,13 @@ def _report(
         )
 
     return EvaluateReport(
-        policy=place.name,
-        reference=place.reference,
+        policy=source.name,
+        reference=source.reference,
         prompts=len(np.unique(prompts)),
         samples_per_prompt=settings.samples_per_prompt,
         prompts_digest=prompts_digest,
-        policy_digest=digest(place.name) or digest(resolve_model(place.base)),
-        reference_digest=digest(resolve_model(place.reference)),
+        policy_digest=digest(source.name) or digest(resolve_model(source.base)),
+        reference_digest=digest(resolve_model(source.reference)),
         reward_model_digest=reward_model_digest(settings.reward_model),
         win_rate=found.win_rate,
         reward_difference=found.reward_difference,

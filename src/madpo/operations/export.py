@@ -71,5 +71,5 @@ def _convert(model: Path, out: Path, *options: str) -> None:
     command = [*gguf_converter(), str(model), "--outfile", str(out), *options]
     ended = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if ended.returncode:
-        said = [line for line in ended.stderr.splitlines() if line.strip()] or [f"it ended with {ended.returncode}"]
-        raise ConfigError(f"llama.cpp's converter does not take {model} ({said[-1][:200]}); leave --export out")
+        lines = [line for line in ended.stderr.splitlines() if line.strip()] or [f"it ended with {ended.returncode}"]
+        raise ConfigError(f"llama.cpp's converter does not take {model} ({lines[-1][:200]}); leave --export out")

@@ -96,8 +96,8 @@ def read_own_pairs(config: OwnPairsStage, inputs: Mapping[str, Path], out: Path)
                 for row in rows
             ],
             "conversation": [
-                json.dumps([[*said], columns_of(said)], ensure_ascii=False)
-                if isinstance(said := row["prompt"], list)
+                json.dumps([[*turns], columns_of(turns)], ensure_ascii=False)
+                if isinstance(turns := row["prompt"], list)
                 else None
                 for row in rows
             ],
@@ -125,7 +125,7 @@ def prompt_contents(pairs: pd.DataFrame) -> list[Text]:
     if "conversation" not in pairs:
         return list(pairs["prompt"])
     rows = zip(pairs["prompt"], pairs["conversation"], strict=True)
-    return [text if said is None else Conversation(*json.loads(said)) for text, said in rows]
+    return [text if turns is None else Conversation(*json.loads(turns)) for text, turns in rows]
 
 
 def pairs_clock(folder: Path) -> Clock | None:
@@ -160,8 +160,7 @@ def measure_heldout(config: HeldoutStage, inputs: Mapping[str, Path], out: Path)
     pairs = pairs.merge(pd.read_parquet(inputs["logps"] / "reference.parquet"), on="pair_id", validate="one_to_one")
     place = reference_model(inputs)
     policy, tokenizer = load_model(place, adapter=inputs["policy"] / "adapter").eval(), load_tokenizer(place)
-    said = f"{config.method}: held-out pairs"
-    logps = pair_logps(policy, tokenizer, pair_ids(pairs), config.batch_size, said)
+    logps = pair_logps(policy, tokenizer, pair_ids(pairs), config.batch_size, f"{config.method}: held-out pairs")
     ratios = logps - pairs[[*REFERENCE_COLUMNS]].to_numpy().T
     margins = ratios[0] - ratios[1]
     refuse_not_finite({"log_ratio_margin": margins}, pairs["pair_id"].to_list(), "the policy")

@@ -162,7 +162,7 @@ def refuse_other_outputs(place: str | Path, architectures: Sequence[str] | None,
         )
 
 
-class Place(NamedTuple):
+class PolicySource(NamedTuple):
     """Where a policy and its reference are loaded from."""
 
     name: str
@@ -171,7 +171,7 @@ class Place(NamedTuple):
     reference: str
 
 
-def find_policy(policy: str | Path, reference: str | None) -> Place:
+def find_policy(policy: str | Path, reference: str | None) -> PolicySource:
     """What to load for ``policy``.
 
     Raises:
@@ -185,9 +185,9 @@ def find_policy(policy: str | Path, reference: str | None) -> Place:
     adapter = next((f for f in (folder / "adapter", folder) if (f / "adapter_config.json").is_file()), None)
     if adapter is not None:
         if started is not None and _moved(started):
-            said, started = started, adapter_base(adapter)
+            recorded, started = started, adapter_base(adapter)
             if _moved(started):
-                raise ConfigError(f"{made}: model is {said!r}, which no longer exists; write where it is now")
+                raise ConfigError(f"{made}: model is {recorded!r}, which no longer exists; write where it is now")
         base = started or adapter_base(adapter)
         if started is None and reference is None and (adapter / "ref" / "adapter_config.json").is_file():
             raise ConfigError(
@@ -206,7 +206,7 @@ def find_policy(policy: str | Path, reference: str | None) -> Place:
                 f"there is no folder {str(policy)!r}; give a folder of madpo train, or a hub id with --reference"
             )
         raise ConfigError(f"{policy} does not say which model it started from; give it with --reference")
-    return Place(str(policy), str(base), adapter, str(reference))
+    return PolicySource(str(policy), str(base), adapter, str(reference))
 
 
 def _moved(model: str) -> bool:

@@ -23,12 +23,11 @@ from madpo.operations.pair_scorer import remember_pairs
 from madpo.operations.running import digest, load_report, run_in_folder, toml
 from madpo.operations.settings import RewardSettings
 from madpo.operations.trackers import reporting_to
-from madpo.report.charts import Chart, Panel
+from madpo.report.charts import Chart, Panel, calibration_panel, reward_curves
 from madpo.report.command_pages import Section, command_page, logged, reliability_table, running_page, settings_section
 from madpo.report.drawing import draw
 from madpo.report.numbers import against, short
 from madpo.report.pages import cell, write_page
-from madpo.report.study_charts import calibration_panel, reward_curves
 from madpo.rewards.margins import MarginReport, Reliability, inspect
 from madpo.rewards.reward_model import RewardModel
 from madpo.runner.operation import operation

@@ -71,12 +71,7 @@ def evaluate_policy(config: EvaluationStage, inputs: Mapping[str, Path], out: Pa
     tokenizer, reference = load_tokenizer(place), load_model(place)
     policy = merged(load_model(place, adapter=inputs["policy"] / "adapter")) if "policy" in inputs else reference
     judge = None if config.best_of is None else RewardModel.load(inputs["reward_model"])
-    score: Callable[[Sequence[Any], Sequence[str]], NDArray[np.float64]]
-    if "judge" in inputs:
-        clock = pairs_clock(inputs["pairs"])
-        score = load_scorer(inputs["judge"], batch_size=config.score_batch_size, clock=clock).score_responses
-    else:
-        score = load_oracle(inputs["oracle"])
+    score = _scorer(config, inputs)
     contents = dict(zip(prompts["prompt_id"], prompt_contents(prompts), strict=True))
     ends = ends_of_responses(tokenizer, contents.values(), reference)
 
@@ -98,21 +93,10 @@ def evaluate_policy(config: EvaluationStage, inputs: Mapping[str, Path], out: Pa
         return found.assign(oracle_reward=score(asked, list(found["response"])))
 
     samples = sampled(config.temperature)
-    written = samples.pop("ids").tolist()
     prompt_ids = prompts["prompt_ids"].tolist() * config.samples_per_prompt
-    kl, logps = np.zeros(len(written)), None
-    how: dict[str, Any] = {
-        "pad": tokenizer.pad_token_id,
-        "batch_size": config.score_batch_size,
-        "description": f"{config.method}: KL",
-    }
-    if policy is not reference:
-        _, kl, logps = divergence(policy, reference, prompt_ids, written, **how)
-    if config.best_of is not None:
-        kl += math.log(config.best_of) - (config.best_of - 1) / config.best_of
-    samples["kl"] = kl
-    if logps is None or config.samples_per_prompt == 1:  # whose records have the last digits of a pass of its own
-        logps = response_logps(reference, prompt_ids, written, **how)
+    samples["kl"], logps = _kl_and_logps(
+        config, policy, reference, prompt_ids, samples.pop("ids").tolist(), tokenizer.pad_token_id
+    )
     metrics = _metrics(samples, config.seed)
     metrics["reference_perplexity"] = math.exp(-logps.sum() / samples["tokens"].sum())
     rows = samples.to_dict("records")
@@ -127,6 +111,40 @@ def evaluate_policy(config: EvaluationStage, inputs: Mapping[str, Path], out: Pa
     return metrics if config.best_of is None else {**metrics, "kl_is_a_bound": 1}
 
 
+def _scorer(
+    config: EvaluationStage, inputs: Mapping[str, Path]
+) -> Callable[[Sequence[Any], Sequence[str]], NDArray[np.float64]]:
+    """Rewards of responses to prompts: by the judge of the user's own pairs, or by the oracle."""
+    if "judge" not in inputs:
+        return load_oracle(inputs["oracle"])
+    clock = pairs_clock(inputs["pairs"])
+    return load_scorer(inputs["judge"], batch_size=config.score_batch_size, clock=clock).score_responses
+
+
+def _kl_and_logps(
+    config: EvaluationStage,
+    policy: nn.Module,
+    reference: nn.Module,
+    prompt_ids: list[list[int]],
+    response_ids: list[list[int]],
+    pad: int,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Per response, the KL to the reference (for the best of n its bound) and the log-probability under it, nats."""
+    kl, logps = np.zeros(len(response_ids)), None
+    how: dict[str, Any] = {
+        "pad": pad,
+        "batch_size": config.score_batch_size,
+        "description": f"{config.method}: KL",
+    }
+    if policy is not reference:
+        _, kl, logps = divergence(policy, reference, prompt_ids, response_ids, **how)
+    if config.best_of is not None:
+        kl += math.log(config.best_of) - (config.best_of - 1) / config.best_of
+    if logps is None or config.samples_per_prompt == 1:  # whose records have the last digits of a pass of its own
+        logps = response_logps(reference, prompt_ids, response_ids, **how)
+    return kl, logps
+
+
 def _judged(
     prompts: pd.DataFrame, drawn: Sequence[list[Response]], samples: int, judge: RewardModel | None
 ) -> pd.DataFrame:
@@ -135,9 +153,9 @@ def _judged(
     for sample in range(samples):
         among = drawn[sample::samples]
         responses = among[0] if judge is None else best_responses(judge, prompts["prompt_ids"].tolist(), among)
-        for prompt_id, prompt, said in zip(prompts["prompt_id"], prompts["prompt"], responses, strict=True):
-            row = {"prompt_id": int(prompt_id), "sample": sample, "prompt": prompt, "response": said.text}
-            rows.append({**row, "tokens": len(said.ids), "ended": said.ended, "ids": said.ids})
+        for prompt_id, prompt, response in zip(prompts["prompt_id"], prompts["prompt"], responses, strict=True):
+            row = {"prompt_id": int(prompt_id), "sample": sample, "prompt": prompt, "response": response.text}
+            rows.append({**row, "tokens": len(response.ids), "ended": response.ended, "ids": response.ids})
     return pd.DataFrame(rows)
 
 
@@ -149,7 +167,7 @@ def best_responses(
     Args:
         drawn: [n][prompts], n responses to every prompt.
     """
-    rewards = [judge.score_responses(prompt_ids, [said.ids for said in responses]) for responses in drawn]
+    rewards = [judge.score_responses(prompt_ids, [response.ids for response in responses]) for responses in drawn]
     return [drawn[k][row] for row, k in enumerate(np.argmax(rewards, axis=0))]
 
 

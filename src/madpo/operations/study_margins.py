@@ -227,12 +227,12 @@ def _write_margins(
     table[["pair_id", "reward_margin"]].to_parquet(out / MARGINS, index=False)
     train = table[table["split"] == "train"]
     own = train["reward_margin"].to_numpy()
-    said: Metrics = {
+    metrics: Metrics = {
         "pairs": len(table),
         "mean_train_margin": float(own.mean()),
         "negative_share": float((own < 0).mean()),
     }
-    return said, own, train["prompt_id"].to_numpy()
+    return metrics, own, train["prompt_id"].to_numpy()
 
 
 def _write_pairs(pairs: pd.DataFrame, out: Path) -> None:

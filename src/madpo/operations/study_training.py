@@ -220,8 +220,8 @@ def reference_logps(config: ReferenceStage, inputs: Mapping[str, Path], out: Pat
     pairs = read_pairs(inputs["pairs"], config.split)
     place = reference_model(inputs)
     size = min(config.micro_batch_size or config.batch_size, config.batch_size)
-    said = "Reference log-probabilities"
-    chosen, rejected = pair_logps(load_model(place).eval(), load_tokenizer(place), pair_ids(pairs), size, said)
+    model, tokenizer = load_model(place).eval(), load_tokenizer(place)
+    chosen, rejected = pair_logps(model, tokenizer, pair_ids(pairs), size, "Reference log-probabilities")
     refuse_not_finite(dict(zip(REFERENCE_COLUMNS, (chosen, rejected), strict=True)), pairs["pair_id"].to_list())
     table = pd.DataFrame({"pair_id": pairs["pair_id"], REFERENCE_COLUMNS[0]: chosen, REFERENCE_COLUMNS[1]: rejected})
     table.to_parquet(out / "reference.parquet", index=False)

@@ -125,8 +125,8 @@ def write_report(
     if (share := report.evaluation.get("eval_rewards/accuracies")) is not None:
         n, effect = report.eval_pairs, report.eval_effect
         right = proportion(round(share * n) / effect, n / effect)
-        said = f"It orders {short(right, 'share')} of {report.eval_pairs} held-out pairs as labelled"
-        says = [f"{said}: {against(right, 0.5, 'chance')}."]
+        ordered = f"It orders {short(right, 'share')} of {report.eval_pairs} held-out pairs as labelled"
+        says = [f"{ordered}: {against(right, 0.5, 'chance')}."]
     elif report.evaluation:
         says = [f"It was measured on {report.eval_pairs} held-out pairs."]
     write_training_page(

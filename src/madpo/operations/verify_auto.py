@@ -224,9 +224,9 @@ def write_gains(report: VerifyAutoReport, path: Path) -> None:
         verdicts={kind: _verdict([of[kind] for of in found.values()]) for kind in KNOWLEDGE},
         table=Table("Methods over all cells", _HEAD, [_table_row(row) for row in report.rows], plain=True),
         sections=[
-            Section(said, "every method", table=differences_table(said, methods, of), folded=True)
+            Section(label, "every method", table=differences_table(label, methods, of), folded=True)
             for setting, of in found.items()
-            if (said := _words(setting))
+            if (label := _words(setting))
         ],
         worlds="Labels follow Bradley-Terry.",
         settings=s.model_dump(),

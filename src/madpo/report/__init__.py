@@ -6,7 +6,8 @@ report of that part, which says what is missing.
 
 ``sources`` reads what steps left behind; ``results`` is the long table of samples, and a tier's methods; ``compare``,
 ``claims`` and ``summary`` say what follows from it; ``charts`` are what figures show, ``drawing`` and ``svg`` how;
-``pages`` renders templates; ``study_charts`` puts a study together, and ``build`` writes its report.
+``pages`` renders templates; ``study`` reads and compares a whole run, ``study_charts`` and ``study_page``
+show it, and ``build`` writes its report.
 """
 
 from typing import TYPE_CHECKING

@@ -12,7 +12,7 @@ from madpo.core.storage import storage_errors, write_atomically
 from madpo.report.claims import counts, ties
 from madpo.report.drawing import save_charts
 from madpo.report.own import own_notes, own_opening, own_verdict
-from madpo.report.study_charts import Study
+from madpo.report.study import Study
 from madpo.report.study_page import study_page
 from madpo.report.summary import cautions, headline, idle_parts, trimmed_base, unfinished_run, weights_from
 from madpo.report.tables import claim_json, report_markdown_table, results_json, save_tables, study_tables

@@ -9,10 +9,15 @@ from functools import cache
 from importlib.resources import files
 
 import numpy as np
+import pandas as pd
 
 from madpo.core.metrics import Estimate
 from madpo.report.numbers import short
+from madpo.rewards.margins import Reliability
 from madpo.rewards.weight_counts import WeightParameters
+
+CURVE_POINTS = 400  # of a training curve
+SMOOTH = 15  # a running mean of a curve is over one part in so many
 
 
 @dataclass(frozen=True)
@@ -128,3 +133,38 @@ def figure(name: str, title: str, panels: Sequence[Panel | WeightPanel], caption
 def captions() -> dict[str, dict[str, str]]:
     """Kind ("figures", "tables" or "measures") and name -> caption."""
     return tomllib.loads((files("madpo.report") / "templates" / "captions.toml").read_text(encoding="utf-8"))
+
+
+def reward_curves(log: pd.DataFrame) -> tuple[Series, ...]:
+    """Training and held-out loss of a reward model."""
+    return (*curves("training pairs", log, "loss", 0), *curves("held-out pairs", log, "eval_loss", 1))
+
+
+def curves(name: str, log: pd.DataFrame, column: str, colour: int) -> list[Series]:
+    """A logged column over the steps: a pale line and its running mean, or as it is where it has few points."""
+    if column not in log:
+        return []
+    found = log[["step", column]].replace([np.inf, -np.inf], np.nan).dropna()
+    if len(found) < SMOOTH:
+        return [_line(name, found, colour)] if len(found) else []
+    smooth = found.assign(
+        **{column: found[column].rolling(len(found) // SMOOTH + 1, center=True, min_periods=1).mean()}
+    )
+    raw = _line(name, found, colour)
+    return [Series(name, raw.marks, colour, dots=False, raw=True), _line(name, smooth, colour)]
+
+
+def _line(name: str, points: pd.DataFrame, colour: int) -> Series:
+    if len(points) > CURVE_POINTS:
+        points = points.iloc[np.linspace(0, len(points) - 1, CURVE_POINTS).round().astype(int)]
+    marks = tuple(Mark(float(x), float(y)) for x, y in points.itertuples(index=False))
+    return Series(name, marks, colour, dots=len(marks) == 1)
+
+
+def calibration_panel(title: str, bins: Iterable[Reliability], colour: int) -> Panel:
+    """Bins of pairs: how sure the reward model is, and how often it is right."""
+    marks = tuple(
+        Mark(b.predicted, b.observed.mean, b.observed.low, b.observed.high, says=f"{b.pairs} pairs") for b in bins
+    )
+    series = Series("held-out pairs", marks, colour, line=False)
+    return Panel(title, "how sure the reward model is", "share of labels that agree", (series,), diagonal=True)

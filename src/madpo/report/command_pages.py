@@ -10,11 +10,10 @@ from xml.etree import ElementTree as ET
 
 import pandas as pd
 
-from madpo.report.charts import Chart, Panel, captions
+from madpo.report.charts import Chart, Panel, captions, curves
 from madpo.report.drawing import Drawn, draw
 from madpo.report.pages import Card, Cell, Table, cell, render, write_page
 from madpo.report.sources import json_lines
-from madpo.report.study_charts import curves
 from madpo.rewards.margins import Reliability
 
 REFRESH = 15
@@ -167,11 +166,11 @@ def write_training_page(
 def running_page(out: Path, title: str, numbers: Mapping[str, float | str], settings: str) -> Callable[[str], None]:
     """What writes ``out/report.html`` while a training runs, given what to say of it; arguments as above."""
 
-    def write(said: str) -> None:
+    def write(sentence: str) -> None:
         write_training_page(
             out / "report.html",
             title=title,
-            says=[said],
+            says=[sentence],
             numbers=numbers,
             evaluation={},
             log=out / "log.jsonl",

@@ -214,11 +214,11 @@ def _swatch(series: Series) -> ET.Element:
 def _alt(panel: Panel) -> str:
     parts = []
     for series in panel.series:
-        said = [] if series.raw else [_said(panel, mark) for mark in series.marks]
-        if len(said) > ALT_MARKS:
-            parts.append(f"{series.name} from {said[0][1]} to {said[-1][1]}")
-        elif said:
-            parts.append(f"{series.name} {', '.join(' '.join(filter(None, words[:2])) for words in said)}")
+        texts = [] if series.raw else [_said(panel, mark) for mark in series.marks]
+        if len(texts) > ALT_MARKS:
+            parts.append(f"{series.name} from {texts[0][1]} to {texts[-1][1]}")
+        elif texts:
+            parts.append(f"{series.name} {', '.join(' '.join(filter(None, words[:2])) for words in texts)}")
     return (
         f"{': '.join(filter(None, (panel.title, panel.x_label if panel.rows else panel.y_label)))}. {'; '.join(parts)}."
     )

@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from madpo.data.margins import Margins
-from madpo.report.charts import Chart
+from madpo.report.charts import Chart, calibration_panel
 from madpo.report.command_pages import Section, command_page, reliability_table
 from madpo.report.drawing import draw, weight_figure
 from madpo.report.numbers import one
 from madpo.report.pages import Cell, Table, cell, shown_margins, write_page
-from madpo.report.study_charts import calibration_panel
 from madpo.rewards.margins import MarginReport
 from madpo.rewards.weight_counts import WeightParameters
 

@@ -107,12 +107,12 @@ def own_verdict(tier: Tier) -> Verdict:
         worse = [method for method, c in made.items() if c.below]
         rest = f"; {listed(worse)} {'is' if len(worse) == 1 else 'are'} clearly worse." if worse else None
         which = f"No loss is clearly better than DPO{rest or ': these data do not tell them apart.'}"
-    said = []
+    remarks = []
     for digits, unit in ((2, "reward at the same KL"), (3, "held-out log loss, nats")):
         of = {method: c for method, c in made.items() if c.what.endswith("log loss") == (digits == 3)}
         words = "; ".join(f"{method} {short(c.value, 'signed', digits)}" for method, c in of.items())
-        said += [f"Gained over DPO in {unit}: {words}."] * bool(of)
-    return Verdict("Own pairs", f"{helps}. {which}", kind=kind, left=" ".join(said))
+        remarks += [f"Gained over DPO in {unit}: {words}."] * bool(of)
+    return Verdict("Own pairs", f"{helps}. {which}", kind=kind, left=" ".join(remarks))
 
 
 def _helps(tier: Tier) -> tuple[str, str]:

@@ -40,8 +40,8 @@ def differences_table(
         methods: name in ``found`` -> name on the page, and what it is.
     """
     rows = [
-        [Cell(said, (what,)), *(cell(values.get(name), "signed", digits=3) for values in found.values())]
-        for name, (said, what) in {**methods, **_BELOW}.items()
+        [Cell(label, (what,)), *(cell(values.get(name), "signed", digits=3) for values in found.values())]
+        for name, (label, what) in {**methods, **_BELOW}.items()
         if name in methods or any(values.get(name) for values in found.values())
     ]
     return Table(label, ("method", *(f"it {SEES[kind]}" for kind in found)), rows, plain=True)

@@ -3,116 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from madpo.core.metrics import Estimate
 from madpo.report import published
-from madpo.report.charts import Chart, Mark, Panel, Series, WeightPanel, figure, levels, value_mark
-from madpo.report.claims import EQUAL_KL, Claim, claims
-from madpo.report.collect import collect
-from madpo.report.compare import Choice, base_beta, chosen, selection_json, selections, settings_of
+from madpo.report.charts import (
+    Chart,
+    Mark,
+    Panel,
+    Series,
+    WeightPanel,
+    calibration_panel,
+    curves,
+    figure,
+    levels,
+    reward_curves,
+    value_mark,
+)
+from madpo.report.compare import Choice, settings_of
 from madpo.report.equal_kl import frontiers
 from madpo.report.methods import SFT, is_setting
 from madpo.report.own import own_chart
 from madpo.report.results import Row, Tier, mean_of, shared_seeds
 from madpo.report.study_sections import weighting
-from madpo.rewards.margins import Reliability, reliability
-from madpo.runner.record import Record
+from madpo.rewards.margins import reliability
 
 REWARD = "mean oracle reward"
-FIRST = ("", "core")  # groups whose training curves are shown first
-CORE = ("core", "auto")  # groups whose methods the first screen shows
 COLOURS = {"DPO": 0, "IPO": 1, "MADPO": 2, "β-DPO": 3, "Amp-Only": 4, "Reg-Only": 5, SFT: 7}
 TIER_COLOURS = {"high": 3, "medium": 1, "low": 2}
+FIRST = ("", "core")  # groups whose training curves are shown first
 SHADES = 8
-CURVE_POINTS = 400  # of a training curve
-SMOOTH = 15  # a running mean of a curve is over one part in so many
 PAIRS_PER_BIN = 20  # of a calibration, at least
 PARTS_ONLY = ("Amp-Only", "Reg-Only")
 
 
-@dataclass(frozen=True, eq=False)
-class Study:
-    """What was read from a run and compared.
-
-    Attributes:
-        beta: that methods share in Table 1; choices: (tier, method of Table 1) -> its chosen setting.
-        selections: the experiment's own choices; selection: the same for programs.
-        planned: the experiment's rows; experiment: its settings; own: whether the pairs are a user's own.
-    """
-
-    tiers: list[Tier]
-    beta: float
-    choices: dict[tuple[str, str], Choice]
-    claims: list[Claim]
-    selections: dict[str, list[Choice]]
-    selection: dict[str, Any]
-    planned: Sequence[Mapping[str, Any]]
-    experiment: dict[str, Any]
-    own: bool = False
-
-    @classmethod
-    def of(cls, root: Path, records: Mapping[str, Record], experiment: Mapping[str, Any]) -> Study:
-        """Read the records and what their steps wrote."""
-        # "rows" has the sweeps of "method" spelled out.
-        own = "data" in experiment
-        rows = experiment.get("rows") or experiment.get("method", [])
-        rows = [row for row in rows if isinstance(row, Mapping) and "name" in row]
-        seed = int(experiment.get("selection_seed", 0))
-        pairs = experiment.get("pairs")
-        planned = pairs.get("tiers", ()) if isinstance(pairs, Mapping) else ()
-        tiers = collect(root, records, rows, seed, map(str, planned))
-        beta = base_beta(tiers)
-        wanted = {str(s["name"]): s["among"] for s in experiment.get("selection", [])}
-        found = selections(tiers, wanted)
-        keys = {str(row["name"]): str(row.get("key", row["name"])) for row in rows}
-        chosen = selection_json(found, wanted, keys, seed)
-        settings = {name: value for name, value in experiment.items() if name != "rows"}
-        said = [claim for claim in claims(tiers) if not own or claim.section == EQUAL_KL]
-        choices = {} if own else choices_of(tiers, beta)
-        return cls(tiers, beta, choices, said, found, chosen, rows, settings, own)
-
-    @property
-    def seeds(self) -> int:
-        """Training seeds of the method that has the most."""
-        return max((len(row.seeds) for tier in self.tiers for row in tier.policies), default=0)
-
-    @cached_property
-    def charts(self) -> list[Chart]:
-        """Every figure that can be drawn."""
-        tiers, beta = self.tiers, self.beta
-        groups = list(dict.fromkeys(row.group for tier in tiers for row in tier.rows if row.group not in FIRST))
-        training = [("", FIRST, ""), *((f"_{group}", (group,), f", {group}") for group in groups)]
-        names = list(dict.fromkeys(row.method for tier in tiers for row in tier.rows))
-        colours = {name: _colour(name, names) for name in names}
-        found = [
-            *(own_chart(tier, colours) for tier in tiers if self.own),
-            main_chart(tiers, self.choices),
-            sensitivity_chart(tiers, beta),
-            ablation_chart(tiers, beta),
-            frontier_chart(tiers, beta),
-            calibration_chart(tiers),
-            reward_model_chart(tiers),
-            *(loss_chart(tiers, f"training_loss{end}", f"Training loss{words}", of) for end, of, words in training),
-            *(
-                margin_chart(tiers, f"training_margins{end}", f"Implicit margin{words}", of)
-                for end, of, words in training
-            ),
-        ]
-        panels = [
-            WeightPanel(tier.label, margins, p)
-            for tier in tiers
-            if len(tier.margins)
-            for p, margins in [weighting(tier)]
-        ]
-        found.append(figure("weights", "Margins and their weights", panels))
-        return [chart for chart in found if chart is not None]
+def study_charts(
+    tiers: Sequence[Tier], beta: float, choices: Mapping[tuple[str, str], Choice], own: bool = False
+) -> list[Chart]:
+    """Every figure that can be drawn; arguments as in :class:`madpo.report.study.Study`."""
+    groups = list(dict.fromkeys(row.group for tier in tiers for row in tier.rows if row.group not in FIRST))
+    training = [("", FIRST, ""), *((f"_{group}", (group,), f", {group}") for group in groups)]
+    names = list(dict.fromkeys(row.method for tier in tiers for row in tier.rows))
+    colours = {name: _colour(name, names) for name in names}
+    found = [
+        *(own_chart(tier, colours) for tier in tiers if own),
+        main_chart(tiers, choices),
+        sensitivity_chart(tiers, beta),
+        ablation_chart(tiers, beta),
+        frontier_chart(tiers, beta),
+        calibration_chart(tiers),
+        reward_model_chart(tiers),
+        *(loss_chart(tiers, f"training_loss{end}", f"Training loss{words}", of) for end, of, words in training),
+        *(margin_chart(tiers, f"training_margins{end}", f"Implicit margin{words}", of) for end, of, words in training),
+    ]
+    panels = [
+        WeightPanel(tier.label, margins, p) for tier in tiers if len(tier.margins) for p, margins in [weighting(tier)]
+    ]
+    found.append(figure("weights", "Margins and their weights", panels))
+    return [chart for chart in found if chart is not None]
 
 
 def main_chart(tiers: Sequence[Tier], choices: Mapping[tuple[str, str], Choice]) -> Chart | None:
@@ -289,32 +238,6 @@ def reward_model_chart(tiers: Sequence[Tier]) -> Chart | None:
     return figure("reward_model_training", "Training of the reward models", panels)
 
 
-def reward_curves(log: pd.DataFrame) -> tuple[Series, ...]:
-    """Training and held-out loss of a reward model."""
-    return (*curves("training pairs", log, "loss", 0), *curves("held-out pairs", log, "eval_loss", 1))
-
-
-def curves(name: str, log: pd.DataFrame, column: str, colour: int) -> list[Series]:
-    """A logged column over the steps: a pale line and its running mean, or as it is where it has few points."""
-    if column not in log:
-        return []
-    found = log[["step", column]].replace([np.inf, -np.inf], np.nan).dropna()
-    if len(found) < SMOOTH:
-        return [_line(name, found, colour)] if len(found) else []
-    smooth = found.assign(
-        **{column: found[column].rolling(len(found) // SMOOTH + 1, center=True, min_periods=1).mean()}
-    )
-    raw = _line(name, found, colour)
-    return [Series(name, raw.marks, colour, dots=False, raw=True), _line(name, smooth, colour)]
-
-
-def _line(name: str, points: pd.DataFrame, colour: int) -> Series:
-    if len(points) > CURVE_POINTS:
-        points = points.iloc[np.linspace(0, len(points) - 1, CURVE_POINTS).round().astype(int)]
-    marks = tuple(Mark(float(x), float(y)) for x, y in points.itertuples(index=False))
-    return Series(name, marks, colour, dots=len(marks) == 1)
-
-
 def calibration_chart(tiers: Sequence[Tier]) -> Chart | None:
     """How sure the reward model is against how often the labels agree, per tier, on pairs it was not trained on."""
     panels = []
@@ -324,23 +247,6 @@ def calibration_chart(tiers: Sequence[Tier]) -> Chart | None:
             bins, _ = reliability(margins, most=max(2, min(10, n // PAIRS_PER_BIN)), prompts=prompts)
             panels.append(calibration_panel(f"{tier.label}, {n} pairs", bins, _tier_colour(tier.name)))
     return figure("calibration", "Calibration of the reward models", panels)
-
-
-def calibration_panel(title: str, bins: Iterable[Reliability], colour: int) -> Panel:
-    """Bins of pairs: how sure the reward model is, and how often it is right."""
-    marks = tuple(
-        Mark(b.predicted, b.observed.mean, b.observed.low, b.observed.high, says=f"{b.pairs} pairs") for b in bins
-    )
-    series = Series("held-out pairs", marks, colour, line=False)
-    return Panel(title, "how sure the reward model is", "share of labels that agree", (series,), diagonal=True)
-
-
-def choices_of(tiers: Sequence[Tier], beta: float) -> dict[tuple[str, str], Choice]:
-    """(tier, method) -> its chosen setting: the paper's methods that were run, then the others of the core."""
-    core = (row.method for tier in tiers for row in tier.policies if row.group in CORE)
-    names = dict.fromkeys([*published.METHODS, *core])
-    found = {(tier.name, name): chosen(tier, name, beta) for tier in tiers for name in names}
-    return {key: choice for key, choice in found.items() if choice is not None}
 
 
 def _tier_colour(name: str) -> int:

@@ -18,7 +18,7 @@ from madpo.report.own import own_opening, own_table, own_verdict
 from madpo.report.pages import Card, Cell, Table, cell, render
 from madpo.report.provenance import differences, provenance
 from madpo.report.samples import sample_data, static
-from madpo.report.study_charts import Study
+from madpo.report.study import Study
 from madpo.report.study_sections import (
     claims_view,
     degeneration_table,
@@ -111,16 +111,16 @@ def tier_verdicts(study: Study, charts: Mapping[str, Drawn]) -> list[Card]:
     for tier in study.tiers:
         if not tier.policies:
             continue
-        said = own_verdict(tier) if study.own else verdict(tier)
+        found_here = own_verdict(tier) if study.own else verdict(tier)
         at = [c for c in (same_distance.made if same_distance else []) if c.what.endswith(f", {tier.label}")]
         words = "".join(
             f"At the same KL, MADPO minus DPO is {short(c.value, 'signed')}: {sided(c)}." for c in at if not study.own
         )
         doubt = "The reward model is near chance." if near_chance(tier) else ""
-        text = said.gap or said.level
+        text = found_here.gap or found_here.level
         figure = figures.get(tier.label.removesuffix(" pairs"))
-        aside = said.left if study.own else words
-        found.append(Card(tier.label, figure, text, said.kind, (aside,), doubt, legend))
+        aside = found_here.left if study.own else words
+        found.append(Card(tier.label, figure, text, found_here.kind, (aside,), doubt, legend))
     return found
 
 
@@ -178,7 +178,7 @@ def selections_table(study: Study) -> Table | None:
         cells = dict.fromkeys((tier.name for tier in study.tiers), Cell(DASH, (NOT_RUN,)))
         for choice in choices:
             prompts = f", {choice.value.n} prompts" if isinstance(choice.value, Estimate) else ""
-            said = f"{choice.row.name}, of {choice.settings}", f"{', '.join(choice.seeds)}{prompts}"
-            cells[choice.tier.name] = cell(choice.value, more=said)
+            notes = f"{choice.row.name}, of {choice.settings}", f"{', '.join(choice.seeds)}{prompts}"
+            cells[choice.tier.name] = cell(choice.value, more=notes)
         rows.append([Cell(name), *cells.values()])
     return Table("Other choices", ["choice", *(tier.label for tier in study.tiers)], rows) if rows else None

@@ -41,8 +41,8 @@ def claims_view(found: Sequence[Claim], tiers: Sequence[Tier], seeds: int) -> di
     absent = [f"{c.text} {'; '.join(dict.fromkeys(x.missing for x in c.comparisons if x.missing != NOT_RUN))}".strip()
               for c in found if c not in run]  # fmt: skip
     made = count(n, "comparison").capitalize() if (n := sum(len(claim.made) for claim in found)) else ""
-    said = {"gist": counts(found), "cautions": weights_from(tiers)[:1], "made": made, "seeds": seeds}
-    return {**said, "sections": sections, "absent": absent}
+    head = {"gist": counts(found), "cautions": weights_from(tiers)[:1], "made": made, "seeds": seeds}
+    return {**head, "sections": sections, "absent": absent}
 
 
 def _claim(claim: Claim, doubted: Sequence[str], limit: float) -> dict[str, Any]:
@@ -65,9 +65,9 @@ def _difference(c: Comparison, limit: float) -> tuple[Cell, Cell]:
     if c.value is None:
         return Cell(DASH, (c.missing,)), Cell(DASH)
     beyond = f", to lie above {one(c.bound, 'signed')}" if c.bound else ""
-    said = f"{c.value.n} prompts: {sided(c)}{beyond}"
-    said += "".join(f"; without {seed}: {why}" for seed, why in c.left_out.items())
-    return cell(c.value, "signed", limit, more=[said]), cell(by_seed(c.per_seed, "signed") or "one seed")
+    note = f"{c.value.n} prompts: {sided(c)}{beyond}"
+    note += "".join(f"; without {seed}: {why}" for seed, why in c.left_out.items())
+    return cell(c.value, "signed", limit, more=[note]), cell(by_seed(c.per_seed, "signed") or "one seed")
 
 
 # Results
@@ -119,8 +119,8 @@ def temperature_table(tier: Tier) -> Table | None:
             cells = [Cell(row.name)]
             for values in [*(own.values if own else {} for own in found), row.values]:
                 wins = values.get("win_rate")
-                said = f"wins {short(wins, 'share')}" if wins is not None else ""
-                cells.append(cell(values.get("oracle_reward"), more=[said]))
+                note = f"wins {short(wins, 'share')}" if wins is not None else ""
+                cells.append(cell(values.get("oracle_reward"), more=[note]))
             rows.append(cells)
     head = ["method", *(f"{temperature:g}" for temperature in at), "as in the other tables"]
     return Table(f"Decoding temperatures, {tier.label}", head, rows) if rows else None

@@ -147,8 +147,8 @@ def attempt(job: Job, root: Path) -> Record | tuple[str, MadpoError | None]:
         return str(error), error
     except Exception as error:
         _keep_traceback(job.out)
-        said = first_line(error) or "no message"
-        return f"{type(error).__name__}: {said} (traceback: {job.out / ERROR})", None
+        message = first_line(error) or "no message"
+        return f"{type(error).__name__}: {message} (traceback: {job.out / ERROR})", None
 
 
 def _keep_traceback(out: Path) -> None:

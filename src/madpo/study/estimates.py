@@ -296,10 +296,10 @@ def dry_run_lines(result: RunResult, machine: Machine) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     total = sum(guess.seconds for guess in found.values())
-    said = ", ".join(f"{kind} {rate:.0f}" for kind, rate in rates.items())
+    listed_rates = ", ".join(f"{kind} {rate:.0f}" for kind, rate in rates.items())
     counts = f"{len(found)} of {len(result.plan)} steps to run"
     lines.append(f"{counts}: about {duration(total)} one after another, on {machine.name}")
-    lines.append(f"(tokens a second of Gemma-3-270M: {said})")
+    lines.append(f"(tokens a second of Gemma-3-270M: {listed_rates})")
     if len(found) < len(result.plan):
         lines.append("Times are corrected by those of the finished steps of the same kind.")
     return lines

@@ -145,8 +145,8 @@ class Method(Frozen):
             except ValidationError as error:
                 first = error.errors(include_url=False)[0]
                 where = ".".join(str(part) for part in first["loc"][1:])
-                said = f"sweep.{where} = {first['input']!r}: {first['msg']}"
-                raise ValueError(f"method {self.name!r}: {said}") from None
+                mistake = f"sweep.{where} = {first['input']!r}: {first['msg']}"
+                raise ValueError(f"method {self.name!r}: {mistake}") from None
         known = [*fields, *_OF_TRAINING]
         for name in values:
             if name not in fields:

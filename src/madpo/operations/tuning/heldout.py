@@ -110,11 +110,11 @@ def reward_curve(
     points: list[tuple[float, Floats, Floats]] = []
     for strength in config.strengths:
         with rescale_adapter_scale(policy, strength):
-            said = written(policy, f"Adapter at {strength:g}")
-            ids = [response.ids for response in said]
+            responses = written(policy, f"Adapter at {strength:g}")
+            ids = [response.ids for response in responses]
             size = config.score_batch_size
             kl = divergence(policy, reference, prompt_ids, ids, pad=tokenizer.pad_token_id, batch_size=size)[1]
-        pairs = response_pairs(prompts, (r.text for r in said), (r.text for r in base))
+        pairs = response_pairs(prompts, (r.text for r in responses), (r.text for r in base))
         mine, theirs = scorer.score_pairs(pairs, "held-out prompts", "row")
         if not points:
             points.append((0.0, theirs, np.zeros(len(chosen))))

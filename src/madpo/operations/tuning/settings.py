@@ -217,8 +217,8 @@ class TuneSettings(TrainSettings):
                 try:
                     with_values(self.training, {key: corner})
                 except ValidationError as error:
-                    said = error.errors()[0]["msg"].removeprefix("Value error, ")
-                    reason = said.replace("Input should be", "must be")
+                    message = error.errors()[0]["msg"].removeprefix("Value error, ")
+                    reason = message.replace("Input should be", "must be")
                     raise ValueError(f"space.{key}: {corner!r} cannot be: {reason}") from None
         if self.sampler == "grid" and any(dimension.values is None for dimension in self.searched.values()):
             raise ValueError('sampler "grid" needs values for every key of the space; give values, or take "tpe"')

@@ -1,0 +1,80 @@
+"""A study as its report sees it: what was read from a run, compared and chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from madpo.report import published
+from madpo.report.charts import Chart
+from madpo.report.claims import EQUAL_KL, Claim, claims
+from madpo.report.collect import collect
+from madpo.report.compare import Choice, base_beta, chosen, selection_json, selections
+from madpo.report.results import Tier
+from madpo.report.study_charts import study_charts
+from madpo.runner.record import Record
+
+CORE = ("core", "auto")  # groups whose methods the first screen shows
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """What was read from a run and compared.
+
+    Attributes:
+        beta: that methods share in Table 1; choices: (tier, method of Table 1) -> its chosen setting.
+        selections: the experiment's own choices; selection: the same for programs.
+        planned: the experiment's rows; experiment: its settings; own: whether the pairs are a user's own.
+    """
+
+    tiers: list[Tier]
+    beta: float
+    choices: dict[tuple[str, str], Choice]
+    claims: list[Claim]
+    selections: dict[str, list[Choice]]
+    selection: dict[str, Any]
+    planned: Sequence[Mapping[str, Any]]
+    experiment: dict[str, Any]
+    own: bool = False
+
+    @classmethod
+    def of(cls, root: Path, records: Mapping[str, Record], experiment: Mapping[str, Any]) -> Study:
+        """Read the records and what their steps wrote."""
+        # "rows" has the sweeps of "method" spelled out.
+        own = "data" in experiment
+        rows = experiment.get("rows") or experiment.get("method", [])
+        rows = [row for row in rows if isinstance(row, Mapping) and "name" in row]
+        seed = int(experiment.get("selection_seed", 0))
+        pairs = experiment.get("pairs")
+        planned = pairs.get("tiers", ()) if isinstance(pairs, Mapping) else ()
+        tiers = collect(root, records, rows, seed, map(str, planned))
+        beta = base_beta(tiers)
+        wanted = {str(s["name"]): s["among"] for s in experiment.get("selection", [])}
+        found = selections(tiers, wanted)
+        keys = {str(row["name"]): str(row.get("key", row["name"])) for row in rows}
+        chosen = selection_json(found, wanted, keys, seed)
+        settings = {name: value for name, value in experiment.items() if name != "rows"}
+        wanted_claims = [claim for claim in claims(tiers) if not own or claim.section == EQUAL_KL]
+        choices = {} if own else choices_of(tiers, beta)
+        return cls(tiers, beta, choices, wanted_claims, found, chosen, rows, settings, own)
+
+    @property
+    def seeds(self) -> int:
+        """Training seeds of the method that has the most."""
+        return max((len(row.seeds) for tier in self.tiers for row in tier.policies), default=0)
+
+    @cached_property
+    def charts(self) -> list[Chart]:
+        """Every figure that can be drawn."""
+        return study_charts(self.tiers, self.beta, self.choices, self.own)
+
+
+def choices_of(tiers: Sequence[Tier], beta: float) -> dict[tuple[str, str], Choice]:
+    """(tier, method) -> its chosen setting: the paper's methods that were run, then the others of the core."""
+    core = (row.method for tier in tiers for row in tier.policies if row.group in CORE)
+    names = dict.fromkeys([*published.METHODS, *core])
+    found = {(tier.name, name): chosen(tier, name, beta) for tier in tiers for name in names}
+    return {key: choice for key, choice in found.items() if choice is not None}
