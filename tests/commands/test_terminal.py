@@ -20,7 +20,7 @@ from madpo.core import errors, processes, progress
 from madpo.core.errors import DataError, MadpoError, printable
 from madpo.core.progress import show
 
-SOURCE = Path(errors.__file__).parent
+SOURCE = Path(errors.__file__).parents[1]
 EVIL = "\x1b]0;TITLE\x07\x1b[2J\x9b31m\u202eevil\r\udcff"
 
 

@@ -4,7 +4,6 @@ import hashlib
 import json
 import tomllib
 
-import datasets
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -254,28 +253,6 @@ def test_any_rows_in_every_format_and_reader(data, tmp_path):
     for name in ("d.jsonl", "d.csv", "d.parquet"):
         for read in (load_preferences, check, read_margins, read_prompts):
             survives(f"data {name[1:]}", lambda read=read, name=name: read(folder / name), tmp_path)
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved") / "data"
-    datasets.Dataset.from_list([ROW, ROW | {"prompt": "q"}]).save_to_disk(folder)
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-@fuzzed(share=2)
-@given(data=st.data())
-def test_any_saved_data_set(data, saved, tmp_path):
-    folder = fresh(tmp_path, "saved")
-    victim = data.draw(st.sampled_from(sorted(saved)))
-    for name, content in saved.items():
-        (folder / name).write_bytes(content)
-    if victim.endswith(".json") and data.draw(st.booleans()):
-        content = json.dumps(data.draw(mutated(json.loads(saved[victim])))).encode()
-    else:
-        content = data.draw(damaged(saved[victim]))
-    (folder / victim).write_bytes(content)
-    survives("saved data set", lambda: load_preferences(folder), tmp_path)
 
 
 @fuzzed(share=2)
