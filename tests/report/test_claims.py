@@ -15,7 +15,7 @@ from madpo.core.metrics import Estimate
 from madpo.report import published
 from madpo.report.charts import PAPER, Chart, Mark, Panel, Series, WeightPanel, levels
 from madpo.report.claims import BEYOND, BROKEN, HELD, OPEN, OWN, Claim, claims, counts, ties
-from madpo.report.compare import NOT_RUN, Comparison, choose, less
+from madpo.report.compare import NOT_RUN, Comparison, choose, difference
 from madpo.report.drawing import save_charts
 from madpo.report.results import Tier
 from madpo.report.study import choices_of
@@ -281,7 +281,7 @@ def test_policies_that_answer_alike_show_nothing() -> None:
     """Without a margin beyond tau Reg-Only is DPO: "no worse than DPO" would hold of it whatever the method does."""
     tier = uneven_tier()
     sides = [choose("Reg-Only", tier, tier.rows[2:3]), choose("DPO", tier, tier.rows[:1])]
-    found = less("x", sides, bound=-0.1)
+    found = difference("x", sides, bound=-0.1)
     assert found.value is not None
     assert (found.value.low, found.value.high, found.same) == (pytest.approx(0.0), pytest.approx(0.0), True)
     assert not found.above

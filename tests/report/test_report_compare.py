@@ -22,13 +22,13 @@ from madpo.report.compare import (
     Comparison,
     base_beta,
     choose,
-    hardest,
-    less,
+    difference,
+    least_difference,
     selection_json,
     selections,
     settings_of,
 )
-from madpo.report.equal_kl import _interpolated, equal_kl, frontiers, less_at_its_kl
+from madpo.report.equal_kl import _interpolated, difference_at_its_kl, equal_kl, frontiers
 from madpo.report.results import Row, Tier, measured, selecting_half
 from madpo.report.study import choices_of
 from madpo.report.study_charts import ablation_chart, frontier_chart, main_chart
@@ -124,11 +124,11 @@ def test_only_seeds_that_both_sides_have_are_compared() -> None:
     two, one = in_second_seed(row("DPO", 1.0, kind="dpo"), reward=5.0), madpo(7.0, 4.0, 2.0, seeds=1)
     tier = tier_of("high", [two, one])
     dpo, ours = (choose(row.name, tier, [row]) for row in tier.rows)
-    found = less("x", [ours, dpo])
+    found = difference("x", [ours, dpo])
     assert found.value is not None
     assert found.value.mean == pytest.approx(1.0)
     assert (found.seeds, found.per_seed) == (1, {"seed0": pytest.approx(1.0)})
-    assert less("x", [ours, dpo, dpo, dpo]).value == found.value
+    assert difference("x", [ours, dpo, dpo, dpo]).value == found.value
     assert tier.rows[1]["difference"] == found.value
 
 
@@ -229,13 +229,13 @@ def test_the_half_is_that_of_the_runs_own_choices() -> None:
 def test_a_comparison_uses_the_reporting_half_only_where_something_was_chosen() -> None:
     tier = tier_of("high", [row("DPO", 1.0, kind="dpo"), madpo(7.0, 4.0, 2.0), madpo(7.0, 2.0, 1.5)])
     dpo = choose("DPO", tier, tier.rows[:1])
-    one = less("x", [choose("MADPO", tier, tier.rows[1:2]), dpo])
-    several = less("x", [choose("MADPO", tier, tier.rows[1:]), dpo])
+    one = difference("x", [choose("MADPO", tier, tier.rows[1:2]), dpo])
+    several = difference("x", [choose("MADPO", tier, tier.rows[1:]), dpo])
     assert one.value is not None
     assert several.value is not None
     assert (one.value.n, one.value.mean) == (N, pytest.approx(1.0))
     assert several.value.n == len(tier.reporting)
-    assert less("x", [None, dpo]).missing == NOT_RUN
+    assert difference("x", [None, dpo]).missing == NOT_RUN
 
 
 # Equal KL
@@ -311,7 +311,7 @@ def test_a_difference_of_two_seeds_is_no_surer_than_the_seeds_let_it_be() -> Non
     """Both seeds are above DPO, by 0.1 and 0.9: over 200 prompts that is clear, over two trainings it is not."""
     dpo, ours = row("DPO", 1.0, kind="dpo"), in_second_seed(madpo(7.0, 4.0, 1.1), reward=0.8)
     tier = tier_of("high", [dpo, ours])
-    found = less("x", [choose(one.name, tier, [one]) for one in reversed(tier.rows)])
+    found = difference("x", [choose(one.name, tier, [one]) for one in reversed(tier.rows)])
     assert found.value is not None
     assert found.per_seed == pytest.approx({"seed0": 0.1, "seed1": 0.9})
     cells = tier.cells(tier.rows[1]) - tier.cells(tier.rows[0])
@@ -322,7 +322,7 @@ def test_a_difference_of_two_seeds_is_no_surer_than_the_seeds_let_it_be() -> Non
     assert not found.above
     assert tier.rows[1]["difference"] == found.value, "one difference has one interval on a page"
     first = tier_of("high", [dpo, madpo(7.0, 4.0, 1.1, seeds=1)])
-    assert less("x", [choose(one.name, first, [one]) for one in reversed(first.rows)]).above
+    assert difference("x", [choose(one.name, first, [one]) for one in reversed(first.rows)]).above
 
 
 def test_intervals_at_equal_kl_hold_the_seeds() -> None:
@@ -380,7 +380,7 @@ def test_every_seed_has_a_curve_of_the_settings_that_it_has(sft_seeds: int) -> N
     for kl, reached in ((4.0, {"seed0", "seed1"}), (15.0, {"seed0"})):
         ours = in_second_seed(madpo(7.0, 4.0, 2.5, kl=kl), reward=-0.5)
         tier = tier_of("high", [sft, ours, *both, *first])
-        found = less_at_its_kl(tier, tier.rows[1])
+        found = difference_at_its_kl(tier, tier.rows[1])
         curve = on_curve(kl, [2.0, 6.0, 10.0, 20.0], [1.0, 2.0, 2.2, 4.0]), on_curve(kl, [2.0, 10.0], [0.0, 1.2])
         expected = {seed: 2.5 - at - 0.5 * k for k, (seed, at) in enumerate(zip(SEEDS, curve, strict=True))}
         expected = {seed: value for seed, value in expected.items() if seed in reached}
@@ -421,7 +421,7 @@ def test_equal_kl_is_the_mean_over_seeds_of_numpys_interpolation(ours: Any, thei
         at = own["kl"].mean() ** 0.5
         if len(points) > 2 and at <= max(points)[0]:
             expected[seed] = own["reward"].mean() - np.interp(at, *zip(*sorted(points), strict=True))
-    found = less_at_its_kl(tier, tier.rows[-1])
+    found = difference_at_its_kl(tier, tier.rows[-1])
     assert found.per_seed == pytest.approx(expected, abs=1e-9)
     assert (found.value is None) == (not expected)
     if found.value is not None:
@@ -456,12 +456,12 @@ def test_other_rows_say_how_much_trainings_differ() -> None:
     """The method's two seeds disagree by 1, and four other methods' agree: its interval is shorter for them."""
     ours = in_second_seed(madpo(7.0, 4.0, 2.5, kl=4.0), reward=-1.0)
     calm = [row(f"other {k}", 2.0, kl=4.0 + k, kind="ipo", **{"beta": k + 1.0}) for k in range(4)]
-    for differ in (lambda tier: less_at_its_kl(tier, tier.rows[2]).value, lambda tier: tier.rows[2]["difference"]):
+    for differ in (lambda t: difference_at_its_kl(t, t.rows[2]).value, lambda t: t.rows[2]["difference"]):
         single, among = (differ(tier_of("high", [CURVE[0], CURVE[2], ours, *others])) for others in ([], calm))
         assert single.mean == pytest.approx(among.mean)
         assert among.high - among.low < 0.5 * (single.high - single.low)
     single, among = (
-        less("x", [choose("MADPO", t, [t.rows[2]]), choose("DPO", t, [t.rows[0]])])
+        difference("x", [choose("MADPO", t, [t.rows[2]]), choose("DPO", t, [t.rows[0]])])
         for t in (tier_of("high", [CURVE[0], CURVE[2], ours, *others]) for others in ([], calm))
     )
     assert single.per_seed == among.per_seed
@@ -486,7 +486,7 @@ def test_equal_kl_reports_what_each_seed_says() -> None:
 
 def test_every_setting_is_compared_with_dpos_curve_at_its_own_distance() -> None:
     tier = uneven_tier()
-    found = {row.name: less_at_its_kl(tier, row) for line in frontiers(tier, 0.1).values() for row in line}
+    found = {row.name: difference_at_its_kl(tier, row) for line in frontiers(tier, 0.1).values() for row in line}
     ours = found["MADPO τ=7 c=4"].value
     assert ours is not None
     # In the first seed DPO earns 2.0 at 8 nats and 1.8 at 14, so 1.967 at MADPO's 9.
@@ -509,14 +509,14 @@ def test_a_method_is_compared_with_the_learning_rate_of_dpo_that_leaves_it_least
     tier = tier_of("high", [sft, *CURVE, *HALF, ours])
     assert [r.family for r in tier.policies] == ["DPO"] * 5 + ["MADPO"]
     assert tier.baseline == tier.rows[2]
-    found = less_at_its_kl(tier, tier.rows[-1])
+    found = difference_at_its_kl(tier, tier.rows[-1])
     assert found.value is not None
     assert (found.value.mean, found.against) == (pytest.approx(-0.2, abs=1e-9), "DPO, learning rate 5e-05")
     assert found.below
-    without = less_at_its_kl(tier_of("high", [sft, *CURVE, ours]), tier.rows[-1])
+    without = difference_at_its_kl(tier_of("high", [sft, *CURVE, ours]), tier.rows[-1])
     assert (without.above, without.against) == (True, "")
     # The other rate is a rival of DPO by itself, and is never compared with its own curve.
-    half = less_at_its_kl(tier, tier.rows[5])
+    half = difference_at_its_kl(tier, tier.rows[5])
     assert half.value is not None
     assert (half.value.mean, half.against) == (pytest.approx(0.3, abs=1e-9), "")
     keys = {claim.key: claim.verdict for claim in claims([tier])}
@@ -527,7 +527,7 @@ def test_a_method_is_compared_with_the_learning_rate_of_dpo_that_leaves_it_least
 def test_one_seed_where_no_other_row_reaches_the_curve() -> None:
     """Nothing is known of the trainings' spread, and the interval is over prompts."""
     ours, far = madpo(7.0, 4.0, 2.5, kl=4.0, seeds=1), row("IPO", 2.0, kl=30.0, kind="ipo", seeds=1)
-    values = [less_at_its_kl(tier_of("high", [*CURVE, ours, *more]), tier.rows[3]).value
+    values = [difference_at_its_kl(tier_of("high", [*CURVE, ours, *more]), tier.rows[3]).value
               for more in ([], [far]) for tier in [tier_of("high", [*CURVE, ours])]]  # fmt: skip
     assert values[0] is not None
     assert values[0] == values[1]
@@ -536,7 +536,7 @@ def test_one_seed_where_no_other_row_reaches_the_curve() -> None:
 def test_a_curve_that_does_not_reach_so_far_is_named() -> None:
     far = madpo(7.0, 4.0, 3.0, kl=9.0)
     tier = tier_of("high", [row("SFT", 0.2, kl=0.0), *CURVE, *HALF, far])
-    found = less_at_its_kl(tier, tier.rows[-1])
+    found = difference_at_its_kl(tier, tier.rows[-1])
     assert found.value is not None
     assert found.against == "DPO"
     names(found.left_out["DPO, learning rate 5e-05"], ("9.0 nats", "6.0"))
@@ -550,12 +550,12 @@ def test_of_several_curves_a_loss_is_said_before_what_is_open_and_this_before_a_
     below = Comparison("x", Estimate(-0.1, -0.19, -0.01, 40), {"seed0": -0.1}, against="below")
     apart = Comparison("x", Estimate(0.6, 0.2, 1.0, 40), {"seed0": 1.3, "seed1": -0.1}, against="apart")
     none = Comparison("x", missing="it does not reach so far", against="none")
-    assert hardest([wide, above, below, near]).against == "below"
-    assert hardest([wide, above, near]).against == "near"
-    found = hardest([above, apart, none])
+    assert least_difference([wide, above, below, near]).against == "below"
+    assert least_difference([wide, above, near]).against == "near"
+    found = least_difference([above, apart, none])
     assert (found.against, found.above, found.left_out) == ("apart", False, {"none": "it does not reach so far"})
-    assert hardest([replace(above, value=Estimate(0.7, 0.3, 1.1, 40)), above]).value == above.value
-    assert hardest([none]) == replace(none, against="")
+    assert least_difference([replace(above, value=Estimate(0.7, 0.3, 1.1, 40)), above]).value == above.value
+    assert least_difference([none]) == replace(none, against="")
 
 
 def test_a_statistic_of_few_units_covers() -> None:

@@ -106,14 +106,14 @@ def recognise(names: Sequence[str], given: Layout) -> tuple[Layout, tuple[str, .
         # A strength that a layout computes is named as one, and is no column.
         if column not in names and (given.has_completions or field not in PAIR_COLUMNS):
             near = did_you_mean(column, names)
-            raise RowError(f"no column {column!r}, which columns.{field} names (found {listed(names)}){near}")
+            raise RowError(f"no column {column!r}, which columns.{field} names (found {listed_columns(names)}){near}")
     columns = _Columns(names)
     if given.name and not given.has_completions:
         entry = next(entry for entry in packaged_layouts() if entry.name == given.name)
         found = next(columns.filled(entry), None)
         if found is None:
             raise RowError(
-                f"the layout {given.name!r} does not fit the columns {listed(names)}; leave --layout out, or "
+                f"the layout {given.name!r} does not fit the columns {listed_columns(names)}; leave --layout out, or "
                 "give the columns: --columns.chosen NAME --columns.rejected NAME"
             )
         return columns.with_prompt(_joined(found[0], given)), found[1]
@@ -127,12 +127,12 @@ def recognise(names: Sequence[str], given: Layout) -> tuple[Layout, tuple[str, .
     fitting = [found for entry in packaged_layouts() for found in columns.filled(entry)]
     if not fitting:
         missing = "rejected" if "chosen" in columns.exact else "chosen"
-        raise RowError(f"has no column {missing!r} (found {listed(names)}); {_proposal(columns, given)}")
+        raise RowError(f"has no column {missing!r} (found {listed_columns(names)}); {_proposal(columns, given)}")
     first = fitting[0][0]
     for other, _ in fitting[1:]:
         if _completions(other) != _completions(first) and not _inside(other, first):
             one, two = (_as_options(layout) for layout in (first, other))
-            raise RowError(f"two layouts fit the columns {listed(names)}; say which: {one}, or {two}")
+            raise RowError(f"two layouts fit the columns {listed_columns(names)}; say which: {one}, or {two}")
     return columns.with_prompt(_joined(first, given)), fitting[0][1]
 
 
@@ -172,12 +172,12 @@ def _ordered(given: Layout, columns: _Columns) -> Layout:
     says = "columns.sides" if given.sides else "columns.completion"
     left = [name for name in names if name not in given.columns(names)]
     raise RowError(
-        f"{says} is given and nothing that says which is better (found {listed(names)}); add "
+        f"{says} is given and nothing that says which is better (found {listed_columns(names)}); add "
         f"--columns.label {shlex.quote(left[-1]) if left else 'NAME'}"
     )
 
 
-def listed(names: Sequence[str]) -> str:
+def listed_columns(names: Sequence[str]) -> str:
     """All columns, for a sentence; of very many the first."""
     return errors.listed([described_name(name) for name in names], LISTED) or "none"
 

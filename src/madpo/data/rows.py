@@ -11,7 +11,7 @@ from typing import Any
 from madpo.core.columns import MARGIN, NUMBERS, REFERENCE_COLUMNS, SCORES
 from madpo.core.errors import RowError
 from madpo.data.conversation import Conversation, columns_of
-from madpo.data.layouts import listed
+from madpo.data.layouts import listed_columns
 from madpo.data.messages import SYSTEM_ROLES, Message, Text, as_text, contents, is_silent, said, shared_prefix
 from madpo.data.prompts import KNOWN, PromptColumns, read_prompt, refuse_lost_context
 from madpo.data.raw import COLUMNS, as_number, described, lacks, null, surplus
@@ -95,7 +95,7 @@ class Columns:
         prompt = PromptColumns.found_in(names)
         for ours in ("chosen", "rejected"):
             if ours not in read_as:
-                raise RowError(f"has no column {ours!r} (found {listed(names)}); add it, or name its column")
+                raise RowError(f"has no column {ours!r} (found {listed_columns(names)}); add it, or name its column")
         given = ({*pair} & read_as.keys() for pair in (SCORES, REFERENCE_COLUMNS))
         unpaired = {name for sides in given if len(sides) == 1 for name in sides}
         kept = {ours: theirs for ours, theirs in read_as.items() if ours not in unpaired}

@@ -11,7 +11,7 @@ from typing import Any
 from madpo.core.errors import DataError, RowError, located
 from madpo.core.layout import Layout, as_layout, value_at
 from madpo.data.conversation import Conversation
-from madpo.data.layouts import listed, recognise
+from madpo.data.layouts import listed_columns, recognise
 from madpo.data.load import PairStream
 from madpo.data.messages import Text, as_text
 from madpo.data.prompts import PromptColumns, read_prompt, whole_prompt
@@ -78,8 +78,8 @@ def _text(raw: dict[str, Any]) -> Text:
         parts.append(as_text(raw[completion], completion))
     if not parts:
         raise RowError(
-            f"has no 'text', 'messages', 'prompt' or 'chosen' and 'rejected' (found {listed(list(raw))}); name the "
-            "column: --columns.prompt NAME"
+            f"has no 'text', 'messages', 'prompt' or 'chosen' and 'rejected' (found {listed_columns(list(raw))}); "
+            "name the column: --columns.prompt NAME"
         )
     return parts[0] if len(parts) == 1 else _joined(parts[0], parts[1])
 

@@ -18,7 +18,7 @@ from madpo.data.arrange import Arranger
 from madpo.data.conversation import Conversation
 from madpo.data.findings import Survey
 from madpo.data.folds import prompt_key, prompt_keys
-from madpo.data.layouts import listed
+from madpo.data.layouts import listed_columns
 from madpo.data.load import TooLong
 from madpo.data.messages import Text
 from madpo.data.prompts import PromptColumns, whole_prompt
@@ -196,7 +196,8 @@ def _prompt(raw: Row) -> Text:
     if not names:
         column = shlex.quote(next(iter(raw))) if raw else "NAME"
         raise RowError(
-            f"has no 'prompt' (found {listed(list(raw))}); name the column that holds it: --columns.prompt {column}"
+            f"has no 'prompt' (found {listed_columns(list(raw))}); name the column that holds it: "
+            f"--columns.prompt {column}"
         )
     content = whole_prompt(raw)
     if not content:

@@ -14,7 +14,7 @@ from madpo.core.errors import ConfigError, DataError, RowError, first_line, loca
 from madpo.core.layout import Layout
 from madpo.core.storage import expanded
 from madpo.core.suggestions import did_you_mean
-from madpo.data.layouts import listed
+from madpo.data.layouts import listed_columns
 from madpo.data.load import PairStream
 from madpo.data.rows import Pair
 from madpo.data.sources import look_at
@@ -115,7 +115,7 @@ def refuse_other_row(raw: Mapping[str, Any], names: Sequence[str]) -> None:
             numbers = [n for n, value in raw.items() if isinstance(value, int | float) and n != "pair_id"]
             give = " ".join(map(shlex.quote, numbers[:2])) if len(numbers) > 1 else "CHOSEN REJECTED"
             near = did_you_mean(name, list(raw)) or f"; give --score_columns {give}"
-            raise RowError(f"has no column {name!r} (found {listed(list(raw))}){near}")
+            raise RowError(f"has no column {name!r} (found {listed_columns(list(raw))}){near}")
 
 
 def require_columns(rows: Sequence[Mapping[str, Any]], loss: LossConfig, name: str, *, probed: bool = False) -> None:

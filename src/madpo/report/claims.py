@@ -18,7 +18,7 @@ from itertools import product
 from typing import Any
 
 from madpo.report import published
-from madpo.report.compare import NOT_RUN, Choice, Comparison, base_beta, choose, chosen, less, settings_of
+from madpo.report.compare import NOT_RUN, Choice, Comparison, base_beta, choose, chosen, difference, settings_of
 from madpo.report.equal_kl import equal_kl, frontiers
 from madpo.report.methods import RIVALS, is_setting
 from madpo.report.results import Tier
@@ -152,7 +152,7 @@ class _Study:
     def answer(self, asked: str, *, bound: float, required: bool) -> Comparison:
         """A difference of the table."""
         sides = re.split(r" [-+] ", asked)
-        return less(_words(sides), [self.find(side) for side in sides], bound=bound, required=required)
+        return difference(_words(sides), [self.find(side) for side in sides], bound=bound, required=required)
 
     def every_setting(self) -> list[Comparison]:
         """Each setting of MADPO minus DPO, in every tier; one setting shows no sensitivity."""
@@ -164,7 +164,7 @@ class _Study:
                 what = f"MADPO's settings minus DPO, {name.capitalize()}"
                 found.append(Comparison(what, missing="fewer than two settings were run"))
                 continue
-            found += [less(f"{r.name} minus DPO, {tier.label}", [choose(r.name, tier, [r]), dpo]) for r in rows]
+            found += [difference(f"{r.name} minus DPO, {tier.label}", [choose(r.name, tier, [r]), dpo]) for r in rows]
         return found
 
     def at_equal_kl(self) -> list[Claim]:
@@ -224,7 +224,7 @@ class _Study:
                 rival = self._same_reach(tier)
             else:
                 rival = chosen(tier, name, self.beta)
-            made = less(f"MADPO minus {name}, {tier.label}", [self.find(f"MADPO@{tier_name}"), rival])
+            made = difference(f"MADPO minus {name}, {tier.label}", [self.find(f"MADPO@{tier_name}"), rival])
             by_tier.append((tier.label, made))
         reading = f"MADPO lies above {name} on each tier that was run."
         return _of_tiers(f"madpo-above-{key}", f"MADPO beats {name}.", reading, f"MADPO minus {name}", by_tier)

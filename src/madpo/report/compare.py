@@ -21,8 +21,8 @@ from madpo.report.results import (
     Row,
     Tier,
     Value,
+    cached_on_tier,
     mean_of,
-    once,
     over_shared_seeds,
     paired,
     select,
@@ -90,7 +90,7 @@ def choose(name: str, tier: Tier, rows: Sequence[Row]) -> Choice | None:
     return Choice(name, tier, row, len(rows), candidates[found].reporting, best, top, kept, candidates)
 
 
-@once
+@cached_on_tier
 def chosen(tier: Tier, method: str, beta: float | None) -> Choice | None:
     """The chosen setting of a method in a tier, at ``beta`` or, with None, over all of them."""
     return choose(method, tier, settings_of(tier, method, beta))
@@ -185,7 +185,7 @@ class Comparison:
         return sign * (edge - self.bound) > 0 and all(sign * (v - self.bound) > 0 for v in self.per_seed.values())
 
 
-def hardest(found: Sequence[Comparison]) -> Comparison:
+def least_difference(found: Sequence[Comparison]) -> Comparison:
     """Of differences to several of a base's curves, the one that leaves the method least.
 
     A method is above the base only if it is above every curve; testing all of them, each at the level of one, keeps
@@ -200,7 +200,7 @@ def hardest(found: Sequence[Comparison]) -> Comparison:
     return replace(least, against=least.against * (len(found) > 1), left_out={**least.left_out, **rest})
 
 
-def less(what: str, sides: Sequence[Choice | None], column: str = "reward", **how: Any) -> Comparison:
+def difference(what: str, sides: Sequence[Choice | None], column: str = "reward", **how: Any) -> Comparison:
     """The first side's reward minus the second's, :func:`madpo.report.results.paired`; of four, (a - b) - (c - d).
 
     ``column`` is what is compared in the place of the reward. A comparison in which something was chosen is over the

@@ -11,14 +11,14 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from madpo.core.statistics import bootstrap_statistic, over_repetitions
-from madpo.report.compare import NOT_RUN, Choice, Comparison, base_beta, choose, hardest
+from madpo.report.compare import NOT_RUN, Choice, Comparison, base_beta, choose, least_difference
 from madpo.report.methods import SFT
-from madpo.report.results import BOOTSTRAP_SEED, Row, Tier, against, once
+from madpo.report.results import BOOTSTRAP_SEED, Row, Tier, against, cached_on_tier
 
 Floats = NDArray[np.float64]
 
 
-@once
+@cached_on_tier
 def frontiers(tier: Tier, beta: float) -> dict[str, list[Row]]:
     """Per method, the rows of one setting over beta, by beta, each over the training seeds that it has.
 
@@ -56,7 +56,8 @@ def equal_kl(
     which the base has fewer than two settings.
 
     The base has a curve for each learning rate that it was trained at, and the difference is to the curve that leaves
-    the least of it (:func:`madpo.report.compare.hardest`): what is trained less may lie above another curve by that.
+    the least of it (:func:`madpo.report.compare.least_difference`): what is trained less may lie above another curve
+    by that.
 
     Args:
         base: "DPO", or "MADPO" at its setting with the most betas.
@@ -70,7 +71,7 @@ def equal_kl(
         if choice is not None and len(curve) > 1 and rows[0].family == base and method != choice.row.method:
             found.append(_above_curve(Comparison(what, against=method, **how), tier, choice, own, curve))
     needs = f"{NOT_RUN}: it needs the method, and {base} at two or more β"
-    return hardest(found) if found else Comparison(what, missing=needs, **how)
+    return least_difference(found) if found else Comparison(what, missing=needs, **how)
 
 
 def _above_curve(asked: Comparison, tier: Tier, choice: Choice, own: Sequence[Row], curve: Sequence[Row]) -> Comparison:
@@ -88,7 +89,7 @@ def _above_curve(asked: Comparison, tier: Tier, choice: Choice, own: Sequence[Ro
     return replace(asked, value=value, per_seed=per_seed, seeds=len(per_seed), left_out=both.out)
 
 
-@once
+@cached_on_tier
 def _each_above(tier: Tier, base: str) -> dict[str, dict[str, float]]:
     """Key of every trained row but the base's -> seed -> how far it lies above the base's curve at its own distance."""
     curve = frontiers(tier, base_beta([tier])).get(base, [])
@@ -180,14 +181,14 @@ def _along(means: Floats, part: slice) -> tuple[Floats, Floats]:
     return np.sqrt(np.maximum(own[:, 1::2], 0.0)), own[:, ::2]
 
 
-@once
+@cached_on_tier
 def at_equal_kl(tier: Tier, beta: float) -> list[tuple[Row, dict[str, Comparison]]]:
     """Every row of :func:`frontiers`, minus the curve of DPO and of MADPO at its own distance."""
     rows = [row for line in frontiers(tier, beta).values() for row in line]
-    return [(row, {base: less_at_its_kl(tier, row, base) for base in ("DPO", "MADPO")}) for row in rows]
+    return [(row, {base: difference_at_its_kl(tier, row, base) for base in ("DPO", "MADPO")}) for row in rows]
 
 
-def less_at_its_kl(tier: Tier, row: Row, base: str = "DPO") -> Comparison:
+def difference_at_its_kl(tier: Tier, row: Row, base: str = "DPO") -> Comparison:
     """Any row's reward minus that of the base method's curve at the row's KL; none for the base itself."""
     what = f"{row.name} minus {base} at its KL, {tier.label}"
     if row.method in (base, SFT):

@@ -47,7 +47,7 @@ def by_seed(values: Mapping[str, float], how: str = "number") -> str:
     return ", ".join(f"{seed} {one(value, how)}".strip() for seed, value in values.items())
 
 
-def listed(names: Sequence[str]) -> str:
+def format_list(names: Sequence[str]) -> str:
     """ "High, Medium and Low"."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 

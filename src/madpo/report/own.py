@@ -12,9 +12,9 @@ from typing import Any
 
 from madpo.core.metrics import Estimate
 from madpo.report.charts import Chart, figure, levels
-from madpo.report.compare import FEWEST, Comparison, base_beta, choose, hardest, less
+from madpo.report.compare import FEWEST, Comparison, base_beta, choose, difference, least_difference
 from madpo.report.equal_kl import equal_kl, frontiers
-from madpo.report.numbers import count, listed, short, side
+from madpo.report.numbers import count, format_list, short, side
 from madpo.report.pages import Cell, Table, cell, limit_of
 from madpo.report.results import Row, Tier, paired
 from madpo.report.summary import Verdict
@@ -30,13 +30,13 @@ HEAD = {
 
 def own_opening(tier: Tier) -> str:
     """What was compared, on what."""
-    methods = listed(list(dict.fromkeys(row.family for row in tier.policies)))
+    methods = format_list(list(dict.fromkeys(row.family for row in tier.policies)))
     rates = dict[str, list[float]]()
     for row in tier.policies:
         if row.learning_rate is not None and row.learning_rate not in rates.setdefault(row.family, []):
             rates[row.family].append(row.learning_rate)
     also = "".join(
-        f", {name} also at the learning rate {listed([f'{r:g}' for r in own])}" for name, own in rates.items()
+        f", {name} also at the learning rate {format_list([f'{r:g}' for r in own])}" for name, own in rates.items()
     )
     betas = {row.beta for row in tier.policies if row.beta is not None}
     prompts = {
@@ -48,7 +48,7 @@ def own_opening(tier: Tier) -> str:
     measured += [f"the judge's reward on {n} prompts"] if (n := prompts["oracle_reward"]) else []
     return (
         f"{methods} at {count(len(betas), 'value')} of β, {count(len(tier.seeds), 'training seed')} each{also}: "
-        f"{listed(measured)}, with 95 % intervals over prompts{several}."
+        f"{format_list(measured)}, with 95 % intervals over prompts{several}."
     )
 
 
@@ -70,9 +70,9 @@ def comparisons(tier: Tier) -> dict[str, Comparison]:
             found[method] = equal_kl(what, tier, choice, line=line if len(line) > 1 else [])
         if found.get(method, Comparison(what)).value is None:
             bases = [r for r in tier.policies if (r.family, r.beta) == (tier.baseline.family, tier.baseline.beta)]
-            on_pairs = hardest(
+            on_pairs = least_difference(
                 [
-                    less(
+                    difference(
                         f"{row.name}, held-out log loss",
                         [choose("DPO", tier, [base]), choose(method, tier, [row])],
                         "log_loss",
@@ -100,12 +100,12 @@ def own_verdict(tier: Tier) -> Verdict:
         which = f"{count(fewest, 'held-out prompt').capitalize()} cannot tell losses apart."
     elif clear:
         best = max(clear, key=lambda method: clear[method])
-        which, kind = f"Clearly better than DPO is {listed(list(clear))}: take {best}.", "above"
+        which, kind = f"Clearly better than DPO is {format_list(list(clear))}: take {best}.", "above"
         if made[best].seeds == 1:
             which = f"Better than DPO in one training of each is {best}; give --seeds 0 1, since another can turn that."
     else:
         worse = [method for method, c in made.items() if c.below]
-        rest = f"; {listed(worse)} {'is' if len(worse) == 1 else 'are'} clearly worse." if worse else None
+        rest = f"; {format_list(worse)} {'is' if len(worse) == 1 else 'are'} clearly worse." if worse else None
         which = f"No loss is clearly better than DPO{rest or ': these data do not tell them apart.'}"
     remarks = []
     for digits, unit in ((2, "reward at the same KL"), (3, "held-out log loss, nats")):

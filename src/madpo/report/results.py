@@ -34,17 +34,17 @@ Value = Estimate | float | None
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def once(function: F) -> F:
-    """A function of a tier and of what can be hashed, computed once for each: a page asks for the same many times."""
+def cached_on_tier(function: F) -> F:
+    """A function of a tier and hashable arguments, cached for as long as the tier lives."""
 
     @wraps(function)
-    def kept(tier: Tier, *given: Any) -> Any:
-        place = function.__name__, *given
-        if place not in tier.kept:
-            tier.kept[place] = function(tier, *given)
-        return tier.kept[place]
+    def cached(tier: Tier, *args: Any) -> Any:
+        key = function.__name__, *args
+        if key not in tier.cache:
+            tier.cache[key] = function(tier, *args)
+        return tier.cache[key]
 
-    return cast(F, kept)
+    return cast(F, cached)
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class Tier:
         keys = {row.key for row in rows}
         return [self.cells(row, column) for row in self.policies if row.key not in keys]
 
-    @once
+    @cached_on_tier
     def _cells(self, key: str, seeds: tuple[str, ...], column: str) -> pd.DataFrame:
         means = self._means.get(key)
         if means is None or column not in means:
@@ -197,8 +197,8 @@ class Tier:
         return cast(pd.DataFrame, means.xs(column, axis=1, level=0)).reindex(columns=list(seeds))
 
     @cached_property
-    def kept(self) -> dict[tuple[Any, ...], Any]:
-        """Results of functions that :func:`once` decorates."""
+    def cache(self) -> dict[tuple[Any, ...], Any]:
+        """Results of functions that :func:`cached_on_tier` decorates."""
         return {}
 
     @cached_property

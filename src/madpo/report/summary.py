@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from madpo.core.metrics import Estimate
 from madpo.models.packaged import cut_report
 from madpo.report.claims import Claim
-from madpo.report.numbers import count, listed, one, short, side
+from madpo.report.numbers import count, format_list, one, short, side
 from madpo.report.results import Row, Tier
 from madpo.runner.record import Record
 
@@ -54,18 +54,18 @@ def opening(tiers: Sequence[Tier]) -> str:
     methods = sorted({row.name for row in policies})
     core = sorted({row.name for row in policies if row.group == "core"})
     few = len(methods) <= NAMED
-    named = listed(methods) if few or not core else f"at the core {listed(core)}"
+    named = format_list(methods) if few or not core else f"at the core {format_list(core)}"
     sizes: dict[int, list[str]] = {}
     for tier in judged:
         sizes.setdefault(len(tier.policies), []).append(tier.label)
-    each = f" ({', '.join(f'{n} on {listed(labels)}' for n, labels in sizes.items())})" if len(sizes) > 1 else ""
+    each = f" ({', '.join(f'{n} on {format_list(labels)}' for n, labels in sizes.items())})" if len(sizes) > 1 else ""
     seeds = [len(row.seeds) for row in policies]
     fewer = sum(n < max(seeds) for n in seeds)
     less = f" ({fewer} of {len(seeds)} trainings have fewer)" if fewer else ""
     prompts = max((value.n for row in policies if isinstance(value := row["oracle_reward"], Estimate)), default=0)
     return (
         f"{count(len(methods), 'method' if few else 'setting').capitalize()} of preference training ({named}) on "
-        f"{listed([tier.label for tier in judged])} pairs{each}, {count(max(seeds), 'training seed')} each{less}"
+        f"{format_list([tier.label for tier in judged])} pairs{each}, {count(max(seeds), 'training seed')} each{less}"
         f"{f', judged on {prompts} held-out prompts, with 95 % intervals over prompts' if prompts else ''}."
     )
 
@@ -217,12 +217,12 @@ def weights_from(tiers: Sequence[Tier]) -> list[str]:
     ]
     if chance:
         texts.append(
-            f"On {listed(chance)} a reward model cannot be distinguished from chance: there MADPO's weights may be "
-            "noise, and verdicts on MADPO say little about MADPO with a reward model that has learned something."
+            f"On {format_list(chance)} a reward model cannot be distinguished from chance: there MADPO's weights may "
+            "be noise, and verdicts on MADPO say little about MADPO with a reward model that has learned something."
         )
     if little:
         texts.append(
-            f"On {listed(little)} a reward model is only a little better than chance: read its results with care."
+            f"On {format_list(little)} a reward model is only a little better than chance: read its results with care."
         )
     return texts
 
