@@ -134,13 +134,7 @@ def _train(settings: TrainSettings, inputs: Mapping[str, Path], out: Path, *, no
     stage = settings.model_copy(update={"args": {}})
     page = running_page(out, title(settings), {"pairs": f"{len(rows):,}"}, resolved(data, settings, clock))
     result = run_training(trainer, stage, f"Training ({settings.method})", out, page)
-    evaluation = {}
-    if heldout:
-        found, logs = trainer.evaluate(), reversed(trainer.state.log_history)
-        logged = {**next((row for row in logs if "eval_loss" in row), {}), **found}
-        timing = ("runtime", "per_second", "epoch", "num_tokens")
-        names = [name for name in logged if name.startswith("eval_") and not name.endswith(timing)]
-        evaluation = {name: float(logged[name]) for name in names}
+    evaluation = _evaluation(trainer) if heldout else {}
     report = TrainReport(
         pairs=len(trainer.train_dataset),
         eval_pairs=len(trainer.eval_dataset) if heldout else 0,
@@ -164,6 +158,15 @@ def _train(settings: TrainSettings, inputs: Mapping[str, Path], out: Path, *, no
         write_atomically(out / "dropped.jsonl", too_long.lines())
     write_report(out, data, eval_data, settings, args, report, clock)
     return {"pairs": report.pairs, "steps": report.steps, "loss": report.loss, **evaluation}
+
+
+def _evaluation(trainer: PreferenceTrainer) -> dict[str, float]:
+    """What the trainer measures on held-out pairs, without its timing."""
+    found, logs = trainer.evaluate(), reversed(trainer.state.log_history)
+    logged = {**next((row for row in logs if "eval_loss" in row), {}), **found}
+    timing = ("runtime", "per_second", "epoch", "num_tokens")
+    names = [name for name in logged if name.startswith("eval_") and not name.endswith(timing)]
+    return {name: float(logged[name]) for name in names}
 
 
 def _every(args: PreferenceConfig, pairs: int) -> int:

@@ -33,29 +33,11 @@ def write_margin_page(path: Path, name: str, report: MarginReport, margins: Marg
         "pairs": [{"id": margins.pair_ids[i], "h": float(h[i]), **text} for i, text in sorted(margins.texts.items())],
         "of": len(h),
     }
-    tiles = {
-        **({} if report.tau is None else {"recommended τ": cell(f"{report.tau:.3g}")}),
-        **({} if report.c_max is None else {"recommended c_max": cell(f"{report.c_max:g}")}),
-        **({"margin temperature": cell(f"{report.margin_temperature:.3g}")} if report.scaled else {}),
-        "labels contradicted": cell(report.contradicted, "share"),
-        "log loss": Cell(f"{report.calibrated_log_loss:.3f}", ("chance: 0.693",)),
-        "pairs": cell(f"{report.pairs:,}"),
-    }
-    if report.share is not None:
-        tiles["log loss minus that of DPO's implicit margin"] = cell(report.share.difference, "signed")
     note = (
         "Every pair has a margin: how sure the reward model is of its label, in log-odds after the margin temperature "
         f"({report.temperature_reason}). The curve is the weight that MADPO gives to a pair with that margin. Drag τ, "
         "c_max, c_min and λ to see what another setting would do."
     )
-    suspects = [
-        {
-            "prompt": f"{s.name}, margin {one(s.reward_margin)}, weight {one(s.weight)}\n{s.prompt}",
-            "answers": [(side, None, text) for side in ("chosen", "rejected") if (text := getattr(s, side))],
-        }
-        for s in report.suspects
-    ]
-    contradicted = "the labels that the reward model contradicts most: swapped columns and wrong labels are here"
     other = f"the settings of the paper's search{'' if report.tau is None else ', and the recommended one last'}"
     sure = "how sure the reward model is, and how often the labels agree"
     chart = draw(Chart("reliability", "Calibration", "", [calibration_panel("", report.reliability, 4)]))
@@ -69,20 +51,52 @@ def write_margin_page(path: Path, name: str, report: MarginReport, margins: Marg
         Section(
             "Affected pairs", note="With scripts, the pairs that change most in weight are listed here.", id="affected"
         ),
-        *(
-            [Section("Suspicious pairs", contradicted, answers=suspects, folded=True, id="suspects")]
-            if suspects
-            else []
-        ),
+        *_suspects(report),
         Section("Other settings", other, table=_settings(report), folded=True),
         Section("Calibration", sure, charts=[chart], table=bins, folded=True),
     ]
     title = f"Reward margins of {Path(name).name or name}"
     scripts = ("weight.js", "page.js", "margins.js")
     page = command_page(
-        "margins", title, report.advice(), tiles, sections, scripts=scripts, data=data, warnings=report.warnings
+        "margins",
+        title,
+        report.advice(),
+        _tiles(report),
+        sections,
+        scripts=scripts,
+        data=data,
+        warnings=report.warnings,
     )
     write_page(path, page)
+
+
+def _tiles(report: MarginReport) -> dict[str, Cell]:
+    tiles = {
+        **({} if report.tau is None else {"recommended τ": cell(f"{report.tau:.3g}")}),
+        **({} if report.c_max is None else {"recommended c_max": cell(f"{report.c_max:g}")}),
+        **({"margin temperature": cell(f"{report.margin_temperature:.3g}")} if report.scaled else {}),
+        "labels contradicted": cell(report.contradicted, "share"),
+        "log loss": Cell(f"{report.calibrated_log_loss:.3f}", ("chance: 0.693",)),
+        "pairs": cell(f"{report.pairs:,}"),
+    }
+    if report.share is not None:
+        tiles["log loss minus that of DPO's implicit margin"] = cell(report.share.difference, "signed")
+    return tiles
+
+
+def _suspects(report: MarginReport) -> list[Section]:
+    """The pairs whose labels the reward model contradicts most, if there are any."""
+    if not report.suspects:
+        return []
+    answers = [
+        {
+            "prompt": f"{s.name}, margin {one(s.reward_margin)}, weight {one(s.weight)}\n{s.prompt}",
+            "answers": [(side, None, text) for side in ("chosen", "rejected") if (text := getattr(s, side))],
+        }
+        for s in report.suspects
+    ]
+    note = "the labels that the reward model contradicts most: swapped columns and wrong labels are here"
+    return [Section("Suspicious pairs", note, answers=answers, folded=True, id="suspects")]
 
 
 def _settings(report: MarginReport) -> Table:

@@ -119,6 +119,12 @@ def save_tables(tables: Iterable[Table], folder: Path) -> None:
             write_atomically(folder / f"{table.name}.{kind}", content)
 
 
+_VALUES = (
+    *("oracle_reward", "difference", "win_rate", "kl", "length"),
+    *("distinct_1", "distinct_2", "repeated", "ended", "perplexity"),
+)
+
+
 def study_tables(
     tiers: Sequence[Tier],
     choices: Mapping[tuple[str, str], Choice],
@@ -127,17 +133,6 @@ def study_tables(
     selections: Mapping[str, Sequence[Choice]],
 ) -> list[Table]:
     """Every table of the report; one without rows is left out."""
-    values = (
-        "oracle_reward",
-        "difference",
-        "win_rate",
-        "kl",
-        "length",
-        "distinct_1",
-        "distinct_2",
-        "repeated",
-        "ended",
-    )
     heldout = [name for name in HELDOUT if any(row[name] is not None for tier in tiers for row in tier.rows)]
     measures = ("heldout_pairs", "heldout_accuracy", "heldout_log_loss", "temperature", "calibrated_log_loss")
     found = {
@@ -158,7 +153,7 @@ def study_tables(
         ],
         "methods": [
             {"tier": tier.label, "method": row.name, "group": row.group, "seeds": ", ".join(row.seeds)}
-            | {name: row[name] for name in (*values, "perplexity", *heldout)}
+            | {name: row[name] for name in (*_VALUES, *heldout)}
             for tier in tiers
             for row in tier.rows
         ],

@@ -143,13 +143,9 @@ def _run_all(
     waiting = [p.step for p in result.plan if not _already_done(p, result)]
     for step in steps:
         _hand_on(step, result, upload)
+    _announce(result, len(waiting))
     if not waiting:
-        say(f"All {len(steps)} steps are done already in {result.root}; nothing to run.")
         return
-    if result.done:
-        say(f"{len(result.done)} of {len(steps)} steps are done already; {len(waiting)} to run.")
-    if again := sum(p.status.startswith(AGAIN) for p in result.plan):
-        say(f"{again} of these were done before, but their files stayed behind when the run was exported.")
 
     def collect(block: bool) -> None:
         for future in wait(running, timeout=None if block else 0, return_when=FIRST_COMPLETED).done:
@@ -192,6 +188,17 @@ def _run_all(
         raise
     if first_mistake and not result.ran:
         raise first_mistake[0]
+
+
+def _announce(result: RunResult, waiting: int) -> None:
+    steps = len(result.plan)
+    if not waiting:
+        say(f"All {steps} steps are done already in {result.root}; nothing to run.")
+        return
+    if result.done:
+        say(f"{len(result.done)} of {steps} steps are done already; {waiting} to run.")
+    if again := sum(p.status.startswith(AGAIN) for p in result.plan):
+        say(f"{again} of these were done before, but their files stayed behind when the run was exported.")
 
 
 def _hand_on(step: Step, result: RunResult, upload: Upload | None) -> None:

@@ -19,7 +19,7 @@ from madpo.data.templates import Clock, render
 from madpo.data.texts import read_texts
 from madpo.operations.settings import TrimSettings
 
-_TOGETHER = 256
+_BATCH = 256  # texts that are encoded together
 
 
 class CorpusTokens(NamedTuple):
@@ -62,39 +62,37 @@ def read_corpus(
         DataError: nothing is left to count, or to measure on; or a text cannot be read.
     """
     sample = _Sample(asked.eval_texts)
-    apart: set[bytes] = set()
+    held_out_keys = None
     if eval_data is not None:
-        for text in _rendered(str(eval_data), tokenizer, asked.reading):
-            apart.add(sample.offer(text))
+        held_out_keys = {sample.offer(text) for text in _rendered(str(eval_data), tokenizer, asked.reading)}
+
+    def is_counted(text: str) -> bool:
+        key = _key(text)
+        if held_out_keys is not None:
+            return key not in held_out_keys
+        if int.from_bytes(key[:8], "big") >= asked.held_out_share * 2**64:
+            return True
+        sample.offer(text)
+        return False
+
     # Ids may have holes, so the highest can be above the number of entries.
     counts = np.zeros(max(tokenizer.get_vocab().values()) + 1, dtype=np.int64)
     texts = 0
+    rendered = (text for data in corpus for text in _rendered(data, tokenizer, asked.reading))
     with bar("Reading the corpus", None) as advance:
-        for data in corpus:
-            for batch in batches(_rendered(data, tokenizer, asked.reading), _TOGETHER, len):
-                counted = []
-                for text in batch:
-                    key = _key(text)
-                    if eval_data is not None:
-                        held = key in apart
-                    elif held := int.from_bytes(key[:8], "big") < asked.held_out_share * 2**64:
-                        sample.offer(text)
-                    if not held:
-                        counted.append(text)
-                for ids in encoded(tokenizer, counted):
-                    counts += np.bincount(ids, minlength=len(counts))
-                texts += len(counted)
-                advance(len(batch))
+        for batch in batches(rendered, _BATCH, len):
+            counted = [text for text in batch if is_counted(text)]
+            for ids in encoded(tokenizer, counted):
+                counts += np.bincount(ids, minlength=len(counts))
+            texts += len(counted)
+            advance(len(batch))
     name = ", ".join(corpus)
     if not counts.any():
         raise DataError(
             f"{name}: no text is left that says what to keep; give more text, or a smaller --held_out_share"
         )
-    # The beginning of each, to the last white space before the limit.
-    limit = asked.eval_characters
-    words = ((text, text[:limit].rsplit(None, 1)) for text in sample.texts())
-    cuts = (parts[0] if len(text) > limit and len(parts) == 2 else text[:limit] for text, parts in words)
-    held_out = [cut for cut in cuts if cut.strip()]
+    beginnings = (_beginning(text, asked.eval_characters) for text in sample.texts())
+    held_out = [text for text in beginnings if text.strip()]
     if not held_out:
         where = eval_data or name
         raise DataError(f"{where}: no text is held out to measure on; raise --held_out_share, or give text with --eval")
@@ -108,6 +106,12 @@ def encoded(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     backend.no_padding()
     backend.no_truncation()
     return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+def _beginning(text: str, limit: int) -> str:
+    """At most ``limit`` characters, to the last white space before the limit."""
+    parts = text[:limit].rsplit(None, 1)
+    return parts[0] if len(text) > limit and len(parts) == 2 else text[:limit]
 
 
 def _rendered(data: str, tokenizer: Any, columns: Layout) -> Iterator[str]:
