@@ -46,7 +46,8 @@ class CompareSettings(Training):
     them: others are compared with it. ``madpo train --help`` lists the kinds."""
     betas: tuple[Annotated[float, Field(gt=0)], ...] | None = None
     """Each loss is trained at each of them. None is 0.1, and with a judge 0.03, 0.1 and 0.3, since rewards compare at
-    equal KL only."""
+    equal KL only. Losses compare at equal beta at 0.1 or, where it is not given, at the first: add further ones at the
+    end, so that finished trainings keep their names."""
     seeds: tuple[Seed, ...] = Field(default=(0,), min_length=1)
     """One training of every loss and beta for each of them."""
     other_learning_rates: tuple[Annotated[float, Field(gt=0)], ...] | None = None
