@@ -48,7 +48,8 @@ def pairs(count, *, coin=False, seed=0, prompts=60):
 
 def settings(model, loss=None, **more):
     args = ARGS | more.pop("args", {})
-    return TrainSettings(model=str(model), loss=loss or Auto(), args=args, dtype="float32", lora={"rank": 2}, **more)
+    more |= {} if more.get("full") else {"lora": {"rank": 2}}
+    return TrainSettings(model=str(model), loss=loss or Auto(), args=args, dtype="float32", **more)
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +168,7 @@ def test_evaluation_pairs_of_a_file_of_their_own_are_no_training_pairs(llama, tm
 
 def test_record_card_and_configuration_say_all_of_it(done, llama, data):
     record = json.loads((done / "record.json").read_bytes())
-    assert record["operation"] == "train_auto/10"
+    assert record["operation"] == "train_auto/11"
     assert {"label_share", "deciding", "advice"} <= record["metrics"].keys()
     assert {"adapter/adapter_model.safetensors", "dpo/adapter/adapter_model.safetensors"} <= record["provenance"][
         "files"
@@ -181,6 +182,15 @@ def test_record_card_and_configuration_say_all_of_it(done, llama, data):
     before = (done / "report.json").read_bytes()
     assert train(data, done, settings(llama, merge=True)).text()
     assert (done / "report.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("fast", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_margins_that_are_never_negative_take_no_part(llama, tmp_path, fast):
+    rows = [row | {"reward_margin": abs(row["reward_margin"])} for row in pairs(24, prompts=12)]
+    report = train(write(tmp_path / "p.jsonl", rows), tmp_path / "P", settings(llama, loss=Auto(fast=fast)))
+    assert (report.advice, report.label_share, report.averaged) == ("dpo", 1.0, not fast)
+    names(report.text(), "reward_margin", "negative")
+    assert "log loss on unseen labels" not in report.text()
 
 
 def test_labels_of_a_coin_end_in_the_advice_to_take_dpo(llama, tmp_path):

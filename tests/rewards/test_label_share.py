@@ -12,7 +12,7 @@ from scipy.special import expit
 
 from madpo.core.errors import DataError
 from madpo.core.statistics import fit_temperature
-from madpo.rewards.label_share import better_than_coin, label_share, posterior
+from madpo.rewards.label_share import better_than_coin, decide, label_share, posterior
 from quick import quick
 from refusals import refused
 
@@ -140,6 +140,17 @@ def test_prompts_with_one_pair_change_no_bit_and_copies_say_nothing_new(random: 
     few = m1[:20]
     repeated = np.repeat(few, copies), np.repeat(names[:20], copies)
     assert better_than_coin(*repeated) == better_than_coin(few)
+
+
+@pytest.mark.parametrize("margins", [np.full(40, 1.0), np.abs(np.random.default_rng(0).normal(size=40)), np.arange(40)])
+def test_margins_that_may_have_made_the_labels_do_not_count_against_them(margins: np.ndarray) -> None:
+    implicit = np.random.default_rng(1).normal(0.3, 1.0, 40)
+    found = decide(implicit, margins, margins, given=True)
+    assert (found.share, found.why) == (1.0, "ordered")
+    assert decide(implicit, margins, margins).why == "margins", "a probe that has not seen the labels may be right"
+    once = np.where(np.arange(40) == 7, -0.1, margins)
+    assert decide(implicit, once, once, given=True).why == "margins"
+    assert decide(implicit, 0 * once, 0 * once, given=True).why == "coin"
 
 
 def test_mistakes_are_named() -> None:

@@ -71,7 +71,7 @@ from madpo.operations.study_training import pair_logps
 from madpo.operations.train_report import TrainReport, write_report
 from madpo.operations.train_settings import Auto, TrainSettings
 from madpo.operations.verify_auto import FAST_SHARE
-from madpo.rewards.label_share import AS_GOOD, LabelShare, better_than_coin, decide
+from madpo.rewards.label_share import AS_GOOD, LabelShare, better_than_coin, decide, ordered
 from madpo.rewards.margins import inspect
 from madpo.runner.operation import operation
 
@@ -100,7 +100,7 @@ class AutoReport(TrainReport):
     def decision(self) -> list[str]:
         """The deciding number and the advice, in sentences."""
         lines = [self.reason, f"margins from {self.margins}, temperature {self.margin_temperature:.3g}"]
-        if self.share is not None:
+        if self.share is not None and self.reason != REASONS["ordered"]:
             lines += f"{self.share.text()}; {self.label_share:.2f} is used".splitlines()
         if self.kl is not None:
             lines.append(
@@ -110,7 +110,7 @@ class AutoReport(TrainReport):
         return lines
 
 
-@operation("train_auto/10")
+@operation("train_auto/11")
 def train_auto(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """The operation behind ``madpo train`` with no loss named."""
     assert isinstance(settings.loss, Auto)
@@ -220,6 +220,8 @@ REASONS = {
     "margins": "the margins add to the labels: the result is the average of both policies",
     "chance": COIN,
     "coin": f"{COIN}, and both trainings take labels only",
+    "ordered": f"no {MARGIN} is negative, as where the margins made the labels, so these labels cannot judge them: "
+    "take plain DPO, and the training takes labels only",
     "labels": f"the label's share is above {AS_GOOD:g} with 97.5 % probability: take plain DPO",
 }
 """Of the advice, by why it is given."""
@@ -233,19 +235,23 @@ def _trained(work: _Work) -> dict[str, Any]:
         # A probe's margins are log-odds as they are, and not known before the training.
         known = None if work.probed else work.given_margins()
         temperature = 1.0 if known is None else inspect(known[MARGIN]).margin_temperature
-        share = FAST_SHARE if known is None or better_than_coin(known[MARGIN], known["prompt"]) else 1.0
+        if known is not None and not better_than_coin(known[MARGIN], known["prompt"]):
+            why = "chance"
+        elif known is not None and ordered(known[MARGIN]):
+            why = "ordered"
+        share = 1.0 if why else FAST_SHARE
     else:
         steps = work.train(DPO_FOLDER, seed).steps
         look, every = _table(work.state / DPO_FOLDER / FIRST_LOOK), work.margins_out_of(DPO_FOLDER)
         temperature = inspect(every[MARGIN]).margin_temperature
         how: dict[str, Any] = {"prompts": look["prompt"], "every_prompts": every["prompt"], "seed": seed}
+        how["given"] = not work.probed
         found, share, why = decide(look["implicit_margin"], look[MARGIN], every[MARGIN], **how)
         seed = derived_seed(seed, "auto", "second training") % 2**31
     report = work.train(MIXED_FOLDER, seed, temperature=temperature, share=share)
-    if found is None:
-        if known is None:
-            known = work.margins_out_of(MIXED_FOLDER)
-        why = "fast" if share < 1 and better_than_coin(known[MARGIN], known["prompt"]) else "chance"
+    if not why:  # of a probe that the one training has fitted
+        known = work.margins_out_of(MIXED_FOLDER) if known is None else known
+        why = "fast" if better_than_coin(known[MARGIN], known["prompt"]) else "chance"
     return {
         **report.model_dump(),
         "steps": steps + report.steps,

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from madpo.core.config import Frozen
+from madpo.core.config import Frozen, added
 from madpo.core.metrics import Metrics
 from madpo.core.seeding import derived_seed
 from madpo.core.storage import write_atomically
@@ -48,6 +48,8 @@ class AutoStage(Frozen):
     optimisation: Optimisation
     lora: LoRA = LoRA()
     seed: int = Field(default=0, ge=0)
+    given: bool = added(False)
+    """The margins are the data's own, which may have ordered the pairs."""
 
 
 @operation("train_auto_policy/5")
@@ -72,7 +74,7 @@ def train_auto_policy(config: AutoStage, inputs: Mapping[str, Path], out: Path) 
         result = fit_policy(dpo, first, reference, out / FIRST, in_order=noting, first_look=look)
         found: dict[str, Any] = {"steps": int(result.global_step), "label_share": fixed, "temperature": 1.0}
         if look is not None:
-            found |= _decided(look.deciding(prompts), rows, prompts, config.seed)
+            found |= _decided(look.deciding(prompts), rows, prompts, config)
         write_atomically(path, json.dumps(found, indent=1, sort_keys=True) + "\n")
         del result
         gc.collect()  # the trainer's model is in a cycle
@@ -96,12 +98,13 @@ def _policy(config: AutoStage, loss: Loss, seed: int) -> PolicyStage:
 
 
 def _decided(
-    implicit: Mapping[int, float], rows: list[dict[str, Any]], prompts: Mapping[int, int], seed: int
+    implicit: Mapping[int, float], rows: list[dict[str, Any]], prompts: Mapping[int, int], config: AutoStage
 ) -> dict[str, Any]:
     margins = {row["pair_id"]: row["reward_margin"] for row in rows}
     every, own = np.array([*margins.values()]), [margins[pair] for pair in implicit]
     units, every_units = ([prompts[pair] for pair in pairs] for pairs in (implicit, margins))
-    found, share, why = decide([*implicit.values()], own, every, prompts=units, every_prompts=every_units, seed=seed)
+    how: dict[str, Any] = {"prompts": units, "every_prompts": every_units, "given": config.given, "seed": config.seed}
+    found, share, why = decide([*implicit.values()], own, every, **how)
     difference = found.difference
     return {
         "label_share": share,

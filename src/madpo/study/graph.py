@@ -231,7 +231,9 @@ class _TierRuns:
         return training.train_policy, config, inputs
 
     def _auto(self, method: Method) -> tuple[OperationFn, Frozen, dict[str, Step | Source]]:
-        config = AutoStage(method=method.name, settings=method.averaging, seed=self.seed, **self._shared(method))
+        given = method.margins == "column"
+        shared = self._shared(method)
+        config = AutoStage(method=method.name, settings=method.averaging, seed=self.seed, given=given, **shared)
         return train_auto_policy, config, self._learns_from(method)
 
     def _shared(self, method: Method, optimisation: Optimisation | None = None) -> dict[str, Any]:
