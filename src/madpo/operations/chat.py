@@ -45,11 +45,11 @@ class Chat:
     """
 
     def __init__(self, policy: str | Path, settings: ChatSettings) -> None:
-        place = find_policy(policy, settings.reference)
+        found = find_policy(policy, settings.reference)
         self.settings, self.turn = settings, 0
-        self.names = (Path(place.name).name, Path(place.reference).name)
+        self.names = (Path(found.name).name, Path(found.reference).name)
         self._sides: list[tuple[Any, Any]] = []  # model and tokenizer
-        for source, adapter in ((place.base, place.adapter), (place.reference, None)):
+        for source, adapter in ((found.base, found.adapter), (found.reference, None)):
             resolved = resolve_model(source)
             self._sides.append((load_model(resolved, adapter=adapter), load_tokenizer(resolved)))
         self.remembers = all(tokenizer.chat_template for _, tokenizer in self._sides)
@@ -72,15 +72,15 @@ class Chat:
         """
         answers = []
         for (model, tokenizer), history in zip(self._sides, self._said, strict=True):
-            encoder, asked = Encoder(tokenizer), said("user", words)
-            prompt: Text = [*history, *asked] if self.remembers else words
+            encoder, question = Encoder(tokenizer), said("user", words)
+            prompt: Text = [*history, *question] if self.remembers else words
             ends = ends_of_responses(tokenizer, [prompt], model)
             with located("the conversation"):
                 ids = encoder.prompt_ids(prompt)
             ((response,),) = respond(
                 model, tokenizer, [ids], self.settings, keys=[self.turn], draw=0, ends=ends, description="Answering"
             )
-            history += [*asked, *said("assistant", response.text)]
+            history += [*question, *said("assistant", response.text)]
             answers.append(response.text)
         self.turn += 1
         return answers[0], answers[1]

@@ -160,11 +160,11 @@ def evaluate(
 def evaluate_responses(settings: EvaluateSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """The operation behind :func:`evaluate`."""
     source = find_policy(inputs["policy"], settings.reference)
-    asked = read_prompts(inputs["prompts"], settings.max_prompts, settings.reading)
+    prompts = read_prompts(inputs["prompts"], settings.max_prompts, settings.reading)
     prompts_digest = digest(inputs["prompts"])
-    samples = _responses(source, asked, settings)
-    prompts, mine, theirs = ([s[key] for s in samples] for key in ("prompt", "response", "reference_response"))
-    pairs = response_pairs(prompts, mine, theirs)
+    samples = _responses(source, prompts, settings)
+    texts = ([s[key] for s in samples] for key in ("prompt", "response", "reference_response"))
+    pairs = response_pairs(*texts)
     scorer = load_scorer(settings.reward_model, batch_size=settings.score_batch_size)
     rewards = np.stack(scorer.score_pairs(pairs, "prompt", "row"))
     for sample, (reward, reference_reward) in zip(samples, rewards.T.tolist(), strict=True):

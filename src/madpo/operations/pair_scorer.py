@@ -113,16 +113,16 @@ class PairScorer:
         return self.model.score_ids(self._read(ids), self.batch_size, prompt_lengths=lengths).astype(np.float64)
 
 
-def load_scorer(place: str | Path, *, batch_size: int = 16, clock: Clock | None = None) -> PairScorer:
+def load_scorer(source: str | Path, *, batch_size: int = 16, clock: Clock | None = None) -> PairScorer:
     """The reward model of a folder that :func:`reward` wrote, or a sequence classifier with one output.
 
     Args:
-        place: that folder, another model folder, or a hub id.
+        source: that folder, another model folder, or a hub id.
 
     Raises:
         ConfigError: it is no reward model, or cannot be loaded.
     """
-    folder, base = _located(place)
+    folder, base = _located(source)
     if folder is None:
         model = RewardModel(placed(load_classifier(base)), load_tokenizer(base))
         return PairScorer(model, own=False, batch_size=batch_size, clock=clock)
@@ -132,41 +132,41 @@ def load_scorer(place: str | Path, *, batch_size: int = 16, clock: Clock | None 
     return PairScorer(RewardModel.load(folder), own=True, batch_size=batch_size, clock=clock)
 
 
-def load_pair_encoder(place: str | Path, clock: Clock | None = None) -> PairEncoder:
+def load_pair_encoder(source: str | Path, clock: Clock | None = None) -> PairEncoder:
     """How a reward model reads pairs, without its weights: what is no reward model is refused before hours of work.
 
     Args:
-        place: as for :func:`load_scorer`.
+        source: as for :func:`load_scorer`.
 
     Raises:
         ConfigError, DataError: as :func:`load_scorer`.
     """
-    folder, base = _located(place)
+    folder, base = _located(source)
     return PairEncoder(load_tokenizer(base), own=folder is not None, clock=clock)
 
 
-def _located(place: str | Path) -> tuple[Path | None, Path | str]:
+def _located(source: str | Path) -> tuple[Path | None, Path | str]:
     """The folder of a reward model of ours, None for another's; and where its base or the whole model is."""
-    if (folder := own_reward_model(place)) is not None:
+    if (folder := own_reward_model(source)) is not None:
         base, _ = reward_base(folder)
         refuse_fetching(base, folder)
         return folder, base
-    base = resolve_model(str(place))
+    base = resolve_model(str(source))
     config = load_config(base)
-    refuse_other_outputs(place, config.architectures, config.num_labels)
-    with loading(place), torch.device("meta"):  # its parts without their weights
+    refuse_other_outputs(source, config.architectures, config.num_labels)
+    with loading(source), torch.device("meta"):  # its parts without their weights
         model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     if not hasattr(model, "score"):
         raise ConfigError(
-            f"{place} does not read its score at the last token ({type(model).__name__}); score the pairs with its own "
-            "code and give the columns with --score_columns"
+            f"{source} does not read its score at the last token ({type(model).__name__}); score the pairs with its "
+            "own code and give the columns with --score_columns"
         )
     return None, base
 
 
-def reward_model_digest(place: str) -> str | None:
+def reward_model_digest(source: str) -> str | None:
     """SHA-256 of a reward model's files (of one of ours, its adapter's or its probe's); None for one of the hub."""
-    folder = expanded(place)
+    folder = expanded(source)
     if (folder / PROBE).is_file():
         return digest(folder / PROBE)
     own = (folder / "reward_model.json").is_file()
@@ -185,9 +185,9 @@ def remember_pairs(folder: Path, pairs: Iterable[Pair]) -> None:
     write_atomically(folder / TRAINED_ON, save({"pairs": _keys(pairs).view(np.uint8).reshape(-1, 16)}))
 
 
-def seen_pairs(place: str | Path, pairs: Iterable[Pair]) -> int | None:
+def seen_pairs(source: str | Path, pairs: Iterable[Pair]) -> int | None:
     """How many of the pairs, in either order, a reward model was trained on; None where its folder does not say."""
-    path = expanded(place) / TRAINED_ON
+    path = expanded(source) / TRAINED_ON
     if not path.is_file():
         return None
     try:

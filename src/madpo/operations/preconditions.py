@@ -139,17 +139,17 @@ def require_columns(rows: Sequence[Mapping[str, Any]], loss: LossConfig, name: s
         raise DataError(f"{name}: has no column {column!r}, which the loss {kind} reads; {remedy}")
 
 
-def own_reward_model(place: str | Path) -> Path | None:
+def own_reward_model(model: str | Path) -> Path | None:
     """The folder of a reward model that :func:`reward` wrote; None for any other."""
-    folder = expanded(place)
+    folder = expanded(model)
     if (folder / "reward_model.json").is_file():
         return folder
     if (folder.parent / "reward_model.json").is_file():
-        raise ConfigError(f"{place} is a part of a reward model; give the folder {folder.parent}")
+        raise ConfigError(f"{model} is a part of a reward model; give the folder {folder.parent}")
     return None
 
 
-def refuse_other_outputs(place: str | Path, architectures: Sequence[str] | None, outputs: int) -> None:
+def refuse_other_outputs(model: str | Path, architectures: Sequence[str] | None, outputs: int) -> None:
     """Refuse a model that is not a sequence classifier with one output.
 
     Raises:
@@ -157,7 +157,7 @@ def refuse_other_outputs(place: str | Path, architectures: Sequence[str] | None,
     """
     if outputs != 1 or not any("SequenceClassification" in name for name in architectures or ()):
         raise ConfigError(
-            f"{place} is no reward model: it has the architecture {', '.join(architectures or ['unknown'])} "
+            f"{model} is no reward model: it has the architecture {', '.join(architectures or ['unknown'])} "
             f"with {outputs} outputs, where a sequence classifier with one output is needed"
         )
 

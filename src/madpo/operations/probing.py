@@ -28,12 +28,12 @@ FOLDER = "probe"
 
 
 def feature_reader(
-    place: str, name: str, *, batch_size: int, clock: Clock | None = None
+    source: str, name: str, *, batch_size: int, clock: Clock | None = None
 ) -> Callable[[Sequence[Pair]], dict[str, NDArray[Any]]]:
     """Load a model that gives features of pairs of text or messages, in the place of rewards.
 
     Args:
-        place: packaged name, folder or hub id of a causal language model.
+        source: packaged name, folder or hub id of a causal language model.
         name: of the data.
         batch_size: sequences per forward pass.
         clock: the date that the chat template prints.
@@ -42,7 +42,7 @@ def feature_reader(
         Pairs -> ``chosen`` and ``rejected`` (float32, ``pairs x features``), ``layers``, and the keys of ``prompts``.
         It raises what :meth:`PairEncoder.ids` raises.
     """
-    base = resolve_model(place)
+    base = resolve_model(source)
     model, encoder = placed(load_model(base)), PairEncoder(load_tokenizer(base), own=True, clock=clock)
     layers = feature_layers(model)
 

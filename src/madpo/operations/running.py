@@ -64,16 +64,16 @@ def run_in_folder(
     return out
 
 
-def _bases(place: Path) -> list[Path]:
-    """``place`` and, where it is or holds an adapter or a reward model, the folder of its base model."""
-    found = [place]
+def _bases(path_or_name: Path) -> list[Path]:
+    """``path_or_name`` and, where it is or holds an adapter or a reward model, the folder of its base model."""
+    found = [path_or_name]
     for file, key in (
         ("adapter_config.json", "base_model_name_or_path"),
         ("adapter/adapter_config.json", "base_model_name_or_path"),
         ("reward_model.json", "base"),
     ):
         with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):  # loading it reports that better
-            found.append(Path(json.loads((place / file).read_bytes())[key]))
+            found.append(Path(json.loads((path_or_name / file).read_bytes())[key]))
     return found
 
 
@@ -91,13 +91,13 @@ def load_report(path: Path, model: type[Report]) -> Report:
         ) from error
 
 
-def digest(place: str | Path) -> str | None:
+def digest(path_or_name: str | Path) -> str | None:
     """SHA-256 of a file, or of a folder's files by name; None where it is neither (a name on the hub).
 
     Records and locks do not count, so that two equal results have one digest.
     """
-    part = split_of_folder(place)
-    path = expanded(place) if part is None else part[0]
+    part = split_of_folder(path_or_name)
+    path = expanded(path_or_name) if part is None else part[0]
     if path.is_file():
         return file_digest(path)
     if not path.is_dir():

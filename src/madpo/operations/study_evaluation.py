@@ -67,9 +67,11 @@ def evaluate_policy(config: EvaluationStage, inputs: Mapping[str, Path], out: Pa
         ConfigError: more prompts are asked for than are held out.
     """
     prompts = _heldout_prompts(inputs["pairs"], config.prompts)
-    place = reference_model(inputs)
-    tokenizer, reference = load_tokenizer(place), load_model(place)
-    policy = merged(load_model(place, adapter=inputs["policy"] / "adapter")) if "policy" in inputs else reference
+    reference_path = reference_model(inputs)
+    tokenizer, reference = load_tokenizer(reference_path), load_model(reference_path)
+    policy = (
+        merged(load_model(reference_path, adapter=inputs["policy"] / "adapter")) if "policy" in inputs else reference
+    )
     judge = None if config.best_of is None else RewardModel.load(inputs["reward_model"])
     score = _scorer(config, inputs)
     contents = dict(zip(prompts["prompt_id"], prompt_contents(prompts), strict=True))
@@ -89,8 +91,8 @@ def evaluate_policy(config: EvaluationStage, inputs: Mapping[str, Path], out: Pa
             temperature=temperature,
         )
         found = _judged(prompts, drawn, config.samples_per_prompt, judge)
-        asked = [contents[prompt] for prompt in found["prompt_id"]]
-        return found.assign(oracle_reward=score(asked, list(found["response"])))
+        asked_prompts = [contents[prompt] for prompt in found["prompt_id"]]
+        return found.assign(oracle_reward=score(asked_prompts, list(found["response"])))
 
     samples = sampled(config.temperature)
     prompt_ids = prompts["prompt_ids"].tolist() * config.samples_per_prompt

@@ -120,8 +120,8 @@ def fit_pairs_probe(config: ProbeStage, inputs: Mapping[str, Path], out: Path) -
     """
     pairs = read_pairs(inputs["pairs"])
     pairs = pairs[pairs["split"].isin([config.part, "heldout"])]
-    place = reference_model(inputs)
-    model, tokenizer = load_model(place), load_tokenizer(place)
+    reference_path = reference_model(inputs)
+    model, tokenizer = load_model(reference_path), load_tokenizer(reference_path)
     layers = feature_layers(model)
     sides = sequences(pairs.to_dict("records"))
     ids = sides["chosen_ids"], sides["rejected_ids"], sides["prompt_length"]
@@ -135,7 +135,7 @@ def fit_pairs_probe(config: ProbeStage, inputs: Mapping[str, Path], out: Path) -
     _margins_of(pairs[~train], heldout).to_parquet(out / MARGINS, index=False)
     _margins_of(pairs[train], fitted.margins).to_parquet(out / OUT_OF_FOLD, index=False)
     made = (inputs["reference"] / "model").is_dir()
-    save_probe(out, str(place), layers, fitted.weights, model_digest=None, made=made)
+    save_probe(out, str(reference_path), layers, fitted.weights, model_digest=None, made=made)
     return {
         "penalty": fitted.report.penalty,
         "training_accuracy": fitted.report.accuracy,

@@ -188,12 +188,12 @@ def label_pairs(config: PairStage, inputs: Mapping[str, Path], out: Path) -> Met
     order = rng(config.seed_permutation, "permutation").permutation(len(responses))
     half = len(responses) // 2
     rows = []
-    for place, index in enumerate(order):
+    for position, index in enumerate(order):
         row = responses.iloc[index]
         low = config.tier == "low" or (config.tier == "medium" and index < half)
-        asked = {"pair_id": row["prompt_id"], "prompt": row["prompt"], "prompt_ids": row["prompt_ids"]}
-        split = "train" if place < config.train else "heldout"
-        rows.append({**asked, "split": split, **_labelled(row, low, config)})
+        prompt = {"pair_id": row["prompt_id"], "prompt": row["prompt"], "prompt_ids": row["prompt_ids"]}
+        split = "train" if position < config.train else "heldout"
+        rows.append({**prompt, "split": split, **_labelled(row, low, config)})
     table = pa.Table.from_pylist(rows, schema=PAIRS)
     write_table(table, out / "pairs.parquet")
     margins = table["chosen_oracle_reward"].to_numpy() - table["rejected_oracle_reward"].to_numpy()

@@ -174,10 +174,10 @@ def fold_of_pairs(prompts: np.ndarray, folds: int, seed: int) -> np.ndarray:
     Args:
         prompts: [pairs], the id of each pair's prompt, in any order.
     """
-    ids, place = np.unique(prompts, return_inverse=True)
+    ids, inverse = np.unique(prompts, return_inverse=True)
     found = np.empty(len(ids), dtype=np.int64)
     found[rng(seed, "folds").permutation(len(ids))] = np.arange(len(ids)) % folds
-    return found[place]
+    return found[inverse]
 
 
 def _sequences(pairs: pd.DataFrame) -> Dataset:
@@ -218,9 +218,9 @@ def reference_logps(config: ReferenceStage, inputs: Mapping[str, Path], out: Pat
     from madpo.training.reference import refuse_not_finite
 
     pairs = read_pairs(inputs["pairs"], config.split)
-    place = reference_model(inputs)
+    reference_path = reference_model(inputs)
     size = min(config.micro_batch_size or config.batch_size, config.batch_size)
-    model, tokenizer = load_model(place).eval(), load_tokenizer(place)
+    model, tokenizer = load_model(reference_path).eval(), load_tokenizer(reference_path)
     chosen, rejected = pair_logps(model, tokenizer, pair_ids(pairs), size, "Reference log-probabilities")
     refuse_not_finite(dict(zip(REFERENCE_COLUMNS, (chosen, rejected), strict=True)), pairs["pair_id"].to_list())
     table = pd.DataFrame({"pair_id": pairs["pair_id"], REFERENCE_COLUMNS[0]: chosen, REFERENCE_COLUMNS[1]: rejected})
@@ -354,8 +354,8 @@ def train_online(config: OnlineStage, inputs: Mapping[str, Path], out: Path) -> 
     def reward(prompt_ids: Sequence[Sequence[int]], response_ids: Sequence[Sequence[int]]) -> Sequence[float]:
         return [float(value) for value in reward_model.score_responses(prompt_ids, response_ids)]
 
-    place = reference_model(inputs)
-    trainer = fit_online(config, load_model(place), load_tokenizer(place), prompts, reward, out)
+    reference_path = reference_model(inputs)
+    trainer = fit_online(config, load_model(reference_path), load_tokenizer(reference_path), prompts, reward, out)
     trainer.model.save_pretrained(out / "adapter", safe_serialization=True)
     return {
         "prompts": len(prompts),

@@ -65,15 +65,15 @@ def export_report(root: Path, target: Path) -> Path:
     _refuse_link(root / "run.json", root)
     status = run_status(root)
     _refuse(root, target)
-    with storage_errors(target), _replacing(target) as place:
-        _write_run(root, place, status)
-        _write_tables(root, place, {name: record for name, record in status.steps.items() if record is not None})
-        rebuild_report(place)
-        (place / "README.md").write_text(_readme(place), encoding="utf-8")
-        for path in (*(place / name for name in NEXT_TO_PAGE), *(place / "tables").glob("*")):
+    with storage_errors(target), _replacing(target) as staging:
+        _write_run(root, staging, status)
+        _write_tables(root, staging, {name: record for name, record in status.steps.items() if record is not None})
+        rebuild_report(staging)
+        (staging / "README.md").write_text(_readme(staging), encoding="utf-8")
+        for path in (*(staging / name for name in NEXT_TO_PAGE), *(staging / "tables").glob("*")):
             if path.suffix != ".csv":
                 path.unlink(missing_ok=True)
-        size = _check_size(place)
+        size = _check_size(staging)
     say(f"{target}: {size / 1e6:.1f} MB in all; the texts of at most {TEXTS} prompts a tier, and no weights.")
     return target / "report.html"
 
@@ -113,27 +113,27 @@ def _replacing(target: Path) -> Iterator[Path]:
     """A new folder next to ``target``, which takes its place if all goes well."""
     target.parent.mkdir(parents=True, exist_ok=True)
     # The same names each time: what a killed export left is removed by the next.
-    place, old = (target.with_name(f".{target.name}.{kind}") for kind in ("tmp", "old"))
-    for left in (place, old):
+    staging, old = (target.with_name(f".{target.name}.{kind}") for kind in ("tmp", "old"))
+    for left in (staging, old):
         ours = not left.is_symlink() and left.is_dir() and (not any(left.iterdir()) or _is_export(left))
         if not ours and os.path.lexists(left):
             raise StorageError(f"{left} is in the way and holds no export of madpo; move it away")
-    _clear(target, place, old)
-    place.mkdir()
+    _clear(target, staging, old)
+    staging.mkdir()
     try:
-        yield place
+        yield staging
         if target.exists():
             os.replace(target, old)
-        os.replace(place, target)
+        os.replace(staging, target)
     finally:
-        _clear(target, place, old)
+        _clear(target, staging, old)
 
 
-def _clear(target: Path, place: Path, old: Path) -> None:
+def _clear(target: Path, staging: Path, old: Path) -> None:
     """Remove what an export leaves next to its target, and put back what a kill between two renames moved away."""
     if old.exists() and not target.exists():
         os.replace(old, target)
-    for folder in (place, old):
+    for folder in (staging, old):
         if folder.exists():
             # The listing goes last: by it what a kill leaves is known as ours.
             for path in sorted(folder.iterdir(), key=lambda path: path.name == "run.json"):
@@ -141,7 +141,7 @@ def _clear(target: Path, place: Path, old: Path) -> None:
             folder.rmdir()
 
 
-def _write_run(root: Path, place: Path, status: RunStatus) -> None:
+def _write_run(root: Path, staging: Path, status: RunStatus) -> None:
     """``run.json``, with what went wrong in steps that failed, and ``records.json``; a line per step."""
     listing = json.loads((root / "run.json").read_bytes())
     about = {**listing["about"], EXPORTED: {"texts": TEXTS}}
@@ -167,8 +167,8 @@ def _write_run(root: Path, place: Path, status: RunStatus) -> None:
                 failed = failed.replace(folder, short) if len(folder) > 1 else failed
             steps[name]["failed"] = failed
     run = f'{{"about": {_dumps(about)},\n"steps": {_lines(steps)}}}\n'
-    write_atomically(place / "run.json", run)
-    (place / RECORDS).write_text(_lines(records) + "\n", encoding="utf-8")
+    write_atomically(staging / "run.json", run)
+    (staging / RECORDS).write_text(_lines(records) + "\n", encoding="utf-8")
 
 
 def _lines(entries: Mapping[str, Any]) -> str:
@@ -179,7 +179,7 @@ def _dumps(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _write_tables(root: Path, place: Path, records: Mapping[str, Record]) -> None:
+def _write_tables(root: Path, staging: Path, records: Mapping[str, Record]) -> None:
     sources = Sources(root)
     tables: dict[str, list[pd.DataFrame]] = {"samples": [], "curves": [], "margins": []}
     for name, record in records.items():
@@ -209,23 +209,23 @@ def _write_tables(root: Path, place: Path, records: Mapping[str, Record]) -> Non
                 names.remove("prompt_id")
             schema = pa.schema([(name, KINDS.get(name, pa.float64())) for name in names])
             written = pa.Table.from_pandas(whole, schema=schema, preserve_index=False).replace_schema_metadata(None)
-            pq.write_table(written, place / f"{table}.parquet", compression="zstd")
+            pq.write_table(written, staging / f"{table}.parquet", compression="zstd")
 
 
-def _check_size(place: Path) -> int:
-    sizes = {path: path.stat().st_size for path in sorted(place.rglob("*")) if path.is_file()}
+def _check_size(staging: Path) -> int:
+    sizes = {path: path.stat().st_size for path in sorted(staging.rglob("*")) if path.is_file()}
     total, largest = sum(sizes.values()), max(sizes, key=lambda path: sizes[path])
     if total > LIMIT or sizes[largest] > FILE_LIMIT:
         raise DataError(
             f"the export would take {total / 1e6:.1f} MB (limit {LIMIT / 1e6:g}), its largest file "
-            f"{largest.relative_to(place)} {sizes[largest] / 1e6:.1f} MB (limit {FILE_LIMIT / 1e6:g}); nothing was "
+            f"{largest.relative_to(staging)} {sizes[largest] / 1e6:.1f} MB (limit {FILE_LIMIT / 1e6:g}); nothing was "
             "written. Export a run of fewer rows or prompts, or commit only its tables/ and figures/"
         )
     return total
 
 
-def _readme(place: Path) -> str:
-    data = json.loads((place / "results.json").read_bytes())
-    figure = (place / "figures" / "figure1_main.svg").exists()
-    results = (place / "results.md").read_text(encoding="utf-8")
+def _readme(staging: Path) -> str:
+    data = json.loads((staging / "results.json").read_bytes())
+    figure = (staging / "figures" / "figure1_main.svg").exists()
+    results = (staging / "results.md").read_text(encoding="utf-8")
     return markdown("export.md", **data, figure=figure, results=results, cell=markdown_cell)

@@ -150,8 +150,8 @@ def _ablated(tiers: Sequence[Tier], beta: float) -> list[tuple[float, float]]:
     paper = [(published.FIXED_TAU, c) for c in published.ABLATION]
     losses = [row.loss for tier in tiers for name in PARTS_ONLY for row in settings_of(tier, name, beta)]
     run = sorted({(float(x["tau"]), float(x["c_max"])) for x in losses if {"tau", "c_max"} <= x.keys()})
-    run = [place for place in run if any(is_setting(loss, *place) for loss in losses)]
-    return [*(place for place in paper if place in run), *(place for place in run if place not in paper)]
+    run = [setting for setting in run if any(is_setting(loss, *setting) for loss in losses)]
+    return [*(setting for setting in paper if setting in run), *(setting for setting in run if setting not in paper)]
 
 
 def _seeds_only(tier: Tier, rows: Sequence[Row]) -> str:

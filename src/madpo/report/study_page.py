@@ -131,8 +131,8 @@ def main_table(study: Study, reasons: Mapping[tuple[str, str], str]) -> Table | 
     # Of a method without a choice the reason of its first planned row that says more than "not run".
     why, methods = dict[tuple[str, str], str](), {str(row["name"]): planned_row(row).method for row in study.planned}
     for (tier_name, row), reason in reasons.items():
-        place = tier_name, methods.get(row, row)
-        why[place] = reason if why.get(place, NOT_RUN) == NOT_RUN else why[place]
+        key = tier_name, methods.get(row, row)
+        why[key] = reason if why.get(key, NOT_RUN) == NOT_RUN else why[key]
     rows = [[Cell(SFT), *(cell(tier.sft["oracle_reward"] if tier.sft else None) for tier in study.tiers)]]
     planned = set(methods.values()) or set(published.METHODS)
     for name in dict.fromkeys([*published.METHODS, *(name for _, name in study.choices)]):

@@ -17,9 +17,9 @@ class Classifier:
     """The probability that a text is positive, by a sequence classifier."""
 
     def __init__(self, config: ClassifierOracle) -> None:
-        place = resolve_model(config.name)
-        model = load_classifier(place, revision=config.revision, dtype=torch.float32)
-        self.tokenizer = load_tokenizer(place)
+        source = resolve_model(config.name)
+        model = load_classifier(source, revision=config.revision, dtype=torch.float32)
+        self.tokenizer = load_tokenizer(source)
         labels = {str(label).lower(): index for index, label in model.config.id2label.items()}
         if config.positive_label.lower() not in labels:
             raise ConfigError(

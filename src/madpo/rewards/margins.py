@@ -332,13 +332,13 @@ def reliability(
     labels = None if prompts is None else np.asarray(prompts)
     size = np.abs(h)
     edges = np.unique(np.quantile(size, np.linspace(0, 1, most + 1)))
-    place = np.clip(np.searchsorted(edges, size, side="right") - 1, 0, max(0, len(edges) - 2))
+    bin_index = np.clip(np.searchsorted(edges, size, side="right") - 1, 0, max(0, len(edges) - 2))
     # A margin of exactly 0 takes no side: half right.
     right = np.where(h > 0, 1.0, np.where(h < 0, 0.0, 0.5))
     bins = []
     gap = 0.0
     for k in range(max(1, len(edges) - 1)):
-        inside = place == k
+        inside = bin_index == k
         n = int(inside.sum())
         if not n:
             continue

@@ -200,13 +200,13 @@ def _out_of_fold(data: _Pairs, paths: Floats) -> OutOfFold:
     for rows, left, right in data.blocks():
         for j in np.unique(data.fold[rows]):
             own = data.fold[rows] == j
-            for place, out in enumerate(data.left_out):
+            for column, out in enumerate(data.left_out):
                 if j in out:
-                    found = (left[own] - right[own]) @ paths[:, place]
+                    found = (left[own] - right[own]) @ paths[:, column]
                     losses[j, sum(out) - j if len(out) > 1 else j] += np.logaddexp(0.0, -found).sum(0)
                     if len(out) == 1:
                         margins[rows][own] = found
-                        chosen[rows][own] = (left[own] - centres[j]) @ paths[:, place]
+                        chosen[rows][own] = (left[own] - centres[j]) @ paths[:, column]
     total, single = losses.sum(0), np.einsum("kkp->kp", losses)
     best = ((total if folds > 2 else single.sum(0)) - single).argmin(1)
     take = np.arange(len(margins)), best[data.fold]

@@ -74,29 +74,29 @@ class Upload(AbstractContextManager["Upload"]):
 
         self._pending[name] = self._thread.submit(attempt)
 
-    def _put_step(self, folder: Path, place: str) -> None:
+    def _put_step(self, folder: Path, name: str) -> None:
         record = (folder / RECORD).read_bytes()
-        remote = f"{self._root}/{place}/{RECORD}"
+        remote = f"{self._root}/{name}/{RECORD}"
         if self._store.exists(remote):
             if self._store.cat_file(remote) == record:
                 return
             self._store.rm_file(remote)  # of another run of the same step: unfinished until all of it is ours
         for path in sorted(folder.rglob("*")):
             if path.is_file() and path.name != RECORD and not path.name.endswith(".tmp"):
-                self._put(path, f"{place}/{path.relative_to(folder).as_posix()}")
-        self._put(folder / RECORD, f"{place}/{RECORD}")
+                self._put(path, f"{name}/{path.relative_to(folder).as_posix()}")
+        self._put(folder / RECORD, f"{name}/{RECORD}")
 
-    def _put(self, path: Path, place: str) -> None:
-        if not stays_inside(path, path.parents[place.count("/")]):
+    def _put(self, path: Path, name: str) -> None:
+        if not stays_inside(path, path.parents[name.count("/")]):
             raise OSError(f"{path} leads out of the run's folder by a link; copy there what it points to")
-        remote = f"{self._root}/{place}"
+        remote = f"{self._root}/{name}"
         if not self._buckets:  # where there are buckets, this would create one of a name that was mistyped
             self._store.makedirs(remote.rsplit("/", 1)[0], exist_ok=True)
         self._store.put_file(str(path), remote)
         self._store.invalidate_cache()
         size = self._store.info(remote)["size"]
         if size != path.stat().st_size:
-            raise OSError(f"{place} has {size} bytes in the store and {path.stat().st_size} here")
+            raise OSError(f"{name} has {size} bytes in the store and {path.stat().st_size} here")
 
     def _words(self, error: BaseException) -> str:
         text = str(error).partition("\n")[0]

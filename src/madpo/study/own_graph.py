@@ -176,10 +176,10 @@ def _swept(row: Method, sweep: dict[str, tuple[float, ...]]) -> tuple[Method, ..
     return row.model_copy(update={"group": "frontier", "sweep": sweep}).rows() if all(sweep.values()) else ()
 
 
-def _source(place: str) -> Source:
+def _source(path_or_name: str) -> Source:
     """What the user names: a file or folder by its content, else a name."""
-    path = expanded(place)
-    return Source(str(path.absolute()) if path.exists() else place, digest(place) or place)
+    path = expanded(path_or_name)
+    return Source(str(path.absolute()) if path.exists() else path_or_name, digest(path_or_name) or path_or_name)
 
 
 def _read(data: str, settings: CompareSettings) -> tuple[Size, dict[str, float]]:

@@ -48,7 +48,7 @@ class CorpusTokens(NamedTuple):
 
 
 def read_corpus(
-    corpus: Sequence[str], tokenizer: Any, asked: TrimSettings, eval_data: str | Path | None = None
+    corpus: Sequence[str], tokenizer: Any, settings: TrimSettings, eval_data: str | Path | None = None
 ) -> CorpusTokens:
     """Count tokens, and hold texts out: by a hash of the text, so that neither order nor repetition matters.
 
@@ -61,16 +61,16 @@ def read_corpus(
     Raises:
         DataError: nothing is left to count, or to measure on; or a text cannot be read.
     """
-    sample = _Sample(asked.eval_texts)
+    sample = _Sample(settings.eval_texts)
     held_out_keys = None
     if eval_data is not None:
-        held_out_keys = {sample.offer(text) for text in _rendered(str(eval_data), tokenizer, asked.reading)}
+        held_out_keys = {sample.offer(text) for text in _rendered(str(eval_data), tokenizer, settings.reading)}
 
     def is_counted(text: str) -> bool:
         key = _key(text)
         if held_out_keys is not None:
             return key not in held_out_keys
-        if int.from_bytes(key[:8], "big") >= asked.held_out_share * 2**64:
+        if int.from_bytes(key[:8], "big") >= settings.held_out_share * 2**64:
             return True
         sample.offer(text)
         return False
@@ -78,7 +78,7 @@ def read_corpus(
     # Ids may have holes, so the highest can be above the number of entries.
     counts = np.zeros(max(tokenizer.get_vocab().values()) + 1, dtype=np.int64)
     texts = 0
-    rendered = (text for data in corpus for text in _rendered(data, tokenizer, asked.reading))
+    rendered = (text for data in corpus for text in _rendered(data, tokenizer, settings.reading))
     with bar("Reading the corpus", None) as advance:
         for batch in batches(rendered, _BATCH, len):
             counted = [text for text in batch if is_counted(text)]
@@ -91,7 +91,7 @@ def read_corpus(
         raise DataError(
             f"{name}: no text is left that says what to keep; give more text, or a smaller --held_out_share"
         )
-    beginnings = (_beginning(text, asked.eval_characters) for text in sample.texts())
+    beginnings = (_beginning(text, settings.eval_characters) for text in sample.texts())
     held_out = [text for text in beginnings if text.strip()]
     if not held_out:
         where = eval_data or name

@@ -88,8 +88,8 @@ def tune_pairs(settings: TuneConfig, inputs: Mapping[str, Path], out: Path) -> M
         shutil.copytree(settings.earlier / SEARCH, state)
     state.mkdir(exist_ok=True)
     prepared = prepare(data, settings, state)
-    asked = part(settings, TuneSettings)
-    report = _search(digest(data), out, asked, prepared)
+    tune_settings = part(settings, TuneSettings)
+    report = _search(digest(data), out, tune_settings, prepared)
     chosen = with_values(settings.training, report.best().values)
     write_atomically(out / "chosen.toml", resolved(data, chosen, prepared.clock))
     report.write(out / "report.json")
@@ -124,8 +124,8 @@ def _search(data_digest: str | None, output_dir: Path, settings: TuneSettings, p
             measured = look(trial.number, values)
         except DivergedError as error:  # for good: a run after this one does not try it again
             gc.collect()
-            place = folder / identity(with_values(settings.training, values))
-            for training in place.glob("training-*"):  # its checkpoints lead nowhere
+            training_folder = folder / identity(with_values(settings.training, values))
+            for training in training_folder.glob("training-*"):  # its checkpoints lead nowhere
                 shutil.rmtree(training, ignore_errors=True)
             reason = str(error).split("; the last checkpoint, ")[0]
             say(f"Trial {trial.number} diverged: {reason}")
