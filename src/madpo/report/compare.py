@@ -148,6 +148,7 @@ class Comparison:
         missing: why there is no value; seeds: training seeds that it is the mean over.
         left_out: training seed, or curve of the base -> why it is not among them.
         against: the base's curve that it is the difference to, where the base has several.
+        column: of the samples, whose mean is compared.
         same: whether both sides got the same reward on every prompt, as two trainings with the same weights do: then
             there is nothing to compare.
     """
@@ -161,6 +162,7 @@ class Comparison:
     seeds: int = 1
     left_out: Mapping[str, str] = field(default_factory=dict)
     against: str = ""
+    column: str = "reward"
     same: bool = False
 
     @property
@@ -206,6 +208,7 @@ def difference(what: str, sides: Sequence[Choice | None], column: str = "reward"
     ``column`` is what is compared in the place of the reward. A comparison in which something was chosen is over the
     prompts that all sides may report.
     """
+    how["column"] = column
     given = [side for side in sides if side is not None]
     if len(given) < len(sides):
         return Comparison(what, missing=NOT_RUN, **how)

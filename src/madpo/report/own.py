@@ -54,47 +54,50 @@ def own_opening(tier: Tier) -> str:
 
 def comparisons(tier: Tier) -> dict[str, Comparison]:
     """Method -> how far it is above DPO: in reward at equal KL, else in held-out log loss (DPO's minus its own)."""
-    beta = base_beta([tier])
-    lines = frontiers(tier, beta)
+    if tier.baseline is None:
+        return {}
+    lines = frontiers(tier, base_beta([tier]))
     judged = len(lines.get("DPO", ())) > 1
     found = {}
-    for method in dict.fromkeys(row.method for row in tier.policies):
-        own = [row for row in tier.policies if row.method == method]
-        row = next((row for row in own if row.beta == beta), own[0])
-        if tier.baseline is None or method == tier.baseline.method:
-            continue
-        what = f"{method} minus DPO at equal KL" if judged else f"{row.name}, held-out log loss"
-        line = lines.get(method, [])
-        if judged and line:
+    for method in dict.fromkeys(row.method for row in tier.policies if row.method != tier.baseline.method):
+        at_equal_kl = None
+        if judged and (line := lines.get(method)):
             choice = choose(method, tier, line[:1])
-            found[method] = equal_kl(what, tier, choice, line=line if len(line) > 1 else [])
-        if found.get(method, Comparison(what)).value is None:
-            bases = [r for r in tier.policies if (r.family, r.beta) == (tier.baseline.family, tier.baseline.beta)]
-            on_pairs = least_difference(
-                [
-                    difference(
-                        f"{row.name}, held-out log loss",
-                        [choose("DPO", tier, [base]), choose(method, tier, [row])],
-                        "log_loss",
-                        against=base.method,
-                    )
-                    for base in bases
-                    if base.method != method
-                ]
-            )
-            found[method] = on_pairs if on_pairs.value is not None else found.get(method, on_pairs)
+            what = f"{method} minus DPO at equal KL"
+            at_equal_kl = equal_kl(what, tier, choice, line=line if len(line) > 1 else [])
+        if at_equal_kl is not None and at_equal_kl.value is not None:
+            found[method] = at_equal_kl
+        else:
+            on_pairs = _on_pairs(tier, tier.baseline, method)
+            found[method] = on_pairs if on_pairs.value is not None else at_equal_kl or on_pairs
     return found
+
+
+def _on_pairs(tier: Tier, baseline: Row, method: str) -> Comparison:
+    """How much less the method's held-out log loss is than that of DPO at any of its learning rates."""
+    rows = [row for row in tier.policies if row.method == method]
+    row = next((row for row in rows if row.beta == base_beta([tier])), rows[0])
+    ours = choose(method, tier, [row])
+    return least_difference(
+        [
+            difference(
+                f"{row.name}, held-out log loss", [choose("DPO", tier, [base]), ours], "log_loss", against=base.method
+            )
+            for base in tier.policies
+            if (base.family, base.beta) == (baseline.family, baseline.beta) and base.method != method
+        ]
+    )
 
 
 def own_verdict(tier: Tier) -> Verdict:
     """Whether DPO helps, and whether some loss is clearly better; then every difference to DPO."""
     helps, kind = _helps(tier)
-    asked = comparisons(tier)
-    made = {method: c for method, c in asked.items() if c.value is not None}
+    compared = comparisons(tier)
+    made = {method: c for method, c in compared.items() if c.value is not None}
     clear = {method: c.value.mean for method, c in made.items() if c.above and c.value is not None}
     fewest = min((c.value.n for c in made.values() if c.value is not None), default=FEWEST)
     if not made:
-        why = "; ".join(dict.fromkeys(c.missing for c in asked.values()))
+        why = "; ".join(dict.fromkeys(c.missing for c in compared.values()))
         which = f"No other loss can be compared with DPO yet{f' ({why})' if why else ''}."
     elif fewest < FEWEST:
         which = f"{count(fewest, 'held-out prompt').capitalize()} cannot tell losses apart."
@@ -108,10 +111,9 @@ def own_verdict(tier: Tier) -> Verdict:
         rest = f"; {format_list(worse)} {'is' if len(worse) == 1 else 'are'} clearly worse." if worse else None
         which = f"No loss is clearly better than DPO{rest or ': these data do not tell them apart.'}"
     remarks = []
-    for digits, unit in ((2, "reward at the same KL"), (3, "held-out log loss, nats")):
-        of = {method: c for method, c in made.items() if c.what.endswith("log loss") == (digits == 3)}
-        words = "; ".join(f"{method} {short(c.value, 'signed', digits)}" for method, c in of.items())
-        remarks += [f"Gained over DPO in {unit}: {words}."] * bool(of)
+    for column, digits, unit in (("reward", 2, "reward at the same KL"), ("log_loss", 3, "held-out log loss, nats")):
+        values = [f"{name} {short(c.value, 'signed', digits)}" for name, c in made.items() if c.column == column]
+        remarks += [f"Gained over DPO in {unit}: {'; '.join(values)}."] if values else []
     return Verdict("Own pairs", f"{helps}. {which}", kind=kind, left=" ".join(remarks))
 
 
@@ -175,8 +177,8 @@ def own_notes(experiment: Mapping[str, Any], records: Mapping[str, Record]) -> l
     """What to know of the held-out pairs, and of the judge."""
     pairs = records["pairs"].metrics if "pairs" in records else {}
     leaked, of = (pairs.get(name) for name in ("leaked_pairs", "heldout_pairs"))
-    said = f"{leaked} of {of} held-out pairs have a prompt that policies or the judge were trained on, which flatters."
-    return [said, *_judge_notes(experiment, records)] if leaked else _judge_notes(experiment, records)
+    note = f"{leaked} of {of} held-out pairs have a prompt that policies or the judge were trained on, which flatters."
+    return [*([note] if leaked else []), *_judge_notes(experiment, records)]
 
 
 def _judge_notes(experiment: Mapping[str, Any], records: Mapping[str, Record]) -> list[str]:
