@@ -120,38 +120,22 @@ def cached_reference(
     width = feature_width(unwrapped(model), layers) if layers else 0
     what = hashlib.sha256(json.dumps([path.name, FEATURES_VERSION, POOLING, list(layers)]).encode()).hexdigest()
     feature_path = path.with_name(f"features-{what[:32]}.safetensors")
-    columns: dict[str, np.ndarray] = {}
-    features: list[FeatureFile] = []
+    cached: list[tuple[dict[str, np.ndarray], FeatureFile | None]] = []
 
     def look() -> bool:
-        if path.exists() and (not layers or feature_path.exists()):
-            try:
-                held = FeatureFile.read(path, asked.rows, *_COLUMNS)
-                sides = (held.chosen, held.rejected)
-                columns.update(
-                    {name: np.array(side)[:, 0] for name, side in zip(REFERENCE_COLUMNS, sides, strict=True)}
-                )
-                if layers:
-                    features.append(FeatureFile.read(feature_path, asked.rows, width))
-                for used in (path, feature_path) if layers else (path,):
-                    with suppress(OSError):  # a cache that cannot be written
-                        os.utime(used)
-                _verify(asked, columns, path)
-            except StorageError as error:
-                columns.clear()
-                say(f"{error}; the reference is computed again")
-        return bool(columns)
+        if (found := _from_cache(path, feature_path if layers else None, asked, width)) is not None:
+            cached.append(found)
+        return bool(cached)
 
     if on_main_process(look):  # on the leading process: the others may not see its disk
-        return Reference(_everywhere(columns, asked.rows, accelerator), digest, next(iter(features), None))
-    features.clear()
+        columns, features = cached[0] if cached else ({}, None)
+        return Reference(_everywhere(columns, asked.rows, accelerator), digest, features)
     leads = accelerator.is_main_process
     with storage_errors(path.parent):
         writer = FeatureWriter(feature_path, asked.rows, width) if layers and leads else None
         with writer or nullcontext():
             columns = _compute(asked, description, layers, width, writer)
-    if writer is not None:
-        features.append(FeatureFile.read(feature_path, asked.rows, width))
+    features = None if writer is None else FeatureFile.read(feature_path, asked.rows, width)
     named = "pair_id" in dataset.column_names
     refuse_not_finite(columns, dataset["pair_id"] if named else [f"in row {row}" for row in range(asked.rows)])
     if leads:
@@ -163,7 +147,33 @@ def cached_reference(
                     f"{path.parent} keeps at most {cache_limit() / 1e9:g} GB (MADPO_CACHE_GB): {gone} files that were "
                     "used longest ago are removed."
                 )
-    return Reference(columns, digest, next(iter(features), None))
+    return Reference(columns, digest, features)
+
+
+def _from_cache(
+    path: Path, feature_path: Path | None, asked: _Pass, width: int
+) -> tuple[dict[str, np.ndarray], FeatureFile | None] | None:
+    """Columns and features of the cache's files; None where one is missing, damaged, or not what the model gives now.
+
+    Args:
+        feature_path: None where no features are asked for.
+    """
+    paths = [used for used in (path, feature_path) if used is not None]
+    if not all(used.exists() for used in paths):
+        return None
+    try:
+        stored = FeatureFile.read(path, asked.rows, *_COLUMNS)
+        sides = zip(REFERENCE_COLUMNS, (stored.chosen, stored.rejected), strict=True)
+        columns = {name: np.array(side)[:, 0] for name, side in sides}
+        features = None if feature_path is None else FeatureFile.read(feature_path, asked.rows, width)
+        for used in paths:
+            with suppress(OSError):  # a cache that cannot be written
+                os.utime(used)
+        _verify(asked, columns, path)
+    except StorageError as error:
+        say(f"{error}; the reference is computed again")
+        return None
+    return columns, features
 
 
 def refuse_not_finite(
