@@ -227,12 +227,9 @@ def _sentence(
     else:
         message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
         # What a validator of the program says of a table names the field itself.
-        given = (
-            ""
-            if isinstance(first["input"], dict) and kind == "value_error"
-            else f" = {shortened(repr(first['input']), 80)}"
-        )
-        text = f"{key}{given}: {message}" if key and not message.startswith(f"{key}.") else message
+        of_table = isinstance(first["input"], dict) and kind == "value_error"
+        named = key if of_table else f"{key} = {shortened(repr(first['input']), 80)}"
+        text = f"{named}: {message}" if key and not message.startswith(f"{key}.") else message
         if kind == "literal_error":
             text += did_you_mean(str(first["input"]), re.findall(r"'([^']*)'", ctx["expected"]))
     if any(key == given or key.startswith(f"{given}.") for given in overridden):

@@ -47,9 +47,9 @@ def locked(root: Path) -> Iterator[None]:
         StorageError: another run holds it, with its process id and host.
     """
     root.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         try:
-            held.enter_context(_system_lock(root))
+            stack.enter_context(_system_lock(root))
         except _NoFlock as error:
             if (device := root.stat().st_dev) not in _said:
                 _said.add(device)
@@ -57,7 +57,7 @@ def locked(root: Path) -> Iterator[None]:
                     f"{root}: its file system has no file locks ({error}); the file {OWNER} marks the folder as in use "
                     "instead, and stays there when a run is killed on another machine."
                 )
-            held.enter_context(_owner_file(root))
+            stack.enter_context(_owner_file(root))
         yield
 
 

@@ -149,9 +149,9 @@ class _Study:
             self._found[side] = choose(method, tier, rows) if tier else None
         return self._found[side]
 
-    def answer(self, asked: str, *, bound: float, required: bool) -> Comparison:
+    def answer(self, difference_text: str, *, bound: float, required: bool) -> Comparison:
         """A difference of the table."""
-        sides = re.split(r" [-+] ", asked)
+        sides = re.split(r" [-+] ", difference_text)
         return difference(_words(sides), [self.find(side) for side in sides], bound=bound, required=required)
 
     def every_setting(self) -> list[Comparison]:

@@ -74,19 +74,21 @@ def equal_kl(
     return least_difference(found) if found else Comparison(what, missing=needs, **how)
 
 
-def _above_curve(asked: Comparison, tier: Tier, choice: Choice, own: Sequence[Row], curve: Sequence[Row]) -> Comparison:
+def _above_curve(
+    comparison: Comparison, tier: Tier, choice: Choice, own: Sequence[Row], curve: Sequence[Row]
+) -> Comparison:
     """The answer for one curve of the base."""
-    keys, base = {row.key for row in own}, asked.against
+    keys, base = {row.key for row in own}, comparison.against
     both = _curves(tier, own, curve, (choice.name, base), tier.reporting if choice.chosen else None)
     if not both.spans:
-        return replace(asked, missing=both.missing)
+        return replace(comparison, missing=both.missing)
     per_seed = both.per_seed()
     over_prompts = bootstrap_statistic(both.values, lambda means: both.above(means).mean(axis=1), seed=BOOTSTRAP_SEED)
     others = [found for key, found in _each_above(tier, base).items() if key not in keys]
     wide = per_seed.keys() if len(per_seed) > 1 else {*per_seed}.union(*others)
     alike = [[found[seed] for seed in sorted(wide)] for found in others if found.keys() >= wide]
     value = over_repetitions(over_prompts, [*per_seed.values()], alike)
-    return replace(asked, value=value, per_seed=per_seed, seeds=len(per_seed), left_out=both.out)
+    return replace(comparison, value=value, per_seed=per_seed, seeds=len(per_seed), left_out=both.out)
 
 
 @cached_on_tier

@@ -114,13 +114,13 @@ def run_step(
     """
     out = expanded(out)
     there = out.exists()
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         with storage_errors(out):
-            processes.on_main_process(lambda: held.enter_context(locked(out)))
+            processes.on_main_process(lambda: stack.enter_context(locked(out)))
         try:
             return make(job(step, out, out, memory)._replace(out=out, protected=tuple(protected)), overwrite=overwrite)
         finally:
-            held.close()
+            stack.close()
             if processes.is_main_process() and not there:
                 with contextlib.suppress(OSError):  # something is in it, a result or a checkpoint
                     out.rmdir()

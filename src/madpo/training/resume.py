@@ -74,12 +74,12 @@ class ExactResume(SavesCheckpoints):
             MemoryShortage: the memory is used up; the checkpoints stay.
         """
         root = Path(self.args.output_dir)
-        with storage_errors(root), memory_errors(self.memory_remedy), contextlib.ExitStack() as held:
+        with storage_errors(root), memory_errors(self.memory_remedy), contextlib.ExitStack() as stack:
             if self.args.should_save and self._saves:
-                held.enter_context(locked(root))
+                stack.enter_context(locked(root))
             self._refuse_pickle(self._saves or bool(resume_from_checkpoint))
             self._point, self._random_due, self._seconds_before = None, False, 0.0
-            held.callback(setattr, self, "_point", None)
+            stack.callback(setattr, self, "_point", None)
             where = self._where(resume_from_checkpoint)
             if self._point is not None:
                 self._prepare_resume(self._point.tensors(disk.EXTRA))
@@ -87,7 +87,7 @@ class ExactResume(SavesCheckpoints):
                 self._identity_now = training_identity(self)
             totals = _Totals(self)
             self.add_callback(totals)
-            held.callback(self.remove_callback, totals)
+            stack.callback(self.remove_callback, totals)
             result = super().train(resume_from_checkpoint=where, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
             if not self.sharded:
                 self.require_finite_weights()
