@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
 
 from madpo.commands.from_settings import Configurable
 from madpo.core.config import part
@@ -12,6 +13,9 @@ from madpo.core.libraries import loading_libraries
 from madpo.core.options import Cli
 from madpo.core.progress import say, show
 from madpo.operations.settings import ChatSettings
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 class Chat(Configurable, ChatSettings):
@@ -51,13 +55,7 @@ def chat(options: Chat) -> int:
             else "There is no chat template: texts are continued"
         )
         say(f"{memory}; /new forgets, /quit or Ctrl-D ends.")
-    while True:
-        if interactive:
-            console.print("> ", end="")
-        line = sys.stdin.readline()
-        words = line.strip()
-        if not line or words == "/quit":
-            return 0
+    for words in _lines(console if interactive else None):
         if words == "/new":
             conversation.forget()
         elif words.startswith("/"):
@@ -67,3 +65,15 @@ def chat(options: Chat) -> int:
                 conversation.show(words, console)
             except DataError as error:  # the template's, of these words only
                 show(f"{error}")
+    return 0
+
+
+def _lines(console: Console | None) -> Iterator[str]:
+    """The lines of standard input up to its end or /quit; a console shows a prompt before each."""
+    while True:
+        if console is not None:
+            console.print("> ", end="")
+        line = sys.stdin.readline()
+        if not line or line.strip() == "/quit":
+            return
+        yield line.strip()

@@ -214,9 +214,7 @@ def inspect(
     warnings += _doubts(h, temperature, fitted=fitted, learned=learned)
     if trained_on:
         warnings.append("the reward model was trained on these pairs: all of this flatters it")
-    order = np.argsort(h, kind="stable")[: SUSPICIOUS if learned or wrong.low > 0.5 else 0]
-    worst = order[h[order] < 0]
-    weights = np.exp(log_weight(calibrated[worst], given))
+    most = SUSPICIOUS if learned or wrong.low > 0.5 else 0
     shown = [*PAPER_SETTINGS, *([(given.tau, given.c_max)] if recommended else [])]
     settings = [_setting(calibrated, *setting) for setting in shown]
     return MarginReport(
@@ -239,16 +237,31 @@ def inspect(
         c_max=given.c_max if recommended else None,
         reasons=tuple(reasons),
         warnings=tuple(warnings),
-        suspects=tuple(
-            Suspect(
-                pair_id=ids[i],
-                reward_margin=float(h[i]),
-                probability=float(np.exp(-np.logaddexp(0, -calibrated[i]))),
-                weight=float(weight),
-                **(texts or {}).get(int(i), {}),
-            )
-            for i, weight in zip(worst, weights, strict=True)
-        ),
+        suspects=_suspects(h, calibrated, ids, given, texts or {}, most),
+    )
+
+
+def _suspects(
+    h: NDArray[np.float64],
+    calibrated: NDArray[np.float64],
+    ids: Sequence[int],
+    parameters: WeightParameters,
+    texts: Mapping[int, Mapping[str, str]],
+    most: int,
+) -> tuple[Suspect, ...]:
+    """The pairs with the most negative margins, at most so many."""
+    order = np.argsort(h, kind="stable")[:most]
+    worst = order[h[order] < 0]
+    weights = np.exp(log_weight(calibrated[worst], parameters))
+    return tuple(
+        Suspect(
+            pair_id=ids[i],
+            reward_margin=float(h[i]),
+            probability=float(np.exp(-np.logaddexp(0, -calibrated[i]))),
+            weight=float(weight),
+            **texts.get(int(i), {}),
+        )
+        for i, weight in zip(worst, weights, strict=True)
     )
 
 
