@@ -166,5 +166,5 @@ def test_an_added_field_enters_an_identity_only_where_it_differs_from_its_defaul
     }
     assert identity_settings(Outer(fold=1))["fold"] == 1
     assert config.model_dump(mode="json")["fold"] == 0, "a resolved configuration shows everything"
-    with refused(ValidationError, ("later", "1")):
+    with refused(ConfigError, ("later", "1")):
         Inner(later=0)

@@ -360,8 +360,15 @@ def test_bad_parameters_are_refused_with_value_and_range(kind: str, field: str, 
         LossAdapter.validate_python({"kind": "nothing", field: value})
 
 
+def test_a_loss_that_is_made_in_python_names_its_mistakes() -> None:
+    with refused(ConfigError, "MADPO", "'c'", "'c_max'"):
+        MADPO(c=4)  # type: ignore[call-arg]
+    with refused(ConfigError, "MADPO", ("beta", "-1")):
+        MADPO(beta=-1)
+
+
 def test_simpo_takes_gamma_or_the_ratio() -> None:
-    with refused(ValidationError, "gamma", "1.0", "gamma_beta_ratio", "0.5"):
+    with refused(ConfigError, "gamma", "1.0", "gamma_beta_ratio", "0.5"):
         SimPO(gamma=1.0, gamma_beta_ratio=0.5)
     inputs = batch(*CASES)
     assert torch.equal(SimPO(beta=4, gamma=2.0)(inputs).per_pair, SimPO(beta=4, gamma_beta_ratio=0.5)(inputs).per_pair)
@@ -430,9 +437,9 @@ def test_custom_loss_from_a_module_and_its_errors(tmp_path: Path) -> None:
         (f"{tmp_path}/mine.py:other", f"{tmp_path}/mine.py:other"),
         ("madpo.losses.direct:Nothing", "madpo.losses.direct:Nothing"),
     ]:
-        with refused(ValidationError, named):
+        with refused(ConfigError, named):
             Custom(target=target)
-    with refused(ValidationError, "flip_rate", "0.5"):
+    with refused(ConfigError, "flip_rate", "0.5"):
         Custom(target="madpo.losses:RDPO", parameters={"flip_rate": 0.7})
 
 

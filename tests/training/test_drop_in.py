@@ -1,5 +1,6 @@
 """The trainer where scripts for TRL's DPOTrainer expect it: arguments, columns, collators, metrics, cards, refusals."""
 
+import copy
 import inspect
 import math
 
@@ -7,7 +8,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from transformers import (
@@ -17,6 +18,8 @@ from transformers import (
     BartConfig,
     BartForCausalLM,
     BartForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
 )
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -56,13 +59,18 @@ def lora():
 
 def build(folder, out, data=None, *, stock=False, model=None, **more):
     config = DPOConfig if stock else PreferenceConfig
-    own = {name: more.pop(name) for name in ("loss", "data_collator", "callbacks", "eval_dataset") if name in more}
+    adapter = more.pop("peft_config", None if model is not None else lora())
+    own = {
+        name: more.pop(name)
+        for name in ("loss", "data_collator", "callbacks", "eval_dataset", "ref_model")
+        if name in more
+    }
     return (IdsAsGiven if stock else PreferenceTrainer)(
         load(folder) if model is None else model,
         args=config(output_dir=str(out), **{**PLAIN, **more}),
         train_dataset=pairs() if data is None else data,
         processing_class=load_tokenizer(folder),
-        peft_config=lora() if model is None else None,
+        peft_config=adapter,
         **own,
     )
 
@@ -154,6 +162,53 @@ def test_a_bad_number_names_its_pairs_by_text(llama, tmp_path):
     )
     with refused(DataError, "[a]"):
         build(llama, tmp_path, data).train()
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "pandas", "arrow", "hidden", "stream"])
+def test_the_format_of_a_data_set_changes_nothing(llama, tmp_path, kind):
+    """Padded to 8, as tensors: prompt and completion of equal lengths were added number by number."""
+    data = equal_lengths(8).add_column("reward_margin", [1.0, -0.5] * 4)
+    settings = {"loss": MADPO(tau=2, c_max=4), "pad_to_multiple_of": 8, "train_sampling_strategy": "sequential"}
+    expected = losses(build(llama, tmp_path, data, **settings))
+    shown = data.with_format("torch" if kind in ("hidden", "stream") else kind)
+    if kind == "hidden":
+        shown = data.with_format("torch", columns=["prompt_ids", "chosen_ids", "rejected_ids"])
+    if kind == "stream":
+        shown = data.to_iterable_dataset().with_format("torch")
+    assert losses(build(llama, tmp_path, shown, **settings)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_what_is_no_data_set_is_refused(llama, tmp_path):
+    rows, empty = [{"prompt": "a", "chosen": "b", "rejected": "c"}], IterableDataset.from_generator(lambda: iter([]))
+    given = (rows, "list"), (DatasetDict(train=pairs()), "train"), (pairs().select([]), "no rows"), (empty, "no rows")
+    for data, named in given:
+        with refused(DataError, "train_dataset", named):
+            build(llama, tmp_path, data)
+    with refused(DataError, "eval_dataset", "list", "from_list"):
+        build(llama, tmp_path, eval_dataset=rows)
+    with refused(DataError, "held", "no rows"):
+        build(llama, tmp_path, eval_dataset={"held": pairs().select([])})
+
+
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+def test_rows_are_grouped_by_the_tokens_of_their_longer_side(llama, tmp_path, strategy):
+    longest = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in pairs()]
+    found = []
+    for data in (pairs(), pairs().add_column("length", longest), pairs().add_column("length", longest[::-1])):
+        trainer = build(llama, tmp_path, data, train_sampling_strategy=strategy, eval_dataset=pairs(8, seed=1))
+        found.append(losses(trainer))
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(losses_mean(trainer), abs=1e-5)
+    assert found[0] == found[1]
+    assert found[0] != found[2]
+
+
+def losses_mean(trainer):
+    """Of the held-out pairs by the policy as it is, pair by pair."""
+    trainer.model.eval()
+    with torch.no_grad():
+        every = [trainer.compute_loss(trainer.model, trainer.data_collator([row])) for row in trainer.eval_dataset]
+    trainer._metrics["eval"].clear()
+    return float(torch.stack(every).mean())
 
 
 # ---- Collators ----
@@ -249,6 +304,13 @@ def test_a_model_without_an_output_head_is_refused(llama, tmp_path, kind):
 def test_half_precision_that_a_processor_does_not_have_is_refused(llama, tmp_path):
     with refused(ConfigError, "fp16=True", "bf16=True"):
         build(llama, tmp_path, fp16=True)
+
+
+@pytest.mark.parametrize("name", ["activation_offloading", "offload"])
+def test_offloading_activations_from_a_processor_is_refused(llama, tmp_path, name):
+    kwargs = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"offload": True}}
+    with refused(ConfigError, name, "processor"):
+        build(llama, tmp_path, **(kwargs if name == "offload" else {name: True}))
 
 
 SAID = [{"role": "user", "content": "hi"}]
@@ -406,6 +468,73 @@ def test_a_stream_computes_its_reference_as_it_goes(llama, tmp_path, make):
     assert own[0] == pytest.approx(expected[0], rel=1e-6)
     found = trainers[1].evaluate(pairs(8, seed=1).to_iterable_dataset())
     assert found["eval_loss"] == pytest.approx(trainers[1].evaluate(pairs(8, seed=1))["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("make", [build, full])
+def test_a_stream_next_to_rows_has_the_reference_of_the_rows(llama, tmp_path, make):
+    """The copy of a model that had scored rows answered with logits."""
+    held = pairs(8, seed=1)
+    trainer = make(llama, tmp_path, eval_dataset={"rows": held, "stream": held.to_iterable_dataset()})
+    trainer.train()
+    found = trainer.evaluate()
+    assert found["eval_stream_loss"] == pytest.approx(found["eval_rows_loss"], rel=1e-5)
+
+
+# ---- References that would move ----
+
+
+def next_to_adapter(folder, part):
+    """A model whose training moves more than an adapter."""
+    model = get_peft_model(load(folder), lora())
+    for name, parameter in model.named_parameters():
+        if part in name:
+            parameter.requires_grad_(True)
+    return model
+
+
+@pytest.mark.parametrize("part", ["norm", "embed_tokens"])
+def test_weights_next_to_an_adapter_move_no_reference(llama, tmp_path, part):
+    """Without its adapter such a model is no reference: streams and late sets were compared with trained weights."""
+    settings = {"max_steps": 4, "train_sampling_strategy": "sequential"}
+    held = pairs(8, seed=1)
+    rows = build(llama, tmp_path, model=next_to_adapter(llama, part), eval_dataset=held, **settings)
+    stream = build(llama, tmp_path, pairs().to_iterable_dataset(), model=next_to_adapter(llama, part), **settings)
+    assert losses(stream) == pytest.approx(losses(rows), rel=1e-5)
+    assert stream.evaluate(held)["eval_loss"] == pytest.approx(rows.evaluate()["eval_loss"], rel=1e-5)
+    with refused(DataError, "ref_chosen_logps", "adapter", "ref_model"):
+        rows.evaluate(pairs(8, seed=1))
+
+
+def gpt2():
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=16, n_layer=1, n_head=2, n_positions=64))
+
+
+def test_a_bias_that_an_adapter_trains_moves_no_reference(llama, tmp_path):
+    """PEFT leaves it in place when it switches the adapter off."""
+    config = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, bias="all", task_type="CAUSAL_LM")
+    settings = {"peft_config": config, "max_steps": 4, "train_sampling_strategy": "sequential"}
+    expected, found = (
+        losses(build(llama, tmp_path, data, model=gpt2(), **settings))
+        for data in (pairs(), pairs().to_iterable_dataset())
+    )
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_reference_that_shares_what_is_trained_is_refused(llama, tmp_path):
+    base, model, same = load(llama), load(llama), load(llama)
+    adapted = get_peft_model(base, lora())
+    same.load_state_dict(model.state_dict(), assign=True)
+    for policy, reference, name in (
+        (adapted, base, "lora_A"),
+        (model, copy.copy(model), "embed_tokens"),
+        (model, same, "embed_tokens"),
+    ):
+        with refused(ConfigError, "ref_model") as caught:
+            build(llama, tmp_path, model=policy, ref_model=reference)
+        assert name in str(caught.value)
+    frozen = get_peft_model(same, lora())
+    assert losses(build(llama, tmp_path, model=frozen, ref_model=model))
 
 
 @pytest.mark.parametrize("name", ["image", "images"])

@@ -176,3 +176,10 @@ def test_a_stage_is_not_continued_otherwise(llama, tmp_path):
     stage.stage_settings = {}
     with refused(DataError, "checkpoint-3"):
         stage.train(resume_from_checkpoint=True)
+
+
+def test_workers_do_not_persist(llama, tmp_path, capsys):
+    """Persistent ones draw a random number less per epoch, but not in the epoch after a resume: dropout differed."""
+    trainer = build(llama, tmp_path, dataloader_num_workers=1, dataloader_persistent_workers=True)
+    assert not trainer.get_train_dataloader().persistent_workers
+    assert "dataloader_persistent_workers" in capsys.readouterr().err

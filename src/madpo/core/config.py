@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic._internal._model_construction import ModelMetaclass
 
 from madpo.core.errors import ConfigError, shortened
 from madpo.core.suggestions import did_you_mean
@@ -24,7 +25,17 @@ FOLDERS = "folders"
 _ADDED = "added"
 
 
-class Frozen(BaseModel):
+class _SaysIt(ModelMetaclass):
+    """A mistake in a configuration that is made in Python is our sentence, as one in a file is."""
+
+    def __call__(cls, *args: Any, **fields: Any) -> Any:
+        try:
+            return super().__call__(*args, **fields)
+        except ValidationError as error:
+            raise ConfigError(_sentence(error, fields, cls, cls.__name__, ())) from None  # type: ignore[arg-type]
+
+
+class Frozen(BaseModel, metaclass=_SaysIt):
     """Base of every configuration: immutable, no unknown keys, no NaN or infinity.
 
     A field with ``Field(exclude=True)`` says how a step runs and not what it computes (a batch size at
@@ -208,6 +219,8 @@ def _sentence(
     first, *others = error.errors(include_url=False)
     kind, loc, ctx = first["type"], first["loc"], first.get("ctx", {})
     key = _dotted(loc, data, missing=kind == "missing")
+    if not key and kind != "value_error":  # of a table that a validator reads by itself
+        key = ".".join(map(str, loc))
     if kind == "extra_forbidden":
         known = _known_fields(loc, model)
         hint = did_you_mean(str(loc[-1]), known) or f"; known are {', '.join(known)}"

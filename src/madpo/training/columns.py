@@ -22,6 +22,9 @@ from madpo.models.vocabulary import refuse_unknown
 from madpo.training.refusals import refuse_images
 
 HOST_ROWS = "host_rows"
+BY_LENGTH = ("group_by_length", "batch_rebalance")
+"""Values of ``train_sampling_strategy`` that need the lengths of rows."""
+_TRAIN = "train_dataset"
 
 
 @dataclass
@@ -126,9 +129,17 @@ def check_columns(dataset: Any, name: str, needs: Iterable[str], *, probed: bool
     Raises:
         DataError: naming the column and the remedy.
     """
-    for part, rows in dataset.items() if isinstance(dataset, dict) else ((name, dataset),):
-        if not isinstance(rows, Dataset | IterableDataset):
+    for part, rows in dataset.items() if isinstance(dataset, dict) and name != _TRAIN else ((name, dataset),):
+        if rows is None and name != _TRAIN:
             continue
+        if not isinstance(rows, Dataset | IterableDataset):
+            parts = f"take one of its parts: {', '.join(map(str, rows))}" if isinstance(rows, dict) else ""
+            raise DataError(
+                f"{part} is of the type {type(rows).__name__}, but must be a Dataset or IterableDataset of the library "
+                f"datasets; {parts or 'make one of a list of rows with Dataset.from_list(rows)'}"
+            )
+        if next(iter(rows), None) is None:
+            raise DataError(f"{part} has no rows; give at least one pair")
         columns = get_dataset_column_names(rows)
         refuse_images(columns, part)
         if isinstance(rows, Dataset) and not set(ID_COLUMNS) <= set(columns):
@@ -176,6 +187,27 @@ def _check_texts(dataset: Dataset, name: str) -> None:
             f"{name}: {', '.join(texts)} hold text and {', '.join(others)} messages; write all of them as one or the "
             "other, such as [{'role': 'user', 'content': text}]"
         )
+
+
+def with_plain_rows(dataset: Any) -> Any:
+    """A data set whose rows are Python's lists and numbers, with all columns.
+
+    Collators add lists. Of tensors or arrays (``set_format("torch")``) they would add the token ids.
+    """
+    if not isinstance(dataset, Dataset):
+        return dataset.with_format(None)
+    kind, shown = dataset.format["type"], dataset.format["columns"]
+    plain = kind is None and set(shown) == set(dataset.column_names)
+    return dataset if plain or kind == "custom" else dataset.with_format(None)
+
+
+def with_lengths(dataset: Dataset, column: str) -> Dataset:
+    """With the tokens of each pair's longer side, by which transformers groups rows of similar lengths."""
+    if column in dataset.column_names:
+        return dataset
+    table = dataset.select_columns(list(ID_COLUMNS)).with_format("arrow")[:]
+    prompt, chosen, rejected = (pc.list_value_length(table[name]) for name in ID_COLUMNS)
+    return dataset.add_column(column, pc.add(prompt, pc.max_element_wise(chosen, rejected)).to_pylist())
 
 
 def weights_are_used(dataset: Any, needs: Iterable[str], option: bool | None) -> bool:

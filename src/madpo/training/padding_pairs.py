@@ -39,13 +39,20 @@ def marked(batch: dict[str, Any], accelerator: Any, *, drop_last: bool) -> dict[
     return {**batch, REPEATED: position >= real}
 
 
-def refuse_uneven(accelerator: Any, *, even_batches: bool, drop_last: bool) -> None:
+def refuse_uneven(accelerator: Any, args: Any, *, even_batches: bool) -> None:
     """Refuse batches of different sizes: processes that gather over a batch would wait for each other forever.
 
     Raises:
-        ConfigError: ``even_batches`` is off on several processes.
+        ConfigError: ``even_batches`` is off on several processes, or batches are balanced by their tokens.
     """
-    if accelerator.num_processes > 1 and not even_batches and not drop_last:
+    if accelerator.num_processes == 1:
+        return
+    if args.train_sampling_strategy == "batch_rebalance":
+        raise ConfigError(
+            "train_sampling_strategy='batch_rebalance' gives processes batches of different sizes; use "
+            "'group_by_length' with several processes"
+        )
+    if not even_batches and not args.dataloader_drop_last:
         raise ConfigError(
             "accelerator_config.even_batches is off, so the processes' last batches differ in size; leave it on "
             "(repeated pairs are not counted), or set dataloader_drop_last"

@@ -32,7 +32,14 @@ from madpo.models.engine.logprobs import install_completion_head, unwrapped
 from madpo.models.loading import loading
 from madpo.models.untrusted import check_model
 from madpo.models.weights import NamedArchitecture
-from madpo.training.columns import check_columns, lacks_margin, weights_are_used
+from madpo.training.columns import (
+    BY_LENGTH,
+    check_columns,
+    lacks_margin,
+    weights_are_used,
+    with_lengths,
+    with_plain_rows,
+)
 from madpo.training.config import PreferenceConfig
 from madpo.training.metrics import Movement
 from madpo.training.nan_guard import drop_unscored
@@ -145,7 +152,7 @@ class PreferenceTrainer(PairLoss, DPOTrainer):  # type: ignore[misc]
             )
             self.aux_loss_enabled = False
         even = getattr(args.accelerator_config, "even_batches", True)
-        refuse_uneven(self.accelerator, even_batches=even, drop_last=args.dataloader_drop_last)
+        refuse_uneven(self.accelerator, args, even_batches=even)
         announce(self.model)
         self.movement = Movement(self)
         self.add_callback(self.movement)
@@ -173,6 +180,7 @@ class PreferenceTrainer(PairLoss, DPOTrainer):  # type: ignore[misc]
             card.save(path)
 
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: Any, dataset_name: str) -> Dataset:
+        dataset = with_plain_rows(dataset)
         if not set(ID_COLUMNS) <= set(get_dataset_column_names(dataset)):
             with rendering(dataset, processing_class, args, dataset_name) as (findings, tokenizer):
                 # TRL would leave out long prompts without a word; of a data set, `drop_unscored` counts them.
@@ -183,7 +191,16 @@ class PreferenceTrainer(PairLoss, DPOTrainer):  # type: ignore[misc]
         return drop_unscored(dataset, args, dataset_name)
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = [*ID_COLUMNS, *REFERENCE_COLUMNS, *PAIR_COLUMNS, "pair_id"]
+        self._signature_columns = [*ID_COLUMNS, *REFERENCE_COLUMNS, *PAIR_COLUMNS, "pair_id", *self._by_length]
+
+    @property
+    def _by_length(self) -> list[str]:
+        """The column by which transformers groups rows of similar lengths, where it is asked to."""
+        return [self.args.length_column_name] if self.args.train_sampling_strategy in BY_LENGTH else []
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        kept = super()._remove_unused_columns(dataset, description)
+        return with_lengths(kept, *self._by_length) if self._by_length and isinstance(kept, Dataset) else kept
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

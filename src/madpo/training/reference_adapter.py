@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from madpo.core.errors import ConfigError, first_line
+from madpo.models.engine.dependence import sharded, without_numbers
 from madpo.training.digests import active_adapters
 
 COPY = "ref"
@@ -86,3 +87,30 @@ def frozen_stay(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in frozen if trains else ():
             parameter.requires_grad_(False)
+
+
+def switches_off(model: nn.Module) -> bool:
+    """Whether a model without its adapter is the one before the training: nothing else of it is trained.
+
+    With ``bias="all"``, or where norms or embeddings train next to an adapter, weights move that stay.
+    """
+    adapters = getattr(model, "peft_config", None) or {}
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return bool(adapters) and all(adapters.keys() & set(name.split(".")) for name in trained)
+
+
+def refuse_shared(model: nn.Module, ref_model: nn.Module) -> None:
+    """Refuse a reference that the training would change: it has weights of the model that are trained.
+
+    Raises:
+        ConfigError: naming one of them.
+    """
+    if sharded(model) or without_numbers(model):  # which have no place in memory
+        return
+    held = {parameter.data_ptr() for parameter in ref_model.parameters() if parameter.numel()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.data_ptr() in held:
+            raise ConfigError(
+                f"ref_model has the model's own weight {name}, which is trained, so the reference would follow the "
+                "policy; load it once more or give a copy, made by copy.deepcopy before an adapter is added"
+            )

@@ -32,7 +32,7 @@ from madpo.rewards.probe import FittedProbe, fit_probe
 from madpo.training.columns import PreferenceCollator, check_tokens
 from madpo.training.digests import reference_digest
 from madpo.training.reference import batch_logps, cached_reference
-from madpo.training.reference_adapter import COPY, frozen_stay
+from madpo.training.reference_adapter import COPY, frozen_stay, refuse_shared, switches_off
 from madpo.training.resume import ExactResume
 
 
@@ -127,7 +127,7 @@ class ReferenceColumns(ExactResume):
             )
 
     def _keep_reference(self, name: str) -> None:
-        """Keep the reference for as long as the trainer: a copy of the model where all of it is trained."""
+        """Keep the reference for as long as the trainer: a copy of the model where more than an adapter is trained."""
         if self._live is not None:
             return
         if self.sharded:
@@ -136,9 +136,11 @@ class ReferenceColumns(ExactResume):
                 f"model; add {' and '.join(REFERENCE_COLUMNS)}, load it without streaming, or leave out sync_ref_model"
             )
         with self._reference(name) as model:
-            if self.ref_model is None and getattr(model, "peft_config", None) is None:
+            if self.ref_model is None and not switches_off(model):
                 self.ref_model = copy.deepcopy(model).requires_grad_(False)
-                vars(self.ref_model).pop("forward", None)  # TRL's own, which reads the model that it was made for
+                inner = unwrapped(self.ref_model)
+                vars(inner).pop("forward", None)  # TRL's own, which reads the model that it was made for
+                vars(inner).pop("_madpo_completion_head", None)
             self._live = reference_digest(model)
 
     def _with_reference(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -172,20 +174,22 @@ class ReferenceColumns(ExactResume):
     def _reference(self, name: str) -> Iterator[nn.Module]:
         """The reference: the model as passed, without the adapter that is about to be trained."""
         inner = self.accelerator.unwrap_model(self.model)
+        adapted = getattr(inner, "peft_config", None) is not None
         if self.ref_model is not None:
+            refuse_shared(inner, self.ref_model)
             yield self.ref_model
         elif self._reference_dropped:
             raise DataError(
                 f"{name} lacks {' and '.join(REFERENCE_COLUMNS)}, and ref_model is not kept where DeepSpeed or FSDP "
                 "splits it; add these columns, or give the data as eval_dataset when the trainer is made"
             )
-        elif getattr(inner, "peft_config", None) is None:
-            if self.state.global_step > 0:
-                raise DataError(
-                    f"{name} lacks {' and '.join(REFERENCE_COLUMNS)}, and their reference, the model before its "
-                    "training, is gone; add these columns, or make the trainer with ref_model or with the data as "
-                    "eval_dataset"
-                )
+        elif self.state.global_step > 0 and not switches_off(inner):
+            more = " (weights next to the adapter have trained)" if adapted else ""
+            raise DataError(
+                f"{name} lacks {' and '.join(REFERENCE_COLUMNS)}, and their reference, the model before its training, "
+                f"is gone{more}; add these columns, or make the trainer with ref_model or with the data as eval_dataset"
+            )
+        elif not adapted:
             yield self.model
         else:  # TRL keeps a frozen copy, "ref", of an adapter that the model came with
             with frozen_stay(inner), use_adapter(inner, adapter_name=COPY if COPY in inner.peft_config else None):

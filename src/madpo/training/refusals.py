@@ -51,8 +51,16 @@ def refuse_options(args: DPOConfig, *, loss_given: bool) -> None:
             f"router_aux_loss_coef={args.router_aux_loss_coef!r} has no effect here, since the load-balancing loss of "
             "a mixture of experts is not computed; remove it or set it to 0"
         )
-    if args.fp16 and args.device.type == "cpu":
-        raise ConfigError("fp16=True has no effect on a processor, which then computes in float32; use bf16=True")
+    if args.device.type == "cpu":
+        if args.fp16:
+            raise ConfigError("fp16=True has no effect on a processor, which then computes in float32; use bf16=True")
+        kwargs = args.activation_checkpointing_kwargs
+        if args.activation_offloading or (isinstance(kwargs, dict) and kwargs.get("offload")):
+            raise ConfigError(
+                f"{'activation_offloading=True' if args.activation_offloading else 'offload=True'} moves activations "
+                "from an accelerator to the host, and this training is on a processor; remove it, or recompute "
+                "activations with activation_checkpointing=True"
+            )
     for option in dataclasses.fields(args):
         remedy = (_MISSING | (_REPLACED if loss_given else {})).get(option.name)
         default = option.default if option.default_factory is dataclasses.MISSING else option.default_factory()

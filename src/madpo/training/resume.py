@@ -49,6 +49,10 @@ class ExactResume(SavesCheckpoints):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, TrainingArguments)]
         folder = Path(given[0].output_dir if given else ".")
+        for each in given:
+            if each.dataloader_persistent_workers:
+                say("dataloader_persistent_workers is left out: a resumed run would draw other random numbers.")
+                each.dataloader_persistent_workers = False
         with storage_errors(folder), memory_errors(self.memory_remedy), adapting():
             super().__init__(*args, **kwargs)
         for adapter in (getattr(self.model, "peft_config", None) or {}).values():
