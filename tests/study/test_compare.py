@@ -15,6 +15,7 @@ from claim_cases import N, madpo, row, tier_of
 from madpo.core.config import load_config
 from madpo.core.errors import ConfigError, DataError
 from madpo.data.rows import Pair
+from madpo.operations import ScoreSettings, score
 from madpo.operations.own_pairs import OwnPairsStage, read_own_pairs
 from madpo.operations.pair_scorer import load_scorer
 from madpo.report.numbers import short
@@ -22,7 +23,7 @@ from madpo.report.own import own_notes, own_opening, own_verdict
 from madpo.report.results import Row, Tier, measured
 from madpo.report.sources import HELDOUT, SAMPLES, Sources
 from madpo.study.compare import CompareSettings, compare
-from madpo.study.own_graph import rows_of
+from madpo.study.own_graph import OwnPairsGraph, rows_of
 from practice_cases import conversation, read, text_pairs, write
 from refusals import names, refused
 
@@ -199,6 +200,26 @@ def test_margins_of_the_pairs_take_the_place_of_a_probe(llama, tmp_path) -> None
     assert (margins["reward_margin"] == pairs["row"]).all()
     step = next(step for step in result.graph if step.name == "policy/own/madpo/seed0")
     assert step.inputs["margins"].name == "pairs"
+
+
+def test_columns_without_an_effect_are_told(tmp_path, llama, capsys) -> None:
+    rows = [{**row, "weight": 2.0, "chosen_score": 2.0, "rejected_score": 1.0} for row in text_pairs(20)]
+    plain, scored = (write(tmp_path / f"{name}.jsonl", rows) for name in ("plain", "scored"))
+    compare(plain, tmp_path / "out", settings(llama), dry_run=True)
+    names(capsys.readouterr().err, "'weight'", "--score_columns chosen_score rejected_score")
+    compare(scored, tmp_path / "out", settings(llama, losses=["ipo"]), dry_run=True)
+    said = capsys.readouterr().err
+    names(said, "'weight'")
+    assert "score_columns" not in said, "no loss reads margins"
+
+
+def test_a_judge_that_was_trained_on_the_evaluation_data_is_told(tmp_path, llama) -> None:
+    rows = [{**row, "prompt": f"The film {i}"} for i, row in enumerate(text_pairs(30))]
+    data, held = write(tmp_path / "p.jsonl", rows[:20]), write(tmp_path / "e.jsonl", rows[20:])
+    score(held, tmp_path / "scored", ScoreSettings(probe=str(llama)))
+    judged = settings(llama, judge=str(tmp_path / "scored" / "probe"))
+    assert OwnPairsGraph(judged, str(data), str(held)).judge_saw_pairs == 10
+    assert OwnPairsGraph(judged, str(data), None).judge_saw_pairs == 0
 
 
 def test_mistakes_are_told_before_a_model_loads(tmp_path) -> None:

@@ -58,7 +58,15 @@ def refuse_missing(
     if output_dir is not None:
         refuse_foreign(expanded(output_dir))
     for reward in rewards:
-        if reward is not None and own_reward_model(reward) is None and isinstance(found := _found(reward), Path):
+        if reward is None or own_reward_model(reward) is not None:
+            continue
+        place = expanded(reward)
+        if not (place / "config.json").is_file() and (place.exists() or place.is_absolute()):
+            raise ConfigError(
+                f"{reward} is no reward model; give a folder of madpo reward, the folder probe of madpo score --probe, "
+                "or a sequence classifier with one output"
+            )
+        if isinstance(found := _found(reward), Path):
             config = read_object(found / "config.json")
             labels = config.get("id2label")
             outputs = len(labels) if isinstance(labels, dict) else config.get("num_labels", 2)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
+from madpo.core.columns import MARGIN, SCORES
 from madpo.core.errors import ConfigError
+from madpo.core.progress import say
 from madpo.core.storage import expanded
 from madpo.data.folds import prompt_key
 from madpo.data.load import PairStream
@@ -107,7 +111,8 @@ class OwnPairsGraph(_PairsGraph):
 
     def __init__(self, settings: CompareSettings, data: str, eval_data: str | None) -> None:
         size, numbers = _read(data, settings)
-        super().__init__(settings, rows_of(settings, "reward_margin" in numbers))
+        super().__init__(settings, rows_of(settings, MARGIN in numbers))
+        _tell_unused(numbers, self.rows)
         self.sft = _source(settings.model)
         for row in self.rows:
             if row.loss is not None:
@@ -124,7 +129,8 @@ class OwnPairsGraph(_PairsGraph):
         self.judge_saw_pairs = 0
         if settings.judge is not None and not probed:
             load_pair_encoder(settings.judge)
-            self.judge_saw_pairs = seen_pairs(settings.judge, PairStream(data, settings.reading)) or 0
+            streams = [PairStream(place, settings.reading) for place in (data, eval_data) if place is not None]
+            self.judge_saw_pairs = seen_pairs(settings.judge, chain.from_iterable(streams)) or 0
         self.judged_by(settings.judge, settings.split_seed)
 
 
@@ -174,6 +180,16 @@ def rows_of(settings: CompareSettings, margins: bool) -> tuple[Method, ...]:
 def _swept(row: Method, sweep: dict[str, tuple[float, ...]]) -> tuple[Method, ...]:
     """The row at every value, for the curve of its method; none where there are no values."""
     return row.model_copy(update={"group": "frontier", "sweep": sweep}).rows() if all(sweep.values()) else ()
+
+
+def _tell_unused(numbers: Mapping[str, float], rows: Sequence[Method]) -> None:
+    """Say which columns have no effect although they look as if they had one."""
+    if "weight" in numbers:
+        say("The column 'weight' is not used: all pairs count alike.")
+    read = {column for row in rows if row.margins != "column" for column in row.reads}
+    if SCORES[0] in numbers.keys() - read and MARGIN in read:
+        remedy = f"madpo score DATA --score_columns {' '.join(SCORES)}"
+        say(f"The scores of the pairs are not used: a probe gives the margins ({remedy} makes margins of the scores).")
 
 
 def _source(path_or_name: str) -> Source:
