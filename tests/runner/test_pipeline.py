@@ -140,6 +140,16 @@ def test_identity_moves_with_everything_that_bears_on_the_result(monkeypatch: py
     assert Step("a", produce, Numbers()).identity != base.identity
 
 
+@pytest.mark.parametrize("name", ["record.json", "report.html", "figures"])
+def test_a_folder_of_something_else_is_left_as_it_is(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir() if name == "figures" else (tmp_path / name).write_text("mine")
+    with refused(StorageError, name, "--output_dir"):
+        run(graph(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    (tmp_path / "run.json").write_text("{}")
+    assert run(graph(), tmp_path).ran
+
+
 def test_identity_ignores_how_and_where(tmp_path: Path) -> None:
     base = Step("a", produce, Numbers())
     same = [

@@ -60,8 +60,8 @@ def refuse_missing(
     for reward in rewards:
         if reward is None or own_reward_model(reward) is not None:
             continue
-        place = expanded(reward)
-        if not (place / "config.json").is_file() and (place.exists() or place.is_absolute()):
+        folder = expanded(reward)
+        if not (folder / "config.json").is_file() and (folder.exists() or folder.is_absolute()):
             raise ConfigError(
                 f"{reward} is no reward model; give a folder of madpo reward, the folder probe of madpo score --probe, "
                 "or a sequence classifier with one output"

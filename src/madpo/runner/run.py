@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from madpo.core.errors import ConfigError, MadpoError
+from madpo.core.errors import ConfigError, MadpoError, StorageError
 from madpo.core.locks import locked
 from madpo.core.progress import duration, say
 from madpo.core.storage import storage_errors, write_atomically
 from madpo.core.suggestions import did_you_mean
 from madpo.runner.executors import Executor, Inline
-from madpo.runner.folder import what_changed
+from madpo.runner.folder import UNFINISHED, what_changed
 from madpo.runner.record import RECORD, Record, exported_records, find_record, load_record
 from madpo.runner.step import Step, needed_by, ordered
 from madpo.runner.uploads import Upload
@@ -27,6 +27,8 @@ from madpo.runner.work import attempt, job
 
 _LESS_MEMORY = "use a smaller batch size, or run fewer steps at once (--jobs), and run the same command again"
 AGAIN = "to run again"
+_REPLACED = (RECORD, UNFINISHED, "report.html", "report.json", "results.json", "results.md", "tables", "figures")
+"""What a result of a command holds, and what the report of a run would replace."""
 
 
 class Planned(NamedTuple):
@@ -120,6 +122,7 @@ def run(
         for planned in result.plan:
             _already_done(planned, result)
         return result
+    _refuse_foreign(root)
     with storage_errors(root), locked(root):
         listing = {
             s.name: {"folder": f"{s.folder(root).relative_to(root)}", "identity": s.identity, "groups": list(s.groups)}
@@ -132,6 +135,12 @@ def run(
     # In the graph's order, whichever step happened to finish first.
     result.records = {p.step.name: result.records[p.step.name] for p in result.plan if p.step.name in result.records}
     return result
+
+
+def _refuse_foreign(root: Path) -> None:
+    """Refuse a folder that is no run's and holds what a run's report would replace (StorageError)."""
+    if not (root / "run.json").is_file() and (found := [name for name in _REPLACED if (root / name).exists()]):
+        raise StorageError(f"{root} holds {found[0]!r} and is no folder of a run; choose another --output_dir")
 
 
 def _run_all(
