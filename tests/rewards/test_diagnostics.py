@@ -282,6 +282,10 @@ def test_commands(pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     names(capsys.readouterr().out, "900 pairs")
     assert (tmp_path / "out/check.json").exists()
     assert main(["inspect", str(pairs), "--output", str(tmp_path / "p.html")]) == 0
+    assert main(["inspect", str(pairs), "--output", str(tmp_path / "p.html")]) == 0, "a page may be written again"
+    before = pairs.read_bytes()
+    assert main(["inspect", str(pairs), "--output", str(pairs)]) == 2
+    assert pairs.read_bytes() == before
     out = capsys.readouterr().out
     assert "recommended: tau = " in out
     assert "p.html" in out

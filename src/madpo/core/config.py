@@ -9,9 +9,10 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic._internal._model_construction import ModelMetaclass
 
 from madpo.core.errors import ConfigError, shortened
@@ -46,6 +47,23 @@ class Frozen(BaseModel, metaclass=_SaysIt):
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True, use_attribute_docstrings=True
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_flag_is_a_number(cls, data: Any) -> Any:
+        given = data.items() if isinstance(data, dict) else ()
+        for name in (name for name, value in given if isinstance(value, bool) and name in cls.model_fields):
+            kinds = _kinds(cls.model_fields[name].annotation)
+            if bool not in kinds and kinds & {int, float}:  # pydantic would read true as 1
+                raise ValueError(f"{name} = {data[name]}: must be a number")
+        return data
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types of a union, without notes."""
+    inner = [each for each in get_args(annotation) if get_origin(annotation) in (Union, UnionType)]
+    plain = get_args(annotation)[:1] if get_origin(annotation) is Annotated else inner
+    return set().union(*map(_kinds, plain)) if plain else {annotation}
 
 
 def added(default: Any, **limits: Any) -> Any:

@@ -153,6 +153,8 @@ def checked_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"args.{name} = {value!r}: {reason}") from None
         option = f" (--{next((short for short, key in ARGUMENTS.names.items() if key == name), name)})"
         low, high = _BOUNDS.get(name, (-math.inf, math.inf))
+        if isinstance(value, bool) and type(taken) in (int, float):  # pydantic reads true as 1
+            raise ValueError(f"args.{name}{option} = {value!r}: must be a number")
         if isinstance(taken, float) and not math.isfinite(taken):
             raise ValueError(f"args.{name}{option} = {value!r}: must be a finite number")
         if isinstance(taken, int | float) and not low <= taken <= high:

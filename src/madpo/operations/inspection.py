@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from madpo.core.storage import expanded
+from madpo.core.errors import StorageError
+from madpo.core.storage import expanded, storage_errors
 from madpo.data.margins import read_margins
 from madpo.rewards.label_share import label_share
 from madpo.rewards.margins import MarginReport
@@ -24,8 +25,12 @@ def inspect(
 
     Raises:
         DataError, ConfigError: as :func:`read_margins` and :func:`madpo.rewards.margins.inspect`.
-        StorageError: the page cannot be written.
+        StorageError: the page cannot be written, or would replace a file that is no page.
     """
+    if output is not None and (page := expanded(output)).is_file():
+        with storage_errors(page), page.open("rb") as file:
+            if (head := file.read(9)) and head.lower() != b"<!doctype":
+                raise StorageError(f"{output} is no HTML page and would be replaced; give another --output, FILE.html")
     margins = read_margins(data, columns, sampled=0 if output is None else 500)
     report = inspect_margins(
         margins.values,
