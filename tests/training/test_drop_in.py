@@ -3,6 +3,7 @@
 import copy
 import inspect
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import peft
@@ -30,6 +31,7 @@ from madpo.core.errors import ConfigError, DataError
 from madpo.losses import BCO, IPO, RDPO, WPO, Combined, Custom
 from madpo.models.load import load_tokenizer
 from madpo.training import columns as trainer_columns
+from madpo.training.padding_pairs import refuse_uneven
 from madpo.training.refusals import loss_of
 from quick import quick
 from refusals import names, refused
@@ -311,6 +313,27 @@ def test_offloading_activations_from_a_processor_is_refused(llama, tmp_path, nam
     kwargs = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"offload": True}}
     with refused(ConfigError, name, "processor"):
         build(llama, tmp_path, **(kwargs if name == "offload" else {name: True}))
+
+
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        ({"train_sampling_strategy": "batch_rebalance"}, "batch_rebalance"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches"),
+        ({"accelerator_config": {"even_batches": False}}, "even_batches"),
+    ],
+)
+def test_batches_that_differ_between_processes_are_refused(llama, tmp_path, option, named):
+    args = PreferenceConfig(output_dir=str(tmp_path), **PLAIN, **option)
+    with refused(ConfigError, named):
+        refuse_uneven(SimpleNamespace(num_processes=2), args)
+    refuse_uneven(SimpleNamespace(num_processes=1), args)
+
+
+def test_no_process_cuts_the_batches_of_a_stream(llama, tmp_path):
+    """accelerate does so by default: pairs of one process would get their rejected rows from another's chosen ones."""
+    trainer = build(llama, tmp_path, eval_dataset=pairs(8, seed=1).to_iterable_dataset())
+    assert trainer.accelerator.dispatch_batches is False
 
 
 SAID = [{"role": "user", "content": "hi"}]

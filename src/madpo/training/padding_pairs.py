@@ -10,9 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from datasets import IterableDataset
 from torch import Tensor
 
 from madpo.core.errors import ConfigError
+from madpo.core.progress import say_once
 from madpo.losses import LossConfig, LossState
 
 REPEATED = "repeated"
@@ -39,11 +41,12 @@ def marked(batch: dict[str, Any], accelerator: Any, *, drop_last: bool) -> dict[
     return {**batch, REPEATED: position >= real}
 
 
-def refuse_uneven(accelerator: Any, args: Any, *, even_batches: bool) -> None:
+def refuse_uneven(accelerator: Any, args: Any) -> None:
     """Refuse batches of different sizes: processes that gather over a batch would wait for each other forever.
 
     Raises:
-        ConfigError: ``even_batches`` is off on several processes, or batches are balanced by their tokens.
+        ConfigError: on several processes ``even_batches`` is off, one process makes the batches of all, or batches are
+            balanced by their tokens.
     """
     if accelerator.num_processes == 1:
         return
@@ -52,10 +55,31 @@ def refuse_uneven(accelerator: Any, args: Any, *, even_batches: bool) -> None:
             "train_sampling_strategy='batch_rebalance' gives processes batches of different sizes; use "
             "'group_by_length' with several processes"
         )
-    if not even_batches and not args.dataloader_drop_last:
+    if args.accelerator_config.dispatch_batches:
+        raise ConfigError(
+            "accelerator_config.dispatch_batches cuts batches between processes, and the first half of a batch are "
+            "chosen rows, the second half rejected ones; leave it out"
+        )
+    if not args.accelerator_config.even_batches and not args.dataloader_drop_last:
         raise ConfigError(
             "accelerator_config.even_batches is off, so the processes' last batches differ in size; leave it on "
             "(repeated pairs are not counted), or set dataloader_drop_last"
+        )
+
+
+def read_by_every_process(accelerator: Any, train: Any, held: Any, args: Any) -> None:
+    """Let every process read a stream for itself, and say that pairs which complete its last batch count.
+
+    accelerate would let one process read it and cut its batches.
+    """
+    loader = accelerator.dataloader_config
+    loader.dispatch_batches = bool(loader.dispatch_batches)
+    sets = [("train", train), *(held.items() if isinstance(held, dict) else [("eval", held)])]
+    streams = [name for name, rows in sets if isinstance(rows, IterableDataset)]
+    if streams and accelerator.num_processes > 1 and not args.dataloader_drop_last:
+        say_once(
+            f"{', '.join(streams)}: several processes read a stream, whose last batch is completed with pairs from its "
+            "beginning, and these count twice; load it without streaming, or set dataloader_drop_last."
         )
 
 

@@ -43,7 +43,7 @@ from madpo.training.columns import (
 from madpo.training.config import PreferenceConfig
 from madpo.training.metrics import Movement
 from madpo.training.nan_guard import drop_unscored
-from madpo.training.padding_pairs import refuse_uneven
+from madpo.training.padding_pairs import read_by_every_process, refuse_uneven
 from madpo.training.pair_loss import NO_METRICS, PairLoss
 from madpo.training.reference_adapter import copied_adapter
 from madpo.training.refusals import loss_of, refuse_adapter, refuse_headless, refuse_options
@@ -151,8 +151,8 @@ class PreferenceTrainer(PairLoss, DPOTrainer):  # type: ignore[misc]
                 "router_aux_loss_coef=0 says that this is meant."
             )
             self.aux_loss_enabled = False
-        even = getattr(args.accelerator_config, "even_batches", True)
-        refuse_uneven(self.accelerator, args, even_batches=even)
+        refuse_uneven(self.accelerator, args)
+        read_by_every_process(self.accelerator, self.train_dataset, self.eval_dataset, args)
         announce(self.model)
         self.movement = Movement(self)
         self.add_callback(self.movement)
