@@ -10,6 +10,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from families import tiny as of_any_family
 from madpo.core.errors import ConfigError
 from madpo.models.engine.kl import completion_kl
 from madpo.models.engine.logprobs import completion_logps, install_completion_head, position_limit
@@ -96,6 +97,25 @@ def test_learned_positions_are_a_limit() -> None:
     assert len(generate(model, [[3, 4]], max_new_tokens=6, **how)[0]) == 6
     roberta = AutoConfig.for_model("roberta", **SHAPE, max_position_embeddings=10, pad_token_id=1)
     assert position_limit(AutoModelForSequenceClassification.from_config(roberta)) == 8
+
+
+@pytest.mark.parametrize(
+    ("family", "option"),
+    [
+        *((family, "n_positions") for family in ("gptj", "codegen", "ctrl", "openai-gpt")),
+        ("mpt", "max_seq_len"),
+        ("whisper", "max_target_positions"),
+    ],
+)
+def test_tables_of_positions_are_a_limit_whatever_they_are_called(family: str, option: str) -> None:
+    """Longer texts ended in an IndexError, or in tensors of unlike sizes."""
+    model = of_any_family(family, **{option: 16})
+    fits, longer = torch.full((1, 16), 5), torch.full((1, 17), 5)
+    with refused(ConfigError, type(model).__name__, "16", "17", "max_length"):
+        completion_logps(model, longer, torch.ones_like(longer), torch.ones_like(longer))
+    found = completion_logps(model, fits, torch.ones_like(fits), torch.ones_like(fits)).logps
+    logps = model(input_ids=fits, use_cache=False).logits.log_softmax(-1)
+    assert found.item() == pytest.approx(float(logps[0, :-1, 5].sum()), rel=1e-5)
 
 
 def test_models_of_unlike_vocabularies_have_no_kl() -> None:

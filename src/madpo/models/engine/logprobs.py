@@ -134,15 +134,22 @@ def check_reading(model: nn.Module) -> None:
 
 
 def position_limit(model: nn.Module) -> int | None:
-    """Tokens that a model with learned positions (GPT-2, OPT, BERT) can read; None where positions are computed."""
+    """Tokens that a model with a table of positions (GPT-2, OPT, GPT-J) can read; None where they are computed."""
     if not hasattr(model, "_madpo_positions"):
-        tables = ("wpe", "embed_positions", "position_embeddings")
-        found = (m for name, m in model.named_modules() if name.rpartition(".")[2] in tables)
-        table = next((m for m in found if isinstance(m, nn.Embedding)), None)
+        tables, text = (
+            ("wpe", "embed_positions", "position_embeddings", "positions_embed", "pos_encoding"),
+            backbone(model),
+        )
+        held = [*text.named_modules(), *text.named_buffers()]
+        found = (table for name, table in held if name.rpartition(".")[2] in tables)
+        table = next((table for table in found if isinstance(table, nn.Embedding | Tensor)), None)
         config = model.config.get_text_config()  # type: ignore[operator, union-attr]
-        limit = getattr(config, "max_position_embeddings", None) if table is not None else None
-        if limit is not None and table is not None and table.padding_idx is not None:
-            limit -= table.padding_idx + 1  # RoBERTa counts from behind the padding's
+        names = ["max_position_embeddings", "max_target_positions"] if table is not None else []
+        names += ["max_seq_len"] if config.model_type == "mpt" else []  # its biases are a table of that size
+        limit = next((size for name in names if (size := getattr(config, name, None)) is not None), None)
+        padding = getattr(table, "padding_idx", None)
+        if limit is not None and padding is not None:
+            limit -= padding + 1  # RoBERTa counts from behind the padding's
         model._madpo_positions = limit  # type: ignore[assignment]
     return model._madpo_positions  # type: ignore[return-value]
 
