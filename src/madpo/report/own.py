@@ -44,8 +44,8 @@ def own_opening(tier: Tier) -> str:
         for name in ("heldout_log_loss", "oracle_reward")
     }
     several = ", those of differences also over training seeds" if len(tier.seeds) > 1 else ""
-    measured = [f"held-out pairs of {n} prompts"] if (n := prompts["heldout_log_loss"]) else []
-    measured += [f"the judge's reward on {n} prompts"] if (n := prompts["oracle_reward"]) else []
+    measured = [f"held-out pairs of {count(n, 'prompt')}"] if (n := prompts["heldout_log_loss"]) else []
+    measured += [f"the judge's reward on {count(n, 'prompt')}"] if (n := prompts["oracle_reward"]) else []
     return (
         f"{methods} at {count(len(betas), 'value')} of β, {count(len(tier.seeds), 'training seed')} each{also}: "
         f"{format_list(measured)}, with 95 % intervals over prompts{several}."

@@ -155,4 +155,5 @@ def _planned(graph: Iterable[Step]) -> Mapping[str, tuple[int, int, int]]:
 
 
 def _words(best: float, worst: float) -> str:
-    return f"{best:.2f}" if f"{best:.2f}" == f"{worst:.2f}" else f"{best:.2f} to {worst:.2f}"
+    low, high = f"{best:.2g}", f"{worst:.2g}"
+    return low if low == high else f"{low} to {high}"
