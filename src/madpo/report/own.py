@@ -103,7 +103,7 @@ def own_verdict(tier: Tier) -> Verdict:
         which = f"{count(fewest, 'held-out prompt').capitalize()} cannot tell losses apart."
     elif clear:
         best = max(clear, key=lambda method: clear[method])
-        which, kind = f"Clearly better than DPO is {format_list(list(clear))}: take {best}.", "above"
+        which, kind = f"Clearly better than DPO: {format_list(list(clear))}. Take {best}.", "above"
         if made[best].seeds == 1:
             which = f"Better than DPO in one training of each is {best}; give --seeds 0 1, since another can turn that."
     else:
