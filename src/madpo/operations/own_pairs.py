@@ -159,10 +159,8 @@ def measure_heldout(config: HeldoutStage, inputs: Mapping[str, Path], out: Path)
     pairs = read_pairs(inputs["pairs"], "heldout")
     pairs = pairs.merge(pd.read_parquet(inputs["logps"] / "reference.parquet"), on="pair_id", validate="one_to_one")
     reference_path = reference_model(inputs)
-    policy, tokenizer = (
-        load_model(reference_path, adapter=inputs["policy"] / "adapter").eval(),
-        load_tokenizer(reference_path),
-    )
+    policy = load_model(reference_path, adapter=inputs["policy"] / "adapter").eval()
+    tokenizer = load_tokenizer(reference_path)
     logps = pair_logps(policy, tokenizer, pair_ids(pairs), config.batch_size, f"{config.method}: held-out pairs")
     ratios = logps - pairs[[*REFERENCE_COLUMNS]].to_numpy().T
     margins = ratios[0] - ratios[1]

@@ -136,10 +136,8 @@ def check_reading(model: nn.Module) -> None:
 def position_limit(model: nn.Module) -> int | None:
     """Tokens that a model with a table of positions (GPT-2, OPT, GPT-J) can read; None where they are computed."""
     if not hasattr(model, "_madpo_positions"):
-        tables, text = (
-            ("wpe", "embed_positions", "position_embeddings", "positions_embed", "pos_encoding"),
-            backbone(model),
-        )
+        tables = ("wpe", "embed_positions", "position_embeddings", "positions_embed", "pos_encoding")
+        text = backbone(model)
         held = [*text.named_modules(), *text.named_buffers()]
         found = (table for name, table in held if name.rpartition(".")[2] in tables)
         table = next((table for table in found if isinstance(table, nn.Embedding | Tensor)), None)
