@@ -168,7 +168,7 @@ def test_evaluation_pairs_of_a_file_of_their_own_are_no_training_pairs(llama, tm
 
 def test_record_card_and_configuration_say_all_of_it(done, llama, data):
     record = json.loads((done / "record.json").read_bytes())
-    assert record["operation"] == "train_auto/11"
+    assert record["operation"] == "train_auto/12"
     assert {"label_share", "deciding", "advice"} <= record["metrics"].keys()
     assert {"adapter/adapter_model.safetensors", "dpo/adapter/adapter_model.safetensors"} <= record["provenance"][
         "files"

@@ -8,6 +8,7 @@ import pytest
 
 from madpo import MADPO
 from madpo.core.errors import DataError, StorageError
+from madpo.data.load import load_preferences
 from madpo.data.rows import Pair
 from madpo.models.load import load_tokenizer
 from madpo.operations import (
@@ -17,6 +18,7 @@ from madpo.operations import (
     evaluate,
     inspect,
     load_scorer,
+    probing,
     score,
     scoring,
     train,
@@ -25,7 +27,8 @@ from madpo.operations import policy as policy_module
 from madpo.operations.pair_scorer import reward_model_digest
 from madpo.rewards.probe_reward import ProbeReward
 from madpo.rewards.reward_model import RewardModel
-from practice_cases import read, run, text_pairs, write
+from madpo.training import reference_columns
+from practice_cases import conversation, read, run, text_pairs, write
 from refusals import refused
 
 pytestmark = pytest.mark.usefixtures("module_cache", "module_float32")
@@ -125,6 +128,36 @@ def test_pairs_that_a_probe_was_made_from_are_recognised_one_by_one(scored, tmp_
 
 def report_of(scored):
     return json.loads((scored / "S" / "report.json").read_text())
+
+
+@pytest.mark.parametrize("form", [lambda row: row, conversation], ids=["text", "conversation"])
+def test_prompts_that_read_the_same_share_a_fold_whatever_their_tokens(form, llama, tmp_path, monkeypatch):
+    fitted = []
+    real = reference_columns.fit_probe
+
+    def fit(chosen, rejected, prompts, **how):
+        fitted.append((real(chosen, rejected, prompts, **how), list(prompts)))
+        return fitted[-1][0]
+
+    monkeypatch.setattr(probing, "fit_probe", fit)
+    monkeypatch.setattr(reference_columns, "fit_probe", fit)
+    # The last token of "The film 3 " becomes a part of " is", and stays as it is before "9".
+    rows = []
+    for i, row in enumerate(text_pairs()):
+        sides = {name: f"9{row[name]}" if i % 3 else row[name].strip() for name in ("chosen", "rejected")}
+        rows.append(form({"prompt": f"{row['prompt']} ", **sides}))
+    data = write(tmp_path / "pairs.jsonl", rows)
+    tokenizer = load_tokenizer(llama)
+    ids = {str(row["prompt_ids"]) for row in load_preferences(data, tokenizer=tokenizer)}
+    assert len(ids) > 25 or form is conversation, "one text has different tokens"
+    report = score(data, tmp_path / "S", ScoreSettings(probe=str(llama)))
+    assert report.probe.prompts == 25
+    settings = TrainSettings(model=str(llama), loss=MADPO(), args={"max_steps": 1, "bf16": False}, dtype="float32")
+    train(data, tmp_path / "P", settings)
+    (scored, keys), (trained, others) = fitted
+    assert [len(set(keys)), len(set(others))] == [25, 25]
+    assert keys == others
+    assert trained.report.fold_penalties == scored.report.fold_penalties
 
 
 def test_the_trainer_finds_the_same_margins(scored, llama, tmp_path, monkeypatch):

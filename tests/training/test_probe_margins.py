@@ -9,7 +9,6 @@ import torch
 from madpo import DPO, MADPO
 from madpo.core.errors import ConfigError, DataError, StorageError
 from madpo.core.feature_file import FeatureFile, FeatureWriter
-from madpo.data.folds import prompt_ids_key
 from madpo.models.engine.features import feature_layers, feature_width
 from madpo.models.engine.logprobs import completion_features, unwrapped
 from madpo.rewards.probe import fit_probe
@@ -49,7 +48,7 @@ def test_margins_are_those_of_a_probe_by_hand(llama, tmp_path, passes, monkeypat
             with torch.no_grad(), trainer.model.disable_adapter():
                 found.append(completion_features(model, ids, torch.ones_like(ids), inside, layers)[0].numpy())
         sides.append(np.stack(found))
-    expected = fit_probe(*sides, [prompt_ids_key(ids) for ids in rows["prompt_ids"]])
+    expected = fit_probe(*sides, [str(ids) for ids in rows["prompt_ids"]])
     np.testing.assert_allclose(trainer.train_dataset["reward_margin"], expected.margins, rtol=1e-3, atol=1e-5)
     assert len(passes) == 2, "one pass for each data set gives the columns and the features"
     assert len(said) == 1

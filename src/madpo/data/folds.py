@@ -1,12 +1,9 @@
 """What makes two prompts the same, and folds that no prompt crosses."""
 
-import hashlib
 import json
 import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
-
-import numpy as np
 
 from madpo.core.errors import ConfigError
 from madpo.core.seeding import rng
@@ -53,11 +50,6 @@ def prompt_keys(prompts: Sequence[Text]) -> list[str]:
     for key, group in zip(keys, plain, strict=True):
         least[group] = min(key, least.get(group, key))
     return [least[group] for group in plain]
-
-
-def prompt_ids_key(ids: Any) -> str:
-    """What makes two prompts the same to a probe, which sees their token ids."""
-    return hashlib.sha256(np.asarray(ids, dtype=np.int64).tobytes()).hexdigest()
 
 
 def folds_by_prompt(prompts: Iterable[str], folds: int, seed: int, name: str) -> list[int]:

@@ -110,7 +110,7 @@ class AutoReport(TrainReport):
         return lines
 
 
-@operation("train_auto/11")
+@operation("train_auto/12")
 def train_auto(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """The operation behind ``madpo train`` with no loss named."""
     assert isinstance(settings.loss, Auto)

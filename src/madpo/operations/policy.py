@@ -90,13 +90,13 @@ def train(
     return load_report(out / "report.json", TrainReport)
 
 
-@operation("train_pairs/4")
+@operation("train_pairs/5")
 def train_pairs(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """The operation behind :func:`train`."""
     return _train(settings, inputs, out, noted=settings.first_look)
 
 
-@operation("train_unnoted/4")
+@operation("train_unnoted/5")
 def train_unnoted(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """The same, but of ``first_look`` only the order of the rows is kept: the second training of ``auto``."""
     return _train(settings, inputs, out, noted=False)
@@ -271,9 +271,10 @@ def model_digest(base: Path | str, model: nn.Module) -> str | None:
 
 
 def as_dataset(rows: Sequence[Row]) -> Dataset:
-    """The columns that the trainer reads."""
+    """The columns that the trainer reads, and what makes two prompts the same, for the folds of its probe."""
     columns = [name for name in ("pair_id", *ID_COLUMNS, *NUMBERS) if name in rows[0]]
-    return Dataset.from_dict({name: [row[name] for row in rows] for name in columns})
+    prompts = prompt_keys([row["prompt"] for row in rows])
+    return Dataset.from_dict({name: [row[name] for row in rows] for name in columns} | {"prompt": prompts})
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from madpo.core.feature_file import FeatureFile, FeatureWriter
-from madpo.data.folds import prompt_ids_key
+from madpo.data.folds import prompt_keys
 from madpo.data.rows import Pair
 from madpo.data.templates import Clock
 from madpo.models.engine.features import feature_layers
@@ -39,7 +39,7 @@ def feature_reader(
         clock: the date that the chat template prints.
 
     Returns:
-        Pairs -> ``chosen`` and ``rejected`` (float32, ``pairs x features``), ``layers``, and the keys of ``prompts``.
+        Pairs -> ``chosen`` and ``rejected`` (float32, ``pairs x features``), and ``layers``.
         It raises what :meth:`PairEncoder.ids` raises.
     """
     base = resolve_model(source)
@@ -48,10 +48,8 @@ def feature_reader(
 
     def read(pairs: Sequence[Pair]) -> dict[str, NDArray[Any]]:
         ids = encoder.ids(pairs, name, "row")
-        keys = [prompt_ids_key(whole[:length]) for whole, length in zip(ids[0], ids[2], strict=True)]
-        prompts = np.frombuffer(bytes.fromhex("".join(keys)), dtype=np.uint8).reshape(len(pairs), -1)
         chosen, rejected = pair_features(model, encoder.tokenizer.pad_token_id, layers, *ids, batch_size)
-        return {"chosen": chosen, "rejected": rejected, "layers": np.array(layers), "prompts": prompts}
+        return {"chosen": chosen, "rejected": rejected, "layers": np.array(layers)}
 
     return read
 
@@ -62,7 +60,7 @@ def fit_from_parts(
     """Fit a probe to features that were kept in parts, and leave it frozen in ``out``.
 
     Args:
-        parts: rows of ``chosen``, ``rejected`` and ``prompts``, and ``layers``; read one after the other, into a file.
+        parts: rows of ``chosen`` and ``rejected``, and ``layers``; read one after the other, into a file.
         name: of the data, their file or hub id.
 
     Raises:
@@ -73,16 +71,14 @@ def fit_from_parts(
     with ExitStack() as opened:
         writer, start, width = None, 0, 0
         layers: tuple[int, ...] = ()
-        prompts: list[str] = []
         for part in parts:
             if writer is None:
                 layers, width = tuple(map(int, part["layers"])), part["chosen"].shape[1]
                 writer = opened.enter_context(FeatureWriter(scratch, len(pairs), width))
             writer.write(start, part["chosen"], part["rejected"])
-            prompts += [row.tobytes().hex() for row in part["prompts"]]
             start += len(part["chosen"])
     features = FeatureFile.read(scratch, len(pairs), width)
-    folds = settings.folds or FOLDS
+    folds, prompts = settings.folds or FOLDS, prompt_keys([pair.prompt for pair in pairs])
     fitted = fit_probe(features.chosen, features.rejected, prompts, folds=folds, seed=settings.probe_seed, name=name)
     save_probe(out / FOLDER, settings.probe, layers, fitted.weights, model_digest=digest(resolve_model(settings.probe)))
     remember_pairs(out / FOLDER, pairs)

@@ -136,7 +136,7 @@ def score(data: str | Path, output_dir: str | Path, settings: ScoreSettings, *, 
     return load_report(out / "report.json", ScoreReport)
 
 
-@operation("score_pairs/4")
+@operation("score_pairs/5")
 def score_pairs(settings: ScoreSettings, inputs: Mapping[str, Path], out: Path) -> Metrics:
     """The operation behind :func:`score`."""
     data = str(inputs["data"])

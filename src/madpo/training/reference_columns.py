@@ -7,7 +7,7 @@ Where a loss reads ``reward_margin`` and the data have none, a probe of the refe
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -24,7 +24,10 @@ from madpo.core.errors import DataError
 from madpo.core.feature_file import FeatureFile
 from madpo.core.processes import on_main_process
 from madpo.core.progress import say_once
-from madpo.data.folds import prompt_ids_key
+from madpo.data.conversation import Conversation
+from madpo.data.folds import prompt_keys
+from madpo.data.messages import Text, content_of
+from madpo.data.raw import COLUMNS, without_filled_nulls
 from madpo.models.engine.dependence import without_numbers
 from madpo.models.engine.features import feature_layers
 from madpo.models.engine.logprobs import embedding_rows, unwrapped
@@ -105,7 +108,7 @@ class ReferenceColumns(ExactResume):
         columns = {column: found.columns[column] for column in REFERENCE_COLUMNS if column in missing}
         sources = dict.fromkeys(columns, f"reference {found.source}")
         if MARGIN in missing:
-            columns[MARGIN] = np.array(on_main_process(lambda: self._margins(name, rows, found.features)))
+            columns[MARGIN] = np.array(on_main_process(lambda: self._margins(name, dataset, found.features)))
             sources[MARGIN] = f"probe of layers {layers} of {found.source}, seed {self.probe_seed}"
         for column, values in columns.items():
             dataset = dataset.add_column(column, values)
@@ -152,14 +155,14 @@ class ReferenceColumns(ExactResume):
             columns = batch_logps(model, batch, self.accelerator)
         return batch | dict(zip(REFERENCE_COLUMNS, columns, strict=True))
 
-    def _margins(self, name: str, rows: Dataset, features: FeatureFile | None) -> list[float]:
+    def _margins(self, name: str, dataset: Dataset, features: FeatureFile | None) -> list[float]:
         """Margins by the probe: out of fold for the training pairs, by the frozen one for others."""
         assert features is not None
         if self.probe is not None:
             weights = self.probe.weights
             margins: list[float] = (weights.rewards(features.chosen) - weights.rewards(features.rejected)).tolist()
             return margins
-        prompts = [prompt_ids_key(ids) for ids in rows["prompt_ids"]]
+        prompts = _prompt_keys(dataset)
         self.probe = fit_probe(features.chosen, features.rejected, prompts, seed=self.probe_seed, name=name)
         a, loss = self.probe.report.accuracy, self.probe.report.log_loss
         say_once(  # auto trains twice on the same pairs
@@ -242,3 +245,24 @@ class ReferenceColumns(ExactResume):
         if self._live is not None and not {*REFERENCE_COLUMNS} & {*(getattr(dataset, "column_names", None) or ())}:
             found = found | dict.fromkeys(REFERENCE_COLUMNS, f"reference {self._live}")
         return found
+
+
+def _prompt_keys(dataset: Dataset) -> list[str]:
+    """:func:`prompt_keys` of a data set for training.
+
+    They are of the text where the data set has it: one text may have different token ids, since its last ones depend on
+    how a completion begins. Without the column prompt they are of ``prompt_ids``.
+    """
+    names = {"prompt", *COLUMNS} & {*dataset.column_names}
+    if "prompt" not in names:
+        return [str(ids) for ids in dataset["prompt_ids"]]
+    return prompt_keys([_prompt_of(row) for row in dataset.select_columns(sorted(names))])
+
+
+def _prompt_of(row: Mapping[str, Any]) -> Text:
+    """The prompt of a data set's row, whose messages have every key that any message has."""
+    row = without_filled_nulls(row)
+    if isinstance(row["prompt"], str):
+        return row["prompt"]
+    present = [{key: value for key, value in message.items() if value is not None} for message in row["prompt"]]
+    return Conversation.of([{**message, "content": content_of(message)} for message in present], row)
