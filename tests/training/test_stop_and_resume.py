@@ -6,7 +6,7 @@ import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from madpo import DPO, MADPO
-from madpo.core.errors import DataError
+from madpo.core.errors import ConfigError, DataError
 from madpo.losses import BetaDPO
 from madpo.training import checkpoints as disk
 from madpo.training import digests
@@ -183,3 +183,23 @@ def test_workers_do_not_persist(llama, tmp_path, capsys):
     trainer = build(llama, tmp_path, dataloader_num_workers=1, dataloader_persistent_workers=True)
     assert not trainer.get_train_dataloader().persistent_workers
     assert "dataloader_persistent_workers" in capsys.readouterr().err
+
+
+def test_a_batch_is_not_halved_in_a_training(llama, tmp_path):
+    with refused(ConfigError, "auto_find_batch_size=True", "per_device_train_batch_size"):
+        build(llama, tmp_path, auto_find_batch_size=True)
+
+
+class Resizes(TrainerCallback):
+    """Gives the model more rows once its training has begun."""
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        model.resize_token_embeddings(model.get_input_embeddings().num_embeddings + 8)
+
+
+def test_a_callback_does_not_resize_the_model(llama, tmp_path):
+    trainer = build(llama, tmp_path, [Resizes()])
+    rows = trainer.model.get_input_embeddings().num_embeddings
+    with refused(ConfigError, (str(rows), str(rows + 8)), "resize_token_embeddings"):
+        trainer.train()
+    assert trainer.state.global_step == 0

@@ -21,6 +21,7 @@ _REFUSED = {
     "push_to_hub": "is not for a command that finishes in a folder; look at the result, then upload it",
     "hub_token": "would be kept with the result, for everybody to read; log in with: hf auth login",
     "resume_from_checkpoint": "is not needed; the same command continues an interrupted training",
+    "auto_find_batch_size": "would begin again with half of the batch when memory runs out; --dry_run says what fits",
     "use_peft": "is the default here; --full trains all weights instead of an adapter",
     "beta": "has no effect here, since the loss has its own; did you mean '--loss.beta'?",
     "loss_type": "has no effect here, since the loss is chosen by its kind; did you mean '--loss'?",

@@ -22,6 +22,7 @@ from madpo.core.locks import locked
 from madpo.core.progress import say
 from madpo.core.storage import storage_errors
 from madpo.models.adapters import adapting
+from madpo.models.engine.logprobs import embedding_rows, unwrapped
 from madpo.models.untrusted import refuse_pickles
 from madpo.training import checkpoints as disk
 from madpo.training.digests import check_identity, training_identity
@@ -50,6 +51,11 @@ class ExactResume(SavesCheckpoints):
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, TrainingArguments)]
         folder = Path(given[0].output_dir if given else ".")
         for each in given:
+            if each.auto_find_batch_size:
+                raise ConfigError(
+                    "auto_find_batch_size=True would begin the training again when memory runs out, with half of the "
+                    f"batch and from weights that have moved; leave it out, and if that happens {self.memory_remedy}"
+                )
             if each.dataloader_persistent_workers:
                 say("dataloader_persistent_workers is left out: a resumed run would draw other random numbers.")
                 each.dataloader_persistent_workers = False
@@ -257,13 +263,21 @@ class ExactResume(SavesCheckpoints):
 
 
 class _Totals(TrainerCallback):  # type: ignore[misc]
-    """Calls the trainer before its first step, and after it."""
+    """Calls the trainer before its first step, and after it; looks at what other callbacks have done to its model."""
 
     def __init__(self, trainer: ExactResume) -> None:
         self.trainer, self.packed = trainer, False
+        self.rows = embedding_rows(unwrapped(trainer.model))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._begin()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if (rows := embedding_rows(unwrapped(self.trainer.model))) != self.rows:
+            raise ConfigError(
+                f"a callback has changed the model's embedding from {self.rows} to {rows} rows, and the optimizer and "
+                "the reference are those of the model before; call resize_token_embeddings before the trainer is made"
+            )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.packed and self.trainer._saves and not self.trainer.sharded and not args.save_only_model:
