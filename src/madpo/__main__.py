@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 from madpo.core import processes
 
@@ -10,6 +11,7 @@ def main() -> int:
     """Run the command line as the whole work of this process, and return its exit status."""
     # Libraries' own bars would tear ours; tqdm reads this when it is first imported. "0" brings them back.
     os.environ.setdefault("TQDM_DISABLE", "1")
+    _complete_streams()
     try:
         processes.end_in_order()
         from madpo.commands.cli import main as command
@@ -22,6 +24,16 @@ def main() -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)
+
+
+def _complete_streams() -> None:
+    """Let standard streams that are closed (``2>&-``) lead nowhere.
+
+    Else a file that is opened later gets their number, and what a library prints is written into it.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # the lowest free number is the closed one's
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
 
 
 if __name__ == "__main__":

@@ -171,6 +171,19 @@ def test_a_signal_ends_a_command_in_one_sentence_and_it_continues(number, status
     assert sorted(os.listdir(tmp_path / "out")) == ["half", "record.json"]
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_changes_no_exit_status(closed, tmp_path):
+    """And what is written to it goes into no file that is opened later."""
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "a", "chosen": " b", "rejected": " c"}\n')
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    for data, status in ((pairs, 0), (tmp_path / "none.jsonl", 2)):
+        command = f"{sys.executable} -m madpo check {data} --output_dir {tmp_path / 'out'} {closed}"
+        assert subprocess.run(command, shell=True, env=environment, capture_output=True).returncode == status
+    assert {path.name for path in tmp_path.iterdir()} == {"pairs.jsonl", "out"}
+    assert json.loads((tmp_path / "out" / "check.json").read_text())["pairs"] == 1
+
+
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, 130), (processes.Terminated, 143)])
 def test_an_interrupt_while_the_command_line_loads_is_no_traceback(error, status, monkeypatch):
     class Interrupted:
