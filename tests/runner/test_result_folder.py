@@ -64,6 +64,18 @@ def test_a_result_is_made_once(tmp_path: Path) -> None:
     assert (out / "record.json").read_bytes() == before
 
 
+def test_a_result_that_lost_a_file_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    make(out)
+    (out / "model" / "weights").unlink()
+    with refused(StorageError, out / "model" / "weights", "--overwrite"):
+        make(out)
+    assert tree(out) == {"a.txt": "x"}
+    assert not make(out, overwrite=True)
+    assert make(out)
+    assert tree(out) == {"model/weights": "a", "a.txt": "x"}
+
+
 def test_other_settings_are_refused_by_the_first_difference(tmp_path: Path) -> None:
     make(tmp_path / "out")
     with refused(StorageError, "text", '"b"', '"a"', "--overwrite"):

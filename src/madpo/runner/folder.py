@@ -45,8 +45,8 @@ def prepare(
         The record, if the result is there already and is not to be replaced; nothing is left to do then.
 
     Raises:
-        StorageError: ``out`` holds something else, a result or an interrupted run of other settings, or (with
-            ``overwrite``) files of the user that the new result would replace.
+        StorageError: ``out`` holds something else, a result or an interrupted run of other settings, a result of which
+            a file is missing, or (with ``overwrite``) files of the user that the new result would replace.
     """
     refuse_foreign(out)
     _complete_move(out)
@@ -54,6 +54,11 @@ def prepare(
     if record is not None and not overwrite:
         changed = what_changed(record.model_dump(), begun)
         if changed is None:
+            if gone := [name for name in record.files or () if not (out / name).is_file()]:
+                raise StorageError(
+                    f"{out / gone[0]} is missing from the finished result; copy it back, choose another --output_dir, "
+                    "or pass --overwrite to make the result again"
+                )
             if not checkpoints(out / UNFINISHED):
                 _remove_work(out / UNFINISHED)  # a kill just after the record was moved left it
             return record
