@@ -32,6 +32,30 @@ def test_a_layer_that_mixes_tokens_faintly_keeps_padded_rows_and_says_so_once(dt
     assert found.logps.equal(completion_logps(model, **rows).logps)
 
 
+@pytest.mark.parametrize("call", [1, 2, 3, 4, 6, 8])
+def test_memory_that_runs_out_in_a_check_says_nothing_of_the_model(call):
+    """On a processor it is a RuntimeError as any other, by which a model would count as one that cannot be read or
+    packed."""
+    model, calls = build("llama"), 0
+    original = model.model.layers[1].mlp.forward
+
+    def scarce(x):
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+        return original(x)
+
+    model.model.layers[1].mlp.forward = scarce
+    rows = pair_batch(PAIRS[:3], "right")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeError, match="allocate memory"):
+            completion_logps(model, **rows, pairs=True)
+        found = completion_logps(model, **rows, pairs=True)
+    torch.testing.assert_close(found.logps, completion_logps(build("llama"), **rows, pairs=True).logps)
+
+
 def test_a_leak_without_a_gradient_is_found():
     """Such as a router with a capacity: each token counts those before it."""
     model = build("llama")

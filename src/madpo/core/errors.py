@@ -86,7 +86,10 @@ def listed(items: Sequence[object], most: int) -> str:
 
 
 # How the allocators of torch (CPU, CUDA), C++ and the system word it; torch's errors have no type of their own on CPU.
-_WORDS = ("can't allocate memory", "not enough memory", "out of memory", "std::bad_alloc", "cannot allocate memory")
+_WORDS = (
+    *("can't allocate memory", "not enough memory", "out of memory", "std::bad_alloc", "cannot allocate memory"),
+    *("could not create a primitive", "could not create a memory"),  # oneDNN, whose scratch space found no room
+)
 
 
 @contextmanager

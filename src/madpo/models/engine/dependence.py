@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from madpo.core.errors import is_shortage
+
 
 def depends(model: nn.Module, run: Callable[[], Tensor], cases: Sequence[tuple[Tensor, Tensor]]) -> bool | None:
     """Whether states have a gradient with respect to embeddings that they should not read.
@@ -40,9 +42,9 @@ def depends(model: nn.Module, run: Callable[[], Tensor], cases: Sequence[tuple[T
                 torch.autograd.grad(states, embedded[0], seed * readers[..., None], retain_graph=True)[0]
                 for readers, _ in cases
             ]
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, IndexError):
+    except (RuntimeError, IndexError) as error:
+        if is_shortage(error):
+            raise
         return None
     finally:
         handle.remove()

@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from madpo.core.errors import ConfigError, first_line
+from madpo.core.errors import ConfigError, first_line, is_shortage
 from madpo.models.engine import memory_efficient
 from madpo.models.engine.dependence import depends, sharded, without_numbers
 from madpo.models.engine.features import LayerMeans, packed_weights, padded_weights
@@ -117,9 +117,9 @@ def check_reading(model: nn.Module) -> None:
                 apart = float((found - theirs).abs().max())
                 ahead = float((theirs[0, :-1] - theirs[1, :-1]).abs().max()) > bound
                 ahead = ahead or bool(depends(model, plain, [(~last, last)]))
-            except torch.OutOfMemoryError:
-                raise
             except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError) as error:
+                if is_shortage(error):
+                    raise
                 raise ConfigError(
                     f"{name} cannot read a text of four tokens ({first_line(error)}), so it is not supported"
                 ) from error

@@ -19,6 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from madpo.core.errors import is_shortage
 from madpo.models.engine.dependence import depends, without_numbers
 from madpo.models.engine.packed_attention import row_states
 from madpo.models.engine.packing import Packing, pack
@@ -66,11 +67,11 @@ def _obstacle(model: nn.Module, plain: Callable[[Tensor, Tensor], Tensor]) -> st
     packing.probes = True
     try:
         states = row_states(model, packing)
-    except torch.OutOfMemoryError:
-        raise
     except NotImplementedError as error:
         return str(error)
     except (TypeError, KeyError, AttributeError, RuntimeError, ValueError, IndexError) as error:
+        if is_shortage(error):  # which says nothing of the model
+            raise
         return f"its forward does not take packed rows: {error}"
     if not packing.attended:
         return "its attention does not go through transformers' attention functions"

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from madpo.core.errors import ConfigError, DataError, MadpoError, first_line
+from madpo.core.errors import ConfigError, DataError, MadpoError, first_line, is_shortage
 from madpo.core.progress import bar
 from madpo.core.seeding import derived_seed
 from madpo.models.engine.head import TILE, Head, backbone
@@ -303,9 +303,11 @@ def _check_cache(model: nn.Module) -> None:
             # As for packed rows: in half precision a mixture may route single tokens otherwise.
             wrong = float(torch.stack(apart).mean()) > 0.15 if half else float(torch.stack(apart).max()) > 1e-3
             reason = "its states over a cache are others"
-        except (torch.OutOfMemoryError, MadpoError):
+        except MadpoError:
             raise
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
+            if is_shortage(error):  # which says nothing of the model
+                raise
             wrong, reason = True, first_line(error)
     if wrong:
         raise ConfigError(
