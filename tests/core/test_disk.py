@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import pwd
 import resource
 import shutil
 import subprocess
@@ -18,10 +19,13 @@ import soak
 from guarded_cases import At, build
 from holding import another_process_in
 from madpo.commands.cli import main
-from madpo.core.errors import MemoryShortage, StorageError, is_shortage, memory_errors
+from madpo.core.errors import ConfigError, MemoryShortage, StorageError, is_shortage, memory_errors
+from madpo.core.feature_file import FeatureWriter
 from madpo.core.locks import LOCK, holder, locked
-from madpo.core.storage import remove_oldest, storage_errors, write_atomically
-from madpo.training import PreferenceTrainer, pair_loss
+from madpo.core.storage import expanded, remove_oldest, storage_errors, write_atomically
+from madpo.models.packaged import cache_dir
+from madpo.operations.running import digest
+from madpo.training import PreferenceTrainer, pair_loss, reference
 from madpo.training import checkpoints as disk
 from practice_cases import classifier, text_pairs, write
 from refusals import names, refused
@@ -166,6 +170,53 @@ def test_every_call_of_the_system_may_fail_in_a_checkpoint(tmp_path, monkeypatch
         shutil.rmtree(tmp_path / "checkpoint-2", ignore_errors=True)
 
 
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [
+        (errno.EFBIG, "ulimit -f"),
+        (errno.EMFILE, "ulimit -n"),
+        (errno.EOPNOTSUPP, "another"),
+        (errno.ENOSYS, "another"),
+        (errno.ENOTCONN, "mount"),
+        (errno.ESTALE, "mount"),
+    ],
+    ids=lambda value: errno.errorcode.get(value, ""),
+)
+def test_whatever_a_file_system_refuses_is_one_sentence(code, remedy, tmp_path):
+    """As the system raises it, and as a library in Rust words it."""
+    for error in (OSError(code, os.strerror(code), str(tmp_path / "f")), RuntimeError(f"I/O error: (os error {code})")):
+        with refused(StorageError, tmp_path, remedy), storage_errors(tmp_path):
+            raise error
+
+
+def test_a_file_above_the_limit_is_one_sentence_and_leaves_nothing(llama, tmp_path):
+    data = write(tmp_path / "pairs.jsonl", text_pairs(24))
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
+        return main(words(data, llama, tmp_path / "P"))
+
+    code, err = in_a_fork(limited, tmp_path / "err.txt")
+    assert code == 2, err
+    (line,) = [line for line in err.splitlines() if line.startswith("madpo: ")]
+    names(line, tmp_path / "P", "ulimit -f")
+    assert not (tmp_path / "P").exists()
+
+
+def test_a_table_of_features_on_a_full_disk_is_an_error_and_no_dead_process(small_disk):
+    """16 MB on a disk of 6 MB: through a memory map the process would end by a signal."""
+    rows = np.ones((512, 512), np.float32)
+    path = small_disk / "features.safetensors"
+    with (
+        refused(StorageError, small_disk, "full"),
+        storage_errors(small_disk),
+        FeatureWriter(path, 4096, 512) as writer,
+    ):
+        for start in range(0, 4096, 512):
+            writer.write(start, rows, rows)
+    assert not list(small_disk.iterdir())
+
+
 # ---- Read-only, no rights, vanished ----
 
 
@@ -175,6 +226,22 @@ def test_a_read_only_disk(small_disk, llama, tmp_path, capsys):
     assert main(words(data, llama, small_disk / "P")) == 2
     names(one_sentence(capsys), small_disk, "read-only")
     assert not list(small_disk.iterdir())
+
+
+def test_a_cache_that_cannot_be_written_is_refused_before_the_reference_is_computed(
+    small_disk, llama, tmp_path, capsys, monkeypatch
+):
+    """As in a container with a read-only home folder. The remedy works."""
+    data = write(tmp_path / "pairs.jsonl", text_pairs(24))
+    monkeypatch.setenv("MADPO_CACHE", str(small_disk / "cache"))
+    monkeypatch.setattr(reference, "batch_logps", lambda *_: pytest.fail("computed"))
+    remount(small_disk, "ro")
+    assert main(words(data, llama, tmp_path / "P")) == 2
+    names(one_sentence(capsys), small_disk / "cache", "read-only", "MADPO_CACHE")
+    assert not (tmp_path / "P").exists()
+    monkeypatch.undo()
+    monkeypatch.setenv("MADPO_CACHE", str(tmp_path / "cache"))
+    assert main(words(data, llama, tmp_path / "P")) == 0
 
 
 def test_a_trainer_of_ones_own_in_a_read_only_folder(small_disk, llama):
@@ -204,6 +271,36 @@ def test_a_folder_of_somebody_else(llama, tmp_path, tmp_path_factory):
     assert code == 2, err
     names(err, tmp_path / "P", "permission")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user, which only root can")
+def test_a_file_that_may_not_be_read_is_named(tmp_path, tmp_path_factory):
+    for place in (tmp_path, *tmp_path.parents[:3]):
+        place.chmod(0o755)
+    (tmp_path / "weights").write_bytes(b"0")
+    (tmp_path / "weights").chmod(0o600)
+
+    def as_nobody():
+        os.setuid(65534)
+        for place in (tmp_path, tmp_path / "weights"):
+            with refused(StorageError, tmp_path / "weights", "readable"):
+                digest(place)
+        return 0
+
+    code, err = in_a_fork(as_nobody, tmp_path_factory.mktemp("said") / "err.txt")
+    assert code == 0, err
+
+
+def test_a_user_without_a_home_folder_is_asked_for_a_cache(monkeypatch):
+    def unknown(*_):
+        raise KeyError
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for name in ("HOME", "MADPO_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    with refused(ConfigError, "MADPO_CACHE"):
+        cache_dir()
+    assert str(expanded("~/layout.toml")) == "~/layout.toml"
 
 
 def test_a_folder_that_vanishes_under_a_training(llama, tmp_path, capsys, monkeypatch):
@@ -287,6 +384,7 @@ def test_a_trainer_lets_go_of_its_folder_and_leaves_no_lock(llama, tmp_path):
         ),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
         RuntimeError("std::bad_alloc"),
+        RuntimeError("could not create a primitive"),
         OSError(errno.ENOMEM, "Cannot allocate memory"),
     ],
     ids=lambda error: type(error).__name__,
@@ -352,3 +450,19 @@ def test_what_was_used_longest_ago_makes_room(tmp_path):
     assert remove_oldest(tmp_path, 40) == 1
     assert remove_oldest(tmp_path, 15, keep=[tmp_path / "b"]) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == [".e.8.tmp", "b"], "one is in use, one is to be kept"
+
+
+def test_two_processes_make_room_at_once(tmp_path, monkeypatch):
+    """Whatever the other one has removed meanwhile is gone, which is no error."""
+    for i in range(4):
+        (tmp_path / str(i)).write_bytes(b"x" * 10)
+        os.utime(tmp_path / str(i), (i, i))
+    real = Path.unlink
+
+    def overtaken(path, missing_ok=False):
+        real(path)
+        real(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", overtaken)
+    assert remove_oldest(tmp_path, 20) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]

@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,9 @@ class FeatureFile:
     What features need not say: ``names`` of the tables, and ``dtype`` of their numbers (float32 or float64).
     """
 
-    def __init__(self, path: Path, mode: str, begin: int, shape: tuple[int, int], dtype: str) -> None:
-        table: Any = np.memmap(path, dtype=dtype, mode=mode, offset=begin, shape=(2, *shape))  # type: ignore[call-overload]
+    def __init__(self, path: Path, begin: int, shape: tuple[int, int], dtype: str) -> None:
+        table: Any = np.memmap(path, dtype=dtype, mode="r", offset=begin, shape=(2, *shape))  # type: ignore[call-overload]
         self.chosen, self.rejected = table
-        self.flush = table.flush
 
     @classmethod
     def read(
@@ -49,7 +49,7 @@ class FeatureFile:
                     raise StorageError(f"{path} has changed since it was written (SHA-256)")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StorageError(f"{path} cannot be read ({error})") from error
-        return cls(path, "r", 8 + size, (pairs, features), dtype)
+        return cls(path, 8 + size, (pairs, features), dtype)
 
 
 class FeatureWriter:
@@ -61,32 +61,41 @@ class FeatureWriter:
     def __enter__(self) -> FeatureWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._temporary = temporary_path(self.path)
-        header, (shape, _, dtype) = _header(*self.kind, "0" * 64), self.kind
+        header = _header(*self.kind, "0" * 64)
         self._begin = 8 + len(header)
-        with self._temporary.open("wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-            file.truncate(self._begin + 2 * math.prod(shape) * np.dtype(dtype).itemsize)
-        self._file = FeatureFile(self._temporary, "r+", self._begin, shape, dtype)
+        self._file = self._temporary.open("w+b")
+        self._file.write(len(header).to_bytes(8, "little") + header)
         return self
 
     def write(self, start: int, chosen: NDArray[Any], rejected: NDArray[Any]) -> None:
         """Rows from ``start`` on."""
-        self._file.chosen[start : start + len(chosen)] = chosen
-        self._file.rejected[start : start + len(rejected)] = rejected
+        (pairs, features), _, dtype = self.kind
+        # No memory map: where the disk is full, writing to one ends the process (SIGBUS) and says nothing.
+        for side, rows in enumerate((chosen, rejected)):
+            self._file.seek(self._begin + (side * pairs + start) * features * np.dtype(dtype).itemsize)
+            self._file.write(np.ascontiguousarray(rows, dtype=dtype).data)
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if error is not None:
+        try:
+            if error is None:
+                self._finish()
+                self._temporary.replace(self.path)
+                sync_folder(self.path.parent)
+        finally:
+            with suppress(OSError):  # the disk is full: the first error is the one to report
+                self._file.close()
             self._temporary.unlink(missing_ok=True)
-            return
+
+    def _finish(self) -> None:
+        """Write the header that says the digest, and make the file durable."""
+        shape, _, dtype = self.kind
         self._file.flush()
+        self._file.truncate(self._begin + 2 * math.prod(shape) * np.dtype(dtype).itemsize)
         header = _header(*self.kind, _digest(self._temporary, self._begin))
-        with self._temporary.open("r+b") as file:
-            file.seek(8)
-            file.write(header)
-            file.flush()
-            os.fsync(file.fileno())
-        self._temporary.replace(self.path)
-        sync_folder(self.path.parent)
+        self._file.seek(8)
+        self._file.write(header)
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
 
 def _header(shape: tuple[int, int], names: Sequence[str], dtype: str, digest: str) -> bytes:

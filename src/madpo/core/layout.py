@@ -19,6 +19,7 @@ from pydantic import BeforeValidator, model_serializer, model_validator
 from madpo.core.columns import PAIR_COLUMNS
 from madpo.core.config import Frozen, added, read_toml, validate
 from madpo.core.errors import ConfigError
+from madpo.core.storage import expanded
 from madpo.core.suggestions import did_you_mean
 
 
@@ -247,7 +248,7 @@ def as_layout(value: Any) -> Layout:
     if Path(value).suffix != ".toml":
         hint = did_you_mean(str(value), packaged) or f"; known are {', '.join(packaged)}"
         raise ConfigError(f"layout = {str(value)!r} is no layout and no .toml file{hint}")
-    found = read_toml(Path(value).expanduser())
+    found = read_toml(expanded(value))
     return validate(found.get("layout", found), Layout, place=str(value))
 
 

@@ -27,7 +27,16 @@ _REMEDY = {
     errno.EBUSY: "it is in use, as a mount point is, or a file that another process has open; choose another folder",
     errno.ELOOP: "a link is in its place; remove it or choose another folder",
     errno.EXDEV: "it cannot be renamed across file systems, or out of a container's image; choose another folder",
-    errno.ESTALE: "the network file system lost the folder; mount it again and run the same command again",
+    errno.EFBIG: "it is larger than its file system or a limit (ulimit -f) allows; raise it or choose another folder",
+    errno.EOPNOTSUPP: "its file system cannot do this; choose a folder on another one",
+    errno.ENOSYS: "its file system cannot do this; choose a folder on another one",
+    errno.EMFILE: "too many files are open at once; raise the limit (ulimit -n) and run the same command again",
+    errno.ENFILE: "the system has too many files open at once; end other programs and run the same command again",
+    # Network file systems and those of user programs (sshfs, FUSE).
+    **dict.fromkeys(
+        (errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.ETIMEDOUT, errno.EHOSTDOWN),
+        "the connection to its file system is lost; mount it again and run the same command again",
+    ),
 }
 _TEMPORARY = re.compile(r"\..+\.[0-9]+\.tmp")
 _VANISHED = (
@@ -139,15 +148,19 @@ def remove_oldest(folder: Path, limit: int, keep: Collection[Path] = ()) -> int:
     Returns:
         How many files were removed.
     """
-    found = sorted((path.stat().st_mtime, path) for path in folder.iterdir() if path.is_file())
-    total, removed = sum(path.stat().st_size for _, path in found), 0
-    for used, path in found:
+    found: list[tuple[float, int, Path]] = []
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another process makes room as well
+            if path.is_file():
+                found.append((path.stat().st_mtime, path.stat().st_size, path))
+    total, removed = sum(size for _, size, _ in found), 0
+    for used, size, path in sorted(found):
         if total <= limit:
             break
         if path in keep or (_TEMPORARY.fullmatch(path.name) and time.time() - used < 7 * 24 * 3600):
             continue
-        total, removed = total - path.stat().st_size, removed + 1
-        path.unlink()
+        total, removed = total - size, removed + 1
+        path.unlink(missing_ok=True)
     return removed
 
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from madpo.core.errors import ConfigError, DataError, StorageError
 from madpo.core.progress import bar, say
+from madpo.core.storage import storage_errors
 
 
 class PackagedModel(NamedTuple):
@@ -66,8 +67,25 @@ PACKAGED = {
 
 
 def cache_dir() -> Path:
-    """Where models and columns that many runs share are kept: ``$MADPO_CACHE``, by default ``~/.cache/madpo``."""
-    return Path(os.environ.get("MADPO_CACHE") or Path.home() / ".cache" / "madpo")
+    """Where models and columns that many runs share are kept: ``$MADPO_CACHE``, by default ``~/.cache/madpo``.
+
+    Raises:
+        ConfigError: neither is there: a user without a home folder, as some containers have.
+    """
+    try:
+        return Path(os.environ.get("MADPO_CACHE") or Path.home() / ".cache" / "madpo")
+    except RuntimeError:
+        raise ConfigError("this user has no home folder; set MADPO_CACHE to a folder for models and columns") from None
+
+
+@contextlib.contextmanager
+def cache_errors(place: Path) -> Iterator[None]:
+    """:func:`madpo.core.storage.storage_errors` of a folder of the cache: the sentence says how to choose another."""
+    try:
+        with storage_errors(place):
+            yield
+    except StorageError as error:
+        raise StorageError(f"{error} (for the cache: MADPO_CACHE)") from error
 
 
 def cache_limit() -> int:

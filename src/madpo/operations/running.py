@@ -94,20 +94,25 @@ def load_report(path: Path, model: type[Report]) -> Report:
 def digest(path_or_name: str | Path) -> str | None:
     """SHA-256 of a file, or of a folder's files by name; None where it is neither (a name on the hub).
 
-    Records and locks do not count, so that two equal results have one digest.
+    Records and locks do not count, so that two equal results have one digest. Raises StorageError: it cannot be read.
     """
     part = split_of_folder(path_or_name)
     path = expanded(path_or_name) if part is None else part[0]
-    if path.is_file():
-        return file_digest(path)
-    if not path.is_dir():
-        return None
-    parts = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        name = file.relative_to(path)
-        if name.parts[0] not in (*LOCKS, RECORD, UNFINISHED):
-            parts.update(f"{name.as_posix()}:{file_digest(file)}\n".encode())
-    return parts.hexdigest()
+    try:
+        if path.is_file():
+            return file_digest(path)
+        if not path.is_dir():
+            return None
+        parts = hashlib.sha256()
+        for file in sorted(p for p in path.rglob("*") if p.is_file()):
+            name = file.relative_to(path)
+            if name.parts[0] not in (*LOCKS, RECORD, UNFINISHED):
+                parts.update(f"{name.as_posix()}:{file_digest(file)}\n".encode())
+        return parts.hexdigest()
+    except OSError as error:
+        raise StorageError(
+            f"{error.filename or path} cannot be read ({error.strerror}); make it readable for you, or copy it again"
+        ) from error
 
 
 def toml(data: Mapping[str, Any]) -> str:

@@ -163,7 +163,7 @@ def _write_run(root: Path, staging: Path, status: RunStatus) -> None:
             records[steps[name]["folder"]] = json.loads(text)
         elif (why := status.unfinished[name]).startswith("failed: "):
             failed = why.removeprefix("failed: ")
-            for folder, short in ((str(root), "."), (str(Path.home()), "~")):
+            for folder, short in ((str(root), "."), (os.path.expanduser("~"), "~")):
                 failed = failed.replace(folder, short) if len(folder) > 1 else failed
             steps[name]["failed"] = failed
     run = f'{{"about": {_dumps(about)},\n"steps": {_lines(steps)}}}\n'

@@ -20,7 +20,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,11 +35,11 @@ from madpo.core.errors import ConfigError, DataError, StorageError
 from madpo.core.feature_file import FeatureFile, FeatureWriter
 from madpo.core.processes import all_gather_object, on_main_process
 from madpo.core.progress import bar, say
-from madpo.core.storage import remove_oldest, storage_errors
+from madpo.core.storage import remove_oldest
 from madpo.models.engine.features import POOLING, feature_width
 from madpo.models.engine.logprobs import completion_logps, unwrapped
 from madpo.models.modes import evaluating
-from madpo.models.packaged import cache_dir, cache_limit
+from madpo.models.packaged import cache_dir, cache_errors, cache_limit
 from madpo.runner.record import conditions, libraries
 from madpo.training.columns import DataCollatorForPreference, PreferenceCollator
 from madpo.training.digests import reference_digest
@@ -131,17 +131,19 @@ def cached_reference(
         columns, features = cached[0] if cached else ({}, None)
         return Reference(_everywhere(columns, asked.rows, accelerator), digest, features)
     leads = accelerator.is_main_process
-    with storage_errors(path.parent):
-        writer = FeatureWriter(feature_path, asked.rows, width) if layers and leads else None
-        with writer or nullcontext():
-            columns = _compute(asked, description, layers, width, writer)
-    features = None if writer is None else FeatureFile.read(feature_path, asked.rows, width)
     named = "pair_id" in dataset.column_names
-    refuse_not_finite(columns, dataset["pair_id"] if named else [f"in row {row}" for row in range(asked.rows)])
+    names = dataset["pair_id"] if named else [f"in row {row}" for row in range(asked.rows)]
+    # Both files are opened first: a cache that cannot be written is refused before the work, not after it.
+    with cache_errors(path.parent), ExitStack() as opened:
+        kept = opened.enter_context(FeatureWriter(path, asked.rows, *_COLUMNS)) if leads else None
+        writer = opened.enter_context(FeatureWriter(feature_path, asked.rows, width)) if layers and leads else None
+        columns = _compute(asked, description, layers, width, writer)
+        refuse_not_finite(columns, names)
+        if kept is not None:
+            kept.write(0, *(columns[name][:, None] for name in REFERENCE_COLUMNS))
+    features = None if writer is None else FeatureFile.read(feature_path, asked.rows, width)
     if leads:
-        with storage_errors(path.parent):
-            with FeatureWriter(path, asked.rows, *_COLUMNS) as kept:
-                kept.write(0, *(columns[name][:, None] for name in REFERENCE_COLUMNS))
+        with cache_errors(path.parent):
             if gone := remove_oldest(path.parent, cache_limit(), (path, feature_path)):
                 say(
                     f"{path.parent} keeps at most {cache_limit() / 1e9:g} GB (MADPO_CACHE_GB): {gone} files that were "

@@ -226,7 +226,7 @@ class ExactResume(SavesCheckpoints):
 
     def _begin(self) -> None:
         """Just before the first step: transformers has set the totals to zero by now."""
-        self._clock = time.time()
+        self._clock = time.monotonic()
         self._stopped = False
         if self._point is None:
             return

@@ -171,7 +171,7 @@ class SavesCheckpoints(FiniteTraining):
                     "last_logged": self._globalstep_last_logged,
                     "first_step": self._initial_global_step,
                     "train_tokens": getattr(self, "_total_train_tokens", 0),
-                    "seconds": self._seconds_before + time.time() - self._clock,
+                    "seconds": self._seconds_before + time.monotonic() - self._clock,
                     "stopped": self._stops_early(),
                     "conditions": self._conditions(),
                     "processes": ranks,
