@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
@@ -119,6 +120,44 @@ def test_prompts_that_a_reader_cannot_tell_apart_are_on_one_side(chat: bool, tmp
     train, held = (write(tmp_path / f"{k}.jsonl", rows[k::2]) for k in range(2))
     report = check(train, eval_data=held)
     assert (report.count("leaked_prompt"), report.prompts) == (20, 20)
+
+
+def test_prompts_that_differ_in_case_or_final_punctuation_are_found(tmp_path: Path) -> None:
+    """They stay prompts of their own. Signs inside a prompt, and what a prompt consists of, may mean something."""
+    same = ("What is it", "what is it?", "\u201cWHAT IS IT\u201d", "what\u200b is it", "What is it")
+    others = ("What is 2*3", "What is 2/3", "?", "!", "stra\u00dfe", "STRASSE")
+    rows = [{"prompt": p, "chosen": f"a{i}", "rejected": "b"} for i, p in enumerate((*same, *others))]
+    for turn in (dict, conversation):
+        data = write(tmp_path / "d.jsonl", [turn(row) for row in rows])
+        report = check(data)
+        assert report.prompts == 10
+        assert {f.kind: f.count for f in report.findings} == {"similar_prompt": 4}
+        (finding,) = report.findings
+        assert finding.examples == tuple(f"{data}, line {n}, first in 1" for n in (2, 3, 4))
+        train, held = write(tmp_path / "t.jsonl", [turn(rows[0])]), write(tmp_path / "h.jsonl", map(turn, rows[1:]))
+        leaks = check(train, eval_data=held)
+        assert (leaks.count("leaked_similar_prompt"), leaks.count("leaked_prompt")) == (3, 1)
+    assert len(set(prompt_keys([row["prompt"] for row in rows]))) == 10
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "kind"),
+    [
+        (0.02, 0.97, "margin_probability"),
+        (3.0, 98.0, "margin_percentage"),
+        (0.5, 0.97, None),  # no label is contradicted: margins of pairs that they ordered
+        (-0.1, 0.97, None),
+        (0.02, 7.0, None),
+        (0.0, 0.1, None),
+    ],
+)
+def test_margins_that_look_like_probabilities_are_found(
+    least: float, most: float, kind: str | None, tmp_path: Path
+) -> None:
+    rows = [row | {"reward_margin": m} for row, m in zip(text_pairs(24), np.linspace(least, most, 24), strict=True)]
+    found = {f.kind: f.count for f in check(write(tmp_path / "d.jsonl", rows)).findings}
+    assert found == ({} if kind is None else {kind: 24})
+    assert not check(write(tmp_path / "few.jsonl", rows[:19])).findings
 
 
 def test_names_of_two_pairs_are_found_and_refused_and_the_remedy_works(

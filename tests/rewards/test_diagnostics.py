@@ -151,6 +151,8 @@ def _effective(h: np.ndarray, tau: float, c_max: float) -> float:
     [
         (np.zeros(10), 1.0, "DPO"),
         (np.full(300, 2.0), 1.0, "negative"),
+        (1 / (1 + np.exp(-bradley_terry(300, 2.0))), 1.0, "log(p / (1 - p))"),
+        (100 / (1 + np.exp(-bradley_terry(300, 2.0))), 1.0, "log(p / (100 - p))"),
         (np.linspace(-3, 3, 400), 1.0, "coin"),
         (-np.linspace(1, 3, 400), 1.0, "swapped"),
         (np.r_[np.full(19, 1.0), -0.5], None, "20 pairs"),

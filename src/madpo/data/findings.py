@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from madpo.core.columns import MARGIN
 from madpo.core.config import Frozen
 from madpo.core.errors import DataError
 from madpo.data.conversation import columns_of
-from madpo.data.folds import plain_prompt
+from madpo.data.folds import loose_prompt, plain_prompt
 from madpo.data.messages import Text
 from madpo.data.raw import At, Source
 from madpo.data.rows import Pair
@@ -26,12 +27,25 @@ from madpo.data.tokens import Encoded
 
 FEW = 3  # pairs of one prompt that may be a coincidence
 EXAMPLES = 3
+MANY = 20  # pairs whose margins may show their unit
 
 KINDS: dict[str, tuple[str, str]] = {
     kind: (says, remedy)
     for kind, (says, remedy) in tomllib.loads((files("madpo.data") / "findings.toml").read_text("utf-8")).items()
 }
 """Kind -> (what is so, what to do)."""
+
+
+def unit_of_margins(pairs: int, least: float, most: float) -> str | None:
+    """The kind of finding for margins that look like the chosen side's probabilities or percentages; None for others.
+
+    A probability of one half is a margin of 0, and a smaller one contradicts the label: read as log-odds, all of them
+    would agree with it.
+    """
+    for kind, whole in (("margin_probability", 1.0), ("margin_percentage", 100.0)):
+        if pairs >= MANY and 0 <= least < whole / 2 and whole / 5 < most <= whole:
+            return kind
+    return None
 
 
 class Finding(Frozen):
@@ -78,6 +92,7 @@ class Seen:
     def __init__(self) -> None:
         self._pairs = bytearray()
         self._prompts = bytearray()
+        self._loose_prompts = bytearray()
         self.numbers = array("q")
         """Line or row of each pair."""
         self.ids: array[int] | None = None
@@ -92,6 +107,7 @@ class Seen:
         key[15] = (key[15] & 0xFE) | in_order
         self._pairs += key
         self._prompts += digest(plain_prompt(pair.prompt))
+        self._loose_prompts += digest(loose_prompt(pair.prompt))
         if self.ids is None and pair.pair_id != len(self):
             self.ids = array("q", range(len(self)))
         if self.ids is not None:
@@ -112,7 +128,7 @@ class Seen:
         return len(np.unique(np.frombuffer(self._prompts, "S16")))
 
     def repeats(self, findings: Findings, at: At) -> None:
-        """Add duplicates, pairs that are there in both orders, and names of two pairs."""
+        """Add duplicates, pairs that are there in both orders, names of two pairs, and prompts that are alike."""
         rows = np.arange(len(self))
         if self.ids is not None:
             named = _first(np.frombuffer(self.ids, np.int64))
@@ -122,6 +138,9 @@ class Seen:
         orders = np.frombuffer(self._pairs, np.uint8)[15::16] & 1
         either = _first(self.unordered())
         self._report(findings, "contradiction", either, (orders != orders[either]) & (first == rows), at)
+        prompts, loose = (np.frombuffer(keys, "S16") for keys in (self._prompts, self._loose_prompts))
+        similar = _first(loose)
+        self._report(findings, "similar_prompt", similar, prompts != prompts[similar], at)
 
     def _report(
         self, findings: Findings, kind: str, first: npt.NDArray[np.intp], hits: npt.NDArray[np.bool_], at: At
@@ -132,9 +151,15 @@ class Seen:
 
     def leaks(self, train: Seen, findings: Findings, at: At) -> None:
         """Add the pairs (in either order) and the prompts of this evaluation data that are in ``train``."""
+
+        def among(mine: bytearray, theirs: bytearray) -> npt.NDArray[np.bool_]:
+            return np.isin(np.frombuffer(mine, "S16"), np.frombuffer(theirs, "S16"))
+
+        prompts = among(self._prompts, train._prompts)
         hits = {
             "leaked_pair": np.isin(self.unordered(), train.unordered()),
-            "leaked_prompt": np.isin(np.frombuffer(self._prompts, "S16"), np.frombuffer(train._prompts, "S16")),
+            "leaked_prompt": prompts,
+            "leaked_similar_prompt": among(self._loose_prompts, train._loose_prompts) & ~prompts,
         }
         for kind, found in hits.items():
             rows = np.flatnonzero(found)
@@ -171,11 +196,15 @@ class Survey:
         self.findings = Findings()
         self.seen = Seen()
         self.at: At = str
+        self._margins = (0, np.inf, -np.inf)  # how many, the smallest and the largest
 
     def take(self, pair: Pair, encoded: Encoded | None, source: Source, max_length: int | None = None) -> None:
         """Look at a pair, in text and, where there are any, in tokens."""
         self.at = source.at
         self.seen.add(pair)
+        if (margin := pair.numbers.get(MARGIN)) is not None:
+            count, least, most = self._margins
+            self._margins = count + 1, min(least, margin), max(most, margin)
         details: dict[str, list[str]] = {}  # a pair counts once for a kind, whatever is found in it
         for kind, detail in (*pair.flags, *(encoded.flags if encoded else ())):
             details.setdefault(kind, []).append(detail)
@@ -196,6 +225,8 @@ class Survey:
         if not len(self.seen):
             return
         self.seen.repeats(self.findings, at)
+        if (kind := unit_of_margins(*self._margins)) is not None:
+            self.findings.add(kind, len(self.seen), [at(number) for number in self.seen.numbers[:EXAMPLES]])
         if len(self.seen) >= FEW and self.seen.distinct_prompts() == 1:
             examples = [at(number) for number in self.seen.numbers[:EXAMPLES]]
             self.findings.add("one_prompt", len(self.seen), examples)

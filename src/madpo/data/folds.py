@@ -10,6 +10,8 @@ from madpo.core.seeding import rng
 from madpo.data.conversation import Conversation, columns_of
 from madpo.data.messages import Text
 
+_ENDS = " .,;:!?¿¡()[]\"'`\u2018\u2019\u201c\u201d\u201e\u00ab\u00bb\u3001\u3002"
+
 
 def prompt_key(prompt: Text) -> str:
     """What makes two prompts the same."""
@@ -43,6 +45,24 @@ def plain_prompt(prompt: Text) -> Text:
     return Conversation([{**said, "content": plain(said["content"])} for said in prompt], columns_of(prompt))
 
 
+def loose_prompt(prompt: Text) -> Text:
+    """:func:`plain_prompt` without case, characters that show nothing, and punctuation at the ends of its texts.
+
+    Prompts that are the same in this form count as different ones, and a reader may well take them for one.
+    """
+
+    def loose(text: str) -> str:
+        folded = text.casefold()
+        if not folded.isascii():  # Cf: zero width, direction, soft hyphen
+            folded = "".join(c for c in folded if unicodedata.category(c) != "Cf")
+        return folded.strip(_ENDS) or text
+
+    prompt = plain_prompt(prompt)
+    if isinstance(prompt, str):
+        return loose(prompt)
+    return Conversation([{**said, "content": loose(said["content"])} for said in prompt], columns_of(prompt))
+
+
 def prompt_keys(prompts: Sequence[Text]) -> list[str]:
     """What makes prompts of a data set the same, for its parts: those have one key that a reader cannot tell apart."""
     keys, plain = ([prompt_key(form(prompt)) for prompt in prompts] for form in (lambda prompt: prompt, plain_prompt))
@@ -60,7 +80,8 @@ def folds_by_prompt(prompts: Iterable[str], folds: int, seed: int, name: str) ->
     keys = list(prompts)
     distinct = sorted(set(keys))
     if len(distinct) < folds:
-        raise ConfigError(f"folds is {folds}, but {name} has only {len(distinct)} different prompts; use fewer folds")
+        remedy = "use fewer folds" if len(distinct) > 1 else "give pairs of at least two prompts"
+        raise ConfigError(f"folds is {folds}, but {name} has only {len(distinct)} different prompts; {remedy}")
     order = rng(seed, "folds").permutation(len(distinct))
     fold = {distinct[prompt]: place % folds for place, prompt in enumerate(order)}
     return [fold[key] for key in keys]

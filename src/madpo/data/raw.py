@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Container, Generator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -19,6 +20,8 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 NAMES = ("name",)
 KEYS = (*CALLS, *REASONING, *NAMES, "tool_call_id")
 COLUMNS = ("tools", "chat_template_kwargs")
+
+_NUMBER = re.compile(r"[-+]?\d+([.,]\d+)?([eE][-+]?\d+)?")
 
 At = Callable[[int], str]
 """The place of a row by its number, for messages: ``pairs.jsonl, line 7``."""
@@ -116,9 +119,9 @@ def as_number(value: Any, name: str, *, from_text: bool = False) -> float:
         try:
             number = float(value)
         except ValueError:
-            raise RowError(f"{name} is {described(value)}, not a number; correct or drop the row") from None
+            raise RowError(f"{name} is {described(value)}, not a number; {_remedy(value)}") from None
     if isinstance(number, bool) or not isinstance(number, int | float | Decimal):
-        hint = "write it without quotes" if isinstance(value, str) else "give a number"
+        hint = _remedy(value, quoted=True) if isinstance(value, str) else "give a number"
         raise RowError(f"{name} is {described(value)}, not a number; {hint}")
     try:
         number = float(number)
@@ -127,6 +130,14 @@ def as_number(value: Any, name: str, *, from_text: bool = False) -> float:
     if not math.isfinite(number):
         raise RowError(f"{name} is {number}, but must be finite; score the pair again or drop the row")
     return number
+
+
+def _remedy(text: str, *, quoted: bool = False) -> str:
+    """What to do with a text in the place of a number."""
+    if _NUMBER.fullmatch(text.strip()):
+        found = ["with a decimal point"] * ("," in text) + ["without quotes"] * quoted
+        return f"write it {' and '.join(found)}"
+    return "correct or drop the row"
 
 
 def without_filled_nulls(value: Any) -> Any:

@@ -39,6 +39,7 @@ _MAGIC = {
     b"\xd0\xcf\x11\xe0": "is a file of an older Excel; save it as .csv",
     b"ARROW1": "is an Arrow file; give the folder that save_to_disk wrote, or save it as .parquet",
     b"\xff\xff\xff\xff": "is an Arrow stream; give the folder that save_to_disk wrote, or save it as .parquet",
+    b"\xff\xfe\x00\x00": "is UTF-32 text; save it as UTF-8",
     b"\xff\xfe": "is UTF-16 text; save it as UTF-8",
     b"\xfe\xff": "is UTF-16 text; save it as UTF-8",
     b"\x00\x00\xfe\xff": "is UTF-32 text; save it as UTF-8",

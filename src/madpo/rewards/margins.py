@@ -16,6 +16,7 @@ from madpo.core.errors import ConfigError, DataError
 from madpo.core.metrics import Estimate
 from madpo.core.reports import Report
 from madpo.core.statistics import LOG_TEMPERATURES, fit_temperature, proportion_of
+from madpo.data.findings import KINDS, unit_of_margins
 from madpo.data.margins import SUSPICIOUS
 from madpo.rewards.label_share import LabelShare, better_than_coin
 from madpo.rewards.weight_counts import WeightParameters, count_weights, log_weight
@@ -377,6 +378,8 @@ def _doubts(h: NDArray[np.float64], temperature: float, *, fitted: bool, learned
         doubts.append("all margins are the same, so every pair gets the same weight; MADPO is DPO here")
     if (h >= 0).all() and h.any():
         doubts.append("no margin is negative: were these pairs ordered by the reward model that scored them?")
+    if (kind := unit_of_margins(len(h), float(h.min()), float(h.max()))) is not None:
+        doubts.append("; ".join(KINDS[kind]))
     if fitted and learned and len(h) < 200:
         doubts.append(f"{len(h)} pairs are too few to fit a temperature to; measure it on more held-out pairs")
     return doubts
