@@ -107,12 +107,12 @@ class EvaluateReport(Report):
             f"{self.prompts} prompts, {self.samples_per_prompt} response{'s' * (self.samples_per_prompt > 1)} each",
             f"win rate {w.mean:.1%} (95 % interval {w.low:.1%} to {w.high:.1%}), reward difference "
             f"{short(d, digits=3)}",
-            f"{'':28}{'policy':>28}{'reference':>28}",
-            f"{'KL, nats':28}{short(self.kl, digits=3):>28}{'0':>28}",
+            f"{'':28}{'policy':>32}{'reference':>32}",
+            f"{'KL, nats':28}{short(self.kl, digits=3):>32}{'0':>32}",
         ]
         for name, (words, how, digits) in _MEASURED.items():
             sides = [short(getattr(side, name), how, digits) for side in (self.policy_side, self.reference_side)]
-            lines.append(f"{words:28}{sides[0]:>28}{sides[1]:>28}")
+            lines.append(f"{words:28}{sides[0]:>32}{sides[1]:>32}")
         lines += self.doubts()
         lines += [
             f"at temperature {at.temperature:g}: win rate {at.win_rate.mean:.1%} ({at.win_rate.low:.1%} to "
