@@ -27,7 +27,7 @@ class FeatureFile:
     """
 
     def __init__(self, path: Path, begin: int, shape: tuple[int, int], dtype: str) -> None:
-        table: Any = np.memmap(path, dtype=dtype, mode="r", offset=begin, shape=(2, *shape))  # type: ignore[call-overload]
+        table: Any = np.memmap(path, dtype=dtype, mode="r", offset=begin, shape=(2, *shape))
         self.chosen, self.rejected = table
 
     @classmethod

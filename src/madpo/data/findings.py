@@ -225,8 +225,8 @@ class Survey:
         if not len(self.seen):
             return
         self.seen.repeats(self.findings, at)
-        if (kind := unit_of_margins(*self._margins)) is not None:
-            self.findings.add(kind, len(self.seen), [at(number) for number in self.seen.numbers[:EXAMPLES]])
+        if (unit := unit_of_margins(*self._margins)) is not None:
+            self.findings.add(unit, len(self.seen), [at(number) for number in self.seen.numbers[:EXAMPLES]])
         if len(self.seen) >= FEW and self.seen.distinct_prompts() == 1:
             examples = [at(number) for number in self.seen.numbers[:EXAMPLES]]
             self.findings.add("one_prompt", len(self.seen), examples)

@@ -3,7 +3,6 @@
 import json
 import unicodedata
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from madpo.core.errors import ConfigError
 from madpo.core.seeding import rng
