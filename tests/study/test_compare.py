@@ -1,6 +1,7 @@
 """``madpo compare``: a user's own pairs as a study, against independent computations."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,13 +12,15 @@ from peft import PeftModel
 from scipy.optimize import minimize_scalar
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from claim_cases import N, madpo, row, tier_of
+from claim_cases import N, madpo, row, samples, tier_of
 from madpo.core.config import load_config
 from madpo.core.errors import ConfigError, DataError
 from madpo.data.rows import Pair
 from madpo.operations import ScoreSettings, score
 from madpo.operations.own_pairs import OwnPairsStage, read_own_pairs
 from madpo.operations.pair_scorer import load_scorer
+from madpo.report.collect import planned_row
+from madpo.report.equal_kl import frontiers
 from madpo.report.numbers import short
 from madpo.report.own import own_notes, own_opening, own_verdict
 from madpo.report.results import Row, Tier, measured
@@ -264,6 +267,39 @@ def test_dpo_is_trained_at_half_the_rate_too() -> None:
     assert [row.key for row in none] == ["dpo", "madpo", "auto"]
     with refused(ValueError, "other_learning_rates", "0.0001"):
         CompareSettings(model="m", other_learning_rates=(1e-4,))
+
+
+MINE = """
+from typing import Literal
+from madpo.losses import LossConfig
+
+class Mine(LossConfig):
+    kind: Literal["mine"] = "mine"
+    beta: float = 0.1
+    gain: float = 1.0
+"""
+
+
+def test_a_loss_of_ones_own_has_a_curve_over_beta(tmp_path) -> None:
+    (tmp_path / "my_file.py").write_text(MINE)
+    target = f"{tmp_path}/my_file.py:Mine"
+
+    def rows(*losses):
+        return rows_of(CompareSettings(model="m", losses=losses, judge="probe", other_learning_rates=()), margins=True)
+
+    dpo, own = rows(target)[:3], rows(target)[3:]
+    assert [row.name.replace("DPO", "Mine") for row in dpo] == [row.name for row in own]
+    assert [row.loss.beta for row in dpo] == [row.loss.loss.beta for row in own] == [0.1, 0.03, 0.3]
+    shown = [planned_row({"key": row.key, **row.model_dump(mode="json")}) for row in own]
+    assert {row.method for row in shown} == {"Mine"}
+    seen = [replace(row, seeds=("seed0",)) for row in shown]
+    tier = measured(Tier("own", seen, pd.concat(samples(row.key, "seed0", np.ones(9), np.ones(9)) for row in seen)))
+    (curve,) = frontiers(tier, 0.1).values()
+    assert [row.loss["beta"] for row in curve] == [0.03, 0.1, 0.3]
+    table = {"kind": "custom", "target": target}
+    assert [row.key for row in rows({**table, "parameters": {"beta": 3}})][3:] == ["mine"], "a beta of the user's stays"
+    two = rows(target, {**table, "parameters": {"gain": 2}})
+    assert two[6].name == "Mine, gain 2"
 
 
 @pytest.mark.parametrize("gain", [0.1, 0.0])

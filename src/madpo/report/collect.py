@@ -13,7 +13,7 @@ import pandas as pd
 
 from madpo.core.columns import MARGIN
 from madpo.core.metrics import Estimate, Metric
-from madpo.report.methods import SFT, method_of, rate_words
+from madpo.report.methods import SFT, method_of, rate_words, spread
 from madpo.report.results import MEASURED, Row, Tier, Value, measured
 from madpo.report.sources import MEASURES, Sources
 from madpo.runner.record import Record
@@ -139,7 +139,7 @@ def _described(
     given = [r for r in (policy, *by_seed.values()) if r is not None]
     name = next((str(r.config["method"]) for r in given if r.config.get("method")), key)
     row = planned_row({**planned.get(name, {}), "name": name, "key": key})
-    if policy is not None and (loss := policy.config.get("loss")):
+    if policy is not None and (loss := spread(policy.config.get("loss") or {})):
         method = method_of(key, name, loss, row.pairs, row.margins, row.trainer)
         row = replace(row, loss=loss, method=method + rate_words(row.learning_rate))
     return replace(row, seeds=tuple(by_seed), per_seed=_rewards(by_seed))
@@ -150,7 +150,7 @@ def planned_row(method: Mapping[str, Any]) -> Row:
     online = method.get("auto") or method.get("online") or {}
     trained = {"kind": method.get("trainer"), "beta": online.get("beta"), "n": method.get("n")}
     trained |= {"label_share": online.get("label_share")}
-    loss = dict(method.get("loss") or {name: value for name, value in trained.items() if value is not None})
+    loss = spread(method.get("loss") or {name: value for name, value in trained.items() if value is not None})
     key, name = str(method.get("key", "")), str(method["name"])
     texts = ("pairs", "all"), ("margins", "in_sample"), ("trainer", "offline")
     pairs, margins, trainer = (str(method.get(what, default)) for what, default in texts)

@@ -28,12 +28,17 @@ _KINDS = {
 }
 
 
+def spread(loss: Mapping[str, Any]) -> dict[str, Any]:
+    """A loss's settings; of one of the user's own, the parameters next to its kind and its target."""
+    return {**loss.get("parameters", {}), **{k: v for k, v in loss.items() if k != "parameters"}}
+
+
 def method_of(key: str, name: str, loss: Mapping[str, Any], pairs: str, margins: str, trainer: str) -> str:
     """The method that a row is a setting of; a row that none is known for is a method of its own.
 
     Args:
         key: of the row in the steps; name: as it is shown.
-        loss: its settings, with ``kind``.
+        loss: its settings, with ``kind``, as :func:`spread` gives them.
         pairs, margins, trainer: as in an experiment's rows.
     """
     kind = loss.get("kind", key)
@@ -53,8 +58,10 @@ def method_of(key: str, name: str, loss: Mapping[str, Any], pairs: str, margins:
         words += ["calibrated margins"] * (float(loss.get("margin_temperature", 1.0)) != 1.0)
         words += [_MARGINS[margins]] if margins in _MARGINS else []
         return ", ".join(words)
-    if "kind" not in loss or kind == "custom":
+    if "kind" not in loss:
         return name
+    if kind == "custom":
+        return str(loss["target"]).rpartition(":")[2]
     spelled = "-".join("DPO" if word == "dpo" else word for word in str(kind).split("_"))
     return _KINDS.get(str(kind), spelled if "-" in spelled else spelled.upper())
 
@@ -74,7 +81,8 @@ def rate_words(learning_rate: float | None) -> str:
 
 def settings_words(loss: Mapping[str, Any]) -> str:
     """ "beta 0.1, tau 7, c max 4": the numbers that tell a row from others of its kind."""
-    numbers = {name: value for name in _SPOKEN if isinstance(value := loss.get(name), int | float)}
+    spoken = _SPOKEN if loss.get("kind") != "custom" else loss.keys()
+    numbers = {name: value for name in spoken if isinstance(value := loss.get(name), int | float)}
     shown = {name: value for name, value in numbers.items() if _SILENT.get(name) != value}
     return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in shown.items())
 

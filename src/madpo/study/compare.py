@@ -42,8 +42,9 @@ class CompareSettings(Training):
     """Which losses are compared on a user's own pairs, and how they are judged."""
 
     losses: tuple[str | dict[str, Any], ...] = ("dpo", "madpo", "auto")
-    """Kinds of losses, or tables with their settings such as '{ kind = "madpo", tau = 4 }'. DPO is always among
-    them: others are compared with it. ``madpo train --help`` lists the kinds."""
+    """Kinds of losses, classes of your own (my_file.py:MyLoss), or tables with their settings such as
+    '{ kind = "madpo", tau = 4 }'. DPO is always among them: others are compared with it. ``madpo train --help`` lists
+    the kinds."""
     betas: tuple[Annotated[float, Field(gt=0)], ...] | None = None
     """Each loss is trained at each of them. None is 0.1, and with a judge 0.03, 0.1 and 0.3, since rewards compare at
     equal KL only. Losses compare at equal beta at 0.1 or, where it is not given, at the first: add further ones at the
@@ -110,12 +111,14 @@ _KINDS = {"auto": AutoLoss, **{kind.model_fields["kind"].default: kind for kind 
 
 
 def known_loss(given: str | Mapping[str, Any]) -> Any:
-    """A loss by its kind, or a table of its settings.
+    """A loss by its kind, a class of the user's by its place ("my_file.py:Mine"), or a table of its settings.
 
     Raises:
         ValueError: there is none such.
     """
-    table = {"kind": given} if isinstance(given, str) else dict(given)
+    if isinstance(given, str):
+        given = {"kind": "custom", "target": given} if ":" in given else {"kind": given}
+    table = dict(given)
     kind = str(table.get("kind"))
     if kind not in _KINDS:
         near = did_you_mean(kind, _KINDS) or f"; there are {', '.join(_KINDS)}"

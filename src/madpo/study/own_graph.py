@@ -14,6 +14,7 @@ from madpo.data.folds import prompt_key
 from madpo.data.load import PairStream
 from madpo.data.sources import look_at
 from madpo.data.tokens import text_length
+from madpo.losses import Custom
 from madpo.operations.own_pairs import OwnPairsStage, Size, read_own_pairs
 from madpo.operations.pair_scorer import load_pair_encoder, seen_pairs
 from madpo.operations.preconditions import require_columns
@@ -21,7 +22,7 @@ from madpo.operations.running import digest
 from madpo.operations.settings import PROBE, PairCorpus
 from madpo.operations.study_margins import ProbeStage, fit_pairs_probe
 from madpo.operations.study_training import PairSFTStage, train_sft_on_pairs
-from madpo.report.methods import OWN, REFERENCE, method_of, settings_words
+from madpo.report.methods import OWN, REFERENCE, method_of, settings_words, spread
 from madpo.runner.step import Source, Step
 from madpo.study.compare import AutoLoss, CompareSettings, known_loss
 from madpo.study.graph import StudyGraph
@@ -149,28 +150,33 @@ def rows_of(settings: CompareSettings, margins: bool) -> tuple[Method, ...]:
     # Margins have no word in these names.
     trainers = ["auto" if isinstance(loss, AutoLoss) else "offline" for loss in losses]
     named = zip(losses, trainers, strict=True)
-    methods = [method_of(loss.kind, loss.kind, loss.model_dump(), "all", "column", trainer) for loss, trainer in named]
+    methods = [
+        method_of(loss.kind, loss.kind, spread(loss.model_dump()), "all", "column", trainer) for loss, trainer in named
+    ]
     betas = settings.betas or ((BETA,) if settings.judge is None else (0.03, BETA, 0.3))
     base = BETA if BETA in betas else betas[0]
     rows: list[Method] = []
     for name, loss in zip(methods, losses, strict=True):
         # A beta of the user's, or one of another scale, stays as it is.
-        default = getattr(type(loss).model_fields.get("beta"), "default", None)
-        tuned = default == BETA and "beta" not in loss.model_fields_set
-        words = settings_words(loss.model_dump(exclude={"beta"} if tuned else None))
+        own = loss.loss if isinstance(loss, Custom) else loss
+        default = getattr(type(own).model_fields.get("beta"), "default", None)
+        tuned = default == BETA and "beta" not in own.model_fields_set
+        words = settings_words(spread(loss.model_dump(exclude={"beta"} if tuned else None)))
         shown = f"{name}, {words}" if words and methods.count(name) > 1 else name
-        loss = loss.model_copy(update={"beta": base}) if tuned else loss
+        if tuned:
+            changes = {"parameters": {**loss.parameters, "beta": base}} if own is not loss else {"beta": base}
+            loss = loss.model_copy(update=changes)
         if isinstance(loss, AutoLoss):
             auto = AutoSettings.model_validate(loss.model_dump(exclude={"kind"}))
             row = Method(name=shown, trainer="auto", auto=auto, margins="column" if margins else "probe")
         else:
             row = Method(name=shown, loss=loss, margins="column" if margins else "in_sample")
         others = {"beta": tuple(beta for beta in betas if beta != base and tuned)}
-        own = [row, *_swept(row, others)]
+        curve = [row, *_swept(row, others)]
         rates = settings.other_learning_rates
         if rates is None:
             rates = (settings.optimisation.learning_rate / 2,) if name == "DPO" else ()
-        rows += own + [again for one in own for again in _swept(one, {"learning_rate": rates})]
+        rows += curve + [again for one in curve for again in _swept(one, {"learning_rate": rates})]
     for row in rows:
         if sum(other.key == row.key for other in rows) > 1:
             raise ConfigError(f"losses has {row.name} twice; give each once")
