@@ -388,6 +388,38 @@ def test_columns_of_a_prompt_are_joined_in_the_order_that_is_asked_for(tmp_path:
     assert pairs(path, {"prompt": "context,prompt"}) == [(f"Rivers\n{ASK}", GOOD, BAD)]
 
 
+def test_text_is_read_as_turns_for_a_chat_model(tmp_path: Path) -> None:
+    asked, good, bad = (
+        [{"role": "user", "content": ASK}],
+        *([{"role": "assistant", "content": t}] for t in (GOOD, BAD)),
+    )
+    own = {"prompt": "question", "chosen": "best", "rejected": "worse", "chat": True}
+    assert pairs(written(tmp_path, [OWN], "csv"), own) == [(asked, good, bad)]
+    path = written(tmp_path, [{"prompt": ASK, "system": "Be brief.", "chosen": GOOD, "rejected": BAD}])
+    system = [{"role": "system", "content": "Be brief."}]
+    assert pairs(path, {"chat": True}) == [(system + asked, good, bad)]
+    assert [p.content for p in read_prompts(path, columns={"chat": True})] == [system + asked]
+    assert [text for _, text in read_texts(path, {"chat": True})] == [system + asked + side for side in (good, bad)]
+    messages = written(tmp_path, [{"prompt": asked, "chosen": good, "rejected": bad}])
+    assert pairs(messages, {"chat": True}) == [(asked, good, bad)]
+    with refused(DataError, "line 1", "columns.chat", "--columns.prompt"):
+        pairs(written(tmp_path, [{"chosen": f"{ASK} {GOOD}", "rejected": f"{ASK} {BAD}"}]), {"chat": True})
+
+
+def test_a_corpus_of_prompts_takes_the_names_of_its_columns(tmp_path: Path) -> None:
+    path = written(tmp_path, [{"question": ASK, "n": 1}], "csv")
+    assert [text for _, text in read_texts(path, {"prompt": "question"})] == [ASK]
+
+
+def test_a_check_names_the_command_that_comes_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = written(tmp_path, [{"question": f"{ASK} {i}", "best": GOOD, "the worse": BAD} for i in range(2)])
+    words = ["--columns.prompt", "question", "--columns.chosen", "best", "--columns.rejected", "the worse"]
+    assert main(["check", str(path), *words, "--columns.chat", "true"]) == 0
+    (following,) = re.findall("^next: (.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert shlex.split(following)[:3] == ["madpo", "train", str(path)]
+    assert shlex.split(following)[3:-4] == [*words, "--columns.chat", "true"]
+
+
 def test_tools_of_a_layout_reach_the_row(tmp_path: Path) -> None:
     row, tools = CASES["OpenAI preference fine-tuning"].rows[0], [{"type": "function", "function": {"name": "look"}}]
     (pair,) = load_preferences(written(tmp_path, [row | {"input": row["input"] | {"tools": tools}}]))

@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from madpo.commands.from_settings import Configurable
-from madpo.commands.shared import Data, Result, finished, loading, show_page
+from madpo.commands.shared import Data, Result, finished, loading, show_next, show_page
 from madpo.core.config import part
 from madpo.core.layout import Reading
 from madpo.core.options import Cli
@@ -42,6 +42,8 @@ def check(options: Check) -> int:
 
     given = options.model_dump(exclude={"config", "set", "output_dir", "columns", "layout"})
     show(check(**given, columns=options.reading, output=options.output_dir).text())
+    model = ("--model_name_or_path", options.tokenizer or "MODEL")
+    show_next("train", options.data, *options.reading.as_options, *model, "--output_dir", "policy")
     return 0
 
 

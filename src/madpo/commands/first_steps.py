@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import Field
 
 from madpo.commands.from_settings import Configurable
-from madpo.commands.shared import show_page
+from madpo.commands.shared import show_next, show_page
 from madpo.core.config import Frozen, part
 from madpo.core.libraries import loading_libraries
 from madpo.core.options import Cli
@@ -32,7 +32,7 @@ def example(options: Example) -> int:
 
     paths = write_example(options.folder)
     show("\n".join(f"written: {path}" for path in paths))
-    show(f"next: madpo check {paths[0]} --eval_data {paths[1]}")
+    show_next("check", paths[0], "--eval_data", paths[1])
     return 0
 
 

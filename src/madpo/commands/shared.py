@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -69,16 +70,21 @@ def loading(options: Any, **named: Any) -> Iterator[None]:
         yield
 
 
-def finished(report: Any, options: Any, page: str = "", command: str = "") -> int:
+def finished(report: Any, options: Any, page: str = "", following: Sequence[object] = ()) -> int:
     """Print a report, where it is, where its page is, and the command that comes next; the exit status."""
     place: Path = options.output_dir
     if processes.is_main_process():
         show(f"{report.text()}\nwritten to {place / getattr(report, 'file', '')}")
         if page and (place / page).is_file():
             show_page(place / page)
-        if command:
-            show(f"next: {command}")
+        if following:
+            show_next(*following)
     return 0
+
+
+def show_next(*words: object) -> None:
+    """Say which command comes next."""
+    show(f"next: {shlex.join(['madpo', *map(str, words)])}")
 
 
 def show_page(path: Path) -> None:

@@ -39,7 +39,8 @@ def reward(options: Reward) -> int:
         from madpo.operations.reward_model import reward
     settings = part(o, RewardSettings)
     report = reward(o.data, o.output_dir, settings, eval_data=o.eval_data, overwrite=o.overwrite)
-    return finished(report, o, "report.html")
+    following = ("evaluate", "POLICY", "--prompts", "PROMPTS", "--reward", o.output_dir, "--output_dir", "evaluation")
+    return finished(report, o, "report.html", following)
 
 
 class Score(Configurable, ScoreSettings, Result, Data):
@@ -61,7 +62,8 @@ def score(options: Score) -> int:
     with loading(o, **named, models=[model], rewards=[o.reward_model]):
         from madpo.operations.scoring import score
     report = score(o.data, o.output_dir, part(o, ScoreSettings), overwrite=o.overwrite)
-    return finished(report, o, command=f"madpo inspect {o.output_dir / report.file} --output margins.html")
+    following = ("inspect", o.output_dir / report.file, "--output", "margins.html")
+    return finished(report, o, following=following)
 
 
 class Train(Configurable, TrainSettings, HeldOut, DryRun, Result, Data):
@@ -101,7 +103,7 @@ def train(options: Train) -> int:
     with loading(o, **named, pairs=pairs):
         from madpo.operations.policy import train
     report = train(o.data, o.output_dir, settings, eval_data=o.eval_data, overwrite=o.overwrite)
-    return finished(report, o, "report.html", f"madpo chat {o.output_dir}")
+    return finished(report, o, "report.html", ("chat", o.output_dir))
 
 
 class Tune(Configurable, TuneSettings, Result, Data):
@@ -123,8 +125,8 @@ def tune(options: Tune) -> int:
     with loading(o, **named, models=[o.model], rewards=rewards):
         from madpo.operations.tuning.search import tune
     report = tune(o.data, o.output_dir, part(o, TuneSettings), overwrite=o.overwrite)
-    command = f"madpo train {o.data} --config {o.output_dir / 'chosen.toml'} --output_dir DIR"
-    return finished(report, o, "tune.html", command)
+    following = ("train", o.data, "--config", o.output_dir / "chosen.toml", "--output_dir", "DIR")
+    return finished(report, o, "tune.html", following)
 
 
 class Evaluate(Configurable, EvaluateSettings, Result):

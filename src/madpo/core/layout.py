@@ -113,6 +113,8 @@ class Layout(Frozen):
     """Column with the weight of each pair."""
     decode: bool = False
     """Prompt and completions are JSON, or Python's lists, written as text."""
+    chat: bool = False
+    """For a chat model: a prompt of text is the user's message, and a completion of text the assistant's answer."""
 
     @model_validator(mode="after")
     def _fits(self) -> Layout:
@@ -140,7 +142,13 @@ class Layout(Frozen):
     @property
     def given(self) -> dict[str, Any]:
         """The fields that are set."""
-        return {name: getattr(self, name) for name in self.model_fields_set if getattr(self, name) not in (None, ())}
+        found = {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
+        return {name: value for name, value in found.items() if value not in (None, ())}
+
+    @property
+    def as_options(self) -> list[str]:
+        """The fields that are set, as words of a command line."""
+        return [word for name, value in self.given.items() for word in (f"--columns.{name}", _spelled(value))]
 
     def keeps_inside(self, field: str) -> bool:
         """Whether a field names a key of each completion, and no column."""
@@ -188,6 +196,10 @@ class Packaged(Layout):
     """Data sets that have it, for the documentation."""
     requires: tuple[str, ...] = ()
     """Further columns by which it is recognised."""
+
+
+def _spelled(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else ",".join(each(value))
 
 
 def each(value: Any) -> tuple[str, ...]:

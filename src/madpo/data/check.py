@@ -21,6 +21,7 @@ from madpo.data.findings import Finding, Survey
 from madpo.data.load import PairStream, TooLong, surveyed, surveyed_pairs
 from madpo.data.raw import COLUMNS
 from madpo.data.rows import Pair
+from madpo.data.templates import UNUSED_TEMPLATE
 from madpo.data.tokens import Encoded, Encoder, as_tokenizer, check_options, text_length
 from madpo.models.hyperparameters import Truncation
 
@@ -96,6 +97,8 @@ class CheckReport(Report):
     """The first pairs as the model sees them: prompt | chosen, with special tokens."""
     date: str | None = None
     """What the chat template took for now; None where it does not ask."""
+    unused_template: bool = False
+    """The model has a chat template, and the pairs are text, which does not use it."""
 
     def count(self, kind: str) -> int:
         """How many findings of a kind (``madpo.data.findings.KINDS``) there are."""
@@ -135,6 +138,8 @@ class CheckReport(Report):
             t = self.truncation
             lines.append(f"max_length {t.max_length}: {t.too_long} pairs are longer; {t.dropped} dropped, {t.cut} cut")
         lines += [f"as the model sees it: {shown}" for shown in self.rendered]
+        if self.unused_template:
+            lines.append(UNUSED_TEMPLATE)
         if self.date is not None:
             lines.append(f"the chat template prints the date, here {self.date}; a training keeps its first start's")
         for finding in self.findings:
@@ -189,6 +194,7 @@ def check(
         drops, cut = too_long.drops, too_long.cut
         cuts = TruncationReport(max_length=max_length, policy=truncation, too_long=drops + cut, dropped=drops, cut=cut)
     assert stream.columns is not None
+    tokens = None if encoder is None else encoder.tokenizer
     form = "messages" if tally.roles else "text"
     report = CheckReport(
         source=stream.source.name,
@@ -208,6 +214,7 @@ def check(
         eval_pairs=None if evaluation is None else len(evaluation.seen),
         findings=survey.findings.summary(),
         date=None if encoder is None else encoder.clock.text(),
+        unused_template=form == "text" and getattr(tokens, "chat_template", None) is not None,
         rendered=tuple(tally.rendered),
     )
     if strict:

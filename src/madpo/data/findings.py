@@ -255,16 +255,16 @@ class Survey:
                 f"{strict_sentence(self.findings.summary()[0])}"
             )
 
-    def line(self, data: str, model: str | None = None) -> str | None:
+    def line(self, data: str, model: str | None = None, options: Sequence[str] = ()) -> str | None:
         """The findings in one line; None if there are none.
 
         Args:
-            data, model: as the user names them, for the command that shows more.
+            data, model, options: as the user names them, for the command that shows more.
         """
         if not self.findings.counts:
             return None
         counts = ", ".join(f"{f.count} {f.kind.replace('_', ' ')}" for f in self.findings.summary())
-        command = ["madpo", "check", data, *(["--model_name_or_path", model] if model else [])]
+        command = ["madpo", "check", data, *options, *(["--model_name_or_path", model] if model else [])]
         return f"Found in {len(self.seen)} pairs of {data}: {counts} (what and where: {shlex.join(command)})"
 
 

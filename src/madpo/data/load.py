@@ -91,8 +91,8 @@ class PairStream:
         history = self.columns.prompt.history
         if history and self.layout and self.layout.history:
             history = self.layout.history
-        turns = False  # whether a row has turns before its prompt, which decides how all rows are read
-        if history is not None:
+        turns = self._given.chat  # or whether a row has turns before its prompt; it decides how all rows are read
+        if history is not None and not turns:
             source = open_source(self._data, wanted=(history,))
             with closing(source.rows):
                 turns = any(isinstance(raw, dict) and not is_blank(value_at(raw, history)) for _, raw in source.rows)

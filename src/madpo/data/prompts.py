@@ -129,15 +129,15 @@ def read_prompt(raw: Mapping[str, Any], columns: PromptColumns, *, completion: T
     return Prompt(text, _system(raw, columns.system), _history(raw, columns.history), context)
 
 
-def whole_prompt(raw: Mapping[str, Any]) -> Text | None:
+def whole_prompt(raw: Mapping[str, Any], *, chat: bool = False) -> Text | None:
     """The prompt of a row that is no pair: joined, or None where no column has one.
 
-    Raises RowError: as :func:`read_prompt` and :func:`refuse_lost_context`.
+    ``chat``: text is the user's message. Raises RowError: as :func:`read_prompt` and :func:`refuse_lost_context`.
     """
     found = read_prompt(raw, PromptColumns.found_in(raw))
     if found.text is None:
         return None
-    text = said("user", found.text) if found.history and isinstance(found.text, str) else found.text
+    text = said("user", found.text) if (chat or found.history) and isinstance(found.text, str) else found.text
     prompt = found.joined(text)
     refuse_lost_context(raw, found.context, (prompt,))
     return prompt

@@ -111,8 +111,8 @@ class Reader:
     """Parses rows into pairs; every row must have the form (text or messages) of the first valid one."""
 
     def __init__(self, columns: Columns, *, from_text: bool = False, turns: bool = False) -> None:
-        """``from_text``: numbers come as text (CSV), not as numbers. ``turns``: some row has turns before its prompt,
-        so that text is read as messages."""
+        """``from_text``: numbers come as text (CSV), not as numbers. ``turns``: text is read as messages, because the
+        user says so or some row has turns before its prompt."""
         self.columns = columns
         self.from_text = from_text
         self.turns = turns
@@ -161,9 +161,10 @@ class Reader:
         text = found.text
         if (self.turns or found.history) and isinstance(chosen, str):
             if text is None:
+                before = f"some rows have turns in {columns.history!r}" if columns.history else "columns.chat is true"
                 raise RowError(
-                    f"some rows have turns in {columns.history!r}, and there is no column prompt that follows "
-                    "them; add one, or give chosen and rejected as messages"
+                    f"{before}, and there is no column prompt; name it with --columns.prompt NAME, or give chosen and "
+                    "rejected as messages"
                 )
             text = said("user", text) if isinstance(text, str) else text
         conversational = isinstance(chosen, list) or isinstance(text, list)

@@ -10,10 +10,11 @@ from typing import Any
 
 from madpo.core.errors import DataError, RowError, located
 from madpo.core.layout import Layout, as_layout, value_at
+from madpo.data.arrange import Arranger
 from madpo.data.conversation import Conversation
 from madpo.data.layouts import listed_columns, recognise
 from madpo.data.load import PairStream
-from madpo.data.messages import Text, as_text
+from madpo.data.messages import Text, as_text, said
 from madpo.data.prompts import PromptColumns, read_prompt, whole_prompt
 from madpo.data.sources import open_source
 
@@ -38,7 +39,7 @@ def read_texts(data: str | Path, columns: Any = None) -> Iterator[tuple[str, Tex
             if pairs:
                 break
             with located(place := source.at(number)):
-                text = _text(raw)
+                text = _text(Arranger(given, tuple(raw)).rest(raw) if given.given else raw, chat=given.chat)
                 text = Conversation.of(text, raw) if isinstance(text, list) else text
             yield place, text
         else:
@@ -65,17 +66,18 @@ def _are_pairs(raw: dict[str, Any], given: Layout) -> bool:
     return not layout.completion
 
 
-def _text(raw: dict[str, Any]) -> Text:
+def _text(raw: dict[str, Any], *, chat: bool) -> Text:
     if "text" in raw:
         return as_text(raw["text"], "text")
     if whole := next((name for name in _WHOLE if name in raw), None):
         front = replace(PromptColumns.found_in(raw), question=())
         return read_prompt(raw, front).joined(as_text(raw[whole], whole))
     completion = next((name for name in _COMPLETIONS if name in raw), None)
-    prompt = whole_prompt(raw)
+    prompt = whole_prompt(raw, chat=chat)
     parts = [prompt] if prompt is not None else []
     if completion is not None:
-        parts.append(as_text(raw[completion], completion))
+        text = as_text(raw[completion], completion)
+        parts.append(said("assistant", text) if chat and isinstance(text, str) else text)
     if not parts:
         raise RowError(
             f"has no 'text', 'messages', 'prompt' or 'chosen' and 'rejected' (found {listed_columns(list(raw))}); "

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from madpo.core.errors import DataError, RowError, StorageError, located
-from madpo.core.layout import as_layout
+from madpo.core.layout import Layout, as_layout
 from madpo.core.progress import say
 from madpo.core.seeding import rng
 from madpo.data import load_preferences
@@ -24,7 +24,7 @@ from madpo.data.messages import Text
 from madpo.data.prompts import PromptColumns, whole_prompt
 from madpo.data.raw import described
 from madpo.data.sources import open_source
-from madpo.data.templates import Clock
+from madpo.data.templates import UNUSED_TEMPLATE, Clock
 from madpo.models.hyperparameters import CHECKPOINTS
 from madpo.models.locate import load_tokenizer, resolve_model
 from madpo.operations.settings import Training
@@ -33,15 +33,15 @@ from madpo.runner.first_start import FILE, since_first_start
 Row = dict[str, Any]
 
 
-def tell_findings(survey: Survey, data: str, model: str | None, *, strict: bool) -> None:
-    """Say in one line what a check would warn of.
+def tell_findings(survey: Survey, data: str, model: str | None, *, reading: Layout, strict: bool) -> None:
+    """Say in one line what a check would warn of; ``reading`` is what the user says of the columns.
 
     Raises:
         DataError: with ``strict``, the first finding.
     """
     if strict:
         survey.refuse_findings()
-    if (line := survey.line(data, model)) is not None:
+    if (line := survey.line(data, model, reading.as_options)) is not None:
         say(line)
 
 
@@ -110,12 +110,14 @@ def load_training(
         survey.add_leaks(evaluation)
         evaluation.refuse_repeated_ids()
     survey.refuse_repeated_ids()
-    tell_findings(survey, str(data), settings.model, strict=settings.strict)
+    tell_findings(survey, str(data), settings.model, reading=settings.reading, strict=settings.strict)
     survey.refuse_nothing_to_learn(str(data))
     if eval_data is not None:
-        tell_findings(evaluation, str(eval_data), settings.model, strict=settings.strict)
+        tell_findings(evaluation, str(eval_data), settings.model, reading=settings.reading, strict=settings.strict)
     elif settings.eval_share > 0:
         rows, heldout = split_by_prompt(rows, settings.eval_share, seed, str(data))
+    if isinstance(rows[0]["prompt"], str) and getattr(tokenizer, "chat_template", None):
+        say(UNUSED_TEMPLATE)
     tell_date(clock)
     return Loaded(base, tokenizer, rows, heldout, too_long, clock)
 
@@ -177,7 +179,7 @@ def read_prompts(data: str | Path, count: int | None = None, columns: Any = None
             if isinstance(raw, DataError):
                 raise raw
             with located(place := source.at(number)):
-                content = _prompt(Arranger(given, tuple(raw)).rest(raw) if given.given else raw)
+                content = _prompt(Arranger(given, tuple(raw)).rest(raw) if given.given else raw, chat=given.chat)
                 first = next(iter(found.values()), None)
                 if first is not None and isinstance(content, str) != isinstance(first.content, str):
                     raise RowError("text and messages are mixed; use one form in the whole file")
@@ -191,7 +193,7 @@ def read_prompts(data: str | Path, count: int | None = None, columns: Any = None
     return list(found.values())
 
 
-def _prompt(raw: Row) -> Text:
+def _prompt(raw: Row, *, chat: bool) -> Text:
     names = PromptColumns.found_in(raw).question
     if not names:
         column = shlex.quote(next(iter(raw))) if raw else "NAME"
@@ -199,7 +201,7 @@ def _prompt(raw: Row) -> Text:
             f"has no 'prompt' (found {listed_columns(list(raw))}); name the column that holds it: "
             f"--columns.prompt {column}"
         )
-    content = whole_prompt(raw)
+    content = whole_prompt(raw, chat=chat)
     if not content:
         raise RowError(f"{names[0]} is {described(raw[names[0]])}; fill it in or drop the row")
     return Conversation.of(content, raw) if isinstance(content, list) else content

@@ -184,7 +184,8 @@ def _look(data: str | Path, settings: ScoreSettings, clock: Clock) -> bool:
         encoder = load_pair_encoder(settings.reward_model, clock).encoder
     elif (model := settings.reward.model if settings.reward else settings.probe) is not None:
         encoder = Encoder(load_tokenizer(resolve_model(model)), clock)
-    tell_findings(surveyed(data, encoder, settings.reading), str(data), model, strict=settings.strict)
+    reading = settings.reading
+    tell_findings(surveyed(data, encoder, reading), str(data), model, reading=reading, strict=settings.strict)
     tell_date(clock)
     return clock.read
 
