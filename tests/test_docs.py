@@ -2,10 +2,13 @@
 
 import ast
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from madpo.commands.cli import COMMANDS, command
+from madpo.commands.from_settings import CommandLine, configuration
 from madpo.models.load import build_tiny
 from practice_cases import text_pairs, write
 from repository import ROOT
@@ -38,6 +41,24 @@ def test_python_blocks_compile(page: Path) -> None:
     for language, code in FENCE.findall(page.read_text(encoding="utf-8")):
         if language == "python":
             compile(code, str(page), "exec")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_read(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every option of every ``madpo`` line in a block is one of its command, with a value that it takes."""
+    blocks = FENCE.findall(page.read_text(encoding="utf-8"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_file.py").write_text(next((code for _, code in blocks if "class Hinge" in code), ""))
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "chosen.toml").write_text('model = "M"\n')
+    lines = [
+        line for language, code in blocks if language != "python" for line in code.replace("\\\n", " ").split("\n")
+    ]
+    for line in lines:
+        found = re.match(r"(?:\$ )?(?:.* -m )?madpo (.+)", line.strip())
+        name, *words = shlex.split(found[1], comments=True) if found else [""]
+        if name in COMMANDS:
+            CommandLine("madpo", configuration(command(COMMANDS[name][1])), words).read()
 
 
 def test_every_page_of_the_site_is_in_its_menu() -> None:

@@ -175,7 +175,7 @@ def test_record_card_and_configuration_say_all_of_it(done, llama, data):
     ].keys()
     card = (done / "README.md").read_text()
     report = json.loads((done / "report.json").read_bytes())
-    names(card, "reward_margin", f"{report['share']['margin_loss']:.4f}", f"{report['label_share']:.2f}")
+    names(card, "reward_margin", f"{report['share']['margin_loss']:.3f}", f"{report['label_share']:.2f}")
     again = TrainSettings.model_validate(tomllib.loads((done / "config.toml").read_text()))
     assert again.loss == Auto()
     assert again.merge

@@ -591,6 +591,7 @@ def test_the_model_card_is_about_the_loss(llama, tmp_path, loss):
     assert f"Cite {name}" in card.content
     assert paper.arxiv in card.content.split("Cite TRL as")[0].split("bibtex")[1]
     assert ("rafailov" in card.content) == (name == "DPO")
+    assert f'"kind": "{loss.kind}"' in card.content.split("### Framework versions")[0]
     assert card.data.tags == sorted(card.data.tags)
     assert {"madpo", "trl", name.lower()} <= set(card.data.tags)
     assert ("dpo" in card.data.tags) == (name == "DPO")

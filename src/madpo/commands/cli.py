@@ -16,7 +16,7 @@ from importlib import import_module
 from madpo import __version__
 from madpo.core import processes
 from madpo.core.errors import ConfigError, MadpoError
-from madpo.core.progress import hint, say, show
+from madpo.core.progress import hint, say, say_once, show
 
 # Command -> (what madpo --help says, "module of this package:function").
 COMMANDS = {
@@ -56,6 +56,7 @@ ON_SEVERAL_PROCESSES = ("score", "train")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
+    say_once.cache_clear()  # each command says its own
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
     except MadpoError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import shlex
 from array import array
 from contextlib import closing
 from itertools import chain
@@ -63,8 +64,9 @@ def read_margins(data: str | Path, columns: Any = None, *, sampled: int = 0) -> 
     for i, pair in enumerate(track(stream, description=f"reading {source.name}")):
         margin = pair.numbers.get(MARGIN, pair.score_difference)
         if margin is None:
+            command = shlex.join(["madpo", "score", str(data), *as_layout(columns).as_options])
             raise DataError(
-                f"{source.name}: has no column 'reward_margin' and no scores; add it: madpo score {data} --probe MODEL "
+                f"{source.name}: has no column 'reward_margin' and no scores; add it: {command} --probe MODEL "
                 "--output_dir DIR"
             )
         ids.append(pair.pair_id)

@@ -97,6 +97,10 @@ class AutoReport(TrainReport):
     kl: Estimate | None = None
     """KL(policy || reference) per response, nats, at this strength; None where none was asked for."""
 
+    def drawn(self) -> list[str]:
+        """That the curves are those of the second training."""
+        return ["the curves are those of the second training, held-out numbers those of the average"] * self.averaged
+
     def decision(self) -> list[str]:
         """The deciding number and the advice, in sentences."""
         lines = [self.reason, f"margins from {self.margins}, temperature {self.margin_temperature:.3g}"]

@@ -90,6 +90,13 @@ class EvaluateReport(Report):
     settings: EvaluateSettings
     temperatures: tuple[AtTemperature, ...] = ()
 
+    def verdict(self) -> str:
+        """Who has the higher rewards, in a sentence."""
+        return (
+            f"The policy's response has the higher reward in {short(self.win_rate, 'share')} of the answers to "
+            f"{self.prompts} prompts (ties count half): {against(self.win_rate, 0.5, 'one half')}."
+        )
+
     def doubts(self) -> list[str]:
         """That the KL is not the policy's own, where responses were not drawn from its own probabilities."""
         s = self.settings
@@ -104,6 +111,7 @@ class EvaluateReport(Report):
         """A table for a person."""
         w, d = self.win_rate, self.reward_difference
         lines = [
+            self.verdict(),
             f"{self.prompts} prompts, {self.samples_per_prompt} response{'s' * (self.samples_per_prompt > 1)} each",
             f"win rate {w.mean:.1%} (95 % interval {w.low:.1%} to {w.high:.1%}), reward difference "
             f"{short(d, digits=3)}",
@@ -221,8 +229,7 @@ def write_samples(report: EvaluateReport, samples: Sequence[Mapping[str, Any]], 
     ]
     title = f"{Path(report.policy).name} against {Path(report.reference).name}"
     says = [
-        f"The policy's response has the higher reward in {short(report.win_rate, 'share')} of the answers to "
-        f"{report.prompts} prompts (ties count half): {against(report.win_rate, 0.5, 'one half')}.",
+        report.verdict(),
         *report.doubts(),
     ]
     tiles = {

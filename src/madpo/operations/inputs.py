@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from madpo.core.errors import DataError, RowError, StorageError, located
 from madpo.core.layout import Layout, as_layout
-from madpo.core.progress import say
+from madpo.core.progress import say_once
 from madpo.core.seeding import rng
 from madpo.data import load_preferences
 from madpo.data.arrange import Arranger
@@ -42,7 +42,7 @@ def tell_findings(survey: Survey, data: str, model: str | None, *, reading: Layo
     if strict:
         survey.refuse_findings()
     if (line := survey.line(data, model, reading.as_options)) is not None:
-        say(line)
+        say_once(line)
 
 
 def started_clock(folder: Path, fixed: datetime | None = None) -> Clock:
@@ -67,7 +67,7 @@ def started_clock(folder: Path, fixed: datetime | None = None) -> Clock:
 def tell_date(clock: Clock) -> None:
     """Say which date is in the texts, where the chat template prints one."""
     if (date := clock.text()) is not None:
-        say(
+        say_once(
             f"The chat template prints the date: {date} is in all texts, whenever this is continued (another result "
             f"has it with --set date={date})"
         )
@@ -117,7 +117,7 @@ def load_training(
     elif settings.eval_share > 0:
         rows, heldout = split_by_prompt(rows, settings.eval_share, seed, str(data))
     if isinstance(rows[0]["prompt"], str) and getattr(tokenizer, "chat_template", None):
-        say(UNUSED_TEMPLATE)
+        say_once(UNUSED_TEMPLATE)
     tell_date(clock)
     return Loaded(base, tokenizer, rows, heldout, too_long, clock)
 

@@ -111,6 +111,7 @@ def _train(settings: TrainSettings, inputs: Mapping[str, Path], out: Path, *, no
     base, tokenizer, rows, heldout, too_long, clock = load_training(
         settings, data, eval_data, out, seed=split_seed(settings, args), max_length=args.max_length
     )
+    messages = not isinstance(rows[0]["prompt"], str)
     probed = probe_gives_margin(rows[0], past_scores=settings.probe)
     if settings.export == "gguf":
         refuse_unconvertible(base)
@@ -148,6 +149,7 @@ def _train(settings: TrainSettings, inputs: Mapping[str, Path], out: Path, *, no
         model_digest=model_digest(base, trainer.model),
         learning_rate=float(args.learning_rate),
         adapter=adapter_text(trainer.model),
+        messages=messages,
         probe=trainer.probe.report if trainer.probe is not None else None,
     )
     _save(trainer, settings, tokenizer, out)

@@ -139,7 +139,7 @@ def require_columns(rows: Sequence[Mapping[str, Any]], loss: LossConfig, name: s
     for column in sorted(set(loss.needs) & set(NUMBERS)):
         if column in rows[0] or (column == MARGIN and probed):
             continue
-        remedy = f"add it: madpo score {name} --probe MODEL --output_dir DIR"
+        remedy = f"add it: madpo score {shlex.quote(name)} --probe MODEL --output_dir DIR"
         if column == MARGIN and SCORES[0] in rows[0]:
             remedy += f", or with the scores that are there: --score_columns {' '.join(SCORES)}"
         elif column == "weight":

@@ -44,6 +44,7 @@ from madpo.operations.reward_model import fit
 from madpo.operations.row_files import Raw, json_line, write_parquet
 from madpo.operations.running import digest, load_report, run_in_folder
 from madpo.operations.settings import RewardSettings, ScoreSettings
+from madpo.report.numbers import against
 from madpo.rewards.margins import inspect
 from madpo.rewards.probe import ProbeReport
 from madpo.runner.operation import operation
@@ -93,18 +94,21 @@ class ScoreReport(Report):
         """The report for a person."""
         a = self.accuracy
         lines = [
-            f"{self.pairs} pairs scored: mean margin {self.mean_margin:.3f}, above 0 for {a.mean:.1%} "
-            f"(95 % interval {a.low:.1%} to {a.high:.1%})",
+            f"{self.pairs} pairs scored: the chosen side has the higher score in {a.mean:.1%} (95 % interval "
+            f"{a.low:.1%} to {a.high:.1%}), {against(a, 0.5, 'chance')}; mean margin {self.mean_margin:.3f}",
             f"log loss {self.log_loss:.3f}, {self.calibrated_log_loss:.3f} at temperature {self.temperature:.3g} "
             f"(a coin: 0.693); the temperature was {self.temperature_reason}",
         ]
         if self.ties:
+            count = "1 margin is" if self.ties == 1 else f"{self.ties} margins are"
+            lines.append(f"{count} exactly 0: both sides are equal, or their scores are")
+        if self.ties > FEW * self.pairs:
             lines.append(
-                f"{self.ties} margins are exactly 0: equal scores, or a reward model that has learned nothing (no look "
-                "at its held-out pairs was better than a coin; give more pairs, more epochs or a larger patience)"
+                "has the reward model learned nothing? (no look at its held-out pairs was better than a coin; give "
+                "more pairs, more epochs or a larger patience)"
             )
         if self.probe is not None:
-            lines += self.probe.text().splitlines()
+            lines += self.probe.fit()
         if self.seen:
             lines.append(
                 f"the reward model was trained on {self.seen} of these pairs: all of this flatters it; --probe and "

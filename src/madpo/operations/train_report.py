@@ -70,11 +70,17 @@ class TrainReport(Report):
     """The largest of the schedule."""
     adapter: str | None = None
     """Which weights the adapter changes, and their share of the model's parameters; None in full training."""
+    messages: bool = True
+    """False if the pairs were text, which the model sees without its chat template."""
     probe: ProbeReport | None = None
     """How good the margins are, where a probe of the reference's hidden states gave them."""
 
     def decision(self) -> list[str]:
         """What was decided on the way, in sentences."""
+        return []
+
+    def drawn(self) -> list[str]:
+        """What the curves of the page are of, where that is not the whole training."""
         return []
 
     def measured(self) -> list[str]:
@@ -84,18 +90,28 @@ class TrainReport(Report):
             return lines or ["Nothing: no pairs were held out. `madpo evaluate` measures what the policy writes."]
         lines += ["", "| on the held-out pairs | value | |", "| --- | --- | --- |"]
         measured = main_measures(self.evaluation)
-        return lines + [f"| {name.lower()} | {value:.6g} | {unit} |" for name, unit, value in measured]
+        return lines + [f"| {name.lower()} | {value:.4g} | {unit} |" for name, unit, value in measured]
+
+    def ordered(self) -> list[str]:
+        """Whether the policy tells chosen from rejected on held-out pairs; nothing where none were held out."""
+        if (share := self.evaluation.get("eval_rewards/accuracies")) is None:
+            return []
+        n = self.eval_pairs / self.eval_effect
+        right = proportion(round(share * self.eval_pairs) / self.eval_effect, n)
+        words = f"the policy orders {short(right, 'share')} of {self.eval_pairs} held-out pairs as labelled"
+        return [f"{words}: {against(right, 0.5, 'chance')}"]
 
     def text(self) -> str:
         """The report for a person."""
         held = f", {self.eval_pairs} held out" if self.eval_pairs else ""
-        lines = [f"{self.pairs} pairs{held}, {self.steps} step{'s' * (self.steps != 1)}, mean loss {self.loss:.4f}"]
+        lines = [f"{self.pairs} pairs{held}, {self.steps} step{'s' * (self.steps != 1)}, mean loss {self.loss:.3f}"]
+        lines += self.ordered()
         if self.dropped or self.cut:
             lines.append(f"longer than max_length: {self.dropped} pairs dropped (dropped.jsonl), {self.cut} cut")
         if self.probe is not None and not self.decision():
             lines.append(f"margins by a {self.probe.text()}")
         measured = main_measures(self.evaluation)
-        found = [f"    {name.lower()}  {value:.4f}  ({unit})" for name, unit, value in measured]
+        found = [f"    {name.lower()}  {value:.4g}  ({unit})" for name, unit, value in measured]
         return "\n".join(
             [*lines, *self.decision(), *([f"on {self.eval_pairs} held-out pairs:"] if found else []), *found]
         )
@@ -122,17 +138,14 @@ def write_report(
     write_atomically(out / "config.toml", config)
     unseen = "No pairs were held out, so nothing here says what the policy does with pairs that it has not seen."
     says = [] if report.decision() else [unseen]
-    if (share := report.evaluation.get("eval_rewards/accuracies")) is not None:
-        n, effect = report.eval_pairs, report.eval_effect
-        right = proportion(round(share * n) / effect, n / effect)
-        ordered = f"It orders {short(right, 'share')} of {report.eval_pairs} held-out pairs as labelled"
-        says = [f"{ordered}: {against(right, 0.5, 'chance')}."]
-    elif report.evaluation:
+    if report.evaluation:
         says = [f"It was measured on {report.eval_pairs} held-out pairs."]
+    if ordered := report.ordered():
+        says = [f"{ordered[0]}."]
     write_training_page(
         out / PAGE,
         title=title(settings),
-        says=[*report.decision(), *says],
+        says=[*says, *report.decision(), *report.drawn()],
         numbers={
             "pairs": f"{report.pairs:,}",
             "steps": f"{report.steps:,}",
@@ -210,11 +223,7 @@ def model_card(
         hyperparameters |= {f"lora.{name}": value for name, value in settings.lora.model_dump(mode="json").items()}
     margins = [] if (source := _reward_model(Path(data))) is None else [source]
     if report.probe is not None:
-        a, loss = report.probe.accuracy, report.probe.log_loss.mean
-        margins.append(
-            f"a probe of the reference's hidden states, out of fold (accuracy {a.mean:.1%}, {a.low:.1%} to "
-            f"{a.high:.1%}; log loss {loss:.3f})"
-        )
+        margins.append(f"a probe of the reference's hidden states, out of fold ({report.probe.brief()})")
     return markdown(
         "policy_card.md",
         version=__version__,

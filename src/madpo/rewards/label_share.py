@@ -48,8 +48,8 @@ class LabelShare(Frozen):
         """The deciding number and the share, a line each."""
         d = self.difference
         return (
-            f"log loss on unseen labels: margins {self.margin_loss:.4f}, plain DPO {self.implicit_loss:.4f}; "
-            f"difference {d.mean:+.4f} (95 % interval {d.low:+.4f} to {d.high:+.4f} over {d.n} prompts; below 0 the "
+            f"log loss on unseen labels: margins {self.margin_loss:.3f}, plain DPO {self.implicit_loss:.3f}; "
+            f"difference {d.mean:+.3f} (95 % interval {d.low:+.3f} to {d.high:+.3f} over {d.n} prompts; below 0 the "
             f"margins know more)\nlabel share {self.mean:.2f} (95 % {self.low:.2f} to {self.high:.2f})"
         )
 

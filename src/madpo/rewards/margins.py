@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from madpo.core.config import Frozen
-from madpo.core.errors import ConfigError, DataError
+from madpo.core.errors import ConfigError, DataError, shortened
 from madpo.core.metrics import Estimate
 from madpo.core.reports import Report
 from madpo.core.statistics import LOG_TEMPERATURES, fit_temperature, proportion_of
@@ -148,6 +148,8 @@ class MarginReport(Report):
             f"log loss {self.log_loss:.3f}, {self.calibrated_log_loss:.3f} after the temperature (a coin: 0.693); "
             f"calibration error {self.calibration_error:.1%} (of calibrated margins by chance "
             f"{self.calibration_chance:.1%})",
+            "weights of MADPO: amplified is above 1, dampened below 1, turned down where the label is contradicted "
+            "(shares of the pairs); effective is the effective sample size",
             "   tau  c_max  mean weight  effective  amplified  dampened  turned down",
         ]
         for s in self.settings:
@@ -164,8 +166,8 @@ class MarginReport(Report):
         if self.suspects:
             lines.append("most suspicious pairs:")
         for suspect in self.suspects:
-            texts = (suspect.prompt[-40:], suspect.chosen[:30], suspect.rejected[:30])
-            shown = "  {!r} -> {!r} over {!r}".format(*texts) if suspect.chosen else ""
+            texts = (suspect.prompt[-40:], shortened(suspect.chosen, 30), shortened(suspect.rejected, 30))
+            shown = "  {!r}: {!r} over {!r}".format(*texts) if suspect.chosen else ""
             lines.append(f"    {suspect.name}: margin {suspect.reward_margin:.2f}, weight {suspect.weight:.2f}{shown}")
         return "\n".join(lines)
 
@@ -319,10 +321,10 @@ def _recommend(h: NDArray[np.float64]) -> tuple[WeightParameters, list[str], lis
     ceiling = float(np.percentile(np.abs(h), 99))
     if ceiling < SURE:
         tau = ceiling
-        why = f"tau = {tau:.3g}: the 99th percentile of |margin / temperature|, below logit(0.999) = {SURE:.3g}"
+        why = f"99 % of |margin / temperature| are below tau = {tau:.3g}, which is below logit(0.999) = {SURE:.3g}"
     else:
         tau = SURE
-        why = f"tau = {tau:.3g}: logit(0.999), from where the reward model is as good as sure"
+        why = f"from tau = logit(0.999) = {tau:.3g} on, the reward model is as good as sure"
     kept = _setting(h, tau, MILD).effective_share
     if kept < ENOUGH:
         warnings.append(
@@ -331,7 +333,7 @@ def _recommend(h: NDArray[np.float64]) -> tuple[WeightParameters, list[str], lis
         )
     return (
         WeightParameters(tau=tau, c_max=MILD),
-        [why, f"c_max = {MILD:g}: the mildest of the paper's search (effective sample size {kept:.2f} n)"],
+        [why, f"the mildest of the paper's search is c_max = {MILD:g} (effective sample size {kept:.2f} n)"],
         warnings,
     )
 

@@ -112,19 +112,34 @@ class ProbeReport(Report):
     reliability: tuple[Reliability, ...]
     """Up to 10 bins of equally many pairs by |margin|."""
 
-    def text(self) -> str:
-        """The report for a person."""
+    def brief(self) -> str:
+        """How good the margins are out of fold, in few words."""
         a, loss = self.accuracy, self.log_loss
+        return (
+            f"accuracy {a.mean:.1%}, {a.low:.1%} to {a.high:.1%}; log loss {loss.mean:.3f}, {loss.low:.3f} to "
+            f"{loss.high:.3f}; a coin: 0.693"
+        )
+
+    def fit(self) -> list[str]:
+        """What was fitted, and whether the features were worth it."""
         lines = [
             f"probe on {self.features:,} features, {self.pairs} pairs of {self.prompts} prompts in {self.folds} folds; "
-            f"penalty {self.penalty:.3g}",
-            f"out of fold: accuracy {a.mean:.1%} (95 % interval {a.low:.1%} to {a.high:.1%}), log loss "
-            f"{loss.mean:.3f} ({loss.low:.3f} to {loss.high:.3f}), {self.calibrated_log_loss:.3f} at temperature "
-            f"{self.temperature:.3g} (a coin: 0.693)",
+            f"penalty {self.penalty:.3g}"
         ]
         if self.penalty == PENALTIES[-1]:
             lines.append("the strongest penalty won: these features say nothing about the labels")
-        return "\n".join(lines)
+        return lines
+
+    def text(self) -> str:
+        """The report for a person."""
+        a, loss = self.accuracy, self.log_loss
+        first, *others = self.fit()
+        measured = (
+            f"out of fold: accuracy {a.mean:.1%} (95 % interval {a.low:.1%} to {a.high:.1%}), log loss "
+            f"{loss.mean:.3f} ({loss.low:.3f} to {loss.high:.3f}), {self.calibrated_log_loss:.3f} at temperature "
+            f"{self.temperature:.3g} (a coin: 0.693)"
+        )
+        return "\n".join([first, measured, *others])
 
 
 @dataclass(frozen=True)

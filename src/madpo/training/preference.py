@@ -8,6 +8,7 @@ DeepSpeed, FSDP, checkpoints, callbacks and loggers.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -171,12 +172,18 @@ class PreferenceTrainer(PairLoss, DPOTrainer):  # type: ignore[misc]
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
-        """As TRL's, about the loss of this training, with the tags in a fixed order."""
+        """As TRL's, with the loss and its margins, and the tags in a fixed order."""
         super().create_model_card(model_name, dataset_name, tags)
         if self.is_world_process_zero():
             path = Path(self.args.output_dir) / "README.md"
             card = ModelCard.load(path)
             card.data.tags = sorted(card.data.tags)
+            lines = [f"- loss: `{json.dumps(self.loss.model_dump(mode='json'))}`"]
+            if self.probe is not None:
+                lines.append(f"- margins: a probe of the reference's hidden states ({self.probe.report.brief()})")
+            card.text = card.text.replace(
+                "### Framework versions", "\n".join([*lines, "", "### Framework versions"]), 1
+            )
             card.save(path)
 
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: Any, dataset_name: str) -> Dataset:

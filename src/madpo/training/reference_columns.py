@@ -164,11 +164,9 @@ class ReferenceColumns(ExactResume):
             return margins
         prompts = _prompt_keys(dataset)
         self.probe = fit_probe(features.chosen, features.rejected, prompts, seed=self.probe_seed, name=name)
-        a, loss = self.probe.report.accuracy, self.probe.report.log_loss
         say_once(  # auto trains twice on the same pairs
-            f"The pairs have no {MARGIN!r}: a probe of the reference's hidden states gives it, out of fold (accuracy "
-            f"{a.mean:.1%}, {a.low:.1%} to {a.high:.1%}; log loss {loss.mean:.3f}, {loss.low:.3f} to {loss.high:.3f}; "
-            "a coin: 0.693)."
+            f"The pairs have no {MARGIN!r}: a probe of the reference's hidden states gives it, out of fold "
+            f"({self.probe.report.brief()})."
         )
         found: list[float] = self.probe.margins.tolist()
         return found
