@@ -50,6 +50,7 @@ def test_the_code_of_the_card_runs(
 ) -> None:
     monkeypatch.chdir(folder / "policy")
     code = (folder / "policy" / kind / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert "chat_template" not in code.split("#")[0], "the pairs are text"
     exec(compile(code.replace("max_new_tokens=64", "max_new_tokens=4"), "card", "exec"), {})
     assert capsys.readouterr().out.endswith("\n")
 

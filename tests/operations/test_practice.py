@@ -428,7 +428,7 @@ def test_an_interrupted_training_ends_in_the_same_bytes(chain, llama, tmp_path, 
     assert {p.name for p in tmp_path.iterdir()} == {"whole", "P"}
 
 
-def test_conversations_go_through_the_whole_chain(llama, tmp_path):
+def test_conversations_go_through_the_whole_chain(llama, tmp_path, monkeypatch):
     rows = [FORMATS["messages"](row) for row in text_pairs(24)]
     data, base = write(tmp_path / "pairs.jsonl", rows), ("--model_name_or_path", llama)
     run("reward", data, *base, "--output_dir", tmp_path / "R", "--eval_share", "0.3")
@@ -436,6 +436,10 @@ def test_conversations_go_through_the_whole_chain(llama, tmp_path):
     run("train", tmp_path / "S" / "scored.jsonl", *base, "--output_dir", tmp_path / "P", "--args.max_steps", "2")
     run("evaluate", tmp_path / "P", "--prompts", data, "--reward", tmp_path / "R", "--output_dir", tmp_path / "E",
         "--max_new_tokens", "4", "--max_prompts", "3")  # fmt: skip
+    monkeypatch.chdir(tmp_path / "P")
+    card = (tmp_path / "P" / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    exec(compile(card.replace("max_new_tokens=64", "max_new_tokens=4"), "card", "exec"), {})
+    assert "apply_chat_template" in card
     samples, tokenizer = read(tmp_path / "E" / "samples.jsonl"), load_tokenizer(llama)
     assert [s["prompt"] for s in samples] == [row["prompt"] for row in rows[:3]]
     ids = [
