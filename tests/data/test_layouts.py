@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -22,7 +23,7 @@ from madpo.core.layout import Layout
 from madpo.data import check, load_preferences
 from madpo.data.texts import read_texts
 from madpo.operations import ScoreSettings, score
-from madpo.operations.inputs import read_prompts
+from madpo.operations.inputs import read_prompts, tell_unused_template
 from practice_cases import read, write
 from refusals import names, refused
 
@@ -404,6 +405,16 @@ def test_text_is_read_as_turns_for_a_chat_model(tmp_path: Path) -> None:
     assert pairs(messages, {"chat": True}) == [(asked, good, bad)]
     with refused(DataError, "line 1", "columns.chat", "--columns.prompt"):
         pairs(written(tmp_path, [{"chosen": f"{ASK} {GOOD}", "rejected": f"{ASK} {BAD}"}]), {"chat": True})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "template", "said"), [("p", "{{ 1 }}", True), ("p", None, False), ([], "{{ 1 }}", False)]
+)
+def test_a_chat_template_that_text_does_not_use_is_named(
+    prompt: Any, template: str | None, said: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tell_unused_template(SimpleNamespace(chat_template=template), prompt)
+    assert ("--columns.chat true" in capsys.readouterr().err) == said
 
 
 def test_a_corpus_of_prompts_takes_the_names_of_its_columns(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from madpo.data.messages import Message, content_of, encodable
 
 _FORMAT = 1000  # characters of a date's format
 UNUSED_TEMPLATE = (
-    "The model has a chat template, which pairs of text do not use. For a chat model read them as a user's message and "
-    "an assistant's answer: --columns.chat true"
+    "The model has a chat template, which text does not use. For a chat model read the text as messages of a user and "
+    "an assistant: --columns.chat true"
 )
 Seen = Callable[[Sequence[Mapping[str, Any]], str], None]
 """Called with the messages of a conversation and the text that the template made of them."""

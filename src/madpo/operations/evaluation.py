@@ -20,7 +20,7 @@ from madpo.data.messages import shown
 from madpo.data.tokens import Encoder
 from madpo.models.engine.responses import divergence, respond
 from madpo.models.load import load_model, load_tokenizer, resolve_model
-from madpo.operations.inputs import Prompt, read_prompts
+from madpo.operations.inputs import Prompt, read_prompts, tell_unused_template
 from madpo.operations.pair_scorer import load_pair_encoder, load_scorer, reward_model_digest
 from madpo.operations.preconditions import PolicySource, find_policy
 from madpo.operations.responses import ends_of_responses, response_pairs
@@ -270,6 +270,7 @@ def _responses(source: PolicySource, prompts: Sequence[Prompt], settings: Evalua
     tokenizer = load_tokenizer(reference_folder)
     if load_tokenizer(base).get_vocab() != tokenizer.get_vocab():
         raise ConfigError(f"{source.name} and {source.reference} have different tokenizers, so there is no KL")
+    tell_unused_template(tokenizer, prompts[0].content)
     encoder, judge = Encoder(tokenizer), load_pair_encoder(settings.reward_model)
     prompt_ids = []
     for prompt in prompts:

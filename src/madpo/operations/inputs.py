@@ -73,6 +73,12 @@ def tell_date(clock: Clock) -> None:
         )
 
 
+def tell_unused_template(tokenizer: Any, prompt: Text) -> None:
+    """Say that a model's chat template is not used, where the prompts are text."""
+    if isinstance(prompt, str) and getattr(tokenizer, "chat_template", None):
+        say_once(UNUSED_TEMPLATE)
+
+
 class Loaded(NamedTuple):
     """A base model's place, its tokenizer, the pairs of both sides, what truncation did to them, and their date."""
 
@@ -116,8 +122,7 @@ def load_training(
         tell_findings(evaluation, str(eval_data), settings.model, reading=settings.reading, strict=settings.strict)
     elif settings.eval_share > 0:
         rows, heldout = split_by_prompt(rows, settings.eval_share, seed, str(data))
-    if isinstance(rows[0]["prompt"], str) and getattr(tokenizer, "chat_template", None):
-        say_once(UNUSED_TEMPLATE)
+    tell_unused_template(tokenizer, rows[0]["prompt"])
     tell_date(clock)
     return Loaded(base, tokenizer, rows, heldout, too_long, clock)
 
