@@ -70,20 +70,9 @@ def inspect(options: Inspect) -> int:
     # What a training left of its held-out pairs is not for training, and margins without texts are no pairs.
     if report.tau is not None and report.share is None and all(suspect.chosen for suspect in report.suspects):
         found = {"tau": report.tau, "c_max": report.c_max, "margin_temperature": report.margin_temperature}
-        words = [word for name, value in found.items() for word in (f"--loss.{name}", f"{value:.3g}")]
-        columns = options.reading.as_options
-        show_next(
-            "train",
-            o.data,
-            *columns,
-            "--model_name_or_path",
-            "MODEL",
-            "--loss",
-            "madpo",
-            *words,
-            "--output_dir",
-            "policy",
-        )
+        how = [word for name, value in found.items() for word in (f"--loss.{name}", f"{value:.3g}")]
+        model = ("--model_name_or_path", "MODEL", "--loss", "madpo")
+        show_next("train", o.data, *o.reading.as_options, *model, *how, "--output_dir", "policy")
     return 0
 
 

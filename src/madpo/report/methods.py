@@ -61,7 +61,8 @@ def method_of(key: str, name: str, loss: Mapping[str, Any], pairs: str, margins:
     if "kind" not in loss:
         return name
     if kind == "custom":
-        return str(loss["target"]).rpartition(":")[2]
+        own = str(loss["target"]).rpartition(":")[2]
+        return f"{own} of one's own" if own in ("DPO", "MADPO") else own  # others are compared with these two
     spelled = "-".join("DPO" if word == "dpo" else word for word in str(kind).split("_"))
     return _KINDS.get(str(kind), spelled if "-" in spelled else spelled.upper())
 
