@@ -68,7 +68,7 @@ def score(options: Score) -> int:
 
 class Train(Configurable, TrainSettings, HeldOut, DryRun, Result, Data):
     output_dir: Path
-    """Folder of the result; not needed with dry_run."""
+    """Folder of the result; only a dry run does without it."""
     memory: ByteSize | None = None
     """For dry_run: an accelerator's memory that the step must fit into, such as 80GB; none is all of this machine's."""
     lengths: tuple[int, int] | None = None
