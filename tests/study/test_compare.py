@@ -21,10 +21,12 @@ from madpo.operations.own_pairs import OwnPairsStage, read_own_pairs
 from madpo.operations.pair_scorer import load_scorer
 from madpo.report.collect import planned_row
 from madpo.report.equal_kl import frontiers
+from madpo.report.methods import SFT
 from madpo.report.numbers import short
 from madpo.report.own import own_notes, own_opening, own_verdict
 from madpo.report.results import Row, Tier, measured
 from madpo.report.sources import HELDOUT, SAMPLES, Sources
+from madpo.report.study_charts import COLOURS, _colour
 from madpo.study.compare import CompareSettings, compare
 from madpo.study.own_graph import OwnPairsGraph, rows_of
 from practice_cases import conversation, read, text_pairs, write
@@ -300,6 +302,11 @@ def test_a_loss_of_ones_own_has_a_curve_over_beta(tmp_path) -> None:
     assert [row.key for row in rows({**table, "parameters": {"beta": 3}})][3:] == ["mine"], "a beta of the user's stays"
     two = rows(target, {**table, "parameters": {"gain": 2}})
     assert two[6].name == "Mine, gain 2"
+
+
+def test_no_method_is_drawn_as_the_reference_or_as_another_one() -> None:
+    methods = ["DPO", "DPO, learning rate 5e-05", "MADPO", "Auto", "IPO", "Mine"]
+    assert len({COLOURS[SFT], *(_colour(method, methods) for method in methods)}) == 1 + len(methods)
 
 
 @pytest.mark.parametrize("gain", [0.1, 0.0])

@@ -256,5 +256,7 @@ def _tier_colour(name: str) -> int:
 def _colour(method: str, methods: Sequence[str]) -> int:
     if method in COLOURS:
         return COLOURS[method]
+    taken = {COLOURS[name] for name in methods if name in COLOURS}
+    order = sorted((6, 4, 5, 1, 3, 0, 2), key=taken.__contains__)  # never that of the model that policies start from
     others = [name for name in methods if name not in COLOURS]
-    return (6, 7, 4, 5)[others.index(method) % 4]
+    return order[others.index(method) % len(order)]
