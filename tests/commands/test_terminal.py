@@ -184,6 +184,45 @@ def test_a_closed_stream_changes_no_exit_status(closed, tmp_path):
     assert json.loads((tmp_path / "out" / "check.json").read_text())["pairs"] == 1
 
 
+@pytest.mark.parametrize("data", ["pairs", "none"])
+@pytest.mark.parametrize("full", [1, 2])
+def test_a_stream_on_a_full_disk_is_no_traceback(full, data, tmp_path):
+    """Standard output is what was asked for; what standard error lacks changes nothing."""
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": " b", "rejected": " c"}\n')
+    command = [sys.executable, "-m", "madpo", "check", f"{data}.jsonl", "--output_dir", "out"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with open("/dev/full", "w") as nowhere:
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {("stdout", "stderr")[full - 1]: nowhere}
+        ended = subprocess.run(command, cwd=tmp_path, env=environment, text=True, **streams)
+    assert ended.returncode == (0 if (full, data) == (2, "pairs") else 2)
+    said = (ended.stdout, ended.stderr)[2 - full]
+    assert "Traceback" not in said
+    assert len(said.splitlines()) == 1 or full == 2
+    assert (tmp_path / "out" / "check.json").exists() == (data == "pairs")
+
+
+@pytest.mark.parametrize("on_terminal", [False, True])
+def test_a_terminal_that_was_closed_ends_no_work(on_terminal, monkeypatch):
+    """As after "disown": from then on each write is an error of the disk."""
+
+    class Closed(io.StringIO):
+        def isatty(self):
+            return on_terminal
+
+        def write(self, *_):
+            raise OSError(5, "Input/output error")
+
+        flush = write
+
+    monkeypatch.setattr(sys, "stderr", Closed())
+    monkeypatch.setattr(progress, "SHOW_AFTER", 0.0)
+    monkeypatch.setenv("TERM", "xterm")
+    assert list(progress.track(range(3), description="work")) == [0, 1, 2]
+    with progress.bar("work", 2) as advance:
+        progress.say("a line")
+        advance(1)
+
+
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, 130), (processes.Terminated, 143)])
 def test_an_interrupt_while_the_command_line_loads_is_no_traceback(error, status, monkeypatch):
     class Interrupted:

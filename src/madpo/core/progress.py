@@ -9,15 +9,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
-from typing import TYPE_CHECKING, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 from madpo.core import processes
-from madpo.core.errors import printable
+from madpo.core.errors import StorageError, printable
 
 T = TypeVar("T")
 
@@ -72,11 +72,26 @@ def show(text: str, stream: TextIO | None = None) -> None:
     """Print lines on standard output, or on another stream. All output to a terminal goes through here or :func:`say`.
 
     Names, messages and texts of others may hold control characters, which a terminal obeys; they are shown as escapes,
-    and so is what the stream's encoding lacks.
+    and so is what the stream's encoding lacks. A standard error that can no longer be written (a terminal that was
+    closed, a log on a full disk) ends no work.
+
+    Raises:
+        StorageError: standard output cannot be written.
+        BrokenPipeError: its reader has gone.
     """
     stream = stream or sys.stdout
     coding = getattr(stream, "encoding", None) or "utf-8"
-    print(_shown(text).encode(coding, "backslashreplace").decode(coding), file=stream, flush=True)
+    try:
+        print(_shown(text).encode(coding, "backslashreplace").decode(coding), file=stream, flush=True)
+    except OSError as error:
+        if stream is sys.stdout and isinstance(error, BrokenPipeError):
+            raise
+        with suppress(OSError):  # else the interpreter tries once more at its end, and complains
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if stream is sys.stdout:
+            raise StorageError(
+                f"standard output cannot be written ({error.strerror}); results are kept: redirect it to another file"
+            ) from error
 
 
 def _shown(text: str) -> str:
@@ -139,6 +154,25 @@ def _live_bar(description: str, total: int | None) -> Iterator[Advance]:
                 _live = None
 
 
+class _Lasting:
+    """A stream that takes what can no longer be written, as :func:`show` does."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+
 def _new_display() -> "Progress":
     # Imported here: rich costs a tenth of a second, and most processes never show a bar.
     from rich.console import Console, RenderableType
@@ -154,7 +188,7 @@ def _new_display() -> "Progress":
         MofNCompleteColumn(),
         TimeRemainingColumn(compact=True),
         TextColumn("{task.fields[note]}", markup=False),
-        console=Console(stderr=True),
+        console=Console(file=cast(TextIO, _Lasting(sys.stderr))),
         transient=True,
     )
 
