@@ -135,6 +135,51 @@ def test_tensors_of_the_models_own_modules_that_it_does_not_use_are_said(folder,
     assert not capsys.readouterr().err
 
 
+PROJECTION = "model.layers.0.mlp.up_proj.weight"
+
+
+def eighth(tensors):
+    """The weight in 8 bits with its scale, as ModelOpt and DeepSeek store it."""
+    scale = tensors[PROJECTION].abs().max().reshape(1) / 448
+    packed = {PROJECTION: (tensors[PROJECTION] / scale).to(torch.float8_e4m3fn), f"{PROJECTION}_scale": scale}
+    return tensors | packed
+
+
+def whole(tensors):
+    return tensors | {PROJECTION: (tensors[PROJECTION] * 100).to(torch.int8)}
+
+
+def bitsandbytes(tensors):
+    return whole(tensors) | {PROJECTION.replace("weight", "SCB"): torch.ones(64)}
+
+
+@pytest.mark.parametrize("packed", [eighth, whole, bitsandbytes])
+@pytest.mark.parametrize("method", [None, "modelopt"])
+def test_quantised_weights_are_never_read_as_plain_ones(folder, packed, method):
+    """transformers skips a method that it does not know, and reads these numbers without their scale."""
+    rewrite(folder, packed)
+    if method is not None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
+    for load in (load_model, lambda place: load_classifier(place, num_labels=1, new_head=True)):
+        with refused(ConfigError, folder, method or ".up_proj."):
+            load(folder)
+
+
+def test_a_quantised_copy_next_to_the_model_is_not_its_weights(folder):
+    copied = whole(load_file(folder / "model.safetensors"))
+    save_file(copied, folder / "model_int8.safetensors", metadata={"format": "pt"})
+    assert load_model(folder)
+
+
+def test_plain_weights_in_eight_bits_are_read(folder):
+    """Without a scale they are what they say."""
+    rewrite(folder, lambda t: t | {PROJECTION: t[PROJECTION].to(torch.float8_e4m3fn)})
+    found = load_model(folder, dtype=torch.float32).state_dict()[PROJECTION]
+    stored = load_file(folder / "model.safetensors")[PROJECTION]
+    assert torch.equal(found, stored.float())
+
+
 def test_tensors_of_other_parts_are_left_out_without_a_word(folder, capsys):
     rewrite(folder, lambda t: t | {"vision_tower.layers.0.q_proj.weight": torch.ones(3), "score.weight": torch.ones(3)})
     load_model(folder)

@@ -27,7 +27,7 @@ from madpo.models.engine.dependence import sharded
 from madpo.models.engine.head import text_model
 from madpo.models.loading import loading
 from madpo.models.modes import evaluating
-from madpo.models.untrusted import MODEL_WEIGHTS
+from madpo.models.untrusted import MODEL_WEIGHTS, read_object
 
 # For each byte or tensor of the files: weights of 2 bits unpack to 4 numbers a byte, a tensor is registered before and
 # after it is read, and fused ones are split.
@@ -75,16 +75,39 @@ def bounded(place: Path | str, *names: str) -> Iterator[None]:
 
 def _stored(place: Path | str, names: tuple[str, ...]) -> tuple[int, int]:
     """Bytes and tensors of the safetensors files next to the first of ``names`` that is there; zeros where none is."""
-    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    files = (cached_file(str(place), name, local_files_only=True, **quiet) for name in names)
-    if (found := next(filter(None, files), None)) is None:
+    if (found := _found(place, names)) is None:
         return 0, 0
     size = tensors = 0
-    for file in Path(found).parent.glob("*.safetensors"):
+    for file in found.parent.glob("*.safetensors"):
         size += file.stat().st_size
         with loading(file, "file"), safe_open(file, framework="numpy") as opened:
             tensors += len(opened.keys())
     return size, tensors
+
+
+def _found(place: Path | str, names: tuple[str, ...]) -> Path | None:
+    """The first of ``names`` that is there."""
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    files = (cached_file(str(place), name, local_files_only=True, **quiet) for name in names)
+    found = next(filter(None, files), None)
+    return None if found is None else Path(found)
+
+
+def packed_weight(place: Path | str, *, scaled: bool) -> str | None:
+    """The first weight in a model's files that means nothing without a scale: whole numbers, and where there are scales
+    (``scaled``) numbers of 8 bits."""
+    if (found := _found(place, MODEL_WEIGHTS)) is None:
+        return None
+    files = [found]
+    if found.suffix == ".json":
+        files = [found.with_name(name) for name in sorted({*read_object(found)["weight_map"].values()})]
+    kinds = ("I", "U", "F8") if scaled else ("I", "U")
+    for file in files:
+        with loading(file, "file"), safe_open(file, framework="numpy") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                if name.endswith(".weight") and opened.get_slice(name).get_dtype().startswith(kinds):
+                    return str(name)
+    return None
 
 
 @torch.no_grad()
@@ -95,7 +118,7 @@ def refuse_uncomputable(place: Path | str, model: nn.Module) -> None:
     """
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     # The kernels of a quantised model may need the accelerator that it moves to later.
-    if sharded(model) or getattr(inner, "is_quantized", False):
+    if sharded(model) or getattr(inner, "hf_quantizer", None) is not None:
         return
     with loading(place), evaluating(model):
         inner = text_model(inner)

@@ -20,12 +20,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from madpo.core.errors import ConfigError, listed
 from madpo.core.progress import say_once
-from madpo.models.fitting import bounded, refuse_uncomputable
+from madpo.models.fitting import bounded, packed_weight, refuse_uncomputable
 from madpo.models.loading import loading
 from madpo.models.packaged import quiet_transformers
 from madpo.models.untrusted import ADAPTER_WEIGHTS, check_adapter, check_model
 
 _SHOWN = 3
+# What quantised layers have in the place of their weights, and next to them.
+_PACKED = re.compile(r"\.(weight_packed|qweight|qzeros|SCB|absmax|quant_map)$")
+_SCALE = re.compile(r"\.weight_scale(_inv|_2)?$")
 
 
 def pretrained(
@@ -69,6 +72,7 @@ def pretrained(
     if new_head and (prefix := model.base_model_prefix):
         names = found["missing_keys"] | {name for name, *_ in found["mismatched_keys"]}
         made_later = {name for name in names if not name.startswith(f"{prefix}.")}
+    _refuse_quantised(str(place), model, found["unexpected_keys"])
     adapted = None
     if adapter is not None:
         adapted, brought = with_adapter(model, adapter)
@@ -102,6 +106,32 @@ class NamedArchitecture:
                 image = AutoModelForImageTextToText
                 auto = image if image.__name__ in remote else AutoModelForCausalLM
         return pretrained(auto, place, **settings)
+
+
+def _refuse_quantised(place: str, model: PreTrainedModel, unexpected: Collection[str]) -> None:
+    """Refuse packed or scaled weights that would be read as plain ones.
+
+    transformers skips a method that it does not know, and without ``quantization_config`` nothing says how they are
+    stored.
+    """
+    if getattr(model, "hf_quantizer", None) is not None or "is_quantized" in vars(model):
+        return  # read by its method, or made plain by it
+    named = getattr(model.config, "quantization_config", None)
+    method = named.get("quant_method") if isinstance(named, dict) else getattr(named, "quant_method", named)
+    if named is not None:
+        raise ConfigError(
+            f"{place} has weights that are quantised by {method}, which transformers {transformers.__version__} does "
+            "not know; give the model with plain weights"
+        )
+    packed = next((name for name in unexpected if _PACKED.search(name)), None)
+    if packed is None:
+        packed = packed_weight(place, scaled=any(_SCALE.search(name) for name in unexpected))
+    if packed is not None:
+        raise ConfigError(
+            f"{place} has quantised weights (its files hold {packed}), and its config.json does not say how they are "
+            "stored (quantization_config); copy the config.json that belongs to them, or give the model with plain "
+            "weights"
+        )
 
 
 def _refuse_missing(place: str, model: nn.Module, found: Mapping[str, Any], made_later: Collection[str]) -> None:

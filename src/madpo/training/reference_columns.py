@@ -201,7 +201,7 @@ class ReferenceColumns(ExactResume):
         reference = self.ref_model
         if reference is None or self.sharded or self._live is not None:
             return
-        if getattr(reference, "is_quantized", False) or getattr(reference, "hf_device_map", None):
+        if getattr(reference, "hf_quantizer", None) or getattr(reference, "hf_device_map", None):
             return  # bound to where it was loaded
         reference.to("cpu")
 
