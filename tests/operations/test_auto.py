@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from madpo.commands.cli import main
-from madpo.core.errors import ConfigError
+from madpo.core.errors import ConfigError, DataError
 from madpo.core.statistics import design_effect, fit_temperature
 from madpo.data import load_preferences
 from madpo.losses import DPO, MADPO
@@ -191,6 +191,13 @@ def test_margins_that_are_never_negative_take_no_part(llama, tmp_path, fast):
     assert (report.advice, report.label_share, report.averaged) == ("dpo", 1.0, not fast)
     names(report.text(), "reward_margin", "negative")
     assert "log loss on unseen labels" not in report.text()
+
+
+def test_pairs_of_one_prompt_cannot_decide(llama, tmp_path):
+    data = write(tmp_path / "pairs.jsonl", pairs(24, prompts=1))
+    with refused(DataError, data, "--loss dpo"):
+        train(data, tmp_path / "P", settings(llama))
+    assert train(data, tmp_path / "P", settings(llama, DPO()), overwrite=True).pairs == 24
 
 
 def test_labels_of_a_coin_end_in_the_advice_to_take_dpo(llama, tmp_path):

@@ -247,6 +247,11 @@ def _trained(work: _Work) -> dict[str, Any]:
     else:
         steps = work.train(DPO_FOLDER, seed).steps
         look, every = _table(work.state / DPO_FOLDER / FIRST_LOOK), work.margins_out_of(DPO_FOLDER)
+        if look.empty:
+            raise DataError(
+                f"{work.data}: all pairs have one prompt, so none can judge a policy that has not seen it; give more "
+                "prompts, or name a loss, such as --loss dpo"
+            )
         temperature = inspect(every[MARGIN]).margin_temperature
         how: dict[str, Any] = {"prompts": look["prompt"], "every_prompts": every["prompt"], "seed": seed}
         how["given"] = not work.probed

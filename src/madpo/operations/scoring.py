@@ -60,7 +60,10 @@ PART = 512
 """Pairs per part: what an interruption can cost."""
 FEW = 0.05
 """Share of the pairs up to which a temperature is fitted though the reward model was trained on them."""
-MEMORY_REMEDY = "give a smaller --batch_size, and run the same command again: parts that are scored stay"
+MEMORY_REMEDY = (
+    "give a smaller --batch_size, and run the same command again: parts that are scored stay; leave out a pair that is "
+    "too long by itself"
+)
 
 
 class ScoreReport(Report):
