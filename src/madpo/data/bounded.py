@@ -36,6 +36,8 @@ _STRUCTURAL = (
     *("attr", "batch", "count", "d", "default", "dictsort", "first", "groupby", "items", "last", "length", "list"),
     *("map", "max", "min", "reject", "rejectattr", "reverse", "select", "selectattr", "slice", "sort", "unique"),
 )
+_EVERYWHERE = ("expandtabs", "translate", "indent", "wordwrap", "tojson")
+"""Methods and filters that may put an argument in the place of every character, or in front of every line."""
 _CONTAINERS = (list, tuple, dict, set)
 _DIGITS = re.compile(r"\d+")
 _COUNTED, _CONCATENATED, _MADE = "madpo counted", "madpo concatenated", "madpo made"
@@ -127,8 +129,11 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         if isinstance(obj, LoopContext) and args:
             args = (_Counted(args[0], self), *args[1:])
         method = getattr(obj, "__wrapped__", obj)  # the sandbox wraps str.format
-        if isinstance(method, BuiltinMethodType):
-            args = self._spend_on_method(method.__self__, method.__name__, args, kwargs)
+        if isinstance(method, BuiltinMethodType) and isinstance(owner := method.__self__, str | bytes | int):
+            if method.__name__ == "join" and args:
+                args = (self._spend_on_join(owner, args[0]), *args[1:])
+            else:
+                self.foresee(method.__name__, owner, [*args, *kwargs.values()])
         return self.made(super().call(context, obj, *args, **kwargs))
 
     def made(self, value: Any) -> Any:
@@ -157,33 +162,21 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             raise TooMuch("it makes far more text than it is given")
         return value
 
-    def _spend_on_method(self, owner: Any, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Pay for what a method of text or of a number is about to make; the arguments, iterators made into lists."""
-        if not isinstance(owner, str | bytes | int):
-            return args
-        given = [*args, *kwargs.values()]
-        numbers = _small_numbers(given)
-        if isinstance(owner, int):
-            self.spend(max(numbers, default=0))
-            return args
-        self.spend(len(owner) // 256)
-        if name in ("zfill", "ljust", "rjust", "center"):
-            self.spend(max(numbers, default=0))
-        elif name == "expandtabs":
-            self.spend(len(owner) * max(numbers, default=8))
+    def foresee(self, name: str, value: Any, given: Sequence[Any]) -> None:
+        """Pay for what a method or a filter is about to make of text, where that may be much more than it is given."""
+        number, size = max(_small_numbers(given), default=0), self.written(value)
+        self.spend(size // 256)
+        if name in ("format", "format_map"):
+            self._spend_on_format(value if isinstance(value, bytes) else str(value), given)
         elif name == "replace" and len(given) > 1:
-            self.spend(_replaced(owner, given[0], given[1]))
-        elif name == "translate" and given:
-            self.spend(len(owner) * self.written(given[0]))
-        elif name == "join" and args:
-            return (self._spend_on_join(owner, args[0]), *args[1:])
+            texts = (value, *given[:2])
+            self.spend(_replaced(*(texts if isinstance(value, bytes) else map(str, texts))))
+        elif name in _EVERYWHERE:
+            longest = max((self.written(entry) for entry in given if not isinstance(entry, int)), default=0)
+            self.spend(size * (longest + (number or 8)))
         elif name in ("split", "rsplit", "splitlines"):
-            mark = given[0] if given and isinstance(given[0], type(owner)) and given[0] else None
-            count = len(owner) // 2 if mark is None else owner.count(mark)  # type: ignore[arg-type]
-            self.spend(ENTRY * count)
-        elif name in ("format", "format_map"):
-            self._spend_on_format(owner, given)
-        return args
+            mark = given[0] if given and isinstance(given[0], type(value)) and given[0] else None
+            self.spend(ENTRY * (size // 2 if mark is None else value.count(mark)))
 
     def _spend_on_format(self, pattern: str | bytes, given: Any) -> None:
         numbers = _small_numbers(list(self.entries(given)))
@@ -255,18 +248,12 @@ class _Counting(NodeTransformer):
         self.generic_visit(node)
         return _filtered(node, _MADE) if isinstance(node.arg, nodes.Slice) else node
 
-    def visit_List(self, node: nodes.List) -> nodes.Node:
+    def _literal(self, node: nodes.List | nodes.Tuple | nodes.Dict) -> nodes.Node:
         self.generic_visit(node)
         constant = all(isinstance(item, nodes.Const) for item in node.items)
-        return node if constant else _filtered(node, _MADE)
+        return node if constant or getattr(node, "ctx", "load") != "load" else _filtered(node, _MADE)
 
-    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
-        self.generic_visit(node)
-        return node if node.ctx != "load" else _filtered(node, _MADE)
-
-    def visit_Dict(self, node: nodes.Dict) -> nodes.Node:
-        self.generic_visit(node)
-        return _filtered(node, _MADE)
+    visit_List = visit_Tuple = visit_Dict = _literal
 
 
 def _filtered(node: nodes.Expr, name: str) -> nodes.Filter:
@@ -302,25 +289,16 @@ def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
         environment: Any = context.environment
         environment.spend(STEP)
         given = [*args, *kwargs.values()]
-        numbers = _small_numbers(given)
         if name in ("join", "sum"):
             value = environment._spend_on_join("", value)
             mark = max((environment.written(entry) for entry in given), default=0)
             # A sum of lists copies all that it has at each step.
             lists = sum(_cost(entry) for entry in value if isinstance(entry, list | tuple))
             environment.spend(len(value) * (mark + (lists if name == "sum" else 0)))
-        elif name not in _STRUCTURAL:
-            size = environment.written(value)
-            others = [environment.written(entry) for entry in given if not isinstance(entry, int)]
-            if name == "format":
-                environment._spend_on_format(str(value), given)
-            elif name == "replace" and len(given) > 1:
-                environment.spend(_replaced(str(value), str(given[0]), str(given[1])))
-            elif name in ("indent", "wordwrap", "tojson"):  # something goes in front of every line
-                lines = size if name != "indent" else str(value).count("\n") + 1
-                environment.spend(size + lines * (max(others, default=0) + max(numbers, default=4)))
-            else:
-                environment.spend(size + sum(others) + max(numbers, default=0))
+        elif name in _STRUCTURAL:
+            _small_numbers(given)
+        else:
+            environment.foresee(name, value, given)
         first = {"context": (context,), "eval_context": (context.eval_ctx,), "environment": (environment,)}
         return environment.made(function(*first.get(str(passes), ()), value, *args, **kwargs))
 
