@@ -82,7 +82,7 @@ def _system_lock(root: Path) -> Iterator[None]:
                 raise _in_use(root, _record(path) or {})
             try:
                 file.truncate(0)
-                file.write(_mine())
+                file.write(json.dumps(_mine()))
                 file.flush()
                 # A run that met no file locks, for a while or on its machine only, marked the folder in the other way.
                 owner = _record(root / OWNER)
@@ -113,17 +113,17 @@ def _owner_file(root: Path) -> Iterator[None]:
             raise _in_use(root, other, root / LOCK)
         yield
     finally:
-        if _text(path) == mine:  # the folder may have been renamed, and another run may hold a new one here
+        if _record(path) == mine:  # the folder may have been renamed, and another run may hold a new one here
             # In this order: a run that gets the system's lock looks for the owner's file, then at its own.
             (root / LOCK).unlink(missing_ok=True)
             path.unlink()
 
 
-def _create(path: Path, text: str) -> bool:
+def _create(path: Path, who: dict[str, Any]) -> bool:
     """Write a new file; False where it exists. Network file systems make creation exclusive too."""
     try:
         with path.open("x", encoding="utf-8") as file:
-            file.write(text)
+            json.dump(who, file)
     except FileExistsError:
         return False
     return True
@@ -137,7 +137,7 @@ def _remove_if_gone(path: Path) -> None:
     """
     owner = _record(path)
     breaking = path.with_name(f"{path.name}.break")
-    if owner is None or not _gone(owner) or not _create(breaking, ""):
+    if owner is None or not _gone(owner) or not _create(breaking, {}):
         return
     try:
         owner = _record(path)
@@ -184,8 +184,8 @@ def _is(file: TextIO, path: Path) -> bool:
         return False
 
 
-def _mine() -> str:
-    return json.dumps({"pid": os.getpid(), **_here(), "started": now(), "token": uuid.uuid4().hex})
+def _mine() -> dict[str, Any]:
+    return {"pid": os.getpid(), **_here(), "started": now(), "token": uuid.uuid4().hex}
 
 
 def _here() -> dict[str, Any]:
@@ -208,23 +208,16 @@ def _gone(who: dict[str, Any]) -> bool:
 
 def _record(path: Path) -> dict[str, Any] | None:
     """What a lock's file says of its holder; None where there is no file, empty where it is being written."""
-    text = _text(path)
-    if text is None:
-        return None
-    with suppress(ValueError, RecursionError):
-        who = json.loads(text)
-        return who if isinstance(who, dict) else {}
-    return {}
-
-
-def _text(path: Path) -> str | None:
     try:
         with _opened(path, create=False) as file:
-            return file.read(4096)
+            who = json.loads(file.read(4096))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, UnicodeDecodeError):  # Windows reads nothing of a file that another process has locked
-        return ""
+    except StorageError:
+        raise
+    except (OSError, ValueError, RecursionError):  # Windows reads nothing of a file that another process has locked
+        return {}
+    return who if isinstance(who, dict) else {}
 
 
 def _named(who: dict[str, Any]) -> str:
