@@ -11,6 +11,7 @@ from madpo.core.seeding import rng
 from madpo.report.claims import Claim
 from madpo.report.methods import SFT, method_of, rate_words
 from madpo.report.results import Row, Tier, measured
+from madpo.report.summary import opening, verdict
 
 N = 200
 PROMPT = rng(0, "prompts").normal(size=N)  # what makes a prompt easy, common to all methods
@@ -102,3 +103,8 @@ def uneven_tier() -> Tier:
     far = row("DPO β=0.03", 1.8, kl=14.0, kind="dpo", seeds=1, group="frontier", **{"beta": 0.03})
     near = row("DPO β=0.3", 1.5, kl=3.0, kind="dpo", seeds=1, group="frontier", **{"beta": 0.3})
     return tier_of("low", [dpo, ours, dampen, far, near], margins=np.array([-2.0, 0.5, 4.59]))
+
+
+def headline(tiers: list[Tier]) -> list[str]:
+    """What a study on these tiers says first."""
+    return [opening(tiers), *(verdict(tier).text for tier in tiers if tier.policies)]

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from claim_cases import headline
 from madpo.core.errors import ConfigError, DataError
 from madpo.core.metrics import Estimate
 from madpo.report import build_report, rebuild_report
@@ -24,7 +25,7 @@ from madpo.report.drawing import draw
 from madpo.report.numbers import one
 from madpo.report.pages import STYLES, part
 from madpo.report.sources import folder_of
-from madpo.report.summary import SIDES, cautions, headline, verdict
+from madpo.report.summary import SIDES, cautions, verdict
 from madpo.report.tables import report_markdown_table
 from madpo.rewards.weight_counts import WeightParameters, count_weights, log_weight
 from madpo.runner.record import Record

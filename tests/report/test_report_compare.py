@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from claim_cases import PROMPT, Made, N, in_second_seed, madpo, row, samples, tier_of, uneven_tier
+from claim_cases import PROMPT, Made, N, headline, in_second_seed, madpo, row, samples, tier_of, uneven_tier
 from madpo.core.metrics import Estimate
 from madpo.core.seeding import rng
 from madpo.core.statistics import bootstrap_mean, bootstrap_share, bootstrap_statistic, over_repetitions
@@ -32,7 +32,6 @@ from madpo.report.equal_kl import _interpolated, difference_at_its_kl, equal_kl,
 from madpo.report.results import Row, Tier, measured, selecting_half
 from madpo.report.study import choices_of
 from madpo.report.study_charts import ablation_chart, frontier_chart, main_chart
-from madpo.report.summary import headline
 from madpo.report.tables import UNEVEN, report_markdown_table, study_tables
 from refusals import names
 from report_cases import make_study, methods

@@ -11,10 +11,10 @@ from madpo.core.errors import DataError, MadpoError, first_line
 from madpo.core.storage import storage_errors, write_atomically
 from madpo.report.claims import counts, ties
 from madpo.report.drawing import save_charts
-from madpo.report.own import own_notes, own_opening, own_verdict
+from madpo.report.own import own_notes
 from madpo.report.study import Study
 from madpo.report.study_page import study_page
-from madpo.report.summary import cautions, headline, idle_parts, trimmed_base, unfinished_run, weights_from
+from madpo.report.summary import cautions, idle_parts, trimmed_base, unfinished_run, weights_from
 from madpo.report.tables import claim_json, report_markdown_table, results_json, save_tables, study_tables
 from madpo.runner.record import Record, run_status
 
@@ -50,10 +50,7 @@ def build_report(
     tiers = study.tiers
     notes = _notes(study, records)
     state = unfinished_run(records, unfinished)
-    judged = [tier for tier in tiers if tier.policies]
-    verdicts = [(tier, own_verdict(tier)) for tier in judged]
-    found = [text for tier, v in verdicts for text in (own_opening(tier), f"{v.level} {v.left}".strip())]
-    summary = [*([state] if state else []), *(found if study.own and judged else headline(tiers)), *notes]
+    summary = [*([state] if state else []), *study.summary, *notes]
     data = {
         **results_json(tiers, title, summary, study.experiment),
         "claims": [claim_json(claim) for claim in study.claims],
@@ -100,11 +97,9 @@ def rebuild_report(root: Path, *, figures: bool = True) -> Path:
 
 def _notes(study: Study, records: Mapping[str, Record]) -> list[str]:
     """What a reader of the verdicts must also know."""
-    judged = [tier for tier in study.tiers if tier.policies]
-    texts = [cautions(judged)] if judged else []
+    texts = [cautions(study.judged)] if study.judged else []
     texts += trimmed_base(records, str(study.experiment.get("model", "")))
     if any(claim.made for claim in study.claims):
         texts += [*weights_from(study.tiers)[1:], *idle_parts(study.tiers)]
-        texts += [] if study.own else [counts(study.claims), *ties(study.claims)]
-    texts += own_notes(study.experiment, records) if study.own else []
-    return [text for text in texts if text]
+        texts += [counts(study.claims), *ties(study.claims)] if study.paper else []
+    return [text for text in [*texts, *own_notes(study.experiment, records)] if text]

@@ -114,7 +114,7 @@ def own_verdict(tier: Tier) -> Verdict:
     for column, digits, unit in (("reward", 2, "reward at the same KL"), ("log_loss", 3, "held-out log loss, nats")):
         values = [f"{name} {short(c.value, 'signed', digits)}" for name, c in made.items() if c.column == column]
         remarks += [f"Gained over DPO in {unit}: {'; '.join(values)}."] if values else []
-    return Verdict("Own pairs", f"{helps}. {which}", kind=kind, left=" ".join(remarks))
+    return Verdict("", f"{helps}. {which}", kind=kind, left=" ".join(remarks))
 
 
 def _helps(tier: Tier) -> tuple[str, str]:
@@ -157,7 +157,7 @@ def own_table(tier: Tier) -> Table:
         return cell(value, how)
 
     rows = [[cell(row.name), *(shown(row, name) for name in names)] for row in tier.rows]
-    return Table("Own pairs", ["policy", *(HEAD[name][0] for name in names)], rows)
+    return Table(tier.label, ["policy", *(HEAD[name][0] for name in names)], rows)
 
 
 def own_chart(tier: Tier, colours: Mapping[str, int]) -> Chart | None:

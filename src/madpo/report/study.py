@@ -13,8 +13,10 @@ from madpo.report.charts import Chart
 from madpo.report.claims import EQUAL_KL, Claim, claims
 from madpo.report.collect import collect
 from madpo.report.compare import Choice, base_beta, chosen, selection_json, selections
+from madpo.report.own import own_opening, own_verdict
 from madpo.report.results import Tier
 from madpo.report.study_charts import study_charts
+from madpo.report.summary import Verdict, opening, verdict
 from madpo.runner.record import Record
 
 CORE = ("core", "auto")  # groups whose methods the first screen shows
@@ -25,11 +27,14 @@ class Study:
     """What was read from a run and compared.
 
     Attributes:
+        paper: whether the study makes its own pairs and an oracle judges, as in the paper: then it has the paper's
+            Table 1 and claims. Others compare losses on pairs that are there.
         beta: that methods share in Table 1; choices: (tier, method of Table 1) -> its chosen setting.
         selections: the experiment's own choices; selection: the same for programs.
-        planned: the experiment's rows; experiment: its settings; own: whether the pairs are a user's own.
+        planned: the experiment's rows; experiment: its settings.
     """
 
+    paper: bool
     tiers: list[Tier]
     beta: float
     choices: dict[tuple[str, str], Choice]
@@ -38,13 +43,11 @@ class Study:
     selection: dict[str, Any]
     planned: Sequence[Mapping[str, Any]]
     experiment: dict[str, Any]
-    own: bool = False
 
     @classmethod
     def of(cls, root: Path, records: Mapping[str, Record], experiment: Mapping[str, Any]) -> Study:
         """Read the records and what their steps wrote."""
         # "rows" has the sweeps of "method" spelled out.
-        own = "data" in experiment
         rows = experiment.get("rows") or experiment.get("method", [])
         rows = [row for row in rows if isinstance(row, Mapping) and "name" in row]
         seed = int(experiment.get("selection_seed", 0))
@@ -57,9 +60,30 @@ class Study:
         keys = {str(row["name"]): str(row.get("key", row["name"])) for row in rows}
         chosen = selection_json(found, wanted, keys, seed)
         settings = {name: value for name, value in experiment.items() if name != "rows"}
-        wanted_claims = [claim for claim in claims(tiers) if not own or claim.section == EQUAL_KL]
-        choices = {} if own else choices_of(tiers, beta)
-        return cls(tiers, beta, choices, wanted_claims, found, chosen, rows, settings, own)
+        paper = "data" not in experiment
+        choices, tested = choices_of(tiers, beta) if paper else {}, claims(tiers)
+        tested = tested if paper else [claim for claim in tested if claim.section == EQUAL_KL]
+        return cls(paper, tiers, beta, choices, tested, found, chosen, rows, settings)
+
+    @property
+    def judged(self) -> list[Tier]:
+        """The tiers with a trained policy."""
+        return [tier for tier in self.tiers if tier.policies]
+
+    @cached_property
+    def verdicts(self) -> dict[str, Verdict]:
+        """Name of a tier with a trained policy -> its result."""
+        return {tier.name: verdict(tier) if self.paper else own_verdict(tier) for tier in self.judged}
+
+    @property
+    def opening(self) -> str:
+        """What was compared, on what."""
+        return opening(self.tiers) if self.paper or not self.judged else own_opening(self.judged[0])
+
+    @property
+    def summary(self) -> list[str]:
+        """What was done and what came of it, one paragraph per entry."""
+        return [self.opening, *(found.text for found in self.verdicts.values())]
 
     @property
     def seeds(self) -> int:
@@ -69,7 +93,7 @@ class Study:
     @cached_property
     def charts(self) -> list[Chart]:
         """Every figure that can be drawn."""
-        return study_charts(self.tiers, self.beta, self.choices, self.own)
+        return study_charts(self.tiers, self.beta, self.choices)
 
 
 def choices_of(tiers: Sequence[Tier], beta: float) -> dict[tuple[str, str], Choice]:

@@ -38,16 +38,14 @@ PAIRS_PER_BIN = 20  # of a calibration, at least
 PARTS_ONLY = ("Amp-Only", "Reg-Only")
 
 
-def study_charts(
-    tiers: Sequence[Tier], beta: float, choices: Mapping[tuple[str, str], Choice], own: bool = False
-) -> list[Chart]:
+def study_charts(tiers: Sequence[Tier], beta: float, choices: Mapping[tuple[str, str], Choice]) -> list[Chart]:
     """Every figure that can be drawn; arguments as in :class:`madpo.report.study.Study`."""
     groups = list(dict.fromkeys(row.group for tier in tiers for row in tier.rows if row.group not in FIRST))
     training = [("", FIRST, ""), *((f"_{group}", (group,), f", {group}") for group in groups)]
     names = list(dict.fromkeys(row.method for tier in tiers for row in tier.rows))
     colours = {name: _colour(name, names) for name in names}
     found = [
-        *(own_chart(tier, colours) for tier in tiers if own),
+        *(own_chart(tier, colours) for tier in tiers),
         main_chart(tiers, choices),
         sensitivity_chart(tiers, beta),
         ablation_chart(tiers, beta),

@@ -14,9 +14,10 @@ from madpo.report.compare import NOT_RUN
 from madpo.report.drawing import Drawn, draw
 from madpo.report.methods import SFT
 from madpo.report.numbers import DASH, by_seed, count, one, short
-from madpo.report.own import own_opening, own_table, own_verdict
+from madpo.report.own import own_table
 from madpo.report.pages import Card, Cell, Table, cell, render
 from madpo.report.provenance import differences, provenance
+from madpo.report.results import Tier
 from madpo.report.samples import sample_data, static
 from madpo.report.study import Study
 from madpo.report.study_sections import (
@@ -29,7 +30,7 @@ from madpo.report.study_sections import (
     tier_results,
     weights_view,
 )
-from madpo.report.summary import accuracies, empty_cells, idle_parts, near_chance, opening, verdict, weights_from
+from madpo.report.summary import accuracies, empty_cells, idle_parts, near_chance, weights_from
 from madpo.runner.record import Record
 
 QUESTION = "Does MADPO earn more reward than DPO when the preference pairs differ in quality?"
@@ -41,28 +42,31 @@ def study_page(
     root: Path, study: Study, records: Mapping[str, Record], unfinished: Mapping[str, str], title: str, notes: list[str]
 ) -> str:
     """The page as HTML; ``notes`` are the sentences of the summary that no verdict holds."""
-    tiers, judged = study.tiers, [tier for tier in study.tiers if tier.policies]
+    tiers = study.tiers
     charts = {c.name: draw(c) for c in study.charts if not any(isinstance(p, WeightPanel) for p in c.panels)}
     reasons = empty_cells(tiers, study.planned, unfinished)
     weights = [weights_view(tier) for tier in tiers if len(tier.margins)]
     sliders = {f"weight-{w['tier'].name}": w["data"] for w in weights}
-    data = {"weights": sliders, "samples": (samples := sample_data(tiers))}
-    unit = {"unit": "the judge's reward"} if study.own else {}
+    data = {
+        "weights": sliders,
+        "samples": (samples := sample_data(tiers)),
+        "unit": f"the {tiers[0].reward}" if tiers else "",
+    }
     return render(
         "report",
         title,
         SCRIPTS,
-        {**data, **unit},
-        own=study.own,
-        reference="the model as it is" if study.own and "sft" not in study.experiment else "the SFT model",
-        question=OWN_QUESTION if study.own else QUESTION,
-        opening=" ".join(map(own_opening, judged)) if study.own and judged else opening(tiers),
+        data,
+        paper=study.paper,
+        reference="the SFT model" if study.paper or "sft" in study.experiment else "the model as it is",
+        question=QUESTION if study.paper else OWN_QUESTION,
+        opening=study.opening,
         progress=progress(records, unfinished),
         notes=notes,
         untrained=str(study.experiment.get("model", "")).startswith("tiny-"),
         verdicts=tier_verdicts(study, charts),
         beta=study.beta,
-        main=next(map(own_table, judged), None) if study.own else main_table(study, reasons),
+        main=main_table(study, reasons) if study.paper else next(map(own_table, study.judged), None),
         chosen=chosen_table(study),
         selections=selections_table(study),
         charts=charts,
@@ -77,7 +81,7 @@ def study_page(
         reward_model_notes=weights_from(tiers)[1:],
         degeneration=[table for tier in tiers if (table := degeneration_table(tier))],
         samples=static(next(iter(samples.values()))) if samples else [],
-        differences=None if study.own else differences(study.experiment),
+        differences=differences(study.experiment) if study.paper else None,
         provenance=provenance(root, records, unfinished),
         experiment=json.dumps(study.experiment, indent=2, ensure_ascii=False, default=str),
     )
@@ -97,31 +101,30 @@ def progress(records: Mapping[str, Record], unfinished: Mapping[str, str]) -> tu
 
 def tier_verdicts(study: Study, charts: Mapping[str, Drawn]) -> list[Card]:
     """A figure and a sentence per tier."""
-    name = "figure1_main"
-    if study.own:  # reward against KL where some method has a curve, else held-out pairs
+    if study.paper:  # whose marks have names
+        main, legend = charts.get("figure1_main"), []
+    else:  # reward against KL where some method has a curve, else held-out pairs
         panels = charts["frontier"].chart.panels if "frontier" in charts else ()
         curves = [s for panel in panels if isinstance(panel, Panel) for s in panel.series if len(s.marks) > 1]
-        name = "frontier" if curves else "own"
-    main = charts.get(name)
+        main = charts.get("frontier" if curves else "own")
+        legend = main.legend if main else []
     drawn = zip(main.chart.panels, main.panels, strict=True) if main else ()
     figures = {panel.title.split(",")[0].removesuffix(" pairs"): figure for panel, figure in drawn}
-    same_distance = next((c for c in study.claims if c.key == "madpo-at-equal-kl"), None)
-    legend = main.legend if main and study.own else ()
     found = []
-    for tier in study.tiers:
-        if not tier.policies:
-            continue
-        found_here = own_verdict(tier) if study.own else verdict(tier)
-        at = [c for c in (same_distance.made if same_distance else []) if c.what.endswith(f", {tier.label}")]
-        words = "".join(
-            f"At the same KL, MADPO minus DPO is {short(c.value, 'signed')}: {sided(c)}." for c in at if not study.own
-        )
+    for tier in study.judged:
+        verdict, figure = study.verdicts[tier.name], figures.get(tier.label.removesuffix(" pairs"))
+        aside = at_same_distance(study, tier) if study.paper else verdict.left
         doubt = "The reward model is near chance." if near_chance(tier) else ""
-        text = found_here.gap or found_here.level
-        figure = figures.get(tier.label.removesuffix(" pairs"))
-        aside = found_here.left if study.own else words
-        found.append(Card(tier.label, figure, text, found_here.kind, (aside,), doubt, legend))
+        text = verdict.gap or verdict.level
+        found.append(Card(tier.label, figure, text, verdict.kind, (aside,), doubt, legend))
     return found
+
+
+def at_same_distance(study: Study, tier: Tier) -> str:
+    """What MADPO earns more than DPO at the same KL."""
+    made = (c for claim in study.claims if claim.key == "madpo-at-equal-kl" for c in claim.made)
+    at = (c for c in made if c.what.endswith(f", {tier.label}"))
+    return "".join(f"At the same KL, MADPO minus DPO is {short(c.value, 'signed')}: {sided(c)}." for c in at)
 
 
 def main_table(study: Study, reasons: Mapping[tuple[str, str], str]) -> Table | None:

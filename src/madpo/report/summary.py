@@ -36,13 +36,9 @@ class Verdict(NamedTuple):
 
     @property
     def text(self) -> str:
-        """All of it in sentences."""
-        return f"{self.tier}: {' '.join(filter(None, (self.level, self.gap, self.left)))}"
-
-
-def headline(tiers: Sequence[Tier]) -> list[str]:
-    """What was done and what came of it, one paragraph per entry."""
-    return [opening(tiers), *(verdict(tier).text for tier in tiers if tier.policies)]
+        """All of it in sentences, after the tier where there are several."""
+        said = " ".join(filter(None, (self.level, self.gap, self.left)))
+        return f"{self.tier}: {said}" if self.tier else said
 
 
 def opening(tiers: Sequence[Tier]) -> str:

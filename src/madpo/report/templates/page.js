@@ -57,7 +57,7 @@
   }
 
   const samples = document.getElementById("samples-body");
-  if (samples && data.samples) MadpoSamples.mount(samples, data.samples, data.unit || "the oracle's reward");
+  if (samples && data.samples) MadpoSamples.mount(samples, data.samples, data.unit);
 
   /* A printed page shows everything. */
   window.addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((one) => { one.open = true; }));
