@@ -68,12 +68,13 @@ def train(kind: str, root: Path, out: Path, changes: dict | None = None) -> None
     """One stage of the study on the tiny model; LoRA dropout makes it depend on the random states."""
     from madpo.core.metrics import plain_metrics
     from madpo.losses import DPO, BetaDPO
+    from madpo.models.hyperparameters import Optimisation
     from madpo.models.load import LoRA
     from madpo.operations import study_training as stages
 
     out.mkdir(parents=True, exist_ok=True)
     settings = json.loads((root / "settings.json").read_text())
-    optimisation = stages.Optimisation(**{**settings, **(changes or {})})
+    optimisation = Optimisation(**{**settings, **(changes or {})})
     common = {"optimisation": optimisation, "lora": LoRA(rank=4, alpha=8, dropout=0.1), "seed": 3}
     inputs = {"pairs": root / "pairs", "reference": root / "base", "logps": root / "logps"}
     model = str(root / "base" / "model")

@@ -20,8 +20,8 @@ from losses_cases import EVERY_LOSS, first_of_each_class
 from madpo import DPO, MADPO, PreferenceConfig, PreferenceTrainer
 from madpo.core.errors import ConfigError, DataError, StorageError
 from madpo.losses import BetaDPO
+from madpo.models.hyperparameters import Optimisation
 from madpo.models.load import build_tiny, load_tokenizer
-from madpo.operations.study_training import Optimisation
 from madpo.training import checkpoints as disk
 from madpo.training.digests import rows_digest
 from madpo.training.states import check_groups, pack, random_states, restore_random_states, unpack

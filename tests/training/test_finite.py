@@ -19,6 +19,7 @@ from madpo import DPO, MADPO, PreferenceConfig, PreferenceTrainer
 from madpo.commands.cli import main
 from madpo.core.errors import DataError, DivergedError
 from madpo.losses import LossConfig, LossOutput, SoftDPO
+from madpo.models.hyperparameters import Optimisation
 from madpo.models.load import LoRA, load_tokenizer
 from madpo.operations import study_training as stages
 from madpo.training import checkpoints as disk
@@ -408,7 +409,7 @@ def test_the_studys_policy_with_odd_margins(study, tmp_path, case):
         tmp_path / "margins" / "margins.parquet"
     )
     inputs = {"pairs": study / "pairs", "reference": study / "base", "logps": study / "logps"}
-    optimisation = stages.Optimisation(learning_rate=1e-3, epochs=0.4, batch_size=8, checkpoint_every=0)
+    optimisation = Optimisation(learning_rate=1e-3, epochs=0.4, batch_size=8, checkpoint_every=0)
     for loss in (MADPO(), SoftDPO(margin_temperature=2.0)):
         out = tmp_path / loss.kind
         out.mkdir()

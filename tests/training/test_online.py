@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from madpo.core.errors import ConfigError
+from madpo.models.hyperparameters import Optimisation
 from madpo.models.load import LoRA, build_tiny, load_tokenizer
-from madpo.operations.study_training import Optimisation
 from madpo.training import online
 from madpo.training.online import fit_online
 from madpo.training.settings import OnlineSettings, OnlineStage

@@ -145,3 +145,10 @@ class Optimisation(Frozen):
             "bf16": compute_dtype() is torch.bfloat16,
             "disable_dropout": None,  # off in the model, as configured in its adapter
         }
+
+
+class AdapterTraining(Frozen):
+    """How an adapter is trained."""
+
+    optimisation: Optimisation
+    lora: LoRA = LoRA()

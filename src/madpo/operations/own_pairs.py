@@ -23,7 +23,7 @@ from madpo.data.templates import Clock
 from madpo.models.engine.responses import decode
 from madpo.models.load import load_model, load_tokenizer
 from madpo.operations.inputs import load_training, split_by_prompt
-from madpo.operations.settings import Training
+from madpo.operations.settings import LimitedPairs, Training
 from madpo.operations.study_training import (
     MARGINS,
     SCORES,
@@ -47,7 +47,7 @@ class Size(Frozen):
     """Mean length of a prompt with one completion."""
 
 
-class OwnPairsStage(Training):
+class OwnPairsStage(Training, LimitedPairs):
     """Preference data as the pairs of a study: token ids, and parts that no prompt crosses."""
 
     judge_share: float = Field(default=0.0, ge=0, lt=1)
@@ -58,7 +58,6 @@ class OwnPairsStage(Training):
     """Training pairs at most, the first ones; None is all."""
     max_heldout: int | None = added(None, ge=1)
     """Held-out pairs at most, the first ones; None is all."""
-    max_length: int | None = Field(default=None, ge=2)
     size: Size | None = Field(default=None, exclude=True)
 
 

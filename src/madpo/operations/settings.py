@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -16,17 +16,6 @@ PROBE = "probe"
 """The judge that is fitted to a part of the pairs."""
 NONE_IF_FALSE = BeforeValidator(lambda value: None if value is False else value)
 """For TOML, which has no word for nothing."""
-
-
-def refuse_all_taken(eval_share: float, judge: str | None, judge_share: float) -> None:
-    """Refuse parts for evaluation and for a probe as judge that leave no pair to train on.
-
-    Raises:
-        ValueError: with both shares' sum.
-    """
-    taken = eval_share + (judge_share if judge == PROBE else 0.0)
-    if taken >= 1:
-        raise ValueError(f"eval_share and judge_share take {taken:g} of the pairs, and leave none to train on")
 
 
 class AdapterOptimisation(Optimisation):
@@ -42,15 +31,52 @@ class AdapterOptimisation(Optimisation):
     """Pairs per optimiser step; micro_batch_size splits them."""
 
 
-class Training(Reading):
-    """Model and data of every training on a user's pairs."""
+class PairReading(Reading):
+    """How pairs become token ids, and which of them are held out."""
 
-    model: Annotated[str, Cli(also=("model_name_or_path",))]
-    """Packaged name, folder or hub id of the model that the training starts from."""
     eval_share: float = Field(default=0.0, ge=0, lt=1)
     """Share of the pairs held out (whole prompts at a time) where no evaluation data are given."""
     truncation: Truncation = "drop"
     """What happens to a pair of more than max_length tokens: drop it, cut its completions, or refuse it."""
+
+
+class LimitedPairs(PairReading):
+    """The same with a limit that is no argument of a trainer."""
+
+    max_length: int | None = Field(default=None, ge=2)
+    """Tokens of prompt and completion; None is no limit."""
+
+
+class JudgedPairs(LimitedPairs):
+    """Pairs on which a study compares policies: by held-out pairs, and by a judge of responses to their prompts."""
+
+    eval_share: float = Field(default=0.2, gt=0, lt=1)
+    """Share of the pairs held out (whole prompts at a time) where no evaluation data are given."""
+    judge: str | None = None
+    """What scores the policies' responses to held-out prompts: a folder that ``madpo reward`` wrote, a sequence
+    classifier with one output (folder or hub id), or ``probe``, which is fitted to pairs that no policy sees. None
+    compares by held-out pairs only."""
+    judge_share: float = Field(default=0.2, gt=0, lt=1)
+    """Share of the pairs that a judge ``probe`` is fitted to."""
+
+    @property
+    def judge_part(self) -> float:
+        """Share of the pairs that no policy sees, since a judge is fitted to them."""
+        return self.judge_share if self.judge == PROBE else 0.0
+
+    @model_validator(mode="after")
+    def _leaves_pairs(self) -> Self:
+        held = self.eval_share if getattr(self, "eval_data", None) is None else 0.0
+        if (taken := held + self.judge_part) >= 1:
+            raise ValueError(f"eval_share and judge_share take {taken:g} of the pairs, and leave none to train on")
+        return self
+
+
+class Training(PairReading):
+    """Model and data of every training on a user's pairs."""
+
+    model: Annotated[str, Cli(also=("model_name_or_path",))]
+    """Packaged name, folder or hub id of the model that the training starts from."""
     date: datetime | None = added(None)
     """The date that a chat template prints; None is that of the training's first start."""
     strict: bool = Field(default=False, exclude=True)
@@ -89,7 +115,7 @@ class Sampling(Drawing):
     """Sequences per forward pass for rewards and KL."""
 
 
-class RewardSettings(Training):
+class RewardSettings(Training, LimitedPairs):
     """How a reward model is trained."""
 
     optimisation: Annotated[AdapterOptimisation, Cli(short=True)] = AdapterOptimisation()
@@ -105,8 +131,6 @@ class RewardSettings(Training):
     pooling: Pooling = "last"
     """Where the reward is read: at the last token, as sequence classifiers of the hub do, or as the mean over the
     completion, which learns from fewer pairs."""
-    max_length: int | None = Field(default=None, ge=2)
-    """Tokens of prompt and completion; None is no limit."""
     report_to: tuple[str, ...] = Field(default=(), exclude=True)
     """Trackers that are installed, such as tensorboard, trackio or wandb."""
     seed: Seed = 0
@@ -159,7 +183,17 @@ class ScoreSettings(Reading):
         return self
 
 
-class EvaluateSettings(Sampling, Reading):
+class Answering(Frozen):
+    """How often every prompt is answered."""
+
+    samples_per_prompt: int = Field(default=1, ge=1)
+    """Responses of each policy to a prompt, which share the prompt's computation."""
+    temperatures: tuple[Temperature, ...] = added(())
+    """Further temperatures at which every prompt is answered with the same random numbers, for rewards and win rates,
+    such as [0.25, 0.5, 0.75]; the KL is measured only at ``temperature``."""
+
+
+class EvaluateSettings(Answering, Sampling, Reading):
     """How policy and reference are compared."""
 
     reward_model: Annotated[str, Cli(also=("reward",))]
@@ -168,11 +202,6 @@ class EvaluateSettings(Sampling, Reading):
     """Model to compare with; None is the one that the policy started from, where its folder says so."""
     max_prompts: int | None = Field(default=None, ge=1)
     """Different prompts at most, the first ones; None is all of them."""
-    samples_per_prompt: int = Field(default=1, ge=1)
-    """Responses of each side to a prompt."""
-    temperatures: tuple[Temperature, ...] = added(())
-    """Further temperatures at which every prompt is answered, for rewards and win rates; the KL is measured only at
-    ``temperature``."""
 
 
 class StudyDecoding(Decoding):
@@ -185,19 +214,14 @@ class StudyDecoding(Decoding):
     """Responses generated at once; changes only the speed."""
 
 
-class EvaluationSettings(Frozen):
-    """Sampling for the measurement of policies."""
+class EvaluationSettings(Answering):
+    """Sampling for the measurement of policies; a row of a study may have its own ``samples_per_prompt``."""
 
     prompts: int | None = Field(default=None, ge=1)
     """Held-out prompts at most, the first ones; None is all of them."""
-    samples_per_prompt: int = Field(default=1, ge=1)
-    """Responses to every prompt, which share the prompt's computation; a row may have its own number."""
-    temperatures: tuple[Temperature, ...] = added(())
-    """Further temperatures at which every prompt is answered with the same random numbers, for a table of rewards and
-    win rates, such as [0.25, 0.5, 0.75]; the KL is measured only at ``temperature``."""
 
 
-class PairCorpus(Reading):
+class PairCorpus(JudgedPairs):
     """Pairs that others have made and ordered, such as people, in the place of a corpus of which a study makes its own.
 
     Prompts and held-out pairs are theirs as well, and a reward model judges.
@@ -208,25 +232,12 @@ class PairCorpus(Reading):
     """File, folder or data set of the hub, as every command reads them ("owner/name:split")."""
     eval_data: Annotated[str | None, NONE_IF_FALSE] = None
     """Held-out pairs; None, or false in TOML, holds out ``eval_share`` of the prompts of ``data``."""
-    eval_share: float = Field(default=0.2, gt=0, lt=1)
     train: int = Field(ge=1)
     """Training pairs at most, the first ones; estimates of time assume this number."""
     heldout: int = Field(ge=1)
     """Held-out pairs at most, in the same way."""
     judge: str
-    """What scores responses to held-out prompts: a folder that ``madpo reward`` wrote, a sequence classifier with one
-    output (folder or hub id), or ``probe``, which is fitted to pairs that no policy sees."""
-    judge_share: float = Field(default=0.2, gt=0, lt=1)
-    """Share of the pairs that a judge ``probe`` is fitted to."""
     max_length: int | None = Field(default=512, ge=2)
-    """Tokens of prompt and completion; None is no limit."""
-    truncation: Truncation = "drop"
-    """What happens to a pair of more than max_length tokens: drop it, cut its completions, or refuse it."""
-
-    @model_validator(mode="after")
-    def _check(self) -> PairCorpus:
-        refuse_all_taken(self.eval_share if self.eval_data is None else 0.0, self.judge, self.judge_share)
-        return self
 
 
 class TrimSettings(Reading):
@@ -246,32 +257,31 @@ class TrimSettings(Reading):
     """Texts per forward pass."""
 
 
-class VerifyAutoSettings(Frozen):
-    """What ``madpo verify-auto`` simulates."""
+class SimulationSettings(Frozen):
+    """Simulated worlds, and where methods are compared in them."""
 
-    whole: bool = False
-    """The whole grid (42 cells) in place of the reduced one (15 cells)."""
     worlds: int = Field(default=12, ge=3)
-    """Draws of every setting."""
+    """Draws of world, labels and training order, of every setting."""
     kl: float = Field(default=1.0, gt=0)
     """KL to the reference, in nats, at which methods are compared."""
     seed: int = 0
     """Seed of worlds and trainings."""
 
 
-class DemoSettings(Frozen):
+class VerifyAutoSettings(SimulationSettings):
+    """What ``madpo verify-auto`` simulates."""
+
+    whole: bool = False
+    """The whole grid (42 cells) in place of the reduced one (15 cells)."""
+
+
+class DemoSettings(SimulationSettings):
     """What ``madpo demo`` simulates."""
 
     pairs: int = Field(default=600, ge=50)
     """Training pairs in every world."""
     reward_sd: float = Field(default=1.5, gt=0)
     """Standard deviation of the true reward in log-odds: less makes labels noisier."""
-    worlds: int = Field(default=12, ge=3)
-    """Draws of world, labels and training order."""
-    kl: float = Field(default=1.0, gt=0)
-    """KL to the reference, in nats, at which methods are compared."""
-    seed: int = 0
-    """Seed of worlds and trainings."""
 
 
 class ChatSettings(Drawing):

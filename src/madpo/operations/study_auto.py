@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import Field
 
-from madpo.core.config import Frozen, added
+from madpo.core.config import added, part
 from madpo.core.metrics import Metrics
 from madpo.core.seeding import derived_seed
 from madpo.core.storage import write_atomically
 from madpo.losses import DPO, Loss, SoftDPO
-from madpo.models.hyperparameters import CHECKPOINTS, LoRA, Optimisation
+from madpo.models.hyperparameters import CHECKPOINTS
 from madpo.operations.averaging import averaged_adapter
 from madpo.operations.study_training import (
     PolicyStage,
@@ -34,20 +33,15 @@ from madpo.operations.study_training import (
 from madpo.rewards.label_share import decide
 from madpo.rewards.margins import inspect
 from madpo.runner.operation import operation
-from madpo.training.settings import AutoSettings
+from madpo.training.settings import AutoSettings, PolicyTraining
 
 FIRST, SECOND, DECISION = "dpo", "mixed", "decision.json"
 
 
-class AutoStage(Frozen):
+class AutoStage(PolicyTraining):
     """A policy that is the average of DPO's and of a second one, whose target mixes labels and margins."""
 
-    method: str
-    """Name in tables and figures."""
     settings: AutoSettings
-    optimisation: Optimisation
-    lora: LoRA = LoRA()
-    seed: int = Field(default=0, ge=0)
     given: bool = added(False)
     """The margins are the data's own, which may have ordered the pairs."""
 
@@ -94,7 +88,7 @@ def train_auto_policy(config: AutoStage, inputs: Mapping[str, Path], out: Path) 
 
 
 def _policy(config: AutoStage, loss: Loss, seed: int) -> PolicyStage:
-    return PolicyStage(method=config.method, loss=loss, optimisation=config.optimisation, lora=config.lora, seed=seed)
+    return PolicyStage(**{**dict(part(config, PolicyTraining)), "loss": loss, "seed": seed})
 
 
 def _decided(

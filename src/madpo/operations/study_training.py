@@ -29,12 +29,12 @@ from madpo.core.seeding import rng
 from madpo.data.corpus import Corpus, load_corpus, sft_reviews
 from madpo.losses import Loss
 from madpo.models.engine.logprobs import completion_logps, install_completion_head, unwrapped
-from madpo.models.hyperparameters import EarlyStopping, LoRA, Optimisation
+from madpo.models.hyperparameters import AdapterTraining, EarlyStopping
 from madpo.models.load import load_model, load_tokenizer, merged, resolve_model, save_model
 from madpo.rewards.reward_model import RewardModel
 from madpo.runner.operation import operation
 from madpo.training.margins import margin_metrics, margin_table, sequences
-from madpo.training.settings import OnlineStage, RewardModelStage
+from madpo.training.settings import OnlineStage, PolicyTraining, RewardModelStage
 
 if TYPE_CHECKING:
     from madpo.training.first_look import FirstLook
@@ -42,14 +42,12 @@ if TYPE_CHECKING:
 MARGINS, SCORES = "margins.parquet", "scores.parquet"
 
 
-class FineTuning(Frozen):
+class FineTuning(AdapterTraining):
     """What both kinds of supervised fine-tuning share; the merged model starts every policy."""
 
     model: str
     reviews: int = Field(ge=1)
     """Texts to train on; of pairs at most, the first ones after those of ``early_stopping``."""
-    optimisation: Optimisation
-    lora: LoRA = LoRA()
     seed: int = 0
 
 
@@ -260,15 +258,10 @@ def pair_ids(pairs: pd.DataFrame) -> list[dict[str, Any]]:
     ]
 
 
-class PolicyStage(Frozen):
-    """A policy: a LoRA adapter on the SFT model, trained with one preference loss."""
+class PolicyStage(PolicyTraining):
+    """A policy that is trained with one preference loss."""
 
-    method: str
-    """Name in tables and figures."""
     loss: Loss
-    optimisation: Optimisation
-    lora: LoRA = LoRA()
-    seed: int = 0
 
 
 @operation("train_policy/1")

@@ -14,14 +14,14 @@ from madpo.core.errors import printable
 from madpo.core.options import Cli
 from madpo.core.suggestions import did_you_mean
 from madpo.losses import Loss
-from madpo.models.hyperparameters import LoRA, Optimisation
+from madpo.models.hyperparameters import AdapterTraining, LoRA, Optimisation
 from madpo.operations.settings import (
     PROBE,
     AdapterOptimisation,
     EvaluationSettings,
+    JudgedPairs,
     StudyDecoding,
     Training,
-    refuse_all_taken,
 )
 from madpo.training.settings import AutoSettings
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from madpo.runner.executors import Executor
     from madpo.runner.run import RunResult
     from madpo.runner.step import Step
-    from madpo.study.experiment import PolicySettings, RewardModelSettings
+    from madpo.study.experiment import RewardModelSettings
 
 
 class AutoLoss(AutoSettings):
@@ -38,7 +38,7 @@ class AutoLoss(AutoSettings):
     kind: Literal["auto"] = "auto"
 
 
-class CompareSettings(Training):
+class CompareSettings(JudgedPairs, Training):
     """Which losses are compared on a user's own pairs, and how they are judged."""
 
     losses: tuple[str | dict[str, Any], ...] = ("dpo", "madpo", "auto")
@@ -55,14 +55,6 @@ class CompareSettings(Training):
     """Learning rates besides ``learning_rate`` that each loss is trained at too. None trains DPO at half of it, since
     a policy that is trained less can have more reward at its distance from the reference: a loss is called better than
     DPO only where it is above DPO at each rate. [] is none."""
-    judge: str | None = None
-    """What scores the policies' responses to held-out prompts: a folder that ``madpo reward`` wrote, a sequence
-    classifier with one output, or ``probe``, which is fitted to pairs that no policy sees. None compares by held-out
-    pairs only."""
-    eval_share: float = Field(default=0.2, gt=0, lt=1)
-    """Share of the pairs held out (whole prompts at a time) where no evaluation data are given."""
-    judge_share: float = Field(default=0.2, gt=0, lt=1)
-    """Share of the pairs that a judge ``probe`` is fitted to."""
     split_seed: int = Field(default=0, ge=0)
     """Seed of the choice of the prompts that are held out, and of those for a judge ``probe``."""
     max_length: int | None = Field(default=1024, ge=2)
@@ -82,7 +74,6 @@ class CompareSettings(Training):
                 raise ValueError(f"{name} must hold one value or more, each once")
         if (rate := self.optimisation.learning_rate) in (self.other_learning_rates or ()):
             raise ValueError(f"other_learning_rates has {rate:g}, which every loss is trained at anyway; remove it")
-        refuse_all_taken(self.eval_share, self.judge, self.judge_share)
         judged = [*changed(self.responses), *changed(self.evaluation)] if self.judge is None else []
         unused = [*judged, *({"judge_share"} & set(changed(self) if self.judge != PROBE else ()))]
         if unused:
@@ -93,11 +84,9 @@ class CompareSettings(Training):
         return self
 
     @property
-    def policy(self) -> PolicySettings:
+    def policy(self) -> AdapterTraining:
         """What every loss's training shares."""
-        from madpo.study.experiment import PolicySettings
-
-        return PolicySettings(optimisation=part(self.optimisation, Optimisation), lora=self.lora)
+        return AdapterTraining(optimisation=part(self.optimisation, Optimisation), lora=self.lora)
 
     @property
     def reward_model(self) -> RewardModelSettings:

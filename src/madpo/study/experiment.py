@@ -15,7 +15,7 @@ from madpo.core.config import Frozen, Seed, find_experiment, load_config
 from madpo.core.progress import say
 from madpo.core.storage import expanded
 from madpo.data.corpus import Corpus, PackagedIMDB, Tier
-from madpo.models.hyperparameters import EarlyStopping, LoRA, Optimisation, Pooling
+from madpo.models.hyperparameters import AdapterTraining, EarlyStopping, Optimisation
 from madpo.operations.settings import NONE_IF_FALSE, PROBE, EvaluationSettings, PairCorpus, StudyDecoding
 from madpo.operations.trackers import reporting_to
 from madpo.report import rebuild_report
@@ -26,6 +26,7 @@ from madpo.runner.run import RunResult, finished, run
 from madpo.runner.step import Step
 from madpo.runner.uploads import Upload
 from madpo.study.methods import Group, Method, Selection
+from madpo.training.settings import RewardTraining
 
 
 class VocabularySettings(Frozen):
@@ -38,13 +39,11 @@ class VocabularySettings(Frozen):
     """Held-out texts to measure the cost on at most: most of the time that cutting takes."""
 
 
-class SFTSettings(Frozen):
+class SFTSettings(AdapterTraining):
     """Supervised fine-tuning on the corpus's last positive reviews, or on the chosen completions of training pairs."""
 
     reviews: int = Field(ge=1)
     """Texts, or pairs at most, to train on."""
-    optimisation: Optimisation
-    lora: LoRA = LoRA()
     score_prompt: bool = True
     """Whether the first ``responses.prompt_tokens`` of a review count in the loss. The paper and its notebook leave
     them out, as a prompt."""
@@ -82,22 +81,14 @@ class PairSettings(Frozen):
         return self
 
 
-class RewardModelSettings(Frozen):
+class RewardModelSettings(RewardTraining):
     """Bradley-Terry reward models, one per tier."""
 
     kind: Literal["trained", "probe"] = "trained"
     """trained: an adapter with a head. probe: a regression on the states of the SFT model, which takes seconds; its
-    margins of training pairs are out of fold, and of the settings below it reads ``folds``."""
+    margins of training pairs are out of fold, and of the other settings it reads ``folds``."""
     optimisation: Optimisation | None = None
     """How a trained reward model is trained; a probe has none."""
-    lora: LoRA = LoRA()
-    eval_every: int = Field(default=20, ge=1)
-    patience: int = Field(default=3, ge=1)
-    stopping_share: float = Field(default=1.0, gt=0, le=1)
-    pooling: Pooling = "last"
-    """Where the reward is read: at the last token, or as the mean over the response, which learns from fewer pairs."""
-    folds: int | None = Field(default=None, ge=2, le=1000)
-    """Reward models per tier for out-of-fold margins, where a method asks for them; each leaves out one part."""
 
     @model_validator(mode="after")
     def _check(self) -> RewardModelSettings:
@@ -105,13 +96,6 @@ class RewardModelSettings(Frozen):
             remedy = "add it" if self.kind == "trained" else "remove it, since a probe is not trained by steps"
             raise ValueError(f"optimisation {'is missing' if self.kind == 'trained' else 'is given'}: {remedy}")
         return self
-
-
-class PolicySettings(Frozen):
-    """What every method's training shares: the comparison differs in the loss only."""
-
-    optimisation: Optimisation
-    lora: LoRA = LoRA()
 
 
 class Experiment(Frozen):
@@ -135,7 +119,8 @@ class Experiment(Frozen):
     pairs: PairSettings | None = None
     """What is made of the corpus; None where it has pairs."""
     reward_model: RewardModelSettings
-    policy: PolicySettings
+    policy: AdapterTraining
+    """What every method's training shares: the comparison differs in the loss only."""
     method: tuple[Method, ...] = Field(min_length=1)
     extra: tuple[Group, ...] = ()
     """Groups of methods that a run leaves out unless ``--only`` names them."""

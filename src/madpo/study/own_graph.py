@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from madpo.core.columns import MARGIN, SCORES
+from madpo.core.config import part
 from madpo.core.errors import ConfigError
 from madpo.core.progress import say
 from madpo.core.storage import expanded
@@ -19,7 +20,7 @@ from madpo.operations.own_pairs import OwnPairsStage, Size, read_own_pairs
 from madpo.operations.pair_scorer import load_pair_encoder, seen_pairs
 from madpo.operations.preconditions import require_columns
 from madpo.operations.running import digest
-from madpo.operations.settings import PROBE, PairCorpus
+from madpo.operations.settings import PROBE, JudgedPairs, LimitedPairs, PairCorpus
 from madpo.operations.study_margins import ProbeStage, fit_pairs_probe
 from madpo.operations.study_training import PairSFTStage, train_sft_on_pairs
 from madpo.report.methods import OWN, REFERENCE, method_of, settings_words, spread
@@ -45,8 +46,13 @@ class _PairsGraph(StudyGraph):
         """The same for all seeds, which decide trainings and responses only."""
         return self._pairs
 
-    def read(self, stage: OwnPairsStage, data: str, eval_data: str | None) -> None:
-        """The step that reads the pairs, once for all."""
+    def read(self, pairs: JudgedPairs, data: str, eval_data: str | None, **more: Any) -> None:
+        """The step that reads the pairs, once for all.
+
+        Args:
+            more: what else its configuration has.
+        """
+        stage = OwnPairsStage(**dict(part(pairs, LimitedPairs)), judge_share=pairs.judge_part, **more)
         given: dict[str, Step | Source] = {"data": _source(data), "reference": _source(stage.model)}
         given |= {} if eval_data is None else {"eval_data": _source(eval_data)}
         self._pairs = self.add("pairs", read_own_pairs, stage, given, says="reading the pairs")
@@ -77,15 +83,8 @@ class ExperimentGraph(_PairsGraph):
         e = experiment
         for data in filter(None, (corpus.data, corpus.eval_data)):
             look_at(data)
-        stage = OwnPairsStage(
-            **{name: getattr(corpus, name) for name in ("columns", "layout", "eval_share", "max_length", "truncation")},
-            model=e.model,
-            judge_share=corpus.judge_share if corpus.judge == PROBE else 0.0,
-            max_train=corpus.train,
-            max_heldout=corpus.heldout,
-            seed=e.seed,
-        )
-        self.read(stage, corpus.data, corpus.eval_data)
+        most = {"max_train": corpus.train, "max_heldout": corpus.heldout}
+        self.read(corpus, corpus.data, corpus.eval_data, model=e.model, seed=e.seed, **most)
         sft = PairSFTStage(model=e.model, seed=e.seed, **dict(e.sft))
         says = "fine-tuning the base model on what was preferred"
         self.sft = self.add("sft", train_sft_on_pairs, sft, {"pairs": self._pairs}, says=says)
@@ -118,17 +117,10 @@ class OwnPairsGraph(_PairsGraph):
         for row in self.rows:
             if row.loss is not None:
                 require_columns([numbers], row.loss, data, probed=True)
-        probed = settings.judge == PROBE
-        stage = OwnPairsStage(
-            **{name: getattr(settings, name) for name in ("columns", "layout", "model", "eval_share", "max_length")},
-            **{name: getattr(settings, name) for name in ("truncation", "date", "strict")},
-            judge_share=settings.judge_share if probed else 0.0,
-            seed=settings.split_seed,
-            size=size,
-        )
-        self.read(stage, data, eval_data)
+        given = {name: getattr(settings, name) for name in ("model", "date", "strict")}
+        self.read(settings, data, eval_data, seed=settings.split_seed, size=size, **given)
         self.judge_saw_pairs = 0
-        if settings.judge is not None and not probed:
+        if settings.judge not in (None, PROBE):
             load_pair_encoder(settings.judge)
             streams = [PairStream(place, settings.reading) for place in (data, eval_data) if place is not None]
             self.judge_saw_pairs = seen_pairs(settings.judge, chain.from_iterable(streams)) or 0

@@ -7,16 +7,14 @@ from typing import Literal
 from pydantic import Field
 
 from madpo.core.config import Frozen, added
-from madpo.models.hyperparameters import LoRA, Optimisation, Pooling
+from madpo.models.hyperparameters import AdapterTraining, LoRA, Optimisation, Pooling
 
 Algorithm = Literal["rloo", "grpo"]
 
 
-class RewardModelStage(Frozen):
-    """A Bradley-Terry reward model on the labelled pairs (Eq. 2), with early stopping on held-out pairs."""
+class RewardTraining(Frozen):
+    """How a reward model of a study is trained, but for its optimisation."""
 
-    model: str
-    optimisation: Optimisation
     lora: LoRA = LoRA()
     eval_every: int = Field(default=20, ge=1)
     """Optimiser steps between two evaluations on the held-out pairs."""
@@ -25,13 +23,29 @@ class RewardModelStage(Frozen):
     stopping_share: float = Field(default=1.0, gt=0, le=1)
     """Share of the held-out pairs that decides when to stop. Below 1, only the others give the reported accuracy;
     at 1 (the paper) the same pairs do both, which flatters the model slightly."""
+    pooling: Pooling = added("last")
+    """Where the reward is read: at the last token, or as the mean over the response, which learns from fewer pairs."""
+    folds: int | None = added(None, ge=2, le=1000)
+    """Parts of the training pairs, each of which one model does not see, for margins out of fold; None is no
+    division."""
+
+
+class RewardModelStage(RewardTraining):
+    """A Bradley-Terry reward model on the labelled pairs (Eq. 2), with early stopping on held-out pairs."""
+
+    model: str
+    optimisation: Optimisation
     seed: int = 0
-    folds: int | None = added(None, ge=2)
-    """Parts that the training pairs are divided into; None is no division."""
     fold: int | None = added(None, ge=0)
     """The part that this model is not trained on."""
-    pooling: Pooling = added("last")
-    """Which states the head reads."""
+
+
+class PolicyTraining(AdapterTraining):
+    """What the stages of all policies have: each is a LoRA adapter on the reference."""
+
+    method: str
+    """Name in tables and figures."""
+    seed: int = Field(default=0, ge=0)
 
 
 class OnlineSettings(Frozen):
@@ -61,17 +75,12 @@ class AutoSettings(Frozen):
     control: two DPO policies of different seeds, averaged, which read no margins."""
 
 
-class OnlineStage(Frozen):
-    """A policy: a LoRA adapter on the SFT model, trained on its own responses."""
+class OnlineStage(PolicyTraining):
+    """A policy that is trained on its own responses."""
 
-    method: str
-    """Name in tables and figures."""
     algorithm: Algorithm
     settings: OnlineSettings
-    optimisation: Optimisation
-    lora: LoRA = LoRA()
     max_new_tokens: int = Field(default=48, ge=1)
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
-    seed: int = 0
     top_k: int | None = added(None, ge=1)
