@@ -17,7 +17,8 @@ from madpo.models.load import LoRA, build_tiny, load_model, load_tokenizer
 from madpo.operations import EvaluateSettings
 from madpo.operations import study_evaluation as evaluation
 from madpo.operations.evaluation import EvaluateReport
-from madpo.operations.study_evaluation import EvaluationStage, distinct, evaluate_policy
+from madpo.operations.responses import distinct
+from madpo.operations.study_evaluation import EvaluationStage, evaluate_policy
 from madpo.operations.study_pairs import PAIRS
 from practice_cases import read
 from quick import quick

@@ -23,10 +23,9 @@ from madpo.models.load import load_model, load_tokenizer, resolve_model
 from madpo.operations.inputs import Prompt, read_prompts, tell_unused_template
 from madpo.operations.pair_scorer import load_pair_encoder, load_scorer, reward_model_digest
 from madpo.operations.preconditions import PolicySource, find_policy
-from madpo.operations.responses import ends_of_responses, response_pairs
+from madpo.operations.responses import ends_of_responses, response_pairs, response_table, text_measures
 from madpo.operations.running import digest, load_report, run_in_folder
 from madpo.operations.settings import EvaluateSettings
-from madpo.operations.study_evaluation import distinct
 from madpo.report.charts import Chart, levels
 from madpo.report.command_pages import Section, command_page, settings_section
 from madpo.report.drawing import draw
@@ -264,7 +263,7 @@ def _temperatures(report: EvaluateReport) -> Table:
     return Table("Decoding temperatures", head, rows, plain=True)
 
 
-def _responses(source: PolicySource, prompts: Sequence[Prompt], settings: EvaluateSettings) -> list[dict[str, Any]]:
+def _responses(source: PolicySource, prompts: Sequence[Prompt], settings: EvaluateSettings) -> list[dict[Any, Any]]:
     """The lines of ``samples.jsonl`` without rewards: two responses each, drawn with the same random numbers."""
     reference_folder, base = resolve_model(source.reference), resolve_model(source.base)
     tokenizer = load_tokenizer(reference_folder)
@@ -272,6 +271,7 @@ def _responses(source: PolicySource, prompts: Sequence[Prompt], settings: Evalua
         raise ConfigError(f"{source.name} and {source.reference} have different tokenizers, so there is no KL")
     tell_unused_template(tokenizer, prompts[0].content)
     encoder, judge = Encoder(tokenizer), load_pair_encoder(settings.reward_model)
+    asked = pd.DataFrame([{"prompt_id": prompt.prompt_id, "prompt": prompt.content} for prompt in prompts])
     prompt_ids = []
     for prompt in prompts:
         with located(prompt.place):
@@ -279,40 +279,27 @@ def _responses(source: PolicySource, prompts: Sequence[Prompt], settings: Evalua
         # What the judge cannot score is refused before anything is generated.
         judge.ids(response_pairs([prompt.content], ["a"], ["a"]), prompt.place, "answer")
     reference, policy = load_model(reference_folder), load_model(base, adapter=source.adapter)
-    ends = ends_of_responses(tokenizer, [prompt.content for prompt in prompts], reference, policy)
-    samples: list[dict[str, Any]] = []
-    for temperature in (None, *(other for other in settings.temperatures if other != settings.temperature)):
-        drawn = (
-            respond(
-                model,
-                tokenizer,
-                prompt_ids,
-                settings,
-                keys=[prompt.prompt_id for prompt in prompts],
-                draw=0,
-                samples=settings.samples_per_prompt,
-                ends=ends,
-                description=f"{who}: responses",
-                temperature=temperature,
-            )
-            for model, who in ((policy, "Policy"), (reference, "Reference"))
-        )
-        for number, (mine, theirs) in enumerate(zip(*drawn, strict=True)):
-            at: list[dict[str, float]] = [{"temperature": temperature}] * len(mine) if temperature is not None else []
-            if temperature is None:
-                written, size = [response.ids for response in mine], settings.score_batch_size
-                kl = divergence(policy, reference, prompt_ids, written, pad=tokenizer.pad_token_id, batch_size=size)[1]
-                at = [{"kl": apart} for apart in kl.tolist()]
-            for prompt, a, b, more in zip(prompts, mine, theirs, at, strict=True):
-                sample = {"prompt_id": prompt.prompt_id, "sample": number, "prompt": prompt.content, **more}
-                for who, response in (("", a), ("reference_", b)):
-                    sample |= {
-                        f"{who}response": response.text,
-                        f"{who}tokens": len(response.ids),
-                        f"{who}ended": response.ended,
-                    }
-                samples.append(sample)
-    return samples
+    how: dict[str, Any] = {"keys": asked["prompt_id"].tolist(), "draw": 0, "samples": settings.samples_per_prompt}
+    how["ends"] = ends_of_responses(tokenizer, asked["prompt"], reference, policy)
+
+    def written(model: Any, who: str, temperature: float) -> pd.DataFrame:
+        how.update(description=f"{who}: responses", temperature=temperature)
+        return response_table(asked, respond(model, tokenizer, prompt_ids, settings, **how))
+
+    def both(temperature: float) -> pd.DataFrame:
+        mine, theirs = written(policy, "Policy", temperature), written(reference, "Reference", temperature)
+        return mine.join(theirs[["response", "tokens", "ended"]].add_prefix("reference_"))
+
+    first, size = both(settings.temperature), settings.score_batch_size
+    responses, pad = (own["ids"].tolist() for _, own in first.groupby("sample")), tokenizer.pad_token_id
+    kl = [divergence(policy, reference, prompt_ids, ids, pad=pad, batch_size=size).kl for ids in responses]
+    first.insert(3, "kl", np.concatenate(kl))
+    tables = [first]
+    for temperature in settings.temperatures:
+        if temperature != settings.temperature:
+            tables.append(both(temperature))
+            tables[-1].insert(3, "temperature", temperature)
+    return [sample for table in tables for sample in table.drop(columns="ids").to_dict("records")]
 
 
 def _report(
@@ -327,14 +314,8 @@ def _report(
         return bootstrap_mean(values, clusters=prompts, seed=settings.seed)
 
     def side(who: str) -> Side:
-        texts = samples[f"{who}response"].tolist()
-        return Side(
-            reward=mean(samples[f"{who}reward"]),
-            length=mean(samples[f"{who}tokens"]),
-            distinct_1=distinct(texts, 1),
-            distinct_2=distinct(texts, 2),
-            ended_share=float(samples[f"{who}ended"].mean()),
-        )
+        own = pd.DataFrame({name: samples[f"{who}{name}"] for name in ("reward", "tokens", "response", "ended")})
+        return Side(reward=mean(own["reward"]), length=mean(own["tokens"]), **text_measures(own))
 
     return EvaluateReport(
         policy=source.name,

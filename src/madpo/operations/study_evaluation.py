@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 from pydantic import Field
 from torch import nn
@@ -20,13 +19,11 @@ from madpo.core.errors import ConfigError
 from madpo.core.metrics import Metrics
 from madpo.core.statistics import bootstrap_mean
 from madpo.core.storage import write_atomically
-from madpo.models.engine.inference import Inference
-from madpo.models.engine.logprobs import completion_logps
-from madpo.models.engine.responses import Response, completion_batches, divergence, respond
+from madpo.models.engine.responses import Response, divergence, respond
 from madpo.models.load import load_model, load_tokenizer, merged
 from madpo.operations.own_pairs import pairs_clock, prompt_contents
 from madpo.operations.pair_scorer import load_scorer
-from madpo.operations.responses import ends_of_responses
+from madpo.operations.responses import ends_of_responses, response_table, text_measures
 from madpo.operations.settings import Drawing, EvaluationSettings
 from madpo.operations.study_training import prompts_of, read_pairs, reference_model
 from madpo.rewards.oracles import load_oracle
@@ -76,28 +73,30 @@ def evaluate_policy(config: EvaluationStage, inputs: Mapping[str, Path], out: Pa
     score = _scorer(config, inputs)
     contents = dict(zip(prompts["prompt_id"], prompt_contents(prompts), strict=True))
     ends = ends_of_responses(tokenizer, contents.values(), reference)
+    asked, samples_per_prompt = prompts["prompt_ids"].tolist(), config.samples_per_prompt
 
     def sampled(temperature: float) -> pd.DataFrame:
         drawn = respond(
             policy,
             tokenizer,
-            prompts["prompt_ids"].tolist(),
+            asked,
             config,
             keys=prompts["prompt_id"].tolist(),
             draw=FIRST_DRAW,
-            samples=config.samples_per_prompt * (config.best_of or 1),
+            samples=samples_per_prompt * (config.best_of or 1),
             ends=ends,
             description=f"{config.method}: responses",
             temperature=temperature,
         )
-        found = _judged(prompts, drawn, config.samples_per_prompt, judge)
+        if judge is not None:
+            drawn = [best_responses(judge, asked, drawn[k::samples_per_prompt]) for k in range(samples_per_prompt)]
+        found = response_table(prompts, drawn)
         asked_prompts = [contents[prompt] for prompt in found["prompt_id"]]
         return found.assign(oracle_reward=score(asked_prompts, list(found["response"])))
 
     samples = sampled(config.temperature)
-    prompt_ids = prompts["prompt_ids"].tolist() * config.samples_per_prompt
     samples["kl"], logps = _kl_and_logps(
-        config, policy, reference, prompt_ids, samples.pop("ids").tolist(), tokenizer.pad_token_id
+        config, policy, reference, asked * samples_per_prompt, samples.pop("ids").tolist(), tokenizer.pad_token_id
     )
     metrics = _metrics(samples, config.seed)
     metrics["reference_perplexity"] = math.exp(-logps.sum() / samples["tokens"].sum())
@@ -132,33 +131,14 @@ def _kl_and_logps(
     pad: int,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Per response, the KL to the reference (for the best of n its bound) and the log-probability under it, nats."""
-    kl, logps = np.zeros(len(response_ids)), None
-    how: dict[str, Any] = {
-        "pad": pad,
-        "batch_size": config.score_batch_size,
-        "description": f"{config.method}: KL",
-    }
-    if policy is not reference:
-        _, kl, logps = divergence(policy, reference, prompt_ids, response_ids, **how)
+    how: dict[str, Any] = {"pad": pad, "batch_size": config.score_batch_size, "description": f"{config.method}: KL"}
+    moved = None if policy is reference else policy
+    _, kl, logps = divergence(moved, reference, prompt_ids, response_ids, **how)
     if config.best_of is not None:
         kl += math.log(config.best_of) - (config.best_of - 1) / config.best_of
-    if logps is None or config.samples_per_prompt == 1:  # whose records have the last digits of a pass of its own
-        logps = response_logps(reference, prompt_ids, response_ids, **how)
+    if moved is not None and config.samples_per_prompt == 1:  # its records have the last digits of a pass of its own
+        logps = divergence(None, reference, prompt_ids, response_ids, **how).ref_logps
     return kl, logps
-
-
-def _judged(
-    prompts: pd.DataFrame, drawn: Sequence[list[Response]], samples: int, judge: RewardModel | None
-) -> pd.DataFrame:
-    """A line per response, sample after sample: prompt_id, sample, prompt, response, tokens, ended, ids."""
-    rows: list[dict[str, Any]] = []
-    for sample in range(samples):
-        among = drawn[sample::samples]
-        responses = among[0] if judge is None else best_responses(judge, prompts["prompt_ids"].tolist(), among)
-        for prompt_id, prompt, response in zip(prompts["prompt_id"], prompts["prompt"], responses, strict=True):
-            row = {"prompt_id": int(prompt_id), "sample": sample, "prompt": prompt, "response": response.text}
-            rows.append({**row, "tokens": len(response.ids), "ended": response.ended, "ids": response.ids})
-    return pd.DataFrame(rows)
 
 
 def best_responses(
@@ -173,16 +153,6 @@ def best_responses(
     return [drawn[k][row] for row, k in enumerate(np.argmax(rewards, axis=0))]
 
 
-def distinct(texts: Sequence[str], n: int) -> float:
-    """Share of different n-grams among all n-grams of words in ``texts``; 0 where there is none.
-
-    It falls with the number of texts, so it compares only equal numbers of them.
-    """
-    words = [text.lower().split() for text in texts]
-    grams = [tuple(row[i : i + n]) for row in words for i in range(len(row) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 0.0
-
-
 def _heldout_prompts(folder: Path, count: int | None) -> pd.DataFrame:
     pairs = read_pairs(folder, "heldout")
     heldout = pairs.assign(prompt_id=prompts_of(pairs)).drop_duplicates("prompt_id")
@@ -193,34 +163,9 @@ def _heldout_prompts(folder: Path, count: int | None) -> pd.DataFrame:
     return heldout.assign(prompt_ids=pd.Series(lists, index=heldout.index, dtype=object))
 
 
-@torch.no_grad()
-def response_logps(
-    reference: nn.Module,
-    prompt_ids: Sequence[Sequence[int]],
-    responses: Sequence[Sequence[int]],
-    *,
-    pad: int,
-    batch_size: int,
-    description: str,
-) -> NDArray[np.float64]:
-    """Log-probability of each response under the reference, nats, summed over its tokens."""
-    found = np.zeros(len(responses))
-    with Inference(reference, tokens=sum(map(len, [*prompt_ids, *responses]))):
-        for rows, given in completion_batches(prompt_ids, responses, reference, pad, batch_size, description):
-            found[rows] = completion_logps(reference, **given).logps.double().cpu().numpy()
-    return found
-
-
 def _metrics(samples: pd.DataFrame, seed: int) -> Metrics:
     metrics: Metrics = {
         name: bootstrap_mean(samples[column], seed=seed, clusters=samples["prompt_id"])
         for name, column in (("oracle_reward", "oracle_reward"), ("kl", "kl"), ("length", "tokens"))
     }
-    responses = list(samples["response"])
-    return {
-        **metrics,
-        "prompts": int(samples["prompt_id"].nunique()),
-        "distinct_1": distinct(responses, 1),
-        "distinct_2": distinct(responses, 2),
-        "ended_share": float(samples["ended"].mean()),
-    }
+    return {**metrics, "prompts": int(samples["prompt_id"].nunique()), **text_measures(samples)}

@@ -16,7 +16,7 @@ from madpo.core.progress import say_once
 from madpo.models.engine.batches import padded, similar_lengths
 from madpo.models.engine.inference import Inference
 from madpo.models.engine.kl import completion_kl
-from madpo.models.engine.logprobs import unwrapped
+from madpo.models.engine.logprobs import completion_logps, unwrapped
 from madpo.models.engine.sampling import generate
 
 _DECODING = {
@@ -139,7 +139,7 @@ class Divergence(NamedTuple):
 
 @torch.no_grad()
 def divergence(
-    policy: nn.Module,
+    policy: nn.Module | None,
     reference: nn.Module,
     prompt_ids: Sequence[Sequence[int]],
     responses: Sequence[Sequence[int]],
@@ -151,17 +151,24 @@ def divergence(
     """How far each response's policy is from its reference, by one pass of either.
 
     Responses to one prompt are scored as pairs, so that half of its copies are left out.
+
+    Args:
+        policy: None gives the log-probability under the reference only.
     """
     found = np.zeros((3, len(responses)))
-    batches = completion_batches(prompt_ids, responses, reference, pad, batch_size, description)
-    with Inference(policy, reference, tokens=sum(map(len, [*prompt_ids, *responses]))):
+    models = [model for model in (policy, reference) if model is not None]
+    batches = _batches(prompt_ids, responses, reference, pad, batch_size, description)
+    with Inference(*models, tokens=sum(map(len, [*prompt_ids, *responses]))):
         for rows, given in batches:
-            parts = completion_kl(policy, reference, **given)
-            found[:, rows] = torch.stack(parts).double().cpu().numpy()
+            if policy is None:
+                found[2, rows] = completion_logps(reference, **given).logps.double().cpu().numpy()
+            else:
+                parts = completion_kl(policy, reference, **given)
+                found[:, rows] = torch.stack(parts).double().cpu().numpy()
     return Divergence(*found)
 
 
-def completion_batches(
+def _batches(
     prompt_ids: Sequence[Sequence[int]],
     responses: Sequence[Sequence[int]],
     model: nn.Module,
