@@ -1,4 +1,4 @@
-"""The graph of ``madpo compare``: a user's own pairs in the place of a corpus, and the model as it is as reference."""
+"""The graph of a study on pairs that are there: an experiment's, or a user's in ``madpo compare``."""
 
 from __future__ import annotations
 
@@ -36,69 +36,68 @@ if TYPE_CHECKING:
 BETA = 0.1  # at which losses compare at equal beta, where it is among the given ones; else the first
 
 
-class _PairsGraph(StudyGraph):
-    """Pairs that are read, held-out ones among them, and a reward model that judges."""
+class PairsGraph(StudyGraph):
+    """Pairs that are read, held-out ones among them, and perhaps a reward model that judges.
+
+    Args:
+        sft: fine-tuning on the chosen completions, which comes before everything else; None: the model as it is.
+        more: what else the configuration of the pairs has.
+    """
 
     heldout = True
-    _pairs: Step
+
+    def __init__(
+        self,
+        experiment: Experiment | CompareSettings,
+        rows: Sequence[Method],
+        pairs: JudgedPairs,
+        data: str,
+        eval_data: str | None,
+        *,
+        sft: PairSFTStage | None = None,
+        **more: Any,
+    ) -> None:
+        super().__init__(experiment, rows)
+        stage = OwnPairsStage(**dict(part(pairs, LimitedPairs)), judge_share=pairs.judge_part, **more)
+        given: dict[str, Step | Source] = {"data": _source(data), "reference": _source(stage.model)}
+        given |= {} if eval_data is None else {"eval_data": _source(eval_data)}
+        read = self._pairs = self.add("pairs", read_own_pairs, stage, given, says="reading the pairs")
+        self.sft = given["reference"]
+        if sft is not None:
+            says = "fine-tuning the base model on what was preferred"
+            self.sft = self.add("sft", train_sft_on_pairs, sft, {"pairs": read}, says=says)
+        self.judge = {}
+        if pairs.judge == PROBE:
+            says, probe = "the judge, a probe on pairs that no policy sees", ProbeStage(seed=stage.seed, part="judge")
+            inputs = {"pairs": read, "reference": self.sft}
+            self.judge = {"judge": self.add("judge", fit_pairs_probe, probe, inputs, says=says)}
+        elif pairs.judge is not None:
+            self.judge = {"judge": _source(pairs.judge)}
 
     def pairs(self, tier: str, seed: int) -> Step:
         """The same for all seeds, which decide trainings and responses only."""
         return self._pairs
 
-    def read(self, pairs: JudgedPairs, data: str, eval_data: str | None, **more: Any) -> None:
-        """The step that reads the pairs, once for all.
 
-        Args:
-            more: what else its configuration has.
-        """
-        stage = OwnPairsStage(**dict(part(pairs, LimitedPairs)), judge_share=pairs.judge_part, **more)
-        given: dict[str, Step | Source] = {"data": _source(data), "reference": _source(stage.model)}
-        given |= {} if eval_data is None else {"eval_data": _source(eval_data)}
-        self._pairs = self.add("pairs", read_own_pairs, stage, given, says="reading the pairs")
-
-    def judged_by(self, judge: str | None, seed: int) -> None:
-        """The judge: what the user names, or a probe of the reference, which must be known before."""
-        self.judge = {}
-        if judge == PROBE:
-            says = "the judge, a probe on pairs that no policy sees"
-            inputs: dict[str, Step | Source] = {"pairs": self._pairs, "reference": self.sft}
-            probe = ProbeStage(seed=seed, part="judge")
-            self.judge = {"judge": self.add("judge", fit_pairs_probe, probe, inputs, says=says)}
-        elif judge is not None:
-            self.judge = {"judge": _source(judge)}
-
-
-class ExperimentGraph(_PairsGraph):
-    """An experiment whose corpus is pairs: fine-tuning on the chosen completions comes before everything else.
-
-    Building it reads neither pairs nor judge, which may be on the hub.
+def build(experiment: Experiment) -> list[Step]:
+    """The steps of a study on pairs that are there, upstream steps first. It reads neither pairs nor judge, which may
+    be on the hub.
 
     Raises:
         DataError: a file of the pairs is not there.
     """
-
-    def __init__(self, experiment: Experiment, corpus: PairCorpus) -> None:
-        super().__init__(experiment, experiment.rows())
-        e = experiment
-        for data in filter(None, (corpus.data, corpus.eval_data)):
-            look_at(data)
-        most = {"max_train": corpus.train, "max_heldout": corpus.heldout}
-        self.read(corpus, corpus.data, corpus.eval_data, model=e.model, seed=e.seed, **most)
-        sft = PairSFTStage(model=e.model, seed=e.seed, **dict(e.sft))
-        says = "fine-tuning the base model on what was preferred"
-        self.sft = self.add("sft", train_sft_on_pairs, sft, {"pairs": self._pairs}, says=says)
-        self.judged_by(corpus.judge, e.seed)
+    e, corpus = experiment, experiment.corpus
+    assert isinstance(corpus, PairCorpus)
+    for data in filter(None, (corpus.data, corpus.eval_data)):
+        look_at(data)
+    given: dict[str, Any] = {"model": e.model, "seed": e.seed}
+    sft = PairSFTStage(**given, **dict(e.sft))
+    given |= {"max_train": corpus.train, "max_heldout": corpus.heldout}
+    return PairsGraph(e, e.rows(), corpus, corpus.data, corpus.eval_data, sft=sft, **given).build([OWN])
 
 
-def build(experiment: Experiment) -> list[Step]:
-    """The steps of a study on pairs that are there, upstream steps first."""
-    assert isinstance(experiment.corpus, PairCorpus)
-    return ExperimentGraph(experiment, experiment.corpus).build([OWN])
-
-
-class OwnPairsGraph(_PairsGraph):
-    """The pairs, the model, and the judge.
+class OwnPairsGraph(PairsGraph):
+    """The graph of ``madpo compare``.
 
     Attributes:
         judge_saw_pairs: how many of the pairs the judge was trained on, as far as its folder says.
@@ -111,20 +110,18 @@ class OwnPairsGraph(_PairsGraph):
 
     def __init__(self, settings: CompareSettings, data: str, eval_data: str | None) -> None:
         size, numbers = _read(data, settings)
-        super().__init__(settings, rows_of(settings, MARGIN in numbers))
-        _tell_unused(numbers, self.rows)
-        self.sft = _source(settings.model)
-        for row in self.rows:
+        rows = rows_of(settings, MARGIN in numbers)
+        _tell_unused(numbers, rows)
+        for row in rows:
             if row.loss is not None:
                 require_columns([numbers], row.loss, data, probed=True)
         given = {name: getattr(settings, name) for name in ("model", "date", "strict")}
-        self.read(settings, data, eval_data, seed=settings.split_seed, size=size, **given)
+        super().__init__(settings, rows, settings, data, eval_data, seed=settings.split_seed, size=size, **given)
         self.judge_saw_pairs = 0
         if settings.judge not in (None, PROBE):
             load_pair_encoder(settings.judge)
             streams = [PairStream(place, settings.reading) for place in (data, eval_data) if place is not None]
             self.judge_saw_pairs = seen_pairs(settings.judge, chain.from_iterable(streams)) or 0
-        self.judged_by(settings.judge, settings.split_seed)
 
 
 def rows_of(settings: CompareSettings, margins: bool) -> tuple[Method, ...]:
