@@ -417,6 +417,23 @@ def test_a_chat_template_that_text_does_not_use_is_named(
     assert ("--columns.chat true" in capsys.readouterr().err) == said
 
 
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected", "touching"),
+    [
+        ("Why?", "It rains.", "No.", 1),
+        ("Why?", "It rains.", " No.", 0),
+        ("Why?\n", "It rains.", "No.", 0),
+        ("Почему?", "Дождь.", "Нет.", 1),
+        ("なぜ?", "雨です", "いいえ", 0),
+        ("f(", "x)", "y)", 0),
+    ],
+)
+def test_words_that_touch_are_counted(prompt: str, chosen: str, rejected: str, touching: int, tmp_path: Path) -> None:
+    report = check(written(tmp_path, [{"prompt": prompt, "chosen": chosen, "rejected": rejected}]))
+    assert report.touching == touching
+    assert ("white space" in report.text()) == (touching > 0)
+
+
 def test_a_corpus_of_prompts_takes_the_names_of_its_columns(tmp_path: Path) -> None:
     path = written(tmp_path, [{"question": ASK, "n": 1}], "csv")
     assert [text for _, text in read_texts(path, {"prompt": "question"})] == [ASK]

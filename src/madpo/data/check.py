@@ -19,6 +19,7 @@ from madpo.core.reports import Report
 from madpo.core.storage import expanded, remove_leftovers, storage_errors, write_atomically
 from madpo.data.findings import Finding, Survey
 from madpo.data.load import PairStream, TooLong, surveyed, surveyed_pairs
+from madpo.data.messages import Text
 from madpo.data.raw import COLUMNS
 from madpo.data.rows import Pair
 from madpo.data.templates import UNUSED_TEMPLATE
@@ -30,6 +31,8 @@ DIFFERENCE = " - ".join(SCORES)
 ORDERS = 1000  # of roles that are counted each for itself
 ROLES_SHOWN = 5
 RENDERED = 3  # pairs that the report shows as the model will see them
+_SPACELESS = "\u0e00"  # from Thai on, few scripts have spaces between words
+_ENDS = tuple(".,;!?")
 SHOWN = 600  # characters of each part of them
 
 
@@ -97,6 +100,8 @@ class CheckReport(Report):
     """The first pairs as the model sees them: prompt | chosen, with special tokens."""
     date: str | None = None
     """What the chat template took for now; None where it does not ask."""
+    touching: int = 0
+    """Pairs of text whose prompt and completion are words without a white space in between."""
     unused_template: bool = False
     """The model has a chat template, and the pairs are text, which does not use it."""
 
@@ -138,6 +143,11 @@ class CheckReport(Report):
             t = self.truncation
             lines.append(f"max_length {t.max_length}: {t.too_long} pairs are longer; {t.dropped} dropped, {t.cut} cut")
         lines += [f"as the model sees it: {shown}" for shown in self.rendered]
+        if self.touching:
+            lines.append(
+                f"no white space is between prompt and completion in {self.touching} of {self.pairs} pairs, which a "
+                "model reads as one text: end the prompts with a space or a line break, or give messages"
+            )
         if self.unused_template:
             lines.append(UNUSED_TEMPLATE)
         if self.date is not None:
@@ -214,6 +224,7 @@ def check(
         eval_pairs=None if evaluation is None else len(evaluation.seen),
         findings=survey.findings.summary(),
         date=None if encoder is None else encoder.clock.text(),
+        touching=tally.touching,
         unused_template=form == "text" and getattr(tokens, "chat_template", None) is not None,
         rendered=tuple(tally.rendered),
     )
@@ -229,6 +240,14 @@ def check(
     return report
 
 
+def _touch(prompt: Text, completion: Text) -> bool:
+    """Whether a word follows a word or the end of a sentence at once; scripts without spaces between words are left."""
+    if not (isinstance(prompt, str) and isinstance(completion, str)):
+        return False
+    before, after = prompt[-1:], completion[:1]
+    return after.isalnum() and after < _SPACELESS and (before in _ENDS if not before.isalnum() else before < _SPACELESS)
+
+
 class _Tally:
     """Everything that is counted while the pairs of one data set are read."""
 
@@ -238,6 +257,7 @@ class _Tally:
         self.lengths = {side: array("I") for side in SIDES}
         self.roles: Counter[str] = Counter()
         self.rendered: list[str] = []
+        self.touching = 0
 
     def take(self, pair: Pair, encoded: Encoded | None) -> None:
         if isinstance(pair.prompt, list):
@@ -245,6 +265,8 @@ class _Tally:
             order = " > ".join(", ".join(m["role"] for m in side if isinstance(m, dict)) for side in sides)
             # Conversations of every length would fill the memory: what is not known by then counts as others.
             self.roles[order if order in self.roles or len(self.roles) < ORDERS else "others"] += 1
+        elif self.stream.prompt_columns:  # without one, the prompt ends where the two sides part
+            self.touching += all(_touch(pair.prompt, side) for side in (pair.chosen, pair.rejected))
         layout, difference = self.stream.layout, pair.score_difference
         if MARGIN not in pair.numbers and difference is not None:
             self.strengths.setdefault(DIFFERENCE, array("d")).append(difference)
