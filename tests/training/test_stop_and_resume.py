@@ -100,6 +100,26 @@ def test_a_reward_models_own_patience_is_an_end_and_a_time_limit_is_none(llama, 
     assert not disk.newest(tmp_path / "limited").json(disk.TRAINING)["stopped"]
 
 
+@pytest.mark.parametrize("steps", [2, 3, 5])
+def test_a_training_that_ends_inside_an_epoch_takes_no_step_more(llama, tmp_path, steps):
+    """As where the disk is full when its result is written. An epoch has three steps."""
+    whole = build(llama, tmp_path, save_steps=1, max_steps=steps)
+    whole.train()
+    again = build(llama, tmp_path, save_steps=1, max_steps=steps)
+    again.train(resume_from_checkpoint=True)
+    assert whole.state.global_step == again.state.global_step == steps
+    assert_same(whole, again)
+
+
+def test_a_reward_model_that_ends_inside_an_epoch_takes_no_step_more(llama, tmp_path):
+    trainers = [reward_trainer(llama, tmp_path) for _ in range(2)]
+    for trainer in trainers:
+        trainer.args.max_steps = 1
+        trainer.train(resume_from_checkpoint=trainer is not trainers[0])
+        assert trainer.take_best() == trainer.state.global_step == 1
+    assert_same(*trainers)
+
+
 def test_a_resume_keeps_the_reference_that_the_training_began_with(llama, tmp_path, monkeypatch):
     """Other threads or another split of a step change the reference's last digits, and a resume must not mix them."""
     whole = build(llama, tmp_path / "whole", save_steps=2)

@@ -252,8 +252,10 @@ class ExactResume(SavesCheckpoints):
         self.state.compute_steps(self.args, self.state.max_steps)  # transformers keeps those of the checkpoint
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self._stopped:
-            self.control.should_training_stop = True  # the checkpoint was the last thing before an early stop
+        # The checkpoint was the last thing before an early stop, or that of the last step: inside an epoch transformers
+        # would take one more.
+        if self._stopped or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
 
