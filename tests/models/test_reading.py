@@ -1,5 +1,6 @@
 """Models that the engine would read wrongly are refused, with what is wrong and what to do."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,27 @@ def llama(**more: Any) -> Any:
 def test_architectures_whose_logits_are_made_otherwise_are_refused(kind: str, more: dict[str, Any], name: str) -> None:
     with refused(ConfigError, name):
         install_completion_head(tiny(kind, **more))
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_weights_in_float32_are_checked_under_autocast(wrong: bool) -> None:
+    """As in full training with ``bf16``, TRL's default. Logits of real models are far larger than 1."""
+    model = llama(tie_word_embeddings=False)
+    model.lm_head.weight.data *= 100
+    rows = {"input_ids": torch.tensor([[1, 5, 7, 2], [1, 5, 9, 2]])}
+    rows |= {"attention_mask": torch.ones(2, 4), "completion_mask": torch.tensor([[0, 0, 1, 1]] * 2)}
+    plain = completion_logps(copy.deepcopy(model), **rows).logps
+    if wrong:
+        own = model.lm_head.forward
+        model.lm_head.forward = lambda x: own(x).roll(1, -1)  # type: ignore[method-assign]
+    with torch.autocast("cpu", torch.bfloat16):
+        if wrong:
+            with refused(ConfigError, "LlamaForCausalLM"):
+                completion_logps(model, **rows)
+        else:
+            found = completion_logps(model, **rows).logps
+            assert float((found - plain).abs().max()) < 0.02 * float(plain.abs().max())
+            assert generate(model, [[1, 5], [1, 5, 7]], keys=[0, 1], draw=0, seed=0, max_new_tokens=2, eos_token_ids=())
 
 
 def test_a_model_that_looks_ahead_is_refused() -> None:

@@ -53,6 +53,11 @@ def text_model(model: nn.Module) -> nn.Module:
     return model
 
 
+def in_half_precision(weight: Tensor) -> bool:
+    """Whether products with a weight are rounded to half precision: it is stored so, or autocast computes so."""
+    return weight.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(weight.device.type)
+
+
 def backbone(model: nn.Module) -> nn.Module:
     """The part of a transformers model that computes states: all but its head; the model itself where there is none."""
     model = text_model(model)

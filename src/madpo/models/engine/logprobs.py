@@ -31,7 +31,7 @@ from madpo.core.errors import ConfigError, first_line, is_shortage
 from madpo.models.engine import memory_efficient
 from madpo.models.engine.dependence import depends, sharded, without_numbers
 from madpo.models.engine.features import LayerMeans, packed_weights, padded_weights
-from madpo.models.engine.head import Head, backbone, text_model, token_logps
+from madpo.models.engine.head import Head, backbone, in_half_precision, text_model, token_logps
 from madpo.models.engine.packable import packs
 from madpo.models.engine.packed_attention import row_states
 from madpo.models.engine.packing import HostRows, pack
@@ -107,7 +107,7 @@ def check_reading(model: nn.Module) -> None:
         ones, last = torch.ones_like(ids), torch.zeros_like(ids, dtype=torch.bool)
         last[:, -1] = True
         plain = functools.partial(hidden_states, model, ids, ones)
-        half = head.weight.dtype in (torch.bfloat16, torch.float16)
+        half = in_half_precision(head.weight)
         with evaluating(model):
             try:
                 states = plain()

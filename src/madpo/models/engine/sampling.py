@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from madpo.core.errors import ConfigError, DataError, MadpoError, first_line, is_shortage
 from madpo.core.progress import bar
 from madpo.core.seeding import derived_seed
-from madpo.models.engine.head import TILE, Head, backbone
+from madpo.models.engine.head import TILE, Head, backbone, in_half_precision
 from madpo.models.engine.inference import Inference
 from madpo.models.engine.kv_cache import growing_cache
 from madpo.models.engine.logprobs import check_positions, check_reading, hidden_states, unwrapped
@@ -299,7 +299,7 @@ def _check_cache(model: nn.Module) -> None:
                 apart.append((batch.states().float() - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp(min=1e-6))
                 texts = [torch.cat([ids, ids.new_tensor([token])]) for ids in texts]
                 batch.take(batch.ids.new_full((2,), token))
-            half = batch.head.weight.dtype in (torch.bfloat16, torch.float16)
+            half = in_half_precision(batch.head.weight)
             # As for packed rows: in half precision a mixture may route single tokens otherwise.
             wrong = float(torch.stack(apart).mean()) > 0.15 if half else float(torch.stack(apart).max()) > 1e-3
             reason = "its states over a cache are others"
