@@ -318,6 +318,15 @@ def test_the_verdict_follows_the_paired_difference(gain) -> None:
     assert f"DPO orders {short(tier.baseline['heldout_accuracy'], 'share')}" in found.level
 
 
+@pytest.mark.parametrize(("kl", "gain", "said"), [(0.03, 0.0, True), (0.03, 2.0, False), (0.2, 0.0, False)])
+def test_a_policy_that_hardly_moved_is_trained_more(kl, gain, said) -> None:
+    tier = tier_of("own", [row("SFT", 0.0, kl=0.0), row("DPO 0.1", gain, kl=kl, kind="dpo", beta=0.1)])
+    verdict = own_verdict(tier)
+    assert verdict.kind == ("above" if gain else "open")
+    assert ("--learning_rate" in verdict.level) == said
+    assert ("nats from the reference" in verdict.level) == said
+
+
 def test_what_cannot_be_compared_is_named_and_what_was_not_measured_is_not() -> None:
     """Judged responses only, and a loss that moves beyond DPO's curve."""
     dpo = [row(f"DPO {beta}", 1.0 + kl, kl=kl, kind="dpo", beta=beta) for beta, kl in ((0.1, 2.0), (0.3, 1.0))]

@@ -27,6 +27,12 @@ HEAD = {
     "kl": ("KL, nats", "number"),
 }
 
+TRAIN_MORE = "so give more --epochs or a higher --learning_rate"
+
+NEAR = 0.1
+"""KL to the reference in nats, below which a policy can have changed little: a mean reward by at most
+sqrt(2 KL) = 0.45 of its standard deviations (Donsker and Varadhan's bound for a normal reward)."""
+
 
 def own_opening(tier: Tier) -> str:
     """What was compared, on what."""
@@ -124,7 +130,7 @@ def _helps(tier: Tier) -> tuple[str, str]:
         return "There is no plain DPO to compare with yet", "open"
     right = dpo["heldout_accuracy"]
     if isinstance(right, Estimate) and right.low == right.high == 0.5:
-        return "DPO left its policy where it was; give more --epochs or a higher --learning_rate", "open"
+        return f"DPO left its policy where it was, {TRAIN_MORE}", "open"
     judged = None if start is None else paired([tier.cells(dpo), tier.cells(start)], alike=tier.others([dpo]))
     if judged is not None:
         found, level = judged.value, 0.0
@@ -135,6 +141,9 @@ def _helps(tier: Tier) -> tuple[str, str]:
     else:
         return "DPO has not been measured yet", "open"
     kind = "open" if found.n < FEWEST else side(found, level)
+    kl = dpo["kl"]
+    if kind == "open" and isinstance(kl, Estimate) and kl.mean < NEAR:
+        words += f"; its policy is only {kl.mean:.2g} nats from the reference, {TRAIN_MORE}"
     return f"{_HELPS[kind]} on these pairs: {words}", kind
 
 
