@@ -32,7 +32,7 @@ from madpo.core.columns import MARGIN
 from madpo.core.errors import DataError
 from madpo.core.metrics import Estimate, Metrics
 from madpo.core.progress import say
-from madpo.core.seeding import derived_seed, rng
+from madpo.core.seeding import rng
 from madpo.core.statistics import design_effect
 from madpo.data import load_preferences
 from madpo.data.folds import PromptNumbers, prompt_key, prompt_keys
@@ -49,6 +49,8 @@ from madpo.operations.averaging import (
     averaged_adapter,
     can_average,
     save_average,
+    second_seed,
+    second_target,
     strength_for,
 )
 from madpo.operations.export import GGUF, refuse_unconvertible, write_gguf
@@ -71,7 +73,7 @@ from madpo.operations.study_training import pair_logps
 from madpo.operations.train_report import TrainReport, write_report
 from madpo.operations.train_settings import Auto, TrainSettings
 from madpo.operations.verify_auto import FAST_SHARE
-from madpo.rewards.label_share import AS_GOOD, LabelShare, better_than_coin, decide, ordered
+from madpo.rewards.label_share import AS_GOOD, LabelShare, better_than_coin, ordered
 from madpo.rewards.margins import inspect
 from madpo.runner.operation import operation
 
@@ -202,12 +204,8 @@ class _Work(NamedTuple):
             rows = split_by_prompt(rows, settings.eval_share, self.seed, self.data)[0 if trained else 1]
         return rows
 
-    def margins_out_of(self, folder: str) -> pd.DataFrame:
-        """Margins and prompts of the pairs that a training saw; out of fold where a probe gave them."""
-        return _table(self.state / folder / MARGINS)
-
     def given_margins(self) -> pd.DataFrame:
-        """The same before any training, of data with margins."""
+        """Margins and prompts of the training pairs before any training, of data with margins."""
         rows = self.rows(resolve_model(self.settings.model), trained=True)
         keys = prompt_keys([row["prompt"] for row in rows])
         return pd.DataFrame({MARGIN: [row[MARGIN] for row in rows], "prompt": keys})
@@ -246,20 +244,17 @@ def _trained(work: _Work) -> dict[str, Any]:
         share = 1.0 if why else FAST_SHARE
     else:
         steps = work.train(DPO_FOLDER, seed).steps
-        look, every = _table(work.state / DPO_FOLDER / FIRST_LOOK), work.margins_out_of(DPO_FOLDER)
+        look, every = (_table(work.state / DPO_FOLDER / name) for name in (FIRST_LOOK, MARGINS))
         if look.empty:
             raise DataError(
                 f"{work.data}: all pairs have one prompt, so none can judge a policy that has not seen it; give more "
                 "prompts, or name a loss, such as --loss dpo"
             )
-        temperature = inspect(every[MARGIN]).margin_temperature
-        how: dict[str, Any] = {"prompts": look["prompt"], "every_prompts": every["prompt"], "seed": seed}
-        how["given"] = not work.probed
-        found, share, why = decide(look["implicit_margin"], look[MARGIN], every[MARGIN], **how)
-        seed = derived_seed(seed, "auto", "second training") % 2**31
+        (found, share, why), temperature = second_target(look, every, given=not work.probed, seed=seed)
+        seed = second_seed(seed)
     report = work.train(MIXED_FOLDER, seed, temperature=temperature, share=share)
     if not why:  # of a probe that the one training has fitted
-        known = work.margins_out_of(MIXED_FOLDER) if known is None else known
+        known = _table(work.state / MIXED_FOLDER / MARGINS) if known is None else known
         why = "fast" if better_than_coin(known[MARGIN], known["prompt"]) else "chance"
     return {
         **report.model_dump(),
@@ -283,8 +278,7 @@ def _finish(work: _Work, report: AutoReport, settings: TrainSettings, out: Path)
         say("PEFT cannot average adapters of experts' weights, so the second training's policy is the result.")
         changes["averaged"] = False
     if average:
-        write = _average_models if settings.full else _average_adapters
-        changes |= write(work, settings, (first, second), out, evaluated=report.eval_pairs > 0)
+        changes = _average(work, settings, (first, second), out, evaluated=report.eval_pairs > 0)
     else:
         shutil.copytree(second, out / kind, dirs_exist_ok=True)
         if settings.merges:
@@ -304,25 +298,17 @@ def _finish(work: _Work, report: AutoReport, settings: TrainSettings, out: Path)
     return report.model_copy(update=changes)
 
 
-def _average_models(
+def _average(
     work: _Work, settings: TrainSettings, parts: tuple[Path, Path], out: Path, *, evaluated: bool
 ) -> dict[str, Any]:
-    """Write the average of two whole models; returns what changes in the report."""
-    save_average(*parts, out / "model")
-    if not evaluated:
-        return {}
-    base, dtype = resolve_model(settings.model), chosen_dtype(settings)
-    reference = load_model(base, dtype=dtype)
-    return _evaluation(work, load_model(out / "model", dtype=dtype), work.rows(base), reference)
-
-
-def _average_adapters(
-    work: _Work, settings: TrainSettings, parts: tuple[Path, Path], out: Path, *, evaluated: bool
-) -> dict[str, Any]:
-    """Write the average of two adapters, at the strength that has the wanted KL; returns what changes in the report."""
-    base, tokenizer = resolve_model(settings.model), load_tokenizer(parts[1])
-    model = averaged_adapter(base, *parts, dtype=chosen_dtype(settings))
+    """Write the average, of adapters at the strength that has the wanted KL; returns what changes in the report."""
+    base, tokenizer, dtype = resolve_model(settings.model), load_tokenizer(parts[1]), chosen_dtype(settings)
     rows = work.rows(base) if evaluated or work.auto.kl is not None else []
+    if settings.full:
+        save_average(*parts, out / "model")
+        models = (load_model(place, dtype=dtype) for place in (out / "model", base))
+        return _evaluation(work, rows, *models) if evaluated else {}
+    model = averaged_adapter(base, *parts, dtype=dtype)
     changes: dict[str, Any] = {}
     if work.auto.kl is not None:
         reached = _at_kl(work, model, base, rows)
@@ -333,7 +319,7 @@ def _average_adapters(
                 layer.scale_layer(reached.strength)
         changes = {"strength": reached.strength, "kl": reached.kl}
     if evaluated:
-        changes |= _evaluation(work, model, rows)
+        changes |= _evaluation(work, rows, model)
     changes["adapter"] = adapter_text(model)
     model.save_pretrained(str(out / "adapter"), safe_serialization=True)
     tokenizer.save_pretrained(out / "adapter")
@@ -342,7 +328,7 @@ def _average_adapters(
     return changes
 
 
-def _evaluation(work: _Work, model: Any, rows: list[Row], reference: Any = None) -> dict[str, Any]:
+def _evaluation(work: _Work, rows: list[Row], model: Any, reference: Any = None) -> dict[str, Any]:
     """The average on held-out pairs, as fields of the report; an adapter's reference is the model without it."""
     size = int(work.settings.args.get("per_device_eval_batch_size", 8))
     tokenizer, description = load_tokenizer(resolve_model(work.settings.model)), "The average: held-out pairs"

@@ -1,4 +1,5 @@
-"""The average of two policies that started from one model, and the strength at which an adapter has a given KL."""
+"""The steps of ``auto``, for ``madpo train`` and for a row of a study: what the second training learns, the average of
+both policies, and the strength at which an adapter has a given KL."""
 
 from __future__ import annotations
 
@@ -8,20 +9,43 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
 import torch
 from peft import PeftModel
 
+from madpo.core.columns import MARGIN
 from madpo.core.metrics import Estimate
+from madpo.core.seeding import derived_seed
 from madpo.core.statistics import bootstrap_mean
 from madpo.models.load import compute_dtype, load_model, save_model
 from madpo.models.locate import load_tokenizer
 from madpo.models.packaged import quiet_transformers
 from madpo.models.weights import with_adapter
+from madpo.rewards.label_share import Decision, decide
+from madpo.rewards.margins import inspect
 
 STRENGTHS = (0.1, 4.0)
 """Range of an adapter's strengths in which one with the wanted KL is looked for."""
 _CLOSE = 0.1
 """A KL within this share of the wanted one is near enough, as it is itself measured on samples."""
+
+
+def second_seed(seed: int) -> int:
+    """The seed of the second training."""
+    return derived_seed(seed, "auto", "second training") % 2**31
+
+
+def second_target(look: pd.DataFrame, every: pd.DataFrame, *, given: bool, seed: int) -> tuple[Decision, float]:
+    """The label's share of the second training's target, and the temperature of its margins.
+
+    Args:
+        look: prompt, implicit_margin and reward_margin of pairs that DPO had not been trained on.
+        every: prompt and reward_margin of all training pairs.
+        given, seed: as for :func:`madpo.rewards.label_share.decide`.
+    """
+    prompts = {"prompts": look["prompt"], "every_prompts": every["prompt"]}
+    decision = decide(look["implicit_margin"], look[MARGIN], every[MARGIN], given=given, seed=seed, **prompts)
+    return decision, inspect(every[MARGIN]).margin_temperature
 
 
 def can_average(adapter: Path) -> bool:

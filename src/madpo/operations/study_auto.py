@@ -1,7 +1,7 @@
 """``auto`` as a row of a study: two trainings, the label's share from the first one's first look at its pairs, and the
 average of both policies.
 
-The commands' version is :mod:`madpo.operations.auto`; both decide by :func:`madpo.rewards.label_share.decide`.
+The command is :mod:`madpo.operations.auto`; what both do is in :mod:`madpo.operations.averaging`.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pandas as pd
 
 from madpo.core.config import added, part
 from madpo.core.metrics import Metrics
-from madpo.core.seeding import derived_seed
 from madpo.core.storage import write_atomically
 from madpo.losses import DPO, Loss, SoftDPO
 from madpo.models.hyperparameters import CHECKPOINTS
-from madpo.operations.averaging import averaged_adapter
+from madpo.operations.averaging import averaged_adapter, second_seed, second_target
 from madpo.operations.study_training import (
     PolicyStage,
     fit_policy,
@@ -30,8 +29,6 @@ from madpo.operations.study_training import (
     reference_model,
     training_rows,
 )
-from madpo.rewards.label_share import decide
-from madpo.rewards.margins import inspect
 from madpo.runner.operation import operation
 from madpo.training.settings import AutoSettings, PolicyTraining
 
@@ -76,8 +73,7 @@ def train_auto_policy(config: AutoStage, inputs: Mapping[str, Path], out: Path) 
     share = decision["label_share"]
     mixed: Loss = SoftDPO(beta=beta, margin_temperature=decision["temperature"], label_share=share)
     loss = mixed if "margins" in inputs else DPO(beta=beta)
-    other = derived_seed(config.seed, "auto", "second training") % 2**31
-    result = fit_policy(_policy(config, loss, other), rows, reference, out / SECOND)
+    result = fit_policy(_policy(config, loss, second_seed(config.seed)), rows, reference, out / SECOND)
     averaged = averaged_adapter(reference, out / FIRST / "adapter", out / SECOND / "adapter", dtype=None)
     averaged.save_pretrained(out / "adapter", safe_serialization=True)
     (out / SECOND / "log.jsonl").replace(out / "log.jsonl")
@@ -94,15 +90,14 @@ def _policy(config: AutoStage, loss: Loss, seed: int) -> PolicyStage:
 def _decided(
     implicit: Mapping[int, float], rows: list[dict[str, Any]], prompts: Mapping[int, int], config: AutoStage
 ) -> dict[str, Any]:
-    margins = {row["pair_id"]: row["reward_margin"] for row in rows}
-    every, own = np.array([*margins.values()]), [margins[pair] for pair in implicit]
-    units, every_units = ([prompts[pair] for pair in pairs] for pairs in (implicit, margins))
-    how: dict[str, Any] = {"prompts": units, "every_prompts": every_units, "given": config.given, "seed": config.seed}
-    found, share, why = decide([*implicit.values()], own, every, **how)
+    every = pd.DataFrame(rows).set_index("pair_id")
+    every["prompt"] = every.index.map(prompts)
+    look = every.loc[[*implicit]].assign(implicit_margin=[*implicit.values()])
+    (found, share, why), temperature = second_target(look, every, given=config.given, seed=config.seed)
     difference = found.difference
     return {
         "label_share": share,
-        "temperature": inspect(every).margin_temperature,
+        "temperature": temperature,
         "decided_on_pairs": found.pairs,
         "margin_log_loss": found.margin_loss,
         "implicit_log_loss": found.implicit_loss,
