@@ -309,6 +309,12 @@ def test_weights_are_averaged_in_float32(llama, tmp_path):
         torch.testing.assert_close(mean, low + 0.5)
 
 
+def test_the_average_is_written_in_the_same_bytes_whatever_the_hash_seed(done):
+    targets = json.loads((done / "adapter" / "adapter_config.json").read_bytes())["target_modules"]
+    assert len(targets) > 1
+    assert targets == sorted(targets)
+
+
 def test_the_average_of_one_adapter_with_itself_is_the_adapter(done, llama):
     model = averaged_adapter(llama, done / "dpo" / "adapter", done / "dpo" / "adapter", dtype=torch.float32)
     ids = torch.arange(3, 20)[None]

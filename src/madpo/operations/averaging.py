@@ -61,6 +61,8 @@ def averaged_adapter(base: Path | str, first: Path, second: Path, *, dtype: torc
     Args:
         dtype: of the base model's weights; the adapter is float32. None is :func:`madpo.models.load.compute_dtype`.
     """
+    from madpo.training.saving import sort_sets
+
     with quiet_transformers():
         # In float32, since PEFT gives the new adapter the base's dtype, and would round the two factors to it.
         model, _ = with_adapter(load_model(base, dtype=torch.float32), first, "first")
@@ -69,6 +71,7 @@ def averaged_adapter(base: Path | str, first: Path, second: Path, *, dtype: torc
         model.set_adapter("default")
         for name in ("first", "second"):
             model.delete_adapter(name)
+    sort_sets(model.peft_config["default"])
     for name, parameter in model.named_parameters():
         if "lora_" not in name:
             parameter.data = parameter.data.to(dtype or compute_dtype())
