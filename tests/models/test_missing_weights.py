@@ -115,6 +115,21 @@ def test_a_shard_that_lacks_a_weight_is_refused(llama, tmp_path):
         load_model(tmp_path)
 
 
+def test_a_tensor_with_two_values_in_two_shards_is_refused_by_both_names(llama, tmp_path):
+    """Every file of the index is read whole, so the last value would win, whichever file the index names."""
+    AutoModelForCausalLM.from_pretrained(llama).save_pretrained(tmp_path, max_shard_size="40KB")
+    first, *_, last = sorted(tmp_path.glob("model-*.safetensors"))
+    name, value = next(iter(load_file(first).items()))
+    save_file(load_file(last) | {name: value.clone()}, last, metadata={"format": "pt"})
+    assert torch.equal(load_model(tmp_path, dtype=value.dtype).state_dict()[name], value)  # one value, twice
+    save_file(load_file(last) | {name: value + 1}, last, metadata={"format": "pt"})
+    with refused(ConfigError, tmp_path, name, (first.name, last.name)):
+        load_model(tmp_path)
+    save_file(load_file(last) | {name: value[:1].clone()}, last, metadata={"format": "pt"})
+    with refused(ConfigError, tmp_path, name):
+        load_model(tmp_path)
+
+
 UNUSED = {
     "layers": lambda folder: edit(folder / "config.json", num_hidden_layers=1),
     "biases": lambda folder: rewrite(folder, lambda t: t | {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}),

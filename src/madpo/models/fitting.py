@@ -96,18 +96,42 @@ def _found(place: Path | str, names: tuple[str, ...]) -> Path | None:
 def packed_weight(place: Path | str, *, scaled: bool) -> str | None:
     """The first weight in a model's files that means nothing without a scale: whole numbers, and where there are scales
     (``scaled``) numbers of 8 bits."""
-    if (found := _found(place, MODEL_WEIGHTS)) is None:
-        return None
-    files = [found]
-    if found.suffix == ".json":
-        files = [found.with_name(name) for name in sorted({*read_object(found)["weight_map"].values()})]
     kinds = ("I", "U", "F8") if scaled else ("I", "U")
-    for file in files:
+    for file in _files(place):
         with loading(file, "file"), safe_open(file, framework="numpy") as opened:
             for name in opened.keys():  # noqa: SIM118
                 if name.endswith(".weight") and opened.get_slice(name).get_dtype().startswith(kinds):
                     return str(name)
     return None
+
+
+def refuse_two_values(place: Path | str) -> None:
+    """Refuse a tensor that two files of a model hold with different values.
+
+    transformers reads all tensors of every file that the index names, so the last one wins. Raises ConfigError.
+    """
+    files: dict[str, Path] = {}
+    for file in _files(place):
+        with loading(file, "file"), safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                if (first := files.setdefault(name, file)) == file:
+                    continue
+                with safe_open(first, framework="pt") as other:
+                    one, two = (part.get_tensor(name) for part in (other, opened))
+                if one.dtype != two.dtype or not torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (one, two))):
+                    raise ConfigError(
+                        f"{place}: {name} has one value in {first.name} and another one in {file.name}, so these files "
+                        "do not belong together; copy or download them again"
+                    )
+
+
+def _files(place: Path | str) -> list[Path]:
+    """The files that a model's weights are read from."""
+    if (found := _found(place, MODEL_WEIGHTS)) is None:
+        return []
+    if found.suffix != ".json":
+        return [found]
+    return [found.with_name(name) for name in sorted({*read_object(found)["weight_map"].values()})]
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from madpo.core.errors import ConfigError, listed
 from madpo.core.progress import say_once
-from madpo.models.fitting import bounded, packed_weight, refuse_uncomputable
+from madpo.models.fitting import bounded, packed_weight, refuse_two_values, refuse_uncomputable
 from madpo.models.loading import loading
 from madpo.models.packaged import quiet_transformers
 from madpo.models.untrusted import ADAPTER_WEIGHTS, check_adapter, check_model
@@ -53,8 +53,8 @@ def pretrained(
         settings: of ``from_pretrained``.
 
     Raises:
-        ConfigError: a weight is missing or has another shape, its configuration makes another model than its weights
-            are of, a file is damaged or could run code.
+        ConfigError: a weight is missing, has another shape or two values, its configuration makes another model than
+            its weights are of, a file is damaged or could run code.
         StorageError, MemoryShortage: as :func:`madpo.models.loading.loading`.
     """
     if use_safetensors and not trust_remote_code:
@@ -78,6 +78,7 @@ def pretrained(
         adapted, brought = with_adapter(model, adapter)
         made_later |= brought
     _refuse_missing(str(place), model, found, made_later)
+    refuse_two_values(place)
     _say_unused(str(place), model, found["unexpected_keys"])
     refuse_uncomputable(place, model)
     return model if adapted is None else adapted
