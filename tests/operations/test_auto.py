@@ -3,7 +3,9 @@
 import json
 import math
 import re
+import shutil
 import tomllib
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -280,6 +282,18 @@ def test_a_wanted_kl_sets_the_adapters_strength(done, llama, data, tmp_path):
     trained, weaker = update(done / "adapter"), update(out / "adapter")
     for name, value in weaker.items():
         torch.testing.assert_close(value, report.strength * trained[name], rtol=1e-4, atol=1e-7)
+
+
+def test_end_tokens_that_cannot_be_sampled_are_refused_before_the_trainings(llama, data, tmp_path):
+    model = shutil.copytree(llama, tmp_path / "model")
+    own = json.loads((model / "generation_config.json").read_bytes())
+    (model / "generation_config.json").write_text(json.dumps(own | {"eos_token_id": "</s>"}))
+    with mock.patch.object(auto, "run_in_folder", side_effect=AssertionError("a training began")):
+        with refused(ConfigError, model, ("eos_token_id", "'</s>'", "generation_config.json")):
+            train(data, tmp_path / "P", settings(model, Auto(kl=0.05)))
+        (model / "generation_config.json").unlink()  # those of config.json are good
+        with pytest.raises(AssertionError, match="a training began"):
+            train(data, tmp_path / "P", settings(model, Auto(kl=0.05)))
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ from madpo.data.templates import Clock
 from madpo.data.tokens import Encoder
 from madpo.losses import SoftDPO
 from madpo.models.adapters import adapter_text
-from madpo.models.engine.responses import divergence, respond
+from madpo.models.engine.responses import divergence, refuse_end_tokens, respond
 from madpo.models.hyperparameters import CHECKPOINTS
 from madpo.models.load import load_model, load_tokenizer, merged, resolve_model, save_model
 from madpo.operations.averaging import (
@@ -133,6 +133,8 @@ def train_auto(settings: TrainSettings, inputs: Mapping[str, Path], out: Path) -
     base = resolve_model(settings.model)
     if settings.export == "gguf":
         refuse_unconvertible(base)
+    if settings.loss.kl is not None:
+        refuse_end_tokens(base)
     Encoder(load_tokenizer(base), clock).encode([first], lambda number: f"{data}, row {number}")
     shared = settings.model_copy(update={"date": clock.now if clock.read else None, "merge": False, "export": None})
     seed = int(settings.args.get("seed", 42))

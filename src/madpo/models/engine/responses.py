@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from madpo.core.errors import ConfigError
 from madpo.core.progress import say_once
@@ -18,6 +19,8 @@ from madpo.models.engine.inference import Inference
 from madpo.models.engine.kl import completion_kl
 from madpo.models.engine.logprobs import completion_logps, unwrapped
 from madpo.models.engine.sampling import generate
+from madpo.models.loading import loading
+from madpo.models.packaged import quiet_transformers
 
 _DECODING = {
     *("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "num_beams"),
@@ -113,14 +116,31 @@ def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]
     Raises:
         ConfigError: these settings name something else than token ids.
     """
-    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = named if isinstance(named, list | tuple) else [named]
+    ids = _named(getattr(model, "generation_config", None), getattr(model, "name_or_path", "the model"))
+    return {i for i in (*ids, tokenizer.eos_token_id) if i is not None}
+
+
+def refuse_end_tokens(place: Path | str) -> None:
+    """Refuse the generation settings of a model that :func:`end_tokens` would, before the model is loaded
+    (ConfigError).
+    """
+    with loading(place), quiet_transformers():
+        try:
+            settings = GenerationConfig.from_pretrained(place)
+        except OSError:
+            return  # as loading the model, which takes those of config.json
+        _named(settings, place)
+
+
+def _named(settings: GenerationConfig | None, place: Path | str) -> list[int | None]:
+    named = getattr(settings, "eos_token_id", None)
+    ids = [*named] if isinstance(named, list | tuple) else [named]
     if any(i is not None and type(i) is not int for i in ids):
         raise ConfigError(
-            f"{getattr(model, 'name_or_path', 'the model')}: eos_token_id is {named!r} in its generation_config.json, "
-            "and must be a token id or a list of them; correct it there, or in config.json"
+            f"{place}: eos_token_id is {named!r} in its generation_config.json, and must be a token id or a list of "
+            "them; correct it there, or in config.json"
         )
-    return {i for i in (*ids, tokenizer.eos_token_id) if i is not None}
+    return ids
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
