@@ -5,6 +5,7 @@ import gzip
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from transformers import PreTrainedTokenizerFast
 from madpo.core.errors import ConfigError, DataError
 from madpo.data import check, load_preferences
 from madpo.data.findings import Findings, Seen
+from madpo.data.folds import Beginnings
 from madpo.data.rows import Pair, shared_prefix
 from practice_cases import read, write
-from refusals import refused
+from refusals import names, refused
 
 PLAIN = {"prompt": "Say hi.", "chosen": " Hi!", "rejected": " No."}
 USER = {"role": "user", "content": "Say hi."}
@@ -221,6 +223,52 @@ def test_repeats_and_leaks_are_those_of_sets(train: list[Any], evaluation: list[
     }
     assert findings.counts == {kind: count for kind, count in expected.items() if count}
     assert sides[0].distinct_prompts() == len({p for p, _, _ in train})
+
+
+_turns = st.lists(st.sampled_from("abc"), min_size=1, max_size=4)
+
+
+def _transcript(turns: Sequence[str]) -> str:
+    """As in hh-rlhf; the user has the first turn."""
+    speakers = ("\n\nHuman: ", "\n\nAssistant: ")
+    said = "".join(speakers[i % 2] + turn for i, turn in enumerate(turns))
+    return said + "\n\nAssistant:" * (len(turns) % 2)
+
+
+def _messages(turns: Sequence[str]) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+
+
+@pytest.mark.parametrize("form", [_transcript, _messages])
+@given(train=st.lists(_turns, min_size=1, max_size=8), evaluation=st.lists(_turns, min_size=1, max_size=8))
+def test_prompts_that_continue_others_are_those_of_a_loop_over_all(
+    form: Any, train: list[list[str]], evaluation: list[list[str]]
+) -> None:
+    def continues(one: list[str], other: list[str]) -> bool:
+        return len(one) > len(other) and one[: len(other)] == other
+
+    expected = [any(continues(e, t) or continues(t, e) for t in train) for e in evaluation]
+    theirs, mine = (Beginnings(map(form, part)) for part in (train, evaluation))
+    assert mine.parted(theirs).tolist() == expected
+
+
+def test_conversations_on_both_sides_of_a_split_are_found(tmp_path: Path) -> None:
+    """One evaluation prompt continues a training prompt, and one is continued; other texts, and none, are no turns."""
+    pair = {"chosen": " Yes.", "rejected": " No."}
+    train = [_transcript(turns) for turns in (["a"], ["d", "e", "f"], ["x", "y", "z"])] + ["Plain", ""]
+    held = [_transcript(turns) for turns in (["a", "b", "c"], ["d"], ["dd"], ["x", "y", "z"])] + ["Plain text", "P"]
+    paths = [
+        write(tmp_path / f"{name}.jsonl", [pair | {"prompt": prompt} for prompt in prompts])
+        for name, prompts in (("train", train), ("held", held))
+    ]
+    report = check(paths[0], eval_data=paths[1])
+    found = {finding.kind: (finding.count, finding.examples) for finding in report.findings}
+    assert found["leaked_conversation"] == (2, (f"{paths[1]}, line 1", f"{paths[1]}, line 2"))
+    assert found["leaked_prompt"] == (1, (f"{paths[1]}, line 4",))
+    assert report.continuing == 0
+    both = check(write(tmp_path / "both.jsonl", [pair | {"prompt": prompt} for prompt in [*train, *held]]))
+    assert both.continuing == 4
+    names(both.text(), ("4 of 11 pairs", "continues"), "--eval_data")
 
 
 def test_three_examples_and_every_count(tmp_path: Path) -> None:

@@ -101,6 +101,20 @@ def test_pairs_of_the_evaluation_are_looked_for_in_the_training(
     names(capsys.readouterr().err, other, "line 1", "1 in all")
 
 
+def test_a_split_that_parts_conversations_is_said(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], own_cache: None
+) -> None:
+    turn = "\n\nHuman: {}\n\nAssistant:"
+    prompts = [turn.format(i % 10) + (" ok" + turn.format("more") if i >= 10 else "") for i in range(20)]
+    data = write(tmp_path / "d.jsonl", [{"prompt": p, "chosen": " a", "rejected": " b"} for p in prompts])
+    _, aside = split_by_prompt(load_preferences(data), 0.3, 42, "d")
+    held = {prompts.index(row["prompt"]) for row in aside}
+    parted = sum((i + 10) % 20 not in held for i in held)
+    assert parted
+    assert main([*commands(data, llama, tmp_path / "o")["train"], "--eval_share", "0.3"]) == 0
+    names(capsys.readouterr().err, (f"{parted} of {len(held)} held-out pairs", "continues"))
+
+
 PLAIN, OTHER = "Caf\u00e9 or  tea?\n", "Cafe\u0301 or tea?"
 """The same to a reader, and other bytes."""
 

@@ -102,6 +102,8 @@ class CheckReport(Report):
     """What the chat template took for now; None where it does not ask."""
     touching: int = 0
     """Pairs of text whose prompt and completion are words without a white space in between."""
+    continuing: int = 0
+    """Pairs whose prompt continues another pair's prompt, or is continued by one."""
     unused_template: bool = False
     """The model has a chat template, and the pairs are text, which does not use it."""
 
@@ -147,6 +149,11 @@ class CheckReport(Report):
             lines.append(
                 f"no white space is between prompt and completion in {self.touching} of {self.pairs} pairs, which a "
                 "model reads as one text: end the prompts with a space or a line break, or give messages"
+            )
+        if self.continuing:
+            lines.append(
+                f"{self.continuing} of {self.pairs} pairs have a prompt that continues another pair's or is continued "
+                "by it, and a split by prompt may part them: to hold pairs out, give --eval_data of other conversations"
             )
         if self.unused_template:
             lines.append(UNUSED_TEMPLATE)
@@ -225,6 +232,7 @@ def check(
         findings=survey.findings.summary(),
         date=None if encoder is None else encoder.clock.text(),
         touching=tally.touching,
+        continuing=int(survey.seen.beginnings.parted(survey.seen.beginnings).sum()),
         unused_template=form == "text" and getattr(tokens, "chat_template", None) is not None,
         rendered=tuple(tally.rendered),
     )

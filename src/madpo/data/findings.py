@@ -19,7 +19,7 @@ from madpo.core.columns import MARGIN
 from madpo.core.config import Frozen
 from madpo.core.errors import DataError
 from madpo.data.conversation import columns_of
-from madpo.data.folds import loose_prompt, plain_prompt
+from madpo.data.folds import Beginnings, loose_prompt, plain_prompt
 from madpo.data.messages import Text
 from madpo.data.raw import At, Source
 from madpo.data.rows import Pair
@@ -93,6 +93,7 @@ class Seen:
         self._pairs = bytearray()
         self._prompts = bytearray()
         self._loose_prompts = bytearray()
+        self.beginnings = Beginnings()
         self.numbers = array("q")
         """Line or row of each pair."""
         self.ids: array[int] | None = None
@@ -108,6 +109,7 @@ class Seen:
         self._pairs += key
         self._prompts += digest(plain_prompt(pair.prompt))
         self._loose_prompts += digest(loose_prompt(pair.prompt))
+        self.beginnings.add(pair.prompt)
         if self.ids is None and pair.pair_id != len(self):
             self.ids = array("q", range(len(self)))
         if self.ids is not None:
@@ -160,6 +162,7 @@ class Seen:
             "leaked_pair": np.isin(self.unordered(), train.unordered()),
             "leaked_prompt": prompts,
             "leaked_similar_prompt": among(self._loose_prompts, train._loose_prompts) & ~prompts,
+            "leaked_conversation": self.beginnings.parted(train.beginnings) & ~prompts,
         }
         for kind, found in hits.items():
             rows = np.flatnonzero(found)

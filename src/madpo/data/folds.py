@@ -1,15 +1,26 @@
 """What makes two prompts the same, and folds that no prompt crosses."""
 
+from __future__ import annotations
+
+import hashlib
 import json
+import re
 import unicodedata
+from array import array
 from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
 
 from madpo.core.errors import ConfigError
 from madpo.core.seeding import rng
 from madpo.data.conversation import Conversation, columns_of
-from madpo.data.messages import Text
+from madpo.data.messages import TRANSCRIPT, Text
 
 _ENDS = " .,;:!?¿¡()[]\"'`\u2018\u2019\u201c\u201d\u201e\u00ab\u00bb\u3001\u3002"
+
+_OPEN = re.compile(r"\n\n(?:Assistant|A):\s*$")  # the turn that a completion fills
+_TURN = re.compile(r"\n\n(?=(?:Human|H|Assistant|A):)")
 
 
 def prompt_key(prompt: Text) -> str:
@@ -69,6 +80,46 @@ def prompt_keys(prompts: Sequence[Text]) -> list[str]:
     for key, group in zip(keys, plain, strict=True):
         least[group] = min(key, least.get(group, key))
     return [least[group] for group in plain]
+
+
+class Beginnings:
+    """Hashes of what prompts begin with, turn by turn, which tell the prompts that continue others."""
+
+    def __init__(self, prompts: Iterable[Text] = ()) -> None:
+        self._keys = array("Q")
+        self._ends = array("q")  # of the keys of each prompt
+        for prompt in prompts:
+            self.add(prompt)
+
+    def add(self, prompt: Text) -> None:
+        """Remember a prompt."""
+        hasher = hashlib.blake2b(digest_size=8)
+        for turn in _turns(prompt) or [""]:
+            hasher.update(f"{prompt_key(plain_prompt(turn))}\0".encode())
+            self._keys.append(int.from_bytes(hasher.digest(), "little"))
+        self._ends.append(len(self._keys))
+
+    def parted(self, others: Beginnings) -> npt.NDArray[np.bool_]:
+        """Whether each prompt continues one of ``others``, or is continued by one; equal ones do not."""
+        (wholes, parts, rows), (other_wholes, other_parts, _) = self._split(), others._split()
+        found = np.isin(wholes, other_parts)
+        found[rows[np.isin(parts, other_wholes)]] = True
+        return found
+
+    def _split(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64], npt.NDArray[np.intp]]:
+        """Keys of whole prompts, keys of their beginnings, and the prompts that the latter belong to."""
+        keys, ends = np.frombuffer(self._keys, np.uint64), np.frombuffer(self._ends, np.int64)
+        inner = np.ones(len(keys), bool)
+        inner[ends - 1] = False
+        rows = np.repeat(np.arange(len(ends)), np.diff(ends, prepend=0))
+        return keys[~inner], keys[inner], rows[inner]
+
+
+def _turns(prompt: Text) -> Sequence[Text]:
+    """The turns of a conversation, or of a transcript such as Anthropic's; any other text is one turn."""
+    if not isinstance(prompt, str):
+        return [[message] for message in prompt]
+    return _TURN.split(_OPEN.sub("", prompt.strip())) if TRANSCRIPT.match(prompt) else [prompt]
 
 
 def folds_by_prompt(prompts: Iterable[str], folds: int, seed: int, name: str) -> list[int]:

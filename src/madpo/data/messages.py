@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -15,6 +16,8 @@ Message = dict[str, Any]
 """``role`` and ``content``, both text, and of the keys that chat templates read those that hold something."""
 Text = str | list[Message]
 
+TRANSCRIPT = re.compile(r"\s*(?:Human|H):")
+"""How a conversation that is written as one text begins, such as Anthropic's."""
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 SYSTEM_ROLES = ("system", "developer")
 # Roles and keys of other formats (ShareGPT, Open Assistant).

@@ -12,7 +12,17 @@ from madpo.core.columns import MARGIN, NUMBERS, REFERENCE_COLUMNS, SCORES
 from madpo.core.errors import RowError
 from madpo.data.conversation import Conversation, columns_of
 from madpo.data.layouts import listed_columns
-from madpo.data.messages import SYSTEM_ROLES, Message, Text, as_text, contents, is_silent, said, shared_prefix
+from madpo.data.messages import (
+    SYSTEM_ROLES,
+    TRANSCRIPT,
+    Message,
+    Text,
+    as_text,
+    contents,
+    is_silent,
+    said,
+    shared_prefix,
+)
 from madpo.data.prompts import KNOWN, PromptColumns, read_prompt, refuse_lost_context
 from madpo.data.raw import COLUMNS, as_number, described, lacks, null, surplus
 
@@ -223,7 +233,7 @@ def _split_text(
 
 def _last_turn(shared: str) -> int | None:
     """Where the last answer begins in a transcript such as Anthropic's; None where the text is none."""
-    if not re.match(r"\s*(?:Human|H):", shared):
+    if not TRANSCRIPT.match(shared):
         return None
     return max((match.end() for match in re.finditer(r"\n\n(?:Assistant|A):", shared)), default=None)
 

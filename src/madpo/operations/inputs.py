@@ -17,7 +17,7 @@ from madpo.data import load_preferences
 from madpo.data.arrange import Arranger
 from madpo.data.conversation import Conversation
 from madpo.data.findings import Survey
-from madpo.data.folds import prompt_key, prompt_keys
+from madpo.data.folds import Beginnings, prompt_key, prompt_keys
 from madpo.data.layouts import listed_columns
 from madpo.data.load import TooLong
 from madpo.data.messages import Text
@@ -122,6 +122,12 @@ def load_training(
         tell_findings(evaluation, str(eval_data), settings.model, reading=settings.reading, strict=settings.strict)
     elif settings.eval_share > 0:
         rows, heldout = split_by_prompt(rows, settings.eval_share, seed, str(data))
+        train, aside = (Beginnings(row["prompt"] for row in part) for part in (rows, heldout))
+        if parted := int(aside.parted(train).sum()):
+            say_once(
+                f"{parted} of {len(heldout)} held-out pairs have a prompt that continues a training prompt or is "
+                "continued by one, which flatters; eval_data of other conversations does not."
+            )
     tell_unused_template(tokenizer, rows[0]["prompt"])
     tell_date(clock)
     return Loaded(base, tokenizer, rows, heldout, too_long, clock)
