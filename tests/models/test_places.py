@@ -117,7 +117,9 @@ def test_a_check_with_a_tokenizer_loads_no_pytorch(folder: Path, tmp_path: Path)
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     whole = check(data, tokenizer=AutoTokenizer.from_pretrained(place), max_length=64)
-    assert done.stdout.strip() == whole.text().strip()
+    found, _, following = done.stdout.strip().partition("\nnext: ")
+    assert found == whole.text().strip()
+    assert following.startswith(f"madpo train {data} --model_name_or_path {place} ")
 
 
 def test_a_model_is_named_so_that_it_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

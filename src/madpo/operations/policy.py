@@ -274,9 +274,10 @@ def model_digest(base: Path | str, model: nn.Module) -> str | None:
 
 def as_dataset(rows: Sequence[Row]) -> Dataset:
     """The columns that the trainer reads, and what makes two prompts the same, for the folds of its probe."""
-    columns = [name for name in ("pair_id", *ID_COLUMNS, *NUMBERS) if name in rows[0]]
-    prompts = prompt_keys([row["prompt"] for row in rows])
-    return Dataset.from_dict({name: [row[name] for row in rows] for name in columns} | {"prompt": prompts})
+    columns = {n: [row[n] for row in rows] for n in ("pair_id", *ID_COLUMNS, *NUMBERS, "prompt") if n in rows[0]}
+    if "prompt" in columns:
+        columns["prompt"] = prompt_keys(columns["prompt"])
+    return Dataset.from_dict(columns)
 
 
 @torch.no_grad()
