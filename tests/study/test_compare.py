@@ -290,18 +290,32 @@ def test_a_loss_of_ones_own_has_a_curve_over_beta(tmp_path) -> None:
         return rows_of(CompareSettings(model="m", losses=losses, judge="probe", other_learning_rates=()), margins=True)
 
     dpo, own = rows(target)[:3], rows(target)[3:]
-    assert [row.name.replace("DPO", "Mine") for row in dpo] == [row.name for row in own]
+    assert [row.name.replace("DPO", "Mine (my_file.py)") for row in dpo] == [row.name for row in own]
     assert [row.loss.beta for row in dpo] == [row.loss.loss.beta for row in own] == [0.1, 0.03, 0.3]
     shown = [planned_row({"key": row.key, **row.model_dump(mode="json")}) for row in own]
-    assert {row.method for row in shown} == {"Mine"}
+    assert {row.method for row in shown} == {"Mine (my_file.py)"}
     seen = [replace(row, seeds=("seed0",)) for row in shown]
     tier = measured(Tier("own", seen, pd.concat(samples(row.key, "seed0", np.ones(9), np.ones(9)) for row in seen)))
     (curve,) = frontiers(tier, 0.1).values()
     assert [row.loss["beta"] for row in curve] == [0.03, 0.1, 0.3]
     table = {"kind": "custom", "target": target}
-    assert [row.key for row in rows({**table, "parameters": {"beta": 3}})][3:] == ["mine"], "a beta of the user's stays"
+    assert [row.key for row in rows({**table, "parameters": {"beta": 3}})][3:] == ["mine-my-file.py"], (
+        "a beta of the user's stays"
+    )
     two = rows(target, {**table, "parameters": {"gain": 2}})
-    assert two[6].name == "Mine, gain 2"
+    assert two[6].name == "Mine (my_file.py), gain 2"
+    (tmp_path / "other.py").write_text(MINE)
+    others = rows(target, f"{tmp_path}/other.py:Mine")
+    assert len({row.key for row in others}) == len(others) == 9, "two classes of one name are two methods"
+
+
+def test_the_parts_of_the_pairs_must_leave_some_to_train_on(llama, tmp_path) -> None:
+    """A part that the user gives takes none of them."""
+    data, heldout = (write(tmp_path / f"{name}.jsonl", text_pairs()) for name in ("pairs", "heldout"))
+    how = {"judge": "probe", "judge_share": 0.85, "max_length": None}
+    with refused(ConfigError, "eval_share", "judge_share", "1.05"):
+        OwnPairsGraph(settings(llama, **how), str(data), None)
+    assert OwnPairsGraph(settings(llama, **how), str(data), str(heldout))
 
 
 def test_no_method_is_drawn_as_the_reference_or_as_another_one() -> None:

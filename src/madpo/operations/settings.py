@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -63,13 +63,6 @@ class JudgedPairs(LimitedPairs):
     def judge_part(self) -> float:
         """Share of the pairs that no policy sees, since a judge is fitted to them."""
         return self.judge_share if self.judge == PROBE else 0.0
-
-    @model_validator(mode="after")
-    def _leaves_pairs(self) -> Self:
-        held = self.eval_share if getattr(self, "eval_data", None) is None else 0.0
-        if (taken := held + self.judge_part) >= 1:
-            raise ValueError(f"eval_share and judge_share take {taken:g} of the pairs, and leave none to train on")
-        return self
 
 
 class Training(PairReading):

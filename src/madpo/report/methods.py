@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
 SFT = "SFT"
@@ -61,8 +62,8 @@ def method_of(key: str, name: str, loss: Mapping[str, Any], pairs: str, margins:
     if "kind" not in loss:
         return name
     if kind == "custom":
-        own = str(loss["target"]).rpartition(":")[2]
-        return f"{own} of one's own" if own in ("DPO", "MADPO") else own  # others are compared with these two
+        file, _, own = str(loss["target"]).rpartition(":")
+        return f"{own} ({PurePath(file).name})"  # of two files, or a packaged loss, may have the same name
     spelled = "-".join("DPO" if word == "dpo" else word for word in str(kind).split("_"))
     return _KINDS.get(str(kind), spelled if "-" in spelled else spelled.upper())
 

@@ -42,6 +42,9 @@ class PairsGraph(StudyGraph):
     Args:
         sft: fine-tuning on the chosen completions, which comes before everything else; None: the model as it is.
         more: what else the configuration of the pairs has.
+
+    Raises:
+        ConfigError: held-out pairs and those of a judge ``probe`` leave none to train on.
     """
 
     heldout = True
@@ -58,6 +61,8 @@ class PairsGraph(StudyGraph):
         **more: Any,
     ) -> None:
         super().__init__(experiment, rows)
+        if (taken := (pairs.eval_share if eval_data is None else 0.0) + pairs.judge_part) >= 1:
+            raise ConfigError(f"eval_share and judge_share take {taken:g} of the pairs, and leave none to train on")
         stage = OwnPairsStage(**dict(part(pairs, LimitedPairs)), judge_share=pairs.judge_part, **more)
         given: dict[str, Step | Source] = {"data": _source(data), "reference": _source(stage.model)}
         given |= {} if eval_data is None else {"eval_data": _source(eval_data)}
