@@ -442,10 +442,10 @@ def test_a_corpus_of_prompts_takes_the_names_of_its_columns(tmp_path: Path) -> N
 def test_a_check_names_the_command_that_comes_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = written(tmp_path, [{"question": f"{ASK} {i}", "best": GOOD, "the worse": BAD} for i in range(2)])
     words = ["--columns.prompt", "question", "--columns.chosen", "best", "--columns.rejected", "the worse"]
-    assert main(["check", str(path), *words, "--columns.chat", "true"]) == 0
+    assert main(["check", str(path), *words, "--columns.chat", "true", "--eval_data", str(path)]) == 0
     (following,) = re.findall("^next: (.*)$", capsys.readouterr().out, re.MULTILINE)
-    assert shlex.split(following)[:3] == ["madpo", "train", str(path)]
-    assert shlex.split(following)[3:-4] == [*words, "--columns.chat", "true"]
+    assert shlex.split(following)[:5] == ["madpo", "train", str(path), "--eval_data", str(path)]
+    assert shlex.split(following)[5:-4] == [*words, "--columns.chat", "true"]
 
 
 def test_tools_of_a_layout_reach_the_row(tmp_path: Path) -> None:

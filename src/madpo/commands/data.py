@@ -42,8 +42,9 @@ def check(options: Check) -> int:
 
     given = options.model_dump(exclude={"config", "set", "output_dir", "columns", "layout"})
     show(check(**given, columns=options.reading, output=options.output_dir).text())
+    heldout = () if options.eval_data is None else ("--eval_data", options.eval_data)
     model = ("--model_name_or_path", options.tokenizer or "MODEL")
-    show_next("train", options.data, *options.reading.as_options, *model, "--output_dir", "policy")
+    show_next("train", options.data, *heldout, *options.reading.as_options, *model, "--output_dir", "policy")
     return 0
 
 

@@ -148,7 +148,7 @@ class CheckReport(Report):
         if self.touching:
             lines.append(
                 f"no white space is between prompt and completion in {self.touching} of {self.pairs} pairs, which a "
-                "model reads as one text: end the prompts with a space or a line break, or give messages"
+                "model reads as one text: begin the completions with a space or a line break, or give messages"
             )
         if self.continuing:
             lines.append(

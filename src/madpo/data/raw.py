@@ -135,8 +135,8 @@ def as_number(value: Any, name: str, *, from_text: bool = False) -> float:
 def _remedy(text: str, *, quoted: bool = False) -> str:
     """What to do with a text in the place of a number."""
     if _NUMBER.fullmatch(text.strip()):
-        found = ["with a decimal point"] * ("," in text) + ["without quotes"] * quoted
-        return f"write it {' and '.join(found)}"
+        marks = ["commas"] * ("," in text) + ["quotes"] * quoted  # a comma may be a decimal point or between thousands
+        return f"write it {'like 1234.5, ' * ('commas' in marks)}without {' and '.join(marks)}"
     return "correct or drop the row"
 
 

@@ -54,13 +54,13 @@ def _lines(name: str, path: Path, zipped: bool) -> Generator[tuple[int, bytes], 
     with _broken_off(name, lambda: f"after line {number}"), _opened(path, zipped) as file:
         while line := file.readline(MAX_ROW + 1):
             number += 1
-            if len(line) > MAX_ROW:
-                raise DataError(f"{name}, line {number}: is longer than {MAX_ROW // 2**20} MB; write one pair per line")
             if number == 1 and b"\r" in line.rstrip(b"\r") and not line.endswith(b"\n"):
                 raise DataError(
                     f"{name}: its lines end in a carriage return without a line feed, as on old Macs; save it with the "
                     "line ends of Unix or Windows"
                 )
+            if len(line) > MAX_ROW:
+                raise DataError(f"{name}, line {number}: is longer than {MAX_ROW // 2**20} MB; write one pair per line")
             yield number, line.removeprefix(_BOM) if number == 1 else line
 
 
