@@ -87,7 +87,7 @@ class FeatureWriter:
             self._temporary.unlink(missing_ok=True)
 
     def _finish(self) -> None:
-        """Write the header that says the digest, and make the file durable."""
+        """Write the header that says the digest, make the file durable, and close it."""
         shape, _, dtype = self.kind
         self._file.flush()
         self._file.truncate(self._begin + 2 * math.prod(shape) * np.dtype(dtype).itemsize)
@@ -96,6 +96,7 @@ class FeatureWriter:
         self._file.write(header)
         self._file.flush()
         os.fsync(self._file.fileno())
+        self._file.close()  # Windows renames no open file
 
 
 def _header(shape: tuple[int, int], names: Sequence[str], dtype: str, digest: str) -> bytes:

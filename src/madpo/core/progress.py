@@ -90,7 +90,8 @@ def show(text: str, stream: TextIO | None = None) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         if stream is sys.stdout:
             raise StorageError(
-                f"standard output cannot be written ({error.strerror}); results are kept: redirect it to another file"
+                f"standard output cannot be written ({error.strerror}); redirect it to another file (results in "
+                "folders are kept)"
             ) from error
 
 

@@ -59,7 +59,8 @@ SIDES = ("chosen", "rejected")
 PART = 512
 """Pairs per part: what an interruption can cost."""
 FEW = 0.05
-"""Share of the pairs up to which a temperature is fitted though the reward model was trained on them."""
+"""Share of the pairs up to which a temperature is fitted though the reward model was trained on them, and up to which
+margins of 0 are no sign of one that learned nothing."""
 MEMORY_REMEDY = (
     "give a smaller --batch_size, and run the same command again: parts that are scored stay; leave out a pair that is "
     "too long by itself"
@@ -106,10 +107,7 @@ class ScoreReport(Report):
             count = "1 margin is" if self.ties == 1 else f"{self.ties} margins are"
             lines.append(f"{count} exactly 0: both sides are equal, or their scores are")
         if self.ties > FEW * self.pairs:
-            lines.append(
-                "has the reward model learned nothing? (no look at its held-out pairs was better than a coin; give "
-                "more pairs, more epochs or a larger patience)"
-            )
+            lines.append("a reward model that learned nothing gives such margins; give it more pairs or more epochs")
         if self.probe is not None:
             lines += self.probe.fit()
         if self.seen:
