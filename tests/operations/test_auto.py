@@ -197,7 +197,7 @@ def test_margins_that_are_never_negative_take_no_part(llama, tmp_path, fast):
 
 def test_pairs_of_one_prompt_cannot_decide(llama, tmp_path):
     data = write(tmp_path / "pairs.jsonl", pairs(24, prompts=1))
-    with refused(DataError, data, "--loss dpo"):
+    with refused(DataError, data, "1 different prompt", "--loss dpo"):
         train(data, tmp_path / "P", settings(llama))
     assert train(data, tmp_path / "P", settings(llama, DPO()), overwrite=True).pairs == 24
 

@@ -248,9 +248,11 @@ def _trained(work: _Work) -> dict[str, Any]:
         steps = work.train(DPO_FOLDER, seed).steps
         look, every = (_table(work.state / DPO_FOLDER / name) for name in (FIRST_LOOK, MARGINS))
         if look.empty:
+            prompts = every["prompt"].nunique()
             raise DataError(
-                f"{work.data}: all pairs have one prompt, so none can judge a policy that has not seen it; give more "
-                "prompts, or name a loss, such as --loss dpo"
+                f"{work.data}: the training pairs have {prompts} different prompt{'s' * (prompts != 1)}, too few to "
+                "judge a policy by pairs whose prompt it has not seen; give more prompts, or name a loss, such as "
+                "--loss dpo"
             )
         (found, share, why), temperature = second_target(look, every, given=not work.probed, seed=seed)
         seed = second_seed(seed)
